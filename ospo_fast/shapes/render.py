@@ -1,0 +1,73 @@
+"""Draws scenes with Pillow: 48×48 pixels, a 16-pixel cell for each place on the board."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ospo_fast.shapes.scenes import BACKGROUNDS, BOARD, COLORS, SIZES, Object, Scene
+
+CELL = 16
+IMAGE_SIZE = BOARD * CELL
+_OVERSAMPLE = 16
+
+
+def outline(shape: str, across: float, center: tuple[float, float], canvas: int = CELL) -> np.ndarray:
+    """Coverage in [0, 1] of one shape, (canvas, canvas) float32; `center` is (x, y) in pixels."""
+    scale = _OVERSAMPLE
+    picture = Image.new("L", (canvas * scale, canvas * scale), 0)
+    draw = ImageDraw.Draw(picture)
+    x, y, half = center[0] * scale, center[1] * scale, across * scale / 2
+    box = (x - half, y - half, x + half - 1, y + half - 1)
+    if shape == "circle":
+        draw.ellipse(box, fill=255)
+    elif shape == "square":
+        draw.rectangle((x - half * 0.88, y - half * 0.88, x + half * 0.88 - 1, y + half * 0.88 - 1), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(x, y - half), (x + half, y + half * 0.9), (x - half, y + half * 0.9)], fill=255)
+    elif shape == "cross":
+        arm = half * 0.36
+        draw.rectangle((x - arm, y - half, x + arm - 1, y + half - 1), fill=255)
+        draw.rectangle((x - half, y - arm, x + half - 1, y + arm - 1), fill=255)
+    else:
+        raise ValueError(f"shape: got {shape!r}, expected circle, square, triangle or cross")
+    cells = np.asarray(picture, dtype=np.float32).reshape(canvas, scale, canvas, scale)
+    return cells.mean(axis=(1, 3)) / np.float32(255)
+
+
+@cache
+def _tile(color: str, shape: str, size: str, background: str) -> np.ndarray:
+    cover = outline(shape, SIZES[size], (CELL / 2, CELL / 2))[..., None]
+    mixed = cover * np.array(COLORS[color], np.float32) + (1 - cover) * np.array(BACKGROUNDS[background], np.float32)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _slice(thing: Object) -> tuple[slice, slice]:
+    row, column = thing.cell
+    return slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL)
+
+
+def render_array(scenes: Sequence[Scene]) -> np.ndarray:
+    """(N, 48, 48, 3) uint8."""
+    pixels = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for picture, scene in zip(pixels, scenes, strict=True):
+        picture[:] = BACKGROUNDS[scene.background]
+        for thing in scene.objects:
+            picture[_slice(thing)] = _tile(thing.color, thing.shape, thing.size, scene.background)
+    return pixels
+
+
+def render(scene: Scene) -> Image.Image:
+    """The picture of a scene."""
+    return Image.fromarray(render_array([scene])[0])
+
+
+def object_masks(scene: Scene) -> np.ndarray:
+    """(objects, 48, 48) bool: the pixels that each object covers by half or more."""
+    masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)
+    for mask, thing in zip(masks, scene.objects, strict=True):
+        mask[_slice(thing)] = outline(thing.shape, SIZES[thing.size], (CELL / 2, CELL / 2)) >= 0.5
+    return masks

@@ -1,0 +1,245 @@
+"""Scenes of the Shapes world, the grammar of their prompts, and which prompts are held out.
+
+A scene is one to four objects in the cells of a 3×3 board on a plain background. A `Description` says some of that in
+words; text and description are two forms of the same thing (`Description.text`, `parse`). Nothing here knows of any
+model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import numpy as np
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 80, 200),
+    "yellow": (240, 210, 30),
+    "purple": (150, 60, 180),
+    "cyan": (30, 200, 215),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250),
+    "gray": (128, 128, 128),
+    "black": (12, 12, 12),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES: dict[str, int] = {"small": 8, "large": 13}  # pixels across
+COUNTS = ("one", "two", "three", "four")
+RELATIONS: dict[str, tuple[int, int]] = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+BOARD = 3
+PLACES: dict[str, tuple[int, int]] = {
+    f"{row} {column}".strip() or "center": (r, c)
+    for r, row in enumerate(("top", "", "bottom"))
+    for c, column in enumerate(("left", "", "right"))
+}
+KINDS: dict[str, tuple[str, str]] = {  # kind → (category, sub-category), the official names
+    "color1": ("attribute", "attribute1_color"),
+    "shape1": ("attribute", "attribute1_shape"),
+    "color2": ("attribute", "attribute2"),
+    "2D_spatial": ("layout", "layout1"),
+    "numeracy1": ("layout", "layout2"),
+    "numeracy2": ("layout", "layout3"),
+}
+SPLITS = ("train", "validation", "test")
+_PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
+_SINGULARS = {plural: shape for shape, plural in _PLURALS.items()}
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of a scene; `cell` is (row, column) on the board."""
+
+    color: str
+    shape: str
+    size: str
+    cell: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an image shows."""
+
+    objects: tuple[Object, ...]
+    background: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` objects of one colour and shape."""
+
+    count: int
+    color: str
+    shape: str
+
+    def text(self, size: str | None = None, *, article: bool = True) -> str:
+        """`a red circle`, `two small red circles`; one object reads `one …` where `article` is false."""
+        number = "a" if self.count == 1 and article else COUNTS[self.count - 1]
+        noun = self.shape if self.count == 1 else _PLURALS[self.shape]
+        return " ".join(word for word in (number, size, self.color, noun) if word)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a prompt says: the groups of objects, nothing else on the picture, and, where given, how they lie and look.
+
+    `noun_first` is the form `a circle in red`; it changes the words, not the meaning.
+    """
+
+    groups: tuple[Group, ...]
+    relation: str | None = None
+    noun_first: bool = False
+    size: str | None = None
+    place: str | None = None
+    background: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        counted = any(group.count > 1 for group in self.groups) and len(self.groups) > 1
+        if self.noun_first:
+            group = self.groups[0]
+            words = " ".join(w for w in ("a", self.size, group.shape, "in", group.color) if w)
+        elif self.relation:
+            words = f"{self.groups[0].text(self.size)} {self.relation} {self.groups[1].text(self.size)}"
+        else:
+            words = " and ".join(group.text(self.size, article=not counted) for group in self.groups)
+        if self.place:
+            words += f" at the {self.place}"
+        if self.background:
+            words += f" on a {self.background} background"
+        return words
+
+    @property
+    def base(self) -> Description:
+        """The same objects without scenery."""
+        return replace(self, size=None, place=None, background=None)
+
+    @property
+    def key(self) -> str:
+        """The meaning: equal for two prompts that every image satisfies or fails alike (scenery left aside)."""
+        groups = [f"{group.count} {group.color} {group.shape}" for group in self.groups]
+        if self.relation in ("right of", "below"):  # `a right of b` is `b left of a`
+            return f"{groups[1]} {_OPPOSITE[self.relation]} {groups[0]}"
+        if self.relation:
+            return f"{groups[0]} {self.relation} {groups[1]}"
+        return " + ".join(sorted(groups))
+
+    @property
+    def split(self) -> str:
+        """`test` for 12% of all meanings, `validation` for 8%, else `train`: a hash of the meaning decides."""
+        share = int.from_bytes(hashlib.sha256(f"shapes {self.key}".encode()).digest()[:4], "big") / 2**32
+        return "test" if share < 0.12 else "validation" if share < 0.20 else "train"
+
+    @property
+    def total(self) -> int:
+        """How many objects there are."""
+        return sum(group.count for group in self.groups)
+
+
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_NUMBER = {"a": 1, **{word: number for number, word in enumerate(COUNTS, 1)}}
+_GROUP = re.compile(
+    rf"({'|'.join(_NUMBER)}) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )({'|'.join([*SHAPES, *_SINGULARS])})"
+)
+_NOUN_FIRST = re.compile(rf"a (?:({'|'.join(SIZES)}) )?({'|'.join(SHAPES)}) in ({'|'.join(COLORS)})")
+_BACKGROUND = re.compile(rf" on a ({'|'.join(BACKGROUNDS)}) background$")
+_PLACE = re.compile(rf" at the ({'|'.join(sorted(PLACES, key=len, reverse=True))})$")
+
+
+def parse(text: str) -> Description | None:
+    """The description that `text` spells, or None where it is no prompt of this world."""
+    words = " ".join(text.strip().rstrip(".").split())
+    found = {}
+    for name, pattern in (("background", _BACKGROUND), ("place", _PLACE)):
+        if match := pattern.search(words):
+            found[name] = match.group(1)
+            words = words[: match.start()]
+    if match := _NOUN_FIRST.fullmatch(words):
+        size, shape, color = match.groups()
+        return Description((Group(1, color, shape),), noun_first=True, size=size, **found)
+    for joint in (*RELATIONS, "and", None):
+        parts = words.split(f" {joint} ") if joint else [words]
+        if joint and len(parts) != 2:
+            continue
+        groups = [_GROUP.fullmatch(part) for part in parts]
+        if not all(groups):
+            return None
+        fields = [group.groups() for group in groups if group]
+        read = [Group(_NUMBER[n], c, _SINGULARS.get(s, s)) for n, _, c, s in fields]
+        sizes = {size for _, size, _, _ in fields}
+        plural = [(s in _SINGULARS) for *_, s in fields]
+        if len(sizes) != 1 or any((group.count > 1) != p for group, p in zip(read, plural, strict=True)):
+            return None
+        relation = joint if joint in RELATIONS else None
+        if sum(g.count for g in read) > len(COUNTS) or (relation and any(g.count > 1 for g in read)):
+            return None
+        if len(read) == 2 and (read[0].color, read[0].shape) == (read[1].color, read[1].shape):
+            return None
+        return Description(tuple(read), relation=relation, size=sizes.pop(), **found)
+    return None
+
+
+def descriptions(kind: str) -> list[Description]:
+    """Every base prompt of one kind, in a fixed order."""
+    things = [(color, shape) for color in COLORS for shape in SHAPES]
+    if kind in ("color1", "shape1"):
+        return [Description((Group(1, *thing),), noun_first=kind == "shape1") for thing in things]
+    if kind == "numeracy1":
+        return [Description((Group(n, *thing),)) for thing in things for n in range(2, len(COUNTS) + 1)]
+    pairs = list(permutations(things, 2))
+    if kind == "2D_spatial":
+        return [Description((Group(1, *a), Group(1, *b)), relation=r) for a, b in pairs for r in RELATIONS]
+    if kind == "numeracy2":
+        counts = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+        return [Description((Group(n, *a), Group(m, *b))) for a, b in pairs for n, m in counts]
+    if kind == "color2":  # colours and shapes differ, so that swapping either makes another scene
+        return [Description((Group(1, *a), Group(1, *b))) for a, b in pairs if a[0] != b[0] and a[1] != b[1]]
+    raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+
+
+def prompts(kind: str, split: str) -> list[Description]:
+    """The base prompts of one kind in one split (`train`, `validation`, `test`)."""
+    return [description for description in descriptions(kind) if description.split == split]
+
+
+def held_out() -> list[str]:
+    """Every wording of every base prompt that is not in the `train` split: no stage may produce one."""
+    return [d.text for kind in KINDS for d in descriptions(kind) if d.split != "train"]
+
+
+def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
+    """A scene that satisfies `description`; whatever it leaves open is drawn at random."""
+    cells = [(r, c) for r in range(BOARD) for c in range(BOARD)]
+    if description.place:
+        chosen = [PLACES[description.place]]
+    elif description.relation:
+        rows, columns = RELATIONS[description.relation]
+        fits = [(a, b) for a, b in permutations(cells, 2) if (a[0] - b[0]) * rows > 0 or (a[1] - b[1]) * columns > 0]
+        chosen = list(fits[rng.integers(len(fits))])
+    else:
+        chosen = [cells[i] for i in rng.permutation(len(cells))[: description.total]]
+    size = description.size or str(rng.choice(list(SIZES)))
+    background = description.background or str(rng.choice(list(BACKGROUNDS)))
+    things = [group for group in description.groups for _ in range(group.count)]
+    objects = [Object(g.color, g.shape, size, cell) for g, cell in zip(things, chosen, strict=True)]
+    return Scene(tuple(objects), background)
+
+
+def random_scene(rng: np.random.Generator) -> Scene:
+    """One to four objects of any colours and shapes; two objects of one kind are made likelier than chance."""
+    cells = rng.permutation(BOARD * BOARD)[: rng.integers(1, len(COUNTS) + 1)]
+    size, background = str(rng.choice(list(SIZES))), str(rng.choice(list(BACKGROUNDS)))
+    objects: list[Object] = []
+    for cell in cells:
+        if objects and rng.random() < 0.4:
+            other = objects[rng.integers(len(objects))]
+            color, shape = other.color, other.shape
+        else:
+            color, shape = str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))
+        objects.append(Object(color, shape, size, (int(cell) // BOARD, int(cell) % BOARD)))
+    return Scene(tuple(objects), background)
