@@ -1,0 +1,32 @@
+// What the sources of ospo_fast._C share. No torch headers: tensors come as raw pointers and sizes.
+#pragma once
+
+#include <cstdint>
+
+// One build for every x86-64: the compiler makes these versions of a function, the loader picks one. Contraction to
+// FMA is off (setup.py), so that all versions give the same bits.
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define OSPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define OSPO_HAS_CLONES 1
+#else
+#define OSPO_CLONES
+#endif
+
+namespace ospo {
+
+// object_mask.cpp ----------------------------------------------------------------------------------------------------
+
+// Otsu's threshold of each of `count` maps of `cells` floats, with the bits of scikit-image in float32; NaN for a map
+// with a cell that is not finite.
+void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads);
+
+// device.cu ----------------------------------------------------------------------------------------------------------
+
+#ifdef OSPO_CUDA
+// Versions such as 13000; a driver of 0 means that there is none. Returns a cudaError_t, 0 when all is well.
+int cuda_versions(int* driver, int* runtime);
+// The name of a cudaError_t.
+const char* cuda_error_name(int status);
+#endif
+
+}  // namespace ospo

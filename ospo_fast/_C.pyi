@@ -1,0 +1,13 @@
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    openmp: int | None
+    simd: str
+    cuda: bool
+    cuda_archs: list[str]
+    nvcc: str | None
+
+def build_info() -> BuildInfo: ...
+def cuda_versions() -> tuple[int, int] | None: ...
+def otsu_threshold(maps: int, thresholds: int, count: int, cells: int, bins: int, threads: int) -> None: ...
