@@ -93,10 +93,8 @@ class Record(TypedDict, total=False):
     mask_reason: str
 
 
-_STRINGS = tuple(
-    "t2i_category sub_category prompt concepts_and_relations relation kind"
-    " chosen rejected rejected_prompt mask_path reason mask_reason".split()
-)
+_TEXTS = ("t2i_category", "sub_category", "prompt", "concepts_and_relations", "relation", "kind", "chosen", "rejected")
+_STRINGS = (*_TEXTS, "rejected_prompt", "mask_path", "reason", "mask_reason")
 _STRING_LISTS = ("perturbed_method", "negative_prompt", "long_prompt", "negative_long_prompt", "question", "nouns")
 
 
@@ -243,7 +241,7 @@ class Store:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OspoError(
-                f"{self.path} is being written by another process; wait for it, or give this one another --out or --shard."
+                f"{self.path} is being written by another process; wait for it, or give this one another --out."
             ) from error
 
     def _repair(self) -> None:

@@ -1,0 +1,1 @@
+"""The stages of OSPO: each a function from records to records."""

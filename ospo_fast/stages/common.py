@@ -1,0 +1,165 @@
+"""What several stages share: chunks, text sampling, prompt files, and the codes that lie beside an image."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ospo_fast.config import Config, TextConfig
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.records import Record, write_atomic
+from ospo_fast.stages.templates import TemplateSet, load_templates
+
+if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
+
+T = TypeVar("T")
+
+
+def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def templates_of(model: UnifiedModel, config: Config) -> TemplateSet:
+    """The template set of the configuration, or else of the model."""
+    return load_templates(config.templates or model.templates)
+
+
+def sample_text(
+    model: UnifiedModel,
+    templates: TemplateSet,
+    stage: str,
+    settings: TextConfig,
+    variables: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+) -> list[str]:
+    """One answer of the model for each dict of template variables, sampled as the template set says.
+
+    Settings that are not None take precedence over those of the template set.
+    """
+    from ospo_fast.generation import generate_text
+
+    if not variables:
+        return []
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 512} | templates.sampling(stage)
+    for name in sampling:
+        if getattr(settings, name, None) is not None:
+            sampling[name] = getattr(settings, name)
+    prompts = [model.chat(templates.messages(stage, **values)) for values in variables]
+    return generate_text(
+        model, prompts, seeds=list(seeds), batch_size=settings.batch_size, progress=False, **sampling
+    )
+
+
+def describe(record: Record) -> dict[str, str]:
+    """The template variables that a record gives."""
+    return {
+        "prompt": record["prompt"],
+        "kind": record.get("kind", ""),
+        "sub_category": record.get("sub_category", ""),
+        "concepts": record.get("concepts_and_relations", ""),
+        "relation": record.get("relation", ""),
+    }
+
+
+def prompt_key(prompt: str) -> str:
+    """What makes two prompts the same: letters without case, single spaces, no full stop at the end."""
+    return " ".join(prompt.casefold().split()).rstrip(" .")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line, blank lines left out; UsageError for a missing or empty file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"The prompt file {path} holds no prompt; write one prompt a line.")
+    return prompts
+
+
+def excluded(config: Config) -> frozenset[str]:
+    """Keys of the prompts that must never be produced (`prompts.exclude`)."""
+    if config.prompts.exclude is None:
+        return frozenset()
+    return frozenset(prompt_key(prompt) for prompt in read_prompts(config.prompts.exclude))
+
+
+def variant_index(name: str) -> int:
+    """The variant that an image name such as `base_2` stands for."""
+    match = re.search(r"(\d+)$", name)
+    if match is None:
+        raise OspoError(f"The image name {name!r} should end in the number of its variant, as in base_0.")
+    return int(match.group(1))
+
+
+def locate(path: str, out: Path | None) -> Path:
+    """The file behind a path of a record: relative paths start at the run folder."""
+    return Path(path) if out is None else out / path
+
+
+def save_codes(path: Path, codes: Tensor, **settings: Any) -> None:
+    """Write codes (T,) and the settings that drew them to an .npz, atomically."""
+    largest = int(codes.max()) if codes.numel() else 0
+    buffer = io.BytesIO()
+    array = codes.cpu().numpy().astype(np.int16 if largest < 2**15 else np.int32)
+    np.savez(buffer, codes=array, **settings)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_codes(path: Path) -> dict[str, Any]:
+    """The codes (T,) int64 and settings of an .npz; OspoError when it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            values: dict[str, Any] = {name: file[name] for name in file.files}
+            values["codes"] = torch.from_numpy(values["codes"].astype(np.int64))
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise OspoError(f"Cannot read the codes {path}: {error}.") from error
+    return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in values.items()}
+
+
+def open_image(path: Path) -> Any:
+    """An RGB image; OspoError when it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise OspoError(f"Cannot read the image {path}: {error}.") from error
+
+
+def image_codes(model: UnifiedModel, paths: Sequence[Path]) -> Tensor:
+    """Codes (N, T) int64 of images: those stored beside each image, or else the image encoded.
+
+    Raises OspoError for an image that cannot be read, or codes that do not fit the model's grid or codebook.
+    """
+    size = model.grid[0] * model.grid[1]
+    stored = {i: load_codes(p.with_suffix(".npz"))["codes"] for i, p in enumerate(paths) if p.with_suffix(".npz").exists()}
+    missing = [i for i in range(len(paths)) if i not in stored]
+    if missing:
+        encoded = model.encode_images([open_image(paths[i]) for i in missing]).cpu()
+        stored |= dict(zip(missing, encoded, strict=True))
+    for i, codes in stored.items():
+        if codes.shape != (size,) or int(codes.min()) < 0 or int(codes.max()) >= model.num_codes:
+            raise OspoError(
+                f"{paths[i]}: the codes have shape {tuple(codes.shape)} and reach {int(codes.max())}; the model draws "
+                f"{size} codes below {model.num_codes}. Were they made by another model?"
+            )
+    return torch.stack([stored[i] for i in range(len(paths))])

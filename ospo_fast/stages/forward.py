@@ -1,0 +1,77 @@
+"""Teacher-forced sequences: a prompt that ends in begin-of-image, then the codes of an image, padded on the right.
+
+Attention is causal, so padding on the right is seen by no position that counts and needs no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ospo_fast.errors import OspoError
+
+if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences ready for the decoder."""
+
+    embeds: Tensor  # (N, S, D)
+    labels: Tensor  # (N, S) int64, unshifted: the codes at their own positions, -100 elsewhere
+    lengths: Tensor  # (N,) int64, tokens of each prompt: where its image starts
+
+
+def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Batch:
+    """Embeddings and labels of N prompts, ids (L_n,), followed by codes (N, T).
+
+    Raises OspoError when a sequence is longer than the model's positions.
+    """
+    size = codes.shape[1]
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    longest = int(lengths.max()) + size
+    if longest > model.max_positions:
+        raise OspoError(
+            f"A prompt of {int(lengths.max())} tokens and {size} image tokens do not fit the model's "
+            f"{model.max_positions} positions; shorten the prompt."
+        )
+    ids = torch.full((len(prompts), int(lengths.max())), model.pad_id)
+    labels = torch.full((len(prompts), longest), IGNORE)
+    for n, prompt in enumerate(prompts):
+        ids[n, : len(prompt)] = prompt
+        labels[n, len(prompt) : len(prompt) + size] = codes[n]
+    text = model.embed_tokens(ids.to(model.device))
+    image = model.embed_codes(codes.to(model.device))
+    embeds = text.new_zeros(len(prompts), longest, text.shape[-1])
+    embeds[:, : text.shape[1]] = text
+    for n, start in enumerate(lengths.tolist()):
+        embeds[n, start : start + size] = image[n]
+    return Batch(embeds, labels.to(model.device), lengths.to(model.device))
+
+
+def hidden_states(model: UnifiedModel, embeds: Tensor) -> Tensor:
+    """Last hidden states (N, S, D) of the decoder."""
+    hidden: Tensor = model.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def mean_logprobs(model: UnifiedModel, prompts: Sequence[str], codes: Tensor, *, batch_size: int) -> list[float]:
+    """Mean over the image tokens of log p(code | prompt, codes before), for each of N images; codes (N, T)."""
+    from ospo_fast.ops import token_logprobs
+
+    means: list[float] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        batch = teacher_forced(model, [model.image_prompt(prompt) for prompt in prompts[part]], codes[part])
+        hidden = hidden_states(model, batch.embeds)[:, :-1]
+        logps = token_logprobs(hidden, model.head, batch.labels[:, 1:])
+        means += (logps.sum(1) / codes.shape[1]).tolist()
+    return means

@@ -1,0 +1,104 @@
+"""Stage 3: for each variant one image of the dense prompt and one of its dense near miss."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospo_fast.config import Config, ImagesConfig
+from ospo_fast.errors import OspoError
+from ospo_fast.records import Record, stable_hash, write_atomic
+from ospo_fast.stages.common import chunked, load_codes, save_codes
+
+if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
+
+SIDES = ("base", "negative")
+DECODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One image to draw: where it goes (relative to the run folder), what it shows and its seed."""
+
+    name: str
+    path: str
+    prompt: str
+    seed: int
+
+
+def drawings(record: Record, seed: int) -> list[Drawing]:
+    """The images of an item. Base and negative of a variant share their seed, so that they differ in the object only."""
+    sides = {"base": record.get("long_prompt", []), "negative": record.get("negative_long_prompt", [])}
+    plan = []
+    for i, pair in enumerate(zip(*sides.values(), strict=True)):
+        if not all(pair):
+            continue
+        draw_seed = stable_hash(seed, "images", record["item_id"], i)
+        for side, prompt in zip(SIDES, pair, strict=True):
+            path = f"images/{record['item_id']}/{side}_{i}.png"
+            plan.append(Drawing(f"{side}_{i}", path, prompt, draw_seed))
+    return plan
+
+
+def _settings(drawing: Drawing, config: ImagesConfig) -> dict[str, Any]:
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    return {"prompt": drawing.prompt, "seed": drawing.seed} | {name: getattr(config, name) for name in names}
+
+
+def _finished(path: Path, settings: dict[str, Any]) -> bool:
+    codes = path.with_suffix(".npz")
+    if not path.exists() or not codes.exists():
+        return False
+    try:
+        stored = load_codes(codes)
+    except OspoError:
+        return False
+    return all(stored.get(name) == value for name, value in settings.items())
+
+
+def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
+    """Every record with `base_metadata` and `negative_metadata`, which name the images that were drawn.
+
+    Beside each PNG lies an .npz with `codes` (T,) and the prompt, seed and sampling settings; it is written after the
+    PNG, whole or not at all, and marks the image as finished. Finished images are not drawn again.
+
+    Raises:
+        OspoError: no run folder was given, or it cannot be written.
+
+    """
+    from ospo_fast.generation import ImageGenerator
+
+    if out is None:
+        raise OspoError("images: got no run folder; give `out`, where the images go.")
+    settings = config.images
+    generator = ImageGenerator(model, batch_size=settings.batch_size)
+    for chunk in chunked(records, settings.chunk):
+        plans = [drawings(record, config.seed) for record in chunk]
+        todo = [d for plan in plans for d in plan if not _finished(out / d.path, _settings(d, settings))]
+        if todo:
+            codes = generator.generate(
+                [drawing.prompt for drawing in todo],
+                seeds=[drawing.seed for drawing in todo],
+                guidance_scale=settings.guidance_scale,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                output="codes",
+                progress=False,
+            )
+            for start in range(0, len(todo), DECODE_BATCH):
+                part = slice(start, start + DECODE_BATCH)
+                for drawing, row, image in zip(todo[part], codes[part], model.decode_codes(codes[part]), strict=True):
+                    buffer = io.BytesIO()
+                    image.save(buffer, format="PNG")
+                    write_atomic(out / drawing.path, buffer.getvalue())
+                    save_codes((out / drawing.path).with_suffix(".npz"), row, **_settings(drawing, settings))
+        for record, plan in zip(chunk, plans, strict=True):
+            for side in SIDES:
+                images = {d.name: {"path": d.path} for d in plan if d.name.startswith(side)}
+                record = {**record, f"{side}_metadata": images}  # type: ignore[misc]
+            yield record

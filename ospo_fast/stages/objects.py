@@ -1,0 +1,126 @@
+"""Objects of a prompt: their nouns, where they stand in the prompt, and which tokens they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ospo_fast.records import ObjectSpan, Record
+
+PLACE_WORDS = frozenset(
+    ["left", "right", "top", "bottom", "side", "row", "rows", "column", "columns", "front", "behind", "range"]
+    + ["middle", "center", "centre", "corner", "edge", "above", "below", "background", "foreground"]
+)
+# Words that end a noun phrase when there is nothing but the prompt to go by.
+_BREAKS = frozenset(
+    ["a", "an", "the", "this", "that", "these", "those", "some", "its", "his", "her", "their", "my", "your", "our"]
+    + ["and", "or", "but", "with", "without", "of", "in", "on", "at", "to", "from", "by", "for", "into", "onto", "off"]
+    + ["over", "under", "above", "below", "behind", "beside", "near", "next", "between", "against", "around", "along"]
+    + ["inside", "outside", "through", "across", "as", "while", "is", "are", "was", "were", "be", "being", "has", "have"]
+    + ["it", "they", "he", "she", "there", "up", "down", "out", "who", "which", "each", "other"]
+    + ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "left", "right", "front", "hidden"]
+)
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_LEADING = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|eight|nine|ten)\s+", re.IGNORECASE)
+
+
+def nouns_of(record: Record) -> list[str]:
+    """The objects of an item's prompt, in order.
+
+    Where the record has `nouns`, those. Else from the model's own analysis: of each concept the longest ending that a
+    relation names as one of its terms ("red ceiling fan", "(ceiling fan, red)" → "ceiling fan"), or its last word. Else
+    from the prompt alone: the last word of each run of words between articles, prepositions, numbers and the like.
+    Words of place are no objects.
+    """
+    if record.get("nouns"):
+        found = list(record["nouns"])
+    else:
+        concepts = re.split(r"[,;]", record.get("concepts_and_relations", ""))
+        found = [noun for concept in concepts if (noun := _head(concept, _terms(record.get("relation", ""))))]
+        if not any(spans_of(noun, record["prompt"]) for noun in found):
+            found = _from_prompt(record["prompt"])
+    unique = {noun.casefold(): noun for noun in reversed(found) if noun.casefold() not in PLACE_WORDS}
+    return list(reversed(unique.values()))
+
+
+def _terms(relation: str) -> set[str]:
+    groups = re.findall(r"\(([^()]*)\)", relation)
+    return {_LEADING.sub("", term.strip()).casefold() for group in groups for term in group.split(",")}
+
+
+def _head(concept: str, terms: set[str]) -> str:
+    words = _WORD.findall(concept)
+    if not words or any(word.casefold() in ("is", "are", "was", "were") for word in words):
+        return ""
+    for start in range(1 if len(words) > 1 else 0, len(words)):
+        if " ".join(words[start:]).casefold() in terms:
+            return " ".join(words[start:])
+    return words[-1]
+
+
+def _from_prompt(prompt: str) -> list[str]:
+    found, run = [], ""
+    for match in re.finditer(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]", prompt):
+        word = match.group()
+        if word.casefold() in _BREAKS or not word[0].isalpha():
+            found.append(run)
+            run = ""
+        elif not (run and word.casefold().endswith("ing")):
+            run = word
+    return [noun for noun in [*found, run] if noun]
+
+
+def _forms(noun: str) -> list[str]:
+    """The noun and its regular plural and singular."""
+    low = noun.casefold()
+    forms = [low, low + "s", low + "es"]
+    if low.endswith("y"):
+        forms.append(low[:-1] + "ies")
+    if low.endswith("ies"):
+        forms.append(low[:-3] + "y")
+    if low.endswith("f"):
+        forms.append(low[:-1] + "ves")
+    if low.endswith("fe"):
+        forms.append(low[:-2] + "ves")
+    if low.endswith("ves"):
+        forms += [low[:-3] + "f", low[:-3] + "fe"]
+    if low.endswith("es"):
+        forms.append(low[:-2])
+    if low.endswith("s") and not low.endswith("ss"):
+        forms.append(low[:-1])
+    return sorted((form for form in forms if len(form) > 1 or form == low), key=len, reverse=True)
+
+
+def spans_of(noun: str, prompt: str) -> list[tuple[int, int]]:
+    """Half-open character spans of a noun in the prompt: whole words, any case, singular or plural."""
+    if not noun.strip():
+        return []
+    pattern = "|".join(re.escape(form).replace(r"\ ", r"\s+") for form in _forms(noun.strip()))
+    return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", prompt, re.IGNORECASE)]
+
+
+def tokens_of(
+    noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None], *, match: str = "offsets"
+) -> list[int]:
+    """Indices of the tokens that an object is.
+
+    `offsets` gives per token its characters of the prompt, None for tokens of the chat template. "offsets": tokens that
+    share a character with one of the noun's spans. "substring": the official match, tokens whose text is a part of the
+    noun or holds it, so that "car" also finds "carpet".
+    """
+    if match == "substring":
+        low = noun.casefold()
+        texts = [prompt[span[0] : span[1]].strip().casefold() if span else "" for span in offsets]
+        return [i for i, text in enumerate(texts) if text and (low in text or (len(text) > 2 and text in low))]
+    spans = spans_of(noun, prompt)
+    return [
+        i
+        for i, token in enumerate(offsets)
+        if token is not None and any(token[0] < end and start < token[1] for start, end in spans)
+    ]
+
+
+def object_spans(nouns: Sequence[str], prompt: str) -> list[ObjectSpan]:
+    """The first span of every noun that the prompt holds."""
+    found = [(noun, spans_of(noun, prompt)) for noun in nouns]
+    return [{"text": noun, "start": spans[0][0], "end": spans[0][1]} for noun, spans in found if spans]

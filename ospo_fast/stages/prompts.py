@@ -1,0 +1,245 @@
+"""Stage 1: the model writes prompts, kind by kind.
+
+A call is `samples_per_call` answers to the same few-shot chat; after `refresh_every` calls the examples are replaced by
+the model's own accepted answers. Seeds and examples depend on (seed, kind, call) alone, and each record notes the call
+that it came from, so that a stopped run goes on as if it had not been stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ospo_fast.config import Config, nearest
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.records import Record, stable_hash
+from ospo_fast.stages.common import excluded, prompt_key, read_prompts, sample_text, templates_of
+from ospo_fast.stages.templates import Kind, TemplateSet
+
+if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
+
+log = logging.getLogger(__name__)
+
+STOP_WORDS = ("\n", "/", "-", "(", ")", "color", "shape", "texture", "spatial", "numeracy")
+NO_STOP_WORDS = ("non-spatial", "complex")
+COUNTED = ("layout2", "layout3")
+NUMBERS = ("one", "two", "three", "four")
+OTHER_NUMBERS = tuple(
+    ["five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"]
+    + ["seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty"]
+    + ["ninety", "hundred", "thousand", "million", "billion", "zero", "dozen"]
+)
+_CATEGORIES = ("attribute", "layout", "non-spatial", "complex")
+_ANSWER = re.compile(
+    r"Prompt:\s*(?P<prompt>.*?)\s*[;\n]\s*Concepts and relations:\s*(?P<concepts>.*?)\s*[;\n]\s*"
+    r"Relations?:\s*(?P<relation>[^\n]*)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def parse_answer(answer: str) -> tuple[str, str, str] | None:
+    """(prompt, concepts and relations, relation) of an answer, or None when a part is missing or empty."""
+    match = _ANSWER.search(answer)
+    if match is None:
+        return None
+    parts = (match["prompt"].strip(), match["concepts"].strip(), match["relation"].strip().rstrip(";").strip())
+    return parts if all(parts[:2]) else None
+
+
+def objection(prompt: str, sub_category: str) -> str | None:
+    """Why a parsed prompt is not accepted: a stop word, or (for counts) numbers other than one to four."""
+    if sub_category not in NO_STOP_WORDS:
+        for word in STOP_WORDS:
+            if word in prompt.lower():
+                return f"stop word {word!r}"
+    if sub_category in COUNTED:
+        words = re.findall(r"[a-z]+|\d+", prompt.lower())
+        if not any(word in NUMBERS for word in words):
+            return "no number from one to four"
+        if any(word in OTHER_NUMBERS or word.isdigit() for word in words):
+            return "a number other than one to four"
+    return None
+
+
+def wanted(templates: TemplateSet, config: Config) -> dict[str, int]:
+    """How many prompts of each kind; UsageError for a kind that the template set does not have."""
+    for kind in config.prompts.counts:
+        if kind not in templates.kinds:
+            raise UsageError(
+                f"prompts.counts: the template set {templates.name!r} has no kind {kind!r}; "
+                f"{nearest(kind, list(templates.kinds))}."
+            )
+    return {kind: config.prompts.counts.get(kind, entry.count) for kind, entry in templates.kinds.items()}
+
+
+def _item_id(templates: TemplateSet, counts: dict[str, int], kind: str, index: int) -> str:
+    """Category digit and running number; each kind has its own range, so that kinds can be written side by side."""
+    category = templates.kinds[kind].category
+    digit = _CATEGORIES.index(category) if category in _CATEGORIES else len(_CATEGORIES)
+    before = 0
+    for other, entry in templates.kinds.items():
+        if other == kind:
+            break
+        if entry.category == category or (digit == len(_CATEGORIES) and entry.category not in _CATEGORIES):
+            before += counts[other]
+    return f"{digit}{before + index:06d}"
+
+
+def _answer_of(record: Record) -> str:
+    return (
+        f"Prompt: {record['prompt']}; Concepts and relations: {record['concepts_and_relations']}; "
+        f"Relation: {record['relation']}"
+    )
+
+
+def _examples(templates: TemplateSet, config: Config, kind: str, block: int, accepted: Sequence[Record]) -> list[str]:
+    count = templates.few_shot.get(kind, 0)
+    earlier = [r for r in accepted if r["source"]["call"] < block * config.prompts.refresh_every]
+    if block == 0 or count == 0 or len(earlier) < count:
+        return templates.examples(kind)
+    rng = random.Random(stable_hash(config.seed, "examples", kind, block))
+    return [_answer_of(record) for record in rng.sample(earlier, count)]
+
+
+def run(
+    records: Iterable[Record],
+    model: UnifiedModel,
+    config: Config,
+    *,
+    out: Path | None = None,
+    kinds: Sequence[str] | None = None,
+) -> Iterator[Record]:
+    """New prompts until every kind has as many as wanted.
+
+    Args:
+        records: the prompts that are there already.
+        model: writes the prompts.
+        config: section `prompts`.
+        out: not used; every stage takes it.
+        kinds: the kinds to write; None: all.
+
+    Yields:
+        Records with `item_id`, `t2i_category`, `sub_category`, `prompt`, `concepts_and_relations`, `relation`, `kind`
+        and `source` (call and sample).
+
+    Raises:
+        OspoError: not one prompt of any kind was accepted.
+
+    """
+    existing = list(records)
+    templates = templates_of(model, config)
+    if config.prompts.file is not None:
+        have = {record["item_id"] for record in existing}
+        yield from (record for record in from_file(config, templates) if record["item_id"] not in have)
+        return
+    counts = wanted(templates, config)
+    banned = excluded(config)
+    total = len(existing)
+    refused: Counter[str] = Counter()
+    for kind in templates.kinds if kinds is None else kinds:
+        accepted = [record for record in existing if record.get("kind") == kind]
+        for record in _write_kind(accepted, model, config, templates, counts, kind, banned, refused):
+            total += 1
+            yield record
+    if not total:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in refused.most_common(3)) or "none was asked for"
+        raise OspoError(f"The model wrote no prompt that could be used: {reasons}.")
+
+
+def _write_kind(
+    accepted: list[Record],
+    model: UnifiedModel,
+    config: Config,
+    templates: TemplateSet,
+    counts: dict[str, int],
+    kind: str,
+    banned: frozenset[str],
+    refused: Counter[str],
+) -> Iterator[Record]:
+    settings = config.prompts
+    entry = templates.kinds[kind]
+    seen = {prompt_key(record["prompt"]) for record in accepted}
+    call = fruitful = max((record["source"]["call"] for record in accepted), default=0)
+    while len(accepted) < counts[kind] and call - fruitful < settings.patience:
+        block, offset = divmod(call, settings.refresh_every)
+        calls = range(call, call + min(settings.calls_per_batch, settings.refresh_every - offset))
+        plan = [(c, s) for c in calls for s in range(settings.samples_per_call)]
+        examples = _examples(templates, config, kind, block, accepted)
+        variables = {"kind": kind, "category": entry.category, "sub_category": entry.sub_category, "examples": examples}
+        seeds = [stable_hash(config.seed, "prompts", kind, c, s) for c, s in plan]
+        answers = sample_text(model, templates, "prompts", settings, [variables] * len(plan), seeds)
+        for (number, sample), answer in zip(plan, answers, strict=True):
+            if len(accepted) >= counts[kind] or number - fruitful >= settings.patience:
+                break
+            record, why = _accept(answer, entry, seen, banned)
+            if record is None:
+                refused[why] += 1
+                continue
+            seen.add(prompt_key(record["prompt"]))
+            record["item_id"] = _item_id(templates, counts, kind, len(accepted))
+            record["kind"] = kind
+            record["source"] = {"call": number, "sample": sample}
+            fruitful = number
+            accepted.append(record)
+            yield record
+        call = calls.stop
+    if len(accepted) < counts[kind]:
+        log.warning(
+            "%s: %d of %d prompts; given up after %d calls without a new one",
+            kind, len(accepted), counts[kind], settings.patience,
+        )  # fmt: skip
+
+
+def _accept(answer: str, entry: Kind, seen: set[str], banned: frozenset[str]) -> tuple[Record | None, str]:
+    parts = parse_answer(answer)
+    if parts is None:
+        return None, "the answer does not parse"
+    prompt, concepts, relation = parts
+    why = objection(prompt, entry.sub_category)
+    if why is not None:
+        return None, why
+    key = prompt_key(prompt)
+    if key in seen:
+        return None, "repeated"
+    if key in banned:
+        return None, "on the list of excluded prompts"
+    record: Record = {
+        "item_id": "",
+        "t2i_category": entry.category,
+        "sub_category": entry.sub_category,
+        "prompt": prompt,
+        "concepts_and_relations": concepts,
+        "relation": relation,
+    }
+    return record, ""
+
+
+def from_file(config: Config, templates: TemplateSet) -> list[Record]:
+    """Records of the prompts of `prompts.file`, in place of stage 1; repeated prompts count once.
+
+    Raises UsageError for a missing or empty file and for a `prompts.file_kind` that the template set does not have.
+    """
+    assert config.prompts.file is not None
+    kind = config.prompts.file_kind or list(templates.kinds)[-1]
+    if kind not in templates.kinds:
+        raise UsageError(f"prompts.file_kind: no kind {kind!r}; {nearest(kind, list(templates.kinds))}.")
+    entry = templates.kinds[kind]
+    unique = {prompt_key(prompt): prompt for prompt in reversed(read_prompts(config.prompts.file))}
+    return [
+        {
+            "item_id": f"p{index:06d}",
+            "t2i_category": entry.category,
+            "sub_category": entry.sub_category,
+            "prompt": prompt,
+            "concepts_and_relations": "",
+            "relation": "",
+            "kind": kind,
+        }
+        for index, prompt in enumerate(reversed(unique.values()))
+    ]
