@@ -1,0 +1,81 @@
+"""Object masks → token weights of the preference loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import OpError
+
+
+def token_weights(
+    mask: Tensor,  # (B, H, W)
+    *,
+    alpha: float = 1.0,
+    gamma: float = 1.0,
+    blur_size: int = 5,
+    blur_sigma: float = 1.0,
+) -> Tensor:
+    """w = 1 + alpha · m̃^gamma, with m̃ the mask after a Gaussian blur (zero padding) and (x − min)/(max − min + 1e-8).
+
+    mask (B, H, W) bool, integer or float → (B, H·W) fp32 (float64 for float64 masks), rows first. An all-zero mask
+    gives ones; an all-one mask does not: the blur dims its border. blur_size=1 leaves the mask as it is (the paper's
+    form has no blur). Raises OpError: another number of dimensions, an even blur, negative alpha or gamma.
+    """
+    if mask.dim() != 3 or 0 in mask.shape[1:]:
+        raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
+    if blur_size < 1 or blur_size % 2 == 0 or blur_sigma <= 0:
+        raise OpError(
+            f"token_weights: blur_size is {blur_size}, blur_sigma {blur_sigma}; expected an odd size and a positive sigma"
+        )
+    if not (alpha >= 0 and gamma >= 0):
+        raise OpError(f"token_weights: alpha is {alpha}, gamma {gamma}; expected numbers >= 0")
+    # In float64: equal cells must stay equal through the min-max, else a gamma below 1 blows their rounding up.
+    blurred = _blur(mask.double(), blur_size, blur_sigma).flatten(1)
+    low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
+    normalised = ((blurred - low) / (high - low + 1e-8)).clamp(0, 1)
+    return (1 + alpha * normalised.pow(gamma)).to(mask.dtype if mask.dtype == torch.float64 else torch.float32)
+
+
+def spread_weights(weights: Tensor, token_mask: Tensor) -> Tensor:
+    """The weights of each row's image, in order, at the places of its image tokens; 0 elsewhere.
+
+    weights (B, N), token_mask (B, S) bool → (B, S) of weights' dtype. A row has N tokens in its mask, or none.
+    Raises OpError: a row with another number of image tokens.
+    """
+    result: Tensor = torch.ops.ospo_fast.spread_weights(weights.detach(), token_mask)
+    return result
+
+
+# An op, because its check looks at values: torch.compile(fullgraph=True) keeps it as one call.
+torch.library.define("ospo_fast::spread_weights", "(Tensor weights, Tensor token_mask) -> Tensor")
+
+
+@torch.library.impl("ospo_fast::spread_weights", "CompositeExplicitAutograd")
+def _spread_weights(weights: Tensor, token_mask: Tensor) -> Tensor:
+    order = token_mask.long().cumsum(1)
+    counts = order[:, -1] if order.shape[1] else order.sum(1)
+    wrong = ((counts != weights.shape[1]) & (counts != 0)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise OpError(
+            f"token_weights: row {row} has {int(counts[row])} image tokens, the object masks {weights.shape[1]} cells; "
+            "expected one cell for each image token: make the masks on the model's grid"
+        )
+    spread = weights.gather(1, (order - 1).clamp(0, max(weights.shape[1] - 1, 0)))
+    return torch.where(token_mask, spread, 0)
+
+
+@torch.library.register_fake("ospo_fast::spread_weights")
+def _(weights: Tensor, token_mask: Tensor) -> Tensor:
+    return weights.new_empty(token_mask.shape)
+
+
+def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
+    if size == 1:
+        return maps
+    x = torch.arange(size, device=maps.device, dtype=maps.dtype) - size // 2
+    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
+    return F.conv2d(maps.unsqueeze(1), kernel.expand(1, 1, size, size), padding=size // 2).squeeze(1)
