@@ -67,6 +67,13 @@ void otsu_threshold(uintptr_t maps, uintptr_t thresholds, int64_t count, int64_t
                          threads);
 }
 
+void sample_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t out, int64_t rows,
+                  int64_t codes, float guidance, float temperature, int threads) {
+    ospo::sample_codes(reinterpret_cast<const float*>(cond), reinterpret_cast<const float*>(uncond),
+                       reinterpret_cast<const int64_t*>(seeds), reinterpret_cast<const int64_t*>(steps),
+                       reinterpret_cast<int64_t*>(out), rows, codes, guidance, temperature, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,5 +83,9 @@ PYBIND11_MODULE(_C, m) {
           "(driver, runtime) such as (13000, 13000), driver 0 where there is none; None in a build without CUDA.");
     m.def("otsu_threshold", &otsu_threshold, py::arg("maps"), py::arg("thresholds"), py::arg("count"),
           py::arg("cells"), py::arg("bins"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-          "Otsu's threshold of each of count contiguous float32 maps, into thresholds; NaN where a cell is not finite.");
+          "Otsu's threshold of each of count contiguous float32 maps, into thresholds; NaN where there is none.");
+    m.def("sample_codes", &sample_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
+          py::arg("out"), py::arg("rows"), py::arg("codes"), py::arg("guidance"), py::arg("temperature"),
+          py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "One code for each contiguous float32 row of logits, -1 where they are wrong; uncond 0 means none.");
 }

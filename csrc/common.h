@@ -17,8 +17,15 @@ namespace ospo {
 // object_mask.cpp ----------------------------------------------------------------------------------------------------
 
 // Otsu's threshold of each of `count` maps of `cells` floats, with the bits of scikit-image in float32; NaN for a map
-// with a cell that is not finite.
+// with a cell that is not finite, or with a range that float32 cannot divide into so many bins.
 void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads);
+
+// sample_codes.cpp ---------------------------------------------------------------------------------------------------
+
+// One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it; uncond may
+// be null; temperature 0 takes the likeliest. -1 for a row with NaN, +inf or nothing but -inf.
+void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* out,
+                  int64_t rows, int64_t codes, float guidance, float temperature, int threads);
 
 // device.cu ----------------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ struct Workspace {
     std::vector<float> edges, counts, weight1, weight2, mean1, mean2;
 };
 
-// bins + 1 edges from low to high, rounded as numpy.linspace rounds float32.
-void bin_edges(float low, float high, int bins, float* edges) {
+// bins + 1 edges from low to high, rounded as numpy.linspace rounds float32; false when the range is too small for them.
+bool bin_edges(float low, float high, int bins, float* edges) {
     const float delta = high - low;
     const float step = delta / static_cast<float>(bins);
     for (int i = 0; i <= bins; ++i) {
@@ -25,6 +25,10 @@ void bin_edges(float low, float high, int bins, float* edges) {
         edges[i] = (step == 0.0f ? index / static_cast<float>(bins) * delta : index * step) + low;
     }
     edges[bins] = high;
+    for (int i = 0; i < bins; ++i) {
+        if (!(edges[i] < edges[i + 1])) return false;
+    }
+    return true;
 }
 
 // numpy.histogram's rule for equal bins: an estimate from the range, then one step where an edge says otherwise.
@@ -62,7 +66,7 @@ float otsu(const float* map, int64_t cells, int bins, Workspace& space) {
     if (low == high) return map[0];
     float* const edges = space.edges.data();
     float* const counts = space.counts.data();
-    bin_edges(low, high, bins, edges);
+    if (!bin_edges(low, high, bins, edges)) return NAN;
     histogram(map, cells, low, high, bins, edges, counts);
 
     const auto center = [edges](int i) { return (edges[i] + edges[i + 1]) / 2.0f; };
