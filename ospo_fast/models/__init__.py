@@ -57,7 +57,9 @@ def load_model(
     if path.exists():
         raise OspoError(f"model: {name!r} is a file, expected the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
-        raise OspoError(f"model: there is no folder {name!r}; expected 'shapes', a folder or a hub name like 'org/model'")
+        raise OspoError(
+            f"model: there is no folder {name!r}; expected 'shapes', a folder or a hub name like 'org/model'"
+        )
     return _load(None, name, place, number)
 
 

@@ -1,0 +1,148 @@
+"""What images, texts and answers share: jobs of equal length in batches that fit the memory, and failures by item."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.generation.decoder import LeanDecoder
+from ospo_fast.models.base import UnifiedModel
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CPU_ROWS = 256  # beyond it larger batches gain nothing on a CPU
+CUDA_ROWS = 128  # throughput saturates near 92 guided images (Janus-Pro-7B, H200)
+_CPU_BYTES = 512 * 2**20  # of caches
+
+
+class GenerationError(OspoError):
+    """Some items failed; the others are finished.
+
+    `results` has what the call would have returned, with None (or rows of −1 for codes) in place of the failed items;
+    `failed` maps their positions to the reasons.
+    """
+
+    def __init__(self, message: str, results: Any, failed: dict[int, str]) -> None:
+        super().__init__(message)
+        self.results = results
+        self.failed = failed
+
+    @classmethod
+    def of(cls, what: str, results: Any, failed: dict[int, str]) -> GenerationError:
+        """The error for `failed` items of a call; its message names the first three."""
+        shown = "; ".join(failed[i] for i in sorted(failed)[:3]) + ("; …" if len(failed) > 3 else "")
+        return cls(f"{len(failed)} of {len(results)} {what} failed: {shown}", results, failed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to generate: its place in the output, its prompt (S,) and its seed as int64."""
+
+    index: int
+    ids: Tensor
+    seed: int
+
+
+def make_jobs(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[Job]:
+    """One job per prompt; UsageError unless there is one seed each."""
+    values = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    if isinstance(values, (int, str)) or len(values) != len(prompts):
+        got = values if isinstance(values, (int, str)) else f"{len(values)} of them"
+        raise UsageError(f"seeds: got {got}, expected {len(prompts)}, one for each image or text")
+    # Unsigned 64-bit seeds (hashes) are as welcome as signed ones.
+    signed = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in values]
+    return [Job(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, signed, strict=True))]
+
+
+def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) -> list[list[T]]:
+    """Batches of at most `batch_size` jobs of equal length; the longest first, so that memory runs out early or never."""
+    groups: dict[int, list[T]] = defaultdict(list)
+    for job in jobs:
+        groups[length(job)].append(job)
+    return [
+        group[i : i + batch_size]
+        for _, group in sorted(groups.items(), reverse=True)
+        for i in range(0, len(group), batch_size)
+    ]
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size: got {batch_size}, expected a positive number, or None to fit the memory")
+
+
+def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
+    """How many jobs to run at once: as many as the free memory takes, up to where more of them gain nothing."""
+    if decoder.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(decoder.device)
+        unused = torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
+        return max(1, min(CUDA_ROWS, int(0.6 * (free + unused)) // bytes_per_job))
+    return max(1, min(CPU_ROWS, _CPU_BYTES // bytes_per_job))
+
+
+def run_batches(
+    batches: Sequence[list[T]], work: Callable[[list[T], int], Any], batch_size: int, what: str
+) -> Iterator[tuple[list[T], Any]]:
+    """Yield each batch with work(batch, batch_size); a batch that does not fit the memory is halved and tried again."""
+    waiting = [(batch, batch_size) for batch in reversed(batches)]
+    limit = batch_size
+    while waiting:
+        batch, size = waiting.pop()
+        size = min(size, limit)
+        if len(batch) > size:
+            waiting.append((batch[size:], size))
+            batch = batch[:size]
+        try:
+            result = work(batch, size)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            if size == 1:
+                raise OspoError(
+                    f"not even one {what} fits the memory ({str(error).splitlines()[0][:160]}); "
+                    "free some, use a smaller dtype or shorter prompts"
+                ) from error
+            result = None
+        if result is None:
+            # Outside the handler: the exception held the tensors of the failed attempt.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            limit = max(1, size // 2)
+            logger.warning("out of memory with %d at once; going on with %d", size, limit)
+            waiting.append((batch, limit))
+        else:
+            yield batch, result
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def rows_of(jobs: Sequence[Job], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts (rows, S) and seeds (rows,) of jobs of equal length; dummy rows repeat the first one."""
+    ids = torch.stack([job.ids for job in jobs]).to(device)
+    seeds = torch.tensor([job.seed for job in jobs], dtype=torch.long, device=device)
+    index = torch.arange(rows, device=device)
+    index = torch.where(index < len(jobs), index, 0)
+    return ids[index], seeds[index]
+
+
+def check_ids(name: str, ids: Tensor, model: UnifiedModel, needed: int) -> None:
+    """UsageError unless ids is a 1-D integer prompt that leaves room for `needed` more positions."""
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UsageError(f"{name}: got {ids.dtype} {tuple(ids.shape)}, expected a 1-D tensor of token ids")
+    if len(ids) == 0:
+        raise UsageError(f"{name}: got no token, expected at least one")
+    if len(ids) + needed > model.max_positions:
+        raise UsageError(
+            f"{name}: got {len(ids)} tokens, expected at most {model.max_positions - needed} "
+            f"({model.name} has {model.max_positions} positions and needs {needed} for the answer); shorten it"
+        )
