@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import OpError, UsageError
-from .ops import Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
-from .ops.token_weights import spread_weights
+from ospo_fast.errors import OpError, UsageError
+from ospo_fast.ops import Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
+from ospo_fast.ops.token_weights import spread_weights
 
 IGNORE = -100
 
@@ -134,7 +134,7 @@ class OSPOLoss(nn.Module):
             weights = weights[[*range(2 * pairs), *range(pairs)][:rows]]
             weights = spread_weights(weights, present)
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
-        chosen, rejected, *swapped = sequences.split(pairs)
+        chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()
         terms = preference_loss(
             chosen,
             rejected,
@@ -186,8 +186,9 @@ class OSPOLoss(nn.Module):
             pairs = object_masks.shape[0] // 2
             if rows not in (groups * pairs, 3 * pairs):
                 raise OpError(
-                    f"OSPOLoss: hidden has {rows} rows for object_masks of {pairs} pairs, expected {groups * pairs}: the "
-                    f"groups {needed}" + ("; add the swapped rows or set cond_weight=0" if groups == 3 else "")
+                    f"OSPOLoss: hidden has {rows} rows for object_masks of {pairs} pairs, expected "
+                    f"{groups * pairs}: the groups {needed}"
+                    + ("; add the swapped rows or set cond_weight=0" if groups == 3 else "")
                 )
             return pairs
         if rows == 0 or rows % groups:

@@ -2,43 +2,83 @@
 
 from __future__ import annotations
 
-from ..errors import OpError
+import functools
+import importlib
+import logging
+from types import ModuleType
+from typing import Literal
 
-# op → backends in the order in which backend="auto" takes them, each with the reason why it cannot run ("" = it can).
-# A backend enters here together with its kernel.
-_TABLE: dict[str, tuple[tuple[str, str], ...]] = {
-    op: (*((name, f"this version has no {kind} kernel for it") for name, kind in kernels), ("torch", ""))
-    for op, kernels in {
-        "token_logprobs": (("cuda", "CUDA"), ("cpp", "C++")),
-        "attention_columns": (("triton", "Triton"),),
-        "object_masks": (("cuda", "CUDA"), ("cpp", "C++")),
-        "otsu_threshold": (("cuda", "CUDA"), ("cpp", "C++")),
-        "token_weights": (),
-        "sequence_logprobs": (),
-        "preference_loss": (),
-        "sample_codes": (("cuda", "CUDA"), ("cpp", "C++")),
-    }.items()
+from ospo_fast.errors import OpError
+
+_log = logging.getLogger(__name__)
+
+# op → its compiled backends in the order in which backend="auto" tries them: name → (is it in this version, device).
+# The PyTorch twin, "torch", stands behind them all and runs everywhere.
+_KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
+    "token_logprobs": {"cuda": (False, "cuda"), "cpp": (False, "cpu")},
+    "token_weights": {},
+    "sequence_logprobs": {},
+    "preference_loss": {},
+    "attention_columns": {"triton": (False, "cuda")},
+    "otsu_threshold": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
+    "object_masks": {"cuda": (False, "cuda"), "cpp": (False, "cpu")},
+    "sample_codes": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
 }
+_KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton"}
 
 
-def backends() -> dict[str, list[tuple[str, bool, str]]]:
-    """For every op its backends, best first: (name, available, reason). `auto` takes the first available one."""
-    chosen = {op: next(name for name, missing in rows if not missing) for op, rows in _TABLE.items()}
-    return {
-        op: [(name, not missing, missing or ("used by auto" if name == chosen[op] else "")) for name, missing in rows]
-        for op, rows in _TABLE.items()
-    }
+def backends(device: str = "cpu") -> dict[str, list[tuple[str, bool, str]]]:
+    """For every op its backends for tensors on that type of device: (name, available, reason), best first.
+
+    `auto` takes the first available one; the reason of one that is not available says what is missing.
+    """
+    table = {}
+    for op, kernels in _KERNELS.items():
+        missing = [(name, _missing(op, name, device)) for name in kernels]
+        table[op] = [*((name, not reason, reason) for name, reason in missing), ("torch", True, "")]
+    return table
 
 
-def resolve(op: str, backend: str) -> str:
+def resolve(op: str, backend: str, device: str) -> str:
     """The backend that runs `op`. An explicit name is taken as it is or refused, never replaced by another."""
-    rows = _TABLE[op]
+    if backend == "torch":
+        return backend
     if backend == "auto":
-        return next(name for name, missing in rows if not missing)
-    names = ", ".join(repr(name) for name, missing in rows if not missing)
-    for name, missing in rows:
-        if name == backend:
-            if missing:
-                raise OpError(f"{op}: backend={backend!r} is not available: {missing}; use 'auto' or one of {names}")
-            return name
-    raise OpError(f"{op}: backend={backend!r} is unknown; expected 'auto' or one of {names}")
+        if _native()[0] is None:
+            _warn_once(_native()[1])
+        return next((name for name in _KERNELS[op] if not _missing(op, name, device)), "torch")
+    if backend not in _KERNELS[op]:
+        expected = ", ".join(repr(name) for name in ("auto", "torch", *_KERNELS[op]))
+        raise OpError(f"{op}: backend={backend!r} is unknown, expected one of {expected}")
+    if reason := _missing(op, backend, device):
+        raise OpError(f"{op}: backend={backend!r} cannot run here: {reason}; use 'auto' or 'torch'")
+    return backend
+
+
+def native() -> ModuleType:
+    """The compiled module, where `resolve` has answered "cpp"."""
+    module = _native()[0]
+    assert module is not None
+    return module
+
+
+def _missing(op: str, name: str, device: str) -> str:
+    exists, runs_on = _KERNELS[op][name]
+    if not exists:
+        return f"this version has no {_KINDS[name]} kernel for it"
+    if device != runs_on:
+        return f"its {_KINDS[name]} kernel takes tensors on {runs_on}, not on {device}"
+    return _native()[1]
+
+
+@functools.cache
+def _native() -> tuple[ModuleType | None, Literal[""]] | tuple[None, str]:
+    try:
+        return importlib.import_module("ospo_fast._C"), ""
+    except ImportError as error:
+        return None, f"ospo_fast._C cannot be imported ({error}); reinstall the package with a C++ compiler at hand"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _log.warning("the PyTorch twins run in place of the compiled operations: %s", reason)

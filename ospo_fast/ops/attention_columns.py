@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import OpError
-from . import _dispatch
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
 
@@ -39,7 +39,7 @@ def attention_columns(
     Result fp32 (float64 for float64 inputs), not differentiable. The float64 twin is `attention_columns_reference`.
     Raises OpError: shapes, dtypes or devices that do not fit, columns or rows outside the sequence.
     """
-    _dispatch.resolve("attention_columns", backend)
+    _dispatch.resolve("attention_columns", backend, q.device.type)
     start, count, first, last = _check(q, k, columns, rows, lse, key_range)
     length = int(count.max()) if count.numel() else 0
     expected = (q.shape[0], columns.shape[1], length)
@@ -94,7 +94,7 @@ def _result_dtype(q: Tensor) -> torch.dtype:
 def _check(
     q: Tensor, k: Tensor, columns: Tensor, rows: Bounds, lse: Tensor | None, key_range: Bounds | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row start, row count, first key, end of keys: (B,) int64 each, on q's device."""
+    """Row start, row count, first key, end of keys: (B,) int64 each, on q's device."""
     op = "attention_columns"
     if q.dim() != 4 or k.dim() != 4 or not q.is_floating_point() or q.dtype != k.dtype:
         raise OpError(
@@ -104,7 +104,8 @@ def _check(
     B, heads, S, D = q.shape
     if (k.shape[0], k.shape[2], k.shape[3]) != (B, S, D) or k.shape[1] == 0 or heads % k.shape[1]:
         raise OpError(
-            f"{op}: k has shape {tuple(k.shape)}, q {tuple(q.shape)}; expected k (B, Hkv, S, D) with Hq a multiple of Hkv"
+            f"{op}: k has shape {tuple(k.shape)}, q {tuple(q.shape)}; "
+            "expected k (B, Hkv, S, D) with Hq a multiple of Hkv"
         )
     if columns.dim() != 3 or columns.shape[0] != B or columns.is_floating_point() or columns.dtype == torch.bool:
         raise OpError(f"{op}: columns are {columns.dtype} {tuple(columns.shape)}, expected integer ({B}, O, C)")
@@ -116,7 +117,8 @@ def _check(
         raise OpError(f"{op}: columns reach from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}")
     if lse is not None and (tuple(lse.shape) != (B, heads, S) or not lse.is_floating_point()):
         raise OpError(
-            f"{op}: lse is {lse.dtype} {tuple(lse.shape)}, expected float {(B, heads, S)} (slice off a kernel's padding)"
+            f"{op}: lse is {lse.dtype} {tuple(lse.shape)}, "
+            f"expected float {(B, heads, S)} (slice off a kernel's padding)"
         )
     start, count = _bounds("rows", rows, q)
     if B and (int(start.min()) < 0 or int(count.min()) < 0 or int((start + count).max()) > S):
@@ -135,7 +137,8 @@ def _bounds(name: str, pair: Bounds, q: Tensor) -> tuple[Tensor, Tensor]:
     for value in tensors:
         if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) not in ((), (B,)):
             raise OpError(
-                f"attention_columns: {name} holds {value.dtype} {tuple(value.shape)}, expected ints or ({B},) integer tensors"
+                f"attention_columns: {name} holds {value.dtype} {tuple(value.shape)}, "
+                f"expected ints or ({B},) integer tensors"
             )
     return tensors[0].long().expand(B), tensors[1].long().expand(B)
 
@@ -166,14 +169,14 @@ def _attention_columns(
     length: int,
 ) -> Tensor:
     B, heads, S, D = q.shape
-    kv, O, dtype = k.shape[1], columns.shape[1], _result_dtype(q)
-    maps = q.new_zeros(B, O, length, dtype=dtype)
+    kv, objects, dtype = k.shape[1], columns.shape[1], _result_dtype(q)
+    maps = q.new_zeros(B, objects, length, dtype=dtype)
     if maps.numel() == 0 or columns.shape[2] == 0:
         return maps
     wanted = columns.reshape(B, -1).long()  # (B, O·C)
     gather = wanted.clamp(min=0)[:, None, :, None].expand(B, kv, -1, D)
     keys = k.gather(2, gather).to(dtype)  # (B, Hkv, O·C, D)
-    used = (wanted >= 0).view(B, O, -1)
+    used = (wanted >= 0).view(B, objects, -1)
     share = used.to(dtype) / (used.sum(-1, keepdim=True).clamp(min=1) * heads)
     visible = used & ((columns >= key_start.view(-1, 1, 1)) & (columns < key_end.view(-1, 1, 1)))
     everything = k.to(dtype) if lse is None else None
@@ -192,7 +195,7 @@ def _attention_columns(
             norm = scores.masked_fill_(~seen[:, None], -torch.inf).logsumexp(-1)  # (B, Hq, R)
         elif lse is not None:
             norm = lse.gather(2, at[:, None].expand(B, heads, -1)).to(dtype)
-        probs = (picked @ keys.transpose(-1, -2)).view(B, heads, len(i), O, -1)
+        probs = (picked @ keys.transpose(-1, -2)).view(B, heads, len(i), objects, -1)
         probs = probs.sub_(norm[..., None, None]).exp_()
         shown = visible[:, None] & inside[:, :, None, None]  # (B, R, O, C)
         if causal:

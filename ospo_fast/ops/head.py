@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import OpError
+from ospo_fast.errors import OpError
 
 _REMEDY = "pass ospo_fast.Head(weight, bias, proj_weight, proj_bias) with its plain weights"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import OpError
-from .otsu import otsu_threshold
+from ospo_fast.errors import OpError
+from ospo_fast.ops.otsu import otsu_threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,8 @@ def object_masks(maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0
     if not bool(finite.all()):
         b, o = (~finite).nonzero()[0].tolist()
         raise OpError(
-            f"object_masks: maps[{b}, {o}] holds NaN or infinity, expected finite attention; mark it in `valid` to leave it out"
+            f"object_masks: maps[{b}, {o}] holds NaN or infinity, expected finite attention; "
+            "mark it False in `valid` to leave it out"
         )
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     x = (x - low) / (high - low + 1e-8)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
 
 
 def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
@@ -13,7 +16,7 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
 
     maps (..., H, W) float → (...) fp32 (float64 for float64 maps; half precision is widened first). Bins as numpy's
     histogram over [min, max] (last bin closed), sums in bin order in fp32, as scikit-image's threshold_otsu.
-    The float64 twin is the same function on float64 maps.
+    float32 maps on CPU run in C++ where it is built; `otsu_threshold_reference` is the twin, and takes float64 too.
     Raises OpError: not floating, no cells, a value that is not finite, a range too small for that many bins.
     Source: Otsu 1979; paper section on object masks.
     """
@@ -25,15 +28,46 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
     return result
 
 
+def otsu_threshold_reference(maps: Tensor, *, bins: int = 256) -> Tensor:
+    """The PyTorch twin of `otsu_threshold`: the same bits, for fp32 and for float64 maps, on any device."""
+    return _twin(_rows(maps), bins).reshape(maps.shape[:-2])
+
+
 torch.library.define("ospo_fast::otsu_threshold", "(Tensor maps, int bins) -> Tensor")
 
 
 @torch.library.impl("ospo_fast::otsu_threshold", "CompositeExplicitAutograd")
 def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
-    x = maps.flatten(-2).reshape(-1, maps.shape[-2] * maps.shape[-1]).to(_result_dtype(maps))
+    x = _rows(maps)
+    if x.dtype != torch.float32 or _dispatch.resolve("otsu_threshold", "auto", maps.device.type) == "torch":
+        return _twin(x, bins).reshape(maps.shape[:-2])
+    x, thresholds = x.contiguous(), x.new_empty(len(x))
+    _dispatch.native().otsu_threshold(
+        x.data_ptr(), thresholds.data_ptr(), len(x), x.shape[1], bins, torch.get_num_threads()
+    )
+    if bool(thresholds.isnan().any()):
+        row = int(thresholds.isnan().nonzero()[0])
+        _refuse(x[row], row, bins)
+    return thresholds.reshape(maps.shape[:-2])
+
+
+def _rows(maps: Tensor) -> Tensor:
+    return maps.reshape(-1, maps.shape[-2] * maps.shape[-1]).to(_result_dtype(maps))
+
+
+def _refuse(cells: Tensor, row: int, bins: int) -> NoReturn:
+    if not bool(cells.isfinite().all()):
+        raise OpError(f"otsu_threshold: map {row} (flattened) holds NaN or infinity, expected finite values")
+    raise OpError(
+        f"otsu_threshold: map {row} (flattened) reaches from {float(cells.min())} to {float(cells.max())}, too little "
+        f"or too much for {bins} bins in {cells.dtype}; min-max normalise the map first"
+    )
+
+
+def _twin(x: Tensor, bins: int) -> Tensor:
     if not bool(x.isfinite().all()):
         row = int((~x.isfinite().all(1)).nonzero()[0])
-        raise OpError(f"otsu_threshold: map {row} (flattened) holds NaN or infinity; expected finite values")
+        _refuse(x[row], row, bins)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     constant, value = low == high, low
     # Any histogram does for a constant map: its value is put in at the end.
@@ -42,14 +76,11 @@ def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
     unsuited = ~(edges[:, 1:] > edges[:, :-1]).all(1)
     if bool(unsuited.any()):
         row = int(unsuited.nonzero()[0])
-        raise OpError(
-            f"otsu_threshold: map {row} (flattened) reaches from {float(low[row])} to {float(high[row])}, too little or "
-            f"too much for {bins} bins in {x.dtype}; min-max normalise the map first"
-        )
+        _refuse(x[row], row, bins)
     counts = _histogram(x, low, high, edges)
     centres = (edges[:, :-1] + edges[:, 1:]) / 2
     threshold = centres.gather(1, _best_bin(counts, centres))
-    return torch.where(constant, value, threshold).reshape(maps.shape[:-2])
+    return torch.where(constant, value, threshold)
 
 
 @torch.library.register_fake("ospo_fast::otsu_threshold")
@@ -72,7 +103,7 @@ def _edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def _histogram(x: Tensor, low: Tensor, high: Tensor, edges: Tensor) -> Tensor:
-    """Counts (n, bins): numpy's rule, a first guess by division and then a step to the bin whose edges hold the value."""
+    """Counts (n, bins) by numpy's rule: a a guess by division, then a step to the bin whose edges hold the value."""
     bins = edges.shape[1] - 1
     index = ((x - low) / (high - low) * bins).long()
     index -= (index == bins).long()

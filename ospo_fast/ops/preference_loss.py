@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import OpError
+from ospo_fast.errors import OpError
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ def preference_loss(
     gamma_beta_ratio_cond: float | None = None,
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
-    """simpo = −log σ(β·(chosen − rejected − ρ)), conditional = −log σ(β_c·(chosen − swapped − ρ_c)).
+    """The terms simpo = −log σ(β·(chosen − rejected − ρ)) and conditional = −log σ(β_c·(chosen − swapped − ρ_c)).
 
     chosen, rejected, swapped (B,) float: sequence log-probabilities of the chosen image, the rejected image, and the
     chosen image under the rejected prompt. ρ is gamma_beta_ratio; β_c, ρ_c = beta_cond, gamma_beta_ratio_cond, by

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -43,31 +44,121 @@ def sample_codes(
     Raises OpError: shapes that do not fit, options out of range, rows with NaN, +inf or nothing but -inf.
     """
     B, V = _check(cond, uncond, temperature, top_k, top_p)
-    z = cond.float()
-    if uncond is not None and guidance_scale != 1:
-        z = uncond.float()
-        z = z + guidance_scale * (cond.float() - z)
-    best = z.amax(1)
-    if not bool(best.isfinite().all()):  # amax passes NaN on
-        rows = (~best.isfinite()).nonzero().flatten().tolist()
+    codes: Tensor = torch.ops.ospo_fast.sample_codes(
+        cond.detach(),
+        None if uncond is None or guidance_scale == 1 else uncond.detach(),
+        float(guidance_scale),
+        float(temperature),
+        top_k if top_k < V else 0,
+        float(top_p),
+        _per_row("seeds", seeds, B, cond.device),
+        _per_row("step", step, B, cond.device),
+    )
+    return codes
+
+
+def sample_codes_reference(
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    seeds: Sequence[int],
+    step: int,
+) -> Tensor:
+    """The twin of `sample_codes` without truncation, in Python integers and floats, code by code; same arguments."""
+    codes = []
+    for row, seed in enumerate(seeds):
+        z = cond[row].double()
+        if uncond is not None:
+            z = uncond[row].double() + guidance_scale * (z - uncond[row].double())
+        if temperature:
+            words = [_words(v // 4, step, seed)[v % 4] for v in range(len(z))]
+            z = z / temperature - torch.tensor([math.log(-math.log((w + 0.5) / 2**32)) for w in words]).double()
+        codes.append(int(z.argmax()))
+    return torch.tensor(codes)
+
+
+def _words(block: int, step: int, seed: int) -> list[int]:
+    c, k = [block, step & _LOW, step >> 32 & _LOW, 0], [seed & _LOW, seed >> 32 & _LOW]
+    for _ in range(10):
+        low, high = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
+        c = [high >> 32 ^ c[1] ^ k[0], high & _LOW, low >> 32 ^ c[3] ^ k[1], low & _LOW]
+        k = [k[0] + _KEY_STEPS[0] & _LOW, k[1] + _KEY_STEPS[1] & _LOW]
+    return c
+
+
+# ---------------------------------------------------------------- the op
+
+torch.library.define(
+    "ospo_fast::sample_codes",
+    "(Tensor cond, Tensor? uncond, float guidance_scale, float temperature, int top_k, float top_p, Tensor seeds,"
+    " Tensor steps) -> Tensor",
+)
+
+
+@torch.library.impl("ospo_fast::sample_codes", "CompositeExplicitAutograd")
+def _sample_codes(
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seeds: Tensor,
+    steps: Tensor,
+) -> Tensor:
+    cond, uncond = cond.float(), None if uncond is None else uncond.float()
+    if temperature > 0 and (top_k or top_p < 1):
+        z = _truncate(_logits(cond, uncond, guidance_scale) / temperature, top_k, top_p)
+        cond, uncond, temperature = z, None, 1.0
+    if _dispatch.resolve("sample_codes", "auto", cond.device.type) == "cpp":
+        codes = _native(cond, uncond, guidance_scale, temperature, seeds, steps)
+    else:
+        z = _logits(cond, uncond, guidance_scale)
+        scores = z / temperature + gumbel_noise(seeds, steps, z.shape[1]) if temperature > 0 else z
+        codes = torch.where(z.amax(1).isfinite(), scores.argmax(1), -1)  # amax is NaN where the row holds one
+    if bool((codes < 0).any()):
+        rows = (codes < 0).nonzero().flatten().tolist()
         raise OpError(f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits")
-    if temperature == 0:
-        return z.argmax(1)
-    z = z / temperature
-    if 0 < top_k < V:
-        z = z.masked_fill(z < z.topk(top_k, dim=1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        z = _keep_top_p(z, top_p)
-    noise = gumbel_noise(_per_row("seeds", seeds, B, z.device), _per_row("step", step, B, z.device), V)
-    return (z + noise).argmax(1)
+    return codes
+
+
+@torch.library.register_fake("ospo_fast::sample_codes")
+def _(cond: Tensor, *args: object) -> Tensor:
+    return cond.new_empty(cond.shape[0], dtype=torch.int64)
+
+
+def _native(
+    cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float, seeds: Tensor, steps: Tensor
+) -> Tensor:
+    cond, seeds, steps = cond.contiguous(), seeds.contiguous(), steps.contiguous()
+    uncond = None if uncond is None else uncond.contiguous()
+    codes = torch.empty(len(cond), dtype=torch.int64)
+    _dispatch.native().sample_codes(
+        cond.data_ptr(),
+        0 if uncond is None else uncond.data_ptr(),
+        seeds.data_ptr(),
+        steps.data_ptr(),
+        codes.data_ptr(),
+        *cond.shape,
+        guidance_scale,
+        temperature,
+        torch.get_num_threads(),
+    )
+    return codes
+
+
+def _logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
 
 
 def gumbel_noise(seeds: Tensor, steps: Tensor, num_codes: int) -> Tensor:
     """The noise of every code: seeds, steps (B,) int64 → (B, num_codes) float64, as the module's text says."""
     blocks = torch.arange((num_codes + 3) // 4, device=seeds.device).expand(len(seeds), -1)
     seeds, steps = seeds[:, None], steps[:, None]
-    counter = (blocks, *((word & _LOW).expand_as(blocks) for word in (steps, steps >> 32)), torch.zeros_like(blocks))
-    words = philox4x32(counter, (seeds & _LOW, (seeds >> 32) & _LOW))
+    low, high = ((word & _LOW).expand_as(blocks) for word in (steps, steps >> 32))
+    words = philox4x32((blocks, low, high, torch.zeros_like(blocks)), (seeds & _LOW, (seeds >> 32) & _LOW))
     bits = torch.stack(words, -1).flatten(1)[:, :num_codes]
     return -(-((bits.double() + 0.5) * 2.0**-32).log()).log()
 
@@ -85,8 +176,14 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _keep_top_p(z: Tensor, top_p: float) -> Tensor:
-    """-inf for all but the fewest codes whose probabilities reach top_p; of equal logits the first ones stay."""
+def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf for codes below the k-th largest logit, then for all but the fewest whose probabilities reach top_p; there
+    the first ones of equal logits stay.
+    """
+    if top_k:
+        z = z.masked_fill(z < z.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    if top_p == 1:
+        return z
     ordered, order = z.sort(dim=1, descending=True, stable=True)
     probs = ordered.double().softmax(1)
     dropped = probs.cumsum(1) - probs >= top_p

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ospo_fast.errors import OpError
 
 
 def sequence_logprobs(
@@ -17,7 +17,8 @@ def sequence_logprobs(
     *,
     normalize: Literal["weights", "length"] = "weights",
 ) -> Tensor:
-    """s = Σ w·ℓ / max(Σ w, 1) over the tokens in the mask ("weights": official code) or / max(|y|, 1) ("length": paper).
+    """Mean of ℓ over the tokens in the mask, Σ w·ℓ / max(Σ w, 1) ("weights", official code) or Σ w·ℓ / max(|y|, 1)
+    ("length", paper).
 
     logps (B, T) float, token_mask (B, T) bool, weights (B, T) or None for ones → (B,) fp32 (float64 for float64 logps).
     What stands outside the mask, NaN included, has no part; a row without tokens gives 0 and zero gradients.

@@ -11,7 +11,6 @@ its GEMMs: its backward recomputes the logits chunk by chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..errors import OpError
-from . import _dispatch
-from .head import Head
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
+from ospo_fast.ops.head import Head
 
 _HALF = (torch.float16, torch.bfloat16)
 _FP32_NAMES = ("fp32", "float32", torch.float32)
@@ -49,7 +48,7 @@ def token_logprobs(
     logits beyond ±16. The float64 twin is `token_logprobs_reference`.
     Raises OpError: shapes, dtypes or devices that do not fit, labels outside [0, V), a head that cannot be taken.
     """
-    _dispatch.resolve("token_logprobs", backend)
+    _dispatch.resolve("token_logprobs", backend, hidden.device.type)
     head = Head.of(head)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -59,13 +58,13 @@ def token_logprobs(
     chunk = chunk_rows or _default_chunk_rows(head.num_codes, device)
     args = (x, labels.reshape(-1).long(), *head.tensors, ignore_index, chunk, fp32_logits)
     with torch.autocast(device, enabled=False):
-        if torch.is_grad_enabled() and head.trainable:
-            logps = _TrainableHead.apply(*args)
-        elif torch.is_grad_enabled() and hidden.requires_grad:
-            logps = _FrozenHead.apply(*args)
+        logps: Tensor
+        if torch.is_grad_enabled() and (head.trainable or hidden.requires_grad):
+            function: Any = _TrainableHead if head.trainable else _FrozenHead
+            logps = function.apply(*args)
         else:
             logps = torch.ops.ospo_fast.token_logprobs(*args, False)[0]
-    return logps.reshape(labels.shape)  # type: ignore[no-any-return]
+    return logps.reshape(labels.shape)
 
 
 def token_logprobs_reference(
@@ -123,9 +122,10 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *args: Any) -> Tensor:
+        logps: Tensor
         logps, unit = torch.ops.ospo_fast.token_logprobs(*args, True)
         ctx.save_for_backward(unit)
-        return logps  # type: ignore[no-any-return]
+        return logps
 
     @staticmethod
     @once_differentiable
@@ -141,7 +141,8 @@ class _TrainableHead(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.save_for_backward(*args[:6])
         ctx.options = args[6:]
-        return torch.ops.ospo_fast.token_logprobs(*args, False)[0]  # type: ignore[no-any-return]
+        logps: Tensor = torch.ops.ospo_fast.token_logprobs(*args, False)[0]
+        return logps
 
     @staticmethod
     @once_differentiable
@@ -186,7 +187,7 @@ def _token_logprobs(
     chain = _Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, len(rows)), fp32_logits)
     logps = x.new_zeros(len(labels), dtype=_result_dtype(x))
     unit = x.new_zeros(x.shape) if with_unit else x.new_empty(0, x.shape[1])
-    for chunk in rows.split(chunk_rows):
+    for chunk in _chunks(rows, chunk_rows):
         values, residual, pre, _ = chain.forward(x.index_select(0, chunk), labels.index_select(0, chunk), with_unit)
         logps.index_copy_(0, chunk, values)
         if with_unit:
@@ -213,7 +214,7 @@ def _token_logprobs_backward(
     chain = _Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, len(rows)), fp32_logits)
     grads = _new_grads(x, (weight, bias, proj_weight, proj_bias), wanted)
     dx, dweight, dbias, dproj, dproj_bias = grads
-    for chunk in rows.split(chunk_rows):
+    for chunk in _chunks(rows, chunk_rows):
         inputs = x.index_select(0, chunk)
         _, dlogits, pre, features = chain.forward(inputs, labels.index_select(0, chunk), True)
         dlogits.mul_(grad.index_select(0, chunk).unsqueeze(1))
@@ -267,6 +268,10 @@ def _new_grads(x: Tensor, head: tuple[Tensor | None, ...], wanted: list[bool]) -
         x.new_zeros(tensor.shape if tensor is not None and want else 0, dtype=dtype)
         for tensor, want, dtype in zip((x, *head), wanted, dtypes, strict=True)
     )
+
+
+def _chunks(rows: Tensor, size: int) -> list[Tensor]:
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
 
 
 def _active_rows(labels: Tensor, ignore_index: int, num_codes: int) -> Tensor:

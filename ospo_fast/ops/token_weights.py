@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import OpError
+from ospo_fast.errors import OpError
 
 
 def token_weights(
@@ -17,7 +17,8 @@ def token_weights(
     blur_size: int = 5,
     blur_sigma: float = 1.0,
 ) -> Tensor:
-    """w = 1 + alpha · m̃^gamma, with m̃ the mask after a Gaussian blur (zero padding) and (x − min)/(max − min + 1e-8).
+    """Weights 1 + alpha · m̃^gamma, with m̃ the mask after a Gaussian blur with zero padding and
+    (x − min)/(max − min + 1e-8).
 
     mask (B, H, W) bool, integer or float → (B, H·W) fp32 (float64 for float64 masks), rows first. An all-zero mask
     gives ones; an all-one mask does not: the blur dims its border. blur_size=1 leaves the mask as it is (the paper's
@@ -27,7 +28,8 @@ def token_weights(
         raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
     if blur_size < 1 or blur_size % 2 == 0 or blur_sigma <= 0:
         raise OpError(
-            f"token_weights: blur_size is {blur_size}, blur_sigma {blur_sigma}; expected an odd size and a positive sigma"
+            f"token_weights: blur_size is {blur_size}, blur_sigma {blur_sigma}; "
+            "expected an odd size and a positive sigma"
         )
     if not (alpha >= 0 and gamma >= 0):
         raise OpError(f"token_weights: alpha is {alpha}, gamma {gamma}; expected numbers >= 0")
