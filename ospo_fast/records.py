@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +127,14 @@ def stable_hash(*parts: object) -> int:
     """A 63-bit integer that depends on the parts alone: the same in every process, order and shard."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def variant_index(name: str) -> int:
+    """The variant that an image name such as `base_2` stands for."""
+    match = re.search(r"(\d+)$", name)
+    if match is None:
+        raise OspoError(f"The image name {name!r} should end in the number of its variant, as in base_0.")
+    return int(match.group(1))
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -324,3 +333,16 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
             file.write(json.dumps(value) + "\n")
     except OSError as error:
         raise OspoError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (made if missing); waits for other processes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise OspoError(f"Cannot write {path}: {error.strerror or error}.") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

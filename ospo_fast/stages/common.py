@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,9 +60,7 @@ def sample_text(
         if getattr(settings, name, None) is not None:
             sampling[name] = getattr(settings, name)
     prompts = [model.chat(templates.messages(stage, **values)) for values in variables]
-    return generate_text(
-        model, prompts, seeds=list(seeds), batch_size=settings.batch_size, progress=False, **sampling
-    )
+    return generate_text(model, prompts, seeds=list(seeds), batch_size=settings.batch_size, progress=False, **sampling)
 
 
 def describe(record: Record) -> dict[str, str]:
@@ -99,14 +96,6 @@ def excluded(config: Config) -> frozenset[str]:
     if config.prompts.exclude is None:
         return frozenset()
     return frozenset(prompt_key(prompt) for prompt in read_prompts(config.prompts.exclude))
-
-
-def variant_index(name: str) -> int:
-    """The variant that an image name such as `base_2` stands for."""
-    match = re.search(r"(\d+)$", name)
-    if match is None:
-        raise OspoError(f"The image name {name!r} should end in the number of its variant, as in base_0.")
-    return int(match.group(1))
 
 
 def locate(path: str, out: Path | None) -> Path:
@@ -151,7 +140,9 @@ def image_codes(model: UnifiedModel, paths: Sequence[Path]) -> Tensor:
     Raises OspoError for an image that cannot be read, or codes that do not fit the model's grid or codebook.
     """
     size = model.grid[0] * model.grid[1]
-    stored = {i: load_codes(p.with_suffix(".npz"))["codes"] for i, p in enumerate(paths) if p.with_suffix(".npz").exists()}
+    stored = {
+        i: load_codes(p.with_suffix(".npz"))["codes"] for i, p in enumerate(paths) if p.with_suffix(".npz").exists()
+    }
     missing = [i for i in range(len(paths)) if i not in stored]
     if missing:
         encoded = model.encode_images([open_image(paths[i]) for i in missing]).cpu()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
-from ospo_fast.records import Record, stable_hash, write_atomic
+from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index, write_atomic
 from ospo_fast.stages.common import chunked, load_codes, save_codes
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Drawing:
 
 
 def drawings(record: Record, seed: int) -> list[Drawing]:
-    """The images of an item. Base and negative of a variant share their seed, so that they differ in the object only."""
+    """The images of an item. Base and negative of a variant share their seed, so that they differ in little else."""
     sides = {"base": record.get("long_prompt", []), "negative": record.get("negative_long_prompt", [])}
     plan = []
     for i, pair in enumerate(zip(*sides.values(), strict=True)):
@@ -78,6 +78,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     generator = ImageGenerator(model, batch_size=settings.batch_size)
     for chunk in chunked(records, settings.chunk):
         plans = [drawings(record, config.seed) for record in chunk]
+        failed: set[str] = set()
         todo = [d for plan in plans for d in plan if not _finished(out / d.path, _settings(d, settings))]
         if todo:
             codes = generator.generate(
@@ -89,7 +90,11 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
                 top_p=settings.top_p,
                 output="codes",
                 progress=False,
+                on_error="skip",
             )
+            fine = (codes >= 0).all(1)
+            failed |= {todo[n].path for n in (~fine).nonzero().flatten().tolist()}
+            todo, codes = [d for d in todo if d.path not in failed], codes[fine]
             for start in range(0, len(todo), DECODE_BATCH):
                 part = slice(start, start + DECODE_BATCH)
                 for drawing, row, image in zip(todo[part], codes[part], model.decode_codes(codes[part]), strict=True):
@@ -98,7 +103,15 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
                     write_atomic(out / drawing.path, buffer.getvalue())
                     save_codes((out / drawing.path).with_suffix(".npz"), row, **_settings(drawing, settings))
         for record, plan in zip(chunk, plans, strict=True):
-            for side in SIDES:
-                images = {d.name: {"path": d.path} for d in plan if d.name.startswith(side)}
-                record = {**record, f"{side}_metadata": images}  # type: ignore[misc]
-            yield record
+            yield _with_images(record, plan, failed)
+
+
+def _with_images(record: Record, plan: list[Drawing], failed: set[str]) -> Record:
+    """The record with the images of its variants; one whose drawing failed is left out, and so is its partner."""
+    bad = {variant_index(drawing.name) for drawing in plan if drawing.path in failed}
+    good = [drawing for drawing in plan if variant_index(drawing.name) not in bad]
+    base, negative = ({d.name: ImageVerdict(path=d.path) for d in good if d.name.startswith(side)} for side in SIDES)
+    reasons = list(record.get("variant_reasons", [None] * len(record["long_prompt"])))
+    for index in bad:
+        reasons[index] = "the model's logits were not finite"
+    return {**record, "base_metadata": base, "negative_metadata": negative, "variant_reasons": reasons}

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 
 from ospo_fast.records import ObjectSpan, Record
 
-PLACE_WORDS = frozenset(
-    ["left", "right", "top", "bottom", "side", "row", "rows", "column", "columns", "front", "behind", "range"]
-    + ["middle", "center", "centre", "corner", "edge", "above", "below", "background", "foreground"]
+_PLACES = (
+    "left right top bottom side row rows column columns front behind range middle center centre corner edge above below "
+    "background foreground"
 )
+PLACE_WORDS = frozenset(_PLACES.split())
 # Words that end a noun phrase when there is nothing but the prompt to go by.
-_BREAKS = frozenset(
-    ["a", "an", "the", "this", "that", "these", "those", "some", "its", "his", "her", "their", "my", "your", "our"]
-    + ["and", "or", "but", "with", "without", "of", "in", "on", "at", "to", "from", "by", "for", "into", "onto", "off"]
-    + ["over", "under", "above", "below", "behind", "beside", "near", "next", "between", "against", "around", "along"]
-    + ["inside", "outside", "through", "across", "as", "while", "is", "are", "was", "were", "be", "being", "has", "have"]
-    + ["it", "they", "he", "she", "there", "up", "down", "out", "who", "which", "each", "other"]
-    + ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "left", "right", "front", "hidden"]
+_CLOSED = (
+    "a an the this that these those some its his her their my your our and or but with without of in on at to from by "
+    "for into onto off over under above below behind beside near next between against around along inside outside "
+    "through across as while is are was were be being has have it they he she there up down out who which each other "
+    "one two three four five six seven eight nine ten left right front hidden"
 )
-_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+_BREAKS = frozenset(_CLOSED.split())
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
+_WORD_OR_MARK = re.compile(_WORD.pattern + r"|[^\w\s]")
 _LEADING = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|eight|nine|ten)\s+", re.IGNORECASE)
 
 
@@ -49,7 +50,7 @@ def _terms(relation: str) -> set[str]:
 
 
 def _head(concept: str, terms: set[str]) -> str:
-    words = _WORD.findall(concept)
+    words: list[str] = _WORD.findall(concept)
     if not words or any(word.casefold() in ("is", "are", "was", "were") for word in words):
         return ""
     for start in range(1 if len(words) > 1 else 0, len(words)):
@@ -60,7 +61,7 @@ def _head(concept: str, terms: set[str]) -> str:
 
 def _from_prompt(prompt: str) -> list[str]:
     found, run = [], ""
-    for match in re.finditer(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]", prompt):
+    for match in _WORD_OR_MARK.finditer(prompt):
         word = match.group()
         if word.casefold() in _BREAKS or not word[0].isalpha():
             found.append(run)
@@ -99,25 +100,26 @@ def spans_of(noun: str, prompt: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", prompt, re.IGNORECASE)]
 
 
-def tokens_of(
-    noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None], *, match: str = "offsets"
-) -> list[int]:
-    """Indices of the tokens that an object is.
+def tokens_of(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None]) -> list[int]:
+    """Indices of the tokens that share a character with one of the noun's spans.
 
-    `offsets` gives per token its characters of the prompt, None for tokens of the chat template. "offsets": tokens that
-    share a character with one of the noun's spans. "substring": the official match, tokens whose text is a part of the
-    noun or holds it, so that "car" also finds "carpet".
+    `offsets` gives per token its characters of the prompt, None for tokens of the chat template.
     """
-    if match == "substring":
-        low = noun.casefold()
-        texts = [prompt[span[0] : span[1]].strip().casefold() if span else "" for span in offsets]
-        return [i for i, text in enumerate(texts) if text and (low in text or (len(text) > 2 and text in low))]
     spans = spans_of(noun, prompt)
     return [
         i
         for i, token in enumerate(offsets)
         if token is not None and any(token[0] < end and start < token[1] for start, end in spans)
     ]
+
+
+def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[int]:
+    """The official match, kept for parity: the tokens that hold any token of the noun, so that "car" finds "carpet".
+
+    `pieces` are the texts of the noun's own tokens, in lower case; `tokens` those of the whole sequence.
+    """
+    parts = [piece.strip().lower() for piece in pieces if piece.strip()]
+    return [i for i, token in enumerate(tokens) if any(part in token for part in parts)]
 
 
 def object_spans(nouns: Sequence[str], prompt: str) -> list[ObjectSpan]:

@@ -30,11 +30,11 @@ STOP_WORDS = ("\n", "/", "-", "(", ")", "color", "shape", "texture", "spatial", 
 NO_STOP_WORDS = ("non-spatial", "complex")
 COUNTED = ("layout2", "layout3")
 NUMBERS = ("one", "two", "three", "four")
-OTHER_NUMBERS = tuple(
-    ["five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"]
-    + ["seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty"]
-    + ["ninety", "hundred", "thousand", "million", "billion", "zero", "dozen"]
+_OTHERS = (
+    "five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty "
+    "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion zero dozen"
 )
+OTHER_NUMBERS = frozenset(_OTHERS.split())
 _CATEGORIES = ("attribute", "layout", "non-spatial", "complex")
 _ANSWER = re.compile(
     r"Prompt:\s*(?P<prompt>.*?)\s*[;\n]\s*Concepts and relations:\s*(?P<concepts>.*?)\s*[;\n]\s*"

@@ -41,7 +41,9 @@ def write_questions(
             yield {**record, "question": parse_questions(answer)}
 
 
-def score(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
+def score(
+    records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None
+) -> Iterator[Record]:
     """Every record with the answers and the local score of each of its images.
 
     local_score = mean over the questions of p_yes − p_no, in [−1, 1]. An item without questions keeps its images

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ospo_fast.config import Config, SelectConfig
-from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import ImageVerdict, Record, stable_hash
+from ospo_fast.errors import UsageError
+from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,9 @@ def _answers(verdict: Mapping[str, Any]) -> list[str]:
     return [str(answer["answer"]).strip().lower() for answer in verdict.get("answer_metadata", [])]
 
 
-def base_verdict(verdict: Mapping[str, Any], rule: str = "v3", settings: SelectConfig | None = None) -> tuple[bool, str]:
+def base_verdict(
+    verdict: Mapping[str, Any], rule: str = "v3", settings: SelectConfig | None = None
+) -> tuple[bool, str]:
     """Whether a base image may be chosen, and why or why not.
 
     v3: at least one answer is yes and local_score ≥ threshold. v2: no answer is no and every p_yes − p_no > margin.
@@ -129,11 +131,8 @@ def _kept(
 ) -> dict[int, Mapping[str, Any]]:
     kept: dict[int, Mapping[str, Any]] = {}
     for name, verdict in verdicts.items():
-        digits = name.rsplit("_", 1)[-1]
-        if not digits.isdigit():
-            raise OspoError(f"The image name {name!r} should end in the number of its variant, as in base_0.")
         if judge(verdict)[0]:
-            kept[int(digits)] = verdict
+            kept[variant_index(name)] = verdict
     return kept
 
 
@@ -186,7 +185,7 @@ def run(
             continue
         kept: Record = {**judged, "kept": True, **pair}
         index = next(
-            int(name.rsplit("_", 1)[-1])
+            variant_index(name)
             for name, verdict in record["negative_metadata"].items()
             if verdict["path"] == pair["rejected"]
         )
@@ -214,7 +213,9 @@ def _why_no_pair(record: Record, rule: str) -> str:
     bases = [v for v in record["base_metadata"].values() if v["kept"]]
     negatives = [v for v in record["negative_metadata"].values() if v["kept"]]
     if not bases:
-        return "no base image passed: " + "; ".join(dict.fromkeys(v["reason"] for v in record["base_metadata"].values()))
+        return "no base image passed: " + "; ".join(
+            dict.fromkeys(v["reason"] for v in record["base_metadata"].values())
+        )
     if not negatives:
         return "no negative image shows a difference"
     return "no variant has both images left"

@@ -1,0 +1,417 @@
+"""The stages in order over one run folder: stores, shards, iterations, timing, and resumption after a stop.
+
+A run folder holds config.yaml, one JSONL store per stage, images/, masks/, train/, stages.json (seconds, items and peak
+memory of each stage) and settings.json (what each stage was run with, so that a store never mixes two settings).
+Iteration n > 1 lies in iter<n>/ and starts from stage 1 with the model that the iteration before it trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospo_fast.config import Config, dump_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.records import Record, Store, locked, read_records, stable_hash, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
+    from ospo_fast.stages.train import Evaluation
+
+log = logging.getLogger(__name__)
+
+STAGES = ("prompts", "perturb", "images", "questions", "score", "select", "masks", "train")
+# Settings that change how fast a stage is, not what it makes.
+_SPEED = {"batch_size", "chunk", "calls_per_batch", "gradient_checkpointing", "save_every"}
+_TRAIN_SPEED = _SPEED - {"batch_size"}
+_FOLDERS = {"images": "images", "masks": "masks", "train": "train"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` of a stage's items, by a hash of their ids."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`"0/4"` → the first of four; UsageError for anything else."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise UsageError(f"--shard should be i/n with i from 0 to n-1, got {text!r}.")
+        return cls(int(index), int(count))
+
+    def holds(self, item_id: str) -> bool:
+        """Whether an item belongs to this shard."""
+        return stable_hash(item_id) % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did: items made now and there in all, wall-clock seconds, peak memory of the process in MB."""
+
+    stage: str
+    iteration: int
+    items: int
+    total: int
+    seconds: float
+    peak_mb: float
+    cuda_peak_mb: float | None = None
+
+
+def store_path(out: Path, stage: str, shard: Shard | None = None) -> Path:
+    """The store of a stage, or of one shard of it."""
+    return out / (f"{stage}.jsonl" if shard is None else f"{stage}.{shard}.jsonl")
+
+
+def _shard_paths(out: Path, stage: str) -> list[Path]:
+    return sorted(out.glob(f"{stage}.*-of-*.jsonl"))
+
+
+def read_stage(out: Path, stage: str) -> list[Record]:
+    """The records that a stage has left in a run folder, those of its shards included, each once.
+
+    Raises UsageError when there are none, naming the command that makes them.
+    """
+    paths = [path for path in (store_path(out, stage), *_shard_paths(out, stage)) if path.exists()]
+    if not paths:
+        raise UsageError(f"There is no {stage}.jsonl in {out}; run `ospo-fast {stage} --out {out}` first.")
+    records = {record["item_id"]: record for path in paths for record in read_records(path)}
+    return list(records.values())
+
+
+def stage_figures(out: Path) -> dict[str, dict[str, float]]:
+    """Seconds and items (summed over stops and shards) and peak MB of each stage, from stages.json."""
+    figures: dict[str, dict[str, float]] = {}
+    for entry in _read_json(out / "stages.json", []):
+        row = figures.setdefault(entry["stage"], {"seconds": 0.0, "items": 0, "peak_mb": 0.0})
+        row["seconds"] = round(row["seconds"] + entry["seconds"], 3)
+        row["items"] += entry["items"]
+        row["peak_mb"] = max(row["peak_mb"], entry["peak_mb"])
+        if entry.get("cuda_peak_mb") is not None:
+            row["cuda_peak_mb"] = max(row.get("cuda_peak_mb", 0.0), entry["cuda_peak_mb"])
+    return figures
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OspoError(f"Cannot read {path}: {error}; remove it to go on.") from error
+
+
+def _update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
+    with locked(path.with_name(".lock")):
+        write_json(path, change(_read_json(path, default)))
+
+
+def _peak_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+class Pipeline:
+    """The stages of one run folder.
+
+    Args:
+        config: the whole run; `config.out` is the folder, `config.model` what iteration 1 starts from.
+        resume: keep what is there and go on; otherwise a stage starts afresh and drops what later stages made of it.
+        shard: do only this part of the items (not for training).
+        progress: bars on stderr for stages that take more than two seconds.
+        evaluation: called during training; see `ospo_fast.stages.train.train`.
+        model: a model that is loaded already, for iteration 1.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: bool = True,
+        shard: Shard | None = None,
+        progress: bool = True,
+        evaluation: Evaluation | None = None,
+        model: UnifiedModel | None = None,
+    ) -> None:
+        self.config, self.resume, self.shard, self.progress = config, resume, shard, progress
+        self.evaluation = evaluation
+        self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
+        write_atomic(Path(config.out) / "config.yaml", dump_config(config).encode())
+
+    def folder(self, iteration: int = 1) -> Path:
+        """Where an iteration's stores lie."""
+        out = Path(self.config.out)
+        return out if iteration == 1 else out / f"iter{iteration}"
+
+    def model_name(self, iteration: int = 1) -> str:
+        """What an iteration starts from; UsageError when the iteration before it has not been trained."""
+        if iteration == 1:
+            return self.config.model
+        trained = self.folder(iteration - 1) / "train" / "model"
+        if not trained.exists():
+            raise UsageError(f"Iteration {iteration} starts from {trained}, which is not there; train it first.")
+        return str(trained)
+
+    def model(self, iteration: int = 1) -> UnifiedModel:
+        """The model that an iteration starts from, loaded once."""
+        from ospo_fast.models import load_model
+
+        name = self.model_name(iteration)
+        if name not in self._models:
+            self._models.clear()
+            self._models[name] = load_model(name, device=self.config.device, dtype=self.config.dtype)
+        return self._models[name]
+
+    def run(self, stages: Sequence[str] = STAGES) -> list[StageReport]:
+        """All stages of all iterations, in order; those that are complete do nothing."""
+        iterations = range(1, self.config.iterations + 1)
+        return [self.stage(stage, iteration) for iteration in iterations for stage in stages]
+
+    def stage(self, name: str, iteration: int = 1) -> StageReport:
+        """One stage of one iteration.
+
+        Raises UsageError for an unknown stage, a missing input, a shard of training, or settings other than those that
+        the store was made with; whatever the stage raises; OspoError when the folder cannot be written. Items that were
+        finished before an error are kept.
+        """
+        if name not in STAGES:
+            raise UsageError(f"There is no stage {name!r}; the stages are {', '.join(STAGES)}.")
+        if self.shard is not None and name == "train":
+            raise UsageError("Training is not sharded; run it without --shard.")
+        out = self.folder(iteration)
+        config = dataclasses.replace(self.config, seed=self.config.seed + iteration - 1, out=str(out))
+        if not self.resume:
+            self._drop(out, name)
+        self._check_settings(out, name, config, iteration)
+        if name == "train":
+            return self._train(out, config, iteration)
+        if name == "masks" and not config.masks.enabled:
+            return StageReport(name, iteration, 0, 0, 0.0, _peak_mb())
+        return self._items(out, name, config, iteration)
+
+    def _items(self, out: Path, name: str, config: Config, iteration: int) -> StageReport:
+        if self.shard is None:
+            _absorb(out, name)
+        with Store(store_path(out, name, self.shard)) as store:
+            present = len(store)
+            if name == "prompts":
+                waiting, total = self._waiting_prompts(out, config, store)
+            else:
+                inputs = [
+                    r for r in read_stage(out, _READS[name]) if self.shard is None or self.shard.holds(r["item_id"])
+                ]
+                waiting, total = [r for r in inputs if r["item_id"] not in store], len(inputs)
+            produce = _producer(name, self._kinds(config, iteration) if name == "prompts" else None)
+            started = time.perf_counter()
+            made: Iterator[Record] = iter(())
+            if not self._complete(out) if name == "prompts" else waiting:
+                needs_model = name != "select" or config.select.rule == "v2"
+                model = self.model(iteration) if needs_model else None
+                self._reset_cuda_peak()
+                started = time.perf_counter()
+                made = produce(waiting, model, config, out)
+            try:
+                items = store.extend(self._bar(made, name, total, present))
+            finally:
+                seconds = time.perf_counter() - started
+                self._note(out, name, iteration, len(store) - present, seconds)
+            if name == "prompts":
+                self._mark_complete(out)
+            return StageReport(name, iteration, items, len(store), seconds, _peak_mb(), self._cuda_peak())
+
+    def _kinds(self, config: Config, iteration: int) -> list[str] | None:
+        """The kinds of prompts that are this shard's."""
+        if self.shard is None:
+            return None
+        from ospo_fast.stages.common import templates_of
+
+        kinds = list(templates_of(self.model(iteration), config).kinds)
+        return kinds[self.shard.index :: self.shard.count]
+
+    def _waiting_prompts(self, out: Path, config: Config, store: Store) -> tuple[list[Record], int]:
+        """For the prompt stage: what is there already, and how many are expected (0 where only the model knows)."""
+        if self.shard is not None and config.prompts.file is not None:
+            raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
+        return list(read_records(store.path)), sum(config.prompts.counts.values())
+
+    def _key(self, name: str) -> str:
+        return name if self.shard is None else f"{name}.{self.shard}"
+
+    def _complete(self, out: Path) -> bool:
+        return bool(_read_json(out / "settings.json", {}).get(self._key("prompts"), {}).get("complete"))
+
+    def _mark_complete(self, out: Path) -> None:
+        key = self._key("prompts")
+        _update_json(out / "settings.json", {}, lambda saved: {**saved, key: {**saved[key], "complete": True}})
+
+    def _train(self, out: Path, config: Config, iteration: int) -> StageReport:
+        from ospo_fast.stages import train
+
+        source = "masks" if train.uses_masks(config) else "select"
+        done = _read_json(out / "train" / "done.json", None)
+        if done is not None and self.resume:
+            return StageReport("train", iteration, 0, done["step"], 0.0, _peak_mb())
+        records = read_stage(out, source)
+        model = self.model(iteration)
+        self._reset_cuda_peak()
+        steps = 0
+        started = time.perf_counter()
+        with self._tqdm("train", config.train.steps, "step") as bar:
+
+            def advance(count: int) -> None:
+                nonlocal steps
+                steps += count
+                bar.update(count)
+
+            try:
+                result = train.train(
+                    records,
+                    model,
+                    config,
+                    out=out,
+                    evaluation=self.evaluation,
+                    resume=self.resume,
+                    progress=advance,
+                )
+            finally:
+                # The weights have changed under the name they were loaded by.
+                self._models.clear()
+                seconds = time.perf_counter() - started
+                self._note(out, "train", iteration, steps, seconds)
+        self._models[str(out / "train" / "model")] = model
+        return StageReport("train", iteration, steps, result.steps, seconds, _peak_mb(), self._cuda_peak())
+
+    def _check_settings(self, out: Path, name: str, config: Config, iteration: int) -> None:
+        """Note what a stage is run with; UsageError when its store was made with something else."""
+        speed = _TRAIN_SPEED if name == "train" else _SPEED
+        section = dataclasses.asdict(getattr(config, name))
+        now = {f"{name}.{key}": value for key, value in section.items() if key not in speed}
+        if name == "prompts" and config.prompts.file is not None:
+            now = {f"prompts.{key}": section[key] for key in ("file", "file_kind")}
+        now |= {"seed": config.seed, "model": self.model_name(iteration), "templates": config.templates}
+        if name == "train":
+            now["preset"] = config.preset
+        key = self._key(name)
+        saved = _read_json(out / "settings.json", {}).get(key)
+        exists = store_path(out, name, self.shard).exists() or (name == "train" and (out / "train").exists())
+        if saved is not None and exists:
+            for field, value in now.items():
+                if saved["settings"].get(field, value) != value:
+                    raise UsageError(
+                        f"{out}: {name} was made with {field}={saved['settings'][field]}, now {field}={value}; go on "
+                        f"with the same, take another --out, or start {name} afresh with --no-resume."
+                    )
+            return
+        _update_json(out / "settings.json", {}, lambda all_saved: {**all_saved, key: {"settings": now}})
+
+    def _drop(self, out: Path, name: str) -> None:
+        """Remove what a stage and those after it have made (of a shard: its store alone)."""
+        if self.shard is not None:
+            store_path(out, name, self.shard).unlink(missing_ok=True)
+            return
+        for stage in STAGES[STAGES.index(name) :]:
+            for path in (store_path(out, stage), *_shard_paths(out, stage)):
+                path.unlink(missing_ok=True)
+            if stage in _FOLDERS:
+                shutil.rmtree(out / _FOLDERS[stage], ignore_errors=True)
+        later = set(STAGES[STAGES.index(name) :])
+        if (out / "settings.json").exists():
+            _update_json(
+                out / "settings.json",
+                {},
+                lambda saved: {k: v for k, v in saved.items() if k.split(".")[0] not in later},
+            )
+        if (out / "stages.json").exists():
+            _update_json(out / "stages.json", [], lambda rows: [row for row in rows if row["stage"] not in later])
+
+    def _note(self, out: Path, name: str, iteration: int, items: int, seconds: float) -> None:
+        if not items:
+            return
+        entry: dict[str, Any] = {
+            "stage": name,
+            "iteration": iteration,
+            "shard": None if self.shard is None else str(self.shard),
+            "items": items,
+            "seconds": round(seconds, 3),
+            "peak_mb": _peak_mb(),
+        }
+        if (cuda := self._cuda_peak()) is not None:
+            entry["cuda_peak_mb"] = cuda
+        _update_json(out / "stages.json", [], lambda rows: [*rows, entry])
+
+    def _reset_cuda_peak(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def _cuda_peak(self) -> float | None:
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None
+
+    def _tqdm(self, name: str, total: int, unit: str) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(desc=name, total=total or None, unit=unit, delay=2, disable=not self.progress)
+
+    def _bar(self, records: Iterator[Record], name: str, total: int, present: int) -> Iterator[Record]:
+        with self._tqdm(name, total, "item") as bar:
+            bar.update(present)
+            for record in records:
+                yield record
+                bar.update(1)
+
+
+_READS = {
+    "perturb": "prompts",
+    "images": "perturb",
+    "questions": "images",
+    "score": "questions",
+    "select": "score",
+    "masks": "select",
+}
+
+
+def _producer(name: str, kinds: list[str] | None) -> Callable[[list[Record], Any, Config, Path], Iterator[Record]]:
+    """The function of a stage, imported when the stage is run."""
+    from ospo_fast.stages import images, masks, perturb, prompts, questions, select
+
+    if name == "prompts":
+        return lambda records, model, config, out: prompts.run(records, model, config, out=out, kinds=kinds)
+    function = {
+        "perturb": perturb.run,
+        "images": images.run,
+        "questions": questions.write_questions,
+        "score": questions.score,
+        "select": select.run,
+        "masks": masks.run,
+    }[name]
+    return lambda records, model, config, out: function(records, model, config, out=out)
+
+
+def _absorb(out: Path, stage: str) -> None:
+    """Move the records of shards into the stage's store; OspoError while a shard is still being written."""
+    paths = _shard_paths(out, stage)
+    if not paths:
+        return
+    with Store(store_path(out, stage)) as store:
+        for path in paths:
+            with Store(path):
+                store.extend(record for record in read_records(path) if record["item_id"] not in store)
+                path.unlink()

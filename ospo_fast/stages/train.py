@@ -1,0 +1,418 @@
+"""Stage 5, last part: LoRA training of the language model on preference pairs with the OSPO loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ospo_fast.config import Config, LossConfig, TrainConfig
+from ospo_fast.errors import OspoError
+from ospo_fast.loss import OSPOLoss, OSPOLossConfig
+from ospo_fast.records import Record, append_line, stable_hash, write_atomic, write_json
+from ospo_fast.stages.common import image_codes, locate
+from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
+
+if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
+
+log = logging.getLogger(__name__)
+
+Evaluation = Callable[["UnifiedModel", int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair, ready to train on: its prompt, the codes (2, T) and masks (2, H, W) of chosen and rejected."""
+
+    item_id: str
+    prompt: str
+    rejected_prompt: str
+    codes: Tensor
+    masks: Tensor | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves: steps done, the step of the weights that were kept, and the last logged figures."""
+
+    steps: int
+    best_step: int
+    pairs: int
+    metrics: dict[str, float]
+
+
+def loss_config(preset: str, overrides: LossConfig) -> OSPOLossConfig:
+    """The preset's loss with the values that the configuration sets."""
+    given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
+    return dataclasses.replace(OSPOLossConfig.preset(preset), **given)
+
+
+def pick(records: Iterable[Record], config: Config) -> list[Record]:
+    """The records to train on: those with a pair and, where masks count, a mask; capped per kind and in all.
+
+    The order depends on the ids alone, and so does the choice where there are more than the caps allow.
+    """
+    settings = config.train
+    masked = uses_masks(config)
+    pairs = [r for r in records if r.get("kept", "chosen" in r) and "chosen" in r]
+    chosen = [r for r in pairs if not masked or r.get("mask_path")]
+    if len(chosen) < len(pairs):
+        log.warning("%d of %d pairs have no object mask and are left out", len(pairs) - len(chosen), len(pairs))
+    ranked = sorted(chosen, key=lambda r: (stable_hash(config.seed, "cap", r["item_id"]), r["item_id"]))
+    if settings.max_pairs_per_kind is not None:
+        seen: Counter[str] = Counter()
+        kept = []
+        for record in ranked:
+            kind = record.get("kind") or record.get("sub_category", "")
+            seen[kind] += 1
+            if seen[kind] <= settings.max_pairs_per_kind:
+                kept.append(record)
+        ranked = kept
+    return sorted(ranked[: settings.max_pairs], key=lambda r: r["item_id"])
+
+
+def uses_masks(config: Config) -> bool:
+    """Whether the configured loss weights tokens by object masks."""
+    return config.masks.enabled and loss_config(config.preset, config.train.loss).mask_alpha > 0
+
+
+def load_examples(records: list[Record], model: UnifiedModel, config: Config, out: Path | None) -> list[Example]:
+    """The pairs with their codes (stored beside the images, or encoded from them) and masks.
+
+    Raises OspoError for a pair whose files cannot be read, or that lacks the rejected prompt the loss needs.
+    """
+    from ospo_fast.stages.masks import load_unions
+
+    conditional = loss_config(config.preset, config.train.loss).cond_weight > 0
+    examples = []
+    for start in range(0, len(records), 32):
+        part = records[start : start + 32]
+        paths = [locate(path, out) for record in part for path in (record["chosen"], record["rejected"])]
+        codes = image_codes(model, paths).view(len(part), 2, -1)
+        for record, pair in zip(part, codes, strict=True):
+            if conditional and not record.get("rejected_prompt"):
+                raise OspoError(f"Item {record['item_id']} has no rejected_prompt, which the conditional term needs.")
+            masks = load_unions(record, out) if uses_masks(config) else None
+            rejected_prompt = record.get("rejected_prompt", "")
+            examples.append(Example(record["item_id"], record["prompt"], rejected_prompt, pair, masks))
+    return examples
+
+
+def make_batch(model: UnifiedModel, examples: list[Example], *, swapped: bool) -> tuple[Batch, Tensor | None]:
+    """Groups chosen, rejected[, swapped] of the examples, stacked, and their masks (2·B, H, W)."""
+    prompts = [model.image_prompt(example.prompt) for example in examples] * 2
+    codes = [example.codes[side] for side in (0, 1) for example in examples]
+    if swapped:
+        prompts += [model.image_prompt(example.rejected_prompt) for example in examples]
+        codes += [example.codes[0] for example in examples]
+    masks = [example.masks[side] for side in (0, 1) for example in examples if example.masks is not None]
+    with torch.no_grad():
+        batch = teacher_forced(model, prompts, torch.stack(codes))
+    return batch, torch.stack(masks).to(model.device) if masks else None
+
+
+def order(count: int, seed: int, start: int, length: int) -> list[int]:
+    """`length` indices from position `start` of an endless stream of shuffled epochs over `count` examples."""
+    indices: list[int] = []
+    epoch, offset = divmod(start, count)
+    while len(indices) < length:
+        generator = torch.Generator().manual_seed(stable_hash(seed, "epoch", epoch))
+        indices += torch.randperm(count, generator=generator).tolist()[offset:]
+        epoch, offset = epoch + 1, 0
+    return indices[:length]
+
+
+def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
+    """LoRA layers in the language model, everything else frozen; the PeftModel around `model.module`."""
+    from peft import LoraConfig, get_peft_model
+
+    prefix = next((name for name, module in model.module.named_modules() if module is model.decoder), None)
+    if prefix is None:
+        raise OspoError("train: the model's decoder is not a part of its module; the adapter is at fault.")
+    names = "|".join(settings.lora_targets)
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=rf"{prefix.replace('.', chr(92) + '.')}\..*\.({names})" if prefix else rf".*\.({names})",
+        bias="none",
+    )
+    return get_peft_model(model.module, lora)
+
+
+def optimizer_of(parameters: list[nn.Parameter], settings: TrainConfig) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and its schedule: warm-up, then constant, or a cosine that ends at `min_learning_rate`."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    cosine = settings.schedule == "cosine"
+    schedule = get_scheduler(
+        "cosine_with_min_lr" if cosine else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=round(settings.warmup_ratio * settings.steps),
+        num_training_steps=settings.steps,
+        scheduler_specific_kwargs={"min_lr": settings.min_learning_rate} if cosine else None,
+    )
+    return optimizer, schedule
+
+
+class Trainer:
+    """One training run in `folder`: adapter, optimizer, schedule and what is needed to go on after a stop."""
+
+    def __init__(self, model: UnifiedModel, examples: list[Example], config: Config, folder: Path) -> None:
+        self.model, self.examples, self.config, self.folder = model, examples, config, folder
+        self.settings = config.train
+        torch.manual_seed(stable_hash(config.seed, "lora") % 2**31)
+        self.peft = add_lora(model, self.settings)
+        self.parameters = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+        self.optimizer, self.schedule = optimizer_of(list(self.parameters.values()), self.settings)
+        self.loss = OSPOLoss(loss_config(config.preset, self.settings.loss))
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.stale = 0
+        self.stopped = False
+
+    def train_step(self) -> dict[str, float]:
+        """One step of the optimizer over `batch_size` × `accumulation` pairs; the figures of the log line."""
+        settings, started = self.settings, time.perf_counter()
+        size = settings.batch_size
+        start = self.step * size * settings.accumulation
+        indices = order(len(self.examples), self.config.seed, start, size * settings.accumulation)
+        sums: defaultdict[str, float] = defaultdict(float)
+        for part in range(settings.accumulation):
+            chosen = [self.examples[i] for i in indices[part * size : (part + 1) * size]]
+            batch, masks = make_batch(self.model, chosen, swapped=self.loss.config.cond_weight > 0)
+            with _autocast(self.model):
+                output = self.loss(
+                    hidden_states(self.model, batch.embeds), batch.labels, self.model.head, object_masks=masks
+                )
+            (output.loss / settings.accumulation).backward()
+            for name, value in output.metrics.items():
+                sums[name] += float(value) / settings.accumulation
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))
+        if not torch.isfinite(torch.tensor(norm)):
+            raise OspoError(f"train: the gradient of step {self.step + 1} is not finite; lower train.learning_rate.")
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        return {"step": self.step, **sums, "lr": rate, "grad_norm": norm, "seconds": round(seconds, 4)}
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        """The callback's figures; keeps the adapter when they are the best so far, and notes when to stop."""
+        self.peft.eval()
+        with torch.random.fork_rng():
+            figures = evaluation(self.model, self.step)
+        self.peft.train()
+        metric = self.settings.early_stopping
+        if metric is not None:
+            if metric not in figures:
+                raise OspoError(f"train.early_stopping={metric!r} is no figure of the evaluation: {sorted(figures)}.")
+            if not self.best or figures[metric] > self.best["value"]:
+                self.best, self.stale = {"step": self.step, "value": figures[metric]}, 0
+                self._save_tensors(self.folder / "best.safetensors")
+            else:
+                self.stale += 1
+            self.stopped = self.stale >= self.settings.patience
+        return {"step": self.step, **figures}
+
+    def _save_tensors(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        write_atomic(path, save({name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}))
+
+    def _load_tensors(self, path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise OspoError(
+                f"Cannot read the checkpoint {path}: {error}; remove its folder to start afresh."
+            ) from error
+        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.parameters.items()}:
+            raise OspoError(f"{path} is of another LoRA configuration; train into another --out, or with --no-resume.")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on; the one before it is removed afterwards."""
+        name = f"step-{self.step:06d}"
+        root = self.folder / "checkpoints"
+        temporary = root / f".{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            self._save_tensors(temporary / "adapter.safetensors")
+            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+            state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "rng": rng}
+            torch.save(state, temporary / "state.pt")
+            progress = {"step": self.step, "best": self.best, "stale": self.stale, "stopped": self.stopped}
+            write_json(temporary / "progress.json", progress | {"digest": self._digest()})
+            shutil.rmtree(root / name, ignore_errors=True)
+            temporary.rename(root / name)
+        except OSError as error:
+            raise OspoError(f"Cannot write the checkpoint {root / name}: {error.strerror or error}.") from error
+        for older in root.glob("step-*"):
+            if older.name != name:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _digest(self) -> str:
+        """What must not change between a stop and its resumption."""
+        settings = dataclasses.asdict(self.settings)
+        for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing"):
+            settings.pop(name)
+        items = [example.item_id for example in self.examples]
+        return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *items):x}"
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one; the log loses what was written after it."""
+        found = sorted((self.folder / "checkpoints").glob("step-*"))
+        if not found:
+            return
+        path = found[-1]
+        try:
+            progress = json.loads((path / "progress.json").read_text())
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except (OSError, ValueError, RuntimeError, EOFError) as error:
+            raise OspoError(
+                f"Cannot read the checkpoint {path}: {error}; remove the folder to start afresh."
+            ) from error
+        if progress["digest"] != self._digest():
+            raise OspoError(
+                f"{path} belongs to other settings or other pairs; train into another --out, or with --no-resume."
+            )
+        self._load_tensors(path / "adapter.safetensors")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.step, self.best = progress["step"], progress["best"]
+        self.stale, self.stopped = progress["stale"], progress["stopped"]
+
+    def finish(self, metrics: dict[str, float]) -> Trained:
+        """The best adapter (or the last), saved, then merged into the model, which is the tuned one from then on."""
+        best = self.best.get("step", self.step)
+        if best != self.step:
+            self._load_tensors(self.folder / "best.safetensors")
+        self.peft.eval()
+        self.peft.save_pretrained(str(self.folder / "adapter"))
+        self.peft.merge_and_unload()
+        self.model.module.requires_grad_(False)
+        self.model.save(self.folder / "model")
+        write_json(self.folder / "done.json", {"step": self.step, "best_step": best, "digest": self._digest()})
+        return Trained(self.step, int(best), len(self.examples), metrics)
+
+
+def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
+    if model.device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a torn one."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomic(path, "".join(line for line in lines if _step_of(line) <= step).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def train(
+    records: Iterable[Record],
+    model: UnifiedModel,
+    config: Config,
+    *,
+    out: Path,
+    evaluation: Evaluation | None = None,
+    resume: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train `model` in place on the pairs of `records`; results lie in `out`/train.
+
+    Writes log.jsonl (a line per step, and per evaluation), checkpoints/, adapter/ (peft) and model/ (merged). Weights
+    are those of the best evaluation where `train.early_stopping` names a figure, else the last. bf16 autocast on CUDA,
+    the model's own dtype on the CPU.
+
+    Args:
+        records: with `chosen` and `rejected`, and `mask_path` where the loss uses masks.
+        model: changed in place: afterwards it is the trained model.
+        config: sections `train`, `masks.enabled`, `preset`, `seed`.
+        out: the run folder.
+        evaluation: (model, step) → figures, called before the first step and every `train.eval_every` steps.
+        resume: go on from the newest checkpoint.
+        progress: called with the number of steps just done.
+
+    Raises:
+        OspoError: no pair to train on, a file that cannot be read or written, a checkpoint of another run.
+
+    """
+    examples = load_examples(pick(records, config), model, config, out)
+    if not examples:
+        raise OspoError("train: no pair was left by the selection; see the reasons in select.jsonl.")
+    settings, folder = config.train, out / "train"
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer = Trainer(model, examples, config, folder)
+    trainer.resume()
+    logfile = folder / "log.jsonl"
+    _trim_log(logfile, trainer.step or -1)
+    metrics: dict[str, float] = {}
+    trainer.peft.train()
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing:
+        model.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    watching = evaluation if settings.eval_every else None
+    if watching is not None and trainer.step == 0:
+        append_line(logfile, trainer.evaluate(watching))
+    while trainer.step < settings.steps and not trainer.stopped:
+        metrics = trainer.train_step()
+        append_line(logfile, metrics)
+        last = trainer.step == settings.steps
+        if watching is not None and (trainer.step % settings.eval_every == 0 or last):
+            append_line(logfile, trainer.evaluate(watching))
+        if trainer.step % settings.save_every == 0 or last or trainer.stopped:
+            trainer.save()
+        if progress is not None:
+            progress(1)
+    if checkpointing:
+        model.module.gradient_checkpointing_disable()  # type: ignore[operator]
+    return trainer.finish(metrics)
+
+
+def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
+    """Train on the records (see `train`) and hand them on."""
+    if out is None:
+        raise OspoError("train: got no run folder; give `out`, where the weights go.")
+    kept = list(records)
+    train(kept, model, config, out=out)
+    yield from kept
