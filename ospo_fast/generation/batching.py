@@ -63,7 +63,7 @@ def make_jobs(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[
 
 
 def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) -> list[list[T]]:
-    """Batches of at most `batch_size` jobs of equal length; the longest first, so that memory runs out early or never."""
+    """Batches of at most `batch_size` jobs of equal length, longest first: memory runs out early or never."""
     groups: dict[int, list[T]] = defaultdict(list)
     for job in jobs:
         groups[length(job)].append(job)
@@ -75,6 +75,7 @@ def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) ->
 
 
 def check_batch_size(batch_size: int | None) -> None:
+    """UsageError unless batch_size is None or positive."""
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size: got {batch_size}, expected a positive number, or None to fit the memory")
 

@@ -3,10 +3,10 @@
 All rows of a batch have the same length, so no padding, no mask and no position bookkeeping exist. The modules of the
 model are called as they are: adapters inside them stay in force and nothing is copied.
 
-Bits. A row's result must not depend on its batch-mates. Attention and norms work row by row; matrix products do not have
-to: BLAS libraries switch kernels with the number of rows. On the CPU, products of at least `ROW_TILE` rows were found
-to agree bit for bit in every row (tests/generation/test_decoder.py looks again on each machine), so batches are filled
-up to multiples of it. On a GPU every batch is filled up to the full batch size.
+Bits. A row's result must not depend on its batch-mates. Attention and norms work row by row; matrix products do not
+have to: BLAS libraries switch kernels with the number of rows. On the CPU, products of at least `ROW_TILE` rows were
+found to agree bit for bit in every row (tests/generation/test_decoder.py looks again on each machine), so batches are
+filled up to multiples of it. On a GPU every batch is filled up to the full batch size.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class LeanDecoder:
         self._angles = (cos[0], sin[0])
 
     def __call__(self, x: Tensor, cache: Cache, start: int) -> Tensor:
-        """Run embeddings x (B, S, D) at positions start … start+S−1 on top of what `cache` holds; returns hidden (B, S, D)."""
+        """Embeddings x (B, S, D) at positions start … start+S−1 → hidden (B, S, D).
+
+        Attention reaches the first `start` positions of `cache`, and x itself causally; x's keys and values are stored.
+        """
         assert self._angles is not None
         rows, steps, _ = x.shape
         end = start + steps

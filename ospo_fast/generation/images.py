@@ -73,6 +73,7 @@ class ImageGenerator:
     An image depends on the model, its prompt, its seed and the sampling settings alone: on one machine the codes are
     the same in any batch and at any place in it. On the CPU that holds for any `batch_size` too; on a GPU, matrix
     products of another batch size may round otherwise.
+
     """
 
     def __init__(self, model: UnifiedModel, *, batch_size: int | None = None) -> None:
@@ -104,7 +105,9 @@ class ImageGenerator:
             guidance_scale: w in u + w·(c − u), with c the logits under the prompt and u those without it. At 1 only c
                 is computed.
             temperature: 0 takes the likeliest code.
-            top_k, top_p: 0 and 1 keep all codes.
+            top_k: how many of the likeliest codes to keep; 0 keeps all.
+            top_p: keep the fewest likeliest codes that have this probability together; 1 keeps all.
+            num_images: images of each prompt.
             output: "pil" (list of images), "codes" ((N, T) int64 tensor on the CPU) or "pt" ((N, 3, H, W) float
                 tensor in [0, 1], on the CPU).
             callback: called with a `Drawn` after each batch.
@@ -115,6 +118,7 @@ class ImageGenerator:
         Raises:
             UsageError: an argument that makes no sense.
             GenerationError: images failed; it carries the finished ones.
+
         """
         sampling = _Sampling(guidance_scale, temperature, top_k, top_p)
         _check_choice("output", output, _OUTPUTS)
@@ -134,9 +138,8 @@ class ImageGenerator:
                         if step >= 0:
                             name = prompts[job.index // num_images]
                             shown = repr(name[:60]) if isinstance(name, str) else f"{len(name)} token ids"
-                            failed[job.index] = (
-                                f"image {job.index} ({shown}, seed {job.seed}): the logits are not finite at code {step}"
-                            )
+                            reason = f"the logits are not finite at code {step}"
+                            failed[job.index] = f"image {job.index} ({shown}, seed {job.seed}): {reason}"
                     fine = [i for i, step in enumerate(bad) if step < 0]
                     indices = [batch[i].index for i in fine]
                     codes[indices] = drawn[fine]

@@ -41,15 +41,19 @@ def generate_text(
     """The model's answer to each prompt, in input order.
 
     Args:
+        model: from `load_model`.
         prompts: token ids (S,) int64, as `model.chat` makes them.
         seeds: one integer per prompt. A text depends on the model, its prompt, seed and settings alone.
         max_new_tokens: the longest answer; fewer where the model has no more positions. An end token ends it earlier.
         temperature: 0 takes the likeliest token.
-        top_p: 1 keeps all tokens.
+        top_p: keep the fewest likeliest tokens that have this probability together; 1 keeps all.
+        batch_size: texts written at once; by default as many as are useful and fit the memory.
+        progress: a bar on stderr for what takes more than two seconds.
 
     Raises:
         UsageError: an argument that makes no sense.
         GenerationError: the logits of some texts were not finite; it carries the finished ones.
+
     """
     if not math.isfinite(temperature) or temperature < 0:
         raise UsageError(f"temperature: got {temperature}, expected a number >= 0; 0 takes the likeliest token")

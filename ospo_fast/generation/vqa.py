@@ -38,16 +38,19 @@ def answer_questions(
     spellings in `model.yes_ids`; p_no likewise. answer: the larger one, "tie" where they are equal or not finite.
 
     Args:
+        model: from `load_model`.
         images: N images.
         questions: N lists of questions, empty ones allowed.
         template: question → chat messages; the image goes to the start of the last user message.
-        batch_size: rows run at once.
+        batch_size: images, and then questions, run at once; by default as many as are useful and fit the memory.
+        progress: a bar on stderr for what takes more than two seconds.
 
     Returns:
         N lists of {"p_yes", "p_no", "answer"}, in the order of the questions.
 
     Raises:
         UsageError: other numbers of images and question lists, a question too long for the model.
+
     """
     if len(images) != len(questions):
         raise UsageError(f"questions: got {len(questions)} lists for {len(images)} images, expected one list per image")
@@ -115,10 +118,10 @@ def _answer(
             full = part + part[:1] * (count - len(part))
             cache = Cache(decoder, count, start + len(part[0][2]))
             cache.copy_rows(first, torch.tensor([place[i] for i, _, _ in full], device=device), start)
-            rest = torch.tensor([r for _, _, r in full], device=device)
-            hidden = decoder(model.embed_tokens(rest), cache, start)[:, -1]
+            ids = torch.tensor([rest for _, _, rest in full], device=device)
+            hidden = decoder(model.embed_tokens(ids), cache, start)[:, -1]
             probs = model.text_logits(hidden).float().softmax(-1)
-            p_yes, p_no = (probs[:, ids].amax(1).tolist() for ids in (yes, no))
+            p_yes, p_no = (probs[:, words].amax(1).tolist() for words in (yes, no))
             found.extend((i, j, p, q) for (i, j, _), p, q in zip(part, p_yes, p_no, strict=False))
     return found
 

@@ -38,6 +38,7 @@ def load_model(
     Raises:
         OspoError: the checkpoint is missing, broken, or not of a known kind.
         UsageError: unknown device or dtype.
+
     """
     place = _device(device)
     number = _dtype(dtype, place)

@@ -1,8 +1,8 @@
 """What a stage may ask of a unified model, and nothing else.
 
-A unified model writes text and draws images with one decoder: an image is `grid[0] * grid[1]` codes of a codebook, drawn
-token by token after a begin-of-image token. Stages and the generation engine are written against this protocol; an
-adapter (`models/janus.py`) fills it in for one family of checkpoints.
+A unified model writes text and draws images with one decoder: an image is `grid[0] * grid[1]` codes of a codebook,
+drawn token by token after a begin-of-image token. Stages and the generation engine are written against this protocol;
+an adapter (`models/janus.py`) fills it in for one family of checkpoints.
 """
 
 from __future__ import annotations
