@@ -36,7 +36,9 @@ def find_nvcc() -> str | None:
     """The nvcc to use, or None when the CUDA sources are to be left out."""
     wanted = os.environ.get("OSPO_FAST_CUDA", "")
     if wanted not in {"", "0", "1"}:
-        sys.exit(f"OSPO_FAST_CUDA is {wanted!r}; expected 1 (compile CUDA), 0 (leave it out) or unset (when nvcc is found)")
+        sys.exit(
+            f"OSPO_FAST_CUDA is {wanted!r}; expected 1 (compile CUDA), 0 (leave it out) or unset (when nvcc is found)"
+        )
     if wanted == "0":
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -46,7 +48,9 @@ def find_nvcc() -> str | None:
         or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
     if wanted == "1" and nvcc is None:
-        sys.exit("OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to build without CUDA")
+        sys.exit(
+            "OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to build without CUDA"
+        )
     return nvcc
 
 

@@ -1,4 +1,4 @@
-"""What `ospo-fast env` tells: versions, machine, devices, how the native module was built, and which backend runs each op."""
+"""What `ospo-fast env` tells: versions, machine, devices, the native module, and which backend runs each operation."""
 
 import ctypes.util
 import importlib
@@ -172,6 +172,6 @@ def _ops() -> dict[str, dict[str, dict[str, Any]]]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op, rows in backends(device).items():
             chosen = next(name for name, available, _ in rows if available)
-            others = {name: reason for name, _, reason in rows if name != chosen}
+            others = {name: reason or "stands behind it" for name, _, reason in rows if name != chosen}
             table.setdefault(op, {})[device] = {"backend": chosen, "others": others}
     return table

@@ -1,0 +1,171 @@
+"""How everything here is measured: interleaved medians, peak memory above the inputs, rows that say what ran where."""
+
+import datetime as dt
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ospo_fast import env
+
+ROOT = Path(__file__).resolve().parents[1]
+L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one variant: the median and the 20th and 80th percentile of its repeats."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+
+
+def interleaved(
+    variants: Mapping[str, Callable[..., object]],
+    inputs: Callable[[], tuple[Any, ...]],
+    *,
+    seconds: float = 0.1,
+    warmup: int = 2,
+    cold: bool = False,
+) -> dict[str, Timing]:
+    """Times the variants in turns, so that all of them see the same noise, until each has run for `seconds`.
+
+    inputs() makes the arguments of one turn, outside the time: fresh random values, because zeros run faster.
+    cold=True empties the GPU's second-level cache before every run.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if cold and device == "cuda" else None
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    turn = 0
+    while turn < warmup + 3 or min(map(sum, times.values())) < seconds * 1e3:
+        arguments = inputs()
+        for name, run in variants.items():
+            if flush is not None:
+                flush.zero_()
+            elapsed = _milliseconds(run, arguments, device)
+            if turn >= warmup:
+                times[name].append(elapsed)
+        turn += 1
+    return {name: _timing(values) for name, values in times.items()}
+
+
+def _milliseconds(run: Callable[..., object], arguments: tuple[Any, ...], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run(*arguments)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+    begin = time.perf_counter()
+    run(*arguments)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _timing(values: list[float]) -> Timing:
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return Timing(statistics.median(values), fifths[0], fifths[3], len(values))
+
+
+def peak_mb(run: Callable[..., object], *arguments: Any) -> float:
+    """The most that torch's allocators held during run(*arguments) above what they held before, in 10⁶ bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(*arguments)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run(*arguments)
+    del kept
+    held = most = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most / 1e6
+
+
+def device() -> str:
+    """The name of what is measured: the GPU where there is one, else the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else str(env.collect()["system"]["cpu"])
+
+
+def commit() -> str:
+    """The commit of the checkout, with "+" when tracked files differ from it; "unknown" outside a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **figures: Any) -> dict[str, Any]:
+    """One result: what was measured, on what, with which versions; `figures` such as peak_mb, gb_s, share."""
+    info = env.collect()
+    return {
+        "op": op,
+        "variant": variant,
+        "shapes": dict(shapes),
+        "dtype": dtype,
+        "median_ms": round(timing.median_ms, 6),
+        "p20_ms": round(timing.p20_ms, 6),
+        "p80_ms": round(timing.p80_ms, 6),
+        "repeats": timing.repeats,
+        **figures,
+        "device": device(),
+        "threads": torch.get_num_threads(),
+        "driver": _driver(),
+        "versions": {name: version for name, version in info["versions"].items() if version},
+        "platform": platform.platform(),
+        "commit": commit(),
+        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
+    """Writes the rows, one JSON object a line, to out/<device>/<name>.jsonl in the place of an earlier run's."""
+    folder = out / re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    unfinished.replace(path)
+    return path
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows as a table."""
+    for line in rows:
+        shapes = " ".join(f"{name}={size}" for name, size in line["shapes"].items())
+        spread = f"({line['p20_ms']:.3f} to {line['p80_ms']:.3f})"
+        memory = f"{line['peak_mb']:9.2f} MB" if "peak_mb" in line else ""
+        print(f"{line['op']:<18} {line['variant']:<14} {shapes:<32} {line['median_ms']:10.3f} ms {spread:<24} {memory}")

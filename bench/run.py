@@ -1,0 +1,49 @@
+"""Runs benchmarks: python bench/run.py --all, or --only NAME; results go to bench/results/<device>/NAME.jsonl.
+
+A benchmark is a module in this folder with run(out, quick), which measures, writes and shows its rows; quick=True takes
+small sizes, to see that it works.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in HERE.glob("*.py") if path.stem != "run" and not path.stem.startswith("_"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every benchmark")
+    which.add_argument("--only", action="append", choices=names(), help="one of them; may be given again")
+    which.add_argument("--list", action="store_true", help="say which there are")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results", help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(names()))
+        return 0
+    sys.path.insert(0, str(HERE))
+    failed = []
+    for name in options.only or names():
+        print(f"== {name}", flush=True)
+        try:
+            importlib.import_module(name).run(options.out, options.quick)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        print(f"failed: {' '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

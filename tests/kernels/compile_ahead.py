@@ -1,0 +1,51 @@
+"""Compiles every Triton kernel for every architecture, without a GPU, and prints registers and spills.
+
+A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)].
+"""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import ospo_fast.kernels
+
+ARCHS = (80, 90, 100)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def resources(cubin: bytes) -> str:
+    """Registers and bytes spilled to local memory, of the one function in the cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    return f"{found['REG']} registers, {found['STACK'] + found['LOCAL']} bytes of spills, {found['SHARED']} shared"
+
+
+def main() -> int:
+    count = 0
+    for info in pkgutil.iter_modules(ospo_fast.kernels.__path__):
+        module = importlib.import_module(f"ospo_fast.kernels.{info.name}")
+        for kernel, variants in module.VARIANTS.items():
+            for arguments, constants in variants:
+                signature = arguments | dict.fromkeys(constants, "constexpr")
+                for arch in ARCHS:
+                    source = ASTSource(kernel, signature, constexprs=constants)
+                    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+                    types = " ".join(arguments.values())
+                    print(f"{kernel.__name__} ({types}) sm_{arch}: {resources(compiled.asm['cubin'])}")
+                    count += 1
+    return 0 if count else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
