@@ -10,13 +10,13 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError
 from ospo_fast.records import ObjectSpan, Record, write_atomic
 from ospo_fast.stages.common import chunked, image_codes, locate
 from ospo_fast.stages.forward import hidden_states, teacher_forced
@@ -60,23 +60,6 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> Target | st
     return Target(nouns, [spans[n] for n in found], [columns[n] for n in found])
 
 
-def chosen_layers(model: UnifiedModel, settings: MasksConfig) -> list[int]:
-    """The layers whose attention is averaged; UsageError for layers that the decoder does not have."""
-    layers: Any = model.decoder.layers
-    count = len(layers)
-    if settings.layers is not None:
-        wrong = [layer for layer in settings.layers if not 0 <= layer < count]
-        if wrong or not settings.layers:
-            raise UsageError(f"masks.layers: got {settings.layers}, expected layers from 0 to {count - 1}.")
-        return sorted(set(settings.layers))
-    kept = list(range(settings.skip_layers, count - settings.skip_layers))
-    if not kept:
-        raise UsageError(
-            f"masks.skip_layers={settings.skip_layers} leaves none of the decoder's {count} layers; set masks.layers."
-        )
-    return kept
-
-
 @torch.no_grad()
 def attention_masks(
     model: UnifiedModel,
@@ -93,22 +76,19 @@ def attention_masks(
     from ospo_fast.ops import object_masks
 
     batch = teacher_forced(model, [model.image_prompt(prompt) for prompt in prompts], codes)
-    objects = max(len(item) for item in columns)
-    width = max(len(tokens) for item in columns for tokens in item)
-    padded = torch.full((len(prompts), objects, width), -1)
-    for n, item in enumerate(columns):
-        for o, tokens in enumerate(item):
-            padded[n, o, : len(tokens)] = torch.tensor(tokens)
+    most = max(len(item) for item in columns)
+    valid = torch.tensor([[o < len(item) for o in range(most)] for item in columns], device=model.device)
     capture = AttentionCapture(
         model,
-        layers=chosen_layers(model, settings),
-        columns=padded.to(model.device),
+        columns=columns,
         rows=(batch.lengths, codes.shape[1]),
+        layers=settings.layers,
+        skip=settings.skip_layers,
+        stop_early=True,
     )
     with capture:
         hidden_states(model, batch.embeds)
-    maps = capture.maps
-    return object_masks(maps, valid=(padded >= 0).any(-1).to(maps.device), scaler=settings.scaler)
+    return object_masks(capture.maps, valid=valid, scaler=settings.scaler)
 
 
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ospo_fast.records import ObjectSpan, Record
 
 _PLACES = (
-    "left right top bottom side row rows column columns front behind range middle center centre corner edge above below "
-    "background foreground"
+    "left right top bottom side row rows column columns front behind range middle center centre corner edge above "
+    "below background foreground"
 )
 PLACE_WORDS = frozenset(_PLACES.split())
 # Words that end a noun phrase when there is nothing but the prompt to go by.

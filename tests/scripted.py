@@ -1,0 +1,68 @@
+"""A tiny random Janus whose texts and answers follow a script, so that every stage has something to work on.
+
+The script speaks the Shapes world's forms: it reads the last user message, answers as a well-taught model would, and
+now and then says something useless. Images are the random model's own.
+"""
+
+import hashlib
+import random
+from pathlib import Path
+
+import numpy as np
+
+from ospo_fast.shapes import language
+from ospo_fast.shapes.scenes import descriptions, parse
+
+
+def save_tiny(folder: Path, seed: int = 0) -> Path:
+    """A random tiny model in `folder`, as `load_model` reads it."""
+    from ospo_fast.shapes.build import build_model, build_processor
+
+    model = build_model(seed, hidden=32, layers=2, intermediate=48, heads=2)
+    model.config.template_set = "shapes"
+    model.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return folder
+
+
+def reply(message: str, seed: int) -> str:
+    """What the script says to the last user message."""
+    head, _, rest = message.partition(" ")
+    rng = np.random.default_rng(seed % 2**32)
+    if rng.random() < 0.1:
+        return "um"
+    if head == "prompt":
+        known = descriptions(rest)
+        return language.stage1_answer(known[int(rng.integers(len(known)))])
+    if head == "dense:":
+        first, second = (parse(part) for part in rest.split(" / "))
+        return language.densify_answer(*language.densify(first, second, rng))
+    if head == "questions:":
+        return language.questions_answer(parse(rest))
+    return f"Contrastive Prompt: {language.contrast(parse(rest), head[:-1], 'attribute2', rng).text}"
+
+
+def generate_text(model, prompts, *, seeds, **settings):
+    texts = [model.detokenize(ids) for ids in prompts]
+    return [reply(text.strip(), seed) for text, seed in zip(texts, seeds, strict=True)]
+
+
+def answer_questions(model, images, questions, *, template, **settings):
+    rows = []
+    for image, asked in zip(images, questions, strict=True):
+        row = []
+        for question in asked:
+            template(question)
+            rng = random.Random(hashlib.sha256(image.tobytes() + question.encode()).digest())
+            p = 0.97 if rng.random() < 0.75 else 0.02
+            row.append({"p_yes": p, "p_no": 0.99 - p, "answer": "yes" if p > 0.5 else "no"})
+        rows.append(row)
+    return rows
+
+
+def install(setattr_=setattr) -> None:
+    """Put the script in place of the model's own texts and answers."""
+    import ospo_fast.generation
+
+    setattr_(ospo_fast.generation, "generate_text", generate_text)
+    setattr_(ospo_fast.generation, "answer_questions", answer_questions)
