@@ -37,7 +37,7 @@ def find_nvcc() -> str | None:
     wanted = os.environ.get("OSPO_FAST_CUDA", "")
     if wanted not in {"", "0", "1"}:
         sys.exit(
-            f"OSPO_FAST_CUDA is {wanted!r}; expected 1 (compile CUDA), 0 (leave it out) or unset (when nvcc is found)"
+            f"OSPO_FAST_CUDA is {wanted!r}; expected 1 (compile CUDA), 0 (leave it out) or unset (if nvcc is found)"
         )
     if wanted == "0":
         return None
@@ -48,9 +48,7 @@ def find_nvcc() -> str | None:
         or shutil.which("nvcc", path="/usr/local/cuda/bin")
     )
     if wanted == "1" and nvcc is None:
-        sys.exit(
-            "OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to build without CUDA"
-        )
+        sys.exit("OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to leave CUDA out")
     return nvcc
 
 
@@ -156,14 +154,14 @@ class BuildExtension(build_ext):
         if nvcc:
             link = [nvcc, "-cudart=static", f"-ccbin={cxx}", "-shared", "-Xlinker=-s"]
             link += [f"-Xcompiler={flag}" for flag in openmp]
-        environment = {name: " " + os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
+        user = {name: " " + os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
         lines = [
             "rule cxx",
-            f"  command = {ccache}{cxx} -MMD -MF $out.d {joined(flags + include)}{environment['CXXFLAGS']} -c $in -o $out",
+            f"  command = {ccache}{cxx} -MMD -MF $out.d {joined(flags + include)}{user['CXXFLAGS']} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {joined(link)} $in{environment['LDFLAGS']} -o $out",
+            f"  command = {joined(link)} $in{user['LDFLAGS']} -o $out",
         ]
         if nvcc:
             lines += [

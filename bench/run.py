@@ -23,9 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--all", action="store_true", help="every benchmark")
     which.add_argument("--only", action="append", choices=names(), help="one of them; may be given again")
     which.add_argument("--list", action="store_true", help="say which there are")
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "results", help="folder for the results (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     options = parser.parse_args(arguments)
     if options.list:
