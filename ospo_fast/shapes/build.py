@@ -21,7 +21,7 @@ from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, COUNTS, KINDS, PLACES, 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<boi>", "<eoi>", "<|User|>", "<|Assistant|>")
 PATCH = 8
 GRID = IMAGE_SIZE // PATCH
-CODES = 256
+CODES = 512
 _CHAT = (
     "{% for message in messages %}"
     "{% if message['role'] | lower == 'assistant' %}<|Assistant|>{% else %}<|User|>{% endif %}"
@@ -135,6 +135,7 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
+        template_set="shapes",
     )
 
 

@@ -14,6 +14,7 @@ from ospo_fast.shapes.scenes import (
     BACKGROUNDS,
     COLORS,
     COUNTS,
+    OPPOSITE,
     PLACES,
     RELATIONS,
     SHAPES,
@@ -44,7 +45,10 @@ def stage1_answer(description: Description) -> str:
 
 
 def _replacements(description: Description) -> list[Description]:
-    """All descriptions that differ in one word that matters: a colour, a shape, a number or the relation."""
+    """All descriptions that differ in one word that matters: a colour, a shape, a number, or the opposite relation.
+
+    Of the other relations one may hold besides (left of and above), so they make no near miss.
+    """
     out = []
     for i, group in enumerate(description.groups):
         changed = [replace(group, color=c) for c in COLORS] + [replace(group, shape=s) for s in SHAPES]
@@ -54,7 +58,7 @@ def _replacements(description: Description) -> list[Description]:
             groups = (*description.groups[:i], new, *description.groups[i + 1 :])
             out.append(replace(description, groups=groups))
     if description.relation:
-        out += [replace(description, relation=relation) for relation in RELATIONS]
+        out.append(replace(description, relation=OPPOSITE[description.relation]))
     return out
 
 
@@ -123,9 +127,12 @@ def count_question(group: Group) -> str:
     return f"{'is' if group.count == 1 else 'are'} there {group.text(article=False)}?"
 
 
+TOTALS = {f"{'is' if n == 1 else 'are'} there {word} object{'' if n == 1 else 's'}": n for n, word in enumerate(COUNTS, 1)}
+
+
 def total_question(total: int) -> str:
     """`are there three objects?`"""
-    return "is there one object?" if total == 1 else f"are there {COUNTS[total - 1]} objects?"
+    return next(words for words, number in TOTALS.items() if number == total) + "?"
 
 
 def relation_question(first: tuple[str, str], relation: str, second: tuple[str, str]) -> str:
@@ -158,16 +165,20 @@ class Asked:
     answer: bool
 
 
-def related(scene: Scene, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
-    """Whether some `first` lies `relation` some `second`."""
+def related_places(
+    first: list[tuple[float, float]], relation: str, second: list[tuple[float, float]], least: float = 0.0
+) -> bool:
+    """Whether some place (row, column) of `first` lies `relation` some place of `second`, by more than `least`."""
     rows, columns = RELATIONS[relation]
-    return any(
-        (a.cell[0] - b.cell[0]) * rows + (a.cell[1] - b.cell[1]) * columns > 0
-        for a in scene.objects
-        if (a.color, a.shape) == first
-        for b in scene.objects
-        if (b.color, b.shape) == second
-    )
+    return any((a[0] - b[0]) * rows + (a[1] - b[1]) * columns > least for a in first for b in second)
+
+
+def related(scene: Scene, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
+    """Whether some `first` of the scene lies `relation` some `second`."""
+    places = {
+        thing: [o.cell for o in scene.objects if (o.color, o.shape) == thing] for thing in (first, second)
+    }
+    return related_places(list(places[first]), relation, list(places[second]))
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Asked:

@@ -25,7 +25,7 @@ def outline(shape: str, across: float, center: tuple[float, float], canvas: int 
     if shape == "circle":
         draw.ellipse(box, fill=255)
     elif shape == "square":
-        draw.rectangle((x - half * 0.88, y - half * 0.88, x + half * 0.88 - 1, y + half * 0.88 - 1), fill=255)
+        draw.rectangle(box, fill=255)
     elif shape == "triangle":
         draw.polygon([(x, y - half), (x + half, y + half * 0.9), (x - half, y + half * 0.9)], fill=255)
     elif shape == "cross":

@@ -16,21 +16,22 @@ import numpy as np
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
-    "green": (44, 160, 44),
+    "green": (20, 140, 40),
     "blue": (31, 80, 200),
     "yellow": (240, 210, 30),
-    "purple": (150, 60, 180),
+    "purple": (125, 40, 165),
     "cyan": (30, 200, 215),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
-    "gray": (128, 128, 128),
+    "gray": (172, 172, 172),
     "black": (12, 12, 12),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES: dict[str, int] = {"small": 8, "large": 13}  # pixels across
 COUNTS = ("one", "two", "three", "four")
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 BOARD = 3
 PLACES: dict[str, tuple[int, int]] = {
     f"{row} {column}".strip() or "center": (r, c)
@@ -124,7 +125,7 @@ class Description:
         """The meaning: equal for two prompts that every image satisfies or fails alike (scenery left aside)."""
         groups = [f"{group.count} {group.color} {group.shape}" for group in self.groups]
         if self.relation in ("right of", "below"):  # `a right of b` is `b left of a`
-            return f"{groups[1]} {_OPPOSITE[self.relation]} {groups[0]}"
+            return f"{groups[1]} {OPPOSITE[self.relation]} {groups[0]}"
         if self.relation:
             return f"{groups[0]} {self.relation} {groups[1]}"
         return " + ".join(sorted(groups))
@@ -141,7 +142,6 @@ class Description:
         return sum(group.count for group in self.groups)
 
 
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _NUMBER = {"a": 1, **{word: number for number, word in enumerate(COUNTS, 1)}}
 _GROUP = re.compile(
     rf"({'|'.join(_NUMBER)}) (?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLORS)}) )({'|'.join([*SHAPES, *_SINGULARS])})"

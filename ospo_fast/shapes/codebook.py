@@ -1,0 +1,190 @@
+"""First part of pretraining: the VQ model that turns pictures of the Shapes world into codes and back.
+
+`JanusVQVAE.forward` cannot train its encoder (it decodes indices, and with the codebook normalised), so the loop is
+written out: cosine quantisation with straight-through gradients, the codebook kept as moving averages of what it
+stands for, unused codes moved to where the encoder has something to say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import JanusForConditionalGeneration
+
+from ospo_fast.shapes.checker import read
+from ospo_fast.shapes.render import CELL, render_array
+from ospo_fast.shapes.scenes import BACKGROUNDS, Scene, random_scene
+
+log = logging.getLogger(__name__)
+BATCH = 24
+WARM = 300  # steps without quantisation, so that the first codebook stands on features that mean something
+DECAY = 0.99
+COMMITMENT = 0.25
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(N, H, W, 3) uint8 → (N, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def to_pixels(values: Tensor) -> np.ndarray:
+    """(N, 3, H, W) float in [-1, 1] → (N, H, W, 3) uint8."""
+    scaled = values.add(1).mul(127.5).round().clamp(0, 255)
+    return np.asarray(scaled.permute(0, 2, 3, 1).to(torch.uint8))
+
+
+def _kmeans(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Spherical k-means with k-means++ seeding, (count, D)."""
+    centers = vectors[torch.randint(len(vectors), (1,), generator=generator)]
+    distance = (1 - vectors @ centers[0]).clamp_min(1e-6)
+    for _ in range(count - 1):
+        new = vectors[torch.multinomial(distance, 1, generator=generator)]
+        centers = torch.cat([centers, new])
+        distance = torch.minimum(distance, (1 - vectors @ new[0]).clamp_min(1e-6))
+    for _ in range(10):
+        nearest = (vectors @ centers.T).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, vectors)
+        centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)
+    return centers
+
+
+class Codebook:
+    """The codes' directions with the running sums that they are the means of."""
+
+    def __init__(self, centers: Tensor) -> None:
+        self.codes = centers
+        self.sums, self.counts = centers.clone(), torch.ones(len(centers))
+
+    def update(self, vectors: Tensor, nearest: Tensor, generator: torch.Generator) -> None:
+        """Moving averages; a code that stands for nearly nothing restarts at a vector that is badly represented."""
+        used = torch.bincount(nearest, minlength=len(self.codes)).float()
+        self.counts.mul_(DECAY).add_(used, alpha=1 - DECAY)
+        self.sums.mul_(DECAY).index_add_(0, nearest, vectors, alpha=1 - DECAY)
+        self.codes = F.normalize(self.sums, dim=1)
+        dead = (self.counts < 0.02).nonzero()[:, 0]
+        if len(dead):
+            error = (1 - (vectors * self.codes[nearest]).sum(1)).clamp_min(1e-8)
+            taken = torch.multinomial(error, len(dead), generator=generator)
+            self.codes[dead] = vectors[taken]
+            self.sums[dead], self.counts[dead] = vectors[taken] * 0.5, torch.full((len(dead),), 0.5)
+
+
+def _batch(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures, weights of their pixels (objects count more), and the background index of each plain patch or -1."""
+    scenes = [random_scene(rng) for _ in range(count)]
+    pixels = to_tensor(render_array(scenes))
+    back = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in scenes])
+    plain = torch.ones(count, pixels.shape[-1], pixels.shape[-1], dtype=torch.bool)
+    for row, scene in zip(plain, scenes, strict=True):
+        for thing in scene.objects:
+            r, c = thing.cell
+            row[r * CELL : (r + 1) * CELL, c * CELL : (c + 1) * CELL] = False
+    weights = torch.where(plain, 1.0, 8.0)[:, None]
+    patches = plain[:, ::8, ::8]
+    return pixels, weights, torch.where(patches, back[:, None, None], -1)
+
+
+def train(
+    model: JanusForConditionalGeneration,
+    *,
+    steps: int,
+    seed: int,
+    state: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    save_every: int = 500,
+) -> dict[str, float]:
+    """Trains `model.model.vqmodel` in place; returns what `evaluate` says at the end. `state` resumes, `save` keeps."""
+    vq = model.model.vqmodel
+    parameters = [p for name, p in vq.named_parameters() if not name.startswith("quantize")]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    book: Codebook | None = None
+    start = 0
+    if state:
+        vq.load_state_dict(state["vq"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        start, book = state["step"], state["book"]
+    vq.train()
+    for step in range(start, steps):
+        rng = np.random.default_rng([seed, 1, step])
+        left = 1 - step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 50) * min(1.0, max(left / 0.5, 0.02))
+        pixels, weights, plain = _batch(rng, BATCH)
+        features = vq.quant_conv(vq.encoder(pixels))
+        directions = F.normalize(features, dim=1)
+        flat = directions.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        if step == WARM:
+            many = torch.cat([flat.detach(), *(_vectors(vq, rng) for _ in range(16))])
+            book = Codebook(_kmeans(many, vq.quantize.num_embeddings, generator))
+        quantised, commitment = directions, flat.new_zeros(())
+        if book is not None:
+            nearest = (flat.detach() @ book.codes.T).argmax(1)
+            chosen = book.codes[nearest]
+            commitment = (flat - chosen).square().sum(1).mean()
+            straight = flat + (chosen - flat).detach()
+            quantised = straight.view(directions.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+            book.update(flat.detach(), nearest, generator)
+        rebuilt = vq.decoder(vq.post_quant_conv(quantised))
+        error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
+        spread = flat.new_zeros(())
+        for index in range(len(BACKGROUNDS)):  # plain background needs one direction, not one for each neighbourhood
+            same = flat[plain.reshape(-1) == index]
+            if len(same):
+                spread = spread + (1 - same @ F.normalize(same.mean(0), dim=0).detach()).mean()
+        loss = error + COMMITMENT * commitment + 0.1 * spread
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            used = int((book.counts > 0.05).sum()) if book else 0
+            log.info("codes %d/%d: error %.4f, commitment %.4f, used %d", step, steps, error.item(), commitment.item(), used)
+        if save and (step + 1) % save_every == 0:
+            state = {"vq": vq.state_dict(), "optimizer": optimizer.state_dict(), "book": book, "step": step + 1}
+            save({**state, "generator": generator.get_state()})
+    vq.eval()
+    if book is not None:
+        vq.quantize.embedding.weight.data.copy_(book.codes)
+    return evaluate(model, seed=seed + 1)
+
+
+@torch.no_grad()
+def _vectors(vq: Any, rng: np.random.Generator) -> Tensor:
+    features = vq.quant_conv(vq.encoder(_batch(rng, BATCH)[0]))
+    return F.normalize(features, dim=1).permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+
+
+@torch.no_grad()
+def encode(model: JanusForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) in [-1, 1] → codes (N, cells) int64."""
+    return model.model.vqmodel.encode(pixels).image_tokens.view(len(pixels), -1)
+
+
+@torch.no_grad()
+def decode(model: JanusForConditionalGeneration, codes: Tensor) -> Tensor:
+    """Codes (N, cells) → (N, 3, H, W)."""
+    return model.model.vqmodel.decode(codes)
+
+
+def same_scene(picture: np.ndarray, scene: Scene) -> bool:
+    """Whether the checker reads from `picture` what `scene` holds, each object in its cell."""
+    seen = {(o.color, o.shape, int(o.y) // CELL, int(o.x) // CELL) for o in read(picture).objects}
+    return seen == {(o.color, o.shape, *o.cell) for o in scene.objects}
+
+
+def evaluate(model: JanusForConditionalGeneration, *, seed: int, count: int = 400) -> dict[str, float]:
+    """Share of scenes that the checker reads back whole from their codes, and how many codes they use."""
+    rng = np.random.default_rng([seed, 2])
+    scenes = [random_scene(rng) for _ in range(count)]
+    codes = encode(model, to_tensor(render_array(scenes)))
+    pictures = to_pixels(decode(model, codes))
+    whole = np.mean([same_scene(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
+    return {"scenes_read_back": float(whole), "codes_used": float(codes.unique().numel())}

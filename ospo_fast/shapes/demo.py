@@ -1,0 +1,267 @@
+"""`ospo-fast demo`: all of OSPO in the Shapes world, measured before and after by the rule of `evaluate.py`.
+
+The stages are those of any other run, through `pipeline`; this module evaluates around them and sums up. Whatever is
+finished is kept in the run folder, so a stopped demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ospo_fast._version import __version__
+from ospo_fast.config import Config
+from ospo_fast.models import load_model
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
+from ospo_fast.records import Record, write_atomic, write_json
+from ospo_fast.report import write_report
+from ospo_fast.shapes import evaluate
+from ospo_fast.shapes.checker import read, satisfies
+from ospo_fast.shapes.evaluate import HEADLINE, Drawings
+from ospo_fast.shapes.scenes import held_out, parse
+
+log = logging.getLogger(__name__)
+
+PER_KIND = 50  # held-out prompts of each kind, or as many as there are
+SEEDS = (0, 1)  # sampling seeds
+WATCHED = 16  # validation prompts of each headline kind that are drawn while training
+GALLERY = 6  # drawings of each headline kind shown before and after
+
+
+def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[str, Any]:
+    """Base evaluation, the stages, tuned evaluation; writes summary.json and report/, returns the summary.
+
+    Args:
+        config: of a run; `model` must be one of the Shapes world. `prompts.exclude` is set to the held-out prompts.
+        resume: go on with what the run folder holds.
+        progress: bars on stderr.
+
+    Raises:
+        OspoError, UsageError: as the stages do.
+
+    """
+    started = time.perf_counter()
+    out = Path(config.out)
+    write_atomic(out / "held_out.txt", ("\n".join(held_out()) + "\n").encode())
+    config = dataclasses.replace(
+        config, prompts=dataclasses.replace(config.prompts, exclude=str(out / "held_out.txt"))
+    )
+    figures = _Figures(out / "evaluation", resume=resume)
+    base = load_model(config.model, device=config.device, dtype=config.dtype)
+    scale, scales = figures.guidance("base", base, progress)
+    before = figures.drawings("base", base, sorted({1.0, scale}), progress)
+    vqa = figures.get("vqa_rendered", lambda: evaluate.answering(base, progress=progress))
+    own = figures.get("vqa_own", lambda: evaluate.answering_own(base, before[scale], progress=progress))
+
+    def watch(model: UnifiedModel, _step: int) -> dict[str, float]:
+        drawn = evaluate.draw(
+            model, split="validation", per_kind=WATCHED, guidance_scale=scale, kinds=HEADLINE, progress=False
+        )
+        return {"alignment": drawn.headline()["alignment"]}
+
+    pipeline = Pipeline(config, resume=resume, progress=progress, evaluation=watch, model=base)
+    pipeline.run()
+
+    tuned = pipeline.model(config.iterations + 1)
+    own_scale, own_scales = figures.guidance("tuned", tuned, progress)
+    after = figures.drawings("tuned", tuned, sorted({1.0, scale, own_scale}), progress)
+    base_own = before[scale]
+    summary = {
+        "alignment_before": before[scale].headline()["alignment"],
+        "alignment_after": after[scale].headline()["alignment"],
+        "alignment_std": after[scale].gain(before[scale])["standard_error"],
+        "alignment_gain": after[scale].gain(before[scale])["alignment"],
+        "seeds": {"training": [config.seed], "sampling": list(SEEDS)},
+        "vqa_accuracy": vqa["all"],
+        "vqa_by_kind": {kind: vqa[kind] for kind in evaluate.QUESTION_KINDS},
+        "vqa_accuracy_own_drawings": own["all"],
+        **pair_figures(read_stage(out, "select"), out),
+        **(mask_figures(read_stage(out, "masks"), out) if config.masks.enabled else {"mask_iou": None}),
+        "evaluation": {
+            "rule": " ".join((evaluate.__doc__ or "").split()),
+            "headline_kinds": list(HEADLINE),
+            "guidance_scale": scale,
+            "validation": {"before": scales, "after": own_scales},
+            "before": {str(s): d.headline() for s, d in before.items()},
+            "after": {str(s): d.headline() for s, d in after.items()},
+            "each_at_its_best": {
+                "guidance_before": scale,
+                "guidance_after": own_scale,
+                "before": base_own.headline()["alignment"],
+                "after": after[own_scale].headline()["alignment"],
+            },
+            "by_kind": _by_kind(before[scale], after[scale]),
+        },
+        "stages": stage_figures(out),
+        "versions": _versions(),
+    }
+    write_gallery(out, before[scale], after[scale])
+    summary["seconds"] = round(figures.add_seconds(time.perf_counter() - started), 1)
+    write_json(out / "summary.json", summary)
+    write_report(out)
+    return summary
+
+
+class _Figures:
+    """Results of evaluations, kept in a folder so that a resumed demo does not draw again."""
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        self.folder = folder
+        if not resume:
+            for path in folder.glob("*.*"):
+                path.unlink()
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def guidance(self, name: str, model: UnifiedModel, progress: bool) -> tuple[float, dict[str, dict[str, float]]]:
+        """The model's best guidance scale on validation prompts, and the headline at each."""
+
+        def make() -> list[Any]:
+            best, found = evaluate.best_guidance(model, per_kind=PER_KIND, seeds=SEEDS, progress=progress)
+            return [best, {str(scale): figures for scale, figures in found.items()}]
+
+        best, found = self.get(f"{name}_guidance", make)
+        return best, found
+
+    def drawings(
+        self, name: str, model: UnifiedModel, scales: Sequence[float], progress: bool
+    ) -> dict[float, Drawings]:
+        """Test prompts drawn at each guidance scale."""
+        found = {}
+        for scale in scales:
+            path = self.folder / f"{name}_{scale}.npz"
+            if not path.exists():
+                drawn = evaluate.draw(
+                    model, per_kind=PER_KIND, guidance_scale=scale, seeds=SEEDS, progress=progress
+                )
+                drawn.save(path)
+            found[scale] = Drawings.load(path)
+        return found
+
+    def add_seconds(self, seconds: float) -> float:
+        """The seconds of this call and of those before it."""
+        path = self.folder / "seconds.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        write_json(path, before + seconds)
+        return float(before + seconds)
+
+
+def _by_kind(before: Drawings, after: Drawings) -> dict[str, dict[str, float]]:
+    old, new = before.by_kind(), after.by_kind()
+    return {
+        kind: {
+            "before": old[kind]["alignment"],
+            "after": new[kind]["alignment"],
+            "before_std": old[kind]["standard_error"],
+            "after_std": new[kind]["standard_error"],
+            "n": int(old[kind]["prompts"]),
+        }
+        for kind in old
+    }
+
+
+def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
+    """`pairs`; `pair_purity`: chosen right and rejected wrong, by the checker; the shares of either by itself.
+
+    A pair whose prompt is no prompt of the Shapes grammar counts as impure.
+    """
+    kept = [record for record in records if record.get("kept")]
+    right = [_shows(out / str(record["chosen"]), record["prompt"]) for record in kept]
+    wrong = [not _shows(out / str(record["rejected"]), record["prompt"]) for record in kept]
+    pure = [r and w for r, w in zip(right, wrong, strict=True)]
+    return {
+        "pairs": len(kept),
+        "pair_purity": float(np.mean(pure)) if kept else None,
+        "pair_purity_std": float(np.std(pure) / np.sqrt(len(pure))) if kept else None,
+        "chosen_right": float(np.mean(right)) if kept else None,
+        "rejected_wrong": float(np.mean(wrong)) if kept else None,
+    }
+
+
+def _shows(path: Path, prompt: str) -> bool:
+    from PIL import Image
+
+    return parse(prompt) is not None and satisfies(Image.open(path), prompt)
+
+
+def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
+    """`mask_iou`: mean overlap of the chosen images' masks with the true objects, on the grid of codes.
+
+    A cell is true where objects, as the checker sees them, cover a quarter of it or more. `mask_iou_all_ones` is what a
+    mask of the whole image would have.
+    """
+    from PIL import Image
+    from safetensors.numpy import load_file
+
+    found, ones = [], []
+    for record in records:
+        if not record.get("mask_path"):
+            continue
+        union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)
+        seen = [thing.mask for thing in read(Image.open(out / str(record["chosen"]))).objects]
+        if not seen:
+            continue
+        pixels = np.any(seen, axis=0)
+        rows, columns = union.shape
+        height, width = pixels.shape
+        cells = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.25
+        found.append((union & cells).sum() / max((union | cells).sum(), 1))
+        ones.append(cells.mean())
+    return {
+        "mask_iou": float(np.mean(found)) if found else None,
+        "mask_iou_std": float(np.std(found) / np.sqrt(len(found))) if found else None,
+        "mask_iou_all_ones": float(np.mean(ones)) if ones else None,
+    }
+
+
+def write_gallery(out: Path, before: Drawings, after: Drawings) -> None:
+    """evaluation/gallery.jsonl and its images: the first prompts of each kind, first seed, whatever came of them."""
+    lines = []
+    taken: dict[str, int] = {}
+    for index, (kind, prompt) in enumerate(zip(before.kinds, before.prompts, strict=True)):
+        taken[kind] = taken.get(kind, 0) + 1
+        if taken[kind] > (GALLERY if kind in HEADLINE else 2):
+            continue
+        line: dict[str, Any] = {"prompt": prompt, "kind": kind}
+        for name, drawn in (("before", before), ("after", after)):
+            path = f"evaluation/images/{index:04d}_{name}.png"
+            write_atomic(out / path, _png(drawn.images[index * len(drawn.seeds)]))
+            line[name] = {"path": path, "correct": bool(drawn.correct[index, 0])}
+        lines.append(json.dumps(line))
+    write_atomic(out / "evaluation" / "gallery.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def _png(image: Any) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    return {
+        "ospo_fast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "numpy": np.__version__,
+    }

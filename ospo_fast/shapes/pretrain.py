@@ -1,0 +1,385 @@
+"""Makes the checkpoint that ships with the package: `python -m ospo_fast.shapes.pretrain --out DIR`.
+
+Two parts, both from one seed: the VQ model (`codebook.py`), then the language model, vision tower and aligners on three
+tasks at once: prompt → codes, picture and question → yes or no, and the text tasks of the stages. Drawing gets few
+sequences a step and stops early on purpose (`DRAW`), so that the model makes the mistakes that OSPO is there to mend;
+nothing else is done to it. Prompts whose meaning is held out (`Description.split`) never occur, in any task.
+
+Stopped at any point, the same command goes on from the last saved state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+from ospo_fast.shapes import codebook, language
+from ospo_fast.shapes.build import GRID, build_model, build_processor
+from ospo_fast.shapes.render import render_array
+from ospo_fast.shapes.scenes import KINDS, Description, Scene, prompts, random_scene, sample_scene
+from ospo_fast.stages.templates import load_templates
+
+log = logging.getLogger(__name__)
+IGNORED = -100
+# How often each kind of prompt is drawn and written, and each kind of question asked.
+PROMPT_SHARES = {"color1": 0.08, "shape1": 0.06, "color2": 0.22, "2D_spatial": 0.26, "numeracy1": 0.13, "numeracy2": 0.25}
+QUESTION_SHARES = {"existence": 0.25, "count": 0.25, "total": 0.12, "relation": 0.38}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the run; the defaults make the shipped checkpoint."""
+
+    seed: int = 0
+    codes_steps: int = 5000
+    steps: int = 7500
+    draw: int = 24  # drawing sequences a step
+    draw_until: float = 1.0  # share of the steps in which drawing is trained
+    pictures: int = 24  # pictures a step that questions are asked about
+    questions: int = 8  # questions a picture
+    texts: int = 12  # text answers a step
+    lr: float = 2e-3
+    decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
+    pool: int = 30_000  # drawings encoded beforehand
+    decoded: int = 6_000  # pictures that went through the VQ model, as the model's own drawings do
+
+
+def _choose(rng: np.random.Generator, shares: dict[str, float]) -> str:
+    weights = np.array(list(shares.values()))
+    return str(rng.choice(list(shares), p=weights / weights.sum()))
+
+
+class Data:
+    """Everything the language model is shown. Every batch is a function of the seed and the step alone."""
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer = processor.tokenizer
+        self.templates = load_templates("shapes")
+        self.train = {kind: prompts(kind, "train") for kind in KINDS}
+        self.ids = lru_cache(maxsize=200_000)(self._ids)
+        self.bos, self.eos, self.pad, self.boi, self.eoi, self.image, self.user, self.assistant = (
+            self.tokenizer.convert_tokens_to_ids(token)
+            for token in ("<bos>", "<eos>", "<pad>", "<boi>", "<eoi>", "<image>", "<|User|>", "<|Assistant|>")
+        )
+        rng = np.random.default_rng([recipe.seed, 3])
+        self.drawn: list[str] = []
+        scenes: list[Scene] = []
+        for _ in range(recipe.pool):
+            description = self._describe(rng)
+            scene = sample_scene(description, rng)
+            self.drawn.append(description.text)
+            scenes.append(scene)
+        parts = [scenes[i : i + 500] for i in range(0, len(scenes), 500)]
+        self.codes = torch.cat([codebook.encode(model, codebook.to_tensor(render_array(part))) for part in parts])
+        self.decoded_scenes = [random_scene(rng) for _ in range(recipe.decoded)]
+        self.decoded = np.concatenate(
+            [self._through_codes(model, self.decoded_scenes[i : i + 500]) for i in range(0, recipe.decoded, 500)]
+        )
+
+    def _through_codes(self, model: JanusForConditionalGeneration, scenes: list[Scene]) -> np.ndarray:
+        return codebook.to_pixels(codebook.decode(model, codebook.encode(model, codebook.to_tensor(render_array(scenes)))))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        ids = self.tokenizer(" " + text, add_special_tokens=False).input_ids
+        if self.tokenizer.unk_token_id in ids:
+            raise ValueError(f"{text!r} has a word that the vocabulary lacks")
+        return tuple(ids)
+
+    def _describe(self, rng: np.random.Generator) -> Description:
+        """A prompt to draw: as it is, with scenery, or one of its near misses with scenery."""
+        kind = _choose(rng, PROMPT_SHARES)
+        description = self.train[kind][rng.integers(len(self.train[kind]))]
+        style = rng.random()
+        if style < 0.5:
+            return description
+        if style < 0.75:
+            other = self._variant(description, KINDS[kind][1], rng)[1]
+            if other is not None:
+                return language.densify(description, other, rng)[int(rng.integers(2))]
+        return language.densify(description, description, rng)[0]
+
+    def _variant(
+        self, description: Description, sub_category: str, rng: np.random.Generator
+    ) -> tuple[str, Description | None]:
+        """A method and the near miss that it makes, None where that is held out."""
+        methods = language.METHODS[sub_category]
+        method = methods[int(rng.integers(len(methods)))]
+        for _ in range(8):
+            other = language.contrast(description, method, sub_category, rng)
+            if other.split == "train":
+                return method, other
+        return method, None
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (B, P) of the prompts, lengths (B,), codes (B, cells); one prompt in ten is made unconditional."""
+        rng = np.random.default_rng([self.recipe.seed, 4, step])
+        chosen = rng.integers(len(self.drawn), size=self.recipe.draw)
+        rows = []
+        for index in chosen:
+            row = [self.bos, self.user, *self.ids(self.drawn[index]), self.assistant, self.boi]
+            if rng.random() < 0.1:
+                row = [self.bos, *[self.pad] * (len(row) - 2), self.boi]
+            rows.append(row)
+        return _pad(rows, self.pad), torch.tensor([len(row) for row in rows]), self.codes[chosen]
+
+    def ask(self, step: int) -> tuple[Tensor, ...]:
+        """pixels (B, 3, H, W), ids, positions, blocks (0 = picture, 1… = question, -1 = padding), labels, each (B, L)."""
+        rng = np.random.default_rng([self.recipe.seed, 5, step])
+        yes, no = self.ids("yes")[0], self.ids("no")[0]
+        prefix = [self.bos, self.user, self.boi, *[self.image] * (GRID * GRID), self.eoi]
+        pictures, rows, positions, blocks, labels = [], [], [], [], []
+        for _ in range(self.recipe.pictures):
+            if rng.random() < 0.4:
+                index = int(rng.integers(len(self.decoded)))
+                scene, picture = self.decoded_scenes[index], self.decoded[index]
+            else:
+                if rng.random() < 0.35:  # as prompts describe them: two kinds of things, counted or related
+                    kind = _choose(rng, PROMPT_SHARES)
+                    scene = sample_scene(self.train[kind][rng.integers(len(self.train[kind]))], rng)
+                else:
+                    scene = random_scene(rng)
+                picture = render_array([scene])[0]
+            row, position = list(prefix), list(range(len(prefix)))
+            block, label = [0] * len(prefix), [IGNORED] * len(prefix)
+            for number in range(1, self.recipe.questions + 1):
+                asked = language.ask(scene, _choose(rng, QUESTION_SHARES), rng)
+                tokens = [*self.ids(asked.text), self.assistant]
+                row += tokens
+                position += range(len(prefix), len(prefix) + len(tokens))
+                block += [number] * len(tokens)
+                label += [IGNORED] * (len(tokens) - 1) + [yes if asked.answer else no]
+            pictures.append(picture)
+            for rows_, values in ((rows, row), (positions, position), (blocks, block), (labels, label)):
+                rows_.append(values)
+        pixels = codebook.to_tensor(np.stack(pictures))
+        return pixels, _pad(rows, self.pad), _pad(positions, 0), _pad(blocks, -1), _pad(labels, IGNORED)
+
+    def write(self, step: int) -> tuple[Tensor, Tensor]:
+        """ids and labels (B, L) of the text tasks."""
+        rng = np.random.default_rng([self.recipe.seed, 6, step])
+        rows, labels = [], []
+        while len(rows) < self.recipe.texts:
+            pair = self._text(rng)
+            if pair is None:
+                continue
+            asked = [self.bos, self.user, *self.ids(pair[0]), self.assistant]
+            answer = [*self.ids(pair[1]), self.eos]
+            rows.append(asked + answer)
+            labels.append([IGNORED] * (len(asked) - 1) + answer + [IGNORED])  # shifted: each predicts the next
+        return _pad(rows, self.pad), _pad(labels, IGNORED)
+
+    def _text(self, rng: np.random.Generator) -> tuple[str, str] | None:
+        kind = _choose(rng, PROMPT_SHARES)
+        sub_category = KINDS[kind][1]
+        description = self.train[kind][rng.integers(len(self.train[kind]))]
+        task = rng.integers(4)
+        if task == 0:
+            stage, variables, answer = "prompts", {"kind": kind}, language.stage1_answer(description)
+        elif task == 3:
+            stage, answer = "questions", language.questions_answer(description)
+            variables = {"prompt": description.text}
+        else:
+            method, other = self._variant(description, sub_category, rng)
+            if other is None:
+                return None
+            if task == 1:
+                stage, answer = "perturb", f"Contrastive Prompt: {other.text}"
+                variables = {"method": method, "prompt": description.text}
+            else:
+                stage, answer = "densify", language.densify_answer(*language.densify(description, other, rng))
+                variables = {"prompt": description.text, "negative_prompt": other.text}
+        return self.templates.messages(stage, **variables)[-1]["content"], answer
+
+
+def _pad(rows: list[list[int]], value: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def draw_loss(model: JanusForConditionalGeneration, ids: Tensor, lengths: Tensor, codes: Tensor) -> Tensor:
+    """Mean cross-entropy of the codes. Each row is its prompt, its codes, then padding that nothing attends to."""
+    inner = model.model
+    words = inner.language_model.embed_tokens(ids)
+    drawn = model.prepare_embeddings_for_image_generation(codes)
+    rows, cells = codes.shape
+    places = lengths[:, None] + torch.arange(cells)
+    embeds = torch.zeros(rows, ids.shape[1] + cells, words.shape[-1])
+    embeds[:, : ids.shape[1]] = words
+    embeds = embeds.scatter(1, places[..., None].expand(-1, -1, words.shape[-1]), drawn)
+    hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    before = (places - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+    logits = inner.generation_head(hidden.gather(1, before))
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
+def answer_logits(
+    model: JanusForConditionalGeneration, pixels: Tensor, ids: Tensor, positions: Tensor, blocks: Tensor
+) -> Tensor:
+    """Text logits (B, L, V): the questions of a row share its picture and do not see one another."""
+    inner = model.model
+    features = inner.get_image_features(pixels).pooler_output
+    embeds = inner.language_model.embed_tokens(ids)
+    embeds = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features)
+    same = (blocks[:, None, :] == 0) | (blocks[:, None, :] == blocks[:, :, None])
+    mask = same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    bias = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)[:, None]
+    hidden = inner.language_model(
+        inputs_embeds=embeds, attention_mask=bias, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return model.lm_head(hidden)
+
+
+def ask_loss(model: JanusForConditionalGeneration, batch: tuple[Tensor, ...]) -> tuple[Tensor, float]:
+    """Mean cross-entropy of the answers over the whole vocabulary, and the share that is right."""
+    *inputs, labels = batch
+    here = labels != IGNORED
+    logits = answer_logits(model, *inputs)[here]
+    right = (logits.argmax(-1) == labels[here]).float().mean()
+    return F.cross_entropy(logits, labels[here]), float(right)
+
+
+def write_loss(model: JanusForConditionalGeneration, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    hidden = model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+    return F.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def answering(model: JanusForConditionalGeneration, data: Data, *, seed: int, batches: int = 12) -> dict[str, float]:
+    """Share of right answers on fresh rendered scenes, by kind of question: what training watches."""
+    right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_SHARES}
+    yes, no = data.ids("yes")[0], data.ids("no")[0]
+    for batch in range(batches):
+        rng = np.random.default_rng([seed, 7, batch])
+        scenes = [random_scene(rng) for _ in range(24)]
+        asked = [[language.ask(scene, kind, rng) for kind in QUESTION_SHARES] for scene in scenes]
+        prefix = [data.bos, data.user, data.boi, *[data.image] * (GRID * GRID), data.eoi]
+        for column in range(len(QUESTION_SHARES)):
+            rows = [[*prefix, *data.ids(questions[column].text), data.assistant] for questions in asked]
+            ids = _pad(rows, data.pad)
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            blocks = torch.zeros_like(ids)
+            logits = answer_logits(model, codebook.to_tensor(render_array(scenes)), ids, positions, blocks)
+            for row, questions, values in zip(rows, asked, logits, strict=True):
+                last = values[len(row) - 1]
+                question = questions[column]
+                right[question.kind].append(bool(last[yes] > last[no]) == question.answer)
+    return {kind: float(np.mean(values)) for kind, values in right.items()}
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".part")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
+    """Both parts of the pretraining; ends with `out/checkpoint`, a folder for `from_pretrained`."""
+    out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_flush_denormal(True)  # Adam's smallest moments would otherwise take the slow path of the processor
+    model, processor = build_model(recipe.seed), build_processor()
+    codes_path, state_path = out / "codes.pt", out / "state.pt"
+    state = torch.load(codes_path, weights_only=False) if codes_path.exists() else None
+    if state is None or "quality" not in state:
+        quality = codebook.train(
+            model, steps=recipe.codes_steps, seed=recipe.seed, state=state, save=lambda kept: _save(kept, codes_path)
+        )
+        state = {"final": model.model.vqmodel.state_dict(), "quality": quality}
+        _save(state, codes_path)
+    model.model.vqmodel.load_state_dict(state["final"])
+    log.info("codes: %s", state["quality"])
+    quality = state["quality"]
+    with torch.no_grad():  # the generation embeddings start where the codes lie
+        model.model.generation_embeddings.weight.copy_(model.model.vqmodel.quantize.embedding.weight)
+    model.model.vqmodel.requires_grad_(False)
+
+    data = Data(model, processor, recipe)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+    start, seconds = 0, 0.0
+    if state_path.exists():
+        kept = torch.load(state_path, weights_only=False)
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        start, seconds = kept["step"], kept["seconds"]
+    model.train()
+    clock = time.monotonic()
+    recent: list[tuple[float, ...]] = []
+    for step in range(start, recipe.steps):
+        scale = min(1.0, (step + 1) / 200, max((recipe.steps - step) / (recipe.decay * recipe.steps), 1e-3))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * scale
+        optimizer.zero_grad(set_to_none=True)
+        drawn = torch.zeros(())
+        if step < recipe.draw_until * recipe.steps:
+            drawn = draw_loss(model, *data.draw(step))
+            drawn.backward()
+        asked, right = ask_loss(model, data.ask(step))
+        asked.backward()
+        written = write_loss(model, *data.write(step))
+        (0.5 * written).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        recent.append((float(drawn.detach()), float(asked.detach()), right, float(written.detach())))
+        if (step + 1) % 50 == 0:
+            means = np.mean(recent, axis=0)
+            log.info("step %d/%d: draw %.3f, ask %.3f (%.3f right), write %.3f", step + 1, recipe.steps, *means)
+            recent.clear()
+        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
+            seconds += time.monotonic() - clock
+            clock = time.monotonic()
+            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            _save({**kept, "seconds": seconds}, state_path)
+            if (step + 1) % (4 * checkpoint_every) == 0:
+                model.eval()
+                log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
+                model.train()
+    model.eval()
+    folder = out / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    made = {
+        "recipe": asdict(recipe),
+        "codes": quality,
+        "answering": answering(model, data, seed=recipe.seed + 1, batches=40),
+        "minutes_language_model": round(seconds / 60, 1),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (folder / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    log.info("made %s: %s", folder, made)
+
+
+def main() -> None:
+    """The command line: every field of `Recipe` is an option."""
+    parser = argparse.ArgumentParser(prog="python -m ospo_fast.shapes.pretrain", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the state and, at the end, checkpoint/")
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    arguments = vars(parser.parse_args())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    out = arguments.pop("out")
+    run(out, Recipe(**arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The pretraining script: nothing held out is shown, packed questions are what single ones are, a stop loses nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ospo_fast.shapes import codebook, pretrain
+from ospo_fast.shapes.build import build_model, build_processor, vocabulary
+from ospo_fast.shapes.pretrain import Data, Recipe
+from ospo_fast.shapes.scenes import held_out, parse
+
+TINY = Recipe(codes_steps=2, steps=4, draw=3, pictures=2, questions=3, texts=3, pool=20, decoded=10)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(0, hidden=32, layers=2, intermediate=48, heads=2)
+
+
+@pytest.fixture(scope="module")
+def data(model) -> Data:
+    return Data(model, build_processor(), TINY)
+
+
+def test_nothing_held_out_is_drawn_or_written(data: Data) -> None:
+    excluded = set(held_out())
+    for text in data.drawn:
+        description = parse(text)
+        assert description is not None
+        assert description.split == "train"
+    assert not excluded & set(data.drawn)
+    words = data.tokenizer
+    for step in range(60):
+        ids, labels = data.write(step)
+        for row in (*ids, *labels):
+            text = words.decode(row[row >= 0], skip_special_tokens=True)
+            for part in text.replace(";", "\n").replace("Dense:", "\n").replace("Prompt:", "\n").splitlines():
+                description = parse(part.split("/")[-1])
+                assert description is None or description.split == "train", text
+
+
+def test_vocabulary_has_no_duplicates_and_text_comes_back() -> None:
+    assert len(set(vocabulary())) == len(vocabulary())
+    tokenizer = build_processor().tokenizer
+    for text in held_out()[::97]:
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).strip() == text
+
+
+def test_packed_questions_are_answered_as_single_ones(model, data: Data) -> None:
+    pixels, ids, positions, blocks, _ = data.ask(0)
+    with torch.no_grad():
+        packed = pretrain.answer_logits(model, pixels, ids, positions, blocks)
+        for number in range(1, TINY.questions + 1):
+            for row in range(len(ids)):
+                kept = (blocks[row] == 0) | (blocks[row] == number)
+                single = pretrain.answer_logits(
+                    model,
+                    pixels[row : row + 1],
+                    ids[row : row + 1, kept],
+                    torch.arange(int(kept.sum()))[None],
+                    torch.zeros(1, int(kept.sum()), dtype=torch.long),
+                )
+                torch.testing.assert_close(packed[row, kept][-1], single[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_drawing_loss_is_that_of_single_sequences(model, data: Data) -> None:
+    ids, lengths, codes = data.draw(0)
+    losses = []
+    with torch.no_grad():
+        for row, length, drawn in zip(ids, lengths, codes, strict=True):
+            words = model.model.language_model.embed_tokens(row[:length])
+            pictures = model.prepare_embeddings_for_image_generation(drawn)
+            hidden = model.model.language_model(inputs_embeds=torch.cat([words, pictures])[None]).last_hidden_state
+            logits = model.model.generation_head(hidden[0, length - 1 : -1])
+            losses.append(torch.nn.functional.cross_entropy(logits, drawn))
+        torch.testing.assert_close(pretrain.draw_loss(model, ids, lengths, codes), torch.stack(losses).mean())
+
+
+def test_codebook_covers_and_restarts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(400, 8, generator=generator), dim=1)
+    book = codebook.Codebook(codebook._kmeans(vectors, 16, generator))
+    assert (book.codes.norm(dim=1) - 1).abs().max() < 1e-5
+    book.counts[3] = 0
+    book.sums[3] = 0
+    nearest = (vectors @ book.codes.T).argmax(1)
+    kept = nearest != 3
+    book.update(vectors[kept], nearest[kept], generator)
+    assert (vectors @ book.codes[3]).max() > 0.999  # moved to a vector
+
+
+@pytest.fixture
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook, "WARM", 1)
+    monkeypatch.setattr(
+        pretrain, "build_model", lambda seed: build_model(seed, hidden=32, layers=2, intermediate=48, heads=2)
+    )
+    for name in ("evaluate", "answering"):
+        module = codebook if name == "evaluate" else pretrain
+        monkeypatch.setattr(module, name, lambda *_, **__: {"measured": 0.0})
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain.run(tmp_path / "whole", TINY, checkpoint_every=2)
+
+    real = pretrain._save
+    saved: list[Path] = []
+
+    def stop(state: dict, path: Path) -> None:
+        real(state, path)
+        saved.append(path)
+        if path.name == "state.pt" and len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(tmp_path / "stopped", TINY, checkpoint_every=2)
+    pretrain.run(tmp_path / "stopped", TINY, checkpoint_every=2)
+
+    from safetensors.torch import load_file
+
+    first = load_file(tmp_path / "whole" / "checkpoint" / "model.safetensors")
+    second = load_file(tmp_path / "stopped" / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
