@@ -2,7 +2,7 @@
 
 Environment:
     OSPO_FAST_CUDA        1: compile the CUDA sources, fail without nvcc; 0: leave them out; unset: compile them when
-                          nvcc is found (in CUDA_HOME, on the PATH, or in /usr/local/cuda)
+                          nvcc is found: in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda
     OSPO_FAST_CUDA_ARCHS  such as "80+PTX 90 100": the architectures to compile for, +PTX to add PTX
     MAX_JOBS              compilers at once (default: one per core)
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME as everywhere
@@ -41,12 +41,9 @@ def find_nvcc() -> str | None:
         )
     if wanted == "0":
         return None
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    nvcc = (
-        shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes) or os.devnull)
-        or shutil.which("nvcc")
-        or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    )
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]  # None is the PATH
+    nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if wanted == "1" and nvcc is None:
         sys.exit("OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to leave CUDA out")
     return nvcc

@@ -148,7 +148,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    import torch  # noqa: F401  (first, so that its OpenMP runtime is the one that is loaded)
+    importlib.import_module("torch")  # first, so that its OpenMP runtime is the one that is loaded
 
     native = importlib.import_module("ospo_fast._C")
     info: dict[str, Any] = {**native.build_info()}

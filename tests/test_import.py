@@ -1,0 +1,79 @@
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ospo_fast
+
+PACKAGE = Path(ospo_fast.__file__).parent
+
+# architecture.md's order, from the top down: a unit imports its own layer and those below it.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"pipeline", "report", "env"},
+    {"stages"},
+    {"generation", "loss", "models", "records", "config"},
+    {"ops"},
+    {"kernels", "_C"},
+    {"errors", "_version"},
+]
+RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter holds after running the code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], check=True, capture_output=True, text=True
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    loaded = modules_after("import ospo_fast; ospo_fast.__version__; dir(ospo_fast)")
+    assert not loaded & {"torch", "numpy", "transformers"}
+    assert {name for name in loaded if name.startswith("ospo_fast.")} == {"ospo_fast._version"}
+
+
+def test_the_operations_need_torch_and_numpy_only() -> None:
+    names = "token_logprobs, Head, object_masks, sample_codes, OSPOLoss, OSPOLossConfig"
+    loaded = modules_after(f"from ospo_fast import {names}")
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "peft", "accelerate", "PIL", "matplotlib", "omegaconf", "skimage", "scipy"}
+
+
+@pytest.mark.parametrize("name", ospo_fast.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(ospo_fast, name) is getattr(ospo_fast, name)
+    assert name in dir(ospo_fast)
+
+
+def test_a_name_is_the_one_of_its_module() -> None:
+    ops = importlib.import_module("ospo_fast.ops")
+    assert ospo_fast.token_logprobs is ops.token_logprobs
+    with pytest.raises(AttributeError, match="no attribute 'token_logprob'"):
+        ospo_fast.token_logprob
+
+
+def imports(path: Path) -> set[str]:
+    """The units of ospo_fast that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("ospo_fast.")} & set(RANK)
+
+
+@pytest.mark.parametrize("unit", sorted(set(RANK) - {"_C", "_version"}))
+def test_no_unit_imports_a_higher_one(unit: str) -> None:
+    paths = [*PACKAGE.glob(f"{unit}.py"), *(PACKAGE / unit).rglob("*.py")]
+    assert paths
+    higher = {
+        (str(path.relative_to(PACKAGE)), other) for path in paths for other in imports(path) if RANK[other] > RANK[unit]
+    }
+    assert not higher
