@@ -44,9 +44,12 @@ def resolve(op: str, backend: str, device: str) -> str:
     if backend == "torch":
         return backend
     if backend == "auto":
-        if _native()[0] is None:
-            _warn_once(_native()[1])
-        return next((name for name in _KERNELS[op] if not _missing(op, name, device)), "torch")
+        for name, (exists, runs_on) in _KERNELS[op].items():
+            if exists and runs_on == device:
+                if not (reason := _missing(op, name, device)):
+                    return name
+                _warn_once(reason)
+        return "torch"
     if backend not in _KERNELS[op]:
         expected = ", ".join(repr(name) for name in ("auto", "torch", *_KERNELS[op]))
         raise OpError(f"{op}: backend={backend!r} is unknown, expected one of {expected}")

@@ -1,0 +1,371 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ospo_fast import Head, sequence_logprobs, token_logprobs, token_weights
+from ospo_fast.errors import OpError
+from ospo_fast.ops.token_logprobs import _Chain, token_logprobs_reference
+from ospo_fast.ops.token_weights import spread_weights
+
+LINEAR, MLP = "linear", "mlp"
+
+
+def make_head(kind: str, *, bias: bool, width: int = 16, codes: int = 23, dtype: torch.dtype = torch.float32) -> Head:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).mul(shape[-1] ** -0.5).to(dtype)
+
+    if kind == LINEAR:
+        return Head(normal(codes, width), normal(codes) if bias else None)
+    inner = width + 3
+    return Head(
+        normal(codes, inner), normal(codes) if bias else None, normal(inner, width), normal(inner) if bias else None
+    )
+
+
+def trainable(head: Head, dtype: torch.dtype | None = None) -> Head:
+    return Head(
+        *(None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in head.tensors)
+    )
+
+
+def eager(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """The usual computation: all logits, fp32 log-softmax, gather."""
+    logps = F.log_softmax(head(hidden).float(), -1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return logps * (labels != -100)
+
+
+def some_labels(*shape: int, codes: int = 23) -> Tensor:
+    labels = torch.randint(codes, shape)
+    return labels.masked_fill(torch.rand(shape) < 0.3, -100)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_golden(golden: Any, index: int) -> None:
+    figures = golden(f"masked_logprob_{index}.npz")
+    logits = torch.tensor(figures["logits"], requires_grad=True)
+    targets = F.pad(torch.tensor(figures["labels"])[:, 1:], (0, 1), value=-100)
+    # An identity as head, so that the hidden states are the logits.
+    logps = token_logprobs(logits, Head(torch.eye(logits.shape[-1])), targets, chunk_rows=200)
+    present = targets != -100
+    weights = token_weights(
+        torch.tensor(figures["masks"]), alpha=float(figures["alpha"]), gamma=float(figures["gamma"])
+    )
+    sequences = sequence_logprobs(logps, present, spread_weights(weights, present))
+    (sequences * torch.tensor(figures["grad_coef"])).sum().backward()
+    np.testing.assert_allclose(sequences.detach(), figures["logps"], rtol=2e-6)
+    np.testing.assert_allclose(sequence_logprobs(logps, present).detach(), figures["logps_unmasked"], rtol=2e-6)
+    np.testing.assert_allclose(logits.grad, figures["grad_logits"], rtol=2e-6)
+
+
+# 1 row; odd sizes with V no multiple of 8; a chunk that does not divide the rows; the usual shape of a small image.
+@pytest.mark.parametrize(
+    ("shape", "width", "codes", "chunk"), [((1,), 8, 5, None), ((3, 7), 13, 29, 4), ((2, 36), 128, 256, None)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+def test_values_and_gradients(
+    no_worse: Any,
+    kind: str,
+    bias: bool,
+    train_head: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    width: int,
+    codes: int,
+    chunk: int | None,
+) -> None:
+    head = make_head(kind, bias=bias, width=width, codes=codes, dtype=dtype)
+    hidden, labels = torch.randn(*shape, width).to(dtype), some_labels(*shape, codes=codes)
+    labels[..., 0] = 1  # at least one
+    upstream = torch.randn(shape)
+
+    def run(function: Any, of: torch.dtype) -> tuple[Tensor, ...]:
+        weights = trainable(head, of) if train_head else head.to(of)
+        x = hidden.to(of, copy=True).requires_grad_()
+        logps = function(x, weights, labels)
+        (logps * upstream).sum().backward()
+        return logps.detach(), x.grad, *(t.grad for t in weights.tensors if t is not None and train_head)
+
+    ours = run(lambda *a: token_logprobs(*a, chunk_rows=chunk), dtype)
+    exact = run(token_logprobs_reference, torch.float64)
+    assert ours[0].dtype == torch.float32
+    assert len(ours) == len(exact)
+    for mine, usual, best in zip(ours, run(eager, dtype), exact, strict=True):
+        no_worse(mine, usual, best)
+    assert (ours[0][labels == -100] == 0).all()
+    assert (ours[1][labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_logits(no_worse: Any, dtype: torch.dtype) -> None:
+    hidden, labels = torch.randn(40, 16), some_labels(40)
+    head = make_head(LINEAR, bias=True)
+    factor = 50 / head(hidden).abs().max()
+    head, hidden = Head(head.weight * factor, head.bias * factor).to(dtype), hidden.to(dtype)
+    exact = token_logprobs_reference(hidden, head, labels)
+    no_worse(token_logprobs(hidden, head, labels), eager(hidden, head, labels), exact)
+
+
+def test_fp32_logits_lessen_the_error_of_half_precision() -> None:
+    head, labels = make_head(LINEAR, bias=True, dtype=torch.bfloat16), torch.randint(23, (200,))
+    head = Head(head.weight * 16, head.bias)
+    hidden = torch.randn(200, 16).bfloat16().requires_grad_()
+    exact = token_logprobs_reference(hidden, head, labels)
+
+    def error(logits_dtype: Any) -> float:
+        return float((token_logprobs(hidden, head, labels, logits_dtype=logits_dtype) - exact).detach().abs().max())
+
+    assert error("fp32") < 0.5 * error(None)
+    assert error(torch.float32) == error("fp32")
+    for weights in (head, trainable(head)):
+        (grad,) = torch.autograd.grad(token_logprobs(hidden, weights, labels, logits_dtype="fp32").sum(), hidden)
+        (best,) = torch.autograd.grad(token_logprobs_reference(hidden, head, labels).sum(), hidden)
+        assert (grad - best).abs().max() < 0.01 * best.abs().max()
+
+
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("function", [token_logprobs, token_logprobs_reference])
+def test_gradcheck(kind: str, train_head: bool, function: Any) -> None:
+    head = make_head(kind, bias=True, width=3, codes=5, dtype=torch.float64)
+    tensors = [t for t in head.tensors if t is not None]
+    hidden, labels = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True), some_labels(2, 3, codes=5)
+
+    def of_all(x: Tensor, *weights: Tensor) -> Tensor:
+        return function(x, Head(*weights), labels)
+
+    assert torch.autograd.gradcheck(of_all, (hidden, *(t.requires_grad_(train_head) for t in tensors)))
+    assert token_logprobs(hidden, head, labels).dtype == torch.float64
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
+    width, codes = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    ignore = data.draw(st.sampled_from([-100, -1, 0]))
+    head = make_head(data.draw(st.sampled_from([LINEAR, MLP])), bias=data.draw(st.booleans()), width=width, codes=codes)
+    head = trainable(head) if data.draw(st.booleans()) else head
+    labels = torch.randint(codes, shape)
+    labels = labels.masked_fill(torch.rand(shape) < data.draw(st.sampled_from([0, 0.5, 1])), ignore)
+    hidden = torch.randn(*shape, width, requires_grad=True)
+    ours = token_logprobs(hidden, head, labels, ignore_index=ignore, chunk_rows=data.draw(st.integers(1, 40)))
+    exact = token_logprobs_reference(hidden, head, labels, ignore_index=ignore)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    (mine,) = torch.autograd.grad(ours.sum(), hidden)
+    (best,) = torch.autograd.grad(exact.sum(), hidden)
+    torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPatch, train_head: bool) -> None:
+    rows: list[int] = []
+    forward = _Chain.forward
+    monkeypatch.setattr(_Chain, "forward", lambda self, x, *a: rows.append(len(x)) or forward(self, x, *a))
+    head, labels = make_head(MLP, bias=True), some_labels(50)
+    head = trainable(head) if train_head else head
+    results = []
+    for chunk in (None, 7, 1):
+        hidden = torch.linspace(-1, 1, 800).view(50, 16).requires_grad_()
+        logps = token_logprobs(hidden, head, labels, chunk_rows=chunk)
+        logps.square().sum().backward()
+        results.append((logps.detach(), hidden.grad))
+        assert max(rows) <= (chunk or 50)
+        assert sum(rows) == int((labels != -100).sum()) * (2 if train_head else 1)  # compacted; recomputed if trained
+        rows.clear()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_layouts() -> None:
+    head, labels = make_head(MLP, bias=True), some_labels(6, 4)
+    hidden = torch.randn(6, 4, 16)
+    plain = token_logprobs(hidden, head, labels)
+    assert torch.equal(token_logprobs(hidden.transpose(0, 1), head, labels.transpose(0, 1)), plain.transpose(0, 1))
+    wide = torch.randn(6, 4, 32)
+    wide[..., ::2] = hidden
+    assert torch.equal(token_logprobs(wide[..., ::2], head, labels), plain)
+    torch.testing.assert_close(token_logprobs(hidden[2, 1], head, labels[2, 1]), plain[2, 1])
+    assert torch.equal(token_logprobs(hidden, head, labels.int()), plain)
+    columns = Head(head.weight.t().contiguous().t(), *head.tensors[1:])
+    torch.testing.assert_close(token_logprobs(hidden, columns, labels), plain)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_any_upstream_gradient(train_head: bool) -> None:
+    head, labels = make_head(MLP, bias=True, dtype=torch.float64), some_labels(5, 6)
+    head = trainable(head) if train_head else head
+    hidden = torch.randn(5, 6, 16, dtype=torch.float64, requires_grad=True)
+    for loss in (
+        lambda logps: logps.sum(),  # expanded
+        lambda logps: logps[:, ::2].square().sum(),  # strided
+        lambda logps: logps.t()[1:].cumsum(0).sum(),  # transposed
+        lambda logps: logps[labels != -100].mean(),  # gathered
+    ):
+        (mine,) = torch.autograd.grad(loss(token_logprobs(hidden, head, labels)), hidden)
+        (best,) = torch.autograd.grad(loss(token_logprobs_reference(hidden, head, labels)), hidden)
+        torch.testing.assert_close(mine, best)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_two_backwards_and_accumulation(train_head: bool) -> None:
+    head, labels = make_head(MLP, bias=True), some_labels(9)
+    head = trainable(head) if train_head else head
+    hidden = torch.randn(9, 16, requires_grad=True)
+    loss = token_logprobs(hidden, head, labels).square().sum()
+    loss.backward(retain_graph=True)
+    first = hidden.grad.clone()
+    loss.backward()
+    assert torch.equal(hidden.grad, 2 * first)
+
+
+def test_second_derivative_is_refused() -> None:
+    hidden = torch.randn(4, 16, requires_grad=True)
+    loss = token_logprobs(hidden, make_head(MLP, bias=True), torch.arange(4)).square().sum()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_rows_are_independent(train_head: bool, value: float) -> None:
+    head, labels = make_head(MLP, bias=True), torch.arange(6)
+    head = trainable(head) if train_head else head
+    labels[2] = -100
+    clean = torch.randn(6, 16)
+    hidden = clean.clone()
+    hidden[2], hidden[4] = value, value
+    hidden.requires_grad_()
+    logps = token_logprobs(hidden, head, labels)
+    keep = torch.tensor([0, 1, 2, 3, 5])
+    assert torch.equal(logps[keep], token_logprobs(clean, head, labels)[keep])
+    assert logps[4].isnan()
+    assert logps[2] == 0
+    torch.where(logps.isnan(), 0, logps).sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert (hidden.grad[[2, 4]] == 0).all()
+    assert not train_head or all(t.grad.isfinite().all() for t in head.tensors)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (4,)])
+def test_nothing_to_do(shape: tuple[int, ...], train_head: bool) -> None:
+    head = make_head(MLP, bias=True)
+    head = trainable(head) if train_head else head
+    hidden = torch.full((*shape, 16), torch.nan, requires_grad=True)
+    logps = token_logprobs(hidden, head, torch.full(shape, -100))
+    assert torch.equal(logps, torch.zeros(shape))
+    logps.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert not train_head or all((t.grad == 0).all() for t in head.tensors)
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    head, hidden, labels = make_head(MLP, bias=True), torch.randn(5, 16), torch.arange(5)
+    with torch.no_grad():
+        assert not token_logprobs(hidden.requires_grad_(), trainable(head), labels).requires_grad
+    logps, unit = torch.ops.ospo_fast.token_logprobs(hidden.detach(), labels, *head.tensors, -100, 3, False, False)
+    assert unit.numel() == 0
+    assert torch.equal(logps, token_logprobs(hidden, head, labels))
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_autocast(train_head: bool) -> None:
+    head, labels = make_head(MLP, bias=True), some_labels(8)
+    head = trainable(head) if train_head else head
+    hidden = torch.randn(8, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = token_logprobs(hidden, head, labels)
+    logps.sum().backward()
+    assert logps.dtype == hidden.grad.dtype == torch.float32
+    assert torch.equal(logps, token_logprobs(hidden.bfloat16(), head.to(torch.bfloat16), labels))
+    assert not train_head or all(t.grad.dtype == torch.float32 and t.grad.any() for t in head.tensors)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_frozen_inputs(train_head: bool) -> None:
+    """Only what requires grad receives one: hidden states of a frozen model, or one layer of the head."""
+    plain, labels = make_head(MLP, bias=True, dtype=torch.float64), some_labels(8)
+    hidden = torch.randn(8, 16, dtype=torch.float64)
+    for chosen in range(4) if train_head else ():
+        head = Head(*(t.clone().requires_grad_(i == chosen) for i, t in enumerate(plain.tensors)))
+        (mine,) = torch.autograd.grad(token_logprobs(hidden, head, labels).sum(), head.tensors[chosen])
+        (best,) = torch.autograd.grad(token_logprobs_reference(hidden, head, labels).sum(), head.tensors[chosen])
+        torch.testing.assert_close(mine, best)
+    assert not token_logprobs(hidden, plain, labels).requires_grad
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_poisoned_memory(train_head: bool, dtype: torch.dtype) -> None:
+    head, labels = make_head(MLP, bias=True, dtype=dtype), some_labels(20)
+    head = trainable(head) if train_head else head
+    hidden = torch.randn(20, 16).to(dtype).requires_grad_()
+    logps = token_logprobs(hidden, head, labels, chunk_rows=6, logits_dtype="fp32")
+    logps.sum().backward()
+    assert logps.isfinite().all()
+    assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_compiles_to_one_graph(train_head: bool) -> None:
+    head = nn.Sequential(nn.Linear(16, 19), nn.GELU(), nn.Linear(19, 23)).requires_grad_(train_head)
+    hidden, labels = torch.randn(3, 6, 16), some_labels(3, 6)
+
+    def loss(x: Tensor) -> Tensor:
+        return token_logprobs(x * 2, head, labels).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours, mine = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    torch.testing.assert_close(compiled(ours), loss(mine))
+    compiled(ours).backward()
+    loss(mine).backward()
+    torch.testing.assert_close(ours.grad, mine.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ours), loss(mine))
+
+
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+def test_opcheck(kind: str) -> None:
+    head, hidden, labels = make_head(kind, bias=kind == MLP), torch.randn(7, 16), some_labels(7)
+    options = (-100, 3, False)
+    torch.library.opcheck(torch.ops.ospo_fast.token_logprobs, (hidden, labels, *head.tensors, *options, True))
+    torch.library.opcheck(torch.ops.ospo_fast.token_logprobs, (hidden, labels, *head.tensors, *options, False))
+    wanted = [True, True, kind == MLP, kind == MLP, False]
+    backward = torch.ops.ospo_fast.token_logprobs_backward
+    torch.library.opcheck(backward, (torch.randn(7), hidden, labels, *head.tensors, *options, wanted))
+    torch.library.opcheck(torch.ops.ospo_fast.scale_rows, (hidden, torch.randn(7)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([1, 23, 2])}, r"labels\[1\] \(flattened\) is 23, expected 0 <= label < 23"),
+        ({"labels": torch.tensor([1, 2, -1])}, r"labels\[2\] \(flattened\) is -1"),
+        ({"labels": torch.zeros(3)}, "labels are torch.float32, expected int64"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels have shape \(4,\), hidden \(3, 16\)"),
+        ({"hidden": torch.randn(3, 15)}, r"hidden has shape \(3, 15\), expected \(..., 16\)"),
+        ({"hidden": torch.randn(3, 16).double()}, "hidden is torch.float64, the head is torch.float32; cast"),
+        ({"hidden": torch.ones(3, 16).long()}, "hidden is torch.int64, expected a floating dtype"),
+        ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, "hidden is on cpu, labels on meta"),
+        ({"chunk_rows": 0}, "chunk_rows is 0"),
+        ({"logits_dtype": "int8"}, "logits_dtype is 'int8', expected None or 'fp32'"),
+        ({"backend": "cuda"}, "backend='cuda' cannot run here: this version has no CUDA kernel for it; use"),
+        ({"backend": "fast"}, "backend='fast' is unknown, expected one of 'auto', 'torch'"),
+        ({"head": nn.Conv1d(16, 23, 1)}, "Conv1d is not a known head"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"hidden": torch.randn(3, 16), "head": make_head(LINEAR, bias=True), "labels": torch.arange(3)} | change
+    with pytest.raises(OpError, match=message):
+        token_logprobs(**arguments)
