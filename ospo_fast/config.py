@@ -7,6 +7,7 @@ such as `images.guidance_scale=2`.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,13 +211,20 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Alignment on held-out prompts: `count` prompts, drawn once per sampling seed at every guidance scale."""
+    """Alignment on held-out prompts: `per_kind` prompts of each kind, drawn once per seed at every guidance scale."""
 
-    prompts: str | None = None  # file of prompts, one a line; None: the held-out prompts of the model's world
-    count: int = 200
+    split: str = "test"
+    per_kind: int = 50
     guidance_scales: list[float] = field(default_factory=lambda: [5.0])
     seeds: list[int] = field(default_factory=lambda: [0])
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges; UsageError otherwise."""
+        _one_of("evaluate.split", self.split, ("test", "validation"))
+        _check("evaluate.per_kind", self.per_kind, self.per_kind >= 1, "1 or more")
+        _check("evaluate.guidance_scales", self.guidance_scales, bool(self.guidance_scales), "at least one number")
+        _check("evaluate.seeds", self.seeds, bool(self.seeds), "at least one integer")
 
 
 @dataclass
@@ -360,6 +368,22 @@ def load_config(
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     return result
+
+
+def model_family(name: str) -> str | None:
+    """The family whose file of values applies to a model: of a folder, what it says of itself or of its base model."""
+    if name in MODEL_FILES:
+        return name
+    try:
+        path = Path(name)
+        adapter = path / "adapter_config.json"
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            return model_family(base) if isinstance(base, str) and base != name else None
+        family = json.loads((path / "config.json").read_text(encoding="utf-8")).get("template_set")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return family if isinstance(family, str) else None
 
 
 def dump_config(config: Config) -> str:

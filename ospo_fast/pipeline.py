@@ -303,6 +303,10 @@ class Pipeline:
         now = {f"{name}.{key}": value for key, value in section.items() if key not in speed}
         if name == "prompts" and config.prompts.file is not None:
             now = {f"prompts.{key}": section[key] for key in ("file", "file_kind")}
+        if now.get("prompts.exclude") is not None:
+            from ospo_fast.stages.common import excluded
+
+            now["prompts.exclude"] = f"{stable_hash(*sorted(excluded(config))):x}"
         now |= {"seed": config.seed, "model": self.model_name(iteration), "templates": config.templates}
         if name == "train":
             now["preset"] = config.preset

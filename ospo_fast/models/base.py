@@ -31,8 +31,6 @@ class UnifiedModel(Protocol):
     module: nn.Module  # the whole transformers model
     decoder: nn.Module  # the language model without its head (LlamaModel), called with inputs_embeds
     head: nn.Module  # hidden (..., D) → logits (..., num_codes) of the image codes
-    device: torch.device
-    dtype: torch.dtype
     grid: tuple[int, int]  # rows, columns of codes; an image has T = rows * columns of them
     num_codes: int
     hidden_size: int
@@ -46,6 +44,16 @@ class UnifiedModel(Protocol):
     yes_ids: tuple[int, ...]  # single-token spellings of the answer yes
     no_ids: tuple[int, ...]
     templates: str  # default template set: "shapes" or "janus"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies, and every tensor that its methods return unless they say otherwise."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's weights."""
+        ...
 
     def image_prompt(self, prompt: str) -> Tensor:
         """Ids (S,) on the CPU that make the model draw `prompt`: chat template applied, last id is begin-of-image."""
