@@ -1,0 +1,351 @@
+"""The figures of the page's static part: headline, tables, funnel, curves, mask diagnostics, gallery."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ospo_fast.report.charts import histogram, line_chart
+from ospo_fast.report.inspector import DROPPED, KEPT, general, margin_of, reason_of, status_of
+from ospo_fast.report.masks import SIDES, coverage, entropy, overlap
+from ospo_fast.report.reading import STORES, entries, kind_of, number, text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from markupsafe import Markup
+
+    from ospo_fast.report.images import Album
+    from ospo_fast.report.reading import Record, Run
+
+CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
+    ("alignment", "Alignment", (0, 1)),
+    ("loss", "Loss", (None, None)),
+    ("simpo", "SimPO term", (None, None)),
+    ("conditional", "Conditional term", (None, None)),
+    ("sft", "SFT term", (None, None)),
+    ("accuracy", "Pair accuracy", (0, 1)),
+    ("margin", "Reward margin", (None, None)),
+    ("lr", "Learning rate", (0, None)),
+    ("grad_norm", "Gradient norm", (0, None)),
+)
+
+
+def headline(summary: Record) -> dict[str, Any]:
+    """Before, after, gain, their standard errors and the seeds; None for each that summary.json does not give.
+
+    A standard error is read from `<name>_se`, from {"mean", "se"} or from the entries before, after and gain of
+    `evaluation`. `alignment_std` is a spread over seeds; it is shown as that, beside the number of seeds.
+    """
+    evaluation = summary.get("evaluation")
+    evaluation = evaluation if isinstance(evaluation, dict) else {}
+    before, after = number(summary.get("alignment_before")), number(summary.get("alignment_after"))
+    spread = summary.get("alignment_std")
+    spreads = spread if isinstance(spread, dict) else {"after": spread}
+    return {
+        "before": before,
+        "after": after,
+        "gain": None if before is None or after is None else after - before,
+        **{
+            f"{name}_error": next(
+                (
+                    error
+                    for error in (standard_error(summary, f"alignment_{name}"), standard_error(evaluation, name))
+                    if error is not None
+                ),
+                None,
+            )
+            for name in ("before", "after", "gain")
+        },
+        "before_std": number(spreads.get("before")),
+        "after_std": number(spreads.get("after")),
+        "seeds": _seeds(summary.get("seeds")),
+    }
+
+
+def standard_error(record: Record, name: str) -> float | None:
+    """The standard error that a record gives for its figure `name`, or None."""
+    value = record.get(name)
+    inside = value.get("se", value.get("standard_error")) if isinstance(value, dict) else None
+    for candidate in (record.get(f"{name}_se"), record.get(f"{name}_standard_error"), inside):
+        error = number(candidate)
+        if error is not None:
+            return error
+    return None
+
+
+def kinds(run: Run) -> list[dict[str, Any]]:
+    """Per kind: items, pairs, mean margin of the run; alignment before and after with standard errors, where given.
+
+    A missing standard error of a share p over n drawings is √(p(1−p)/n).
+    """
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in run.items:
+        groups[kind_of(record)].append(record)
+    evaluation = run.summary.get("evaluation")
+    measured = evaluation.get("by_kind") if isinstance(evaluation, dict) else None
+    measured = measured if isinstance(measured, dict) else {}
+    rows = []
+    for kind in [*groups, *(str(kind) for kind in measured if kind not in groups)]:
+        records = groups.get(kind, [])
+        kept = [record for record in records if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
+        margins = [margin for margin in map(margin_of, kept) if margin is not None]
+        entry = measured.get(kind)
+        entry = entry if isinstance(entry, dict) else {}
+        drawn = entry["after"] if isinstance(entry.get("after"), dict) else {}
+        count = number(entry.get("n", drawn.get("prompts")))
+        before, after = number(entry.get("before")), number(entry.get("after"))
+        rows.append(
+            {
+                "kind": kind,
+                "items": len(records),
+                "pairs": len(kept),
+                "margin": fmean(margins) if margins else None,
+                "before": before,
+                "after": after,
+                "before_error": _share_error(standard_error(entry, "before"), before, count),
+                "after_error": _share_error(standard_error(entry, "after"), after, count),
+                "change": None if before is None or after is None else after - before,
+                "n": int(count) if count is not None else None,
+            }
+        )
+    return rows
+
+
+def stages(run: Run) -> list[dict[str, Any]]:
+    """Per stage: seconds, items, items a second, peak MB; stages in the order in which they run."""
+    order = {name: place for place, name in enumerate(STORES)}
+    longest = max((number(entry.get("seconds")) or 0.0 for entry in run.stages.values()), default=0.0)
+    rows = []
+    for name, entry in sorted(run.stages.items(), key=lambda pair: order.get(pair[0], len(order))):
+        seconds, items = number(entry.get("seconds")), number(entry.get("items"))
+        rows.append(
+            {
+                "name": name,
+                "seconds": seconds,
+                "items": items,
+                "share": (seconds or 0.0) / longest if longest else 0.0,
+                "rate": items / seconds if items and seconds else None,
+                "peak_mb": number(entry.get("peak_mb")),
+            }
+        )
+    return rows
+
+
+def funnel(run: Run) -> list[dict[str, Any]]:
+    """From prompts to masked pairs: at each step how many there are, out of how many there could be."""
+    items = run.items
+    if not items:
+        return []
+    variants = sum(1 for record in items for variant in entries(record.get("negative_prompt")) if variant)
+    per_item = max((len(entries(record.get("negative_prompt"))) for record in items), default=0)
+    images: dict[str, list[Record]] = {side: [] for side in ("base", "negative")}
+    for record in items:
+        for side, found in images.items():
+            metadata = record.get(f"{side}_metadata")
+            found += (
+                [entry for entry in metadata.values() if isinstance(entry, dict)] if isinstance(metadata, dict) else []
+            )
+    drawn = sum(map(len, images.values()))
+    pairs = [record for record in items if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
+    steps: list[tuple[str, str, int, int]] = [("prompts", "Prompts written", len(items), len(items))]
+    if per_item:
+        steps.append(("variants", "Near-miss variants", variants, per_item * len(items)))
+    if drawn:
+        steps.append(("images", "Images drawn", drawn, 2 * max(variants, math.ceil(drawn / 2))))
+    for side, label in (("base", "Base images judged right"), ("negative", "Variant images judged wrong")):
+        judged = [entry for entry in images[side] if isinstance(entry.get("kept"), bool)]
+        if judged:
+            steps.append((side, label, sum(entry["kept"] for entry in judged), len(judged)))
+    if {"select", "masks"} & set(run.present):
+        steps.append(("pairs", "Prompts with a pair", len(pairs), len(items)))
+    if "masks" in run.present:
+        steps.append(
+            ("masks", "Pairs with object masks", sum(bool(pair.get("mask_path")) for pair in pairs), len(pairs))
+        )
+    return [{"name": name, "label": label, "count": count, "of": of} for name, label, count, of in steps]
+
+
+def losses(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Why things fell out, counted: (what, [(reason, count), …]), the most frequent first."""
+    dropped: Counter[str] = Counter()
+    verdicts: dict[str, Counter[str]] = {"base": Counter(), "negative": Counter()}
+    variants: Counter[str] = Counter()
+    unmasked: Counter[str] = Counter()
+    for record in run.items:
+        reached = run.reached[str(record["item_id"])]
+        status = status_of(record, reached)
+        if status != KEPT:
+            dropped[general(reason_of(record, reached))] += 1
+        elif "masks" in run.present and not record.get("mask_path"):
+            unmasked[general(text(record.get("mask_reason")) or "no reason recorded")] += 1
+        variants.update(general(text(reason)) for reason in entries(record.get("variant_reasons")) if reason)
+        for side, counter in verdicts.items():
+            metadata = record.get(f"{side}_metadata")
+            for entry in metadata.values() if isinstance(metadata, dict) else ():
+                if isinstance(entry, dict) and entry.get("kept") is False:
+                    counter[general(text(entry.get("reason")) or "no reason recorded")] += 1
+    earlier = [
+        (f"Left out by the {name} stage", _counts(entry.get("dropped")))
+        for name, entry in run.stages.items()
+        if isinstance(entry.get("dropped"), dict)
+    ]
+    tables = [
+        *earlier,
+        ("Variants left out", variants.most_common()),
+        ("Prompts without a pair", dropped.most_common()),
+        ("Base images turned down", verdicts["base"].most_common()),
+        ("Variant images turned down", verdicts["negative"].most_common()),
+        ("Pairs without masks", unmasked.most_common()),
+    ]
+    return [(label, counts) for label, counts in tables if counts]
+
+
+def curves(log: list[Record]) -> list[dict[str, Any]]:
+    """One chart for each quantity of the training log that has at least one finite value."""
+    charts = []
+    for name, label, bounds in CURVES:
+        rows = [(step, value, _error(line, name)) for line in log for step, value in _reading(line, name)]
+        rows.sort(key=lambda row: row[0])
+        if not rows or (name == "conditional" and not any(value for _, value, _ in rows)):
+            continue
+        points = [(step, value) for step, value, _ in rows]
+        markers = name == "alignment"
+        svg = line_chart(
+            points,
+            label=f"{label} over {len(points)} training steps, from {points[0][1]:.4g} to {points[-1][1]:.4g}",
+            errors=[error for _, _, error in rows] if markers else None,
+            markers=markers,
+            noisy=name != "lr",
+            bounds=bounds,
+        )
+        charts.append({"name": name, "label": label, "svg": svg, "last": points[-1][1]})
+    return charts
+
+
+def mask_diagnostics(found: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Coverage, entropy, overlap and alarms over the masks that load_masks gives; None where there are none."""
+    covers: dict[str, list[float]] = {side: [] for side in SIDES}
+    entropies, overlaps = [], []
+    for sides in found:
+        for side in SIDES:
+            covers[side].append(coverage(sides[side]["union"]))
+            entropies += [value for value in map(entropy, sides[side]["maps"]) if value is not None]
+        value = overlap(sides["chosen"]["union"], sides["rejected"]["union"])
+        overlaps += [] if value is None else [value]
+    every = [*covers["chosen"], *covers["rejected"]]
+    if not every:
+        return None
+    chart: Markup = histogram(every, label=f"Share of the grid covered by each of {len(every)} masks")
+    return {
+        "items": len(covers["chosen"]),
+        "chosen": fmean(covers["chosen"]),
+        "rejected": fmean(covers["rejected"]),
+        "entropy": fmean(entropies) if entropies else None,
+        "overlap": fmean(overlaps) if overlaps else None,
+        "empty": sum(value == 0 for value in every),
+        "full": sum(value == 1 for value in every),
+        "chart": chart,
+    }
+
+
+def gallery(lines: list[Record], album: Album, limit: int) -> dict[str, Any] | None:
+    """Drawings of the same prompts and seeds before and after training, `limit` of them spread evenly over the file."""
+    known = [line for line in lines if isinstance(line.get("before"), dict) and isinstance(line.get("after"), dict)]
+    if not known:
+        return None
+    counts = Counter(_outcome(line) for line in known)
+    size = min(limit, len(known))
+    cards = [
+        {
+            "prompt": text(line.get("prompt")),
+            "kind": text(line.get("kind")) or "unknown",
+            "outcome": _outcome(line),
+            "sides": [
+                {"name": side, "image": album.add(line[side].get("path")), "correct": line[side].get("correct")}
+                for side in ("before", "after")
+            ],
+        }
+        for line in (known[index * len(known) // size] for index in range(size))
+    ]
+    return {
+        "cards": cards,
+        "counts": {name: counts[name] for name in ("mended", "broken", "right", "wrong", "unjudged") if counts[name]},
+        "total": len(known),
+        "kinds": sorted({card["kind"] for card in cards}),
+    }
+
+
+def guidance_table(evaluation: object) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The `guidance` entry of the evaluation: rows with before and after; all else that it says as name and text."""
+    rows: list[dict[str, Any]] = []
+    facts: list[tuple[str, str]] = []
+    guidance = evaluation.get("guidance") if isinstance(evaluation, dict) else None
+    for name, value in guidance.items() if isinstance(guidance, dict) else ():
+        if isinstance(value, dict) and {"before", "after"} <= set(value):
+            rows.append(
+                {
+                    "name": str(name),
+                    **{side: number(value[side]) for side in ("before", "after")},
+                    **{f"{side}_error": standard_error(value, side) for side in ("before", "after")},
+                }
+            )
+        elif isinstance(value, dict):
+            facts.append((str(name), ", ".join(f"{key}: {text(entry)}" for key, entry in value.items())))
+        else:
+            facts.append((str(name), text(value)))
+    if guidance is not None and not isinstance(guidance, dict):
+        facts.append(("guidance", text(guidance)))
+    return rows, facts
+
+
+def statuses(run: Run) -> dict[str, int]:
+    """How many items are kept, dropped and unfinished."""
+    counts = Counter(status_of(record, run.reached[str(record["item_id"])]) for record in run.items)
+    return {name: counts[name] for name in (KEPT, DROPPED, "unfinished") if counts[name]}
+
+
+def _outcome(line: Record) -> str:
+    before, after = line["before"].get("correct"), line["after"].get("correct")
+    if not isinstance(before, bool) or not isinstance(after, bool):
+        return "unjudged"
+    if before == after:
+        return "right" if after else "wrong"
+    return "mended" if after else "broken"
+
+
+def _reading(line: Record, name: str) -> list[tuple[float, float]]:
+    step, value = number(line.get("step")), number(line.get(name))
+    return [] if step is None or value is None else [(step, value)]
+
+
+def _error(line: Record, name: str) -> float | None:
+    given = standard_error(line, name)
+    return number(line.get("standard_error")) if given is None and name == "alignment" else given
+
+
+def _share_error(given: float | None, share: float | None, count: float | None) -> float | None:
+    if given is not None or share is None or not count or not 0 <= share <= 1:
+        return given
+    return math.sqrt(share * (1 - share) / count)
+
+
+def _counts(value: object) -> list[tuple[str, int]]:
+    if not isinstance(value, dict):
+        return []
+    counts = Counter({str(reason): int(count) for reason, count in value.items() if number(count)})
+    return counts.most_common()
+
+
+def _seeds(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{_count(entry)} {key}" for key, entry in value.items())
+    return _count(value)
+
+
+def _count(value: object) -> str:
+    return str(len(value)) if isinstance(value, (list, tuple)) else text(value)

@@ -1,0 +1,437 @@
+"use strict";
+// Text of records only ever reaches the page through textContent, never as markup.
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const SVG = document.querySelector("svg").namespaceURI;
+
+  function el(tag, attributes, ...children) {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes || {})) {
+      if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    }
+    node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+    return node;
+  }
+
+  function svg(tag, attributes, ...children) {
+    const node = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
+    node.append(...children);
+    return node;
+  }
+
+  const signed = (value) => (value === null ? "–" : (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(2));
+  const percent = (value) => (value === null ? "–" : (100 * value).toFixed(0) + "%");
+  const press = (buttons, chosen) => buttons.forEach((b) => b.setAttribute("aria-pressed", String(b === chosen)));
+
+  // Training curves: the value under the pointer.
+  for (const chart of document.querySelectorAll(".chart[data-points]")) {
+    const readings = chart.dataset.points.split(";").map((reading) => reading.split(" "));
+    const output = chart.parentElement.querySelector("output");
+    const cursor = chart.querySelector(".cursor");
+    const resting = output.textContent;
+    chart.addEventListener("pointermove", (event) => {
+      const box = chart.getBoundingClientRect();
+      const x = ((event.clientX - box.left) / box.width) * chart.viewBox.baseVal.width;
+      const near = readings.reduce((best, one) => (Math.abs(one[0] - x) < Math.abs(best[0] - x) ? one : best));
+      cursor.removeAttribute("hidden");
+      const line = cursor.firstElementChild;
+      line.setAttribute("x1", near[0]);
+      line.setAttribute("x2", near[0]);
+      line.setAttribute("y1", 10);
+      line.setAttribute("y2", chart.viewBox.baseVal.height - 24);
+      cursor.lastElementChild.setAttribute("cx", near[0]);
+      cursor.lastElementChild.setAttribute("cy", near[1]);
+      output.textContent = `step ${near[2]}: ${near[3]}`;
+    });
+    chart.addEventListener("pointerleave", () => {
+      cursor.setAttribute("hidden", "");
+      output.textContent = resting;
+    });
+  }
+
+  // Gallery filters.
+  const gallery = $("gallery");
+  if (gallery) {
+    const buttons = [...gallery.querySelectorAll(".pill")];
+    const cards = [...gallery.querySelectorAll(".cards li")];
+    let outcome = "";
+    const update = () => {
+      const kind = $("gallery-kind").value;
+      for (const card of cards) {
+        card.hidden = (outcome && card.dataset.outcome !== outcome) || (kind && card.dataset.kind !== kind) ? true : false;
+      }
+      $("gallery-nothing").hidden = cards.some((card) => !card.hidden);
+    };
+    for (const button of buttons) {
+      button.addEventListener("click", () => {
+        outcome = button.dataset.outcome;
+        press(buttons, button);
+        update();
+      });
+    }
+    $("gallery-kind").addEventListener("change", update);
+  }
+
+  // Pair inspector.
+  if (!$("data")) return;
+  const { items, sources } = JSON.parse($("data").textContent);
+  const list = $("list");
+  const detail = $("detail");
+  const filter = { status: "", overlay: "attention" };
+  let visible = [];
+  let selected = null;
+  items.forEach((item, index) => {
+    item.index = index;
+    item.haystack = [item.prompt, item.id, item.rejectedPrompt, ...item.variants.map((variant) => variant.prompt)]
+      .join("\n")
+      .toLowerCase();
+  });
+
+  const name = (key) => {
+    const [side, index] = key.split("_");
+    return `${side === "base" ? "base" : "variant"} ${Number(index) + 1}`;
+  };
+
+  function picture(image, alt, marked) {
+    if (!image) return el("span", { class: "missing", role: "img", "aria-label": "no image" }, "no image");
+    if (image.source === null) return el("span", { class: "missing", role: "img", "aria-label": image.fault }, image.fault);
+    return el("img", { class: "pic" + (marked ? " selected" : ""), src: sources[image.source], alt, decoding: "async" });
+  }
+
+  function row(item) {
+    const keys = [item.chosen || "base_0", item.rejected || "negative_0"];
+    const margin = item.margin === null ? null : el("span", { class: "num" }, signed(item.margin));
+    return el(
+      "li",
+      { role: "option", id: `item-${item.index}`, "aria-selected": "false" },
+      el("div", { class: "thumbs" }, keys.map((key) => picture(item.images[key], ""))),
+      el(
+        "div",
+        {},
+        el("div", { class: "title" }, item.prompt || item.id),
+        el(
+          "div",
+          { class: "sub" },
+          el("span", { class: `verdict ${item.status}` }, { kept: "✓", dropped: "✕", unfinished: "…" }[item.status]),
+          el("span", { class: "grow" }, item.status === "kept" ? item.kind : `${item.kind}, ${item.reason}`),
+          margin,
+        ),
+      ),
+    );
+  }
+
+  function refresh() {
+    const kind = $("kind").value;
+    const reason = $("reason") ? $("reason").value : "";
+    const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    visible = items.filter(
+      (item) =>
+        (!filter.status || item.status === filter.status) &&
+        (!kind || item.kind === kind) &&
+        (!reason || item.group === reason) &&
+        words.every((word) => item.haystack.includes(word)),
+    );
+    const sort = $("sort").value;
+    if (sort !== "order") {
+      const sign = sort === "high" ? -1 : 1;
+      const rank = (item) => (item.margin === null ? Infinity : sign * item.margin);
+      visible.sort((a, b) => (rank(a) === rank(b) ? a.index - b.index : rank(a) - rank(b)));
+    }
+    list.replaceChildren(...visible.map(row));
+    $("count").textContent = visible.length === items.length ? `${items.length} prompts` : `${visible.length} of ${items.length} prompts`;
+    if (!visible.includes(selected)) selected = visible[0] || null;
+    show(false);
+  }
+
+  function show(scroll) {
+    for (const option of list.querySelectorAll("[aria-selected=true]")) option.setAttribute("aria-selected", "false");
+    if (!selected) {
+      list.removeAttribute("aria-activedescendant");
+      detail.replaceChildren(el("p", { class: "nothing" }, "No prompt fits these filters."));
+      return;
+    }
+    const option = $(`item-${selected.index}`);
+    option.setAttribute("aria-selected", "true");
+    list.setAttribute("aria-activedescendant", option.id);
+    if (scroll) {
+      // scrollIntoView would move the page as well as the list.
+      const top = option.offsetTop - list.offsetTop;
+      if (top < list.scrollTop) list.scrollTop = top;
+      else if (top + option.offsetHeight > list.scrollTop + list.clientHeight) list.scrollTop = top + option.offsetHeight - list.clientHeight;
+    }
+    detail.replaceChildren(...render(selected));
+  }
+
+  function move(distance) {
+    if (!visible.length) return;
+    const place = Math.min(visible.length - 1, Math.max(0, visible.indexOf(selected) + distance));
+    selected = visible[place];
+    show(true);
+  }
+
+  function render(item) {
+    return [heading(item), pair(item), variants(item), answers(item)].filter(Boolean);
+  }
+
+  function heading(item) {
+    const place = visible.indexOf(item);
+    const step = (label, sign, distance, disabled) => {
+      const button = el("button", { type: "button", class: "round", "aria-label": label, disabled }, sign);
+      button.addEventListener("click", () => move(distance));
+      return button;
+    };
+    const says = {
+      kept: () =>
+        `Kept: ${name(item.chosen)} (score ${signed(item.chosenScore)}) over ${name(item.rejected)} (score ${signed(item.rejectedScore)})` +
+        (item.margin === null ? "." : `, a margin of ${item.margin.toFixed(2).replace("-", "\u2212")}.`),
+      dropped: () => `Dropped: ${item.reason}.`,
+      unfinished: () => `Not selected yet: ${item.reason}.`,
+    }[item.status]();
+    const terms = [
+      ["Concepts", item.concepts],
+      ["Relation", item.relation],
+      ["Rejected for", item.status === "kept" ? item.rejectedPrompt : ""],
+    ].filter(([, value]) => value);
+    return el(
+      "header",
+      {},
+      el(
+        "div",
+        { class: "kindline" },
+        el("span", { class: "grow" }, [item.kind, item.sub !== item.kind ? item.sub : "", item.id].filter(Boolean).join(" · ")),
+        step("Previous prompt", "↑", -1, place <= 0),
+        step("Next prompt", "↓", 1, place >= visible.length - 1),
+      ),
+      el("h3", {}, item.prompt || "(no prompt)"),
+      el("p", { class: `judgement ${item.status}` }, says.replace(/\.\.$/, ".")),
+      terms.length
+        ? el("p", { class: "terms" }, terms.flatMap(([label, value], index) => [index ? "  ·  " : "", `${label}: `, el("b", {}, value)]))
+        : null,
+    );
+  }
+
+  // Attention and masks.
+  const unpack = (data) => Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+  const RAMP = [[0, 22, 11, 57, 0.66], [0.35, 120, 28, 109, 0.6], [0.68, 237, 105, 37, 0.64], [1, 252, 232, 120, 0.74]];
+
+  function ramp(value) {
+    const high = Math.max(1, RAMP.findIndex((stop) => stop[0] >= value));
+    const [a, b] = [RAMP[high - 1], RAMP[high]];
+    const t = (value - a[0]) / (b[0] - a[0]);
+    return [1, 2, 3, 4].map((part) => a[part] + t * (b[part] - a[part]));
+  }
+
+  function canvas(name, grid, colour) {
+    const node = el("canvas", { class: name, width: grid[1], height: grid[0], "aria-hidden": "true" });
+    const context = node.getContext("2d");
+    const pixels = context.createImageData(grid[1], grid[0]);
+    for (let cell = 0; cell < grid[0] * grid[1]; cell++) {
+      const [red, green, blue, alpha] = colour(cell);
+      pixels.data.set([red, green, blue, 255 * alpha], 4 * cell);
+    }
+    context.putImageData(pixels, 0, 0);
+    return node;
+  }
+
+  function outline(mask, [rows, columns]) {
+    const on = (r, c) => r >= 0 && c >= 0 && r < rows && c < columns && mask[r * columns + c] > 0;
+    let path = "";
+    for (let r = 0; r < rows; r++) {
+      for (let c = 0; c < columns; c++) {
+        if (!on(r, c)) continue;
+        if (!on(r - 1, c)) path += `M${c} ${r}h1`;
+        if (!on(r + 1, c)) path += `M${c} ${r + 1}h1`;
+        if (!on(r, c - 1)) path += `M${c} ${r}v1`;
+        if (!on(r, c + 1)) path += `M${c + 1} ${r}v1`;
+      }
+    }
+    const stroke = (kind) => svg("path", { class: kind, d: path, "vector-effect": "non-scaling-stroke", "stroke-linecap": "round" });
+    return svg("svg", { class: "outline", viewBox: `0 0 ${columns} ${rows}`, preserveAspectRatio: "none", "aria-hidden": "true" }, stroke("casing"), stroke("edge"));
+  }
+
+  const dim = (mask, grid) => canvas("dim", grid, (cell) => [8, 9, 12, mask[cell] ? 0 : 0.74]);
+
+  function pair(item) {
+    if (item.status !== "kept") return null;
+    const masks = item.masks;
+    const sides = [
+      ["chosen", item.chosen, item.chosenScore],
+      ["rejected", item.rejected, item.rejectedScore],
+    ];
+    const drawn = masks && masks.grid;
+    const columns = drawn ? masks.objects.length + 3 : 2;
+    const tiles = [];
+    tiles.push(el("span"), el("span", { class: "head" }, "image"));
+    if (drawn) tiles.push(...masks.objects.map((object) => el("span", { class: "head" }, object)), el("span", { class: "head" }, "all objects"));
+    for (const [side, key, score] of sides) {
+      const image = item.images[key];
+      const alt = `${side} image of: ${item.prompt}`;
+      const cover = drawn ? el("span", {}, `${percent(masks[side].coverage)} masked`) : null;
+      tiles.push(el("div", { class: "who" }, el("b", {}, side), el("span", {}, name(key)), el("span", {}, `score ${signed(score)}`), cover));
+      tiles.push(el("div", { class: "frame" }, picture(image, alt)));
+      if (!drawn) continue;
+      masks.objects.forEach((object, index) => {
+        const map = unpack(masks[side].maps[index]);
+        const mask = unpack(masks[side].masks[index]);
+        tiles.push(
+          el(
+            "div",
+            { class: "frame object", role: "img", "aria-label": `attention to ${object} and its mask over the ${side} image` },
+            picture(image, ""),
+            canvas("heat", masks.grid, (cell) => ramp(map[cell] / 255)),
+            dim(mask, masks.grid),
+            outline(mask, masks.grid),
+          ),
+        );
+      });
+      const union = unpack(masks[side].union);
+      tiles.push(
+        el("div", { class: "frame union", role: "img", "aria-label": `mask of all objects over the ${side} image` }, picture(image, ""), dim(union, masks.grid), outline(union, masks.grid)),
+      );
+    }
+    const grid = el("div", { class: columns > 5 ? "grid many" : "grid" }, tiles);
+    grid.style.setProperty("--columns", columns - 1);
+    const block = el("section", { class: "pair", "data-overlay": filter.overlay });
+    const modes = ["attention", "mask", "image"].map((mode) => {
+      const button = el("button", { type: "button", "data-mode": mode, "aria-pressed": String(mode === filter.overlay) }, mode[0].toUpperCase() + mode.slice(1));
+      button.addEventListener("click", () => {
+        filter.overlay = block.dataset.overlay = mode;
+        press(modes, button);
+      });
+      return button;
+    });
+    block.append(
+      el("div", { class: "blockhead" }, el("h4", {}, "The pair"), drawn ? el("div", { class: "segmented inline", role: "group", "aria-label": "Overlay" }, modes) : null),
+      el("div", { class: "overlays" }, grid),
+      drawn
+        ? el("p", { class: "legend" }, `Attention of the image's tokens to each object's words, dark to bright; outlined: the mask. Chosen and rejected masks overlap by ${percent(masks.iou)} (IoU).`)
+        : el("p", { class: "legend" }, masks ? `No mask: ${masks.reason}.` : "No mask."),
+    );
+    return block;
+  }
+
+  // Words of `text` that are not part of its longest common subsequence with `reference` are marked.
+  function difference(text, reference) {
+    const [a, b] = [text.split(/(\s+)/), reference.split(/\s+/)];
+    const plain = (word) => word.toLowerCase().replace(/[.,;:!?]+$/, "");
+    const length = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+    for (let i = a.length - 1; i >= 0; i--) {
+      for (let j = b.length - 1; j >= 0; j--) {
+        length[i][j] = plain(a[i]) === plain(b[j]) ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+      }
+    }
+    const parts = [];
+    let j = 0;
+    a.forEach((word, i) => {
+      if (!word.trim()) return parts.push(word);
+      while (j < b.length && plain(word) !== plain(b[j]) && length[i][j + 1] >= length[i + 1][j]) j++;
+      if (j < b.length && plain(word) === plain(b[j]) && length[i][j] === length[i + 1][j + 1] + 1) {
+        j++;
+        return parts.push(word);
+      }
+      return parts.push(el("mark", {}, word));
+    });
+    return parts;
+  }
+
+  function variants(item) {
+    if (!item.variants.length) return null;
+    const blocks = item.variants.map((variant, index) => {
+      const figure = (key, label) => {
+        const image = item.images[key];
+        if (!image) return el("figure", {}, picture(null), el("figcaption", {}, label, el("br"), "not drawn"));
+        const role = key === item.chosen ? ", chosen" : key === item.rejected ? ", rejected" : "";
+        const marked = item.status === "kept" && role;
+        const verdict =
+          image.kept === null ? null : el("span", { class: `verdict ${image.kept ? "yes" : "no"}` }, image.kept ? "✓ " : "✕ ");
+        return el(
+          "figure",
+          {},
+          picture(image, `${label}: ${item.prompt}`, marked),
+          el("figcaption", {}, verdict, el("b", {}, label + (marked ? role : "")), image.score === null ? "" : ` ${signed(image.score)}`, image.reason ? el("br") : null, image.reason),
+        );
+      };
+      const left = variant.reason ? el("p", { class: "small muted" }, `Left out: ${variant.reason}.`) : null;
+      const texts = [
+        ["Variant of the prompt", variant.prompt ? difference(variant.prompt, item.prompt) : null],
+        ["Drawn for the base image", variant.dense],
+        ["Drawn for the variant image", variant.denseNegative ? difference(variant.denseNegative, variant.dense || item.prompt) : null],
+      ].filter(([, value]) => value && value.length);
+      return el(
+        "div",
+        { class: "variant" },
+        el("p", { class: "method" }, el("b", {}, `Variant ${index + 1}`), variant.method ? `, ${variant.method}` : ""),
+        left,
+        el("div", { class: "two" }, figure(`base_${index}`, "base"), figure(`negative_${index}`, "variant")),
+        el("dl", { class: "texts" }, texts.flatMap(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),
+      );
+    });
+    return el("section", {}, el("div", { class: "blockhead" }, el("h4", {}, "Variants and images")), el("div", { class: "variants" }, blocks));
+  }
+
+  function answers(item) {
+    const keys = Object.keys(item.images);
+    if (!item.questions.length || !keys.length) return null;
+    const kinds = (key) =>
+      [key.startsWith("negative") && !keys[keys.indexOf(key) - 1]?.startsWith("negative") ? "cut" : "", item.status === "kept" && (key === item.chosen || key === item.rejected) ? "selected" : ""].filter(Boolean).join(" ");
+    const bar = (value, side, lead) => {
+      const track = el("i", { class: side });
+      track.style.setProperty("--p", `${100 * (value || 0)}%`);
+      return [track, el("span", { class: lead ? "lead" : "" }, value === null ? "–" : value.toFixed(2))];
+    };
+    const cell = (key, question) => {
+      const answer = item.images[key].answers[question];
+      if (!answer) return el("td", { class: kinds(key) }, el("span", { class: "muted" }, "–"));
+      const [yes, no, word] = answer;
+      return el(
+        "td",
+        { class: kinds(key), title: `${name(key)}: yes ${yes === null ? "–" : yes.toFixed(4)}, no ${no === null ? "–" : no.toFixed(4)}${word ? `, answer ${word}` : ""}` },
+        el("div", { class: "prob" }, bar(yes, "yes", word === "yes"), bar(no, "no", word === "no")),
+      );
+    };
+    return el(
+      "section",
+      {},
+      el("div", { class: "blockhead" }, el("h4", {}, "Questions and answers"), el("span", { class: "small muted" }, el("span", { class: "swatch" }), "probability of yes", el("span", { class: "swatch no" }), "of no")),
+      el(
+        "div",
+        { class: "answers", tabindex: "0", role: "region", "aria-label": "Questions and answers" },
+        el(
+          "table",
+          {},
+          el("thead", {}, el("tr", {}, el("td"), keys.map((key) => el("th", { scope: "col", class: kinds(key) }, picture(item.images[key], ""), name(key))))),
+          el("tbody", {}, item.questions.map((question, index) => el("tr", {}, el("th", { scope: "row" }, question), keys.map((key) => cell(key, index))))),
+          el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "Score"), keys.map((key) => el("td", { class: kinds(key) }, signed(item.images[key].score))))),
+        ),
+      ),
+    );
+  }
+
+  const STEPS = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8, Home: -Infinity, End: Infinity };
+  list.addEventListener("keydown", (event) => {
+    if (event.key in STEPS && !event.ctrlKey && !event.metaKey && !event.altKey) {
+      event.preventDefault();
+      move(STEPS[event.key]);
+    }
+  });
+  list.addEventListener("click", (event) => {
+    const option = event.target.closest("[role=option]");
+    if (!option) return;
+    selected = items[Number(option.id.slice(5))];
+    show(false);
+    if (matchMedia("(max-width: 980px)").matches) detail.scrollIntoView({ block: "start" });
+  });
+  const buttons = [...document.querySelectorAll(".controls [data-status]")];
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      filter.status = button.dataset.status;
+      press(buttons, button);
+      refresh();
+    });
+  }
+  $("search").addEventListener("input", refresh);
+  for (const id of ["kind", "reason", "sort"]) if ($(id)) $(id).addEventListener("change", refresh);
+  document.querySelector(".controls").addEventListener("submit", (event) => event.preventDefault());
+  refresh();
+})();

@@ -1,0 +1,271 @@
+"""A run folder as the stages leave it, made without any model: drawn shapes, made-up answers and masks."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+COLOURS = {
+    "red": "#d64545",
+    "blue": "#3b6fd4",
+    "green": "#3f9d5a",
+    "yellow": "#e6b93a",
+    "purple": "#8b55c9",
+    "orange": "#e5843a",
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+KINDS = (
+    ("color1", "attribute1_color"), ("color2", "attribute2"), ("shape1", "attribute1_shape"), ("2D_spatial", "layout1"),
+    ("numeracy1", "layout2"), ("numeracy2", "layout3"),
+)  # fmt: skip
+BEFORE = (0.91, 0.33, 0.72, 0.18, 0.64, 0.22)
+GAINS = (0.02, 0.19, 0.09, 0.14, -0.03, 0.12)
+NOTE = "Both models at the base model's best guidance, chosen on validation prompts; test prompts untouched."
+Thing = tuple[str, str, int, int]  # colour, shape, row and column of a 3×3 board
+
+
+def draw(things: Iterable[Thing], ground: str, side: int) -> Image.Image:
+    image = Image.new("RGB", (side, side), ground)
+    pen = ImageDraw.Draw(image)
+    cell = side / 3
+    for colour, shape, row, column in things:
+        x, y, r = (column + 0.5) * cell, (row + 0.5) * cell, cell * 0.36
+        fill = COLOURS[colour]
+        if shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif shape == "square":
+            pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+        elif shape == "triangle":
+            pen.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=fill)
+        else:
+            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=fill)
+            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=fill)
+    return image
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def make_run(root: Path, *, items: int = 14, steps: int = 60, side: int = 48, grid: int = 6, gallery: int = 6) -> Path:
+    """Writes a finished run of `items` prompts, about two thirds of them with a pair, and returns `root`."""
+    rng = random.Random(7)
+    records = [_item(root, index, rng, side, grid) for index in range(items)]
+    select = [
+        {key: value for key, value in record.items() if not key.startswith(("mask", "objects"))} for record in records
+    ]
+    root.mkdir(parents=True, exist_ok=True)
+    for store in ("prompts", "perturb", "images", "questions", "score", "select"):
+        write_lines(root / f"{store}.jsonl", select)
+    write_lines(root / "masks.jsonl", [record for record in records if record["kept"]])
+    write_lines(root / "train" / "log.jsonl", _log(steps, rng))
+    if gallery:
+        write_lines(root / "evaluation" / "gallery.jsonl", [_card(root, index, rng, side) for index in range(gallery)])
+    pairs = sum(record["kept"] for record in records)
+    stages = {
+        name: {"seconds": seconds, "items": items, "peak_mb": peak}
+        for name, seconds, peak in (
+            ("prompts", 14.2, 412.0), ("perturb", 31.5, 430.1), ("images", 88.0, 612.4), ("questions", 9.8, 430.3),
+            ("score", 22.6, 588.9), ("select", 0.2, 431.0), ("masks", 6.4, 640.7), ("train", 118.9, 902.2),
+        )
+    }  # fmt: skip
+    summary = {
+        "alignment_before": 0.462, "alignment_after": 0.571, "alignment_std": 0.011, "seeds": [0, 1, 2],
+        "vqa_accuracy": {"mean": 0.958, "se": 0.004}, "pair_purity": 0.874, "mask_iou": 0.413, "pairs": pairs,
+        "seconds": 291.6, "stages": stages,
+        "versions": {"ospo_fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
+        "evaluation": {
+            "guidance": {"1": {"before": 0.41, "after": 0.54}, "1.5": {"before": 0.462, "after": 0.571}, "chosen": 1.5},
+            "by_kind": {
+                kind: {"before": round(before, 3), "after": round(before + gain, 3), "n": 96}
+                for (kind, _), before, gain in zip(KINDS, BEFORE, GAINS, strict=True)
+            },
+            "note": NOTE,
+        },
+    }  # fmt: skip
+    (root / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (root / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
+    (root / "config.yaml").write_text(
+        "seed: 0\nimages:\n  guidance_scale: 1.0\nselect:\n  rule: v3\n", encoding="utf-8"
+    )
+    return root
+
+
+def _things(rng: random.Random, kind: str) -> tuple[list[Thing], str, list[str]]:
+    (one, two), (first, second) = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+    row = rng.randrange(3)
+    if kind in {"color1", "shape1"}:
+        return [(one, first, row, rng.randrange(3))], f"a {one} {first}", [f"{one} {first}"]
+    if kind == "color2":
+        return (
+            [(one, first, row, 0), (two, second, row, 2)],
+            f"a {one} {first} and a {two} {second}",
+            [f"{one} {first}", f"{two} {second}"],
+        )
+    if kind == "2D_spatial":
+        prompt = f"a {one} {first} to the left of a {two} {second}"
+        return [(one, first, row, 0), (two, second, row, 2)], prompt, [f"{one} {first}", f"{two} {second}"]
+    if kind == "numeracy1":
+        return [(one, first, row, column) for column in range(3)], f"three {one} {first}s", [f"{one} {first}s"]
+    things = [(one, first, 0, 0), (one, first, 0, 2), (two, second, 2, 1)]
+    return things, f"two {one} {first}s and one {two} {second}", [f"{one} {first}s", f"{two} {second}"]
+
+
+def _wrong(rng: random.Random, things: list[Thing]) -> list[Thing]:
+    place = rng.randrange(len(things))
+    colour, shape, row, column = things[place]
+    changed = (rng.choice([name for name in COLOURS if name != colour]), shape, row, column)
+    return [changed if index == place else thing for index, thing in enumerate(things)]
+
+
+def _item(root: Path, index: int, rng: random.Random, side: int, grid: int) -> dict[str, Any]:
+    kind, sub = KINDS[index % len(KINDS)]
+    item_id = f"{index:07d}"
+    things, prompt, objects = _things(rng, kind)
+    questions = [f"Is there {'any of the' if kind.startswith('numeracy') else 'a'} {name}?" for name in objects]
+    if kind == "2D_spatial":
+        questions.append(f"Is the {objects[0]} left of the {objects[1]}?")
+    methods = (
+        ["replace", "replace", "replace"]
+        if sub.startswith("attribute1") or sub == "layout2"
+        else ["replace", "swap", "drop"]
+    )
+    ground = rng.choice(["#f3efe4", "#20242c", "#dfe8ef"])
+    record: dict[str, Any] = {
+        "item_id": item_id, "t2i_category": kind, "sub_category": sub, "prompt": prompt,
+        "concepts_and_relations": ", ".join(objects), "relation": "left of" if kind == "2D_spatial" else "none",
+        "perturbed_method": methods, "negative_prompt": [], "long_prompt": [], "negative_long_prompt": [],
+        "question": questions, "base_metadata": {}, "negative_metadata": {},
+    }  # fmt: skip
+    drawn: dict[str, list[Thing]] = {}
+    for variant in range(3):
+        wrong = _wrong(rng, things)
+        colour = next(b[0] for a, b in zip(things, wrong, strict=True) if a != b)
+        negative = prompt.replace(next(a[0] for a, b in zip(things, wrong, strict=True) if a != b), colour, 1)
+        record["negative_prompt"].append(negative)
+        record["long_prompt"].append(f"{prompt} on a plain ground, small, near the middle")
+        record["negative_long_prompt"].append(f"{negative} on a plain ground, small, near the middle")
+        for key, scene, slip in ((f"base_{variant}", things, 0.35), (f"negative_{variant}", wrong, 0.1)):
+            right = (rng.random() > slip) == key.startswith("base")
+            shown = things if right else (_wrong(rng, things) if scene is things else scene)
+            drawn[key] = shown
+            path = root / "images" / item_id / f"{key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(shown, ground, side).save(path)
+            answers = [_answer(rng, right) for _ in questions]
+            score = sum(answer["p_yes"] - answer["p_no"] for answer in answers) / len(answers)
+            yes = [answer["answer"] == "yes" for answer in answers]
+            kept = (any(yes) and score >= 0.6) if key.startswith("base") else not all(yes)
+            reason = (
+                ""
+                if kept
+                else f"local_score {score:.2f} below 0.6"
+                if key.startswith("base")
+                else "every answer is yes"
+            )
+            record["base_metadata" if key.startswith("base") else "negative_metadata"][key] = {
+                "path": f"images/{item_id}/{key}.png", "local_score": round(score, 4), "answer_metadata": answers,
+                "kept": kept, "reason": reason,
+            }  # fmt: skip
+    pairs = [
+        variant
+        for variant in range(3)
+        if record["base_metadata"][f"base_{variant}"]["kept"]
+        and record["negative_metadata"][f"negative_{variant}"]["kept"]
+    ]
+    record["kept"] = bool(pairs) and index % 7 != 5
+    if not record["kept"]:
+        record["reason"] = (
+            "no variant has both a base and a negative image" if pairs == [] else "kind has its share of pairs"
+        )
+        return record
+    best = max(pairs, key=lambda variant: record["base_metadata"][f"base_{variant}"]["local_score"])
+    for side_name, store, key in (
+        ("chosen", "base_metadata", f"base_{best}"),
+        ("rejected", "negative_metadata", f"negative_{best}"),
+    ):
+        record[side_name] = record[store][key]["path"]
+        record[f"{side_name}_score"] = record[store][key]["local_score"]
+    record["rejected_prompt"] = record["negative_prompt"][best]
+    record["objects"] = [
+        {"text": name, "start": prompt.find(name), "end": prompt.find(name) + len(name)} for name in objects
+    ]
+    if index % 9 == 8:
+        record.update(mask=None, mask_reason="no token of the prompt matches an object")
+        return record
+    record["mask_path"] = f"masks/{item_id}.safetensors"
+    arrays: dict[str, Any] = {}
+    for name, key in (("chosen", f"base_{best}"), ("rejected", f"negative_{best}")):
+        maps = np.stack([_map(rng, [drawn[key][min(place, len(things) - 1)]], grid) for place in range(len(objects))])
+        masks = (maps > 0.45).astype(np.uint8)
+        arrays |= {f"{name}_maps": maps, f"{name}_masks": masks, f"{name}_union": masks.max(axis=0)}
+    (root / "masks").mkdir(exist_ok=True)
+    save_file(arrays, root / record["mask_path"])
+    return record
+
+
+def _answer(rng: random.Random, right: bool) -> dict[str, Any]:
+    yes = min(0.995, max(0.004, rng.gauss(0.93, 0.05) if right else rng.gauss(0.25, 0.22)))
+    return {"p_yes": round(yes, 4), "p_no": round((1 - yes) * 0.97, 4), "answer": "yes" if yes > 0.5 else "no"}
+
+
+def _map(rng: random.Random, things: list[Thing], grid: int) -> np.ndarray:
+    rows, columns = np.mgrid[0:grid, 0:grid] + 0.5
+    total = sum(
+        np.exp(-((rows - (r + 0.5) * grid / 3) ** 2 + (columns - (c + 0.5) * grid / 3) ** 2) / (grid / 6) ** 2 / 1.6)
+        for _, _, r, c in things
+    )
+    noise = np.array([[rng.random() for _ in range(grid)] for _ in range(grid)])
+    values = total + 0.22 * noise
+    return ((values - values.min()) / (values.max() - values.min())).astype(np.float32)
+
+
+def _log(steps: int, rng: random.Random) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        done = 1 - math.exp(-3 * step / steps)
+        simpo, sft = 0.82 - 0.5 * done + rng.gauss(0, 0.05), 2.9 - 0.7 * done + rng.gauss(0, 0.08)
+        lines.append({
+            "step": step, "loss": 0.5 * simpo + 2 * sft, "simpo": simpo, "conditional": 0.0, "sft": sft,
+            "accuracy": min(1.0, 0.55 + 0.4 * done + rng.gauss(0, 0.05)), "margin": 1.6 * done + rng.gauss(0, 0.12),
+            "lr": 3e-4 * min(1, step / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+            "grad_norm": 1.2 - 0.5 * done + abs(rng.gauss(0, 0.1)), "seconds": 0.4,
+        })  # fmt: skip
+        if step % (steps // 6) == 0:
+            lines.append({"step": step, "alignment": 0.462 + 0.11 * done + rng.gauss(0, 0.008), "alignment_se": 0.016})
+    return lines
+
+
+def _card(root: Path, index: int, rng: random.Random, side: int) -> dict[str, Any]:
+    kind = KINDS[index % len(KINDS)][0]
+    things, prompt, _ = _things(rng, kind)
+    card: dict[str, Any] = {"prompt": prompt, "kind": kind}
+    for name, correct in (("before", index % 3 == 1), ("after", index % 6 != 5)):
+        path = root / "evaluation" / "images" / f"{index}_{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(things if correct else _wrong(rng, things), "#f3efe4", side).save(path)
+        card[name] = {"path": str(path.relative_to(root)), "correct": correct}
+    return card
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Path]:
+    return make_run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A small run of its own, which a test may change."""
+    return make_run(tmp_path / "run", items=7, steps=12, gallery=2)

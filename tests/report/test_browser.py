@@ -1,0 +1,208 @@
+"""The page in a real browser: Chromium, headless, driven through its own driver; skipped where there is none."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ospo_fast.report import write_report
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1360,1000",
+)  # fmt: skip
+
+
+def find(*names):
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def page(make, tmp_path_factory):
+    return write_report(make(tmp_path_factory.mktemp("browser") / "run", items=24, steps=60, gallery=6))
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    chromium, chromedriver = find("chromium", "chromium-browser", "google-chrome"), find("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("no chromium with chromedriver on this machine: the report was not opened in a browser")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    yield driver
+    driver.quit()
+
+
+def emulate(driver, scheme):
+    features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+    media = [{"name": name, "value": value} for name, value in features.items()]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+
+
+@pytest.fixture
+def opened(driver, page):
+    emulate(driver, "light")
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.get(page.as_uri())
+    return driver
+
+
+def css(driver, selector):
+    return driver.find_elements("css selector", selector)
+
+
+def titles(driver):
+    return [element.text for element in css(driver, "#list .title")]
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=float)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_drawn(opened, scheme):
+    emulate(opened, scheme)
+    shot = pixels(opened.get_screenshot_as_png())
+    assert shot.std() > 15
+    corner = shot[-1, 0]  # the page's background
+    assert corner.min() > 230 if scheme == "light" else corner.max() < 40
+
+
+def test_it_reports_no_error_and_asks_for_nothing(opened, page):
+    assert [entry for entry in opened.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}] == []
+    loaded = opened.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert all(name.startswith("data:") for name in loaded)
+    assert all(opened.execute_script("return [...document.images].map((image) => image.naturalWidth > 0)"))
+
+
+def test_filters_change_the_list(opened):
+    everything = titles(opened)
+    assert len(everything) == 24
+    css(opened, "[data-status=dropped]")[0].click()
+    dropped = titles(opened)
+    assert 0 < len(dropped) < 24
+    assert {element.get_attribute("aria-pressed") for element in css(opened, "[data-status=dropped]")} == {"true"}
+    assert css(opened, "#detail .judgement")[0].text.startswith("Dropped")
+    assert opened.find_element("id", "count").text == f"{len(dropped)} of 24 prompts"
+    css(opened, "[data-status='']")[0].click()
+    opened.find_element("id", "search").send_keys("left of")
+    found = titles(opened)
+    assert found == [title for title in everything if "left of" in title]
+    opened.find_element("id", "search").send_keys(" zebra")
+    assert titles(opened) == []
+    assert "No prompt fits these filters." in opened.find_element("id", "detail").text
+
+
+def test_kind_and_reason_filters_and_the_sort_by_margin(opened):
+    from selenium.webdriver.support.select import Select
+
+    def choose(name, index):
+        Select(opened.find_element("id", name)).select_by_index(index)
+
+    choose("kind", 1)
+    kind = css(opened, "#kind option")[1].text
+    assert {element.text.split(",")[0] for element in css(opened, "#list .grow")} == {kind}
+    choose("kind", 0)
+    choose("reason", 1)
+    assert {element.text for element in css(opened, "#list .verdict")} == {"✕"}
+    choose("reason", 0)
+    choose("sort", 1)
+    margins = [float(element.text.replace("\u2212", "-")) for element in css(opened, "#list .num")]
+    assert len(margins) > 5
+    assert margins == sorted(margins, reverse=True)
+
+
+def test_a_chosen_item_shows_its_overlays(opened):
+    css(opened, "[data-status=kept]")[0].click()
+    item = next(
+        element
+        for element in css(opened, "#list [role=option]")
+        if (element.click() or css(opened, "#detail canvas.heat"))
+    )
+    assert item.get_attribute("aria-selected") == "true"
+    assert css(opened, "#detail header h3")[0].text == item.find_element("css selector", ".title").text
+    frames = css(opened, "#detail .frame.object")
+    assert len(frames) >= 2
+    assert len(frames) == len(css(opened, "#detail canvas.heat")) == len(css(opened, "#detail .frame.object .outline"))
+    # A canvas of one cell per image token, its brightest cell inside the mask's outline.
+    width, height, cells = opened.execute_script(
+        "const c = document.querySelector('#detail canvas.heat');"
+        "return [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+    )
+    assert (width, height) == (6, 6)
+    assert np.reshape(cells, (36, 4))[:, 0].std() > 10
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", frames[0])
+    attention = pixels(frames[0].screenshot_as_png)
+    opened.find_element("css selector", "[data-mode=image]").click()
+    plain = pixels(frames[0].screenshot_as_png)
+    opened.find_element("css selector", "[data-mode=mask]").click()
+    mask = pixels(frames[0].screenshot_as_png)
+    for one, other in ((attention, plain), (plain, mask), (attention, mask)):
+        assert np.abs(one - other).mean() > 10
+
+
+def test_arrow_keys_move_through_the_list(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    names = titles(opened)
+
+    def heading():
+        return css(opened, "#detail header h3")[0].text
+
+    box = opened.find_element("id", "list")
+    box.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    assert heading() == names[2]
+    assert box.get_attribute("aria-activedescendant") == "item-2"
+    box.send_keys(Keys.ARROW_UP)
+    assert heading() == names[1]
+    box.send_keys(Keys.END)
+    assert heading() == names[-1]
+    last = css(opened, "#list [aria-selected=true]")[0]
+    assert last.location["y"] + last.size["height"] <= box.location["y"] + box.size["height"] + 1  # scrolled into view
+    box.send_keys(Keys.ARROW_DOWN)
+    assert heading() == names[-1]
+    previous = css(opened, "#detail .round")[0]
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", previous)
+    previous.click()
+    assert heading() == names[-2]
+
+
+def test_the_gallery_filters(opened):
+    cards = css(opened, "#gallery .cards li")
+    css(opened, "#gallery [data-outcome=mended]")[0].click()
+    shown = [card for card in cards if card.is_displayed()]
+    assert 0 < len(shown) < len(cards)
+    assert {card.get_attribute("data-outcome") for card in shown} == {"mended"}
+
+
+@pytest.mark.parametrize("width", [1360, 768, 360])
+def test_nothing_sticks_out_sideways(opened, width):
+    opened.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    assert (
+        opened.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    )
+
+
+def test_a_hostile_prompt_runs_nothing(driver, run_dir):
+    path = run_dir / "select.jsonl"
+    hostile = "</script><img src=x onerror=\\\"document.title='owned'\\\"><script>document.title='owned'</script>"
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([lines[0][:-1] + f', "prompt": "{hostile}", "reason": "{hostile}"' + "}", *lines[1:]]) + "\n"
+    )
+    (run_dir / "masks.jsonl").unlink()
+    driver.get(write_report(run_dir).as_uri())
+    assert css(driver, "#detail header h3")[0].text.startswith("</script><img")
+    assert driver.title == "run \u2013 OSPO report"
+    assert css(driver, "#detail img[src='x']") == []
