@@ -142,6 +142,12 @@ def check_ids(name: str, ids: Tensor, model: UnifiedModel, needed: int) -> None:
         raise UsageError(f"{name}: got {ids.dtype} {tuple(ids.shape)}, expected a 1-D tensor of token ids")
     if len(ids) == 0:
         raise UsageError(f"{name}: got no token, expected at least one")
+    table: Any = model.decoder.embed_tokens
+    if int(ids.min()) < 0 or int(ids.max()) >= table.num_embeddings:
+        raise UsageError(
+            f"{name}: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {table.num_embeddings - 1}, "
+            f"the vocabulary of {model.name}"
+        )
     if len(ids) + needed > model.max_positions:
         raise UsageError(
             f"{name}: got {len(ids)} tokens, expected at most {model.max_positions - needed} "

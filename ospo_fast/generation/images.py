@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation.batching import (
     GenerationError,
     Job,
@@ -118,6 +118,7 @@ class ImageGenerator:
         Raises:
             UsageError: an argument that makes no sense.
             GenerationError: images failed; it carries the finished ones.
+            OspoError: guidance has no effect, or not even one image fits the memory.
 
         """
         sampling = _Sampling(guidance_scale, temperature, top_k, top_p)
@@ -273,7 +274,7 @@ def _check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
     spread = float(cond.max() - cond.min())
     noise = 8 * torch.finfo(cond.dtype).eps * max(spread, float(cond.abs().max()))
     if spread > 0 and float((cond - uncond).abs().max()) <= noise:
-        raise UsageError(
+        raise OspoError(
             "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
             "is the model trained, and are its weights whole? guidance_scale=1 draws without it"
         )

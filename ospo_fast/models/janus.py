@@ -43,8 +43,8 @@ class JanusUnifiedModel:
         # The marker travels with every save_pretrained, so that a fine-tuned copy is spoken to as its origin was.
         self.templates: str = getattr(config, "template_set", None) or ("shapes" if name == "shapes" else "janus")
         config.template_set = self.templates
-        # What peft records as the base of an adapter: the name that load_model takes, not a path on this machine.
-        module.name_or_path = name
+        # What peft records as the base of an adapter: something that load_model takes.
+        module.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
 
         self.bos_id = self._special("bos_token")
         self.pad_id = self._special("pad_token")
@@ -155,6 +155,8 @@ class JanusUnifiedModel:
 
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         """See `UnifiedModel`."""
+        if not images:
+            return torch.empty(0, self.grid[0] * self.grid[1], self.hidden_size, device=self.device, dtype=self.dtype)
         features: Tensor = self._core.get_image_features(self._pixels(images), return_dict=True).pooler_output
         return features
 
@@ -172,7 +174,7 @@ class JanusUnifiedModel:
         mean, std = (torch.tensor(v, device=self.device) for v in (processing.image_mean, processing.image_std))
         images: list[Image.Image] = []
         for part in torch.split(codes.to(self.device, torch.long), self._vq_batch()):
-            pixels = self._core.vqmodel.decode(part).float().permute(0, 2, 3, 1)
+            pixels = self._core.vqmodel.decode(_paired(part))[: len(part)].float().permute(0, 2, 3, 1)
             # Truncated, not rounded: what the processor's postprocess and the official code do.
             levels = ((pixels * std + mean) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
             images.extend(Image.fromarray(image) for image in levels)
@@ -188,7 +190,8 @@ class JanusUnifiedModel:
         codes: list[Tensor] = []
         size = self._vq_batch()
         for i in range(0, len(images), size):
-            latent = vq.quant_conv(vq.encoder(self._pixels(images[i : i + size]))).float()  # (N, E, H, W)
+            pixels = self._pixels(images[i : i + size])
+            latent = vq.quant_conv(vq.encoder(_paired(pixels)))[: len(pixels)].float()  # (N, E, H, W)
             codes.append((latent.flatten(2).transpose(1, 2) @ codebook.T).argmax(-1))
         tokens = self.grid[0] * self.grid[1]
         return torch.cat(codes) if codes else torch.empty((0, tokens), dtype=torch.long, device=self.device)
@@ -266,3 +269,8 @@ class JanusUnifiedModel:
         if not found:
             raise OspoError(f"model: the tokenizer of {self.name} has no single token for any of {', '.join(words)}")
         return tuple(dict.fromkeys(found))
+
+
+def _paired(batch: Tensor) -> Tensor:
+    """A batch of one doubled: convolutions of a single image take other kernels, and round otherwise, than of several."""
+    return torch.cat((batch, batch)) if len(batch) == 1 else batch

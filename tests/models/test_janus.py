@@ -1,0 +1,197 @@
+"""The Janus adapter against transformers' own processor and model."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ospo_fast.errors import UsageError
+from ospo_fast.models import UnifiedModel, load_model
+from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.shapes.build import build_processor
+
+PROMPT = "a red circle and two blue squares"
+WORDS = ["a", "red", "blue", "circle", "squares", "two", ",", ".", "left", "of", "zebra"]
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 48), mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+
+
+def turn(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_it_fills_the_protocol_from_the_config(tiny: JanusUnifiedModel) -> None:
+    assert isinstance(tiny, UnifiedModel)
+    config = tiny.module.config
+    assert tiny.grid == (config.vq_config.num_patches,) * 2
+    assert tiny.num_codes == config.vq_config.num_embeddings == tiny.head(torch.zeros(1, tiny.hidden_size)).shape[-1]
+    assert tiny.hidden_size == config.text_config.hidden_size
+    assert tiny.max_positions == config.text_config.max_position_embeddings
+    assert tiny.image_id == config.image_token_id
+    assert tiny.boi_id == tiny.module.generation_config.generation_kwargs["boi_token_id"]
+    assert tiny.eos_ids == (config.eos_token_id,)
+    assert (tiny.device.type, tiny.dtype, tiny.templates) == ("cpu", torch.float32, "shapes")
+    assert not set(tiny.yes_ids) & set(tiny.no_ids)
+    assert [tiny.detokenize([i]).lower() for i in (*tiny.yes_ids, *tiny.no_ids)] == ["yes", "yes", "no", "no"]
+
+
+def test_image_prompt_is_what_the_processor_makes(tiny: JanusUnifiedModel) -> None:
+    processor = tiny.processor
+    turns = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = processor(text=text, generation_mode="image", return_tensors="pt")["input_ids"][0]
+    ids = tiny.image_prompt(PROMPT)
+    assert ids.tolist() == expected.tolist()
+    assert (int(ids[0]), int(ids[-1])) == (tiny.bos_id, tiny.boi_id)
+
+
+def test_unconditional_keeps_the_ends(tiny: JanusUnifiedModel) -> None:
+    ids = tiny.image_prompt(PROMPT)
+    blank = tiny.unconditional(ids)
+    assert blank.tolist() == [tiny.bos_id, *[tiny.pad_id] * (len(ids) - 2), tiny.boi_id]
+    assert ids.tolist() == tiny.image_prompt(PROMPT).tolist()
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=8), pad=st.sampled_from(["", " ", "\n "]))
+def test_offsets_cover_the_prompt_word_by_word(tiny: JanusUnifiedModel, words: list[str], pad: str) -> None:
+    prompt = pad + " ".join(words) + pad
+    ids, spans = tiny.image_prompt_offsets(prompt)
+    assert ids.tolist() == tiny.image_prompt(prompt).tolist()
+    assert len(spans) == len(ids)
+    pieces = [(int(i), prompt[slice(*span)]) for i, span in zip(ids, spans, strict=True) if span is not None]
+    pieces = [(i, piece) for i, piece in pieces if piece != " "]  # the tokenizer has a token for a lone space
+    assert [piece for _, piece in pieces] == words
+    for i, piece in pieces:
+        assert tiny.detokenize([i]) == (piece if piece != "zebra" else "")
+    assert [span for span in spans if span is not None] == sorted(span for span in spans if span is not None)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", "a red <boi> circle", "<image>"])
+def test_prompts_without_text_or_with_control_tokens_are_refused(tiny: JanusUnifiedModel, prompt: str) -> None:
+    with pytest.raises(UsageError, match="prompt"):
+        tiny.image_prompt(prompt)
+
+
+def test_chat_with_an_image_is_what_the_processor_makes(tiny: JanusUnifiedModel) -> None:
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a red circle?"}]}]
+    text = tiny.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    expected = tiny.processor(text=text, images=[picture(0)], return_tensors="pt")["input_ids"][0]
+    ids = tiny.chat(turn("is there a red circle?"), image=True)
+    assert ids.tolist() == expected.tolist()
+    assert int((ids == tiny.image_id).sum()) == tiny.grid[0] * tiny.grid[1]
+
+
+def test_chat_keeps_turns_and_puts_the_image_in_the_last_user_message(tiny: JanusUnifiedModel) -> None:
+    messages = [*turn("a red circle"), {"role": "assistant", "content": "yes"}, *turn("no")]
+    ids = tiny.chat(messages, image=True).tolist()
+    assert ids.index(tiny.yes_ids[0] if tiny.yes_ids[0] in ids else tiny.yes_ids[1]) < ids.index(tiny.image_id)
+    assert tiny.image_id not in tiny.chat(messages).tolist()
+    assert messages[0]["content"] == "a red circle"
+
+
+def test_the_default_system_prompt_of_a_processor_is_used(tiny: JanusUnifiedModel) -> None:
+    processor = build_processor()
+    processor.use_default_system_prompt = True
+    polite = JanusUnifiedModel(tiny.module, processor, name="tiny")
+    assert len(polite.chat(turn("no"))) > len(tiny.chat(turn("no")))
+    own = [{"role": "system", "content": "no"}, *turn("no")]
+    assert polite.chat(own).tolist() == tiny.chat(own).tolist()
+    assert polite.image_prompt(PROMPT).tolist() == tiny.image_prompt(PROMPT).tolist()
+
+
+@pytest.mark.parametrize(
+    ("messages", "image"),
+    [
+        ([], False),
+        (turn("a <image> b"), False),
+        (turn("<image>"), True),
+        ([{"role": "assistant", "content": "x"}], True),
+    ],
+)
+def test_bad_messages(tiny: JanusUnifiedModel, messages: list, image: bool) -> None:
+    with pytest.raises(UsageError, match="messages"):
+        tiny.chat(messages, image=image)
+
+
+def test_detokenize_drops_special_tokens(tiny: JanusUnifiedModel) -> None:
+    assert tiny.detokenize(tiny.image_prompt(PROMPT)) == PROMPT
+    assert tiny.detokenize([]) == ""
+
+
+@torch.no_grad()
+def test_embeddings_and_logits_are_the_models(tiny: JanusUnifiedModel) -> None:
+    codes = torch.randint(0, tiny.num_codes, (2, 5))
+    assert torch.equal(tiny.embed_codes(codes), tiny.module.prepare_embeddings_for_image_generation(codes))
+    ids = tiny.image_prompt(PROMPT)
+    assert torch.equal(tiny.embed_tokens(ids), tiny.module.get_input_embeddings()(ids))
+    hidden = torch.randn(2, tiny.hidden_size)
+    assert torch.equal(tiny.text_logits(hidden), tiny.module.lm_head(hidden))
+
+
+@torch.no_grad()
+def test_images_of_any_size_are_embedded_as_the_processor_prepares_them(tiny: JanusUnifiedModel) -> None:
+    images = [picture(0), picture(1, (96, 60)), picture(2, mode="L"), picture(3, (20, 48), "RGBA")]
+    pixels = tiny.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
+    expected = tiny.module.model.get_image_features(torch.as_tensor(pixels)).pooler_output
+    embedded = tiny.embed_images(images)
+    assert embedded.shape == (4, tiny.grid[0] * tiny.grid[1], tiny.hidden_size)
+    torch.testing.assert_close(embedded, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert tiny.embed_images([]).shape[0] == 0
+
+
+def test_decoded_images_are_the_processors(tiny: JanusUnifiedModel) -> None:
+    codes = torch.randint(0, tiny.num_codes, (3, tiny.grid[0] * tiny.grid[1]))
+    images = tiny.decode_codes(codes)
+    with torch.no_grad():
+        pixels = tiny.module.model.vqmodel.decode(codes)
+    expected = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)
+    for image, wanted in zip(images, expected, strict=True):
+        assert image.size == (48, 48)
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(float) - wanted.numpy()).max() <= 1.001
+    # An image does not depend on those decoded with it.
+    assert np.array_equal(np.asarray(tiny.decode_codes(codes[1:2])[0]), np.asarray(images[1]))
+    assert tiny.decode_codes(codes[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("codes", "match"),
+    [(torch.zeros(36, dtype=torch.long), "shape"), (torch.zeros(1, 35, dtype=torch.long), "shape"),
+     (torch.full((1, 36), -1), "outside"), (torch.full((1, 36), 10**6), "outside")],
+)  # fmt: skip
+def test_codes_that_do_not_fit_are_refused(tiny: JanusUnifiedModel, codes: torch.Tensor, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        tiny.decode_codes(codes)
+
+
+@torch.no_grad()
+def test_encoding_finds_the_code_of_largest_cosine(tiny: JanusUnifiedModel) -> None:
+    vq = tiny.module.model.vqmodel
+    images = [picture(i) for i in range(3)]
+    table = vq.quantize.embedding.weight
+    # With a codebook of unit vectors the nearest vector is the one of the largest cosine: transformers' own choice.
+    unit = torch.nn.functional.normalize(table, dim=-1)
+    scaled = unit * torch.rand(len(unit), 1).add(0.5)
+    table.copy_(unit)
+    pixels = torch.as_tensor(tiny.processor.image_processor(images, return_tensors="pt")["pixel_values"])
+    expected = vq.encode(pixels, return_dict=True).image_tokens.view(3, -1)
+    assert torch.equal(tiny.encode_images(images), expected)
+    # The decoder normalises what it looks up, so lengths in the codebook must not matter.
+    table.copy_(scaled)
+    assert torch.equal(tiny.encode_images(images), expected)
+    assert tiny.encode_images([]).shape == (0, 36)
+
+
+def test_a_saved_model_loads_as_it_was(tiny: JanusUnifiedModel, tmp_path) -> None:
+    tiny.save(tmp_path / "model")
+    again = load_model(tmp_path / "model")
+    assert (again.templates, again.grid, again.yes_ids) == (tiny.templates, tiny.grid, tiny.yes_ids)
+    assert again.image_prompt(PROMPT).tolist() == tiny.image_prompt(PROMPT).tolist()
+    for (name, a), (_, b) in zip(tiny.module.named_parameters(), again.module.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

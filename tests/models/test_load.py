@@ -1,0 +1,156 @@
+"""load_model: every way a checkpoint can be wrong gives one sentence, and a LoRA folder gives the merged model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.models import load_model
+from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.shapes.build import build_model, build_processor
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    module = build_model(hidden=64, layers=2, intermediate=96, heads=4)
+    JanusUnifiedModel(module, build_processor(), name="tiny").save(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "broken"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refuse(name: object, *words: str) -> None:
+    with pytest.raises(OspoError) as caught:
+        load_model(name)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "~/nowhere-at-all"])
+def test_missing_folders(name: str) -> None:
+    refuse(name, "no folder", name)
+
+
+def test_a_hub_name_without_a_network() -> None:
+    refuse("nobody-at-all/no-such-model", "nobody-at-all/no-such-model", "network")
+
+
+def test_a_file(saved: Path) -> None:
+    refuse(saved / "config.json", "is a file")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    refuse(tmp_path, "config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
+def test_a_broken_config(broken: Path, text: str) -> None:
+    (broken / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refuse(broken, "config.json")
+
+
+def test_other_kinds_of_model(broken: Path) -> None:
+    edit(broken / "config.json", model_type="llama")
+    refuse(broken, "'llama'", "'janus'")
+    edit(broken / "config.json", model_type="multi_modality")
+    refuse(broken, "deepseek-community")
+
+
+def test_a_config_that_does_not_fit_the_weights(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 32
+    edit(broken / "config.json", text_config=config["text_config"])
+    refuse(broken, str(broken))
+
+
+def test_weights_that_are_absent_or_cut_off(broken: Path) -> None:
+    weights = broken / "model.safetensors"
+    whole = weights.read_bytes()
+    for length in (len(whole) // 2, 100, 0):
+        weights.write_bytes(whole[:length])
+        refuse(broken, "again")
+    weights.write_bytes(whole[:8] + b"x" * (len(whole) - 8))
+    refuse(broken, "again")
+    weights.unlink()
+    refuse(broken, "no weights")
+
+
+def test_tensors_that_are_missing_are_not_made_up(broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.generation_head.vision_head.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    refuse(broken, "generation_head.vision_head.weight")
+
+
+def test_a_tokenizer_that_is_absent(broken: Path) -> None:
+    for file in broken.glob("*token*"):
+        file.unlink()
+    refuse(broken, str(broken))
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", 3.5])
+def test_unknown_devices(saved: Path, device: object) -> None:
+    with pytest.raises((UsageError, TypeError), match="device"):
+        load_model(saved, device=device)  # type: ignore[arg-type]
+
+
+def test_dtypes(saved: Path) -> None:
+    assert load_model(saved, dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(saved, dtype=torch.float64).dtype == torch.float64
+    for wrong in ("int64", "float31", torch.int8):
+        with pytest.raises(UsageError, match="dtype"):
+            load_model(saved, dtype=wrong)
+
+
+def adapter_on(saved: Path, folder: Path) -> torch.nn.Module:
+    import peft
+
+    model = load_model(saved)
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|down_proj)", init_lora_weights=False)
+    wrapped = peft.get_peft_model(model.module, config)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload()
+
+
+def test_a_lora_folder_gives_the_merged_model(saved: Path, tmp_path: Path) -> None:
+    expected = adapter_on(saved, tmp_path / "adapter")
+    model = load_model(tmp_path / "adapter")
+    assert (model.name, model.templates) == (str(tmp_path / "adapter"), "shapes")
+    plain = load_model(saved).module.state_dict()
+    changed = 0
+    for name, tensor in model.module.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[name])
+        changed += not torch.equal(tensor, plain[name])
+    assert changed == 4  # two layers, two projections
+
+
+def test_broken_adapters(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapter_on(saved, folder)
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    refuse(folder, str(folder), "adapter")
+    weights.unlink()
+    refuse(folder, str(folder))
+    edit(folder / "adapter_config.json", base_model_name_or_path="./gone")
+    refuse(folder, "./gone")
+    edit(folder / "adapter_config.json", base_model_name_or_path=None)
+    refuse(folder, "base")
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(folder))
+    refuse(folder, "itself")
