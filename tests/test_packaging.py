@@ -124,12 +124,12 @@ esac
 
 
 def build(tree: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """setup.py build_ext with an nvcc that knows sm_80 and sm_90 and compiles nothing."""
+    """setup.py build_ext with an nvcc that knows sm_80 and sm_90 but cannot compile; the C++ compiler does nothing."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(NVCC)
     nvcc.chmod(0o755)
-    env = {"CUDA_HOME": str(tmp_path / "cuda")} | env
+    env = {"CUDA_HOME": str(tmp_path / "cuda"), "CXX": "true"} | env
     command = (
         sys.executable,
         "setup.py",

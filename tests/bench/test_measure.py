@@ -1,0 +1,58 @@
+import json
+import time
+from pathlib import Path
+
+import _measure
+import pytest
+import torch
+
+
+def test_variants_take_turns_on_the_same_fresh_inputs() -> None:
+    calls: list[tuple[str, float]] = []
+    values = iter(range(10**6))
+
+    def note(name: str, pause: float = 0.0) -> object:
+        def run(value: float) -> None:
+            calls.append((name, value))
+            time.sleep(pause)
+
+        return run
+
+    times = _measure.interleaved(
+        {"a": note("a", 0.002), "b": note("b")}, lambda: (next(values),), seconds=0.0, warmup=1
+    )
+    assert calls[:4] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert times["a"].repeats == times["b"].repeats == len(calls) / 2 - 1
+    assert times["a"].p20_ms <= times["a"].median_ms <= times["a"].p80_ms
+    assert times["a"].median_ms >= 2 > times["b"].median_ms
+
+
+def test_every_variant_runs_for_the_asked_time() -> None:
+    times = _measure.interleaved({"a": lambda: time.sleep(0.001)}, lambda: (), seconds=0.03)
+    assert times["a"].repeats * times["a"].p80_ms >= 20
+
+
+def test_peak_memory_is_above_the_inputs() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(250_000, device=device)  # 1 MB, and no part of the peak
+
+    def two_at_once(x: torch.Tensor) -> None:
+        first = x + 1
+        del first
+        second = x + 1
+        third = second + 1
+        del second, third
+
+    assert _measure.peak_mb(two_at_once, x) == pytest.approx(2.0, abs=0.01 if device == "cpu" else 0.2)
+
+
+def test_a_row_says_what_ran_where(tmp_path: Path) -> None:
+    timing = _measure.Timing(1.0, 0.9, 1.2, 7)
+    row = _measure.row("otsu_threshold", "torch", {"B": 2}, "fp32", timing, peak_mb=3.0)
+    assert {"op", "variant", "shapes", "dtype", "device", "driver", "versions", "commit", "date", "peak_mb"} <= set(row)
+    path = _measure.write([row, row], tmp_path, "otsu_threshold")
+    assert path.parent.parent == tmp_path
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [row, row]
+    _measure.write([row], tmp_path, "otsu_threshold")
+    assert len(path.read_text().splitlines()) == 1
+    assert [file.name for file in path.parent.iterdir()] == ["otsu_threshold.jsonl"]
