@@ -177,17 +177,22 @@ def _need_shapes(config: Config) -> None:
         )
 
 
-def _hold_out(config: Config) -> None:
+def _hold_out(pipeline: Any, command: str) -> None:
     """Keep the evaluation prompts of the Shapes world out of a run on it."""
     from ospo_fast.config import model_family
 
+    config = pipeline.config
     if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
         return
-    from ospo_fast.records import write_atomic
-    from ospo_fast.shapes.scenes import held_out
-
     path = Path(config.out) / "held_out.txt"
-    write_atomic(path, ("\n".join(held_out()) + "\n").encode())
+    if not path.exists():
+        if command not in ("run", "prompts"):
+            return
+        from ospo_fast.records import write_atomic
+        from ospo_fast.shapes.scenes import held_out
+
+        pipeline.model()  # a model that does not load leaves nothing behind
+        write_atomic(path, ("\n".join(held_out()) + "\n").encode())
     config.prompts.exclude = str(path)
 
 
@@ -199,10 +204,11 @@ def _pipeline(args: argparse.Namespace) -> Any:
     if getattr(args, "iteration", 1) < 1:
         raise UsageError(f"--iteration should be 1 or more, got {args.iteration}.")
     config = _settings(args)
-    _hold_out(config)
     evaluation = _evaluation(config) if args.command in ("run", "train") else None
     _quiet()
-    return Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
+    pipeline = Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
+    _hold_out(pipeline, args.command)
+    return pipeline
 
 
 def _line(report: Any) -> str:

@@ -151,7 +151,6 @@ class Pipeline:
         self.config, self.resume, self.shard, self.progress = config, resume, shard, progress
         self.evaluation = evaluation
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
-        write_atomic(Path(config.out) / "config.yaml", dump_config(config).encode())
 
     def folder(self, iteration: int = 1) -> Path:
         """Where an iteration's stores lie."""
@@ -195,59 +194,80 @@ class Pipeline:
             raise UsageError("Training is not sharded; run it without --shard.")
         out = self.folder(iteration)
         config = dataclasses.replace(self.config, seed=self.config.seed + iteration - 1, out=str(out))
-        if not self.resume:
-            self._drop(out, name)
-        self._check_settings(out, name, config, iteration)
+        settings = self._settings(name, config, iteration)
+        if self.resume:
+            self._check_settings(out, name, settings)
         if name == "train":
-            return self._train(out, config, iteration)
+            return self._train(out, config, iteration, settings)
         if name == "masks" and not config.masks.enabled:
             return StageReport(name, iteration, 0, 0, 0.0, _peak_mb())
-        return self._items(out, name, config, iteration)
+        return self._items(out, name, config, iteration, settings)
 
-    def _items(self, out: Path, name: str, config: Config, iteration: int) -> StageReport:
-        if self.shard is None:
-            _absorb(out, name)
+    def _items(self, out: Path, name: str, config: Config, iteration: int, settings: dict[str, Any]) -> StageReport:
+        # Nothing is written before the inputs are read and the model is loaded: a wrong call leaves nothing behind.
+        present = self._present(out, name)
+        if name == "prompts":
+            complete = self.resume and self._complete(out)
+            waiting, total = list(present.values()), 0
+        else:
+            inputs = [r for r in read_stage(out, _READS[name]) if self.shard is None or self.shard.holds(r["item_id"])]
+            waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
+            complete = not waiting
+        if complete and not _shard_paths(out, name):
+            return StageReport(name, iteration, 0, len(present), 0.0, _peak_mb(), self._cuda_peak())
+        model = None
+        if not complete and (name != "select" or config.select.rule == "v2"):
+            model = self.model(iteration)
+        kinds = self._kinds(model, config) if name == "prompts" and model is not None else None
+        if kinds is not None:
+            total = sum(kinds.values())
+        self._begin(out, name, settings)
         with Store(store_path(out, name, self.shard)) as store:
-            present = len(store)
-            if name == "prompts":
-                waiting, total = self._waiting_prompts(out, config, store)
-            else:
-                inputs = [
-                    r for r in read_stage(out, _READS[name]) if self.shard is None or self.shard.holds(r["item_id"])
-                ]
-                waiting, total = [r for r in inputs if r["item_id"] not in store], len(inputs)
-            produce = _producer(name, self._kinds(config, iteration) if name == "prompts" else None)
+            before = len(store)
+            self._reset_cuda_peak()
             started = time.perf_counter()
             made: Iterator[Record] = iter(())
-            if not self._complete(out) if name == "prompts" else waiting:
-                needs_model = name != "select" or config.select.rule == "v2"
-                model = self.model(iteration) if needs_model else None
-                self._reset_cuda_peak()
-                started = time.perf_counter()
-                made = produce(waiting, model, config, out)
+            if not complete:
+                made = _producer(name, None if kinds is None else list(kinds))(waiting, model, config, out)
             try:
-                items = store.extend(self._bar(made, name, total, present))
+                store.extend(self._bar(made, name, total, len(present)))
             finally:
                 seconds = time.perf_counter() - started
-                self._note(out, name, iteration, len(store) - present, seconds)
+                self._note(out, name, iteration, len(store) - before, seconds)
             if name == "prompts":
                 self._mark_complete(out)
-            return StageReport(name, iteration, items, len(store), seconds, _peak_mb(), self._cuda_peak())
+            return StageReport(name, iteration, len(store) - before, len(store), seconds, _peak_mb(), self._cuda_peak())
 
-    def _kinds(self, config: Config, iteration: int) -> list[str] | None:
-        """The kinds of prompts that are this shard's."""
-        if self.shard is None:
-            return None
+    def _present(self, out: Path, name: str) -> dict[str, Record]:
+        """What need not be made again: the stage's store and its shards (of a shard: the store and its own part)."""
+        if not self.resume:
+            return {}
+        paths = [store_path(out, name)]
+        paths += _shard_paths(out, name) if self.shard is None else [store_path(out, name, self.shard)]
+        return {record["item_id"]: record for path in paths if path.exists() for record in read_records(path)}
+
+    def _begin(self, out: Path, name: str, settings: dict[str, Any]) -> None:
+        """Note the configuration, drop what is made afresh, and gather the shards of an unsharded stage."""
+        write_atomic(Path(self.config.out) / "config.yaml", dump_config(self.config).encode())
+        if not self.resume:
+            self._drop(out, name)
+        key = self._key(name)
+        _update_json(out / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
+        if self.shard is None and name != "train":
+            _absorb(out, name)
+
+    def _kinds(self, model: UnifiedModel, config: Config) -> dict[str, int]:
+        """The kinds of prompts that are this shard's, and how many of each."""
         from ospo_fast.stages.common import templates_of
+        from ospo_fast.stages.prompts import wanted
 
-        kinds = list(templates_of(self.model(iteration), config).kinds)
-        return kinds[self.shard.index :: self.shard.count]
-
-    def _waiting_prompts(self, out: Path, config: Config, store: Store) -> tuple[list[Record], int]:
-        """For the prompt stage: what is there already, and how many are expected (0 where only the model knows)."""
-        if self.shard is not None and config.prompts.file is not None:
-            raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
-        return list(read_records(store.path)), sum(config.prompts.counts.values())
+        if config.prompts.file is not None:
+            if self.shard is not None:
+                raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
+            return {}
+        counts = wanted(templates_of(model, config), config)
+        kinds = list(counts) if self.shard is None else list(counts)[self.shard.index :: self.shard.count]
+        return {kind: counts[kind] for kind in kinds}
 
     def _key(self, name: str) -> str:
         return name if self.shard is None else f"{name}.{self.shard}"
@@ -259,7 +279,7 @@ class Pipeline:
         key = self._key("prompts")
         _update_json(out / "settings.json", {}, lambda saved: {**saved, key: {**saved[key], "complete": True}})
 
-    def _train(self, out: Path, config: Config, iteration: int) -> StageReport:
+    def _train(self, out: Path, config: Config, iteration: int, settings: dict[str, Any]) -> StageReport:
         from ospo_fast.stages import train
 
         source = "masks" if train.uses_masks(config) else "select"
@@ -268,6 +288,7 @@ class Pipeline:
             return StageReport("train", iteration, 0, done["step"], 0.0, _peak_mb())
         records = read_stage(out, source)
         model = self.model(iteration)
+        self._begin(out, "train", settings)
         self._reset_cuda_peak()
         steps = 0
         started = time.perf_counter()
@@ -296,10 +317,10 @@ class Pipeline:
         self._models[str(out / "train" / "model")] = model
         return StageReport("train", iteration, steps, result.steps, seconds, _peak_mb(), self._cuda_peak())
 
-    def _check_settings(self, out: Path, name: str, config: Config, iteration: int) -> None:
-        """Note what a stage is run with; UsageError when its store was made with something else."""
-        speed = _TRAIN_SPEED if name == "train" else _SPEED
+    def _settings(self, name: str, config: Config, iteration: int) -> dict[str, Any]:
+        """What a stage's results depend on, besides its inputs."""
         section = dataclasses.asdict(getattr(config, name))
+        speed = _TRAIN_SPEED if name == "train" else _SPEED
         now = {f"{name}.{key}": value for key, value in section.items() if key not in speed}
         if name == "prompts" and config.prompts.file is not None:
             now = {f"prompts.{key}": section[key] for key in ("file", "file_kind")}
@@ -307,21 +328,21 @@ class Pipeline:
             from ospo_fast.stages.common import excluded
 
             now["prompts.exclude"] = f"{stable_hash(*sorted(excluded(config))):x}"
-        now |= {"seed": config.seed, "model": self.model_name(iteration), "templates": config.templates}
         if name == "train":
             now["preset"] = config.preset
-        key = self._key(name)
-        saved = _read_json(out / "settings.json", {}).get(key)
-        exists = store_path(out, name, self.shard).exists() or (name == "train" and (out / "train").exists())
-        if saved is not None and exists:
-            for field, value in now.items():
-                if saved["settings"].get(field, value) != value:
-                    raise UsageError(
-                        f"{out}: {name} was made with {field}={saved['settings'][field]}, now {field}={value}; go on "
-                        f"with the same, take another --out, or start {name} afresh with --no-resume."
-                    )
+        return {**now, "seed": config.seed, "model": self.model_name(iteration), "templates": config.templates}
+
+    def _check_settings(self, out: Path, name: str, settings: dict[str, Any]) -> None:
+        """UsageError when a store was made with other settings than it would be continued with."""
+        saved = _read_json(out / "settings.json", {}).get(self._key(name))
+        if saved is None:
             return
-        _update_json(out / "settings.json", {}, lambda all_saved: {**all_saved, key: {"settings": now}})
+        for field, value in settings.items():
+            if saved["settings"].get(field, value) != value:
+                raise UsageError(
+                    f"{out}: {name} was made with {field}={saved['settings'][field]}, now {field}={value}; go on "
+                    f"with the same, take another --out, or start {name} afresh with --no-resume."
+                )
 
     def _drop(self, out: Path, name: str) -> None:
         """Remove what a stage and those after it have made (of a shard: its store alone)."""

@@ -40,11 +40,15 @@ class TemplateSet:
     _examples: dict[str, list[str]]
 
     def messages(self, stage: str, **variables: Any) -> list[dict[str, str]]:
-        """Chat messages (`role`, `content`) of `stage`: prompts, perturb, densify, questions or vqa."""
-        return [
-            {"role": message["role"], "content": _JINJA.from_string(message["content"]).render(**variables).strip()}
+        """Chat messages (`role`, `content`) of `stage`: prompts, perturb, densify, questions or vqa.
+
+        A message that renders to nothing is left out.
+        """
+        rendered = [
+            (message["role"], _JINJA.from_string(message["content"]).render(**variables).strip())
             for message in self._stages[stage]["messages"]
         ]
+        return [{"role": role, "content": content} for role, content in rendered if content]
 
     def sampling(self, stage: str) -> dict[str, Any]:
         """temperature, top_p and max_new_tokens of `stage`."""
