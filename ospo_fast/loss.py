@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -131,7 +132,7 @@ class OSPOLoss(nn.Module):
         weights = None
         if object_masks is not None and config.mask_alpha > 0:
             weights = token_weights(object_masks, alpha=config.mask_alpha, gamma=config.mask_gamma)
-            weights = weights[[*range(2 * pairs), *range(pairs)][:rows]]
+            weights = torch.cat([weights, weights[:pairs]])[:rows]
             weights = spread_weights(weights, present)
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
         chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()

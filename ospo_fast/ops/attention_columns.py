@@ -41,7 +41,7 @@ def attention_columns(
     """
     _dispatch.resolve("attention_columns", backend, q.device.type)
     start, count, first, last = _check(q, k, columns, rows, lse, key_range)
-    length = int(count.max()) if count.numel() else 0
+    length = _longest(rows[1])
     expected = (q.shape[0], columns.shape[1], length)
     if out is not None and (tuple(out.shape) != expected or out.dtype != _result_dtype(q) or out.device != q.device):
         raise OpError(
@@ -72,7 +72,7 @@ def attention_columns_reference(
     group, S = q.shape[1] // k.shape[1], q.shape[2]
     scores = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
-    result = scores.new_zeros(q.shape[0], columns.shape[1], int(count.max()) if count.numel() else 0)
+    result = scores.new_zeros(q.shape[0], columns.shape[1], _longest(rows[1]))
     position = torch.arange(S, device=q.device)
     for b in range(q.shape[0]):
         seen = ((position >= first[b]) & (position < last[b])).expand(S, S)
@@ -85,6 +85,12 @@ def attention_columns_reference(
             if used:
                 result[b, o, : len(window)] = weight * window[:, used].mean(-1)
     return result
+
+
+def _longest(count: int | Tensor) -> int:
+    if isinstance(count, Tensor):
+        return int(count.max()) if count.numel() else 0
+    return count
 
 
 def _result_dtype(q: Tensor) -> torch.dtype:

@@ -43,7 +43,7 @@ def sample_codes(
     seeds: (B,) int64 or a list, one per item; step: the position in the image, an int or (B,) for rows at their own.
     Raises OpError: shapes that do not fit, options out of range, rows with NaN, +inf or nothing but -inf.
     """
-    B, V = _check(cond, uncond, temperature, top_k, top_p)
+    B, V = _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
     codes: Tensor = torch.ops.ospo_fast.sample_codes(
         cond.detach(),
         None if uncond is None or guidance_scale == 1 else uncond.detach(),
@@ -201,7 +201,9 @@ def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: tor
     return value.to(device, torch.int64)
 
 
-def _check(cond: Tensor, uncond: Tensor | None, temperature: float, top_k: int, top_p: float) -> tuple[int, int]:
+def _check(
+    cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float, top_k: int, top_p: float
+) -> tuple[int, int]:
     if cond.dim() != 2 or cond.shape[1] == 0 or not cond.is_floating_point():
         raise OpError(f"sample_codes: cond is {cond.dtype} {tuple(cond.shape)}, expected float (B, V)")
     if uncond is not None and (uncond.shape != cond.shape or uncond.device != cond.device):
@@ -209,6 +211,8 @@ def _check(cond: Tensor, uncond: Tensor | None, temperature: float, top_k: int, 
             f"sample_codes: uncond is {tuple(uncond.shape)} on {uncond.device}, "
             f"expected {tuple(cond.shape)} on {cond.device} as cond"
         )
+    if not math.isfinite(guidance_scale):
+        raise OpError(f"sample_codes: guidance_scale is {guidance_scale}, expected a finite number (1 = no guidance)")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise OpError(f"sample_codes: temperature is {temperature}, expected a number >= 0 (0 = the likeliest code)")
     if top_k < 0:

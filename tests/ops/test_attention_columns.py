@@ -1,0 +1,186 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ospo_fast import attention_columns, object_masks
+from ospo_fast.errors import OpError
+from ospo_fast.ops import attention_columns as module_function
+from ospo_fast.ops.attention_columns import attention_columns_reference
+
+
+def full_lse(q: Tensor, k: Tensor, *, causal: bool = True, key_range: Any = None, scale: float | None = None) -> Tensor:
+    """Log-sum-exp as an attention kernel would give it."""
+    S = q.shape[2]
+    scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    first, last = (torch.as_tensor(v).expand(len(q)).view(-1, 1, 1, 1) for v in key_range or (0, S))
+    keys = torch.arange(S)
+    hidden = (keys < first) | (keys >= last)
+    if causal:
+        hidden = hidden | (keys > keys[:, None])
+    return scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
+
+
+@pytest.mark.parametrize("given_lse", [False, True])
+@pytest.mark.parametrize("index", range(2))
+def test_golden(golden: Any, index: int, given_lse: bool) -> None:
+    figures = golden(f"attention_masks_{index}.npz")
+    spans = np.split(figures["spans"], np.cumsum(figures["span_len"])[:-1])
+    columns = torch.full((1, len(spans), max(map(len, spans))), -1)
+    for row, span in zip(columns[0], spans, strict=True):
+        row[: len(span)] = torch.tensor(span)
+    layers = [layer for layer in range(len(figures["q"])) if layer not in figures["skip"]]
+    maps = torch.zeros(1, len(spans), 576)
+    for layer in layers:
+        q, k = (torch.tensor(figures[name][layer : layer + 1]) for name in ("q", "k"))
+        lse = full_lse(q, k) if given_lse else None
+        rows = int(figures["prompt_len"]), 576
+        assert attention_columns(q, k, columns, rows=rows, lse=lse, out=maps, weight=1 / len(layers)) is maps
+    result = object_masks(maps.view(1, -1, 24, 24), scaler=float(figures["scaler"]))
+    np.testing.assert_allclose(result.maps[0], figures["maps"], atol=2e-6)
+    np.testing.assert_array_equal(result.thresholds[0], figures["otsu"])
+    np.testing.assert_array_equal(result.masks[0], figures["masks"])
+    np.testing.assert_array_equal(result.union[0], figures["union"])
+
+
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    draw: Callable[..., Any] = data.draw
+    B, kv, group, S, D = (draw(st.integers(1, n)) for n in (3, 3, 3, 13, 9))
+    objects, C = draw(st.integers(0, 3)), draw(st.integers(0, 4))
+    q, k = torch.randn(B, kv * group, S, D) * 2, torch.randn(B, kv, S, D) * 2
+    columns = torch.randint(-1, S, (B, objects, C))
+    start = draw(st.integers(0, S))
+    rows: Any = (start, draw(st.integers(0, S - start)))
+    key_range: Any = None
+    if draw(st.booleans()):
+        begin = torch.randint(S + 1, (B,))
+        rows = (begin, (torch.rand(B) * (S + 1 - begin)).long())
+    if draw(st.booleans()):
+        key_range = draw(st.sampled_from([(torch.randint(S + 1, (B,)), S), (0, torch.randint(S + 1, (B,))), (1, S)]))
+    options = {"causal": draw(st.booleans()), "scale": draw(st.sampled_from([None, 0.3])), "key_range": key_range}
+    exact = attention_columns_reference(q, k, columns, rows=rows, weight=0.5, **options)
+    lse = full_lse(q, k, **options)
+    for known in (None, lse, lse.float()):
+        ours = attention_columns(q, k, columns, rows=rows, weight=0.5, lse=known, **options)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_blocks_change_nothing_and_bound_the_scores(monkeypatch: pytest.MonkeyPatch, given_lse: bool) -> None:
+    q, k, columns = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), torch.randint(-1, 50, (2, 3, 2))
+    lse = full_lse(q, k) if given_lse else None
+    whole = attention_columns(q, k, columns, rows=(7, 43), lse=lse)
+    sizes: list[int] = []
+    logsumexp = Tensor.logsumexp
+    monkeypatch.setattr(Tensor, "logsumexp", lambda self, *a: sizes.append(self.numel()) or logsumexp(self, *a))
+    monkeypatch.setitem(module_function.__globals__, "_BLOCK_BYTES", 4 * 2 * 4 * 50 * 5)
+    torch.testing.assert_close(attention_columns(q, k, columns, rows=(7, 43), lse=lse), whole, atol=1e-7, rtol=1e-5)
+    assert sizes == ([] if given_lse else [2 * 4 * 5 * 50] * 8 + [2 * 4 * 3 * 50])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(no_worse: Any, dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 4, 60, 32).to(dtype), torch.randn(2, 4, 60, 32).to(dtype)
+    columns = torch.randint(20, (2, 2, 3))
+    scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), -torch.inf)
+    probs = scores.float().softmax(-1).to(dtype).mean(1)[:, 20:]  # eager attention, as transformers has it
+    eager = torch.stack([probs[b][:, columns[b].flatten()].view(40, 2, 3).mean(-1).t() for b in range(2)])
+    exact = attention_columns_reference(q, k, columns, rows=(20, 40))
+    no_worse(attention_columns(q, k, columns, rows=(20, 40)), eager, exact)
+
+
+def test_left_padding_has_no_part() -> None:
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    columns = torch.tensor([[[0, 2], [1, -1]]])
+    plain = attention_columns(q, k, columns, rows=(3, 6))
+    pad = torch.full((1, 2, 4, 8), torch.nan)
+    padded = [torch.cat([pad, x], 2).nan_to_num(37.0) for x in (q, k)]
+    batch = [torch.cat([x, torch.cat([y, torch.randn(1, 2, 4, 8)], 2)]) for x, y in zip(padded, (q, k), strict=True)]
+    both = torch.cat([torch.where(columns < 0, -1, columns + 4), columns])
+    result = attention_columns(*batch, both, rows=(torch.tensor([7, 3]), 6), key_range=(torch.tensor([4, 0]), 13))
+    torch.testing.assert_close(result, plain.expand(2, -1, -1))
+
+
+def test_rows_that_see_nothing_give_zero() -> None:
+    q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
+    for lse in (None, full_lse(q, k, key_range=(3, 5))):
+        result = attention_columns(q, k, torch.tensor([[[3]]]), rows=(0, 5), key_range=(3, 5), lse=lse)
+        assert (result[..., :3] == 0).all()
+        torch.testing.assert_close(result[..., 3], torch.ones(1, 1))
+
+
+def test_layouts_and_dtypes() -> None:
+    q, k = torch.randn(2, 7, 4, 8).transpose(1, 2), torch.randn(2, 7, 2, 16)[..., ::2].transpose(1, 2)
+    columns = torch.randint(-1, 7, (2, 6, 3))[:, ::2]
+    plain = attention_columns(q.contiguous(), k.contiguous(), columns.contiguous(), rows=(2, 5))
+    torch.testing.assert_close(attention_columns(q, k, columns.int(), rows=(2, 5)), plain)
+    out = torch.ones(2, 5, 3).transpose(1, 2)
+    attention_columns(q, k, columns, rows=(2, 5), out=out, weight=2.0)
+    torch.testing.assert_close(out, 1 + 2 * plain)
+    assert attention_columns(q.double(), k.double(), columns, rows=(2, 5)).dtype == torch.float64
+    assert not attention_columns(q.requires_grad_(), k, columns, rows=(2, 5)).requires_grad
+    assert attention_columns(q[:0], k[:0], columns[:0], rows=(2, 5)).shape == (0, 3, 5)
+
+
+def test_nan_stays_in_its_item() -> None:
+    q, k, columns = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4), torch.zeros(2, 1, 1, dtype=torch.int64)
+    k[0, 0, 1] = torch.nan
+    result = attention_columns(q, k, columns, rows=(0, 6))
+    assert result[0, 0, 0] == 1  # before the NaN
+    assert result[0, 0, 1:].isnan().all()
+    assert result[1].isfinite().all()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_poisoned_memory() -> None:
+    q, k, columns = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randint(-1, 9, (2, 3, 2))
+    assert attention_columns(q, k, columns, rows=(torch.tensor([1, 4]), torch.tensor([8, 2]))).isfinite().all()
+
+
+def test_opcheck() -> None:
+    q, k, columns = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randint(-1, 9, (2, 3, 2))
+    bounds = [torch.tensor(v) for v in ([1, 4], [5, 2], [0, 1], [9, 9])]
+    for lse in (None, full_lse(q, k)):
+        torch.library.opcheck(torch.ops.ospo_fast.attention_columns, (q, k, columns, *bounds, lse, 0.5, True, 5))
+
+
+Q, K, COLUMNS = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2, 1, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": Q[0]}, r"q is torch.float32 \(4, 9, 8\).*expected one floating dtype"),
+        ({"k": K.half()}, "k torch.float16"),
+        ({"k": K[:, :, :5]}, r"k has shape \(2, 2, 5, 8\)"),
+        ({"q": Q[:, :3]}, "Hq a multiple of Hkv"),
+        ({"columns": COLUMNS[0]}, r"columns are torch.int64 \(1, 1\), expected integer \(2, O, C\)"),
+        ({"columns": COLUMNS.float()}, "columns are torch.float32"),
+        ({"columns": COLUMNS + 9}, "columns reach from 9 to 9, expected -1 to 8"),
+        ({"columns": COLUMNS - 2}, "columns reach from -2 to -2"),
+        ({"rows": (5, 5)}, r"rows start at \[5, 5\] and count \[5, 5\], beyond the 9 positions"),
+        ({"rows": (-1, 5)}, r"rows start at \[-1, -1\]"),
+        ({"rows": 5}, "rows is 5, expected a pair"),
+        ({"rows": (torch.zeros(3, dtype=torch.int64), 2)}, r"rows holds torch.int64 \(3,\), expected ints or \(2,\)"),
+        ({"rows": (0.0, 2)}, "rows holds torch.float32"),
+        ({"key_range": (5, 4)}, r"key_range is \[5, 5\] to \[4, 4\], expected 0 <= start <= end <= 9"),
+        ({"key_range": (0, 10)}, r"key_range is \[0, 0\] to \[10, 10\]"),
+        ({"lse": torch.zeros(2, 4, 32)}, r"lse is torch.float32 \(2, 4, 32\), expected float \(2, 4, 9\) \(slice off"),
+        ({"out": torch.zeros(2, 1, 8)}, r"out is torch.float32 \(2, 1, 8\) on cpu, expected torch.float32 \(2, 1, 4\)"),
+        ({"out": torch.zeros(2, 1, 4).half()}, "out is torch.float16"),
+        ({"columns": COLUMNS.to("meta")}, "columns on meta; move them to one device"),
+        ({"backend": "triton"}, "backend='triton' cannot run here: this version has no Triton kernel"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OpError, match=message):
+        attention_columns(**{"q": Q, "k": K, "columns": COLUMNS, "rows": (5, 4)} | change)

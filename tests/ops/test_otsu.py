@@ -1,0 +1,127 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+from ospo_fast import otsu_threshold
+from ospo_fast.errors import OpError
+from ospo_fast.ops.otsu import otsu_threshold_reference
+
+BOTH = pytest.mark.parametrize("function", [otsu_threshold, otsu_threshold_reference])
+
+
+@BOTH
+def test_golden(golden: Any, function: Callable[..., Tensor]) -> None:
+    figures = golden("otsu.npz")
+    thresholds = function(torch.tensor(figures["maps"]))
+    assert thresholds.dtype == torch.float32
+    np.testing.assert_array_equal(thresholds, figures["threshold"])
+    maps = torch.tensor(figures["maps"]).view(4, 10, 24, 24)
+    assert torch.equal(function(maps), thresholds.view(4, 10))
+    assert torch.equal(function(maps.transpose(2, 3)), thresholds.view(4, 10))
+
+
+def some_map(draw: Any) -> np.ndarray:
+    height, width = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["uniform", "peaks", "few values", "two values", "skewed", "negative"]))
+    values = rng.random((height, width))
+    if kind == "peaks":
+        values = np.where(values < 0.3, rng.normal(0.8, 0.05, values.shape), rng.normal(0.2, 0.1, values.shape))
+    elif kind == "few values":
+        values = np.round(values * draw(st.integers(1, 9)))  # whole bins empty: ties between their variances
+    elif kind == "two values":
+        values = (values < 0.5) * 3.0 - 1
+    elif kind == "skewed":
+        values = values**8 * 1e-3
+    elif kind == "negative":
+        values = -values * 1e4 - 7
+    return values
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_bits_of_scikit_image(data: st.DataObject) -> None:
+    values, bins = some_map(data.draw), data.draw(st.sampled_from([256, 256, 1, 2, 7, 100]))
+    single = values.astype(np.float32)
+    expected = threshold_otsu(single, nbins=bins) if bins > 1 else None
+    if expected is not None:
+        assert float(otsu_threshold(torch.tensor(single), bins=bins)) == float(expected)
+        assert float(otsu_threshold_reference(torch.tensor(single), bins=bins)) == float(expected)
+        assert float(otsu_threshold_reference(torch.tensor(values), bins=bins)) == float(
+            threshold_otsu(values, nbins=bins)
+        )
+    else:
+        assert torch.equal(
+            otsu_threshold(torch.tensor(single), bins=1), otsu_threshold_reference(torch.tensor(single), bins=1)
+        )
+
+
+@BOTH
+def test_constant_maps(function: Callable[..., Tensor]) -> None:
+    values = torch.tensor([0.0, 3.7, -1e30, 1e-40])
+    assert torch.equal(function(values[:, None, None].expand(4, 3, 5)), values)
+    assert torch.equal(function(values.view(4, 1, 1)), values)
+
+
+@BOTH
+def test_dtypes_and_empty_batches(function: Callable[..., Tensor]) -> None:
+    maps = torch.rand(3, 8, 8)
+    assert function(maps.bfloat16()).dtype == torch.float32
+    assert torch.equal(function(maps.bfloat16()), function(maps.bfloat16().float()))
+    assert function(maps.double()).dtype == torch.float64
+    assert function(torch.rand(0, 8, 8)).shape == (0,)
+    assert function(maps[0]).shape == ()
+    assert not otsu_threshold(maps.requires_grad_()).requires_grad
+
+
+@pytest.mark.usefixtures("poisoned")
+@BOTH
+def test_poisoned_memory(function: Callable[..., Tensor]) -> None:
+    assert function(torch.rand(4, 6, 6)).isfinite().all()
+
+
+def test_opcheck_and_compile() -> None:
+    maps = torch.rand(2, 5, 5)
+    torch.library.opcheck(torch.ops.ospo_fast.otsu_threshold, (maps, 256))
+    compiled = torch.compile(lambda x: otsu_threshold(x * 2) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(maps), otsu_threshold(maps * 2) + 1)
+
+
+@BOTH
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite(function: Callable[..., Tensor], value: float) -> None:
+    maps = torch.rand(3, 4, 4)
+    maps[1, 2, 3] = value
+    with pytest.raises(OpError, match=r"map 1 \(flattened\) holds NaN or infinity"):
+        function(maps)
+
+
+@BOTH
+def test_ranges_that_cannot_be_divided(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(
+        OpError, match=r"map 1 .* too little or too much for 256 bins in torch.float32; min-max normalise"
+    ):
+        function(torch.tensor([[[0.0, 1.0]], [[1.0, 1.0 + 2**-20]]]))
+    with pytest.raises(OpError, match=r"map 0 .* too little or too much"):
+        function(torch.tensor([[-3e38, 3e38]]))
+
+
+@pytest.mark.parametrize(
+    ("maps", "bins", "message"),
+    [
+        (torch.rand(5), 256, r"maps are torch.float32 \(5,\), expected float \(..., H, W\)"),
+        (torch.ones(5, 5).int(), 256, "maps are torch.int32"),
+        (torch.rand(2, 0, 5), 256, r"\(2, 0, 5\)"),
+        (torch.rand(5, 5), 0, "bins is 0, expected a positive number"),
+    ],
+)
+def test_wrong_arguments(maps: Tensor, bins: int, message: str) -> None:
+    with pytest.raises(OpError, match=message):
+        otsu_threshold(maps, bins=bins)

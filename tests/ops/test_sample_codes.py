@@ -1,0 +1,194 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from ospo_fast import sample_codes
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
+from ospo_fast.ops.sample_codes import _words, philox4x32, sample_codes_reference
+
+# Known answers of the Random123 distribution: counter, key → words.
+KNOWN = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.fixture(params=["auto", "torch"])
+def backend(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test of draws runs on what `auto` takes and on the PyTorch twin."""
+    if request.param == "torch":
+        monkeypatch.setitem(_dispatch._KERNELS, "sample_codes", {})
+    return request.param
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_philox_known_answers(counter: list[int], key: list[int], words: list[int]) -> None:
+    result = philox4x32(*(tuple(torch.tensor([v]) for v in values) for values in (counter, key)))
+    assert [int(word) for word in result] == words
+
+
+def test_philox_layout() -> None:
+    seed, step = 0x299F31D0A4093822, 0x13198A2E85A308D3
+    block = 0x243F6A88
+    expected = philox4x32(
+        tuple(torch.tensor([v]) for v in (block, step & 0xFFFFFFFF, step >> 32, 0)),
+        tuple(torch.tensor([v]) for v in (seed & 0xFFFFFFFF, seed >> 32)),
+    )
+    assert _words(block, step, seed) == [int(word) for word in expected]
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_against_the_twin(data: st.DataObject) -> None:
+    B, V = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 21))
+    cond, uncond = torch.randn(B, V) * 3, torch.randn(B, V) * 3 if data.draw(st.booleans()) else None
+    options = {
+        "guidance_scale": data.draw(st.sampled_from([1.0, 5.0, 0.0])),
+        "temperature": data.draw(st.sampled_from([1.0, 0.7, 0.0, 3.0])),
+        "seeds": [data.draw(st.integers(-(2**63), 2**64 - 1)) for _ in range(B)],
+        "step": data.draw(st.integers(0, 2**40)),
+    }
+    codes = sample_codes(cond, uncond, **options)
+    assert codes.dtype == torch.int64
+    expected = sample_codes_reference(cond, uncond, **options)
+    assert codes.tolist() == expected.tolist()
+
+
+def test_both_backends_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    cond, uncond = torch.randn(64, 1021), torch.randn(64, 1021)
+    options: list[dict[str, Any]] = [{}, {"top_k": 50}, {"top_p": 0.8, "temperature": 0.9}, {"temperature": 0}]
+    draws = [sample_codes(cond, uncond, guidance_scale=5, seeds=range(64), step=3, **o) for o in options]
+    monkeypatch.setitem(_dispatch._KERNELS, "sample_codes", {})
+    for mine, o in zip(draws, options, strict=True):
+        assert torch.equal(sample_codes(cond, uncond, guidance_scale=5, seeds=range(64), step=3, **o), mine)
+
+
+@pytest.mark.usefixtures("backend")
+def test_distribution() -> None:
+    draws, V = 100_000, 12
+    logits = torch.randn(V) * 1.5
+    codes = sample_codes(logits.expand(draws, V), seeds=torch.arange(draws), step=7)
+    assert chisquare(torch.bincount(codes, minlength=V), (logits.double().softmax(0) * draws)).pvalue > 1e-4
+    # The steps of one seed are as independent as the seeds of one step.
+    codes = sample_codes(logits.expand(draws, V), seeds=[5] * draws, step=torch.arange(draws))
+    assert chisquare(torch.bincount(codes, minlength=V), (logits.double().softmax(0) * draws)).pvalue > 1e-4
+
+
+@pytest.mark.usefixtures("backend")
+def test_distribution_of_guided_and_truncated_draws() -> None:
+    draws, V = 100_000, 10
+    cond, uncond = torch.randn(V), torch.randn(V)
+    logits = (uncond + 2.0 * (cond - uncond)).double() / 1.5
+    order = logits.argsort(descending=True)
+    kept = logits.clone()
+    kept[order[6:]] = -torch.inf  # top-k first
+    probs = kept.softmax(0)
+    reached = probs[order].cumsum(0)
+    kept[order[int((reached < 0.8).sum()) + 1 :]] = -torch.inf  # then the fewest that reach top-p
+    codes = sample_codes(
+        cond.expand(draws, V),
+        uncond.expand(draws, V),
+        guidance_scale=2.0,
+        temperature=1.5,
+        top_k=6,
+        top_p=0.8,
+        seeds=torch.arange(draws),
+        step=0,
+    )
+    counts, expected = torch.bincount(codes, minlength=V), kept.softmax(0) * draws
+    assert (counts[expected == 0] == 0).all()
+    assert 1 < int((expected > 0).sum()) < 6
+    assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-4
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_code_depends_on_its_seed_and_step_alone() -> None:
+    cond, uncond, seeds = torch.randn(37, 333), torch.randn(37, 333), torch.randint(2**62, (37,))
+    options: dict[str, Any] = {"guidance_scale": 3.0, "top_k": 100, "top_p": 0.95}
+    whole = sample_codes(cond, uncond, seeds=seeds, step=4, **options)
+    for rows in (torch.tensor([11]), torch.randperm(37), torch.arange(0, 37, 5)):
+        assert torch.equal(sample_codes(cond[rows], uncond[rows], seeds=seeds[rows], step=4, **options), whole[rows])
+    assert torch.equal(sample_codes(cond, uncond, seeds=seeds.tolist(), step=torch.full((37,), 4), **options), whole)
+    assert not torch.equal(sample_codes(cond, uncond, seeds=seeds, step=5, **options), whole)
+    assert not torch.equal(sample_codes(cond, uncond, seeds=seeds + 1, step=4, **options), whole)
+    wide = torch.stack([cond, cond], -1)[..., 0]
+    assert torch.equal(sample_codes(wide, uncond, seeds=seeds, step=4, **options), whole)
+
+
+@pytest.mark.usefixtures("backend")
+def test_guidance_and_greedy() -> None:
+    cond, uncond = torch.randn(9, 50), torch.randn(9, 50)
+    plain = sample_codes(cond, seeds=range(9), step=0)
+    assert torch.equal(sample_codes(cond, uncond * torch.nan, seeds=range(9), step=0), plain)  # guidance 1: not read
+    assert torch.equal(sample_codes(cond, guidance_scale=5, seeds=range(9), step=0), plain)
+    greedy = sample_codes(cond, uncond, guidance_scale=5, temperature=0, seeds=range(9), step=0)
+    assert torch.equal(greedy, (uncond + 5 * (cond - uncond)).argmax(1))
+    assert torch.equal(sample_codes(cond, top_k=1, seeds=range(9), step=0), cond.argmax(1))
+    assert torch.equal(sample_codes(cond, top_p=1e-9, seeds=range(9), step=0), cond.argmax(1))
+    assert torch.equal(sample_codes(cond, top_k=50, top_p=1.0, seeds=range(9), step=0), plain)
+    tied = torch.zeros(1000, 4)
+    assert sample_codes(tied, top_k=2, seeds=range(1000), step=0).unique().tolist() == [0, 1, 2, 3]  # equal to the 2nd
+    assert sample_codes(tied, top_p=0.5, seeds=range(1000), step=0).unique().tolist() == [0, 1]
+    masked = cond.index_fill(1, torch.arange(0, 50, 2), -torch.inf)
+    assert (sample_codes(masked, seeds=range(9), step=0) % 2 == 1).all()
+    assert sample_codes(cond.bfloat16(), seeds=range(9), step=0).dtype == torch.int64
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_wrong_logits_name_their_rows(value: float, options: dict[str, Any]) -> None:
+    cond = torch.randn(4, 8)
+    cond[1, 7] = value
+    cond[3] = -torch.inf
+    with pytest.raises(OpError, match=r"rows \[1, 3\] hold NaN, \+inf or only -inf"):
+        sample_codes(cond, seeds=range(4), step=0, **options)
+    with pytest.raises(OpError, match=r"rows \[1, 3\]"):
+        sample_codes(torch.randn(4, 8), cond, guidance_scale=2, seeds=range(4), step=0, **options)
+
+
+def test_opcheck() -> None:
+    cond, uncond, seeds = torch.randn(3, 9), torch.randn(3, 9), torch.arange(3)
+    op = torch.ops.ospo_fast.sample_codes
+    torch.library.opcheck(op, (cond, uncond, 2.0, 1.0, 0, 1.0, seeds, seeds))
+    torch.library.opcheck(op, (cond, None, 1.0, 0.5, 3, 0.9, seeds, seeds))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cond": torch.randn(8)}, r"cond is torch.float32 \(8,\), expected float \(B, V\)"),
+        ({"cond": torch.ones(2, 8).long()}, "cond is torch.int64"),
+        ({"cond": torch.randn(2, 0)}, r"\(2, 0\)"),
+        ({"uncond": torch.randn(2, 7)}, r"uncond is \(2, 7\) on cpu, expected \(2, 8\)"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf, expected a finite number"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0, expected 0 < top_p <= 1"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"seeds": [1, 2, 3]}, r"seeds is torch.int64 \(3,\), expected \(2,\) int64"),
+        ({"seeds": torch.rand(2)}, "seeds is torch.float32"),
+        ({"step": torch.zeros(3).long()}, r"step is torch.int64 \(3,\)"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Tensor | Any] = {
+        "cond": torch.randn(2, 8),
+        "uncond": torch.randn(2, 8),
+        "seeds": [0, 1],
+        "step": 0,
+    }
+    with pytest.raises(OpError, match=message):
+        sample_codes(**arguments | change)

@@ -1,0 +1,248 @@
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_weights
+from ospo_fast.errors import OpError, UsageError
+
+GRID, TOKENS, LENGTH, WIDTH, CODES = (3, 4), 12, 20, 8, 11
+
+
+def make_batch(pairs: int, groups: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Head, Tensor]:
+    """Hidden states and labels of prompts of several lengths, padded on either side; a head; object masks."""
+    rows = pairs * groups
+    labels = torch.full((rows, LENGTH), -100)
+    for row in range(rows):
+        start = 1 + row % (LENGTH - TOKENS)
+        labels[row, start : start + TOKENS] = torch.randint(CODES, (TOKENS,))
+    head = Head(torch.randn(CODES, WIDTH).to(dtype), torch.randn(CODES).to(dtype))
+    return torch.randn(rows, LENGTH, WIDTH).to(dtype), labels, head, torch.rand(2 * pairs, *GRID) < 0.4
+
+
+def by_hand(
+    config: OSPOLossConfig, hidden: Tensor, labels: Tensor, head: Head, masks: Tensor | None
+) -> dict[str, Tensor]:
+    """The loss as method.md states it, in float64, row by row."""
+    groups = 3 if config.cond_weight else 2
+    pairs = len(hidden) // groups
+    logps = F.log_softmax(head.to(torch.float64)(hidden.double()), -1)
+    scores, chosen = [], []
+    for row in range(len(hidden)):
+        places = (labels[row] != -100).nonzero().flatten()
+        tokens = torch.stack([logps[row, t - 1, labels[row, t]] for t in places])
+        weights = torch.ones(len(places), dtype=torch.float64)
+        if masks is not None:
+            mask = masks[row if row < 2 * pairs else row - 2 * pairs]
+            weights = token_weights(mask[None].double(), alpha=config.mask_alpha, gamma=config.mask_gamma)[0]
+        norm = weights.sum() if config.normalize == "weights" else len(places)
+        scores.append((weights * tokens).sum() / norm)
+        if row < pairs:
+            chosen.append(tokens)
+    s = torch.stack(scores).view(groups, pairs)
+
+    def term(other: Tensor, beta: float, ratio: float) -> Tensor:
+        x, e = beta * (s[0] - other - ratio), config.label_smoothing
+        return (-(1 - e) * F.logsigmoid(x) - e * F.logsigmoid(-x)).mean()
+
+    terms = {"simpo": term(s[1], config.beta, config.gamma_beta_ratio), "sft": -torch.cat(chosen).mean()}
+    loss = config.simpo_weight * terms["simpo"] + config.sft_weight * terms["sft"]
+    if config.cond_weight:
+        ratio = config.gamma_beta_ratio if config.gamma_beta_ratio_cond is None else config.gamma_beta_ratio_cond
+        terms["conditional"] = term(s[2], config.beta_cond or config.beta, ratio)
+        loss = loss + config.cond_weight * terms["conditional"]
+    return {"loss": loss, **terms}
+
+
+def test_presets() -> None:
+    numbers = {
+        "v1": (5, 0.5, None, None, 1, 0, 2, 0, 0, 1, "weights"),
+        "v2": (3, 0.5, 5, 0.5, 0.8, 0.5, 1.5, 0, 0, 1, "weights"),
+        "v3": (5, 0.5, None, None, 1, 0, 2, 0, 1, 1, "weights"),
+        "full": (5, 0.5, 5, 0.5, 1, 0.5, 2, 0, 1, 1, "weights"),
+    }
+    for name, expected in numbers.items():
+        assert OSPOLossConfig.preset(name) == OSPOLossConfig(*expected)
+    assert OSPOLossConfig() == OSPOLossConfig.preset("v3")
+    assert OSPOLoss().config == OSPOLossConfig.preset("v3")
+    with pytest.raises(UsageError, match="preset 'v4' is unknown, expected one of v1, v2, v3, full"):
+        OSPOLossConfig.preset("v4")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"beta": 0}, "beta is 0, expected a positive number"),
+        ({"beta": None}, "beta is None, expected a finite number"),
+        ({"beta_cond": -1.0}, "beta_cond is -1.0, expected a positive number"),
+        ({"gamma_beta_ratio": math.nan}, "gamma_beta_ratio is nan"),
+        ({"simpo_weight": -1}, "simpo_weight is -1, expected a number >= 0"),
+        ({"sft_weight": "2"}, "sft_weight is '2'"),
+        ({"cond_weight": True}, "cond_weight is True"),
+        ({"mask_alpha": -0.1}, "mask_alpha is -0.1"),
+        ({"mask_gamma": -1}, "mask_gamma is -1"),
+        ({"label_smoothing": 0.7}, "label_smoothing is 0.7, expected 0 to 0.5"),
+        ({"normalize": "sum"}, "normalize is 'sum', expected 'weights' or 'length'"),
+    ],
+)
+def test_wrong_configurations(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        OSPOLossConfig(**fields)
+
+
+@pytest.mark.parametrize("normalize", ["weights", "length"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3", "full"])
+def test_against_the_definition(preset: str, masked: bool, normalize: Any) -> None:
+    config = replace(OSPOLossConfig.preset(preset), label_smoothing=0.05, normalize=normalize)
+    hidden, labels, head, masks = make_batch(3, 3 if config.cond_weight else 2)
+    hidden.requires_grad_()
+    given_masks = masks if masked else None
+    output = OSPOLoss(config)(hidden, labels, head, object_masks=given_masks)
+    expected = by_hand(config, hidden, labels, head, given_masks)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(output, name).double(), value, rtol=2e-6, atol=0)
+        assert output.metrics[name] == getattr(output, name)
+    (mine,), (best,) = (torch.autograd.grad(loss, hidden) for loss in (output.loss, expected["loss"]))
+    torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-7)
+    assert (output.conditional is None) == ("conditional" not in output.metrics) == (config.cond_weight == 0)
+    assert not any(value.requires_grad or value.dim() for value in output.metrics.values())
+    assert output.metrics["margin"] == pytest.approx(
+        float(output.metrics["chosen_rewards"] - output.metrics["rejected_rewards"]), rel=1e-4, abs=1e-5
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_any_batch(data: st.DataObject) -> None:
+    config = OSPOLossConfig.preset(data.draw(st.sampled_from(["v2", "v3", "full"])))
+    hidden, labels, head, masks = make_batch(data.draw(st.integers(1, 4)), 3 if config.cond_weight else 2)
+    output = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
+    torch.testing.assert_close(
+        output.loss.double(), by_hand(config, hidden, labels, head, masks)["loss"], rtol=1e-5, atol=0
+    )
+
+
+def test_third_group_is_left_out_without_a_conditional_term() -> None:
+    hidden, labels, head, masks = make_batch(2, 3)
+    loss = OSPOLoss(OSPOLossConfig.preset("v3"))
+    three = loss(hidden, labels, head, object_masks=masks)
+    assert torch.equal(three.loss, loss(hidden[:4], labels[:4], head, object_masks=masks).loss)
+
+
+def test_rows_without_image() -> None:
+    config = OSPOLossConfig.preset("full")
+    hidden, labels, head, masks = make_batch(2, 3)
+    labels[[0, 3, 4]] = -100
+    output = OSPOLoss(config)(hidden.requires_grad_(), labels, head, object_masks=masks)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert (hidden.grad[[0, 3, 4]] == 0).all()
+    assert hidden.grad[1].any()
+    hidden.grad = None
+    output = OSPOLoss(config)(hidden, torch.full_like(labels, -100), head, object_masks=masks)
+    output.loss.backward()
+    assert output.sft == 0
+    assert output.loss.isfinite()
+    assert (hidden.grad == 0).all()
+
+
+def test_hidden_states_that_nobody_reads_have_no_part() -> None:
+    hidden, labels, head, masks = make_batch(2, 2)
+    loss = OSPOLoss()
+    plain = loss(hidden, labels, head, object_masks=masks)
+    read = torch.zeros(hidden.shape[:2]).bool()
+    read[:, :-1] = labels[:, 1:] != -100
+    poisoned = torch.where(read[..., None], hidden, torch.nan).requires_grad_()
+    output = loss(poisoned, labels, head, object_masks=masks)
+    output.loss.backward()
+    assert torch.equal(output.loss, plain.loss)
+    assert poisoned.grad.isfinite().all()
+
+
+def test_gradcheck_and_half_precision() -> None:
+    hidden, labels, head, masks = make_batch(1, 3, torch.float64)
+    loss = OSPOLoss(OSPOLossConfig.preset("full"))
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, head, object_masks=masks).loss, hidden.requires_grad_())
+    hidden, labels, head, masks = make_batch(2, 3, torch.bfloat16)
+    assert loss(hidden, labels, head, object_masks=masks).loss.dtype == torch.float32
+
+
+def test_compiles_to_one_graph() -> None:
+    hidden, labels, _, masks = make_batch(2, 3)
+    module = nn.Linear(WIDTH, CODES).requires_grad_(False)
+    loss = OSPOLoss(OSPOLossConfig.preset("full"))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (loss, compiled):
+        x = hidden.clone().requires_grad_()
+        output = function(x, labels, module, object_masks=masks)
+        output.loss.backward()
+        grads.append((output.loss.detach(), x.grad))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_gradient_accumulation_and_trained_head() -> None:
+    hidden, labels, _, masks = make_batch(2, 2)
+    module, loss = nn.Linear(WIDTH, CODES), OSPOLoss()
+    x = hidden.clone().requires_grad_()
+    loss(x, labels, module, object_masks=masks).loss.backward()
+    first = x.grad.clone(), module.weight.grad.clone()
+    loss(x, labels, module, object_masks=masks).loss.backward()
+    torch.testing.assert_close((x.grad, module.weight.grad), (2 * first[0], 2 * first[1]))
+
+
+def test_training_follows_the_usual_computation() -> None:
+    """50 steps of a small body under the fused loss and under the same loss on plain logits: the same losses."""
+    config = OSPOLossConfig.preset("full")
+    inputs, labels, head, masks = make_batch(2, 3)
+
+    def losses(compute: Any) -> list[float]:
+        torch.manual_seed(1)
+        body = nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
+        optimizer = torch.optim.AdamW(body.parameters(), lr=1e-2)
+        values = []
+        for _ in range(50):
+            loss = compute(body(inputs))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        return values
+
+    module = OSPOLoss(config)
+    fused = losses(lambda x: module(x, labels, head, object_masks=masks).loss)
+    assert fused == pytest.approx(losses(lambda x: by_hand(config, x, labels, head, masks)["loss"]), rel=1e-3)
+    assert fused[-1] < 0.7 * fused[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.randn(4, WIDTH)}, r"hidden has shape \(4, 8\), expected \(G·B, S, D\)"),
+        ({"labels": torch.zeros(4, 5).long()}, r"labels have shape \(4, 5\), expected \(6, 20\) as hidden"),
+        ({"object_masks": torch.rand(4, 4, 4)}, "row 0 has 12 image tokens, the object masks 16 cells"),
+        ({"object_masks": torch.rand(3, 3, 4)}, r"object_masks have shape \(3, 3, 4\), expected \(2·B, H, W\)"),
+        ({"object_masks": torch.rand(6, 3, 4)}, "6 rows for object_masks of 3 pairs, expected 9.*or set cond_weight=0"),
+        ({"config": OSPOLossConfig(), "object_masks": torch.rand(8, 3, 4)}, "expected 8: the groups chosen, rejected$"),
+        (
+            {"hidden": torch.randn(4, LENGTH, WIDTH), "labels": torch.zeros(4, LENGTH).long()},
+            "a positive multiple of 3",
+        ),
+        ({"hidden": torch.randn(0, LENGTH, WIDTH), "labels": torch.zeros(0, LENGTH).long()}, "hidden has 0 rows"),
+        ({"labels": torch.full((6, LENGTH), CODES)}, "is 11, expected 0 <= label < 11"),
+        ({"head": nn.Linear(WIDTH + 1, CODES)}, r"hidden has shape \(6, 20, 8\), expected \(..., 9\)"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    hidden, labels, head, _ = make_batch(2, 3)
+    arguments = {"hidden": hidden, "labels": labels, "head": head} | change
+    config = arguments.pop("config", OSPOLossConfig.preset("full"))
+    with pytest.raises(OpError, match=message):
+        OSPOLoss(config)(**arguments)
