@@ -264,16 +264,13 @@ def draw(
 
 
 def _check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
-    """The two branches must differ where the prompts do, or guidance does nothing.
-
-    The prompts of a batch can hardly all be blind to the model; equal logits mean that the prompt did not reach it.
-    """
+    """OspoError unless the branches differ where the prompts do: equal logits mean that no prompt reached the model."""
+    rounding = max(1e-4, 2 * torch.finfo(cond.dtype).eps)
     cond, uncond = cond[prompted].float(), uncond[prompted].float()
     if not len(cond):
         return
     spread = float(cond.max() - cond.min())
-    noise = 8 * torch.finfo(cond.dtype).eps * max(spread, float(cond.abs().max()))
-    if spread > 0 and float((cond - uncond).abs().max()) <= noise:
+    if spread > 0 and float((cond - uncond).abs().max()) <= rounding * spread:
         raise OspoError(
             "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
             "is the model trained, and are its weights whole? guidance_scale=1 draws without it"

@@ -272,5 +272,5 @@ class JanusUnifiedModel:
 
 
 def _paired(batch: Tensor) -> Tensor:
-    """A batch of one doubled: convolutions of a single image take other kernels, and round otherwise, than of several."""
+    """A batch of one doubled: convolutions of a single image take other kernels and round otherwise."""
     return torch.cat((batch, batch)) if len(batch) == 1 else batch

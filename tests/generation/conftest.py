@@ -1,0 +1,26 @@
+"""A small Janus model with random weights, strong enough that greedy codes vary."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.shapes.build import build_model, build_processor
+
+
+@pytest.fixture(scope="session")
+def parts() -> tuple[Any, Any]:
+    module = build_model(hidden=64, layers=2, intermediate=96, heads=4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    return module, build_processor()
+
+
+@pytest.fixture
+def tiny(parts: tuple[Any, Any]) -> JanusUnifiedModel:
+    module, processor = parts
+    return JanusUnifiedModel(copy.deepcopy(module), processor, name="tiny")

@@ -1,0 +1,272 @@
+"""ImageGenerator: greedy parity with transformers, invariance, guidance, failures by item, memory."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, images
+from ospo_fast.models.janus import JanusUnifiedModel
+
+PROMPTS = ["a red circle", "two blue squares and a red circle", "a green star", "a yellow cross"]
+SEEDS = [3, 2**63 + 5, -1, 0]
+
+
+def codes(model: JanusUnifiedModel, prompts: list, seeds: list[int], *, batch_size: int | None = None, **given: object):
+    return ImageGenerator(model, batch_size=batch_size).generate(prompts, seeds=seeds, output="codes", **given)
+
+
+def greedy(model: JanusUnifiedModel, ids: Tensor, guidance: float) -> Tensor:
+    return model.module.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
+        guidance_scale=guidance,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5, 5.0])
+def test_greedy_codes_are_transformers(tiny: JanusUnifiedModel, guidance: float) -> None:
+    ids = [tiny.image_prompt(prompt) for prompt in PROMPTS]
+    found = codes(tiny, PROMPTS, SEEDS, temperature=0, guidance_scale=guidance)
+    assert found.shape == (4, 36)
+    assert found.dtype == torch.long
+    for row, prompt in zip(found, ids, strict=True):
+        expected = greedy(tiny, prompt[None], guidance)[0]
+        assert len(set(expected.tolist())) > 8  # a model that says one thing would prove nothing
+        assert row.tolist() == expected.tolist()
+
+
+def test_an_image_depends_on_its_own_prompt_and_seed_alone(tiny: JanusUnifiedModel) -> None:
+    prompts, seeds = (PROMPTS * 20)[:75], [int(s) for s in torch.randint(0, 2**62, (75,))]
+    found = codes(tiny, prompts, seeds)
+    order = torch.randperm(75).tolist()
+    for size in (None, 1, 5, 33):
+        moved = codes(tiny, [prompts[i] for i in order], [seeds[i] for i in order], batch_size=size)
+        assert torch.equal(moved, found[order]), size
+    for i in (0, 50, 74):
+        assert torch.equal(codes(tiny, [prompts[i]], [seeds[i]])[0], found[i])
+    assert len({tuple(row.tolist()) for row in found}) == 75
+
+
+def test_the_same_seed_twice_gives_the_same_image_and_another_one_another(tiny: JanusUnifiedModel) -> None:
+    a, b, c = codes(tiny, [PROMPTS[0]] * 3, [7, 7, 8])
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    # Seeds are taken modulo 2^64.
+    assert torch.equal(*codes(tiny, [PROMPTS[0]] * 2, [2**64 - 1, -1]))
+
+
+def test_images_of_one_prompt_stand_together(tiny: JanusUnifiedModel) -> None:
+    found = codes(tiny, PROMPTS[:2], [1, 2, 3, 4], num_images=2)
+    expected = codes(tiny, [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], [1, 2, 3, 4])
+    assert torch.equal(found, expected)
+
+
+def test_ids_and_texts_are_the_same_prompts(tiny: JanusUnifiedModel) -> None:
+    ids = [tiny.image_prompt(prompt).to(torch.int32) for prompt in PROMPTS]
+    assert torch.equal(codes(tiny, ids, SEEDS), codes(tiny, PROMPTS, SEEDS))
+
+
+def test_outputs(tiny: JanusUnifiedModel) -> None:
+    generator = ImageGenerator(tiny)
+    found = generator.generate(PROMPTS, seeds=SEEDS, output="codes")
+    pictures = generator.generate(PROMPTS, seeds=SEEDS)
+    tensors = generator.generate(PROMPTS, seeds=torch.tensor([3, -(2**63) + 5, -1, 0]), output="pt")
+    assert tensors.shape == (4, 3, 48, 48)
+    for picture, tensor, wanted in zip(pictures, tensors, tiny.decode_codes(found), strict=True):
+        assert isinstance(picture, Image.Image)
+        assert np.array_equal(np.asarray(picture), np.asarray(wanted))
+        assert np.array_equal((tensor * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(wanted))
+    assert generator.generate([], seeds=[]) == []
+    assert generator.generate([], seeds=[], output="codes").shape == (0, 36)
+    assert len(generator.generate([], seeds=[], output="pt")) == 0
+
+
+def test_without_guidance_no_unconditional_row_is_run(tiny: JanusUnifiedModel) -> None:
+    rows = []
+    tiny.head.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    tiny.unconditional = None  # type: ignore[assignment]
+    codes(tiny, PROMPTS[:1], [0], guidance_scale=1.0)
+    assert set(rows) == {32}
+    with pytest.raises(TypeError):
+        codes(tiny, PROMPTS[:1], [0], guidance_scale=1.5)
+
+
+def test_guidance_is_what_it_says(tiny: JanusUnifiedModel) -> None:
+    """Guidance 0 draws without the prompt: as the unconditional prompt draws by itself."""
+    ids = tiny.image_prompt(PROMPTS[0])
+    blank = tiny.unconditional(ids)
+    alone = codes(tiny, [blank], [5], guidance_scale=1.0)
+    assert torch.equal(codes(tiny, [ids], [5], guidance_scale=0.0), alone)
+    assert not torch.equal(codes(tiny, [ids], [5], guidance_scale=1.0), alone)
+    # The unconditional prompt itself may be drawn at any guidance: equal branches are no error there.
+    assert torch.equal(codes(tiny, [blank], [5], guidance_scale=3.0, temperature=0),
+                       codes(tiny, [blank], [5], guidance_scale=1.0, temperature=0))  # fmt: skip
+
+
+def test_a_dead_unconditional_branch_is_an_error(tiny: JanusUnifiedModel) -> None:
+    tiny.unconditional = lambda ids: torch.full_like(ids, tiny.boi_id)  # type: ignore[method-assign]
+    embed = tiny.embed_tokens
+    tiny.embed_tokens = lambda ids: embed(torch.zeros_like(ids))  # type: ignore[method-assign]
+    with pytest.raises(OspoError, match="guidance"):
+        codes(tiny, PROMPTS, SEEDS)
+    assert codes(tiny, PROMPTS, SEEDS, guidance_scale=1.0).shape == (4, 36)
+
+
+def test_first_codes_follow_the_distribution(tiny: JanusUnifiedModel) -> None:
+    """χ² of 2000 first codes, drawn through the whole engine, against the model's probabilities with top_k 6."""
+    tiny.grid = (1, 1)
+    ids = tiny.image_prompt(PROMPTS[0])
+    with torch.no_grad():
+        both = torch.stack([ids, tiny.unconditional(ids)])
+        hidden = tiny.decoder(inputs_embeds=tiny.embed_tokens(both)).last_hidden_state[:, -1]
+        cond, uncond = tiny.head(hidden)
+    best = (uncond + 1.5 * (cond - uncond)).double().div(12.0).topk(6)
+    drawn = codes(tiny, [ids], list(range(2000)), num_images=2000, guidance_scale=1.5, temperature=12.0, top_k=6)
+    counts = torch.bincount(drawn.flatten(), minlength=tiny.num_codes)[best.indices]
+    assert int(counts.sum()) == 2000
+    assert stats.chisquare(counts.numpy(), best.values.softmax(-1).numpy() * 2000).pvalue > 1e-3
+
+
+def test_callback_tells_what_is_finished(tiny: JanusUnifiedModel) -> None:
+    heard: list[Drawn] = []
+    found = codes(tiny, PROMPTS * 2, list(range(8)), batch_size=3, callback=heard.append, progress=False)
+    assert [drawn.done for drawn in heard] == sorted(drawn.done for drawn in heard)
+    assert heard[-1].done == heard[-1].total == 8
+    assert sorted(i for drawn in heard for i in drawn.indices) == list(range(8))
+    for drawn in heard:
+        assert torch.equal(drawn.codes, found[drawn.indices])
+
+
+def poison(model: JanusUnifiedModel, bad: Tensor, monkeypatch: pytest.MonkeyPatch, step: int = 4) -> None:
+    """NaN logits from `step` on for the row whose seed is `bad`, wherever in the batch it lies."""
+    rows_of = images.rows_of
+    spot: list[Tensor] = []
+    calls: list[int] = []
+
+    def watched(jobs, rows, device):
+        ids, seeds = rows_of(jobs, rows, device)
+        spot[:] = [seeds == bad]
+        calls.clear()
+        return ids, seeds
+
+    def spoil(_: object, __: object, logits: Tensor) -> Tensor:
+        calls.append(1)
+        rows = spot[0].repeat(len(logits) // len(spot[0]))
+        return logits.masked_fill(rows[:, None], torch.nan) if len(calls) > step else logits
+
+    monkeypatch.setattr(images, "rows_of", watched)
+    model.head.register_forward_hook(spoil)
+
+
+def test_nan_logits_fail_one_image_by_name(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = codes(tiny, PROMPTS, [10, 11, 12, 13])
+    poison(tiny, torch.tensor(12), monkeypatch)
+    with pytest.raises(
+        GenerationError, match=r"1 of 4 images failed.*image 2 \('a green star', seed 12\).*code 4"
+    ) as e:
+        codes(tiny, PROMPTS, [10, 11, 12, 13])
+    assert list(e.value.failed) == [2]
+    fine = [0, 1, 3]
+    assert torch.equal(e.value.results[fine], expected[fine])
+    assert (e.value.results[2] == -1).all()
+    generator = ImageGenerator(tiny)
+    heard: list[Drawn] = []
+    skipped = generator.generate(PROMPTS, seeds=[10, 11, 12, 13], on_error="skip", callback=heard.append)
+    assert [image is None for image in skipped] == [False, False, True, False]
+    assert sorted(i for drawn in heard for i in drawn.indices) == fine
+    tensors = generator.generate(PROMPTS, seeds=[10, 11, 12, 13], on_error="skip", output="pt")
+    assert tensors.isnan().flatten(1).any(1).tolist() == [False, False, True, False]
+
+
+def test_nothing_but_nan_fails_everything(tiny: JanusUnifiedModel) -> None:
+    with torch.no_grad():
+        tiny.head.vision_head.bias.fill_(torch.nan)
+    with pytest.raises(GenerationError, match="4 of 4 images") as caught:
+        codes(tiny, PROMPTS, SEEDS)
+    assert sorted(caught.value.failed) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"prompts": ["a red circle", " "]}, r"prompts\[1\]: got an empty"),
+        ({"prompts": "a red circle"}, "expected a list"),
+        ({"prompts": [torch.tensor([1, 2])]}, "begin-of-image"),
+        ({"prompts": [torch.tensor([], dtype=torch.long)]}, "begin-of-image"),
+        ({"prompts": [torch.tensor([[5]])]}, "1-D"),
+        ({"prompts": [torch.tensor([0.5, 5.0])]}, "1-D"),
+        ({"prompts": [torch.tensor([10**6, 5])]}, "vocabulary"),
+        ({"prompts": ["a red circle " * 80]}, "256 positions"),
+        ({"seeds": [1, 2]}, "seeds: got 2 of them, expected 1"),
+        ({"seeds": 7}, "seeds"),
+        ({"seeds": [1], "num_images": 2}, "expected 2"),
+        ({"guidance_scale": -0.5}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"num_images": 0}, "num_images"),
+        ({"output": "png"}, "output"),
+        ({"on_error": "ignore"}, "on_error"),
+    ],
+)
+def test_bad_arguments(tiny: JanusUnifiedModel, given: dict, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        ImageGenerator(tiny).generate(**{"prompts": ["a red circle"], "seeds": [1], **given})
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_bad_batch_sizes(tiny: JanusUnifiedModel, batch_size: int) -> None:
+    with pytest.raises(UsageError, match="batch_size"):
+        ImageGenerator(tiny, batch_size=batch_size)
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, seeds = PROMPTS[:1] * 11, list(range(11))
+    expected = codes(tiny, prompts, seeds)
+    draw, sizes = images.draw, []
+
+    def small(model, decoder, table, jobs, rows, sampling):
+        sizes.append(len(jobs))
+        if len(jobs) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        return draw(model, decoder, table, jobs, rows, sampling)
+
+    monkeypatch.setattr(images, "draw", small)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(codes(tiny, prompts, seeds, batch_size=8), expected)
+    # What was learnt holds for the batches after it.
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert "going on with 2" in caplog.text
+
+    def never(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+
+    monkeypatch.setattr(images, "draw", never)
+    with pytest.raises(OspoError, match="not even one image fits"):
+        codes(tiny, prompts, seeds, batch_size=4)
+
+    def wrong(*_: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(images, "draw", wrong)
+    with pytest.raises(RuntimeError, match="something else"):
+        codes(tiny, prompts, seeds)
+
+
+def test_codes_can_be_trained_on(tiny: JanusUnifiedModel) -> None:
+    """Nothing of inference mode clings to the results."""
+    found = codes(tiny, PROMPTS[:1], [0])
+    tiny.embed_codes(found).sum().backward()
+    assert tiny.module.model.generation_embeddings.weight.grad is not None

@@ -1,0 +1,110 @@
+"""answer_questions against a plain transformers forward, one question at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ospo_fast.errors import UsageError
+from ospo_fast.generation import answer_questions
+from ospo_fast.models.janus import JanusUnifiedModel
+
+QUESTIONS = [
+    ["is there a red circle?", "are there two blue squares?", "is there a star?"],
+    [],
+    ["is the red circle left of the blue square?"],
+    ["is there a star?", "is there a star?", "is there a red circle?"],
+]
+
+
+def template(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in QUESTIONS]
+
+
+@torch.no_grad()
+def plain(model: JanusUnifiedModel, picture: Image.Image, messages: list[dict[str, str]]) -> tuple[float, float]:
+    ids = model.chat(messages, image=True)[None]
+    pixels = torch.as_tensor(model.processor.image_processor([picture], return_tensors="pt")["pixel_values"])
+    probs = model.module(input_ids=ids, pixel_values=pixels).logits[0, -1].softmax(-1)
+    return max(probs[list(model.yes_ids)].tolist()), max(probs[list(model.no_ids)].tolist())
+
+
+def test_answers_are_those_of_a_plain_forward(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+    found = answer_questions(tiny, pictures, QUESTIONS, template=template)
+    assert [len(answers) for answers in found] == [len(asked) for asked in QUESTIONS]
+    seen = set()
+    for picture, asked, answers in zip(pictures, QUESTIONS, found, strict=True):
+        for question, answer in zip(asked, answers, strict=True):
+            yes, no = plain(tiny, picture, template(question))
+            assert answer["p_yes"] == pytest.approx(yes, rel=1e-4, abs=1e-9)
+            assert answer["p_no"] == pytest.approx(no, rel=1e-4, abs=1e-9)
+            assert answer["answer"] == ("yes" if yes > no else "no")
+            seen.add(round(answer["p_yes"], 9))
+    assert len(seen) > 3  # answers depend on image and question
+    assert found[3][0] == found[3][1]
+
+
+def test_templates_may_put_the_question_before_the_image(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+    def early(question: str) -> list[dict[str, str]]:
+        return [*template(question), {"role": "assistant", "content": "yes"}, *template("is there?")]
+
+    found = answer_questions(tiny, pictures, QUESTIONS, template=early)
+    for picture, asked, answers in zip(pictures, QUESTIONS, found, strict=True):
+        for question, answer in zip(asked, answers, strict=True):
+            yes, no = plain(tiny, picture, early(question))
+            assert (answer["p_yes"], answer["p_no"]) == pytest.approx((yes, no), rel=1e-4, abs=1e-9)
+
+
+def test_an_answer_depends_on_its_own_image_and_question_alone(
+    tiny: JanusUnifiedModel, pictures: list[Image.Image]
+) -> None:
+    found = answer_questions(tiny, pictures * 12, QUESTIONS * 12, template=template)
+    assert found == found[:4] * 12
+    order = [3, 0, 2, 1]
+    for size in (None, 1, 7):
+        moved = answer_questions(
+            tiny, [pictures[i] for i in order], [QUESTIONS[i] for i in order], template=template, batch_size=size
+        )
+        assert moved == [found[i] for i in order], size
+
+
+def test_images_are_embedded_once_each(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+    embedded = []
+    embed = tiny.embed_images
+    tiny.embed_images = lambda images: embedded.append([id(i) for i in images]) or embed(images)  # type: ignore[method-assign, func-returns-value]
+    answer_questions(tiny, pictures, QUESTIONS, template=template)
+    assert len(embedded) == 1
+    assert set(embedded[0]) == {id(pictures[i]) for i in (0, 2, 3)}
+
+
+def test_equal_probabilities_are_a_tie(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+    with torch.no_grad():
+        tiny.module.lm_head.weight.zero_()
+    for answers in answer_questions(tiny, pictures, QUESTIONS, template=template):
+        for answer in answers:
+            assert answer["answer"] == "tie"
+            assert answer["p_yes"] == answer["p_no"] == pytest.approx(1 / tiny.module.lm_head.out_features)
+
+
+def test_nothing_to_ask(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+    assert answer_questions(tiny, [], [], template=template) == []
+    assert answer_questions(tiny, pictures, [[]] * 4, template=template) == [[]] * 4
+
+
+def test_bad_arguments(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+    with pytest.raises(UsageError, match="4 lists for 3 images"):
+        answer_questions(tiny, pictures[:3], QUESTIONS, template=template)
+    with pytest.raises(UsageError, match="empty question"):
+        answer_questions(tiny, pictures[:1], [[" "]], template=template)
+    with pytest.raises(UsageError, match="positions"):
+        answer_questions(tiny, pictures[:1], [["is there a star? " * 60]], template=template)
+    with pytest.raises(UsageError, match="batch_size"):
+        answer_questions(tiny, pictures, QUESTIONS, template=template, batch_size=0)
