@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation.decoder import LeanDecoder
+from ospo_fast.generation.decoder import CPU_BYTES, LeanDecoder
 from ospo_fast.models.base import UnifiedModel
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,6 @@ T = TypeVar("T")
 
 CPU_ROWS = 256  # beyond it larger batches gain nothing on a CPU
 CUDA_ROWS = 128  # throughput saturates near 92 guided images (Janus-Pro-7B, H200)
-_CPU_BYTES = 512 * 2**20  # of caches
 
 
 class GenerationError(OspoError):
@@ -40,6 +40,19 @@ class GenerationError(OspoError):
         """The error for `failed` items of a call; its message names the first three."""
         shown = "; ".join(failed[i] for i in sorted(failed)[:3]) + ("; …" if len(failed) > 3 else "")
         return cls(f"{len(failed)} of {len(results)} {what} failed: {shown}", results, failed)
+
+
+@contextmanager
+def evaluating(model: UnifiedModel) -> Iterator[None]:
+    """Evaluation mode for the time of the context: a policy in training draws without its dropout."""
+    training = [module for module in model.module.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
         free, _ = torch.cuda.mem_get_info(decoder.device)
         unused = torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
         return max(1, min(CUDA_ROWS, int(0.6 * (free + unused)) // bytes_per_job))
-    return max(1, min(CPU_ROWS, _CPU_BYTES // bytes_per_job))
+    return max(1, min(CPU_ROWS, CPU_BYTES // bytes_per_job))
 
 
 def run_batches(

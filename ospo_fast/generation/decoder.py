@@ -6,7 +6,8 @@ model are called as they are: adapters inside them stay in force and nothing is 
 Bits. A row's result must not depend on its batch-mates. Attention and norms work row by row; matrix products do not
 have to: BLAS libraries switch kernels with the number of rows. On the CPU, products of at least `ROW_TILE` rows were
 found to agree bit for bit in every row (tests/generation/test_decoder.py looks again on each machine), so batches are
-filled up to multiples of it. On a GPU every batch is filled up to the full batch size.
+filled up to multiples of it. On a GPU, and for models of which so many rows do not fit, every batch is filled up to
+the full batch size.
 """
 
 from __future__ import annotations
@@ -21,11 +22,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.models.base import UnifiedModel
 
 ROW_TILE = 32
-
-
-def filled(rows: int, batch_size: int, device: torch.device) -> int:
-    """How many rows to run for `rows` wanted ones: with dummies, so that each row's bits are the same in any batch."""
-    return batch_size if device.type == "cuda" else -(-rows // ROW_TILE) * ROW_TILE
+CPU_BYTES = 512 * 2**20  # of caches
 
 
 class Cache:
@@ -70,6 +67,12 @@ class LeanDecoder:
     def row_bytes(self, length: int) -> int:
         """Bytes of cache that one row of `length` positions takes."""
         return 2 * self.layers * self.kv_heads * self.head_dim * length * self.dtype.itemsize
+
+    def filled(self, rows: int, batch_size: int, row_bytes: int) -> int:
+        """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch."""
+        if self.device.type == "cpu" and ROW_TILE * row_bytes <= CPU_BYTES:
+            return -(-rows // ROW_TILE) * ROW_TILE
+        return max(rows, batch_size)
 
     def positions(self, length: int) -> None:
         """Prepare the rotary angles of positions 0 … length−1, which all later calls use."""

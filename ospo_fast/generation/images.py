@@ -19,12 +19,13 @@ from ospo_fast.generation.batching import (
     by_length,
     check_batch_size,
     check_ids,
+    evaluating,
     fitting,
     make_jobs,
     rows_of,
     run_batches,
 )
-from ospo_fast.generation.decoder import Cache, LeanDecoder, filled
+from ospo_fast.generation.decoder import Cache, LeanDecoder
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops import sample_codes
 
@@ -133,7 +134,7 @@ class ImageGenerator:
         failed: dict[int, str] = {}
         if jobs:
             done = 0
-            with tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar:
+            with evaluating(self.model), tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar:
                 for batch, (drawn, bad) in self._batches(jobs, sampling):
                     for job, step in zip(batch, bad, strict=True):
                         if step >= 0:
@@ -187,7 +188,7 @@ class ImageGenerator:
         size = self.batch_size or fitting(decoder, branches * decoder.row_bytes(longest + tokens))
 
         def work(batch: list[Job], size: int) -> tuple[Tensor, list[int]]:
-            rows = filled(len(batch), size, decoder.device)
+            rows = decoder.filled(len(batch), size, branches * decoder.row_bytes(len(batch[0].ids) + tokens))
             codes, bad = draw(self.model, decoder, table, batch, rows, sampling)
             return codes[: len(batch)].cpu(), bad[: len(batch)].tolist()
 

@@ -16,12 +16,13 @@ from ospo_fast.generation.batching import (
     by_length,
     check_batch_size,
     check_ids,
+    evaluating,
     fitting,
     make_jobs,
     rows_of,
     run_batches,
 )
-from ospo_fast.generation.decoder import Cache, LeanDecoder, filled
+from ospo_fast.generation.decoder import Cache, LeanDecoder
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops import sample_codes
 
@@ -73,12 +74,11 @@ def generate_text(
     size = batch_size or fitting(decoder, decoder.row_bytes(longest))
 
     def work(batch: list[Job], size: int) -> list[list[int] | None]:
-        rows = filled(len(batch), size, decoder.device)
-        return write(model, decoder, batch, rows, max_new_tokens, temperature, top_p)
+        return write(model, decoder, batch, size, max_new_tokens, temperature, top_p)
 
     texts: list[str | None] = [None] * len(jobs)
     failed: dict[int, str] = {}
-    with tqdm(total=len(jobs), unit="text", delay=2, disable=not progress) as bar:
+    with evaluating(model), tqdm(total=len(jobs), unit="text", delay=2, disable=not progress) as bar:
         for batch, written in run_batches(by_length(jobs, lambda job: len(job.ids), size), work, size, "text"):
             for job, tokens in zip(batch, written, strict=True):
                 if tokens is None:
@@ -95,15 +95,17 @@ def write(
     model: UnifiedModel,
     decoder: LeanDecoder,
     jobs: list[Job],
-    rows: int,
+    batch_size: int,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
 ) -> list[list[int] | None]:
     """The tokens of each job's answer, without its end token; None where the logits were not finite."""
-    ids, seeds = rows_of(jobs, rows, decoder.device)
-    length = ids.shape[1]
+    length = len(jobs[0].ids)
     steps = min(max_new_tokens, model.max_positions - length)
+    row_bytes = decoder.row_bytes(length + steps)
+    rows = decoder.filled(len(jobs), batch_size, row_bytes)
+    ids, seeds = rows_of(jobs, rows, decoder.device)
     ends = torch.tensor(model.eos_ids, device=decoder.device)
     cache = Cache(decoder, rows, length + steps)
     hidden = decoder(model.embed_tokens(ids), cache, 0)[:, -1]
@@ -130,7 +132,7 @@ def write(
         finished = finished | stopped | broken
         if step + 1 == steps or bool(finished.all()):
             break
-        fewer = filled(int((~finished).sum()), rows, decoder.device)
+        fewer = decoder.filled(int((~finished).sum()), rows, row_bytes)
         if fewer <= rows // 2:
             # Half of the rows or more are done: the rest moves to a smaller cache.
             keep = finished.long().argsort(stable=True)[:fewer]

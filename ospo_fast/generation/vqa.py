@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation.batching import by_length, check_batch_size, check_ids, fitting, run_batches
-from ospo_fast.generation.decoder import Cache, LeanDecoder, filled
+from ospo_fast.generation.batching import by_length, check_batch_size, check_ids, evaluating, fitting, run_batches
+from ospo_fast.generation.decoder import Cache, LeanDecoder
 from ospo_fast.models.base import Message, UnifiedModel
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def answer_questions(
         return _answer(model, decoder, images, batch, asked, size)
 
     total = sum(len(asked) for asked in questions)
-    with tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
+    with evaluating(model), tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
         for _, found in run_batches(by_length(pictured, lambda _: 0, size), work, size, "image"):
             for i, j, p_yes, p_no in found:
                 answer = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
@@ -98,7 +98,8 @@ def _answer(
 ) -> list[tuple[int, int, float, float]]:
     """(image, question, p_yes, p_no) of all questions about the images of a batch."""
     device = decoder.device
-    rows = filled(len(batch), size, device)
+    longest = max(len(prefix) + len(rest) for _, _, prefix, rest in asked)
+    rows = decoder.filled(len(batch), size, decoder.row_bytes(longest))
     shown = [images[i] for i in batch]
     pixels = model.embed_images(shown + shown[:1] * (rows - len(shown)))  # (rows, T, D)
     place = {i: row for row, i in enumerate(batch)}
@@ -114,7 +115,7 @@ def _answer(
         first = Cache(decoder, rows, start)
         decoder(seen, first, 0)
         for part in by_length(group, lambda job: len(job[2]), size):
-            count = filled(len(part), size, device)
+            count = decoder.filled(len(part), size, decoder.row_bytes(longest))
             full = part + part[:1] * (count - len(part))
             cache = Cache(decoder, count, start + len(part[0][2]))
             cache.copy_rows(first, torch.tensor([place[i] for i, _, _ in full], device=device), start)

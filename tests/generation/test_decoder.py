@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from ospo_fast.errors import OspoError
-from ospo_fast.generation.decoder import ROW_TILE, Cache, LeanDecoder, filled
+from ospo_fast.generation.decoder import ROW_TILE, Cache, LeanDecoder
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
@@ -75,10 +75,13 @@ def cache_of(decoder: LeanDecoder, x: torch.Tensor) -> Cache:
     return cache
 
 
-def test_batches_are_filled_to_whole_tiles() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [filled(n, 7, cpu) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
-    assert [filled(n, 64, cuda) for n in (1, 64)] == [64, 64]
+def test_batches_are_filled_to_whole_tiles_or_to_the_batch_size() -> None:
+    decoder = LeanDecoder(Bare(llama()))
+    assert [decoder.filled(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
+    # 32 rows of a large model would not fit beside its weights.
+    assert [decoder.filled(n, 7, 2**30) for n in (1, 7)] == [7, 7]
+    decoder.device = torch.device("cuda")
+    assert [decoder.filled(n, 64, 1000) for n in (1, 64)] == [64, 64]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -265,6 +265,17 @@ def test_a_batch_that_does_not_fit_is_halved(
         codes(tiny, prompts, seeds)
 
 
+def test_a_model_in_training_draws_without_dropout_and_goes_on_training(tiny: JanusUnifiedModel) -> None:
+    expected = codes(tiny, PROMPTS, SEEDS)
+    layers = tiny.decoder.layers
+    layers[0].mlp.down_proj = torch.nn.Sequential(layers[0].mlp.down_proj, torch.nn.Dropout(0.9))
+    tiny.module.train()
+    layers[1].eval()
+    assert torch.equal(codes(tiny, PROMPTS, SEEDS), expected)
+    assert layers[0].mlp.down_proj[1].training
+    assert not layers[1].mlp.training
+
+
 def test_codes_can_be_trained_on(tiny: JanusUnifiedModel) -> None:
     """Nothing of inference mode clings to the results."""
     found = codes(tiny, PROMPTS[:1], [0])
