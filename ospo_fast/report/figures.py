@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.report.charts import histogram, line_chart
 from ospo_fast.report.inspector import DROPPED, KEPT, general, margin_of, reason_of, status_of
 from ospo_fast.report.masks import SIDES, coverage, entropy, overlap
-from ospo_fast.report.reading import STORES, entries, kind_of, number, text
+from ospo_fast.report.reading import STORES, entries, kind_of, mapping, number, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,44 +36,33 @@ CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
 def headline(summary: Record) -> dict[str, Any]:
     """Before, after, gain, their standard errors and the seeds; None for each that summary.json does not give.
 
-    A standard error is read from `<name>_se`, from {"mean", "se"} or from the entries before, after and gain of
-    `evaluation`. `alignment_std` is a spread over seeds; it is shown as that, beside the number of seeds.
+    Errors of before and after are looked for in `evaluation` too, at its `guidance_scale`. `alignment_std` is the
+    standard error of the gain.
     """
-    evaluation = summary.get("evaluation")
-    evaluation = evaluation if isinstance(evaluation, dict) else {}
     before, after = number(summary.get("alignment_before")), number(summary.get("alignment_after"))
-    spread = summary.get("alignment_std")
-    spreads = spread if isinstance(spread, dict) else {"after": spread}
+    evaluation = mapping(summary.get("evaluation"))
+    errors = {side: standard_error(summary, f"alignment_{side}") for side in ("before", "after", "gain")}
+    scale = str(evaluation.get("guidance_scale"))
+    for side in ("before", "after"):
+        if errors[side] is None:
+            errors[side] = standard_error(mapping(evaluation.get(side)), scale)
+    if errors["gain"] is None:
+        errors["gain"] = number(summary.get("alignment_std"))
     return {
         "before": before,
         "after": after,
         "gain": None if before is None or after is None else after - before,
-        **{
-            f"{name}_error": next(
-                (
-                    error
-                    for error in (standard_error(summary, f"alignment_{name}"), standard_error(evaluation, name))
-                    if error is not None
-                ),
-                None,
-            )
-            for name in ("before", "after", "gain")
-        },
-        "before_std": number(spreads.get("before")),
-        "after_std": number(spreads.get("after")),
         "seeds": _seeds(summary.get("seeds")),
+        "errors": errors,
     }
 
 
 def standard_error(record: Record, name: str) -> float | None:
-    """The standard error that a record gives for its figure `name`, or None."""
-    value = record.get(name)
-    inside = value.get("se", value.get("standard_error")) if isinstance(value, dict) else None
-    for candidate in (record.get(f"{name}_se"), record.get(f"{name}_standard_error"), inside):
-        error = number(candidate)
-        if error is not None:
-            return error
-    return None
+    """The standard error that a record gives for its figure `name`, as `<name>_std` or inside the figure, or None."""
+    inside = mapping(record.get(name))
+    candidates = [record.get(f"{name}_{ending}") for ending in ("std", "se", "standard_error")]
+    candidates += [inside.get(key) for key in ("standard_error", "se", "std")]
+    return next((error for error in map(number, candidates) if error is not None), None)
 
 
 def kinds(run: Run) -> list[dict[str, Any]]:
@@ -84,18 +73,14 @@ def kinds(run: Run) -> list[dict[str, Any]]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in run.items:
         groups[kind_of(record)].append(record)
-    evaluation = run.summary.get("evaluation")
-    measured = evaluation.get("by_kind") if isinstance(evaluation, dict) else None
-    measured = measured if isinstance(measured, dict) else {}
+    measured = mapping(mapping(run.summary.get("evaluation")).get("by_kind"))
     rows = []
     for kind in [*groups, *(str(kind) for kind in measured if kind not in groups)]:
         records = groups.get(kind, [])
         kept = [record for record in records if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
         margins = [margin for margin in map(margin_of, kept) if margin is not None]
-        entry = measured.get(kind)
-        entry = entry if isinstance(entry, dict) else {}
-        drawn = entry["after"] if isinstance(entry.get("after"), dict) else {}
-        count = number(entry.get("n", drawn.get("prompts")))
+        entry = mapping(measured.get(kind))
+        count = number(entry.get("n"))
         before, after = number(entry.get("before")), number(entry.get("after"))
         rows.append(
             {
@@ -270,35 +255,40 @@ def gallery(lines: list[Record], album: Album, limit: int) -> dict[str, Any] | N
         }
         for line in (known[index * len(known) // size] for index in range(size))
     ]
+    outcomes = ("mended", "broken", "right", "wrong", "unjudged")
+    shown = Counter(card["outcome"] for card in cards)
     return {
         "cards": cards,
-        "counts": {name: counts[name] for name in ("mended", "broken", "right", "wrong", "unjudged") if counts[name]},
+        "counts": {name: counts[name] for name in outcomes if counts[name]},
+        "shown": {name: shown[name] for name in outcomes if shown[name]},
         "total": len(known),
         "kinds": sorted({card["kind"] for card in cards}),
     }
 
 
-def guidance_table(evaluation: object) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The `guidance` entry of the evaluation: rows with before and after; all else that it says as name and text."""
-    rows: list[dict[str, Any]] = []
-    facts: list[tuple[str, str]] = []
-    guidance = evaluation.get("guidance") if isinstance(evaluation, dict) else None
-    for name, value in guidance.items() if isinstance(guidance, dict) else ():
-        if isinstance(value, dict) and {"before", "after"} <= set(value):
-            rows.append(
-                {
-                    "name": str(name),
-                    **{side: number(value[side]) for side in ("before", "after")},
-                    **{f"{side}_error": standard_error(value, side) for side in ("before", "after")},
-                }
-            )
-        elif isinstance(value, dict):
-            facts.append((str(name), ", ".join(f"{key}: {text(entry)}" for key, entry in value.items())))
-        else:
-            facts.append((str(name), text(value)))
-    if guidance is not None and not isinstance(guidance, dict):
-        facts.append(("guidance", text(guidance)))
-    return rows, facts
+def guidance_tables(evaluation: object) -> list[dict[str, Any]]:
+    """Alignment before and after at each guidance scale, on test and on validation prompts: title and rows of each."""
+    given = mapping(evaluation)
+    own = mapping(given.get("each_at_its_best"))
+    tables = []
+    for title, source in (("Test prompts", given), ("Validation prompts", mapping(given.get("validation")))):
+        sides = {side: mapping(source.get(side)) for side in ("before", "after")}
+        rows = [
+            {
+                "name": scale,
+                "chosen": scale == str(given.get("guidance_scale")),
+                **{side: number(found.get(scale)) for side, found in sides.items()},
+                **{f"{side}_error": standard_error(found, scale) for side, found in sides.items()},
+            }
+            for scale in sorted({scale for found in sides.values() for scale in found}, key=_scale)
+        ]
+        if rows and source is given and own:
+            name = f"each its best ({text(own.get('guidance_before'))}, {text(own.get('guidance_after'))})"
+            best = {side: number(own.get(side)) for side in ("before", "after")}
+            rows.append({"name": name, "chosen": False, **best, "before_error": None, "after_error": None})
+        if rows:
+            tables.append({"title": title, "rows": rows})
+    return tables
 
 
 def statuses(run: Run) -> dict[str, int]:
@@ -324,6 +314,13 @@ def _reading(line: Record, name: str) -> list[tuple[float, float]]:
 def _error(line: Record, name: str) -> float | None:
     given = standard_error(line, name)
     return number(line.get("standard_error")) if given is None and name == "alignment" else given
+
+
+def _scale(name: str) -> tuple[float, str]:
+    try:
+        return float(name), name
+    except ValueError:
+        return math.inf, name
 
 
 def _share_error(given: float | None, share: float | None, count: float | None) -> float | None:

@@ -18,7 +18,7 @@ from ospo_fast.report import figures, inspector
 from ospo_fast.report.charts import short
 from ospo_fast.report.images import Album
 from ospo_fast.report.masks import load_masks
-from ospo_fast.report.reading import number, read_run, text
+from ospo_fast.report.reading import mapping, number, read_run, text
 
 HERE = Path(__file__).parent
 ABSENT = "not measured"
@@ -60,8 +60,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
     ]
     gallery = figures.gallery(run.gallery, album, gallery_limit)
     faults = Counter(album.faults + [reason for reason in masks.values() if isinstance(reason, str)])
-    rows, facts = figures.guidance_table(run.summary.get("evaluation"))
-    evaluation = run.summary.get("evaluation")
+    evaluation = mapping(run.summary.get("evaluation"))
     script = (HERE / "report.js").read_text(encoding="utf-8")
     environment = _environment()
     return environment.get_template("template.html").render(
@@ -73,9 +72,9 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         headline=figures.headline(run.summary),
         kinds=figures.kinds(run),
         stages=figures.stages(run),
-        guidance=rows,
-        facts=facts,
-        note=text(evaluation.get("note")) if isinstance(evaluation, dict) else "",
+        guidance=figures.guidance_tables(evaluation),
+        note=text(evaluation.get("note")),
+        rule=text(evaluation.get("rule")),
         curves=figures.curves(run.log),
         funnel=figures.funnel(run),
         losses=figures.losses(run),

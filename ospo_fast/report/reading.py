@@ -46,26 +46,32 @@ def read_run(root: Path) -> Run:
     if not root.is_dir():
         raise OspoError(f"run folder {str(root)!r} is not there; give the folder that `ospo-fast run --out` wrote")
     notes: list[str] = []
-    summary = _json(root / "summary.json")
+    summary = mapping(_json(root / "summary.json", dict))
     merged: dict[str, Record] = {}
     reached: dict[str, str] = {}
     present = []
     for store in STORES:
-        path = root / f"{store}.jsonl"
-        if not path.is_file():
-            continue
-        present.append(store)
-        nameless = 0
-        for record in _lines(path, notes):
-            if "item_id" not in record:
-                nameless += 1
+        # A stage that ran in shards has left one store for each.
+        for path in (root / f"{store}.jsonl", *sorted(root.glob(f"{store}.*-of-*.jsonl"))):
+            if not path.is_file():
                 continue
-            item_id = str(record["item_id"])
-            merged.setdefault(item_id, {}).update(record)
-            reached[item_id] = store
-        if nameless:
-            notes.append(f"{path.name}: {nameless} record(s) without item_id left out")
+            present.append(store)
+            nameless = 0
+            for record in _lines(path, notes):
+                if "item_id" not in record:
+                    nameless += 1
+                    continue
+                item_id = str(record["item_id"])
+                merged.setdefault(item_id, {}).update(record)
+                reached[item_id] = store
+            if nameless:
+                notes.append(f"{path.name}: {nameless} record(s) without item_id left out")
     log = _lines(root / "train" / "log.jsonl", notes)
+    later = sorted(path.name for path in root.glob("iter*") if path.is_dir())
+    if later:
+        notes.append(
+            f"later iterations have reports of their own: `ospo-fast report` on {', '.join(later)} writes them"
+        )
     gallery = _lines(root / "evaluation" / "gallery.jsonl", notes)
     if not (summary or merged or log or gallery):
         raise OspoError(
@@ -75,7 +81,7 @@ def read_run(root: Path) -> Run:
     return Run(
         root=root,
         summary=summary,
-        stages=_stages(_json(root / "stages.json"), summary.get("stages")),
+        stages=_stages(_json(root / "stages.json", (dict, list)), summary.get("stages")),
         items=list(merged.values()),
         reached=reached,
         present=tuple(present),
@@ -111,6 +117,11 @@ def entries(value: object) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def mapping(value: object) -> Record:
+    """`value` where it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def kind_of(record: Record) -> str:
     """The kind of an item; records of the official implementation name it by category alone."""
     return next(
@@ -118,17 +129,15 @@ def kind_of(record: Record) -> str:
     )
 
 
-def _json(path: Path) -> Record:
+def _json(path: Path, kinds: type | tuple[type, ...]) -> Any:
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OspoError(f"{str(path)!r} cannot be read as JSON ({error}); mend it or take it away") from error
-    if not isinstance(value, dict):
-        raise OspoError(
-            f"{str(path)!r} holds a JSON {type(value).__name__}, expected an object; mend it or take it away"
-        )
+    if not isinstance(value, kinds):
+        raise OspoError(f"{str(path)!r} holds a JSON {type(value).__name__}, not what a run writes; take it away")
     return value
 
 
@@ -157,13 +166,21 @@ def _lines(path: Path, notes: list[str]) -> list[Record]:
     return records
 
 
-def _stages(own: Record, from_summary: object) -> dict[str, Record]:
-    stages = {name: value for name, value in own.items() if isinstance(value, dict)}
-    if isinstance(from_summary, dict):
-        for name, value in from_summary.items():
-            if isinstance(value, dict):
-                stages[name] = {**stages.get(name, {}), **value}
-    return stages
+def _stages(own: object, from_summary: object) -> dict[str, Record]:
+    """Figures of each stage: those of stages.json, one entry for each time a stage ran, under those of the summary."""
+    stages: dict[str, Record] = {}
+    for entry in own if isinstance(own, list) else ():
+        if not isinstance(entry, dict) or "stage" not in entry:
+            continue
+        row = stages.setdefault(str(entry["stage"]), {})
+        for name, join in (("seconds", sum), ("items", sum), ("peak_mb", max)):
+            values = [value for value in (number(row.get(name)), number(entry.get(name))) if value is not None]
+            if values:
+                row[name] = join(values)
+    for source in (mapping(own), mapping(from_summary)):
+        for name, value in source.items():
+            stages[str(name)] = {**stages.get(str(name), {}), **mapping(value)}
+    return {name: figures for name, figures in stages.items() if figures}
 
 
 def _text(path: Path, limit: int = 20_000) -> str | None:

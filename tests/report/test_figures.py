@@ -99,17 +99,19 @@ def test_kinds_join_the_run_and_the_evaluation(tmp_path):
     ("summary", "expected"),
     [
         ({}, None),
-        ({"alignment_after": 0.5, "alignment_after_se": 0.02}, 0.02),
+        ({"alignment_after": 0.5, "alignment_after_std": 0.02}, 0.02),
         ({"alignment_after": {"alignment": 0.5, "standard_error": 0.03}}, 0.03),
-        ({"alignment_after": 0.5, "evaluation": {"after": {"alignment": 0.5, "standard_error": 0.01}}}, 0.01),
-        ({"alignment_after": 0.5, "alignment_after_se": float("nan")}, None),
+        ({"evaluation": {"guidance_scale": 1.5, "after": {"1.5": {"alignment": 0.5, "standard_error": 0.01}}}}, 0.01),
+        ({"evaluation": {"guidance_scale": 2.0, "after": {"1.5": {"alignment": 0.5, "standard_error": 0.01}}}}, None),
+        ({"alignment_after": 0.5, "alignment_after_std": float("nan")}, None),
     ],
 )
 def test_standard_errors_are_found_wherever_they_are_given(summary, expected):
-    assert figures.headline(summary)["after_error"] == expected
+    assert figures.headline(summary)["errors"]["after"] == expected
 
 
 def test_gain_is_after_less_before():
+    assert figures.headline({"alignment_std": 0.02})["errors"]["gain"] == 0.02
     assert figures.headline({"alignment_before": 0.4, "alignment_after": 0.35})["gain"] == pytest.approx(-0.05)
     assert figures.headline({"alignment_before": 0.4})["gain"] is None
 
@@ -196,6 +198,7 @@ def test_gallery_counts_everything_and_shows_some(tmp_path):
     found = figures.gallery(lines, Album(tmp_path), 3)
     assert found is not None
     assert found["counts"] == {"mended": 3, "broken": 1, "right": 1, "wrong": 3}
+    assert found["shown"] == {"mended": 1, "right": 1, "wrong": 1}
     assert [card["prompt"] for card in found["cards"]] == ["0", "2", "5"]
     assert figures.gallery([{"prompt": "no images"}], Album(tmp_path), 3) is None
 

@@ -78,9 +78,14 @@ def test_every_part_is_there(run_dir):
         assert any(tag == "a" and attributes.get("href") == f"#{section}" for tag, attributes in page.elements)
     curves = {attributes["data-curve"] for _, attributes in page.elements if "data-curve" in attributes}
     assert curves == {"alignment", "loss", "simpo", "sft", "accuracy", "margin", "lr", "grad_norm"}
-    assert page.text("alignment_before") == "Before46.2%"
-    assert page.text("alignment_after") == "After57.1%± 1.1 over seeds"
-    assert page.text("vqa_accuracy").startswith("VQA accuracy95.8% ± 0.4")
+    assert page.text("alignment_before") == "Before46.2%± 1.6 standard error"
+    assert page.text("alignment_after") == "After57.1%± 1.6 standard error"
+    assert page.text("vqa_accuracy").startswith("VQA accuracy95.8%")
+    assert "93.1% on own drawings" in page.text("vqa_accuracy")
+    assert "87.4% ± 1.2" in page.text("pair_purity")
+    for words in ("+10.9 points", "± 1.9 standard error", "Seeds: 1 training, 2 sampling"):
+        assert words in page.text("figures")
+    assert "each its best (1.5, 2.0)" in page.text("figures")
     assert "4 min 52 s" in page.text("seconds")
     assert "images" in page.text("stages")
     assert "1 min 28 s" in page.text("stages")
@@ -151,7 +156,8 @@ def test_text_of_records_stays_text(run_dir):
     summary["evaluation"] |= {
         "note": NASTY,
         "by_kind": {NASTY: {"before": 0.1, "after": 0.2, "n": 3}},
-        "guidance": {NASTY: NASTY},
+        "rule": NASTY,
+        "before": {NASTY: 0.5},
     }
     summary |= {
         "versions": {NASTY: NASTY},
@@ -227,6 +233,27 @@ def test_sections_without_material_are_left_out(run_dir):
     ids = page_of(write_report(run_dir)).ids()
     assert not {"gallery", "training", "masks"} & set(ids)
     assert {"funnel", "pairs"} <= set(ids)
+
+
+def test_stage_figures_come_from_stages_json_where_there_is_no_summary(run_dir):
+    (run_dir / "summary.json").unlink()
+    entries = json.loads((run_dir / "stages.json").read_text())
+    entries.append({"stage": "images", "iteration": 1, "seconds": 100, "items": 3, "peak_mb": 99.0})
+    (run_dir / "stages.json").write_text(json.dumps(entries))
+    stages = page_of(write_report(run_dir)).text("stages")
+    assert "images3 min 08 s100.0532612" in stages  # cells in a row: 188 s, 7 + 3 items, their rate, the larger peak
+
+
+def test_shards_and_later_iterations(run_dir, tmp_path):
+    whole = page_of(write_report(run_dir)).data()
+    lines = (run_dir / "select.jsonl").read_text().splitlines(keepends=True)
+    for index in range(2):
+        (run_dir / f"select.{index}-of-2.jsonl").write_text("".join(lines[index::2]))
+    (run_dir / "select.jsonl").unlink()
+    (run_dir / "iter2").mkdir()
+    page = page_of(write_report(run_dir))
+    assert page.data() == whole
+    assert "`ospo-fast report` on iter2" in page.text("about")
 
 
 def test_a_run_that_has_only_prompts(run_dir):
@@ -339,7 +366,7 @@ def test_missing_and_empty_run_folders(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\ud800"])
+@pytest.mark.parametrize("content", ["{", "1", "\ud800"])
 @pytest.mark.parametrize("name", ["summary.json", "stages.json"])
 def test_a_broken_summary_is_named_and_the_old_page_stays(run_dir, name, content):
     page = write_report(run_dir)
