@@ -1,6 +1,9 @@
 """What all tests share: no network, one seed, and `gpu` tests that are skipped, and counted, where there is no GPU."""
 
+import importlib.util
 import os
+import types
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -24,3 +27,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def scripted() -> types.ModuleType:
+    """tests/scripted.py: a tiny model whose texts and answers follow a script."""
+    spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny(scripted: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random tiny model of the Shapes world."""
+    return scripted.save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def script(scripted: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Texts and answers of every model follow the script."""
+    scripted.install(monkeypatch.setattr)
+    return scripted

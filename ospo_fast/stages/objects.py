@@ -40,8 +40,10 @@ def nouns_of(record: Record) -> list[str]:
         found = [noun for concept in concepts if (noun := _head(concept, _terms(record.get("relation", ""))))]
         if not any(spans_of(noun, record["prompt"]) for noun in found):
             found = _from_prompt(record["prompt"])
-    unique = {noun.casefold(): noun for noun in reversed(found) if noun.casefold() not in PLACE_WORDS}
-    return list(reversed(unique.values()))
+    unique: dict[str, str] = {}
+    for noun in found:
+        unique.setdefault(noun.casefold(), noun)
+    return [noun for key, noun in unique.items() if key not in PLACE_WORDS]
 
 
 def _terms(relation: str) -> set[str]:

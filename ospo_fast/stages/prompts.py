@@ -230,7 +230,9 @@ def from_file(config: Config, templates: TemplateSet) -> list[Record]:
     if kind not in templates.kinds:
         raise UsageError(f"prompts.file_kind: no kind {kind!r}; {nearest(kind, list(templates.kinds))}.")
     entry = templates.kinds[kind]
-    unique = {prompt_key(prompt): prompt for prompt in reversed(read_prompts(config.prompts.file))}
+    unique: dict[str, str] = {}
+    for prompt in read_prompts(config.prompts.file):
+        unique.setdefault(prompt_key(prompt), prompt)
     return [
         {
             "item_id": f"p{index:06d}",
@@ -241,5 +243,5 @@ def from_file(config: Config, templates: TemplateSet) -> list[Record]:
             "relation": "",
             "kind": kind,
         }
-        for index, prompt in enumerate(reversed(unique.values()))
+        for index, prompt in enumerate(unique.values())
     ]

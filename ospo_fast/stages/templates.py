@@ -1,4 +1,4 @@
-"""Template sets: what each text stage says to the model. They are data (YAML beside this file, or a file of the user's).
+"""Template sets: what each text stage says to the model. They are data: YAML in `templates/`, or a user's file.
 
 A set names the kinds of prompts that it can ask for and holds, per stage, the chat messages as Jinja templates and the
 sampling settings. Jinja is what chat templates are written in already; the loops over few-shot examples need no more.

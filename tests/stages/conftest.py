@@ -1,0 +1,28 @@
+"""A run folder that holds everything up to the masks, made once by the scripted model."""
+
+import shutil
+
+import pytest
+
+from ospo_fast.config import load_config
+from ospo_fast.pipeline import STAGES, Pipeline
+
+COUNTS = "prompts.counts={color1: 3, shape1: 1, color2: 4, 2D_spatial: 4, numeracy1: 1, numeracy2: 3}"
+
+
+@pytest.fixture(scope="session")
+def made(scripted, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch.setattr)
+        config = load_config([COUNTS, f"model={tiny}", f"out={folder}"], family="shapes")
+        pipeline = Pipeline(config, progress=False)
+        for stage in STAGES[:-1]:
+            pipeline.stage(stage)
+    return folder
+
+
+@pytest.fixture
+def run_folder(made, tmp_path):
+    """A copy of that folder, to train in."""
+    return shutil.copytree(made, tmp_path / "run")

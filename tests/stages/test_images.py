@@ -1,0 +1,139 @@
+"""Stage 3: what is drawn, what lies beside it, and that nothing is drawn twice or depends on its neighbours."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError
+from ospo_fast.generation import ImageGenerator
+from ospo_fast.models import load_model
+from ospo_fast.stages.common import image_codes, load_codes, save_codes
+from ospo_fast.stages.images import drawings, run
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load_model(tiny)
+
+
+def item(n, variants=(0, 1, 2)):
+    return {
+        "item_id": f"000000{n}",
+        "prompt": "a red circle",
+        "long_prompt": [
+            f"a red circle on a {c} background" if i in variants else ""
+            for i, c in enumerate(["gray", "black", "white"])
+        ],
+        "negative_long_prompt": ["a blue circle" if i in variants else "" for i in range(3)],
+        "variant_reasons": [None if i in variants else "no dense prompts in the answer" for i in range(3)],
+    }
+
+
+def config(*overrides):
+    return load_config(["images.guidance_scale=1", *overrides])
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    drawn = []
+    original = ImageGenerator.generate
+
+    def generate(self, prompts, **settings):
+        drawn.extend(prompts)
+        return original(self, prompts, **settings)
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    return drawn
+
+
+def test_files_and_record(model, tmp_path):
+    (done,) = run([item(1, (0, 2))], model, config(), out=tmp_path)
+    assert list(done["base_metadata"]) == ["base_0", "base_2"]
+    assert list(done["negative_metadata"]) == ["negative_0", "negative_2"]
+    path = tmp_path / done["base_metadata"]["base_2"]["path"]
+    assert path == tmp_path / "images" / "0000001" / "base_2.png"
+    assert Image.open(path).size == (48, 48)
+    stored = load_codes(path.with_suffix(".npz"))
+    assert stored["codes"].shape == (36,)
+    assert stored["codes"].dtype == torch.int64
+    assert stored["prompt"] == "a red circle on a white background"
+    assert (stored["guidance_scale"], stored["temperature"], stored["top_k"], stored["top_p"]) == (1.0, 1.0, 0, 1.0)
+    # The PNG is what the codes decode to.
+    assert np.array_equal(np.asarray(model.decode_codes(stored["codes"][None])[0]), np.asarray(Image.open(path)))
+    assert len(files(tmp_path)) == 8
+
+
+def test_base_and_negative_of_a_variant_share_their_seed():
+    plan = {d.name: d.seed for d in drawings(item(1), 42)}
+    assert plan["base_0"] == plan["negative_0"]
+    assert len({plan[f"base_{i}"] for i in range(3)}) == 3
+    assert plan["base_0"] != {d.name: d.seed for d in drawings(item(2), 42)}["base_0"]
+    assert plan["base_0"] != {d.name: d.seed for d in drawings(item(1), 43)}["base_0"]
+
+
+def test_images_do_not_depend_on_order_or_chunk(model, tmp_path):
+    items = [item(n) for n in range(3)]
+    list(run(items, model, config(), out=tmp_path / "a"))
+    list(run(items[::-1], model, config("images.chunk=1", "images.batch_size=5"), out=tmp_path / "b"))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_finished_images_are_not_drawn_again(model, tmp_path, counted):
+    records = list(run([item(1)], model, config(), out=tmp_path))
+    before = files(tmp_path)
+    assert len(counted) == 6
+    assert list(run([item(1)], model, config(), out=tmp_path)) == records
+    assert len(counted) == 6
+    (tmp_path / "images/0000001/base_1.npz").unlink()
+    (tmp_path / "images/0000001/negative_2.png").unlink()
+    (tmp_path / "images/0000001/base_0.npz").write_bytes(b"half a file")
+    list(run([item(1)], model, config(), out=tmp_path))
+    assert len(counted) == 9
+    assert files(tmp_path) == before
+    list(run([item(1)], model, config("images.temperature=0.5"), out=tmp_path))
+    assert len(counted) == 15
+
+
+def test_an_image_that_fails_takes_its_partner_along(model, tmp_path, monkeypatch):
+    original = ImageGenerator.generate
+
+    def generate(self, prompts, **settings):
+        codes = original(self, prompts, **settings)
+        codes[prompts.index("a red circle on a black background")] = -1
+        return codes
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    (done,) = run([item(1)], model, config(), out=tmp_path)
+    assert list(done["base_metadata"]) == ["base_0", "base_2"]
+    assert list(done["negative_metadata"]) == ["negative_0", "negative_2"]
+    assert "not finite" in done["variant_reasons"][1]
+    assert not (tmp_path / "images/0000001/base_1.png").exists()
+
+
+def test_codes_are_read_back_or_encoded(model, tmp_path):
+    list(run([item(1, (0,))], model, config(), out=tmp_path))
+    path = tmp_path / "images/0000001/base_0.png"
+    stored = image_codes(model, [path])
+    assert torch.equal(stored[0], load_codes(path.with_suffix(".npz"))["codes"])
+    path.with_suffix(".npz").unlink()
+    assert torch.equal(image_codes(model, [path]), model.encode_images([Image.open(path).convert("RGB")]).cpu())
+
+
+def test_codes_of_another_model(model, tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (48, 48)).save(path)
+    for codes in (torch.zeros(35, dtype=torch.long), torch.full((36,), 9999)):
+        save_codes(path.with_suffix(".npz"), codes)
+        with pytest.raises(OspoError, match="made by another model"):
+            image_codes(model, [path])
+
+
+def test_no_folder(model):
+    with pytest.raises(OspoError, match="run folder"):
+        list(run([item(1)], model, config()))

@@ -1,0 +1,75 @@
+"""Objects of a prompt: nouns, spans, tokens."""
+
+import pytest
+
+from ospo_fast.stages.objects import nouns_of, object_spans, spans_of, tokens_by_substring, tokens_of
+
+
+def nouns(prompt, concepts="", relation="", **fields):
+    return nouns_of({"prompt": prompt, "concepts_and_relations": concepts, "relation": relation, **fields})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concepts", "relation", "expected"),
+    [
+        ("a red cup and a blue hat", "red cup, blue hat", "(cup, red), (hat, blue)", ["cup", "hat"]),
+        # The relation says that "ceiling fan" is one thing.
+        ("a round ceiling fan", "round ceiling fan", "(ceiling fan, round)", ["ceiling fan"]),
+        ("three owls", "three owls", "(owls, three)", ["owls"]),
+        # A whole sentence among the concepts is a relation, no object.
+        ("a cup left of a hat", "a cup, a hat, a cup is left of a hat", "(cup, left of, hat)", ["cup", "hat"]),
+        ("a red circle above a blue square", "red circle, blue square", "above", ["circle", "square"]),
+        ("a cup, a hat, a cup", "cup, hat, Cup", "", ["cup", "hat"]),
+        # Nothing of the analysis stands in the prompt: the prompt decides.
+        ("a dog", "a cat", "(cat, black)", ["dog"]),
+        ("a red car behind the small house", "", "", ["car", "house"]),
+        ("A chef holding a sharp knife, and a pan", "", "", ["chef", "knife", "pan"]),
+        ("a cup on the left side", "", "", ["cup"]),
+        ("on the left of it", "", "", []),
+    ],
+)
+def test_nouns(prompt, concepts, relation, expected):
+    assert nouns(prompt, concepts, relation) == expected
+
+
+def test_given_nouns_win_and_places_are_no_objects():
+    assert nouns("a cup and a hat in a row", "red cup", "", nouns=["hat", "row", "Hat"]) == ["hat"]
+
+
+@pytest.mark.parametrize(
+    ("noun", "prompt", "found"),
+    [
+        ("car", "a carpet and a car", ["car"]),
+        ("car", "A Car, two cars", ["Car", "cars"]),
+        ("owls", "one owl", ["owl"]),
+        ("berry", "three berries", ["berries"]),
+        ("knives", "a knife", ["knife"]),
+        ("leaf", "two leaves", ["leaves"]),
+        ("box", "two boxes", ["boxes"]),
+        ("glass", "a glass", ["glass"]),
+        ("ceiling fan", "a ceiling  fan", ["ceiling  fan"]),
+        ("c++", "a c++ book", ["c++"]),
+        ("cat", "a category", []),
+        ("", "a cup", []),
+    ],
+)
+def test_spans(noun, prompt, found):
+    assert [prompt[a:b] for a, b in spans_of(noun, prompt)] == found
+
+
+def test_object_spans():
+    assert object_spans(["hat", "cup"], "a cup and a cup") == [{"text": "cup", "start": 2, "end": 5}]
+
+
+def test_tokens_by_offsets():
+    prompt = "a carpet under a car"
+    offsets = [None, (0, 1), (2, 5), (5, 8), (9, 14), (15, 16), (17, 20), None]
+    assert tokens_of("car", prompt, offsets) == [6]
+    assert tokens_of("carpet", prompt, offsets) == [2, 3]
+    assert tokens_of("boat", prompt, offsets) == []
+
+
+def test_tokens_by_substring_find_too_much():
+    assert tokens_by_substring([" car"], ["", "a", " car", "pet", " under", " a", " car"]) == [2, 6]
+    assert tokens_by_substring(["car"], ["carpet", "car", "Scar"]) == [0, 1, 2]
+    assert tokens_by_substring([""], ["carpet"]) == []

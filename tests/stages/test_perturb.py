@@ -1,0 +1,124 @@
+"""Stage 2: methods by sub-category, answers parsed, bad variants left out with a reason."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError
+from ospo_fast.stages import perturb
+from ospo_fast.stages.perturb import METHODS, methods_for, parse_contrast, parse_dense, run
+
+MODEL = SimpleNamespace(templates="janus")
+
+
+def record(item="0000001", sub="attribute2", prompt="a red cup and a blue hat"):
+    return {"item_id": item, "t2i_category": "attribute", "sub_category": sub, "prompt": prompt}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Answers by a table: what the variant is depends on the method; remembers the calls."""
+    calls = []
+
+    def sample(model, templates, stage, settings, variables, seeds):
+        calls.append((stage, list(variables), list(seeds)))
+        return [answer(stage, values) for values in variables]
+
+    def answer(stage, values):
+        if stage == "perturb":
+            return {
+                "replace": "Step 1. x\nStep 4. Contrastive Prompt: a green cup and a blue hat",
+                "swap": "Contrastive Prompt: A red cup and a blue hat.",
+                "drop": "I cannot do that",
+            }[values["method"]]
+        return (
+            f"Step 2. Prompt 1 Dense: long {values['prompt']}\nStep 4. Prompt 2 Dense: long {values['negative_prompt']}"
+        )
+
+    monkeypatch.setattr(perturb, "sample_text", sample)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Contrastive Prompt: a cup", "a cup"),
+        ('Step 4. Contrastive Prompt:  "a cup" \nthanks', "a cup"),
+        ("Contrastive Prompt: one; Contrastive Prompt: two", "one; Contrastive Prompt: two"),
+        ("Contrastive Prompt: one\nContrastive Prompt: two;", "two"),
+        ("contrastive prompt: a cup", "a cup"),
+        ("Contrastive Prompt:", ""),
+        ("a cup", ""),
+        ("", ""),
+    ],
+)
+def test_parse_contrast(text, expected):
+    assert parse_contrast(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Step 2. Prompt 1 Dense: a\nStep 3. x\nStep 4. Prompt 2 Dense: b", ("a", "b")),
+        ("Step 2. Prompt 1 Dense: a; Step 4. Prompt 2 Dense: b", ("a", "b")),
+        ("Step 2. Prompt 1 Dense: a; b, c. Step 3. Prompt 2 Objects: d Step 4. Prompt 2 Dense: e;", ("a; b, c.", "e")),
+        ("Step 2. Prompt 1 Dense: a", ("a", "")),
+        ("Step 2. Prompt 1 Dense: Step 1. Prompt 1 Dense: a\nStep 4. Prompt 2 Dense: b", ("", "b")),
+        ("", ("", "")),
+    ],
+)
+def test_parse_dense(text, expected):
+    assert parse_dense(text) == expected
+
+
+def test_methods():
+    assert methods_for("attribute1_texture") == ("replace",) * 3
+    assert methods_for("layout2") == ("replace",) * 3
+    assert methods_for("complex") == ("replace", "swap", "drop")
+    assert methods_for("non-spatial") == ("replace", "drop", "replace")
+    assert len(METHODS) == 9
+    with pytest.raises(OspoError, match="'attribute3'"):
+        methods_for("attribute3")
+
+
+def test_bad_variants_are_left_out_with_a_reason(asked):
+    (done,) = run([record()], MODEL, load_config())
+    assert done["perturbed_method"] == ["replace", "swap", "drop"]
+    assert done["negative_prompt"] == ["a green cup and a blue hat", "A red cup and a blue hat.", ""]
+    assert done["long_prompt"] == ["long a red cup and a blue hat", "", ""]
+    assert done["negative_long_prompt"] == ["long a green cup and a blue hat", "", ""]
+    assert done["variant_reasons"][0] is None
+    assert "prompt itself" in done["variant_reasons"][1]
+    assert "no contrastive prompt" in done["variant_reasons"][2]
+    assert [(stage, len(values)) for stage, values, _ in asked] == [("perturb", 3), ("densify", 1)]
+
+
+def test_no_dense_answer(monkeypatch):
+    replies = {"perturb": "Contrastive Prompt: other", "densify": "Step 2. Prompt 1 Dense: a"}
+    monkeypatch.setattr(
+        perturb, "sample_text", lambda m, t, stage, s, variables, seeds: [replies[stage]] * len(variables)
+    )
+    (done,) = run([record()], MODEL, load_config())
+    assert done["long_prompt"] == done["negative_long_prompt"] == [""] * 3
+    assert done["variant_reasons"] == ["no dense prompts in the answer"] * 3
+
+
+def test_excluded_variant(asked, tmp_path):
+    file = tmp_path / "held.txt"
+    file.write_text("a green cup and a blue hat\n")
+    (done,) = run([record()], MODEL, load_config([f"prompts.exclude={file}"]))
+    assert "excluded" in done["variant_reasons"][0]
+    assert not any(done["long_prompt"])
+
+
+def test_seeds_do_not_depend_on_the_order(asked):
+    items = [record(str(n)) for n in range(5)]
+    settings = load_config(["perturb.chunk=2"])
+    forward = list(run(items, MODEL, settings))
+    first = {(v["prompt"], s) for stage, values, seeds in asked for v, s in zip(values, seeds, strict=True)}
+    asked.clear()
+    backward = list(run(items[::-1], MODEL, load_config()))
+    assert backward[::-1] == forward
+    assert {(v["prompt"], s) for stage, values, seeds in asked for v, s in zip(values, seeds, strict=True)} == first
+    assert len(first) == 5 * 3 + 5

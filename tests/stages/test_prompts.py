@@ -1,0 +1,173 @@
+"""Stage 1: answers are parsed and sifted, kinds filled up, and a stopped run goes on as if nothing had been."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.stages import prompts
+from ospo_fast.stages.prompts import objection, parse_answer, run
+
+MODEL = SimpleNamespace(templates="janus")
+
+
+def answer(prompt, concepts="red cup", relation="(cup, red)"):
+    return f"Prompt: {prompt}; Concepts and relations: {concepts}; Relation: {relation}"
+
+
+class Writer:
+    """Stands in for the model; remembers what it was asked."""
+
+    def __init__(self, monkeypatch, reply):
+        self.reply, self.asked = reply, []
+        monkeypatch.setattr(prompts, "sample_text", self)
+
+    def __call__(self, model, templates, stage, settings, variables, seeds):
+        assert stage == "prompts"
+        self.asked += [(values, seed) for values, seed in zip(variables, seeds, strict=True)]
+        return [self.reply(values["kind"], seed) for values, seed in zip(variables, seeds, strict=True)]
+
+
+def config(*overrides, **counts):
+    kinds = ["color1", "color2", "shape1", "shape2", "texture1", "texture2", "2D_spatial", "3D_spatial"]
+    kinds += ["numeracy1", "numeracy2", "non-spatial", "complex"]
+    wanted = {kind: counts.get(kind.replace("-", "_"), 0) for kind in kinds}
+    return load_config([f"prompts.counts={wanted}".replace("'", ""), *overrides])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Prompt: a red cup; Concepts and relations: red cup; Relation: (cup, red)",
+            ("a red cup", "red cup", "(cup, red)"),
+        ),
+        ("Prompt: a red cup.;Concepts and relations: red cup;Relation: x", ("a red cup.", "red cup", "x")),
+        ("  Prompt:  a cup\nConcepts and relations:  cup \nRelation:  (cup)\nmore", ("a cup", "cup", "(cup)")),
+        ("Sure! prompt: a cup; concepts and relations: cup; relation: none;", ("a cup", "cup", "none")),
+        ("Prompt: a cup; Concepts and relations: cup", None),
+        ("Prompt: ; Concepts and relations: cup; Relation: x", None),
+        ("a cup", None),
+        ("", None),
+    ],
+)
+def test_parse(text, expected):
+    assert parse_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sub_category", "fine"),
+    [
+        ("a red cup", "attribute1_color", True),
+        ("a cup of red color", "attribute1_color", False),
+        ("a well-worn cup", "attribute2", False),
+        ("a well-worn cup (red)", "complex", True),
+        ("a shape / a texture", "non-spatial", True),
+        ("three cups", "layout2", True),
+        ("five cups", "layout2", False),
+        ("two cups and 7 spoons", "layout3", False),
+        ("some cups", "layout2", False),
+        ("cups on the left", "layout1", True),
+    ],
+)
+def test_objections(prompt, sub_category, fine):
+    assert (objection(prompt, sub_category) is None) == fine
+
+
+def test_fills_the_kinds_with_distinct_prompts(monkeypatch):
+    writer = Writer(
+        monkeypatch, lambda kind, seed: answer(f"{kind[0]}{kind[-1]} cup {seed % 40}") if seed % 5 else "no"
+    )
+    done = list(run([], MODEL, config(color1=5, color2=9, non_spatial=3)))
+    kinds = [r["kind"] for r in done]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"color1": 5, "color2": 9, "non-spatial": 3}
+    assert len({r["prompt"] for r in done}) == len(done) == len({r["item_id"] for r in done})
+    # Category digit, and a range for each kind: color2 comes after the 5 of color1.
+    assert next(r["item_id"] for r in done if r["kind"] == "color2") == "0000005"
+    assert next(r["item_id"] for r in done if r["kind"] == "non-spatial") == "2000000"
+    assert done[0]["t2i_category"] == "attribute"
+    assert done[0]["sub_category"] == "attribute1_color"
+    assert len(writer.asked) % 8 == 0
+    assert len({seed for _, seed in writer.asked}) == len(writer.asked)
+
+
+def test_repeats_differ_in_more_than_case_and_full_stop(monkeypatch):
+    texts = iter(["a red cup", "A red  cup.", "a blue cup"] * 100)
+    Writer(monkeypatch, lambda kind, seed: answer(next(texts)))
+    assert [r["prompt"] for r in run([], MODEL, config(color1=2))] == ["a red cup", "a blue cup"]
+
+
+def test_excluded_prompts_are_never_produced(monkeypatch, tmp_path):
+    file = tmp_path / "held_out.txt"
+    file.write_text("A cup 1.\ncup 2\n")
+    Writer(monkeypatch, lambda kind, seed: answer(f"a cup {seed % 6}" if seed % 2 else f"cup {seed % 6}"))
+    done = list(run([], MODEL, config(f"prompts.exclude={file}", "prompts.patience=20", color1=6)))
+    texts = {r["prompt"] for r in done}
+    assert texts
+    assert not texts & {"a cup 1", "cup 2"}
+
+
+def test_few_shot_examples_become_the_models_own(monkeypatch):
+    writer = Writer(monkeypatch, lambda kind, seed: answer(f"a cup {seed}") if seed % 3 == 0 else "no")
+    done = list(run([], MODEL, config("prompts.refresh_every=2", color1=20, complex=20)))
+    shown = {tuple(values["examples"]) for values, _ in writer.asked if values["kind"] == "color1"}
+    assert len(shown) > 2
+    own = {prompts._answer_of(r) for r in done}
+    assert all(set(examples) <= own for examples in list(shown) if "turquoise" not in examples[0])
+    assert {len(v["examples"]) for v, _ in writer.asked if v["kind"] == "complex"} == {5}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 8, 9, 15, 22])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_resume_equals_an_unbroken_run(monkeypatch, stop, batch):
+    settings = config(f"prompts.calls_per_batch={batch}", "prompts.refresh_every=3", color1=10, shape2=13)
+    reply = lambda kind, seed: answer(f"{kind[:3]} cup {seed % 50}") if seed % 4 == 0 else "no"  # noqa: E731
+    Writer(monkeypatch, reply)
+    whole = list(run([], MODEL, config("prompts.refresh_every=3", color1=10, shape2=13)))
+    assert len(whole) == 23
+    assert whole[:stop] + list(run(whole[:stop], MODEL, settings)) == whole
+
+
+def test_kinds_can_be_written_side_by_side(monkeypatch):
+    Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
+    settings = config(color1=3, color2=3)
+    apart = [r for kind in ("color2", "color1") for r in run([], MODEL, settings, kinds=[kind])]
+    assert sorted(apart, key=lambda r: r["item_id"]) == list(run([], MODEL, settings))
+
+
+def test_gives_up_with_a_warning_or_an_error(monkeypatch, caplog):
+    Writer(monkeypatch, lambda kind, seed: answer("the only cup") if kind == "color1" else "no")
+    settings = config("prompts.patience=3", color1=2, color2=2)
+    assert len(list(run([], MODEL, settings))) == 1
+    assert "color1: 1 of 2 prompts" in caplog.text
+    Writer(monkeypatch, lambda kind, seed: answer("a cup in a color"))
+    with pytest.raises(OspoError, match=r"no prompt that could be used: stop word 'color' \(\d+\)"):
+        list(run([], MODEL, settings))
+
+
+def test_unknown_kind():
+    with pytest.raises(UsageError, match="no kind 'colour1'; nearest: color1"):
+        list(run([], MODEL, load_config(["prompts.counts.colour1=3"])))
+
+
+def test_prompts_of_a_file(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("a red cup\n\n  a blue cup \nA red cup.\n")
+    done = list(run([], MODEL, load_config([f"prompts.file={file}"])))
+    assert [(r["item_id"], r["prompt"], r["sub_category"]) for r in done] == [
+        ("p000000", "a red cup", "complex"),
+        ("p000001", "a blue cup", "complex"),
+    ]
+    assert list(run(done[:1], MODEL, load_config([f"prompts.file={file}"]))) == done[1:]
+    with pytest.raises(UsageError, match="no kind 'circle'"):
+        list(run([], MODEL, load_config([f"prompts.file={file}", "prompts.file_kind=circle"])))
+
+
+@pytest.mark.parametrize("content", [None, "", "\n  \n"])
+def test_missing_or_empty_file(tmp_path, content):
+    file = tmp_path / "mine.txt"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=r"mine\.txt"):
+        list(run([], MODEL, load_config([f"prompts.file={file}"])))

@@ -1,0 +1,117 @@
+"""Selection: the official figures, each rule by hand, and what the stage writes."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.stages.select import base_verdict, negative_verdict, run, select_pair
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "pair_selection.json").read_text())
+
+
+def verdict(name, *margins, tie=False):
+    """An image whose answers have the given p_yes − p_no."""
+    answers = [
+        {"p_yes": 0.5 + m / 2, "p_no": 0.5 - m / 2, "answer": "yes" if m > 0 else "no" if m < 0 else "tie"}
+        for m in margins
+    ]
+    return {"path": f"{name}.png", "local_score": sum(margins) / len(margins), "answer_metadata": answers}
+
+
+def item(bases, negatives, **fields):
+    return {
+        "item_id": "0000001",
+        "prompt": "a red circle",
+        "question": ["is it?"],
+        "negative_prompt": ["n0", "n1", "n2"],
+        "base_metadata": {f"base_{i}": verdict(f"b{i}", *m) for i, m in bases.items()},
+        "negative_metadata": {f"negative_{i}": verdict(f"n{i}", *m) for i, m in negatives.items()},
+        **fields,
+    }
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["input"]["item_id"])
+def test_official_figures(case):
+    assert select_pair(case["input"]) == case["expect"]
+
+
+def test_golden_has_both_outcomes():
+    assert {case["expect"] is None for case in GOLDEN} == {True, False}
+
+
+def test_v3_shares_the_index_and_takes_the_first_of_equals():
+    record = item({0: [0.7], 1: [0.9], 2: [0.9]}, {0: [-0.5], 1: [0.2], 2: [-0.9]})
+    assert select_pair(record)["chosen"] == "b2.png"  # negative 1 is all yes
+    record = item({0: [0.8], 2: [0.8]}, {0: [-1], 2: [-1]})
+    assert select_pair(record)["chosen"] == "b0.png"
+    assert select_pair(item({0: [0.9]}, {1: [-1]})) is None
+
+
+def test_v3_threshold_and_ties():
+    assert base_verdict(verdict("b", 0.6))[0]
+    assert not base_verdict(verdict("b", 0.599))[0]
+    assert not base_verdict({"local_score": 0.9, "answer_metadata": [{"p_yes": 1, "p_no": 0, "answer": "no"}]})[0]
+    assert not base_verdict({"local_score": float("nan"), "answer_metadata": [{"answer": "yes"}]})[0]
+    assert negative_verdict(verdict("n", 0.9, 0))[0]
+    assert not negative_verdict(verdict("n", 0.9, 0.1))[0]
+
+
+def test_v2():
+    record = item({0: [0.9, 0.6], 1: [0.95, 0.45]}, {0: [-0.6, 1], 1: [-0.5], 2: [-0.9]})
+    scores = {"b0.png": -3.0, "n0.png": -5.0, "n2.png": -2.5}
+    asked = []
+
+    def logprobs(paths):
+        asked.extend(paths)
+        return [scores[path] for path in paths]
+
+    pair = select_pair(record, "v2", logprobs=logprobs)
+    assert (pair["chosen"], pair["rejected"]) == ("b0.png", "n2.png")
+    assert asked == ["b0.png", "n0.png", "n2.png"]
+    with pytest.raises(UsageError, match="logprobs"):
+        select_pair(record, "v2")
+    assert select_pair(item({0: [0.9]}, {2: [-0.9]}), "v2")["rejected"] == "n2.png"  # one candidate: nothing to decide
+    assert select_pair(item({0: [0.5]}, {0: [-0.9]}), "v2") is None
+
+
+def test_random_is_unfiltered_and_seeded():
+    record = item({0: [-1], 1: [-1], 2: [-1]}, {0: [1], 1: [1], 2: [1]})
+    drawn = {select_pair(record, "random", seed)["chosen"] for seed in range(40)}
+    assert drawn == {"b0.png", "b1.png", "b2.png"}
+    assert select_pair(record, "random", random.Random(5)) == select_pair(record, "random", 5)
+
+
+def test_wrong_rule_and_wrong_names():
+    with pytest.raises(UsageError, match="one of v3, v2, random, got 'best'"):
+        select_pair(GOLDEN[0]["input"], "best")
+    with pytest.raises(OspoError, match="base_0"):
+        select_pair({"base_metadata": {"base": verdict("b", 1)}, "negative_metadata": {}})
+
+
+def test_stage_writes_every_item_with_reasons():
+    records = [
+        item({0: [0.9], 1: [0.1]}, {0: [-1], 1: [1]}),
+        item({0: [0.1]}, {0: [-1]}),
+        item({0: [0.9]}, {0: [1]}),
+        item({}, {}, variant_reasons=["no contrastive prompt in the answer"] * 3),
+        item({0: [0.9]}, {0: [-1]}, question=[]),
+    ]
+    done = list(run(records, None, load_config()))
+    assert [r["kept"] for r in done] == [True, False, False, False, False]
+    assert done[0]["rejected_prompt"] == "n0"
+    assert done[0]["chosen_score"] == pytest.approx(0.9)
+    assert [v["kept"] for v in done[0]["base_metadata"].values()] == [True, False]
+    assert "local score 0.10 below 0.6" in done[1]["reason"]
+    assert "no negative image" in done[2]["reason"]
+    assert "no contrastive prompt" in done[3]["reason"]
+    assert "no question" in done[4]["reason"]
+    assert "kept" not in records[0]
+
+
+def test_rejected_prompt_is_that_of_the_variant():
+    (done,) = run([item({0: [0.7], 2: [0.9]}, {0: [-1], 2: [-1]})], None, load_config())
+    assert done["rejected_prompt"] == "n2"

@@ -1,0 +1,232 @@
+"""Training: what is trained and what is not, exact resumption, batches, caps, and the official file format."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError
+from ospo_fast.models import load_model
+from ospo_fast.pipeline import read_stage
+from ospo_fast.records import read_records
+from ospo_fast.stages.train import load_examples, loss_config, make_batch, order, pick, run, train
+
+
+def config(*overrides):
+    small = ["train.steps=6", "train.batch_size=2", "train.save_every=2", "train.lora_rank=4", "train.lora_alpha=8"]
+    small += ["train.accumulation=2", "train.learning_rate=1e-3", "train.eval_every=0", "masks.layers=[0]"]
+    return load_config([*small, *overrides])
+
+
+def lines(folder):
+    """The log without the clock."""
+    rows = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture
+def model(tiny):
+    return load_model(tiny)
+
+
+@pytest.fixture(scope="session")
+def records(made):
+    return read_stage(made, "masks")
+
+
+def test_order_is_a_stream_of_shuffled_epochs():
+    stream = order(5, 1, 0, 20)
+    assert all(sorted(stream[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
+    assert stream[:5] != stream[5:10]
+    assert [order(5, 1, start, 3) for start in range(17)] == [stream[start : start + 3] for start in range(17)]
+    assert order(5, 2, 0, 20) != stream
+
+
+def test_loss_config():
+    settings = load_config(["preset=v2", "train.loss.simpo_weight=0.1"])
+    loss = loss_config(settings.preset, settings.train.loss)
+    assert (loss.simpo_weight, loss.cond_weight, loss.beta, loss.mask_alpha) == (0.1, 0.5, 3.0, 0.0)
+
+
+def test_pick(records, caplog):
+    kept = [r["item_id"] for r in records if r["kept"]]
+    assert len(kept) > 5
+    assert [r["item_id"] for r in pick(records[::-1], config())] == sorted(kept)
+    few = pick(records, config("train.max_pairs=3"))
+    assert [r["item_id"] for r in few] == [r["item_id"] for r in pick(records[::-1], config("train.max_pairs=3"))]
+    assert len(few) == 3
+    capped = pick(records, config("train.max_pairs_per_kind=1"))
+    assert len({r["kind"] for r in capped}) == len(capped) == len({r["kind"] for r in records if r["kept"]})
+    unmasked = [{k: v for k, v in r.items() if k != "mask_path"} for r in records]
+    assert pick(unmasked, config()) == []
+    assert "no object mask" in caplog.text
+    assert len(pick(unmasked, config("masks.enabled=false"))) == len(kept)
+
+
+def test_batch_groups(model, records, made):
+    examples = load_examples(pick(records, config("preset=full")), model, config("preset=full"), made)[:3]
+    batch, masks = make_batch(model, examples, swapped=True)
+    assert len(batch.labels) == 9
+    assert masks.shape == (6, *model.grid)
+    codes = [row[row != -100] for row in batch.labels]
+    for n, example in enumerate(examples):
+        assert torch.equal(codes[n], example.codes[0])
+        assert torch.equal(codes[n + 3], example.codes[1])
+        assert torch.equal(codes[n + 6], example.codes[0])
+        assert torch.equal(masks[n + 3], example.masks[1])
+        own, other = (model.embed_tokens(model.image_prompt(p)) for p in (example.prompt, example.rejected_prompt))
+        torch.testing.assert_close(batch.embeds[n + 3, : len(own)], own)
+        torch.testing.assert_close(batch.embeds[n + 6, : len(other)], other)
+
+
+def test_only_the_language_models_projections_change(model, tiny, records, run_folder):
+    result = train(records, model, config(), out=run_folder)
+    assert result.steps == 6
+    before, after = load_model(tiny).module.state_dict(), model.module.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = len(model.decoder.layers)
+    assert len(changed) == 7 * layers
+    assert all("language_model.layers" in name and "_proj" in name for name in changed)
+    # The merged model that was saved, and the adapter on its base, are the model in memory.
+    for saved in ("model", "adapter"):
+        loaded = load_model(run_folder / "train" / saved).module.state_dict()
+        for name in changed:
+            torch.testing.assert_close(loaded[name], after[name], rtol=1e-4, atol=1e-6)
+
+
+def test_learns_the_pairs(model, records, run_folder):
+    train(
+        records, model, config("train.steps=40", "train.schedule=constant", "train.learning_rate=1e-2"), out=run_folder
+    )
+    log = lines(run_folder)
+    assert log[-1]["loss"] < 0.97 * log[0]["loss"]
+    assert log[-1]["sft"] < log[0]["sft"]
+    assert [row["step"] for row in log] == list(range(1, 41))
+
+
+def test_schedule(model, records, run_folder):
+    settings = config("train.warmup_ratio=0.34", "train.min_learning_rate=1e-4")
+    train(records, model, settings, out=run_folder)
+    rates = [row["lr"] for row in lines(run_folder)]
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert rates[2] > rates[3] > rates[4] > rates[5] > 1e-4
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_resume_is_exact(tiny, made, records, tmp_path, stop):
+    """Dropout, schedule, optimizer and data order go on as if there had been no stop."""
+    settings = config("train.lora_dropout=0.2")
+    whole, broken = (shutil.copytree(made, tmp_path / name) for name in ("whole", "broken"))
+    train(records, load_model(tiny), settings, out=whole)
+    steps = 0
+
+    def interrupt(count):
+        nonlocal steps
+        steps += count
+        if steps == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(records, load_model(tiny), settings, out=broken, progress=interrupt)
+    torch.manual_seed(99)
+    train(records[::-1], load_model(tiny), settings, out=broken)
+    assert lines(broken) == lines(whole)
+    one, other = (load_file(f / "train" / "adapter" / "adapter_model.safetensors") for f in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny, records, run_folder):
+    train(records, load_model(tiny), config(), out=run_folder)
+    with pytest.raises(OspoError, match="other settings or other pairs"):
+        train(records, load_model(tiny), config("train.learning_rate=2e-3"), out=run_folder)
+    train(records, load_model(tiny), config("train.learning_rate=2e-3"), out=run_folder, resume=False)
+
+
+def test_early_stopping_keeps_the_best(tiny, records, run_folder):
+    figures = iter([0.1, 0.5, 0.3, 0.2, 0.9])
+    seen = []
+
+    def evaluation(model, step):
+        torch.rand(3)  # must not disturb the training's own random numbers
+        seen.append(step)
+        return {"alignment": next(figures)}
+
+    settings = config("train.eval_every=2", "train.early_stopping=alignment", "train.patience=2", "train.steps=20")
+    model = load_model(tiny)
+    result = train(records, model, settings, out=run_folder, evaluation=evaluation)
+    assert seen == [0, 2, 4, 6]
+    assert (result.steps, result.best_step) == (6, 2)
+    assert [row["alignment"] for row in lines(run_folder) if "alignment" in row] == [0.1, 0.5, 0.3, 0.2]
+    best = load_file(run_folder / "train" / "best.safetensors")
+    kept = load_file(run_folder / "train" / "adapter" / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in best} == set(kept)
+    assert all(torch.equal(tensor, kept[name.replace(".default", "")]) for name, tensor in best.items())
+    bad = config("train.eval_every=1", "train.early_stopping=accuracy")
+    with pytest.raises(OspoError, match="no figure of the evaluation"):
+        train(records, load_model(tiny), bad, out=run_folder, evaluation=lambda m, s: {"alignment": 1}, resume=False)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny, made, records, tmp_path):
+    folders = []
+    for flag in ("true", "false"):
+        folders.append(shutil.copytree(made, tmp_path / flag))
+        settings = config(f"train.gradient_checkpointing={flag}", "train.lora_dropout=0")
+        train(records, load_model(tiny), settings, out=folders[-1])
+    for one, other in zip(*map(lines, folders), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_official_training_set(tiny, made, records, tmp_path):
+    """A JSON array with the published fields and absolute image paths, no codes and no masks beside the images."""
+    fields = ("item_id", "t2i_category", "sub_category", "prompt", "chosen", "rejected", "rejected_prompt")
+    official = []
+    for record in [r for r in records if r["kept"]][:3]:
+        entry = {name: record[name] for name in fields}
+        for side in ("chosen", "rejected"):
+            path = tmp_path / f"{record['item_id']}_{side}.png"
+            shutil.copy(made / record[side], path)
+            entry[side] = str(path)
+        official.append(entry)
+    (tmp_path / "train.json").write_text(json.dumps(official))
+    out = tmp_path / "out"
+    settings = config("preset=full", "masks.enabled=false", "train.steps=1")
+    result = train(read_records(tmp_path / "train.json"), load_model(tiny), settings, out=out)
+    assert result.pairs == 3
+    assert lines(out)[0]["conditional"] > 0
+
+
+def test_what_is_missing_is_said(tiny, records, tmp_path, made):
+    model = load_model(tiny)
+    with pytest.raises(OspoError, match="no pair was left"):
+        train([], model, config(), out=tmp_path)
+    bare = [{k: v for k, v in r.items() if k != "rejected_prompt"} for r in records]
+    with pytest.raises(OspoError, match="no rejected_prompt"):
+        train(bare, model, config("preset=full"), out=made)
+    with pytest.raises(OspoError, match="run folder"):
+        list(run(records, model, config()))
+    assert not (made / "train").exists()
+
+
+def test_broken_checkpoint(tiny, records, run_folder):
+    with pytest.raises(KeyboardInterrupt):
+        train(records, load_model(tiny), config(), out=run_folder, progress=interrupt_after(3))
+    (folder,) = (run_folder / "train" / "checkpoints").glob("step-*")
+    (folder / "state.pt").write_bytes(b"PK\x03\x04 half")
+    with pytest.raises(OspoError, match=r"step-000002.*remove the folder"):
+        train(records, load_model(tiny), config(), out=run_folder)
+
+
+def interrupt_after(steps):
+    count = 0
+
+    def progress(done):
+        nonlocal count
+        count += done
+        if count == steps:
+            raise KeyboardInterrupt
+
+    return progress

@@ -1,0 +1,160 @@
+"""The JSONL store: whole lines, repair of a torn one, each item once, one writer at a time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ospo_fast.errors import OspoError
+from ospo_fast.records import Store, read_records, stable_hash, validate, variant_index, write_atomic
+
+
+def record(item, **fields):
+    return {"item_id": item, "prompt": "a red circle", **fields}
+
+
+def test_append_and_read(tmp_path):
+    path = tmp_path / "a" / "prompts.jsonl"
+    with Store(path) as store:
+        assert store.extend([record("1"), record("2", prompt="ein grüner Kreis ✓")]) == 2
+        assert "2" in store
+        assert "3" not in store
+        assert len(store) == 2
+    assert [r["item_id"] for r in read_records(path)] == ["1", "2"]
+    assert path.read_bytes().endswith(b"\n")
+    with Store(path) as store:
+        assert store.ids == {"1", "2"}
+
+
+@given(cut=st.integers(1, 10_000))
+def test_a_torn_last_line_is_cut_off(tmp_path_factory, cut):
+    path = tmp_path_factory.mktemp("torn") / "s.jsonl"
+    with Store(path) as store:
+        store.extend(record(str(i), prompt="x" * i) for i in range(5))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - cut % len(data)])
+    whole = data[: len(data) - cut % len(data)].count(b"\n")
+    kept = list(read_records(path))
+    # A cut that takes only the line end leaves the record whole.
+    assert len(kept) in (whole, whole + 1)
+    with Store(path) as store:
+        assert len(store) == len(kept)
+        store.extend(record(str(i), prompt="x" * i) for i in range(5) if str(i) not in store)
+    assert path.read_bytes() == data
+
+
+def test_a_missing_last_line_end_keeps_the_record(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(record("1")))
+    assert len(list(read_records(path))) == 1
+    with Store(path) as store:
+        store.append(record("2"))
+    assert [r["item_id"] for r in read_records(path)] == ["1", "2"]
+
+
+def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(record("1")) + "\n{broken\n" + json.dumps(record("2")) + "\n")
+    with pytest.raises(OspoError, match=r"s\.jsonl:2: .*not valid JSON"):
+        list(read_records(path))
+    with pytest.raises(OspoError, match=r"s\.jsonl:2"):
+        Store(path)
+
+
+def test_an_item_twice(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with Store(path) as store:
+        store.append(record("1"))
+        with pytest.raises(OspoError, match="'1' is already there"):
+            store.append(record("1"))
+    path.write_text((json.dumps(record("1")) + "\n") * 2)
+    with pytest.raises(OspoError, match=r"s\.jsonl:2: item '1' is already there at 1"):
+        list(read_records(path))
+
+
+def test_two_writers(tmp_path):
+    path = tmp_path / "s.jsonl"
+    code = f"from ospo_fast.records import Store; Store({str(path)!r}).append({record('other')!r})"
+    with Store(path) as store:
+        store.append(record("1"))
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        assert "is being written by another process" in done.stderr
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert [r["item_id"] for r in read_records(path)] == ["1", "other"]
+
+
+def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "s.jsonl"
+    with Store(path) as store:
+        store.append(record("1"))
+        before = path.read_bytes()
+
+        def full(fd):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("ospo_fast.records.os.fsync", full)
+        with pytest.raises(OspoError, match="No space left"):
+            store.append(record("2"))
+        monkeypatch.undo()
+        assert path.read_bytes() == before
+        store.append(record("2"))
+    assert len(list(read_records(path))) == 2
+
+
+def test_unwritable(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OspoError, match="Cannot write"):
+        Store(file / "s.jsonl")
+    with pytest.raises(OspoError, match="Cannot write"):
+        write_atomic(file / "x", b"")
+    with pytest.raises(OspoError, match="Cannot read"):
+        list(read_records(tmp_path / "none.jsonl"))
+
+
+def test_write_atomic_leaves_no_temporary_file(tmp_path):
+    write_atomic(tmp_path / "a.png", b"1")
+    write_atomic(tmp_path / "a.png", b"22")
+    assert (tmp_path / "a.png").read_bytes() == b"22"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([], "a record is a JSON object"),
+        ({}, "`item_id`"),
+        ({"item_id": 3}, "`item_id`"),
+        (record("1", prompt=3), "`prompt`"),
+        (record("1", question="is it?"), "`question`"),
+        (record("1", base_metadata={"base_0": 3}), "`base_metadata`"),
+    ],
+)
+def test_wrong_types(value, words):
+    with pytest.raises(OspoError, match=f"here: .*{words}"):
+        validate(value, "here")
+
+
+def test_official_files_load(tmp_path):
+    """The published files are JSON arrays; fields that we do not know are kept."""
+    vqa = {
+        "item_id": "0000001", "t2i_category": "attribute", "sub_category": "attribute2", "prompt": "a b",
+        "question": ["Is there an a?"], "nouns": ["a"], "chosen": "images/base/attribute/0000001/01.png",
+        "base_metadata": {"base_0": {"path": "x.png", "local_score": 0.5, "answer_metadata": []}},
+        "negative_metadata": {}, "something_else": 3,
+    }  # fmt: skip
+    path = tmp_path / "vqa_result.json"
+    path.write_text(json.dumps([vqa], indent=2))
+    assert list(read_records(path)) == [vqa]
+
+
+def test_stable_hash_and_variant_index():
+    assert stable_hash(42, "images", "0000001", 0) == stable_hash(42, "images", "0000001", 0)
+    assert stable_hash(1, 23) != stable_hash(12, 3)
+    assert 0 <= stable_hash("x") < 2**63
+    assert variant_index("negative_12") == 12
+    with pytest.raises(OspoError, match="base_0"):
+        variant_index("negative")
