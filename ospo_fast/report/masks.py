@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ospo_fast.report.reading import Record
 
 SIDES = ("chosen", "rejected")
+PARTS = ("maps", "masks", "union")
 
 
 def load_masks(root: Path, record: Record) -> dict[str, Any] | str:
@@ -38,10 +39,11 @@ def load_masks(root: Path, record: Record) -> dict[str, Any] | str:
         return f"{found.name} cannot be read"
     sides: dict[str, Any] = {}
     for side in SIDES:
-        parts = {part: arrays.get(f"{side}_{part}") for part in ("maps", "masks", "union")}
-        if any(array is None for array in parts.values()):
-            return f"{found.name} lacks {', '.join(f'{side}_{name}' for name, array in parts.items() if array is None)}"
-        if parts["maps"].ndim != 3 or parts["masks"].shape != parts["maps"].shape:  # type: ignore[union-attr]
+        missing = [name for name in (f"{side}_{part}" for part in PARTS) if name not in arrays]
+        if missing:
+            return f"{found.name} lacks {', '.join(missing)}"
+        parts = {part: arrays[f"{side}_{part}"] for part in PARTS}
+        if parts["maps"].ndim != 3 or parts["masks"].shape != parts["maps"].shape:
             return f"{found.name} holds arrays of unexpected shape"
         sides[side] = parts
     return sides
