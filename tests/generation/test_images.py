@@ -23,35 +23,46 @@ def codes(model: JanusUnifiedModel, prompts: list, seeds: list[int], *, batch_si
     return ImageGenerator(model, batch_size=batch_size).generate(prompts, seeds=seeds, output="codes", **given)
 
 
-def greedy(model: JanusUnifiedModel, ids: Tensor, guidance: float) -> Tensor:
-    return model.module.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
+@torch.no_grad()
+def greedy(model: JanusUnifiedModel, ids: Tensor, guidance: float) -> list[int]:
+    """Transformers' greedy codes for one prompt."""
+    if guidance == 1:
+        # generate() breaks at guidance 1 (it doubles the rows, and merges them only when it guides): step by step.
+        x, found = model.module.get_input_embeddings()(ids[None]), []
+        for _ in range(model.grid[0] * model.grid[1]):
+            hidden = model.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1]
+            code = model.module.model.generation_head(hidden).argmax(-1)
+            found.append(int(code))
+            x = torch.cat((x, model.module.prepare_embeddings_for_image_generation(code)[:, None]), 1)
+        return found
+    codes: list[list[int]] = model.module.generate(
+        input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], generation_mode="image", do_sample=False,
         guidance_scale=guidance,
-    )  # fmt: skip
+    ).tolist()  # fmt: skip
+    return codes[0]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5, 5.0])
 def test_greedy_codes_are_transformers(tiny: JanusUnifiedModel, guidance: float) -> None:
-    ids = [tiny.image_prompt(prompt) for prompt in PROMPTS]
-    found = codes(tiny, PROMPTS, SEEDS, temperature=0, guidance_scale=guidance)
-    assert found.shape == (4, 36)
+    prompts = PROMPTS[:3]
+    found = codes(tiny, prompts, SEEDS[:3], temperature=0, guidance_scale=guidance)
+    assert found.shape == (3, 36)
     assert found.dtype == torch.long
-    for row, prompt in zip(found, ids, strict=True):
-        expected = greedy(tiny, prompt[None], guidance)[0]
-        assert len(set(expected.tolist())) > 8  # a model that says one thing would prove nothing
-        assert row.tolist() == expected.tolist()
+    assert len(set(found.flatten().tolist())) > 10  # a model that says one thing would prove nothing
+    for row, prompt in zip(found, prompts, strict=True):
+        assert row.tolist() == greedy(tiny, tiny.image_prompt(prompt), guidance)
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed_alone(tiny: JanusUnifiedModel) -> None:
-    prompts, seeds = (PROMPTS * 20)[:75], [int(s) for s in torch.randint(0, 2**62, (75,))]
+    prompts, seeds = (PROMPTS * 10)[:37], [int(s) for s in torch.randint(0, 2**62, (37,))]
     found = codes(tiny, prompts, seeds)
-    order = torch.randperm(75).tolist()
-    for size in (None, 1, 5, 33):
+    order = torch.randperm(37).tolist()
+    for size in (None, 3, 33):
         moved = codes(tiny, [prompts[i] for i in order], [seeds[i] for i in order], batch_size=size)
         assert torch.equal(moved, found[order]), size
-    for i in (0, 50, 74):
+    for i in (0, 36):
         assert torch.equal(codes(tiny, [prompts[i]], [seeds[i]])[0], found[i])
-    assert len({tuple(row.tolist()) for row in found}) == 75
+    assert len({tuple(row.tolist()) for row in found}) == 37
 
 
 def test_the_same_seed_twice_gives_the_same_image_and_another_one_another(tiny: JanusUnifiedModel) -> None:
@@ -113,7 +124,7 @@ def test_guidance_is_what_it_says(tiny: JanusUnifiedModel) -> None:
 def test_a_dead_unconditional_branch_is_an_error(tiny: JanusUnifiedModel) -> None:
     tiny.unconditional = lambda ids: torch.full_like(ids, tiny.boi_id)  # type: ignore[method-assign]
     embed = tiny.embed_tokens
-    tiny.embed_tokens = lambda ids: embed(torch.zeros_like(ids))  # type: ignore[method-assign]
+    tiny.embed_tokens = lambda ids: embed(torch.ones_like(ids))  # type: ignore[method-assign]
     with pytest.raises(OspoError, match="guidance"):
         codes(tiny, PROMPTS, SEEDS)
     assert codes(tiny, PROMPTS, SEEDS, guidance_scale=1.0).shape == (4, 36)
