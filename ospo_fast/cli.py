@@ -191,7 +191,7 @@ def _hold_out(pipeline: Any, command: str) -> None:
         from ospo_fast.records import write_atomic
         from ospo_fast.shapes.scenes import held_out
 
-        pipeline.model()  # a model that does not load leaves nothing behind
+        pipeline.prepare()  # a model that does not load leaves nothing behind
         write_atomic(path, ("\n".join(held_out()) + "\n").encode())
     config.prompts.exclude = str(path)
 

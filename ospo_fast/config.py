@@ -359,7 +359,7 @@ def load_config(
     if saved is not None and saved.exists():
         config = _merge(config, _load_file(saved), str(saved))
         kept = config.preset
-    if preset != kept or kept is None:
+    if kept is None or preset not in (None, kept):
         config = _merge(config, OmegaConf.create(PRESETS[preset or kept or "v3"]), "preset")
         if family in MODEL_FILES:
             config = _merge(config, _load_file(MODEL_FILES[family]), str(MODEL_FILES[family]))

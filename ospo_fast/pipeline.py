@@ -176,6 +176,10 @@ class Pipeline:
             self._models[name] = load_model(name, device=self.config.device, dtype=self.config.dtype)
         return self._models[name]
 
+    def prepare(self, iteration: int = 1) -> None:
+        """Load the model and check that the template set knows the wanted kinds of prompts; nothing is written."""
+        self._kinds(self.model(iteration), self.config)
+
     def run(self, stages: Sequence[str] = STAGES) -> list[StageReport]:
         """All stages of all iterations, in order; those that are complete do nothing."""
         iterations = range(1, self.config.iterations + 1)
@@ -348,6 +352,8 @@ class Pipeline:
         """Remove what a stage and those after it have made (of a shard: its store alone)."""
         if self.shard is not None:
             store_path(out, name, self.shard).unlink(missing_ok=True)
+            key = self._key(name)
+            _update_json(out / "settings.json", {}, lambda saved: {k: v for k, v in saved.items() if k != key})
             return
         for stage in STAGES[STAGES.index(name) :]:
             for path in (store_path(out, stage), *_shard_paths(out, stage)):

@@ -15,11 +15,20 @@ from ospo_fast.shapes.scenes import descriptions, parse
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
-    """A random tiny model in `folder`, as `load_model` reads it."""
+    """A random tiny model in `folder`, as `load_model` reads it.
+
+    Its weights are larger than those of a fresh model, so that what it draws and attends to depends on the prompt.
+    """
+    import torch
+
     from ospo_fast.shapes.build import build_model, build_processor
 
     model = build_model(seed, hidden=32, layers=2, intermediate=48, heads=2)
     model.config.template_set = "shapes"
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and ("language_model" in name or "generation_head" in name):
+                weight.mul_(6)
     model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
     return folder

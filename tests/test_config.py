@@ -50,6 +50,10 @@ def test_v2():
 
 def test_a_saved_run_keeps_its_values_and_takes_another_preset(tmp_path):
     saved = tmp_path / "config.yaml"
+    first = load_config(["train.steps=7", "images.guidance_scale=2"], family="shapes")
+    saved.write_text(dump_config(first))
+    assert load_config(saved=saved, family="shapes") == first
+    assert load_config(["preset=v3"], saved=saved, family="shapes") == first
     saved.write_text(dump_config(load_config(["images.guidance_scale=2", "preset=v2"])))
     assert load_config(saved=saved) == load_config(["images.guidance_scale=2", "preset=v2"])
     changed = load_config(["preset=v3"], saved=saved)

@@ -111,7 +111,7 @@ def _with_images(record: Record, plan: list[Drawing], failed: set[str]) -> Recor
     bad = {variant_index(drawing.name) for drawing in plan if drawing.path in failed}
     good = [drawing for drawing in plan if variant_index(drawing.name) not in bad]
     base, negative = ({d.name: ImageVerdict(path=d.path) for d in good if d.name.startswith(side)} for side in SIDES)
-    reasons = list(record.get("variant_reasons", [None] * len(record["long_prompt"])))
+    reasons = list(record.get("variant_reasons", [None] * len(record.get("long_prompt", []))))
     for index in bad:
         reasons[index] = "the model's logits were not finite"
     return {**record, "base_metadata": base, "negative_metadata": negative, "variant_reasons": reasons}

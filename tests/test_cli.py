@@ -1,0 +1,218 @@
+"""The command line: each command, each kind of bad input, exit codes, one sentence, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from ospo_fast import cli
+from ospo_fast.cli import main
+
+COUNTS = "prompts.counts={color1: 2, shape1: 0, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 2}"
+SMALL = [COUNTS, "train.steps=2", "train.batch_size=2", "train.eval_every=0"]
+
+
+def call(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([], 2, "command"),
+        (["tran"], 2, "no command 'tran'; nearest: train"),
+        (["run", "--bogus"], 2, "Unknown argument '--bogus'"),
+        (["run", "images.guidence=2"], 2, "nearest: images.guidance_scale"),
+        (["run", "images.top_k=many"], 2, "could not be converted"),
+        (["run", "preset=v9"], 2, "one of v1, v2, v3, full"),
+        (["run", "--seed", "x"], 2, "--seed"),
+        (["run", "--config", "none.yaml"], 2, "none.yaml"),
+        (["run", "--model", "./nothing"], 1, "no folder"),
+        (["run", "--model", "deepseek-community/Janus-Pro-1B"], 1, "deepseek-community/Janus-Pro-1B"),
+        (["run", "templates=nothing"], 2, "templates"),
+        (["prompts", "--prompts", "empty.txt"], 2, "holds no prompt"),
+        (["prompts", "--from-file", "none.txt"], 2, "Cannot read the prompt file"),
+        (["generate", "--prompts", "empty.txt"], 2, "holds no prompt"),
+        (["generate"], 2, "one prompt in quotes"),
+        (["generate", "a cup", "--num", "0"], 2, "--num should be 1 or more"),
+        (["generate", " "], 2, "empty"),
+        (["images", "--shard", "2/2"], 2, "--shard should be i/n"),
+        (["images", "--iteration", "0"], 2, "--iteration should be 1 or more"),
+        (["images", "--iteration", "2"], 2, "Iteration 2 starts from"),
+        (["images"], 2, "There is no perturb.jsonl"),
+        (["train"], 2, "There is no masks.jsonl"),
+        (["evaluate", "--model", "org/janus"], 2, "Shapes world only"),
+        (["report", "nowhere"], 2, "no run folder nowhere"),
+    ],
+)
+def test_bad_input(capsys, tmp_path, monkeypatch, tiny, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    model = [] if "--model" in arguments or not arguments or arguments[0] in ("tran", "report") else ["--model", tiny]
+    got, out, err = call(capsys, *arguments, *model)
+    assert got == code
+    assert words in err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"{", b"\x00" * 40])
+def test_broken_checkpoints(capsys, tmp_path, tiny, broken, content):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    if content is None:
+        (folder / broken).unlink()
+    else:
+        (folder / broken).write_bytes(content)
+    code, out, err = call(capsys, "generate", "a red circle", "--model", folder, "--out", tmp_path / "out")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_output(capsys, tmp_path, tiny, script):
+    (tmp_path / "file").write_text("")
+    for command in (["run", *SMALL], ["generate", "a red circle", "images.guidance_scale=1"]):
+        code, _, err = call(capsys, *command, "--model", tiny, "--out", tmp_path / "file" / "out")
+        assert code == 1
+        assert "Cannot write" in err
+        assert err.count("\n") == 1
+
+
+def test_stages_one_by_one(capsys, tmp_path, tiny, script):
+    """Each stage is a command; settings given once stay with the run folder; --json is one line of JSON."""
+    where = ["--out", tmp_path / "run"]
+    for stage in cli.STAGE_HELP:
+        first = [*SMALL, "--model", tiny, "--seed", "7"] if stage == "prompts" else []
+        code, out, err = call(capsys, stage, *where, *first, "--json")
+        assert code == 0, err
+        report = json.loads(out)
+        assert report["stage"] == stage
+        assert report["items"] == (2 if stage == "train" else 10)
+    code, out, _ = call(capsys, "run", *where)
+    assert code == 0
+    assert "images: 0 items in 0.0 s, 10 in all" in out
+    code, _, err = call(capsys, "images", *where, "images.temperature=0.5")
+    assert code == 2
+    assert "--no-resume" in err
+    code, out, _ = call(capsys, "images", *where, "images.temperature=0.5", "--no-resume")
+    assert code == 0
+    assert "images: 10 items" in out
+
+
+def test_run_keeps_the_evaluation_prompts_out(capsys, tmp_path, tiny, script):
+    from ospo_fast.shapes.scenes import held_out
+
+    code, out, err = call(capsys, "run", *SMALL, "--model", tiny, "--out", tmp_path, "--json")
+    assert code == 0, err
+    assert [stage["stage"] for stage in json.loads(out)["stages"]] == list(cli.STAGE_HELP)
+    held = set(held_out())
+    assert set((tmp_path / "held_out.txt").read_text().splitlines()) == held
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert not held & set(prompts)
+
+
+def test_generate(capsys, tmp_path, tiny):
+    arguments = [
+        "generate",
+        "a red circle",
+        "--num",
+        "3",
+        "--model",
+        tiny,
+        "--out",
+        tmp_path,
+        "images.guidance_scale=1",
+    ]
+    assert call(capsys, *arguments)[0] == 0
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (3 * 52 + 4, 56)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert [image["seed"] for image in settings["images"]] == [42, 43, 44]
+    first = (tmp_path / "0000_1.png").read_bytes()
+    (tmp_path / "two.txt").write_text("a blue square\na red circle\n")
+    code, out, _ = call(capsys, "generate", "--prompts", tmp_path / "two.txt", *arguments[2:], "--seed", "42", "--json")
+    assert code == 0
+    assert len(json.loads(out)["images"]) == 6
+    assert (tmp_path / "0001_1.png").read_bytes() == first
+
+
+def test_a_setting_is_no_prompt(capsys, tmp_path, tiny):
+    code, _, err = call(capsys, "generate", "images.guidance_scale=1", "--model", tiny, "--out", tmp_path)
+    assert code == 2
+    assert "one prompt in quotes" in err
+
+
+def test_evaluate(capsys, tmp_path, tiny, script):
+    settings = ["evaluate.per_kind=1", "evaluate.guidance_scales=[1]", "--model", tiny, "--out", tmp_path]
+    code, out, err = call(capsys, "evaluate", *settings, "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["scales"][0]["alignment"] == 0
+    assert json.loads((tmp_path / "evaluate.json").read_text())["model"] == str(tiny)
+
+
+def test_a_stop_is_clean(capsys, tmp_path, tiny, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", stop)
+    code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
+    assert (code, err) == (1, "ospo-fast: Stopped; the same command goes on from here.\n")
+
+
+def test_unexpected_errors_are_one_sentence_unless_debugging(capsys, tmp_path, tiny, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", fail)
+    arguments = ["prompts", "--model", tiny, "--out", tmp_path]
+    code, _, err = call(capsys, *arguments)
+    assert code == 1
+    assert err == "ospo-fast: RuntimeError: CUDA out of memory. Tried to allocate (--debug shows the traceback).\n"
+    with pytest.raises(RuntimeError):
+        main([*map(str, arguments), "--debug"])
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in cli._COMMANDS)
+
+
+BLOCK = f"import sys\nfor name in {cli.EXTRAS!r}: sys.modules[name] = None\nfrom ospo_fast.cli import main\n"
+
+
+def test_env_and_help_need_torch_and_numpy_only():
+    done = python(BLOCK + "sys.exit(main(['env', '--json']))")
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    assert python(BLOCK + "main(['run', '--help'])").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["run", "demo", "generate x", "evaluate", "report .", "prompts"])
+def test_missing_extras_are_named(command):
+    done = python(BLOCK + f"sys.exit(main({command.split()!r}))")
+    assert done.returncode == 1
+    assert "pip install 'ospo-fast[pipeline]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "ospo_fast", "nothing"], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ospo-fast: There is no command 'nothing'")

@@ -1,0 +1,238 @@
+"""A run folder: resumption after a stop at any point, shards, iterations, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.pipeline import STAGES, Pipeline, Shard, read_stage, stage_figures
+from ospo_fast.records import Store, read_records
+from ospo_fast.shapes.scenes import descriptions
+
+COUNTS = "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numeracy1: 1, numeracy2: 2}"
+SMALL = [COUNTS, "train.steps=3", "train.batch_size=2", "train.save_every=1", "train.eval_every=0", "images.chunk=4"]
+SMALL += ["perturb.chunk=5", "questions.chunk=3", "score.chunk=4", "masks.batch_size=3"]
+WRITERS = STAGES[:-1]
+
+
+def config(tiny, out, *overrides):
+    return load_config([*SMALL, f"model={tiny}", f"out={out}", *overrides], family="shapes")
+
+
+def pipeline(tiny, out, *overrides, **settings):
+    return Pipeline(config(tiny, out, *overrides), progress=False, **settings)
+
+
+def contents(out):
+    """Every file but for those that hold times or paths of this run."""
+    found = {}
+    for path in sorted(Path(out).rglob("*")):
+        name = str(path.relative_to(out))
+        if path.is_file() and path.suffix in (".jsonl", ".png", ".npz", ".safetensors") and "checkpoints" not in name:
+            found[name] = path.read_bytes()
+    log = found.pop("train/log.jsonl", b"")
+    rows = [json.loads(line) for line in log.splitlines()]
+    found["train/log.jsonl"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(scripted, tiny, tmp_path_factory):
+    """An unbroken run."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch.setattr)
+        pipeline(tiny, out).run()
+    return out
+
+
+def test_every_item_goes_through_every_stage(whole):
+    ids = [r["item_id"] for r in read_records(whole / "prompts.jsonl")]
+    assert len(ids) == 12
+    for stage in WRITERS:
+        assert [r["item_id"] for r in read_records(whole / f"{stage}.jsonl")] == ids
+    assert sum(r["kept"] for r in read_records(whole / "select.jsonl")) >= 3
+    figures = stage_figures(whole)
+    assert list(figures) == list(STAGES)
+    assert {name: row["items"] for name, row in figures.items()} == {**dict.fromkeys(WRITERS, 12), "train": 3}
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 50 for row in figures.values())
+    assert load_config(saved=whole / "config.yaml", family="shapes") == config(
+        load_config(saved=whole / "config.yaml").model, whole
+    )
+
+
+def test_a_second_run_does_nothing(whole, tiny, monkeypatch):
+    before = contents(whole)
+    monkeypatch.setattr(Pipeline, "model", lambda *_: pytest.fail("the model was loaded for nothing"))
+    assert [report.items for report in pipeline(tiny, whole).run()] == [0] * len(STAGES)
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize("stop", [0, 5, 12, 29, 47, 80])
+def test_stopped_anywhere_and_resumed(whole, tiny, script, tmp_path, monkeypatch, stop):
+    """A stop after any number of appended records (12 an item store): the result is that of the unbroken run."""
+    left = stop
+    append = Store.append
+
+    def stopping(store, record):
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        append(store, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline(tiny, tmp_path).run()
+    pipeline(tiny, tmp_path).run()
+    assert contents(tmp_path) == contents(whole)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import scripted
+scripted.install()
+import ospo_fast.records as records
+from ospo_fast.config import load_config
+from ospo_fast.pipeline import Pipeline
+left = {stop}
+write = records.Store._write
+def dying(store, data):
+    global left
+    left -= 1
+    if left == 0:
+        os.write(store._file.fileno(), data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(store, data)
+records.Store._write = dying
+Pipeline(load_config({overrides!r}, family="shapes"), progress=False).run()
+"""
+
+
+@pytest.mark.parametrize("stop", [30, 62])
+def test_killed_in_the_middle_of_a_line(whole, tiny, script, tmp_path, stop):
+    overrides = [*SMALL, f"model={tiny}", f"out={tmp_path}"]
+    code = KILLED.format(tests=str(Path(__file__).parent), stop=stop, overrides=overrides)
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == -9
+    torn = [path for path in tmp_path.glob("*.jsonl") if not path.read_bytes().endswith(b"\n")]
+    assert len(torn) == 1
+    pipeline(tiny, tmp_path).run()
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_shards_give_the_same_records(whole, tiny, script, tmp_path):
+    for stage in WRITERS:
+        for index in (1, 0):
+            pipeline(tiny, tmp_path, shard=Shard(index, 2)).stage(stage)
+        assert not (tmp_path / f"{stage}.jsonl").exists()
+        if stage != "prompts":
+            parts = [list(read_records(tmp_path / f"{stage}.{i}-of-2.jsonl")) for i in (0, 1)]
+            assert all(parts)
+    for stage in WRITERS:
+        one, other = (sorted(read_stage(out, stage), key=lambda r: r["item_id"]) for out in (tmp_path, whole))
+        assert one == other
+    with pytest.raises(UsageError, match="not sharded"):
+        pipeline(tiny, tmp_path, shard=Shard(0, 2)).stage("train")
+    # An unsharded run gathers the parts, makes nothing anew, and trains to the same weights.
+    reports = pipeline(tiny, tmp_path).run()
+    assert [report.items for report in reports] == [0] * len(WRITERS) + [3]
+    assert not list(tmp_path.glob("*-of-*"))
+    for name in ("train/log.jsonl", "train/adapter/adapter_model.safetensors"):
+        assert contents(tmp_path)[name] == contents(whole)[name]
+
+
+def test_two_iterations(tiny, script, tmp_path):
+    reports = pipeline(tiny, tmp_path, "iterations=2").run()
+    assert [(r.stage, r.iteration) for r in reports] == [(s, i) for i in (1, 2) for s in STAGES]
+    assert (tmp_path / "iter2" / "train" / "model" / "config.json").exists()
+    saved = json.loads((tmp_path / "iter2" / "settings.json").read_text())
+    assert saved["images"]["settings"]["model"] == str(tmp_path / "train" / "model")
+    first, second = ([r["prompt"] for r in read_stage(f, "prompts")] for f in (tmp_path, tmp_path / "iter2"))
+    assert first != second
+    with pytest.raises(UsageError, match="Iteration 3 starts from"):
+        pipeline(tiny, tmp_path / "iter2").stage("prompts", 3)
+
+
+def test_other_settings_are_refused_and_fresh_starts_drop_what_follows(tiny, script, tmp_path):
+    pipeline(tiny, tmp_path).run()
+    with pytest.raises(
+        UsageError, match=r"images was made with images\.temperature=1\.0, now images\.temperature=0\.5"
+    ):
+        pipeline(tiny, tmp_path, "images.temperature=0.5").stage("images")
+    pipeline(tiny, tmp_path, "images.chunk=2").stage("images")  # speed is free
+    report = pipeline(tiny, tmp_path, "images.temperature=0.5", resume=False).stage("images")
+    assert report.items == report.total == 12
+    assert (tmp_path / "perturb.jsonl").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {"questions.jsonl", "score.jsonl", "select.jsonl", "masks.jsonl", "masks", "train"}
+    assert set(stage_figures(tmp_path)) == {"prompts", "perturb", "images"}
+
+
+def test_wrong_calls_leave_nothing_behind(tiny, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"There is no prompts\.jsonl in .*run `ospo-fast prompts"):
+        pipeline(tiny, out).stage("perturb")
+    with pytest.raises(UsageError, match="no stage 'paint'"):
+        pipeline(tiny, out).stage("paint")
+    with pytest.raises(OspoError, match="no folder"):
+        pipeline(tmp_path / "nothing", out).run()
+    with pytest.raises(UsageError, match=r"There is no masks\.jsonl"):
+        pipeline(tiny, out).stage("train")
+    assert not out.exists()
+
+
+def test_a_broken_store_is_named(whole, tiny, tmp_path):
+    lines = (whole / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "prompts.jsonl").write_text(lines[0] + "{oops\n" + lines[1])
+    with pytest.raises(OspoError, match=r"prompts\.jsonl:2"):
+        pipeline(tiny, tmp_path).stage("perturb")
+
+
+def test_a_model_that_writes_noise(tiny, tmp_path):
+    """Without the script the random model writes no prompt at all."""
+    with pytest.raises(OspoError, match="wrote no prompt that could be used: the answer does not parse"):
+        pipeline(tiny, tmp_path, "prompts.patience=2").run()
+
+
+def test_prompts_of_a_file(tiny, script, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(description.text for description in descriptions("numeracy2")[:2]))
+    run = pipeline(tiny, tmp_path / "out", f"prompts.file={file}", "prompts.file_kind=numeracy2")
+    for stage in ("prompts", "perturb", "images"):
+        assert run.stage(stage).items == 2
+    with pytest.raises(UsageError, match="without --shard"):
+        pipeline(tiny, tmp_path / "b", f"prompts.file={file}", shard=Shard(0, 2)).stage("prompts")
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "1/0", "/"])
+def test_wrong_shards(text):
+    with pytest.raises(UsageError, match="i/n"):
+        Shard.parse(text)
+
+
+def test_shards_divide_the_items():
+    shards = [Shard.parse(f"{i}/3") for i in range(3)]
+    assert all(sum(shard.holds(str(n)) for shard in shards) == 1 for n in range(100))
+
+
+def test_without_masks(tiny, script, tmp_path):
+    pipeline(tiny, tmp_path, "preset=v1").run()
+    assert not (tmp_path / "masks.jsonl").exists()
+    assert (tmp_path / "train" / "done.json").exists()
+
+
+def test_rule_v2(tiny, script, tmp_path):
+    run = pipeline(tiny, tmp_path, "preset=v2", "select.margin=0.9")
+    for stage in STAGES[: STAGES.index("select") + 1]:
+        run.stage(stage)
+    kept = [r for r in read_stage(tmp_path, "select") if r["kept"]]
+    assert kept
+    for record in kept:
+        name = next(k for k, v in record["negative_metadata"].items() if v["path"] == record["rejected"])
+        assert record["rejected_prompt"] == record["negative_prompt"][int(name[-1])]
