@@ -99,6 +99,8 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=256,
+        initializer_range=hidden
+        ** -0.5,  # the usual 0.02 is for widths of thousands: here it all but switches layers off
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],

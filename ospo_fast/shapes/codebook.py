@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 BATCH = 24
 WARM = 300  # steps without quantisation, so that the first codebook stands on features that mean something
 DECAY = 0.99
-COMMITMENT = 0.25
+COMMITMENT = 0.5
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -105,6 +105,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     book: Codebook | None = None
+    reserved = torch.eye(vq.quantize.embedding_dim)[: len(BACKGROUNDS)]
     start = 0
     if state:
         vq.load_state_dict(state["vq"])
@@ -123,36 +124,63 @@ def train(
         flat = directions.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         if step == WARM:
             many = torch.cat([flat.detach(), *(_vectors(vq, rng) for _ in range(16))])
-            book = Codebook(_kmeans(many, vq.quantize.num_embeddings, generator))
+            centers = _kmeans(many, vq.quantize.num_embeddings, generator)
+            centers[: len(reserved)] = reserved
+            book = Codebook(centers)
+        # Plain background has one fixed code for each colour. Left to itself it takes a hundred, one for each
+        # neighbourhood, and drawing becomes guessing which.
+        here = plain.reshape(-1)
+        apart = (flat[here >= 0] - reserved[here[here >= 0]]).square().sum(1).mean()
         quantised, commitment = directions, flat.new_zeros(())
         if book is not None:
             nearest = (flat.detach() @ book.codes.T).argmax(1)
+            nearest = torch.where(here >= 0, here, nearest)
             chosen = book.codes[nearest]
             commitment = (flat - chosen).square().sum(1).mean()
             straight = flat + (chosen - flat).detach()
             quantised = straight.view(directions.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
             book.update(flat.detach(), nearest, generator)
+            book.codes[: len(reserved)] = reserved
         rebuilt = vq.decoder(vq.post_quant_conv(quantised))
         error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
-        spread = flat.new_zeros(())
-        for index in range(len(BACKGROUNDS)):  # plain background needs one direction, not one for each neighbourhood
-            same = flat[plain.reshape(-1) == index]
-            if len(same):
-                spread = spread + (1 - same @ F.normalize(same.mean(0), dim=0).detach()).mean()
-        loss = error + COMMITMENT * commitment + 0.1 * spread
+        loss = error + COMMITMENT * (commitment + apart)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0:
             used = int((book.counts > 0.05).sum()) if book else 0
-            log.info("codes %d/%d: error %.4f, commitment %.4f, used %d", step, steps, error.item(), commitment.item(), used)
+            values = (error.item(), commitment.item(), used)
+            log.info("codes %d/%d: error %.4f, commitment %.4f, used %d", step, steps, *values)
         if save and (step + 1) % save_every == 0:
             state = {"vq": vq.state_dict(), "optimizer": optimizer.state_dict(), "book": book, "step": step + 1}
             save({**state, "generator": generator.get_state()})
     vq.eval()
     if book is not None:
         vq.quantize.embedding.weight.data.copy_(book.codes)
+    return evaluate(model, seed=seed + 1)
+
+
+def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dict[str, float]:
+    """Trains the decoder alone, on codes as they are read from pictures: every code keeps its meaning."""
+    vq = model.model.vqmodel
+    parameters = [*vq.post_quant_conv.parameters(), *vq.decoder.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
+        pixels, weights, _ = _batch(np.random.default_rng([seed, 9, step]), BATCH)
+        rebuilt = decode_with_gradient(model, encode(model, pixels))
+        error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            log.info("polish %d/%d: error %.4f", step, steps, error.item())
+    vq.requires_grad_(False)
     return evaluate(model, seed=seed + 1)
 
 
@@ -165,13 +193,20 @@ def _vectors(vq: Any, rng: np.random.Generator) -> Tensor:
 @torch.no_grad()
 def encode(model: JanusForConditionalGeneration, pixels: Tensor) -> Tensor:
     """(N, 3, H, W) in [-1, 1] → codes (N, cells) int64."""
-    return model.model.vqmodel.encode(pixels).image_tokens.view(len(pixels), -1)
+    codes: Tensor = model.model.vqmodel.encode(pixels).image_tokens.view(len(pixels), -1)
+    return codes
+
+
+def decode_with_gradient(model: JanusForConditionalGeneration, codes: Tensor) -> Tensor:
+    """Codes (N, cells) → (N, 3, H, W)."""
+    pixels: Tensor = model.model.vqmodel.decode(codes)
+    return pixels
 
 
 @torch.no_grad()
 def decode(model: JanusForConditionalGeneration, codes: Tensor) -> Tensor:
     """Codes (N, cells) → (N, 3, H, W)."""
-    return model.model.vqmodel.decode(codes)
+    return decode_with_gradient(model, codes)
 
 
 def same_scene(picture: np.ndarray, scene: Scene) -> bool:

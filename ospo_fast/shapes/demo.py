@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ospo_fast._version import __version__
-from ospo_fast.config import Config
+from ospo_fast.config import Config, EvaluateConfig
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
@@ -32,9 +32,6 @@ from ospo_fast.shapes.scenes import held_out, parse
 
 log = logging.getLogger(__name__)
 
-PER_KIND = 50  # held-out prompts of each kind, or as many as there are
-SEEDS = (0, 1)  # sampling seeds
-WATCHED = 16  # validation prompts of each headline kind that are drawn while training
 GALLERY = 6  # drawings of each headline kind shown before and after
 
 
@@ -53,22 +50,15 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     started = time.perf_counter()
     out = Path(config.out)
     write_atomic(out / "held_out.txt", ("\n".join(held_out()) + "\n").encode())
-    config = dataclasses.replace(
-        config, prompts=dataclasses.replace(config.prompts, exclude=str(out / "held_out.txt"))
-    )
-    figures = _Figures(out / "evaluation", resume=resume)
+    config = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, exclude=str(out / "held_out.txt")))
+    figures = _Figures(out / "evaluation", config.evaluate, resume=resume)
     base = load_model(config.model, device=config.device, dtype=config.dtype)
     scale, scales = figures.guidance("base", base, progress)
     before = figures.drawings("base", base, sorted({1.0, scale}), progress)
     vqa = figures.get("vqa_rendered", lambda: evaluate.answering(base, progress=progress))
     own = figures.get("vqa_own", lambda: evaluate.answering_own(base, before[scale], progress=progress))
 
-    def watch(model: UnifiedModel, _step: int) -> dict[str, float]:
-        drawn = evaluate.draw(
-            model, split="validation", per_kind=WATCHED, guidance_scale=scale, kinds=HEADLINE, progress=False
-        )
-        return {"alignment": drawn.headline()["alignment"]}
-
+    watch = evaluate.watcher(scale)
     pipeline = Pipeline(config, resume=resume, progress=progress, evaluation=watch, model=base)
     pipeline.run()
 
@@ -81,7 +71,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         "alignment_after": after[scale].headline()["alignment"],
         "alignment_std": after[scale].gain(before[scale])["standard_error"],
         "alignment_gain": after[scale].gain(before[scale])["alignment"],
-        "seeds": {"training": [config.seed], "sampling": list(SEEDS)},
+        "seeds": {"training": [config.seed], "sampling": list(config.evaluate.seeds)},
         "vqa_accuracy": vqa["all"],
         "vqa_by_kind": {kind: vqa[kind] for kind in evaluate.QUESTION_KINDS},
         "vqa_accuracy_own_drawings": own["all"],
@@ -115,8 +105,8 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
 class _Figures:
     """Results of evaluations, kept in a folder so that a resumed demo does not draw again."""
 
-    def __init__(self, folder: Path, *, resume: bool) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: EvaluateConfig, *, resume: bool) -> None:
+        self.folder, self.settings = folder, settings
         if not resume:
             for path in folder.glob("*.*"):
                 path.unlink()
@@ -131,7 +121,9 @@ class _Figures:
         """The model's best guidance scale on validation prompts, and the headline at each."""
 
         def make() -> list[Any]:
-            best, found = evaluate.best_guidance(model, per_kind=PER_KIND, seeds=SEEDS, progress=progress)
+            best, found = evaluate.best_guidance(
+                model, per_kind=self.settings.per_kind, seeds=self.settings.seeds, progress=progress
+            )
             return [best, {str(scale): figures for scale, figures in found.items()}]
 
         best, found = self.get(f"{name}_guidance", make)
@@ -145,10 +137,10 @@ class _Figures:
         for scale in scales:
             path = self.folder / f"{name}_{scale}.npz"
             if not path.exists():
-                drawn = evaluate.draw(
-                    model, per_kind=PER_KIND, guidance_scale=scale, seeds=SEEDS, progress=progress
-                )
-                drawn.save(path)
+                settings = self.settings
+                evaluate.draw(
+                    model, per_kind=settings.per_kind, guidance_scale=scale, seeds=settings.seeds, progress=progress
+                ).save(path)
             found[scale] = Drawings.load(path)
         return found
 

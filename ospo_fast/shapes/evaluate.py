@@ -30,6 +30,7 @@ from ospo_fast.shapes.checker import Reading, holds, read
 from ospo_fast.shapes.render import render
 from ospo_fast.shapes.scenes import KINDS, Description, parse, prompts, random_scene
 from ospo_fast.stages.templates import load_templates
+from ospo_fast.stages.train import Evaluation
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 HEADLINE = ("color2", "2D_spatial", "numeracy2")
@@ -65,7 +66,6 @@ class Drawings:
     def _rates(self, kind: str) -> np.ndarray:
         rows = [i for i, other in enumerate(self.kinds) if other == kind]
         return np.asarray(self.correct[rows].mean(axis=1))
-
 
     def save(self, path: Path) -> None:
         """Everything, in one npz file."""
@@ -173,6 +173,24 @@ def best_guidance(
     return max(found, key=lambda scale: found[scale]["alignment"]), found
 
 
+def watcher(guidance_scale: float, *, per_kind: int = 16, seeds: Sequence[int] = (0,)) -> Evaluation:
+    """What training watches to stop early: the headline on a few validation prompts."""
+
+    def watch(model: UnifiedModel, _step: int) -> dict[str, float]:
+        drawn = draw(
+            model,
+            split="validation",
+            per_kind=per_kind,
+            guidance_scale=guidance_scale,
+            seeds=seeds,
+            kinds=HEADLINE,
+            progress=False,
+        )
+        return {**drawn.headline(), "guidance_scale": guidance_scale}
+
+    return watch
+
+
 def answering(model: UnifiedModel, *, count: int = 200, seed: int = 0, progress: bool = True) -> dict[str, float]:
     """Share of right answers on rendered pictures of fresh random scenes: one question of each kind a scene."""
     rng = np.random.default_rng([seed, 20260102])
@@ -243,6 +261,9 @@ def _answers(
 ) -> list[list[dict[str, Any]]]:
     templates = load_templates(model.templates)
     return answer_questions(
-        model, images, questions, template=lambda question: templates.messages("vqa", question=question),
+        model,
+        images,
+        questions,
+        template=lambda question: templates.messages("vqa", question=question),
         progress=progress,
     )

@@ -6,7 +6,9 @@ the caller gives; nothing here knows of images beyond the scene that a question 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from ospo_fast.shapes.scenes import (
     Scene,
 )
 
+T = TypeVar("T")
 METHODS: dict[str, tuple[str, ...]] = {
     "attribute1_color": ("replace",),
     "attribute1_shape": ("replace",),
@@ -34,7 +37,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _pick(rng: np.random.Generator, choices: list) -> object:
+def _pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -97,13 +100,13 @@ def contrast(description: Description, method: str, sub_category: str, rng: np.r
             options = [d for d in options if d.groups[0].shape == group.shape]
         elif sub_category == "attribute1_shape":
             options = [d for d in options if d.groups[0].color == group.color]
-    return _pick(rng, options)  # type: ignore[return-value]
+    return _pick(rng, options)
 
 
 def scenery(description: Description, rng: np.random.Generator) -> dict[str, str | None]:
     """Size, background and (for a single object) place: what densifying adds to prompt and variant alike."""
-    place = str(_pick(rng, list(PLACES))) if description.total == 1 and rng.random() < 0.5 else None
-    return {"size": str(_pick(rng, list(SIZES))), "background": str(_pick(rng, list(BACKGROUNDS))), "place": place}
+    place = _pick(rng, list(PLACES)) if description.total == 1 and rng.random() < 0.5 else None
+    return {"size": _pick(rng, list(SIZES)), "background": _pick(rng, list(BACKGROUNDS)), "place": place}
 
 
 def densify(first: Description, second: Description, rng: np.random.Generator) -> tuple[Description, Description]:
@@ -127,7 +130,7 @@ def count_question(group: Group) -> str:
     return f"{'is' if group.count == 1 else 'are'} there {group.text(article=False)}?"
 
 
-TOTALS = {f"{'is' if n == 1 else 'are'} there {word} object{'' if n == 1 else 's'}": n for n, word in enumerate(COUNTS, 1)}
+TOTALS = {"is there one object": 1, **{f"are there {word} objects": n for n, word in enumerate(COUNTS[1:], 2)}}
 
 
 def total_question(total: int) -> str:
@@ -156,6 +159,14 @@ def questions_answer(description: Description) -> str:
     return "Questions: " + " ".join(questions_for(description))
 
 
+def caption(scene: Scene) -> str:
+    """All that a picture shows, object by object: `a large red circle at the top left and … on a white background`."""
+    names = {cell: place for place, cell in PLACES.items()}
+    objects = sorted(scene.objects, key=lambda thing: thing.cell)
+    words = [f"a {thing.size} {thing.color} {thing.shape} at the {names[thing.cell]}" for thing in objects]
+    return f"{' and '.join(words)} on a {scene.background} background"
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question about a scene with its true answer; `kind` is existence, count, total or relation."""
@@ -175,9 +186,7 @@ def related_places(
 
 def related(scene: Scene, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
     """Whether some `first` of the scene lies `relation` some `second`."""
-    places = {
-        thing: [o.cell for o in scene.objects if (o.color, o.shape) == thing] for thing in (first, second)
-    }
+    places = {thing: [o.cell for o in scene.objects if (o.color, o.shape) == thing] for thing in (first, second)}
     return related_places(list(places[first]), relation, list(places[second]))
 
 
@@ -192,12 +201,12 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Asked:
         """Something absent: colours and shapes of the scene wrongly joined, one word changed, or anything."""
         style = rng.random()
         for _ in range(20):
-            color, shape = str(_pick(rng, list(COLORS))), str(_pick(rng, list(SHAPES)))
-            if style < 0.45:
+            color, shape = _pick(rng, list(COLORS)), _pick(rng, SHAPES)
+            if style < 0.35:
                 color, shape = things[int(rng.integers(len(things)))][0], things[int(rng.integers(len(things)))][1]
-            elif style < 0.7:
+            elif style < 0.55:
                 color = thing[0]
-            elif style < 0.9:
+            elif style < 0.75:
                 shape = thing[1]
             if (color, shape) not in counts:
                 return color, shape
@@ -230,7 +239,7 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Asked:
         first, second = distinct[i], distinct[j]
         true = [r for r in RELATIONS if related(scene, first, r, second)]
         relations = [r for r in RELATIONS if r not in true] if wrong else true
-        relation = str(_pick(rng, relations or list(RELATIONS)))
+        relation = _pick(rng, relations or list(RELATIONS))
         if wrong and rng.random() < 0.15:
             second = other()
         return Asked(kind, relation_question(first, relation, second), related(scene, first, relation, second))

@@ -1,9 +1,10 @@
 """Makes the checkpoint that ships with the package: `python -m ospo_fast.shapes.pretrain --out DIR`.
 
-Two parts, both from one seed: the VQ model (`codebook.py`), then the language model, vision tower and aligners on three
-tasks at once: prompt → codes, picture and question → yes or no, and the text tasks of the stages. Drawing gets few
-sequences a step and stops early on purpose (`DRAW`), so that the model makes the mistakes that OSPO is there to mend;
-nothing else is done to it. Prompts whose meaning is held out (`Description.split`) never occur, in any task.
+Four parts, all from one seed: the VQ model (`codebook.py`); the vision tower (`tower.py`); everything but the VQ model
+on several tasks at once: prompt → codes, picture and question → yes or no, picture → caption, and the text tasks of the
+stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on purpose (`Recipe.draw`, `Recipe.draw_until`), so that the model
+makes the mistakes that OSPO is there to mend; nothing else is done to it. Prompts whose meaning is held out
+(`Description.split`) are never drawn and never written.
 
 Stopped at any point, the same command goes on from the last saved state.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from ospo_fast.shapes import codebook, language
+from ospo_fast.shapes import codebook, language, tower
 from ospo_fast.shapes.build import GRID, build_model, build_processor
 from ospo_fast.shapes.render import render_array
 from ospo_fast.shapes.scenes import KINDS, Description, Scene, prompts, random_scene, sample_scene
@@ -34,8 +34,16 @@ from ospo_fast.stages.templates import load_templates
 
 log = logging.getLogger(__name__)
 IGNORED = -100
+CAPTION = 0.3  # weight of captions: words for what a picture shows, from which answering is a short way
 # How often each kind of prompt is drawn and written, and each kind of question asked.
-PROMPT_SHARES = {"color1": 0.08, "shape1": 0.06, "color2": 0.22, "2D_spatial": 0.26, "numeracy1": 0.13, "numeracy2": 0.25}
+PROMPT_SHARES = {
+    "color1": 0.08,
+    "shape1": 0.06,
+    "color2": 0.22,
+    "2D_spatial": 0.26,
+    "numeracy1": 0.13,
+    "numeracy2": 0.25,
+}
 QUESTION_SHARES = {"existence": 0.25, "count": 0.25, "total": 0.12, "relation": 0.38}
 
 
@@ -44,14 +52,17 @@ class Recipe:
     """Sizes of the run; the defaults make the shipped checkpoint."""
 
     seed: int = 0
-    codes_steps: int = 5000
-    steps: int = 7500
+    codes_steps: int = 2500
+    polish_steps: int = 1500
+    tower_steps: int = 1000
+    steps: int = 7000
     draw: int = 24  # drawing sequences a step
     draw_until: float = 1.0  # share of the steps in which drawing is trained
-    pictures: int = 24  # pictures a step that questions are asked about
+    pictures: int = 16  # pictures a step that questions are asked about
     questions: int = 8  # questions a picture
-    texts: int = 12  # text answers a step
-    lr: float = 2e-3
+    texts: int = 6  # text answers a step
+    lr: float = 1e-3
+    vision_lr: float = 3e-4  # of the vision tower and its aligner, which come trained
     decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
     pool: int = 30_000  # drawings encoded beforehand
     decoded: int = 6_000  # pictures that went through the VQ model, as the model's own drawings do
@@ -91,7 +102,8 @@ class Data:
         )
 
     def _through_codes(self, model: JanusForConditionalGeneration, scenes: list[Scene]) -> np.ndarray:
-        return codebook.to_pixels(codebook.decode(model, codebook.encode(model, codebook.to_tensor(render_array(scenes)))))
+        codes = codebook.encode(model, codebook.to_tensor(render_array(scenes)))
+        return codebook.to_pixels(codebook.decode(model, codes))
 
     def _ids(self, text: str) -> tuple[int, ...]:
         ids = self.tokenizer(" " + text, add_special_tokens=False).input_ids
@@ -125,7 +137,7 @@ class Data:
         return method, None
 
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (B, P) of the prompts, lengths (B,), codes (B, cells); one prompt in ten is made unconditional."""
+        """Ids (B, P) of the prompts, lengths (B,), codes (B, cells); one prompt in ten is made unconditional."""
         rng = np.random.default_rng([self.recipe.seed, 4, step])
         chosen = rng.integers(len(self.drawn), size=self.recipe.draw)
         rows = []
@@ -137,11 +149,18 @@ class Data:
         return _pad(rows, self.pad), torch.tensor([len(row) for row in rows]), self.codes[chosen]
 
     def ask(self, step: int) -> tuple[Tensor, ...]:
-        """pixels (B, 3, H, W), ids, positions, blocks (0 = picture, 1… = question, -1 = padding), labels, each (B, L)."""
+        """Pixels (B, 3, H, W); ids, positions, blocks and labels, each (B, L).
+
+        Block 0 is the picture, 1 is its caption, 2 and on are the questions, -1 is padding.
+        """
         rng = np.random.default_rng([self.recipe.seed, 5, step])
         yes, no = self.ids("yes")[0], self.ids("no")[0]
         prefix = [self.bos, self.user, self.boi, *[self.image] * (GRID * GRID), self.eoi]
-        pictures, rows, positions, blocks, labels = [], [], [], [], []
+        pictures: list[np.ndarray] = []
+        rows: list[list[int]] = []
+        positions: list[list[int]] = []
+        blocks: list[list[int]] = []
+        labels: list[list[int]] = []
         for _ in range(self.recipe.pictures):
             if rng.random() < 0.4:
                 index = int(rng.integers(len(self.decoded)))
@@ -155,13 +174,17 @@ class Data:
                 picture = render_array([scene])[0]
             row, position = list(prefix), list(range(len(prefix)))
             block, label = [0] * len(prefix), [IGNORED] * len(prefix)
-            for number in range(1, self.recipe.questions + 1):
+            answer = [*self.ids(language.caption(scene)), self.eos]
+            turns = [(self.ids("Prompt:"), answer)]
+            for _ in range(self.recipe.questions):
                 asked = language.ask(scene, _choose(rng, QUESTION_SHARES), rng)
-                tokens = [*self.ids(asked.text), self.assistant]
+                turns.append((self.ids(asked.text), [yes if asked.answer else no]))
+            for number, (question, answer) in enumerate(turns, 1):
+                tokens = [*question, self.assistant, *answer[:-1]]
                 row += tokens
                 position += range(len(prefix), len(prefix) + len(tokens))
                 block += [number] * len(tokens)
-                label += [IGNORED] * (len(tokens) - 1) + [yes if asked.answer else no]
+                label += [IGNORED] * len(question) + answer
             pictures.append(picture)
             for rows_, values in ((rows, row), (positions, position), (blocks, block), (labels, label)):
                 rows_.append(values)
@@ -169,9 +192,10 @@ class Data:
         return pixels, _pad(rows, self.pad), _pad(positions, 0), _pad(blocks, -1), _pad(labels, IGNORED)
 
     def write(self, step: int) -> tuple[Tensor, Tensor]:
-        """ids and labels (B, L) of the text tasks."""
+        """Ids and labels (B, L) of the text tasks."""
         rng = np.random.default_rng([self.recipe.seed, 6, step])
-        rows, labels = [], []
+        rows: list[list[int]] = []
+        labels: list[list[int]] = []
         while len(rows) < self.recipe.texts:
             pair = self._text(rng)
             if pair is None:
@@ -240,16 +264,19 @@ def answer_logits(
     hidden = inner.language_model(
         inputs_embeds=embeds, attention_mask=bias, position_ids=positions, use_cache=False
     ).last_hidden_state
-    return model.lm_head(hidden)
+    logits: Tensor = model.lm_head(hidden)
+    return logits
 
 
 def ask_loss(model: JanusForConditionalGeneration, batch: tuple[Tensor, ...]) -> tuple[Tensor, float]:
-    """Mean cross-entropy of the answers over the whole vocabulary, and the share that is right."""
+    """Mean cross-entropy of the answers plus `CAPTION` times the caption's, and the share of answers that is right."""
     *inputs, labels = batch
-    here = labels != IGNORED
-    logits = answer_logits(model, *inputs)[here]
-    right = (logits.argmax(-1) == labels[here]).float().mean()
-    return F.cross_entropy(logits, labels[here]), float(right)
+    logits = answer_logits(model, *inputs)
+    blocks = inputs[-1]
+    answers, caption = (labels != IGNORED) & (blocks > 1), (labels != IGNORED) & (blocks == 1)
+    right = (logits[answers].argmax(-1) == labels[answers]).float().mean()
+    loss = F.cross_entropy(logits[answers], labels[answers])
+    return loss + CAPTION * F.cross_entropy(logits[caption], labels[caption]), float(right)
 
 
 def write_loss(model: JanusForConditionalGeneration, ids: Tensor, labels: Tensor) -> Tensor:
@@ -284,11 +311,11 @@ def answering(model: JanusForConditionalGeneration, data: Data, *, seed: int, ba
 def _save(state: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".part")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
-    """Both parts of the pretraining; ends with `out/checkpoint`, a folder for `from_pretrained`."""
+    """All parts of the pretraining; ends with `out/checkpoint`, a folder for `from_pretrained`."""
     out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_flush_denormal(True)  # Adam's smallest moments would otherwise take the slow path of the processor
@@ -308,13 +335,20 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
         model.model.generation_embeddings.weight.copy_(model.model.vqmodel.quantize.embedding.weight)
     model.model.vqmodel.requires_grad_(False)
 
+    if not state_path.exists():
+        log.info("tower: %s", tower.train(model, steps=recipe.tower_steps, seed=recipe.seed))
     data = Data(model, processor, recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    seeing = {id(p) for part in (model.model.vision_model, model.model.aligner) for p in part.parameters()}
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.02},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay}
+        for lr, mine in (
+            (recipe.lr, [p for p in parameters if id(p) not in seeing]),
+            (recipe.vision_lr, [p for p in parameters if id(p) in seeing]),
+        )
+        for decay, chosen in ((0.02, [p for p in mine if p.dim() > 1]), (0.0, [p for p in mine if p.dim() <= 1]))
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
     start, seconds = 0, 0.0
     if state_path.exists():
         kept = torch.load(state_path, weights_only=False)
@@ -327,7 +361,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     for step in range(start, recipe.steps):
         scale = min(1.0, (step + 1) / 200, max((recipe.steps - step) / (recipe.decay * recipe.steps), 1e-3))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * scale
+            group["lr"] = group["peak"] * scale
         optimizer.zero_grad(set_to_none=True)
         drawn = torch.zeros(())
         if step < recipe.draw_until * recipe.steps:
@@ -354,6 +388,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
                 log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
                 model.train()
     model.eval()
+    quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed)
     folder = out / "checkpoint"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -35,14 +35,14 @@ def outline(shape: str, across: float, center: tuple[float, float], canvas: int 
     else:
         raise ValueError(f"shape: got {shape!r}, expected circle, square, triangle or cross")
     cells = np.asarray(picture, dtype=np.float32).reshape(canvas, scale, canvas, scale)
-    return cells.mean(axis=(1, 3)) / np.float32(255)
+    return np.asarray(cells.mean(axis=(1, 3)) / np.float32(255))
 
 
 @cache
 def _tile(color: str, shape: str, size: str, background: str) -> np.ndarray:
     cover = outline(shape, SIZES[size], (CELL / 2, CELL / 2))[..., None]
     mixed = cover * np.array(COLORS[color], np.float32) + (1 - cover) * np.array(BACKGROUNDS[background], np.float32)
-    return np.rint(mixed).astype(np.uint8)
+    return np.asarray(np.rint(mixed), np.uint8)
 
 
 def _slice(thing: Object) -> tuple[slice, slice]:

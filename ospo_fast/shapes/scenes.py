@@ -11,6 +11,7 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 
@@ -154,7 +155,7 @@ _PLACE = re.compile(rf" at the ({'|'.join(sorted(PLACES, key=len, reverse=True))
 def parse(text: str) -> Description | None:
     """The description that `text` spells, or None where it is no prompt of this world."""
     words = " ".join(text.strip().rstrip(".").split())
-    found = {}
+    found: dict[str, Any] = {}
     for name, pattern in (("background", _BACKGROUND), ("place", _PLACE)):
         if match := pattern.search(words):
             found[name] = match.group(1)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from ospo_fast.shapes import language
 from ospo_fast.shapes.checker import UNKNOWN, holds, read, satisfies
 from ospo_fast.shapes.evaluate import truth
-from ospo_fast.shapes import language
 from ospo_fast.shapes.render import CELL, IMAGE_SIZE, object_masks, render, render_array
 from ospo_fast.shapes.scenes import (
     BACKGROUNDS,

@@ -1,0 +1,85 @@
+"""Second part of pretraining: the vision tower and its aligner learn to tell what lies in each patch.
+
+Janus starts from a vision tower that was trained before (SigLIP); so does the tiny model. Answers of yes and no alone
+carry too little to start from: without this part they stay at chance for thousands of steps. The classifiers that ask
+the features for colour, shape, size, background and place are thrown away.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import JanusForConditionalGeneration
+
+from ospo_fast.shapes.build import GRID, PATCH
+from ospo_fast.shapes.codebook import to_tensor
+from ospo_fast.shapes.render import CELL, render_array
+from ospo_fast.shapes.scenes import BACKGROUNDS, BOARD, COLORS, SHAPES, SIZES, Scene, random_scene
+
+log = logging.getLogger(__name__)
+BATCH = 64
+LEARNING_RATE = 1e-3
+_CLASSES = {
+    "color": len(COLORS) + 1,
+    "shape": len(SHAPES) + 1,
+    "size": len(SIZES) + 1,
+    "background": len(BACKGROUNDS),
+    "row": GRID,
+    "column": GRID,
+}
+
+
+def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
+    """For each name of `_CLASSES`, (N, patches) int64; where no object is, its colour, shape and size are class 0."""
+    span = CELL // PATCH
+    labels = {name: np.zeros((len(scenes), BOARD * span, BOARD * span), np.int64) for name in _CLASSES}
+    for number, scene in enumerate(scenes):
+        for thing in scene.objects:
+            row, column = thing.cell
+            place = (number, slice(row * span, (row + 1) * span), slice(column * span, (column + 1) * span))
+            labels["color"][place] = 1 + list(COLORS).index(thing.color)
+            labels["shape"][place] = 1 + SHAPES.index(thing.shape)
+            labels["size"][place] = 1 + list(SIZES).index(thing.size)
+        labels["background"][number] = list(BACKGROUNDS).index(scene.background)
+    labels["row"][:] = np.arange(GRID)[None, :, None]
+    labels["column"][:] = np.arange(GRID)[None, None, :]
+    return {name: torch.from_numpy(values).flatten(1) for name, values in labels.items()}
+
+
+def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dict[str, float]:
+    """Trains `vision_model` and `aligner` in place; returns the share of patches read rightly at the end, by name."""
+    inner = model.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = nn.ModuleDict(
+            {name: nn.Linear(model.config.text_config.hidden_size, count) for name, count in _CLASSES.items()}
+        )
+    parameters = [*inner.vision_model.parameters(), *inner.aligner.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.02)
+    right: dict[str, float] = {}
+    for step in range(steps):
+        rng = np.random.default_rng([seed, 8, step])
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50, max((steps - step) / (0.5 * steps), 0.02))
+        scenes = [random_scene(rng) for _ in range(BATCH)]
+        labels = patch_labels(scenes)
+        features = inner.get_image_features(to_tensor(render_array(scenes))).pooler_output
+        loss = features.new_zeros(())
+        right = {}
+        for name, head in heads.items():
+            logits = head(features)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[name].flatten())
+            right[name] = (logits.argmax(-1) == labels[name]).float().mean().item()
+        # Features stand beside word embeddings in the language model, so they are kept to a like scale.
+        loss = loss + 0.02 * features.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            log.info("tower %d/%d: loss %.3f, right %s", step, steps, loss.item(), right)
+    return right
