@@ -2,9 +2,9 @@
 
 Four parts, all from one seed: the VQ model (`codebook.py`); the vision tower (`tower.py`); everything but the VQ model
 on several tasks at once: prompt → codes, picture and question → yes or no, picture → caption, and the text tasks of the
-stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on purpose (`Recipe.draw`, `Recipe.draw_until`), so that the model
-makes the mistakes that OSPO is there to mend; nothing else is done to it. Prompts whose meaning is held out
-(`Description.split`) are never drawn and never written.
+stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on purpose
+(`Recipe.draw`, `Recipe.draw_until`), so that the model makes the mistakes that OSPO is there to mend; nothing else is
+done to it. Prompts whose meaning is held out (`Description.split`) are never drawn and never written.
 
 Stopped at any point, the same command goes on from the last saved state.
 """
