@@ -1,0 +1,146 @@
+"""The shipped checkpoint, and the whole method on it, small."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from ospo_fast.config import load_config
+from ospo_fast.models import load_model
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.pipeline import read_stage
+from ospo_fast.shapes import demo, evaluate
+from ospo_fast.shapes.scenes import held_out, parse
+
+FOLDER = Path(demo.__file__).parent / "checkpoint"
+SMALL = [
+    "prompts.counts={color1: 4, shape1: 3, color2: 6, 2D_spatial: 4, numeracy1: 3, numeracy2: 4}",
+    "train.steps=4",
+    "train.eval_every=2",
+    "train.batch_size=4",
+    "evaluate.per_kind=3",
+    "evaluate.seeds=[0]",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> UnifiedModel:
+    return load_model("shapes")
+
+
+def test_the_checkpoint_is_small_and_says_how_it_was_made() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 16 * 2**20
+    made = json.loads((FOLDER / "pretraining.json").read_text())
+    assert made["recipe"]["seed"] == 0
+    assert {"codes", "answering", "torch"} <= set(made)
+
+
+def test_it_answers_questions_on_rendered_pictures(model: UnifiedModel) -> None:
+    assert evaluate.answering(model, count=120, progress=False)["all"] >= 0.9
+
+
+def test_it_draws_prompts_that_it_has_never_seen(model: UnifiedModel) -> None:
+    drawn = evaluate.draw(model, per_kind=24, guidance_scale=1.5, progress=False)
+    assert drawn.headline()["alignment"] > 0.2
+    assert not set(drawn.prompts) - set(held_out())
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    config = load_config([*SMALL, f"out={out}"], family="shapes")
+    demo.run(config, progress=False)
+    return out
+
+
+def test_the_summary_has_every_figure(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    for name in ("alignment_before", "alignment_after", "vqa_accuracy", "pair_purity", "mask_iou"):
+        assert 0 <= summary[name] <= 1, name
+    assert summary["alignment_std"] >= 0
+    assert summary["pairs"] == sum(bool(record.get("kept")) for record in read_stage(run_folder, "select"))
+    assert summary["seconds"] > 0
+    assert {"prompts", "perturb", "images", "questions", "score", "select", "masks", "train"} <= set(summary["stages"])
+    for figures in summary["stages"].values():
+        assert figures["items"] > 0
+        assert figures["peak_mb"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["seeds"] == {"training": [42], "sampling": [0]}
+
+
+def test_no_stage_uses_a_held_out_prompt(run_folder: Path) -> None:
+    excluded = set(held_out())
+    for record in read_stage(run_folder, "select"):
+        assert record["prompt"] not in excluded
+        for text in (record["prompt"], *filter(None, record["negative_prompt"])):
+            description = parse(text)
+            assert description is None or description.split == "train", text
+
+
+def test_the_report_is_one_page(run_folder: Path) -> None:
+    class Links(HTMLParser):
+        found: ClassVar[list[str]] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.found += [value for name, value in attrs if name in ("src", "href") and value]
+
+    parser = Links()
+    parser.feed((run_folder / "report" / "index.html").read_text(encoding="utf-8"))
+    assert all(link.startswith(("data:", "#")) for link in parser.found)
+    lines = (run_folder / "evaluation" / "gallery.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["prompt"] for line in lines}) > 6
+
+
+def test_a_second_run_draws_nothing_again(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.loads((run_folder / "summary.json").read_text())
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(evaluate, "draw", fail)
+    config = load_config([*SMALL, f"out={run_folder}"], family="shapes")
+    after = demo.run(config, progress=False)
+    for name in ("alignment_before", "alignment_after", "pairs", "pair_purity", "mask_iou"):
+        assert after[name] == before[name]
+
+
+def test_masks_are_measured_against_the_objects(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    from ospo_fast.shapes.render import render
+    from ospo_fast.shapes.scenes import Object, Scene
+
+    render(Scene((Object("red", "square", "large", (0, 0)),), "white")).save(tmp_path / "a.png")
+    union = np.zeros((6, 6), np.uint8)
+    union[:2, :2] = 1
+    save_file({"chosen_union": union}, tmp_path / "right.safetensors")
+    save_file({"chosen_union": 1 - union}, tmp_path / "wrong.safetensors")
+
+    def iou(name: str) -> float:
+        records = [{"item_id": "a", "chosen": "a.png", "mask_path": name}]
+        return demo.mask_figures(records, tmp_path)["mask_iou"]  # type: ignore[arg-type]
+
+    assert iou("right.safetensors") == 1
+    assert iou("wrong.safetensors") == 0
+    assert demo.mask_figures([], tmp_path)["mask_iou"] is None
+
+
+def test_a_pair_is_pure_when_chosen_is_right_and_rejected_wrong(tmp_path: Path) -> None:
+    from ospo_fast.shapes.render import render
+    from ospo_fast.shapes.scenes import Object, Scene
+
+    render(Scene((Object("red", "square", "large", (0, 0)),), "white")).save(tmp_path / "red.png")
+    render(Scene((Object("blue", "square", "large", (0, 0)),), "white")).save(tmp_path / "blue.png")
+    records = [
+        {"item_id": "a", "kept": True, "prompt": "a red square", "chosen": "red.png", "rejected": "blue.png"},
+        {"item_id": "b", "kept": True, "prompt": "a blue square", "chosen": "red.png", "rejected": "blue.png"},
+        {"item_id": "c", "kept": True, "prompt": "no prompt", "chosen": "red.png", "rejected": "blue.png"},
+        {"item_id": "d", "kept": False, "prompt": "a red square"},
+    ]
+    figures = demo.pair_figures(records, tmp_path)  # type: ignore[arg-type]
+    assert figures["pairs"] == 3
+    assert figures["pair_purity"] == pytest.approx(1 / 3)
