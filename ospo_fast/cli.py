@@ -149,22 +149,9 @@ def _evaluation(config: Config) -> Evaluation | None:
         return None
     _need_shapes(config)
 
-    def evaluation(model: Any, step: int) -> dict[str, float]:
-        from ospo_fast.shapes.evaluate import HEADLINE, draw
+    from ospo_fast.shapes.evaluate import watcher
 
-        scale = config.images.guidance_scale
-        drawings = draw(
-            model,
-            split="validation",
-            per_kind=config.evaluate.per_kind,
-            guidance_scale=scale,
-            seeds=config.evaluate.seeds,
-            kinds=HEADLINE,
-            progress=False,
-        )
-        return {**drawings.headline(), "guidance_scale": scale}
-
-    return evaluation
+    return watcher(config.images.guidance_scale, per_kind=config.evaluate.per_kind, seeds=config.evaluate.seeds)
 
 
 def _need_shapes(config: Config) -> None:
