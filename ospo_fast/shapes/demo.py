@@ -7,6 +7,8 @@ finished is kept in the run folder, so a stopped demo goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import logging
 import platform
@@ -17,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.numpy import load_file
 
 from ospo_fast._version import __version__
 from ospo_fast.config import Config, EvaluateConfig
@@ -38,6 +42,9 @@ GALLERY = 6  # drawings of each headline kind shown before and after
 def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[str, Any]:
     """Base evaluation, the stages, tuned evaluation; writes summary.json and report/, returns the summary.
 
+    `alignment_std` is the standard error of the gain; those of before and after stand beside them. Figures of pairs and
+    masks are those of the first iteration.
+
     Args:
         config: of a run; `model` must be one of the Shapes world. `prompts.exclude` is set to the held-out prompts.
         resume: go on with what the run folder holds.
@@ -49,14 +56,14 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     """
     started = time.perf_counter()
     out = Path(config.out)
+    base = load_model(config.model, device=config.device, dtype=config.dtype)
     write_atomic(out / "held_out.txt", ("\n".join(held_out()) + "\n").encode())
     config = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, exclude=str(out / "held_out.txt")))
     figures = _Figures(out / "evaluation", config.evaluate, resume=resume)
-    base = load_model(config.model, device=config.device, dtype=config.dtype)
     scale, scales = figures.guidance("base", base, progress)
     before = figures.drawings("base", base, sorted({1.0, scale}), progress)
-    vqa = figures.get("vqa_rendered", lambda: evaluate.answering(base, progress=progress))
-    own = figures.get("vqa_own", lambda: evaluate.answering_own(base, before[scale], progress=progress))
+    vqa = figures.get("vqa_rendered", base, lambda: evaluate.answering(base, progress=progress))
+    own = figures.get("vqa_own", base, lambda: evaluate.answering_own(base, before[scale], progress=progress))
 
     watch = evaluate.watcher(scale)
     pipeline = Pipeline(config, resume=resume, progress=progress, evaluation=watch, model=base)
@@ -71,6 +78,8 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         "alignment_after": after[scale].headline()["alignment"],
         "alignment_std": after[scale].gain(before[scale])["standard_error"],
         "alignment_gain": after[scale].gain(before[scale])["alignment"],
+        "alignment_before_std": before[scale].headline()["standard_error"],
+        "alignment_after_std": after[scale].headline()["standard_error"],
         "seeds": {"training": [config.seed], "sampling": list(config.evaluate.seeds)},
         "vqa_accuracy": vqa["all"],
         "vqa_by_kind": {kind: vqa[kind] for kind in evaluate.QUESTION_KINDS},
@@ -103,7 +112,10 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
 
 
 class _Figures:
-    """Results of evaluations, kept in a folder so that a resumed demo does not draw again."""
+    """Results of evaluations, kept in a folder so that a resumed demo does not draw again.
+
+    A file's name ends in a digest of the weights and of the settings, so that it is used for nothing else.
+    """
 
     def __init__(self, folder: Path, settings: EvaluateConfig, *, resume: bool) -> None:
         self.folder, self.settings = folder, settings
@@ -111,8 +123,15 @@ class _Figures:
             for path in folder.glob("*.*"):
                 path.unlink()
 
-    def get(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
+    def _path(self, name: str, model: UnifiedModel, ending: str) -> Path:
+        digest = hashlib.sha256(repr((self.settings.per_kind, list(self.settings.seeds))).encode())
+        for key, tensor in sorted(model.module.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return self.folder / f"{name}-{digest.hexdigest()[:12]}.{ending}"
+
+    def get(self, name: str, model: UnifiedModel, make: Callable[[], Any]) -> Any:
+        path = self._path(name, model, "json")
         if not path.exists():
             write_json(path, make())
         return json.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +145,7 @@ class _Figures:
             )
             return [best, {str(scale): figures for scale, figures in found.items()}]
 
-        best, found = self.get(f"{name}_guidance", make)
+        best, found = self.get(f"{name}_guidance", model, make)
         return best, found
 
     def drawings(
@@ -135,7 +154,7 @@ class _Figures:
         """Test prompts drawn at each guidance scale."""
         found = {}
         for scale in scales:
-            path = self.folder / f"{name}_{scale}.npz"
+            path = self._path(f"{name}_{scale}", model, "npz")
             if not path.exists():
                 settings = self.settings
                 evaluate.draw(
@@ -185,8 +204,6 @@ def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
 
 
 def _shows(path: Path, prompt: str) -> bool:
-    from PIL import Image
-
     return parse(prompt) is not None and satisfies(Image.open(path), prompt)
 
 
@@ -196,9 +213,6 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
     A cell is true where objects, as the checker sees them, cover a quarter of it or more. `mask_iou_all_ones` is what a
     mask of the whole image would have.
     """
-    from PIL import Image
-    from safetensors.numpy import load_file
-
     found, ones = [], []
     for record in records:
         if not record.get("mask_path"):
@@ -238,8 +252,6 @@ def write_gallery(out: Path, before: Drawings, after: Drawings) -> None:
 
 
 def _png(image: Any) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

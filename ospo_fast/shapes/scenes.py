@@ -209,8 +209,19 @@ def prompts(kind: str, split: str) -> list[Description]:
 
 
 def held_out() -> list[str]:
-    """Every wording of every base prompt that is not in the `train` split: no stage may produce one."""
-    return [d.text for kind in KINDS for d in descriptions(kind) if d.split != "train"]
+    """Every prompt whose meaning is not in the `train` split, with and without scenery: no stage may produce one.
+
+    Base prompts come first, in the order of `descriptions`.
+    """
+    base = [d for kind in KINDS for d in descriptions(kind) if d.split != "train"]
+    dense = [
+        replace(description, size=size, place=place, background=background).text
+        for description in base
+        for size in (None, *SIZES)
+        for place in ((None, *PLACES) if description.total == 1 else (None,))
+        for background in (None, *BACKGROUNDS)
+    ]
+    return list(dict.fromkeys([*(description.text for description in base), *dense]))
 
 
 def sample_scene(description: Description, rng: np.random.Generator) -> Scene:

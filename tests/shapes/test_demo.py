@@ -76,7 +76,8 @@ def test_no_stage_uses_a_held_out_prompt(run_folder: Path) -> None:
     excluded = set(held_out())
     for record in read_stage(run_folder, "select"):
         assert record["prompt"] not in excluded
-        for text in (record["prompt"], *filter(None, record["negative_prompt"])):
+        dense = (*record["long_prompt"], *record["negative_long_prompt"])
+        for text in (record["prompt"], *filter(None, (*record["negative_prompt"], *dense))):
             description = parse(text)
             assert description is None or description.split == "train", text
 

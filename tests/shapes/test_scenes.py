@@ -91,6 +91,10 @@ def test_splits_are_disjoint_in_meaning() -> None:
     assert sum(len(prompts(kind, split)) for kind in KINDS for split in SPLITS) == len(EVERYTHING)
     texts = set(held_out())
     assert all((d.text in texts) == (d.split != "train") for _, d in EVERYTHING)
+    rng = np.random.default_rng(0)
+    for _, description in EVERYTHING[::50]:
+        dense = language.densify(description, description, rng)[0]
+        assert (dense.text in texts) == (description.split != "train")
 
 
 @given(st.sampled_from(EVERYTHING), st.integers(0, 2**32 - 1))
