@@ -46,8 +46,8 @@ def load_model(
     if name == EMBEDDED:
         if not (_CHECKPOINT / "config.json").is_file():
             raise OspoError(
-                "the embedded checkpoint is not in this installation; make it with "
-                "`python -m ospo_fast.shapes.pretrain`, or name another model"
+                "the embedded checkpoint is not in this installation; install the package again, or make one with "
+                "`python -m ospo_fast.shapes.pretrain --out DIR` and name it: --model DIR/checkpoint"
             )
         return _load(_CHECKPOINT, name, place, number)
     path = Path(name).expanduser()

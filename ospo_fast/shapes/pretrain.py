@@ -4,7 +4,8 @@ Four parts, all from one seed: the VQ model (`codebook.py`); the vision tower (`
 on several tasks at once: prompt → codes, picture and question → yes or no, picture → caption, and the text tasks of the
 stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on purpose
 (`Recipe.draw`, `Recipe.draw_until`), so that the model makes the mistakes that OSPO is there to mend; nothing else is
-done to it. Prompts whose meaning is held out (`Description.split`) are never drawn and never written.
+done to it. Prompts whose meaning is held out (`Description.split`) are never drawn and never written. Pictures that are
+looked at (VQ model, tower, captions, questions) are of random scenes, which may hold any objects.
 
 Stopped at any point, the same command goes on from the last saved state.
 """
@@ -25,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers.utils import logging as transformers_logging
 
+from ospo_fast.errors import OspoError
 from ospo_fast.shapes import codebook, language, tower
 from ospo_fast.shapes.build import GRID, build_model, build_processor
 from ospo_fast.shapes.render import render_array
@@ -315,43 +318,91 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
-    """All parts of the pretraining; ends with `out/checkpoint`, a folder for `from_pretrained`."""
-    out.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    """All parts of the pretraining; ends with `out/checkpoint`, a folder for `from_pretrained`.
+
+    Raises OspoError where `out` holds a run with another recipe, or cannot be written.
+    """
+    _same_recipe(out, recipe)
+    transformers_logging.set_verbosity_error()
     torch.set_flush_denormal(True)  # Adam's smallest moments would otherwise take the slow path of the processor
     model, processor = build_model(recipe.seed), build_processor()
-    codes_path, state_path = out / "codes.pt", out / "state.pt"
-    state = torch.load(codes_path, weights_only=False) if codes_path.exists() else None
-    if state is None or "quality" not in state:
-        quality = codebook.train(
-            model, steps=recipe.codes_steps, seed=recipe.seed, state=state, save=lambda kept: _save(kept, codes_path)
-        )
-        state = {"final": model.model.vqmodel.state_dict(), "quality": quality}
-        _save(state, codes_path)
-    model.model.vqmodel.load_state_dict(state["final"])
-    log.info("codes: %s", state["quality"])
-    quality = state["quality"]
-    with torch.no_grad():  # the generation embeddings start where the codes lie
-        model.model.generation_embeddings.weight.copy_(model.model.vqmodel.quantize.embedding.weight)
-    model.model.vqmodel.requires_grad_(False)
-
+    _codes(model, out / "codes.pt", recipe)
+    state_path = out / "state.pt"
     if not state_path.exists():
         log.info("tower: %s", tower.train(model, steps=recipe.tower_steps, seed=recipe.seed))
     data = Data(model, processor, recipe)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    seeing = {id(p) for part in (model.model.vision_model, model.model.aligner) for p in part.parameters()}
-    groups = [
-        {"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay}
-        for lr, mine in (
-            (recipe.lr, [p for p in parameters if id(p) not in seeing]),
-            (recipe.vision_lr, [p for p in parameters if id(p) in seeing]),
+    seconds = _tasks(model, data, state_path, recipe, checkpoint_every)
+    quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed)
+    folder = out / "checkpoint"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    made = {
+        "recipe": asdict(recipe),
+        "codes": quality,
+        "answering": answering(model, data, seed=recipe.seed + 1, batches=40),
+        "minutes_of_tasks": round(seconds / 60, 1),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (folder / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    log.info("made %s: %s", folder, made)
+
+
+def _same_recipe(out: Path, recipe: Recipe) -> None:
+    path = out / "recipe.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OspoError(f"--out {out}: {error.strerror or error}; take a folder that can be written.") from error
+    wanted = asdict(recipe)
+    changed = [f"{name} {saved.get(name)} → {value}" for name, value in wanted.items() if saved.get(name) != value]
+    if changed:
+        raise OspoError(f"--out {out} holds a run with another recipe ({', '.join(changed)}); take another folder.")
+
+
+def _codes(model: JanusForConditionalGeneration, path: Path, recipe: Recipe) -> None:
+    """Trains the VQ model, or takes it from `path`, and freezes it."""
+    vq = model.model.vqmodel
+    state = torch.load(path, weights_only=False) if path.exists() else None
+    if state is None or "final" not in state:
+        quality = codebook.train(
+            model, steps=recipe.codes_steps, seed=recipe.seed, state=state, save=lambda kept: _save(kept, path)
         )
-        for decay, chosen in ((0.02, [p for p in mine if p.dim() > 1]), (0.0, [p for p in mine if p.dim() <= 1]))
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        state = {"final": vq.state_dict(), "quality": quality}
+        _save(state, path)
+    vq.load_state_dict(state["final"])
+    log.info("codes: %s", state["quality"])
+    with torch.no_grad():  # the generation embeddings start where the codes lie
+        model.model.generation_embeddings.weight.copy_(vq.quantize.embedding.weight)
+    vq.requires_grad_(False)
+
+
+def _optimizer(model: JanusForConditionalGeneration, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices; the vision tower and its aligner have a learning rate of their own."""
+    seeing = {id(p) for part in (model.model.vision_model, model.model.aligner) for p in part.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = []
+    for lr, mine in (
+        (recipe.lr, [p for p in parameters if id(p) not in seeing]),
+        (recipe.vision_lr, [p for p in parameters if id(p) in seeing]),
+    ):
+        groups.append({"params": [p for p in mine if p.dim() > 1], "lr": lr, "peak": lr, "weight_decay": 0.02})
+        groups.append({"params": [p for p in mine if p.dim() <= 1], "lr": lr, "peak": lr, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
+
+
+def _tasks(
+    model: JanusForConditionalGeneration, data: Data, path: Path, recipe: Recipe, checkpoint_every: int
+) -> float:
+    """Trains everything but the VQ model on all tasks; `path` keeps the state. Returns the seconds it took in all."""
+    optimizer = _optimizer(model, recipe)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, seconds = 0, 0.0
-    if state_path.exists():
-        kept = torch.load(state_path, weights_only=False)
+    if path.exists():
+        kept = torch.load(path, weights_only=False)
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         start, seconds = kept["step"], kept["seconds"]
@@ -382,26 +433,13 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
             seconds += time.monotonic() - clock
             clock = time.monotonic()
             kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            _save({**kept, "seconds": seconds}, state_path)
-            if (step + 1) % (4 * checkpoint_every) == 0:
-                model.eval()
-                log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
-                model.train()
+            _save({**kept, "seconds": seconds}, path)
+        if (step + 1) % 1000 == 0:
+            model.eval()
+            log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
+            model.train()
     model.eval()
-    quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed)
-    folder = out / "checkpoint"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    made = {
-        "recipe": asdict(recipe),
-        "codes": quality,
-        "answering": answering(model, data, seed=recipe.seed + 1, batches=40),
-        "minutes_language_model": round(seconds / 60, 1),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    (folder / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-    log.info("made %s: %s", folder, made)
+    return seconds
 
 
 def main() -> None:
@@ -413,7 +451,10 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     out = arguments.pop("out")
-    run(out, Recipe(**arguments))
+    try:
+        run(out, Recipe(**arguments))
+    except OspoError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

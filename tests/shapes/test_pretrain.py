@@ -1,10 +1,12 @@
 """Pretraining: nothing held out is shown, packed questions are what single ones are, a stop loses nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ospo_fast.errors import OspoError
 from ospo_fast.shapes import codebook, pretrain
 from ospo_fast.shapes.build import build_model, build_processor, vocabulary
 from ospo_fast.shapes.pretrain import Data, Recipe
@@ -126,3 +128,14 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: p
     first = load_file(tmp_path / "whole" / "checkpoint" / "model.safetensors")
     second = load_file(tmp_path / "stopped" / "checkpoint" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    pretrain._same_recipe(tmp_path, TINY)
+    pretrain._same_recipe(tmp_path, TINY)
+    with pytest.raises(OspoError, match="steps 4 → 5"):
+        pretrain.run(tmp_path, replace(TINY, steps=5))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OspoError, match="can be written"):
+        pretrain.run(tmp_path / "file" / "out", TINY)
