@@ -244,13 +244,17 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError(f"--num should be 1 or more, got {args.num}.")
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
-    from ospo_fast.stages.common import read_prompts
+    from ospo_fast.stages.common import numbered_prompts, undrawable
     from ospo_fast.stages.sheet import generate
 
     _quiet()
-    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts_file)
+    file = args.prompts_file
+    prompts = [(None, args.prompt)] if file is None else numbered_prompts(file)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
-    result = generate(model, prompts, config, num=args.num, out=Path(config.out), progress=not args.json)
+    for line, prompt in prompts:
+        if (why := undrawable(model, prompt)) is not None:
+            raise UsageError((why if line is None else f"{file}:{line}: {why}").rstrip(".") + ".")
+    result = generate(model, [prompt for _, prompt in prompts], config, num=args.num, out=Path(config.out), progress=not args.json)
     _show(result, args.json, f"{len(result['images'])} images and {result['sheet']}")
     return 0
 

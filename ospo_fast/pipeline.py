@@ -263,11 +263,12 @@ class Pipeline:
     def _kinds(self, model: UnifiedModel, config: Config) -> dict[str, int]:
         """The kinds of prompts that are this shard's, and how many of each."""
         from ospo_fast.stages.common import templates_of
-        from ospo_fast.stages.prompts import wanted
+        from ospo_fast.stages.prompts import from_file, wanted
 
         if config.prompts.file is not None:
             if self.shard is not None:
                 raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
+            from_file(config, templates_of(model, config), model)
             return {}
         counts = wanted(templates_of(model, config), config)
         kinds = list(counts) if self.shard is None else list(counts)[self.shard.index :: self.shard.count]

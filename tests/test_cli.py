@@ -45,6 +45,9 @@ def python(code):
         (["generate"], 2, "one prompt in quotes"),
         (["generate", "a cup", "--num", "0"], 2, "--num should be 1 or more"),
         (["generate", " "], 2, "empty"),
+        (["generate", "a red zebra"], 2, "does not know ('zebra'); use words that it knows"),
+        (["generate", "--prompts", "zebra.txt"], 2, "zebra.txt:2: prompt: 'two zebras'"),
+        (["prompts", "--prompts", "zebra.txt"], 2, "zebra.txt:2: prompt: 'two zebras'"),
         (["images", "--shard", "2/2"], 2, "--shard should be i/n"),
         (["images", "--iteration", "0"], 2, "--iteration should be 1 or more"),
         (["images", "--iteration", "2"], 2, "Iteration 2 starts from"),
@@ -57,6 +60,7 @@ def python(code):
 def test_bad_input(capsys, tmp_path, monkeypatch, tiny, arguments, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "zebra.txt").write_text("a red circle\ntwo zebras\n")
     model = [] if "--model" in arguments or not arguments or arguments[0] in ("tran", "report") else ["--model", tiny]
     got, out, err = call(capsys, *arguments, *model)
     assert got == code
@@ -64,7 +68,7 @@ def test_bad_input(capsys, tmp_path, monkeypatch, tiny, arguments, code, words):
     assert out == ""
     assert err.count("\n") == 1
     assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "zebra.txt"]
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -76,11 +76,11 @@ class JanusUnifiedModel:
     # Text
 
     def image_prompt(self, prompt: str) -> Tensor:
-        """See `UnifiedModel`; UsageError for an empty prompt or one that holds a control token."""
+        """See `UnifiedModel`; UsageError for an empty prompt, a control token or a word the tokenizer does not know."""
         return self.image_prompt_offsets(prompt)[0]
 
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:
-        """See `UnifiedModel`; UsageError for an empty prompt or one that holds a control token."""
+        """See `UnifiedModel`; UsageError as `image_prompt`."""
         text = prompt.strip()
         if not text:
             raise UsageError("prompt: got an empty string, expected a description of an image")
@@ -102,6 +102,13 @@ class JanusUnifiedModel:
         controls = {self.boi_id, self.eoi_id, self.image_id}
         if any(span is not None and i in controls for i, span in zip(ids, spans, strict=True)):
             raise UsageError(f"prompt: {prompt[:60]!r} holds a control token of the model; take it out")
+        unknown = self._tokenizer.unk_token_id
+        missed = [s for i, s in zip(ids, spans, strict=True) if s is not None and i == unknown]
+        if missed:
+            words = ", ".join(repr(word) for word in dict.fromkeys(prompt[start:end] for start, end in missed))
+            raise UsageError(
+                f"prompt: {prompt[:60]!r} holds words that {self.name} does not know ({words}); use words that it knows"
+            )
         return torch.tensor(ids, dtype=torch.long), spans
 
     def unconditional(self, ids: Tensor) -> Tensor:

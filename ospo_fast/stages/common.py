@@ -79,16 +79,31 @@ def prompt_key(prompt: str) -> str:
     return " ".join(prompt.casefold().split()).rstrip(" .")
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line, blank lines left out; UsageError for a missing or empty file."""
+def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
+    """(line, prompt) of a text file, one prompt a line, blank lines left out; UsageError for a missing or empty file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt; write one prompt a line.")
     return prompts
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line, blank lines left out; UsageError for a missing or empty file."""
+    return [prompt for _, prompt in numbered_prompts(path)]
+
+
+def undrawable(model: UnifiedModel, prompt: str) -> str | None:
+    """Why the model cannot draw a prompt: unknown words, control tokens, too long; None for one that it can."""
+    try:
+        length = len(model.image_prompt(prompt))
+    except UsageError as error:
+        return str(error)
+    room = model.max_positions - model.grid[0] * model.grid[1]
+    return f"prompt: {prompt[:60]!r} has {length} tokens, at most {room} fit; shorten it" if length > room else None
 
 
 def excluded(config: Config) -> frozenset[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index, write_atomic
-from ospo_fast.stages.common import chunked, load_codes, save_codes
+from ospo_fast.stages.common import chunked, load_codes, save_codes, undrawable
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -78,8 +78,9 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     generator = ImageGenerator(model, batch_size=settings.batch_size)
     for chunk in chunked(records, settings.chunk):
         plans = [drawings(record, config.seed) for record in chunk]
-        failed: set[str] = set()
         todo = [d for plan in plans for d in plan if not _finished(out / d.path, _settings(d, settings))]
+        failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
+        todo = [drawing for drawing in todo if drawing.path not in failed]
         if todo:
             codes = generator.generate(
                 [drawing.prompt for drawing in todo],
@@ -93,7 +94,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
                 on_error="skip",
             )
             fine = (codes >= 0).all(1)
-            failed |= {todo[n].path for n in (~fine).nonzero().flatten().tolist()}
+            failed |= {todo[n].path: "the model's logits were not finite" for n in (~fine).nonzero().flatten().tolist()}
             todo, codes = [d for d in todo if d.path not in failed], codes[fine]
             for start in range(0, len(todo), DECODE_BATCH):
                 part = slice(start, start + DECODE_BATCH)
@@ -106,12 +107,12 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
             yield _with_images(record, plan, failed)
 
 
-def _with_images(record: Record, plan: list[Drawing], failed: set[str]) -> Record:
+def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) -> Record:
     """The record with the images of its variants; one whose drawing failed is left out, and so is its partner."""
-    bad = {variant_index(drawing.name) for drawing in plan if drawing.path in failed}
+    bad = {variant_index(drawing.name): failed[drawing.path] for drawing in plan if drawing.path in failed}
     good = [drawing for drawing in plan if variant_index(drawing.name) not in bad]
     base, negative = ({d.name: ImageVerdict(path=d.path) for d in good if d.name.startswith(side)} for side in SIDES)
     reasons = list(record.get("variant_reasons", [None] * len(record.get("long_prompt", []))))
-    for index in bad:
-        reasons[index] = "the model's logits were not finite"
+    for index, reason in bad.items():
+        reasons[index] = reason
     return {**record, "base_metadata": base, "negative_metadata": negative, "variant_reasons": reasons}

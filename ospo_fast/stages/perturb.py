@@ -56,8 +56,8 @@ def parse_dense(answer: str) -> tuple[str, str]:
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
     """Every record with `perturbed_method`, `negative_prompt`, `long_prompt`, `negative_long_prompt`, each of three.
 
-    A variant whose answer is empty, does not parse, repeats the prompt or is an excluded prompt is left out: its long
-    prompts are empty strings and `variant_reasons` says why (None for a good one).
+    A variant whose answer is empty, does not parse, repeats the prompt or is an excluded prompt (itself or in one of its
+    dense prompts) is left out: its long prompts are empty strings and `variant_reasons` says why (None for a good one).
     """
     templates = templates_of(model, config)
     banned = excluded(config)
@@ -75,6 +75,8 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
         for n in good:
             if not all(dense[n]):
                 reasons[n] = "no dense prompts in the answer"
+            elif any(prompt_key(text) in banned for text in dense[n]):
+                reasons[n] = "a dense prompt is on the list of excluded prompts"
         for position, record in enumerate(chunk):
             rows = range(position * VARIANTS, (position + 1) * VARIANTS)
             pairs = [("", "") if reasons[n] else dense[n] for n in rows]

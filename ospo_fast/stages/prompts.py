@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ospo_fast.config import Config, nearest
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import Record, stable_hash
-from ospo_fast.stages.common import excluded, prompt_key, read_prompts, sample_text, templates_of
+from ospo_fast.stages.common import excluded, numbered_prompts, prompt_key, sample_text, templates_of, undrawable
 from ospo_fast.stages.templates import Kind, TemplateSet
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def run(
     templates = templates_of(model, config)
     if config.prompts.file is not None:
         have = {record["item_id"] for record in existing}
-        yield from (record for record in from_file(config, templates) if record["item_id"] not in have)
+        yield from (record for record in from_file(config, templates, model) if record["item_id"] not in have)
         return
     counts = wanted(templates, config)
     banned = excluded(config)
@@ -220,10 +220,11 @@ def _accept(answer: str, entry: Kind, seen: set[str], banned: frozenset[str]) ->
     return record, ""
 
 
-def from_file(config: Config, templates: TemplateSet) -> list[Record]:
+def from_file(config: Config, templates: TemplateSet, model: UnifiedModel) -> list[Record]:
     """Records of the prompts of `prompts.file`, in place of stage 1; repeated prompts count once.
 
-    Raises UsageError for a missing or empty file and for a `prompts.file_kind` that the template set does not have.
+    Raises UsageError for a missing or empty file, for a `prompts.file_kind` that the template set does not have, and,
+    with its line, for a prompt that is excluded or that the model cannot draw.
     """
     assert config.prompts.file is not None
     kind = config.prompts.file_kind or list(templates.kinds)[-1]
@@ -231,7 +232,15 @@ def from_file(config: Config, templates: TemplateSet) -> list[Record]:
         raise UsageError(f"prompts.file_kind: no kind {kind!r}; {nearest(kind, list(templates.kinds))}.")
     entry = templates.kinds[kind]
     unique: dict[str, str] = {}
-    for prompt in read_prompts(config.prompts.file):
+    banned = excluded(config)
+    for line, prompt in numbered_prompts(config.prompts.file):
+        where = f"{config.prompts.file}:{line}"
+        if prompt_key(prompt) in banned:
+            raise UsageError(
+                f"{where}: {prompt!r} is on the list of excluded prompts, {config.prompts.exclude}; take it out of one."
+            )
+        if (why := undrawable(model, prompt)) is not None:
+            raise UsageError(f"{where}: {why.rstrip('.')}.")
         unique.setdefault(prompt_key(prompt), prompt)
     return [
         {

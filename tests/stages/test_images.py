@@ -116,6 +116,19 @@ def test_an_image_that_fails_takes_its_partner_along(model, tmp_path, monkeypatc
     assert not (tmp_path / "images/0000001/base_1.png").exists()
 
 
+def test_a_prompt_that_cannot_be_drawn_is_left_out(model, tmp_path):
+    record = item(1)
+    record["long_prompt"][0] = "a red zebra"
+    record["negative_long_prompt"][2] = "a blue circle " * 200
+    one, other = run([record, item(2)], model, config(), out=tmp_path)
+    assert list(one["base_metadata"]) == ["base_1"]
+    assert list(one["negative_metadata"]) == ["negative_1"]
+    assert "does not know ('zebra')" in one["variant_reasons"][0]
+    assert one["variant_reasons"][1] is None
+    assert "tokens, at most" in one["variant_reasons"][2]
+    assert len(other["base_metadata"]) == 3
+
+
 def test_codes_are_read_back_or_encoded(model, tmp_path):
     list(run([item(1, (0,))], model, config(), out=tmp_path))
     path = tmp_path / "images/0000001/base_0.png"

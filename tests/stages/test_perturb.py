@@ -112,6 +112,16 @@ def test_excluded_variant(asked, tmp_path):
     assert not any(done["long_prompt"])
 
 
+@pytest.mark.parametrize("dense", ["long a red cup and a blue hat", "Long a green cup and a blue hat."])
+def test_excluded_dense_prompt(asked, tmp_path, dense):
+    file = tmp_path / "held.txt"
+    file.write_text(dense + "\n")
+    (done,) = run([record()], MODEL, load_config([f"prompts.exclude={file}"]))
+    assert done["variant_reasons"][0] == "a dense prompt is on the list of excluded prompts"
+    assert not any(done["long_prompt"])
+    assert not any(done["negative_long_prompt"])
+
+
 def test_seeds_do_not_depend_on_the_order(asked):
     items = [record(str(n)) for n in range(5)]
     settings = load_config(["perturb.chunk=2"])

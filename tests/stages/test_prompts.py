@@ -9,7 +9,7 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.stages import prompts
 from ospo_fast.stages.prompts import objection, parse_answer, run
 
-MODEL = SimpleNamespace(templates="janus")
+MODEL = SimpleNamespace(templates="janus", image_prompt=str.split, max_positions=10, grid=(2, 2))
 
 
 def answer(prompt, concepts="red cup", relation="(cup, red)"):
@@ -162,6 +162,17 @@ def test_prompts_of_a_file(tmp_path):
     assert list(run(done[:1], MODEL, load_config([f"prompts.file={file}"]))) == done[1:]
     with pytest.raises(UsageError, match="no kind 'circle'"):
         list(run([], MODEL, load_config([f"prompts.file={file}", "prompts.file_kind=circle"])))
+
+
+def test_a_file_with_prompts_that_cannot_be_used(tmp_path):
+    file, held = tmp_path / "mine.txt", tmp_path / "held.txt"
+    held.write_text("a blue cup\n")
+    file.write_text("a red cup\n\nA blue  cup.\n")
+    with pytest.raises(UsageError, match=r"mine\.txt:3: 'A blue  cup\.' is on the list of excluded prompts"):
+        list(run([], MODEL, load_config([f"prompts.file={file}", f"prompts.exclude={held}"])))
+    file.write_text("a red cup\none two three four five six seven\n")
+    with pytest.raises(UsageError, match=r"mine\.txt:2: .*7 tokens, at most 6 fit"):
+        list(run([], MODEL, load_config([f"prompts.file={file}"])))
 
 
 @pytest.mark.parametrize("content", [None, "", "\n  \n"])
