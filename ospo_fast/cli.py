@@ -35,6 +35,7 @@ STAGE_HELP = {
 _EXTRAS = ("accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "safetensors", "tokenizers", "tqdm")
 EXTRAS = (*_EXTRAS, "transformers", "yaml")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+_FLAGS = ("--json", "--debug", "--resume", "--no-resume", "--help")
 DEFAULT_OUT = "ospo-out"
 
 
@@ -254,7 +255,9 @@ def _generate(args: argparse.Namespace) -> int:
     for line, prompt in prompts:
         if (why := undrawable(model, prompt)) is not None:
             raise UsageError((why if line is None else f"{file}:{line}: {why}").rstrip(".") + ".")
-    result = generate(model, [prompt for _, prompt in prompts], config, num=args.num, out=Path(config.out), progress=not args.json)
+    result = generate(
+        model, [prompt for _, prompt in prompts], config, num=args.num, out=Path(config.out), progress=not args.json
+    )
     _show(result, args.json, f"{len(result['images'])} images and {result['sheet']}")
     return 0
 
@@ -340,20 +343,30 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         from ospo_fast.config import nearest
 
         raise UsageError(f"There is no command {command!r}; {nearest(command, list(_COMMANDS))}.")
-    args, extra = build_parser().parse_known_args(arguments)
-    args.overrides = [argument for argument in extra if _OVERRIDE.fullmatch(argument)]
+    # Settings may stand anywhere, so they are taken out before the positional arguments are counted.
+    settings = [] if command == "bench" else _settings_in(arguments)
+    others = [argument for n, argument in enumerate(arguments) if n not in settings]
+    args, extra = build_parser().parse_known_args(others)
+    args.overrides = [arguments[n] for n in settings]
+    args.overrides += [argument for argument in extra if _OVERRIDE.fullmatch(argument)]
     args.rest = [argument for argument in extra if argument not in args.overrides]
     if args.rest and args.command != "bench":
         raise UsageError(
             f"Unknown argument {args.rest[0]!r}; see ospo-fast {args.command} --help, settings read section.key=value."
         )
-    # A setting that stands where an optional positional is expected.
-    for name in ("prompt", "run"):
-        value = getattr(args, name, None)
-        if value is not None and _OVERRIDE.fullmatch(str(value)) and " " not in str(value):
-            setattr(args, name, None)
-            args.overrides.insert(0, str(value))
     return args
+
+
+def _settings_in(arguments: list[str]) -> list[int]:
+    """Where settings stand: key=value, no option's value, and no prompt (words around an equals sign)."""
+    found = []
+    for n, argument in enumerate(arguments):
+        before = arguments[n - 1] if n else ""
+        value = before.startswith("--") and "=" not in before and before not in _FLAGS
+        key = argument.split("=", 1)[0]
+        if _OVERRIDE.fullmatch(argument) and not value and ("." in key or " " not in argument):
+            found.append(n)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

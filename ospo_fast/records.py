@@ -38,7 +38,8 @@ class Answer(TypedDict):
 class ImageVerdict(TypedDict, total=False):
     """What is known of one image; the value of `base_metadata["base_0"]` and its like.
 
-    `kept` and `reason` are written by the selection stage, the rest by the scoring stage. `path` is relative to the
+    `kept` and `reason` are written by the selection stage (`reason` by the scoring stage for an image without a score),
+    the rest by the scoring stage. `path` is relative to the
     folder that holds the store.
     """
 
@@ -76,6 +77,7 @@ class Record(TypedDict, total=False):
     variant_reasons: list[str | None]
     # questions, score
     question: list[str]
+    question_reason: str
     base_metadata: dict[str, ImageVerdict]
     negative_metadata: dict[str, ImageVerdict]
     # select
@@ -95,7 +97,7 @@ class Record(TypedDict, total=False):
 
 
 _TEXTS = ("t2i_category", "sub_category", "prompt", "concepts_and_relations", "relation", "kind", "chosen", "rejected")
-_STRINGS = (*_TEXTS, "rejected_prompt", "mask_path", "reason", "mask_reason")
+_STRINGS = (*_TEXTS, "rejected_prompt", "question_reason", "mask_path", "reason", "mask_reason")
 _STRING_LISTS = ("perturbed_method", "negative_prompt", "long_prompt", "negative_long_prompt", "question", "nouns")
 
 

@@ -159,6 +159,16 @@ def test_a_setting_is_no_prompt(capsys, tmp_path, tiny):
     assert "one prompt in quotes" in err
 
 
+@pytest.mark.parametrize("place", [1, 2, 4, 5, 6])
+@pytest.mark.parametrize("prompt", ["a red circle", "x=y and a red circle"])
+def test_settings_stand_anywhere(place, prompt):
+    arguments = ["generate", prompt, "--out", "a=b", "--json", "--num=2"]
+    settings = ["evaluate.seeds=[0, 1]", "images.guidance_scale=2"]
+    args = cli._parse([*arguments[:place], *settings, *arguments[place:]])
+    assert (args.prompt, args.overrides) == (prompt, settings)
+    assert (str(args.out), args.json, args.num) == ("a=b", True, 2)
+
+
 def test_evaluate(capsys, tmp_path, tiny, script):
     settings = ["evaluate.per_kind=1", "evaluate.guidance_scales=[1]", "--model", tiny, "--out", tmp_path]
     code, out, err = call(capsys, "evaluate", *settings, "--json")

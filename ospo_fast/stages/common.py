@@ -39,6 +39,25 @@ def templates_of(model: UnifiedModel, config: Config) -> TemplateSet:
     return load_templates(config.templates or model.templates)
 
 
+class NoAnswer(str):
+    """The empty answer of an item whose text failed; `reason` says why."""
+
+    __slots__ = ("reason",)
+    reason: str
+
+    @staticmethod
+    def because(reason: str) -> NoAnswer:
+        """An empty answer with a reason."""
+        answer = NoAnswer()
+        answer.reason = reason
+        return answer
+
+
+def why_silent(answer: str) -> str | None:
+    """The reason of a `NoAnswer`; None for an answer that the model gave."""
+    return answer.reason if isinstance(answer, NoAnswer) else None
+
+
 def sample_text(
     model: UnifiedModel,
     templates: TemplateSet,
@@ -49,9 +68,10 @@ def sample_text(
 ) -> list[str]:
     """One answer of the model for each dict of template variables, sampled as the template set says.
 
-    Settings that are not None take precedence over those of the template set.
+    Settings that are not None take precedence over those of the template set. An item that fails (its chat is too long
+    or holds a control token, its logits are not finite) has a `NoAnswer` and does not trouble the others.
     """
-    from ospo_fast.generation import generate_text
+    from ospo_fast.generation import GenerationError, generate_text
 
     if not variables:
         return []
@@ -59,8 +79,43 @@ def sample_text(
     for name in sampling:
         if getattr(settings, name, None) is not None:
             sampling[name] = getattr(settings, name)
-    prompts = [model.chat(templates.messages(stage, **values)) for values in variables]
-    return generate_text(model, prompts, seeds=list(seeds), batch_size=settings.batch_size, progress=False, **sampling)
+    answers: list[str] = [""] * len(variables)
+    prompts: dict[int, Tensor] = {}
+    for n, values in enumerate(variables):
+        chat = chat_or_reason(model, templates.messages(stage, **values))
+        if isinstance(chat, str):
+            answers[n] = NoAnswer.because(chat)
+        else:
+            prompts[n] = chat
+    numbers = list(prompts)
+    reasons: dict[int, str] = {}
+    try:
+        texts: list[str | None] = list(
+            generate_text(
+                model,
+                list(prompts.values()),
+                seeds=[seeds[n] for n in numbers],
+                batch_size=settings.batch_size,
+                progress=False,
+                **sampling,
+            )
+        )
+    except GenerationError as error:
+        texts, reasons = error.results, error.failed
+    for position, (n, text) in enumerate(zip(numbers, texts, strict=True)):
+        answers[n] = NoAnswer.because(reasons.get(position, "the text failed")) if text is None else text
+    return answers
+
+
+def chat_or_reason(model: UnifiedModel, messages: list[Any], *, image: bool = False) -> Tensor | str:
+    """The ids (S,) of a chat, or why the model cannot answer it."""
+    try:
+        ids = model.chat(messages, image=image)
+    except UsageError as error:
+        return str(error)
+    if len(ids) >= model.max_positions:
+        return f"{len(ids)} tokens leave no room for an answer in the model's {model.max_positions} positions"
+    return ids
 
 
 def describe(record: Record) -> dict[str, str]:
@@ -80,7 +135,7 @@ def prompt_key(prompt: str) -> str:
 
 
 def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
-    """(line, prompt) of a text file, one prompt a line, blank lines left out; UsageError for a missing or empty file."""
+    """(line, prompt) of a text file, one a line, blank lines left out; UsageError for a missing or empty file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.records import VARIANTS, Record, stable_hash
-from ospo_fast.stages.common import chunked, describe, excluded, prompt_key, sample_text, templates_of
+from ospo_fast.stages.common import chunked, describe, excluded, prompt_key, sample_text, templates_of, why_silent
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -56,8 +56,8 @@ def parse_dense(answer: str) -> tuple[str, str]:
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
     """Every record with `perturbed_method`, `negative_prompt`, `long_prompt`, `negative_long_prompt`, each of three.
 
-    A variant whose answer is empty, does not parse, repeats the prompt or is an excluded prompt (itself or in one of its
-    dense prompts) is left out: its long prompts are empty strings and `variant_reasons` says why (None for a good one).
+    A variant whose answer failed, is empty, does not parse, repeats the prompt or is an excluded prompt (itself or in a
+    dense version) is left out: its long prompts are empty strings and `variant_reasons` says why (None for a good one).
     """
     templates = templates_of(model, config)
     banned = excluded(config)
@@ -65,16 +65,20 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
         slots = [(record, i) for record in chunk for i in range(VARIANTS)]
         asked = [describe(r) | {"method": methods_for(r["sub_category"])[i]} for r, i in slots]
         seeds = [stable_hash(config.seed, "perturb", record["item_id"], i) for record, i in slots]
-        negatives = [parse_contrast(a) for a in sample_text(model, templates, "perturb", config.perturb, asked, seeds)]
-        reasons = [_objection(r["prompt"], neg, banned) for (r, _), neg in zip(slots, negatives, strict=True)]
+        answers = sample_text(model, templates, "perturb", config.perturb, asked, seeds)
+        negatives = [parse_contrast(answer) for answer in answers]
+        reasons = [
+            why_silent(answer) or _objection(record["prompt"], negative, banned)
+            for (record, _), answer, negative in zip(slots, answers, negatives, strict=True)
+        ]
         good = [n for n, reason in enumerate(reasons) if reason is None]
         asked = [{"prompt": slots[n][0]["prompt"], "negative_prompt": negatives[n]} for n in good]
         seeds = [stable_hash(config.seed, "densify", slots[n][0]["item_id"], slots[n][1]) for n in good]
         answers = sample_text(model, templates, "densify", config.perturb, asked, seeds)
         dense = dict(zip(good, map(parse_dense, answers), strict=True))
-        for n in good:
+        for n, answer in zip(good, answers, strict=True):
             if not all(dense[n]):
-                reasons[n] = "no dense prompts in the answer"
+                reasons[n] = why_silent(answer) or "no dense prompts in the answer"
             elif any(prompt_key(text) in banned for text in dense[n]):
                 reasons[n] = "a dense prompt is on the list of excluded prompts"
         for position, record in enumerate(chunk):

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 from ospo_fast.config import Config, nearest
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import Record, stable_hash
-from ospo_fast.stages.common import excluded, numbered_prompts, prompt_key, sample_text, templates_of, undrawable
+from ospo_fast.stages.common import (
+    excluded,
+    numbered_prompts,
+    prompt_key,
+    sample_text,
+    templates_of,
+    undrawable,
+    why_silent,
+)
 from ospo_fast.stages.templates import Kind, TemplateSet
 
 if TYPE_CHECKING:
@@ -178,6 +186,7 @@ def _write_kind(
             if len(accepted) >= counts[kind] or number - fruitful >= settings.patience:
                 break
             record, why = _accept(answer, entry, seen, banned)
+            why = why_silent(answer) or why
             if record is None:
                 refused[why] += 1
                 continue

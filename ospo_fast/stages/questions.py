@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,10 +11,22 @@ from typing import TYPE_CHECKING, cast
 
 from ospo_fast.config import Config
 from ospo_fast.records import Answer, ImageVerdict, Record, stable_hash
-from ospo_fast.stages.common import chunked, describe, locate, open_image, sample_text, templates_of
+from ospo_fast.stages.common import (
+    chat_or_reason,
+    chunked,
+    describe,
+    locate,
+    open_image,
+    sample_text,
+    templates_of,
+    why_silent,
+)
+from ospo_fast.stages.templates import TemplateSet
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
+
+log = logging.getLogger(__name__)
 
 _ROLES = re.compile(r"<\|?\s*/?\s*(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE)
 _QUESTION = re.compile(r"[^?\n]+\?")
@@ -31,14 +45,19 @@ def parse_questions(answer: str) -> list[str]:
 def write_questions(
     records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None
 ) -> Iterator[Record]:
-    """Every record with `question`, a list that is empty when the answer held no question."""
+    """Every record with `question`; where the list is empty, `question_reason` says why."""
     templates = templates_of(model, config)
     for chunk in chunked(records, config.questions.chunk):
         seeds = [stable_hash(config.seed, "questions", record["item_id"]) for record in chunk]
         asked = [describe(record) for record in chunk]
         answers = sample_text(model, templates, "questions", config.questions, asked, seeds)
         for record, answer in zip(chunk, answers, strict=True):
-            yield {**record, "question": parse_questions(answer)}
+            found = parse_questions(answer)
+            if found:
+                yield {**record, "question": found}
+            else:
+                why = why_silent(answer) or "no question could be read from the model's answer"
+                yield {**record, "question": [], "question_reason": why}
 
 
 def score(
@@ -46,13 +65,15 @@ def score(
 ) -> Iterator[Record]:
     """Every record with the answers and the local score of each of its images.
 
-    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. An item without questions keeps its images
-    without a score; the selection drops it.
+    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. Questions that the model has no room for are
+    taken out. An item without questions keeps its images without a score, and so does an image whose answers are not
+    finite (its `reason` says so); the selection drops them.
     """
     from ospo_fast.generation import answer_questions
 
     templates = templates_of(model, config)
-    for chunk in chunked(records, config.score.chunk):
+    for part in chunked(records, config.score.chunk):
+        chunk = [_answerable(record, model, templates) for record in part]
         slots = [
             (record, side, name, verdict)
             for record in chunk
@@ -76,6 +97,20 @@ def score(
             yield _scored(record, answered)
 
 
+def _answerable(record: Record, model: UnifiedModel, templates: TemplateSet) -> Record:
+    """The record without the questions that cannot be put to the model."""
+    reasons: dict[str, str] = {}
+    for question in record.get("question", []):
+        chat = chat_or_reason(model, templates.messages("vqa", question=question), image=True)
+        if isinstance(chat, str):
+            reasons[question] = chat
+            log.warning("%s: the question %.60r is left out: %s", record["item_id"], question, chat)
+    if not reasons:
+        return record
+    kept = [question for question in record["question"] if question not in reasons]
+    return {**record, "question": kept, "question_reason": "; ".join(dict.fromkeys(reasons.values()))}
+
+
 def _scored(record: Record, answered: dict[tuple[str, str, str], list[Answer]]) -> Record:
     sides = {}
     for side in ("base_metadata", "negative_metadata"):
@@ -88,6 +123,8 @@ def _scored(record: Record, answered: dict[tuple[str, str, str], list[Answer]]) 
 
 
 def with_answers(verdict: ImageVerdict, answers: list[Answer]) -> ImageVerdict:
-    """A verdict with its answers and their mean margin."""
+    """A verdict with its answers and their mean margin, or with a `reason` where the answers are not finite."""
+    if not all(math.isfinite(answer["p_yes"]) and math.isfinite(answer["p_no"]) for answer in answers):
+        return {**verdict, "reason": "the answers are not finite"}
     margin = sum(answer["p_yes"] - answer["p_no"] for answer in answers) / len(answers)
     return {**verdict, "local_score": margin, "answer_metadata": answers}

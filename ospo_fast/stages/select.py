@@ -46,7 +46,7 @@ def base_verdict(
     if rule == "random":
         return True, "no filter"
     if not answers:
-        return False, "no question was answered"
+        return False, verdict.get("reason") or "no question was answered"
     if rule == "v2":
         if "no" in answers:
             return False, "an answer is no"
@@ -74,7 +74,7 @@ def negative_verdict(
     if rule == "random":
         return True, "no filter"
     if not answers:
-        return False, "no question was answered"
+        return False, verdict.get("reason") or "no question was answered"
     if rule == "v2":
         margin = max(answer["p_no"] - answer["p_yes"] for answer in verdict["answer_metadata"])
         return margin > settings.margin, f"clearest no has a margin of {margin:.2f}"
@@ -174,7 +174,8 @@ def run(
             yield {**record, "kept": False, "reason": "no image: " + _why_no_image(record)}
             continue
         if not record.get("question") and settings.rule != "random":
-            yield {**record, "kept": False, "reason": "no question could be read from the model's answer"}
+            why = record.get("question_reason") or "no question could be read from the model's answer"
+            yield {**record, "kept": False, "reason": why}
             continue
         judged = _judged(record, settings)
         logprobs = None if model is None else _logprobs_of(record["prompt"], model, settings.batch_size, out)

@@ -7,7 +7,9 @@ from PIL import Image
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
-from ospo_fast.stages import questions
+from ospo_fast.generation import GenerationError
+from ospo_fast.models import load_model
+from ospo_fast.stages import perturb, questions, select
 from ospo_fast.stages.questions import parse_questions, score, with_answers, write_questions
 
 
@@ -40,6 +42,7 @@ def test_write(monkeypatch):
     items = [{"item_id": str(n), "prompt": p} for n, p in enumerate(["a cup", "a hat"])]
     done = list(write_questions(items, SimpleNamespace(templates="janus"), load_config(["questions.chunk=1"])))
     assert [r["question"] for r in done] == [["is there a cup?"], []]
+    assert done[1]["question_reason"] == "no question could be read from the model's answer"
     assert len(set(seeds)) == 2
 
 
@@ -59,7 +62,7 @@ def image_item(folder, item, names, asked):
     return {"item_id": item, "question": asked, **{f"{side}_metadata": found for side, found in sides.items()}}
 
 
-def test_score(tmp_path, script):
+def test_score(tmp_path, tiny, script):
     items = [
         image_item(
             tmp_path,
@@ -70,7 +73,7 @@ def test_score(tmp_path, script):
         image_item(tmp_path, "b", ["base_1", "negative_1"], []),
         image_item(tmp_path, "c", [], ["is there a red circle?"]),
     ]
-    done = list(score(items, SimpleNamespace(templates="shapes"), load_config(["score.chunk=2"]), out=tmp_path))
+    done = list(score(items, load_model(tiny), load_config(["score.chunk=2"]), out=tmp_path))
     assert list(done[0]["base_metadata"]) == ["base_0", "base_2"]
     for verdict in [*done[0]["base_metadata"].values(), *done[0]["negative_metadata"].values()]:
         assert len(verdict["answer_metadata"]) == 2
@@ -80,7 +83,7 @@ def test_score(tmp_path, script):
     assert done[2]["base_metadata"] == {}
 
 
-def test_a_missing_image_is_named(tmp_path, script):
+def test_a_missing_image_is_named(tmp_path, tiny, script):
     record = {
         "item_id": "a",
         "question": ["is it?"],
@@ -88,13 +91,11 @@ def test_a_missing_image_is_named(tmp_path, script):
         "negative_metadata": {},
     }
     with pytest.raises(OspoError, match=r"none\.png"):
-        list(score([record], SimpleNamespace(templates="shapes"), load_config(), out=tmp_path))
+        list(score([record], load_model(tiny), load_config(), out=tmp_path))
 
 
 def test_the_models_own_words_and_eyes(tiny, tmp_path):
     """Nothing scripted: the random model's answers are noise, but they have the right form."""
-    from ospo_fast.models import load_model
-
     model = load_model(tiny)
     items = [{"item_id": "a", "prompt": "a red circle"}]
     (done,) = write_questions(items, model, load_config(["questions.max_new_tokens=4"]))
@@ -105,3 +106,67 @@ def test_the_models_own_words_and_eyes(tiny, tmp_path):
     assert 0 <= answer["p_yes"] <= 1
     assert 0 <= answer["p_no"] <= 1
     assert answer["answer"] in ("yes", "no", "tie")
+
+
+def failing(bad, reply="Questions: is there a red circle?"):
+    """A text writer that fails at the prompts that hold `bad`, as the engine does."""
+
+    def generate(model, prompts, *, seeds, **settings):
+        texts = [None if bad in model.detokenize(ids) else reply for ids in prompts]
+        failed = {n: f"text {n}: the logits are not finite" for n, text in enumerate(texts) if text is None}
+        if failed:
+            raise GenerationError.of("texts", texts, failed)
+        return texts
+
+    return generate
+
+
+def test_an_item_that_fails_does_not_trouble_the_others(tiny, monkeypatch):
+    monkeypatch.setattr("ospo_fast.generation.generate_text", failing("blue"))
+    prompts = ["a red circle", "a blue circle", "a red circle " * 400, "a red <image> circle", "a green circle"]
+    items = [{"item_id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
+    done = list(write_questions(items, load_model(tiny), load_config()))
+    assert [len(r["question"]) for r in done] == [1, 0, 0, 0, 1]
+    reasons = [r.get("question_reason", "") for r in done]
+    assert "not finite" in reasons[1]
+    assert "no room for an answer" in reasons[2]
+    assert "stands for an image" in reasons[3]
+    dropped = list(
+        select.run([{**r, "base_metadata": {"base_0": {"path": "x"}}} for r in done[1:4]], None, load_config())
+    )
+    assert [r["reason"] for r in dropped] == reasons[1:4]
+
+
+def test_variants_that_fail_have_a_reason(tiny, monkeypatch):
+    reply = "Contrastive Prompt: a blue circle\nStep 2. Prompt 1 Dense: a; Step 4. Prompt 2 Dense: b"
+    items = [
+        {"item_id": str(n), "prompt": prompt, "sub_category": "attribute1_color"}
+        for n, prompt in enumerate(["a red circle", "a green circle"])
+    ]
+    model = load_model(tiny)
+    monkeypatch.setattr("ospo_fast.generation.generate_text", failing("green", reply))
+    fine, failed = perturb.run(items, model, load_config())
+    assert fine["long_prompt"] == ["a"] * 3
+    assert all("not finite" in reason for reason in failed["variant_reasons"])
+    monkeypatch.setattr("ospo_fast.generation.generate_text", failing("dense", reply))
+    assert all("not finite" in r for done in perturb.run(items, model, load_config()) for r in done["variant_reasons"])
+
+
+def test_questions_too_long_and_answers_that_are_not_finite(tiny, tmp_path, script, monkeypatch):
+    long = "is there a red " + "red " * 400 + "circle?"
+    items = [
+        image_item(tmp_path, "a", ["base_0", "negative_0"], [long, "is there a red circle?"]),
+        image_item(tmp_path, "b", ["base_0", "negative_0"], [long]),
+    ]
+    model = load_model(tiny)
+    one, other = score(items, model, load_config(), out=tmp_path)
+    assert one["question"] == ["is there a red circle?"]
+    assert len(one["base_metadata"]["base_0"]["answer_metadata"]) == 1
+    assert other["question"] == []
+    (dropped,) = select.run([other], None, load_config())
+    assert "no room for an answer" in dropped["reason"]
+    nothing = [[{"p_yes": float("nan"), "p_no": float("nan"), "answer": "tie"}]] * 2
+    monkeypatch.setattr("ospo_fast.generation.answer_questions", lambda *_, **__: nothing)
+    (scored,) = score(items[:1], model, load_config(), out=tmp_path)
+    (dropped,) = select.run([scored], None, load_config())
+    assert dropped["reason"] == "no base image passed: the answers are not finite"
