@@ -32,8 +32,8 @@ STAGE_HELP = {
     "masks": "stage 5: object masks of the pairs",
     "train": "stage 5: LoRA training on the pairs",
 }
-_EXTRAS = ("accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "safetensors", "tokenizers", "tqdm")
-EXTRAS = (*_EXTRAS, "transformers", "yaml")
+_EXTRAS = ("accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "safetensors", "scipy", "tokenizers")
+EXTRAS = (*_EXTRAS, "tqdm", "transformers", "yaml")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _FLAGS = ("--json", "--debug", "--resume", "--no-resume", "--help")
 DEFAULT_OUT = "ospo-out"

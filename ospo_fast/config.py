@@ -17,6 +17,8 @@ from ospo_fast.errors import OspoError, UsageError
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 
+_PATHS = ("model", "templates", "prompts.exclude", "prompts.file")
+
 _OFFICIAL_TRAINING = {
     "lora_rank": 64,
     "lora_alpha": 128,
@@ -268,7 +270,10 @@ def nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
     last = word.rsplit(".", 1)[-1]
     close += [key for key in known if key.rsplit(".", 1)[-1] == last and key not in close]
-    return f"nearest: {', '.join(close[:3])}" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"nearest: {', '.join(close[:3])}"
+    sections = dict.fromkeys(key.split(".")[0] for key in known)
+    return f"known: {', '.join(sections)}"
 
 
 def _flatten(value: Any, prefix: str = "") -> list[str]:
@@ -357,7 +362,7 @@ def load_config(
     config = OmegaConf.structured(Config)
     kept = None
     if saved is not None and saved.exists():
-        config = _merge(config, _load_file(saved), str(saved))
+        config = _merge(config, _load_saved(saved), str(saved))
         kept = config.preset
     if kept is None or preset not in (None, kept):
         config = _merge(config, OmegaConf.create(PRESETS[preset or kept or "v3"]), "preset")
@@ -386,9 +391,45 @@ def model_family(name: str) -> str | None:
     return family if isinstance(family, str) else None
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as YAML, every value written out."""
+_INSIDE = "./"  # what the paths inside a run folder start with in its config.yaml
+
+
+def saved_path(value: str, out: Path) -> str:
+    """A path as it is saved in the run folder `out`: relative to the folder where it lies inside, else absolute.
+
+    What names no file or folder (an embedded model, a hub name, a shipped template set) stays as it is.
+    """
+    if value in MODEL_FILES or not Path(value).exists():
+        return value
+    full = Path(value).resolve()
+    return _INSIDE + str(full.relative_to(out.resolve())) if full.is_relative_to(out.resolve()) else str(full)
+
+
+def dump_config(config: Config, out: Path | None = None) -> str:
+    """The configuration as YAML, every value written out.
+
+    With `out`, the run folder that it is saved in, its paths are as in `saved_path`, so that the folder can be moved.
+    """
     from omegaconf import OmegaConf
 
-    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    layer = OmegaConf.structured(config)
+    if out is not None:
+        for key in _PATHS:
+            value = OmegaConf.select(layer, key)
+            if value is not None:
+                OmegaConf.update(layer, key, saved_path(value, out))
+        layer.out = _INSIDE
+    text: str = OmegaConf.to_yaml(layer)
     return text
+
+
+def _load_saved(path: Path) -> Any:
+    """The layer of a run folder's config.yaml, its paths as seen from here."""
+    from omegaconf import OmegaConf
+
+    layer = _load_file(path)
+    for key in ("out", *_PATHS):
+        value = OmegaConf.select(layer, key)
+        if isinstance(value, str) and value.startswith(_INSIDE):
+            OmegaConf.update(layer, key, str(path.parent / value))
+    return layer

@@ -8,6 +8,7 @@ Iteration n > 1 lies in iter<n>/ and starts from stage 1 with the model that the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import resource
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ospo_fast.config import Config, dump_config
+from ospo_fast.config import Config, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import Record, Store, locked, read_records, stable_hash, write_atomic, write_json
 
@@ -115,6 +116,14 @@ def _read_json(path: Path, default: Any) -> Any:
         raise OspoError(f"Cannot read {path}: {error}; remove it to go on.") from error
 
 
+def _digest(path: str) -> str:
+    """What stands for a user's file in the settings: its content, wherever it lies; UsageError when it is missing."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
 def _update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
     with locked(path.with_name(".lock")):
         write_json(path, change(_read_json(path, default)))
@@ -199,8 +208,13 @@ class Pipeline:
         out = self.folder(iteration)
         config = dataclasses.replace(self.config, seed=self.config.seed + iteration - 1, out=str(out))
         settings = self._settings(name, config, iteration)
-        if self.resume:
+        if self.resume or self.shard is not None:
             self._check_settings(out, name, settings)
+        if self.shard is not None and not self.resume and store_path(out, name).exists():
+            raise UsageError(
+                f"The shards of {name} are gathered in {store_path(out, name)} already; to make them anew, run "
+                f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
+            )
         if name == "train":
             return self._train(out, config, iteration, settings)
         if name == "masks" and not config.masks.enabled:
@@ -252,7 +266,7 @@ class Pipeline:
 
     def _begin(self, out: Path, name: str, settings: dict[str, Any]) -> None:
         """Note the configuration, drop what is made afresh, and gather the shards of an unsharded stage."""
-        write_atomic(Path(self.config.out) / "config.yaml", dump_config(self.config).encode())
+        write_atomic(Path(self.config.out) / "config.yaml", dump_config(self.config, Path(self.config.out)).encode())
         if not self.resume:
             self._drop(out, name)
         key = self._key(name)
@@ -328,26 +342,31 @@ class Pipeline:
         speed = _TRAIN_SPEED if name == "train" else _SPEED
         now = {f"{name}.{key}": value for key, value in section.items() if key not in speed}
         if name == "prompts" and config.prompts.file is not None:
-            now = {f"prompts.{key}": section[key] for key in ("file", "file_kind")}
+            now = {"prompts.file": _digest(config.prompts.file), "prompts.file_kind": config.prompts.file_kind}
+            now["prompts.exclude"] = config.prompts.exclude
         if now.get("prompts.exclude") is not None:
             from ospo_fast.stages.common import excluded
 
             now["prompts.exclude"] = f"{stable_hash(*sorted(excluded(config))):x}"
         if name == "train":
             now["preset"] = config.preset
-        return {**now, "seed": config.seed, "model": self.model_name(iteration), "templates": config.templates}
+        templates = config.templates
+        if templates is not None and Path(templates).is_file():
+            templates = _digest(templates)
+        model = saved_path(self.model_name(iteration), Path(self.config.out))
+        return {**now, "seed": config.seed, "model": model, "templates": templates}
 
     def _check_settings(self, out: Path, name: str, settings: dict[str, Any]) -> None:
-        """UsageError when a store was made with other settings than it would be continued with."""
-        saved = _read_json(out / "settings.json", {}).get(self._key(name))
-        if saved is None:
-            return
-        for field, value in settings.items():
-            if saved["settings"].get(field, value) != value:
-                raise UsageError(
-                    f"{out}: {name} was made with {field}={saved['settings'][field]}, now {field}={value}; go on "
-                    f"with the same, take another --out, or start {name} afresh with --no-resume."
-                )
+        """UsageError when the stage, or a shard of it, was made with other settings than it would be made with now."""
+        for key, saved in _read_json(out / "settings.json", {}).items():
+            if key.split(".")[0] != name or (key == self._key(name) and not self.resume):
+                continue
+            for field, value in settings.items():
+                if saved["settings"].get(field, value) != value:
+                    raise UsageError(
+                        f"{out}: {key} was made with {field}={saved['settings'][field]}, now {field}={value}; go on "
+                        f"with the same, take another --out, or start {name} afresh with --no-resume and no --shard."
+                    )
 
     def _drop(self, out: Path, name: str) -> None:
         """Remove what a stage and those after it have made (of a shard: its store alone)."""

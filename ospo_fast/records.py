@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -157,8 +158,20 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write `value` as indented JSON, atomically; numbers that are not finite become null, as JSON has none."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """The value with None in place of every float that is not finite, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return value
 
 
 def _parse(line: bytes, where: str) -> Record:
@@ -287,7 +300,7 @@ class Store:
         item = record["item_id"]
         if item in self._ids:
             raise OspoError(f"{self.path}: item {item!r} is already there; a store holds each item once.")
-        self._write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._ids.add(item)
 
     def extend(self, records: Iterable[Record]) -> int:
@@ -332,7 +345,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
+            file.write(json.dumps(finite(value), allow_nan=False) + "\n")
     except OSError as error:
         raise OspoError(f"Cannot write {path}: {error.strerror or error}.") from error
 

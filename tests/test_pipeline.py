@@ -1,12 +1,14 @@
 """A run folder: resumption after a stop at any point, shards, iterations, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import ospo_fast.stages
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import STAGES, Pipeline, Shard, read_stage, stage_figures
@@ -17,6 +19,7 @@ COUNTS = "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numera
 SMALL = [COUNTS, "train.steps=3", "train.batch_size=2", "train.save_every=1", "train.eval_every=0", "images.chunk=4"]
 SMALL += ["perturb.chunk=5", "questions.chunk=3", "score.chunk=4", "masks.batch_size=3"]
 WRITERS = STAGES[:-1]
+SHIPPED = Path(ospo_fast.stages.__file__).with_name("templates") / "shapes.yaml"
 
 
 def config(tiny, out, *overrides):
@@ -152,7 +155,7 @@ def test_two_iterations(tiny, script, tmp_path):
     assert [(r.stage, r.iteration) for r in reports] == [(s, i) for i in (1, 2) for s in STAGES]
     assert (tmp_path / "iter2" / "train" / "model" / "config.json").exists()
     saved = json.loads((tmp_path / "iter2" / "settings.json").read_text())
-    assert saved["images"]["settings"]["model"] == str(tmp_path / "train" / "model")
+    assert saved["images"]["settings"]["model"] == "./train/model"
     first, second = ([r["prompt"] for r in read_stage(f, "prompts")] for f in (tmp_path, tmp_path / "iter2"))
     assert first != second
     with pytest.raises(UsageError, match="Iteration 3 starts from"):
@@ -208,6 +211,68 @@ def test_prompts_of_a_file(tiny, script, tmp_path):
         assert run.stage(stage).items == 2
     with pytest.raises(UsageError, match="without --shard"):
         pipeline(tiny, tmp_path / "b", f"prompts.file={file}", shard=Shard(0, 2)).stage("prompts")
+
+
+def test_shards_of_other_settings_are_refused(tiny, script, tmp_path):
+    pipeline(tiny, tmp_path).stage("prompts")
+    pipeline(tiny, tmp_path, shard=Shard(0, 2)).stage("perturb")
+    other = ["perturb.temperature=0.5"]
+    for shard in (Shard(1, 2), None):
+        with pytest.raises(UsageError, match=r"perturb\.0-of-2 was made with perturb\.temperature=None, now .*=0\.5"):
+            pipeline(tiny, tmp_path, *other, shard=shard).stage("perturb")
+    with pytest.raises(UsageError, match=r"perturb\.0-of-2 was made with"):
+        pipeline(tiny, tmp_path, *other, shard=Shard(1, 2), resume=False).stage("perturb")
+    # The only shard there is may start afresh.
+    assert pipeline(tiny, tmp_path, *other, shard=Shard(0, 2), resume=False).stage("perturb").items
+    pipeline(tiny, tmp_path, *other, shard=Shard(1, 2)).stage("perturb")
+    pipeline(tiny, tmp_path, *other).stage("perturb")
+    with pytest.raises(UsageError, match=r"perturb\S* was made with perturb\.temperature=0\.5, now .*=None"):
+        pipeline(tiny, tmp_path, shard=Shard(0, 3)).stage("perturb")
+    # Gathered shards are not made anew one by one.
+    before = (tmp_path / "perturb.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"gathered in .*perturb\.jsonl already.*without --shard"):
+        pipeline(tiny, tmp_path, *other, shard=Shard(0, 2), resume=False).stage("perturb")
+    assert (tmp_path / "perturb.jsonl").read_bytes() == before
+
+
+def test_edited_files_are_noticed(tiny, script, tmp_path):
+    file, held, templates = tmp_path / "mine.txt", tmp_path / "held.txt", tmp_path / "own.yaml"
+    shutil.copy(SHIPPED, templates)
+    texts = [description.text for description in descriptions("numeracy2")[:3]]
+    file.write_text("\n".join(texts[:2]))
+    held.write_text(texts[2])
+    files = [f"prompts.file={file}", f"templates={templates}", f"prompts.exclude={held}", "prompts.file_kind=numeracy2"]
+    assert pipeline(tiny, tmp_path / "out", *files).stage("prompts").items == 2
+    assert pipeline(tiny, tmp_path / "out", *files).stage("prompts").items == 0
+    for path, words in ((file, r"prompts\.file="), (templates, "templates="), (held, r"prompts\.exclude=")):
+        content = path.read_text()
+        path.write_text(content + "\n# a red circle")
+        with pytest.raises(UsageError, match="prompts was made with " + words):
+            pipeline(tiny, tmp_path / "out", *files).stage("prompts")
+        path.write_text(content)
+
+
+def test_a_moved_run_goes_on_from_anywhere(tiny, script, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there" / "deep"
+    there.mkdir(parents=True)
+    (here / "run").mkdir(parents=True)
+    shutil.copy(SHIPPED, here / "run" / "own.yaml")
+    shutil.copytree(tiny, here / "model")
+    (here / "held.txt").write_text("a red circle\n")
+    monkeypatch.chdir(here)
+    run = pipeline("model", "run", "prompts.exclude=held.txt", "templates=run/own.yaml")
+    for stage in ("prompts", "perturb", "images"):
+        run.stage(stage)
+    saved = (here / "run" / "config.yaml").read_text()
+    assert f"exclude: {here / 'held.txt'}\n" in saved
+    assert f"model: {here / 'model'}\n" in saved
+    assert "templates: ./own.yaml\n" in saved
+    (here / "run").rename(there / "moved")
+    monkeypatch.chdir(there.parent)
+    again = load_config(saved=Path("deep/moved/config.yaml"), family="shapes")
+    assert (again.out, again.templates) == ("deep/moved", "deep/moved/own.yaml")
+    reports = Pipeline(again, progress=False).run()
+    assert [report.items for report in reports] == [0, 0, 0, 12, 12, 12, 12, 3]
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "1/0", "/"])

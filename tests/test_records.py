@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ospo_fast.errors import OspoError
-from ospo_fast.records import Store, read_records, stable_hash, validate, variant_index, write_atomic
+from ospo_fast.records import (
+    Store,
+    append_line,
+    read_records,
+    stable_hash,
+    validate,
+    variant_index,
+    write_atomic,
+    write_json,
+)
 
 
 def record(item, **fields):
@@ -158,3 +167,16 @@ def test_stable_hash_and_variant_index():
     assert variant_index("negative_12") == 12
     with pytest.raises(OspoError, match="base_0"):
         variant_index("negative")
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    with Store(tmp_path / "a.jsonl") as store:
+        store.append({"item_id": "a", "chosen_score": nan, "base_metadata": {"base_0": {"local_score": -inf}}})
+    write_json(tmp_path / "b.json", {"x": [nan, 1.5, (inf, "y")]})
+    append_line(tmp_path / "c.jsonl", {"loss": nan})
+    (record,) = read_records(tmp_path / "a.jsonl")
+    assert record["chosen_score"] is None
+    assert record["base_metadata"]["base_0"]["local_score"] is None
+    assert json.loads((tmp_path / "b.json").read_text()) == {"x": [None, 1.5, [None, "y"]]}
+    assert json.loads((tmp_path / "c.jsonl").read_text()) == {"loss": None}
