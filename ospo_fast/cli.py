@@ -55,12 +55,15 @@ def _common() -> _Parser:
     return parser
 
 
-def _with_resume(parser: argparse.ArgumentParser) -> None:
+_GO_ON = "go on where a run stopped (default); --no-resume starts the stage and those after it afresh"
+
+
+def _with_resume(parser: argparse.ArgumentParser, text: str = _GO_ON) -> None:
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on where a run stopped (default); --no-resume starts the stage and those after it afresh",
+        help=text,
     )
 
 
@@ -90,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
             stage.add_argument("--shard", metavar="i/n", help="do part i of n of the items, i from 0")
     _add_prompts(run)
     generate = add("generate", "images of a prompt, and a contact sheet")
+    _with_resume(generate, "keep finished images of the same settings (default); --no-resume draws all anew")
     generate.add_argument("prompt", nargs="?", help="what to draw")
     generate.add_argument("--num", type=int, default=4, help="images of each prompt (default: 4)")
     _add_prompts(generate)
@@ -256,9 +260,16 @@ def _generate(args: argparse.Namespace) -> int:
         if (why := undrawable(model, prompt)) is not None:
             raise UsageError((why if line is None else f"{file}:{line}: {why}").rstrip(".") + ".")
     result = generate(
-        model, [prompt for _, prompt in prompts], config, num=args.num, out=Path(config.out), progress=not args.json
+        model,
+        [prompt for _, prompt in prompts],
+        config,
+        num=args.num,
+        out=Path(config.out),
+        resume=args.resume,
+        progress=not args.json,
     )
-    _show(result, args.json, f"{len(result['images'])} images and {result['sheet']}")
+    made = sum(image["path"] is not None for image in result["images"])
+    _show(result, args.json, f"{made} images and {result['sheet']}")
     return 0
 
 
@@ -266,12 +277,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = _settings(args, saved=False)
     _need_shapes(config)
     from ospo_fast.models import load_model
-    from ospo_fast.records import write_json
+    from ospo_fast.records import check_writable, write_json
     from ospo_fast.shapes.evaluate import answering, draw
 
     _quiet()
     settings, progress = config.evaluate, not args.json
     model = load_model(config.model, device=config.device, dtype=config.dtype)
+    check_writable(Path(config.out))
     scales: list[dict[str, Any]] = []
     for scale in settings.guidance_scales:
         drawings = draw(

@@ -157,6 +157,17 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """OspoError unless files can be made in the folder; leaves nothing behind but the folder itself."""
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OspoError(f"Cannot write {folder}: {error.strerror or error}.") from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically; numbers that are not finite become null, as JSON has none."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)

@@ -1,5 +1,6 @@
 """The command line: each command, each kind of bad input, exit codes, one sentence, nothing half-written."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ospo_fast import cli
 from ospo_fast.cli import main
+from ospo_fast.generation import ImageGenerator
 
 COUNTS = "prompts.counts={color1: 2, shape1: 0, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 2}"
 SMALL = [COUNTS, "train.steps=2", "train.batch_size=2", "train.eval_every=0"]
@@ -87,9 +89,10 @@ def test_broken_checkpoints(capsys, tmp_path, tiny, broken, content):
     assert not (tmp_path / "out").exists()
 
 
-def test_unwritable_output(capsys, tmp_path, tiny, script):
+def test_unwritable_output(capsys, tmp_path, tiny, script, monkeypatch):
     (tmp_path / "file").write_text("")
-    for command in (["run", *SMALL], ["generate", "a red circle", "images.guidance_scale=1"]):
+    monkeypatch.setattr(ImageGenerator, "generate", lambda *_, **__: pytest.fail("drawn before the folder was tried"))
+    for command in (["run", *SMALL], ["generate", "a red circle", "images.guidance_scale=1"], ["evaluate"]):
         code, _, err = call(capsys, *command, "--model", tiny, "--out", tmp_path / "file" / "out")
         assert code == 1
         assert "Cannot write" in err
@@ -158,6 +161,49 @@ def test_a_setting_is_no_prompt(capsys, tmp_path, tiny):
     code, _, err = call(capsys, "generate", "images.guidance_scale=1", "--model", tiny, "--out", tmp_path)
     assert code == 2
     assert "one prompt in quotes" in err
+
+
+def test_generate_goes_on_where_it_stopped(capsys, tmp_path, tiny, monkeypatch):
+    drawn = []
+    original = ImageGenerator.generate
+
+    def generate(self, prompts, **settings):
+        drawn.append(len(prompts))
+        return original(self, prompts, **settings)
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    arguments = ["generate", "images.guidance_scale=1", "a red circle", "--model", tiny, "--out", tmp_path, "--num", 3]
+    assert call(capsys, *arguments)[0] == 0
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "0000_1.npz").unlink()
+    (tmp_path / "sheet.png").unlink()
+    for more in ([], [], ["images.temperature=0.5"], ["images.temperature=0.5", "--no-resume"]):
+        assert call(capsys, *arguments, *more)[0] == 0
+        if not more:
+            made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+            assert made.keys() == files.keys()
+            assert all(made[name] == files[name] for name in files if not name.endswith(".npz"))
+    assert drawn == [3, 1, 0, 3, 3]
+
+
+def test_generate_goes_on_without_an_image_that_fails(capsys, tmp_path, tiny, monkeypatch):
+    original = ImageGenerator.generate
+
+    def generate(self, prompts, *, callback, **settings):
+        def partly(batch):
+            keep = [n for n, index in enumerate(batch.indices) if index != 1]
+            callback(dataclasses.replace(batch, indices=[batch.indices[n] for n in keep], codes=batch.codes[keep]))
+
+        return original(self, prompts, callback=partly, **settings)
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    arguments = ["images.guidance_scale=1", "a red circle", "--model", tiny, "--out", tmp_path, "--num", 3]
+    code, out, _ = call(capsys, "generate", *arguments)
+    assert code == 0
+    assert out.startswith("2 images and")
+    images = json.loads((tmp_path / "settings.json").read_text())["images"]
+    assert [image["path"] for image in images] == ["0000_0.png", None, "0000_2.png"]
+    assert "not finite" in images[1]["reason"]
 
 
 @pytest.mark.parametrize("place", [1, 2, 4, 5, 6])

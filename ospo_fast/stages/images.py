@@ -49,7 +49,8 @@ def _settings(drawing: Drawing, config: ImagesConfig) -> dict[str, Any]:
     return {"prompt": drawing.prompt, "seed": drawing.seed} | {name: getattr(config, name) for name in names}
 
 
-def _finished(path: Path, settings: dict[str, Any]) -> bool:
+def finished(path: Path, settings: dict[str, Any]) -> bool:
+    """Whether an image and its codes are there, drawn with these settings."""
     codes = path.with_suffix(".npz")
     if not path.exists() or not codes.exists():
         return False
@@ -78,7 +79,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     generator = ImageGenerator(model, batch_size=settings.batch_size)
     for chunk in chunked(records, settings.chunk):
         plans = [drawings(record, config.seed) for record in chunk]
-        todo = [d for plan in plans for d in plan if not _finished(out / d.path, _settings(d, settings))]
+        todo = [d for plan in plans for d in plan if not finished(out / d.path, _settings(d, settings))]
         failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
         todo = [drawing for drawing in todo if drawing.path not in failed]
         if todo:

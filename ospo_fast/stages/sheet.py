@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config
-from ospo_fast.records import write_atomic, write_json
+from ospo_fast.errors import OspoError
+from ospo_fast.records import check_writable, write_atomic, write_json
 from ospo_fast.stages.common import open_image, save_codes
+from ospo_fast.stages.images import finished
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ospo_fast.generation import Drawn
     from ospo_fast.models.base import UnifiedModel
 
 
@@ -37,33 +40,65 @@ def _png(image: Image) -> bytes:
 
 
 def generate(
-    model: UnifiedModel, prompts: Sequence[str], config: Config, *, num: int, out: Path, progress: bool = True
+    model: UnifiedModel,
+    prompts: Sequence[str],
+    config: Config,
+    *,
+    num: int,
+    out: Path,
+    resume: bool = True,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """`num` images of each prompt in `out`: <prompt>_<n>.png, .npz beside each, sheet.png and settings.json.
 
-    Image n of every prompt has seed config.seed + n. Returns what settings.json holds: model, settings, and per image
-    its path, prompt and seed.
+    Image n of every prompt has seed config.seed + n. With `resume`, images that lie there with the same prompt, seed,
+    settings and model are not drawn again. Returns what settings.json holds: model, settings, and per image its path,
+    prompt and seed.
+
+    Raises:
+        OspoError: `out` cannot be written; nothing has been drawn then.
+
     """
     from ospo_fast.generation import ImageGenerator
 
     settings = config.images
     sampling = {name: getattr(settings, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
-    seeds = [config.seed + n for _ in prompts for n in range(num)]
-    codes = ImageGenerator(model, batch_size=settings.batch_size).generate(
-        list(prompts), seeds=seeds, num_images=num, output="codes", progress=progress, **sampling
-    )
-    entries: list[dict[str, Any]] = []
-    paths = []
-    for start in range(0, len(codes), 64):
-        for n, image in enumerate(model.decode_codes(codes[start : start + 64]), start):
-            path = out / f"{n // num:04d}_{n % num}.png"
-            prompt = prompts[n // num]
+    plan = [
+        (out / f"{i:04d}_{n}.png", {"prompt": prompt, "seed": config.seed + n, **sampling, "model": config.model})
+        for i, prompt in enumerate(prompts)
+        for n in range(num)
+    ]
+    check_writable(out)
+    todo = [(path, values) for path, values in plan if not (resume and finished(path, values))]
+    failed = {path for path, _ in todo}
+
+    def write(batch: Drawn) -> None:
+        for n, row, image in zip(batch.indices, batch.codes, model.decode_codes(batch.codes), strict=True):
+            path, values = todo[n]
             write_atomic(path, _png(image))
-            save_codes(path.with_suffix(".npz"), codes[n], prompt=prompt, seed=seeds[n], **sampling)
-            paths.append(path)
-            entries.append({"path": path.name, "prompt": prompt, "seed": seeds[n]})
+            save_codes(path.with_suffix(".npz"), row, **values)
+            failed.discard(path)
+
+    ImageGenerator(model, batch_size=settings.batch_size).generate(
+        [values["prompt"] for _, values in todo],
+        seeds=[values["seed"] for _, values in todo],
+        output="codes",
+        callback=write,
+        progress=progress,
+        on_error="skip",
+        **sampling,
+    )
+    drawn = [path for path, _ in plan if path not in failed]
+    if not drawn:
+        raise OspoError("No image could be drawn: the model's logits were not finite; are its weights whole?")
+    entries: list[dict[str, Any]] = []
+    for path, values in plan:
+        entry = {"path": path.name, "prompt": values["prompt"], "seed": values["seed"]}
+        if path in failed:
+            entry |= {"path": None, "reason": "the model's logits were not finite"}
+        entries.append(entry)
     sheet = out / "sheet.png"
-    write_atomic(sheet, _png(contact_sheet([open_image(path) for path in paths[:256]], min(num, 8))))
+    write_atomic(sheet, _png(contact_sheet([open_image(path) for path in drawn[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **sampling, "images": entries}
     write_json(out / "settings.json", result)
     return result
