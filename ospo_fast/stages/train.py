@@ -319,7 +319,7 @@ class Trainer:
         if best != self.step:
             self._load_tensors(self.folder / "best.safetensors")
         self.peft.eval()
-        self.peft.save_pretrained(str(self.folder / "adapter"))
+        self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
         self.peft.merge_and_unload()
         self.model.module.requires_grad_(False)
         self.model.save(self.folder / "model")
