@@ -147,7 +147,7 @@ def test_generate(capsys, tmp_path, tiny):
     assert call(capsys, *arguments)[0] == 0
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (3 * 52 + 4, 56)
-    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings = json.loads((tmp_path / "sheet.json").read_text())
     assert [image["seed"] for image in settings["images"]] == [42, 43, 44]
     first = (tmp_path / "0000_1.png").read_bytes()
     (tmp_path / "two.txt").write_text("a blue square\na red circle\n")
@@ -163,7 +163,7 @@ def test_a_setting_is_no_prompt(capsys, tmp_path, tiny):
     assert "one prompt in quotes" in err
 
 
-def test_generate_goes_on_where_it_stopped(capsys, tmp_path, tiny, monkeypatch):
+def test_generate_goes_on_where_it_stopped(capsys, tmp_path, tiny, monkeypatch, scripted):
     drawn = []
     original = ImageGenerator.generate
 
@@ -184,6 +184,12 @@ def test_generate_goes_on_where_it_stopped(capsys, tmp_path, tiny, monkeypatch):
             assert made.keys() == files.keys()
             assert all(made[name] == files[name] for name in files if not name.endswith(".npz"))
     assert drawn == [3, 1, 0, 3, 3]
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    arguments[arguments.index("--model") + 1] = folder
+    assert call(capsys, *arguments, "images.temperature=0.5")[0] == 0
+    scripted.save_tiny(folder, seed=1)  # other weights under the same name
+    assert call(capsys, *arguments, "images.temperature=0.5")[0] == 0
+    assert drawn[5:] == [0, 3]
 
 
 def test_generate_goes_on_without_an_image_that_fails(capsys, tmp_path, tiny, monkeypatch):
@@ -201,7 +207,7 @@ def test_generate_goes_on_without_an_image_that_fails(capsys, tmp_path, tiny, mo
     code, out, _ = call(capsys, "generate", *arguments)
     assert code == 0
     assert out.startswith("2 images and")
-    images = json.loads((tmp_path / "settings.json").read_text())["images"]
+    images = json.loads((tmp_path / "sheet.json").read_text())["images"]
     assert [image["path"] for image in images] == ["0000_0.png", None, "0000_2.png"]
     assert "not finite" in images[1]["reason"]
 

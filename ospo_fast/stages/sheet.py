@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
-from ospo_fast.records import check_writable, write_atomic, write_json
+from ospo_fast.records import check_writable, stable_hash, write_atomic, write_json
 from ospo_fast.stages.common import open_image, save_codes
 from ospo_fast.stages.images import finished
 
@@ -33,6 +35,12 @@ def contact_sheet(images: Sequence[Image], columns: int) -> Image:
     return sheet
 
 
+def _fingerprint(model: UnifiedModel) -> str:
+    """What tells weights apart: a folder's name stays when its model is trained anew."""
+    sums = [float(weight.detach().sum(dtype=torch.float32)) for weight in model.module.parameters()]
+    return f"{stable_hash(*sums):x}"
+
+
 def _png(image: Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -49,10 +57,10 @@ def generate(
     resume: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """`num` images of each prompt in `out`: <prompt>_<n>.png, .npz beside each, sheet.png and settings.json.
+    """`num` images of each prompt in `out`: <prompt>_<n>.png, .npz beside each, sheet.png and sheet.json.
 
     Image n of every prompt has seed config.seed + n. With `resume`, images that lie there with the same prompt, seed,
-    settings and model are not drawn again. Returns what settings.json holds: model, settings, and per image its path,
+    settings and weights are not drawn again. Returns what sheet.json holds: model, settings, and per image its path,
     prompt and seed.
 
     Raises:
@@ -63,8 +71,9 @@ def generate(
 
     settings = config.images
     sampling = {name: getattr(settings, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    weights = _fingerprint(model)
     plan = [
-        (out / f"{i:04d}_{n}.png", {"prompt": prompt, "seed": config.seed + n, **sampling, "model": config.model})
+        (out / f"{i:04d}_{n}.png", {"prompt": prompt, "seed": config.seed + n, **sampling, "weights": weights})
         for i, prompt in enumerate(prompts)
         for n in range(num)
     ]
@@ -100,5 +109,5 @@ def generate(
     sheet = out / "sheet.png"
     write_atomic(sheet, _png(contact_sheet([open_image(path) for path in drawn[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **sampling, "images": entries}
-    write_json(out / "settings.json", result)
+    write_json(out / "sheet.json", result)
     return result
