@@ -14,7 +14,7 @@ from ospo_fast.cli import main
 from ospo_fast.generation import ImageGenerator
 
 COUNTS = "prompts.counts={color1: 2, shape1: 0, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 2}"
-SMALL = [COUNTS, "train.steps=2", "train.batch_size=2", "train.eval_every=0"]
+SMALL = [COUNTS, "train.steps=2", "train.batch_size=2", "train.eval_every=0", "masks.layers=[0]"]
 
 
 def call(capsys, *arguments):
