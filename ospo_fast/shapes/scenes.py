@@ -213,7 +213,9 @@ def held_out() -> list[str]:
 
     Base prompts come first, in the order of `descriptions`.
     """
-    base = [d for kind in KINDS for d in descriptions(kind) if d.split != "train"]
+    things = [(color, shape) for color in COLORS for shape in SHAPES]
+    pairs = [Description((Group(1, *a), Group(1, *b))) for a, b in permutations(things, 2)]  # near misses of color2
+    base = [d for d in (*(d for kind in KINDS for d in descriptions(kind)), *pairs) if d.split != "train"]
     dense = [
         replace(description, size=size, place=place, background=background).text
         for description in base
