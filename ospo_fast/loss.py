@@ -107,6 +107,7 @@ class OSPOLoss(nn.Module):
     def __init__(self, config: OSPOLossConfig | None = None) -> None:
         super().__init__()
         self.config = config or OSPOLossConfig()
+        self._grouping_checked = False
 
     def forward(
         self, hidden: Tensor, labels: Tensor, head: Head | nn.Module, *, object_masks: Tensor | None = None
@@ -119,10 +120,13 @@ class OSPOLoss(nn.Module):
         use the chosen's. None: every token weighs 1. A row without image tokens has log-probability 0.
         metrics: loss, simpo, sft, accuracy, margin, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
         and, with the conditional term, conditional, swapped_logps.
-        Raises OpError: shapes that do not fit, too few groups, masks of another grid, and what `token_logprobs` raises.
+        Raises OpError: shapes that do not fit, too few groups, masks of another grid, at the first call also swapped
+        rows that would be taken for pairs (cond_weight 0, no masks), and what `token_logprobs` raises.
         """
         config = self.config
         pairs = self._pairs(hidden, labels, object_masks)
+        if not self._grouping_checked and not torch.compiler.is_compiling():
+            self._check_grouping(labels, pairs)
         rows = pairs * (3 if config.cond_weight > 0 else 2)
         # The labels are shifted, not the hidden states: these stay contiguous, and no copy is made.
         targets = F.pad(labels[:rows, 1:], (0, 1), value=IGNORE)
@@ -167,6 +171,20 @@ class OSPOLoss(nn.Module):
         if conditional is not None:
             metrics |= {"conditional": conditional, "swapped_logps": swapped[0].mean()}
         return OSPOLossOutput(loss, simpo, conditional, sft, {name: value.detach() for name, value in metrics.items()})
+
+    def _check_grouping(self, labels: Tensor, pairs: int) -> None:
+        """Refuse swapped rows that would be taken for pairs; looked for once, because looking waits for a GPU."""
+        self._grouping_checked = True
+        third, left = divmod(labels.shape[0], 3)
+        if left:
+            return
+        chosen, last = (part[part != IGNORE] for part in (labels[:third], labels[2 * third :]))
+        same = chosen.numel() > 0 and torch.equal(chosen, last)
+        if same and pairs != third:
+            raise OpError(
+                f"OSPOLoss: the last {third} of {labels.shape[0]} rows hold the codes of the first {third}, as swapped "
+                "rows do, but cond_weight is 0; leave the swapped rows out or set cond_weight above 0"
+            )
 
     def _pairs(self, hidden: Tensor, labels: Tensor, object_masks: Tensor | None) -> int:
         """B, the number of pairs, after a check of the shapes."""

@@ -246,3 +246,15 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     config = arguments.pop("config", OSPOLossConfig.preset("full"))
     with pytest.raises(OpError, match=message):
         OSPOLoss(config)(**arguments)
+
+
+def test_swapped_rows_are_not_taken_for_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(6, 9, 8, generator=generator), torch.nn.Linear(8, 11).requires_grad_(False)
+    labels = torch.randint(0, 11, (6, 9), generator=generator)
+    loss = OSPOLoss(OSPOLossConfig.preset("v1"))
+    loss(hidden, labels, head)  # three pairs: nothing says otherwise
+    labels[4:] = labels[:2]
+    with pytest.raises(OpError, match="leave the swapped rows out"):
+        OSPOLoss(OSPOLossConfig.preset("v1"))(hidden, labels, head)
+    assert OSPOLoss(OSPOLossConfig.preset("full"))(hidden, labels, head).conditional is not None
