@@ -59,6 +59,8 @@ class Recipe:
     polish_steps: int = 1500
     tower_steps: int = 1000
     steps: int = 7000
+    second_steps: int = 2200  # of a second cycle of the learning rate, with `second_draw` drawing sequences a step
+    second_draw: int = 40
     draw: int = 24  # drawing sequences a step
     draw_until: float = 1.0  # share of the steps in which drawing is trained
     pictures: int = 16  # pictures a step that questions are asked about
@@ -142,7 +144,8 @@ class Data:
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B, P) of the prompts, lengths (B,), codes (B, cells); one prompt in ten is made unconditional."""
         rng = np.random.default_rng([self.recipe.seed, 4, step])
-        chosen = rng.integers(len(self.drawn), size=self.recipe.draw)
+        count = self.recipe.draw if step < self.recipe.steps else self.recipe.second_draw
+        chosen = rng.integers(len(self.drawn), size=count)
         rows = []
         for index in chosen:
             row = [self.bos, self.user, *self.ids(self.drawn[index]), self.assistant, self.boi]
@@ -394,6 +397,15 @@ def _optimizer(model: JanusForConditionalGeneration, recipe: Recipe) -> torch.op
     return torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
 
+def _scale(step: int, recipe: Recipe) -> float:
+    """The learning rate's share of its peak: up, level, down to nothing; the second cycle is level for less long."""
+    decay, length = recipe.decay * recipe.steps, recipe.steps
+    if step >= recipe.steps:
+        step, length = step - recipe.steps, recipe.second_steps
+        decay = 0.7 * length
+    return min(1.0, (step + 1) / 200, max((length - step) / decay, 1e-3))
+
+
 def _tasks(
     model: JanusForConditionalGeneration, data: Data, path: Path, recipe: Recipe, checkpoint_every: int
 ) -> float:
@@ -409,13 +421,14 @@ def _tasks(
     model.train()
     clock = time.monotonic()
     recent: list[tuple[float, ...]] = []
-    for step in range(start, recipe.steps):
-        scale = min(1.0, (step + 1) / 200, max((recipe.steps - step) / (recipe.decay * recipe.steps), 1e-3))
+    total = recipe.steps + recipe.second_steps
+    for step in range(start, total):
+        scale = _scale(step, recipe)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
         optimizer.zero_grad(set_to_none=True)
         drawn = torch.zeros(())
-        if step < recipe.draw_until * recipe.steps:
+        if step < recipe.draw_until * total:
             drawn = draw_loss(model, *data.draw(step))
             drawn.backward()
         asked, right = ask_loss(model, data.ask(step))
@@ -427,9 +440,9 @@ def _tasks(
         recent.append((float(drawn.detach()), float(asked.detach()), right, float(written.detach())))
         if (step + 1) % 50 == 0:
             means = np.mean(recent, axis=0)
-            log.info("step %d/%d: draw %.3f, ask %.3f (%.3f right), write %.3f", step + 1, recipe.steps, *means)
+            log.info("step %d/%d: draw %.3f, ask %.3f (%.3f right), write %.3f", step + 1, total, *means)
             recent.clear()
-        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == total:
             seconds += time.monotonic() - clock
             clock = time.monotonic()
             kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}

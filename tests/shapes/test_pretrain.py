@@ -13,7 +13,18 @@ from ospo_fast.shapes.pretrain import Data, Recipe
 from ospo_fast.shapes.scenes import held_out, parse
 
 TINY = Recipe(
-    codes_steps=2, tower_steps=2, polish_steps=2, steps=4, draw=3, pictures=2, questions=3, texts=3, pool=20, decoded=10
+    codes_steps=2,
+    tower_steps=2,
+    polish_steps=2,
+    steps=3,
+    second_steps=1,
+    second_draw=2,
+    draw=3,
+    pictures=2,
+    questions=3,
+    texts=3,
+    pool=20,
+    decoded=10,
 )
 
 
@@ -134,7 +145,7 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: p
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     pretrain._same_recipe(tmp_path, TINY)
     pretrain._same_recipe(tmp_path, TINY)
-    with pytest.raises(OspoError, match="steps 4 → 5"):
+    with pytest.raises(OspoError, match="steps 3 → 5"):
         pretrain.run(tmp_path, replace(TINY, steps=5))
     (tmp_path / "file").write_text("")
     with pytest.raises(OspoError, match="can be written"):
