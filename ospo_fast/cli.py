@@ -32,8 +32,8 @@ STAGE_HELP = {
     "masks": "stage 5: object masks of the pairs",
     "train": "stage 5: LoRA training on the pairs",
 }
-_EXTRAS = ("accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "safetensors", "scipy", "tokenizers")
-EXTRAS = (*_EXTRAS, "tqdm", "transformers", "yaml")
+_EXTRAS = ("accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "psutil", "safetensors", "scipy")
+EXTRAS = (*_EXTRAS, "tokenizers", "tqdm", "transformers", "yaml")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _FLAGS = ("--json", "--debug", "--resume", "--no-resume", "--help")
 DEFAULT_OUT = "ospo-out"
@@ -205,7 +205,8 @@ def _pipeline(args: argparse.Namespace) -> Any:
 
 def _line(report: Any) -> str:
     unit = "steps" if report.stage == "train" else "items"
-    return f"{report.stage}: {report.items} {unit} in {report.seconds:.1f} s, {report.total} in all"
+    failed = f", {report.failed} failed" if report.failed else ""
+    return f"{report.stage}: {report.items} {unit} in {report.seconds:.1f} s, {report.total} in all{failed}"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -226,7 +227,8 @@ def _run(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     report = _pipeline(args).stage(args.command, args.iteration)
     _show(dataclasses.asdict(report), args.json, _line(report))
-    return 0
+    # As with `generate`, items that fail are no failure of the command while others do not.
+    return 1 if report.failed and report.failed == report.items else 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -1,19 +1,18 @@
 """The stages in order over one run folder: stores, shards, iterations, timing, and resumption after a stop.
 
-A run folder holds config.yaml, one JSONL store per stage, images/, masks/, train/, stages.json (seconds, items and peak
-memory of each stage) and settings.json (what each stage was run with, so that a store never mixes two settings).
-Iteration n > 1 lies in iter<n>/ and starts from stage 1 with the model that the iteration before it trained.
+A run folder holds config.yaml, one JSONL store per stage, images/, masks/, train/, stages.json (seconds, items, failed
+items and peak memory of each stage) and settings.json (what each stage was run with, so that a store never mixes two
+settings). Iteration n > 1 lies in iter<n>/ and starts from stage 1 with the model that the iteration before it trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, dump_config, saved_path
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError, UsageError, some_failed
+from ospo_fast.memory import PeakMemory
 from ospo_fast.records import Record, Store, locked, read_records, stable_hash, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -60,16 +60,21 @@ class Shard:
         return f"{self.index}-of-{self.count}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageReport:
-    """What a stage did: items made now and there in all, wall-clock seconds, peak memory of the process in MB."""
+    """What a stage did: items made now and there in all, wall-clock seconds, its peak memory in MB (`PeakMemory`).
+
+    `failed` of the items made now could not be worked on, or some of their images; their records say why. Of training,
+    items are steps, and what failed are pairs.
+    """
 
     stage: str
     iteration: int
-    items: int
-    total: int
-    seconds: float
-    peak_mb: float
+    items: int = 0
+    total: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    peak_mb: float = 0.0
     cuda_peak_mb: float | None = None
 
 
@@ -94,13 +99,14 @@ def read_stage(out: Path, stage: str) -> list[Record]:
     return list(records.values())
 
 
-def stage_figures(out: Path) -> dict[str, dict[str, float]]:
-    """Seconds and items (summed over stops and shards) and peak MB of each stage, from stages.json."""
+def stage_figures(*folders: Path) -> dict[str, dict[str, float]]:
+    """Seconds, items and failed items (summed over stops, shards and folders), and peak MB, of each stage."""
     figures: dict[str, dict[str, float]] = {}
-    for entry in _read_json(out / "stages.json", []):
-        row = figures.setdefault(entry["stage"], {"seconds": 0.0, "items": 0, "peak_mb": 0.0})
+    for entry in (entry for folder in folders for entry in _read_json(folder / "stages.json", [])):
+        row = figures.setdefault(entry["stage"], {"seconds": 0.0, "items": 0, "failed": 0, "peak_mb": 0.0})
         row["seconds"] = round(row["seconds"] + entry["seconds"], 3)
         row["items"] += entry["items"]
+        row["failed"] += entry.get("failed", 0)
         row["peak_mb"] = max(row["peak_mb"], entry["peak_mb"])
         if entry.get("cuda_peak_mb") is not None:
             row["cuda_peak_mb"] = max(row.get("cuda_peak_mb", 0.0), entry["cuda_peak_mb"])
@@ -127,11 +133,6 @@ def _digest(path: str) -> str:
 def _update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
     with locked(path.with_name(".lock")):
         write_json(path, change(_read_json(path, default)))
-
-
-def _peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 class Pipeline:
@@ -218,7 +219,7 @@ class Pipeline:
         if name == "train":
             return self._train(out, config, iteration, settings)
         if name == "masks" and not config.masks.enabled:
-            return StageReport(name, iteration, 0, 0, 0.0, _peak_mb())
+            return StageReport(name, iteration)
         return self._items(out, name, config, iteration, settings)
 
     def _items(self, out: Path, name: str, config: Config, iteration: int, settings: dict[str, Any]) -> StageReport:
@@ -232,7 +233,7 @@ class Pipeline:
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
             complete = not waiting
         if complete and not _shard_paths(out, name):
-            return StageReport(name, iteration, 0, len(present), 0.0, _peak_mb(), self._cuda_peak())
+            return StageReport(name, iteration, total=len(present))
         model = None
         if not complete and (name != "select" or config.select.rule == "v2"):
             model = self.model(iteration)
@@ -242,19 +243,20 @@ class Pipeline:
         self._begin(out, name, settings)
         with Store(store_path(out, name, self.shard)) as store:
             before = len(store)
-            self._reset_cuda_peak()
-            started = time.perf_counter()
             made: Iterator[Record] = iter(())
             if not complete:
                 made = _producer(name, None if kinds is None else list(kinds))(waiting, model, config, out)
-            try:
-                store.extend(self._bar(made, name, total, len(present)))
-            finally:
-                seconds = time.perf_counter() - started
-                self._note(out, name, iteration, len(store) - before, seconds)
+            failed: list[str] = []
+            with self._measured(out, name, iteration) as report:
+                try:
+                    store.extend(_noting(self._bar(made, name, total, len(present)), name, failed))
+                finally:
+                    report.items, report.total, report.failed = len(store) - before, len(store), len(failed)
             if name == "prompts":
                 self._mark_complete(out)
-            return StageReport(name, iteration, len(store) - before, len(store), seconds, _peak_mb(), self._cuda_peak())
+            if failed:
+                log.warning("%s: %s", name, some_failed("items", failed, report.items))
+            return report
 
     def _present(self, out: Path, name: str) -> dict[str, Record]:
         """What need not be made again: the stage's store and its shards (of a shard: the store and its own part)."""
@@ -304,18 +306,14 @@ class Pipeline:
         source = "masks" if train.uses_masks(config) else "select"
         done = _read_json(out / "train" / "done.json", None)
         if done is not None and self.resume:
-            return StageReport("train", iteration, 0, done["step"], 0.0, _peak_mb())
+            return StageReport("train", iteration, total=done["step"])
         records = read_stage(out, source)
         model = self.model(iteration)
         self._begin(out, "train", settings)
-        self._reset_cuda_peak()
-        steps = 0
-        started = time.perf_counter()
-        with self._tqdm("train", config.train.steps, "step") as bar:
+        with self._measured(out, "train", iteration) as report, self._tqdm("train", config.train.steps, "step") as bar:
 
             def advance(count: int) -> None:
-                nonlocal steps
-                steps += count
+                report.items += count
                 bar.update(count)
 
             try:
@@ -331,10 +329,9 @@ class Pipeline:
             finally:
                 # The weights have changed under the name they were loaded by.
                 self._models.clear()
-                seconds = time.perf_counter() - started
-                self._note(out, "train", iteration, steps, seconds)
+            report.total, report.failed = result.steps, len(result.left_out)
         self._models[str(out / "train" / "model")] = model
-        return StageReport("train", iteration, steps, result.steps, seconds, _peak_mb(), self._cuda_peak())
+        return report
 
     def _settings(self, name: str, config: Config, iteration: int) -> dict[str, Any]:
         """What a stage's results depend on, besides its inputs."""
@@ -390,31 +387,32 @@ class Pipeline:
         if (out / "stages.json").exists():
             _update_json(out / "stages.json", [], lambda rows: [row for row in rows if row["stage"] not in later])
 
-    def _note(self, out: Path, name: str, iteration: int, items: int, seconds: float) -> None:
-        if not items:
-            return
+    @contextlib.contextmanager
+    def _measured(self, out: Path, name: str, iteration: int) -> Iterator[StageReport]:
+        """A report to fill in; its seconds and memory are of the context; noted in stages.json, after an error too."""
+        report, memory, started = StageReport(name, iteration), PeakMemory(), time.perf_counter()
+        try:
+            with memory:
+                yield report
+        finally:
+            report.seconds = time.perf_counter() - started
+            report.peak_mb, report.cuda_peak_mb = memory.mb, memory.cuda_mb
+            if report.items:
+                self._note(out, report)
+
+    def _note(self, out: Path, report: StageReport) -> None:
         entry: dict[str, Any] = {
-            "stage": name,
-            "iteration": iteration,
+            "stage": report.stage,
+            "iteration": report.iteration,
             "shard": None if self.shard is None else str(self.shard),
-            "items": items,
-            "seconds": round(seconds, 3),
-            "peak_mb": _peak_mb(),
+            "items": report.items,
+            "failed": report.failed,
+            "seconds": round(report.seconds, 3),
+            "peak_mb": report.peak_mb,
         }
-        if (cuda := self._cuda_peak()) is not None:
-            entry["cuda_peak_mb"] = cuda
+        if report.cuda_peak_mb is not None:
+            entry["cuda_peak_mb"] = report.cuda_peak_mb
         _update_json(out / "stages.json", [], lambda rows: [*rows, entry])
-
-    def _reset_cuda_peak(self) -> None:
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def _cuda_peak(self) -> float | None:
-        import torch
-
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None
 
     def _tqdm(self, name: str, total: int, unit: str) -> Any:
         from tqdm import tqdm
@@ -427,6 +425,16 @@ class Pipeline:
             for record in records:
                 yield record
                 bar.update(1)
+
+
+def _noting(records: Iterator[Record], stage: str, failed: list[str]) -> Iterator[Record]:
+    """The records, as they come; the items that the stage failed on are noted."""
+    from ospo_fast.stages.failures import failure
+
+    for record in records:
+        if (reason := failure(stage, record)) is not None:
+            failed.append(f"{record['item_id']}: {reason}")
+        yield record
 
 
 _READS = {

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.generation.decoder import CPU_BYTES, LeanDecoder
 from ospo_fast.models.base import UnifiedModel
 
@@ -38,8 +38,7 @@ class GenerationError(OspoError):
     @classmethod
     def of(cls, what: str, results: Any, failed: dict[int, str]) -> GenerationError:
         """The error for `failed` items of a call; its message names the first three."""
-        shown = "; ".join(failed[i] for i in sorted(failed)[:3]) + ("; …" if len(failed) > 3 else "")
-        return cls(f"{len(failed)} of {len(results)} {what} failed: {shown}", results, failed)
+        return cls(some_failed(what, [failed[i] for i in sorted(failed)], len(results)), results, failed)
 
 
 @contextmanager

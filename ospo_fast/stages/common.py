@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
 
 T = TypeVar("T")
+# What zipfile raises for a damaged archive: a wrong checksum, another compression, a bit that says "encrypted".
+_BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
 def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -188,7 +192,7 @@ def load_codes(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             values: dict[str, Any] = {name: file[name] for name in file.files}
             values["codes"] = torch.from_numpy(values["codes"].astype(np.int64))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (*_BROKEN_ARCHIVE, OSError, ValueError, KeyError, EOFError) as error:
         raise OspoError(f"Cannot read the codes {path}: {error}.") from error
     return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in values.items()}
 
@@ -200,27 +204,61 @@ def open_image(path: Path) -> Any:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
-        raise OspoError(f"Cannot read the image {path}: {error}.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise OspoError(f"Cannot read the image {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def image_codes(model: UnifiedModel, paths: Sequence[Path]) -> Tensor:
-    """Codes (N, T) int64 of images: those stored beside each image, or else the image encoded.
+def image_or_reason(path: Path) -> Any:
+    """An RGB image, or the text of why it cannot be read."""
+    try:
+        return open_image(path)
+    except OspoError as error:
+        return str(error)
 
-    Raises OspoError for an image that cannot be read, or codes that do not fit the model's grid or codebook.
+
+def image_codes(model: UnifiedModel, paths: Sequence[Path]) -> list[Tensor | str]:
+    """Codes (T,) int64 of each image: those stored beside it, or else the image encoded; or why there are none.
+
+    An image has none when it (or the file of its codes) cannot be read, or when its codes do not fit the model's grid
+    or codebook.
     """
+    found: dict[Path, Tensor | str] = {}
+    images: dict[Path, Any] = {}
+    for path in dict.fromkeys(paths):
+        if path.with_suffix(".npz").exists():
+            found[path] = _stored_codes(path, model)
+        elif isinstance(image := image_or_reason(path), str):
+            found[path] = image
+        else:
+            images[path] = image
+    if images:
+        found |= zip(images, model.encode_images(list(images.values())).cpu(), strict=True)
+    return [found[path] for path in paths]
+
+
+def pair_codes(model: UnifiedModel, records: Sequence[Record], out: Path | None) -> list[Tensor | str]:
+    """Codes (2, T) of each record's chosen and rejected image, or why there are none."""
+    paths = [locate(path, out) for record in records for path in (record["chosen"], record["rejected"])]
+    found = image_codes(model, paths)
+    pairs: list[Tensor | str] = []
+    for chosen, rejected in zip(found[::2], found[1::2], strict=True):
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            pairs.append("; ".join(part for part in (chosen, rejected) if isinstance(part, str)))
+        else:
+            pairs.append(torch.stack((chosen, rejected)))
+    return pairs
+
+
+def _stored_codes(path: Path, model: UnifiedModel) -> Tensor | str:
+    try:
+        codes: Tensor = load_codes(path.with_suffix(".npz"))["codes"]
+    except OspoError as error:
+        return str(error)
     size = model.grid[0] * model.grid[1]
-    stored = {
-        i: load_codes(p.with_suffix(".npz"))["codes"] for i, p in enumerate(paths) if p.with_suffix(".npz").exists()
-    }
-    missing = [i for i in range(len(paths)) if i not in stored]
-    if missing:
-        encoded = model.encode_images([open_image(paths[i]) for i in missing]).cpu()
-        stored |= dict(zip(missing, encoded, strict=True))
-    for i, codes in stored.items():
-        if codes.shape != (size,) or int(codes.min()) < 0 or int(codes.max()) >= model.num_codes:
-            raise OspoError(
-                f"{paths[i]}: the codes have shape {tuple(codes.shape)} and reach {int(codes.max())}; the model draws "
-                f"{size} codes below {model.num_codes}. Were they made by another model?"
-            )
-    return torch.stack([stored[i] for i in range(len(paths))])
+    if codes.shape != (size,) or int(codes.min()) < 0 or int(codes.max()) >= model.num_codes:
+        reach = f" and reach {int(codes.max())}" if codes.numel() else ""
+        return (
+            f"{path}: the codes have shape {tuple(codes.shape)}{reach}; the model draws {size} codes below "
+            f"{model.num_codes}. Were they made by another model?"
+        )
+    return codes

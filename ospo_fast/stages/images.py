@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index, write_atomic
-from ospo_fast.stages.common import chunked, load_codes, save_codes, undrawable
+from ospo_fast.stages.common import chunked, load_codes, open_image, save_codes, undrawable
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -50,12 +50,13 @@ def _settings(drawing: Drawing, config: ImagesConfig) -> dict[str, Any]:
 
 
 def finished(path: Path, settings: dict[str, Any]) -> bool:
-    """Whether an image and its codes are there, drawn with these settings."""
+    """Whether an image and its codes are there and can be read, drawn with these settings."""
     codes = path.with_suffix(".npz")
     if not path.exists() or not codes.exists():
         return False
     try:
         stored = load_codes(codes)
+        open_image(path)
     except OspoError:
         return False
     return all(stored.get(name) == value for name, value in settings.items())

@@ -18,7 +18,7 @@ from torch import Tensor
 from ospo_fast.config import Config, MasksConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.records import ObjectSpan, Record, write_atomic
-from ospo_fast.stages.common import chunked, image_codes, locate
+from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
 from ospo_fast.stages.forward import hidden_states, teacher_forced
 from ospo_fast.stages.objects import nouns_of, object_spans, tokens_by_substring, tokens_of
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ospo_fast.ops import ObjectMasks
 
 log = logging.getLogger(__name__)
+
+NO_PAIR = "the item has no pair"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def attention_masks(
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
     """Every record with `objects` and `mask_path`, or with `mask` null and a `mask_reason`.
 
+    An item fails alone: one whose prompt is too long for the model or names no object, or whose images cannot be read.
     The file holds, for chosen and rejected: `*_maps` (O, H, W) f32 in [0, 1], `*_thresholds` (O,) f32, `*_masks`
     (O, H, W) u8, `*_union` (H, W) u8.
 
@@ -105,50 +108,57 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
         raise OspoError("masks: got no run folder; give `out`, where the masks go.")
     settings = config.masks
     for chunk in chunked(records, settings.batch_size):
-        found: dict[str, Target] = {}
-        reasons: dict[str, str] = {}
-        for record in chunk:
-            if not record.get("kept", "chosen" in record):
-                reasons[record["item_id"]] = "the item has no pair"
-                continue
-            target = find_objects(record, model, settings.match)
-            if isinstance(target, str):
-                reasons[record["item_id"]] = target
-                log.info("%s: no mask: %s", record["item_id"], target)
+        targets = [_target(record, model, settings.match) for record in chunk]
+        named = [n for n, target in enumerate(targets) if isinstance(target, Target)]
+        codes = dict(zip(named, pair_codes(model, [chunk[n] for n in named], out), strict=True))
+        tasks = [
+            _Task(record["item_id"], record["prompt"], target, pair)
+            for n, (record, target) in enumerate(zip(chunk, targets, strict=True))
+            if isinstance(target, Target) and isinstance(pair := codes[n], Tensor)
+        ]
+        paths = _write(tasks, model, settings, out) if tasks else {}
+        for n, (record, target) in enumerate(zip(chunk, targets, strict=True)):
+            if isinstance(target, Target) and (path := paths.get(record["item_id"])) is not None:
+                yield {**record, "nouns": target.nouns, "objects": target.objects, "mask_path": path}
             else:
-                found[record["item_id"]] = target
-        pairs = [record for record in chunk if record["item_id"] in found]
-        paths = _write(pairs, found, model, settings, out) if pairs else {}
-        for record in chunk:
-            item = record["item_id"]
-            if item in found:
-                yield {**record, "nouns": found[item].nouns, "objects": found[item].objects, "mask_path": paths[item]}
-            else:
-                yield {**record, "mask": None, "mask_reason": reasons[item]}
+                reason = target if isinstance(target, str) else str(codes[n])
+                if reason != NO_PAIR:
+                    log.info("%s: no mask: %s", record["item_id"], reason)
+                yield {**record, "mask": None, "mask_reason": reason}
 
 
-def _write(
-    pairs: list[Record], found: dict[str, Target], model: UnifiedModel, settings: MasksConfig, out: Path
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Task:
+    item_id: str
+    prompt: str
+    target: Target
+    codes: Tensor  # (2, T): chosen, rejected
+
+
+def _target(record: Record, model: UnifiedModel, match: str) -> Target | str:
+    if not record.get("kept", "chosen" in record):
+        return NO_PAIR
+    return undrawable(model, record["prompt"]) or find_objects(record, model, match)
+
+
+def _write(tasks: list[_Task], model: UnifiedModel, settings: MasksConfig, out: Path) -> dict[str, str]:
     from safetensors.torch import save
 
-    sides = ("chosen", "rejected")
-    images = [locate(record[side], out) for side in sides for record in pairs]  # type: ignore[literal-required]
-    columns = [found[record["item_id"]].columns for record in pairs] * 2
-    prompts = [record["prompt"] for record in pairs] * 2
-    result = attention_masks(model, prompts, image_codes(model, images), columns, settings)
+    columns = [task.target.columns for task in tasks] * 2
+    codes = torch.stack([task.codes for task in tasks], dim=1).flatten(0, 1)
+    result = attention_masks(model, [task.prompt for task in tasks] * 2, codes, columns, settings)
     paths = {}
-    for n, record in enumerate(pairs):
+    for n, task in enumerate(tasks):
         objects = len(columns[n])
         tensors = {}
-        for side, row in zip(sides, (n, n + len(pairs)), strict=True):
+        for side, row in (("chosen", n), ("rejected", n + len(tasks))):
             tensors[f"{side}_maps"] = result.maps[row, :objects].float()
             tensors[f"{side}_thresholds"] = result.thresholds[row, :objects].float()
             tensors[f"{side}_masks"] = result.masks[row, :objects]
             tensors[f"{side}_union"] = result.union[row]
-        path = f"masks/{record['item_id']}.safetensors"
+        path = f"masks/{task.item_id}.safetensors"
         write_atomic(out / path, save({name: value.cpu().contiguous() for name, value in tensors.items()}))
-        paths[record["item_id"]] = path
+        paths[task.item_id] = path
     return paths
 
 

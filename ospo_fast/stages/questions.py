@@ -15,8 +15,8 @@ from ospo_fast.stages.common import (
     chat_or_reason,
     chunked,
     describe,
+    image_or_reason,
     locate,
-    open_image,
     sample_text,
     templates_of,
     why_silent,
@@ -66,8 +66,8 @@ def score(
     """Every record with the answers and the local score of each of its images.
 
     local_score = mean over the questions of p_yes − p_no, in [−1, 1]. Questions that the model has no room for are
-    taken out. An item without questions keeps its images without a score, and so does an image whose answers are not
-    finite (its `reason` says so); the selection drops them.
+    taken out. An item without questions keeps its images without a score, and so does an image that cannot be read or
+    whose answers are not finite (its `reason` says so); the selection drops them.
     """
     from ospo_fast.generation import answer_questions
 
@@ -81,20 +81,29 @@ def score(
             for side in ("base_metadata", "negative_metadata")
             for name, verdict in cast("dict[str, ImageVerdict]", record.get(side, {})).items()
         ]
-        answered: dict[tuple[str, str, str], list[Answer]] = {}
-        if slots:
+        judged: dict[tuple[str, str, str], ImageVerdict] = {}
+        asked, images = [], []
+        for slot in slots:
+            record, side, name, verdict = slot
+            image = image_or_reason(locate(verdict["path"], out))
+            if isinstance(image, str):
+                judged[record["item_id"], side, name] = {**verdict, "reason": image}
+            else:
+                images.append(image)
+                asked.append(slot)
+        if asked:
             results = answer_questions(
                 model,
-                [open_image(locate(verdict["path"], out)) for _, _, _, verdict in slots],
-                [record["question"] for record, _, _, _ in slots],
+                images,
+                [record["question"] for record, _, _, _ in asked],
                 template=lambda question: templates.messages("vqa", question=question),
                 batch_size=config.score.batch_size,
                 progress=False,
             )
-            for (record, side, name, _), answers in zip(slots, results, strict=True):
-                answered[record["item_id"], side, name] = cast("list[Answer]", answers)
+            for (record, side, name, verdict), answers in zip(asked, results, strict=True):
+                judged[record["item_id"], side, name] = with_answers(verdict, cast("list[Answer]", answers))
         for record in chunk:
-            yield _scored(record, answered)
+            yield _scored(record, judged)
 
 
 def _answerable(record: Record, model: UnifiedModel, templates: TemplateSet) -> Record:
@@ -111,14 +120,11 @@ def _answerable(record: Record, model: UnifiedModel, templates: TemplateSet) -> 
     return {**record, "question": kept, "question_reason": "; ".join(dict.fromkeys(reasons.values()))}
 
 
-def _scored(record: Record, answered: dict[tuple[str, str, str], list[Answer]]) -> Record:
+def _scored(record: Record, judged: dict[tuple[str, str, str], ImageVerdict]) -> Record:
     sides = {}
     for side in ("base_metadata", "negative_metadata"):
-        verdicts: dict[str, ImageVerdict] = {}
-        for name, verdict in cast("dict[str, ImageVerdict]", record.get(side, {})).items():
-            answers = answered.get((record["item_id"], side, name))
-            verdicts[name] = verdict if answers is None else with_answers(verdict, answers)
-        sides[side] = verdicts
+        verdicts = cast("dict[str, ImageVerdict]", record.get(side, {}))
+        sides[side] = {name: judged.get((record["item_id"], side, name), found) for name, found in verdicts.items()}
     return cast(Record, {**record, **sides})
 
 

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ospo_fast.config import Config, SelectConfig
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ospo_fast.models.base import UnifiedModel
 
 RULES = ("v3", "v2", "random")
@@ -29,8 +27,12 @@ class Pair(TypedDict):
     rejected_score: float
 
 
-def _answers(verdict: Mapping[str, Any]) -> list[str]:
-    return [str(answer["answer"]).strip().lower() for answer in verdict.get("answer_metadata", [])]
+def _evidence(verdict: Mapping[str, Any], rule: str) -> list[str] | tuple[bool, str]:
+    """The answers that an image is judged by; the judgement itself where none count or there are none."""
+    if rule == "random":
+        return True, "no filter"
+    answers = [str(answer["answer"]).strip().lower() for answer in verdict.get("answer_metadata", [])]
+    return answers or (False, verdict.get("reason") or "no question was answered")
 
 
 def base_verdict(
@@ -42,11 +44,9 @@ def base_verdict(
     random: always. An image without answers may not be chosen (v3, v2).
     """
     settings = settings or SelectConfig()
-    answers = _answers(verdict)
-    if rule == "random":
-        return True, "no filter"
-    if not answers:
-        return False, verdict.get("reason") or "no question was answered"
+    answers = _evidence(verdict, rule)
+    if isinstance(answers, tuple):
+        return answers
     if rule == "v2":
         if "no" in answers:
             return False, "an answer is no"
@@ -70,11 +70,9 @@ def negative_verdict(
     v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. random: always.
     """
     settings = settings or SelectConfig()
-    answers = _answers(verdict)
-    if rule == "random":
-        return True, "no filter"
-    if not answers:
-        return False, verdict.get("reason") or "no question was answered"
+    answers = _evidence(verdict, rule)
+    if isinstance(answers, tuple):
+        return answers
     if rule == "v2":
         margin = max(answer["p_no"] - answer["p_yes"] for answer in verdict["answer_metadata"])
         return margin > settings.margin, f"clearest no has a margin of {margin:.2f}"
@@ -166,7 +164,8 @@ def run(
 ) -> Iterator[Record]:
     """Every record with `kept`, and either the pair (chosen, rejected, scores, rejected_prompt) or a `reason`.
 
-    Each image's entry gets `kept` and `reason`. Rule "v2" needs a model, for the log-probabilities.
+    Each image's entry gets `kept` and `reason`. Rule "v2" needs a model, for the log-probabilities; an item whose
+    prompt is too long for it, or whose images cannot be read, has no pair.
     """
     settings = config.select
     for record in records:
@@ -180,7 +179,11 @@ def run(
         judged = _judged(record, settings)
         logprobs = None if model is None else _logprobs_of(record["prompt"], model, settings.batch_size, out)
         rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))
-        pair = select_pair(record, settings.rule, rng, settings=settings, logprobs=logprobs)
+        try:
+            pair = select_pair(record, settings.rule, rng, settings=settings, logprobs=logprobs)
+        except _NoLogProbsError as error:
+            yield {**judged, "kept": False, "reason": str(error)}
+            continue
         if pair is None:
             yield {**judged, "kept": False, "reason": _why_no_pair(judged, settings.rule)}
             continue
@@ -222,12 +225,23 @@ def _why_no_pair(record: Record, rule: str) -> str:
     return "no variant has both images left"
 
 
+class _NoLogProbsError(OspoError):
+    """The log-probabilities of one item cannot be had."""
+
+
 def _logprobs_of(prompt: str, model: UnifiedModel, batch_size: int, out: Path | None) -> LogProbs:
     def logprobs(paths: Sequence[str]) -> list[float]:
-        from ospo_fast.stages.common import image_codes, locate
+        import torch
+
+        from ospo_fast.stages.common import image_codes, locate, undrawable
         from ospo_fast.stages.forward import mean_logprobs
 
-        codes: Tensor = image_codes(model, [locate(path, out) for path in paths])
-        return mean_logprobs(model, [prompt] * len(paths), codes, batch_size=batch_size)
+        if (why := undrawable(model, prompt)) is not None:
+            raise _NoLogProbsError(why)
+        codes = image_codes(model, [locate(path, out) for path in paths])
+        fine = [row for row in codes if not isinstance(row, str)]
+        if len(fine) < len(codes):
+            raise _NoLogProbsError("; ".join(row for row in codes if isinstance(row, str)))
+        return mean_logprobs(model, [prompt] * len(paths), torch.stack(fine), batch_size=batch_size)
 
     return logprobs

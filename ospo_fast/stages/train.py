@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.config import Config, LossConfig, TrainConfig
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import OspoError, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.records import Record, append_line, stable_hash, write_atomic, write_json
-from ospo_fast.stages.common import image_codes, locate
+from ospo_fast.stages.common import chunked, pair_codes, undrawable
 from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
 
 if TYPE_CHECKING:
@@ -45,12 +45,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: steps done, the step of the weights that were kept, and the last logged figures."""
+    """What training leaves: steps done, the step of the weights that were kept, and the last logged figures.
+
+    `left_out`: item_id → why its pair could not be trained on.
+    """
 
     steps: int
     best_step: int
     pairs: int
     metrics: dict[str, float]
+    left_out: dict[str, str]
 
 
 def loss_config(preset: str, overrides: LossConfig) -> OSPOLossConfig:
@@ -88,26 +92,46 @@ def uses_masks(config: Config) -> bool:
     return config.masks.enabled and loss_config(config.preset, config.train.loss).mask_alpha > 0
 
 
-def load_examples(records: list[Record], model: UnifiedModel, config: Config, out: Path | None) -> list[Example]:
-    """The pairs with their codes (stored beside the images, or encoded from them) and masks.
+def load_examples(
+    records: list[Record], model: UnifiedModel, config: Config, out: Path | None
+) -> tuple[list[Example], dict[str, str]]:
+    """The pairs with their codes (stored beside the images, or encoded from them) and masks, and what is left out.
 
-    Raises OspoError for a pair whose files cannot be read, or that lacks the rejected prompt the loss needs.
+    A pair is left out, item_id → reason, when a prompt is too long for the model or a file of it cannot be read. Raises
+    OspoError for a pair that lacks the rejected prompt the loss needs.
     """
-    from ospo_fast.stages.masks import load_unions
-
     conditional = loss_config(config.preset, config.train.loss).cond_weight > 0
-    examples = []
-    for start in range(0, len(records), 32):
-        part = records[start : start + 32]
-        paths = [locate(path, out) for record in part for path in (record["chosen"], record["rejected"])]
-        codes = image_codes(model, paths).view(len(part), 2, -1)
-        for record, pair in zip(part, codes, strict=True):
+    masked = uses_masks(config)
+    examples: list[Example] = []
+    left_out: dict[str, str] = {}
+    for part in chunked(records, 32):
+        for record, codes in zip(part, pair_codes(model, part, out), strict=True):
             if conditional and not record.get("rejected_prompt"):
                 raise OspoError(f"Item {record['item_id']} has no rejected_prompt, which the conditional term needs.")
-            masks = load_unions(record, out) if uses_masks(config) else None
-            rejected_prompt = record.get("rejected_prompt", "")
-            examples.append(Example(record["item_id"], record["prompt"], rejected_prompt, pair, masks))
-    return examples
+            example = _example(record, codes, model, out, conditional=conditional, masked=masked)
+            if isinstance(example, str):
+                left_out[record["item_id"]] = example
+            else:
+                examples.append(example)
+    return examples, left_out
+
+
+def _example(
+    record: Record, codes: Tensor | str, model: UnifiedModel, out: Path | None, *, conditional: bool, masked: bool
+) -> Example | str:
+    from ospo_fast.stages.masks import load_unions
+
+    rejected_prompt = record.get("rejected_prompt", "")
+    for prompt in (record["prompt"], *([rejected_prompt] if conditional else [])):
+        if (why := undrawable(model, prompt)) is not None:
+            return why
+    if isinstance(codes, str):
+        return codes
+    try:
+        masks = load_unions(record, out) if masked else None
+    except OspoError as error:
+        return str(error)
+    return Example(record["item_id"], record["prompt"], rejected_prompt, codes, masks)
 
 
 def make_batch(model: UnifiedModel, examples: list[Example], *, swapped: bool) -> tuple[Batch, Tensor | None]:
@@ -313,7 +337,7 @@ class Trainer:
         self.step, self.best = progress["step"], progress["best"]
         self.stale, self.stopped = progress["stale"], progress["stopped"]
 
-    def finish(self, metrics: dict[str, float]) -> Trained:
+    def finish(self, metrics: dict[str, float], left_out: dict[str, str]) -> Trained:
         """The best adapter (or the last), saved, then merged into the model, which is the tuned one from then on."""
         best = self.best.get("step", self.step)
         if best != self.step:
@@ -323,8 +347,9 @@ class Trainer:
         self.peft.merge_and_unload()
         self.model.module.requires_grad_(False)
         self.model.save(self.folder / "model")
-        write_json(self.folder / "done.json", {"step": self.step, "best_step": best, "digest": self._digest()})
-        return Trained(self.step, int(best), len(self.examples), metrics)
+        done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": left_out}
+        write_json(self.folder / "done.json", done)
+        return Trained(self.step, int(best), len(self.examples), metrics, left_out)
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
@@ -359,9 +384,10 @@ def train(
 ) -> Trained:
     """Train `model` in place on the pairs of `records`; results lie in `out`/train.
 
-    Writes log.jsonl (a line per step, and per evaluation), checkpoints/, adapter/ (peft) and model/ (merged). Weights
-    are those of the best evaluation where `train.early_stopping` names a figure, else the last. bf16 autocast on CUDA,
-    the model's own dtype on the CPU.
+    Writes log.jsonl (a line per step, and per evaluation), checkpoints/, adapter/ (peft), model/ (merged) and, at the
+    end, done.json with the pairs that were left out and why (see `load_examples`). Weights are those of the best
+    evaluation where `train.early_stopping` names a figure, else the last. bf16 autocast on CUDA, the model's own dtype
+    on the CPU.
 
     Args:
         records: with `chosen` and `rejected`, and `mask_path` where the loss uses masks.
@@ -373,12 +399,16 @@ def train(
         progress: called with the number of steps just done.
 
     Raises:
-        OspoError: no pair to train on, a file that cannot be read or written, a checkpoint of another run.
+        OspoError: no pair to train on, a file that cannot be written, a checkpoint that is broken or of another run.
 
     """
-    examples = load_examples(pick(records, config), model, config, out)
+    examples, left_out = load_examples(pick(records, config), model, config, out)
+    if left_out:
+        reasons = [f"{item}: {reason}" for item, reason in left_out.items()]
+        log.warning("train: %s", some_failed("pairs", reasons, len(examples) + len(left_out)))
     if not examples:
-        raise OspoError("train: no pair was left by the selection; see the reasons in select.jsonl.")
+        where = "the warning above" if left_out else "the reasons in select.jsonl"
+        raise OspoError(f"train: no pair was left to train on; see {where}.")
     settings, folder = config.train, out / "train"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -388,9 +418,10 @@ def train(
     _trim_log(logfile, trainer.step or -1)
     metrics: dict[str, float] = {}
     trainer.peft.train()
+    module: Any = model.module  # of transformers, which torch's type does not know
     checkpointing = settings.gradient_checkpointing
     if checkpointing:
-        model.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     watching = evaluation if settings.eval_every else None
     if watching is not None and trainer.step == 0:
         append_line(logfile, trainer.evaluate(watching))
@@ -405,8 +436,8 @@ def train(
         if progress is not None:
             progress(1)
     if checkpointing:
-        model.module.gradient_checkpointing_disable()  # type: ignore[operator]
-    return trainer.finish(metrics)
+        module.gradient_checkpointing_disable()
+    return trainer.finish(metrics, left_out)
 
 
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:

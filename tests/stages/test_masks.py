@@ -1,5 +1,7 @@
 """Object masks: the maps are the model's own attention, an item without objects is reported, batches change nothing."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -45,7 +47,7 @@ def eager_maps(model, prompt, codes, columns, layers):
 def test_maps_are_the_models_attention(model, made, pairs):
     pair = pairs[0]
     target = find_objects(pair, model, "offsets")
-    codes = image_codes(model, [made / pair["chosen"]])
+    codes = torch.stack(image_codes(model, [made / pair["chosen"]]))
     result = attention_masks(model, [pair["prompt"]], codes, [target.columns], config().masks)
     expected = eager_maps(model, pair["prompt"], codes[0], target.columns, [0, 1])
     low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
@@ -116,6 +118,27 @@ def test_items_without_pair_or_object_pass_with_a_reason(model, made, pairs, tmp
     assert "'zeppelin'" in done[0]["mask_reason"]
     assert "no object" in done[1]["mask_reason"]
     assert "no pair" in done[2]["mask_reason"]
+
+
+def test_an_item_fails_alone(model, made, pairs, tmp_path):
+    """A prompt that is too long, an image and codes that cannot be read: the others have their masks."""
+    shutil.copytree(made / "images", tmp_path / "images")
+    assert len(pairs) >= 5
+    long = {**pairs[0], "prompt": pairs[0]["prompt"] + " and a red circle" * 400}
+    (tmp_path / pairs[1]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
+    for suffix in (".png", ".npz"):
+        (tmp_path / pairs[2]["rejected"]).with_suffix(suffix).unlink()
+    codes = tmp_path / pairs[3]["chosen"]
+    codes.with_suffix(".npz").unlink()
+    codes.write_bytes(codes.read_bytes()[:60])
+    done = list(run([long, *pairs[1:]], model, config("masks.batch_size=3"), out=tmp_path))
+    words = ["tokens, at most", "Cannot read the codes", "No such file", "Cannot read the image"]
+    for record, word in zip(done[:4], words, strict=True):
+        assert record["mask"] is None
+        assert word in record["mask_reason"]
+    alone = list(run(pairs[4:], model, config(), out=tmp_path))
+    assert done[4:] == alone
+    assert all((tmp_path / record["mask_path"]).is_file() for record in alone)
 
 
 def test_official_match_finds_more(model, pairs):

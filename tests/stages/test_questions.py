@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from ospo_fast.config import load_config
-from ospo_fast.errors import OspoError
 from ospo_fast.generation import GenerationError
 from ospo_fast.models import load_model
 from ospo_fast.stages import perturb, questions, select
+from ospo_fast.stages.failures import failure
 from ospo_fast.stages.questions import parse_questions, score, with_answers, write_questions
 
 
@@ -83,15 +83,26 @@ def test_score(tmp_path, tiny, script):
     assert done[2]["base_metadata"] == {}
 
 
-def test_a_missing_image_is_named(tmp_path, tiny, script):
-    record = {
-        "item_id": "a",
-        "question": ["is it?"],
-        "base_metadata": {"base_0": {"path": "none.png"}},
-        "negative_metadata": {},
-    }
-    with pytest.raises(OspoError, match=r"none\.png"):
-        list(score([record], load_model(tiny), load_config(), out=tmp_path))
+def test_an_image_that_cannot_be_read_fails_alone(tmp_path, tiny, script):
+    names = ["base_0", "negative_0", "base_1", "negative_1"]
+    items = [image_item(tmp_path, item, names, ["is there a red circle?"]) for item in "abc"]
+    (whole,) = score(items[:1], load_model(tiny), load_config(), out=tmp_path)
+    torn = tmp_path / "b" / "base_1.png"
+    torn.write_bytes(torn.read_bytes()[:60])
+    for name in names:
+        (tmp_path / "c" / f"{name}.png").unlink()
+    first, second, third = score(items, load_model(tiny), load_config(), out=tmp_path)
+    assert first == whole
+    assert "local_score" in second["base_metadata"]["base_0"]
+    broken = second["base_metadata"]["base_1"]
+    assert "local_score" not in broken
+    assert f"Cannot read the image {torn}" in broken["reason"]
+    assert "No such file" in third["base_metadata"]["base_0"]["reason"]
+    assert [failure("score", record) for record in (first, second)] == [None, broken["reason"]]
+    kept = list(select.run([second, third], None, load_config(["select.threshold=-1"])))
+    assert kept[0]["base_metadata"]["base_1"]["reason"] == broken["reason"]
+    assert not kept[1]["kept"]
+    assert "No such file" in kept[1]["reason"]
 
 
 def test_the_models_own_words_and_eyes(tiny, tmp_path):

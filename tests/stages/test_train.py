@@ -67,7 +67,9 @@ def test_pick(records, caplog):
 
 
 def test_batch_groups(model, records, made):
-    examples = load_examples(pick(records, config("preset=full")), model, config("preset=full"), made)[:3]
+    examples, left_out = load_examples(pick(records, config("preset=full")), model, config("preset=full"), made)
+    assert not left_out
+    examples = examples[:3]
     batch, masks = make_batch(model, examples, swapped=True)
     assert len(batch.labels) == 9
     assert masks.shape == (6, *model.grid)
@@ -209,6 +211,27 @@ def test_what_is_missing_is_said(tiny, records, tmp_path, made):
     with pytest.raises(OspoError, match="run folder"):
         list(run(records, model, config()))
     assert not (made / "train").exists()
+
+
+@pytest.mark.parametrize("preset", ["v3", "full"])
+def test_pairs_that_cannot_be_used_are_left_out(tiny, records, run_folder, preset, caplog):
+    settings = config(f"preset={preset}", "train.steps=2")
+    pairs = pick(records, settings)
+    long = " and a red circle" * 400
+    pairs[0] = {**pairs[0], "prompt": pairs[0]["prompt"] + long}
+    pairs[1] = {**pairs[1], "rejected_prompt": pairs[1]["rejected_prompt"] + long}
+    (run_folder / pairs[2]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
+    (run_folder / pairs[3]["mask_path"]).write_bytes(b"12")
+    result = train(pairs, load_model(tiny), settings, out=run_folder)
+    ids = [record["item_id"] for record in pairs]
+    # The rejected prompt is read by the conditional term alone.
+    expected = {ids[0]: "tokens, at most", ids[2]: "Cannot read the codes", ids[3]: "Cannot read the masks"}
+    expected |= {ids[1]: "tokens, at most"} if preset == "full" else {}
+    assert result.left_out.keys() == expected.keys()
+    assert all(words in result.left_out[item] for item, words in expected.items())
+    assert result.pairs == len(pairs) - len(expected)
+    assert json.loads((run_folder / "train" / "done.json").read_text())["left_out"] == result.left_out
+    assert f"train: {len(expected)} of {len(pairs)} pairs failed: {ids[0]}: " in caplog.text
 
 
 def test_broken_checkpoint(tiny, records, run_folder):

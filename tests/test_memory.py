@@ -1,0 +1,61 @@
+"""Peak memory of a part of the process: its own, whatever was held before, and no one else's figure spoilt."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ospo_fast.memory import PeakMemory, lifetime_peak_mb, resident_mb
+
+MB = 2**20
+
+
+def test_a_new_peak_is_exact_however_short():
+    rise = int((lifetime_peak_mb() - resident_mb() + 300) * MB)
+    with PeakMemory() as peak:
+        held = bytearray(rise)
+        del held
+    assert peak.mb == lifetime_peak_mb()
+    assert peak.mb > resident_mb() + 250
+
+
+def test_a_peak_below_an_earlier_one_is_sampled():
+    held = bytearray(400 * MB)
+    del held
+    before = resident_mb()
+    with PeakMemory() as peak:
+        held = bytearray(100 * MB)
+        time.sleep(0.2)
+        del held
+    assert before + 90 < peak.mb < before + 200 < lifetime_peak_mb()
+
+
+def test_what_was_measured_outside_stays():
+    """A process that measures itself tells its parent the same peak as one that does not."""
+    code = (
+        "import resource; from ospo_fast.memory import PeakMemory\n"
+        "held = bytearray(500 * 2**20); del held\n"
+        "with PeakMemory(): pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) > 500 * MB
+
+
+def test_an_error_ends_the_measurement():
+    with pytest.raises(ValueError, match="stop"), PeakMemory() as peak:
+        raise ValueError("stop")
+    assert not peak._sampler.is_alive()
+    assert peak.mb > 0
+    assert (peak.cuda_mb is None) == (not torch.cuda.is_available())
+
+
+@pytest.mark.gpu
+def test_the_gpu_peak_is_that_of_the_context():
+    torch.empty(256 * MB, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.memory_allocated() / MB
+    with PeakMemory() as peak:
+        torch.empty(64 * MB, dtype=torch.uint8, device="cuda")
+    assert peak.cuda_mb == pytest.approx(before + 64, abs=3)
