@@ -39,6 +39,12 @@ _FLAGS = ("--json", "--debug", "--resume", "--no-resume", "--help")
 DEFAULT_OUT = "ospo-out"
 
 
+SEED_HELP = (
+    "seed of the stages, of training and of generate (default: 42); evaluation draws with evaluate.seeds whatever it "
+    "is, so that runs are compared drawing by drawing"
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.rstrip('.')}; see {self.prog} --help.")
@@ -49,7 +55,7 @@ def _common() -> _Parser:
     parser.add_argument("--model", help="embedded model 'shapes' (default), a folder, a LoRA folder or a hub name")
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     parser.add_argument("--out", type=Path, help=f"run folder (default: {DEFAULT_OUT})")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default: 42)")
+    parser.add_argument("--seed", type=int, help=SEED_HELP)
     parser.add_argument("--json", action="store_true", help="print results as JSON, no progress bars")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser
@@ -120,14 +126,17 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     given = any(override.startswith("out=") for override in overrides) or args.config is not None
     out = args.out or Path(first.out if given else DEFAULT_OUT)
     folder = out / "config.yaml" if saved else None
-    asked = args.model or next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("model=")), None)
-    if asked is None:
-        asked = load_config(overrides, file=args.config, saved=folder).model
+    name = args.model or next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("model=")), None)
+    asked = name or load_config(overrides, file=args.config, saved=folder).model
     config = load_config(overrides, file=args.config, saved=folder, family=model_family(asked))
     changes: dict[str, Any] = {"out": str(out), "model": asked}
     if args.seed is not None:
         changes["seed"] = args.seed
     config = dataclasses.replace(config, **changes)
+    if name is not None:
+        from ospo_fast.models import find_model
+
+        find_model(name)
     if getattr(args, "prompts_file", None) is not None:
         from ospo_fast.stages.common import read_prompts
 
@@ -156,12 +165,14 @@ def _evaluation(config: Config) -> Evaluation | None:
 
     from ospo_fast.shapes.evaluate import watcher
 
-    return watcher(config.images.guidance_scale, per_kind=config.evaluate.per_kind, seeds=config.evaluate.seeds)
+    return watcher(config.evaluate, config.images.guidance_scale)
 
 
 def _need_shapes(config: Config) -> None:
     from ospo_fast.config import model_family
+    from ospo_fast.models import find_model
 
+    find_model(config.model)
     if model_family(config.model) != "shapes":
         raise UsageError(
             f"Drawings can be checked in the Shapes world only, and {config.model!r} is not a model of it; draw with "
@@ -390,24 +401,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parse(given)
         return _COMMANDS[args.command](args)
-    except UsageError as error:
-        return _fail(str(error), 2, given)
-    except OspoError as error:
-        return _fail(str(error), 1, given)
-    except KeyboardInterrupt:
-        return _fail("Stopped; the same command goes on from here.", 1, given)
-    except ModuleNotFoundError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in given:
+            raise
+        print(f"ospo-fast: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _sentence(error: BaseException) -> str:
+    """What the user is told of an error."""
+    if isinstance(error, OspoError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped; the same command goes on from here."
+    if isinstance(error, ModuleNotFoundError):
         root = (error.name or "").split(".")[0]
         if root in EXTRAS:
-            return _fail(f"{root} is not installed; run: pip install 'ospo-fast[pipeline]'.", 1, given)
-        return _fail(f"{error}; the installation is not complete.", 1, given)
-    except Exception as error:
-        words = " ".join(str(error).split()) or "no message"
-        return _fail(f"{type(error).__name__}: {words[:300]} (--debug shows the traceback).", 1, given)
-
-
-def _fail(message: str, code: int, arguments: list[str]) -> int:
-    if "--debug" in arguments:
-        raise  # noqa: PLE0704
-    print(f"ospo-fast: {' '.join(message.split())}", file=sys.stderr)
-    return code
+            return f"{root} is not installed; run: pip install 'ospo-fast[pipeline]'."
+        return f"{error}; the installation is not complete."
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {words[:300]} (--debug shows the traceback)."

@@ -2,7 +2,8 @@
 
 Defaults are the published ones for Janus-Pro. Layers, later ones win: the dataclasses below, the values of the
 preset, the model family's own file, the run folder's `config.yaml`, the user's `--config` file, and dotted overrides
-such as `images.guidance_scale=2`.
+such as `images.guidance_scale=2`. Naming a preset on the command line or in the user's file gives that preset's loss:
+of `train.loss`, only what the user names beside it counts.
 """
 
 import dataclasses
@@ -213,10 +214,14 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Alignment on held-out prompts: `per_kind` prompts of each kind, drawn once per seed at every guidance scale."""
+    """Alignment on held-out prompts: `per_kind` prompts of each kind, drawn once per seed at every guidance scale.
+
+    `watch_per_kind`: prompts of each headline kind that training watches, always of the validation split.
+    """
 
     split: str = "test"
     per_kind: int = 50
+    watch_per_kind: int = 40
     guidance_scales: list[float] = field(default_factory=lambda: [5.0])
     seeds: list[int] = field(default_factory=lambda: [0])
     batch_size: int | None = None
@@ -224,7 +229,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
         _one_of("evaluate.split", self.split, ("test", "validation"))
-        _check("evaluate.per_kind", self.per_kind, self.per_kind >= 1, "1 or more")
+        for name in ("per_kind", "watch_per_kind"):
+            _check(f"evaluate.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _check("evaluate.guidance_scales", self.guidance_scales, bool(self.guidance_scales), "at least one number")
         _check("evaluate.seeds", self.seeds, bool(self.seeds), "at least one integer")
 
@@ -368,6 +374,9 @@ def load_config(
         config = _merge(config, OmegaConf.create(PRESETS[preset or kept or "v3"]), "preset")
         if family in MODEL_FILES:
             config = _merge(config, _load_file(MODEL_FILES[family]), str(MODEL_FILES[family]))
+    if preset is not None:
+        # The weights of a preset that is named are its own, not those of the model family or of the run so far.
+        config.train.loss = OmegaConf.structured(LossConfig)
     for source, layer in user:
         config = _merge(config, layer, source)
     result = OmegaConf.to_object(config)

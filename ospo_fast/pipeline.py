@@ -347,6 +347,8 @@ class Pipeline:
             now["prompts.exclude"] = f"{stable_hash(*sorted(excluded(config))):x}"
         if name == "train":
             now["preset"] = config.preset
+            if config.train.eval_every:
+                now |= {f"evaluate.{key}": getattr(config.evaluate, key) for key in ("watch_per_kind", "seeds")}
         templates = config.templates
         if templates is not None and Path(templates).is_file():
             templates = _digest(templates)

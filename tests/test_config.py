@@ -1,5 +1,6 @@
 """Layers of the configuration and what it says to wrong keys and values."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from ospo_fast.config import MODEL_FILES, PRESETS, Config, dump_config, load_config, model_family
 from ospo_fast.errors import UsageError
 from ospo_fast.loss import OSPOLossConfig
+from ospo_fast.stages.train import loss_config
 
 
 def test_defaults_are_the_published_ones():
@@ -53,11 +55,40 @@ def test_a_saved_run_keeps_its_values_and_takes_another_preset(tmp_path):
     first = load_config(["train.steps=7", "images.guidance_scale=2"], family="shapes")
     saved.write_text(dump_config(first))
     assert load_config(saved=saved, family="shapes") == first
-    assert load_config(["preset=v3"], saved=saved, family="shapes") == first
+    named = load_config(["preset=v3"], saved=saved, family="shapes")
+    named.train.loss = first.train.loss
+    assert named == first
     saved.write_text(dump_config(load_config(["images.guidance_scale=2", "preset=v2"])))
     assert load_config(saved=saved) == load_config(["images.guidance_scale=2", "preset=v2"])
     changed = load_config(["preset=v3"], saved=saved)
     assert changed == load_config(["images.guidance_scale=2"])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("where", ["command line", "file", "saved run", "saved run of the preset"])
+def test_a_named_preset_has_its_own_weights(tmp_path, preset, where):
+    """Neither the model family's weights nor those of the run so far count, but those named beside the preset do."""
+    file, saved = tmp_path / "mine.yaml", tmp_path / "config.yaml"
+    file.write_text(f"preset: {preset}\n")
+    before = ["train.loss.simpo_weight=0.7", "train.steps=7"]
+    saved.write_text(
+        dump_config(load_config(before + [f"preset={preset}"] * where.endswith("preset"), family="shapes"))
+    )
+    settings = {"family": "shapes", "file": file if where == "file" else None}
+    settings["saved"] = saved if where.startswith("saved") else None
+    named = [] if where == "file" else [f"preset={preset}"]
+    config = load_config(named, **settings)
+    assert loss_config(config.preset, config.train.loss) == OSPOLossConfig.preset(preset)
+    config = load_config([*named, "train.loss.simpo_weight=0.3"], **settings)
+    expected = dataclasses.replace(OSPOLossConfig.preset(preset), simpo_weight=0.3)
+    assert loss_config(config.preset, config.train.loss) == expected
+
+
+def test_without_a_named_preset_the_family_and_the_run_settle_the_weights(tmp_path):
+    assert load_config(family="shapes").train.loss.simpo_weight == 0.25
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(load_config(["train.loss.simpo_weight=0.7"], family="shapes")))
+    assert load_config(saved=saved, family="shapes").train.loss.simpo_weight == 0.7
 
 
 @pytest.mark.parametrize(

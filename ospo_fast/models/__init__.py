@@ -14,7 +14,7 @@ from ospo_fast.models.base import UnifiedModel
 if TYPE_CHECKING:
     from ospo_fast.models.janus import JanusUnifiedModel
 
-__all__ = ["EMBEDDED", "UnifiedModel", "load_model"]
+__all__ = ["EMBEDDED", "UnifiedModel", "find_model", "load_model"]
 
 EMBEDDED = "shapes"
 """The name of the model that ships with the package."""
@@ -43,25 +43,41 @@ def load_model(
     place = _device(device)
     number = _dtype(dtype, place)
     name = str(name_or_path)
+    folder = find_model(name)
+    if folder is not None and name != EMBEDDED and (folder / "adapter_config.json").is_file():
+        return _load_adapter(folder, place, number)
+    return _load(folder, name, place, number)
+
+
+def find_model(name_or_path: str | Path) -> Path | None:
+    """The folder behind the name of a model, None for a name on the hub; nothing is loaded.
+
+    Raises OspoError, as `load_model` would, for a folder that is missing or holds no model of a known kind.
+    """
+    name = str(name_or_path)
     if name == EMBEDDED:
         if not (_CHECKPOINT / "config.json").is_file():
             raise OspoError(
                 "the embedded checkpoint is not in this installation; install the package again, or make one with "
                 "`python -m ospo_fast.shapes.pretrain --out DIR` and name it: --model DIR/checkpoint"
             )
-        return _load(_CHECKPOINT, name, place, number)
+        return _CHECKPOINT
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
-            return _load_adapter(path, place, number)
-        return _load(path, name, place, number)
+            find_model(_base_of(path))
+        else:
+            _check_kind(_read_json(path / "config.json"), name)
+            if not any(path.glob("*.safetensors")):
+                raise OspoError(f"model: {path} holds no weights (*.safetensors); save or download the model again")
+        return path
     if path.exists():
         raise OspoError(f"model: {name!r} is a file, expected the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
         raise OspoError(
             f"model: there is no folder {name!r}; expected 'shapes', a folder or a hub name like 'org/model'"
         )
-    return _load(None, name, place, number)
+    return None
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -112,11 +128,6 @@ def _check_kind(config: dict[str, Any], name: str) -> None:
 
 
 def _load(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
-    if folder is not None:
-        _check_kind(_read_json(folder / "config.json"), name)
-        if not any(folder.glob("*.safetensors")):
-            raise OspoError(f"model: {folder} holds no weights (*.safetensors); save or download the model again")
-
     import transformers
     from safetensors import SafetensorError
 
@@ -151,12 +162,18 @@ def _load(folder: Path | None, name: str, device: torch.device, dtype: torch.dty
     return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
 
 
-def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
+def _base_of(folder: Path) -> str:
+    """The base model that a LoRA adapter names."""
     base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise OspoError(f"model: {folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
     if str(base) in (str(folder), folder.name):
         raise OspoError(f"model: the adapter {folder} names itself as its base model")
+    return str(base)
+
+
+def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
+    base = _base_of(folder)
     model = load_model(base, device=device, dtype=dtype)
 
     import peft

@@ -24,7 +24,9 @@ _PREFIX = "ospo_capture|"
 _ACTIVE: dict[int, AttentionCapture] = {}
 
 
-class _StopForward(Exception):  # noqa: N818 (not an error: it ends a forward pass whose rest nobody wants)
+class _StopForward(BaseException):
+    """Ends a forward pass whose rest nobody wants. No error, so it passes by what handles errors."""
+
     def __init__(self, capture: AttentionCapture) -> None:
         self.capture = capture
 

@@ -70,7 +70,8 @@ def read_run(root: Path) -> Run:
     later = sorted(path.name for path in root.glob("iter*") if path.is_dir())
     if later:
         notes.append(
-            f"later iterations have reports of their own: `ospo-fast report` on {', '.join(later)} writes them"
+            "the items below are those of the first iteration, the figures of pairs and masks those of the last; later "
+            f"iterations have reports of their own: `ospo-fast report` on {', '.join(later)} writes them"
         )
     gallery = _lines(root / "evaluation" / "gallery.jsonl", notes)
     if not (summary or merged or log or gallery):

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
 
 from ospo_fast._version import __version__
@@ -33,17 +32,24 @@ from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import read, satisfies
 from ospo_fast.shapes.evaluate import HEADLINE, Drawings
 from ospo_fast.shapes.scenes import held_out, parse
+from ospo_fast.stages.common import open_image
 
 log = logging.getLogger(__name__)
 
+SEEDS = (
+    "training: the seed of the stages and of training. sampling: the seeds that evaluation draws with, evaluate.seeds; "
+    "the same for every training seed, so that runs are compared drawing by drawing."
+)
 GALLERY = 6  # drawings of each headline kind shown before and after
 
 
 def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[str, Any]:
     """Base evaluation, the stages, tuned evaluation; writes summary.json and report/, returns the summary.
 
-    `alignment_std` is the standard error of the gain; those of before and after stand beside them. Figures of pairs and
-    masks are those of the first iteration.
+    `alignment_std` is the standard error of the gain; those of before and after stand beside them. `iterations` has the
+    figures of pairs, masks and stages of every iteration; those of pairs and masks at the top are the last one's, those
+    of the stages the sums (of memory, the largest) over all. Evaluation draws with `evaluate.seeds` whatever the seed
+    of the run is.
 
     Args:
         config: of a run; `model` must be one of the Shapes world. `prompts.exclude` is set to the held-out prompts.
@@ -65,7 +71,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     vqa = figures.get("vqa_rendered", base, lambda: evaluate.answering(base, progress=progress))
     own = figures.get("vqa_own", base, lambda: evaluate.answering_own(base, before[scale], progress=progress))
 
-    watch = evaluate.watcher(scale)
+    watch = evaluate.watcher(config.evaluate, scale)
     pipeline = Pipeline(config, resume=resume, progress=progress, evaluation=watch, model=base)
     pipeline.run()
 
@@ -73,6 +79,11 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     own_scale, own_scales = figures.guidance("tuned", tuned, progress)
     after = figures.drawings("tuned", tuned, sorted({1.0, scale, own_scale}), progress)
     base_own = before[scale]
+    folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
+    iterations = [
+        {"iteration": n, **stage_outcome(folder, masks=config.masks.enabled), "stages": stage_figures(folder)}
+        for n, folder in enumerate(folders, 1)
+    ]
     summary = {
         "alignment_before": before[scale].headline()["alignment"],
         "alignment_after": after[scale].headline()["alignment"],
@@ -80,12 +91,12 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         "alignment_gain": after[scale].gain(before[scale])["alignment"],
         "alignment_before_std": before[scale].headline()["standard_error"],
         "alignment_after_std": after[scale].headline()["standard_error"],
-        "seeds": {"training": [config.seed], "sampling": list(config.evaluate.seeds)},
+        "seeds": {"training": [config.seed], "sampling": list(config.evaluate.seeds), "note": SEEDS},
         "vqa_accuracy": vqa["all"],
         "vqa_by_kind": {kind: vqa[kind] for kind in evaluate.QUESTION_KINDS},
         "vqa_accuracy_own_drawings": own["all"],
-        **pair_figures(read_stage(out, "select"), out),
-        **(mask_figures(read_stage(out, "masks"), out) if config.masks.enabled else {"mask_iou": None}),
+        **{name: value for name, value in iterations[-1].items() if name not in ("iteration", "stages")},
+        "iterations": iterations,
         "evaluation": {
             "rule": " ".join((evaluate.__doc__ or "").split()),
             "headline_kinds": list(HEADLINE),
@@ -101,7 +112,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
             },
             "by_kind": _by_kind(before[scale], after[scale]),
         },
-        "stages": stage_figures(out),
+        "stages": stage_figures(*folders),
         "versions": _versions(),
     }
     write_gallery(out, before[scale], after[scale])
@@ -185,6 +196,12 @@ def _by_kind(before: Drawings, after: Drawings) -> dict[str, dict[str, float]]:
     }
 
 
+def stage_outcome(folder: Path, *, masks: bool) -> dict[str, Any]:
+    """The figures of the pairs and of the masks that lie in the folder of an iteration."""
+    pairs = pair_figures(read_stage(folder, "select"), folder)
+    return pairs | (mask_figures(read_stage(folder, "masks"), folder) if masks else {"mask_iou": None})
+
+
 def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
     """`pairs`; `pair_purity`: chosen right and rejected wrong, by the checker; the shares of either by itself.
 
@@ -204,7 +221,7 @@ def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
 
 
 def _shows(path: Path, prompt: str) -> bool:
-    return parse(prompt) is not None and satisfies(Image.open(path), prompt)
+    return parse(prompt) is not None and satisfies(open_image(path), prompt)
 
 
 def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
@@ -218,7 +235,7 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
         if not record.get("mask_path"):
             continue
         union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)
-        seen = [thing.mask for thing in read(Image.open(out / str(record["chosen"]))).objects]
+        seen = [thing.mask for thing in read(open_image(out / str(record["chosen"]))).objects]
         if not seen:
             continue
         pixels = np.any(seen, axis=0)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ospo_fast.config import EvaluateConfig
 from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import write_atomic
@@ -173,17 +174,18 @@ def best_guidance(
     return max(found, key=lambda scale: found[scale]["alignment"]), found
 
 
-def watcher(guidance_scale: float, *, per_kind: int = 16, seeds: Sequence[int] = (0,)) -> Evaluation:
-    """What training watches to stop early: the headline on a few validation prompts."""
+def watcher(settings: EvaluateConfig, guidance_scale: float) -> Evaluation:
+    """What training watches to stop early: the headline on `watch_per_kind` validation prompts of each kind in it."""
 
     def watch(model: UnifiedModel, _step: int) -> dict[str, float]:
         drawn = draw(
             model,
             split="validation",
-            per_kind=per_kind,
+            per_kind=settings.watch_per_kind,
             guidance_scale=guidance_scale,
-            seeds=seeds,
+            seeds=settings.seeds,
             kinds=HEADLINE,
+            batch_size=settings.batch_size,
             progress=False,
         )
         return {**drawn.headline(), "guidance_scale": guidance_scale}

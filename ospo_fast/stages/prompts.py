@@ -44,20 +44,29 @@ _OTHERS = (
 )
 OTHER_NUMBERS = frozenset(_OTHERS.split())
 _CATEGORIES = ("attribute", "layout", "non-spatial", "complex")
+# The parts of an answer, each begun by its label: a label inside a part means that the model lost the form.
+_LABEL = r"\b(?:Prompt|Concepts and relations|Relations?)\s*:"
 _ANSWER = re.compile(
-    r"Prompt:\s*(?P<prompt>.*?)\s*[;\n]\s*Concepts and relations:\s*(?P<concepts>.*?)\s*[;\n]\s*"
-    r"Relations?:\s*(?P<relation>[^\n]*)",
+    rf"\bPrompt:\s*(?P<prompt>(?:(?!{_LABEL})[^;\n])+?)\s*[;\n]\s*"
+    rf"Concepts and relations:\s*(?P<concepts>(?:(?!{_LABEL}).)+?)\s*[;\n]\s*"
+    rf"Relations?:\s*(?P<relation>(?:(?!{_LABEL})[^\n])*)",
     re.DOTALL | re.IGNORECASE,
 )
+_BEGUN = re.compile(r"\bPrompt:[ \t]*[^\s;]", re.IGNORECASE)
 
 
 def parse_answer(answer: str) -> tuple[str, str, str] | None:
-    """(prompt, concepts and relations, relation) of an answer, or None when a part is missing or empty."""
+    """(prompt, concepts and relations, relation) of an answer's first prompt, or None when it does not keep the form.
+
+    The form is `Prompt: …; Concepts and relations: …; Relation: …`, with line ends as good as semicolons. The prompt is
+    one line without semicolons, prompt and concepts have a word each, and no part holds the label of another. What
+    comes before the first label and after the third part does not count.
+    """
     match = _ANSWER.search(answer)
-    if match is None:
+    if match is None or _BEGUN.search(answer[: match.start()]):
         return None
-    parts = (match["prompt"].strip(), match["concepts"].strip(), match["relation"].strip().rstrip(";").strip())
-    return parts if all(parts[:2]) else None
+    prompt, concepts, relation = (match[name].strip(" ;\t\n") for name in ("prompt", "concepts", "relation"))
+    return (prompt, concepts, relation) if re.search(r"\w", prompt) and re.search(r"\w", concepts) else None
 
 
 def objection(prompt: str, sub_category: str) -> str | None:

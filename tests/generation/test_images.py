@@ -99,10 +99,10 @@ def test_outputs(tiny: JanusUnifiedModel) -> None:
     assert len(generator.generate([], seeds=[], output="pt")) == 0
 
 
-def test_without_guidance_no_unconditional_row_is_run(tiny: JanusUnifiedModel) -> None:
+def test_without_guidance_no_unconditional_row_is_run(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     tiny.head.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-    tiny.unconditional = None  # type: ignore[assignment]
+    monkeypatch.setattr(tiny, "unconditional", None)
     codes(tiny, PROMPTS[:1], [0], guidance_scale=1.0)
     assert set(rows) == {32}
     with pytest.raises(TypeError):
@@ -121,10 +121,10 @@ def test_guidance_is_what_it_says(tiny: JanusUnifiedModel) -> None:
                        codes(tiny, [blank], [5], guidance_scale=1.0, temperature=0))  # fmt: skip
 
 
-def test_a_dead_unconditional_branch_is_an_error(tiny: JanusUnifiedModel) -> None:
-    tiny.unconditional = lambda ids: torch.full_like(ids, tiny.boi_id)  # type: ignore[method-assign]
+def test_a_dead_unconditional_branch_is_an_error(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "unconditional", lambda ids: torch.full_like(ids, tiny.boi_id))
     embed = tiny.embed_tokens
-    tiny.embed_tokens = lambda ids: embed(torch.ones_like(ids))  # type: ignore[method-assign]
+    monkeypatch.setattr(tiny, "embed_tokens", lambda ids: embed(torch.ones_like(ids)))
     with pytest.raises(OspoError, match="guidance"):
         codes(tiny, PROMPTS, SEEDS)
     assert codes(tiny, PROMPTS, SEEDS, guidance_scale=1.0).shape == (4, 36)

@@ -76,10 +76,17 @@ def test_an_answer_depends_on_its_own_image_and_question_alone(
         assert moved == [found[i] for i in order], size
 
 
-def test_images_are_embedded_once_each(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+def test_images_are_embedded_once_each(
+    tiny: JanusUnifiedModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
     embedded = []
     embed = tiny.embed_images
-    tiny.embed_images = lambda images: embedded.append([id(i) for i in images]) or embed(images)  # type: ignore[method-assign, func-returns-value]
+
+    def noting(images: list[Image.Image]) -> torch.Tensor:
+        embedded.append([id(image) for image in images])
+        return embed(images)
+
+    monkeypatch.setattr(tiny, "embed_images", noting)
     answer_questions(tiny, pictures, QUESTIONS, template=template)
     assert len(embedded) == 1
     assert set(embedded[0]) == {id(pictures[i]) for i in (0, 2, 3)}

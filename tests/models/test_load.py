@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def refuse(name: object, *words: str) -> None:
+def refuse(name: str | Path, *words: str) -> None:
     with pytest.raises(OspoError) as caught:
-        load_model(name)  # type: ignore[arg-type]
+        load_model(name)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -104,9 +105,9 @@ def test_a_tokenizer_that_is_absent(broken: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["toaster", "cuda:99", 3.5])
-def test_unknown_devices(saved: Path, device: object) -> None:
+def test_unknown_devices(saved: Path, device: Any) -> None:
     with pytest.raises((UsageError, TypeError), match="device"):
-        load_model(saved, device=device)  # type: ignore[arg-type]
+        load_model(saved, device=device)
 
 
 def test_dtypes(saved: Path) -> None:

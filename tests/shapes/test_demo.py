@@ -1,18 +1,21 @@
 """The shipped checkpoint, and the whole method on it, small."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from ospo_fast import cli
 from ospo_fast.config import load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.pipeline import read_stage
+from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
+from ospo_fast.records import Record
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import held_out, parse
 
@@ -23,6 +26,7 @@ SMALL = [
     "train.eval_every=2",
     "train.batch_size=4",
     "evaluate.per_kind=3",
+    "evaluate.watch_per_kind=3",
     "evaluate.seeds=[0]",
 ]
 
@@ -69,7 +73,76 @@ def test_the_summary_has_every_figure(run_folder: Path) -> None:
         assert figures["items"] > 0
         assert figures["peak_mb"] > 0
     assert summary["versions"]["torch"] == torch.__version__
-    assert summary["seeds"] == {"training": [42], "sampling": [0]}
+    assert (summary["seeds"]["training"], summary["seeds"]["sampling"]) == ([42], [0])
+    assert "evaluate.seeds" in summary["seeds"]["note"]
+    (only,) = summary["iterations"]
+    for name in ("pairs", "pair_purity", "chosen_right", "mask_iou", "mask_iou_std", "stages"):
+        assert only[name] == summary[name]
+
+
+def test_every_iteration_is_reported(run_folder: Path, tmp_path: Path) -> None:
+    """The second iteration goes on from the finished first one; the figures at the top are its own."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    out = tmp_path / "run"
+    config = load_config([*SMALL, f"out={out}", "iterations=2", "train.steps=1"], family="shapes")
+    # Training has other settings in the second iteration; the first one's lies there, done.
+    saved = json.loads((out / "settings.json").read_text())
+    saved["train"]["settings"]["train.steps"] = 1
+    (out / "settings.json").write_text(json.dumps(saved))
+    demo.run(config, progress=False)
+    summary = json.loads((out / "summary.json").read_text())
+    first, second = summary["iterations"]
+    assert (first["iteration"], second["iteration"]) == (1, 2)
+    before = json.loads((run_folder / "summary.json").read_text())
+    for name in ("pairs", "pair_purity", "mask_iou"):
+        assert first[name] == before[name]
+        assert second[name] == summary[name]
+    kept = [record for record in read_stage(out / "iter2", "select") if record.get("kept")]
+    assert second["pairs"] == len(kept) > 0
+    assert second["mask_iou"] == demo.mask_figures(read_stage(out / "iter2", "masks"), out / "iter2")["mask_iou"]
+    assert second["stages"] == stage_figures(out / "iter2")
+    for name, row in summary["stages"].items():
+        assert row["items"] == first["stages"][name]["items"] + second["stages"][name]["items"]
+    assert summary["stages"]["train"]["items"] == 5
+
+
+def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base figures of another training seed are the same, so gains are compared drawing by drawing."""
+    monkeypatch.setattr(Pipeline, "run", lambda self: pytest.fail("far enough"))
+    config = load_config([*SMALL, f"out={tmp_path}", "seed=7"], family="shapes")
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        demo.run(config, progress=False)
+    drawn = sorted((tmp_path / "evaluation").glob("base_*.npz"))
+    assert drawn
+    for path in drawn:
+        with np.load(path) as one, np.load(run_folder / "evaluation" / path.name) as other:
+            assert np.array_equal(one["images"], other["images"])
+
+
+def test_training_watches_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting for `demo` and for `train`: 40 prompts of each headline kind, all of them validation prompts."""
+    seen: list[dict[str, Any]] = []
+    nobody: Any = None  # the drawings are made up
+
+    def draw(model: object, **settings: Any) -> evaluate.Drawings:
+        seen.append(settings)
+        return evaluate.Drawings(settings["split"], 1.0, (0,), evaluate.HEADLINE, ("a",) * 3, (), np.ones((3, 1), bool))
+
+    monkeypatch.setattr(evaluate, "draw", draw)
+    config = load_config(["evaluate.watch_per_kind=7", "evaluate.seeds=[3]"], family="shapes")
+    for settings in (config, load_config(family="shapes")):
+        watch = cli._evaluation(settings)
+        assert watch is not None
+        watch(nobody, 0)
+        evaluate.watcher(settings.evaluate, settings.images.guidance_scale)(nobody, 0)
+    assert seen[0] == seen[1]
+    assert seen[2] == seen[3]
+    assert (seen[0]["per_kind"], seen[0]["seeds"]) == (7, [3])
+    assert (seen[2]["per_kind"], seen[2]["split"]) == (40, "validation")
+    for kind in evaluate.HEADLINE:
+        assert len(evaluate.held_out_prompts("validation", 40, [kind])) == 40
 
 
 def test_no_stage_draws_or_trains_on_a_held_out_prompt(run_folder: Path) -> None:
@@ -125,8 +198,8 @@ def test_masks_are_measured_against_the_objects(tmp_path: Path) -> None:
     save_file({"chosen_union": 1 - union}, tmp_path / "wrong.safetensors")
 
     def iou(name: str) -> float:
-        records = [{"item_id": "a", "chosen": "a.png", "mask_path": name}]
-        return demo.mask_figures(records, tmp_path)["mask_iou"]  # type: ignore[arg-type]
+        records: list[Record] = [{"item_id": "a", "chosen": "a.png", "mask_path": name}]
+        return demo.mask_figures(records, tmp_path)["mask_iou"]
 
     assert iou("right.safetensors") == 1
     assert iou("wrong.safetensors") == 0
@@ -139,12 +212,12 @@ def test_a_pair_is_pure_when_chosen_is_right_and_rejected_wrong(tmp_path: Path) 
 
     render(Scene((Object("red", "square", "large", (0, 0)),), "white")).save(tmp_path / "red.png")
     render(Scene((Object("blue", "square", "large", (0, 0)),), "white")).save(tmp_path / "blue.png")
-    records = [
+    records: list[Record] = [
         {"item_id": "a", "kept": True, "prompt": "a red square", "chosen": "red.png", "rejected": "blue.png"},
         {"item_id": "b", "kept": True, "prompt": "a blue square", "chosen": "red.png", "rejected": "blue.png"},
         {"item_id": "c", "kept": True, "prompt": "no prompt", "chosen": "red.png", "rejected": "blue.png"},
         {"item_id": "d", "kept": False, "prompt": "a red square"},
     ]
-    figures = demo.pair_figures(records, tmp_path)  # type: ignore[arg-type]
+    figures = demo.pair_figures(records, tmp_path)
     assert figures["pairs"] == 3
     assert figures["pair_purity"] == pytest.approx(1 / 3)

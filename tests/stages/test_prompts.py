@@ -50,6 +50,27 @@ def config(*overrides, **counts):
         ("Prompt: ; Concepts and relations: cup; Relation: x", None),
         ("a cup", None),
         ("", None),
+        # Not the form: a second prompt inside the first, a part in two, a label where its part should be.
+        ("Prompt: a blue circle; Prompt: blue circle; Concepts and relations: blue circle; Relation: none", None),
+        ("Prompt: a blue circle; blue circle; Concepts and relations: blue circle; Relation: none", None),
+        ("Prompt: a blue circle\nblue circle; Concepts and relations: blue circle; Relation: none", None),
+        ("Prompt: a cup Prompt: a cup; Concepts and relations: cup; Relation: none", None),
+        ("Prompt: a cup; Concepts and relations: cup; Prompt: a hat; Relation: none", None),
+        ("Prompt: a cup; Concepts and relations: Relation: none; Relation: none", None),
+        ("Prompt: a cup; Concepts and relations: cup; Concepts and relations: cup; Relation: none", None),
+        ("Prompt: . ; Concepts and relations: cup; Relation: none", None),
+        ("Prompt: a cup; Concepts and relations: -; Relation: none", None),
+        # Still the form: talk around it, several concepts, an empty relation, a further answer behind the first.
+        ("Here is a prompt:\nPrompt: a cup; Concepts and relations: cup; Relation: x", ("a cup", "cup", "x")),
+        ("Prompt: a cup\nConcepts and relations: cup;\n saucer\nRelation:", ("a cup", "cup;\n saucer", "")),
+        (
+            "Prompt: a cup; Concepts and relations: cup; Relation: (cup)\nPrompt: a hat; Concepts and relations: hat",
+            ("a cup", "cup", "(cup)"),
+        ),
+        (
+            "Prompt: a cup; Concepts and relations: cup; Relation: (cup) Prompt: a hat",
+            ("a cup", "cup", "(cup)"),
+        ),
     ],
 )
 def test_parse(text, expected):
@@ -122,8 +143,7 @@ def test_few_shot_examples_become_the_models_own(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_resume_equals_an_unbroken_run(monkeypatch, stop, batch):
     settings = config(f"prompts.calls_per_batch={batch}", "prompts.refresh_every=3", color1=10, shape2=13)
-    reply = lambda kind, seed: answer(f"{kind[:3]} cup {seed % 50}") if seed % 4 == 0 else "no"  # noqa: E731
-    Writer(monkeypatch, reply)
+    Writer(monkeypatch, lambda kind, seed: answer(f"{kind[:3]} cup {seed % 50}") if seed % 4 == 0 else "no")
     whole = list(run([], MODEL, config("prompts.refresh_every=3", color1=10, shape2=13)))
     assert len(whole) == 23
     assert whole[:stop] + list(run(whole[:stop], MODEL, settings)) == whole
