@@ -10,6 +10,9 @@ import sys
 import traceback
 from pathlib import Path
 
+from ospo_fast.errors import OspoError
+from ospo_fast.records import check_writable
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -29,6 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(names()))
         return 0
+    try:
+        check_writable(options.out)
+    except OspoError as error:
+        parser.error(str(error))
     sys.path.insert(0, str(HERE))
     failed = []
     for name in options.only or names():

@@ -126,7 +126,7 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     given = any(override.startswith("out=") for override in overrides) or args.config is not None
     out = args.out or Path(first.out if given else DEFAULT_OUT)
     folder = out / "config.yaml" if saved else None
-    name = args.model or next((o.split("=", 1)[1] for o in reversed(overrides) if o.startswith("model=")), None)
+    name = args.model or (first.model if first.model != "shapes" else None)
     asked = name or load_config(overrides, file=args.config, saved=folder).model
     config = load_config(overrides, file=args.config, saved=folder, family=model_family(asked))
     changes: dict[str, Any] = {"out": str(out), "model": asked}
@@ -262,7 +262,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError(f"--num should be 1 or more, got {args.num}.")
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
-    from ospo_fast.stages.common import numbered_prompts, undrawable
+    from ospo_fast.stages.common import numbered_prompts, unusable
     from ospo_fast.stages.sheet import generate
 
     _quiet()
@@ -270,7 +270,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = [(None, args.prompt)] if file is None else numbered_prompts(file)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     for line, prompt in prompts:
-        if (why := undrawable(model, prompt)) is not None:
+        if (why := unusable(model, prompt)) is not None:
             raise UsageError((why if line is None else f"{file}:{line}: {why}").rstrip(".") + ".")
     result = generate(
         model,
@@ -375,6 +375,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     args.overrides = [arguments[n] for n in settings]
     args.overrides += [argument for argument in extra if _OVERRIDE.fullmatch(argument)]
     args.rest = [argument for argument in extra if argument not in args.overrides]
+    if args.overrides and args.command in ("report", "env"):
+        raise UsageError(f"{args.command} takes no settings, got {args.overrides[0]!r}.")
     if args.rest and args.command != "bench":
         raise UsageError(
             f"Unknown argument {args.rest[0]!r}; see ospo-fast {args.command} --help, settings read section.key=value."

@@ -216,7 +216,8 @@ class TrainConfig:
 class EvaluateConfig:
     """Alignment on held-out prompts: `per_kind` prompts of each kind, drawn once per seed at every guidance scale.
 
-    `watch_per_kind`: prompts of each headline kind that training watches, always of the validation split.
+    `watch_per_kind`: prompts of each headline kind that training watches (or as many as there are), always of the
+    validation split.
     """
 
     split: str = "test"

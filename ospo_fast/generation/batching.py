@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,19 @@ def check_batch_size(batch_size: int | None) -> None:
     """UsageError unless batch_size is None or positive."""
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size: got {batch_size}, expected a positive number, or None to fit the memory")
+
+
+def check_number(name: str, value: float, expected: str) -> None:
+    """UsageError unless a number is finite and not negative."""
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(f"{name}: got {value}, expected {expected}")
+
+
+def check_sampling(temperature: float, top_p: float, unit: str) -> None:
+    """UsageError unless temperature and top_p are such as codes or tokens (`unit`) can be sampled with."""
+    check_number("temperature", temperature, f"a number >= 0; 0 takes the likeliest {unit}")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p: got {top_p}, expected a number in (0, 1]; 1 keeps all {unit}s")
 
 
 def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ from ospo_fast.generation.batching import (
     by_length,
     check_batch_size,
     check_ids,
+    check_number,
+    check_sampling,
     evaluating,
     fitting,
     make_jobs,
@@ -50,17 +51,10 @@ class _Sampling:
     top_p: float
 
     def __post_init__(self) -> None:
-        _check_number("guidance_scale", self.guidance_scale, "a number >= 0; 1 draws without guidance")
-        _check_number("temperature", self.temperature, "a number >= 0; 0 takes the likeliest code")
+        check_number("guidance_scale", self.guidance_scale, "a number >= 0; 1 draws without guidance")
+        check_sampling(self.temperature, self.top_p, "code")
         if self.top_k < 0:
             raise UsageError(f"top_k: got {self.top_k}, expected an integer >= 0; 0 keeps all codes")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p: got {self.top_p}, expected a number in (0, 1]; 1 keeps all codes")
-
-
-def _check_number(name: str, value: float, expected: str) -> None:
-    if not math.isfinite(value) or value < 0:
-        raise UsageError(f"{name}: got {value}, expected {expected}")
 
 
 class ImageGenerator:

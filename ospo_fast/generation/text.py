@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from ospo_fast.generation.batching import (
     by_length,
     check_batch_size,
     check_ids,
+    check_sampling,
     evaluating,
     fitting,
     make_jobs,
@@ -56,10 +56,7 @@ def generate_text(
         GenerationError: the logits of some texts were not finite; it carries the finished ones.
 
     """
-    if not math.isfinite(temperature) or temperature < 0:
-        raise UsageError(f"temperature: got {temperature}, expected a number >= 0; 0 takes the likeliest token")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"top_p: got {top_p}, expected a number in (0, 1]; 1 keeps all tokens")
+    check_sampling(temperature, top_p, "token")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: got {max_new_tokens}, expected a positive number")
     check_batch_size(batch_size)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import UsageError
+from ospo_fast.records import write_atomic
 from ospo_fast.report import figures, inspector
 from ospo_fast.report.charts import short
 from ospo_fast.report.images import Album
@@ -44,7 +43,7 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
     if target.is_dir() or (out is not None and target.suffix.lower() not in {".html", ".htm"}):
         target /= "index.html"
     html = render(run_dir, limit=limit, gallery_limit=gallery_limit)
-    _write(target, html)
+    write_atomic(target, html.encode("utf-8", "replace"))  # a record may hold half a surrogate pair
     return target
 
 
@@ -146,24 +145,3 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals.update(error_of=figures.standard_error)
     return environment
-
-
-def _write(target: Path, html: str) -> None:
-    temporary = ""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", delete=False
-        ) as stream:
-            temporary = stream.name
-            stream.write(html.encode("utf-8", "replace"))  # a record may hold half a surrogate pair
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-        temporary = ""
-    except OSError as error:
-        raise OspoError(f"cannot write the report to {str(target)!r}: {error.strerror or error}") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)

@@ -6,9 +6,7 @@ finished is kept in the run folder, so a stopped demo goes on where it was.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import io
 import json
 import logging
 import platform
@@ -32,7 +30,7 @@ from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import read, satisfies
 from ospo_fast.shapes.evaluate import HEADLINE, Drawings
 from ospo_fast.shapes.scenes import held_out, parse
-from ospo_fast.stages.common import open_image
+from ospo_fast.stages.common import open_image, png
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,8 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     of the run is.
 
     Args:
-        config: of a run; `model` must be one of the Shapes world. `prompts.exclude` is set to the held-out prompts.
+        config: of a run; `model` must be one of the Shapes world. `prompts.exclude` is set to the held-out prompts, in
+            place.
         resume: go on with what the run folder holds.
         progress: bars on stderr.
 
@@ -63,16 +62,18 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     started = time.perf_counter()
     out = Path(config.out)
     base = load_model(config.model, device=config.device, dtype=config.dtype)
+    pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
+    pipeline.prepare()  # what is asked for wrongly is said before anything is drawn or written
     write_atomic(out / "held_out.txt", ("\n".join(held_out()) + "\n").encode())
-    config = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, exclude=str(out / "held_out.txt")))
+    config.prompts.exclude = str(out / "held_out.txt")
+    pipeline.prepare()
     figures = _Figures(out / "evaluation", config.evaluate, resume=resume)
     scale, scales = figures.guidance("base", base, progress)
     before = figures.drawings("base", base, sorted({1.0, scale}), progress)
     vqa = figures.get("vqa_rendered", base, lambda: evaluate.answering(base, progress=progress))
     own = figures.get("vqa_own", base, lambda: evaluate.answering_own(base, before[scale], progress=progress))
 
-    watch = evaluate.watcher(config.evaluate, scale)
-    pipeline = Pipeline(config, resume=resume, progress=progress, evaluation=watch, model=base)
+    pipeline.evaluation = evaluate.watcher(config.evaluate, scale)
     pipeline.run()
 
     tuned = pipeline.model(config.iterations + 1)
@@ -262,16 +263,10 @@ def write_gallery(out: Path, before: Drawings, after: Drawings) -> None:
         line: dict[str, Any] = {"prompt": prompt, "kind": kind}
         for name, drawn in (("before", before), ("after", after)):
             path = f"evaluation/images/{index:04d}_{name}.png"
-            write_atomic(out / path, _png(drawn.images[index * len(drawn.seeds)]))
+            write_atomic(out / path, png(drawn.images[index * len(drawn.seeds)]))
             line[name] = {"path": path, "correct": bool(drawn.correct[index, 0])}
         lines.append(json.dumps(line))
     write_atomic(out / "evaluation" / "gallery.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _versions() -> dict[str, str]:

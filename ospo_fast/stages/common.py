@@ -16,6 +16,7 @@ from torch import Tensor
 from ospo_fast.config import Config, TextConfig
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import Record, write_atomic
+from ospo_fast.stages.objects import nouns_of
 from ospo_fast.stages.templates import TemplateSet, load_templates
 
 if TYPE_CHECKING:
@@ -165,6 +166,14 @@ def undrawable(model: UnifiedModel, prompt: str) -> str | None:
     return f"prompt: {prompt[:60]!r} has {length} tokens, at most {room} fit; shorten it" if length > room else None
 
 
+def unusable(model: UnifiedModel, prompt: str) -> str | None:
+    """Why a user's prompt is refused: the model cannot draw it, or it names no object; None for a good one."""
+    why = undrawable(model, prompt)
+    if why is None and not nouns_of({"prompt": prompt}):
+        return f"prompt: {prompt[:60]!r} names no object; say what is to be seen"
+    return why
+
+
 def excluded(config: Config) -> frozenset[str]:
     """Keys of the prompts that must never be produced (`prompts.exclude`)."""
     if config.prompts.exclude is None:
@@ -195,6 +204,13 @@ def load_codes(path: Path) -> dict[str, Any]:
     except (*_BROKEN_ARCHIVE, OSError, ValueError, KeyError, EOFError) as error:
         raise OspoError(f"Cannot read the codes {path}: {error}.") from error
     return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in values.items()}
+
+
+def png(image: Any) -> bytes:
+    """An image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def open_image(path: Path) -> Any:

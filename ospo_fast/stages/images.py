@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index, write_atomic
-from ospo_fast.stages.common import chunked, load_codes, open_image, save_codes, undrawable
+from ospo_fast.stages.common import chunked, load_codes, open_image, png, save_codes, undrawable
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -101,9 +100,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
             for start in range(0, len(todo), DECODE_BATCH):
                 part = slice(start, start + DECODE_BATCH)
                 for drawing, row, image in zip(todo[part], codes[part], model.decode_codes(codes[part]), strict=True):
-                    buffer = io.BytesIO()
-                    image.save(buffer, format="PNG")
-                    write_atomic(out / drawing.path, buffer.getvalue())
+                    write_atomic(out / drawing.path, png(image))
                     save_codes((out / drawing.path).with_suffix(".npz"), row, **_settings(drawing, settings))
         for record, plan in zip(chunk, plans, strict=True):
             yield _with_images(record, plan, failed)

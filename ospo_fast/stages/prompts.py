@@ -24,7 +24,7 @@ from ospo_fast.stages.common import (
     prompt_key,
     sample_text,
     templates_of,
-    undrawable,
+    unusable,
     why_silent,
 )
 from ospo_fast.stages.templates import Kind, TemplateSet
@@ -242,7 +242,7 @@ def from_file(config: Config, templates: TemplateSet, model: UnifiedModel) -> li
     """Records of the prompts of `prompts.file`, in place of stage 1; repeated prompts count once.
 
     Raises UsageError for a missing or empty file, for a `prompts.file_kind` that the template set does not have, and,
-    with its line, for a prompt that is excluded or that the model cannot draw.
+    with its line, for a prompt that is excluded, names no object or cannot be drawn by the model.
     """
     assert config.prompts.file is not None
     kind = config.prompts.file_kind or list(templates.kinds)[-1]
@@ -257,7 +257,7 @@ def from_file(config: Config, templates: TemplateSet, model: UnifiedModel) -> li
             raise UsageError(
                 f"{where}: {prompt!r} is on the list of excluded prompts, {config.prompts.exclude}; take it out of one."
             )
-        if (why := undrawable(model, prompt)) is not None:
+        if (why := unusable(model, prompt)) is not None:
             raise UsageError(f"{where}: {why.rstrip('.')}.")
         unique.setdefault(prompt_key(prompt), prompt)
     return [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.records import check_writable, stable_hash, write_atomic, write_json
-from ospo_fast.stages.common import open_image, save_codes
+from ospo_fast.stages.common import open_image, png, save_codes
 from ospo_fast.stages.images import finished
 
 if TYPE_CHECKING:
@@ -39,12 +38,6 @@ def _fingerprint(model: UnifiedModel) -> str:
     """What tells weights apart: a folder's name stays when its model is trained anew."""
     sums = [float(weight.detach().sum(dtype=torch.float32)) for weight in model.module.parameters()]
     return f"{stable_hash(*sums):x}"
-
-
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def generate(
@@ -84,7 +77,7 @@ def generate(
     def write(batch: Drawn) -> None:
         for n, row, image in zip(batch.indices, batch.codes, model.decode_codes(batch.codes), strict=True):
             path, values = todo[n]
-            write_atomic(path, _png(image))
+            write_atomic(path, png(image))
             save_codes(path.with_suffix(".npz"), row, **values)
             failed.discard(path)
 
@@ -107,7 +100,7 @@ def generate(
             entry |= {"path": None, "reason": "the model's logits were not finite"}
         entries.append(entry)
     sheet = out / "sheet.png"
-    write_atomic(sheet, _png(contact_sheet([open_image(path) for path in drawn[:256]], min(num, 8))))
+    write_atomic(sheet, png(contact_sheet([open_image(path) for path in drawn[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **sampling, "images": entries}
     write_json(out / "sheet.json", result)
     return result

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import run as bench
 
+from ospo_fast.pipeline import STAGES
+
 
 @pytest.mark.parametrize("name", ["object_masks", "sample_codes"])
 def test_a_quick_run_writes_its_rows(name: str, tmp_path: Path) -> None:
@@ -29,3 +31,18 @@ def test_an_unknown_benchmark_is_a_wrong_use(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--only", "nothing"])
     assert "sample_codes" in capsys.readouterr().err
+
+
+def test_the_stages_are_measured_one_by_one(tmp_path: Path) -> None:
+    """A quick run with the shipped model: a row for each stage, with what it did and what it needed for itself."""
+    assert bench.main(["--only", "stages", "--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/stages.jsonl")
+    rows = {row["variant"]: row for row in map(json.loads, path.read_text().splitlines())}
+    assert tuple(rows) == STAGES
+    assert rows["train"]["shapes"] == {"steps": 4}
+    items = rows["prompts"]["shapes"]["items"]
+    assert items > 20
+    for stage in STAGES[:-1]:
+        assert rows[stage]["shapes"]["items"] == items
+        assert rows[stage]["items_s"] == pytest.approx(items / rows[stage]["median_ms"] * 1e3, rel=1e-3)
+        assert rows[stage]["peak_mb"] > 50

@@ -380,7 +380,7 @@ def test_a_broken_summary_is_named_and_the_old_page_stays(run_dir, name, content
 
 def test_output_that_cannot_be_written(run_dir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OspoError, match="cannot write the report"):
+    with pytest.raises(OspoError, match="Cannot write"):
         write_report(run_dir, tmp_path / "file" / "page.html")
 
 
@@ -391,7 +391,7 @@ def test_a_failure_while_writing_leaves_the_old_page_and_nothing_else(run_dir, m
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ospo_fast.report.page.os.fsync", full)
+    monkeypatch.setattr("ospo_fast.records.os.fsync", full)
     with pytest.raises(OspoError, match="No space left"):
         write_report(run_dir)
     assert page.read_bytes() == before
