@@ -19,7 +19,7 @@ LAYERS = [
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "_version"},
+    {"errors", "memory", "_version"},
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 
@@ -61,13 +61,18 @@ def test_a_name_is_the_one_of_its_module() -> None:
 
 def imports(path: Path) -> set[str]:
     """The units of ospo_fast that a module imports, anywhere in it."""
+    return {name.split(".")[1] for name in names(path) if name.startswith("ospo_fast.")} & set(RANK)
+
+
+def names(path: Path) -> set[str]:
+    """The dotted names that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("ospo_fast.")} & set(RANK)
+    return found
 
 
 @pytest.mark.parametrize("unit", sorted(set(RANK) - {"_C", "_version"}))
@@ -78,3 +83,20 @@ def test_no_unit_imports_a_higher_one(unit: str) -> None:
         (str(path.relative_to(PACKAGE)), other) for path in paths for other in imports(path) if RANK[other] > RANK[unit]
     }
     assert not higher
+
+
+def test_the_stages_never_see_the_scenes() -> None:
+    """Nothing that makes, judges or trains on images knows the Shapes world; only commands reach its evaluation."""
+    units = [unit for layer in LAYERS[2:] for unit in layer]
+    paths = [path for unit in units for path in (*PACKAGE.glob(f"{unit}.py"), *(PACKAGE / unit).rglob("*.py"))]
+    assert len(paths) > 40
+    assert not [path.name for path in paths if any(name.startswith("ospo_fast.shapes") for name in names(path))]
+
+
+def test_the_checker_never_sees_a_model() -> None:
+    """It reads images by what it knows of rendering, not by anything learnt."""
+    known = {name for name in names(PACKAGE / "shapes" / "checker.py") if name.startswith(("ospo_fast", "torch"))}
+    assert known
+    assert {name.rsplit(".", 1)[0] for name in known} <= {"ospo_fast.shapes.render", "ospo_fast.shapes.scenes"}
+    for module in ("render", "scenes"):
+        assert not {name for name in names(PACKAGE / "shapes" / f"{module}.py") if "models" in name or "torch" in name}
