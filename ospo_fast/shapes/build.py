@@ -48,7 +48,7 @@ def vocabulary() -> list[str]:
     """Every token, special ones first: the words of all prompts, questions and templates."""
     texts = [*COLORS, *SHAPES, *BACKGROUNDS, *SIZES, *COUNTS, *RELATIONS, *PLACES, *KINDS, "yes no Yes No none a"]
     texts += [language.stage1_answer(d) for kind in KINDS for d in descriptions(kind)[-40:]]
-    texts += ["prompt replace: swap: drop: dense: questions: / on a background at the in and is are there the"]
+    texts += ["prompt replace: swap: drop: dense: questions: / on a background at the in and is are there the where"]
     texts += ["one object? two objects? Contrastive Prompt: Step 2. Prompt 1 Dense: Step 4. Prompt 2 Dense: Questions:"]
     splitter = _splitter()
     pieces = {piece for text in texts for piece, _ in splitter.pre_tokenize_str(" " + text)}

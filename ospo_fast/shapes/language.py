@@ -159,11 +159,33 @@ def questions_answer(description: Description) -> str:
     return "Questions: " + " ".join(questions_for(description))
 
 
+def where(scene: Scene, rng: np.random.Generator, *, pair: bool) -> tuple[str, str] | None:
+    """`where is the red circle?` and `top left`; of a pair `where is the red circle and the blue square?` and
+    `left of above`, how the first lies from the second.
+
+    Only of things that are there once; None where there are too few.
+    """
+    things = [(thing.color, thing.shape) for thing in scene.objects]
+    once = [thing for thing in scene.objects if things.count((thing.color, thing.shape)) == 1]
+    if len(once) < 1 + pair:
+        return None
+    chosen = [once[int(i)] for i in rng.permutation(len(once))[: 1 + pair]]
+    names = [f"the {thing.color} {thing.shape}" for thing in chosen]
+    if not pair:
+        return f"where is {names[0]}?", _place(chosen[0].cell)
+    places = [[thing.cell] for thing in chosen]
+    found = [relation for relation in RELATIONS if related_places(places[0], relation, places[1])]
+    return f"where is {' and '.join(names)}?", " ".join(found)
+
+
+def _place(cell: tuple[int, int]) -> str:
+    return next(place for place, at in PLACES.items() if at == cell)
+
+
 def caption(scene: Scene) -> str:
     """All that a picture shows, object by object: `a large red circle at the top left and … on a white background`."""
-    names = {cell: place for place, cell in PLACES.items()}
     objects = sorted(scene.objects, key=lambda thing: thing.cell)
-    words = [f"a {thing.size} {thing.color} {thing.shape} at the {names[thing.cell]}" for thing in objects]
+    words = [f"a {thing.size} {thing.color} {thing.shape} at the {_place(thing.cell)}" for thing in objects]
     return f"{' and '.join(words)} on a {scene.background} background"
 
 
@@ -177,7 +199,7 @@ class Asked:
 
 
 def related_places(
-    first: list[tuple[float, float]], relation: str, second: list[tuple[float, float]], least: float = 0.0
+    first: Sequence[tuple[float, float]], relation: str, second: Sequence[tuple[float, float]], least: float = 0.0
 ) -> bool:
     """Whether some place (row, column) of `first` lies `relation` some place of `second`, by more than `least`."""
     rows, columns = RELATIONS[relation]

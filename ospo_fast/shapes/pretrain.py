@@ -1,9 +1,9 @@
 """Makes the checkpoint that ships with the package: `python -m ospo_fast.shapes.pretrain --out DIR`.
 
 Four parts, all from one seed: the VQ model (`codebook.py`); the vision tower (`tower.py`); everything but the VQ model
-on several tasks at once: prompt → codes, picture and question → yes or no, picture → caption, and the text tasks of the
-stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on purpose
-(`Recipe.draw`, `Recipe.draw_until`), so that the model makes the mistakes that OSPO is there to mend; nothing else is
+on several tasks at once: prompt → codes, picture and question → yes or no or a place, picture → caption, and the text
+tasks of the stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on
+purpose (`Recipe.draw`), so that the model makes the mistakes that OSPO is there to mend; nothing else is
 done to it. Prompts whose meaning is held out (`Description.split`) are never drawn and never written. Pictures that are
 looked at (VQ model, tower, captions, questions) are of random scenes, which may hold any objects.
 
@@ -38,6 +38,7 @@ from ospo_fast.stages.templates import load_templates
 log = logging.getLogger(__name__)
 IGNORED = -100
 CAPTION = 0.3  # weight of captions: words for what a picture shows, from which answering is a short way
+WHERE = 0.4  # share of the questions that ask for a place, or for how two lie: what relations are learnt from
 # How often each kind of prompt is drawn and written, and each kind of question asked.
 PROMPT_SHARES = {
     "color1": 0.08,
@@ -47,7 +48,7 @@ PROMPT_SHARES = {
     "numeracy1": 0.13,
     "numeracy2": 0.25,
 }
-QUESTION_SHARES = {"existence": 0.25, "count": 0.25, "total": 0.12, "relation": 0.38}
+QUESTION_SHARES = {"existence": 0.18, "count": 0.24, "total": 0.10, "relation": 0.48}
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,16 @@ class Recipe:
     """Sizes of the run; the defaults make the shipped checkpoint."""
 
     seed: int = 0
-    codes_steps: int = 2500
+    codes_steps: int = 5000
     polish_steps: int = 1500
     tower_steps: int = 1000
-    steps: int = 7000
-    second_steps: int = 2200  # of a second cycle of the learning rate, with `second_draw` drawing sequences a step
-    second_draw: int = 40
+    steps: int = 11500
     draw: int = 24  # drawing sequences a step
-    draw_until: float = 1.0  # share of the steps in which drawing is trained
     pictures: int = 16  # pictures a step that questions are asked about
     questions: int = 8  # questions a picture
     texts: int = 6  # text answers a step
     lr: float = 1e-3
+    matrix_lr: float = 3e-3  # of Muon, which trains the matrices of the language model's layers
     vision_lr: float = 3e-4  # of the vision tower and its aligner, which come trained
     decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
     pool: int = 30_000  # drawings encoded beforehand
@@ -144,8 +143,7 @@ class Data:
     def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B, P) of the prompts, lengths (B,), codes (B, cells); one prompt in ten is made unconditional."""
         rng = np.random.default_rng([self.recipe.seed, 4, step])
-        count = self.recipe.draw if step < self.recipe.steps else self.recipe.second_draw
-        chosen = rng.integers(len(self.drawn), size=count)
+        chosen = rng.integers(len(self.drawn), size=self.recipe.draw)
         rows = []
         for index in chosen:
             row = [self.bos, self.user, *self.ids(self.drawn[index]), self.assistant, self.boi]
@@ -183,8 +181,12 @@ class Data:
             answer = [*self.ids(language.caption(scene)), self.eos]
             turns = [(self.ids("Prompt:"), answer)]
             for _ in range(self.recipe.questions):
-                asked = language.ask(scene, _choose(rng, QUESTION_SHARES), rng)
-                turns.append((self.ids(asked.text), [yes if asked.answer else no]))
+                place = language.where(scene, rng, pair=rng.random() < 0.6) if rng.random() < WHERE else None
+                if place:
+                    turns.append((self.ids(place[0]), [*self.ids(place[1])]))
+                else:
+                    asked = language.ask(scene, _choose(rng, QUESTION_SHARES), rng)
+                    turns.append((self.ids(asked.text), [yes if asked.answer else no]))
             for number, (question, answer) in enumerate(turns, 1):
                 tokens = [*question, self.assistant, *answer[:-1]]
                 row += tokens
@@ -329,13 +331,15 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     transformers_logging.set_verbosity_error()
     torch.set_flush_denormal(True)  # Adam's smallest moments would otherwise take the slow path of the processor
     model, processor = build_model(recipe.seed), build_processor()
-    _codes(model, out / "codes.pt", recipe)
-    state_path = out / "state.pt"
+    seconds = _codes(model, out / "codes.pt", recipe)
+    state_path, clock = out / "state.pt", time.monotonic()
     if not state_path.exists():
         log.info("tower: %s", tower.train(model, steps=recipe.tower_steps, seed=recipe.seed))
     data = Data(model, processor, recipe)
-    seconds = _tasks(model, data, state_path, recipe, checkpoint_every)
+    seconds += _tasks(model, data, state_path, recipe, checkpoint_every, clock)
+    clock = time.monotonic()
     quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed)
+    seconds += time.monotonic() - clock
     folder = out / "checkpoint"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -343,7 +347,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
         "recipe": asdict(recipe),
         "codes": quality,
         "answering": answering(model, data, seed=recipe.seed + 1, batches=40),
-        "minutes_of_tasks": round(seconds / 60, 1),
+        "minutes": round(seconds / 60, 1),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -366,87 +370,112 @@ def _same_recipe(out: Path, recipe: Recipe) -> None:
         raise OspoError(f"--out {out} holds a run with another recipe ({', '.join(changed)}); take another folder.")
 
 
-def _codes(model: JanusForConditionalGeneration, path: Path, recipe: Recipe) -> None:
-    """Trains the VQ model, or takes it from `path`, and freezes it."""
+def _codes(model: JanusForConditionalGeneration, path: Path, recipe: Recipe) -> float:
+    """Trains the VQ model, or takes it from `path`, and freezes it. Returns the seconds that it took in all."""
     vq = model.model.vqmodel
     state = torch.load(path, weights_only=False) if path.exists() else None
     if state is None or "final" not in state:
+        clock = time.monotonic() - (state["seconds"] if state else 0.0)
         quality = codebook.train(
-            model, steps=recipe.codes_steps, seed=recipe.seed, state=state, save=lambda kept: _save(kept, path)
+            model,
+            steps=recipe.codes_steps,
+            seed=recipe.seed,
+            state=state,
+            save=lambda kept: _save({**kept, "seconds": time.monotonic() - clock}, path),
         )
-        state = {"final": vq.state_dict(), "quality": quality}
+        state = {"final": vq.state_dict(), "quality": quality, "seconds": time.monotonic() - clock}
         _save(state, path)
     vq.load_state_dict(state["final"])
     log.info("codes: %s", state["quality"])
     with torch.no_grad():  # the generation embeddings start where the codes lie
         model.model.generation_embeddings.weight.copy_(vq.quantize.embedding.weight)
     vq.requires_grad_(False)
+    return float(state["seconds"])
 
 
-def _optimizer(model: JanusForConditionalGeneration, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices; the vision tower and its aligner have a learning rate of their own."""
-    seeing = {id(p) for part in (model.model.vision_model, model.model.aligner) for p in part.parameters()}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = []
+def _optimizers(model: JanusForConditionalGeneration, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the language model's layers, AdamW for all else.
+
+    AdamW's weight decay is on matrices; the vision tower and its aligner, which come trained, have a learning rate of
+    their own.
+    """
+    inner = model.model
+    seeing = {id(p) for part in (inner.vision_model, inner.aligner) for p in part.parameters()}
+    matrices = [p for p in inner.language_model.layers.parameters() if p.dim() == 2]
+    taken = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups: list[dict[str, Any]] = []
     for lr, mine in (
-        (recipe.lr, [p for p in parameters if id(p) not in seeing]),
-        (recipe.vision_lr, [p for p in parameters if id(p) in seeing]),
+        (recipe.lr, [p for p in others if id(p) not in seeing]),
+        (recipe.vision_lr, [p for p in others if id(p) in seeing]),
     ):
-        groups.append({"params": [p for p in mine if p.dim() > 1], "lr": lr, "peak": lr, "weight_decay": 0.02})
-        groups.append({"params": [p for p in mine if p.dim() <= 1], "lr": lr, "peak": lr, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        groups.append({"params": [p for p in mine if p.dim() > 1], "lr": lr, "weight_decay": 0.02})
+        groups.append({"params": [p for p in mine if p.dim() <= 1], "lr": lr, "weight_decay": 0.0})
+    # Existence questions are answered after half as many steps as with AdamW alone.
+    muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    optimizers: list[torch.optim.Optimizer] = [muon, torch.optim.AdamW(groups, betas=(0.9, 0.99))]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
 def _scale(step: int, recipe: Recipe) -> float:
-    """The learning rate's share of its peak: up, level, down to nothing; the second cycle is level for less long."""
-    decay, length = recipe.decay * recipe.steps, recipe.steps
-    if step >= recipe.steps:
-        step, length = step - recipe.steps, recipe.second_steps
-        decay = 0.7 * length
-    return min(1.0, (step + 1) / 200, max((length - step) / decay, 1e-3))
+    """The learning rate's share of its peak: up, level, down to nothing."""
+    return min(1.0, (step + 1) / 200, max((recipe.steps - step) / (recipe.decay * recipe.steps), 1e-3))
 
 
 def _tasks(
-    model: JanusForConditionalGeneration, data: Data, path: Path, recipe: Recipe, checkpoint_every: int
+    model: JanusForConditionalGeneration,
+    data: Data,
+    path: Path,
+    recipe: Recipe,
+    checkpoint_every: int,
+    clock: float,
 ) -> float:
-    """Trains everything but the VQ model on all tasks; `path` keeps the state. Returns the seconds it took in all."""
-    optimizer = _optimizer(model, recipe)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Trains everything but the VQ model on all tasks; `path` keeps the state.
+
+    Returns the seconds it took in all, this time counted from `clock`.
+    """
+    optimizers = _optimizers(model, recipe)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
     start, seconds = 0, 0.0
     if path.exists():
         kept = torch.load(path, weights_only=False)
         model.load_state_dict(kept["model"])
-        optimizer.load_state_dict(kept["optimizer"])
+        for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         start, seconds = kept["step"], kept["seconds"]
     model.train()
-    clock = time.monotonic()
     recent: list[tuple[float, ...]] = []
-    total = recipe.steps + recipe.second_steps
-    for step in range(start, total):
+    for step in range(start, recipe.steps):
         scale = _scale(step, recipe)
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = group["peak"] * scale
-        optimizer.zero_grad(set_to_none=True)
-        drawn = torch.zeros(())
-        if step < recipe.draw_until * total:
-            drawn = draw_loss(model, *data.draw(step))
-            drawn.backward()
+        for parameter in parameters:
+            parameter.grad = None
+        drawn = draw_loss(model, *data.draw(step))
+        drawn.backward()
         asked, right = ask_loss(model, data.ask(step))
         asked.backward()
         written = write_loss(model, *data.write(step))
         (0.5 * written).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         recent.append((float(drawn.detach()), float(asked.detach()), right, float(written.detach())))
         if (step + 1) % 50 == 0:
             means = np.mean(recent, axis=0)
-            log.info("step %d/%d: draw %.3f, ask %.3f (%.3f right), write %.3f", step + 1, total, *means)
+            log.info("step %d/%d: draw %.3f, ask %.3f (%.3f right), write %.3f", step + 1, recipe.steps, *means)
             recent.clear()
-        if (step + 1) % checkpoint_every == 0 or step + 1 == total:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
             seconds += time.monotonic() - clock
             clock = time.monotonic()
-            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            _save({**kept, "seconds": seconds}, path)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            kept = {"model": model.state_dict(), "optimizers": states, "step": step + 1, "seconds": seconds}
+            _save(kept, path)
         if (step + 1) % 1000 == 0:
             model.eval()
             log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))

@@ -138,6 +138,27 @@ def test_questions_are_answered_truly(seed: int, kind: str) -> None:
     assert asked.answer == expected
 
 
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_places_are_told_truly(seed: int, pair: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scene = random_scene(rng)
+    things = [(thing.color, thing.shape) for thing in scene.objects]
+    once = {thing: o.cell for thing, o in zip(things, scene.objects, strict=True) if things.count(thing) == 1}
+    asked = language.where(scene, rng, pair=pair)
+    if asked is None:
+        assert len(once) < 1 + pair
+        return
+    named = [tuple(part.split()) for part in asked[0].removeprefix("where is the ").rstrip("?").split(" and the ")]
+    (row, column), *rest = (once[thing] for thing in named)
+    if pair:
+        ((other_row, other_column),) = rest
+        across = "left of" if column < other_column else "right of" if column > other_column else ""
+        along = "above" if row < other_row else "below" if row > other_row else ""
+        assert asked[1] == f"{across} {along}".strip()
+    else:
+        assert asked[1] == {place: word for word, place in PLACES.items()}[row, column]
+
+
 def test_both_answers_are_about_as_frequent() -> None:
     rng = np.random.default_rng(0)
     for kind in ("existence", "count", "total", "relation"):
