@@ -192,6 +192,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    unconditional_weight: float = 0.0  # of the SFT term on the guidance partner's sequences; 0: they are not trained
     gradient_checkpointing: bool = True
     save_every: int = 100
     eval_every: int = 0  # steps between calls of the evaluation callback; 0: none
@@ -208,6 +209,7 @@ class TrainConfig:
         _one_of("train.schedule", self.schedule, ("cosine", "constant"))
         _check("train.warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "in [0, 1)")
         _check("train.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        _check("train.unconditional_weight", self.unconditional_weight, self.unconditional_weight >= 0, "0 or more")
         _check("train.betas", self.betas, len(self.betas) == 2, "two numbers")
         _check("train.lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 
 from ospo_fast._version import __version__
@@ -225,24 +226,33 @@ def _shows(path: Path, prompt: str) -> bool:
     return parse(prompt) is not None and satisfies(open_image(path), prompt)
 
 
-def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
-    """`mask_iou`: mean overlap of the chosen images' masks with the true objects, on the grid of codes.
+def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None:
+    """The cells of `grid` (rows, columns) that objects, as the checker sees them, cover to a quarter or more, (H, W).
 
-    A cell is true where objects, as the checker sees them, cover a quarter of it or more. `mask_iou_all_ones` is what a
-    mask of the whole image would have.
+    None where the checker sees no object.
+    """
+    seen = [thing.mask for thing in read(image).objects]
+    if not seen:
+        return None
+    pixels = np.any(seen, axis=0)
+    (rows, columns), (height, width) = grid, pixels.shape
+    covered: np.ndarray = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.25
+    return covered
+
+
+def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
+    """`mask_iou`: mean overlap of the chosen images' masks with the true objects (`object_cells`).
+
+    `mask_iou_all_ones` is what a mask of the whole image would have.
     """
     found, ones = [], []
     for record in records:
         if not record.get("mask_path"):
             continue
         union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)
-        seen = [thing.mask for thing in read(open_image(out / str(record["chosen"]))).objects]
-        if not seen:
+        cells = object_cells(open_image(out / str(record["chosen"])), union.shape)
+        if cells is None:
             continue
-        pixels = np.any(seen, axis=0)
-        rows, columns = union.shape
-        height, width = pixels.shape
-        cells = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.25
         found.append((union & cells).sum() / max((union | cells).sum(), 1))
         ones.append(cells.mean())
     return {

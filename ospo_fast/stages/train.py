@@ -22,7 +22,7 @@ from ospo_fast.errors import OspoError, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.records import Record, append_line, stable_hash, write_atomic, write_json
 from ospo_fast.stages.common import chunked, pair_codes, undrawable
-from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
+from ospo_fast.stages.forward import IGNORE, Batch, hidden_states, teacher_forced
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -147,6 +147,22 @@ def make_batch(model: UnifiedModel, examples: list[Example], *, swapped: bool) -
     return batch, torch.stack(masks).to(model.device) if masks else None
 
 
+def unconditional_loss(model: UnifiedModel, examples: list[Example]) -> Tensor:
+    """Mean −log p of the chosen codes after the guidance partner of their prompts.
+
+    Guidance adds what a prompt changes. Where only the sequences with prompts are trained, the difference to the
+    partner grows by as much as they got surer, and guidance that was right before is too strong.
+    """
+    from ospo_fast.ops import token_logprobs
+
+    prompts = [model.unconditional(model.image_prompt(example.prompt)) for example in examples]
+    with torch.no_grad():
+        batch = teacher_forced(model, prompts, torch.stack([example.codes[0] for example in examples]))
+    hidden = hidden_states(model, batch.embeds)[:, :-1]
+    logps = token_logprobs(hidden, model.head, batch.labels[:, 1:])
+    return -logps.sum() / (batch.labels != IGNORE).sum()
+
+
 def order(count: int, seed: int, start: int, length: int) -> list[int]:
     """`length` indices from position `start` of an endless stream of shuffled epochs over `count` examples."""
     indices: list[int] = []
@@ -229,6 +245,11 @@ class Trainer:
                     hidden_states(self.model, batch.embeds), batch.labels, self.model.head, object_masks=masks
                 )
             (output.loss / settings.accumulation).backward()
+            if settings.unconditional_weight:
+                with _autocast(self.model):
+                    unconditional = unconditional_loss(self.model, chosen)
+                (settings.unconditional_weight * unconditional / settings.accumulation).backward()
+                output.metrics["unconditional"] = unconditional.detach()
             for name, value in output.metrics.items():
                 sums[name] += float(value) / settings.accumulation
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))

@@ -12,7 +12,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
 from ospo_fast.records import read_records
-from ospo_fast.stages.train import load_examples, loss_config, make_batch, order, pick, run, train
+from ospo_fast.stages.train import load_examples, loss_config, make_batch, order, pick, run, train, unconditional_loss
 
 
 def config(*overrides):
@@ -108,6 +108,26 @@ def test_learns_the_pairs(model, records, run_folder):
     assert sum(row["loss"] for row in log[-5:]) / 5 < 0.98 * log[0]["loss"]
     assert log[-1]["sft"] < log[0]["sft"]
     assert [row["step"] for row in log] == list(range(1, 41))
+
+
+def test_the_guidance_partner_is_trained_where_wanted(tiny, model, records, run_folder):
+    settings = config("train.steps=30", "train.schedule=constant", "train.learning_rate=1e-2")
+    settings.train.loss.simpo_weight = settings.train.loss.sft_weight = 0.0
+    settings.train.unconditional_weight = 1.0
+    examples, _ = load_examples(pick(records, settings), model, settings, run_folder)
+    with torch.no_grad():
+        before = unconditional_loss(model, examples)
+        # Of one example, against transformers' own classes: the codes after BOS, padding and begin-of-image.
+        prompt = model.unconditional(model.image_prompt(examples[0].prompt))
+        embeds = torch.cat([model.embed_tokens(prompt), model.embed_codes(examples[0].codes[0])])[None]
+        hidden = model.module.model.language_model(inputs_embeds=embeds).last_hidden_state
+        logits = model.module.model.generation_head(hidden[0, len(prompt) - 1 : -1])
+        expected = torch.nn.functional.cross_entropy(logits, examples[0].codes[0])
+        torch.testing.assert_close(unconditional_loss(model, examples[:1]), expected)
+    train(records, model, settings, out=run_folder)
+    with torch.no_grad():
+        assert unconditional_loss(model, examples) < 0.98 * before
+    assert all("unconditional" in row for row in lines(run_folder))
 
 
 def test_schedule(model, records, run_folder):

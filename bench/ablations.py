@@ -1,0 +1,259 @@
+"""What each part of the method is worth in the Shapes world: variants of one run, the same prompts and seeds for all.
+
+Every training seed has a run of its own up to the answers (stages 1 to 4); variants share it and differ in selection,
+masks and training. Figures are those of `ospo_fast.shapes.evaluate`, at the base model's best guidance scale, which is
+chosen on validation prompts. `run` makes the table of the README on test prompts. To try settings, on validation
+prompts (every trial is added to OUT/shapes/trials.jsonl):
+
+    python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]
+
+Keys are those of the configuration; those of stages 1 to 4 make runs of their own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import _measure as measure
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from ospo_fast.config import Config, load_config
+from ospo_fast.models import load_model
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.pipeline import STAGES, Pipeline, read_stage
+from ospo_fast.records import stable_hash
+from ospo_fast.shapes import demo, evaluate
+from ospo_fast.shapes.scenes import held_out
+
+SEEDS = (42, 43, 44)
+SAMPLING = (0, 1)
+SHARED = STAGES[: STAGES.index("select")]
+LATER = ("preset", "select", "masks", "train")  # sections of the configuration that variants of one run may differ in
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, what it sets in the configuration, and the masks it is given in place of the model's."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    masks: str | None = None  # "true": those of the objects as the checker sees them; "ones"; "random" of like size
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The settings of stages 1 to 4, and of the whole run."""
+        return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
+
+
+TABLE = (
+    Variant("demo"),
+    Variant("no mask", ("masks.enabled=false",)),
+    Variant("true mask", masks="true"),
+    Variant("mask of ones", masks="ones"),
+    Variant("random mask", masks="random"),
+    Variant("masks of all layers", ("masks.layers=[0,1,2,3,4]",)),
+    Variant("SimPO alone", ("train.loss.sft_weight=0",)),
+    Variant("SFT alone", ("train.loss.simpo_weight=0",)),
+    Variant("with conditional term", ("preset=full",)),
+    Variant("no filter", ("select.rule=random",)),
+    Variant("rule v2", ("select.rule=v2",)),
+    Variant("two iterations", ("iterations=2",)),
+    Variant("three iterations", ("iterations=3",)),
+)
+QUICK = (
+    "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
+    "train.steps=2",
+    "train.eval_every=0",
+    "train.early_stopping=null",
+)
+
+
+class Bench:
+    """Runs of several seeds in `folder`, and the base model's drawings that every variant is compared with."""
+
+    def __init__(self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = ()) -> None:
+        self.folder, self.split, self.per_kind, self.extra = folder, split, per_kind, extra
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "held_out.txt").write_text("\n".join(held_out()) + "\n", encoding="utf-8")
+        self.base = load_model("shapes")
+        self.scale, self.scales = self._kept(
+            "guidance", lambda: evaluate.best_guidance(self.base, per_kind=per_kind, seeds=SAMPLING, progress=False)
+        )
+        self.before = {scale: self.draw(self.base, scale) for scale in sorted({1.0, self.scale})}
+
+    def _kept(self, name: str, make: Any) -> Any:
+        path = self.folder / f"{name}-{self.per_kind}.json"
+        if not path.exists():
+            path.write_text(json.dumps(make()))
+        return json.loads(path.read_text())
+
+    def draw(self, model: UnifiedModel, scale: float) -> evaluate.Drawings:
+        """The held-out prompts of the headline kinds."""
+        return evaluate.draw(
+            model,
+            split=self.split,
+            per_kind=self.per_kind,
+            guidance_scale=scale,
+            seeds=SAMPLING,
+            kinds=evaluate.HEADLINE,
+            progress=False,
+        )
+
+    def config(self, settings: Sequence[str], seed: int, out: Path) -> Config:
+        """The demo's configuration with `settings` over it."""
+        fixed = (f"out={out}", f"seed={seed}", f"prompts.exclude={self.folder / 'held_out.txt'}")
+        return load_config([*settings, *self.extra, *fixed], family="shapes")
+
+    def shared_run(self, variant: Variant, seed: int) -> Path:
+        """The run folder of stages 1 to 4 that the variant starts from."""
+        settings = [s for s in variant.shared if not s.startswith("iterations=")]
+        folder = self.folder / f"run-{seed}-{stable_hash(*settings, *self.extra) % 16**6:06x}"
+        Pipeline(self.config(settings, seed, folder), progress=False).run(SHARED)
+        return folder
+
+    def trained(self, variant: Variant, seed: int) -> tuple[Path, UnifiedModel, float]:
+        """A folder with all stages, the tuned model and the seconds that this took after stage 4."""
+        shared = self.shared_run(variant, seed)
+        folder = self.folder / f"variant-{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(shared, folder)
+        started = time.perf_counter()
+        config = self.config(variant.settings, seed, folder)
+        pipeline = Pipeline(config, progress=False, evaluation=evaluate.watcher(config.evaluate, self.scale))
+        for iteration in range(1, config.iterations + 1):
+            for stage in STAGES:
+                pipeline.stage(stage, iteration)
+                if stage == "masks" and variant.masks:
+                    _replace_masks(pipeline.folder(iteration), variant.masks)
+        return folder, pipeline.model(config.iterations + 1), time.perf_counter() - started
+
+    def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """One variant trained from one seed: its gain at the base model's best guidance, at 1, and what it trained on.
+
+        The paired difference of each prompt is kept beside the figures, so that seeds can be pooled.
+        """
+        folder, model, seconds = self.trained(variant, seed)
+        figures: dict[str, Any] = {}
+        for scale, before in self.before.items():
+            after = self.draw(model, scale)
+            figures[f"at {scale:g}"] = {
+                "before": before.headline(),
+                "after": after.headline(),
+                "gain": after.gain(before),
+                "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
+            }
+        pairs = demo.pair_figures(read_stage(folder, "select"), folder)
+        masks = demo.mask_figures(read_stage(folder, "masks"), folder) if (folder / "masks.jsonl").exists() else {}
+        done = json.loads((folder / "train" / "done.json").read_text())
+        shutil.rmtree(folder)
+        once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
+        return measure.row(
+            "ospo",
+            variant.name,
+            {"per_kind": self.per_kind, "pairs": pairs["pairs"]},
+            "fp32",
+            once,
+            settings=list(variant.settings),
+            split=self.split,
+            seed=seed,
+            sampling=list(SAMPLING),
+            guidance_scale=self.scale,
+            best_step=done["best_step"],
+            **figures,
+            **pairs,
+            **masks,
+        )
+
+
+def _replace_masks(folder: Path, kind: str) -> None:
+    """Writes other unions into the mask files of a run."""
+    for record in read_stage(folder, "masks"):
+        if not record.get("mask_path"):
+            continue
+        path = folder / str(record["mask_path"])
+        tensors = load_file(path)
+        rng = np.random.default_rng(stable_hash(record["item_id"]))
+        for side in ("chosen", "rejected"):
+            union = tensors[f"{side}_union"]
+            if kind == "true":
+                cells = demo.object_cells(Image.open(folder / str(record[side])), union.shape)
+                made = np.zeros_like(union) if cells is None else cells
+            elif kind == "ones":
+                made = np.ones_like(union)
+            else:
+                made = rng.permutation(union.ravel()).reshape(union.shape)
+            tensors[f"{side}_union"] = np.ascontiguousarray(made, dtype=union.dtype)
+        save_file(tensors, path)
+
+
+def pooled(rows: list[dict[str, Any]], scale: str) -> dict[str, float]:
+    """The mean gain over training seeds and its standard error: of the seeds' spread and of the prompts together."""
+    gains = np.array([row[scale]["gain"]["alignment"] for row in rows])
+    prompts = float(np.mean([row[scale]["gain"]["standard_error"] for row in rows]))
+    seeds = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else float("nan")
+    return {"gain": float(gains.mean()), "error_prompts": prompts, "error_seeds": seeds}
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def run(out: Path, quick: bool) -> None:
+    seeds, table = (SEEDS[:1], TABLE[:3]) if quick else (SEEDS, TABLE)
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
+        rows = [bench.measure(variant, seed) for variant in table for seed in seeds]
+    measure.write(rows, out, "ablations")
+    _show(rows)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        for scale in (key for key in mine[0] if key.startswith("at ")):
+            found = pooled(mine, scale)
+            base = mine[0][scale]["before"]["alignment"]
+            errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
+            print(f"{name:<24} {scale:<7} base {base:.3f} gain {found['gain']:+.3f} {errors}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="what the trial is called")
+    parser.add_argument("settings", nargs="*", help="KEY=VALUE of the configuration")
+    parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]), help="training seeds")
+    parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
+    parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    options = parser.parse_args()
+    variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
+    with _folder(options.folder) as folder:
+        bench = Bench(folder, split="validation", per_kind=options.per_kind)
+        rows = []
+        trials = options.out / "shapes" / "trials.jsonl"
+        trials.parent.mkdir(parents=True, exist_ok=True)
+        for seed in options.seeds:
+            rows.append(bench.measure(variant, seed))
+            with trials.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    _show(rows)
+
+
+if __name__ == "__main__":
+    main()
