@@ -106,7 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("evaluate", "alignment on held-out prompts of the Shapes world")
     report = add("report", "the HTML report of a run folder")
     report.add_argument("run", nargs="?", type=Path, help="the run folder (default: --out)")
-    add("bench", "benchmarks of a source checkout; further arguments go to bench/run.py")
+    # No options of its own: all of them are those of bench/run.py.
+    about = "benchmarks of a source checkout; the arguments go to bench/run.py"
+    commands.add_parser("bench", help=about, description=about.capitalize() + ".")
     add("env", "versions, devices, and the backend of every operation")
     return parser
 

@@ -81,29 +81,28 @@ def test_the_summary_has_every_figure(run_folder: Path) -> None:
 
 
 def test_every_iteration_is_reported(run_folder: Path, tmp_path: Path) -> None:
-    """The second iteration goes on from the finished first one; the figures at the top are its own."""
-    shutil.copytree(run_folder, tmp_path / "run")
-    out = tmp_path / "run"
-    config = load_config([*SMALL, f"out={out}", "iterations=2", "train.steps=1"], family="shapes")
-    # Training has other settings in the second iteration; the first one's lies there, done.
-    saved = json.loads((out / "settings.json").read_text())
-    saved["train"]["settings"]["train.steps"] = 1
-    (out / "settings.json").write_text(json.dumps(saved))
-    demo.run(config, progress=False)
-    summary = json.loads((out / "summary.json").read_text())
-    first, second = summary["iterations"]
-    assert (first["iteration"], second["iteration"]) == (1, 2)
-    before = json.loads((run_folder / "summary.json").read_text())
-    for name in ("pairs", "pair_purity", "mask_iou"):
-        assert first[name] == before[name]
-        assert second[name] == summary[name]
-    kept = [record for record in read_stage(out / "iter2", "select") if record.get("kept")]
-    assert second["pairs"] == len(kept) > 0
-    assert second["mask_iou"] == demo.mask_figures(read_stage(out / "iter2", "masks"), out / "iter2")["mask_iou"]
-    assert second["stages"] == stage_figures(out / "iter2")
-    for name, row in summary["stages"].items():
-        assert row["items"] == first["stages"][name]["items"] + second["stages"][name]["items"]
-    assert summary["stages"]["train"]["items"] == 5
+    """A second iteration with a pair and a mask less: the figures at the top are its own, those of stages the sums."""
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    second = Path(shutil.copytree(run_folder, out / "iter2"))
+    settings = json.loads((second / "settings.json").read_text())
+    for row in settings.values():
+        row["settings"] |= {"seed": 43, "model": "./train/model"}
+    (second / "settings.json").write_text(json.dumps(settings))
+    for store, field, value in (("select", "kept", False), ("masks", "mask_path", None)):
+        lines = [json.loads(line) for line in (second / f"{store}.jsonl").read_text().splitlines()]
+        next(line for line in lines if line.get(field))[field] = value
+        (second / f"{store}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    demo.run(load_config([*SMALL, f"out={out}", "iterations=2"], family="shapes"), progress=False)
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (run_folder, out))
+    assert [row["iteration"] for row in after["iterations"]] == [1, 2]
+    for name in ("pairs", "pair_purity", "chosen_right", "mask_iou", "mask_iou_std", "stages"):
+        assert after["iterations"][0][name] == before[name]
+    for name, value in demo.stage_outcome(second, masks=True).items():
+        assert after["iterations"][1][name] == after[name] == value
+    assert after["pairs"] == before["pairs"] - 1
+    assert after["iterations"][1]["stages"] == stage_figures(second)
+    for name, row in after["stages"].items():
+        assert row["items"] == 2 * before["stages"][name]["items"]
 
 
 def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
@@ -111,6 +110,8 @@ def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
 ) -> None:
     """Base figures of another training seed are the same, so gains are compared drawing by drawing."""
     monkeypatch.setattr(Pipeline, "run", lambda self: pytest.fail("far enough"))
+    for name in ("answering", "answering_own"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
     config = load_config([*SMALL, f"out={tmp_path}", "seed=7"], family="shapes")
     with pytest.raises(pytest.fail.Exception, match="far enough"):
         demo.run(config, progress=False)
