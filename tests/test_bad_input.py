@@ -1,5 +1,6 @@
 """Bad input, command by command: one clear sentence on stderr, exit code 1 or 2, no traceback, nothing half-written."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -159,6 +160,20 @@ def test_disk_that_is_full(refused, tiny, command, run_folder, script, monkeypat
     arguments = [] if command == "report" else [*afresh, *settings]
     refused(1, "No space left on device", command, *arguments, "--out", out)
     assert contents(out) == before
+
+
+def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, script):
+    """One costs its item alone; the command fails when every item does."""
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    path = next(out.glob("images/*/base_*.png"))
+    path.write_bytes(path.read_bytes()[:50])
+    assert main(["score", "--out", str(out), "--no-resume", "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["failed"], report["items"]) == (1, 10)
+    shutil.rmtree(out / "images")
+    assert main(["score", "--out", str(out), "--no-resume"]) == 1
+    assert "10 in all, 10 failed" in capsys.readouterr().out
 
 
 def test_benchmarks_into_a_folder_that_cannot_be_made(tmp_path):
