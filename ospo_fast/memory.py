@@ -11,17 +11,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import psutil
     from typing_extensions import Self
 
 _MARK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 _INTERVAL = 0.02  # seconds between two samples
 
 
-def resident_mb() -> float:
-    """What the process holds now, in MB."""
+def resident_mb(process: psutil.Process | None = None) -> float:
+    """What a process, by default this one, holds now, in MB."""
     import psutil
 
-    return round(float(psutil.Process().memory_info().rss) / 2**20, 1)
+    return round(float((process or psutil.Process()).memory_info().rss) / 2**20, 1)
 
 
 def lifetime_peak_mb() -> float:
@@ -50,10 +51,12 @@ class PeakMemory:
     cuda_mb: float | None = None
 
     def __enter__(self) -> Self:
+        import psutil
         import torch
 
+        self._process = psutil.Process()
         self._before = lifetime_peak_mb()
-        self.mb = resident_mb()
+        self.mb = resident_mb(self._process)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._ended = threading.Event()
@@ -63,7 +66,7 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._ended.wait(_INTERVAL):
-            self.mb = max(self.mb, resident_mb())
+            self.mb = max(self.mb, resident_mb(self._process))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -72,7 +75,7 @@ class PeakMemory:
 
         self._ended.set()
         self._sampler.join()
-        self.mb = max(self.mb, resident_mb())
+        self.mb = max(self.mb, resident_mb(self._process))
         if (peak := lifetime_peak_mb()) > self._before:
             self.mb = peak
         if torch.cuda.is_available():
