@@ -67,6 +67,49 @@ void otsu_threshold(uintptr_t maps, uintptr_t thresholds, int64_t count, int64_t
                          threads);
 }
 
+ospo::MaskTensors mask_tensors(uintptr_t raw, uintptr_t valid, uintptr_t maps, uintptr_t thresholds, uintptr_t masks,
+                               uintptr_t any) {
+    return {reinterpret_cast<const float*>(raw),  reinterpret_cast<const uint8_t*>(valid),
+            reinterpret_cast<float*>(maps),       reinterpret_cast<float*>(thresholds),
+            reinterpret_cast<uint8_t*>(masks),    reinterpret_cast<uint8_t*>(any)};
+}
+
+void object_masks(uintptr_t raw, uintptr_t valid, uintptr_t maps, uintptr_t thresholds, uintptr_t masks, uintptr_t any,
+                  int64_t images, int64_t objects, int64_t cells, float scaler, int bins, int threads) {
+    ospo::object_masks(mask_tensors(raw, valid, maps, thresholds, masks, any), images, objects, cells, scaler, bins,
+                       threads);
+}
+
+void token_weights(uintptr_t masks, uintptr_t weights, int64_t images, int64_t height, int64_t width, double alpha,
+                   double gamma, int blur_size, double blur_sigma, int threads) {
+    ospo::token_weights(reinterpret_cast<const float*>(masks), reinterpret_cast<float*>(weights), images, height, width,
+                        alpha, gamma, ospo::gaussian(blur_size, blur_sigma), threads);
+}
+
+#ifdef OSPO_CUDA
+void check(const char* op, int status) {
+    if (status != 0) throw std::runtime_error(std::string(op) + ": " + ospo::cuda_error_name(status));
+}
+
+void object_masks_cuda(uintptr_t raw, uintptr_t valid, uintptr_t maps, uintptr_t thresholds, uintptr_t masks,
+                       uintptr_t any, int64_t images, int objects, int height, int width, float scaler, int bins,
+                       uintptr_t weights, double alpha, double gamma, int blur_size, double blur_sigma, int device,
+                       uintptr_t stream) {
+    check("object_masks",
+          ospo::object_masks_cuda(mask_tensors(raw, valid, maps, thresholds, masks, any), images, objects, height,
+                                  width, scaler, bins, reinterpret_cast<float*>(weights), alpha, gamma,
+                                  ospo::gaussian(blur_size, blur_sigma), device, reinterpret_cast<void*>(stream)));
+}
+
+void token_weights_cuda(uintptr_t masks, uintptr_t weights, int64_t images, int height, int width, double alpha,
+                        double gamma, int blur_size, double blur_sigma, int device, uintptr_t stream) {
+    check("token_weights",
+          ospo::token_weights_cuda(reinterpret_cast<const float*>(masks), reinterpret_cast<float*>(weights), images,
+                                   height, width, alpha, gamma, ospo::gaussian(blur_size, blur_sigma), device,
+                                   reinterpret_cast<void*>(stream)));
+}
+#endif
+
 void sample_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t out, int64_t rows,
                   int64_t codes, float guidance, float temperature, int threads) {
     ospo::sample_codes(reinterpret_cast<const float*>(cond), reinterpret_cast<const float*>(uncond),
@@ -84,6 +127,26 @@ PYBIND11_MODULE(_C, m) {
     m.def("otsu_threshold", &otsu_threshold, py::arg("maps"), py::arg("thresholds"), py::arg("count"),
           py::arg("cells"), py::arg("bins"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
           "Otsu's threshold of each of count contiguous float32 maps, into thresholds; NaN where there is none.");
+    m.def("object_masks", &object_masks, py::arg("raw"), py::arg("valid"), py::arg("maps"), py::arg("thresholds"),
+          py::arg("masks"), py::arg("union"), py::arg("images"), py::arg("objects"), py::arg("cells"), py::arg("scaler"),
+          py::arg("bins"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "Normalised maps, thresholds, masks and union of contiguous float32 maps; valid 0 means all.");
+    m.def("token_weights", &token_weights, py::arg("masks"), py::arg("weights"), py::arg("images"), py::arg("height"),
+          py::arg("width"), py::arg("alpha"), py::arg("gamma"), py::arg("blur_size"), py::arg("blur_sigma"),
+          py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "Weights of contiguous float32 masks; the blur reaches at most 15 cells.");
+#ifdef OSPO_CUDA
+    m.def("object_masks_cuda", &object_masks_cuda, py::arg("raw"), py::arg("valid"), py::arg("maps"),
+          py::arg("thresholds"), py::arg("masks"), py::arg("union"), py::arg("images"), py::arg("objects"),
+          py::arg("height"), py::arg("width"), py::arg("scaler"), py::arg("bins"), py::arg("weights"), py::arg("alpha"),
+          py::arg("gamma"), py::arg("blur_size"), py::arg("blur_sigma"), py::arg("device"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>(),
+          "object_masks on a CUDA stream, with the weights of the union where weights is not 0.");
+    m.def("token_weights_cuda", &token_weights_cuda, py::arg("masks"), py::arg("weights"), py::arg("images"),
+          py::arg("height"), py::arg("width"), py::arg("alpha"), py::arg("gamma"), py::arg("blur_size"),
+          py::arg("blur_sigma"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "token_weights on a CUDA stream.");
+#endif
     m.def("sample_codes", &sample_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
           py::arg("out"), py::arg("rows"), py::arg("codes"), py::arg("guidance"), py::arg("temperature"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>(),

@@ -20,6 +20,42 @@ namespace ospo {
 // with a cell that is not finite, or with a range that float32 cannot divide into so many bins.
 void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads);
 
+// The tensors of object_masks, contiguous: raw and maps (B, O, cells), valid (B, O) or null, thresholds (B, O), masks
+// (B, O, cells), any (B, cells).
+struct MaskTensors {
+    const float* raw;
+    const uint8_t* valid;
+    float* maps;
+    float* thresholds;
+    uint8_t* masks;
+    uint8_t* any;
+};
+
+// Maps to min-max normalised maps, thresholds, masks and their union, as ospo_fast.object_masks. An object with a cell
+// that is not finite has the threshold NaN, a map of NaN and an empty mask.
+void object_masks(const MaskTensors& tensors, int64_t images, int64_t objects, int64_t cells, float scaler, int bins,
+                  int threads);
+
+// One half of a Gaussian's taps, the middle one first.
+struct Blur {
+    int radius;
+    double tap[16];
+};
+Blur gaussian(int size, double sigma);
+
+// Masks (B, height, width) to weights, as ospo_fast.token_weights.
+void token_weights(const float* masks, float* weights, int64_t images, int64_t height, int64_t width, double alpha,
+                   double gamma, const Blur& blur, int threads);
+
+// object_mask.cu: the same on the GPU, on a stream, without waiting; a cudaError_t. Where weights is not null the first
+// also makes the weights of the union, in the same launch.
+#ifdef OSPO_CUDA
+int object_masks_cuda(const MaskTensors& tensors, int64_t images, int objects, int height, int width, float scaler,
+                      int bins, float* weights, double alpha, double gamma, const Blur& blur, int device, void* stream);
+int token_weights_cuda(const float* masks, float* weights, int64_t images, int height, int width, double alpha,
+                       double gamma, const Blur& blur, int device, void* stream);
+#endif
+
 // sample_codes.cpp ---------------------------------------------------------------------------------------------------
 
 // One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it; uncond may

@@ -11,6 +11,66 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo: ...
 def cuda_versions() -> tuple[int, int] | None: ...
 def otsu_threshold(maps: int, thresholds: int, count: int, cells: int, bins: int, threads: int) -> None: ...
+def object_masks(
+    raw: int,
+    valid: int,
+    maps: int,
+    thresholds: int,
+    masks: int,
+    union: int,
+    images: int,
+    objects: int,
+    cells: int,
+    scaler: float,
+    bins: int,
+    threads: int,
+) -> None: ...
+def token_weights(
+    masks: int,
+    weights: int,
+    images: int,
+    height: int,
+    width: int,
+    alpha: float,
+    gamma: float,
+    blur_size: int,
+    blur_sigma: float,
+    threads: int,
+) -> None: ...
+def object_masks_cuda(
+    raw: int,
+    valid: int,
+    maps: int,
+    thresholds: int,
+    masks: int,
+    union: int,
+    images: int,
+    objects: int,
+    height: int,
+    width: int,
+    scaler: float,
+    bins: int,
+    weights: int,
+    alpha: float,
+    gamma: float,
+    blur_size: int,
+    blur_sigma: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def token_weights_cuda(
+    masks: int,
+    weights: int,
+    images: int,
+    height: int,
+    width: int,
+    alpha: float,
+    gamma: float,
+    blur_size: int,
+    blur_sigma: float,
+    device: int,
+    stream: int,
+) -> None: ...
 def sample_codes(
     cond: int,
     uncond: int,

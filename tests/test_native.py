@@ -9,6 +9,17 @@ def thresholds(maps: torch.Tensor, threads: int) -> torch.Tensor:
     return out
 
 
+def masks(maps: torch.Tensor, threads: int) -> list[torch.Tensor]:
+    B, objects, H, W = maps.shape
+    shapes = [(maps.shape, torch.float32), ((B, objects), torch.float32), (maps.shape, torch.uint8)]
+    out = [torch.full(shape, 77, dtype=dtype) for shape, dtype in [*shapes, ((B, H, W), torch.uint8)]]
+    pointers = (tensor.data_ptr() for tensor in out)
+    _C.object_masks(maps.data_ptr(), 0, *pointers, B, objects, H * W, 0.8, 256, threads)
+    weights, union = torch.full((B, H * W), torch.nan), out[-1].float()
+    _C.token_weights(union.data_ptr(), weights.data_ptr(), B, H, W, 1.0, 0.5, 5, 1.0, threads)
+    return [*out, weights]
+
+
 def codes(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads: int) -> torch.Tensor:
     steps, out = torch.full_like(seeds, 5), torch.full_like(seeds, -7)
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps, out))
@@ -19,6 +30,8 @@ def codes(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     maps = torch.rand(37, 23, 29)
     assert torch.equal(thresholds(maps, 1), thresholds(maps, 3))
+    maps = torch.rand(7, 3, 23, 29)
+    assert all(torch.equal(one, three) for one, three in zip(masks(maps, 1), masks(maps, 3), strict=True))
     cond, uncond, seeds = torch.randn(37, 1021), torch.randn(37, 1021), torch.randint(2**62, (37,))
     assert torch.equal(codes(cond, uncond, seeds, 1), codes(cond, uncond, seeds, 3))
 

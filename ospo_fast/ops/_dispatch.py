@@ -6,9 +6,12 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ospo_fast.errors import OpError
+
+if TYPE_CHECKING:
+    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -16,12 +19,12 @@ _log = logging.getLogger(__name__)
 # The PyTorch twin, "torch", stands behind them all and runs everywhere.
 _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
     "token_logprobs": {"cuda": (False, "cuda"), "cpp": (False, "cpu")},
-    "token_weights": {},
+    "token_weights": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sequence_logprobs": {},
     "preference_loss": {},
     "attention_columns": {"triton": (False, "cuda")},
     "otsu_threshold": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
-    "object_masks": {"cuda": (False, "cuda"), "cpp": (False, "cpu")},
+    "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sample_codes": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
 }
 _KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton"}
@@ -65,13 +68,26 @@ def native() -> ModuleType:
     return module
 
 
+def place(device: torch.device) -> tuple[int, int]:
+    """What a CUDA function of the compiled module needs to know: the device's ordinal and its current stream."""
+    import torch
+
+    stream = torch.cuda.current_stream(device)
+    return int(stream.device_index), int(stream.cuda_stream)
+
+
 def _missing(op: str, name: str, device: str) -> str:
     exists, runs_on = _KERNELS[op][name]
     if not exists:
         return f"this version has no {_KINDS[name]} kernel for it"
     if device != runs_on:
         return f"its {_KINDS[name]} kernel takes tensors on {runs_on}, not on {device}"
-    return _native()[1]
+    if name == "triton":
+        return _triton()
+    module, reason = _native()
+    if module is not None and name == "cuda" and not module.build_info()["cuda"]:
+        return "ospo_fast._C was built without CUDA; install the package again where nvcc is found"
+    return reason
 
 
 @functools.cache
@@ -80,6 +96,15 @@ def _native() -> tuple[ModuleType | None, Literal[""]] | tuple[None, str]:
         return importlib.import_module("ospo_fast._C"), ""
     except ImportError as error:
         return None, f"ospo_fast._C cannot be imported ({error}); reinstall the package with a C++ compiler at hand"
+
+
+@functools.cache
+def _triton() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); install triton"
+    return ""
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
     )
     if bool(thresholds.isnan().any()):
         row = int(thresholds.isnan().nonzero()[0])
-        _refuse(x[row], row, bins)
+        refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
     return thresholds.reshape(maps.shape[:-2])
 
 
@@ -55,11 +55,12 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.reshape(-1, maps.shape[-2] * maps.shape[-1]).to(_result_dtype(maps))
 
 
-def _refuse(cells: Tensor, row: int, bins: int) -> NoReturn:
+def refuse_map(op: str, cells: Tensor, name: str, bins: int) -> NoReturn:
+    """OpError: why Otsu's threshold of this map cannot be had."""
     if not bool(cells.isfinite().all()):
-        raise OpError(f"otsu_threshold: map {row} (flattened) holds NaN or infinity, expected finite values")
+        raise OpError(f"{op}: {name} holds NaN or infinity, expected finite values")
     raise OpError(
-        f"otsu_threshold: map {row} (flattened) reaches from {float(cells.min())} to {float(cells.max())}, too little "
+        f"{op}: {name} reaches from {float(cells.min())} to {float(cells.max())}, too little "
         f"or too much for {bins} bins in {cells.dtype}; min-max normalise the map first"
     )
 
@@ -67,7 +68,7 @@ def _refuse(cells: Tensor, row: int, bins: int) -> NoReturn:
 def _twin(x: Tensor, bins: int) -> Tensor:
     if not bool(x.isfinite().all()):
         row = int((~x.isfinite().all(1)).nonzero()[0])
-        _refuse(x[row], row, bins)
+        refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     constant, value = low == high, low
     # Any histogram does for a constant map: its value is put in at the end.
@@ -76,7 +77,7 @@ def _twin(x: Tensor, bins: int) -> Tensor:
     unsuited = ~(edges[:, 1:] > edges[:, :-1]).all(1)
     if bool(unsuited.any()):
         row = int(unsuited.nonzero()[0])
-        _refuse(x[row], row, bins)
+        refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
     counts = _histogram(x, low, high, edges)
     centres = (edges[:, :-1] + edges[:, 1:]) / 2
     threshold = centres.gather(1, _best_bin(counts, centres))

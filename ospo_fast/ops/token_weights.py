@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
+
+LONGEST_BLUR = 31  # taps, of the compiled kernels
+BLURRED_CELLS = 6144  # what the CUDA kernel can keep of one mask
 
 
 def token_weights(
@@ -22,22 +28,71 @@ def token_weights(
 
     mask (B, H, W) bool, integer or float → (B, H·W) fp32 (float64 for float64 masks), rows first. An all-zero mask
     gives ones; an all-one mask does not: the blur dims its border. blur_size=1 leaves the mask as it is (the paper's
-    form has no blur). Raises OpError: another number of dimensions, an even blur, negative alpha or gamma.
+    form has no blur). Computed in float64, in C++ on CPU and in one launch on CUDA; `token_weights_reference` is the
+    PyTorch twin. Raises OpError: another number of dimensions, an even blur, negative alpha or gamma.
     """
     if mask.dim() != 3 or 0 in mask.shape[1:]:
         raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
-    if blur_size < 1 or blur_size % 2 == 0 or blur_sigma <= 0:
+    check_weights(alpha, gamma, blur_size, blur_sigma)
+    result: Tensor = torch.ops.ospo_fast.token_weights(
+        mask.detach(), float(alpha), float(gamma), blur_size, float(blur_sigma)
+    )
+    return result
+
+
+def token_weights_reference(
+    mask: Tensor, *, alpha: float = 1.0, gamma: float = 1.0, blur_size: int = 5, blur_sigma: float = 1.0
+) -> Tensor:
+    """The PyTorch twin of `token_weights`, on any device."""
+    # In float64: equal cells must stay equal through the min-max, else a gamma below 1 blows their rounding up.
+    blurred = _blur(mask.double(), blur_size, blur_sigma).flatten(1)
+    low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
+    normalised = ((blurred - low) / (high - low + 1e-8)).clamp(0, 1)
+    return (1 + alpha * normalised.pow(gamma)).to(_result_dtype(mask))
+
+
+def check_weights(alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> None:
+    """OpError for an even or empty blur, and for a negative alpha or gamma."""
+    if blur_size < 1 or blur_size % 2 == 0 or not blur_sigma > 0:
         raise OpError(
             f"token_weights: blur_size is {blur_size}, blur_sigma {blur_sigma}; "
             "expected an odd size and a positive sigma"
         )
     if not (alpha >= 0 and gamma >= 0):
         raise OpError(f"token_weights: alpha is {alpha}, gamma {gamma}; expected numbers >= 0")
-    # In float64: equal cells must stay equal through the min-max, else a gamma below 1 blows their rounding up.
-    blurred = _blur(mask.double(), blur_size, blur_sigma).flatten(1)
-    low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
-    normalised = ((blurred - low) / (high - low + 1e-8)).clamp(0, 1)
-    return (1 + alpha * normalised.pow(gamma)).to(mask.dtype if mask.dtype == torch.float64 else torch.float32)
+
+
+torch.library.define(
+    "ospo_fast::token_weights",
+    "(Tensor mask, float alpha, float gamma, int blur_size, float blur_sigma) -> Tensor",
+)
+
+
+@torch.library.impl("ospo_fast::token_weights", "CompositeExplicitAutograd")
+def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> Tensor:
+    B, H, W = mask.shape
+    backend = _dispatch.resolve("token_weights", "auto", mask.device.type)
+    if mask.dtype == torch.float64 or blur_size > LONGEST_BLUR or (backend == "cuda" and H * W > BLURRED_CELLS):
+        backend = "torch"
+    if backend == "torch":
+        return token_weights_reference(mask, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)
+    x = mask.float().contiguous()
+    weights = x.new_empty(B, H * W)
+    arguments = (x.data_ptr(), weights.data_ptr(), B, H, W, alpha, gamma, blur_size, blur_sigma)
+    if backend == "cpp":
+        _dispatch.native().token_weights(*arguments, torch.get_num_threads())
+    elif B:
+        _dispatch.native().token_weights_cuda(*arguments, *_dispatch.place(x.device))
+    return weights
+
+
+@torch.library.register_fake("ospo_fast::token_weights")
+def _(mask: Tensor, alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> Tensor:
+    return mask.new_empty((mask.shape[0], mask.shape[1] * mask.shape[2]), dtype=_result_dtype(mask))
+
+
+def _result_dtype(mask: Tensor) -> torch.dtype:
+    return torch.float64 if mask.dtype == torch.float64 else torch.float32
 
 
 def spread_weights(weights: Tensor, token_mask: Tensor) -> Tensor:
@@ -75,9 +130,16 @@ def _(weights: Tensor, token_mask: Tensor) -> Tensor:
 
 
 def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
-    if size == 1:
-        return maps
-    x = torch.arange(size, device=maps.device, dtype=maps.dtype) - size // 2
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = torch.outer(kernel, kernel) / kernel.sum() ** 2
-    return F.conv2d(maps.unsqueeze(1), kernel.expand(1, 1, size, size), padding=size // 2).squeeze(1)
+    """One axis after the other; cells at the same distance are added first: mirrored maps give mirrored bits."""
+    taps = [math.exp(-0.5 * (t / sigma) ** 2) for t in range(size // 2 + 1)]
+    total = sum((2 if t else 1) * tap for t, tap in enumerate(taps))
+    for _ in range(2):
+        maps = maps.mT
+        length = maps.shape[-1]
+        padded = F.pad(maps, (size // 2, size // 2))
+        result = maps * (taps[0] / total)
+        for t, tap in enumerate(taps[1:], 1):
+            before, after = (padded.narrow(-1, size // 2 + shift, length) for shift in (-t, t))
+            result = result + (before + after) * (tap / total)
+        maps = result
+    return maps

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-from ospo_fast import object_masks
+from ospo_fast import object_masks, token_weights
 from ospo_fast.errors import OpError
+from ospo_fast.ops.object_masks import SHARED_FLOATS, object_masks_reference, object_weights
+
+FIELDS = ("maps", "thresholds", "masks", "union")
 
 
 @pytest.mark.parametrize("index", range(2))
@@ -72,6 +75,130 @@ def test_special_maps() -> None:
     assert not object_masks(maps.requires_grad_()).maps.requires_grad
 
 
+def hard_maps() -> torch.Tensor:
+    """Maps whose thresholds hang on the last bit: empty bins, ties, tiny and huge ranges, a constant one."""
+    maps = torch.rand(3, 6, 24, 24) ** 2
+    maps[:, 0] = (maps[:, 0] * 6).round()
+    maps[:, 1] = (maps[:, 1] < 0.5).float() * 3 - 1
+    maps[:, 2] = maps[:, 2] * 1e-12 + 1e-3
+    maps[:, 3] = 1e30 * maps[:, 3] - 7e29
+    maps[:, 4] = 0.25
+    return maps
+
+
+@pytest.mark.parametrize("bins", [256, 7, 1])
+def test_the_twin_has_the_same_bits(bins: int) -> None:
+    maps, valid = hard_maps(), torch.rand(3, 6) < 0.8
+    ours, twin = (f(maps, valid=valid, bins=bins) for f in (object_masks, object_masks_reference))
+    for name in FIELDS:
+        assert torch.equal(getattr(ours, name), getattr(twin, name)), name
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_poisoned_memory() -> None:
+    result = object_masks(torch.rand(2, 3, 5, 7), valid=torch.tensor([[True, False, True]] * 2))
+    assert result.maps.isfinite().all()
+    assert result.masks.max() <= 1
+    assert result.union.max() <= 1
+    assert (result.thresholds[:, 1] == 0).all()
+
+
+def test_opcheck_and_compile() -> None:
+    maps, valid = torch.rand(2, 3, 5, 5), torch.tensor([[True, False, True]] * 2)
+    for which in (None, valid):
+        torch.library.opcheck(torch.ops.ospo_fast.object_masks, (maps, which, 0.8, 256))
+    compiled = torch.compile(lambda x: object_masks(x * 2).union + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(maps), object_masks(maps * 2).union + 1)
+
+
+def test_masks_and_weights_at_once() -> None:
+    maps, options = torch.rand(2, 3, 8, 9), {"alpha": 0.5, "gamma": 2.0, "blur_size": 3, "blur_sigma": 0.7}
+    masks, weights = object_weights(maps, scaler=1.0, **options)
+    assert torch.equal(masks.union, object_masks(maps, scaler=1.0).union)
+    assert torch.equal(weights, token_weights(masks.union, **options))
+    with pytest.raises(OpError, match="blur_size is 2"):
+        object_weights(maps, blur_size=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "bins"),
+    [
+        ((32, 4, 24, 24), 256),  # Janus
+        ((1, 1, 1, 1), 256),
+        ((3, 0, 5, 7), 256),
+        ((0, 2, 5, 7), 256),
+        ((2, 3, 13, 7), 17),  # primes, fewer cells than threads
+        ((2, 2, 70, 71), 1000),  # more shared memory than a kernel has unasked
+    ],
+)
+def test_cuda_has_the_same_bits(shape: tuple[int, ...], bins: int) -> None:
+    maps, valid = torch.rand(shape) ** 3, torch.rand(shape[:2]) < 0.8
+    ours = object_masks(maps.cuda(), valid=valid.cuda(), bins=bins)
+    expected = object_masks(maps, valid=valid, bins=bins)
+    for name in FIELDS:
+        assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.gpu
+def test_cuda_on_hard_maps_and_golden_figures(golden: Any) -> None:
+    for bins in (256, 7, 1):
+        ours, expected = (object_masks(maps, bins=bins) for maps in (hard_maps_on("cuda"), hard_maps_on("cpu")))
+        for name in FIELDS:
+            assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
+    for index in range(2):
+        figures = golden(f"attention_masks_{index}.npz")
+        result = object_masks(torch.tensor(figures["maps"])[None].cuda(), scaler=float(figures["scaler"]))
+        np.testing.assert_array_equal(result.thresholds[0].cpu(), figures["otsu"])
+        np.testing.assert_array_equal(result.masks[0].cpu(), figures["masks"])
+        np.testing.assert_array_equal(result.union[0].cpu(), figures["union"])
+
+
+def hard_maps_on(device: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    return hard_maps().to(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+def test_cuda_masks_and_weights_in_one_launch() -> None:
+    maps = torch.rand(5, 3, 24, 24).cuda()
+    masks, weights = object_weights(maps, gamma=0.5)
+    assert torch.equal(masks.union, object_masks(maps).union)
+    assert torch.equal(weights, token_weights(masks.union, gamma=0.5))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        object_weights(maps)
+        torch.cuda.synchronize()
+    launched = [event.key for event in profile.key_averages() if "kernel" in event.key.lower()]
+    assert len(launched) == 1, launched
+
+
+@pytest.mark.gpu
+def test_cuda_waits_for_nothing_and_marks_what_is_not_finite() -> None:
+    maps = torch.rand(2, 3, 6, 6).cuda()
+    maps[1, 2, 3, 3] = torch.nan
+    maps[0, 0, 0, 0] = torch.inf
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = object_masks(maps.transpose(2, 3))  # a copy, too, waits for nothing
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wrong = torch.zeros(2, 3, dtype=torch.bool)
+    wrong[1, 2] = wrong[0, 0] = True
+    assert torch.equal(result.thresholds.isnan().cpu(), wrong)
+    assert not result.masks[wrong.cuda()].any()
+    assert torch.equal(result.union, result.masks.amax(1))
+
+
+@pytest.mark.gpu
+def test_cuda_leaves_large_maps_and_float64_to_the_twin() -> None:
+    for maps in (torch.rand(1, 1, 160, 160), torch.rand(2, 2, 9, 9).double()):
+        assert maps[0, 0].numel() > SHARED_FLOATS or maps.dtype == torch.float64
+        for name in FIELDS:
+            assert torch.equal(getattr(object_masks(maps.cuda()), name).cpu(), getattr(object_masks(maps), name))
+
+
 @pytest.mark.parametrize(
     ("maps", "options", "message"),
     [
@@ -84,7 +211,10 @@ def test_special_maps() -> None:
             r"valid is torch.bool \(1, 3\), expected bool \(1, 2\)",
         ),
         (torch.rand(1, 2, 6, 6), {"valid": torch.ones(1, 2)}, "valid is torch.float32"),
+        (torch.rand(1, 2, 6, 6), {"valid": torch.ones(1, 2).bool().to("meta")}, "valid is on meta, maps on cpu"),
         (torch.rand(1, 2, 6, 6), {"scaler": -0.1}, "scaler is -0.1"),
+        (torch.rand(1, 2, 6, 6), {"bins": 0}, "bins is 0"),
+        (torch.tensor([[[[-3e38, 3e38]]]]), {}, r"maps\[0, 0\] reaches from .* min-max normalise"),
         (torch.rand(2, 2, 6, 6).index_fill(1, torch.tensor([1]), torch.nan), {}, r"maps\[0, 1\] holds NaN or infinity"),
         (torch.full((1, 1, 2, 2), torch.inf), {}, "mark it False in `valid` to leave it out"),
     ],

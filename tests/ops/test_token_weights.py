@@ -6,7 +6,7 @@ import torch
 
 from ospo_fast import token_weights
 from ospo_fast.errors import OpError
-from ospo_fast.ops.token_weights import spread_weights
+from ospo_fast.ops.token_weights import LONGEST_BLUR, spread_weights, token_weights_reference
 
 
 def test_golden(golden: Any) -> None:
@@ -44,6 +44,65 @@ def test_empty_full_and_unblurred_masks() -> None:
         assert torch.equal(token_weights(mask.to(dtype)), token_weights(mask))
     assert torch.equal(token_weights(mask.transpose(1, 2)), token_weights(mask.transpose(1, 2).contiguous()))
     assert token_weights(torch.zeros(0, 6, 6)).shape == (0, 36)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gamma": 0.3, "alpha": 2.5},
+        {"gamma": 0.0},
+        {"blur_size": 1},
+        {"blur_size": 9, "blur_sigma": 3.0},  # wider than the mask is high
+        {"blur_size": LONGEST_BLUR + 2},  # the twin's alone
+    ],
+)
+def test_against_the_twin(options: dict[str, Any]) -> None:
+    for shape in ((3, 24, 24), (2, 3, 17), (1, 1, 1)):
+        mask = (torch.rand(shape) < 0.3).to(torch.uint8)
+        mask[0] = 1
+        ours, twin = token_weights(mask, **options), token_weights_reference(mask.double(), **options)
+        np.testing.assert_allclose(ours, twin, rtol=1e-7)
+
+
+def test_mirrored_masks_have_mirrored_weights() -> None:
+    mask = torch.rand(2, 6, 7) < 0.3
+    weights = token_weights(mask, gamma=0.1).view(2, 6, 7)
+    for axes in ((1,), (2,), (1, 2)):
+        assert torch.equal(token_weights(mask.flip(axes), gamma=0.1).view(2, 6, 7), weights.flip(axes))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_poisoned_memory() -> None:
+    assert token_weights(torch.rand(2, 5, 7) < 0.5).isfinite().all()
+
+
+def test_opcheck() -> None:
+    for mask in (torch.rand(2, 5, 7) < 0.5, torch.rand(2, 5, 7).double()):
+        torch.library.opcheck(torch.ops.ospo_fast.token_weights, (mask, 1.0, 0.5, 5, 1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"gamma": 0.3, "alpha": 2.5}, {"blur_size": 1}, {"blur_size": 33}])
+def test_cuda_against_the_cpu(options: dict[str, Any]) -> None:
+    for shape in ((32, 24, 24), (2, 3, 17), (1, 1, 1), (0, 4, 4), (1, 70, 71), (1, 100, 100)):
+        mask = torch.rand(shape) < 0.3
+        np.testing.assert_allclose(
+            token_weights(mask.cuda(), **options).cpu(), token_weights_reference(mask, **options), rtol=1e-7
+        )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token_weights(torch.ones(2, 6, 6, dtype=torch.uint8, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_golden(golden: Any) -> None:
+    figures = golden("token_weights.npz")
+    for mask, alpha, gamma, weights in zip(*(figures[k] for k in ("masks", "alpha", "gamma", "weights")), strict=True):
+        result = token_weights(torch.tensor(mask)[None].cuda(), alpha=float(alpha), gamma=float(gamma))
+        np.testing.assert_allclose(result[0].cpu(), weights, rtol=2e-6)
 
 
 def test_spread_weights() -> None:
