@@ -1,6 +1,8 @@
 // The Python module ospo_fast._C. Pointers come as integers from tensors that the caller keeps alive and has checked.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -110,6 +112,28 @@ void token_weights_cuda(uintptr_t masks, uintptr_t weights, int64_t images, int 
 }
 #endif
 
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
+
+ospo::ColumnSizes column_sizes(const std::array<int64_t, 7>& n) { return {n[0], n[1], n[2], n[3], n[4], n[5], n[6]}; }
+
+void attention_columns(const std::array<uintptr_t, 10>& p, const std::array<int64_t, 9>& s,
+                       const std::array<int64_t, 7>& sizes, float scale, bool causal, int threads) {
+    const ospo::ColumnTensors tensors{floats(p[0]),   floats(p[1]),   floats(p[2]),   floats(p[3]),   integers(p[4]),
+                                      integers(p[5]), integers(p[6]), integers(p[7]), integers(p[8]),
+                                      reinterpret_cast<float*>(p[9]),
+                                      s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+    ospo::attention_columns(tensors, column_sizes(sizes), scale, causal, threads);
+}
+
+void block_columns(const std::array<uintptr_t, 8>& p, const std::array<int64_t, 4>& block,
+                   const std::array<int64_t, 7>& sizes, float scale, bool causal, int threads) {
+    const ospo::ColumnBlock tensors{floats(p[0]),   floats(p[1]),   integers(p[2]), integers(p[3]), integers(p[4]),
+                                    integers(p[5]), integers(p[6]), reinterpret_cast<float*>(p[7]),
+                                    block[0],       block[1],       block[2],       block[3]};
+    ospo::block_columns(tensors, column_sizes(sizes), scale, causal, threads);
+}
+
 void sample_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t out, int64_t rows,
                   int64_t codes, float guidance, float temperature, int threads) {
     ospo::sample_codes(reinterpret_cast<const float*>(cond), reinterpret_cast<const float*>(uncond),
@@ -147,6 +171,14 @@ PYBIND11_MODULE(_C, m) {
           py::arg("blur_sigma"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
           "token_weights on a CUDA stream.");
 #endif
+    m.def("attention_columns", &attention_columns, py::arg("pointers"), py::arg("strides"), py::arg("sizes"),
+          py::arg("scale"), py::arg("causal"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "Pointers: q, k, lse, share, columns, row start and count, key start and end, out. Strides: item, head, row of "
+          "q, k, lse. Sizes: items, heads, key heads, objects, columns, width, length.");
+    m.def("block_columns", &block_columns, py::arg("pointers"), py::arg("block"), py::arg("sizes"), py::arg("scale"),
+          py::arg("causal"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "Pointers: scores, share, columns, row start and count, key start and end, out. Block: rows, keys, first row, "
+          "first key. Sizes as of attention_columns.");
     m.def("sample_codes", &sample_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
           py::arg("out"), py::arg("rows"), py::arg("codes"), py::arg("guidance"), py::arg("temperature"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>(),

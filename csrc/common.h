@@ -56,6 +56,35 @@ int token_weights_cuda(const float* masks, float* weights, int64_t images, int h
                        double gamma, const Blur& blur, int device, void* stream);
 #endif
 
+// attention_columns.cpp ----------------------------------------------------------------------------------------------
+
+// Tensors of both functions: columns (B, O, C), share (B, O) and out (B, O, length) are contiguous, the bounds (B,).
+// Strides in elements; the width of q and k has stride 1.
+struct ColumnTensors {
+    const float *q, *k, *lse, *share;
+    const int64_t *columns, *row_start, *row_count, *key_start, *key_end;
+    float* out;
+    int64_t q_item, q_head, q_row, k_item, k_head, k_row, lse_item, lse_head, lse_row;
+};
+struct ColumnSizes {
+    int64_t items, heads, kv_heads, objects, columns, width, length;
+};
+
+// share · sum over heads and columns of exp(scale · q·k - lse), 0 where a row does not see the column.
+void attention_columns(const ColumnTensors& tensors, const ColumnSizes& sizes, float scale, bool causal, int threads);
+
+// Scores (items, heads, rows, keys), not scaled, of the rows from first_row on and the keys from first_key on: no wanted
+// row sees one before.
+struct ColumnBlock {
+    const float *scores, *share;
+    const int64_t *columns, *row_start, *row_count, *key_start, *key_end;
+    float* out;
+    int64_t rows, keys, first_row, first_key;
+};
+
+// The same from a block of scores, with their own log-sum-exp, added to the rows of out that the block holds.
+void block_columns(const ColumnBlock& block, const ColumnSizes& sizes, float scale, bool causal, int threads);
+
 // sample_codes.cpp ---------------------------------------------------------------------------------------------------
 
 // One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it; uncond may

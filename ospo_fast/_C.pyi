@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import TypedDict
 
 class BuildInfo(TypedDict):
@@ -70,6 +71,12 @@ def token_weights_cuda(
     blur_sigma: float,
     device: int,
     stream: int,
+) -> None: ...
+def attention_columns(
+    pointers: Sequence[int], strides: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int
+) -> None: ...
+def block_columns(
+    pointers: Sequence[int], block: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int
 ) -> None: ...
 def sample_codes(
     cond: int,

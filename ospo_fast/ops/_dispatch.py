@@ -22,7 +22,7 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
     "token_weights": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sequence_logprobs": {},
     "preference_loss": {},
-    "attention_columns": {"triton": (False, "cuda")},
+    "attention_columns": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
     "otsu_threshold": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
     "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sample_codes": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,28 +34,126 @@ def attention_columns(
     does not see (causal, key_range) has probability 0.
     rows = (start, count), ints or (B,) tensors; with a tensor count the result has max(count) rows, 0 beyond each.
     key_range = (start, end), ints or (B,) tensors: the keys a sequence may see, so that left padding has no part;
-    None: all. A row that sees no key gives 0.
+    None: all. A row that sees no key gives 0. Packed sequences: expand q and k (1, H, S, D) over the sequences, which
+    copies nothing, and give each its rows and its key_range.
     lse: natural-log-sum-exp of each row's scaled scores over the keys it sees, from the attention that ran (base-2
     values: times ln 2). With it only the columns' scores are computed; without, the rows' scores block by block.
     out: (B, O, count) fp32; weight · A is added to it, and it is returned. Without it: weight · A.
-    Result fp32 (float64 for float64 inputs), not differentiable. The float64 twin is `attention_columns_reference`.
+    Result fp32 (float64 for float64 inputs), not differentiable, the same for every run. The float64 twin is
+    `attention_columns_reference`. C++ on CPU, Triton on CUDA (D <= 256; there the check of columns and rows waits for
+    the device: with several layers, make a `ColumnRequest` once).
     Raises OpError: shapes, dtypes or devices that do not fit, columns or rows outside the sequence.
     """
-    _dispatch.resolve("attention_columns", backend, q.device.type)
-    start, count, first, last = _check(q, k, columns, rows, lse, key_range)
-    length = _longest(rows[1])
-    expected = (q.shape[0], columns.shape[1], length)
-    if out is not None and (tuple(out.shape) != expected or out.dtype != _result_dtype(q) or out.device != q.device):
-        raise OpError(
-            f"attention_columns: out is {out.dtype} {tuple(out.shape)} on {out.device}, "
-            f"expected {_result_dtype(q)} {expected} on {q.device}"
-        )
-    with torch.no_grad():
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        maps: Tensor = torch.ops.ospo_fast.attention_columns(
-            q, k, columns, start, count, first, last, lse, float(scale), causal, length
-        )
-        return maps.mul_(weight) if out is None else out.add_(maps, alpha=weight)
+    _check(q, k, lse)
+    if not q.device == columns.device:
+        raise OpError(f"attention_columns: q is on {q.device}, columns on {columns.device}; move them to one device")
+    request = ColumnRequest.of(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
+    return request.run(q, k, scale=scale, lse=lse, causal=causal, out=out, weight=weight, backend=backend)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnRequest:
+    """What `attention_columns` is asked for, checked and on the device: made once, run for many layers, with no wait.
+
+    columns (B, O, C), the rest (B,), all int64; share (B, O): 1 over the number of an object's columns, 0 without any.
+    """
+
+    columns: Tensor
+    row_start: Tensor
+    row_count: Tensor
+    key_start: Tensor
+    key_end: Tensor
+    share: Tensor
+    length: int  # rows of the result
+    positions: int  # S
+
+    @staticmethod
+    def of(
+        columns: Tensor,
+        batch: int,
+        positions: int,
+        *,
+        rows: Bounds,
+        key_range: Bounds | None = None,
+        device: torch.device | None = None,
+    ) -> ColumnRequest:
+        """Check and move; arguments as in `attention_columns`, on any device. Raises OpError."""
+        op, S = "attention_columns", positions
+        if (
+            columns.dim() != 3
+            or columns.shape[0] != batch
+            or columns.is_floating_point()
+            or columns.dtype == torch.bool
+        ):
+            raise OpError(f"{op}: columns are {columns.dtype} {tuple(columns.shape)}, expected integer ({batch}, O, C)")
+        if columns.device.type != "meta":
+            columns = columns.cpu().long()
+        if columns.numel() and (int(columns.min()) < -1 or int(columns.max()) >= S):
+            raise OpError(
+                f"{op}: columns reach from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}"
+            )
+        start, count = _bounds("rows", rows, batch)
+        if batch and (int(start.min()) < 0 or int(count.min()) < 0 or int((start + count).max()) > S):
+            raise OpError(f"{op}: rows start at {start.tolist()} and count {count.tolist()}, beyond the {S} positions")
+        first, last = _bounds("key_range", (0, S) if key_range is None else key_range, batch)
+        if batch and (int(first.min()) < 0 or int(last.max()) > S or bool((first > last).any())):
+            raise OpError(f"{op}: key_range is {first.tolist()} to {last.tolist()}, expected 0 <= start <= end <= {S}")
+        length = rows[1] if isinstance(rows[1], int) else int(count.max()) if batch else 0
+        share = 1 / (columns >= 0).sum(-1).clamp(min=1).double()
+        tensors = [columns, start, count, first, last, share.float()]
+        if device is not None and device.type != "cpu":
+            tensors = [t.contiguous().pin_memory() if device.type == "cuda" else t for t in tensors]
+            tensors = [t.to(device, non_blocking=True) for t in tensors]
+        columns, start, count, first, last, share = (t.contiguous() for t in tensors)
+        return ColumnRequest(columns, start, count, first, last, share, length, S)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float | None = None,
+        lse: Tensor | None = None,
+        causal: bool = True,
+        out: Tensor | None = None,
+        weight: float = 1.0,
+        backend: str = "auto",
+    ) -> Tensor:
+        """`attention_columns` of these tensors; looks at shapes alone."""
+        _dispatch.resolve("attention_columns", backend, q.device.type)
+        _check(q, k, lse)
+        B, objects, _ = self.columns.shape
+        if (q.shape[0], q.shape[2]) != (B, self.positions) or q.device != self.columns.device:
+            raise OpError(
+                f"attention_columns: q has shape {tuple(q.shape)} on {q.device}, the request is for "
+                f"({B}, H, {self.positions}, D) on {self.columns.device}"
+            )
+        expected, dtype = (B, objects, self.length), _result_dtype(q)
+        if out is not None and (tuple(out.shape) != expected or out.dtype != dtype or out.device != q.device):
+            raise OpError(
+                f"attention_columns: out is {out.dtype} {tuple(out.shape)} on {out.device}, "
+                f"expected {dtype} {expected} on {q.device}"
+            )
+        with torch.no_grad():
+            target = q.new_empty(expected, dtype=dtype) if out is None else out
+            torch.ops.ospo_fast.attention_columns_(
+                target,
+                q.detach(),
+                k.detach(),
+                self.columns,
+                self.row_start,
+                self.row_count,
+                self.key_start,
+                self.key_end,
+                self.share,
+                lse,
+                q.shape[-1] ** -0.5 if scale is None else float(scale),
+                causal,
+                float(weight),
+                out is not None,
+                backend,
+            )
+        return target
 
 
 def attention_columns_reference(
@@ -68,11 +168,13 @@ def attention_columns_reference(
     key_range: Bounds | None = None,
 ) -> Tensor:
     """The float64 twin of `attention_columns`: the whole softmax matrix, item by item, column by column."""
-    start, count, first, last = _check(q, k, columns, rows, None, key_range)
+    _check(q, k, None)
+    asked = ColumnRequest.of(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
+    start, count, first, last = asked.row_start, asked.row_count, asked.key_start, asked.key_end
     group, S = q.shape[1] // k.shape[1], q.shape[2]
     scores = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)
     scores *= q.shape[-1] ** -0.5 if scale is None else scale
-    result = scores.new_zeros(q.shape[0], columns.shape[1], _longest(rows[1]))
+    result = scores.new_zeros(q.shape[0], columns.shape[1], asked.length)
     position = torch.arange(S, device=q.device)
     for b in range(q.shape[0]):
         seen = ((position >= first[b]) & (position < last[b])).expand(S, S)
@@ -87,20 +189,11 @@ def attention_columns_reference(
     return result
 
 
-def _longest(count: int | Tensor) -> int:
-    if isinstance(count, Tensor):
-        return int(count.max()) if count.numel() else 0
-    return count
-
-
 def _result_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check(
-    q: Tensor, k: Tensor, columns: Tensor, rows: Bounds, lse: Tensor | None, key_range: Bounds | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row start, row count, first key, end of keys: (B,) int64 each, on q's device."""
+def _check(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
     op = "attention_columns"
     if q.dim() != 4 or k.dim() != 4 or not q.is_floating_point() or q.dtype != k.dtype:
         raise OpError(
@@ -113,55 +206,45 @@ def _check(
             f"{op}: k has shape {tuple(k.shape)}, q {tuple(q.shape)}; "
             "expected k (B, Hkv, S, D) with Hq a multiple of Hkv"
         )
-    if columns.dim() != 3 or columns.shape[0] != B or columns.is_floating_point() or columns.dtype == torch.bool:
-        raise OpError(f"{op}: columns are {columns.dtype} {tuple(columns.shape)}, expected integer ({B}, O, C)")
-    if not q.device == k.device == columns.device:
-        raise OpError(
-            f"{op}: q is on {q.device}, k on {k.device}, columns on {columns.device}; move them to one device"
-        )
-    if columns.numel() and (int(columns.min()) < -1 or int(columns.max()) >= S):
-        raise OpError(f"{op}: columns reach from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}")
+    if q.device != k.device or (lse is not None and lse.device != q.device):
+        where = f"q is on {q.device}, k on {k.device}" + ("" if lse is None else f", lse on {lse.device}")
+        raise OpError(f"{op}: {where}; move them to one device")
     if lse is not None and (tuple(lse.shape) != (B, heads, S) or not lse.is_floating_point()):
         raise OpError(
             f"{op}: lse is {lse.dtype} {tuple(lse.shape)}, "
             f"expected float {(B, heads, S)} (slice off a kernel's padding)"
         )
-    start, count = _bounds("rows", rows, q)
-    if B and (int(start.min()) < 0 or int(count.min()) < 0 or int((start + count).max()) > S):
-        raise OpError(f"{op}: rows start at {start.tolist()} and count {count.tolist()}, beyond the {S} positions")
-    first, last = _bounds("key_range", (0, S) if key_range is None else key_range, q)
-    if B and (int(first.min()) < 0 or int(last.max()) > S or bool((first > last).any())):
-        raise OpError(f"{op}: key_range is {first.tolist()} to {last.tolist()}, expected 0 <= start <= end <= {S}")
-    return start, count, first, last
 
 
-def _bounds(name: str, pair: Bounds, q: Tensor) -> tuple[Tensor, Tensor]:
+def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
+    """Both bounds as (B,) int64 on the CPU."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise OpError(f"attention_columns: {name} is {pair!r}, expected a pair of ints or (B,) integer tensors")
-    B = q.shape[0]
-    tensors = [torch.as_tensor(value, device=q.device) for value in pair]
+    tensors = [torch.as_tensor(value).cpu() for value in pair]
     for value in tensors:
-        if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) not in ((), (B,)):
+        if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) not in ((), (batch,)):
             raise OpError(
                 f"attention_columns: {name} holds {value.dtype} {tuple(value.shape)}, "
-                f"expected ints or ({B},) integer tensors"
+                f"expected ints or ({batch},) integer tensors"
             )
-    return tensors[0].long().expand(B), tensors[1].long().expand(B)
+    return tensors[0].long().expand(batch), tensors[1].long().expand(batch)
 
 
 # ---------------------------------------------------------------- the op
 
 torch.library.define(
-    "ospo_fast::attention_columns",
-    "(Tensor q, Tensor k, Tensor columns, Tensor row_start, Tensor row_count, Tensor key_start, Tensor key_end,"
-    " Tensor? lse, float scale, bool causal, SymInt length) -> Tensor",
+    "ospo_fast::attention_columns_",
+    "(Tensor(a!) out, Tensor q, Tensor k, Tensor columns, Tensor row_start, Tensor row_count, Tensor key_start,"
+    " Tensor key_end, Tensor share, Tensor? lse, float scale, bool causal, float weight, bool accumulate, str backend)"
+    " -> ()",
 )
 
-_BLOCK_BYTES = 16 * 2**20  # of scores at a time: the speed choice on CPU, where it stays near the cache
+_BLOCK_BYTES = 4 * 2**20  # of scores at a time: the speed choice on CPU, where they stay in the cache
 
 
-@torch.library.impl("ospo_fast::attention_columns", "CompositeExplicitAutograd")
+@torch.library.impl("ospo_fast::attention_columns_", "CompositeExplicitAutograd")
 def _attention_columns(
+    out: Tensor,
     q: Tensor,
     k: Tensor,
     columns: Tensor,
@@ -169,25 +252,131 @@ def _attention_columns(
     row_count: Tensor,
     key_start: Tensor,
     key_end: Tensor,
+    share: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    weight: float,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    if out.numel() == 0 or columns.shape[2] == 0:
+        if not accumulate:
+            out.zero_()
+        return
+    bounds = (row_start, row_count, key_start, key_end)
+    kernel = _dispatch.resolve("attention_columns", backend, q.device.type)
+    if kernel == "triton" and q.shape[-1] > 256:
+        if backend != "auto":
+            raise OpError(f"attention_columns: the Triton kernel takes heads of at most 256, got {q.shape[-1]}")
+        kernel = "torch"
+    if q.dtype == torch.float64:
+        kernel = "torch"
+    if kernel == "triton":
+        from ospo_fast.kernels.attention_columns import attention_columns as triton_columns
+
+        triton_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)
+        return
+    twin = _native if kernel == "cpp" else _twin
+    maps = twin(q, k, columns, bounds, share, lse, scale, causal, out.shape[2])
+    if accumulate:
+        out.add_(maps, alpha=weight)
+    else:
+        torch.mul(maps, weight, out=out)
+
+
+@torch.library.register_fake("ospo_fast::attention_columns_")
+def _(out: Tensor, *args: object) -> None:
+    return None
+
+
+RowBounds = tuple[Tensor, Tensor, Tensor, Tensor]  # row start, row count, key start, key end, (B,) int64
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    columns: Tensor,
+    bounds: RowBounds,
+    share: Tensor,
     lse: Tensor | None,
     scale: float,
     causal: bool,
     length: int,
 ) -> Tensor:
+    q, k = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k))
+    (B, heads, _, D), objects = q.shape, columns.shape[1]
+    maps, share = q.new_zeros(B, objects, length), share / heads
+    sizes = [B, heads, k.shape[1], objects, columns.shape[2], D, length]
+    if lse is None:
+        _native_blocks(q, k, maps, (share, columns, *bounds), sizes, scale, causal)
+        return maps
+    lse = lse.float()
+    _dispatch.native().attention_columns(
+        [t.data_ptr() for t in (q, k, lse, share, columns, *bounds, maps)],
+        [stride for t in (q, k, lse) for stride in t.stride()[:3]],
+        sizes,
+        scale,
+        causal,
+        torch.get_num_threads(),
+    )
+    return maps
+
+
+def _native_blocks(
+    q: Tensor, k: Tensor, maps: Tensor, asked: tuple[Tensor, ...], sizes: list[int], scale: float, causal: bool
+) -> None:
+    """Fills maps: GEMMs over blocks of rows, of all their keys, each reduced while it is in the cache."""
+    B, heads, S, D = q.shape
+    kv = k.shape[1]
+    starts, counts, firsts, ends = (bound.tolist() for bound in asked[2:])
+    # All items at once where their scores are small, else one by one: their rows and keys may lie far apart.
+    together = B if B * heads * S * S * 4 <= _BLOCK_BYTES else 1
+    for b in range(0, B, together):
+        part = slice(b, b + together)
+        low, high = min(starts[part]), max(s + c for s, c in zip(starts[part], counts[part], strict=True))
+        first, end = min(firsts[part]), max(ends[part])
+        size = min(together, B - b)
+        step = max(1, _BLOCK_BYTES // (size * heads * max(end - first, 1) * 4))
+        for row in range(low, high, step):
+            stop = min(row + step, high)
+            keys = min(end, stop) if causal else end
+            if keys <= first:
+                continue
+            queries = q[part, :, row:stop].reshape(size * kv, -1, D)
+            scores = torch.bmm(queries, k[part, :, first:keys].reshape(size * kv, keys - first, D).mT)
+            _dispatch.native().block_columns(
+                [t.data_ptr() for t in (scores, *(t[part] for t in asked), maps[part])],
+                [stop - row, keys - first, row, first],
+                [size, *sizes[1:]],
+                scale,
+                causal,
+                torch.get_num_threads(),
+            )
+
+
+def _twin(
+    q: Tensor,
+    k: Tensor,
+    columns: Tensor,
+    bounds: RowBounds,
+    share: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    length: int,
+) -> Tensor:
+    row_start, row_count, key_start, key_end = bounds
     B, heads, S, D = q.shape
     kv, objects, dtype = k.shape[1], columns.shape[1], _result_dtype(q)
     maps = q.new_zeros(B, objects, length, dtype=dtype)
-    if maps.numel() == 0 or columns.shape[2] == 0:
-        return maps
-    wanted = columns.reshape(B, -1).long()  # (B, O·C)
+    wanted = columns.reshape(B, -1)  # (B, O·C)
     gather = wanted.clamp(min=0)[:, None, :, None].expand(B, kv, -1, D)
     keys = k.gather(2, gather).to(dtype)  # (B, Hkv, O·C, D)
-    used = (wanted >= 0).view(B, objects, -1)
-    share = used.to(dtype) / (used.sum(-1, keepdim=True).clamp(min=1) * heads)
-    visible = used & ((columns >= key_start.view(-1, 1, 1)) & (columns < key_end.view(-1, 1, 1)))
+    visible = (columns >= key_start.view(-1, 1, 1)) & (columns < key_end.view(-1, 1, 1)) & (columns >= 0)
     everything = k.to(dtype) if lse is None else None
     position = torch.arange(S, device=q.device)
-    block = max(1, _BLOCK_BYTES // max(1, B * heads * S * dtype.itemsize))
+    block = max(1, 4 * _BLOCK_BYTES // max(1, B * heads * S * dtype.itemsize))
     for begin in range(0, length, block):
         i = torch.arange(begin, min(begin + block, length), device=q.device)
         inside = i < row_count[:, None]  # (B, R)
@@ -206,13 +395,6 @@ def _attention_columns(
         shown = visible[:, None] & inside[:, :, None, None]  # (B, R, O, C)
         if causal:
             shown = shown & (columns[:, None] <= at[:, :, None, None])
-        probs = probs.masked_fill_(~shown[:, None], 0).sum(1)  # heads
-        maps[:, :, begin : begin + len(i)] = (probs * share[:, None]).sum(-1).transpose(1, 2)
+        probs = probs.masked_fill_(~shown[:, None], 0).sum(1).sum(-1)  # heads, columns
+        maps[:, :, begin : begin + len(i)] = (probs * (share / heads)[:, None]).transpose(1, 2)
     return maps
-
-
-@torch.library.register_fake("ospo_fast::attention_columns")
-def _(q: Tensor, k: Tensor, columns: Tensor, *args: object) -> Tensor:
-    length = args[-1]
-    assert isinstance(length, (int, torch.SymInt))
-    return q.new_empty(q.shape[0], columns.shape[1], length, dtype=_result_dtype(q))

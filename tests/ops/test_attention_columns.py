@@ -11,7 +11,7 @@ from torch import Tensor
 from ospo_fast import attention_columns, object_masks
 from ospo_fast.errors import OpError
 from ospo_fast.ops import attention_columns as module_function
-from ospo_fast.ops.attention_columns import attention_columns_reference
+from ospo_fast.ops.attention_columns import ColumnRequest, attention_columns_reference
 
 
 def full_lse(q: Tensor, k: Tensor, *, causal: bool = True, key_range: Any = None, scale: float | None = None) -> Tensor:
@@ -69,33 +69,103 @@ def test_any_shape(data: st.DataObject) -> None:
     exact = attention_columns_reference(q, k, columns, rows=rows, weight=0.5, **options)
     lse = full_lse(q, k, **options)
     for known in (None, lse, lse.float()):
-        ours = attention_columns(q, k, columns, rows=rows, weight=0.5, lse=known, **options)
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
+        for backend in ("cpp", "torch"):
+            ours = attention_columns(q, k, columns, rows=rows, weight=0.5, lse=known, backend=backend, **options)
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("given_lse", [False, True])
-def test_blocks_change_nothing_and_bound_the_scores(monkeypatch: pytest.MonkeyPatch, given_lse: bool) -> None:
+BACKENDS = pytest.mark.parametrize("backend", ["cpp", "torch"])
+
+
+@BACKENDS
+def test_blocks_change_nothing_and_bound_the_scores(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """No product of rows and keys, in any order of blocks, is larger than a block."""
     q, k, columns = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), torch.randint(-1, 50, (2, 3, 2))
-    lse = full_lse(q, k) if given_lse else None
-    whole = attention_columns(q, k, columns, rows=(7, 43), lse=lse)
+    options: dict[str, Any] = {"rows": (7, 43), "backend": backend}
+    whole, lse = attention_columns(q, k, columns, **options), full_lse(q, k)
     sizes: list[int] = []
-    logsumexp = Tensor.logsumexp
-    monkeypatch.setattr(Tensor, "logsumexp", lambda self, *a: sizes.append(self.numel()) or logsumexp(self, *a))
-    monkeypatch.setitem(module_function.__globals__, "_BLOCK_BYTES", 4 * 2 * 4 * 50 * 5)
-    torch.testing.assert_close(attention_columns(q, k, columns, rows=(7, 43), lse=lse), whole, atol=1e-7, rtol=1e-5)
-    assert sizes == ([] if given_lse else [2 * 4 * 5 * 50] * 8 + [2 * 4 * 3 * 50])
+    functions = module_function.__globals__
+    for place, name in ((torch, "bmm"), (Tensor, "__matmul__")):
+        product = getattr(place, name)
+
+        def counted(*a: Tensor, product: Any = product) -> Tensor:
+            sizes.append(product(*a).numel())
+            return product(*a)
+
+        monkeypatch.setattr(place, name, counted)
+    limit = 2 * 4 * 50 * 5  # scores: far below the 2 · 4 · 50 · 50 of the matrix
+    monkeypatch.setitem(functions, "_BLOCK_BYTES", limit * 4 if backend == "cpp" else limit)
+    torch.testing.assert_close(attention_columns(q, k, columns, **options), whole, atol=1e-7, rtol=1e-5)
+    assert len(sizes) > 5
+    assert max(sizes) <= limit
+    sizes.clear()
+    attention_columns(q, k, columns, lse=lse, **options)
+    assert max(sizes, default=0) <= limit
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(no_worse: Any, dtype: torch.dtype) -> None:
+@BACKENDS
+def test_packed_sequences_are_views(backend: str) -> None:
+    """Three sequences side by side in one row: q and k are expanded, each sequence has its rows and keys."""
+    lengths, first = [7, 12, 5], [0, 7, 19]
+    q, k = torch.randn(1, 4, 24, 8), torch.randn(1, 2, 24, 8)
+    starts = torch.tensor([2, 10, 19])
+    ends = torch.tensor([a + n for a, n in zip(first, lengths, strict=True)])
+    columns = torch.tensor([[[0, 1]], [[8, -1]], [[19, 20]]])
+    packed = attention_columns(
+        q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1), columns, rows=(starts, ends - starts),
+        key_range=(torch.tensor(first), ends), backend=backend,
+    )  # fmt: skip
+    for n, (begin, length) in enumerate(zip(first, lengths, strict=True)):
+        part = slice(begin, begin + length)
+        own = torch.where(columns[n : n + 1] < 0, -1, columns[n : n + 1] - begin)
+        rows = int(starts[n]) - begin, int(ends[n] - starts[n])
+        alone = attention_columns(q[:, :, part], k[:, :, part], own, rows=rows)
+        torch.testing.assert_close(packed[n : n + 1, :, : rows[1]], alone)
+        assert (packed[n, :, rows[1] :] == 0).all()
+
+
+@BACKENDS
+def test_large_items_go_one_by_one(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    q, k, columns = torch.randn(3, 4, 30, 8), torch.randn(3, 2, 30, 8), torch.randint(-1, 30, (3, 2, 2))
+    rows, keys = (
+        (torch.tensor([3, 9, 0]), torch.tensor([20, 4, 30])),
+        (torch.tensor([0, 5, 2]), torch.tensor([30, 20, 9])),
+    )
+    exact = attention_columns_reference(q, k, columns, rows=rows, key_range=keys)
+    monkeypatch.setitem(module_function.__globals__, "_BLOCK_BYTES", 4 * 30 * 30)
+    ours = attention_columns(q, k, columns, rows=rows, key_range=keys, backend=backend)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_one_request_for_many_layers() -> None:
+    columns, rows = torch.randint(-1, 9, (2, 3, 2)), (torch.tensor([1, 4]), torch.tensor([8, 2]))
+    request = ColumnRequest.of(columns, 2, 9, rows=rows)
+    maps = torch.zeros(2, 3, 8)
+    layers = [(torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)) for _ in range(3)]
+    for q, k in layers:
+        request.run(q, k, out=maps, weight=1 / 3)
+    alone = torch.stack([attention_columns(q, k, columns, rows=rows) for q, k in layers]).mean(0)
+    torch.testing.assert_close(maps, alone)
+    with pytest.raises(OpError, match=r"the request is for \(2, H, 9, D\)"):
+        request.run(layers[0][0][:, :, :8], layers[0][1][:, :, :8])
+
+
+def eager_maps(q: Tensor, k: Tensor, columns: Tensor) -> Tensor:
+    """Rows 20 to 59 of 60 by eager attention, as transformers has it."""
+    scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), -torch.inf)
+    probs = scores.float().softmax(-1).to(q.dtype).mean(1)[:, 20:]
+    return torch.stack([probs[b][:, columns[b].flatten()].view(40, 2, 3).mean(-1).t() for b in range(2)])
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_no_worse_than_eager(no_worse: Any, dtype: torch.dtype, backend: str) -> None:
     q, k = torch.randn(2, 4, 60, 32).to(dtype), torch.randn(2, 4, 60, 32).to(dtype)
     columns = torch.randint(20, (2, 2, 3))
-    scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), -torch.inf)
-    probs = scores.float().softmax(-1).to(dtype).mean(1)[:, 20:]  # eager attention, as transformers has it
-    eager = torch.stack([probs[b][:, columns[b].flatten()].view(40, 2, 3).mean(-1).t() for b in range(2)])
     exact = attention_columns_reference(q, k, columns, rows=(20, 40))
-    no_worse(attention_columns(q, k, columns, rows=(20, 40)), eager, exact)
+    ours = attention_columns(q, k, columns, rows=(20, 40), backend=backend)
+    no_worse(ours, eager_maps(q, k, columns), exact)
 
 
 def test_left_padding_has_no_part() -> None:
@@ -110,10 +180,11 @@ def test_left_padding_has_no_part() -> None:
     torch.testing.assert_close(result, plain.expand(2, -1, -1))
 
 
-def test_rows_that_see_nothing_give_zero() -> None:
+@BACKENDS
+def test_rows_that_see_nothing_give_zero(backend: str) -> None:
     q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
     for lse in (None, full_lse(q, k, key_range=(3, 5))):
-        result = attention_columns(q, k, torch.tensor([[[3]]]), rows=(0, 5), key_range=(3, 5), lse=lse)
+        result = attention_columns(q, k, torch.tensor([[[3]]]), rows=(0, 5), key_range=(3, 5), lse=lse, backend=backend)
         assert (result[..., :3] == 0).all()
         torch.testing.assert_close(result[..., 3], torch.ones(1, 1))
 
@@ -131,26 +202,33 @@ def test_layouts_and_dtypes() -> None:
     assert attention_columns(q[:0], k[:0], columns[:0], rows=(2, 5)).shape == (0, 3, 5)
 
 
-def test_nan_stays_in_its_item() -> None:
+@BACKENDS
+def test_nan_stays_in_its_item(backend: str) -> None:
     q, k, columns = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4), torch.zeros(2, 1, 1, dtype=torch.int64)
     k[0, 0, 1] = torch.nan
-    result = attention_columns(q, k, columns, rows=(0, 6))
+    result = attention_columns(q, k, columns, rows=(0, 6), backend=backend)
     assert result[0, 0, 0] == 1  # before the NaN
     assert result[0, 0, 1:].isnan().all()
     assert result[1].isfinite().all()
 
 
+@BACKENDS
 @pytest.mark.usefixtures("poisoned")
-def test_poisoned_memory() -> None:
+def test_poisoned_memory(backend: str) -> None:
     q, k, columns = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randint(-1, 9, (2, 3, 2))
-    assert attention_columns(q, k, columns, rows=(torch.tensor([1, 4]), torch.tensor([8, 2]))).isfinite().all()
+    rows = (torch.tensor([1, 4]), torch.tensor([8, 2]))
+    for lse in (None, full_lse(q, k)):
+        assert attention_columns(q, k, columns, rows=rows, lse=lse, backend=backend).isfinite().all()
 
 
 def test_opcheck() -> None:
     q, k, columns = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randint(-1, 9, (2, 3, 2))
     bounds = [torch.tensor(v) for v in ([1, 4], [5, 2], [0, 1], [9, 9])]
+    asked = (q, k, columns, *bounds, torch.rand(2, 3))
     for lse in (None, full_lse(q, k)):
-        torch.library.opcheck(torch.ops.ospo_fast.attention_columns, (q, k, columns, *bounds, lse, 0.5, True, 5))
+        for accumulate in (False, True):
+            rest = (lse, 0.5, True, 2.0, accumulate, "auto")
+            torch.library.opcheck(torch.ops.ospo_fast.attention_columns_, (torch.zeros(2, 3, 5), *asked, *rest))
 
 
 Q, K, COLUMNS = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2, 1, 1, dtype=torch.int64)
@@ -178,9 +256,93 @@ Q, K, COLUMNS = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2,
         ({"out": torch.zeros(2, 1, 8)}, r"out is torch.float32 \(2, 1, 8\) on cpu, expected torch.float32 \(2, 1, 4\)"),
         ({"out": torch.zeros(2, 1, 4).half()}, "out is torch.float16"),
         ({"columns": COLUMNS.to("meta")}, "columns on meta; move them to one device"),
-        ({"backend": "triton"}, "backend='triton' cannot run here: this version has no Triton kernel"),
+        ({"backend": "triton"}, "backend='triton' cannot run here: its Triton kernel takes tensors on cuda"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OpError, match=message):
         attention_columns(**{"q": Q, "k": K, "columns": COLUMNS, "rows": (5, 4)} | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given_lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("B", "heads", "kv", "S", "D", "objects", "C"),
+    [
+        (2, 32, 32, 600, 128, 4, 3),  # Janus-Pro-7B
+        (3, 8, 2, 131, 80, 2, 2),  # grouped queries, a width that is no power of two, a prime length
+        (1, 4, 1, 37, 32, 30, 7),  # more columns than one launch takes
+        (2, 2, 2, 70, 256, 1, 1),  # the widest head
+        (40, 2, 1, 65, 64, 3, 2),  # enough programs for larger blocks
+    ],
+)
+def test_cuda(
+    no_worse: Any,
+    B: int,
+    heads: int,
+    kv: int,
+    S: int,
+    D: int,
+    objects: int,
+    C: int,
+    dtype: torch.dtype,
+    given_lse: bool,
+) -> None:
+    q, k = (torch.randn(B, S, h, D, device="cuda").to(dtype).transpose(1, 2) for h in (heads, kv))
+    columns = torch.randint(-1, S, (B, objects, C), device="cuda")
+    start = torch.randint(S // 2, (B,), device="cuda")
+    options: dict[str, Any] = {
+        "rows": (start, torch.randint(1, S // 2, (B,), device="cuda")),
+        "key_range": (torch.randint(S // 4, (B,), device="cuda"), S),
+    }
+    lse = None
+    if given_lse:
+        keys = tuple(torch.as_tensor(v).cpu() for v in options["key_range"])
+        lse = full_lse(q.cpu(), k.cpu(), key_range=keys).float().cuda()
+    exact = attention_columns_reference(q, k, columns, **options)
+    ours = attention_columns(q, k, columns, lse=lse, **options)
+    if dtype == torch.float32:
+        torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
+    no_worse(ours, attention_columns(q, k, columns, backend="torch", **options), exact)
+    assert torch.equal(ours, attention_columns(q, k, columns, lse=lse, **options))
+    maps = torch.ones_like(ours)
+    attention_columns(q, k, columns, lse=lse, out=maps, weight=0.25, **options)
+    torch.testing.assert_close(maps, 1 + 0.25 * ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cuda_no_worse_than_eager(no_worse: Any, dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 4, 60, 32).to("cuda", dtype), torch.randn(2, 4, 60, 32).to("cuda", dtype)
+    columns = torch.randint(20, (2, 2, 3), device="cuda")
+    exact = attention_columns_reference(q, k, columns, rows=(20, 40))
+    causal = torch.ones(60, 60, device="cuda").triu(1).bool()
+    scores = (q @ k.mT * 32**-0.5).masked_fill(causal, -torch.inf)
+    probs = scores.float().softmax(-1).to(dtype).mean(1)[:, 20:]
+    eager = torch.stack([probs[b][:, columns[b].flatten()].view(40, 2, 3).mean(-1).t() for b in range(2)])
+    no_worse(attention_columns(q, k, columns, rows=(20, 40)), eager, exact)
+
+
+@pytest.mark.gpu
+def test_cuda_requests_wait_for_nothing() -> None:
+    request = ColumnRequest.of(torch.tensor([[[1, 2], [3, -1]]]), 1, 40, rows=(8, 32), device=torch.device("cuda"))
+    q, k = torch.randn(1, 4, 40, 64).cuda().half(), torch.randn(1, 4, 40, 64).cuda().half()
+    request.run(q, k)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        maps = request.run(q, k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert maps.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_cuda_heads_wider_than_the_kernel() -> None:
+    q, k = torch.randn(1, 2, 9, 264).cuda(), torch.randn(1, 2, 9, 264).cuda()
+    columns = torch.tensor([[[1]]], device="cuda")
+    exact = attention_columns_reference(q, k, columns, rows=(2, 7))
+    torch.testing.assert_close(attention_columns(q, k, columns, rows=(2, 7)).double(), exact, atol=1e-5, rtol=0)
+    with pytest.raises(OpError, match="heads of at most 256, got 264"):
+        attention_columns(q, k, columns, rows=(2, 7), backend="triton")
