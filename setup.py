@@ -125,8 +125,10 @@ class BuildExtension(build_ext):
         ccache = f"{shutil.which('ccache')} " if shutil.which("ccache") else ""
         include = [f"-I{path}" for path in (pybind11.get_include(), *self.include_dirs)]
         openmp = ["-fopenmp"] if accepts(cxx, "-fopenmp") else []
-        # Thresholds must equal those of numpy to the last bit on every machine: no contraction to FMA.
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", *openmp]
+        # Thresholds must equal those of numpy to the last bit on every machine: no contraction to FMA. Nothing traps:
+        # loops that choose between two results are vectorised.
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+        flags += ["-Wall", "-Wextra", *openmp]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
         nvcc = find_nvcc()
         archs = cuda_archs(nvcc) if nvcc else []

@@ -141,6 +141,21 @@ void sample_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t s
                        reinterpret_cast<int64_t*>(out), rows, codes, guidance, temperature, threads);
 }
 
+// Arguments are those of the functions in common.h, a dtype as its number there, a null pointer as 0.
+void token_logprob(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales, uintptr_t logps,
+                   int out, bool write, int64_t rows, int64_t codes, int threads) {
+    ospo::token_logprob(reinterpret_cast<void*>(logits), ospo::Dtype{dtype}, reinterpret_cast<const float*>(bias),
+                        reinterpret_cast<const int64_t*>(labels), reinterpret_cast<const float*>(scales),
+                        reinterpret_cast<float*>(logps), ospo::Dtype{out}, write, rows, codes, threads);
+}
+
+void scale_rows(uintptr_t unit, uintptr_t places, uintptr_t scales, uintptr_t out, int dtype, int64_t rows,
+                int64_t width, int threads) {
+    ospo::scale_rows(reinterpret_cast<const void*>(unit), reinterpret_cast<const int64_t*>(places),
+                     reinterpret_cast<const float*>(scales), reinterpret_cast<void*>(out), ospo::Dtype{dtype}, rows,
+                     width, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -183,4 +198,11 @@ PYBIND11_MODULE(_C, m) {
           py::arg("out"), py::arg("rows"), py::arg("codes"), py::arg("guidance"), py::arg("temperature"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
           "One code for each contiguous float32 row of logits, -1 where they are wrong; uncond 0 means none.");
+    m.def("token_logprob", &token_logprob, py::arg("logits"), py::arg("dtype"), py::arg("bias"), py::arg("labels"),
+          py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"), py::arg("codes"),
+          py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+          "Log-probabilities of contiguous rows of logits, and scale * (onehot - softmax) in their place.");
+    m.def("scale_rows", &scale_rows, py::arg("unit"), py::arg("places"), py::arg("scales"), py::arg("out"),
+          py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>(), "out[i] = scales[i] * unit[places[i]], 0 for a negative place.");
 }

@@ -14,6 +14,11 @@
 
 namespace ospo {
 
+// Of tensors; the same numbers as in ospo_fast/ops/_dispatch.py.
+enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 // object_mask.cpp ----------------------------------------------------------------------------------------------------
 
 // Otsu's threshold of each of `count` maps of `cells` floats, with the bits of scikit-image in float32; NaN for a map
@@ -91,6 +96,18 @@ void block_columns(const ColumnBlock& block, const ColumnSizes& sizes, float sca
 // be null; temperature 0 takes the likeliest. -1 for a row with NaN, +inf or nothing but -inf.
 void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* out,
                   int64_t rows, int64_t codes, float guidance, float temperature, int threads);
+
+// token_logprob.cpp --------------------------------------------------------------------------------------------------
+
+// For each of (rows, codes) contiguous logits z, of `dtype`, with labels in [0, codes): logps = log softmax(z + bias) at
+// the label, and, if `write`, scale·(onehot - softmax) in `out` in the place of the row, which else is destroyed: each
+// row of `out` begins where that of z did. bias and scales may be null; out is dtype or narrower.
+void token_logprob(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
+                   float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int threads);
+
+// out[i] = scales[i]·unit[places[i]]; zeros where places[i] < 0 or scales[i] is 0, whatever unit holds.
+void scale_rows(const void* unit, const int64_t* places, const float* scales, void* out, Dtype dtype, int64_t rows,
+                int64_t width, int threads);
 
 // device.cu ----------------------------------------------------------------------------------------------------------
 

@@ -90,3 +90,19 @@ def sample_codes(
     temperature: float,
     threads: int,
 ) -> None: ...
+def token_logprob(
+    logits: int,
+    dtype: int,
+    bias: int,
+    labels: int,
+    scales: int,
+    logps: int,
+    out: int,
+    write: bool,
+    rows: int,
+    codes: int,
+    threads: int,
+) -> None: ...
+def scale_rows(
+    unit: int, places: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int
+) -> None: ...

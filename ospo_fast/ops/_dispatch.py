@@ -6,19 +6,18 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from ospo_fast.errors import OpError
-
-if TYPE_CHECKING:
-    import torch
 
 _log = logging.getLogger(__name__)
 
 # op → its compiled backends in the order in which backend="auto" tries them: name → (is it in this version, device).
 # The PyTorch twin, "torch", stands behind them all and runs everywhere.
 _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
-    "token_logprobs": {"cuda": (False, "cuda"), "cpp": (False, "cpu")},
+    "token_logprobs": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
     "token_weights": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sequence_logprobs": {},
     "preference_loss": {},
@@ -27,7 +26,9 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
     "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sample_codes": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
 }
+_BESIDE = {"token_logprobs": "triton"}  # what an op's CUDA kernels need besides
 _KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton"}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/common.h
 
 
 def backends(device: str = "cpu") -> dict[str, list[tuple[str, bool, str]]]:
@@ -68,10 +69,13 @@ def native() -> ModuleType:
     return module
 
 
+def triton(name: str) -> ModuleType:
+    """The Triton kernels of kernels/<name>.py."""
+    return importlib.import_module(f"ospo_fast.kernels.{name}")
+
+
 def place(device: torch.device) -> tuple[int, int]:
     """What a CUDA function of the compiled module needs to know: the device's ordinal and its current stream."""
-    import torch
-
     stream = torch.cuda.current_stream(device)
     return int(stream.device_index), int(stream.cuda_stream)
 
@@ -82,12 +86,25 @@ def _missing(op: str, name: str, device: str) -> str:
         return f"this version has no {_KINDS[name]} kernel for it"
     if device != runs_on:
         return f"its {_KINDS[name]} kernel takes tensors on {runs_on}, not on {device}"
-    if name == "triton":
-        return _triton()
+    if name in ("triton", "flash_attn"):
+        return _package(name)
     module, reason = _native()
-    if module is not None and name == "cuda" and not module.build_info()["cuda"]:
-        return "ospo_fast._C was built without CUDA; install the package again where nvcc is found"
+    if module is not None and name == "cuda":
+        if not module.build_info()["cuda"]:
+            return "ospo_fast._C was built without CUDA; install the package again where nvcc is found"
+        if op in _BESIDE:
+            return _package(_BESIDE[op])
     return reason
+
+
+@functools.cache
+def _package(name: str) -> str:
+    """Empty, or why a package that kernels need cannot be had."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported ({error}); install {name.replace('_', '-')}"
+    return ""
 
 
 @functools.cache
@@ -96,15 +113,6 @@ def _native() -> tuple[ModuleType | None, Literal[""]] | tuple[None, str]:
         return importlib.import_module("ospo_fast._C"), ""
     except ImportError as error:
         return None, f"ospo_fast._C cannot be imported ({error}); reinstall the package with a C++ compiler at hand"
-
-
-@functools.cache
-def _triton() -> str:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install triton"
-    return ""
 
 
 @functools.cache

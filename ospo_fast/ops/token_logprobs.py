@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._head_chain import Chain, scale_rows
 from ospo_fast.ops.head import Head
 
-_HALF = (torch.float16, torch.bfloat16)
 _FP32_NAMES = ("fp32", "float32", torch.float32)
 
 
@@ -35,6 +35,7 @@ def token_logprobs(
     chunk_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    check_finite: bool = False,
 ) -> Tensor:
     """ℓ = log softmax(head(hidden))[labels], the logits never held for more than `chunk_rows` rows at a time.
 
@@ -43,20 +44,22 @@ def token_logprobs(
     Returns (...) fp32 (float64 for float64 inputs), 0 where ignored. Differentiable once in hidden and, where they
     require grad, in the head's weights. Ignored rows cost nothing and their contents, NaN included, touch nothing.
 
-    chunk_rows: rows per chunk; None takes a workspace of about 16 MB on CPU, 256 MB elsewhere.
+    chunk_rows: rows whose logits are held at a time; None takes logits of 16 MiB on CPU, 264 MiB elsewhere.
     logits_dtype: None keeps hidden's dtype for the logits (softmax is fp32 always); "fp32" is for half precision with
-    logits beyond ±16. The float64 twin is `token_logprobs_reference`.
+    logits beyond ±16. backend: "auto", "cuda", "cpp" or "torch". The float64 twin is `token_logprobs_reference`.
+    check_finite: refuse a result that is not finite. Without it a row of hidden states with NaN or infinity has ℓ of
+    NaN, and touches no other row.
     Raises OpError: shapes, dtypes or devices that do not fit, labels outside [0, V), a head that cannot be taken.
     """
-    _dispatch.resolve("token_logprobs", backend, hidden.device.type)
     head = Head.of(head)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden, head = hidden.to(torch.get_autocast_dtype(device)), head.to(torch.get_autocast_dtype(device))
     fp32_logits = _check(hidden, head, labels, chunk_rows, logits_dtype)
+    backend = _backend(backend, hidden.dtype, device)
     x = hidden.reshape(-1, hidden.shape[-1])
-    chunk = chunk_rows or _default_chunk_rows(head.num_codes, device)
-    args = (x, labels.reshape(-1).long(), *head.tensors, ignore_index, chunk, fp32_logits)
+    chunk = chunk_rows or _default_chunk_rows(head.num_codes, 4 if fp32_logits else hidden.element_size(), device)
+    args = (x, labels.reshape(-1).long(), *head.tensors, ignore_index, chunk, fp32_logits, backend, check_finite)
     with torch.autocast(device, enabled=False):
         logps: Tensor
         if torch.is_grad_enabled() and (head.trainable or hidden.requires_grad):
@@ -77,8 +80,24 @@ def token_logprobs_reference(
     return torch.where(active, logps, torch.zeros_like(logps))
 
 
-def _default_chunk_rows(num_codes: int, device: str) -> int:
-    return max(64, (16 if device == "cpu" else 256) * 2**20 // (4 * num_codes))
+def _default_chunk_rows(num_codes: int, itemsize: int, device: str) -> int:
+    """Rows whose logits fill 16 MiB on CPU, where the third-level cache should hold them, and 264 MiB on a GPU: for
+    16384 codes in half precision 8448 = 64·132 rows, whose GEMMs of 128 × 256 tiles fill 132 SMs without a rest.
+    """
+    size, step = (16, 16) if device == "cpu" else (264, 128)
+    return max(step, size * 2**20 // (itemsize * num_codes) // step * step)
+
+
+@torch.compiler.assume_constant_result
+def _backend(backend: str, dtype: torch.dtype, device: str) -> str:
+    if dtype in _dispatch.DTYPES or backend == "torch":
+        return _dispatch.resolve("token_logprobs", backend, device)
+    if backend == "auto":
+        return "torch"
+    raise OpError(
+        f"token_logprobs: hidden is {dtype}, which backend={backend!r} does not take; "
+        "expected float32, float16 or bfloat16, or use 'auto' or 'torch'"
+    )
 
 
 def _check(
@@ -111,7 +130,7 @@ def _check(
         raise OpError(f"token_logprobs: chunk_rows is {chunk_rows}, expected a positive number or None")
     if logits_dtype is not None and logits_dtype not in _FP32_NAMES and logits_dtype != hidden.dtype:
         raise OpError(f"token_logprobs: logits_dtype is {logits_dtype!r}, expected None or 'fp32'")
-    return hidden.dtype in _HALF and logits_dtype in _FP32_NAMES
+    return hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
 
 
 # ---------------------------------------------------------------- autograd, outside the ops: cheaper than inside
@@ -121,17 +140,18 @@ class _FrozenHead(torch.autograd.Function):
     """Keeps U from the forward; the backward scales its rows."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         logps: Tensor
-        logps, unit = torch.ops.ospo_fast.token_logprobs(*args, True)
-        ctx.save_for_backward(unit)
+        logps, unit, places = torch.ops.ospo_fast.token_logprobs(*args, True)
+        ctx.save_for_backward(unit, places)
+        ctx.backend = args[9]
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (unit,) = ctx.saved_tensors
-        return torch.ops.ospo_fast.scale_rows(unit, grad), *[None] * 8
+        unit, places = ctx.saved_tensors
+        return torch.ops.ospo_fast.scale_rows(unit, places, grad, ctx.backend), *[None] * 10
 
 
 class _TrainableHead(torch.autograd.Function):
@@ -140,7 +160,7 @@ class _TrainableHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         ctx.save_for_backward(*args[:6])
-        ctx.options = args[6:]
+        ctx.options = args[6:10]
         logps: Tensor = torch.ops.ospo_fast.token_logprobs(*args, False)[0]
         return logps
 
@@ -151,23 +171,25 @@ class _TrainableHead(torch.autograd.Function):
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
         grads = torch.ops.ospo_fast.token_logprobs_backward(grad, x, labels, *head, *ctx.options, wanted)
         dx, *dhead = [g if w else None for g, w in zip(grads, wanted, strict=True)]
-        return dx, None, *dhead, None, None, None
+        return dx, None, *dhead, *[None] * 5
 
 
 # ---------------------------------------------------------------- the ops
 
 _HEAD_ARGS = "Tensor weight, Tensor? bias, Tensor? proj_weight, Tensor? proj_bias"
-_OPTIONS = "int ignore_index, int chunk_rows, bool fp32_logits"
+_OPTIONS = "int ignore_index, int chunk_rows, bool fp32_logits, str backend"
 torch.library.define(
     "ospo_fast::token_logprobs",
-    f"(Tensor x, Tensor labels, {_HEAD_ARGS}, {_OPTIONS}, bool with_unit) -> (Tensor logps, Tensor unit)",
+    f"(Tensor x, Tensor labels, {_HEAD_ARGS}, {_OPTIONS}, bool check_finite, bool with_unit)"
+    " -> (Tensor logps, Tensor unit, Tensor places)",
 )
 torch.library.define(
     "ospo_fast::token_logprobs_backward",
     f"(Tensor grad, Tensor x, Tensor labels, {_HEAD_ARGS}, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-torch.library.define("ospo_fast::scale_rows", "(Tensor unit, Tensor scale) -> Tensor")
+torch.library.define("ospo_fast::scale_rows", "(Tensor unit, Tensor places, Tensor scales, str backend) -> Tensor")
+torch.library.impl("ospo_fast::scale_rows", "CompositeExplicitAutograd")(scale_rows)
 
 
 @torch.library.impl("ospo_fast::token_logprobs", "CompositeExplicitAutograd")
@@ -181,18 +203,32 @@ def _token_logprobs(
     ignore_index: int,
     chunk_rows: int,
     fp32_logits: bool,
+    backend: str,
+    check_finite: bool,
     with_unit: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = _active_rows(labels, ignore_index, weight.shape[0])
-    chain = _Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, len(rows)), fp32_logits)
-    logps = x.new_zeros(len(labels), dtype=_result_dtype(x))
-    unit = x.new_zeros(x.shape) if with_unit else x.new_empty(0, x.shape[1])
-    for chunk in _chunks(rows, chunk_rows):
-        values, residual, pre, _ = chain.forward(x.index_select(0, chunk), labels.index_select(0, chunk), with_unit)
-        logps.index_copy_(0, chunk, values)
-        if with_unit:
-            unit.index_copy_(0, chunk, chain.to_input(chain.cast(residual), pre)[0])
-    return logps, unit
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ℓ (N,) and, if asked for, U of the active rows, one after another from the top of unit (N, D), which ends in
+    zeros; places (N,) says where that of each row is, -1 for an ignored one.
+    """
+    rows, count = _active_rows(labels, ignore_index, weight.shape[0])
+    active_labels = labels if rows is None else labels.index_select(0, rows)
+    chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
+    logps = x.new_empty(count, dtype=_result_dtype(x))
+    unit = x.new_empty(x.shape if with_unit else (0, x.shape[1]))
+    for begin in range(0, count, chunk_rows):
+        chunk = slice(begin, min(begin + chunk_rows, count))
+        of_x = chunk if rows is None else rows[chunk]
+        chain.forward(x, of_x, active_labels[chunk], logps[chunk], unit[chunk] if with_unit else None)
+    unit[count:].zero_()
+    if rows is not None:
+        logps = logps.new_zeros(len(labels)).index_copy_(0, rows, logps)
+    if check_finite:
+        _check_finite(logps)
+    places = labels.new_empty(0)
+    if with_unit:
+        active = labels != ignore_index
+        places = torch.where(active, active.cumsum(0) - 1, -1)
+    return logps, unit, places
 
 
 @torch.library.impl("ospo_fast::token_logprobs_backward", "CompositeExplicitAutograd")
@@ -207,53 +243,69 @@ def _token_logprobs_backward(
     ignore_index: int,
     chunk_rows: int,
     fp32_logits: bool,
+    backend: str,
     wanted: list[bool],  # x, weight, bias, proj_weight, proj_bias
 ) -> tuple[Tensor, ...]:
     # Rows without a gradient are left out: they cost nothing, and a NaN in one of them cannot reach the weights.
-    rows = _active_rows(torch.where(grad == 0, ignore_index, labels), ignore_index, weight.shape[0])
-    chain = _Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, len(rows)), fp32_logits)
-    grads = _new_grads(x, (weight, bias, proj_weight, proj_bias), wanted)
-    dx, dweight, dbias, dproj, dproj_bias = grads
-    for chunk in _chunks(rows, chunk_rows):
-        inputs = x.index_select(0, chunk)
-        _, dlogits, pre, features = chain.forward(inputs, labels.index_select(0, chunk), True)
-        dlogits.mul_(grad.index_select(0, chunk).unsqueeze(1))
-        if wanted[2]:
-            dbias += dlogits.sum(0)
-        dlogits = chain.cast(dlogits)
-        if wanted[1]:
-            dweight.addmm_(dlogits.t(), features)
+    labels = torch.where(grad == 0, ignore_index, labels)
+    rows, count = _active_rows(labels, ignore_index, weight.shape[0])
+    chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
+    head = (weight, bias, proj_weight, proj_bias)
+    # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
+    wide = _result_dtype(x)
+    dx, *sums = grads = _new_grads(x, head, wanted, x.dtype if count <= chunk_rows else wide, wide)
+    rows = torch.arange(count, device=x.device) if rows is None else rows
+    for begin in range(0, count, chunk_rows):
+        of_x = rows[begin : begin + chunk_rows]
+        inputs, targets, scales = (tensor.index_select(0, of_x) for tensor in (x, labels, grad))
+        pre, features = inputs, inputs
+        if proj_weight is not None:
+            pre, features = (x.new_empty(len(inputs), len(proj_weight)) for _ in range(2))
+            chain.project(inputs, pre, features)
+        dlogits = chain.residual(features, targets, scales)
+        _accumulate(sums[0], sums[1], wanted[1:3], dlogits, features)
         if not (wanted[0] or wanted[3] or wanted[4]):
             continue
-        dinputs, dpre = chain.to_input(dlogits, pre)
+        dinputs = dlogits @ weight
+        if proj_weight is not None:
+            chain.gelu_backward(dinputs, pre)
+            _accumulate(sums[2], sums[3], wanted[3:5], dinputs, inputs)
+            dinputs = dinputs @ proj_weight
         if wanted[0]:
-            dx.index_copy_(0, chunk, dinputs)
-        if wanted[3]:
-            dproj.addmm_(dpre.t(), inputs)
-        if wanted[4]:
-            dproj_bias += dpre.sum(0, dtype=dproj_bias.dtype)
+            dx.index_copy_(0, of_x, dinputs)
     return (*(g.to(x.dtype) for g in grads),)
 
 
-@torch.library.impl("ospo_fast::scale_rows", "CompositeExplicitAutograd")
-def _scale_rows(unit: Tensor, scale: Tensor) -> Tensor:
-    # A new tensor each time (a second backward needs `unit` as it is); a zero coefficient silences even a NaN row.
-    scale = scale.unsqueeze(1)
-    return torch.mul(unit, scale, out=torch.empty_like(unit)).masked_fill_(scale == 0, 0)
+def _accumulate(dweight: Tensor, dbias: Tensor, wanted: list[bool], grad: Tensor, inputs: Tensor) -> None:
+    """Adds the gradients of inputs @ weight.T + bias, whose own gradient is `grad`."""
+    if wanted[0]:
+        if dweight.dtype == grad.dtype:
+            dweight.addmm_(grad.t(), inputs)
+        elif grad.is_cuda:
+            torch.ops.aten.addmm.dtype_out(dweight, grad.t(), inputs, dweight.dtype, out=dweight)
+        else:
+            dweight += grad.t() @ inputs
+    if wanted[1]:
+        dbias += grad.sum(0, dtype=dbias.dtype)
 
 
 @torch.library.register_fake("ospo_fast::token_logprobs")
-def _(x: Tensor, labels: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(labels.shape, dtype=_result_dtype(x)), x.new_empty(x.shape if args[-1] else (0, x.shape[1]))
+def _(x: Tensor, labels: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with_unit = args[-1]
+    return (
+        x.new_empty(labels.shape, dtype=_result_dtype(x)),
+        x.new_empty(x.shape if with_unit else (0, x.shape[1])),
+        torch.empty_like(labels) if with_unit else labels.new_empty(0),
+    )
 
 
 @torch.library.register_fake("ospo_fast::token_logprobs_backward")
 def _(grad: Tensor, x: Tensor, labels: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return (*(g.to(x.dtype) for g in _new_grads(x, args[:4], args[-1])),)
+    return _new_grads(x, args[:4], args[-1], x.dtype, x.dtype)
 
 
 @torch.library.register_fake("ospo_fast::scale_rows")
-def _(unit: Tensor, scale: Tensor) -> Tensor:
+def _(unit: Tensor, places: Tensor, scales: Tensor, backend: str) -> Tensor:
     return torch.empty_like(unit)
 
 
@@ -261,86 +313,43 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _new_grads(x: Tensor, head: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
-    """Zeros for each wanted gradient, the biases' in the result dtype; an empty tensor for each other."""
-    dtypes = (x.dtype, x.dtype, _result_dtype(x), x.dtype, _result_dtype(x))
+def _new_grads(
+    x: Tensor,
+    head: tuple[Tensor | None, ...],
+    wanted: list[bool],
+    weights_dtype: torch.dtype,
+    biases_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Zeros for each wanted gradient; an empty tensor for each other."""
+    dtypes = (x.dtype, weights_dtype, biases_dtype, weights_dtype, biases_dtype)
     return tuple(
         x.new_zeros(tensor.shape if tensor is not None and want else 0, dtype=dtype)
         for tensor, want, dtype in zip((x, *head), wanted, dtypes, strict=True)
     )
 
 
-def _chunks(rows: Tensor, size: int) -> list[Tensor]:
-    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-
-
-def _active_rows(labels: Tensor, ignore_index: int, num_codes: int) -> Tensor:
-    """Indices of the rows that have a label, after a check of these labels."""
-    rows = (labels != ignore_index).nonzero().squeeze(1)
-    active = labels.index_select(0, rows)
-    wrong = ((active < 0) | (active >= num_codes)).nonzero()
-    if len(wrong):
-        first = wrong[0, 0]
+def _active_rows(labels: Tensor, ignore_index: int, num_codes: int) -> tuple[Tensor | None, int]:
+    """Indices of the rows that have a label, None when all have one, and how many these are, after a check of the
+    labels. The numbers travel to the host at once: on a GPU this is the one place where it waits.
+    """
+    active = labels != ignore_index
+    wrong = active & ((labels < 0) | (labels >= num_codes))
+    count, errors = torch.stack((active.sum(), wrong.sum())).tolist()
+    if errors:
+        row = int(wrong.nonzero()[0])
         raise OpError(
-            f"token_logprobs: labels[{int(rows[first])}] (flattened) is {int(active[first])}, expected "
+            f"token_logprobs: labels[{row}] (flattened) is {int(labels[row])}, expected "
             f"0 <= label < {num_codes} or ignore_index={ignore_index}; are these codes of another codebook?"
         )
-    return rows
+    return None if count == len(labels) else torch.nonzero_static(active, size=count).squeeze(1), count
 
 
-class _Chain:
-    """The head's GEMM chain over one chunk of rows, in buffers that every chunk uses again."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        proj_weight: Tensor | None,
-        proj_bias: Tensor | None,
-        rows: int,
-        fp32_logits: bool,
-    ) -> None:
-        self.weight, self.proj_weight, self.proj_bias = weight, proj_weight, proj_bias
-        work = torch.float32 if fp32_logits else weight.dtype
-        self.out_weight, self.out_bias = weight.to(work), None if bias is None else bias.to(work)
-        self.logits = weight.new_empty(rows, weight.shape[0], dtype=work)
-        # fp32 scratch for the softmax; for fp32 and fp64 logits it is their own buffer.
-        self.scratch = torch.empty_like(self.logits, dtype=torch.float32) if work in _HALF else self.logits
-        self.narrow = torch.empty_like(self.logits, dtype=weight.dtype) if fp32_logits else self.logits
-
-    def forward(self, x: Tensor, labels: Tensor, with_residual: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """ℓ, onehot − softmax (if asked for), the GELU's input and the features before the last GEMM."""
-        pre, features = None, x
-        if self.proj_weight is not None:
-            pre = F.linear(x, self.proj_weight, self.proj_bias)
-            features = F.gelu(pre)
-        n, labels = len(x), labels.unsqueeze(1)
-        z, work = self.logits[:n], features.to(self.out_weight.dtype)
-        if self.out_bias is None:
-            torch.mm(work, self.out_weight.t(), out=z)
-        else:
-            torch.addmm(self.out_bias, work, self.out_weight.t(), out=z)
-        p = self.scratch[:n]
-        if p.dtype != z.dtype:
-            p.copy_(z)
-        # Subtracting the maximum first keeps the error of ℓ that of |z − max|, as log_softmax does.
-        p.sub_(p.amax(dim=1, keepdim=True))
-        target = p.gather(1, labels)
-        p.exp_()
-        total = p.sum(dim=1, keepdim=True)
-        logps = (target - total.log()).squeeze(1)
-        if with_residual:
-            p.div_(total.neg_()).scatter_add_(1, labels, torch.ones_like(target))
-        return logps, p, pre, features
-
-    def cast(self, residual: Tensor) -> Tensor:
-        """The residual in the weights' dtype, for the GEMMs."""
-        return residual if residual.dtype == self.weight.dtype else self.narrow[: len(residual)].copy_(residual)
-
-    def to_input(self, dlogits: Tensor, pre: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients of the head's input and of the GELU's input, from that of the logits."""
-        dfeatures = dlogits @ self.weight
-        if pre is None or self.proj_weight is None:
-            return dfeatures, dfeatures
-        dpre = torch.ops.aten.gelu_backward(dfeatures, pre)
-        return dpre @ self.proj_weight, dpre
+def _check_finite(logps: Tensor) -> None:
+    wrong = ~logps.isfinite()
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise OpError(
+            f"token_logprobs: the log-probability of hidden[{row}] (flattened) is {float(logps[row])}, one of "
+            f"{int(wrong.sum())} that are not finite; expected hidden states and a head without NaN and infinity, and "
+            "logits within the range of their dtype (logits_dtype='fp32' widens it)"
+        )

@@ -3,9 +3,17 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is only there on Linux")
 
-from ospo_fast.kernels.scale_rows import scale_rows
+from torch import Tensor
+
+from ospo_fast.kernels import scale_rows as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter
+
+
+def scaled(unit: Tensor, places: list[int], scales: Tensor) -> Tensor:
+    out = torch.full_like(unit, torch.nan)
+    kernels.scale_rows(unit, torch.tensor(places, dtype=torch.int64, device=unit.device), scales, out)
+    return out
 
 
 @pytest.mark.parametrize(
@@ -19,24 +27,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton'
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_rows_are_scaled_to_one_unit_in_the_last_place(rows: int, width: int, dtype: torch.dtype) -> None:
     unit = torch.randn(rows, width, dtype=torch.float64).to(DEVICE, dtype)
-    scale = torch.randn(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
-    exact = unit.double() * scale[:, None].double()
+    scales = torch.randn(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
+    exact = unit.double().flip(0) * scales[:, None].double()
     # Twice the error of rounding to nearest: the interpreter truncates to bfloat16.
     bound = exact.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).tiny
-    out = scale_rows(unit, scale)
-    assert out.dtype == dtype
+    out = scaled(unit, list(range(rows))[::-1], scales)
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-def test_a_zero_scale_silences_a_nan_row_and_only_that() -> None:
-    unit = torch.tensor([[float("nan"), 1.0], [float("nan"), 1.0]], device=DEVICE)
-    out = scale_rows(unit, torch.tensor([0.0, 2.0], device=DEVICE))
-    assert out[0].tolist() == [0.0, 0.0]
-    assert out[1].isnan().tolist() == [True, False]
+def test_a_zero_scale_or_a_row_without_a_place_silences_nan() -> None:
+    unit = torch.tensor([[float("nan"), 1.0]], device=DEVICE).expand(3, 2).contiguous()
+    out = scaled(unit, [0, -1, 2], torch.tensor([0.0, 2.0, 2.0], device=DEVICE))
+    assert out[:2].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert out[2].isnan().tolist() == [True, False]
 
 
-def test_strided_inputs_and_empty_ones() -> None:
-    unit, scale = torch.randn(6, 8, device=DEVICE), torch.randn(6, device=DEVICE)
-    assert torch.equal(scale_rows(unit[::2, ::2], scale[::2]), unit[::2, ::2] * scale[::2, None])
-    assert scale_rows(unit[:0], scale[:0]).shape == (0, 8)
-    assert scale_rows(unit[:, :0], scale).shape == (6, 0)
+def test_nothing() -> None:
+    empty, scales = torch.empty(0, 8, device=DEVICE), torch.empty(0, device=DEVICE)
+    assert scaled(empty, [], scales).shape == (0, 8)
+    assert scaled(torch.empty(2, 0, device=DEVICE), [0, 1], torch.ones(2, device=DEVICE)).shape == (2, 0)
