@@ -149,6 +149,17 @@ void token_logprob(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels
                         reinterpret_cast<float*>(logps), ospo::Dtype{out}, write, rows, codes, threads);
 }
 
+#ifdef OSPO_CUDA
+int token_logprob_cuda(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales,
+                       uintptr_t logps, int out, bool write, int64_t rows, int64_t codes, int device,
+                       uintptr_t stream) {
+    return ospo::token_logprob_cuda(reinterpret_cast<void*>(logits), ospo::Dtype{dtype},
+                                    reinterpret_cast<const void*>(bias), reinterpret_cast<const int64_t*>(labels),
+                                    reinterpret_cast<const float*>(scales), reinterpret_cast<float*>(logps),
+                                    ospo::Dtype{out}, write, rows, codes, device, reinterpret_cast<void*>(stream));
+}
+#endif
+
 void scale_rows(uintptr_t unit, uintptr_t places, uintptr_t scales, uintptr_t out, int dtype, int64_t rows,
                 int64_t width, int threads) {
     ospo::scale_rows(reinterpret_cast<const void*>(unit), reinterpret_cast<const int64_t*>(places),
@@ -202,6 +213,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"), py::arg("codes"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
           "Log-probabilities of contiguous rows of logits, and scale * (onehot - softmax) in their place.");
+#ifdef OSPO_CUDA
+    m.def("token_logprob_cuda", &token_logprob_cuda, py::arg("logits"), py::arg("dtype"), py::arg("bias"),
+          py::arg("labels"), py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"),
+          py::arg("codes"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "token_logprob on a stream of a GPU; returns a cudaError_t.");
+    m.def("cuda_error_name", &ospo::cuda_error_name, py::arg("status"), "The name of a cudaError_t.");
+#endif
     m.def("scale_rows", &scale_rows, py::arg("unit"), py::arg("places"), py::arg("scales"), py::arg("out"),
           py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("threads"),
           py::call_guard<py::gil_scoped_release>(), "out[i] = scales[i] * unit[places[i]], 0 for a negative place.");

@@ -109,6 +109,14 @@ void token_logprob(void* logits, Dtype dtype, const float* bias, const int64_t* 
 void scale_rows(const void* unit, const int64_t* places, const float* scales, void* out, Dtype dtype, int64_t rows,
                 int64_t width, int threads);
 
+// token_logprob.cu ---------------------------------------------------------------------------------------------------
+
+#ifdef OSPO_CUDA
+// `token_logprob` on a device and one of its streams, with a bias in `dtype`; returns a cudaError_t, 0 for a launch.
+int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
+                       float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream);
+#endif
+
 // device.cu ----------------------------------------------------------------------------------------------------------
 
 #ifdef OSPO_CUDA

@@ -103,6 +103,21 @@ def token_logprob(
     codes: int,
     threads: int,
 ) -> None: ...
+def token_logprob_cuda(
+    logits: int,
+    dtype: int,
+    bias: int,
+    labels: int,
+    scales: int,
+    logps: int,
+    out: int,
+    write: bool,
+    rows: int,
+    codes: int,
+    device: int,
+    stream: int,
+) -> int: ...
+def cuda_error_name(status: int) -> str: ...
 def scale_rows(
     unit: int, places: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int
 ) -> None: ...

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 # op → its compiled backends in the order in which backend="auto" tries them: name → (is it in this version, device).
 # The PyTorch twin, "torch", stands behind them all and runs everywhere.
 _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
-    "token_logprobs": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
+    "token_logprobs": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "token_weights": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sequence_logprobs": {},
     "preference_loss": {},

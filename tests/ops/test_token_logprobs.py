@@ -380,7 +380,7 @@ def test_opcheck(kind: str, backend: str) -> None:
         ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, "hidden is on cpu, labels on meta"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
         ({"logits_dtype": "int8"}, "logits_dtype is 'int8', expected None or 'fp32'"),
-        ({"backend": "cuda"}, "backend='cuda' cannot run here: this version has no CUDA kernel for it; use"),
+        ({"backend": "cuda"}, "backend='cuda' cannot run here: its CUDA kernel takes tensors on cuda, not on cpu; use"),
         ({"backend": "fast"}, "backend='fast' is unknown, expected one of 'auto', 'torch'"),
         (
             {"backend": "cpp", "hidden": torch.randn(3, 16).double(), "head": Head(torch.randn(23, 16).double())},
