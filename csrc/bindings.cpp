@@ -167,6 +167,63 @@ void scale_rows(uintptr_t unit, uintptr_t places, uintptr_t scales, uintptr_t ou
                      width, threads);
 }
 
+const float* read(uintptr_t pointer) { return reinterpret_cast<const float*>(pointer); }
+float* write(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
+
+void pack_linear(uintptr_t weight, uintptr_t packed, int64_t columns, int64_t depth) {
+    ospo::pack_linear(read(weight), write(packed), columns, depth);
+}
+
+void linear(uintptr_t x, int64_t ldx, uintptr_t packed, uintptr_t bias, uintptr_t out, int64_t ldo, int64_t rows,
+            int64_t columns, int64_t depth, int threads) {
+    ospo::linear(read(x), ldx, read(packed), read(bias), write(out), ldo, rows, columns, depth, threads);
+}
+
+void add_rms_norm(uintptr_t delta, uintptr_t stream, uintptr_t weight, uintptr_t out, int64_t rows, int64_t width,
+                  float eps, int threads) {
+    ospo::add_rms_norm(read(delta), write(stream), read(weight), write(out), rows, width, eps, threads);
+}
+
+void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, int threads) {
+    ospo::silu_mul(read(gate_up), write(out), rows, width, threads);
+}
+
+void gelu(uintptr_t x, int64_t count, int threads) { ospo::gelu(write(x), count, threads); }
+
+int64_t* integers(uintptr_t pointer) { return reinterpret_cast<int64_t*>(pointer); }
+
+void draw_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t tokens,
+                int64_t token_stride, uintptr_t current, uintptr_t bad, int64_t rows, int64_t codes, float guidance,
+                float temperature, int threads) {
+    ospo::draw_codes(read(cond), read(uncond), integers(seeds), integers(steps), integers(tokens), token_stride,
+                     integers(current), integers(bad), rows, codes, guidance, temperature, threads);
+}
+
+void draw_codes_cuda(int dtype, uintptr_t cond, uintptr_t uncond, int64_t logit_stride, uintptr_t seeds,
+                     uintptr_t steps, uintptr_t tokens, int64_t token_stride, uintptr_t current, uintptr_t bad,
+                     int64_t rows, int64_t codes, float guidance, float temperature, int device, uintptr_t stream) {
+#ifdef OSPO_CUDA
+    const int status = ospo::draw_codes_cuda(
+        dtype, reinterpret_cast<const void*>(cond), reinterpret_cast<const void*>(uncond), logit_stride,
+        integers(seeds), integers(steps), integers(tokens), token_stride, integers(current), integers(bad), rows, codes,
+        guidance, temperature, device, reinterpret_cast<void*>(stream));
+    if (status != 0) throw std::runtime_error(std::string("draw_codes: ") + ospo::cuda_error_name(status));
+#else
+    (void)dtype, (void)cond, (void)uncond, (void)logit_stride, (void)seeds, (void)steps, (void)tokens;
+    (void)token_stride, (void)current, (void)bad, (void)rows, (void)codes, (void)guidance, (void)temperature;
+    (void)device, (void)stream;
+    throw std::runtime_error("draw_codes: ospo_fast._C was built without CUDA");
+#endif
+}
+
+void decode_attention(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, uintptr_t slots,
+                      uintptr_t lengths, uintptr_t out, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
+                      int64_t slot_stride, int64_t head_stride, float scale, int threads) {
+    ospo::decode_attention(read(qkv), read(cos), read(sin), write(keys), write(values),
+                           reinterpret_cast<const int64_t*>(slots), reinterpret_cast<const int64_t*>(lengths),
+                           write(out), rows, heads, kv_heads, width, slot_stride, head_stride, scale, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -205,6 +262,31 @@ PYBIND11_MODULE(_C, m) {
           py::arg("causal"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
           "Pointers: scores, share, columns, row start and count, key start and end, out. Block: rows, keys, first row, "
           "first key. Sizes as of attention_columns.");
+    const py::call_guard<py::gil_scoped_release> release;
+    m.def("linear_columns", &ospo::linear_columns, "Columns of a panel of packed weights on this processor.");
+    m.def("pack_linear", &pack_linear, py::arg("weight"), py::arg("packed"), py::arg("columns"), py::arg("depth"),
+          release, "Weights (columns, depth) into whole panels (panel, depth, column).");
+    m.def("linear", &linear, py::arg("x"), py::arg("ldx"), py::arg("packed"), py::arg("bias"), py::arg("out"),
+          py::arg("ldo"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("threads"), release,
+          "out = x · weightᵀ + bias with packed weights; bias 0 means none.");
+    m.def("add_rms_norm", &add_rms_norm, py::arg("delta"), py::arg("stream"), py::arg("weight"), py::arg("out"),
+          py::arg("rows"), py::arg("width"), py::arg("eps"), py::arg("threads"), release,
+          "stream += delta (0 means none), out = weight · RMS norm of stream.");
+    m.def("silu_mul", &silu_mul, py::arg("gate_up"), py::arg("out"), py::arg("rows"), py::arg("width"),
+          py::arg("threads"), release, "out = silu(gate) · up.");
+    m.def("gelu", &gelu, py::arg("x"), py::arg("count"), py::arg("threads"), release, "x = x · Φ(x), in place.");
+    m.def("decode_attention", &decode_attention, py::arg("qkv"), py::arg("cos"), py::arg("sin"), py::arg("keys"),
+          py::arg("values"), py::arg("slots"), py::arg("lengths"), py::arg("out"), py::arg("rows"), py::arg("heads"),
+          py::arg("kv_heads"), py::arg("width"), py::arg("slot_stride"), py::arg("head_stride"), py::arg("scale"),
+          py::arg("threads"), release, "One new token per row: rotary embedding, cache write, attention.");
+    m.def("draw_codes", &draw_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
+          py::arg("tokens"), py::arg("token_stride"), py::arg("current"), py::arg("bad"), py::arg("rows"),
+          py::arg("codes"), py::arg("guidance"), py::arg("temperature"), py::arg("threads"), release,
+          "sample_codes into column steps[row] of tokens; wrong rows get code 0 and their step in bad.");
+    m.def("draw_codes_cuda", &draw_codes_cuda, py::arg("dtype"), py::arg("cond"), py::arg("uncond"),
+          py::arg("logit_stride"), py::arg("seeds"), py::arg("steps"), py::arg("tokens"), py::arg("token_stride"),
+          py::arg("current"), py::arg("bad"), py::arg("rows"), py::arg("codes"), py::arg("guidance"),
+          py::arg("temperature"), py::arg("device"), py::arg("stream"), release, "draw_codes on a CUDA stream.");
     m.def("sample_codes", &sample_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
           py::arg("out"), py::arg("rows"), py::arg("codes"), py::arg("guidance"), py::arg("temperature"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>(),

@@ -90,6 +90,29 @@ struct ColumnBlock {
 // The same from a block of scores, with their own log-sum-exp, added to the rows of out that the block holds.
 void block_columns(const ColumnBlock& block, const ColumnSizes& sizes, float scale, bool causal, int threads);
 
+// linear.cpp, rms_norm.cpp, silu_mul.cpp, decode_attention.cpp: one step of a Llama decoder in float32 ----------------
+
+// Weights (columns, depth) in panels of linear_columns() columns: packed holds whole panels, (panel, depth, column).
+int64_t linear_columns();
+void pack_linear(const float* weight, float* packed, int64_t columns, int64_t depth);
+// out (rows, columns) = x (rows, depth) · weightᵀ + bias; bias may be null. A row's bits depend on the row alone.
+void linear(const float* x, int64_t ldx, const float* packed, const float* bias, float* out, int64_t ldo, int64_t rows,
+            int64_t columns, int64_t depth, int threads);
+// x = x · Φ(x), in place.
+void gelu(float* x, int64_t count, int threads);
+// stream (rows, width) += delta, which may be null; out = weight · stream / sqrt(mean(stream²) + eps).
+void add_rms_norm(const float* delta, float* stream, const float* weight, float* out, int64_t rows, int64_t width,
+                  float eps, int threads);
+// out (rows, width) = silu(gate) · up, from rows (gate, up) of 2 · width.
+void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t width, int threads);
+// Rows (q heads, k heads, v heads) of one new token each, at position lengths[row] of slot slots[row]: rotates q and k by
+// the rows of cos and sin (positions, width), writes k and v to the caches, attends to positions 0 … lengths[row]. width
+// is a multiple of 16 up to 256.
+void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
+                      const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
+                      int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
+                      int threads);
+
 // sample_codes.cpp ---------------------------------------------------------------------------------------------------
 
 // One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it; uncond may
@@ -115,6 +138,22 @@ void scale_rows(const void* unit, const int64_t* places, const float* scales, vo
 // `token_logprob` on a device and one of its streams, with a bias in `dtype`; returns a cudaError_t, 0 for a launch.
 int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
                        float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream);
+#endif
+
+// The same for row `row` at steps[row], into current[row] and tokens[row · token_stride + steps[row]] (tokens may be
+// null); a row with wrong logits gets code 0, and bad[row] its step where it was negative.
+void draw_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
+                int64_t token_stride, int64_t* current, int64_t* bad, int64_t rows, int64_t codes, float guidance,
+                float temperature, int threads);
+
+// sample_codes.cu ----------------------------------------------------------------------------------------------------
+
+#ifdef OSPO_CUDA
+// draw_codes on a device, for logits of dtype 0 (float32), 1 (float16) or 2 (bfloat16) in rows `logit_stride` apart;
+// enqueues one kernel on `stream`, nothing else, so that it can be captured. Returns a cudaError_t.
+int draw_codes_cuda(int dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
+                    const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current, int64_t* bad,
+                    int64_t rows, int64_t codes, float guidance, float temperature, int device, void* stream);
 #endif
 
 // device.cu ----------------------------------------------------------------------------------------------------------

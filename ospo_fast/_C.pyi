@@ -121,3 +121,73 @@ def cuda_error_name(status: int) -> str: ...
 def scale_rows(
     unit: int, places: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int
 ) -> None: ...
+def draw_codes(
+    cond: int,
+    uncond: int,
+    seeds: int,
+    steps: int,
+    tokens: int,
+    token_stride: int,
+    current: int,
+    bad: int,
+    rows: int,
+    codes: int,
+    guidance: float,
+    temperature: float,
+    threads: int,
+) -> None: ...
+def draw_codes_cuda(
+    dtype: int,
+    cond: int,
+    uncond: int,
+    logit_stride: int,
+    seeds: int,
+    steps: int,
+    tokens: int,
+    token_stride: int,
+    current: int,
+    bad: int,
+    rows: int,
+    codes: int,
+    guidance: float,
+    temperature: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def linear_columns() -> int: ...
+def pack_linear(weight: int, packed: int, columns: int, depth: int) -> None: ...
+def linear(
+    x: int,
+    ldx: int,
+    packed: int,
+    bias: int,
+    out: int,
+    ldo: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    threads: int,
+) -> None: ...
+def gelu(x: int, count: int, threads: int) -> None: ...
+def add_rms_norm(
+    delta: int, stream: int, weight: int, out: int, rows: int, width: int, eps: float, threads: int
+) -> None: ...
+def silu_mul(gate_up: int, out: int, rows: int, width: int, threads: int) -> None: ...
+def decode_attention(
+    qkv: int,
+    cos: int,
+    sin: int,
+    keys: int,
+    values: int,
+    slots: int,
+    lengths: int,
+    out: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    slot_stride: int,
+    head_stride: int,
+    scale: float,
+    threads: int,
+) -> None: ...

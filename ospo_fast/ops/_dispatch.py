@@ -24,10 +24,14 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
     "attention_columns": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
     "otsu_threshold": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
     "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
-    "sample_codes": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
+    "sample_codes": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
+    "linear": {"cpp": (True, "cpu")},
+    "add_rms_norm": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
+    "silu_mul": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
+    "decode_attention": {"triton": (True, "cuda"), "flash_attn": (True, "cuda"), "cpp": (True, "cpu")},
 }
 _BESIDE = {"token_logprobs": "triton"}  # what an op's CUDA kernels need besides
-_KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton"}
+_KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton", "flash_attn": "flash-attn"}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/common.h
 
 

@@ -1,0 +1,100 @@
+// One new token per row against the keys and values of its slot: rotary embedding, cache write and attention at once.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+#include "vec.h"
+
+namespace ospo {
+namespace {
+
+constexpr int64_t kMostVecs = 16;  // head_dim up to 256
+
+// x·cos + shift(x)·sin with x shifted by half its width; the sign of rotate_half is in the sine.
+OSPO_INLINE void rotate(const float* x, const float* cos, const float* sin, float scale, float* out, int64_t width) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        out[i] = (x[i] * cos[i] + x[i + half] * sin[i]) * scale;
+        out[i + half] = (x[i + half] * cos[i + half] + x[i] * sin[i + half]) * scale;
+    }
+}
+
+// softmax(q·K)·V over `count` positions; VECS = head_dim / 16, or 0 for a count that is known at run time alone.
+template <int VECS>
+OSPO_INLINE void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t width,
+                        float* scores, float* out) {
+    const int64_t vecs = VECS ? VECS : width / kLanes;
+    Vec query[VECS ? VECS : kMostVecs], acc[VECS ? VECS : kMostVecs][2];
+    for (int64_t i = 0; i < vecs; ++i) query[i] = load(q + i * kLanes);
+    float most = -std::numeric_limits<float>::infinity();
+    for (int64_t t = 0; t < count; ++t) {
+        Vec product = query[0] * load(keys + t * width);
+        for (int64_t i = 1; i < vecs; ++i) product += query[i] * load(keys + t * width + i * kLanes);
+        scores[t] = sum(product);
+        most = scores[t] > most ? scores[t] : most;
+    }
+    Vec total{};
+    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int64_t t = count; t < padded; ++t) scores[t] = -std::numeric_limits<float>::infinity();
+    for (int64_t t = 0; t < padded; t += kLanes) {
+        const Vec p = exp(load(scores + t) - most);
+        total += p;
+        store(scores + t, p);
+    }
+    for (int64_t i = 0; i < vecs; ++i) acc[i][0] = acc[i][1] = Vec{};
+    int64_t t = 0;
+    for (; t + 2 <= count; t += 2) {
+        for (int64_t i = 0; i < vecs; ++i) {
+            acc[i][0] += scores[t] * load(values + t * width + i * kLanes);
+            acc[i][1] += scores[t + 1] * load(values + (t + 1) * width + i * kLanes);
+        }
+    }
+    if (t < count)
+        for (int64_t i = 0; i < vecs; ++i) acc[i][0] += scores[t] * load(values + t * width + i * kLanes);
+    const float inverse = 1.0f / sum(total);
+    for (int64_t i = 0; i < vecs; ++i) store(out + i * kLanes, (acc[i][0] + acc[i][1]) * inverse);
+}
+
+OSPO_FMA_CLONES void attend_head(const float* q, const float* k, const float* v, const float* cos, const float* sin,
+                                 float scale, float* keys, float* values, int64_t position, int64_t queries,
+                                 int64_t width, float* scores, float* out) {
+    rotate(k, cos, sin, 1.0f, keys + position * width, width);
+    std::copy(v, v + width, values + position * width);
+    float query[kMostVecs * kLanes];
+    for (int64_t i = 0; i < queries; ++i) {
+        rotate(q + i * width, cos, sin, scale, query, width);
+        switch (width / kLanes) {
+            case 2: attend<2>(query, keys, values, position + 1, width, scores, out + i * width); break;
+            case 4: attend<4>(query, keys, values, position + 1, width, scores, out + i * width); break;
+            case 8: attend<8>(query, keys, values, position + 1, width, scores, out + i * width); break;
+            default: attend<0>(query, keys, values, position + 1, width, scores, out + i * width);
+        }
+    }
+}
+
+}  // namespace
+
+void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
+                      const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
+                      int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
+                      int threads) {
+    const int64_t group = heads / kv_heads, row_width = (heads + 2 * kv_heads) * width;
+    const int64_t longest = *std::max_element(lengths, lengths + rows) + 1;
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * kv_heads > 1)
+    {
+        std::vector<float> scores(static_cast<size_t>(longest + kLanes));
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < rows * kv_heads; ++item) {
+            const int64_t row = item / kv_heads, head = item % kv_heads, position = lengths[row];
+            const float* q = qkv + row * row_width;
+            const int64_t cache = slots[row] * slot_stride + head * head_stride;
+            attend_head(q + head * group * width, q + (heads + head) * width, q + (heads + kv_heads + head) * width,
+                        cos + position * width, sin + position * width, scale, keys + cache, values + cache, position,
+                        group, width, scores.data(), out + (row * heads + head * group) * width);
+        }
+    }
+    (void)threads;
+}
+
+}  // namespace ospo

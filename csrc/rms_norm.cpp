@@ -1,0 +1,40 @@
+// stream += delta, then out = weight · stream / sqrt(mean(stream²) + eps), row by row.
+#include <cmath>
+
+#include "common.h"
+#include "vec.h"
+
+namespace ospo {
+namespace {
+
+OSPO_FMA_CLONES void normalise(const float* delta, float* stream, const float* weight, float* out, int64_t width,
+                               float eps) {
+    Vec squares[4] = {};
+    float rest = 0.0f;
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+        Vec x = load(stream + i);
+        if (delta) store(stream + i, x += load(delta + i));
+        squares[i / kLanes % 4] += x * x;
+    }
+    for (; i < width; ++i) {
+        if (delta) stream[i] += delta[i];
+        rest += stream[i] * stream[i];
+    }
+    const float mean = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / static_cast<float>(width);
+    const float scale = 1.0f / std::sqrt(mean + eps);
+    for (i = 0; i + kLanes <= width; i += kLanes) store(out + i, load(weight + i) * (load(stream + i) * scale));
+    for (; i < width; ++i) out[i] = weight[i] * (stream[i] * scale);
+}
+
+}  // namespace
+
+void add_rms_norm(const float* delta, float* stream, const float* weight, float* out, int64_t rows, int64_t width,
+                  float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > 1 << 15)
+    for (int64_t row = 0; row < rows; ++row)
+        normalise(delta ? delta + row * width : nullptr, stream + row * width, weight, out + row * width, width, eps);
+    (void)threads;
+}
+
+}  // namespace ospo

@@ -1,0 +1,67 @@
+// Vectors of 16 floats for the CPU kernels of the decoder. The compiler splits them where registers are narrower.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Versions of a function as OSPO_CLONES (common.h), with FMA: results differ between machines by rounding, but never
+// between the rows of one call, nor with the number of rows or threads.
+#if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define OSPO_FMA_CLONES \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("fp-contract=fast")))
+#else
+#define OSPO_FMA_CLONES
+#endif
+#define OSPO_INLINE inline __attribute__((always_inline))
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: all helpers are inlined
+#endif
+
+namespace ospo {
+
+constexpr int64_t kLanes = 16;
+typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+static OSPO_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+static OSPO_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+static OSPO_INLINE float sum(Vec v) {
+    Vec8 a, b;
+    std::memcpy(&a, &v, sizeof a);
+    std::memcpy(&b, reinterpret_cast<const char*>(&v) + sizeof a, sizeof b);
+    a += b;
+    Vec4 c, d;
+    std::memcpy(&c, &a, sizeof c);
+    std::memcpy(&d, reinterpret_cast<const char*>(&a) + sizeof c, sizeof d);
+    c += d;
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+// exp to about one unit in the last place, 0 below -87; NaN stays NaN.
+static OSPO_INLINE Vec exp(Vec x) {
+    x = x > 88.0f ? Vec{} + 88.0f : x;
+    const IntVec tiny = x < -87.0f;
+    x = tiny ? Vec{} - 87.0f : x;
+    const Vec scaled = x * 1.44269504f;
+    const IntVec n = __builtin_convertvector(scaled + (scaled > 0.0f ? Vec{} + 0.5f : Vec{} - 0.5f), IntVec);
+    const Vec whole = __builtin_convertvector(n, Vec);
+    const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts, the first one exact
+    Vec p = Vec{} + 1.0f / 5040;  // Taylor's series: |r| <= ln 2 / 2
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const IntVec power = (n + 127) << 23;
+    Vec two_to_n;
+    std::memcpy(&two_to_n, &power, sizeof power);
+    return tiny ? Vec{} : p * two_to_n;
+}
+
+}  // namespace ospo

@@ -1,0 +1,188 @@
+"""One new token per row against the cache of its slot: rotary embedding, cache write and split attention.
+
+Positions are split every SPLIT of them, so that few rows still fill the card, and the number of splits depends on
+nothing but the row's own length: neither the batch nor its size changes a row's bits. Two launches: the splits, each
+with its maximum, sum and weighted values, then their combination in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT = 128
+BLOCK = 64  # positions read at once
+
+
+@triton.jit
+def split_kernel(
+    qkv,  # (M, (H + 2·Hkv)·D), contiguous
+    cos,  # (P, D)
+    sin,  # (P, D), with the sign of rotate_half
+    keys,  # (slots, Hkv, L, D)
+    values,
+    slots,  # (M,) int64
+    lengths,  # (M,) int64: the position of the new token
+    partial,  # (M, H, splits, D) fp32
+    peaks,  # (M, H, splits) fp32
+    sums,  # (M, H, splits) fp32
+    slot_stride,
+    head_stride,
+    scale,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(lengths + row)
+    begin = split * SPLIT
+    if begin > position:
+        return
+    end = tl.minimum(begin + SPLIT, position + 1)
+    d = tl.arange(0, WIDTH_BLOCK)
+    inside = d < WIDTH
+    shifted = (d + WIDTH // 2) % WIDTH
+    c = tl.load(cos + position * WIDTH + d, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + position * WIDTH + d, mask=inside, other=0.0).to(tl.float32)
+    cache = tl.load(slots + row) * slot_stride + kv_head * head_stride
+
+    new = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + (HEADS + kv_head) * WIDTH
+    k_new = tl.load(new + d, mask=inside, other=0.0).to(tl.float32) * c
+    k_new += tl.load(new + shifted, mask=inside, other=0.0).to(tl.float32) * s
+    k_new = k_new.to(keys.dtype.element_ty)
+    v_new = tl.load(new + KV_HEADS * WIDTH + d, mask=inside, other=0.0).to(values.dtype.element_ty)
+    if position < begin + SPLIT:  # the split that holds the new token stores it, and reads it from registers
+        tl.store(keys + cache + position * WIDTH + d, k_new, mask=inside)
+        tl.store(values + cache + position * WIDTH + d, v_new, mask=inside)
+
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    for member in tl.static_range(GROUP):
+        head = kv_head * GROUP + member
+        old = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + head * WIDTH
+        q = tl.load(old + d, mask=inside, other=0.0).to(tl.float32) * c
+        q += tl.load(old + shifted, mask=inside, other=0.0).to(tl.float32) * s
+        # Rounded as the model rounds it; log2 e makes exp2 the exponential.
+        q = q.to(qkv.dtype.element_ty).to(tl.float32) * (scale * 1.4426950408889634)
+        peak = tl.full((), float("-inf"), tl.float32)
+        total = tl.zeros((), tl.float32)
+        acc = tl.zeros((WIDTH_BLOCK,), tl.float32)
+        for first in range(begin, end, BLOCK):
+            t = first + tl.arange(0, BLOCK)
+            stored = (t < position)[:, None] & inside[None, :]
+            is_new = (t == position)[:, None]
+            place = cache + t[:, None] * WIDTH + d[None, :]
+            k = tl.load(keys + place, mask=stored & (t < end)[:, None], other=0.0)
+            k = tl.where(is_new, k_new[None, :], k).to(tl.float32)
+            scores = tl.where(t < end, tl.sum(q[None, :] * k, 1), float("-inf"))
+            higher = tl.maximum(peak, tl.max(scores, 0))
+            p = tl.exp2(scores - higher)
+            v = tl.load(values + place, mask=stored & (t < end)[:, None], other=0.0)
+            v = tl.where(is_new, v_new[None, :], v).to(tl.float32)
+            shrink = tl.exp2(peak - higher)
+            acc = acc * shrink + tl.sum(p[:, None] * v, 0)
+            total = total * shrink + tl.sum(p, 0)
+            peak = higher
+        index = (row * HEADS + head) * SPLITS + split
+        tl.store(partial + index * WIDTH + d, acc, mask=inside)
+        tl.store(peaks + index, peak)
+        tl.store(sums + index, total)
+
+
+@triton.jit
+def combine_kernel(
+    partial,  # (M, H, splits, D) fp32
+    peaks,  # (M, H, splits) fp32
+    sums,  # (M, H, splits) fp32
+    lengths,  # (M,) int64
+    out,  # (M, H·D)
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, WIDTH_BLOCK)
+    inside = d < WIDTH
+    used = tl.load(lengths + row) // SPLIT + 1
+    index = (row * HEADS + head) * SPLITS
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    acc = tl.zeros((WIDTH_BLOCK,), tl.float32)
+    for split in range(0, used):
+        here = tl.load(peaks + index + split)
+        higher = tl.maximum(peak, here)
+        shrink, grow = tl.exp2(peak - higher), tl.exp2(here - higher)
+        part = tl.load(partial + (index + split) * WIDTH + d, mask=inside, other=0.0)
+        acc = acc * shrink + part * grow
+        total = total * shrink + tl.load(sums + index + split) * grow
+        peak = higher
+    tl.store(out + (row * HEADS + head) * WIDTH + d, (acc / total).to(out.dtype.element_ty), mask=inside)
+
+
+def splits(length: int) -> int:
+    """How many splits caches of `length` positions need."""
+    return triton.cdiv(length, SPLIT)
+
+
+def decode_attention(
+    qkv: Tensor,  # (M, (H + 2·Hkv)·D)
+    cos: Tensor,  # (P, D)
+    sin: Tensor,  # (P, D)
+    keys: Tensor,  # (slots, Hkv, L, D), each head's positions contiguous
+    values: Tensor,
+    slots: Tensor,  # (M,) int64
+    lengths: Tensor,  # (M,) int64
+    heads: int,
+    scale: float,
+    out: Tensor,  # (M, H·D)
+) -> None:
+    """Both kernels; the workspace comes from torch's allocator, so that a captured graph keeps its own."""
+    rows, (_, kv_heads, length, width) = len(qkv), keys.shape
+    count = splits(length)
+    partial = torch.empty(rows, heads, count, width, dtype=torch.float32, device=qkv.device)
+    peaks, sums = torch.empty(2, rows, heads, count, dtype=torch.float32, device=qkv.device)
+    sizes = {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": triton.next_power_of_2(width)}
+    sizes |= {"SPLITS": count, "SPLIT": SPLIT}
+    split_kernel[rows, kv_heads, count](
+        qkv, cos, sin, keys, values, slots, lengths, partial, peaks, sums, keys.stride(0), keys.stride(1), scale,
+        KV_HEADS=kv_heads, BLOCK=BLOCK, **sizes,
+    )  # fmt: skip
+    combine_kernel[rows, heads](partial, peaks, sums, lengths, out, **sizes)
+
+
+_SIZES = (  # of Janus-Pro-7B, of Janus-Pro-1B in fp32, and grouped queries
+    ("bf16", 32, 32, 128, 5),
+    ("fp32", 16, 16, 128, 5),
+    ("fp16", 32, 8, 64, 5),
+)
+VARIANTS = {
+    split_kernel: [
+        (
+            {
+                **dict.fromkeys(("qkv", "cos", "sin", "keys", "values"), f"*{dtype}"),
+                **dict.fromkeys(("slots", "lengths"), "*i64"),
+                **dict.fromkeys(("partial", "peaks", "sums"), "*fp32"),
+                **dict.fromkeys(("slot_stride", "head_stride"), "i64"),
+                "scale": "fp32",
+            },
+            {"HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLITS": count, "SPLIT": SPLIT,
+             "BLOCK": BLOCK},
+        )
+        for dtype, heads, kv, width, count in _SIZES
+    ],
+    combine_kernel: [
+        (
+            {**dict.fromkeys(("partial", "peaks", "sums"), "*fp32"), "lengths": "*i64", "out": f"*{dtype}"},
+            {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": width, "SPLITS": count, "SPLIT": SPLIT},
+        )
+        for dtype, heads, _, width, count in _SIZES
+    ],
+}  # fmt: skip

@@ -1,0 +1,40 @@
+"""out = silu(gate) · up for rows that hold gate and up side by side."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def silu_mul_kernel(
+    gate_up,  # (M, 2·I), contiguous
+    out,  # (M, I), contiguous
+    width,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_up + 2 * row * width + columns, mask=inside, other=0.0)
+    up = tl.load(gate_up + (2 * row + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
+    x = gate.to(tl.float32)
+    # silu is rounded to the model's type before it is multiplied, as the model's own would be.
+    silu = (x / (1.0 + tl.exp(-x))).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * width + columns, (silu * up).to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor, out: Tensor) -> None:
+    """The kernel on gate_up (M, 2·I) and out (M, I), contiguous and of one dtype."""
+    rows, width = out.shape
+    if out.numel():
+        silu_mul_kernel[rows, triton.cdiv(width, BLOCK)](gate_up, out, width, BLOCK=BLOCK)
+
+
+VARIANTS = {
+    silu_mul_kernel: [
+        ({"gate_up": f"*{dtype}", "out": f"*{dtype}", "width": "i32"}, {"BLOCK": BLOCK})
+        for dtype in ("bf16", "fp16", "fp32")
+    ],
+}

@@ -1,0 +1,128 @@
+"""Attention of one new token per row against the keys and values of its slot."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ospo_fast.ops import _dispatch
+
+
+def decode_attention(
+    qkv: Tensor,  # (M, (H + 2·Hkv)·D)
+    cos: Tensor,  # (P, D)
+    sin: Tensor,  # (P, D)
+    keys: Tensor,  # (slots, Hkv, L, D)
+    values: Tensor,
+    slots: Tensor,  # (M,) int64
+    lengths: Tensor,  # (M,) int64
+    *,
+    heads: int,
+    scale: float,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale · q·K)·V → (M, H·D), into `out` if given, with q and k of each row rotated at position lengths[row].
+
+    Row m holds query, key and value heads side by side. Its key and value are written at that position of slot
+    slots[m], and it attends to positions 0 … lengths[m] of the slot: nothing behind them is read. Rotation:
+    x·cos + shift(x)·sin with x shifted by D/2; `sin` carries the sign of rotate_half. Grouped queries where Hkv < H.
+    Rows may share a slot only where nobody reads it (dummy rows). Not differentiable.
+
+    backend: "flash_attn" takes flash_attn_with_kvcache; "auto" does not, until a measurement shows it ahead.
+    """
+    out = qkv.new_empty(len(qkv), heads * keys.shape[-1]) if out is None else out
+    chosen = _dispatch.resolve("decode_attention", backend, qkv.device.type)
+    arguments = (qkv, cos, sin, keys, values, slots, lengths, heads, scale, out)
+    if chosen == "triton":
+        from ospo_fast.kernels import decode_attention as kernel
+
+        kernel.decode_attention(*arguments)
+    elif chosen == "flash_attn":
+        _flash(*arguments)
+    elif chosen == "cpp" and qkv.dtype == torch.float32 and keys.shape[-1] % 16 == 0 and keys.shape[-1] <= 256:
+        _dispatch.native().decode_attention(
+            qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), slots.data_ptr(),
+            lengths.data_ptr(), out.data_ptr(), len(qkv), heads, keys.shape[1], keys.shape[3], keys.stride(0),
+            keys.stride(1), scale, torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        decode_attention_reference(*arguments)
+    return out
+
+
+def decode_attention_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    heads: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """The twin: SDPA on exact lengths, once for each run of rows of one length in neighbouring slots."""
+    rows, (_, kv_heads, _, width) = len(qkv), keys.shape
+    where, ends = slots.tolist(), lengths.tolist()
+    index = lengths.to(cos.device)
+    q, k, v = qkv.view(rows, -1, width).split((heads, kv_heads, kv_heads), 1)
+    c, s = cos[index, None], sin[index, None]
+    q, k = rotate(q, c, s), rotate(k, c, s)
+    begin = 0
+    while begin < rows:
+        end = begin + 1
+        while end < rows and ends[end] == ends[begin] and where[end] == where[end - 1] + 1:
+            end += 1
+        part, length = slice(where[begin], where[begin] + end - begin), ends[begin]
+        keys[part, :, length], values[part, :, length] = k[begin:end], v[begin:end]
+        y = F.scaled_dot_product_attention(
+            q[begin:end, :, None],
+            keys[part, :, : length + 1],
+            values[part, :, : length + 1],
+            scale=scale,
+            enable_gqa=heads != kv_heads,
+        )
+        out[begin:end] = y.flatten(1)
+        begin = end
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x·cos + shift(x)·sin, the rotary embedding of Llama with its sign in the sine."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def _flash(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    heads: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    from flash_attn import flash_attn_with_kvcache
+
+    kv_heads, width = keys.shape[1], keys.shape[3]
+    q, k, v = qkv.view(len(qkv), 1, -1, width).split((heads, kv_heads, kv_heads), 2)
+    y = flash_attn_with_kvcache(
+        q,
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        k,
+        v,
+        rotary_cos=cos[:, : width // 2],
+        rotary_sin=sin[:, width // 2 :],  # the half that carries no sign
+        cache_seqlens=lengths.int(),
+        cache_batch_idx=slots.int(),
+        softmax_scale=scale,
+        causal=True,
+        rotary_interleaved=False,
+        num_splits=-(-keys.shape[2] // 128),
+    )
+    out.copy_(y.flatten(1))

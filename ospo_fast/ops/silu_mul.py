@@ -1,0 +1,25 @@
+"""The gate of a SwiGLU block: silu(gate) · up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ospo_fast.ops import _dispatch
+
+
+def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """gate_up (M, 2·I), gate before up, contiguous → silu(gate) · up (M, I), into `out` if given. Not differentiable."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width) if out is None else out
+    chosen = _dispatch.resolve("silu_mul", backend, gate_up.device.type)
+    if chosen == "triton":
+        from ospo_fast.kernels import silu_mul as kernel
+
+        kernel.silu_mul(gate_up, out)
+    elif chosen == "cpp" and gate_up.dtype == torch.float32:
+        _dispatch.native().silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+    else:
+        torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)
+    return out
