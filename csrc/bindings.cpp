@@ -112,14 +112,15 @@ void token_weights_cuda(uintptr_t masks, uintptr_t weights, int64_t images, int 
 }
 #endif
 
-const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
-const int64_t* integers(uintptr_t address) { return reinterpret_cast<const int64_t*>(address); }
+const float* read(uintptr_t pointer) { return reinterpret_cast<const float*>(pointer); }
+float* write(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
+int64_t* integers(uintptr_t pointer) { return reinterpret_cast<int64_t*>(pointer); }
 
 ospo::ColumnSizes column_sizes(const std::array<int64_t, 7>& n) { return {n[0], n[1], n[2], n[3], n[4], n[5], n[6]}; }
 
 void attention_columns(const std::array<uintptr_t, 10>& p, const std::array<int64_t, 9>& s,
                        const std::array<int64_t, 7>& sizes, float scale, bool causal, int threads) {
-    const ospo::ColumnTensors tensors{floats(p[0]),   floats(p[1]),   floats(p[2]),   floats(p[3]),   integers(p[4]),
+    const ospo::ColumnTensors tensors{read(p[0]),   read(p[1]),   read(p[2]),   read(p[3]),   integers(p[4]),
                                       integers(p[5]), integers(p[6]), integers(p[7]), integers(p[8]),
                                       reinterpret_cast<float*>(p[9]),
                                       s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
@@ -128,7 +129,7 @@ void attention_columns(const std::array<uintptr_t, 10>& p, const std::array<int6
 
 void block_columns(const std::array<uintptr_t, 8>& p, const std::array<int64_t, 4>& block,
                    const std::array<int64_t, 7>& sizes, float scale, bool causal, int threads) {
-    const ospo::ColumnBlock tensors{floats(p[0]),   floats(p[1]),   integers(p[2]), integers(p[3]), integers(p[4]),
+    const ospo::ColumnBlock tensors{read(p[0]),   read(p[1]),   integers(p[2]), integers(p[3]), integers(p[4]),
                                     integers(p[5]), integers(p[6]), reinterpret_cast<float*>(p[7]),
                                     block[0],       block[1],       block[2],       block[3]};
     ospo::block_columns(tensors, column_sizes(sizes), scale, causal, threads);
@@ -167,9 +168,6 @@ void scale_rows(uintptr_t unit, uintptr_t places, uintptr_t scales, uintptr_t ou
                      width, threads);
 }
 
-const float* read(uintptr_t pointer) { return reinterpret_cast<const float*>(pointer); }
-float* write(uintptr_t pointer) { return reinterpret_cast<float*>(pointer); }
-
 void pack_linear(uintptr_t weight, uintptr_t packed, int64_t columns, int64_t depth) {
     ospo::pack_linear(read(weight), write(packed), columns, depth);
 }
@@ -189,8 +187,6 @@ void silu_mul(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, int
 }
 
 void gelu(uintptr_t x, int64_t count, int threads) { ospo::gelu(write(x), count, threads); }
-
-int64_t* integers(uintptr_t pointer) { return reinterpret_cast<int64_t*>(pointer); }
 
 void draw_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t tokens,
                 int64_t token_stride, uintptr_t current, uintptr_t bad, int64_t rows, int64_t codes, float guidance,
