@@ -155,6 +155,8 @@ class Bench:
         pairs = demo.pair_figures(read_stage(folder, "select"), folder)
         masks = demo.mask_figures(read_stage(folder, "masks"), folder) if (folder / "masks.jsonl").exists() else {}
         done = json.loads((folder / "train" / "done.json").read_text())
+        log = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+        watched = [[line["step"], round(line["alignment"], 4)] for line in log if "alignment" in line]
         shutil.rmtree(folder)
         once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
         return measure.row(
@@ -169,6 +171,7 @@ class Bench:
             sampling=list(SAMPLING),
             guidance_scale=self.scale,
             best_step=done["best_step"],
+            watched=watched,
             **figures,
             **pairs,
             **masks,
