@@ -21,6 +21,9 @@ LARGE = (
 )
 
 
+REPEATS = 5
+
+
 def once(overrides: tuple[str, ...]) -> list[StageReport]:
     with tempfile.TemporaryDirectory() as folder:
         # Training changes the model in place, so each run loads its own.
@@ -30,14 +33,13 @@ def once(overrides: tuple[str, ...]) -> list[StageReport]:
 
 
 def run(out: Path, quick: bool) -> None:
-    repeats = 1 if quick else 5
-    runs = [once(SMALL if quick else LARGE) for _ in range(repeats + 1)][1:]
+    runs = [once(SMALL)] if quick else [once(LARGE) for _ in range(REPEATS + 1)][1:]
     dtype = str(next(load_model("shapes").module.parameters()).dtype).removeprefix("torch.")
     rows = []
     for stage, reports in zip(STAGES, zip(*runs, strict=True), strict=True):
         times = [report.seconds * 1e3 for report in reports]
-        fifths = statistics.quantiles(times, n=5, method="inclusive") if repeats > 1 else [times[0]] * 4
-        timing = measure.Timing(statistics.median(times), fifths[0], fifths[3], repeats)
+        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+        timing = measure.Timing(statistics.median(times), fifths[0], fifths[3], len(times))
         items = reports[0].items
         figures = {
             "items_s": round(items / timing.median_ms * 1e3, 3),

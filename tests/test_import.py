@@ -1,5 +1,6 @@
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,55 @@ def test_the_operations_need_torch_and_numpy_only() -> None:
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(ospo_fast, name) is getattr(ospo_fast, name)
     assert name in dir(ospo_fast)
+
+
+# Positional arguments, then those by keyword, as other projects call them.
+SIGNATURES = {
+    "token_logprobs": ("hidden head labels", "ignore_index chunk_rows logits_dtype backend"),
+    "Head": ("weight bias proj_weight proj_bias", ""),
+    "token_weights": ("mask", "alpha gamma blur_size blur_sigma"),
+    "sequence_logprobs": ("logps token_mask weights", "normalize"),
+    "preference_loss": (
+        "chosen rejected swapped",
+        "beta gamma_beta_ratio beta_cond gamma_beta_ratio_cond label_smoothing",
+    ),
+    "attention_columns": ("q k columns", "rows scale lse causal out weight backend"),
+    "otsu_threshold": ("maps", "bins"),
+    "object_masks": ("maps", "valid scaler bins"),
+    "sample_codes": ("cond uncond", "guidance_scale temperature top_k top_p seeds step"),
+    "OSPOLoss": ("config", ""),
+    "AttentionCapture": ("model", "layers columns rows"),
+    "ImageGenerator": ("model", ""),
+    "load_model": ("name_or_path", "device dtype"),
+    "select_pair": ("record rule rng", ""),
+}
+PRESET_FIELDS = (
+    "beta gamma_beta_ratio beta_cond gamma_beta_ratio_cond simpo_weight cond_weight sft_weight label_smoothing "
+    "mask_alpha mask_gamma normalize"
+)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_names_keep_their_arguments(name: str) -> None:
+    positional, keyword = (words.split() for words in SIGNATURES[name])
+    parameters = inspect.signature(getattr(ospo_fast, name)).parameters
+    assert list(parameters)[: len(positional)] == positional
+    assert all(parameters[word].kind is not inspect.Parameter.KEYWORD_ONLY for word in positional)
+    assert set(keyword) <= set(parameters)
+
+
+def test_public_methods_and_fields() -> None:
+    assert list(inspect.signature(ospo_fast.OSPOLoss.forward).parameters) == [
+        "self",
+        "hidden",
+        "labels",
+        "head",
+        "object_masks",
+    ]
+    for preset in ("v1", "v2", "v3", "full"):
+        assert set(PRESET_FIELDS.split()) <= set(vars(ospo_fast.OSPOLossConfig.preset(preset)))
+    assert callable(ospo_fast.Head.of)
+    assert set(SIGNATURES) | {"OSPOLossConfig"} <= set(ospo_fast.__all__)
 
 
 def test_a_name_is_the_one_of_its_module() -> None:
