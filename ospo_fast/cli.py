@@ -240,8 +240,9 @@ def _run(args: argparse.Namespace) -> int:
 def _stage(args: argparse.Namespace) -> int:
     report = _pipeline(args).stage(args.command, args.iteration)
     _show(dataclasses.asdict(report), args.json, _line(report))
-    # As with `generate`, items that fail are no failure of the command while others do not.
-    return 1 if report.failed and report.failed == report.items else 0
+    # As with `generate`, items that fail are no failure of the command while others do not. (Of training, which counts
+    # steps, no pair at all is an error of its own.)
+    return 1 if args.command != "train" and report.failed and report.failed == report.items else 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from PIL import Image
 from ospo_fast import cli
 from ospo_fast.cli import main
 from ospo_fast.generation import ImageGenerator
+from ospo_fast.pipeline import StageReport
 
 COUNTS = "prompts.counts={color1: 2, shape1: 0, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 2}"
 SMALL = [COUNTS, "train.steps=2", "train.batch_size=2", "train.eval_every=0", "masks.layers=[0]"]
@@ -238,6 +239,16 @@ def test_a_stop_is_clean(capsys, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", stop)
     code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
     assert (code, err) == (1, "ospo-fast: Stopped; the same command goes on from here.\n")
+
+
+@pytest.mark.parametrize(("command", "failed", "code"), [("masks", 2, 0), ("masks", 3, 1), ("train", 3, 0)])
+def test_a_stage_fails_when_every_item_does(capsys, tmp_path, tiny, monkeypatch, command, failed, code):
+    """Training counts steps, not items: as many pairs left out as there were steps mean nothing."""
+    report = StageReport(command, 1, items=3, total=9, failed=failed)
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", lambda *_: report)
+    got, out, _ = call(capsys, command, "--model", tiny, "--out", tmp_path, "train.eval_every=0")
+    assert got == code
+    assert out.endswith(f"9 in all, {failed} failed\n")
 
 
 def test_unexpected_errors_are_one_sentence_unless_debugging(capsys, tmp_path, tiny, monkeypatch):
