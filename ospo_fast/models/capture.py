@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospo_fast.errors import OpError, OspoError
-from ospo_fast.ops import attention_columns
+from ospo_fast.ops.attention_columns import ColumnRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +23,16 @@ _PREFIX = "ospo_capture|"
 # Attention modules under capture. The functions that transformers' registries hold stay there for good, one per
 # implementation; they look here for what to capture, and without an entry they only run the attention.
 _ACTIVE: dict[int, AttentionCapture] = {}
+# Operations whose second result is the natural log-sum-exp of the rows, (B, H, S or more); of those marked True the
+# fifth argument says whether to compute it.
+_TELL_LSE = {
+    "aten::_scaled_dot_product_flash_attention": False,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": False,
+    "aten::_scaled_dot_product_fused_attention_overrideable": False,
+    "aten::_scaled_dot_product_efficient_attention": True,
+    "aten::_scaled_dot_product_cudnn_attention": True,
+    "flash_attn::_flash_attn_forward": False,
+}
 
 
 class _StopForward(BaseException):
@@ -31,12 +42,44 @@ class _StopForward(BaseException):
         self.capture = capture
 
 
+class _Watch(TorchDispatchMode):  # type: ignore[misc]
+    """Keeps the log-sum-exp that the attention running inside computes anyway, and the dtype it ran in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lse: Tensor | None = None
+        self.dtype: torch.dtype | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        asks = _TELL_LSE.get(func._schema.name)
+        if asks and len(args) > 4:
+            args = (*args[:4], True, *args[5:])
+        result = func(*args, **(kwargs or {}))
+        if asks is not None:
+            self.lse, self.dtype = result[1], args[0].dtype
+        return result
+
+    def of(self, q: Tensor) -> Tensor | None:
+        """The log-sum-exp (B, H, S) of these queries; None where the attention told none of that shape."""
+        lse = self.lse
+        if lse is None:
+            return None
+        if lse.dim() == 4 and lse.shape[3] == 1:
+            lse = lse.squeeze(3)
+        fits = lse.dim() == 3 and lse.shape[:2] == q.shape[:2] and lse.shape[2] >= q.shape[2]
+        return lse[:, :, : q.shape[2]].detach() if fits else None
+
+
 class AttentionCapture:
     """Mean attention of query rows on key columns, read off while the decoder runs.
 
     maps[b, o, i] = mean over the layers kept, over heads and over columns c of object o of the attention probability
-    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32. The model's own attention (sdpa, eager, flash …)
-    computes the forward pass; beside it `attention_columns` computes the few probabilities wanted.
+    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32; `layer_maps` has each layer's own. The model's own
+    attention (sdpa, eager, flash …) computes the forward pass; beside it `attention_columns` computes the few
+    probabilities wanted, from the log-sum-exp of that attention where it tells one (torch's fused attentions and
+    flash-attn without padding do), else from its own. On a GPU the device is waited for once a pass, if at all.
 
         with AttentionCapture(model, columns=columns, rows=(prompt_length, tokens)) as capture:
             model.decoder(inputs_embeds=x, attention_mask=mask, use_cache=False)
@@ -44,7 +87,8 @@ class AttentionCapture:
 
     One capture takes one forward pass over whole sequences (no key-value cache). Padding on either side is left out by
     means of the attention mask that the decoder is given. The maps carry no gradient; with gradient checkpointing,
-    leave the context before the backward pass. Not for decoders under torch.compile.
+    leave the context before the backward pass. A decoder under torch.compile is compiled anew for the context, with a
+    graph break at each attention; under fullgraph=True torch refuses.
 
     Args:
         model: an adapter, or a transformers module with a Llama-like decoder.
@@ -59,8 +103,9 @@ class AttentionCapture:
             the last statement of the context.
 
     Raises:
-        OspoError: a model that does not route its attention through transformers' AttentionInterface, a decoder that
-            is being captured already, a second forward pass, a grid that does not fit.
+        OspoError: a model that does not route its attention through transformers' AttentionInterface, an unknown
+            attention implementation, sliding windows and soft caps, a decoder that is being captured already, a second
+            forward pass, a grid that does not fit.
         OpError: columns or rows outside the sequence.
 
     """
@@ -84,18 +129,24 @@ class AttentionCapture:
         self.layers = _kept(len(self._attention), layers, skip)
         self._grid = _grid_of(model, grid, rows)
         self._seen: set[int] = set()
+        self._request: ColumnRequest | None = None
         self._maps: Tensor | None = None
         self._implementation: str | None = None
 
     @property
     def maps(self) -> Tensor:
         """(B, O, H, W) fp32, once the forward pass is through the layers kept."""
+        return self.layer_maps.mean(0)
+
+    @property
+    def layer_maps(self) -> Tensor:
+        """(layers, B, O, H, W) fp32, in the order of `layers`; their mean is `maps`."""
         if self._maps is None or len(self._seen) < len(self.layers):
             raise OspoError(
                 f"capture: {len(self._seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
             )
-        return self._maps.reshape(*self._maps.shape[:2], *self._grid)
+        return self._maps.reshape(*self._maps.shape[:3], *self._grid)
 
     def __enter__(self) -> Self:
         if any(id(module) in _ACTIVE for module in self._attention):
@@ -105,7 +156,7 @@ class AttentionCapture:
         _register(name, self._attention[0])
         self._implementation = config._attn_implementation
         self._seen.clear()
-        self._maps = None
+        self._maps = self._request = None
         for module in self._attention:
             _ACTIVE[id(module)] = self
         config._attn_implementation = _PREFIX + name
@@ -119,10 +170,13 @@ class AttentionCapture:
             _ACTIVE.pop(id(module), None)
         return isinstance(error, _StopForward) and error.capture is self
 
-    def _take(self, module: Any, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> None:
+    def _wants(self, module: Any) -> bool:
+        return int(module.layer_idx) in self.layers
+
+    def _take(
+        self, module: Any, q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any], watch: _Watch
+    ) -> None:
         index = int(module.layer_idx)
-        if index not in self.layers:
-            return
         if index in self._seen:
             raise OspoError("capture: a second forward pass reached the decoder; one capture takes one pass")
         if q.shape[2] != k.shape[2]:
@@ -130,21 +184,32 @@ class AttentionCapture:
                 f"capture: the decoder was called with {q.shape[2]} queries for {k.shape[2]} keys; "
                 "run whole sequences with use_cache=False"
             )
-        columns = self._columns.to(q.device)
-        if columns.dim() == 3 and columns.shape[0] != q.shape[0]:
-            raise OpError(f"capture: columns has {columns.shape[0]} sequences, the decoder runs {q.shape[0]}")
-        weight = 1 / len(self.layers)
-        self._maps = attention_columns(
-            q.detach(),
-            k.detach(),
-            columns,
-            rows=self._rows,
-            scale=scale,
-            key_range=_visible(mask, self._rows, q.shape[0], q.shape[2]),
-            out=self._maps,
-            weight=weight,
+        _refuse_unusual(module, options, q.shape[2])
+        if self._request is None or self._maps is None:
+            # Looked at once: the layers of a pass share the mask, and looking waits for a GPU.
+            self._request = self._ask(q, mask)
+            shape = (len(self.layers), len(q), self._request.columns.shape[1], self._request.length)
+            self._maps = torch.empty(shape, device=q.device)
+        dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
+        self._request.run(
+            q.detach().to(dtype),
+            k.detach().to(dtype),
+            scale=options.get("scaling"),
+            lse=watch.of(q),
+            out=self._maps[self.layers.index(index)].zero_(),
         )
         self._seen.add(index)
+
+    def _ask(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
+        batch, _, length, _ = q.shape
+        if self._columns.dim() == 3 and self._columns.shape[0] != batch:
+            raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
+        # First without the mask: rows outside the sequence must not reach it.
+        request = ColumnRequest.of(self._columns, batch, length, rows=self._rows, device=q.device)
+        if mask is None:
+            return request
+        seen = _visible(mask, self._rows, batch, length)
+        return ColumnRequest.of(self._columns, batch, length, rows=self._rows, key_range=seen, device=q.device)
 
     def _finished(self) -> bool:
         return self._stop_early and len(self._seen) == len(self.layers)
@@ -170,29 +235,49 @@ def _register(name: str, attention: nn.Module) -> None:
             f"capture: the attention implementation {name!r} is not in transformers' AttentionInterface; "
             "load the model with attn_implementation='sdpa'"
         )
-    AttentionInterface.register(_PREFIX + name, _wrapper(own))
+    AttentionInterface.register(_PREFIX + name, _wrapper(name, own))
     AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
-def _wrapper(own: Callable[..., Any]) -> Callable[..., Any]:
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> Any:
-        result = own(module, query, key, value, mask, **kwargs)
+def _wrapper(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @torch.compiler.disable
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        def run() -> Any:
+            # The attention may look up its own name, as transformers' flash attention does.
+            captured, module.config._attn_implementation = module.config._attn_implementation, name
+            try:
+                return own(module, query, key, value, mask, **kwargs)
+            finally:
+                module.config._attn_implementation = captured
+
         capture = _ACTIVE.get(id(module))
-        if capture is not None:
-            capture._take(module, query, key, mask, kwargs.get("scaling"))
-            if capture._finished():
-                raise _StopForward(capture)
+        if capture is None or not capture._wants(module):
+            return run()
+        with _Watch() as watch:
+            result = run()
+        capture._take(module, query, key, mask, kwargs, watch)
+        if capture._finished():
+            raise _StopForward(capture)
         return result
 
     return attention
 
 
-def _visible(mask: Tensor | None, rows: Bounds, batch: int, length: int) -> tuple[Tensor, int] | None:
+def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
+    """OspoError for attention that is no plain softmax over all earlier keys."""
+    window = options.get("sliding_window") or getattr(module, "sliding_window", None)
+    if window is not None and window < length:
+        raise OspoError(
+            f"capture: layer {module.layer_idx} has a sliding window of {window} for {length} positions; "
+            "give layers= without windows"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise OspoError(f"capture: layer {module.layer_idx} changes its scores by {name}, which maps do not know")
+
+
+def _visible(mask: Tensor, rows: Bounds, batch: int, length: int) -> tuple[Tensor, int]:
     """The keys that the wanted rows may see beside causality, from any mask that transformers hands to attention."""
-    if mask is None:
-        return None
     start, count = (torch.as_tensor(bound, device=mask.device).expand(batch) for bound in rows)
     last = (start + count - 1).clamp(0, length - 1)
     if mask.dim() == 4:  # (B or 1, 1, S, S), bool or additive

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from ospo_fast.errors import OpError, OspoError
 from ospo_fast.models.capture import AttentionCapture
 from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.ops.attention_columns import ColumnRequest
 
 PROMPT, TOKENS = 9, 36
 COLUMNS = [[[3, 4], [5]], [[4]], [[6, 7], []]]
@@ -243,3 +244,203 @@ def test_models_that_cannot_be_captured(tiny: JanusUnifiedModel) -> None:
     with pytest.raises(OspoError, match="abacus"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
         pass
     assert tiny.decoder.config._attn_implementation == "abacus"
+
+
+def test_layer_maps_are_the_maps_of_single_layers(tiny: JanusUnifiedModel) -> None:
+    x = inputs(tiny)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, layers=[0, 2]) as capture:
+        forward(tiny, x)
+    assert capture.layer_maps.shape == (2, 3, 2, 6, 6)
+    for maps, layer in zip(capture.layer_maps, capture.layers, strict=True):
+        compare(maps, reference(tiny.decoder, x, None, [layer]), COLUMNS)
+    torch.testing.assert_close(capture.maps, capture.layer_maps.mean(0))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_lse_of_the_attention_that_ran_is_used(
+    tiny: JanusUnifiedModel, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDPA's flash kernel tells it; eager attention does not."""
+    tiny.decoder.set_attn_implementation(implementation)
+    told = []
+    run = ColumnRequest.run
+    monkeypatch.setattr(ColumnRequest, "run", lambda *a, **k: told.append(k["lse"] is not None) or run(*a, **k))
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, inputs(tiny))
+    assert told == [implementation == "sdpa"] * 3
+    assert capture.maps.isfinite().all()
+
+
+def stand_in(name: str, monkeypatch: pytest.MonkeyPatch, attention) -> list:
+    """Make an attention implementation known that is not installed here, with flash attention's (B, S) masks."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = []
+
+    def checked(module, query, key, value, mask, **kwargs):
+        names.append(module.config._attn_implementation)
+        return attention(module, query, key, value, mask, **kwargs)
+
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    for registry, function in ((ALL_ATTENTION_FUNCTIONS, checked), (masks, flash_attention_mask)):
+        for key in (name, f"ospo_capture|{name}"):
+            monkeypatch.delitem(registry._global_mapping, key, raising=False)
+        monkeypatch.setitem(registry._global_mapping, name, function)
+    return names
+
+
+def scores_of(module, query, key, mask):
+    S = query.shape[2]
+    scores = query @ key.repeat_interleave(module.num_key_value_groups, 1).mT * module.scaling
+    scores = scores.masked_fill(torch.ones(S, S).triu(1).bool(), -torch.inf)
+    hidden = torch.zeros(1).bool() if mask is None else ~mask[:, None, None, :S].bool()
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+
+
+LIBRARY = torch.library.Library("flash_attn", "DEF")
+LIBRARY.define("_flash_attn_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(LIBRARY, "_flash_attn_forward", "CompositeExplicitAutograd")
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As flash-attn's: (B, S, H, D) in and out, and the log-sum-exp (B, H, S)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.mT * scale).masked_fill(torch.ones(q.shape[2], q.shape[2]).triu(1).bool(), -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1) + LSE_SHIFT
+
+
+LSE_SHIFT = 0.0
+
+
+def flash(module, query, key, value, mask, **kwargs):
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.ops.flash_attn._flash_attn_forward(q, k, v, module.scaling)[0], None
+
+
+def xformers(module, query, key, value, mask, **kwargs):
+    """Tells no log-sum-exp."""
+    probs = scores_of(module, query, key, mask).softmax(-1)
+    return (probs @ value.repeat_interleave(module.num_key_value_groups, 1)).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize(("name", "attention"), [("flash_attention_2", flash), ("xformers", xformers)])
+def test_attention_from_elsewhere(tiny: JanusUnifiedModel, name: str, attention, monkeypatch) -> None:
+    x = inputs(tiny)
+    expected = reference(tiny.decoder, x, None, [0, 1, 2])
+    names = stand_in(name, monkeypatch, attention)
+    tiny.decoder.config._attn_implementation = name
+    before = forward(tiny, x)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        assert torch.equal(forward(tiny, x), before)
+    compare(capture.maps, expected, COLUMNS)
+    assert set(names) == {name}  # it saw its own name, capture or not
+    if name == "flash_attention_2":
+        monkeypatch.setitem(globals(), "LSE_SHIFT", 1.0)
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as shifted:
+            forward(tiny, x)
+        torch.testing.assert_close(shifted.maps, capture.maps / torch.e)  # so its log-sum-exp is what counts
+
+
+def test_padding_masks_of_flash_attention(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask = inputs(tiny, length=PROMPT + TOKENS + 4), torch.ones(3, PROMPT + TOKENS + 4, dtype=torch.long)
+    mask[1, :4] = 0
+    columns = [[[c + 4 for c in used] for used in objects] for objects in COLUMNS]
+    expected = reference(tiny.decoder, x, mask, [0, 1, 2])
+    stand_in("xformers", monkeypatch, xformers)
+    tiny.decoder.config._attn_implementation = "xformers"
+    with AttentionCapture(tiny, columns=columns, rows=(PROMPT + 4, TOKENS)) as capture:
+        forward(tiny, x, mask)
+    compare(capture.maps, expected, columns, PROMPT + 4)
+
+
+def test_attention_that_is_no_plain_softmax_is_refused(tiny: JanusUnifiedModel) -> None:
+    attention = tiny.decoder.layers[1].self_attn
+    attention.sliding_window = 8
+    with (
+        pytest.raises(OspoError, match="layer 1 has a sliding window of 8"),
+        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+    ):
+        forward(tiny, inputs(tiny))
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, layers=[0, 2]) as capture:
+        forward(tiny, inputs(tiny))
+    assert capture.maps.isfinite().all()
+    del attention.sliding_window
+    own = type(attention).forward
+    attention.forward = lambda *a, **k: own(attention, *a, **k, softcap=30.0)
+    tiny.decoder.set_attn_implementation("eager")
+    with (
+        pytest.raises(OspoError, match="layer 1 changes its scores by softcap"),
+        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+    ):
+        forward(tiny, inputs(tiny))
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_under_torch_compile(tiny: JanusUnifiedModel, stop_early: bool) -> None:
+    """Each attention is a graph break while captured; afterwards the compiled code of before runs again."""
+    x = inputs(tiny)
+    expected = forward(tiny, x)
+    decoder = torch.compile(tiny.decoder, backend="eager")
+    with torch.no_grad():
+        plain = decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, layers=[0, 1], stop_early=stop_early) as capture:
+            decoder(inputs_embeds=x, use_cache=False)
+        again = decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+    compare(capture.maps, reference(tiny.decoder, x, None, [0, 1]), COLUMNS)
+    torch.testing.assert_close(plain, expected)
+    assert torch.equal(plain, again)
+
+
+def test_nan_attention_gives_nan_maps(tiny: JanusUnifiedModel) -> None:
+    x = inputs(tiny)
+    x[1, 4] = torch.nan
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x)
+    assert capture.maps[1].flatten(1)[0].isnan().all()
+    assert capture.maps[[0, 2]].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_cuda_attention_backends(tiny: JanusUnifiedModel, backend: str, padding: bool, monkeypatch) -> None:
+    """The log-sum-exp of each of torch's attentions is what the maps need."""
+    if backend == "FLASH_ATTENTION" and padding:
+        pytest.skip("torch's flash attention takes no mask")
+    tiny.module.to("cuda", torch.bfloat16)
+    x = inputs(tiny).to("cuda", torch.bfloat16)
+    mask = None
+    if padding:
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device="cuda")
+        mask[1, :2] = 0
+    told = []
+    run = ColumnRequest.run
+    monkeypatch.setattr(ColumnRequest, "run", lambda *a, **k: told.append(k["lse"] is not None) or run(*a, **k))
+    kernel = getattr(torch.nn.attention.SDPBackend, backend)
+    with torch.nn.attention.sdpa_kernel(kernel), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x, mask)
+    assert told == [backend != "MATH"] * 3
+    probs = reference(tiny.module.float().model.language_model, x.float(), mask, [0, 1, 2]).cpu()
+    # bf16 keeps 8 bits: so far may the probabilities of a bf16 model lie from those of its float32 copy.
+    for b, objects in enumerate(COLUMNS):
+        for o, used in enumerate(objects):
+            if used:
+                wanted = probs[b, PROMPT : PROMPT + TOKENS, used].mean(-1)
+                torch.testing.assert_close(capture.maps[b, o].flatten().cpu(), wanted, rtol=2**-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_cuda_capture_waits_for_nothing(tiny: JanusUnifiedModel) -> None:
+    tiny.module.to("cuda", torch.bfloat16)
+    x = inputs(tiny).to("cuda", torch.bfloat16)
+    for mode in ("default", "error"):  # the first pass compiles
+        capture = AttentionCapture(tiny, columns=COLUMNS, rows=ROWS)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with capture:
+                forward(tiny, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert capture.maps.isfinite().all()
