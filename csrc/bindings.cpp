@@ -135,13 +135,6 @@ void block_columns(const std::array<uintptr_t, 8>& p, const std::array<int64_t, 
     ospo::block_columns(tensors, column_sizes(sizes), scale, causal, threads);
 }
 
-void sample_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t out, int64_t rows,
-                  int64_t codes, float guidance, float temperature, int threads) {
-    ospo::sample_codes(reinterpret_cast<const float*>(cond), reinterpret_cast<const float*>(uncond),
-                       reinterpret_cast<const int64_t*>(seeds), reinterpret_cast<const int64_t*>(steps),
-                       reinterpret_cast<int64_t*>(out), rows, codes, guidance, temperature, threads);
-}
-
 // Arguments are those of the functions in common.h, a dtype as its number there, a null pointer as 0.
 void token_logprob(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales, uintptr_t logps,
                    int out, bool write, int64_t rows, int64_t codes, int threads) {
@@ -278,15 +271,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("draw_codes", &draw_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
           py::arg("tokens"), py::arg("token_stride"), py::arg("current"), py::arg("bad"), py::arg("rows"),
           py::arg("codes"), py::arg("guidance"), py::arg("temperature"), py::arg("threads"), release,
-          "sample_codes into column steps[row] of tokens; wrong rows get code 0 and their step in bad.");
+          "A code for each contiguous float32 row of logits, also into column steps[row] of tokens; uncond and tokens 0 "
+          "mean none. Wrong rows get code 0, and bad their step.");
     m.def("draw_codes_cuda", &draw_codes_cuda, py::arg("dtype"), py::arg("cond"), py::arg("uncond"),
           py::arg("logit_stride"), py::arg("seeds"), py::arg("steps"), py::arg("tokens"), py::arg("token_stride"),
           py::arg("current"), py::arg("bad"), py::arg("rows"), py::arg("codes"), py::arg("guidance"),
           py::arg("temperature"), py::arg("device"), py::arg("stream"), release, "draw_codes on a CUDA stream.");
-    m.def("sample_codes", &sample_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
-          py::arg("out"), py::arg("rows"), py::arg("codes"), py::arg("guidance"), py::arg("temperature"),
-          py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-          "One code for each contiguous float32 row of logits, -1 where they are wrong; uncond 0 means none.");
     m.def("token_logprob", &token_logprob, py::arg("logits"), py::arg("dtype"), py::arg("bias"), py::arg("labels"),
           py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"), py::arg("codes"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>(),

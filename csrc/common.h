@@ -113,13 +113,6 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
                       int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
                       int threads);
 
-// sample_codes.cpp ---------------------------------------------------------------------------------------------------
-
-// One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it; uncond may
-// be null; temperature 0 takes the likeliest. -1 for a row with NaN, +inf or nothing but -inf.
-void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* out,
-                  int64_t rows, int64_t codes, float guidance, float temperature, int threads);
-
 // token_logprob.cpp --------------------------------------------------------------------------------------------------
 
 // For each of (rows, codes) contiguous logits z, of `dtype`, with labels in [0, codes): logps = log softmax(z + bias) at
@@ -140,8 +133,11 @@ int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_
                        float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream);
 #endif
 
-// The same for row `row` at steps[row], into current[row] and tokens[row · token_stride + steps[row]] (tokens may be
-// null); a row with wrong logits gets code 0, and bad[row] its step where it was negative.
+// sample_codes.cpp ---------------------------------------------------------------------------------------------------
+
+// One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it at steps[row],
+// into current[row] and tokens[row · token_stride + steps[row]]; uncond and tokens may be null; temperature 0 takes the
+// likeliest. A row with NaN, +inf or nothing but -inf gets code 0, and bad[row] its step where it was negative.
 void draw_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
                 int64_t token_stride, int64_t* current, int64_t* bad, int64_t rows, int64_t codes, float guidance,
                 float temperature, int threads);

@@ -61,16 +61,6 @@ int64_t sample(const float* cond, const float* uncond, int64_t codes, float guid
 
 }  // namespace
 
-void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* out,
-                  int64_t rows, int64_t codes, float guidance, float temperature, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        out[row] = sample(cond + row * codes, uncond ? uncond + row * codes : nullptr, codes, guidance, temperature,
-                          static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(steps[row]));
-    }
-    (void)threads;
-}
-
 void draw_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
                 int64_t token_stride, int64_t* current, int64_t* bad, int64_t rows, int64_t codes, float guidance,
                 float temperature, int threads) {

@@ -116,7 +116,7 @@ def combine_kernel(
     peak = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     acc = tl.zeros((WIDTH_BLOCK,), tl.float32)
-    for split in range(0, used):
+    for split in range(used):
         here = tl.load(peaks + index + split)
         higher = tl.maximum(peak, here)
         shrink, grow = tl.exp2(peak - higher), tl.exp2(here - higher)

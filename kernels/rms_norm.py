@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+
 @triton.jit
 def add_rms_norm_kernel(
     delta,  # (M, D), contiguous; not read where ADD is false

@@ -78,18 +78,6 @@ def attention_columns(
 def block_columns(
     pointers: Sequence[int], block: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int
 ) -> None: ...
-def sample_codes(
-    cond: int,
-    uncond: int,
-    seeds: int,
-    steps: int,
-    out: int,
-    rows: int,
-    codes: int,
-    guidance: float,
-    temperature: float,
-    threads: int,
-) -> None: ...
 def token_logprob(
     logits: int,
     dtype: int,

@@ -21,9 +21,9 @@ def masks(maps: torch.Tensor, threads: int) -> list[torch.Tensor]:
 
 
 def codes(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads: int) -> torch.Tensor:
-    steps, out = torch.full_like(seeds, 5), torch.full_like(seeds, -7)
-    pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps, out))
-    _C.sample_codes(*pointers, *cond.shape, 5.0, 1.0, threads)
+    steps, out, bad = (torch.full_like(seeds, value) for value in (5, -7, -1))
+    pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
+    _C.draw_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, threads)
     return out
 
 

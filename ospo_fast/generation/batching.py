@@ -1,7 +1,8 @@
-"""What images, texts and answers share: jobs of equal length in batches that fit the memory, and failures by item."""
+"""What images, texts and answers share: jobs in batches that fit the memory, and failures by item."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import defaultdict
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CPU_ROWS = 256  # beyond it larger batches gain nothing on a CPU
-CUDA_ROWS = 128  # throughput saturates near 92 guided images (Janus-Pro-7B, H200)
+CUDA_ROWS = 64  # each guided image has two rows; products of 128 rows still cost little more than reading the weights
 
 
 class GenerationError(OspoError):
@@ -75,6 +76,20 @@ def make_jobs(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[
     return [Job(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, signed, strict=True))]
 
 
+def in_groups(jobs: Sequence[T], groups: Sequence[object], batch_size: int) -> list[list[T]]:
+    """Batches of at most `batch_size` jobs in their order; neighbours of one group part only where they must."""
+    batches: list[list[T]] = [[]]
+    for _, members in itertools.groupby(range(len(jobs)), lambda i: groups[i]):
+        group = [jobs[i] for i in members]
+        if len(batches[-1]) + len(group) > batch_size and batches[-1]:
+            batches.append([])
+        for job in group:
+            if len(batches[-1]) == batch_size:
+                batches.append([])
+            batches[-1].append(job)
+    return [batch for batch in batches if batch]
+
+
 def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) -> list[list[T]]:
     """Batches of at most `batch_size` jobs of equal length, longest first: memory runs out early or never."""
     groups: dict[int, list[T]] = defaultdict(list)
@@ -85,6 +100,11 @@ def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) ->
         for _, group in sorted(groups.items(), reverse=True)
         for i in range(0, len(group), batch_size)
     ]
+
+
+def full_batch(decoder: LeanDecoder, batch_size: int | None, size: int) -> int:
+    """How many rows products have on a GPU, whatever part of them the memory and the jobs fill."""
+    return max(size, batch_size or (CUDA_ROWS if decoder.device.type == "cuda" else size))
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -111,7 +131,7 @@ def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
     if decoder.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(decoder.device)
         unused = torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
-        return max(1, min(CUDA_ROWS, int(0.6 * (free + unused)) // bytes_per_job))
+        return max(1, min(CUDA_ROWS, int(0.8 * (free + unused)) // bytes_per_job))
     return max(1, min(CPU_ROWS, CPU_BYTES // bytes_per_job))
 
 
@@ -151,15 +171,6 @@ def run_batches(
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def rows_of(jobs: Sequence[Job], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts (rows, S) and seeds (rows,) of jobs of equal length; dummy rows repeat the first one."""
-    ids = torch.stack([job.ids for job in jobs]).to(device)
-    seeds = torch.tensor([job.seed for job in jobs], dtype=torch.long, device=device)
-    index = torch.arange(rows, device=device)
-    index = torch.where(index < len(jobs), index, 0)
-    return ids[index], seeds[index]
 
 
 def check_ids(name: str, ids: Tensor, model: UnifiedModel, needed: int) -> None:

@@ -1,17 +1,21 @@
-"""A lean forward pass over the modules of a loaded Llama decoder, with a cache that is written in place.
+"""A lean forward pass of a loaded Llama decoder, with a cache that is written in place.
 
-All rows of a batch have the same length, so no padding, no mask and no position bookkeeping exist. The modules of the
-model are called as they are: adapters inside them stay in force and nothing is copied.
+Every row of the cache starts at position 0 and knows its own length, so no padding, no mask and no position bookkeeping
+exist. Plain layers are fused (`weights`): query, key and value in one product, gate and up in another; layers with
+adapters or hooks are called as they are.
 
-Bits. A row's result must not depend on its batch-mates. Attention and norms work row by row; matrix products do not
-have to: BLAS libraries switch kernels with the number of rows. On the CPU, products of at least `ROW_TILE` rows were
-found to agree bit for bit in every row (tests/generation/test_decoder.py looks again on each machine), so batches are
-filled up to multiples of it. On a GPU, and for models of which so many rows do not fit, every batch is filled up to
-the full batch size.
+Bits. A row's result must not depend on its batch-mates. Norms, gates and attention work row by row. Products do not
+have to: BLAS libraries switch kernels with the number of rows. So on a CPU with vector instructions float32 products
+run on packed weights (`ops.linear`), which have no such switch. Elsewhere on the CPU, products of at least `ROW_TILE`
+rows were found to agree bit for bit in every row (tests/generation/test_decoder.py looks again on each machine), and
+batches are filled up to multiples of it. On a GPU, and for models of which so many rows do not fit, every batch is
+filled up to the full batch size, and prompts pass in pieces of `PREFILL` tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +23,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.errors import OspoError
+from ospo_fast.generation.weights import Called, Fused, Projection, projection
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.ops.decode_attention import decode_attention, rotate
+from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
+from ospo_fast.ops.rms_norm import add_rms_norm
+from ospo_fast.ops.silu_mul import silu_mul
 
 ROW_TILE = 32
+PREFILL = 1024
 CPU_BYTES = 512 * 2**20  # of caches
+PACKED_BYTES = 2 * 2**30  # larger models keep the one copy of their weights
 
 
 class Cache:
     """Keys and values of every layer: 2 × (layers, rows, kv heads, length, head dim), contiguous, never grown."""
 
     def __init__(self, decoder: LeanDecoder, rows: int, length: int) -> None:
-        shape = (decoder.layers, rows, decoder.kv_heads, length, decoder.head_dim)
+        shape = (len(decoder.layers), rows, decoder.kv_heads, length, decoder.head_dim)
         self.keys = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
         self.values = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
 
@@ -38,15 +49,41 @@ class Cache:
         self.keys[..., :length, :] = source.keys[:, rows, :, :length]
         self.values[..., :length, :] = source.values[:, rows, :, :length]
 
-    def part(self, rows: slice) -> Cache:
-        """A view of some rows; writes go to this cache."""
-        view = object.__new__(Cache)
-        view.keys, view.values = self.keys[:, rows], self.values[:, rows]
-        return view
+    def repeat_row(self, row: int, rows: Sequence[int], length: int) -> None:
+        """Copy the first `length` positions of one row to others."""
+        for cache in (self.keys, self.values):
+            cache[:, rows, :, :length] = cache[:, row : row + 1, :, :length]
+
+
+class Buffers:
+    """What one step of `rows` rows writes: allocated once, so that steps allocate nothing and can be captured."""
+
+    def __init__(self, decoder: LeanDecoder, rows: int) -> None:
+        def empty(width: int) -> Tensor:
+            return torch.empty(rows, width, device=decoder.device, dtype=decoder.dtype)
+
+        self.normed, self.delta = empty(decoder.width), empty(decoder.width)
+        self.qkv = empty((decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim)
+        self.attended = empty(decoder.heads * decoder.head_dim)
+        self.gate_up, self.gated = empty(2 * decoder.inner), empty(decoder.inner)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    norm: Any  # before attention
+    qkv: Projection
+    out: Projection
+    mlp_norm: Any
+    gate_up: Projection
+    down: Projection
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
 
 
 class LeanDecoder:
-    """The decoder of `model`, called with embeddings and a `Cache`."""
+    """The decoder of `model`. Its weights are read when it is made, and again by `refresh`."""
 
     def __init__(self, model: UnifiedModel) -> None:
         module: Any = model.decoder
@@ -55,70 +92,185 @@ class LeanDecoder:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling"):
             if not hasattr(first, name):
                 raise OspoError(f"model: the decoder {type(module).__name__} has no {name}, expected a Llama decoder")
-        self._module = module
+        if config.hidden_act != "silu":
+            raise OspoError(f"model: the decoder's hidden_act is {config.hidden_act!r}, expected 'silu'")
+        self.model = model
         self.device, self.dtype = model.device, model.dtype
-        self.layers = len(module.layers)
         self.heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
         self.head_dim = int(first.head_dim)
+        self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
+        self._rotary = module.rotary_emb
+        self._norm = module.norm
         self._scale = float(first.scaling)
         self._angles: tuple[Tensor, Tensor] | None = None
+        kind = self._kind(module)
+        self.layers = [
+            _Layer(
+                layer.input_layernorm,
+                projection([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], kind),
+                projection([layer.self_attn.o_proj], kind),
+                layer.post_attention_layernorm,
+                projection([layer.mlp.gate_proj, layer.mlp.up_proj], kind),
+                projection([layer.mlp.down_proj], kind),
+            )
+            for layer in module.layers
+        ]
+        self.plain = not any(isinstance(p, Called) for layer in self.layers for p in layer.projections)
+        self.packed = self.plain and kind is PackedLinear
+
+    def _kind(self, module: Any) -> type[PackedLinear | Fused]:
+        small = sum(p.numel() * p.element_size() for p in module.layers.parameters()) <= PACKED_BYTES
+        wanted = self.device.type == "cpu" and self.dtype == torch.float32 and small
+        return PackedLinear if wanted and packed_linear_runs() else Fused
+
+    def refresh(self) -> None:
+        """Read the model's weights again, into the same memory."""
+        for layer in self.layers:
+            for part in layer.projections:
+                part.refresh()
 
     def row_bytes(self, length: int) -> int:
         """Bytes of cache that one row of `length` positions takes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * length * self.dtype.itemsize
+        return 2 * len(self.layers) * self.kv_heads * self.head_dim * length * self.dtype.itemsize
 
     def filled(self, rows: int, batch_size: int, row_bytes: int) -> int:
         """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch."""
+        if self.packed:
+            return rows
         if self.device.type == "cpu" and ROW_TILE * row_bytes <= CPU_BYTES:
             return -(-rows // ROW_TILE) * ROW_TILE
         return max(rows, batch_size)
 
+    def tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x) for rows x (M, D) of a product that is not packed: filled up to a whole tile on the CPU."""
+        missing = -len(x) % ROW_TILE if self.device.type == "cpu" else 0
+        return function(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else function(x)
+
     def positions(self, length: int) -> None:
         """Prepare the rotary angles of positions 0 … length−1, which all later calls use."""
         index = torch.arange(length, device=self.device)[None]
-        cos, sin = self._module.rotary_emb(torch.empty(0, device=self.device, dtype=self.dtype), index)
+        cos, sin = self._rotary(torch.empty(0, device=self.device, dtype=self.dtype), index)
         half = self.head_dim // 2
         # rotate_half as a plain shift: its sign goes into the sine.
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        self._angles = (cos[0], sin[0])
+        self._angles = (cos[0].contiguous(), sin[0].contiguous())
 
     def __call__(self, x: Tensor, cache: Cache, start: int) -> Tensor:
-        """Embeddings x (B, S, D) at positions start … start+S−1 → hidden (B, S, D).
+        """Embeddings x (B, S, D) at positions start … start+S−1 of the cache's B rows → hidden (B, S, D).
 
         Attention reaches the first `start` positions of `cache`, and x itself causally; x's keys and values are stored.
         """
-        assert self._angles is not None
         rows, steps, _ = x.shape
+        index = torch.arange(rows, device=x.device)
+        if steps == 1:
+            lengths = torch.full((rows,), start, device=x.device)
+            return self.step(x[:, 0].clone(), cache, index, lengths)[:, None]
+        mask = torch.ones(steps, start + steps, dtype=torch.bool, device=x.device).tril(start) if start else None
+
+        def attend(i: int, qkv: Tensor, _: Tensor) -> Tensor:
+            return self._attend_run(qkv, cache, i, slice(0, rows), start, steps, mask)
+
+        return self._run(x.reshape(rows * steps, -1).clone(), attend).view(rows, steps, -1)
+
+    def prefill(self, prompts: Sequence[Tensor], cache: Cache, slots: Sequence[int]) -> Tensor:
+        """Run prompts (S,) of any lengths, packed, into the rows `slots` of an empty cache → last hidden (N, D)."""
+        last = torch.empty(len(prompts), self.width, device=self.device, dtype=self.dtype)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        piece: list[int] = []
+        for n, i in enumerate(order):
+            piece.append(i)
+            following = len(prompts[order[n + 1]]) if n + 1 < len(order) else PREFILL
+            if sum(len(prompts[j]) for j in piece) + following > PREFILL:
+                last[piece] = self._prefill_piece([prompts[j] for j in piece], cache, [slots[j] for j in piece])
+                piece = []
+        return last
+
+    def _prefill_piece(self, prompts: list[Tensor], cache: Cache, slots: list[int]) -> Tensor:
+        lengths = [len(ids) for ids in prompts]
+        total = sum(lengths)
+        x = self.model.embed_tokens(torch.cat(prompts).to(self.device))
+        tile = 1 if self.packed else ROW_TILE if self.device.type == "cpu" else PREFILL
+        # A pad on top of a copy: the layers add to x in place.
+        x = F.pad(x, (0, 0, 0, -total % tile)) if total % tile else x.clone()
+        runs = []  # prompts of one length: (first token, rows of the cache, length)
+        begin = 0
+        for length in sorted(set(lengths)):
+            rows = [slot for slot, own in zip(slots, lengths, strict=True) if own == length]
+            runs.append((begin, torch.tensor(rows, device=self.device), length))
+            begin += len(rows) * length
+
+        def attend(i: int, qkv: Tensor, y: Tensor) -> Tensor:
+            y[total:] = 0
+            for begin, rows, length in runs:
+                part = slice(begin, begin + len(rows) * length)
+                y[part] = self._attend_run(qkv[part], cache, i, rows, 0, length, None)
+            return y
+
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return self._run(x, attend)[ends]
+
+    def step(
+        self,
+        x: Tensor,  # (M, D), overwritten
+        cache: Cache,
+        slots: Tensor,  # (M,) int64: a row of the cache for each
+        lengths: Tensor,  # (M,) int64: how many positions of it are filled
+        buffers: Buffers | None = None,
+    ) -> Tensor:
+        """One new token for each row, with embeddings x → hidden (M, D); its keys and values are stored.
+
+        With `buffers` the result is overwritten by the next step.
+        """
+        assert self._angles is not None
+        cos, sin = self._angles
+
+        def attend(i: int, qkv: Tensor, out: Tensor) -> Tensor:
+            return decode_attention(
+                qkv, cos, sin, cache.keys[i], cache.values[i], slots, lengths,
+                heads=self.heads, scale=self._scale, out=out,
+            )  # fmt: skip
+
+        return self._run(x, attend, buffers)
+
+    def _run(
+        self, x: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor], buffers: Buffers | None = None
+    ) -> Tensor:
+        """The layers over rows x (M, D), which becomes the residual stream; attend(layer, qkv, out) → (M, H·D)."""
+        b = buffers or Buffers(self, len(x))
+        following = [layer.norm for layer in self.layers[1:]] + [self._norm]
+        h = _normed(None, x, self.layers[0].norm, b.normed)
+        for i, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
+            y = attend(i, layer.qkv(h, b.qkv), b.attended)
+            h = _normed(layer.out(y, b.delta), x, layer.mlp_norm, b.normed)
+            y = silu_mul(layer.gate_up(h, b.gate_up), out=b.gated)
+            h = _normed(layer.down(y, b.delta), x, norm, b.normed)
+        return h
+
+    def _attend_run(
+        self, qkv: Tensor, cache: Cache, i: int, rows: Tensor | slice, start: int, steps: int, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of qkv, whole rows of `steps` positions from `start` on, in rows `rows` of the cache → (…, H·D)."""
+        assert self._angles is not None
         end = start + steps
         cos, sin = (angle[start:end] for angle in self._angles)
-        mask = None
-        if steps > 1 and start > 0:
-            mask = torch.ones(steps, end, dtype=torch.bool, device=x.device).tril(start)
-        for i, layer in enumerate(self._module.layers):
-            attention = layer.self_attn
-            y = layer.input_layernorm(x)
-            q, k, v = (
-                project(y).view(rows, steps, -1, self.head_dim).transpose(1, 2)
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            keys, values = cache.keys[i, :, :, :end], cache.values[i, :, :, :end]
-            keys[:, :, start:] = _rotate(k, cos, sin)
-            values[:, :, start:] = v
-            y = F.scaled_dot_product_attention(
-                _rotate(q, cos, sin),
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=steps > 1 and start == 0,
-                scale=self._scale,
-                enable_gqa=self.heads != self.kv_heads,
-            )
-            x = x + attention.o_proj(y.transpose(1, 2).reshape(rows, steps, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        hidden: Tensor = self._module.norm(x)
-        return hidden
+        parts = qkv.view(-1, steps, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        k = rotate(k, cos, sin)
+        cache.keys[i][rows, :, start:end], cache.values[i][rows, :, start:end] = k, v
+        if start:
+            k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin),
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=start == 0,
+            scale=self._scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return y.transpose(1, 2).reshape(len(qkv), -1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+def _normed(delta: Tensor | None, x: Tensor, norm: Any, out: Tensor) -> Tensor:
+    return add_rms_norm(delta, x, norm.weight, norm.variance_epsilon, out=out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +12,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import UsageError
+from ospo_fast.generation.background import Background
 from ospo_fast.generation.batching import (
     GenerationError,
     Job,
-    by_length,
     check_batch_size,
     check_ids,
-    check_number,
-    check_sampling,
     evaluating,
     fitting,
+    full_batch,
+    in_groups,
     make_jobs,
-    rows_of,
     run_batches,
 )
-from ospo_fast.generation.decoder import Cache, LeanDecoder
+from ospo_fast.generation.canvas import Canvas, Engine, Sampling, signature
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.ops import sample_codes
 
 _OUTPUTS = ("pil", "codes", "pt")
 
@@ -44,17 +43,22 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _Sampling:
-    guidance_scale: float
-    temperature: float
-    top_k: int
-    top_p: float
+class Throughput:
+    """How fast codes were drawn, without the decoding of pixels."""
 
-    def __post_init__(self) -> None:
-        check_number("guidance_scale", self.guidance_scale, "a number >= 0; 1 draws without guidance")
-        check_sampling(self.temperature, self.top_p, "code")
-        if self.top_k < 0:
-            raise UsageError(f"top_k: got {self.top_k}, expected an integer >= 0; 0 keeps all codes")
+    images: int
+    seconds: float
+    streamed_bytes: int  # the weights once a step, and every row's keys and values: what no implementation can spare
+
+    @property
+    def images_per_second(self) -> float:
+        """Images drawn in a second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def gb_per_second(self) -> float:
+        """10⁹ bytes of weights, keys and values in a second."""
+        return self.streamed_bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 class ImageGenerator:
@@ -63,18 +67,26 @@ class ImageGenerator:
     Args:
         model: from `load_model`.
         batch_size: images drawn at once; by default as many as are useful and fit the free memory. A batch that runs
-            out of GPU memory is halved and drawn again.
+            out of memory is halved and drawn again.
+        capture: replay the steps from a CUDA graph; False runs them one by one, with the same result.
 
     An image depends on the model, its prompt, its seed and the sampling settings alone: on one machine the codes are
-    the same in any batch and at any place in it. On the CPU that holds for any `batch_size` too; on a GPU, matrix
-    products of another batch size may round otherwise.
+    the same in any batch, of any size, and at any place in it. On a GPU that takes matrix products of one size, which
+    are filled up with dummies: of 64 images, however many fit the memory, or of `batch_size` where it is given, and
+    with another `batch_size` they may round otherwise.
+
+    `throughput` tells how fast the last call of `generate` drew.
 
     """
 
-    def __init__(self, model: UnifiedModel, *, batch_size: int | None = None) -> None:
+    def __init__(self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True) -> None:
         check_batch_size(batch_size)
         self.model = model
         self.batch_size = batch_size
+        self.capture = capture
+        self.throughput: Throughput | None = None
+        self._engine: Engine | None = None
+        self._canvas: tuple[object, Canvas] | None = None
 
     @torch.no_grad()
     def generate(
@@ -91,6 +103,7 @@ class ImageGenerator:
         callback: Callable[[Drawn], None] | None = None,
         progress: bool = True,
         on_error: str = "raise",
+        groups: Sequence[Hashable] | None = None,
     ) -> Any:
         """Draw `num_images` images of each prompt, in input order (all images of the first prompt first).
 
@@ -109,6 +122,8 @@ class ImageGenerator:
             progress: a bar on stderr for what takes more than two seconds.
             on_error: an image whose logits are not finite fails alone. "raise": GenerationError once the others are
                 finished. "skip": None stands in its place (−1 in codes, NaN in "pt").
+            groups: what each image belongs to, one value per image: neighbours of one group share a batch where they
+                fit one, such as the images that one item is judged by.
 
         Raises:
             UsageError: an argument that makes no sense.
@@ -116,34 +131,52 @@ class ImageGenerator:
             OspoError: guidance has no effect, or not even one image fits the memory.
 
         """
-        sampling = _Sampling(guidance_scale, temperature, top_k, top_p)
+        sampling = Sampling(guidance_scale, temperature, top_k, top_p)
         _check_choice("output", output, _OUTPUTS)
         _check_choice("on_error", on_error, ("raise", "skip"))
         if num_images < 1:
             raise UsageError(f"num_images: got {num_images}, expected a positive number")
         ids = [i for i in self._ids(prompts) for _ in range(num_images)]
         jobs = make_jobs(ids, seeds)
+        if groups is not None and len(groups) != len(jobs):
+            raise UsageError(f"groups: got {len(groups)} of them, expected {len(jobs)}, one for each image")
         tokens = self.model.grid[0] * self.model.grid[1]
         codes = torch.full((len(jobs), tokens), -1, dtype=torch.long)
+        images: dict[int, Any] = {}
         failed: dict[int, str] = {}
-        if jobs:
-            done = 0
-            with evaluating(self.model), tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar:
-                for batch, (drawn, bad) in self._batches(jobs, sampling):
-                    for job, step in zip(batch, bad, strict=True):
-                        if step >= 0:
-                            name = prompts[job.index // num_images]
-                            shown = repr(name[:60]) if isinstance(name, str) else f"{len(name)} token ids"
-                            reason = f"the logits are not finite at code {step}"
-                            failed[job.index] = f"image {job.index} ({shown}, seed {job.seed}): {reason}"
-                    fine = [i for i, step in enumerate(bad) if step < 0]
-                    indices = [batch[i].index for i in fine]
-                    codes[indices] = drawn[fine]
-                    done += len(batch)
-                    bar.update(len(batch))
-                    if callback is not None:
-                        callback(Drawn(indices, drawn[fine], done, len(jobs)))
-        results = self._output(codes, failed, output)
+
+        def decode(found: tuple[list[int], Tensor]) -> None:
+            images.update(zip(found[0], self.model.decode_codes(found[1]), strict=True))
+
+        done, seconds, streamed = 0, 0.0, 0
+        with (
+            evaluating(self.model),
+            tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar,
+            Background(decode, device=self.model.device) as decoding,
+        ):
+            begin = time.perf_counter()
+            for batch, (drawn, bad) in self._batches(jobs, sampling, groups) if jobs else ():
+                seconds += time.perf_counter() - begin
+                streamed += self._streamed(batch, sampling)
+                for job, step in zip(batch, bad, strict=True):
+                    if step >= 0:
+                        name = prompts[job.index // num_images]
+                        shown = repr(name[:60]) if isinstance(name, str) else f"{len(name)} token ids"
+                        reason = f"the logits are not finite at code {step}"
+                        failed[job.index] = f"image {job.index} ({shown}, seed {job.seed}): {reason}"
+                fine = [i for i, step in enumerate(bad) if step < 0]
+                indices = [batch[i].index for i in fine]
+                codes[indices] = drawn[fine]
+                if output != "codes" and fine:
+                    decoding.put((indices, drawn[fine]))
+                done += len(batch)
+                bar.update(len(batch))
+                self.throughput = Throughput(done, seconds, streamed)
+                bar.set_postfix_str(f"{self.throughput.gb_per_second:.1f} GB/s", refresh=False)
+                if callback is not None:
+                    callback(Drawn(indices, drawn[fine], done, len(jobs)))
+                begin = time.perf_counter()
+        results = codes if output == "codes" else _pictures(images, len(jobs), output)
         if failed and on_error == "raise":
             raise GenerationError.of("images", results, failed)
         return results
@@ -172,101 +205,57 @@ class ImageGenerator:
             found.append(ids.long())
         return found
 
-    def _batches(self, jobs: list[Job], sampling: _Sampling) -> Any:
-        decoder = LeanDecoder(self.model)
-        tokens = self.model.grid[0] * self.model.grid[1]
-        longest = max(len(job.ids) for job in jobs)
-        decoder.positions(longest + tokens)
-        table = self.model.embed_codes(torch.arange(self.model.num_codes, device=self.model.device))
-        branches = 1 if sampling.guidance_scale == 1 else 2
-        size = self.batch_size or fitting(decoder, branches * decoder.row_bytes(longest + tokens))
+    def _batches(self, jobs: list[Job], sampling: Sampling, groups: Sequence[Hashable] | None) -> Any:
+        engine = self._current()
+        decoder, branches = engine.decoder, sampling.branches
+        length = -(-(max(len(job.ids) for job in jobs) + engine.tokens) // 64) * 64
+        if self._canvas is not None and decoder.device.type == "cuda":
+            length = max(length, self._canvas[1].length)  # one graph serves many calls
+        size = self.batch_size or fitting(decoder, branches * decoder.row_bytes(length))
+        rows = full_batch(decoder, self.batch_size, size)
 
         def work(batch: list[Job], size: int) -> tuple[Tensor, list[int]]:
-            rows = decoder.filled(len(batch), size, branches * decoder.row_bytes(len(batch[0].ids) + tokens))
-            codes, bad = draw(self.model, decoder, table, batch, rows, sampling)
-            return codes[: len(batch)].cpu(), bad[: len(batch)].tolist()
+            if decoder.device.type == "cuda":
+                shape = (rows, min(size, rows), length)
+            else:
+                filled = decoder.filled(len(batch), rows, branches * decoder.row_bytes(length))
+                shape = (filled, len(batch), length)
+            if self._canvas is None or self._canvas[0] != (shape, sampling):
+                self._canvas = None  # its memory goes before the next one's comes
+                self._canvas = (shape, sampling), Canvas(engine, *shape, sampling, capture=self.capture)
+            try:
+                return self._canvas[1].draw(batch)
+            except RuntimeError:
+                self._canvas = None
+                raise
 
-        return run_batches(by_length(jobs, lambda job: len(job.ids), size), work, size, "image")
+        batches = in_groups(jobs, range(len(jobs)) if groups is None else groups, size)
+        return run_batches(batches, work, size, "image")
 
-    def _output(self, codes: Tensor, failed: dict[int, str], output: str) -> Any:
-        if output == "codes":
-            return codes
-        fine = [i for i in range(len(codes)) if i not in failed]
-        images = dict(zip(fine, self.model.decode_codes(codes[fine]), strict=True))
-        if output == "pil":
-            return [images.get(i) for i in range(len(codes))]
-        arrays = {i: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for i, image in images.items()}
-        if not arrays:
-            return torch.empty(len(codes), 3, 0, 0)
-        blank = torch.full_like(next(iter(arrays.values())), torch.nan)
-        return torch.stack([arrays.get(i, blank) for i in range(len(codes))])
+    def _current(self) -> Engine:
+        """The engine with the weights that the model has now."""
+        if self._engine is not None and self._engine.signature == signature(self.model):
+            self._engine.refresh()
+        else:
+            self._canvas = self._engine = None
+            self._engine = Engine(self.model)
+        return self._engine
+
+    def _streamed(self, batch: list[Job], sampling: Sampling) -> int:
+        assert self._engine is not None
+        return self._engine.streamed_bytes([len(job.ids) for job in batch], sampling.branches)
+
+
+def _pictures(images: dict[int, Any], count: int, output: str) -> Any:
+    if output == "pil":
+        return [images.get(i) for i in range(count)]
+    arrays = {i: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for i, image in images.items()}
+    if not arrays:
+        return torch.empty(count, 3, 0, 0)
+    blank = torch.full_like(next(iter(arrays.values())), torch.nan)
+    return torch.stack([arrays.get(i, blank) for i in range(count)])
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def draw(
-    model: UnifiedModel,
-    decoder: LeanDecoder,
-    table: Tensor,  # (num_codes, D)
-    jobs: list[Job],
-    rows: int,
-    sampling: _Sampling,
-) -> tuple[Tensor, Tensor]:
-    """Codes (rows, T) of jobs of equal length, and per row the step at which its logits were not finite, or −1.
-
-    With guidance the batch has 2 · rows: the conditional ones, then the unconditional ones.
-    """
-    guided = sampling.guidance_scale != 1
-    ids, seeds = rows_of(jobs, rows, decoder.device)
-    length, tokens = ids.shape[1], model.grid[0] * model.grid[1]
-    cache = Cache(decoder, 2 * rows if guided else rows, length + tokens)
-    hidden = decoder(model.embed_tokens(ids), cache.part(slice(0, rows)), 0)[:, -1]
-    if guided:
-        # An unconditional prompt depends on the length alone: one row is computed and copied to all.
-        blank = model.unconditional(ids[0])
-        single = Cache(decoder, 1, length)
-        alone = decoder(model.embed_tokens(blank[None]), single, 0)[:, -1]
-        cache.part(slice(rows, 2 * rows)).copy_rows(single, slice(0, 1), length)
-        hidden = torch.cat((hidden, alone.expand(rows, -1)))
-    bad = torch.full((rows,), -1, dtype=torch.long, device=decoder.device)
-    codes = torch.empty(rows, tokens, dtype=torch.long, device=decoder.device)
-    for step in range(tokens):
-        logits = model.head(hidden)
-        broken = ~logits.isfinite().all(1).view(-1, rows).all(0)
-        bad = torch.where(broken & (bad < 0), step, bad)
-        # A broken row goes on with zeros: it fails alone, at the end.
-        logits = logits.masked_fill(broken.repeat(len(logits) // rows)[:, None], 0)
-        cond, uncond = (logits[:rows], logits[rows:]) if guided else (logits, None)
-        if uncond is not None and step == 0:
-            _check_live(cond, uncond, ~broken & (ids != blank).any(1))
-        codes[:, step] = sample_codes(
-            cond,
-            uncond,
-            guidance_scale=sampling.guidance_scale,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seeds=seeds,
-            step=step,
-        )
-        if step + 1 < tokens:
-            x = table[codes[:, step]]
-            hidden = decoder((torch.cat((x, x)) if guided else x)[:, None], cache, length + step)[:, -1]
-    return codes, bad
-
-
-def _check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
-    """OspoError unless the branches differ where the prompts do: equal logits mean that no prompt reached the model."""
-    rounding = max(1e-4, 2 * torch.finfo(cond.dtype).eps)
-    cond, uncond = cond[prompted].float(), uncond[prompted].float()
-    if not len(cond):
-        return
-    spread = float(cond.max() - cond.min())
-    if spread > 0 and float((cond - uncond).abs().max()) <= rounding * spread:
-        raise OspoError(
-            "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
-            "is the model trained, and are its weights whole? guidance_scale=1 draws without it"
-        )

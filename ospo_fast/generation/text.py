@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -12,19 +13,19 @@ from ospo_fast.errors import UsageError
 from ospo_fast.generation.batching import (
     GenerationError,
     Job,
-    by_length,
     check_batch_size,
     check_ids,
     check_sampling,
     evaluating,
     fitting,
+    full_batch,
+    in_groups,
     make_jobs,
-    rows_of,
     run_batches,
 )
-from ospo_fast.generation.decoder import Cache, LeanDecoder
+from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.ops import sample_codes
+from ospo_fast.ops.sample_codes import draw_codes
 
 
 @torch.no_grad()
@@ -69,14 +70,15 @@ def generate_text(
     longest = min(max(len(job.ids) for job in jobs) + max_new_tokens, model.max_positions)
     decoder.positions(longest)
     size = batch_size or fitting(decoder, decoder.row_bytes(longest))
+    rows = full_batch(decoder, batch_size, size)
 
     def work(batch: list[Job], size: int) -> list[list[int] | None]:
-        return write(model, decoder, batch, size, max_new_tokens, temperature, top_p)
+        return write(model, decoder, batch, rows, max_new_tokens, temperature, top_p)
 
     texts: list[str | None] = [None] * len(jobs)
     failed: dict[int, str] = {}
     with evaluating(model), tqdm(total=len(jobs), unit="text", delay=2, disable=not progress) as bar:
-        for batch, written in run_batches(by_length(jobs, lambda job: len(job.ids), size), work, size, "text"):
+        for batch, written in run_batches(in_groups(jobs, range(len(jobs)), size), work, size, "text"):
             for job, tokens in zip(batch, written, strict=True):
                 if tokens is None:
                     failed[job.index] = f"text {job.index} (seed {job.seed}): the logits are not finite"
@@ -92,32 +94,41 @@ def write(
     model: UnifiedModel,
     decoder: LeanDecoder,
     jobs: list[Job],
-    batch_size: int,
+    full: int,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
 ) -> list[list[int] | None]:
-    """The tokens of each job's answer, without its end token; None where the logits were not finite."""
-    length = len(jobs[0].ids)
-    steps = min(max_new_tokens, model.max_positions - length)
-    row_bytes = decoder.row_bytes(length + steps)
-    rows = decoder.filled(len(jobs), batch_size, row_bytes)
-    ids, seeds = rows_of(jobs, rows, decoder.device)
-    ends = torch.tensor(model.eos_ids, device=decoder.device)
-    cache = Cache(decoder, rows, length + steps)
-    hidden = decoder(model.embed_tokens(ids), cache, 0)[:, -1]
+    """The tokens of each job's answer, without its end token; None where the logits were not finite.
+
+    Rows that are finished leave the batch where fewer rows are less work; `full` is how many rows a full batch has.
+    """
+    device, count = decoder.device, len(jobs)
+    room = [min(max_new_tokens, model.max_positions - len(job.ids)) for job in jobs]
+    longest = max(len(job.ids) + most for job, most in zip(jobs, room, strict=True))
+    row_bytes = decoder.row_bytes(longest)
+    rows = decoder.filled(count, full, row_bytes)
+    cache = Cache(decoder, count + 1, longest)  # the last row is that of the dummies
+    hidden = F.pad(decoder.prefill([job.ids for job in jobs], cache, range(count)), (0, 0, 0, rows - count))
+
+    def per_row(values: list[int], dummy: int) -> Tensor:
+        return torch.tensor(values + [dummy] * (rows - count), device=device)
+
+    owner = per_row(list(range(count)), count)  # which job a row writes, and its row of the cache
+    lengths, active = per_row([len(job.ids) for job in jobs], 0), per_row([1] * count, 0)
+    seeds, limits = per_row([job.seed for job in jobs], 0), per_row(room, 0)
+    steps, ends = torch.zeros_like(seeds), torch.tensor(model.eos_ids, device=device)
     answers: list[list[int] | None] = [[] for _ in jobs]
-    owner = torch.arange(rows, device=decoder.device)  # which job a row writes; dummy rows have none
-    finished = owner >= len(jobs)
-    for step in range(steps):
-        logits = model.text_logits(hidden)
-        broken = ~logits.isfinite().all(1)
-        tokens = sample_codes(
-            logits.masked_fill(broken[:, None], 0), temperature=temperature, top_p=top_p, seeds=seeds, step=step
-        )
-        stopped = torch.isin(tokens, ends)
+    finished = owner == count
+    buffers = Buffers(decoder, rows)
+    while True:
+        logits = decoder.tiled(model.text_logits, hidden)
+        tokens, bad = torch.empty_like(seeds), torch.full_like(seeds, -1)
+        draw_codes(logits, temperature=temperature, top_p=top_p, seeds=seeds, steps=steps, codes=tokens, bad=bad)
+        steps += 1
+        broken, stopped = bad >= 0, torch.isin(tokens, ends)
         for job, token, stop, fail, over in zip(
-            owner.tolist(), tokens.tolist(), stopped.tolist(), broken.tolist(), finished.tolist(), strict=True
+            *(values.tolist() for values in (owner, tokens, stopped, broken, finished)), strict=True
         ):
             if over:
                 continue
@@ -126,15 +137,18 @@ def write(
                 answers[job] = None
             elif not stop and answer is not None:
                 answer.append(token)
-        finished = finished | stopped | broken
-        if step + 1 == steps or bool(finished.all()):
-            break
-        fewer = decoder.filled(int((~finished).sum()), rows, row_bytes)
-        if fewer <= rows // 2:
-            # Half of the rows or more are done: the rest moves to a smaller cache.
-            keep = finished.long().argsort(stable=True)[:fewer]
-            old, cache = cache, Cache(decoder, fewer, length + steps)
-            cache.copy_rows(old, keep, length + step)
-            owner, seeds, tokens, finished, rows = owner[keep], seeds[keep], tokens[keep], finished[keep], fewer
-        hidden = decoder(model.embed_tokens(tokens)[:, None], cache, length + step)[:, -1]
-    return answers
+        finished = finished | stopped | broken | (steps >= limits)
+        if bool(finished.all()):
+            return answers
+        # A row that is over stays where it is.
+        lengths, active = torch.where(finished, 0, lengths), torch.where(finished, 0, active)
+        fewer = decoder.filled(int((~finished).sum()), full, row_bytes)
+        if fewer < len(owner):
+            keep = finished.long().argsort(stable=True)[:fewer].sort().values
+            owner, lengths, active, seeds, limits, steps, tokens, finished = (
+                values[keep] for values in (owner, lengths, active, seeds, limits, steps, tokens, finished)
+            )
+            buffers = Buffers(decoder, fewer)
+        x = model.embed_tokens(tokens).clone()
+        hidden = decoder.step(x, cache, owner, lengths, buffers)
+        lengths = lengths + active

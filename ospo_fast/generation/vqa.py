@@ -121,7 +121,7 @@ def _answer(
             cache.copy_rows(first, torch.tensor([place[i] for i, _, _ in full], device=device), start)
             ids = torch.tensor([rest for _, _, rest in full], device=device)
             hidden = decoder(model.embed_tokens(ids), cache, start)[:, -1]
-            probs = model.text_logits(hidden).float().softmax(-1)
+            probs = decoder.tiled(model.text_logits, hidden).float().softmax(-1)
             p_yes, p_no = (probs[:, words].amax(1).tolist() for words in (yes, no))
             found.extend((i, j, p, q) for (i, j, _), p, q in zip(part, p_yes, p_no, strict=False))
     return found

@@ -23,9 +23,9 @@ def decode_attention(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(scale · q·K)·V → (M, H·D), into `out` if given, with q and k of each row rotated at position lengths[row].
+    """softmax(scale · q·K)·V → (M, H·D), into `out` if given, with q and k of row m rotated at position lengths[m].
 
-    Row m holds query, key and value heads side by side. Its key and value are written at that position of slot
+    A row holds query, key and value heads side by side. Its key and value are written at that position of slot
     slots[m], and it attends to positions 0 … lengths[m] of the slot: nothing behind them is read. Rotation:
     x·cos + shift(x)·sin with x shifted by D/2; `sin` carries the sign of rotate_half. Grouped queries where Hkv < H.
     Rows may share a slot only where nobody reads it (dummy rows). Not differentiable.
@@ -36,9 +36,7 @@ def decode_attention(
     chosen = _dispatch.resolve("decode_attention", backend, qkv.device.type)
     arguments = (qkv, cos, sin, keys, values, slots, lengths, heads, scale, out)
     if chosen == "triton":
-        from ospo_fast.kernels import decode_attention as kernel
-
-        kernel.decode_attention(*arguments)
+        _dispatch.triton("decode_attention").decode_attention(*arguments)
     elif chosen == "flash_attn":
         _flash(*arguments)
     elif chosen == "cpp" and qkv.dtype == torch.float32 and keys.shape[-1] % 16 == 0 and keys.shape[-1] <= 256:

@@ -37,20 +37,25 @@ class PackedLinear:
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the modules' weights again: they may have been trained since."""
-        weight = torch.cat([m.weight for m in self._modules])
+        weight = torch.cat(tuple(m.weight for m in self._modules))
         _dispatch.native().pack_linear(weight.data_ptr(), self._packed.data_ptr(), self.columns, self.depth)
         if self._bias is not None:
-            parts = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in self._modules]
-            torch.cat(parts, out=self._bias)
+            torch.cat([bias_of(m) for m in self._modules], out=self._bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x (M, K), rows contiguous → (M, N), into `out` if given."""
+        """X (M, K), rows contiguous → (M, N), into `out` if given."""
         out = torch.empty(len(x), self.columns) if out is None else out
         _dispatch.native().linear(
             x.data_ptr(), x.stride(0), self._packed.data_ptr(), 0 if self._bias is None else self._bias.data_ptr(),
             out.data_ptr(), out.stride(0), len(x), self.columns, self.depth, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+
+def bias_of(module: nn.Linear) -> Tensor:
+    """The module's bias (N,), zeros where it has none."""
+    bias: Tensor | None = module.bias
+    return module.weight.new_zeros(module.out_features) if bias is None else bias.detach()
 
 
 def packed_linear_runs() -> bool:
@@ -61,6 +66,6 @@ def packed_linear_runs() -> bool:
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """x · Φ(x) in place, fp32 on the CPU and contiguous; element by element, so that no bit depends on the place."""
+    """In place, x · Φ(x): fp32 on the CPU and contiguous; element by element, so that no bit depends on the place."""
     _dispatch.native().gelu(x.data_ptr(), x.numel(), torch.get_num_threads())
     return x

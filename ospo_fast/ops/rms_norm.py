@@ -17,7 +17,7 @@ def add_rms_norm(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """stream += delta in place, then weight · stream / sqrt(mean(stream², -1) + eps) → (M, D), into `out` if given.
+    """After `stream += delta`, in place: weight · stream / sqrt(mean(stream², -1) + eps) → (M, D), into `out` if given.
 
     All contiguous and of one dtype; the norm is taken in fp32 and rounded to that dtype before the weight comes in, as
     transformers' LlamaRMSNorm does it. delta None adds nothing. Not differentiable.
@@ -25,9 +25,7 @@ def add_rms_norm(
     out = torch.empty_like(stream) if out is None else out
     chosen = _dispatch.resolve("add_rms_norm", backend, stream.device.type)
     if chosen == "triton":
-        from ospo_fast.kernels import rms_norm as kernel
-
-        kernel.add_rms_norm(delta, stream, weight, eps, out)
+        _dispatch.triton("rms_norm").add_rms_norm(delta, stream, weight, eps, out)
     elif chosen == "cpp" and stream.dtype == torch.float32:
         _dispatch.native().add_rms_norm(
             0 if delta is None else delta.data_ptr(), stream.data_ptr(), weight.data_ptr(), out.data_ptr(),

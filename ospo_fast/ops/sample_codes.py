@@ -21,6 +21,7 @@ from ospo_fast.ops import _dispatch
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+_CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def sample_codes(
@@ -108,20 +109,61 @@ def _sample_codes(
     seeds: Tensor,
     steps: Tensor,
 ) -> Tensor:
-    cond, uncond = cond.float(), None if uncond is None else uncond.float()
-    if temperature > 0 and (top_k or top_p < 1):
-        z = _truncate(_logits(cond, uncond, guidance_scale) / temperature, top_k, top_p)
-        cond, uncond, temperature = z, None, 1.0
-    if _dispatch.resolve("sample_codes", "auto", cond.device.type) == "cpp":
-        codes = _native(cond, uncond, guidance_scale, temperature, seeds, steps)
-    else:
-        z = _logits(cond, uncond, guidance_scale)
-        scores = z / temperature + gumbel_noise(seeds, steps, z.shape[1]) if temperature > 0 else z
-        codes = torch.where(z.amax(1).isfinite(), scores.argmax(1), -1)  # amax is NaN where the row holds one
-    if bool((codes < 0).any()):
-        rows = (codes < 0).nonzero().flatten().tolist()
+    untouched = torch.iinfo(torch.int64).min
+    codes = torch.zeros(len(cond), dtype=torch.int64, device=cond.device)
+    bad = torch.full_like(codes, untouched)
+    draw_codes(
+        cond,
+        uncond,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seeds=seeds,
+        steps=steps,
+        codes=codes,
+        bad=bad,
+    )
+    wrong = bad != untouched
+    if bool(wrong.any()):
+        rows = wrong.nonzero().flatten().tolist()
         raise OpError(f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits")
     return codes
+
+
+def draw_codes(
+    cond: Tensor,  # (B, V), rows contiguous
+    uncond: Tensor | None = None,  # (B, V), strided as cond
+    *,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seeds: Tensor,  # (B,) int64
+    steps: Tensor,  # (B,) int64
+    codes: Tensor,  # (B,) int64, written
+    bad: Tensor,  # (B,) int64, -1 where all was well so far
+    tokens: Tensor | None = None,  # (B, T) int64, written at steps
+) -> None:
+    """`sample_codes` without a host in the loop: it writes the codes, and into column steps[b] of row b of `tokens`.
+
+    A row with NaN, +inf or nothing but -inf gets code 0, and bad[b] its step where it was negative: look once, at the
+    end. Nothing is checked, nothing synchronises, so that a CUDA graph can hold it. Other arguments as `sample_codes`.
+    """
+    if temperature > 0 and (top_k or top_p < 1):
+        z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale) / temperature
+        cond, uncond, temperature = _truncate(z, top_k, top_p), None, 1.0
+    chosen = _dispatch.resolve("sample_codes", "auto", cond.device.type)
+    if chosen != "torch":
+        _native(chosen, cond, uncond, guidance_scale, temperature, seeds, steps, codes, bad, tokens)
+        return
+    z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale)
+    scores = z / temperature + gumbel_noise(seeds, steps, z.shape[1]) if temperature > 0 else z
+    wrong = ~z.amax(1).isfinite()  # amax is NaN where the row holds one
+    codes.copy_(scores.argmax(1).masked_fill(wrong, 0))
+    bad.copy_(torch.where(wrong & (bad < 0), steps, bad))
+    if tokens is not None:
+        tokens.scatter_(1, steps[:, None], codes[:, None])
 
 
 @torch.library.register_fake("ospo_fast::sample_codes")
@@ -130,23 +172,42 @@ def _(cond: Tensor, *args: object) -> Tensor:
 
 
 def _native(
-    cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float, seeds: Tensor, steps: Tensor
-) -> Tensor:
-    cond, seeds, steps = cond.contiguous(), seeds.contiguous(), steps.contiguous()
-    uncond = None if uncond is None else uncond.contiguous()
-    codes = torch.empty(len(cond), dtype=torch.int64)
-    _dispatch.native().sample_codes(
-        cond.data_ptr(),
-        0 if uncond is None else uncond.data_ptr(),
+    backend: str,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    seeds: Tensor,
+    steps: Tensor,
+    codes: Tensor,
+    bad: Tensor,
+    tokens: Tensor | None,
+) -> None:
+    seeds, steps = seeds.contiguous(), steps.contiguous()
+    if backend == "cpp":
+        cond, uncond = cond.float().contiguous(), None if uncond is None else uncond.float().contiguous()
+    else:
+        dtype = cond.dtype if cond.dtype in _CUDA_DTYPES else torch.float32
+        cond, uncond = cond.to(dtype).contiguous(), None if uncond is None else uncond.to(dtype).contiguous()
+    pointers = [
         seeds.data_ptr(),
         steps.data_ptr(),
+        0 if tokens is None else tokens.data_ptr(),
+        0 if tokens is None else tokens.stride(0),
         codes.data_ptr(),
+        bad.data_ptr(),
         *cond.shape,
         guidance_scale,
         temperature,
-        torch.get_num_threads(),
-    )
-    return codes
+    ]
+    logits = (cond.data_ptr(), 0 if uncond is None else uncond.data_ptr())
+    if backend == "cpp":
+        _dispatch.native().draw_codes(*logits, *pointers, torch.get_num_threads())
+    else:
+        stream = torch.cuda.current_stream(cond.device).cuda_stream
+        _dispatch.native().draw_codes_cuda(
+            _CUDA_DTYPES[cond.dtype], *logits, cond.stride(0), *pointers, cond.get_device(), stream
+        )
 
 
 def _logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:

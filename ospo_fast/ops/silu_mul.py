@@ -10,14 +10,12 @@ from ospo_fast.ops import _dispatch
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """gate_up (M, 2·I), gate before up, contiguous → silu(gate) · up (M, I), into `out` if given. Not differentiable."""
+    """silu(gate) · up → (M, I), into `out` if given; gate_up (M, 2·I) is contiguous, gate first. Not differentiable."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width) if out is None else out
     chosen = _dispatch.resolve("silu_mul", backend, gate_up.device.type)
     if chosen == "triton":
-        from ospo_fast.kernels import silu_mul as kernel
-
-        kernel.silu_mul(gate_up, out)
+        _dispatch.triton("silu_mul").silu_mul(gate_up, out)
     elif chosen == "cpp" and gate_up.dtype == torch.float32:
         _dispatch.native().silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
     else:

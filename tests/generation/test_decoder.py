@@ -5,17 +5,31 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from ospo_fast.errors import OspoError
+from ospo_fast.generation import decoder as lean
 from ospo_fast.generation.decoder import ROW_TILE, Cache, LeanDecoder
+from ospo_fast.generation.weights import Called, Fused, head_projection
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
 class Bare:
     """As much of a unified model as the decoder looks at."""
 
-    def __init__(self, decoder: torch.nn.Module) -> None:
+    def __init__(self, decoder: torch.nn.Module, embeddings: torch.Tensor | None = None) -> None:
         self.decoder = decoder
         self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.dtype = decoder.dtype if isinstance(decoder, LlamaModel) else torch.float32
+        self.embeddings = embeddings
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embeddings[ids]
+
+
+@pytest.fixture(params=["packed", "fused"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs on packed weights and on those that a GPU or an older processor would use."""
+    if request.param == "fused":
+        monkeypatch.setattr(lean, "PACKED_BYTES", 0)
+    return request.param
 
 
 def llama(**changes: object) -> LlamaModel:
@@ -36,6 +50,7 @@ def llama(**changes: object) -> LlamaModel:
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
     ],
 )
+@pytest.mark.usefixtures("products")
 @torch.no_grad()
 def test_hidden_states_are_transformers(changes: dict) -> None:
     model = llama(**changes)
@@ -52,8 +67,33 @@ def test_hidden_states_are_transformers(changes: dict) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("piece", [1024, 12])  # all prompts at once, and in several pieces, one longer than a piece
 @torch.no_grad()
-def test_rows_can_be_copied_and_viewed() -> None:
+def test_prompts_of_any_length_are_run_together_and_step_at_their_own_places(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "PREFILL", piece)
+    model, lengths = llama(), [5, 13, 1, 5, 8]
+    embeddings = torch.randn(10, 48)
+    decoder = LeanDecoder(Bare(model, embeddings))
+    decoder.positions(20)
+    whole = [torch.randint(10, (length + 3,)) for length in lengths]
+    cache, slots = Cache(decoder, 7, 20), [6, 0, 3, 2, 4]
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    found = [decoder.prefill([ids[:n] for ids, n in zip(whole, lengths, strict=True)], cache, slots)]
+    places, filled = torch.tensor(slots), torch.tensor(lengths)
+    for i in range(3):
+        x = torch.stack([embeddings[ids[n + i]] for ids, n in zip(whole, lengths, strict=True)])
+        found.append(decoder.step(x, cache, places, filled + i))
+    for row, (ids, n) in enumerate(zip(whole, lengths, strict=True)):
+        expected = model(inputs_embeds=embeddings[ids][None]).last_hidden_state[0, n - 1 :]
+        torch.testing.assert_close(torch.stack([h[row] for h in found]), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_can_be_copied() -> None:
     decoder = LeanDecoder(Bare(llama()))
     decoder.positions(12)
     x = torch.randn(4, 12, 48)
@@ -65,17 +105,56 @@ def test_rows_can_be_copied_and_viewed() -> None:
     order = torch.tensor([2, 0, 3])
     moved.copy_rows(first, order, 11)
     torch.testing.assert_close(decoder(x[order, 11:], moved, 11)[:, 0], expected[order])
-    decoder(x[:1], whole.part(slice(3, 4)), 0)
-    assert torch.equal(whole.keys[:, 3], cache_of(decoder, x[:1]).keys[:, 0])
+    first.repeat_row(1, [0, 3], 11)
+    assert torch.equal(first.keys[:, [0, 1, 3]], first.keys[:, 1:2].expand(-1, 3, -1, -1, -1))
 
 
-def cache_of(decoder: LeanDecoder, x: torch.Tensor) -> Cache:
-    cache = Cache(decoder, len(x), x.shape[1])
-    decoder(x, cache, 0)
-    return cache
+@torch.no_grad()
+def test_adapters_and_hooks_stay_in_force_and_trained_weights_are_read_again() -> None:
+    model = llama()
+    decoder = LeanDecoder(Bare(model))
+    assert decoder.plain
+    decoder.positions(8)
+    x = torch.randn(2, 8, 48)
+
+    def now() -> torch.Tensor:
+        return decoder(x, Cache(decoder, 2, 8), 0)
+
+    before = now()
+    model.layers[1].self_attn.k_proj.weight.mul_(2)
+    model.layers[0].mlp.up_proj.weight.mul_(2)
+    decoder.refresh()
+    assert not torch.allclose(now(), before)
+    torch.testing.assert_close(now(), model(inputs_embeds=x).last_hidden_state, rtol=1e-5, atol=1e-5)
+    model.layers[1].self_attn.k_proj.register_forward_hook(lambda _, __, y: y * 3)
+    model.layers[0].mlp.down_proj = torch.nn.Sequential(model.layers[0].mlp.down_proj, torch.nn.Tanh())
+    decoder = LeanDecoder(Bare(model))
+    decoder.positions(8)
+    assert isinstance(decoder.layers[1].qkv, Called)
+    assert not decoder.plain
+    torch.testing.assert_close(now(), model(inputs_embeds=x).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_batches_are_filled_to_whole_tiles_or_to_the_batch_size() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_is_no_worse_than_transformers(dtype: torch.dtype) -> None:
+    model = llama()
+    x = torch.randn(3, 9, 48)
+    exact = model.double()(inputs_embeds=x.to(dtype).double()).last_hidden_state
+    half = model.to(dtype)
+    decoder = LeanDecoder(Bare(half))
+    decoder.positions(9)
+    assert isinstance(decoder.layers[0].qkv, Fused)
+    x = x.to(dtype)
+    cache = Cache(decoder, 3, 9)
+    found = torch.cat([decoder(x[:, :7], cache, 0)] + [decoder(x[:, i : i + 1], cache, i) for i in (7, 8)], 1)
+    error = (half(inputs_embeds=x).last_hidden_state.double() - exact).abs().max()
+    assert (found.double() - exact).abs().max() <= 2 * error
+
+
+def test_batches_are_filled_where_products_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [LeanDecoder(Bare(llama())).filled(n, 7, 1000) for n in (1, 40)] == [1, 40]
+    monkeypatch.setattr(lean, "PACKED_BYTES", 0)
     decoder = LeanDecoder(Bare(llama()))
     assert [decoder.filled(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
     # 32 rows of a large model would not fit beside its weights.
@@ -86,11 +165,13 @@ def test_batches_are_filled_to_whole_tiles_or_to_the_batch_size() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @torch.no_grad()
-def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads: int) -> None:
+def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads: int, products: str) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         decoder = LeanDecoder(tiny)
+        assert decoder.packed == (products == "packed")
+        head = head_projection(tiny.head, decoder.packed)
         decoder.positions(16)
         x = torch.randn(8 * ROW_TILE, 16, tiny.hidden_size)
 
@@ -99,11 +180,14 @@ def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads
             steps = [decoder(x[rows, :13], cache, 0)[:, -1]]
             steps += [decoder(x[rows, i : i + 1], cache, i)[:, -1] for i in range(13, 16)]
             hidden = torch.stack(steps, 1)
-            return torch.cat((tiny.head(hidden[:, -1]), tiny.text_logits(hidden[:, -1]), hidden.flatten(1)), 1)
+            last = hidden[:, -1].contiguous()
+            logits = [decoder.tiled(tiny.text_logits, last), head(last)]
+            return torch.cat((*logits, hidden.flatten(1)), 1)
 
         whole = run(torch.arange(len(x)))
-        for size in (1, 2, 3, 7):
-            rows = torch.randperm(len(x))[: size * ROW_TILE]
+        sizes = (1, 2, 3, 31, 77) if products == "packed" else (ROW_TILE, 2 * ROW_TILE, 3 * ROW_TILE, 7 * ROW_TILE)
+        for size in sizes:
+            rows = torch.randperm(len(x))[:size]
             assert torch.equal(run(rows), whole[rows])
     finally:
         torch.set_num_threads(before)
@@ -116,3 +200,5 @@ def test_other_decoders_are_refused() -> None:
     other.config = None
     with pytest.raises(OspoError, match="Llama"):
         LeanDecoder(Bare(other))
+    with pytest.raises(OspoError, match="hidden_act is 'gelu', expected 'silu'"):
+        LeanDecoder(Bare(llama(hidden_act="gelu")))

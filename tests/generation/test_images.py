@@ -12,7 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, images
+from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, canvas
+from ospo_fast.generation import decoder as lean
 from ospo_fast.models.janus import JanusUnifiedModel
 
 PROMPTS = ["a red circle", "two blue squares and a red circle", "a green cross", "a yellow cross"]
@@ -104,7 +105,8 @@ def test_without_guidance_no_unconditional_row_is_run(tiny: JanusUnifiedModel, m
     tiny.head.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     monkeypatch.setattr(tiny, "unconditional", None)
     codes(tiny, PROMPTS[:1], [0], guidance_scale=1.0)
-    assert set(rows) == {32}
+    assert len(rows) == 36  # filled up to a tile, because a hooked head is called as it is
+    assert set(rows) == {lean.ROW_TILE}
     with pytest.raises(TypeError):
         codes(tiny, PROMPTS[:1], [0], guidance_scale=1.5)
 
@@ -155,30 +157,20 @@ def test_callback_tells_what_is_finished(tiny: JanusUnifiedModel) -> None:
         assert torch.equal(drawn.codes, found[drawn.indices])
 
 
-def poison(model: JanusUnifiedModel, bad: Tensor, monkeypatch: pytest.MonkeyPatch, step: int = 4) -> None:
-    """NaN logits from `step` on for the row whose seed is `bad`, wherever in the batch it lies."""
-    rows_of = images.rows_of
-    spot: list[Tensor] = []
+def poison(model: JanusUnifiedModel, row: int, step: int = 4) -> None:
+    """NaN logits from `step` on for one row of the first batch."""
     calls: list[int] = []
-
-    def watched(jobs, rows, device):
-        ids, seeds = rows_of(jobs, rows, device)
-        spot[:] = [seeds == bad]
-        calls.clear()
-        return ids, seeds
 
     def spoil(_: object, __: object, logits: Tensor) -> Tensor:
         calls.append(1)
-        rows = spot[0].repeat(len(logits) // len(spot[0]))
-        return logits.masked_fill(rows[:, None], torch.nan) if len(calls) > step else logits
+        return logits.index_fill(0, torch.tensor(row), torch.nan) if len(calls) > step else logits
 
-    monkeypatch.setattr(images, "rows_of", watched)
     model.head.register_forward_hook(spoil)
 
 
-def test_nan_logits_fail_one_image_by_name(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_fail_one_image_by_name(tiny: JanusUnifiedModel) -> None:
     expected = codes(tiny, PROMPTS, [10, 11, 12, 13])
-    poison(tiny, torch.tensor(12), monkeypatch)
+    poison(tiny, 2)
     with pytest.raises(
         GenerationError, match=r"1 of 4 images failed.*image 2 \('a green cross', seed 12\).*code 4"
     ) as e:
@@ -190,6 +182,9 @@ def test_nan_logits_fail_one_image_by_name(tiny: JanusUnifiedModel, monkeypatch:
     generator = ImageGenerator(tiny)
     heard: list[Drawn] = []
     skipped = generator.generate(PROMPTS, seeds=[10, 11, 12, 13], on_error="skip", callback=heard.append)
+    assert generator.throughput is not None
+    assert generator.throughput.images == 4
+    assert generator.throughput.gb_per_second > 0
     assert [image is None for image in skipped] == [False, False, True, False]
     assert sorted(i for drawn in heard for i in drawn.indices) == fine
     tensors = generator.generate(PROMPTS, seeds=[10, 11, 12, 13], on_error="skip", output="pt")
@@ -228,6 +223,7 @@ def test_nothing_but_nan_fails_everything(tiny: JanusUnifiedModel) -> None:
         ({"num_images": 0}, "num_images"),
         ({"output": "png"}, "output"),
         ({"on_error": "ignore"}, "on_error"),
+        ({"groups": [1, 2]}, "groups: got 2 of them, expected 1"),
     ],
 )
 def test_bad_arguments(tiny: JanusUnifiedModel, given: dict, match: str) -> None:
@@ -246,15 +242,17 @@ def test_a_batch_that_does_not_fit_is_halved(
 ) -> None:
     prompts, seeds = PROMPTS[:1] * 11, list(range(11))
     expected = codes(tiny, prompts, seeds)
-    draw, sizes = images.draw, []
+    draw, sizes = canvas.Canvas.draw, []
 
-    def small(model, decoder, table, jobs, rows, sampling):
+    def small(self: canvas.Canvas, jobs: list) -> object:
         sizes.append(len(jobs))
         if len(jobs) > 3:
+            # Half-way, as it happens: the batch is drawn again from its beginning.
+            self._begin(jobs)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
-        return draw(model, decoder, table, jobs, rows, sampling)
+        return draw(self, jobs)
 
-    monkeypatch.setattr(images, "draw", small)
+    monkeypatch.setattr(canvas.Canvas, "draw", small)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(codes(tiny, prompts, seeds, batch_size=8), expected)
     # What was learnt holds for the batches after it.
@@ -264,16 +262,89 @@ def test_a_batch_that_does_not_fit_is_halved(
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
 
-    monkeypatch.setattr(images, "draw", never)
+    monkeypatch.setattr(canvas.Canvas, "draw", never)
     with pytest.raises(OspoError, match="not even one image fits"):
         codes(tiny, prompts, seeds, batch_size=4)
 
     def wrong(*_: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(images, "draw", wrong)
+    monkeypatch.setattr(canvas.Canvas, "draw", wrong)
     with pytest.raises(RuntimeError, match="something else"):
         codes(tiny, prompts, seeds)
+
+
+def test_images_of_a_group_share_a_batch(tiny: JanusUnifiedModel) -> None:
+    heard: list[Drawn] = []
+    groups = ["a"] * 3 + ["b"] * 3 + ["c"] * 5 + ["d"]
+    prompts, seeds = (PROMPTS * 3)[:12], list(range(12))
+    found = codes(tiny, prompts, seeds, batch_size=4, groups=groups, callback=heard.append)
+    assert [drawn.indices for drawn in heard] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11]]
+    assert torch.equal(found, codes(tiny, prompts, seeds))
+
+
+def test_a_generator_draws_with_the_weights_of_the_day(tiny: JanusUnifiedModel) -> None:
+    generator = ImageGenerator(tiny)
+
+    def now() -> Tensor:
+        found: Tensor = generator.generate(PROMPTS, seeds=SEEDS, output="codes", temperature=0)
+        return found
+
+    seen = [now()]
+    engine = generator._engine
+    with torch.no_grad():
+        for weight in (
+            tiny.decoder.layers[0].self_attn.v_proj.weight,  # type: ignore[union-attr, index]
+            tiny.head.vision_head.weight,
+            tiny.module.model.generation_embeddings.weight,
+        ):
+            weight.copy_(weight.flip(0))
+            seen.append(now())
+            assert torch.equal(seen[-1], codes(tiny, PROMPTS, SEEDS, temperature=0))
+    assert generator._engine is engine  # read again, not made again
+    assert len({tuple(found.flatten().tolist()) for found in seen}) == 4
+    tiny.decoder.layers[0].mlp.register_forward_hook(lambda *_: None)
+    now()
+    assert generator._engine is not engine
+
+
+@pytest.mark.parametrize("changes", [{"PACKED_BYTES": 0}, {"PREFILL": 16}])
+def test_codes_are_the_same_on_every_path(
+    tiny: JanusUnifiedModel, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy codes of packed weights, of fused ones in filled-up batches, and of prompts that pass in pieces."""
+    expected = codes(tiny, PROMPTS, SEEDS, temperature=0)
+    for name, value in changes.items():
+        monkeypatch.setattr(lean, name, value)
+    assert torch.equal(codes(tiny, PROMPTS, SEEDS, temperature=0), expected)
+
+
+def test_without_packed_weights_batches_change_nothing_either(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lean, "PACKED_BYTES", 0)
+    prompts, seeds = (PROMPTS * 10)[:37], [int(s) for s in torch.randint(0, 2**62, (37,))]
+    found = codes(tiny, prompts, seeds)
+    for size in (3, 33):
+        assert torch.equal(codes(tiny, prompts, seeds, batch_size=size), found), size
+    assert torch.equal(codes(tiny, prompts[5:6], seeds[5:6])[0], found[5])
+
+
+def test_a_kill_loses_nothing_that_the_callback_kept(tiny: JanusUnifiedModel) -> None:
+    prompts, seeds = PROMPTS * 2, list(range(8))
+    expected = codes(tiny, prompts, seeds)
+    kept: dict[int, Tensor] = {}
+
+    def keep(drawn: Drawn) -> None:
+        kept.update(zip(drawn.indices, drawn.codes, strict=True))
+        if len(kept) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        codes(tiny, prompts, seeds, batch_size=3, callback=keep)
+    left = [i for i in range(8) if i not in kept]
+    kept.update(zip(left, codes(tiny, [prompts[i] for i in left], [seeds[i] for i in left]), strict=True))
+    assert torch.equal(torch.stack([kept[i] for i in range(8)]), expected)
 
 
 def test_a_model_in_training_draws_without_dropout_and_goes_on_training(tiny: JanusUnifiedModel) -> None:

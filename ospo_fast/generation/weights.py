@@ -1,0 +1,103 @@
+"""The matrix products of a decoder: fused and packed where its layers are plain, called as they are where not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ospo_fast.ops.linear import PackedLinear, bias_of, gelu_
+
+
+class Projection(Protocol):
+    """x (M, K) → (M, N), into `out` if given."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Apply it."""
+        ...
+
+    def refresh(self) -> None:
+        """Read the model's weights again: they may have been trained since."""
+        ...
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a module is nn.Linear and nothing more: no adapter, quantisation, parametrisation or hook."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+class Fused:
+    """Plain linear layers of one input as one product. A single layer is read in place; several are copied together."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self._modules = list(modules)
+        first = modules[0]
+        if len(modules) == 1:
+            self._weight = first.weight.detach()
+        else:
+            self._weight = first.weight.new_empty(sum(m.out_features for m in modules), first.in_features)
+        biased = any(m.bias is not None for m in modules)
+        self._bias = torch.cat([bias_of(m) for m in modules]) if biased else None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """See `Projection`."""
+        if len(self._modules) > 1:
+            torch.cat(tuple(m.weight for m in self._modules), out=self._weight)
+        if self._bias is not None:
+            torch.cat([bias_of(m) for m in self._modules], out=self._bias)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Projection`."""
+        weight = self._weight.t()
+        return torch.mm(x, weight, out=out) if self._bias is None else torch.addmm(self._bias, x, weight, out=out)
+
+
+class Called:
+    """Modules as they are, adapters and hooks in force."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+
+    def refresh(self) -> None:
+        """See `Projection`: nothing was copied."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Projection`."""
+        return torch.cat([module(x) for module in self._modules], -1, out=out)
+
+
+def projection(modules: Sequence[nn.Module], kind: type[PackedLinear | Fused]) -> Projection:
+    """The product of `modules`, which share their input; `kind` says how plain ones are fused."""
+    plain = [module for module in modules if isinstance(module, nn.Linear) and is_plain(module)]
+    return kind(plain) if len(plain) == len(modules) else Called(modules)
+
+
+class PackedHead:
+    """A Linear-GELU-Linear head of image codes, packed."""
+
+    def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
+        self._first, self._last = PackedLinear([first]), PackedLinear([last])
+
+    def refresh(self) -> None:
+        """See `Projection`."""
+        self._first.refresh()
+        self._last.refresh()
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden (M, D) → logits (M, V)."""
+        return self._last(gelu_(self._first(x)), out)
+
+
+def head_projection(head: nn.Module, packed: bool) -> Projection:
+    """The head of image codes: packed where that is wanted and it is transformers' plain one, else called."""
+    first, last = getattr(head, "proj_out", None), getattr(head, "vision_head", None)
+    plain = is_plain(first) and is_plain(last) and not head._forward_hooks and not head._forward_pre_hooks
+    if packed and plain and type(getattr(head, "activation_fn", None)).__name__ == "GELUActivation":
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        return PackedHead(first, last)
+    return Called([head])
