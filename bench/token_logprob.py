@@ -1,7 +1,19 @@
-"""token_logprobs, forward and backward with a frozen head, against the usual computation (all logits, fp32 log-softmax,
-gather), the same under torch.compile, and the bare GEMMs of its own chain.
+"""token_logprobs with a frozen head, forward and backward, beside what else computes it, in one run.
+
+eager: all logits, fp32 log-softmax, gather; the same under torch.compile; the bare GEMMs of its own chain, which no
+implementation with gradients can do without; on a GPU Liger, cut-cross-entropy and quack where they are installed.
+These take a linear head: the projection and GELU of Janus' head stand in PyTorch before them, cut-cross-entropy and
+quack go without the output bias, and Liger's SimPO and quack know no weight for each token. Errors are the largest of
+64 rows against float64, over the largest exact value, at logits of the usual size and up to 50; those of peers are
+shown, not judged.
+
+Beside the rows, a plot; and a sweep of chunk_rows.
 """
 
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,64 +23,273 @@ from _measure import interleaved, peak_mb, row, show, write
 import ospo_fast
 from ospo_fast.ops.token_logprobs import token_logprobs_reference
 
-# rows (pairs × 2 × image tokens), width, codes
-CPU_SHAPES = {"pairs": (2304, 512, 16384), "shapes world": (32 * 36, 128, 256)}
-GPU_SHAPES = {"Janus-Pro-7B, 16 pairs": (18432, 4096, 16384), "Janus-Pro-1B, 16 pairs": (18432, 2048, 16384)}
-QUICK_SHAPES = {"quick": (64, 16, 97)}
+CEILING_TFLOPS = 790  # dense bf16 of an H200 on random data
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows (pairs × 2 × image tokens), width, codes; whether the head is Janus' Linear-GELU-Linear."""
+
+    N: int
+    D: int
+    V: int
+    mlp: bool = True
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Without the kind of head: what a row of results shows."""
+        return {"N": self.N, "D": self.D, "V": self.V}
+
+    @property
+    def tflop(self) -> float:
+        """Of the GEMMs forward and backward to the hidden states."""
+        return 4 * self.N * self.D * (self.V + self.D * self.mlp) / 1e12
+
+
+CPU_SHAPES = [Shape(2304, 512, 16384), Shape(1152, 128, 256)]  # 2 pairs; the world of shapes
+GPU_SHAPES = [
+    Shape(18432, 4096, 16384),  # Janus-Pro-7B, 16 pairs
+    Shape(18432, 2048, 16384),  # Janus-Pro-1B, 16 pairs
+    Shape(8192, 4096, 128256, mlp=False),  # a text head
+    Shape(1152, 128, 256),
+]
+QUICK_SHAPES = [Shape(64, 16, 97), Shape(40, 16, 64, mlp=False)]
 
 
 def usual(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(head(hidden).float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
-    """The four GEMMs that no implementation with gradient can do without; what lies between them is left out."""
-    features = hidden @ head.proj_weight.t()
-    for begin in range(0, len(features), 256):
-        chunk = features[begin : begin + 256]
-        chunk.copy_(chunk @ head.weight.t() @ head.weight)
-    return features @ head.proj_weight
+def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head, rows: int) -> torch.Tensor:
+    """The GEMMs of the chain over chunks of that many rows, in buffers that are used again."""
+    hidden, out = hidden.detach(), torch.empty_like(hidden)
+    weight, proj = head.weight, head.proj_weight
+    logits, features, gradient = (
+        hidden.new_empty(min(rows, len(hidden)), n) for n in (len(weight), weight.shape[1], weight.shape[1])
+    )
+    for begin in range(0, len(hidden), rows):
+        x, to = hidden[begin : begin + rows], out[begin : begin + rows]
+        z, f, g = (buffer[: len(x)] for buffer in (logits, features, gradient))
+        torch.mm(x if proj is None else torch.mm(x, proj.t(), out=f), weight.t(), out=z)
+        torch.mm(z, weight, out=to if proj is None else g)
+        if proj is not None:
+            torch.mm(g, proj, out=to)
+    return out
+
+
+def step_of(function: Callable[..., torch.Tensor], head: ospo_fast.Head) -> Step:
+    """Training's part: from hidden states, labels and a weight for each token to the gradient of the hidden states."""
+
+    def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad((function(hidden, head, labels) * scale).sum(), hidden)
+        return grad
+
+    return step
+
+
+# ---------------------------------------------------------------- peers
+
+
+def features_of(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
+    if head.proj_weight is None:
+        return hidden
+    return F.gelu(F.linear(hidden, head.proj_weight, head.proj_bias))
+
+
+def liger(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none")
+    return -loss(head.weight, features_of(hidden, head), labels, head.bias)
+
+
+def liger_simpo(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+    module = importlib.import_module("liger_kernel.chunked_loss.simpo_loss")
+    loss = module.LigerFusedLinearSimPOLoss(beta=5.0, gamma=0.5, compute_nll_loss=True)
+    pairs = max(1, len(hidden) // 1152)
+    features = features_of(hidden, head).view(2 * pairs, -1, head.weight.shape[1])
+    return loss(head.weight, features, labels.view(2 * pairs, -1), head.bias)[0]
+
+
+def cut_cross_entropy(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+    module = importlib.import_module("cut_cross_entropy")
+    return -module.linear_cross_entropy(features_of(hidden, head), head.weight, labels, reduction="none")
+
+
+def quack(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+    module = importlib.import_module("quack.linear_cross_entropy")
+    return -module.chunked_linear_cross_entropy(features_of(hidden, head), head.weight, labels, reduction="sum")
+
+
+PEERS = {"Liger": liger, "Liger SimPO": liger_simpo, "cut-cross-entropy": cut_cross_entropy, "quack": quack}
+PER_TOKEN = {"Liger", "cut-cross-entropy"}
+
+
+def working_peers(head: ospo_fast.Head, arguments: tuple[torch.Tensor, ...]) -> dict[str, Step]:
+    """Those that are installed and take this shape; of the others the reason is printed."""
+    steps = {}
+    for name, function in PEERS.items():
+        step = step_of(function, head)
+        try:
+            step(*arguments)
+        except Exception as error:  # whatever a peer fails with, the others are measured
+            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        else:
+            steps[name] = step
+    return steps
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def make_head(shape: Shape, where: str, dtype: torch.dtype) -> ospo_fast.Head:
+    D, V = shape.D, shape.V
+    sizes = ((V, D), (V,), (D, D), (D,)) if shape.mlp else ((V, D),)
+    return ospo_fast.Head(*((torch.randn(size, device=where) * D**-0.5).to(dtype) for size in sizes))
+
+
+def errors(function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments, largest: float | None):
+    """Errors of values and gradients against float64, over the largest exact one; logits up to `largest`."""
+    hidden, labels, scale = (x[:64].detach() for x in arguments)
+    if largest is not None:
+        factor = largest / float(head(hidden).abs().max())
+        bias = None if head.bias is None else head.bias * factor
+        head = ospo_fast.Head(head.weight * factor, bias, head.proj_weight, head.proj_bias)
+
+    def both(compute: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = hidden.clone().requires_grad_()
+        values = compute(x, head, labels)
+        (values * scale).sum().backward()
+        return values.detach().double(), x.grad.double()
+
+    return [
+        float((mine - best).abs().max() / best.abs().max())
+        for mine, best in zip(both(function), both(token_logprobs_reference), strict=True)
+    ]
+
+
+def error_figures(function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments) -> dict[str, float]:
+    usual_size, to_50 = errors(function, head, arguments, None), errors(function, head, arguments, 50.0)
+    names = "error_values", "error_gradients", "error_values_50", "error_gradients_50"
+    return {name: float(f"{value:.3g}") for name, value in zip(names, (*usual_size, *to_50), strict=True)}
+
+
+def check(ours: dict[str, float], eager: dict[str, float], dtype: torch.dtype) -> None:
+    """Nothing is timed that is less exact than twice the eager computation's error."""
+    rounding = 4 * torch.finfo(torch.float32).eps
+    for name, error in ours.items():
+        floor = torch.finfo(dtype).eps if "gradients" in name else rounding
+        assert error <= 2 * eager[name] + floor, (name, ours, eager)
+
+
+def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
+    module = importlib.import_module("ospo_fast.ops.token_logprobs")
+    return module._default_chunk_rows(shape.V, torch.finfo(dtype).bits // 8, where)
+
+
+def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
+    head = make_head(shape, where, dtype)
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        hidden = torch.randn(shape.N, shape.D, device=where).to(dtype).requires_grad_()
+        return hidden, torch.randint(shape.V, (shape.N,), device=where), torch.randn(shape.N, device=where)
+
+    arguments = inputs()
+    functions = {
+        "ospo_fast": ospo_fast.token_logprobs,
+        "torch": functools.partial(ospo_fast.token_logprobs, backend="torch"),
+        "eager": usual,
+    }
+    if not quick:
+        functions["compiled eager"] = torch.compile(usual)
+    variants = {name: step_of(function, head) for name, function in functions.items()}
+    if where == "cuda":
+        peers = working_peers(head, arguments)
+        variants |= peers
+        functions |= {name: PEERS[name] for name in peers if name in PER_TOKEN}
+    figures = {name: error_figures(function, head, arguments) for name, function in functions.items()}
+    check(figures["ospo_fast"], figures["eager"], dtype)
+
+    # The same chunks, and all rows at once, which a GEMM may like better.
+    for name, size in (("bare GEMMs", default_rows(shape, dtype, where)), ("bare GEMMs, one chunk", shape.N)):
+        variants[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
+    times = interleaved(variants, inputs, seconds=0.02 if quick else 2.0)
+    rows = []
+    for name, time in times.items():
+        speed = shape.tflop / time.median_ms * 1e3
+        more = {"peak_mb": round(peak_mb(variants[name], *arguments), 3), "tflop_s": round(speed, 4)}
+        more["over_bare_gemms"] = round(time.median_ms / times["bare GEMMs"].median_ms, 4)
+        more["eager_over_this"] = round(times["eager"].median_ms / time.median_ms, 4)
+        if where == "cuda" and dtype == torch.bfloat16:
+            more["share_of_ceiling"] = round(speed / CEILING_TFLOPS, 4)
+        rows.append(row("token_logprobs", name, shape.sizes, name_of(dtype), time, **more, **figures.get(name, {})))
+    return rows
+
+
+def sweep(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
+    """Times and peaks by chunk_rows; the default is among them."""
+    head, default = make_head(shape, where, dtype), default_rows(shape, dtype, where)
+    sizes = sorted({min(int(default * factor), shape.N) for factor in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)})
+    steps = {size: step_of(functools.partial(ospo_fast.token_logprobs, chunk_rows=size), head) for size in sizes}
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        hidden = torch.randn(shape.N, shape.D, device=where).to(dtype).requires_grad_()
+        return hidden, torch.randint(shape.V, (shape.N,), device=where), torch.randn(shape.N, device=where)
+
+    times, arguments = interleaved(steps, inputs, seconds=0.02 if quick else 1.0), inputs()
+    return [
+        row(
+            "token_logprobs",
+            f"{size} rows" + (" (default)" if size == default else ""),
+            shape.sizes,
+            name_of(dtype),
+            time,
+            peak_mb=round(peak_mb(steps[size], *arguments), 3),
+            chunk_rows=size,
+        )
+        for size, time in times.items()
+    ]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "bf16"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time and memory of every variant, one line of panels for each shape."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = {tuple(line["shapes"].items()): None for line in rows}
+    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 2.6 * len(shapes)), squeeze=False)
+    for shape, (left, right) in zip(shapes, axes, strict=True):
+        lines = [line for line in rows if tuple(line["shapes"].items()) == shape][::-1]
+        names = [line["variant"] for line in lines]
+        colors = ["#c2410c" if name == "ospo_fast" else "#94a3b8" for name in names]
+        low = [line["median_ms"] - line["p20_ms"] for line in lines]
+        high = [line["p80_ms"] - line["median_ms"] for line in lines]
+        left.barh(names, [line["median_ms"] for line in lines], color=colors, xerr=(low, high))
+        left.set_xlabel("forward + backward, ms (median, 20 to 80 %)")
+        right.barh(names, [line["peak_mb"] for line in lines], color=colors)
+        right.set_xlabel("peak memory above the inputs, MB")
+        right.set_yticklabels([])
+        left.set_title(" ".join(f"{name}={size}" for name, size in shape), loc="left", fontsize=10)
+    first = rows[0]
+    figure.suptitle(f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}, {first['commit']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def run(out: Path, quick: bool) -> None:
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    rows = []
-    for N, D, V in (QUICK_SHAPES if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES).values():
-        weights = [torch.randn(shape, device=device) * D**-0.5 for shape in ((V, D), (V,), (D, D), (D,))]
-        head = ospo_fast.Head(*(tensor.to(dtype) for tensor in weights))
-
-        def inputs(N=N, D=D, V=V) -> tuple[torch.Tensor, ...]:
-            hidden = torch.randn(N, D, device=device).to(dtype).requires_grad_()
-            return hidden, torch.randint(V, (N,), device=device), torch.randn(N, device=device)
-
-        def training(function, head=head):
-            def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-                (grad,) = torch.autograd.grad((function(hidden, head, labels) * scale).sum(), hidden)
-                return grad
-
-            return step
-
-        variants = {"ospo_fast": training(ospo_fast.token_logprobs), "eager": training(usual)}
-        check_gradients(variants, training(token_logprobs_reference), tuple(x[:32].detach() for x in inputs()))
-        if not quick:
-            variants["compiled eager"] = training(torch.compile(usual))
-        variants["bare GEMMs"] = lambda hidden, *_, head=head: bare_gemms(hidden.detach(), head)
-        times = interleaved(variants, inputs, seconds=0.02 if quick else 2.0)
-        arguments = inputs()
-        for name, time in times.items():
-            memory = round(peak_mb(variants[name], *arguments), 3)
-            name_of = "fp32" if dtype == torch.float32 else "bf16"
-            rows.append(row("token_logprobs", name, {"N": N, "D": D, "V": V}, name_of, time, peak_mb=memory))
-    write(rows, out, "token_logprob")
+    where, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    shapes = QUICK_SHAPES if quick else GPU_SHAPES if where == "cuda" else CPU_SHAPES
+    rows = [line for shape in shapes for line in measure(shape, where, dtype, quick)]
+    path = write(rows, out, "token_logprob")
     show(rows)
-
-
-def check_gradients(variants, exact, arguments: tuple[torch.Tensor, ...]) -> None:
-    """Nothing is timed that is less exact than twice the eager computation's error."""
-    hidden = arguments[0].requires_grad_()
-    best = exact(hidden, *arguments[1:]).double()
-    errors = {
-        name: float((step(hidden, *arguments[1:]).double() - best).abs().max()) for name, step in variants.items()
-    }
-    rounding = torch.finfo(hidden.dtype).eps * float(best.abs().max())
-    assert errors["ospo_fast"] <= 2 * errors["eager"] + rounding, errors
+    plot(rows, path.with_suffix(".png"))
+    chunks = sweep(shapes[0], where, dtype, quick)
+    write(chunks, out, "token_logprob_chunks")
+    show(chunks)

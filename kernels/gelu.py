@@ -13,26 +13,20 @@ def _normal_cdf(x):
 
 
 @triton.jit
-def _load(pre, bias, offsets, inside, width, HAS_BIAS: tl.constexpr):
-    x = tl.load(pre + offsets, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias + offsets % width, mask=inside, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
 def gelu_kernel(
     pre,  # (N, F), contiguous
     bias,  # (F,)
     out,  # (N, F), contiguous; may be pre
-    total,  # N·F
     width,  # F
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # N·F passes 2³¹
-    inside = offsets < total
-    x = _load(pre, bias, offsets, inside, width, HAS_BIAS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    offsets = tl.program_id(0).to(tl.int64) * width + columns  # N·F passes 2³¹
+    x = tl.load(pre + offsets, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + offsets, (x * _normal_cdf(x)).to(out.dtype.element_ty), mask=inside)
 
 
@@ -41,14 +35,16 @@ def gelu_backward_kernel(
     grad,  # (N, F), contiguous
     pre,  # (N, F), contiguous
     bias,  # (F,)
-    total,
     width,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < total
-    x = _load(pre, bias, offsets, inside, width, HAS_BIAS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    offsets = tl.program_id(0).to(tl.int64) * width + columns
+    x = tl.load(pre + offsets, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     slope = _normal_cdf(x) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     values = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32) * slope
     tl.store(grad + offsets, values.to(grad.dtype.element_ty), mask=inside)
@@ -57,22 +53,23 @@ def gelu_backward_kernel(
 def gelu(pre: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """GELU of pre + bias, into out: pre, out (N, F) contiguous float, bias (F,) or None; out may be pre."""
     if pre.numel():
-        grid = (triton.cdiv(pre.numel(), BLOCK),)
-        gelu_kernel[grid](pre, bias, out, pre.numel(), pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
+        gelu_kernel[_grid(pre)](pre, bias, out, pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
 
 
 def gelu_backward(grad: Tensor, pre: Tensor, bias: Tensor | None) -> None:
     """Multiplies grad, in place, by gelu′(pre + bias): grad, pre (N, F) contiguous float, bias (F,) or None."""
     if pre.numel():
-        grid = (triton.cdiv(pre.numel(), BLOCK),)
-        gelu_backward_kernel[grid](grad, pre, bias, pre.numel(), pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
+        gelu_backward_kernel[_grid(pre)](grad, pre, bias, pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
+
+
+def _grid(pre: Tensor) -> tuple[int, int]:
+    return pre.shape[0], triton.cdiv(pre.shape[1], BLOCK)
 
 
 # What is compiled ahead of time: for each kernel its variants, as argument types and constants.
-_SIZES = {"total": "i64", "width": "i32"}
 VARIANTS = {
     kernel: [
-        (dict.fromkeys(tensors, f"*{dtype}") | _SIZES, {"HAS_BIAS": has_bias, "BLOCK": BLOCK})
+        (dict.fromkeys(tensors, f"*{dtype}") | {"width": "i32"}, {"HAS_BIAS": has_bias, "BLOCK": BLOCK})
         for dtype in ("bf16", "fp16", "fp32")
         for has_bias in (False, True)
     ]

@@ -7,7 +7,7 @@ import run as bench
 from ospo_fast.pipeline import STAGES
 
 
-@pytest.mark.parametrize("name", ["object_masks", "sample_codes"])
+@pytest.mark.parametrize("name", ["object_masks", "sample_codes", "token_logprob"])
 def test_a_quick_run_writes_its_rows(name: str, tmp_path: Path) -> None:
     assert bench.main(["--only", name, "--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob(f"*/{name}.jsonl")
