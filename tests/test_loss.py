@@ -198,6 +198,20 @@ def test_gradient_accumulation_and_trained_head() -> None:
     torch.testing.assert_close((x.grad, module.weight.grad), (2 * first[0], 2 * first[1]))
 
 
+def test_autocast() -> None:
+    hidden, labels, head, masks = make_batch(2, 3)
+    loss, half = OSPOLoss(OSPOLossConfig.preset("full")), hidden.bfloat16().requires_grad_()
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = loss(hidden, labels, head, object_masks=masks)
+    output.loss.backward()
+    by_cast = loss(half, labels, head.to(torch.bfloat16), object_masks=masks)
+    by_cast.loss.backward()
+    assert output.loss.dtype == hidden.grad.dtype == torch.float32
+    assert torch.equal(output.loss, by_cast.loss)
+    assert torch.equal(hidden.grad, half.grad.float())
+
+
 def test_training_follows_the_usual_computation() -> None:
     """50 steps of a small body under the fused loss and under the same loss on plain logits: the same losses."""
     config = OSPOLossConfig.preset("full")

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
 from ospo_fast import _C
+from ospo_fast.ops._dispatch import DTYPES
 
 
 def thresholds(maps: torch.Tensor, threads: int) -> torch.Tensor:
@@ -27,6 +29,22 @@ def codes(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads
     return out
 
 
+def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, logps = logits.clone(), torch.full((len(logits),), torch.nan)
+    number = DTYPES[logits.dtype]
+    _C.token_logprob(
+        logits.data_ptr(), number, 0, labels.data_ptr(), 0, logps.data_ptr(), number, True, *logits.shape, threads
+    )
+    return logits, logps
+
+
+def scaled(unit: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    out = torch.full_like(unit, torch.nan)
+    pointers = (tensor.data_ptr() for tensor in (unit, places, scales, out))
+    _C.scale_rows(*pointers, DTYPES[unit.dtype], *unit.shape, threads)
+    return out
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     maps = torch.rand(37, 23, 29)
     assert torch.equal(thresholds(maps, 1), thresholds(maps, 3))
@@ -34,6 +52,29 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(one, three) for one, three in zip(masks(maps, 1), masks(maps, 3), strict=True))
     cond, uncond, seeds = torch.randn(37, 1021), torch.randn(37, 1021), torch.randint(2**62, (37,))
     assert torch.equal(codes(cond, uncond, seeds, 1), codes(cond, uncond, seeds, 3))
+    labels, scales = torch.randint(1021, (37,)), torch.randn(37)
+    for one, three in zip(softmax_step(cond, labels, 1), softmax_step(cond, labels, 3), strict=True):
+        assert torch.equal(one, three)
+    assert torch.equal(scaled(cond, torch.arange(37), scales, 1), scaled(cond, torch.arange(37), scales, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.3, -7.7, 2.0**-20, 1e30])
+def test_numbers_of_two_bytes_are_read_and_rounded_as_torch_does(dtype: torch.dtype, scale: float) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    out = scaled(every, torch.arange(64), torch.full((64,), scale))
+    torch.testing.assert_close(out, (every.float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_exponentials_of_the_softmax_step() -> None:
+    # A row of 0 and x, with a sum that is known: the residual of x is -exp(x) / (1 + exp(x)).
+    x = -torch.cat([torch.rand(20_000) * 87, torch.tensor([0.0, 1e-30, 86.9, 88.0, 100.0, 1e30, torch.inf])])
+    rows = torch.stack([torch.zeros_like(x), x], 1)
+    residual, _ = softmax_step(rows, torch.zeros(len(x), dtype=torch.int64), 1)
+    exact = -x.double().exp() / (1 + x.double().exp())
+    error = (residual[:, 1].double() - exact).abs() / exact.abs().clamp(min=2.0**-126)
+    assert error[x > -86.9].max() < 4e-7
+    assert error.max() <= 1  # below the normal numbers: zero
 
 
 def test_a_map_without_threshold_leaves_the_others_alone() -> None:

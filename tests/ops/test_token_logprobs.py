@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ospo_fast import Head, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.errors import OpError
 from ospo_fast.ops._head_chain import Chain
-from ospo_fast.ops.token_logprobs import token_logprobs_reference
+from ospo_fast.ops.token_logprobs import _default_chunk_rows, token_logprobs_reference
 from ospo_fast.ops.token_weights import spread_weights
 
 LINEAR, MLP = "linear", "mlp"
@@ -118,14 +118,24 @@ def test_values_and_gradients(
         no_worse(mine, usual, best)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_logits(no_worse: Any, dtype: torch.dtype) -> None:
-    hidden, labels = torch.randn(40, 16), some_labels(40)
-    head = make_head(LINEAR, bias=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+def test_large_logits(no_worse: Any, kind: str, dtype: torch.dtype, backend: str) -> None:
+    hidden, labels, upstream = torch.randn(200, 16), some_labels(200), torch.randn(200)
+    head = make_head(kind, bias=True)
     factor = 50 / head(hidden).abs().max()
-    head, hidden = Head(head.weight * factor, head.bias * factor).to(dtype), hidden.to(dtype)
-    exact = token_logprobs_reference(hidden, head, labels)
-    no_worse(token_logprobs(hidden, head, labels), eager(hidden, head, labels), exact)
+    head = Head(head.weight * factor, head.bias * factor, *head.tensors[2:]).to(dtype)
+
+    def run(function: Any) -> tuple[Tensor, Tensor]:
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        logps = function(x, head, labels)
+        (logps * upstream).sum().backward()
+        return logps.detach(), x.grad
+
+    exact = run(lambda x, *a: token_logprobs_reference(x.double(), *a))
+    ours = run(lambda *a: token_logprobs(*a, backend=backend))
+    for mine, usual, best in zip(ours, run(eager), exact, strict=True):
+        no_worse(mine, usual, best.double())
 
 
 def test_fp32_logits_lessen_the_error_of_half_precision() -> None:
@@ -270,6 +280,30 @@ def test_rows_are_independent(train_head: bool, value: float) -> None:
     assert hidden.grad.isfinite().all()
     assert (hidden.grad[[2, 4]] == 0).all()
     assert not train_head or all(t.grad.isfinite().all() for t in head.tensors)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_finite_results_are_asked_for(value: float, backend: str) -> None:
+    head, hidden, labels = make_head(MLP, bias=True), torch.randn(2, 3, 16), torch.tensor([[1, 2, -100], [3, 4, 5]])
+    hidden[0, 2] = value  # ignored, and so not looked at
+    options = {"backend": backend, "check_finite": True}
+    plain = token_logprobs(hidden, head, labels, backend=backend)
+    assert torch.equal(token_logprobs(hidden, head, labels, **options), plain)
+    hidden[1, 1] = value
+    message = r"log-probability of hidden\[4\] \(flattened\) is nan, one of 1 that are not finite; expected"
+    with pytest.raises(OpError, match=message):
+        token_logprobs(hidden.requires_grad_(), head, labels, **options)
+
+
+def test_default_chunks() -> None:
+    for codes, itemsize, device, rows in (
+        (16384, 4, "cpu", 256),  # 16 MiB
+        (16384, 2, "cuda", 8448),  # 64 tiles for each of 132 SMs
+        (16384, 4, "cuda", 4224),
+        (128256, 2, "cuda", 1024),  # a multiple of the tiles' 128
+        (10**7, 4, "cpu", 16),
+    ):
+        assert _default_chunk_rows(codes, itemsize, device) == rows
 
 
 @pytest.mark.parametrize("train_head", [False, True])

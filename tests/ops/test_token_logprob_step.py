@@ -1,4 +1,6 @@
-"""The CUDA softmax step: on a GPU where there is one, and its source on the host everywhere (cuda_on_host.h)."""
+"""The compiled softmax steps: C++; CUDA on a GPU where there is one, and its source on the host everywhere
+(cuda_on_host.h).
+"""
 
 import ctypes
 import re
@@ -16,6 +18,12 @@ from ospo_fast.ops._dispatch import DTYPES
 
 ROOT = Path(__file__).parents[2]
 Step = Callable[..., None]
+
+
+def in_cpp(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, out: torch.dtype):
+    bias = None if bias is None else bias.float()
+    pointers = [0 if t is None else t.data_ptr() for t in (z, bias, labels, scales, logps)]
+    _C.token_logprob(pointers[0], DTYPES[z.dtype], *pointers[1:], DTYPES[out], True, *z.shape, 2)
 
 
 def on_gpu(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, out: torch.dtype):
@@ -65,11 +73,11 @@ def on_host(library: ctypes.CDLL, backwards: bool) -> Step:
     return step
 
 
-@pytest.fixture(params=["host", "host, threads backwards", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpp", "host", "host, threads backwards", pytest.param("gpu", marks=pytest.mark.gpu)])
 def step(request: pytest.FixtureRequest) -> Step:
-    if request.param == "gpu":
-        return on_gpu
-    return on_host(request.getfixturevalue("host_library"), request.param != "host")
+    if request.param.startswith("host"):
+        return on_host(request.getfixturevalue("host_library"), request.param != "host")
+    return in_cpp if request.param == "cpp" else on_gpu
 
 
 HALF = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)]
