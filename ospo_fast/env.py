@@ -24,6 +24,8 @@ PACKAGES = (
     "flash-attn",
     "xformers",
     "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
     "scikit-image",
 )
 

@@ -32,7 +32,8 @@ class Chain:
         fp32_logits: bool,
         backend: str,
     ) -> None:
-        self.weight, self.proj_weight, self.proj_bias = weight, proj_weight, proj_bias
+        self.weight, self.proj_weight = weight, proj_weight
+        self.proj_bias = None if proj_bias is None else proj_bias.contiguous()
         self.backend, self.dtype = backend, weight.dtype
         work = torch.float32 if fp32_logits else weight.dtype
         # cuBLAS writes fp32 logits from half-precision factors; elsewhere the factors have to be fp32.

@@ -297,11 +297,11 @@ def test_finite_results_are_asked_for(value: float, backend: str) -> None:
 
 def test_default_chunks() -> None:
     for codes, itemsize, device, rows in (
-        (16384, 4, "cpu", 256),  # 16 MiB
+        (16384, 4, "cpu", 512),  # 32 MiB
         (16384, 2, "cuda", 8448),  # 64 tiles for each of 132 SMs
         (16384, 4, "cuda", 4224),
         (128256, 2, "cuda", 1024),  # a multiple of the tiles' 128
-        (10**7, 4, "cpu", 16),
+        (10**7, 4, "cpu", 256),
     ):
         assert _default_chunk_rows(codes, itemsize, device) == rows
 
