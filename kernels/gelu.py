@@ -1,5 +1,6 @@
 """The exact GELU and its derivative between the GEMMs of `token_logprobs`, with the bias of the first GEMM."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,13 +54,15 @@ def gelu_backward_kernel(
 def gelu(pre: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """GELU of pre + bias, into out: pre, out (N, F) contiguous float, bias (F,) or None; out may be pre."""
     if pre.numel():
-        gelu_kernel[_grid(pre)](pre, bias, out, pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
+        with torch.cuda.device_of(pre):
+            gelu_kernel[_grid(pre)](pre, bias, out, pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
 
 
 def gelu_backward(grad: Tensor, pre: Tensor, bias: Tensor | None) -> None:
     """Multiplies grad, in place, by gelu′(pre + bias): grad, pre (N, F) contiguous float, bias (F,) or None."""
     if pre.numel():
-        gelu_backward_kernel[_grid(pre)](grad, pre, bias, pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
+        with torch.cuda.device_of(pre):
+            gelu_backward_kernel[_grid(pre)](grad, pre, bias, pre.shape[1], HAS_BIAS=bias is not None, BLOCK=BLOCK)
 
 
 def _grid(pre: Tensor) -> tuple[int, int]:

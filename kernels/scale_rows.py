@@ -1,5 +1,6 @@
 """out[i, :] = scales[i] · unit[places[i], :]: the backward of `token_logprobs`, one read and one write of each row."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +35,8 @@ def scale_rows(unit: Tensor, places: Tensor, scales: Tensor, out: Tensor) -> Non
     """
     rows, width = out.shape
     if out.numel():
-        scale_rows_kernel[rows, triton.cdiv(width, BLOCK)](unit, places, scales, out, width, BLOCK=BLOCK)
+        with torch.cuda.device_of(out):
+            scale_rows_kernel[rows, triton.cdiv(width, BLOCK)](unit, places, scales, out, width, BLOCK=BLOCK)
 
 
 # What is compiled ahead of time: for each kernel its variants, as argument types and constants.

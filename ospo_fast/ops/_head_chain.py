@@ -50,34 +50,32 @@ class Chain:
     ) -> None:
         """ℓ of x[rows], into logps, and their U, into unit (n, D) where one is given.
 
-        What lies between has few buffers: `unit` is one of them until U is known.
+        Until U is known, `unit` is one of the buffers: of the GELU's input where that has its width, else of x[rows].
         """
         n, width = len(logps), x.shape[1]
-        same_width = self.features is not None and self.features.shape[1] == width
+        features = None if self.features is None else self.features[:n]
+        square = features is not None and features.shape[1] == width
         if isinstance(rows, slice):
             inputs = x[rows]
         else:
-            if unit is None:
-                room = self._buffer("inputs", n, width)
-            else:
-                room = self.features[:n] if self.features is not None and same_width else unit
+            room = self._buffer("inputs", n, width) if unit is None else features if square else unit
             inputs = torch.index_select(x, 0, rows, out=room)
-        if self.features is None:
+        if features is None:
             self._logits(inputs, n)
-        else:
-            features = self.features[:n]
-            pre = features if unit is None else unit if same_width else self._buffer("pre", n, features.shape[1])
-            self.project(inputs, pre, features)
-            self._logits(features, n)
+            residual = self._softmax(labels, None, logps, write=unit is not None)
+            if residual is not None:
+                torch.mm(residual, self.weight, out=unit)
+            return
+        # Without a backward the GELU is taken in place.
+        pre = features if unit is None else unit if square else self._buffer("pre", n, features.shape[1])
+        self.project(inputs, pre, features)
+        self._logits(features, n)
         residual = self._softmax(labels, None, logps, write=unit is not None)
-        if unit is None or residual is None:
-            return
-        if self.features is None or self.proj_weight is None:
-            torch.mm(residual, self.weight, out=unit)
-            return
-        dpre = torch.mm(residual, self.weight, out=features)
-        self.gelu_backward(dpre, pre)
-        torch.mm(dpre, self.proj_weight, out=unit)
+        if residual is not None:
+            assert self.proj_weight is not None
+            dpre = torch.mm(residual, self.weight, out=features)
+            self.gelu_backward(dpre, pre)
+            torch.mm(dpre, self.proj_weight, out=unit)
 
     def residual(self, features: Tensor, labels: Tensor, scales: Tensor) -> Tensor:
         """Scales · (onehot − softmax) of the rows of `features`: with ∂L/∂ℓ as scales, ∂L/∂logits."""

@@ -14,7 +14,7 @@ from ospo_fast.ops._head_chain import Chain
 from ospo_fast.ops.token_logprobs import _default_chunk_rows, token_logprobs_reference
 from ospo_fast.ops.token_weights import spread_weights
 
-LINEAR, MLP = "linear", "mlp"
+LINEAR, MLP, SQUARE = "linear", "mlp", "mlp of one width"  # Janus' is of one width
 
 
 def make_head(kind: str, *, bias: bool, width: int = 16, codes: int = 23, dtype: torch.dtype = torch.float32) -> Head:
@@ -23,7 +23,7 @@ def make_head(kind: str, *, bias: bool, width: int = 16, codes: int = 23, dtype:
 
     if kind == LINEAR:
         return Head(normal(codes, width), normal(codes) if bias else None)
-    inner = width + 3
+    inner = width if kind == SQUARE else width + 3
     return Head(
         normal(codes, inner), normal(codes) if bias else None, normal(inner, width), normal(inner) if bias else None
     )
@@ -79,7 +79,7 @@ def backend(request: Any) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("train_head", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [LINEAR, MLP])
+@pytest.mark.parametrize("kind", [LINEAR, MLP, SQUARE])
 def test_values_and_gradients(
     no_worse: Any,
     backend: str,
@@ -176,7 +176,9 @@ def test_any_shape(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
     width, codes = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     ignore = data.draw(st.sampled_from([-100, -1, 0]))
-    head = make_head(data.draw(st.sampled_from([LINEAR, MLP])), bias=data.draw(st.booleans()), width=width, codes=codes)
+    head = make_head(
+        data.draw(st.sampled_from([LINEAR, MLP, SQUARE])), bias=data.draw(st.booleans()), width=width, codes=codes
+    )
     head = trainable(head) if data.draw(st.booleans()) else head
     labels = torch.randint(codes, shape)
     labels = labels.masked_fill(torch.rand(shape) < data.draw(st.sampled_from([0, 0.5, 1])), ignore)
@@ -189,14 +191,17 @@ def test_any_shape(data: st.DataObject) -> None:
     torch.testing.assert_close(mine, best, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [LINEAR, MLP, SQUARE])
 @pytest.mark.parametrize("train_head", [False, True])
-def test_chunks_change_nothing_and_bound_the_logits(monkeypatch: pytest.MonkeyPatch, train_head: bool) -> None:
+def test_chunks_change_nothing_and_bound_the_logits(
+    monkeypatch: pytest.MonkeyPatch, train_head: bool, kind: str
+) -> None:
     rows: list[int] = []
     softmax = Chain._softmax
     monkeypatch.setattr(
         Chain, "_softmax", lambda self, labels, *a, **k: rows.append(len(labels)) or softmax(self, labels, *a, **k)
     )
-    head, labels = make_head(MLP, bias=True), some_labels(50)
+    head, labels = make_head(kind, bias=True), some_labels(50)
     head = trainable(head) if train_head else head
     results = []
     for chunk in (None, 7, 1):
