@@ -106,7 +106,7 @@ def liger(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> t
 def liger_simpo(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     module = importlib.import_module("liger_kernel.chunked_loss.simpo_loss")
     loss = module.LigerFusedLinearSimPOLoss(beta=5.0, gamma=0.5, compute_nll_loss=True)
-    pairs = max(1, len(hidden) // 1152)
+    pairs = len(hidden) // 1152 if len(hidden) % 1152 == 0 else 1
     features = features_of(hidden, head).view(2 * pairs, -1, head.weight.shape[1])
     return loss(head.weight, features, labels.view(2 * pairs, -1), head.bias)[0]
 
@@ -201,7 +201,8 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
         "eager": usual,
     }
     if not quick:
-        functions["compiled eager"] = torch.compile(usual)
+        torch.compiler.reset()  # every shape has its own code, and none reaches the limit of recompilations
+        functions["compiled eager"] = torch.compile(usual, dynamic=False)
     variants = {name: step_of(function, head) for name, function in functions.items()}
     if where == "cuda":
         peers = working_peers(head, arguments)

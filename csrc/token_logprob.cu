@@ -1,6 +1,6 @@
-// The softmax step of token_logprobs on the GPU, one block per row. A row of up to 32768 logits is read from memory
-// once and stays in registers; a longer one, or one that cannot be read 16 bytes at a time, is read twice, the second
-// time mostly from the second-level cache. Sums are fp32.
+// The softmax step of token_logprobs on the GPU, one block per row. A row of up to 32768 logits of two bytes, or 16384
+// of fp32, is read from memory once and stays in registers. A longer one, or one that cannot be read 16 bytes at a
+// time, is read twice, the second time mostly from the second-level cache. Sums are fp32.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -214,9 +214,13 @@ void launch(const Arguments& a, int64_t rows, cudaStream_t stream) {
         row_in_registers<T, O, 256, 32><<<grid, 256, 0, stream>>>(a);
     } else if (a.codes <= 16384) {
         row_in_registers<T, O, 512, 32><<<grid, 512, 0, stream>>>(a);
-    } else if (a.codes <= 32768) {
-        row_in_registers<T, O, 1024, 32><<<grid, 1024, 0, stream>>>(a);
     } else {
+        if constexpr (sizeof(T) == 2) {  // with fp32 the 64 registers that 1024 threads have each would not do
+            if (a.codes <= 32768) {
+                row_in_registers<T, O, 1024, 32><<<grid, 1024, 0, stream>>>(a);
+                return;
+            }
+        }
         row_in_passes<T, O, N, 512><<<grid, 512, 0, stream>>>(a);
     }
 }

@@ -1,4 +1,6 @@
+import importlib.util
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,17 @@ def test_explicit_backends_are_never_replaced() -> None:
         _dispatch.resolve("otsu_threshold", "cpp", "cuda")
     with pytest.raises(OpError, match="backend='mps' is unknown, expected one of 'auto', 'torch', 'cuda', 'cpp'"):
         _dispatch.resolve("otsu_threshold", "mps", "cpu")
+
+
+def test_without_what_a_cuda_kernel_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason() -> str:
+        return dict((name, why) for name, _, why in _dispatch.backends("cuda")["token_logprobs"])["cuda"]
+
+    monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": True}), ""))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert reason() == "Triton, which the kernels beside it need, is not installed"
+    monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": False}), ""))
+    assert "built without CUDA; reinstall the package where there is an nvcc" in reason()
 
 
 def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -92,7 +92,7 @@ WIDE = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.
         4096,  # all registers of 128 threads
         8104,  # 256 threads, the last ones with less
         16384,  # Janus: 512 threads
-        16392,  # 1024 threads, most with half of their registers
+        16392,  # 1024 threads, most with half of their registers; fp32 in passes
         32776,  # too long for the registers: in passes, the last one not full
         1021,  # odd: number by number
         1,
