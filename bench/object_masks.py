@@ -1,15 +1,20 @@
-"""object_masks against the loop that it replaces: min-max, scikit-image's Otsu and a threshold for each object."""
+"""object_masks and token_weights against their PyTorch twins and what they replace: for each object min-max,
+scikit-image's Otsu and a threshold; for each image a convolution.
+"""
 
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from _measure import interleaved, row, show, write
 from skimage.filters import threshold_otsu
 
 import ospo_fast
+from ospo_fast.ops.object_masks import object_masks_reference, object_weights
 from ospo_fast.ops.otsu import otsu_threshold_reference
+from ospo_fast.ops.token_weights import token_weights_reference
 
 
 def skimage_masks(maps: torch.Tensor) -> np.ndarray:  # (B, O, H, W)
@@ -25,6 +30,17 @@ def skimage_thresholds(maps: torch.Tensor) -> np.ndarray:
     return np.array([threshold_otsu(x) for x in maps.flatten(0, 1).numpy()])
 
 
+def conv2d_weights(masks: torch.Tensor) -> torch.Tensor:  # (B, H, W)
+    axis = torch.exp(-0.5 * torch.arange(-2.0, 3.0, device=masks.device) ** 2)
+    kernel = (axis[:, None] * axis / axis.sum() ** 2).expand(1, 1, 5, 5)
+    weights = []
+    for mask in masks.float():
+        blurred = F.conv2d(mask[None, None], kernel, padding=2)
+        low, high = blurred.min(), blurred.max()
+        weights.append(1 + ((blurred - low) / (high - low + 1e-8)).clamp(0, 1).flatten())
+    return torch.stack(weights)
+
+
 def run(out: Path, quick: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, objects, H, W = shape = (2, 2, 24, 24) if quick else (32, 4, 24, 24)
@@ -32,6 +48,9 @@ def run(out: Path, quick: bool) -> None:
     check = maps()
     assert np.array_equal(ospo_fast.object_masks(check.to(device)).masks.cpu().numpy(), skimage_masks(check))
     assert np.array_equal(ospo_fast.otsu_threshold(check.to(device)).flatten().cpu().numpy(), skimage_thresholds(check))
+
+    union = ospo_fast.object_masks(check.to(device)).union
+    torch.testing.assert_close(ospo_fast.token_weights(union), conv2d_weights(union), rtol=2e-6, atol=0)
 
     def inputs() -> tuple[torch.Tensor, torch.Tensor]:
         fresh = maps()
@@ -41,7 +60,17 @@ def run(out: Path, quick: bool) -> None:
     for op, variants in {
         "object_masks": {
             "ospo_fast": lambda _, x: ospo_fast.object_masks(x),
+            "torch": lambda _, x: object_masks_reference(x),
             "scikit-image": lambda x, _: skimage_masks(x),
+        },
+        "object_weights": {
+            "ospo_fast": lambda _, x: object_weights(x),
+            "in two steps": lambda _, x: ospo_fast.token_weights(ospo_fast.object_masks(x).union),
+        },
+        "token_weights": {
+            "ospo_fast": lambda _, x: ospo_fast.token_weights(x[:, 0] > 0.7),
+            "torch": lambda _, x: token_weights_reference(x[:, 0] > 0.7),
+            "conv2d loop": lambda _, x: conv2d_weights(x[:, 0] > 0.7),
         },
         "otsu_threshold": {
             "ospo_fast": lambda _, x: ospo_fast.otsu_threshold(x),

@@ -95,9 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
         stage.add_argument("--iteration", type=int, default=1, help="iteration of self-improvement (default: 1)")
         if name == "prompts":
             _add_prompts(stage)
-        if name != "train":
+        if name == "train":
+            _add_masks(stage)
+        else:
             stage.add_argument("--shard", metavar="i/n", help="do part i of n of the items, i from 0")
     _add_prompts(run)
+    _add_masks(run)
     generate = add("generate", "images of a prompt, and a contact sheet")
     _with_resume(generate, "keep finished images of the same settings (default); --no-resume draws all anew")
     generate.add_argument("prompt", nargs="?", help="what to draw")
@@ -116,6 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", "--from-file", dest="prompts_file", type=Path, metavar="FILE", help="your prompts, one a line"
+    )
+
+
+def _add_masks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--masks",
+        choices=("stored", "online"),
+        help="object masks of the masks stage (stored, the default) or of the policy as it trains (online)",
     )
 
 
@@ -139,6 +150,8 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
         from ospo_fast.models import find_model
 
         find_model(name)
+    if getattr(args, "masks", None) is not None:
+        config.train.masks = args.masks
     if getattr(args, "prompts_file", None) is not None:
         from ospo_fast.stages.common import read_prompts
 
@@ -223,12 +236,10 @@ def _line(report: Any) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ospo_fast.pipeline import STAGES
-
     pipeline = _pipeline(args)
     reports = []
     for iteration in range(1, pipeline.config.iterations + 1):
-        for stage in STAGES:
+        for stage in pipeline.needed:
             report = pipeline.stage(stage, iteration)
             reports.append(dataclasses.asdict(report))
             if not args.json:

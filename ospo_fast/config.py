@@ -18,7 +18,7 @@ from ospo_fast.errors import OspoError, UsageError
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 
-_PATHS = ("model", "templates", "prompts.exclude", "prompts.file")
+_PATHS = ("model", "templates", "prompts.exclude", "prompts.file", "masks.official")
 
 _OFFICIAL_TRAINING = {
     "lora_rank": 64,
@@ -138,18 +138,28 @@ class SelectConfig:
 
 @dataclass
 class MasksConfig:
-    """Object masks. `layers`: the layers averaged; None: all but the first and last `skip_layers`."""
+    """Object masks. `layers`: the layers averaged; None: all but the first and last `skip_layers`.
+
+    `choose`: in place of the average the one layer of each object with the lowest "entropy" or the highest
+    "separability", its tokens put together by `reduce`. `soft`: weights from sigmoid(100·(map − threshold)).
+    """
 
     enabled: bool = True
     layers: list[int] | None = None
     skip_layers: int = 5
-    scaler: float = 0.8
+    choose: str | None = None
+    reduce: str = "max"
+    soft: bool = False
+    scaler: float = 0.8  # of Otsu's threshold; the paper has 1.0
     match: str = "offsets"  # or "substring", the official token match
+    official: str | None = None  # mask folder of the official implementation, to take in place of own masks
     batch_size: int = 8  # pairs at once
 
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
         _one_of("masks.match", self.match, ("offsets", "substring"))
+        _one_of("masks.choose", self.choose or "entropy", ("entropy", "separability"))
+        _one_of("masks.reduce", self.reduce, ("max", "mean"))
         _check("masks.scaler", self.scaler, self.scaler > 0, "above 0")
         _check("masks.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
 
@@ -168,13 +178,18 @@ class LossConfig:
     label_smoothing: float | None = None
     mask_alpha: float | None = None
     mask_gamma: float | None = None
+    mask_blur: int | None = None
     normalize: str | None = None
 
 
 @dataclass
 class TrainConfig:
-    """LoRA on the language model with AdamW. A step sees `batch_size` × `accumulation` pairs."""
+    """LoRA on the language model with AdamW. A step sees `batch_size` × `accumulation` pairs.
 
+    `masks`: "stored" takes those of the masks stage, "online" those of the current policy, from the training forward.
+    """
+
+    masks: str = "stored"
     lora_rank: int = 64
     lora_alpha: int = 128
     lora_dropout: float = 0.05
@@ -206,6 +221,7 @@ class TrainConfig:
         """Check the ranges; UsageError otherwise."""
         for name in ("lora_rank", "steps", "batch_size", "accumulation", "save_every", "patience"):
             _check(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _one_of("train.masks", self.masks, ("stored", "online"))
         _one_of("train.schedule", self.schedule, ("cosine", "constant"))
         _check("train.warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "in [0, 1)")
         _check("train.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")

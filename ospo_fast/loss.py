@@ -26,7 +26,8 @@ class OSPOLossConfig:
     beta, gamma_beta_ratio: β and ρ of the preference between images; *_cond: of that between prompts, None = the same.
     simpo_weight, cond_weight, sft_weight: λ of the three terms. label_smoothing: 0 to 0.5.
     mask_alpha, mask_gamma: token weights 1 + alpha·m̃^gamma; alpha 0 leaves the masks out.
-    normalize: "weights" divides by Σw (official code), "length" by |y| (paper).
+    normalize: "weights" divides by Σw (official code), "length" by |y| (paper). mask_blur: taps of the masks' blur, odd
+    (5: official code, 1: none, as in the paper).
     Raises UsageError: a field of the wrong type or out of range.
     """
 
@@ -41,6 +42,7 @@ class OSPOLossConfig:
     mask_alpha: float = 1.0
     mask_gamma: float = 1.0
     normalize: Literal["weights", "length"] = "weights"
+    mask_blur: int = 5
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,6 +52,10 @@ class OSPOLossConfig:
                     raise UsageError(f"OSPOLossConfig: normalize is {value!r}, expected 'weights' or 'length'")
                 continue
             if value is None and field.name.endswith("_cond"):
+                continue
+            if field.name == "mask_blur":
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
+                    raise UsageError(f"OSPOLossConfig: mask_blur is {value!r}, expected an odd number (1: no blur)")
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UsageError(f"OSPOLossConfig: {field.name} is {value!r}, expected a finite number")
@@ -135,7 +141,9 @@ class OSPOLoss(nn.Module):
 
         weights = None
         if object_masks is not None and config.mask_alpha > 0:
-            weights = token_weights(object_masks, alpha=config.mask_alpha, gamma=config.mask_gamma)
+            weights = token_weights(
+                object_masks, alpha=config.mask_alpha, gamma=config.mask_gamma, blur_size=config.mask_blur
+            )
             weights = torch.cat([weights, weights[:pairs]])[:rows]
             weights = spread_weights(weights, present)
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)

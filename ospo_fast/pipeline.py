@@ -1,8 +1,9 @@
 """The stages in order over one run folder: stores, shards, iterations, timing, and resumption after a stop.
 
-A run folder holds config.yaml, one JSONL store per stage, images/, masks/, train/, stages.json (seconds, items, failed
-items and peak memory of each stage) and settings.json (what each stage was run with, so that a store never mixes two
-settings). Iteration n > 1 lies in iter<n>/ and starts from stage 1 with the model that the iteration before it trained.
+A run folder holds config.yaml, one JSONL store per stage, images/, masks/ (with diagnostics.json), train/, stages.json
+(seconds, items, failed items and peak memory of each stage) and settings.json (what each stage was run with, so that a
+store never mixes two settings). Iteration n > 1 lies in iter<n>/ and starts from stage 1 with the model that the
+iteration before it trained.
 """
 
 from __future__ import annotations
@@ -190,10 +191,15 @@ class Pipeline:
         """Load the model and check that the template set knows the wanted kinds of prompts; nothing is written."""
         self._kinds(self.model(iteration), self.config)
 
-    def run(self, stages: Sequence[str] = STAGES) -> list[StageReport]:
-        """All stages of all iterations, in order; those that are complete do nothing."""
-        iterations = range(1, self.config.iterations + 1)
-        return [self.stage(stage, iteration) for iteration in iterations for stage in stages]
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The stages of a run: all but the masks where training takes those of its own forward passes."""
+        return tuple(stage for stage in STAGES if stage != "masks" or self.config.train.masks == "stored")
+
+    def run(self, stages: Sequence[str] | None = None) -> list[StageReport]:
+        """The stages (`needed`, by default) of all iterations, in order; those that are complete do nothing."""
+        iterations, names = range(1, self.config.iterations + 1), self.needed if stages is None else stages
+        return [self.stage(stage, iteration) for iteration in iterations for stage in names]
 
     def stage(self, name: str, iteration: int = 1) -> StageReport:
         """One stage of one iteration.
@@ -254,6 +260,10 @@ class Pipeline:
                     report.items, report.total, report.failed = len(store) - before, len(store), len(failed)
             if name == "prompts":
                 self._mark_complete(out)
+            elif name == "masks":
+                from ospo_fast.stages.mask_stats import run_stats
+
+                write_json(out / "masks" / "diagnostics.json", run_stats(read_stage(out, name)))
             if failed:
                 log.warning("%s: %s", name, some_failed("items", failed, report.items))
             return report
@@ -303,7 +313,7 @@ class Pipeline:
     def _train(self, out: Path, config: Config, iteration: int, settings: dict[str, Any]) -> StageReport:
         from ospo_fast.stages import train
 
-        source = "masks" if train.uses_masks(config) else "select"
+        source = "masks" if train.uses_masks(config) and config.train.masks == "stored" else "select"
         done = _read_json(out / "train" / "done.json", None)
         if done is not None and self.resume:
             return StageReport("train", iteration, total=done["step"])

@@ -95,6 +95,8 @@ class Record(TypedDict, total=False):
     mask_path: str
     mask: None
     mask_reason: str
+    unmatched_objects: dict[str, str]  # nouns without a token, and why
+    mask_stats: dict[str, Any]  # see stages/mask_stats.py
 
 
 _TEXTS = ("t2i_category", "sub_category", "prompt", "concepts_and_relations", "relation", "kind", "chosen", "rejected")

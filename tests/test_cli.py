@@ -121,6 +121,24 @@ def test_stages_one_by_one(capsys, tmp_path, tiny, script):
     assert "images: 10 items" in out
 
 
+def test_online_masks_need_no_masks_stage(capsys, tmp_path, tiny, script):
+    where = ["--out", tmp_path / "run"]
+    code, out, err = call(capsys, "run", *where, *SMALL, "--model", tiny, "--masks", "online")
+    assert code == 0, err
+    assert "masks:" not in out
+    assert not (tmp_path / "run" / "masks.jsonl").exists()
+    lines = (tmp_path / "run" / "train" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert all(0 < json.loads(line)["mask_coverage"] < 1 for line in lines)
+    # The choice stays with the run folder; the other one starts afresh.
+    code, _, err = call(capsys, "train", *where, "--masks", "stored")
+    assert code == 2
+    assert "train.masks=online" in err or "masks.jsonl" in err
+    code, _, err = call(capsys, "train", *where, "--masks", "sometimes")
+    assert code == 2
+    assert "sometimes" in err
+
+
 def test_run_keeps_the_evaluation_prompts_out(capsys, tmp_path, tiny, script):
     from ospo_fast.shapes.scenes import held_out
 

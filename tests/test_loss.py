@@ -60,6 +60,21 @@ def by_hand(
     return {"loss": loss, **terms}
 
 
+def test_masks_without_blur() -> None:
+    """A blur of one tap leaves the mask's own weights, 1 and 2."""
+    hidden, head = torch.randn(2, 10, 6), torch.nn.Linear(6, 7)
+    labels = torch.randint(7, (2, 10))
+    labels[:, 0] = -100
+    masks = (torch.rand(2, 3, 3) < 0.4).to(torch.uint8)
+    config = OSPOLossConfig(mask_blur=1)
+    output = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
+    logps = head(hidden[:, :-1]).log_softmax(-1).gather(-1, labels[:, 1:, None])[..., 0]
+    weights = 1 + masks.flatten(1)
+    scores = (logps * weights).sum(1) / weights.sum(1)
+    torch.testing.assert_close(output.metrics["chosen_logps"], scores[0].detach())
+    torch.testing.assert_close(output.metrics["rejected_logps"], scores[1].detach())
+
+
 def test_presets() -> None:
     numbers = {
         "v1": (5, 0.5, None, None, 1, 0, 2, 0, 0, 1, "weights"),
@@ -87,6 +102,8 @@ def test_presets() -> None:
         ({"cond_weight": True}, "cond_weight is True"),
         ({"mask_alpha": -0.1}, "mask_alpha is -0.1"),
         ({"mask_gamma": -1}, "mask_gamma is -1"),
+        ({"mask_blur": 4}, r"mask_blur is 4, expected an odd number \(1: no blur\)"),
+        ({"mask_blur": 3.0}, "mask_blur is 3.0"),
         ({"label_smoothing": 0.7}, "label_smoothing is 0.7, expected 0 to 0.5"),
         ({"normalize": "sum"}, "normalize is 'sum', expected 'weights' or 'length'"),
     ],

@@ -42,11 +42,11 @@ class _StopForward(BaseException):
         self.capture = capture
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[misc]
+class _Watch(TorchDispatchMode):
     """Keeps the log-sum-exp that the attention running inside computes anyway, and the dtype it ran in."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lse: Tensor | None = None
         self.dtype: torch.dtype | None = None
 
@@ -85,10 +85,10 @@ class AttentionCapture:
             model.decoder(inputs_embeds=x, attention_mask=mask, use_cache=False)
         masks = object_masks(capture.maps)
 
-    One capture takes one forward pass over whole sequences (no key-value cache). Padding on either side is left out by
-    means of the attention mask that the decoder is given. The maps carry no gradient; with gradient checkpointing,
-    leave the context before the backward pass. A decoder under torch.compile is compiled anew for the context, with a
-    graph break at each attention; under fullgraph=True torch refuses.
+    One capture takes one forward pass over whole sequences (no key-value cache, none packed). Padding on either side is
+    left out by means of the attention mask that the decoder is given. The maps carry no gradient; with gradient
+    checkpointing, leave the context before the backward pass. A decoder under torch.compile is compiled anew for the
+    context, with a graph break at each attention; under fullgraph=True torch refuses.
 
     Args:
         model: an adapter, or a transformers module with a Llama-like decoder.
@@ -189,14 +189,14 @@ class AttentionCapture:
             # Looked at once: the layers of a pass share the mask, and looking waits for a GPU.
             self._request = self._ask(q, mask)
             shape = (len(self.layers), len(q), self._request.columns.shape[1], self._request.length)
-            self._maps = torch.empty(shape, device=q.device)
+            self._maps = torch.zeros(shape, device=q.device)
         dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
         self._request.run(
             q.detach().to(dtype),
             k.detach().to(dtype),
             scale=options.get("scaling"),
             lse=watch.of(q),
-            out=self._maps[self.layers.index(index)].zero_(),
+            out=self._maps[self.layers.index(index)],
         )
         self._seen.add(index)
 
@@ -260,7 +260,8 @@ def _wrapper(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
             raise _StopForward(capture)
         return result
 
-    return attention
+    wrapped: Callable[..., Any] = attention
+    return wrapped
 
 
 def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
@@ -271,6 +272,8 @@ def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
             f"capture: layer {module.layer_idx} has a sliding window of {window} for {length} positions; "
             "give layers= without windows"
         )
+    if options.get("cu_seq_lens_q") is not None:
+        raise OspoError("capture: the decoder runs packed sequences (cu_seq_lens_q); give it padded ones, with a mask")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise OspoError(f"capture: layer {module.layer_idx} changes its scores by {name}, which maps do not know")

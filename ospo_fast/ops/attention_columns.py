@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -273,9 +274,8 @@ def _attention_columns(
     if q.dtype == torch.float64:
         kernel = "torch"
     if kernel == "triton":
-        from ospo_fast.kernels.attention_columns import attention_columns as triton_columns
-
-        triton_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)
+        kernels = importlib.import_module("ospo_fast.kernels.attention_columns")
+        kernels.attention_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)
         return
     twin = _native if kernel == "cpp" else _twin
     maps = twin(q, k, columns, bounds, share, lse, scale, causal, out.shape[2])

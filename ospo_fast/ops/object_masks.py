@@ -62,6 +62,14 @@ def object_weights(
     return ObjectMasks(*result), weights
 
 
+def soft_masks(found: ObjectMasks, *, scaler: float = 0.8, sharpness: float = 100.0) -> Tensor:
+    """(B, O, H, W): sigmoid(sharpness · (map − scaler · threshold)), the soft form of the masks.
+
+    scaler as it was given to `object_masks`. The union of soft masks is their greatest value, cell by cell.
+    """
+    return torch.sigmoid(sharpness * (found.maps - (found.thresholds * scaler)[..., None, None]))
+
+
 def object_masks_reference(
     maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0.8, bins: int = 256
 ) -> ObjectMasks:

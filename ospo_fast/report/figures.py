@@ -28,6 +28,7 @@ CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
     ("sft", "SFT term", (None, None)),
     ("accuracy", "Pair accuracy", (0, 1)),
     ("margin", "Reward margin", (None, None)),
+    ("mask_coverage", "Share of the image under online masks", (0, 1)),
     ("lr", "Learning rate", (0, None)),
     ("grad_norm", "Gradient norm", (0, None)),
 )
@@ -210,8 +211,12 @@ def curves(log: list[Record]) -> list[dict[str, Any]]:
     return charts
 
 
-def mask_diagnostics(found: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Coverage, entropy, overlap and alarms over the masks that load_masks gives; None where there are none."""
+def mask_diagnostics(found: Iterable[dict[str, Any]], records: Iterable[Record] = ()) -> dict[str, Any] | None:
+    """Coverage, entropy, overlap and alarms over the masks that load_masks gives; None where there are none.
+
+    Of the records, `mask_stats` give the mean entropy of the attention of each layer, and `unmatched_objects` the
+    objects that have no mask of their own, counted by reason.
+    """
     covers: dict[str, list[float]] = {side: [] for side in SIDES}
     entropies, overlaps = [], []
     for sides in found:
@@ -233,6 +238,26 @@ def mask_diagnostics(found: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
         "empty": sum(value == 0 for value in every),
         "full": sum(value == 1 for value in every),
         "chart": chart,
+        **_mask_records(records),
+    }
+
+
+def _mask_records(records: Iterable[Record]) -> dict[str, Any]:
+    layers: dict[int, list[float]] = defaultdict(list)
+    unmatched: Counter[str] = Counter()
+    for record in records:
+        unmatched.update(text(reason) for reason in mapping(record.get("unmatched_objects")).values())
+        stats = mapping(record.get("mask_stats"))
+        for side in SIDES:
+            for layer, value in zip(
+                entries(stats.get("layers")), entries(mapping(stats.get(side)).get("entropy")), strict=False
+            ):
+                reading = number(value)
+                if isinstance(layer, int) and reading is not None:
+                    layers[layer].append(reading)
+    return {
+        "layers": [(layer, fmean(values)) for layer, values in sorted(layers.items())],
+        "unmatched": unmatched.most_common(),
     }
 
 

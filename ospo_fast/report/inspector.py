@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.report.masks import drawable
-from ospo_fast.report.reading import entries, kind_of, number, text
+from ospo_fast.report.reading import entries, kind_of, mapping, number, text
 
 if TYPE_CHECKING:
     from ospo_fast.report.images import Album
@@ -151,9 +151,13 @@ def _variants(record: Record, images: dict[str, dict[str, Any]]) -> list[dict[st
 
 
 def _masks(record: Record, masks: dict[str, Any] | str) -> dict[str, Any]:
+    """The masks as the page draws them, or why there are none; `notes`: alarms, and objects without a mask."""
+    alarms = [text(alarm) for alarm in entries(mapping(record.get("mask_stats")).get("alarms"))]
+    lost = [f"{noun}: {text(why)}" for noun, why in mapping(record.get("unmatched_objects")).items()]
     if isinstance(masks, str):
-        return {"reason": masks}
+        return {"reason": masks, "notes": lost}
     names = [text(entry.get("text") if isinstance(entry, dict) else entry) for entry in entries(record.get("objects"))]
     drawn = drawable(masks)
     count = len(drawn["chosen"]["maps"])
-    return {"objects": (names + [f"object {index + 1}" for index in range(len(names), count)])[:count], **drawn}
+    objects = (names + [f"object {index + 1}" for index in range(len(names), count)])[:count]
+    return {"notes": [*(f"mask of the {alarm}" for alarm in alarms), *lost], "objects": objects, **drawn}

@@ -77,7 +77,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         curves=figures.curves(run.log),
         funnel=figures.funnel(run),
         losses=figures.losses(run),
-        diagnostics=figures.mask_diagnostics(sides for sides in masks.values() if isinstance(sides, dict)),
+        diagnostics=figures.mask_diagnostics((sides for sides in masks.values() if isinstance(sides, dict)), run.items),
         gallery=gallery,
         sources=album.sources,
         total=len(run.items),

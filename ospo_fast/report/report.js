@@ -307,6 +307,7 @@
       drawn
         ? el("p", { class: "legend" }, `Attention of the image's tokens to each object's words, dark to bright; outlined: the mask. Chosen and rejected masks overlap by ${percent(masks.iou)} (IoU).`)
         : el("p", { class: "legend" }, masks ? `No mask: ${masks.reason}.` : "No mask."),
+      ...(masks && masks.notes.length ? [el("p", { class: "legend" }, `Mind: ${masks.notes.join("; ")}.`)] : []),
     );
     return block;
   }

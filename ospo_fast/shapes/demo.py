@@ -24,7 +24,7 @@ from ospo_fast._version import __version__
 from ospo_fast.config import Config, EvaluateConfig
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
+from ospo_fast.pipeline import STAGES, Pipeline, read_stage, stage_figures
 from ospo_fast.records import Record, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
@@ -75,7 +75,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     own = figures.get("vqa_own", base, lambda: evaluate.answering_own(base, before[scale], progress=progress))
 
     pipeline.evaluation = evaluate.watcher(config.evaluate, scale)
-    pipeline.run()
+    pipeline.run(STAGES)  # the figures of the masks are wanted even where training takes its own
 
     tuned = pipeline.model(config.iterations + 1)
     own_scale, own_scales = figures.guidance("tuned", tuned, progress)

@@ -1,7 +1,7 @@
 """Stage 5, second part: where the objects of a prompt lie in the chosen and in the rejected image.
 
-The base prompt and an image's codes go through the decoder once; the attention that the image's tokens pay to an
-object's tokens is its map, Otsu's threshold makes it a mask.
+The base prompt and an image's codes go through the decoder once, up to the last layer that counts; the attention that
+the image's tokens pay to an object's tokens is its map, Otsu's threshold makes it a mask.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ import torch
 from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import ObjectSpan, Record, write_atomic
 from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
 from ospo_fast.stages.forward import hidden_states, teacher_forced
-from ospo_fast.stages.objects import nouns_of, object_spans, tokens_by_substring, tokens_of
+from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
+from ospo_fast.stages.objects import nouns_of, object_spans, spans_of, tokens_by_substring, tokens_of
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
+    from ospo_fast.models.capture import AttentionCapture
     from ospo_fast.ops import ObjectMasks
 
 log = logging.getLogger(__name__)
 
 NO_PAIR = "the item has no pair"
+Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
+WINDOW = 8  # batches whose items are sorted by length, so that a batch has little padding
 
 
 @dataclass(frozen=True)
 class Target:
-    """The objects of one item and the columns of their tokens."""
+    """The objects of one item, the columns of their tokens, and the nouns that have none, with the reason."""
 
     nouns: list[str]
     objects: list[ObjectSpan]
     columns: list[list[int]]
+    unmatched: dict[str, str]
 
 
 def find_objects(record: Record, model: UnifiedModel, match: str) -> Target | str:
@@ -45,60 +50,125 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> Target | st
     nouns = nouns_of(record)
     if not nouns:
         return "the prompt names no object"
-    spans = object_spans(nouns, record["prompt"])
-    ids, offsets = model.image_prompt_offsets(record["prompt"])
-    columns = []
-    for span in spans:
-        if match == "substring":
-            noun_ids, noun_offsets = model.image_prompt_offsets(span["text"].lower())
-            own = [i for i, offset in zip(noun_ids.tolist(), noun_offsets, strict=True) if offset is not None]
-            pieces = [model.detokenize([i]) for i in own]
-            columns.append(tokens_by_substring(pieces, [model.detokenize([i]) for i in ids.tolist()]))
-        else:
-            columns.append(tokens_of(span["text"], record["prompt"], offsets))
-    found = [n for n, tokens in enumerate(columns) if tokens]
-    if not found:
+    prompt = record["prompt"]
+    unmatched = {noun: "the prompt does not hold it as a word" for noun in nouns if not spans_of(noun, prompt)}
+    spans, columns = [], []
+    try:
+        ids, offsets = model.image_prompt_offsets(prompt)
+        for span in object_spans(nouns, prompt):
+            if match == "substring":
+                noun_ids, noun_offsets = model.image_prompt_offsets(span["text"].lower())
+                own = [i for i, offset in zip(noun_ids.tolist(), noun_offsets, strict=True) if offset is not None]
+                pieces = [model.detokenize([i]) for i in own]
+                found = tokens_by_substring(pieces, [model.detokenize([i]) for i in ids.tolist()])
+            else:
+                found = tokens_of(span["text"], prompt, offsets)
+            if found:
+                spans.append(span)
+                columns.append(found)
+            else:
+                unmatched[span["text"]] = "no token of the prompt stands for it"
+    except UsageError as error:  # a prompt that this model cannot draw
+        return str(error)
+    if not columns:
         return f"no token of the prompt matches {', '.join(repr(noun) for noun in nouns)}"
-    return Target(nouns, [spans[n] for n in found], [columns[n] for n in found])
+    return Target(nouns, spans, columns, unmatched)
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Masks of N images with at most O objects each, and how they came about."""
+
+    found: ObjectMasks  # (N, O, …)
+    soft: Tensor | None  # (N, H, W) soft unions, where the settings ask for them
+    entropies: Tensor  # (L, N, O) of the attention of each layer
+    layers: tuple[int, ...]  # the L layers
+    picked: Tensor | None  # (N, O) indices into `layers`, where one is chosen for each object
+    finite: Tensor  # (N,) bool: False where the attention holds NaN or infinity, and the masks are empty
+
+    @property
+    def weights(self) -> Tensor:
+        """(N, H, W): what the loss weights tokens by."""
+        return self.found.union if self.soft is None else self.soft
+
+
+def mask_capture(
+    model: UnifiedModel,
+    columns: Columns,
+    lengths: Tensor,
+    tokens: int,
+    settings: MasksConfig,
+    *,
+    stop_early: bool,
+) -> AttentionCapture:
+    """The capture whose maps `masks_of` takes: prompts of `lengths` (N,), each followed by the tokens of an image."""
+    from ospo_fast.models.capture import AttentionCapture
+
+    if settings.choose is not None:  # every token by itself
+        width = _widths(columns)[1]
+        columns = [[[c] for o in item for c in [*o, *[-1] * (width - len(o))]] for item in columns]
+    return AttentionCapture(
+        model,
+        columns=columns,
+        rows=(lengths.cpu(), tokens),
+        layers=settings.layers,
+        skip=settings.skip_layers,
+        stop_early=stop_early,
+    )
+
+
+def masks_of(capture: AttentionCapture, columns: Columns, settings: MasksConfig) -> Masks:
+    """The masks that a finished capture gives. Where an image has fewer objects than others, they are empty."""
+    from ospo_fast.ops import object_masks
+    from ospo_fast.ops.layer_choice import choose_layers
+    from ospo_fast.ops.object_masks import soft_masks
+
+    layer_maps, picked = capture.layer_maps, None
+    L, N, _, H, W = layer_maps.shape
+    most, width = _widths(columns)
+    sizes = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
+    sizes = sizes.view(N, most).to(layer_maps.device)
+    finite = layer_maps.isfinite().movedim(1, 0).flatten(1).all(1)
+    layer_maps = torch.where(finite.view(1, N, 1, 1, 1), layer_maps, 0)
+    if settings.choose is None:
+        maps = layer_maps.mean(0)
+    else:
+        by_token = layer_maps.view(L, N, most, width, H, W)
+        used = torch.arange(width, device=sizes.device) < sizes[..., None]
+        choice = choose_layers(by_token, used, rule=settings.choose, reduce=settings.reduce)
+        maps, picked = choice.maps, choice.layers
+        layer_maps = by_token.sum(3) / sizes.clamp(min=1)[..., None, None]
+    found = object_masks(maps, valid=(sizes > 0) & finite[:, None], scaler=settings.scaler)
+    soft = None
+    if settings.soft:
+        shown = soft_masks(found, scaler=settings.scaler) * (sizes > 0)[..., None, None]
+        soft = shown.amax(1) if most else shown.sum(1)
+    return Masks(found, soft, map_entropy(layer_maps), capture.layers, picked, finite)
+
+
+def _widths(columns: Columns) -> tuple[int, int]:
+    """The most objects of an image, and the most tokens of an object."""
+    return max((len(item) for item in columns), default=0), max((len(o) for item in columns for o in item), default=0)
 
 
 @torch.no_grad()
 def attention_masks(
-    model: UnifiedModel,
-    prompts: Sequence[str],
-    codes: Tensor,
-    columns: Sequence[Sequence[Sequence[int]]],
-    settings: MasksConfig,
-) -> ObjectMasks:
-    """Maps and masks of the objects of N images, one forward pass; codes (N, T), columns per image and object.
-
-    Images with fewer objects than the others have empty masks in the places that are left.
-    """
-    from ospo_fast.models.capture import AttentionCapture
-    from ospo_fast.ops import object_masks
-
+    model: UnifiedModel, prompts: Sequence[str], codes: Tensor, columns: Columns, settings: MasksConfig
+) -> Masks:
+    """Maps and masks of the objects of N images, one forward pass; codes (N, T), columns per image and object."""
     batch = teacher_forced(model, [model.image_prompt(prompt) for prompt in prompts], codes)
-    most = max(len(item) for item in columns)
-    valid = torch.tensor([[o < len(item) for o in range(most)] for item in columns], device=model.device)
-    capture = AttentionCapture(
-        model,
-        columns=columns,
-        rows=(batch.lengths, codes.shape[1]),
-        layers=settings.layers,
-        skip=settings.skip_layers,
-        stop_early=True,
-    )
-    with capture:
+    with mask_capture(model, columns, batch.lengths, codes.shape[1], settings, stop_early=True) as capture:
         hidden_states(model, batch.embeds)
-    return object_masks(capture.maps, valid=valid, scaler=settings.scaler)
+    return masks_of(capture, columns, settings)
 
 
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
-    """Every record with `objects` and `mask_path`, or with `mask` null and a `mask_reason`.
+    """Every record with `objects`, `mask_path` and `mask_stats`, or with `mask` null and a `mask_reason`.
 
     An item fails alone: one whose prompt is too long for the model or names no object, or whose images cannot be read.
     The file holds, for chosen and rejected: `*_maps` (O, H, W) f32 in [0, 1], `*_thresholds` (O,) f32, `*_masks`
-    (O, H, W) u8, `*_union` (H, W) u8.
+    (O, H, W) u8, `*_union` (H, W) u8 and, with `masks.soft`, `*_soft` (H, W) f32. Nouns without a token are in
+    `unmatched_objects`, with the reason.
 
     Raises:
         OspoError: no run folder was given, or it cannot be written.
@@ -107,19 +177,22 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     if out is None:
         raise OspoError("masks: got no run folder; give `out`, where the masks go.")
     settings = config.masks
-    for chunk in chunked(records, settings.batch_size):
-        targets = [_target(record, model, settings.match) for record in chunk]
+    for window in chunked(records, settings.batch_size * WINDOW):
+        targets = [_target(record, model, settings.match) for record in window]
         named = [n for n, target in enumerate(targets) if isinstance(target, Target)]
-        codes = dict(zip(named, pair_codes(model, [chunk[n] for n in named], out), strict=True))
+        codes = dict(zip(named, pair_codes(model, [window[n] for n in named], out), strict=True))
         tasks = [
-            _Task(record["item_id"], record["prompt"], target, pair)
-            for n, (record, target) in enumerate(zip(chunk, targets, strict=True))
+            _Task(record, target, pair)
+            for n, (record, target) in enumerate(zip(window, targets, strict=True))
             if isinstance(target, Target) and isinstance(pair := codes[n], Tensor)
         ]
-        paths = _write(tasks, model, settings, out) if tasks else {}
-        for n, (record, target) in enumerate(zip(chunk, targets, strict=True)):
-            if isinstance(target, Target) and (path := paths.get(record["item_id"])) is not None:
-                yield {**record, "nouns": target.nouns, "objects": target.objects, "mask_path": path}
+        tasks.sort(key=lambda task: len(model.image_prompt(task.record["prompt"])))
+        results: dict[str, Record] = {}
+        for batch in chunked(tasks, settings.batch_size):
+            results |= _write(batch, model, settings, out)
+        for n, (record, target) in enumerate(zip(window, targets, strict=True)):
+            if record["item_id"] in results:
+                yield results[record["item_id"]]
             else:
                 reason = target if isinstance(target, str) else str(codes[n])
                 if reason != NO_PAIR:
@@ -129,8 +202,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
 
 @dataclass(frozen=True)
 class _Task:
-    item_id: str
-    prompt: str
+    record: Record
     target: Target
     codes: Tensor  # (2, T): chosen, rejected
 
@@ -141,35 +213,104 @@ def _target(record: Record, model: UnifiedModel, match: str) -> Target | str:
     return undrawable(model, record["prompt"]) or find_objects(record, model, match)
 
 
-def _write(tasks: list[_Task], model: UnifiedModel, settings: MasksConfig, out: Path) -> dict[str, str]:
+def _write(tasks: list[_Task], model: UnifiedModel, settings: MasksConfig, out: Path) -> dict[str, Record]:
     from safetensors.torch import save
 
     columns = [task.target.columns for task in tasks] * 2
+    prompts = [task.record["prompt"] for task in tasks] * 2
     codes = torch.stack([task.codes for task in tasks], dim=1).flatten(0, 1)
-    result = attention_masks(model, [task.prompt for task in tasks] * 2, codes, columns, settings)
-    paths = {}
+    result = attention_masks(model, prompts, codes, columns, settings)
+    entropies, masks = result.entropies.cpu(), result.found
+    results: dict[str, Record] = {}
     for n, task in enumerate(tasks):
-        objects = len(columns[n])
+        record, target, both = task.record, task.target, [n, n + len(tasks)]
+        item, objects = record["item_id"], len(target.columns)
+        if not bool(result.finite[both].all()):
+            reason = "the attention of the model holds NaN or infinity"
+            results[item] = {**record, "mask": None, "mask_reason": reason}
+            continue
         tensors = {}
-        for side, row in (("chosen", n), ("rejected", n + len(tasks))):
-            tensors[f"{side}_maps"] = result.maps[row, :objects].float()
-            tensors[f"{side}_thresholds"] = result.thresholds[row, :objects].float()
-            tensors[f"{side}_masks"] = result.masks[row, :objects]
-            tensors[f"{side}_union"] = result.union[row]
-        path = f"masks/{task.item_id}.safetensors"
+        for side, row in zip(SIDES, both, strict=True):
+            tensors[f"{side}_maps"] = masks.maps[row, :objects].float()
+            tensors[f"{side}_thresholds"] = masks.thresholds[row, :objects].float()
+            tensors[f"{side}_masks"] = masks.masks[row, :objects]
+            tensors[f"{side}_union"] = masks.union[row]
+            if result.soft is not None:
+                tensors[f"{side}_soft"] = result.soft[row]
+        path = f"masks/{item}.safetensors"
         write_atomic(out / path, save({name: value.cpu().contiguous() for name, value in tensors.items()}))
-        paths[task.item_id] = path
-    return paths
+        picked = None if result.picked is None else result.picked[both, :objects].cpu()
+        stats = item_stats(masks.union[both].cpu(), entropies[:, both, :objects], list(result.layers), picked)
+        results[item] = {
+            **record, "nouns": target.nouns, "objects": target.objects, "mask_path": path, "mask_stats": stats,
+        }  # fmt: skip
+        if target.unmatched:
+            results[item]["unmatched_objects"] = target.unmatched
+    return results
 
 
 def load_unions(record: Record, out: Path | None) -> Tensor:
-    """The union masks (2, H, W) float of the chosen and the rejected image; OspoError when the file is unreadable."""
+    """The masks (2, H, W) float of the chosen and the rejected image, the soft ones where the file has them.
+
+    Raises OspoError when the file is unreadable.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = locate(record["mask_path"], out)
     try:
         tensors = load_file(path)
-        return torch.stack([tensors["chosen_union"], tensors["rejected_union"]]).float()
+        kind = "soft" if "chosen_soft" in tensors else "union"
+        return torch.stack([tensors[f"{side}_{kind}"] for side in SIDES]).float()
     except (OSError, SafetensorError, KeyError) as error:
         raise OspoError(f"Cannot read the masks {path}: {error}.") from error
+
+
+def import_official(records: Iterable[Record], folder: Path, out: Path) -> Iterator[Record]:
+    """Records with the masks of the official implementation, stored in `out` as those of this stage are.
+
+    folder: its mask folder, which holds base/CATEGORY/ITEM/NAME_mask.pt and negative/CATEGORY/ITEM/NAME_mask.pt, NAME
+    that of the chosen image: each an (H, W) tensor of 0 and 1. Nothing is unpickled but tensors. A file has the unions
+    alone: no maps and no objects. A pair without its files has `mask` null and a `mask_reason`.
+
+    Raises OspoError for a file that holds something else.
+    """
+    from safetensors.torch import save
+
+    for record in records:
+        if not record.get("kept", "chosen" in record):
+            yield {**record, "mask": None, "mask_reason": "the item has no pair"}
+            continue
+        item, name = record["item_id"], f"{Path(record['chosen']).stem}_mask.pt"
+        paths = [folder / kind / record.get("t2i_category", "") / item / name for kind in ("base", "negative")]
+        absent = [str(path) for path in paths if not path.is_file()]
+        if absent:
+            yield {**record, "mask": None, "mask_reason": f"there is no {absent[0]}"}
+            continue
+        unions = [_official(path) for path in paths]
+        tensors: dict[str, Tensor] = {}
+        for side, union in zip(SIDES, unions, strict=True):
+            H, W = union.shape
+            tensors |= {
+                f"{side}_union": union,
+                f"{side}_maps": torch.zeros(0, H, W),
+                f"{side}_masks": torch.zeros(0, H, W, dtype=torch.uint8),
+                f"{side}_thresholds": torch.zeros(0),
+            }
+        path = f"masks/{item}.safetensors"
+        write_atomic(out / path, save(tensors))
+        stats = item_stats(torch.stack(unions), torch.zeros(0, 2, 0), [], None)
+        yield {**record, "objects": [], "mask_path": path, "mask_stats": stats}
+
+
+def _official(path: Path) -> Tensor:
+    import pickle
+
+    try:
+        mask = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise OspoError(f"{path} is no mask of the official implementation: {str(error).splitlines()[0]}") from error
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+        shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise OspoError(f"{path} holds {shape}, expected an (H, W) tensor of 0 and 1")
+    return mask.to(torch.uint8).contiguous()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ospo_fast.records import ObjectSpan, Record
+
+log = logging.getLogger(__name__)
 
 _PLACES = (
     "left right top bottom side row rows column columns front behind range middle center centre corner edge above "
@@ -30,8 +35,8 @@ def nouns_of(record: Record) -> list[str]:
 
     Where the record has `nouns`, those. Else from the model's own analysis: of each concept the longest ending that a
     relation names as one of its terms ("red ceiling fan", "(ceiling fan, red)" → "ceiling fan"), or its last word. Else
-    from the prompt alone: the last word of each run of words between articles, prepositions, numbers and the like.
-    Words of place are no objects.
+    from the prompt alone: its nouns as spaCy tags them, where spaCy and a model of it are installed, or the last word
+    of each run of words between articles, prepositions, numbers and the like. Words of place are no objects.
     """
     if record.get("nouns"):
         found = list(record["nouns"])
@@ -39,7 +44,7 @@ def nouns_of(record: Record) -> list[str]:
         concepts = re.split(r"[,;]", record.get("concepts_and_relations", ""))
         found = [noun for concept in concepts if (noun := _head(concept, _terms(record.get("relation", ""))))]
         if not any(spans_of(noun, record["prompt"]) for noun in found):
-            found = _from_prompt(record["prompt"])
+            found = _by_spacy(record["prompt"]) or _from_prompt(record["prompt"])
     unique: dict[str, str] = {}
     for noun in found:
         unique.setdefault(noun.casefold(), noun)
@@ -61,6 +66,34 @@ def _head(concept: str, terms: set[str]) -> str:
     return words[-1]
 
 
+@functools.cache
+def _spacy() -> Any | None:
+    """The small English pipeline; None where spaCy or the pipeline is missing."""
+    try:
+        import spacy
+
+        return spacy.load("en_core_web_sm", disable=["ner", "lemmatizer"])
+    except (ImportError, OSError) as error:
+        log.debug("nouns are found without spaCy: %s", error)
+        return None
+
+
+def _by_spacy(prompt: str) -> list[str]:
+    """The nouns of a prompt with those compounded to them ("ceiling fan"), by spaCy's tags."""
+    pipeline = _spacy()
+    if pipeline is None:
+        return []
+    found, run = [], ""
+    for token in pipeline(prompt):
+        if token.pos_ not in ("NOUN", "PROPN"):
+            continue
+        run = f"{run} {token.text}".strip()
+        if token.dep_ != "compound":
+            found.append(run)
+            run = ""
+    return [*found, run] if run else found
+
+
 def _from_prompt(prompt: str) -> list[str]:
     found, run = [], ""
     for match in _WORD_OR_MARK.finditer(prompt):
@@ -73,8 +106,14 @@ def _from_prompt(prompt: str) -> list[str]:
     return [noun for noun in [*found, run] if noun]
 
 
+_IRREGULAR = (
+    ("man", "men"), ("child", "children"), ("person", "people"), ("mouse", "mice"), ("goose", "geese"),
+    ("foot", "feet"), ("tooth", "teeth"), ("ox", "oxen"),
+)  # fmt: skip
+
+
 def _forms(noun: str) -> list[str]:
-    """The noun and its regular plural and singular."""
+    """The noun and its plural and singular, regular or one of the common irregular ones."""
     low = noun.casefold()
     forms = [low, low + "s", low + "es"]
     if low.endswith("y"):
@@ -91,6 +130,9 @@ def _forms(noun: str) -> list[str]:
         forms.append(low[:-2])
     if low.endswith("s") and not low.endswith("ss"):
         forms.append(low[:-1])
+    # As endings ("policeman"): a form that is no word of the language is none of the prompt either.
+    for one, many in _IRREGULAR:
+        forms += [low[: -len(a)] + b for a, b in ((one, many), (many, one)) if low.endswith(a)]
     return sorted((form for form in forms if len(form) > 1 or form == low), key=len, reverse=True)
 
 

@@ -34,13 +34,16 @@ Evaluation = Callable[["UnifiedModel", int], dict[str, float]]
 
 @dataclass(frozen=True)
 class Example:
-    """A pair, ready to train on: its prompt, the codes (2, T) and masks (2, H, W) of chosen and rejected."""
+    """A pair, ready to train on: its prompt, the codes (2, T) of chosen and rejected, and what gives their masks:
+    themselves (2, H, W), or the positions of each object's tokens, where the policy's own are taken.
+    """
 
     item_id: str
     prompt: str
     rejected_prompt: str
     codes: Tensor
     masks: Tensor | None
+    columns: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ def loss_config(preset: str, overrides: LossConfig) -> OSPOLossConfig:
 
 
 def pick(records: Iterable[Record], config: Config) -> list[Record]:
-    """The records to train on: those with a pair and, where masks count, a mask; capped per kind and in all.
+    """The records to train on: those with a pair and, where stored masks count, a mask; capped per kind and in all.
 
     The order depends on the ids alone, and so does the choice where there are more than the caps allow.
     """
     settings = config.train
-    masked = uses_masks(config)
+    masked = uses_masks(config) and config.train.masks == "stored"
     pairs = [r for r in records if r.get("kept", "chosen" in r) and "chosen" in r]
     chosen = [r for r in pairs if not masked or r.get("mask_path")]
     if len(chosen) < len(pairs):
@@ -95,20 +98,20 @@ def uses_masks(config: Config) -> bool:
 def load_examples(
     records: list[Record], model: UnifiedModel, config: Config, out: Path | None
 ) -> tuple[list[Example], dict[str, str]]:
-    """The pairs with their codes (stored beside the images, or encoded from them) and masks, and what is left out.
+    """The pairs with their codes (stored beside the images, or encoded from them) and masks, or what gives those of the
+    policy, and what is left out.
 
     A pair is left out, item_id → reason, when a prompt is too long for the model or a file of it cannot be read. Raises
     OspoError for a pair that lacks the rejected prompt the loss needs.
     """
     conditional = loss_config(config.preset, config.train.loss).cond_weight > 0
-    masked = uses_masks(config)
     examples: list[Example] = []
     left_out: dict[str, str] = {}
     for part in chunked(records, 32):
         for record, codes in zip(part, pair_codes(model, part, out), strict=True):
             if conditional and not record.get("rejected_prompt"):
                 raise OspoError(f"Item {record['item_id']} has no rejected_prompt, which the conditional term needs.")
-            example = _example(record, codes, model, out, conditional=conditional, masked=masked)
+            example = _example(record, codes, model, config, out)
             if isinstance(example, str):
                 left_out[record["item_id"]] = example
             else:
@@ -117,21 +120,30 @@ def load_examples(
 
 
 def _example(
-    record: Record, codes: Tensor | str, model: UnifiedModel, out: Path | None, *, conditional: bool, masked: bool
+    record: Record, codes: Tensor | str, model: UnifiedModel, config: Config, out: Path | None
 ) -> Example | str:
-    from ospo_fast.stages.masks import load_unions
+    from ospo_fast.stages.masks import find_objects, load_unions
 
+    masked = uses_masks(config)
     rejected_prompt = record.get("rejected_prompt", "")
+    conditional = loss_config(config.preset, config.train.loss).cond_weight > 0
     for prompt in (record["prompt"], *([rejected_prompt] if conditional else [])):
         if (why := undrawable(model, prompt)) is not None:
             return why
     if isinstance(codes, str):
         return codes
-    try:
-        masks = load_unions(record, out) if masked else None
-    except OspoError as error:
-        return str(error)
-    return Example(record["item_id"], record["prompt"], rejected_prompt, codes, masks)
+    masks, columns = None, None
+    if masked and config.train.masks == "online":
+        target = find_objects(record, model, config.masks.match)
+        if isinstance(target, str):
+            return target
+        columns = target.columns
+    elif masked:
+        try:
+            masks = load_unions(record, out)
+        except OspoError as error:
+            return str(error)
+    return Example(record["item_id"], record["prompt"], rejected_prompt, codes, masks, columns)
 
 
 def make_batch(model: UnifiedModel, examples: list[Example], *, swapped: bool) -> tuple[Batch, Tensor | None]:
@@ -241,9 +253,10 @@ class Trainer:
             chosen = [self.examples[i] for i in indices[part * size : (part + 1) * size]]
             batch, masks = make_batch(self.model, chosen, swapped=self.loss.config.cond_weight > 0)
             with _autocast(self.model):
-                output = self.loss(
-                    hidden_states(self.model, batch.embeds), batch.labels, self.model.head, object_masks=masks
-                )
+                hidden, masks = self._forward(batch, masks, chosen)
+                output = self.loss(hidden, batch.labels, self.model.head, object_masks=masks)
+            if masks is not None and self.settings.masks == "online":
+                sums["mask_coverage"] += float((masks > 0.5).float().mean()) / settings.accumulation
             (output.loss / settings.accumulation).backward()
             if settings.unconditional_weight:
                 with _autocast(self.model):
@@ -262,6 +275,20 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         return {"step": self.step, **sums, "lr": rate, "grad_norm": norm, "seconds": round(seconds, 4)}
+
+    def _forward(self, batch: Batch, masks: Tensor | None, chosen: list[Example]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of the batch and its masks: those given, or the policy's own, from this very forward pass."""
+        columns = [example.columns for example in chosen if example.columns is not None]
+        if not columns:
+            return hidden_states(self.model, batch.embeds), masks
+        from ospo_fast.stages.masks import mask_capture, masks_of
+
+        pairs, tokens = len(columns), chosen[0].codes.shape[1]
+        wanted = columns * 2 + [[]] * (len(batch.lengths) - 2 * pairs)  # swapped rows take the chosen's
+        settings = self.config.masks
+        with mask_capture(self.model, wanted, batch.lengths, tokens, settings, stop_early=False) as capture:
+            hidden = hidden_states(self.model, batch.embeds)
+        return hidden, masks_of(capture, wanted, settings).weights[: 2 * pairs].float()
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         """The callback's figures; keeps the adapter when they are the best so far, and notes when to stop."""

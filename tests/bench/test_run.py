@@ -7,12 +7,19 @@ import run as bench
 from ospo_fast.pipeline import STAGES
 
 
-@pytest.mark.parametrize("name", ["object_masks", "sample_codes", "token_logprob"])
-def test_a_quick_run_writes_its_rows(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("object_masks", {"ospo_fast", "torch"}),
+        ("sample_codes", {"ospo_fast", "torch"}),
+        ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
+    ],
+)
+def test_a_quick_run_writes_its_rows(name: str, variants: set[str], tmp_path: Path) -> None:
     assert bench.main(["--only", name, "--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob(f"*/{name}.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {"ospo_fast", "torch"} <= {row["variant"] for row in rows}
+    assert variants <= {row["variant"] for row in rows}
     assert all(row["median_ms"] > 0 for row in rows)
 
 

@@ -374,6 +374,14 @@ def test_attention_that_is_no_plain_softmax_is_refused(tiny: JanusUnifiedModel) 
         AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
     ):
         forward(tiny, inputs(tiny))
+    del attention.forward
+    ends = torch.tensor([0, PROMPT + TOKENS], dtype=torch.int32)
+    with (
+        pytest.raises(OspoError, match="packed sequences"),
+        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+        torch.no_grad(),
+    ):
+        tiny.decoder(inputs_embeds=inputs(tiny), use_cache=False, cu_seq_lens_q=ends)
 
 
 @pytest.mark.parametrize("stop_early", [False, True])

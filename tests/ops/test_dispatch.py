@@ -33,7 +33,7 @@ def test_explicit_backends_are_never_replaced() -> None:
 
 def test_without_what_a_cuda_kernel_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason() -> str:
-        return dict((name, why) for name, _, why in _dispatch.backends("cuda")["token_logprobs"])["cuda"]
+        return {name: why for name, _, why in _dispatch.backends("cuda")["token_logprobs"]}["cuda"]
 
     monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": True}), ""))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast import object_masks, token_weights
 from ospo_fast.errors import OpError
-from ospo_fast.ops.object_masks import SHARED_FLOATS, object_masks_reference, object_weights
+from ospo_fast.ops.object_masks import SHARED_FLOATS, object_masks_reference, object_weights, soft_masks
 
 FIELDS = ("maps", "thresholds", "masks", "union")
 
@@ -25,7 +25,7 @@ def test_golden(golden: Any, index: int) -> None:
         np.testing.assert_allclose(result.thresholds[0], figures["otsu"], rtol=error, atol=0)
         np.testing.assert_array_equal(result.masks[0], figures["masks"])
         np.testing.assert_array_equal(result.union[0], figures["union"])
-        soft = torch.sigmoid(100 * (result.maps - (result.thresholds * scaler)[..., None, None]))
+        soft = soft_masks(result, scaler=scaler)
         np.testing.assert_allclose(soft[0], figures["soft"], rtol=100 * error + 2e-6)
 
 

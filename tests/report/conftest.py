@@ -223,6 +223,12 @@ def _item(root: Path, index: int, rng: random.Random, side: int, grid: int) -> d
         arrays |= {f"{name}_maps": maps, f"{name}_masks": masks, f"{name}_union": masks.max(axis=0)}
     (root / "masks").mkdir(exist_ok=True)
     save_file(arrays, root / record["mask_path"])
+    record["mask_stats"] = {
+        "layers": [1, 2], "iou": 0.5, "alarms": ["chosen: full"] if index % 9 == 1 else [],
+        **{side: {"coverage": 0.3, "entropy": [0.81, 0.62]} for side in ("chosen", "rejected")},
+    }  # fmt: skip
+    if index % 9 == 2:
+        record["unmatched_objects"] = {"<b>zeppelin</b>": "the prompt does not hold it as a word"}
     return record
 
 

@@ -178,6 +178,21 @@ def test_mask_diagnostics():
     assert figures.mask_diagnostics([]) is None
 
 
+def test_mask_diagnostics_of_records():
+    even, full = np.full((1, 4, 4), 0.3, np.float32), np.ones((4, 4), np.uint8)
+    sides = {side: {"maps": even, "union": full} for side in ("chosen", "rejected")}
+    stats = {"layers": [5, 6], "chosen": {"entropy": [0.5, 0.25]}, "rejected": {"entropy": [0.7, None]}}
+    records = [
+        {"mask_stats": stats, "unmatched_objects": {"car": "not there"}},
+        {"mask_stats": {"layers": 3}, "unmatched_objects": {"cup": "not there", "hat": "unknown"}},
+        {"mask_stats": "none", "unmatched_objects": None},
+        {},
+    ]
+    found = figures.mask_diagnostics([sides], records)
+    assert found["layers"] == [(5, pytest.approx(0.6)), (6, 0.25)]
+    assert found["unmatched"] == [("not there", 2), ("unknown", 1)]
+
+
 def test_maps_are_scaled_over_their_own_range():
     assert masks.scaled(np.array([[2.0, 4.0], [3.0, 4.0]])).tolist() == [[0, 1], [0.5, 1]]
     assert not masks.scaled(np.full((2, 2), 7.0)).any()

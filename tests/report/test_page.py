@@ -93,6 +93,7 @@ def test_every_part_is_there(run_dir):
 
 
 def test_items_carry_everything_that_the_inspector_shows(run_dir):
+    lines = (run_dir / "masks.jsonl").read_text(encoding="utf-8").splitlines()
     page = page_of(write_report(run_dir))
     data = page.data()
     records = [json.loads(line) for line in (run_dir / "select.jsonl").read_text().splitlines()]
@@ -117,6 +118,10 @@ def test_items_carry_everything_that_the_inspector_shows(run_dir):
             assert item["margin"] == pytest.approx(record["chosen_score"] - record["rejected_score"])
             assert item["masks"]["grid"] == [6, 6]
             assert len(item["masks"]["chosen"]["maps"]) == len(item["masks"]["objects"])
+            masked = next(line for line in map(json.loads, lines) if line["item_id"] == record["item_id"])
+            notes = [f"mask of the {alarm}" for alarm in masked["mask_stats"]["alarms"]]
+            notes += [f"{noun}: {why}" for noun, why in masked.get("unmatched_objects", {}).items()]
+            assert item["masks"]["notes"] == notes
 
 
 def test_nothing_is_loaded_from_anywhere(run_dir):
@@ -326,7 +331,8 @@ def test_a_broken_mask_is_named(run_dir, break_it):
         path.write_bytes(b"\x80\x04K\x01." * 40)
     page = page_of(write_report(run_dir))
     broken = next(entry for entry in page.data()["items"] if entry["id"] == item["id"])["masks"]
-    assert broken == {"reason": f"{path.name} is missing" if break_it == "missing" else f"{path.name} cannot be read"}
+    reason = f"{path.name} is missing" if break_it == "missing" else f"{path.name} cannot be read"
+    assert broken == {"reason": reason, "notes": []}
     assert path.name in page.text("about")
 
 

@@ -1,5 +1,6 @@
 """Object masks: the maps are the model's own attention, an item without objects is reported, batches change nothing."""
 
+import json
 import shutil
 
 import pytest
@@ -11,7 +12,8 @@ from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
 from ospo_fast.stages.common import image_codes
-from ospo_fast.stages.masks import attention_masks, find_objects, load_unions, run
+from ospo_fast.stages.mask_stats import item_stats, map_entropy, run_stats
+from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_maps_are_the_models_attention(model, made, pairs):
     result = attention_masks(model, [pair["prompt"]], codes, [target.columns], config().masks)
     expected = eager_maps(model, pair["prompt"], codes[0], target.columns, [0, 1])
     low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
-    torch.testing.assert_close(result.maps[0], (expected - low) / (high - low + 1e-8), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(result.found.maps[0], (expected - low) / (high - low + 1e-8), rtol=1e-3, atol=1e-3)
 
 
 def test_batches_change_nothing(model, made, pairs, tmp_path):
@@ -161,3 +163,190 @@ def test_broken_or_missing_files(made, pairs, model, tmp_path):
         load_unions({"mask_path": "half.safetensors"}, tmp_path)
     with pytest.raises(OspoError, match="run folder"):
         list(run(pairs, model, config()))
+
+
+def test_each_image_runs_once_and_no_image_is_encoded(model, made, pairs, tmp_path, monkeypatch):
+    """One forward pass of a batch, as far as the last layer that counts; the codes are those that were stored."""
+    link(made, tmp_path / "a")
+    layers, rows = model.decoder.layers, []
+    hooks = [
+        layer.self_attn.q_proj.register_forward_hook(lambda _, x, y, i=i: rows.append((i, len(x[0]))))
+        for i, layer in enumerate(layers)
+    ]
+    monkeypatch.setattr(type(model), "encode_images", lambda *a: pytest.fail("an image was encoded"))
+    done = list(run(pairs, model, config("masks.layers=[0]", "masks.batch_size=4"), out=tmp_path / "a"))
+    for hook in hooks:
+        hook.remove()
+    made_masks = sum("mask_path" in record for record in done)
+    assert sum(size for layer, size in rows if layer == 0) == 2 * made_masks
+    assert {layer for layer, _ in rows} == {0}
+
+
+def test_lengths_are_sorted_within_a_window(model, made, pairs, tmp_path, monkeypatch):
+    from ospo_fast.stages import masks
+
+    seen = []
+    real = masks.attention_masks
+    monkeypatch.setattr(masks, "attention_masks", lambda m, prompts, *a: seen.append(prompts) or real(m, prompts, *a))
+    link(made, tmp_path / "a")
+    list(run(pairs, model, config("masks.batch_size=2"), out=tmp_path / "a"))
+    lengths = [len(model.image_prompt(prompt)) for prompts in seen for prompt in prompts[: len(prompts) // 2]]
+    assert len(lengths) > 4
+    assert lengths == sorted(lengths)
+
+
+def test_stats(model, made, pairs, tmp_path):
+    link(made, tmp_path / "a")
+    odd = {**pairs[0], "item_id": "odd", "nouns": ["zeppelin"]}
+    part = {**pairs[0], "item_id": "part", "nouns": [*find_objects(pairs[0], model, "offsets").nouns, "zeppelin"]}
+    done = list(run([*pairs, odd, part], model, config(), out=tmp_path / "a"))
+    assert done[-1]["unmatched_objects"] == {"zeppelin": "the prompt does not hold it as a word"}
+    for record in done[:-2]:
+        unions, stats = load_unions(record, tmp_path / "a"), record["mask_stats"]
+        assert stats["layers"] == [0, 1]
+        for side, union in zip(("chosen", "rejected"), unions, strict=True):
+            assert stats[side]["coverage"] == pytest.approx(float(union.mean()), abs=1e-4)
+            assert len(stats[side]["entropy"]) == 2
+            assert all(0 < value <= 1 for value in stats[side]["entropy"])
+        both, either = (unions[0] * unions[1]).sum(), unions.amax(0).sum()
+        assert stats["iou"] == pytest.approx(float(both / either), abs=1e-4)
+    figures = run_stats(done)
+    assert figures["items"] == len(done) - 1
+    assert figures["without"] == figures["unmatched_objects"] == 1
+    assert list(figures["entropy"]) == ["0", "1"]
+
+
+def test_the_figures_of_a_run_lie_beside_its_masks(made):
+    figures = json.loads((made / "masks" / "diagnostics.json").read_text())
+    assert figures == run_stats(read_stage(made, "masks"))
+    assert figures["items"] > 5
+
+
+def test_alarms_and_entropy():
+    unions = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])
+    stats = item_stats(unions, torch.zeros(1, 2, 1), [3], torch.tensor([[0], [0]]))
+    assert stats["alarms"] == ["chosen: empty", "rejected: full"]
+    assert stats["iou"] == 0
+    assert stats["chosen"]["picked"] == [3]
+    assert item_stats(unions[[0, 0]], torch.zeros(1, 2, 1), [3], None)["iou"] is None
+    flat, peak = torch.ones(4, 4), torch.zeros(4, 4)
+    peak[1, 2] = 5
+    assert map_entropy(torch.stack([flat, peak, torch.zeros(4, 4)])).tolist() == pytest.approx([1, 0, 0])
+    assert run_stats([])["coverage"] == {"chosen": None, "rejected": None}
+
+
+@pytest.mark.parametrize("choose", ["entropy", "separability"])
+def test_one_layer_for_each_object(model, made, pairs, tmp_path, choose):
+    from ospo_fast.ops.layer_choice import choose_layers
+
+    link(made, tmp_path / "a")
+    settings = [f"masks.choose={choose}", "masks.reduce=mean", "masks.scaler=1.0"]
+    done = list(run(pairs[:3], model, config(*settings), out=tmp_path / "a"))
+    for record in done:
+        target = find_objects(record, model, "offsets")
+        codes = image_codes(model, [made / record["chosen"]])
+        for o, columns in enumerate(target.columns):
+            single = [[c] for c in columns]
+            maps = torch.stack([eager_maps(model, record["prompt"], codes[0], single, [layer]) for layer in (0, 1)])
+            used = torch.ones(1, 1, len(columns), dtype=torch.bool)
+            expected = choose_layers(maps[:, None, None], used, rule=choose, reduce="mean")
+            assert record["mask_stats"]["chosen"]["picked"][o] == int(expected.layers)
+            tensors = load_file(tmp_path / "a" / record["mask_path"])
+            low, high = expected.maps.amin(), expected.maps.amax()
+            normal = (expected.maps[0, 0] - low) / (high - low + 1e-8)
+            torch.testing.assert_close(tensors["chosen_maps"][o], normal, rtol=2e-3, atol=2e-3)
+
+
+def test_soft_masks(model, made, pairs, tmp_path):
+    link(made, tmp_path / "a")
+    [record] = run(pairs[:1], model, config("masks.soft=true"), out=tmp_path / "a")
+    tensors, weights = load_file(tmp_path / "a" / record["mask_path"]), load_unions(record, tmp_path / "a")
+    cut = (tensors["chosen_thresholds"] * 0.8)[:, None, None]
+    torch.testing.assert_close(weights[0], torch.sigmoid(100 * (tensors["chosen_maps"] - cut)).amax(0))
+    assert torch.equal(weights > 0.5, torch.stack([tensors["chosen_union"], tensors["rejected_union"]]).bool())
+
+
+def test_nan_attention_is_reported_and_leaves_the_others_alone(model, made, pairs, tmp_path, monkeypatch):
+    link(made, tmp_path / "a")
+    expected = list(run(pairs[:3], model, config(), out=tmp_path / "a"))
+    from ospo_fast.stages import masks
+
+    real = masks.teacher_forced
+
+    def broken(*arguments):
+        batch = real(*arguments)
+        longest = int(batch.lengths[: len(batch.lengths) // 2].argmax())
+        batch.embeds[longest, 2] = torch.nan
+        return batch
+
+    monkeypatch.setattr(masks, "teacher_forced", broken)
+    done = list(run(pairs[:3], model, config(), out=tmp_path / "a"))
+    wrong = [record for record in done if record.get("mask", "there") is None]
+    assert [record["mask_reason"] for record in wrong] == ["the attention of the model holds NaN or infinity"]
+    assert sum(record in expected for record in done) == 2
+
+
+def test_a_prompt_that_the_model_does_not_know_is_reported(model, made, pairs, tmp_path):
+    link(made, tmp_path / "a")
+    strange = {**pairs[0], "item_id": "x", "prompt": "a xylophone <image>", "nouns": ["xylophone"]}
+    [done] = run([strange], model, config(), out=tmp_path / "a")
+    assert done["mask"] is None
+    assert done["mask_reason"]
+
+
+@pytest.mark.gpu
+def test_cuda_masks_are_those_of_the_cpu(model, made, pairs, tmp_path):
+    """In float32; cells at the threshold aside, since the two add in other orders."""
+    link(made, tmp_path / "a")
+    link(made, tmp_path / "b")
+    one = list(run(pairs[:6], model, config("masks.batch_size=4"), out=tmp_path / "a"))
+    moved = load_model(model.name, device="cuda", dtype="float32")
+    other = list(run(pairs[:6], moved, config("masks.batch_size=4"), out=tmp_path / "b"))
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours["objects"] == theirs["objects"]
+        a, b = (load_file(tmp_path / side / record["mask_path"]) for side, record in (("a", ours), ("b", theirs)))
+        torch.testing.assert_close(a["chosen_maps"], b["chosen_maps"], rtol=0, atol=5e-3)
+        assert (a["chosen_union"] != b["chosen_union"]).float().mean() < 0.05
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A mask folder as the official code writes it, and its record."""
+    record = {
+        "item_id": "0001", "t2i_category": "attribute", "prompt": "a cup",
+        "chosen": "images/0001/base_2.png", "rejected": "images/0001/negative_2.png",
+    }  # fmt: skip
+    masks = [(torch.rand(24, 24) < 0.3).to(torch.uint8) for _ in range(2)]
+    for kind, mask in zip(("base", "negative"), masks, strict=True):
+        folder = tmp_path / "official" / kind / "attribute" / "0001"
+        folder.mkdir(parents=True)
+        torch.save(mask, folder / "base_2_mask.pt")
+    return tmp_path / "official", record, masks
+
+
+def test_official_mask_files(official, tmp_path):
+    folder, record, masks = official
+    lost = {**record, "item_id": "0002"}
+    dropped = {"item_id": "0003", "prompt": "a hat", "kept": False}
+    done = list(import_official([record, lost, dropped], folder, tmp_path / "run"))
+    assert torch.equal(load_unions(done[0], tmp_path / "run"), torch.stack(masks).float())
+    assert done[0]["mask_stats"]["chosen"]["coverage"] == pytest.approx(float(masks[0].float().mean()), abs=1e-4)
+    assert "base_2_mask.pt" in done[1]["mask_reason"]
+    assert "no pair" in done[2]["mask_reason"]
+    settings = load_config([f"masks.official={folder}"])
+    assert list(run([record, lost, dropped], None, settings, out=tmp_path / "run")) == done
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize("content", [Evil(), {"mask": 1}, torch.rand(24, 24), torch.zeros(3, 4, 4), b"nothing"])
+def test_official_mask_files_that_are_none(official, tmp_path, content, capsys):
+    folder, record, _ = official
+    path = folder / "base" / "attribute" / "0001" / "base_2_mask.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(OspoError, match=r"base_2_mask\.pt"):
+        list(import_official([record], folder, tmp_path / "run"))
+    assert "unpickled" not in capsys.readouterr().out

@@ -1,7 +1,10 @@
 """Objects of a prompt: nouns, spans, tokens."""
 
+import sys
+
 import pytest
 
+from ospo_fast.stages import objects
 from ospo_fast.stages.objects import nouns_of, object_spans, spans_of, tokens_by_substring, tokens_of
 
 
@@ -47,6 +50,10 @@ def test_given_nouns_win_and_places_are_no_objects():
         ("leaf", "two leaves", ["leaves"]),
         ("box", "two boxes", ["boxes"]),
         ("glass", "a glass", ["glass"]),
+        ("woman", "two women and a man", ["women"]),
+        ("children", "one child", ["child"]),
+        ("policeman", "Policemen", ["Policemen"]),
+        ("fox", "a box and a fox", ["fox"]),
         ("ceiling fan", "a ceiling  fan", ["ceiling  fan"]),
         ("c++", "a c++ book", ["c++"]),
         ("cat", "a category", []),
@@ -73,3 +80,27 @@ def test_tokens_by_substring_find_too_much():
     assert tokens_by_substring([" car"], ["", "a", " car", "pet", " under", " a", " car"]) == [2, 6]
     assert tokens_by_substring(["car"], ["carpet", "car", "Scar"]) == [0, 1, 2]
     assert tokens_by_substring([""], ["carpet"]) == []
+
+
+class Token:
+    def __init__(self, text, pos, dep):
+        self.text, self.pos_, self.dep_ = text, pos, dep
+
+
+def test_spacy_where_it_is_installed(monkeypatch):
+    """A stand-in for its pipeline: compounds are one object, and without a noun the rule of words goes on."""
+    words = [("a", "DET", ""), ("ceiling", "NOUN", "compound"), ("fan", "NOUN", "pobj"), ("Rex", "PROPN", "")]
+    tagged = [Token(*word) for word in words]
+    monkeypatch.setattr(objects, "_spacy", lambda: lambda prompt: tagged if "fan" in prompt else [])
+    assert nouns("a ceiling fan above Rex") == ["ceiling fan", "Rex"]
+    assert nouns("a red car") == ["car"]
+    # The model's own analysis comes first.
+    assert nouns("a ceiling fan", "round ceiling fan", "(fan, round)") == ["fan"]
+
+
+def test_without_spacy(monkeypatch):
+    objects._spacy.cache_clear()
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    assert objects._spacy() is None
+    objects._spacy.cache_clear()
+    assert nouns("a red car") == ["car"]

@@ -12,6 +12,8 @@ from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
 from ospo_fast.records import read_records
+from ospo_fast.stages import masks as masks_module
+from ospo_fast.stages import train as train_module
 from ospo_fast.stages.train import load_examples, loss_config, make_batch, order, pick, run, train, unconditional_loss
 
 
@@ -273,3 +275,70 @@ def interrupt_after(steps):
             raise KeyboardInterrupt
 
     return progress
+
+
+ONLINE = "train.masks=online"
+
+
+def test_online_masks_are_those_of_the_masks_stage_before_the_first_step(model, records, made, run_folder, monkeypatch):
+    """An untrained adapter changes nothing, so the policy's masks are the stored ones."""
+    settings = config(ONLINE, "preset=full", "train.steps=1", "train.batch_size=3", "train.accumulation=1")
+    seen = []
+    forward = train_module.OSPOLoss.forward
+    monkeypatch.setattr(
+        train_module.OSPOLoss, "forward", lambda self, *a, **k: seen.append(k["object_masks"]) or forward(self, *a, **k)
+    )
+    pairs = pick(records, settings)
+    stored = {e.item_id: e.masks for e in load_examples(pairs, model, config("preset=full"), made)}
+    examples = load_examples(pairs, model, settings, made)
+    assert all(example.masks is None and example.columns for example in examples)
+    chosen = [examples[i] for i in order(len(examples), settings.seed, 0, 3)]
+    train(records, model, settings, out=run_folder)
+    expected = torch.stack([stored[example.item_id][side] for side in (0, 1) for example in chosen])
+    # The random model's attention is all but uniform: a cell at the threshold may fall on either side.
+    assert (seen[0] != expected).float().mean() < 0.02
+    assert all(row["loss"] == row["loss"] for row in lines(run_folder))
+
+
+def test_online_masks_follow_the_policy(model, records, run_folder, monkeypatch):
+    """Without stored masks, with gradient checkpointing; trained weights move the maps."""
+    shutil.rmtree(run_folder / "masks")
+    bare = [{k: v for k, v in r.items() if not k.startswith("mask")} for r in records]
+    maps = []
+    made_of = masks_module.masks_of
+    monkeypatch.setattr(
+        masks_module, "masks_of", lambda capture, *a: maps.append(capture.maps.clone()) or made_of(capture, *a)
+    )
+    settings = config(ONLINE, "train.max_pairs=2", "train.accumulation=1", "train.learning_rate=1e-2")
+    result = train(bare, model, settings, out=run_folder)
+    assert result.steps == len(maps) == 6
+    assert all(0 < row["mask_coverage"] < 1 for row in lines(run_folder))
+    assert not torch.allclose(maps[0].sort(0).values, maps[-1].sort(0).values)
+    assert all(m.isfinite().all() for m in maps)
+    assert model.decoder.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("variant", [["masks.choose=separability"], ["masks.soft=true"], ["train.loss.mask_blur=1"]])
+def test_variants_of_the_masks(model, records, run_folder, variant):
+    settings = config(ONLINE, *variant, "train.steps=1")
+    train(records, model, settings, out=run_folder)
+    assert len(lines(run_folder)) == 1
+    stored = config(*variant, "train.steps=1")
+    assert load_examples(pick(records, stored)[:2], model, stored, run_folder)[0].masks is not None
+
+
+def test_online_leaves_out_pairs_without_objects(model, records, made, caplog):
+    strange = [{**r, "nouns": ["zeppelin"]} if n == 0 else r for n, r in enumerate(pick(records, config(ONLINE)))]
+    examples = load_examples(strange, model, config(ONLINE), made)
+    assert len(examples) == len(strange) - 1
+    assert "'zeppelin'" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_cuda_online_masks(model, records, run_folder, checkpointing):
+    """Under bf16 autocast, with and without gradient checkpointing."""
+    moved = load_model(model.name, device="cuda", dtype="float32")
+    settings = config(ONLINE, f"train.gradient_checkpointing={checkpointing}".lower(), "train.steps=3")
+    train(records, moved, settings, out=run_folder)
+    assert all(0 < row["mask_coverage"] < 1 for row in lines(run_folder))

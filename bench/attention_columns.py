@@ -1,0 +1,220 @@
+"""attention_columns over the layers of a decoder, against what it replaces; and AttentionCapture on a whole decoder.
+
+Peers are written out here as they work, without what else they do: eager `output_attentions` keeps the matrices of all
+layers; hooks in the manner of DAAM let eager attention run and take the wanted columns of each matrix; a window
+recompute in the manner of kvpress takes the softmax of the image's rows over all keys, once more beside the attention.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import Timing, interleaved, peak_mb, row, show, write
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+import ospo_fast
+from ospo_fast.ops.attention_columns import ColumnRequest, attention_columns_reference
+
+PROMPT = 24
+# layers, batch, heads, head width, image tokens
+CPU_SHAPES = [(6, 1, 16, 128, 576), (5, 32, 4, 32, 36)]
+GPU_SHAPES = [(25, 1, 32, 128, 576), (25, 16, 32, 128, 576)]  # Janus-Pro-7B
+QUICK_SHAPES = [(2, 2, 2, 16, 16)]
+# layers, hidden, heads, width of the MLP, batch, side of the image's grid
+CPU_MODELS = [(4, 512, 8, 1376, 1, 24), (4, 512, 8, 1376, 4, 24)]
+GPU_MODELS = [(30, 4096, 32, 11008, 1, 24), (30, 4096, 32, 11008, 16, 24)]  # Janus-Pro-7B
+QUICK_MODELS = [(2, 32, 2, 48, 2, 4)]
+COLUMNS = [[[5], [9, 10]], [[6, 7], [12]]]  # of two prompts, in turns: two objects of one or two tokens
+
+
+def columns_of(batch: int) -> Tensor:
+    table = torch.full((batch, 2, 2), -1)
+    for b in range(batch):
+        for o, found in enumerate(COLUMNS[b % 2]):
+            table[b, o, : len(found)] = torch.tensor(found)
+    return table
+
+
+def mean_of_columns(probs: Tensor, columns: Tensor) -> Tensor:
+    """(B, rows, keys) → (B, O, rows): mean over each object's columns."""
+    used = (columns >= 0).to(probs.dtype)
+    index = columns.clamp(min=0).flatten(1)[:, None].expand(-1, probs.shape[1], -1)
+    taken = probs.gather(2, index).view(*probs.shape[:2], *columns.shape[1:])
+    return ((taken * used[:, None]).sum(-1) / used.sum(-1)[:, None]).transpose(1, 2).float()
+
+
+def probabilities(q: Tensor, k: Tensor, start: int) -> Tensor:
+    """(B, H, rows, S): the softmax of the rows from `start` on, as eager attention takes it."""
+    S = q.shape[2]
+    hidden = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)[start:]
+    scores = (q[:, :, start:] @ k.transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(hidden, -torch.inf)
+    return scores.float().softmax(-1).to(q.dtype)
+
+
+def ops(device: str, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for L, B, H, D, T in QUICK_SHAPES if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+        S, columns = PROMPT + T, columns_of(B).to(device)
+        request = ColumnRequest.of(columns, B, S, rows=(PROMPT, T), device=columns.device)
+
+        def inputs(L: int = L, B: int = B, H: int = H, S: int = S, D: int = D) -> tuple[Any, ...]:
+            q, k = (torch.randn(L, B, H, S, D, device=device).to(dtype) for _ in range(2))
+            lse = torch.stack([probabilities_lse(*layer) for layer in zip(q, k, strict=True)])
+            return q, k, lse
+
+        def ours(q: Tensor, k: Tensor, lse: Tensor | None, request: ColumnRequest = request, **options: Any) -> Tensor:
+            maps = torch.zeros(*request.columns.shape[:2], request.length, device=device)
+            for n in range(len(q)):
+                told = None if lse is None else lse[n]
+                request.run(q[n], k[n], lse=told, out=maps, weight=1 / len(q), **options)
+            return maps
+
+        def eager(q: Tensor, k: Tensor, start: int, columns: Tensor = columns) -> Tensor:
+            maps = [
+                mean_of_columns(probabilities(*layer, start).mean(1)[:, -(q.shape[3] - PROMPT) :], columns)
+                for layer in zip(q, k, strict=True)
+            ]
+            return torch.stack(maps).mean(0)
+
+        variants: dict[str, Callable[..., Tensor]] = {
+            "LSE given": ours,
+            "own LSE": lambda q, k, _, run=ours: run(q, k, None),
+            "torch, own LSE": lambda q, k, _, run=ours: run(q, k, None, backend="torch"),
+            "eager": lambda q, k, _, run=eager: run(q, k, 0),
+            "kvpress-style": lambda q, k, _, run=eager: run(q, k, PROMPT),
+        }
+        arguments = inputs()
+        exact = [
+            attention_columns_reference(*layer, columns, rows=(PROMPT, T)) for layer in zip(*arguments[:2], strict=True)
+        ]
+        gate(variants, arguments, torch.stack(exact).mean(0))
+        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.5)
+        shapes = {"L": L, "B": B, "H": H, "S": S, "D": D}
+        for name, time in times.items():
+            memory = round(peak_mb(variants[name], *arguments), 3)
+            rows.append(row("attention_columns", name, shapes, str(dtype)[6:], time, peak_mb=memory))
+    return rows
+
+
+def probabilities_lse(q: Tensor, k: Tensor) -> Tensor:
+    S = q.shape[2]
+    hidden = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+    scores = q.float() @ k.float().transpose(2, 3) * q.shape[3] ** -0.5
+    return scores.masked_fill(hidden, -torch.inf).logsumexp(-1)
+
+
+def gate(variants: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...], exact: Tensor) -> None:
+    """No variant of ours is further from float64 than twice eager attention's error and a few roundings."""
+    error = {name: float((run(*arguments).double() - exact).abs().max()) for name, run in variants.items()}
+    bound = 2 * error["eager"] + 8 * torch.finfo(torch.float32).eps * float(exact.max())
+    for name in ("LSE given", "own LSE"):
+        assert error[name] <= bound, f"{name}: error {error[name]:.2e} above {bound:.2e}"
+
+
+def decoders(device: str, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for L, hidden, H, inner, B, side in QUICK_MODELS if quick else GPU_MODELS if device == "cuda" else CPU_MODELS:
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H,
+            num_key_value_heads=H, max_position_embeddings=1024,
+        )  # fmt: skip
+        with torch.device(device):
+            model = LlamaModel(config).to(dtype).eval()
+        rows += decoder(model, L, B, side, device, dtype, quick)
+        del model
+    return rows
+
+
+def decoder(
+    model: LlamaModel, L: int, B: int, side: int, device: str, dtype: torch.dtype, quick: bool
+) -> list[dict[str, Any]]:
+    T, columns = side * side, columns_of(B)
+    skip = 5 if L > 10 else 1 if L > 2 else 0
+    kept = range(skip, L - skip)
+    grid = {"rows": (PROMPT, T), "grid": (side, side), "skip": skip}
+
+    def inputs() -> tuple[Tensor]:
+        return (torch.randn(B, PROMPT + T, model.config.hidden_size, device=device).to(dtype),)
+
+    @torch.no_grad()
+    def plain(x: Tensor) -> Tensor:
+        return model(inputs_embeds=x, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def capture(x: Tensor, *, stop_early: bool = False) -> Tensor:
+        with ospo_fast.AttentionCapture(model, columns=columns, stop_early=stop_early, **grid) as found:
+            model(inputs_embeds=x, use_cache=False)
+        return found.maps
+
+    def masks(x: Tensor) -> Tensor:
+        return ospo_fast.object_masks(capture(x, stop_early=True)).union
+
+    @torch.no_grad()
+    def output_attentions(x: Tensor) -> Tensor:
+        """Image by image, as the official code does: all matrices of all layers, then the few columns."""
+        model.set_attn_implementation("eager")
+        maps = []
+        for b in range(B):
+            found = model(inputs_embeds=x[b : b + 1], use_cache=False, output_attentions=True).attentions
+            probs = torch.stack([found[layer] for layer in kept]).float().mean((0, 2))
+            maps.append(mean_of_columns(probs[:, PROMPT:], columns[b : b + 1].to(device)))
+        model.set_attn_implementation("sdpa")
+        return torch.cat(maps).view(B, -1, side, side)
+
+    @torch.no_grad()
+    def hooks(x: Tensor) -> Tensor:
+        """The whole batch with eager attention; a hook on each layer takes the columns and lets the matrix go."""
+        model.set_attn_implementation("eager")
+        maps: list[Tensor] = []
+
+        def take(_module: Any, _inputs: Any, output: Any) -> None:
+            maps.append(mean_of_columns(output[1].float().mean(1)[:, PROMPT:], columns.to(device)))
+
+        handles = [model.layers[layer].self_attn.register_forward_hook(take) for layer in kept]
+        model(inputs_embeds=x, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation("sdpa")
+        return torch.stack(maps).mean(0).view(B, -1, side, side)
+
+    def step(x: Tensor, *, online: bool) -> Tensor:
+        """Forward and backward, as a training step runs them, with and without the masks of the policy."""
+        x = x.requires_grad_()
+        if online:
+            with ospo_fast.AttentionCapture(model, columns=columns, **grid) as found:
+                output = model(inputs_embeds=x, use_cache=False).last_hidden_state
+            ospo_fast.object_masks(found.maps)
+        else:
+            output = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        (grad,) = torch.autograd.grad(output.float().square().mean(), x)
+        return grad
+
+    x = inputs()[0]
+    wanted = output_attentions(x)
+    for maps in (capture(x), capture(x, stop_early=True), hooks(x)):
+        torch.testing.assert_close(maps, wanted, rtol=2 ** (-5 if dtype == torch.bfloat16 else -10), atol=1e-5)
+    model.requires_grad_(False)
+    groups: list[dict[str, Callable[[Tensor], Tensor]]] = [
+        {"forward": plain, "forward with capture": capture},
+        {"masks": masks, "output_attentions": output_attentions, "DAAM-style hooks": hooks},
+        {"training step": lambda x: step(x, online=False), "online masks": lambda x: step(x, online=True)},
+    ]
+    rows, shapes = [], {"L": L, "B": B, "H": model.config.num_attention_heads, "D": model.config.hidden_size, "T": T}
+    for variants in groups:
+        times = interleaved(variants, inputs, seconds=0.02 if quick else 1.0)
+        first: Timing = next(iter(times.values()))
+        for name, time in times.items():
+            figures = {"ms_per_image": round(time.median_ms / B, 4)}
+            figures["to_first"] = round(time.median_ms / first.median_ms, 4)
+            memory = round(peak_mb(variants[name], inputs()[0]), 3)
+            rows.append(row("AttentionCapture", name, shapes, str(dtype)[6:], time, peak_mb=memory, **figures))
+    return rows
+
+
+def run(out: Path, quick: bool) -> None:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    rows = ops(device, dtype, quick) + decoders(device, dtype, quick)
+    write(rows, out, "attention_columns")
+    show(rows)

@@ -1,0 +1,96 @@
+"""The kernels of csrc/object_mask.cu on host threads: their arithmetic and synchronisation without a GPU.
+
+Not tested so: what the compiler for the GPU makes of them, and the launch.
+"""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ospo_fast import object_masks, token_weights
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+ENTRY = """
+}  // namespace
+extern "C" void run(const float* raw, const uint8_t* valid, float* maps, float* thresholds, uint8_t* masks,
+                    uint8_t* any, int images, int objects, int height, int width, float scaler, int bins,
+                    float* weights, double gamma, const double* taps, int radius) {
+    const MaskTensors t{raw, valid, maps, thresholds, masks, any};
+    Blur blur{radius, {}};
+    for (int i = 0; i <= radius; ++i) blur.tap[i] = taps[i];
+    launch(images, [=] {
+        object_masks_kernel(t, objects, height, width, scaler, bins, weights, 1.0, gamma, blur);
+    });
+}
+}  // namespace ospo
+"""
+
+Run = Callable[..., tuple[list[Tensor], Tensor]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler and POSIX barriers")
+    folder = tmp_path_factory.mktemp("object_mask")
+    source = (CSRC / "object_mask.cu").read_text()
+    kernels = source[: source.index("// Makes a device current")].replace(
+        "extern __shared__ double room[];", "double* room = shared_room;"
+    )
+    (folder / "kernels.cpp").write_text('#include "cuda_block.h"\n' + kernels + ENTRY)
+    library = folder / "kernels.so"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", f"-I{HERE}", f"-I{CSRC}"]
+    subprocess.run([compiler, *flags, folder / "kernels.cpp", "-o", library], check=True)
+    function = ctypes.CDLL(str(library)).run
+
+    def call(maps: Tensor, valid: Tensor | None = None, *, bins: int = 256) -> tuple[list[Tensor], Tensor]:
+        B, objects, H, W = maps.shape
+        shapes = [(maps.shape, torch.float32), ((B, objects), torch.float32), (maps.shape, torch.uint8)]
+        out = [torch.full(shape, 77, dtype=dtype) for shape, dtype in [*shapes, ((B, H, W), torch.uint8)]]
+        weights, half = torch.full((B, H * W), torch.nan), torch.exp(-0.5 * torch.arange(3.0).double() ** 2)
+        taps = half / (2 * half.sum() - half[0])
+        pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (maps, valid, *out)]
+        function(
+            *pointers, B, objects, H, W, ctypes.c_float(0.8), bins, ctypes.c_void_p(weights.data_ptr()),
+            ctypes.c_double(0.5), ctypes.c_void_p(taps.data_ptr()), 2,
+        )  # fmt: skip
+        return out, weights
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("shape", "bins"), [((2, 6, 24, 24), 256), ((2, 3, 13, 7), 17), ((1, 1, 1, 1), 256), ((1, 0, 5, 5), 7)]
+)
+def test_the_same_bits_as_on_the_cpu(run: Run, shape: tuple[int, ...], bins: int) -> None:
+    maps, valid = torch.rand(shape) ** 2, torch.rand(shape[:2]) < 0.8
+    if shape[1] > 4:  # empty bins, two values, tiny and huge ranges, a constant map
+        maps[:, 0] = (maps[:, 0] * 6).round()
+        maps[:, 1] = (maps[:, 1] < 0.5).float() * 3 - 1
+        maps[:, 2] = maps[:, 2] * 1e-12 + 1e-3
+        maps[:, 3] = 1e30 * maps[:, 3] - 7e29
+        maps[:, 4] = 0.25
+    for given in (None, valid):
+        ours, weights = run(maps, None if given is None else given.to(torch.uint8), bins=bins)
+        expected = object_masks(maps, valid=given, bins=bins)
+        for tensor, name in zip(ours, ("maps", "thresholds", "masks", "union"), strict=True):
+            assert torch.equal(tensor, getattr(expected, name)), name
+        torch.testing.assert_close(weights, token_weights(expected.union, gamma=0.5), rtol=1e-7, atol=0)
+
+
+def test_what_is_not_finite_is_marked(run: Run) -> None:
+    maps = torch.rand(1, 3, 6, 6)
+    maps[0, 1, 2, 2], maps[0, 2, 0, 0] = torch.nan, torch.inf
+    (_, thresholds, masks, union), _ = run(maps)
+    assert thresholds[0].isnan().tolist() == [False, True, True]
+    assert not masks[0, 1:].any()
+    assert torch.equal(union, masks.amax(1))
