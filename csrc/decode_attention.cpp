@@ -28,23 +28,31 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
     Vec query[VECS ? VECS : kMostVecs], acc[VECS ? VECS : kMostVecs][2];
     for (int64_t i = 0; i < vecs; ++i) query[i] = load(q + i * kLanes);
     float most = -std::numeric_limits<float>::infinity();
-    for (int64_t t = 0; t < count; ++t) {
+    int64_t t = 0;
+    for (; t + 4 <= count; t += 4) {  // four sums at once share the instructions that add up the lanes
+        Vec product[4];
+        for (int64_t j = 0; j < 4; ++j) product[j] = query[0] * load(keys + (t + j) * width);
+        for (int64_t i = 1; i < vecs; ++i)
+            for (int64_t j = 0; j < 4; ++j) product[j] += query[i] * load(keys + (t + j) * width + i * kLanes);
+        const Vec4 four = sums(product[0], product[1], product[2], product[3]);
+        std::memcpy(scores + t, &four, sizeof four);
+    }
+    for (; t < count; ++t) {
         Vec product = query[0] * load(keys + t * width);
         for (int64_t i = 1; i < vecs; ++i) product += query[i] * load(keys + t * width + i * kLanes);
         scores[t] = sum(product);
-        most = scores[t] > most ? scores[t] : most;
     }
+    for (t = 0; t < count; ++t) most = scores[t] > most ? scores[t] : most;
     Vec total{};
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    for (int64_t t = count; t < padded; ++t) scores[t] = -std::numeric_limits<float>::infinity();
-    for (int64_t t = 0; t < padded; t += kLanes) {
+    for (t = count; t < padded; ++t) scores[t] = -std::numeric_limits<float>::infinity();
+    for (t = 0; t < padded; t += kLanes) {
         const Vec p = exp(load(scores + t) - most);
         total += p;
         store(scores + t, p);
     }
     for (int64_t i = 0; i < vecs; ++i) acc[i][0] = acc[i][1] = Vec{};
-    int64_t t = 0;
-    for (; t + 2 <= count; t += 2) {
+    for (t = 0; t + 2 <= count; t += 2) {
         for (int64_t i = 0; i < vecs; ++i) {
             acc[i][0] += scores[t] * load(values + t * width + i * kLanes);
             acc[i][1] += scores[t + 1] * load(values + (t + 1) * width + i * kLanes);

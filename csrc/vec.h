@@ -4,11 +4,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common.h"
+
 // Versions of a function as OSPO_CLONES (common.h), with FMA: results differ between machines by rounding, but never
 // between the rows of one call, nor with the number of rows or threads.
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define OSPO_FMA_CLONES \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("fp-contract=fast")))
+#else  // these names are not known there, and avx2 alone brings no FMA
+#define OSPO_FMA_CLONES OSPO_CLONES __attribute__((optimize("fp-contract=fast")))
+#endif
 #else
 #define OSPO_FMA_CLONES
 #endif
@@ -25,11 +31,19 @@ typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
 
 static OSPO_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 static OSPO_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
-static OSPO_INLINE float sum(Vec v) {
+#if defined(__clang__)
+#define OSPO_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define OSPO_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (Int4{i, j, k, l}))
+#endif
+
+// The lanes folded to four: lane i of the result is the sum of lanes i, i + 4, i + 8 and i + 12.
+static OSPO_INLINE Vec4 folded(Vec v) {
     Vec8 a, b;
     std::memcpy(&a, &v, sizeof a);
     std::memcpy(&b, reinterpret_cast<const char*>(&v) + sizeof a, sizeof b);
@@ -37,15 +51,27 @@ static OSPO_INLINE float sum(Vec v) {
     Vec4 c, d;
     std::memcpy(&c, &a, sizeof c);
     std::memcpy(&d, reinterpret_cast<const char*>(&a) + sizeof c, sizeof d);
-    c += d;
+    return c + d;
+}
+
+static OSPO_INLINE float sum(Vec v) {
+    const Vec4 c = folded(v);
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-// exp to about one unit in the last place, 0 below -87; NaN stays NaN.
+// The four sums, each with the bits that `sum` gives it.
+static OSPO_INLINE Vec4 sums(Vec v0, Vec v1, Vec v2, Vec v3) {
+    const Vec4 a = folded(v0), b = folded(v1), c = folded(v2), d = folded(v3);
+    // (a0 + a2, a1 + a3, b0 + b2, b1 + b3), and the same of c and d
+    const Vec4 ab = OSPO_SHUFFLE(a, b, 0, 1, 4, 5) + OSPO_SHUFFLE(a, b, 2, 3, 6, 7);
+    const Vec4 cd = OSPO_SHUFFLE(c, d, 0, 1, 4, 5) + OSPO_SHUFFLE(c, d, 2, 3, 6, 7);
+    return OSPO_SHUFFLE(ab, cd, 0, 2, 4, 6) + OSPO_SHUFFLE(ab, cd, 1, 3, 5, 7);
+}
+
+// exp to about one unit in the last place, 0 below -87 and infinite beyond 88; NaN stays NaN.
 static OSPO_INLINE Vec exp(Vec x) {
-    x = x > 88.0f ? Vec{} + 88.0f : x;
-    const IntVec tiny = x < -87.0f;
-    x = tiny ? Vec{} - 87.0f : x;
+    const IntVec tiny = x < -87.0f, huge = x > 88.0f;
+    x = tiny ? Vec{} - 87.0f : huge ? Vec{} + 88.0f : x;
     const Vec scaled = x * 1.44269504f;
     const IntVec n = __builtin_convertvector(scaled + (scaled > 0.0f ? Vec{} + 0.5f : Vec{} - 0.5f), IntVec);
     const Vec whole = __builtin_convertvector(n, Vec);
@@ -61,7 +87,7 @@ static OSPO_INLINE Vec exp(Vec x) {
     const IntVec power = (n + 127) << 23;
     Vec two_to_n;
     std::memcpy(&two_to_n, &power, sizeof power);
-    return tiny ? Vec{} : p * two_to_n;
+    return tiny ? Vec{} : huge ? Vec{} + __builtin_inff() : p * two_to_n;
 }
 
 }  // namespace ospo

@@ -1,8 +1,17 @@
 """The generation engine: images, texts and yes/no answers of a unified model, in batches that change no result."""
 
+from ospo_fast.generation.background import ImageWriter
 from ospo_fast.generation.batching import GenerationError
-from ospo_fast.generation.images import Drawn, ImageGenerator
+from ospo_fast.generation.images import Drawn, ImageGenerator, Throughput
 from ospo_fast.generation.text import generate_text
 from ospo_fast.generation.vqa import answer_questions
 
-__all__ = ["Drawn", "GenerationError", "ImageGenerator", "answer_questions", "generate_text"]
+__all__ = [
+    "Drawn",
+    "GenerationError",
+    "ImageGenerator",
+    "ImageWriter",
+    "Throughput",
+    "answer_questions",
+    "generate_text",
+]

@@ -7,11 +7,19 @@ import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
+from torch import Tensor
+
+from ospo_fast.models.base import UnifiedModel
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from typing_extensions import Self
 
 T = TypeVar("T")
+Finished = tuple[list[int], Tensor, "list[Image] | None"]
 
 
 class Background(Generic[T]):
@@ -33,7 +41,7 @@ class Background(Generic[T]):
         self._raise()
         self._items.put(item)
 
-    def __enter__(self) -> Background[T]:
+    def __enter__(self) -> Self:
         """Start the thread."""
         self._thread.start()
         return self
@@ -61,3 +69,25 @@ class Background(Generic[T]):
                     self._work(item)
                 except BaseException as error:
                     self._error = error
+
+
+class ImageWriter(Background[Finished]):
+    """save(index, codes (T,), image) in the background for images that are finished.
+
+    Codes become pixels in batches: on a GPU in the background too, on the CPU in `take`, where a second pool of threads
+    would only be in the way of the first.
+    """
+
+    def __init__(self, model: UnifiedModel, save: Callable[[int, Tensor, Image], None]) -> None:
+        super().__init__(self._write, device=model.device)
+        self._model, self._save = model, save
+
+    def take(self, indices: list[int], codes: Tensor) -> None:
+        """Images `indices` have codes (N, T)."""
+        if indices:
+            self.put((indices, codes, None if self._model.device.type == "cuda" else self._model.decode_codes(codes)))
+
+    def _write(self, finished: Finished) -> None:
+        indices, codes, images = finished
+        for index, row, image in zip(indices, codes, images or self._model.decode_codes(codes), strict=True):
+            self._save(index, row, image)

@@ -162,7 +162,7 @@ def run_batches(
             # Outside the handler: the exception held the tensors of the failed attempt.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            limit = max(1, size // 2)
+            limit = max(1, min(size, len(batch)) // 2)
             logger.warning("out of memory with %d at once; going on with %d", size, limit)
             waiting.append((batch, limit))
         else:

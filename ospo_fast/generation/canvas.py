@@ -14,6 +14,7 @@ from ospo_fast.generation.batching import Job, check_number, check_sampling
 from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
 from ospo_fast.generation.weights import Called, head_projection
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.ops import _dispatch
 from ospo_fast.ops.sample_codes import draw_codes
 
 
@@ -91,7 +92,7 @@ class Canvas:
         self, engine: Engine, rows: int, slots: int, length: int, sampling: Sampling, *, capture: bool
     ) -> None:
         self._engine, self._sampling = engine, sampling
-        self._rows, self._slots, self.length = rows, slots, length
+        self._rows, self.slots, self._length = rows, slots, length
         decoder = engine.decoder
         device, all_rows = decoder.device, sampling.branches * rows
         self._cache = Cache(decoder, sampling.branches * slots + 1, length)
@@ -101,8 +102,15 @@ class Canvas:
         self._where, self._lengths, self._active = torch.zeros(3, all_rows, dtype=torch.long, device=device)
         self._seeds, self._steps, self._codes, self._bad = torch.zeros(4, rows, dtype=torch.long, device=device)
         self._tokens = torch.zeros(rows, engine.tokens, dtype=torch.long, device=device)
-        self._capture = capture and device.type == "cuda" and decoder.plain
+        # The twin of the attention looks at lengths on the host, and modules that are called may do anything.
+        quiet = decoder.plain and _dispatch.resolve("decode_attention", "auto", device.type) != "torch"
+        self._capture = capture and device.type == "cuda" and quiet
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def serves(self, sampling: Sampling, images: int, length: int) -> bool:
+        """Whether it can draw so many images of at most `length` positions: on the CPU without a row too many."""
+        room = images <= self.slots if self._engine.decoder.device.type == "cuda" else images == self.slots
+        return self._sampling == sampling and room and length <= self._length
 
     def draw(self, jobs: Sequence[Job]) -> tuple[Tensor, list[int]]:
         """Codes (N, T) of the jobs, on the CPU, and for each the step at which its logits were wrong, or −1."""
@@ -121,7 +129,7 @@ class Canvas:
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Prompts into the cache, state to its start, first logits."""
-        rows, slots, decoder = self._rows, self._slots, self._engine.decoder
+        rows, slots, decoder = self._rows, self.slots, self._engine.decoder
         guided = self._sampling.branches == 2
         lengths = torch.tensor([len(job.ids) for job in jobs])
         spare = self._sampling.branches * slots

@@ -1,8 +1,8 @@
 """A lean forward pass of a loaded Llama decoder, with a cache that is written in place.
 
 Every row of the cache starts at position 0 and knows its own length, so no padding, no mask and no position bookkeeping
-exist. Plain layers are fused (`weights`): query, key and value in one product, gate and up in another; layers with
-adapters or hooks are called as they are.
+exist. Plain layers are fused (`weights`): query, key and value in one product, gate and up in another, where the
+memory takes a copy of them; layers with adapters or hooks are called as they are.
 
 Bits. A row's result must not depend on its batch-mates. Norms, gates and attention work row by row. Products do not
 have to: BLAS libraries switch kernels with the number of rows. So on a CPU with vector instructions float32 products
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.errors import OspoError
-from ospo_fast.generation.weights import Called, Fused, Projection, projection
+from ospo_fast.generation.weights import Called, Fused, Kind, Projection, Separate, projection
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.decode_attention import decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
@@ -33,7 +33,7 @@ from ospo_fast.ops.silu_mul import silu_mul
 ROW_TILE = 32
 PREFILL = 1024
 CPU_BYTES = 512 * 2**20  # of caches
-PACKED_BYTES = 2 * 2**30  # larger models keep the one copy of their weights
+COPIED_BYTES = 2 * 2**30  # on the CPU larger models keep the one copy of their weights
 
 
 class Cache:
@@ -119,10 +119,15 @@ class LeanDecoder:
         self.plain = not any(isinstance(p, Called) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
 
-    def _kind(self, module: Any) -> type[PackedLinear | Fused]:
-        small = sum(p.numel() * p.element_size() for p in module.layers.parameters()) <= PACKED_BYTES
-        wanted = self.device.type == "cpu" and self.dtype == torch.float32 and small
-        return PackedLinear if wanted and packed_linear_runs() else Fused
+    def _kind(self, module: Any) -> Kind:
+        """How plain layers are read: by what the device has in all, so that the choice is the same in every run."""
+        size = sum(p.numel() * p.element_size() for p in module.layers.parameters())
+        if self.device.type == "cuda":
+            room = torch.cuda.get_device_properties(self.device).total_memory
+            return Fused if 2 * size <= 0.8 * room else Separate
+        if size > COPIED_BYTES:
+            return Separate
+        return PackedLinear if self.dtype == torch.float32 and packed_linear_runs() else Fused
 
     def refresh(self) -> None:
         """Read the model's weights again, into the same memory."""
@@ -237,7 +242,7 @@ class LeanDecoder:
         self, x: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor], buffers: Buffers | None = None
     ) -> Tensor:
         """The layers over rows x (M, D), which becomes the residual stream; attend(layer, qkv, out) → (M, H·D)."""
-        b = buffers or Buffers(self, len(x))
+        b = buffers or Buffers(self, x.shape[0])
         following = [layer.norm for layer in self.layers[1:]] + [self._norm]
         h = _normed(None, x, self.layers[0].norm, b.normed)
         for i, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):

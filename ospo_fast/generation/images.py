@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation.background import Background
+from ospo_fast.generation.background import ImageWriter
 from ospo_fast.generation.batching import (
     GenerationError,
     Job,
@@ -81,12 +81,15 @@ class ImageGenerator:
 
     def __init__(self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True) -> None:
         check_batch_size(batch_size)
+        for name in ("decoder", "head", "grid", "image_prompt", "embed_codes"):
+            if not hasattr(model, name):
+                raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
         self.model = model
         self.batch_size = batch_size
         self.capture = capture
         self.throughput: Throughput | None = None
         self._engine: Engine | None = None
-        self._canvas: tuple[object, Canvas] | None = None
+        self._canvas: Canvas | None = None
 
     @torch.no_grad()
     def generate(
@@ -145,14 +148,14 @@ class ImageGenerator:
         images: dict[int, Any] = {}
         failed: dict[int, str] = {}
 
-        def decode(found: tuple[list[int], Tensor]) -> None:
-            images.update(zip(found[0], self.model.decode_codes(found[1]), strict=True))
+        def save(index: int, _: Tensor, image: Any) -> None:
+            images[index] = image
 
         done, seconds, streamed = 0, 0.0, 0
         with (
             evaluating(self.model),
             tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar,
-            Background(decode, device=self.model.device) as decoding,
+            ImageWriter(self.model, save) as finished,
         ):
             begin = time.perf_counter()
             for batch, (drawn, bad) in self._batches(jobs, sampling, groups) if jobs else ():
@@ -167,8 +170,8 @@ class ImageGenerator:
                 fine = [i for i, step in enumerate(bad) if step < 0]
                 indices = [batch[i].index for i in fine]
                 codes[indices] = drawn[fine]
-                if output != "codes" and fine:
-                    decoding.put((indices, drawn[fine]))
+                if output != "codes":
+                    finished.take(indices, drawn[fine])
                 done += len(batch)
                 bar.update(len(batch))
                 self.throughput = Throughput(done, seconds, streamed)
@@ -209,22 +212,22 @@ class ImageGenerator:
         engine = self._current()
         decoder, branches = engine.decoder, sampling.branches
         length = -(-(max(len(job.ids) for job in jobs) + engine.tokens) // 64) * 64
-        if self._canvas is not None and decoder.device.type == "cuda":
-            length = max(length, self._canvas[1].length)  # one graph serves many calls
-        size = self.batch_size or fitting(decoder, branches * decoder.row_bytes(length))
+        if self._canvas is not None and (decoder.device.type == "cpu" or not self._canvas.serves(sampling, 1, length)):
+            self._canvas = None  # before the free memory is asked for
+        row_bytes = branches * decoder.row_bytes(length)
+        free = fitting(decoder, row_bytes)
+        size = self.batch_size or (free if self._canvas is None else max(free, self._canvas.slots))
         rows = full_batch(decoder, self.batch_size, size)
 
         def work(batch: list[Job], size: int) -> tuple[Tensor, list[int]]:
-            if decoder.device.type == "cuda":
-                shape = (rows, min(size, rows), length)
-            else:
-                filled = decoder.filled(len(batch), rows, branches * decoder.row_bytes(length))
-                shape = (filled, len(batch), length)
-            if self._canvas is None or self._canvas[0] != (shape, sampling):
+            if self._canvas is None or not self._canvas.serves(sampling, len(batch), length):
                 self._canvas = None  # its memory goes before the next one's comes
-                self._canvas = (shape, sampling), Canvas(engine, *shape, sampling, capture=self.capture)
+                slots, filled = len(batch), decoder.filled(len(batch), rows, row_bytes)
+                if decoder.device.type == "cuda":
+                    slots = min(size, -(-len(jobs) // 8) * 8)  # with room for later batches: one graph serves them all
+                self._canvas = Canvas(engine, filled, slots, length, sampling, capture=self.capture)
             try:
-                return self._canvas[1].draw(batch)
+                return self._canvas.draw(batch)
             except RuntimeError:
                 self._canvas = None
                 raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,10 @@ class Projection(Protocol):
     def refresh(self) -> None:
         """Read the model's weights again: they may have been trained since."""
         ...
+
+
+Kind = Callable[[Sequence[nn.Linear]], Projection]
+"""How plain layers of one input are read: `PackedLinear`, `Fused` or `Separate`."""
 
 
 def is_plain(module: Any) -> bool:
@@ -56,6 +60,31 @@ class Fused:
         return torch.mm(x, weight, out=out) if self._bias is None else torch.addmm(self._bias, x, weight, out=out)
 
 
+class Separate:
+    """Plain linear layers of one input, each read in place: for models whose weights fit the memory only once."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self._parts: list[tuple[Tensor, Tensor | None]]
+        self._parts = [(m.weight.detach(), None if m.bias is None else bias_of(m)) for m in modules]
+        self._columns = sum(m.out_features for m in modules)
+
+    def refresh(self) -> None:
+        """See `Projection`: nothing was copied."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Projection`."""
+        out = x.new_empty(x.shape[0], self._columns) if out is None else out
+        begin = 0
+        for weight, bias in self._parts:
+            part = out[:, begin : begin + weight.shape[0]]
+            begin += weight.shape[0]
+            if bias is None:
+                torch.mm(x, weight.t(), out=part)
+            else:
+                torch.addmm(bias, x, weight.t(), out=part)
+        return out
+
+
 class Called:
     """Modules as they are, adapters and hooks in force."""
 
@@ -70,10 +99,12 @@ class Called:
         return torch.cat([module(x) for module in self._modules], -1, out=out)
 
 
-def projection(modules: Sequence[nn.Module], kind: type[PackedLinear | Fused]) -> Projection:
+def projection(modules: Sequence[nn.Module], kind: Kind) -> Projection:
     """The product of `modules`, which share their input; `kind` says how plain ones are fused."""
     plain = [module for module in modules if isinstance(module, nn.Linear) and is_plain(module)]
-    return kind(plain) if len(plain) == len(modules) else Called(modules)
+    if len(plain) < len(modules):
+        return Called(modules)
+    return kind(plain)
 
 
 class PackedHead:

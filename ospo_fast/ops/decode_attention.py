@@ -32,19 +32,18 @@ def decode_attention(
 
     backend: "flash_attn" takes flash_attn_with_kvcache; "auto" does not, until a measurement shows it ahead.
     """
-    out = qkv.new_empty(len(qkv), heads * keys.shape[-1]) if out is None else out
+    rows, (_, kv_heads, _, width) = qkv.shape[0], keys.shape
+    out = qkv.new_empty(rows, heads * width) if out is None else out
     chosen = _dispatch.resolve("decode_attention", backend, qkv.device.type)
     arguments = (qkv, cos, sin, keys, values, slots, lengths, heads, scale, out)
     if chosen == "triton":
         _dispatch.triton("decode_attention").decode_attention(*arguments)
     elif chosen == "flash_attn":
         _flash(*arguments)
-    elif chosen == "cpp" and qkv.dtype == torch.float32 and keys.shape[-1] % 16 == 0 and keys.shape[-1] <= 256:
-        _dispatch.native().decode_attention(
-            qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), slots.data_ptr(),
-            lengths.data_ptr(), out.data_ptr(), len(qkv), heads, keys.shape[1], keys.shape[3], keys.stride(0),
-            keys.stride(1), scale, torch.get_num_threads(),
-        )  # fmt: skip
+    elif chosen == "cpp" and qkv.dtype == torch.float32 and width % 16 == 0 and width <= 256:
+        pointers = [tensor.data_ptr() for tensor in (qkv, cos, sin, keys, values, slots, lengths, out)]
+        strides, threads = keys.stride(), torch.get_num_threads()
+        _dispatch.native().decode_attention(*pointers, rows, heads, kv_heads, width, *strides[:2], scale, threads)
     else:
         decode_attention_reference(*arguments)
     return out
@@ -114,8 +113,8 @@ def _flash(
         values.transpose(1, 2),
         k,
         v,
-        rotary_cos=cos[:, : width // 2],
-        rotary_sin=sin[:, width // 2 :],  # the half that carries no sign
+        rotary_cos=cos[:, : width // 2].contiguous(),
+        rotary_sin=sin[:, width // 2 :].contiguous(),  # the half that carries no sign
         cache_seqlens=lengths.int(),
         cache_batch_idx=slots.int(),
         softmax_scale=scale,

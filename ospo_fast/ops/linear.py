@@ -32,6 +32,8 @@ class PackedLinear:
         width = _dispatch.native().linear_columns()
         self._packed = torch.empty(-(-self.columns // width) * width * self.depth)
         self._bias = torch.zeros(self.columns) if any(m.bias is not None for m in modules) else None
+        self._pointers = self._packed.data_ptr(), 0 if self._bias is None else self._bias.data_ptr()
+        self._run = _dispatch.native().linear
         self.refresh()
 
     @torch.no_grad()
@@ -44,11 +46,10 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """X (M, K), rows contiguous → (M, N), into `out` if given."""
-        out = torch.empty(len(x), self.columns) if out is None else out
-        _dispatch.native().linear(
-            x.data_ptr(), x.stride(0), self._packed.data_ptr(), 0 if self._bias is None else self._bias.data_ptr(),
-            out.data_ptr(), out.stride(0), len(x), self.columns, self.depth, torch.get_num_threads(),
-        )  # fmt: skip
+        rows, threads = x.shape[0], torch.get_num_threads()
+        out = torch.empty(rows, self.columns) if out is None else out
+        place, step = out.data_ptr(), out.stride(0)
+        self._run(x.data_ptr(), x.stride(0), *self._pointers, place, step, rows, self.columns, self.depth, threads)
         return out
 
 

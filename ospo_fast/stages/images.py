@@ -13,10 +13,13 @@ from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index, 
 from ospo_fast.stages.common import chunked, load_codes, open_image, png, save_codes, undrawable
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from ospo_fast.generation import ImageGenerator
     from ospo_fast.models.base import UnifiedModel
 
 SIDES = ("base", "negative")
-DECODE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -83,27 +86,40 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
         failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
         todo = [drawing for drawing in todo if drawing.path not in failed]
         if todo:
-            codes = generator.generate(
-                [drawing.prompt for drawing in todo],
-                seeds=[drawing.seed for drawing in todo],
-                guidance_scale=settings.guidance_scale,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                output="codes",
-                progress=False,
-                on_error="skip",
-            )
-            fine = (codes >= 0).all(1)
-            failed |= {todo[n].path: "the model's logits were not finite" for n in (~fine).nonzero().flatten().tolist()}
-            todo, codes = [d for d in todo if d.path not in failed], codes[fine]
-            for start in range(0, len(todo), DECODE_BATCH):
-                part = slice(start, start + DECODE_BATCH)
-                for drawing, row, image in zip(todo[part], codes[part], model.decode_codes(codes[part]), strict=True):
-                    write_atomic(out / drawing.path, png(image))
-                    save_codes((out / drawing.path).with_suffix(".npz"), row, **_settings(drawing, settings))
+            failed |= _draw(generator, todo, settings, out)
         for record, plan in zip(chunk, plans, strict=True):
             yield _with_images(record, plan, failed)
+
+
+def _draw(generator: ImageGenerator, todo: list[Drawing], settings: ImagesConfig, out: Path) -> dict[str, str]:
+    """Draw images and write each as soon as its batch is finished; path → reason of those that failed."""
+    from ospo_fast.generation import Drawn, ImageWriter
+
+    def save(index: int, codes: Tensor, image: Image) -> None:
+        drawing = todo[index]
+        write_atomic(out / drawing.path, png(image))
+        save_codes((out / drawing.path).with_suffix(".npz"), codes, **_settings(drawing, settings))
+
+    with ImageWriter(generator.model, save) as writer:
+
+        def keep(drawn: Drawn) -> None:
+            writer.take(drawn.indices, drawn.codes)
+
+        codes = generator.generate(
+            [drawing.prompt for drawing in todo],
+            seeds=[drawing.seed for drawing in todo],
+            guidance_scale=settings.guidance_scale,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            output="codes",
+            callback=keep,
+            progress=False,
+            on_error="skip",
+            groups=[drawing.path.rsplit("/", 1)[0] for drawing in todo],  # the images of an item
+        )
+    wrong = (codes < 0).any(1).nonzero().flatten().tolist()
+    return {todo[n].path: "the model's logits were not finite" for n in wrong}
 
 
 def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) -> Record:

@@ -13,6 +13,8 @@ from ospo_fast.pipeline import STAGES
         ("object_masks", {"ospo_fast", "torch"}),
         ("sample_codes", {"ospo_fast", "torch"}),
         ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
+        ("generation", {"ospo_fast", "official", "transformers"}),
+        ("decode_attention", {"torch", "masked SDPA"}),
     ],
 )
 def test_a_quick_run_writes_its_rows(name: str, variants: set[str], tmp_path: Path) -> None:

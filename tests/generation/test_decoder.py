@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaModel
 from ospo_fast.errors import OspoError
 from ospo_fast.generation import decoder as lean
 from ospo_fast.generation.decoder import ROW_TILE, Cache, LeanDecoder
-from ospo_fast.generation.weights import Called, Fused, head_projection
+from ospo_fast.generation.weights import Called, Fused, Separate, head_projection
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
@@ -24,11 +24,13 @@ class Bare:
         return self.embeddings[ids]
 
 
-@pytest.fixture(params=["packed", "fused"])
+@pytest.fixture(params=["packed", "fused", "separate"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on packed weights and on those that a GPU or an older processor would use."""
+    """Every test runs on packed weights, on fused ones as a GPU has them, and as a model of many gigabytes does."""
     if request.param == "fused":
-        monkeypatch.setattr(lean, "PACKED_BYTES", 0)
+        monkeypatch.setattr(lean, "packed_linear_runs", bool)
+    if request.param == "separate":
+        monkeypatch.setattr(lean, "COPIED_BYTES", 0)
     return request.param
 
 
@@ -154,8 +156,9 @@ def test_half_precision_is_no_worse_than_transformers(dtype: torch.dtype) -> Non
 
 def test_batches_are_filled_where_products_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [LeanDecoder(Bare(llama())).filled(n, 7, 1000) for n in (1, 40)] == [1, 40]
-    monkeypatch.setattr(lean, "PACKED_BYTES", 0)
+    monkeypatch.setattr(lean, "COPIED_BYTES", 0)
     decoder = LeanDecoder(Bare(llama()))
+    assert isinstance(decoder.layers[0].qkv, Separate)
     assert [decoder.filled(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
     # 32 rows of a large model would not fit beside its weights.
     assert [decoder.filled(n, 7, 2**30) for n in (1, 7)] == [7, 7]

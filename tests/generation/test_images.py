@@ -231,6 +231,11 @@ def test_bad_arguments(tiny: JanusUnifiedModel, given: dict, match: str) -> None
         ImageGenerator(tiny).generate(**{"prompts": ["a red circle"], "seeds": [1], **given})
 
 
+def test_a_bare_model_of_transformers_is_refused(tiny: JanusUnifiedModel) -> None:
+    with pytest.raises(UsageError, match=r"got LlamaModel, expected what ospo_fast\.load_model returns"):
+        ImageGenerator(tiny.decoder)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_bad_batch_sizes(tiny: JanusUnifiedModel, batch_size: int) -> None:
     with pytest.raises(UsageError, match="batch_size"):
@@ -308,11 +313,11 @@ def test_a_generator_draws_with_the_weights_of_the_day(tiny: JanusUnifiedModel) 
     assert generator._engine is not engine
 
 
-@pytest.mark.parametrize("changes", [{"PACKED_BYTES": 0}, {"PREFILL": 16}])
+@pytest.mark.parametrize("changes", [{"COPIED_BYTES": 0}, {"packed_linear_runs": bool}, {"PREFILL": 16}])
 def test_codes_are_the_same_on_every_path(
-    tiny: JanusUnifiedModel, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    tiny: JanusUnifiedModel, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy codes of packed weights, of fused ones in filled-up batches, and of prompts that pass in pieces."""
+    """Greedy codes of packed weights, of others in filled-up batches, and of prompts that pass in pieces."""
     expected = codes(tiny, PROMPTS, SEEDS, temperature=0)
     for name, value in changes.items():
         monkeypatch.setattr(lean, name, value)
@@ -322,7 +327,7 @@ def test_codes_are_the_same_on_every_path(
 def test_without_packed_weights_batches_change_nothing_either(
     tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean, "PACKED_BYTES", 0)
+    monkeypatch.setattr(lean, "packed_linear_runs", bool)
     prompts, seeds = (PROMPTS * 10)[:37], [int(s) for s in torch.randint(0, 2**62, (37,))]
     found = codes(tiny, prompts, seeds)
     for size in (3, 33):

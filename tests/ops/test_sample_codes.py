@@ -10,7 +10,7 @@ from torch import Tensor
 from ospo_fast import sample_codes
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.sample_codes import _words, philox4x32, sample_codes_reference
+from ospo_fast.ops.sample_codes import _words, draw_codes, philox4x32, sample_codes_reference
 
 # Known answers of the Random123 distribution: counter, key → words.
 KNOWN = [
@@ -192,3 +192,55 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(OpError, match=message):
         sample_codes(**arguments | change)
+
+
+@pytest.mark.usefixtures("backend")
+def test_codes_are_drawn_into_their_column_and_wrong_rows_are_marked_once() -> None:
+    logits, seeds, steps = torch.randn(2, 5, 40), torch.arange(5), torch.tensor([0, 3, 1, 2, 0])
+    options: dict[str, Any] = {"guidance_scale": 3.0, "temperature": 0.8}
+    expected = sample_codes(*logits, seeds=seeds, step=steps, **options)
+    logits[0, 1, 7] = torch.nan
+    logits[1, 3, 2] = torch.inf
+    codes, tokens, bad = torch.full((5,), -7), torch.full((5, 4), -7), torch.tensor([-1, -1, -1, 1, -1])
+    draw_codes(*logits, **options, seeds=seeds, steps=steps, codes=codes, bad=bad, tokens=tokens)
+    expected[[1, 3]] = 0
+    assert torch.equal(codes, expected)
+    assert bad.tolist() == [-1, 3, -1, 1, -1]  # a row keeps the first step at which it was wrong
+    wanted = torch.full((5, 4), -7).scatter(1, steps[:, None], expected[:, None])
+    assert torch.equal(tokens, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("V", [16384, 1021, 3])
+def test_the_gpu_draws_what_the_cpu_draws(V: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(2, 64, V) * 3).to(dtype)
+    logits[:, 60:] = logits[:, 60:].round()  # ties
+    for options in ({}, {"temperature": 0.0}, {"guidance_scale": 5.0}, {"top_k": 7}, {"top_p": 0.6, "temperature": 2}):
+        mine = sample_codes(*logits, seeds=range(64), step=9, **options)  # type: ignore[arg-type]
+        theirs = sample_codes(*logits.cuda(), seeds=range(64), step=9, **options)  # type: ignore[arg-type]
+        assert torch.equal(theirs.cpu(), mine), options
+
+
+@pytest.mark.gpu
+def test_drawing_can_be_captured() -> None:
+    logits, seeds = torch.randn(2, 8, 333, device="cuda"), torch.arange(8, device="cuda")
+    for options in ({}, {"top_k": 50, "top_p": 0.9}):
+        codes, bad, steps = torch.zeros(8).long().cuda(), torch.full((8,), -1).cuda(), torch.zeros(8).long().cuda()
+        tokens = torch.zeros(8, 5).long().cuda()
+        given: dict[str, Any] = {"seeds": seeds, "steps": steps, "codes": codes, "bad": bad, "tokens": tokens}
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            draw_codes(*logits, guidance_scale=5.0, **options, **given)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            draw_codes(*logits, guidance_scale=5.0, **options, **given)
+            steps += 1
+        steps.zero_()
+        for _ in range(5):
+            graph.replay()
+        for step in range(5):
+            expected = sample_codes(*logits, guidance_scale=5.0, seeds=seeds, step=step, **options)  # type: ignore[arg-type]
+            assert torch.equal(tokens[:, step], expected)
+        assert (bad == -1).all()

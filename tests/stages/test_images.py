@@ -1,6 +1,7 @@
 """Stage 3: what is drawn, what lies beside it, and that nothing is drawn twice or depends on its neighbours."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,12 +106,40 @@ def test_finished_images_are_not_drawn_again(model, tmp_path, counted):
     assert len(counted) == 17
 
 
+def test_a_kill_loses_the_current_batch_alone(model, tmp_path, monkeypatch, counted):
+    list(run([item(1)], model, config(), out=tmp_path / "whole"))
+    original = ImageGenerator.generate
+
+    def generate(self, prompts, *, callback, **settings):
+        def once(drawn):
+            callback(drawn)
+            raise KeyboardInterrupt
+
+        return original(self, prompts, callback=once, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageGenerator, "generate", generate)
+        with pytest.raises(KeyboardInterrupt):
+            list(run([item(1)], model, config("images.batch_size=2"), out=tmp_path / "killed"))
+    assert len(files(tmp_path / "killed")) == 4
+    counted.clear()
+    list(run([item(1)], model, config(), out=tmp_path / "killed"))
+    assert len(counted) == 4
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
 def test_an_image_that_fails_takes_its_partner_along(model, tmp_path, monkeypatch):
     original = ImageGenerator.generate
 
-    def generate(self, prompts, **settings):
-        codes = original(self, prompts, **settings)
-        codes[prompts.index("a red circle on a black background")] = -1
+    def generate(self, prompts, *, callback, **settings):
+        bad = prompts.index("a red circle on a black background")
+
+        def others(drawn):
+            kept = [n for n, index in enumerate(drawn.indices) if index != bad]
+            callback(replace(drawn, indices=[drawn.indices[n] for n in kept], codes=drawn.codes[kept]))
+
+        codes = original(self, prompts, callback=others, **settings)
+        codes[bad] = -1
         return codes
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)

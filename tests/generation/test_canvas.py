@@ -1,0 +1,167 @@
+"""The batch being drawn: dummies, memory that is used again, the GPU's path in the interpreter, graphs on a GPU."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from ospo_fast.generation import ImageGenerator
+from ospo_fast.generation import decoder as lean
+from ospo_fast.generation.batching import Job
+from ospo_fast.generation.canvas import Canvas, Engine, Sampling
+from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.ops import _dispatch
+
+PROMPTS = ["a red circle", "two blue squares and a red circle", "a green cross", "a yellow cross"]
+GUIDED, PLAIN = Sampling(5.0, 1.0, 0, 1.0), Sampling(1.0, 0.7, 20, 0.9)
+
+
+def jobs(model: JanusUnifiedModel, *indices: int) -> list[Job]:
+    return [Job(i, model.image_prompt(PROMPTS[i]), 10 + i) for i in indices]
+
+
+@pytest.mark.parametrize("sampling", [GUIDED, PLAIN])
+def test_dummies_slots_and_what_was_drawn_before_change_nothing(tiny: JanusUnifiedModel, sampling: Sampling) -> None:
+    """As on a GPU: products of one size, whatever part of it the jobs fill, and memory that was used before."""
+    with torch.no_grad():
+        engine = Engine(tiny)
+        tight = Canvas(engine, 4, 4, 80, sampling, capture=False)
+        expected, bad = tight.draw(jobs(tiny, 0, 1, 2, 3))
+        assert bad == [-1] * 4
+        wide = Canvas(engine, 16, 5, 128, sampling, capture=False)
+        wide._cache.keys.fill_(torch.nan)
+        wide._cache.values.fill_(torch.nan)
+        for order in ([3, 1, 0], [2], [0, 1, 2, 3]):
+            codes, bad = wide.draw(jobs(tiny, *order))
+            assert torch.equal(codes, expected[order])
+            assert bad == [-1] * len(order)
+
+
+def test_a_graph_is_captured_once_and_replayed_for_all_steps_but_one(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no GPU, with a graph that runs the step when it is replayed."""
+    calls: list[str] = []
+
+    class Graph:
+        def __init__(self, canvas: Canvas) -> None:
+            calls.append("capture")
+            self._canvas = canvas
+
+        def replay(self) -> None:
+            calls.append("replay")
+            self._canvas._step()
+
+    def capture(canvas: Canvas) -> Graph:
+        return Graph(canvas)
+
+    monkeypatch.setattr(Canvas, "_captured", capture)
+    with torch.no_grad():
+        engine = Engine(tiny)
+        eager = Canvas(engine, 4, 4, 80, GUIDED, capture=False)
+        captured = Canvas(engine, 4, 4, 80, GUIDED, capture=True)
+        assert not captured._capture  # not on the CPU
+        captured._capture = True
+        for order in ([0, 1, 2, 3], [3, 1]):
+            assert torch.equal(captured.draw(jobs(tiny, *order))[0], eager.draw(jobs(tiny, *order))[0])
+    assert calls == ["capture"] + ["replay"] * (34 + 35)
+
+
+def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused products, Triton kernels by the interpreter, prompts in filled-up pieces."""
+    pytest.importorskip("triton", reason="Triton is only there on Linux")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    tiny.grid = (2, 3)
+    sampling = Sampling(5.0, 0.0, 0, 1.0)
+    with torch.no_grad():
+        expected, _ = Canvas(Engine(tiny), 3, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+        assert len(set(expected.flatten().tolist())) > 3
+        monkeypatch.setattr(lean, "packed_linear_runs", bool)
+        for op in ("add_rms_norm", "silu_mul", "decode_attention"):
+            monkeypatch.setitem(_dispatch._KERNELS, op, {"triton": (True, "cpu")})
+        found, _ = Canvas(Engine(tiny), 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+    assert torch.equal(found, expected)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def on_gpu(parts: tuple[Any, Any]) -> JanusUnifiedModel:
+    module, processor = parts
+    return JanusUnifiedModel(copy.deepcopy(module).to("cuda", torch.bfloat16), processor, name="tiny")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [GUIDED, PLAIN])
+@torch.no_grad()
+def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel, sampling: Sampling) -> None:
+    engine = Engine(on_gpu)
+    eager = Canvas(engine, 64, 4, 128, sampling, capture=False)
+    captured = Canvas(engine, 64, 4, 128, sampling, capture=True)
+    for order in ([0, 1, 2, 3], [2, 0], [0, 1, 2, 3]):  # the first batch captures, the others replay all but one step
+        expected, found = eager.draw(jobs(on_gpu, *order)), captured.draw(jobs(on_gpu, *order))
+        assert torch.equal(found[0], expected[0])
+        assert found[1] == expected[1] == [-1] * len(order)
+    assert captured._graph is not None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_change_nothing_either(on_gpu: JanusUnifiedModel) -> None:
+    prompts, seeds = (PROMPTS * 30)[:100], [int(seed) for seed in torch.randint(2**62, (100,))]
+    generator = ImageGenerator(on_gpu)
+    found = generator.generate(prompts, seeds=seeds, output="codes", progress=False)
+    assert len({tuple(row.tolist()) for row in found}) > 50
+    order = torch.randperm(100).tolist()
+    moved = generator.generate([prompts[i] for i in order], seeds=[seeds[i] for i in order], output="codes")
+    assert torch.equal(moved, found[order])
+    for i in (0, 99):
+        alone = ImageGenerator(on_gpu).generate([prompts[i]], seeds=[seeds[i]], output="codes")
+        assert torch.equal(alone[0], found[i])
+    eager = ImageGenerator(on_gpu, capture=False).generate(prompts[:7], seeds=seeds[:7], output="codes")
+    assert torch.equal(eager, found[:7])
+
+
+@pytest.mark.gpu
+def test_greedy_codes_on_a_gpu_are_those_of_the_cpu(parts: tuple[Any, Any]) -> None:
+    module, processor = parts
+    found = []
+    for device in ("cpu", "cuda"):
+        model = JanusUnifiedModel(copy.deepcopy(module).to(device), processor, name="tiny")
+        given: dict[str, Any] = {"seeds": [0] * 4, "output": "codes", "temperature": 0}
+        found.append(ImageGenerator(model).generate(PROMPTS, guidance_scale=1.5, **given))
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+def test_nan_logits_fail_one_image_inside_a_graph(on_gpu: JanusUnifiedModel) -> None:
+    expected = ImageGenerator(on_gpu).generate(PROMPTS, seeds=[1, 2, 3, 4], output="codes")
+    embed = on_gpu.embed_tokens
+    marked = on_gpu.image_prompt(PROMPTS[2])
+    marked = torch.cat([marked[:2], torch.tensor([on_gpu.eoi_id]), marked[2:]])
+    on_gpu.embed_tokens = lambda ids: embed(ids).masked_fill(  # type: ignore[method-assign]
+        (ids == on_gpu.eoi_id)[..., None].to("cuda"), torch.nan
+    )
+    prompts = [*PROMPTS[:2], marked, PROMPTS[3]]
+    found = ImageGenerator(on_gpu).generate(prompts, seeds=[1, 2, 3, 4], output="codes", on_error="skip")
+    assert (found[2] == -1).all()
+    assert torch.equal(found[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+@pytest.mark.gpu
+def test_real_lack_of_memory_halves_the_batch(on_gpu: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes")
+    init = Canvas.__init__
+    slots = []
+
+    def crowded(self: Canvas, engine: Engine, rows: int, count: int, *rest: Any, **more: Any) -> None:
+        slots.append(count)
+        if count > 2:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        init(self, engine, rows, count, *rest, **more)
+
+    monkeypatch.setattr(Canvas, "__init__", crowded)
+    assert torch.equal(ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes"), expected)
+    assert slots[-1] == 2

@@ -1,0 +1,71 @@
+"""The kernels of a decoder step against their twins: on the CPU by Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is only there on Linux")
+
+from ospo_fast.kernels.decode_attention import SPLIT, decode_attention
+from ospo_fast.kernels.rms_norm import add_rms_norm
+from ospo_fast.kernels.silu_mul import silu_mul
+from ospo_fast.ops.decode_attention import decode_attention_reference
+from ospo_fast.ops.rms_norm import add_rms_norm as norm_twin
+from ospo_fast.ops.silu_mul import silu_mul as silu_twin
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+UNITS = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+
+
+def close(out: torch.Tensor, twin: torch.Tensor) -> None:
+    bound = UNITS[out.dtype] * torch.finfo(out.dtype).eps * (twin.abs() + twin.abs().mean())
+    assert ((out - twin).abs().float() <= bound.float()).all()
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("shape", [(2, 256), (3, 67), (1, 1)])
+@pytest.mark.parametrize("add", [True, False])
+def test_add_rms_norm(shape: tuple[int, int], dtype: torch.dtype, add: bool) -> None:
+    delta, stream = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
+    weight, moved = torch.randn(shape[1], device=DEVICE).to(dtype), stream.clone()
+    out = torch.full_like(stream, torch.nan)
+    add_rms_norm(delta if add else None, stream, weight, 1e-6, out)
+    twin = norm_twin(delta if add else None, moved, weight, 1e-6, backend="torch")
+    close(stream, moved)
+    if torch.equal(stream, moved):  # else the interpreter's truncation has moved what is normed
+        close(out, twin)
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("shape", [(2, 1200), (3, 67), (1, 1), (0, 5)])
+def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    both = torch.randn(shape[0], 2 * shape[1], device=DEVICE).to(dtype)
+    out = both.new_full(shape, torch.nan)
+    silu_mul(both, out)
+    close(out, silu_twin(both, backend="torch"))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 32), (4, 2, 16), (3, 1, 24)])
+def test_decode_attention(heads: int, kv_heads: int, width: int) -> None:
+    lengths = [0, SPLIT - 1, SPLIT, 2 * SPLIT + 40, 5]
+    slots = torch.tensor([3, 0, 1, 4, 5], device=DEVICE)
+    filled = torch.full((2, 6, kv_heads, 3 * SPLIT, width), torch.nan, device=DEVICE)
+    for slot, length in zip(slots.tolist(), lengths, strict=True):
+        filled[:, slot, :, :length] = torch.randn(2, kv_heads, length, width, device=DEVICE)
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * width, device=DEVICE)
+    cos, sin = torch.randn(2, 3 * SPLIT, width, device=DEVICE)
+    places = torch.tensor(lengths, device=DEVICE)
+    results = []
+    for run in (decode_attention, decode_attention_reference):
+        keys, values = filled.clone()
+        out = torch.full((5, heads * width), torch.nan, device=DEVICE)
+        run(qkv, cos, sin, keys, values, slots, places, heads, width**-0.5, out)
+        results.append((out, keys, values))
+    for mine, twin in zip(*results, strict=True):
+        assert torch.equal(mine.isnan(), twin.isnan())  # what was not written is still NaN
+        torch.testing.assert_close(mine.nan_to_num(), twin.nan_to_num())
+    # A row alone has the bits that it has among others.
+    keys, values = filled.clone()
+    out = torch.full((1, heads * width), torch.nan, device=DEVICE)
+    decode_attention(qkv[3:4], cos, sin, keys, values, slots[3:4], places[3:4], heads, width**-0.5, out)
+    assert torch.equal(out[0], results[0][0][3])

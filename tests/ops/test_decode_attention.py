@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import Tensor
+
+from ospo_fast.ops.decode_attention import decode_attention, rotate
+
+# (heads, kv heads, width): one realistic; grouped queries; a width of no power of two; one that the C++ kernel leaves
+# to SDPA
+SHAPES = [(4, 4, 64), (4, 2, 32), (3, 1, 48), (2, 2, 24)]
+LENGTHS = [0, 127, 128, 1, 200, 64]  # a first token, and both sides of a split
+TRITON = pytest.param("triton", marks=pytest.mark.gpu)
+
+
+def case(heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Random inputs; what no row may read is NaN."""
+    slots = torch.tensor([6, 0, 1, 5, 3, 2])
+    cache = torch.full((2, 7, kv_heads, 210, width), torch.nan, dtype=dtype)
+    for slot, length in zip(slots.tolist(), LENGTHS, strict=True):
+        cache[:, slot, :, :length] = torch.randn(2, kv_heads, length, width).to(dtype)
+    angles = torch.rand(2, 210, width) * 2 - 1
+    tensors = {
+        "qkv": torch.randn(6, (heads + 2 * kv_heads) * width).to(dtype),
+        "cos": angles[0].to(dtype),
+        "sin": angles[1].to(dtype),
+        "keys": cache[0],
+        "values": cache[1],
+        "slots": slots,
+        "lengths": torch.tensor(LENGTHS),
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def exact(given: dict[str, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, H·D), and the new keys and values (M, Hkv, D), in float64."""
+    kv_heads, width = given["keys"].shape[1], given["keys"].shape[3]
+    rows, new_keys, new_values = [], [], []
+    for row, slot, length in zip(given["qkv"].double(), given["slots"].tolist(), LENGTHS, strict=True):
+        q, k, v = row.view(-1, width).split((heads, kv_heads, kv_heads))
+        c, s = given["cos"][length].double(), given["sin"][length].double()
+        q, k = rotate(q, c, s), rotate(k, c, s)
+        keys = torch.cat((given["keys"][slot, :, :length].double(), k[:, None]), 1)
+        values = torch.cat((given["values"][slot, :, :length].double(), v[:, None]), 1)
+        keys, values = (x.repeat_interleave(heads // kv_heads, 0) for x in (keys, values))
+        p = (q[:, None] * keys).sum(-1).mul(width**-0.5).softmax(-1)
+        rows.append((p[..., None] * values).sum(1).flatten())
+        new_keys.append(k)
+        new_values.append(v)
+    return torch.stack(rows), torch.stack(new_keys), torch.stack(new_values)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON, pytest.param("flash_attn", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(backend: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
+    device = "cuda" if backend in ("triton", "flash_attn") else "cpu"
+    if backend == "flash_attn":
+        pytest.importorskip("flash_attn")
+        if dtype == torch.float32 or width % 16:
+            pytest.skip("flash-attn is for half precision and rotates multiples of 16")
+    given = case(heads, kv_heads, width, dtype, device)
+    wanted, keys, values = exact(given, heads)
+    twin = {name: tensor.clone() for name, tensor in given.items()}
+    eager = decode_attention(**twin, heads=heads, scale=width**-0.5, backend="torch")
+    out = torch.full_like(eager, torch.nan)
+    before = given["keys"].clone()
+    assert decode_attention(**given, heads=heads, scale=width**-0.5, out=out, backend=backend) is out
+    rounding = torch.finfo(torch.float32).eps * wanted.abs().max()
+    assert (out - wanted).abs().max() <= 2 * (eager - wanted).abs().max() + rounding
+    rows, places = given["slots"], given["lengths"]
+    bound = torch.finfo(dtype).eps * keys.abs().max()
+    assert (given["keys"][rows, :, places] - keys).abs().max() <= bound
+    assert torch.equal(given["values"][rows, :, places], values.to(dtype))
+    # Nothing else was written.
+    before[rows, :, places] = given["keys"][rows, :, places]
+    assert torch.equal(given["keys"].nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON])
+def test_a_rows_bits_depend_on_the_row_alone(backend: str) -> None:
+    given = case(4, 4, 64, torch.float32, "cuda" if backend == "triton" else "cpu")
+    whole = decode_attention(**given, heads=4, scale=0.125, backend=backend)
+    for rows in ([2], [5, 0, 3]):
+        part = given | {name: given[name][rows] for name in ("qkv", "slots", "lengths")}
+        assert torch.equal(decode_attention(**part, heads=4, scale=0.125, backend=backend), whole[rows])

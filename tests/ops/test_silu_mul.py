@@ -1,0 +1,29 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ospo_fast.ops.silu_mul import silu_mul
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(32, 768), (3, 1031), (5, 7), (1, 1), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows, width = shape
+    both = (torch.randn(rows, 2 * width, device="cuda" if backend == "triton" else "cpu") * 4).to(dtype)
+    gate, up = both.split(width, 1)
+    exact = F.silu(gate.double()) * up.double()
+    error = (F.silu(gate) * up - exact).abs()
+    out = both.new_full((rows, width), torch.nan)
+    assert silu_mul(both, out=out, backend=backend) is out
+    bound = 2 * error.max() + torch.finfo(torch.float32).eps * exact.abs().max() if out.numel() else 0
+    assert ((out - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_extremes(backend: str) -> None:
+    gate = torch.tensor([-1e30, -100.0, -87.5, 0.0, 100.0, 1e30, torch.inf, torch.nan])
+    out = silu_mul(torch.cat((gate, torch.ones(8)))[None], backend=backend)[0]
+    assert out[:4].abs().max() < 1e-35
+    assert out[4:7].tolist() == gate[4:7].tolist()
+    assert out[7].isnan()
