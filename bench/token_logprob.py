@@ -214,7 +214,7 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
     # The same chunks, and all rows at once, which a GEMM may like better.
     for name, size in (("bare GEMMs", default_rows(shape, dtype, where)), ("bare GEMMs, one chunk", shape.N)):
         variants[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
-    times = interleaved(variants, inputs, seconds=0.02 if quick else 2.0)
+    times = interleaved(variants, inputs, seconds=0.02 if quick else 5.0)
     rows = []
     for name, time in times.items():
         speed = shape.tflop / time.median_ms * 1e3
