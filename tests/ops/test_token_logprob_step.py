@@ -57,7 +57,7 @@ extern "C" int run(void* z, int dtype, void* bias, int64_t* labels, float* scale
 }
 """
     (folder / "token_logprob.cpp").write_text(source)
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-DOSPO_CUDA=1", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DOSPO_CUDA=1", f"-I{ROOT / 'csrc'}"]
     header = Path(__file__).with_name("cuda_on_host.h")
     library = folder / "step.so"
     subprocess.run([compiler, *flags, "-include", header, folder / "token_logprob.cpp", "-o", library], check=True)
