@@ -1,4 +1,3 @@
-import importlib.util
 import logging
 from types import SimpleNamespace
 
@@ -37,10 +36,10 @@ def test_without_what_a_cuda_kernel_needs(monkeypatch: pytest.MonkeyPatch) -> No
         return {name: why for name, _, why in _dispatch.backends("cuda")["token_logprobs"]}["cuda"]
 
     monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": True}), ""))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert reason() == "Triton, which the kernels beside it need, is not installed"
+    monkeypatch.setattr(_dispatch, "_package", lambda name: f"{name} is not installed")
+    assert reason() == "triton is not installed"
     monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": False}), ""))
-    assert "built without CUDA; reinstall the package where there is an nvcc" in reason()
+    assert "built without CUDA; install the package again where nvcc is found" in reason()
 
 
 def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
