@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kMostVecs = 16;  // head_dim up to 256
 
+constexpr int64_t kAhead = 16;  // positions: caches of many rows come from memory
+
 // x·cos + shift(x)·sin with x shifted by half its width; the sign of rotate_half is in the sine.
 OSPO_INLINE void rotate(const float* x, const float* cos, const float* sin, float scale, float* out, int64_t width) {
     const int64_t half = width / 2;
@@ -31,6 +33,7 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
     int64_t t = 0;
     for (; t + 4 <= count; t += 4) {  // four sums at once share the instructions that add up the lanes
         Vec product[4];
+        for (int64_t i = 0; i < 4 * vecs; ++i) __builtin_prefetch(keys + (t + kAhead) * width + i * kLanes);
         for (int64_t j = 0; j < 4; ++j) product[j] = query[0] * load(keys + (t + j) * width);
         for (int64_t i = 1; i < vecs; ++i)
             for (int64_t j = 0; j < 4; ++j) product[j] += query[i] * load(keys + (t + j) * width + i * kLanes);
@@ -53,6 +56,7 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
     }
     for (int64_t i = 0; i < vecs; ++i) acc[i][0] = acc[i][1] = Vec{};
     for (t = 0; t + 2 <= count; t += 2) {
+        for (int64_t i = 0; i < 2 * vecs; ++i) __builtin_prefetch(values + (t + kAhead) * width + i * kLanes);
         for (int64_t i = 0; i < vecs; ++i) {
             acc[i][0] += scores[t] * load(values + t * width + i * kLanes);
             acc[i][1] += scores[t + 1] * load(values + (t + 1) * width + i * kLanes);

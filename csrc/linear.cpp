@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // short sums round less
 
+constexpr int64_t kAhead = 32;  // the weights of a model come from the last cache, and panels are short streams
+
 // R rows times C vectors of columns, over one block of k. Later blocks are added to what the first one stored.
 template <int R, int C>
 OSPO_INLINE void tile(const float* x, int64_t ldx, const float* w, const float* bias, float* out, int64_t ldo,
@@ -18,7 +20,10 @@ OSPO_INLINE void tile(const float* x, int64_t ldx, const float* w, const float* 
     Vec acc[R][C] = {};
     for (int64_t k = 0; k < depth; ++k) {
         Vec b[C];
-        for (int c = 0; c < C; ++c) b[c] = load(w + (k * C + c) * kLanes);
+        for (int c = 0; c < C; ++c) {
+            b[c] = load(w + (k * C + c) * kLanes);
+            __builtin_prefetch(w + ((k + kAhead) * C + c) * kLanes);
+        }
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) acc[r][c] += x[r * ldx + k] * b[c];
     }
