@@ -329,7 +329,6 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     """
     _same_recipe(out, recipe)
     transformers_logging.set_verbosity_error()
-    torch.set_flush_denormal(True)  # Adam's smallest moments would otherwise take the slow path of the processor
     model, processor = build_model(recipe.seed), build_processor()
     seconds = _codes(model, out / "codes.pt", recipe)
     state_path, clock = out / "state.pt", time.monotonic()
@@ -493,6 +492,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     out = arguments.pop("out")
+    torch.set_flush_denormal(True)  # Adam's smallest moments would otherwise take the slow path of the processor
     try:
         run(out, Recipe(**arguments))
     except OspoError as error:

@@ -177,6 +177,9 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     if out is None:
         raise OspoError("masks: got no run folder; give `out`, where the masks go.")
     settings = config.masks
+    if settings.official is not None:
+        yield from import_official(records, Path(settings.official), out)
+        return
     for window in chunked(records, settings.batch_size * WINDOW):
         targets = [_target(record, model, settings.match) for record in window]
         named = [n for n, target in enumerate(targets) if isinstance(target, Target)]

@@ -48,7 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     (folder / "kernels.cpp").write_text('#include "cuda_block.h"\n' + kernels + ENTRY)
     library = folder / "kernels.so"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fPIC", "-shared", "-pthread", f"-I{HERE}", f"-I{CSRC}"]
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fPIC", "-shared", "-pthread"]
+    flags += [f"-I{HERE}", f"-I{CSRC}"]
     subprocess.run([compiler, *flags, folder / "kernels.cpp", "-o", library], check=True)
     function = ctypes.CDLL(str(library)).run
 

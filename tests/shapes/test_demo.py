@@ -109,7 +109,7 @@ def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Base figures of another training seed are the same, so gains are compared drawing by drawing."""
-    monkeypatch.setattr(Pipeline, "run", lambda self: pytest.fail("far enough"))
+    monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("far enough"))
     for name in ("answering", "answering_own"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
     config = load_config([*SMALL, f"out={tmp_path}", "seed=7"], family="shapes")
