@@ -365,7 +365,8 @@ def _seeds(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return ", ".join(f"{_count(entry)} {key}" for key, entry in value.items())
+        counts = ", ".join(f"{_count(entry)} {key}" for key, entry in value.items() if key != "note")
+        return f"{counts}; {text(value['note'])}" if "note" in value else counts
     return _count(value)
 
 

@@ -36,8 +36,8 @@ from ospo_fast.stages.common import open_image, png
 log = logging.getLogger(__name__)
 
 SEEDS = (
-    "training: the seed of the stages and of training. sampling: the seeds that evaluation draws with, evaluate.seeds; "
-    "the same for every training seed, so that runs are compared drawing by drawing."
+    "evaluation draws with the sampling seeds, evaluate.seeds, whatever the training seed, so that runs are compared "
+    "drawing by drawing"
 )
 GALLERY = 6  # drawings of each headline kind shown before and after
 

@@ -110,6 +110,15 @@ def test_standard_errors_are_found_wherever_they_are_given(summary, expected):
     assert figures.headline(summary)["errors"]["after"] == expected
 
 
+def test_seeds_are_counted_and_their_note_is_said():
+    seeds = {"training": [42], "sampling": [0, 1]}
+    assert figures.headline({"seeds": seeds})["seeds"] == "1 training, 2 sampling"
+    assert (
+        figures.headline({"seeds": {**seeds, "note": "as they are"}})["seeds"] == "1 training, 2 sampling; as they are"
+    )
+    assert figures.headline({})["seeds"] == ""
+
+
 def test_gain_is_after_less_before():
     assert figures.headline({"alignment_std": 0.02})["errors"]["gain"] == 0.02
     assert figures.headline({"alignment_before": 0.4, "alignment_after": 0.35})["gain"] == pytest.approx(-0.05)
