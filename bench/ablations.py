@@ -2,8 +2,8 @@
 
 Every training seed has a run of its own up to the answers (stages 1 to 4); variants share it and differ in selection,
 masks and training. Figures are those of `ospo_fast.shapes.evaluate`, at the base model's best guidance scale, which is
-chosen on validation prompts. `run` makes the table of the README on test prompts. To try settings, on validation
-prompts (every trial is added to OUT/shapes/trials.jsonl):
+chosen on validation prompts. `run` measures `TABLE` on test prompts. To try settings, on validation prompts (every
+trial is added to OUT/shapes/trials.jsonl, with all the settings that it was made with):
 
     python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]
 
@@ -11,6 +11,7 @@ Keys are those of the configuration; those of stages 1 to 4 make runs of their o
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -62,9 +63,20 @@ TABLE = (
     Variant("mask of ones", masks="ones"),
     Variant("random mask", masks="random"),
     Variant("masks of all layers", ("masks.layers=[0,1,2,3,4]",)),
-    Variant("SimPO alone", ("train.loss.sft_weight=0",)),
-    Variant("SFT alone", ("train.loss.simpo_weight=0",)),
-    Variant("with conditional term", ("preset=full",)),
+    Variant(
+        "SimPO alone",
+        (
+            "train.loss.simpo_weight=1",
+            "train.loss.sft_weight=0",
+            "train.loss.cond_weight=0",
+            "train.unconditional_weight=0",
+        ),
+    ),
+    Variant("SFT alone", ("train.loss.simpo_weight=0", "train.loss.cond_weight=0")),
+    Variant("no conditional term", ("train.loss.cond_weight=0",)),
+    Variant("guidance partner not trained", ("train.unconditional_weight=0",)),
+    Variant("preset v3 as published", ("preset=v3",)),
+    Variant("preset full as published", ("preset=full",)),
     Variant("no filter", ("select.rule=random",)),
     Variant("rule v2", ("select.rule=v2",)),
     Variant("two iterations", ("iterations=2",)),
@@ -166,6 +178,8 @@ class Bench:
             "fp32",
             once,
             settings=list(variant.settings),
+            masks_given=variant.masks,
+            resolved=_resolved(self.config(variant.settings, seed, folder)),
             split=self.split,
             seed=seed,
             sampling=list(SAMPLING),
@@ -176,6 +190,14 @@ class Bench:
             **pairs,
             **masks,
         )
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    """The settings that variants differ in, defaults included."""
+    sections = ("prompts", "images", "select", "masks", "train")
+    found = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
+    del found["prompts"]["exclude"]
+    return {"preset": config.preset, "iterations": config.iterations, **found}
 
 
 def _replace_masks(folder: Path, kind: str) -> None:

@@ -357,6 +357,9 @@ class Pipeline:
             now["prompts.exclude"] = f"{stable_hash(*sorted(excluded(config))):x}"
         if name == "train":
             now["preset"] = config.preset
+            from ospo_fast.stages.train import mask_settings
+
+            now |= mask_settings(config)
             if config.train.eval_every:
                 now |= {f"evaluate.{key}": getattr(config.evaluate, key) for key in ("watch_per_kind", "seeds")}
         templates = config.templates

@@ -272,6 +272,11 @@ def _attention_columns(
             raise OpError(f"attention_columns: the Triton kernel takes heads of at most 256, got {q.shape[-1]}")
         kernel = "torch"
     if q.dtype == torch.float64:
+        if backend not in ("auto", "torch"):
+            raise OpError(
+                f"attention_columns: q is float64, which backend={backend!r} does not take; expected float32, float16 "
+                "or bfloat16, or use 'auto' or 'torch'"
+            )
         kernel = "torch"
     if kernel == "triton":
         kernels = importlib.import_module("ospo_fast.kernels.attention_columns")

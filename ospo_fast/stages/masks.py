@@ -282,7 +282,7 @@ def import_official(records: Iterable[Record], folder: Path, out: Path) -> Itera
 
     for record in records:
         if not record.get("kept", "chosen" in record):
-            yield {**record, "mask": None, "mask_reason": "the item has no pair"}
+            yield {**record, "mask": None, "mask_reason": NO_PAIR}
             continue
         item, name = record["item_id"], f"{Path(record['chosen']).stem}_mask.pt"
         paths = [folder / kind / record.get("t2i_category", "") / item / name for kind in ("base", "negative")]

@@ -95,6 +95,13 @@ def uses_masks(config: Config) -> bool:
     return config.masks.enabled and loss_config(config.preset, config.train.loss).mask_alpha > 0
 
 
+def mask_settings(config: Config) -> dict[str, Any]:
+    """What training depends on of the section `masks`: whether there are any and, where it takes its own, how."""
+    section = dataclasses.asdict(config.masks)
+    wanted = section if config.train.masks == "online" else {"enabled": config.masks.enabled}
+    return {f"masks.{key}": value for key, value in wanted.items() if key != "batch_size"}
+
+
 def load_examples(
     records: list[Record], model: UnifiedModel, config: Config, out: Path | None
 ) -> tuple[list[Example], dict[str, str]]:
@@ -356,6 +363,7 @@ class Trainer:
         settings = dataclasses.asdict(self.settings)
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing"):
             settings.pop(name)
+        settings |= mask_settings(self.config)
         items = [example.item_id for example in self.examples]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *items):x}"
 

@@ -346,3 +346,14 @@ def test_cuda_heads_wider_than_the_kernel() -> None:
     torch.testing.assert_close(attention_columns(q, k, columns, rows=(2, 7)).double(), exact, atol=1e-5, rtol=0)
     with pytest.raises(OpError, match="heads of at most 256, got 264"):
         attention_columns(q, k, columns, rows=(2, 7), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", "auto"])
+def test_no_explicit_backend_is_replaced(backend: str) -> None:
+    q, k = torch.randn(1, 2, 5, 8, dtype=torch.float64), torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    columns = torch.tensor([[[1]]])
+    if backend == "cpp":
+        with pytest.raises(OpError, match="float64"):
+            attention_columns(q, k, columns, rows=(2, 3), backend=backend)
+    else:
+        assert attention_columns(q, k, columns, rows=(2, 3), backend=backend).isfinite().all()

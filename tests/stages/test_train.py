@@ -334,6 +334,13 @@ def test_online_leaves_out_pairs_without_objects(model, records, made):
     assert "'zeppelin'" in left_out[strange[0]["item_id"]]
 
 
+def test_online_masks_made_otherwise_are_another_run(model, tiny, records, run_folder):
+    train(records, model, config(ONLINE, "train.steps=2"), out=run_folder)
+    (run_folder / "train" / "done.json").unlink()
+    with pytest.raises(OspoError, match="other settings"):
+        train(records, load_model(tiny), config(ONLINE, "train.steps=2", "masks.scaler=1.0"), out=run_folder)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_cuda_online_masks(model, records, run_folder, checkpointing):
