@@ -2,8 +2,12 @@
 
 Every training seed has a run of its own up to the answers (stages 1 to 4); variants share it and differ in selection,
 masks and training. Figures are those of `ospo_fast.shapes.evaluate`, at the base model's best guidance scale, which is
-chosen on validation prompts. `run` measures `TABLE` on test prompts. To try settings, on validation prompts (every
-trial is added to OUT/shapes/trials.jsonl, with all the settings that it was made with):
+chosen on validation prompts. `run` measures `TABLE` on test prompts; rows of it alone are measured by
+
+    python bench/ablations.py NAME --table
+
+To try settings, on validation prompts (every trial is added to OUT/shapes/trials.jsonl, with all the settings that it
+was made with):
 
     python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]
 
@@ -69,14 +73,15 @@ TABLE = (
             "train.loss.simpo_weight=1",
             "train.loss.sft_weight=0",
             "train.loss.cond_weight=0",
-            "train.unconditional_weight=0",
         ),
     ),
     Variant("SFT alone", ("train.loss.simpo_weight=0", "train.loss.cond_weight=0")),
     Variant("no conditional term", ("train.loss.cond_weight=0",)),
-    Variant("guidance partner not trained", ("train.unconditional_weight=0",)),
-    Variant("preset v3 as published", ("preset=v3",)),
-    Variant("preset full as published", ("preset=full",)),
+    Variant("the prompt's own distribution trained", ("train.guidance_scale=1",)),
+    Variant("that, and the guidance partner", ("train.guidance_scale=1", "train.unconditional_weight=0.5")),
+    Variant("own drawings rejected", ("select.rejected=own",)),
+    Variant("preset v3 as published", ("preset=v3", "train.guidance_scale=1")),
+    Variant("preset full as published", ("preset=full", "train.guidance_scale=1")),
     Variant("no filter", ("select.rule=random",)),
     Variant("rule v2", ("select.rule=v2",)),
     Variant("two iterations", ("iterations=2",)),
@@ -239,11 +244,14 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 
 def run(out: Path, quick: bool) -> None:
-    seeds, table = (SEEDS[:1], TABLE[:3]) if quick else (SEEDS, TABLE)
-    with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
+    _table(TABLE[:3] if quick else TABLE, SEEDS[:1] if quick else SEEDS, out, "ablations", quick=quick)
+
+
+def _table(table: Sequence[Variant], seeds: Sequence[int], out: Path, name: str, *, quick: bool = False) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
         rows = [bench.measure(variant, seed) for variant in table for seed in seeds]
-    measure.write(rows, out, "ablations")
+    measure.write(rows, out, name)
     _show(rows)
 
 
@@ -261,12 +269,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="what the trial is called")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE of the configuration")
+    parser.add_argument("--table", action="store_true", help="NAME of the table, on test prompts, with all seeds")
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]), help="training seeds")
     parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
     parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
+    if options.table:
+        named = [variant for variant in TABLE if variant.name == options.name]
+        if not named or options.settings or options.masks:
+            known = ", ".join(repr(variant.name) for variant in TABLE)
+            parser.error(f"--table: got {options.name!r}, expected one of {known}, and no settings")
+        _table(named, SEEDS, options.out, f"ablations-{options.name.replace(' ', '-')}")
+        return
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
     with _folder(options.folder) as folder:
         bench = Bench(folder, split="validation", per_kind=options.per_kind)

@@ -145,9 +145,9 @@ void draw_codes(const float* cond, const float* uncond, const int64_t* seeds, co
 // sample_codes.cu ----------------------------------------------------------------------------------------------------
 
 #ifdef OSPO_CUDA
-// draw_codes on a device, for logits of dtype 0 (float32), 1 (float16) or 2 (bfloat16) in rows `logit_stride` apart;
+// draw_codes on a device, for logits of any `Dtype` in rows `logit_stride` apart;
 // enqueues one kernel on `stream`, nothing else, so that it can be captured. Returns a cudaError_t.
-int draw_codes_cuda(int dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
+int draw_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
                     const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current, int64_t* bad,
                     int64_t rows, int64_t codes, float guidance, float temperature, int device, void* stream);
 #endif

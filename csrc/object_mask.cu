@@ -14,26 +14,27 @@ constexpr int WARPS = THREADS / 32;
 
 // What a block shares besides its arrays.
 struct Scratch {
-    float least[WARPS], most[WARPS];
     double low[WARPS], high[WARPS];
     float variance[WARPS];
     int bin[WARPS];
     int wrong;
 };
 
-__device__ void reduce_extrema(float& low, float& high, Scratch& scratch) {
+// The least and the greatest of what the threads have, in all threads.
+template <class T>
+__device__ void reduce_extrema(T& low, T& high, Scratch& scratch) {
     for (int step = 16; step; step >>= 1) {
-        low = fminf(low, __shfl_xor_sync(~0u, low, step));
-        high = fmaxf(high, __shfl_xor_sync(~0u, high, step));
+        low = fmin(low, __shfl_xor_sync(~0u, low, step));
+        high = fmax(high, __shfl_xor_sync(~0u, high, step));
     }
     if (threadIdx.x % 32 == 0) {
-        scratch.least[threadIdx.x / 32] = low;
-        scratch.most[threadIdx.x / 32] = high;
+        scratch.low[threadIdx.x / 32] = low;
+        scratch.high[threadIdx.x / 32] = high;
     }
     __syncthreads();
     for (int w = 0; w < WARPS; ++w) {
-        low = fminf(low, scratch.least[w]);
-        high = fmaxf(high, scratch.most[w]);
+        low = fmin(low, static_cast<T>(scratch.low[w]));
+        high = fmax(high, static_cast<T>(scratch.high[w]));
     }
     __syncthreads();
 }
@@ -160,19 +161,7 @@ __device__ void weigh(double* grid, double* half, float* weights, int height, in
         low = fmin(low, grid[i]);
         high = fmax(high, grid[i]);
     }
-    for (int step = 16; step; step >>= 1) {
-        low = fmin(low, __shfl_xor_sync(~0u, low, step));
-        high = fmax(high, __shfl_xor_sync(~0u, high, step));
-    }
-    if (threadIdx.x % 32 == 0) {
-        scratch.low[threadIdx.x / 32] = low;
-        scratch.high[threadIdx.x / 32] = high;
-    }
-    __syncthreads();
-    for (int w = 0; w < WARPS; ++w) {
-        low = fmin(low, scratch.low[w]);
-        high = fmax(high, scratch.high[w]);
-    }
+    reduce_extrema(low, high, scratch);
     const double range = high - low + 1e-8;
     for (int i = threadIdx.x; i < cells; i += THREADS) {
         double value = (grid[i] - low) / range;

@@ -121,7 +121,7 @@ void launch(const void* cond, const void* uncond, int64_t logit_stride, const in
 
 }  // namespace
 
-int draw_codes_cuda(int dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
+int draw_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
                     const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current, int64_t* bad,
                     int64_t rows, int64_t codes, float guidance, float temperature, int device, void* stream) {
     if (rows == 0) return 0;
@@ -129,7 +129,9 @@ int draw_codes_cuda(int dtype, const void* cond, const void* uncond, int64_t log
     cudaError_t status = cudaGetDevice(&before);
     if (status == cudaSuccess) status = cudaSetDevice(device);
     if (status != cudaSuccess) return static_cast<int>(status);
-    const auto run = dtype == 0 ? launch<float> : dtype == 1 ? launch<__half> : launch<__nv_bfloat16>;
+    const auto run = dtype == Dtype::float32   ? launch<float>
+                     : dtype == Dtype::float16 ? launch<__half>
+                                               : launch<__nv_bfloat16>;
     run(cond, uncond, logit_stride, seeds, steps, tokens, token_stride, current, bad, rows, codes, guidance,
         temperature, static_cast<cudaStream_t>(stream));
     status = cudaGetLastError();

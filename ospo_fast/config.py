@@ -124,9 +124,14 @@ class ScoreConfig:
 
 @dataclass
 class SelectConfig:
-    """Stage 5: which pair is kept. `threshold`: local score of a base image (v3); `margin`: of an answer (v2)."""
+    """Stage 5: which pair is kept. `threshold`: local score of a base image (v3); `margin`: of an answer (v2).
+
+    `rejected`: "negative", the image of a near miss, or "own", the base image that is answered worst of those that some
+    answer finds wrong; a near miss where there is none.
+    """
 
     rule: str = "v3"
+    rejected: str = "negative"
     threshold: float = 0.6
     margin: float = 0.5
     batch_size: int = 8
@@ -134,19 +139,25 @@ class SelectConfig:
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
         _one_of("select.rule", self.rule, ("v3", "v2", "random"))
+        _one_of("select.rejected", self.rejected, ("negative", "own"))
 
 
 @dataclass
 class MasksConfig:
-    """Object masks. `layers`: the layers averaged; None: all but the first and last `skip_layers`.
+    """Object masks. `layers`: the layers averaged; None: all but the first and last `skip_layers`; "auto": the one that
+    is best by the rule `choose` ("entropy" by default) on the average over the objects of the first pairs.
+
+    `rows`: whose attention counts, that of the image's own tokens ("image"), or that of the tokens one before, which
+    predict them ("predicting").
 
     `choose`: in place of the average the one layer of each object with the lowest "entropy" or the highest
     "separability", its tokens put together by `reduce`. `soft`: weights from sigmoid(100·(map − threshold)).
     """
 
     enabled: bool = True
-    layers: list[int] | None = None
+    layers: Any = None  # list[int] | "auto" | None
     skip_layers: int = 5
+    rows: str = "image"
     choose: str | None = None
     reduce: str = "max"
     soft: bool = False
@@ -158,6 +169,10 @@ class MasksConfig:
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
         _one_of("masks.match", self.match, ("offsets", "substring"))
+        if self.layers not in (None, "auto"):
+            indices = isinstance(self.layers, list) and all(type(layer) is int for layer in self.layers)
+            _check("masks.layers", self.layers, indices and bool(self.layers), "a list of integers, or auto")
+        _one_of("masks.rows", self.rows, ("image", "predicting"))
         _one_of("masks.choose", self.choose or "entropy", ("entropy", "separability"))
         _one_of("masks.reduce", self.reduce, ("max", "mean"))
         _check("masks.scaler", self.scaler, self.scaler > 0, "above 0")
@@ -207,6 +222,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    guidance_scale: float = 1.0  # of the distribution whose log-probabilities are trained; 1: that of the prompt alone
     unconditional_weight: float = 0.0  # of the SFT term on the guidance partner's sequences; 0: they are not trained
     gradient_checkpointing: bool = True
     save_every: int = 100
@@ -226,6 +242,7 @@ class TrainConfig:
         _check("train.warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio < 1, "in [0, 1)")
         _check("train.learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
         _check("train.unconditional_weight", self.unconditional_weight, self.unconditional_weight >= 0, "0 or more")
+        _check("train.guidance_scale", self.guidance_scale, self.guidance_scale >= 1, "1 or more")
         _check("train.betas", self.betas, len(self.betas) == 2, "two numbers")
         _check("train.lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
 

@@ -163,12 +163,13 @@ def _softmax_native(
     if not z.is_cuda:
         native.token_logprob(*arguments, torch.get_num_threads())
     else:
-        stream = torch.cuda.current_stream(z.device).cuda_stream
-        if status := native.token_logprob_cuda(*arguments, z.get_device(), stream):
+        try:
+            native.token_logprob_cuda(*arguments, *_dispatch.place(z.device))
+        except RuntimeError as error:
             raise OpError(
-                f"token_logprobs: the CUDA kernel failed with {native.cuda_error_name(status)} on logits of {z.dtype} "
-                f"{tuple(z.shape)} on {z.device}; backend='torch' does without it"
-            )
+                f"token_logprobs: the CUDA kernel failed on logits of {z.dtype} {tuple(z.shape)} on {z.device}: "
+                f"{error}; backend='torch' does without it"
+            ) from error
     return z.view(dtype)[:, : z.shape[1]] if write else None
 
 

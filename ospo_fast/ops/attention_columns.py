@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
 import torch
@@ -279,7 +278,7 @@ def _attention_columns(
             )
         kernel = "torch"
     if kernel == "triton":
-        kernels = importlib.import_module("ospo_fast.kernels.attention_columns")
+        kernels = _dispatch.triton("attention_columns")
         kernels.attention_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)
         return
     twin = _native if kernel == "cpp" else _twin

@@ -78,6 +78,25 @@ class Head:
             hidden = F.gelu(F.linear(hidden, self.proj_weight, self.proj_bias))
         return F.linear(hidden, self.weight, self.bias)
 
+    def guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> tuple[Tensor, Head]:
+        """Features and a linear head on them, whose logits are those of classifier-free guidance.
+
+        For c and u, the logits of the hidden states conditional and unconditional (..., D), weight · features + bias =
+        u + scale · (c − u), because the last layer is affine. `token_logprobs` of the two are log-probabilities under
+        the distribution that guidance draws from, without logits; gradients reach both hidden states.
+        Raises OpError: shapes that differ.
+        """
+        if conditional.shape != unconditional.shape:
+            raise OpError(
+                f"Head.guided: unconditional has shape {tuple(unconditional.shape)}, expected that of conditional, "
+                f"{tuple(conditional.shape)}; give both for the same positions"
+            )
+        if self.proj_weight is not None:
+            conditional, unconditional = (
+                F.gelu(F.linear(hidden, self.proj_weight, self.proj_bias)) for hidden in (conditional, unconditional)
+            )
+        return torch.lerp(unconditional, conditional, scale), Head(self.weight, self.bias)
+
     def to(self, dtype: torch.dtype) -> Head:
         """The same head in another dtype; gradients still reach the original tensors."""
         weight, *rest = self.tensors

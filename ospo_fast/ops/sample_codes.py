@@ -21,7 +21,6 @@ from ospo_fast.ops import _dispatch
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_CUDA_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def sample_codes(
@@ -187,8 +186,8 @@ def _native(
     if backend == "cpp":
         cond, uncond = cond.float().contiguous(), None if uncond is None else uncond.float().contiguous()
     else:
-        dtype = cond.dtype if cond.dtype in _CUDA_DTYPES else torch.float32
-        cond, uncond = cond.to(dtype).contiguous(), None if uncond is None else uncond.to(dtype).contiguous()
+        kept = cond.dtype if cond.dtype in _dispatch.DTYPES else torch.float32
+        cond, uncond = cond.to(kept).contiguous(), None if uncond is None else uncond.to(kept).contiguous()
     pointers = [
         seeds.data_ptr(),
         steps.data_ptr(),
@@ -204,10 +203,9 @@ def _native(
     if backend == "cpp":
         _dispatch.native().draw_codes(*logits, *pointers, torch.get_num_threads())
     else:
-        stream = torch.cuda.current_stream(cond.device).cuda_stream
-        _dispatch.native().draw_codes_cuda(
-            _CUDA_DTYPES[cond.dtype], *logits, cond.stride(0), *pointers, cond.get_device(), stream
-        )
+        dtype = _dispatch.DTYPES[cond.dtype]
+        place = _dispatch.place(cond.device)
+        _dispatch.native().draw_codes_cuda(dtype, *logits, cond.stride(0), *pointers, *place)
 
 
 def _logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:

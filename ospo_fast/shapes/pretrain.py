@@ -60,7 +60,7 @@ class Recipe:
     polish_steps: int = 1500
     tower_steps: int = 1000
     steps: int = 11500
-    draw: int = 16  # drawing sequences a step
+    draw: int = 24  # drawing sequences a step
     pictures: int = 16  # pictures a step that questions are asked about
     questions: int = 8  # questions a picture
     texts: int = 6  # text answers a step

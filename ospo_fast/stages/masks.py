@@ -6,18 +6,21 @@ the image's tokens pay to an object's tokens is its map, Otsu's threshold makes 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import ObjectSpan, Record, write_atomic
+from ospo_fast.records import ObjectSpan, Record, locked, write_atomic, write_json
 from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
 from ospo_fast.stages.forward import hidden_states, teacher_forced
 from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 
 NO_PAIR = "the item has no pair"
 Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
+AUTO_PAIRS = 64  # that the layer is chosen on
 WINDOW = 8  # batches whose items are sorted by length, so that a batch has little padding
 
 
@@ -84,6 +88,7 @@ class Masks:
     entropies: Tensor  # (L, N, O) of the attention of each layer
     layers: tuple[int, ...]  # the L layers
     picked: Tensor | None  # (N, O) indices into `layers`, where one is chosen for each object
+    scores: Tensor | None  # (L, N, O) by which it was chosen
     finite: Tensor  # (N,) bool: False where the attention holds NaN or infinity, and the masks are empty
 
     @property
@@ -107,10 +112,11 @@ def mask_capture(
     if settings.choose is not None:  # every token by itself
         width = _widths(columns)[1]
         columns = [[[c] for o in item for c in [*o, *[-1] * (width - len(o))]] for item in columns]
+    starts = lengths.cpu() - int(settings.rows == "predicting")
     return AttentionCapture(
         model,
         columns=columns,
-        rows=(lengths.cpu(), tokens),
+        rows=(starts, tokens),
         layers=settings.layers,
         skip=settings.skip_layers,
         stop_early=stop_early,
@@ -123,7 +129,7 @@ def masks_of(capture: AttentionCapture, columns: Columns, settings: MasksConfig)
     from ospo_fast.ops.layer_choice import choose_layers
     from ospo_fast.ops.object_masks import soft_masks
 
-    layer_maps, picked = capture.layer_maps, None
+    layer_maps, picked, scores = capture.layer_maps, None, None
     L, N, _, H, W = layer_maps.shape
     most, width = _widths(columns)
     sizes = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
@@ -136,14 +142,14 @@ def masks_of(capture: AttentionCapture, columns: Columns, settings: MasksConfig)
         by_token = layer_maps.view(L, N, most, width, H, W)
         used = torch.arange(width, device=sizes.device) < sizes[..., None]
         choice = choose_layers(by_token, used, rule=settings.choose, reduce=settings.reduce)
-        maps, picked = choice.maps, choice.layers
+        maps, picked, scores = choice.maps, choice.layers, choice.scores
         layer_maps = by_token.sum(3) / sizes.clamp(min=1)[..., None, None]
     found = object_masks(maps, valid=(sizes > 0) & finite[:, None], scaler=settings.scaler)
     soft = None
     if settings.soft:
         shown = soft_masks(found, scaler=settings.scaler) * (sizes > 0)[..., None, None]
         soft = shown.amax(1) if most else shown.sum(1)
-    return Masks(found, soft, map_entropy(layer_maps), capture.layers, picked, finite)
+    return Masks(found, soft, map_entropy(layer_maps), capture.layers, picked, scores, finite)
 
 
 def _widths(columns: Columns) -> tuple[int, int]:
@@ -160,6 +166,62 @@ def attention_masks(
     with mask_capture(model, columns, batch.lengths, codes.shape[1], settings, stop_early=True) as capture:
         hidden_states(model, batch.embeds)
     return masks_of(capture, columns, settings)
+
+
+def settle_layers(
+    settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path | None
+) -> MasksConfig:
+    """The settings with the layer found in place of "auto": on the first pairs, once for a run folder.
+
+    `out`/masks/layers.json keeps it, with the mean score of every layer. Raises OspoError without a run folder, without
+    a pair that has an object, and where the file is broken.
+    """
+    if settings.layers != "auto":
+        return settings
+    if out is None:
+        raise OspoError("masks.layers=auto: got no run folder; give `out`, where the choice is kept.")
+    path = out / "masks" / "layers.json"
+    with locked(out / ".lock"):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, _choose_for_all(settings, records, model, out))
+        try:
+            layers = [int(layer) for layer in json.loads(path.read_text(encoding="utf-8"))["layers"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OspoError(f"Cannot read {path}: {error}; remove it to have the layer chosen again.") from error
+    log.info("masks: layers %s", layers)
+    return dataclasses.replace(settings, layers=layers, choose=None)
+
+
+def _choose_for_all(
+    settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path
+) -> dict[str, object]:
+    from ospo_fast.ops.layer_choice import best_layers
+
+    decoder: Any = model.decoder
+    everything = list(range(len(decoder.layers)))
+    rule = settings.choose or "entropy"
+    every = dataclasses.replace(settings, layers=everything, choose=rule, soft=False)
+    pairs = ((record, _target(record, model, settings.match)) for record in records)
+    named = islice(((record, target) for record, target in pairs if isinstance(target, Target)), AUTO_PAIRS)
+    scores: list[Tensor] = []
+    for part in chunked(named, settings.batch_size):
+        codes = pair_codes(model, [record for record, _ in part], out)
+        fine = [(*task, pair) for task, pair in zip(part, codes, strict=True) if isinstance(pair, Tensor)]
+        if fine:
+            prompts = [record["prompt"] for record, *_ in fine for _ in SIDES]
+            columns = [target.columns for _, target, _ in fine for _ in SIDES]
+            result = attention_masks(model, prompts, torch.cat([pair for *_, pair in fine]), columns, every)
+            assert result.scores is not None
+            sizes = torch.tensor([len(item) for item in columns])
+            there = (torch.arange(result.scores.shape[2]) < sizes[:, None]) & result.finite.cpu()[:, None]
+            scores.append(result.scores.cpu()[:, there])
+    found = torch.cat(scores, dim=1) if scores else torch.zeros(len(everything), 0)
+    if not found.shape[1]:
+        raise OspoError("masks.layers=auto: no pair with an object to choose by; name the layers, as in [10,12].")
+    mean = {str(layer): round(float(value), 6) for layer, value in zip(everything, found.double().mean(1), strict=True)}
+    layers = best_layers(found[..., None], torch.ones(found.shape[1], 1, dtype=torch.bool), rule=rule)
+    return {"layers": layers, "rule": rule, "scores": mean, "objects": found.shape[1]}
 
 
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
@@ -180,6 +242,9 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     if settings.official is not None:
         yield from import_official(records, Path(settings.official), out)
         return
+    if settings.layers == "auto":
+        records = list(records)
+        settings = settle_layers(settings, records, model, out)
     for window in chunked(records, settings.batch_size * WINDOW):
         targets = [_target(record, model, settings.match) for record in window]
         named = [n for n, target in enumerate(targets) if isinstance(target, Target)]

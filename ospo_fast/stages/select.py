@@ -96,7 +96,7 @@ def select_pair(
             of highest base score, the first of equals. "v2": the highest base score of all; rejected is the negative
             whose mean log-probability under the base prompt lies nearest the chosen's. "random": any index.
         rng: the generator, or its seed, for "random".
-        settings: thresholds; the published ones by default.
+        settings: thresholds, and where the rejected image comes from; the published ones by default.
         logprobs: paths → mean log-probability of each image under the base prompt; "v2" needs it where more than one
             negative is left.
 
@@ -111,6 +111,10 @@ def select_pair(
         raise UsageError(f"select_pair: rule should be one of {', '.join(RULES)}, got {rule!r}.")
     bases = _kept(record["base_metadata"], lambda verdict: base_verdict(verdict, rule, settings))
     negatives = _kept(record["negative_metadata"], lambda verdict: negative_verdict(verdict, rule, settings))
+    if settings is not None and settings.rejected == "own" and rule != "random":
+        pair = _own(bases, _kept(record["base_metadata"], lambda verdict: negative_verdict(verdict, rule, settings)))
+        if pair is not None:
+            return pair
     if rule == "v2":
         return _nearest(bases, negatives, logprobs)
     shared = [index for index in bases if index in negatives]
@@ -132,6 +136,15 @@ def _kept(
         if judge(verdict)[0]:
             kept[variant_index(name)] = verdict
     return kept
+
+
+def _own(bases: Mapping[int, Mapping[str, Any]], wrong: Mapping[int, Mapping[str, Any]]) -> Pair | None:
+    """The best of the base images and the worst of the others that are wrong."""
+    if not bases:
+        return None
+    best = max(bases, key=lambda i: bases[i]["local_score"])
+    others = [verdict for index, verdict in wrong.items() if index != best]
+    return _pair(bases[best], min(others, key=lambda verdict: float(verdict["local_score"]))) if others else None
 
 
 def _pair(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> Pair:
@@ -190,7 +203,8 @@ def run(
         kept: Record = {**judged, "kept": True, **pair}
         index = next(
             variant_index(name)
-            for name, verdict in record["negative_metadata"].items()
+            for side in ("negative_metadata", "base_metadata")
+            for name, verdict in record[side].items()
             if verdict["path"] == pair["rejected"]
         )
         if "negative_prompt" in record:

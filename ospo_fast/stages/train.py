@@ -26,6 +26,7 @@ from ospo_fast.stages.forward import IGNORE, Batch, hidden_states, teacher_force
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
+    from ospo_fast.ops import Head
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,21 @@ def make_batch(model: UnifiedModel, examples: list[Example], *, swapped: bool) -
     return batch, torch.stack(masks).to(model.device) if masks else None
 
 
+def partner_states(model: UnifiedModel, examples: list[Example], batch: Batch) -> Tensor:
+    """Hidden states (N, S, D) at the positions of a batch of `make_batch`, each row after its guidance partner.
+
+    Rows with the same codes after prompts of one length share their partner, which is run once.
+    """
+    sides = [(side, n) for side in (0, 1, 0) for n in range(len(examples))]  # the third group: swapped, if there
+    rows = [(*which, length) for which, length in zip(sides, batch.lengths.tolist(), strict=False)]
+    distinct = list(dict.fromkeys(rows))
+    prompts = [model.unconditional(torch.zeros(length, dtype=torch.long)) for *_, length in distinct]
+    codes = torch.stack([examples[n].codes[side] for side, n, _ in distinct])
+    with torch.no_grad():
+        partners = teacher_forced(model, prompts, codes)
+    return hidden_states(model, partners.embeds)[[distinct.index(row) for row in rows]]
+
+
 def unconditional_loss(model: UnifiedModel, examples: list[Example]) -> Tensor:
     """Mean −log p of the chosen codes after the guidance partner of their prompts.
 
@@ -261,7 +277,13 @@ class Trainer:
             batch, masks = make_batch(self.model, chosen, swapped=self.loss.config.cond_weight > 0)
             with _autocast(self.model):
                 hidden, masks = self._forward(batch, masks, chosen)
-                output = self.loss(hidden, batch.labels, self.model.head, object_masks=masks)
+                head: Head | nn.Module = self.model.head
+                if settings.guidance_scale != 1:
+                    from ospo_fast.ops import Head
+
+                    partners = partner_states(self.model, chosen, batch)
+                    hidden, head = Head.of(head).guided(hidden, partners, settings.guidance_scale)
+                output = self.loss(hidden, batch.labels, head, object_masks=masks)
             if masks is not None and self.settings.masks == "online":
                 sums["mask_coverage"] += float((masks > 0.5).float().mean()) / settings.accumulation
             (output.loss / settings.accumulation).backward()
@@ -458,7 +480,12 @@ def train(
         OspoError: no pair to train on, a file that cannot be written, a checkpoint that is broken or of another run.
 
     """
-    examples, left_out = load_examples(pick(records, config), model, config, out)
+    picked = pick(records, config)
+    if uses_masks(config) and config.train.masks == "online":
+        from ospo_fast.stages.masks import settle_layers
+
+        config = dataclasses.replace(config, masks=settle_layers(config.masks, picked, model, out))
+    examples, left_out = load_examples(picked, model, config, out)
     if left_out:
         reasons = [f"{item}: {reason}" for item, reason in left_out.items()]
         log.warning("train: %s", some_failed("pairs", reasons, len(examples) + len(left_out)))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ospo_fast import Head
+from ospo_fast import Head, token_logprobs
 from ospo_fast.errors import OpError
 
 
@@ -138,3 +138,22 @@ def test_function_as_activation() -> None:
     module.vision_activation = F.gelu
     x = torch.randn(2, 6)
     assert torch.equal(Head.of(module)(x), module(x))
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_guided(projected: bool) -> None:
+    torch.manual_seed(0)
+    proj = (torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)) if projected else (None, None)
+    head = Head(torch.randn(9, 6 if projected else 4).double(), torch.randn(9).double(), *proj)
+    c, u = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels = torch.randint(9, (2, 3))
+
+    def logps(c: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        features, linear = head.guided(c, u, 2.5)
+        return token_logprobs(features, linear, labels)
+
+    logits = head(u) + 2.5 * (head(c) - head(u))
+    torch.testing.assert_close(logps(c, u), logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0])
+    assert torch.autograd.gradcheck(logps, (c, u))
+    with pytest.raises(OpError, match="same positions"):
+        head.guided(c, u[:, :2], 2.5)

@@ -11,9 +11,11 @@ from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
+from ospo_fast.stages import masks as masks_module
 from ospo_fast.stages.common import image_codes
 from ospo_fast.stages.mask_stats import item_stats, map_entropy, run_stats
-from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run
+from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run, settle_layers
+from ospo_fast.stages.train import train
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +32,31 @@ def config(*overrides):
     return load_config(["masks.layers=[0,1]", *overrides])
 
 
-def eager_maps(model, prompt, codes, columns, layers):
+def eager_maps(model, prompt, codes, columns, layers, before=0):
     """Mean over layers, heads and columns of the full attention matrices of the unmodified model."""
     module = model.module
     ids = model.image_prompt(prompt)
-    before = module.config._attn_implementation
+    own = module.config._attn_implementation
     module.set_attn_implementation("eager")
     try:
         embeds = torch.cat([model.embed_tokens(ids), model.embed_codes(codes)])[None]
         with torch.no_grad():
             out = model.decoder(inputs_embeds=embeds, use_cache=False, output_attentions=True)
     finally:
-        module.set_attn_implementation(before)
+        module.set_attn_implementation(own)
     stack = torch.stack([out.attentions[layer][0] for layer in layers]).mean((0, 1))
-    return torch.stack([stack[len(ids) :, found].mean(-1) for found in columns]).reshape(-1, *model.grid)
+    return torch.stack([stack[len(ids) - before : len(stack) - before, found].mean(-1) for found in columns]).reshape(
+        -1, *model.grid
+    )
 
 
-def test_maps_are_the_models_attention(model, made, pairs):
+@pytest.mark.parametrize(("rows", "before"), [("image", 0), ("predicting", 1)])
+def test_maps_are_the_models_attention(model, made, pairs, rows, before):
     pair = pairs[0]
     target = find_objects(pair, model, "offsets")
     codes = torch.stack(image_codes(model, [made / pair["chosen"]]))
-    result = attention_masks(model, [pair["prompt"]], codes, [target.columns], config().masks)
-    expected = eager_maps(model, pair["prompt"], codes[0], target.columns, [0, 1])
+    result = attention_masks(model, [pair["prompt"]], codes, [target.columns], config(f"masks.rows={rows}").masks)
+    expected = eager_maps(model, pair["prompt"], codes[0], target.columns, [0, 1], before)
     low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
     torch.testing.assert_close(result.found.maps[0], (expected - low) / (high - low + 1e-8), rtol=1e-3, atol=1e-3)
 
@@ -256,6 +261,53 @@ def test_one_layer_for_each_object(model, made, pairs, tmp_path, choose):
             low, high = expected.maps.amin(), expected.maps.amax()
             normal = (expected.maps[0, 0] - low) / (high - low + 1e-8)
             torch.testing.assert_close(tensors["chosen_maps"][o], normal, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("rule", ["entropy", "separability"])
+def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, rule):
+    from ospo_fast.ops.layer_choice import best_layers, choose_layers
+
+    monkeypatch.setattr(masks_module, "AUTO_PAIRS", 3)
+    settings = load_config(["masks.layers=auto", f"masks.choose={rule}", "masks.batch_size=2"])
+    link(made, tmp_path / "a")
+    done = list(run(pairs, model, settings, out=tmp_path / "a"))
+    chosen = json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())
+    scores = []
+    for record in pairs[:3]:
+        target = find_objects(record, model, "offsets")
+        for codes in image_codes(model, [made / record["chosen"], made / record["rejected"]]):
+            for columns in target.columns:
+                each = [[c] for c in columns]
+                maps = torch.stack([eager_maps(model, record["prompt"], codes, each, [n]) for n in (0, 1)])
+                used = torch.ones(1, 1, len(columns), dtype=torch.bool)
+                scores.append(choose_layers(maps[:, None, None], used, rule=rule).scores[:, 0, 0])
+    mean = torch.stack(scores, dim=1)
+    assert list(chosen["scores"].values()) == pytest.approx(mean.mean(1).tolist(), rel=1e-3)
+    expected = best_layers(mean[..., None], torch.ones(len(scores), 1, dtype=torch.bool), rule=rule)
+    assert (chosen["layers"], chosen["rule"], chosen["objects"]) == (expected, rule, len(scores))
+    # The masks are those of that layer; what is chosen once stays, whatever records come after a stop.
+    link(made, tmp_path / "b")
+    again = list(run(pairs, model, load_config([f"masks.layers={expected}"]), out=tmp_path / "b"))
+    assert [r.get("mask_stats") for r in done] == [r.get("mask_stats") for r in again]
+    other = [1 - expected[0]]
+    (tmp_path / "a" / "masks" / "layers.json").write_text(json.dumps({"layers": other}))
+    assert settle_layers(settings.masks, [], model, tmp_path / "a").layers == other
+    # Training that takes its own masks settles the same way.
+    online = load_config(["masks.layers=auto", "train.masks=online", "train.steps=1", "train.eval_every=0"])
+    train(pairs, load_model(model.name), online, out=tmp_path / "a")
+    assert settle_layers(settings.masks, [], model, tmp_path / "a").layers == other
+
+
+def test_no_layer_can_be_chosen(model, made, pairs, tmp_path):
+    settings = load_config(["masks.layers=auto"])
+    with pytest.raises(OspoError, match=r"no pair with an object.*\[10,12\]"):
+        settle_layers(settings.masks, [], model, tmp_path)
+    assert not (tmp_path / "masks" / "layers.json").exists()
+    with pytest.raises(OspoError, match="run folder"):
+        settle_layers(settings.masks, pairs, model, None)
+    (tmp_path / "masks" / "layers.json").write_text("{")
+    with pytest.raises(OspoError, match=r"layers\.json.*remove it"):
+        settle_layers(settings.masks, pairs, model, tmp_path)
 
 
 def test_soft_masks(model, made, pairs, tmp_path):

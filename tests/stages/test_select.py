@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ospo_fast.config import load_config
+from ospo_fast.config import SelectConfig, load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.stages.select import base_verdict, negative_verdict, run, select_pair
 
@@ -76,6 +76,24 @@ def test_v2():
         select_pair(record, "v2")
     assert select_pair(item({0: [0.9]}, {2: [-0.9]}), "v2")["rejected"] == "n2.png"  # one candidate: nothing to decide
     assert select_pair(item({0: [0.5]}, {0: [-0.9]}), "v2") is None
+
+
+@pytest.mark.parametrize("rule", ["v3", "v2"])
+def test_rejected_is_an_own_drawing_where_wanted(rule):
+    own = SelectConfig(rule=rule, rejected="own")
+    record = item({0: [-0.2, 0.9], 1: [0.9, 0.9], 2: [-0.8, 0.1]}, {0: [-1], 1: [-1]})
+    pair = select_pair(record, rule, settings=own, logprobs=lambda paths: [0.0] * len(paths))
+    assert (pair["chosen"], pair["rejected"]) == ("b1.png", "b2.png")
+    # None of the others is wrong: a near miss after all. The chosen itself is never rejected.
+    assert select_pair(item({0: [0.9], 1: [0.8]}, {0: [-1]}), rule, settings=own)["rejected"] == "n0.png"
+    assert select_pair(item({0: [0.9, 0.9, 0.9, -0.1]}, {1: [1]}), rule, settings=own) is None
+    assert select_pair(item({0: [-0.9]}, {0: [-1]}), rule, settings=own) is None
+
+
+def test_an_own_drawings_variant_gives_the_rejected_prompt():
+    record = item({0: [0.9], 2: [-0.9]}, {0: [-1], 1: [-1], 2: [-1]})
+    (done,) = run([record], None, load_config(["select.rejected=own"]))
+    assert (done["rejected"], done["rejected_prompt"]) == ("b2.png", "n2")
 
 
 def test_random_is_unfiltered_and_seeded():

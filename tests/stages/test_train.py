@@ -1,5 +1,6 @@
 """Training: what is trained and what is not, exact resumption, batches, caps, and the official file format."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,12 +10,25 @@ from safetensors.torch import load_file
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
+from ospo_fast.loss import OSPOLoss
 from ospo_fast.models import load_model
+from ospo_fast.ops import Head
 from ospo_fast.pipeline import read_stage
 from ospo_fast.records import read_records
 from ospo_fast.stages import masks as masks_module
 from ospo_fast.stages import train as train_module
-from ospo_fast.stages.train import load_examples, loss_config, make_batch, order, pick, run, train, unconditional_loss
+from ospo_fast.stages.forward import hidden_states
+from ospo_fast.stages.train import (
+    load_examples,
+    loss_config,
+    make_batch,
+    order,
+    partner_states,
+    pick,
+    run,
+    train,
+    unconditional_loss,
+)
 
 
 def config(*overrides):
@@ -130,6 +144,43 @@ def test_the_guidance_partner_is_trained_where_wanted(tiny, model, records, run_
     with torch.no_grad():
         assert unconditional_loss(model, examples) < 0.98 * before
     assert all("unconditional" in row for row in lines(run_folder))
+
+
+def test_the_distribution_under_guidance_is_trained_where_wanted(tiny, model, records, run_folder):
+    settings = config("train.steps=30", "train.schedule=constant", "train.learning_rate=1e-2", "preset=full")
+    settings.train.guidance_scale = 3.0
+    examples = load_examples(pick(records, settings), model, settings, run_folder)[0][:3]
+    longer = examples[2].rejected_prompt + " on a white background"  # a swapped row with a partner of its own
+    examples[2] = dataclasses.replace(examples[2], rejected_prompt=longer)
+
+    def guided_loss():
+        batch, masks = make_batch(model, examples, swapped=True)
+        partners = partner_states(model, examples, batch)
+        hidden, head = Head.of(model.head).guided(hidden_states(model, batch.embeds), partners, 3.0)
+        return (
+            hidden,
+            head,
+            OSPOLoss(loss_config("full", settings.train.loss))(hidden, batch.labels, head, object_masks=masks),
+        )
+
+    with torch.no_grad():
+        hidden, head, before = guided_loss()
+        # Row by row, against the logits of transformers' own classes.
+        prompts = [e.prompt for e in examples] * 2 + [e.rejected_prompt for e in examples]
+        codes = [e.codes[side] for side in (0, 1, 0) for e in examples]
+        assert len(prompts) == len(hidden) == 9
+        for row, prompt, drawn in zip(hidden, prompts, codes, strict=True):
+            ids = model.image_prompt(prompt)
+            both = []
+            for start in (ids, model.unconditional(ids)):
+                embeds = torch.cat([model.embed_tokens(start), model.embed_codes(drawn)])[None]
+                states = model.module.model.language_model(inputs_embeds=embeds).last_hidden_state[0]
+                both.append(model.module.model.generation_head(states))
+            expected = both[1] + 3.0 * (both[0] - both[1])
+            torch.testing.assert_close(head(row[: len(expected)]), expected, rtol=1e-3, atol=1e-3)
+    train(records, model, settings, out=run_folder)
+    with torch.no_grad():
+        assert guided_loss()[2].loss < 0.98 * before.loss
 
 
 def test_schedule(model, records, run_folder):
