@@ -167,12 +167,15 @@ class Bench:
                 "before": before.headline(),
                 "after": after.headline(),
                 "gain": after.gain(before),
+                "kinds_before": {kind: value["alignment"] for kind, value in before.by_kind().items()},
                 "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
             }
-        pairs = demo.pair_figures(read_stage(folder, "select"), folder)
-        masks = demo.mask_figures(read_stage(folder, "masks"), folder) if (folder / "masks.jsonl").exists() else {}
-        done = json.loads((folder / "train" / "done.json").read_text())
-        log = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+        config = self.config(variant.settings, seed, folder)
+        last = Pipeline(config, progress=False).folder(config.iterations)
+        pairs = demo.pair_figures(read_stage(last, "select"), last)
+        masks = demo.mask_figures(read_stage(last, "masks"), last) if (last / "masks.jsonl").exists() else {}
+        done = json.loads((last / "train" / "done.json").read_text())
+        log = [json.loads(line) for line in (last / "train" / "log.jsonl").read_text().splitlines()]
         watched = [[line["step"], round(line["alignment"], 4)] for line in log if "alignment" in line]
         shutil.rmtree(folder)
         once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
@@ -184,7 +187,7 @@ class Bench:
             once,
             settings=list(variant.settings),
             masks_given=variant.masks,
-            resolved=_resolved(self.config(variant.settings, seed, folder)),
+            resolved=_resolved(config),
             split=self.split,
             seed=seed,
             sampling=list(SAMPLING),

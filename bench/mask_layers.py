@@ -47,7 +47,8 @@ class Pairs:
         self.model, self.config, self.out = model, config, Path(config.out)
         self.records = [record for record in read_stage(self.out, "select") if record["kept"]]
         # A spread over all kinds; the store is in their order.
-        self.records = self.records[:: max(1, len(self.records) // most)][:most]
+        spread = np.linspace(0, len(self.records) - 1, min(most, len(self.records))).round().astype(int)
+        self.records = [self.records[n] for n in spread]
         self.truth: list[np.ndarray | None] = []
         for record in self.records:
             for side in SIDES:

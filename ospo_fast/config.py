@@ -140,6 +140,10 @@ class SelectConfig:
         """Check the ranges; UsageError otherwise."""
         _one_of("select.rule", self.rule, ("v3", "v2", "random"))
         _one_of("select.rejected", self.rejected, ("negative", "own"))
+        unjudged = self.rule == "random" and self.rejected == "own"
+        _check(
+            "select.rejected", self.rejected, not unjudged, "negative with select.rule=random, which judges no image"
+        )
 
 
 @dataclass

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 NO_PAIR = "the item has no pair"
 Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
 AUTO_PAIRS = 64  # that the layer is chosen on
+_CHOSEN_BY = ("choose", "rows", "reduce", "match")  # settings that the choice hangs on
 WINDOW = 8  # batches whose items are sorted by length, so that a batch has little padding
 
 
@@ -171,7 +172,7 @@ def attention_masks(
 def settle_layers(
     settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path | None
 ) -> MasksConfig:
-    """The settings with the layer found in place of "auto": on the first pairs, once for a run folder.
+    """The settings with the layer found in place of "auto": on the first pairs, once for a run folder and its settings.
 
     `out`/masks/layers.json keeps it, with the mean score of every layer. Raises OspoError without a run folder, without
     a pair that has an object, and where the file is broken.
@@ -180,14 +181,16 @@ def settle_layers(
         return settings
     if out is None:
         raise OspoError("masks.layers=auto: got no run folder; give `out`, where the choice is kept.")
-    path = out / "masks" / "layers.json"
+    path, asked = out / "masks" / "layers.json", {name: getattr(settings, name) for name in _CHOSEN_BY}
     with locked(out / ".lock"):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, _choose_for_all(settings, records, model, out))
         try:
-            layers = [int(layer) for layer in json.loads(path.read_text(encoding="utf-8"))["layers"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if kept.get("asked") != asked:
+                kept = {"asked": asked, **_choose_for_all(settings, records, model, out)}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, kept)
+            layers = [int(layer) for layer in kept["layers"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OspoError(f"Cannot read {path}: {error}; remove it to have the layer chosen again.") from error
     log.info("masks: layers %s", layers)
     return dataclasses.replace(settings, layers=layers, choose=None)

@@ -1,5 +1,6 @@
 """Object masks: the maps are the model's own attention, an item without objects is reported, batches change nothing."""
 
+import dataclasses
 import json
 import shutil
 
@@ -290,12 +291,18 @@ def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, ru
     again = list(run(pairs, model, load_config([f"masks.layers={expected}"]), out=tmp_path / "b"))
     assert [r.get("mask_stats") for r in done] == [r.get("mask_stats") for r in again]
     other = [1 - expected[0]]
-    (tmp_path / "a" / "masks" / "layers.json").write_text(json.dumps({"layers": other}))
+    (tmp_path / "a" / "masks" / "layers.json").write_text(json.dumps({**chosen, "layers": other}))
     assert settle_layers(settings.masks, [], model, tmp_path / "a").layers == other
     # Training that takes its own masks settles the same way.
-    online = load_config(["masks.layers=auto", "train.masks=online", "train.steps=1", "train.eval_every=0"])
+    online = load_config(
+        ["masks.layers=auto", f"masks.choose={rule}", "train.masks=online", "train.steps=1", "train.eval_every=0"]
+    )
     train(pairs, load_model(model.name), online, out=tmp_path / "a")
     assert settle_layers(settings.masks, [], model, tmp_path / "a").layers == other
+    # Other settings are another choice.
+    changed = dataclasses.replace(settings.masks, rows="predicting")
+    assert settle_layers(changed, pairs, model, tmp_path / "a").layers is not None
+    assert json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())["asked"]["rows"] == "predicting"
 
 
 def test_no_layer_can_be_chosen(model, made, pairs, tmp_path):
@@ -305,6 +312,7 @@ def test_no_layer_can_be_chosen(model, made, pairs, tmp_path):
     assert not (tmp_path / "masks" / "layers.json").exists()
     with pytest.raises(OspoError, match="run folder"):
         settle_layers(settings.masks, pairs, model, None)
+    (tmp_path / "masks").mkdir(exist_ok=True)
     (tmp_path / "masks" / "layers.json").write_text("{")
     with pytest.raises(OspoError, match=r"layers\.json.*remove it"):
         settle_layers(settings.masks, pairs, model, tmp_path)
