@@ -131,6 +131,12 @@ def _digest(path: str) -> str:
         raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
+def _default(key: str, value: Any) -> Any:
+    """The default of a key of the configuration; `value` for a setting that is none."""
+    section, _, name = key.partition(".")
+    return dataclasses.asdict(Config()).get(section, {}).get(name, value) if name else value
+
+
 def _update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
     with locked(path.with_name(".lock")):
         write_json(path, change(_read_json(path, default)))
@@ -374,9 +380,11 @@ class Pipeline:
             if key.split(".")[0] != name or (key == self._key(name) and not self.resume):
                 continue
             for field, value in settings.items():
-                if saved["settings"].get(field, value) != value:
+                # What the folder does not name was added since: it was made with the default.
+                before = saved["settings"].get(field, _default(field, value))
+                if before != value:
                     raise UsageError(
-                        f"{out}: {key} was made with {field}={saved['settings'][field]}, now {field}={value}; go on "
+                        f"{out}: {key} was made with {field}={before}, now {field}={value}; go on "
                         f"with the same, take another --out, or start {name} afresh with --no-resume and no --shard."
                     )
 

@@ -162,6 +162,16 @@ def test_two_iterations(tiny, script, tmp_path):
         pipeline(tiny, tmp_path / "iter2").stage("prompts", 3)
 
 
+def test_a_setting_newer_than_the_folder_had_its_default(tiny, script, tmp_path):
+    pipeline(tiny, tmp_path).run(("prompts", "perturb", "images"))
+    saved = json.loads((tmp_path / "settings.json").read_text())
+    del saved["images"]["settings"]["images.temperature"]
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    pipeline(tiny, tmp_path).stage("images")
+    with pytest.raises(UsageError, match=r"images was made with images\.temperature=1\.0, now .*=0\.5"):
+        pipeline(tiny, tmp_path, "images.temperature=0.5").stage("images")
+
+
 def test_other_settings_are_refused_and_fresh_starts_drop_what_follows(tiny, script, tmp_path):
     pipeline(tiny, tmp_path).run()
     with pytest.raises(
