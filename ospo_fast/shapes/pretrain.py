@@ -18,12 +18,13 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.utils import logging as transformers_logging
@@ -32,12 +33,25 @@ from ospo_fast.errors import OspoError
 from ospo_fast.shapes import codebook, language, tower
 from ospo_fast.shapes.build import GRID, build_model, build_processor
 from ospo_fast.shapes.render import render_array
-from ospo_fast.shapes.scenes import KINDS, Description, Scene, prompts, random_scene, sample_scene
+from ospo_fast.shapes.scenes import (
+    BOARD,
+    COLORS,
+    KINDS,
+    SHAPES,
+    Description,
+    Group,
+    Scene,
+    prompts,
+    random_scene,
+    sample_scene,
+)
 from ospo_fast.stages.templates import load_templates
 
 log = logging.getLogger(__name__)
 IGNORED = -100
 CAPTION = 0.3  # weight of captions: words for what a picture shows, from which answering is a short way
+POINTING = 1.0  # weight of pointing (`Pointer`)
+POINTING_STATES = -3  # of the hidden states of all layers: two layers are left to compare and to count
 WHERE = 0.4  # share of the questions that ask for a place, or for how two lie: what relations are learnt from
 # How often each kind of prompt is drawn and written, and each kind of question asked.
 PROMPT_SHARES = {
@@ -59,7 +73,7 @@ class Recipe:
     codes_steps: int = 5000
     polish_steps: int = 1500
     tower_steps: int = 1000
-    steps: int = 11500
+    steps: int = 7000
     draw: int = 24  # drawing sequences a step
     pictures: int = 16  # pictures a step that questions are asked about
     questions: int = 8  # questions a picture
@@ -90,6 +104,8 @@ class Data:
             self.tokenizer.convert_tokens_to_ids(token)
             for token in ("<bos>", "<eos>", "<pad>", "<boi>", "<eoi>", "<image>", "<|User|>", "<|Assistant|>")
         )
+        self.colors = {self.ids(color)[0]: color for color in COLORS}
+        self.shapes = {self.ids(Group(n, "red", shape).text())[-1]: shape for shape in SHAPES for n in (1, 2)}
         rng = np.random.default_rng([recipe.seed, 3])
         self.drawn: list[str] = []
         scenes: list[Scene] = []
@@ -153,9 +169,10 @@ class Data:
         return _pad(rows, self.pad), torch.tensor([len(row) for row in rows]), self.codes[chosen]
 
     def ask(self, step: int) -> tuple[Tensor, ...]:
-        """Pixels (B, 3, H, W); ids, positions, blocks and labels, each (B, L).
+        """Pixels (B, 3, H, W); ids, positions, blocks, labels and cells, each (B, L).
 
-        Block 0 is the picture, 1 is its caption, 2 and on are the questions, -1 is padding.
+        Block 0 is the picture, 1 is its caption, 2 and on are the questions, -1 is padding. Cells are those of
+        `_cells`, of the questions' words.
         """
         rng = np.random.default_rng([self.recipe.seed, 5, step])
         yes, no = self.ids("yes")[0], self.ids("no")[0]
@@ -165,6 +182,7 @@ class Data:
         positions: list[list[int]] = []
         blocks: list[list[int]] = []
         labels: list[list[int]] = []
+        cells: list[list[int]] = []
         for _ in range(self.recipe.pictures):
             if rng.random() < 0.4:
                 index = int(rng.integers(len(self.decoded)))
@@ -177,7 +195,7 @@ class Data:
                     scene = random_scene(rng)
                 picture = render_array([scene])[0]
             row, position = list(prefix), list(range(len(prefix)))
-            block, label = [0] * len(prefix), [IGNORED] * len(prefix)
+            block, label, cell = [0] * len(prefix), [IGNORED] * len(prefix), [IGNORED] * len(prefix)
             answer = [*self.ids(language.caption(scene)), self.eos]
             turns = [(self.ids("Prompt:"), answer)]
             for _ in range(self.recipe.questions):
@@ -193,11 +211,23 @@ class Data:
                 position += range(len(prefix), len(prefix) + len(tokens))
                 block += [number] * len(tokens)
                 label += [IGNORED] * len(question) + answer
+                cell += self._cells(tokens, scene) if number > 1 else [IGNORED] * len(tokens)
             pictures.append(picture)
-            for rows_, values in ((rows, row), (positions, position), (blocks, block), (labels, label)):
+            for rows_, values in ((rows, row), (positions, position), (blocks, block), (labels, label), (cells, cell)):
                 rows_.append(values)
         pixels = codebook.to_tensor(np.stack(pictures))
-        return pixels, _pad(rows, self.pad), _pad(positions, 0), _pad(blocks, -1), _pad(labels, IGNORED)
+        padded = (_pad(positions, 0), _pad(blocks, -1), _pad(labels, IGNORED), _pad(cells, IGNORED))
+        return pixels, _pad(rows, self.pad), *padded
+
+    def _cells(self, tokens: list[int], scene: Scene) -> list[int]:
+        """Where a token ends the name of a thing (`red circle`), the cells of the board that hold one, a bit each."""
+        found = [IGNORED] * len(tokens)
+        for place, (color, shape) in enumerate(pairwise(tokens), 1):
+            if color in self.colors and shape in self.shapes:
+                thing = (self.colors[color], self.shapes[shape])
+                at = [o.cell[0] * BOARD + o.cell[1] for o in scene.objects if (o.color, o.shape) == thing]
+                found[place] = sum(1 << cell for cell in at)
+        return found
 
     def write(self, step: int) -> tuple[Tensor, Tensor]:
         """Ids and labels (B, L) of the text tasks."""
@@ -260,8 +290,11 @@ def draw_loss(model: JanusForConditionalGeneration, ids: Tensor, lengths: Tensor
 
 def answer_logits(
     model: JanusForConditionalGeneration, pixels: Tensor, ids: Tensor, positions: Tensor, blocks: Tensor
-) -> Tensor:
-    """Text logits (B, L, V): the questions of a row share its picture and do not see one another."""
+) -> tuple[Tensor, Tensor]:
+    """Text logits (B, L, V) and the hidden states (B, L, D) that point (`POINTING_STATES`).
+
+    The questions of a row share its picture and do not see one another.
+    """
     inner = model.model
     features = inner.get_image_features(pixels).pooler_output
     embeds = inner.language_model.embed_tokens(ids)
@@ -269,22 +302,51 @@ def answer_logits(
     same = (blocks[:, None, :] == 0) | (blocks[:, None, :] == blocks[:, :, None])
     mask = same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     bias = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)[:, None]
-    hidden = inner.language_model(
-        inputs_embeds=embeds, attention_mask=bias, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    logits: Tensor = model.lm_head(hidden)
-    return logits
+    states = inner.language_model(
+        inputs_embeds=embeds,
+        attention_mask=bias,
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    return model.lm_head(states.last_hidden_state), states.hidden_states[POINTING_STATES]
 
 
-def ask_loss(model: JanusForConditionalGeneration, batch: tuple[Tensor, ...]) -> tuple[Tensor, float]:
-    """Mean cross-entropy of the answers plus `CAPTION` times the caption's, and the share of answers that is right."""
-    *inputs, labels = batch
-    logits = answer_logits(model, *inputs)
+class Pointer(nn.Module):
+    """Asks the hidden state of a thing's name which cells of the board hold one; thrown away after pretraining.
+
+    Yes and no say nothing of where to look, and of two things both must be found before a relation between them can be
+    told: without this, relations are learnt late, after thousands of steps, or not at all.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.cells = nn.Linear(width, BOARD * BOARD)
+
+    def loss(self, hidden: Tensor, cells: Tensor) -> Tensor:
+        """Mean binary cross-entropy over names and cells, of hidden states (B, L, D) and `Data.ask`'s cells (B, L)."""
+        named = cells != IGNORED
+        held = (cells[named][:, None] >> torch.arange(BOARD * BOARD)) & 1
+        return F.binary_cross_entropy_with_logits(self.cells(self.norm(hidden[named])), held.to(hidden.dtype))
+
+
+def ask_loss(
+    model: JanusForConditionalGeneration, pointer: Pointer, batch: tuple[Tensor, ...]
+) -> tuple[Tensor, float, float]:
+    """Mean cross-entropy of the answers plus `CAPTION` times the caption's and `POINTING` times what `pointer` says.
+
+    With it the share of answers that is right, and the loss of pointing.
+    """
+    *inputs, labels, cells = batch
+    logits, middle = answer_logits(model, *inputs)
     blocks = inputs[-1]
     answers, caption = (labels != IGNORED) & (blocks > 1), (labels != IGNORED) & (blocks == 1)
     right = (logits[answers].argmax(-1) == labels[answers]).float().mean()
+    pointing = pointer.loss(middle, cells)
     loss = F.cross_entropy(logits[answers], labels[answers])
-    return loss + CAPTION * F.cross_entropy(logits[caption], labels[caption]), float(right)
+    loss = loss + CAPTION * F.cross_entropy(logits[caption], labels[caption]) + POINTING * pointing
+    return loss, float(right), float(pointing.detach())
 
 
 def write_loss(model: JanusForConditionalGeneration, ids: Tensor, labels: Tensor) -> Tensor:
@@ -308,7 +370,7 @@ def answering(model: JanusForConditionalGeneration, data: Data, *, seed: int, ba
             ids = _pad(rows, data.pad)
             positions = torch.arange(ids.shape[1]).expand_as(ids)
             blocks = torch.zeros_like(ids)
-            logits = answer_logits(model, codebook.to_tensor(render_array(scenes)), ids, positions, blocks)
+            logits, _ = answer_logits(model, codebook.to_tensor(render_array(scenes)), ids, positions, blocks)
             for row, questions, values in zip(rows, asked, logits, strict=True):
                 last = values[len(row) - 1]
                 question = questions[column]
@@ -392,7 +454,7 @@ def _codes(model: JanusForConditionalGeneration, path: Path, recipe: Recipe) -> 
     return float(state["seconds"])
 
 
-def _optimizers(model: JanusForConditionalGeneration, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: JanusForConditionalGeneration, pointer: Pointer, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the language model's layers, AdamW for all else.
 
     AdamW's weight decay is on matrices; the vision tower and its aligner, which come trained, have a learning rate of
@@ -403,6 +465,7 @@ def _optimizers(model: JanusForConditionalGeneration, recipe: Recipe) -> list[to
     matrices = [p for p in inner.language_model.layers.parameters() if p.dim() == 2]
     taken = {id(p) for p in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    others += pointer.parameters()
     groups: list[dict[str, Any]] = []
     for lr, mine in (
         (recipe.lr, [p for p in others if id(p) not in seeing]),
@@ -436,13 +499,17 @@ def _tasks(
 
     Returns the seconds it took in all, this time counted from `clock`.
     """
-    optimizers = _optimizers(model, recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        pointer = Pointer(model.config.text_config.hidden_size)
+    optimizers = _optimizers(model, pointer, recipe)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     start, seconds = 0, 0.0
     if path.exists():
         kept = torch.load(path, weights_only=False)
         model.load_state_dict(kept["model"])
+        pointer.load_state_dict(kept["pointer"])
         for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -457,24 +524,25 @@ def _tasks(
             parameter.grad = None
         drawn = draw_loss(model, *data.draw(step))
         drawn.backward()
-        asked, right = ask_loss(model, data.ask(step))
+        asked, right, pointing = ask_loss(model, pointer, data.ask(step))
         asked.backward()
         written = write_loss(model, *data.write(step))
         (0.5 * written).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        recent.append((float(drawn.detach()), float(asked.detach()), right, float(written.detach())))
+        recent.append((float(drawn.detach()), float(asked.detach()), right, pointing, float(written.detach())))
         if (step + 1) % 50 == 0:
             means = np.mean(recent, axis=0)
-            log.info("step %d/%d: draw %.3f, ask %.3f (%.3f right), write %.3f", step + 1, recipe.steps, *means)
+            words = "step %d/%d: draw %.3f, ask %.3f (%.3f right, pointing %.3f), write %.3f"
+            log.info(words, step + 1, recipe.steps, *means)
             recent.clear()
         if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
             seconds += time.monotonic() - clock
             clock = time.monotonic()
             states = [optimizer.state_dict() for optimizer in optimizers]
-            kept = {"model": model.state_dict(), "optimizers": states, "step": step + 1, "seconds": seconds}
-            _save(kept, path)
+            kept = {"model": model.state_dict(), "pointer": pointer.state_dict(), "optimizers": states}
+            _save({**kept, "step": step + 1, "seconds": seconds}, path)
         if (step + 1) % 1000 == 0:
             model.eval()
             log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
