@@ -17,6 +17,7 @@ import torch
 from ospo_fast import env
 
 ROOT = Path(__file__).resolve().parents[1]
+HEAD_START = 1_000_000  # cycles that the GPU waits, so that launches of small kernels are queued when time starts
 L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
 
 
@@ -36,9 +37,12 @@ def interleaved(
     *,
     seconds: float = 0.1,
     warmup: int = 2,
+    most: int = 1000,
     cold: bool = False,
 ) -> dict[str, Timing]:
     """Times the variants in turns, so that all of them see the same noise, until each has run for `seconds`.
+
+    No more than `most` turns are taken: where one variant is a thousand times faster than another, its time is known.
 
     inputs() makes the arguments of one turn, outside the time: fresh random values, because zeros run faster.
     cold=True empties the GPU's second-level cache before every run.
@@ -47,7 +51,7 @@ def interleaved(
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if cold and device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in variants}
     turn = 0
-    while turn < warmup + 3 or min(map(sum, times.values())) < seconds * 1e3:
+    while turn < warmup + 3 or (turn < warmup + most and min(map(sum, times.values())) < seconds * 1e3):
         arguments = inputs()
         for name, run in variants.items():
             if flush is not None:
@@ -63,6 +67,7 @@ def _milliseconds(run: Callable[..., object], arguments: tuple[Any, ...], device
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         run(*arguments)
         end.record()
@@ -96,6 +101,11 @@ def peak_mb(run: Callable[..., object], *arguments: Any) -> float:
         held += event.nbytes()
         most = max(most, held)
     return most / 1e6
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, bf16, fp16 or fp64."""
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}[str(dtype)[6:]]
 
 
 def device() -> str:
@@ -151,11 +161,15 @@ def _driver() -> str | None:
         return "unknown"
 
 
+def result_path(out: Path, name: str) -> Path:
+    """out/<device>/<name>.jsonl, where rows measured here go."""
+    return out / re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-") / f"{name}.jsonl"
+
+
 def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
-    """Writes the rows, one JSON object a line, to out/<device>/<name>.jsonl in the place of an earlier run's."""
-    folder = out / re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.jsonl"
+    """Writes the rows, one JSON object a line, to `result_path(out, name)` in the place of an earlier run's."""
+    path = result_path(out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("".join(json.dumps(line) + "\n" for line in rows))
     unfinished.replace(path)

@@ -2,9 +2,13 @@
 
 Every training seed has a run of its own up to the answers (stages 1 to 4); variants share it and differ in selection,
 masks and training. Figures are those of `ospo_fast.shapes.evaluate`, at the base model's best guidance scale, which is
-chosen on validation prompts. `run` measures `TABLE` on test prompts; rows of it alone are measured by
+chosen on validation prompts. `run` measures `TABLE` on test prompts and draws the figure; rows of it alone are measured
+by
 
     python bench/ablations.py NAME --table
+
+Every row is written when it is measured. What the results hold from the same commit and settings is not measured again,
+so a stopped table goes on where it was.
 
 To try settings, on validation prompts (every trial is added to OUT/shapes/trials.jsonl, with all the settings that it
 was made with):
@@ -21,7 +25,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,6 +158,12 @@ class Bench:
                     _replace_masks(pipeline.folder(iteration), variant.masks)
         return folder, pipeline.model(config.iterations + 1), time.perf_counter() - started
 
+    def measured(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
+        """Whether `row` is what `measure` would give, as far as the commit and the settings tell."""
+        wanted = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
+        same = (row["commit"], row["split"], row["masks_given"]) == (measure.commit(), self.split, variant.masks)
+        return same and not row["commit"].endswith("+") and row["resolved"] == wanted
+
     def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
         """One variant trained from one seed: its gain at the base model's best guidance, at 1, and what it trained on.
 
@@ -183,7 +193,7 @@ class Bench:
             "ospo",
             variant.name,
             {"per_kind": self.per_kind, "pairs": pairs["pairs"]},
-            "fp32",
+            measure.dtype_name(model.dtype),
             once,
             settings=list(variant.settings),
             masks_given=variant.masks,
@@ -247,15 +257,65 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 
 def run(out: Path, quick: bool) -> None:
-    _table(TABLE[:3] if quick else TABLE, SEEDS[:1] if quick else SEEDS, out, "ablations", quick=quick)
+    _table(TABLE[:3] if quick else TABLE, SEEDS[:1] if quick else SEEDS, out, quick=quick)
 
 
-def _table(table: Sequence[Variant], seeds: Sequence[int], out: Path, name: str, *, quick: bool = False) -> None:
+def _table(table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: bool = False) -> None:
+    """Measures the variants with every seed; their rows take the place of older ones in the results."""
+    path = measure.result_path(out, "ablations")
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = _in_order(row for row in rows if row["shapes"]["per_kind"] == (2 if quick else 150))
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
-        rows = [bench.measure(variant, seed) for variant in table for seed in seeds]
-    measure.write(rows, out, name)
+        for variant in table:
+            for seed in seeds:
+                same = [row for row in rows if (row["variant"], row["seed"]) == (variant.name, seed)]
+                if any(bench.measured(variant, seed, row) for row in same):
+                    continue
+                others = [row for row in rows if row not in same]
+                rows = _in_order([*others, bench.measure(variant, seed)])
+                measure.write(rows, out, "ablations")
     _show(rows)
+    plot(rows, path.with_suffix(".png"))
+
+
+def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of variants of the table, in its order; rows of others go."""
+    names = [variant.name for variant in TABLE]
+    return sorted(
+        (row for row in rows if row["variant"] in names), key=lambda r: (names.index(r["variant"]), r["seed"])
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The gain of every variant at the base model's best guidance and at 1, each seed and their mean."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
+    best = f"at {rows[0]['guidance_scale']:g}"
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(names)), sharey=True, squeeze=False)
+    for axis, scale in zip(axes[0], (best, "at 1"), strict=True):
+        for place, name in enumerate(names):
+            mine = [row for row in rows if row["variant"] == name]
+            found = pooled(mine, scale)
+            color = "#c2410c" if name == TABLE[0].name else "#475569"
+            axis.errorbar(found["gain"], place, xerr=found["error_prompts"], fmt="o", color=color, capsize=3)
+            gains = [row[scale]["gain"]["alignment"] for row in mine]
+            axis.plot(gains, [place] * len(gains), "|", color=color, alpha=0.6, markersize=9)
+        axis.axvline(0, color="#94a3b8", linewidth=1)
+        before = rows[0][scale]["before"]["alignment"]
+        axis.set_xlabel(f"gain in alignment at guidance {scale[3:]} (before: {before:.3f})")
+    axes[0][0].set_yticks(range(len(names)), names)
+    first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    figure.suptitle(
+        f"{first['device']}, torch {first['versions']['torch']}, {commits}; bars: standard error over prompts"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -284,7 +344,7 @@ def main() -> None:
         if not named or options.settings or options.masks:
             known = ", ".join(repr(variant.name) for variant in TABLE)
             parser.error(f"--table: got {options.name!r}, expected one of {known}, and no settings")
-        _table(named, SEEDS, options.out, f"ablations-{options.name.replace(' ', '-')}")
+        _table(named, SEEDS, options.out)
         return
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
     with _folder(options.folder) as folder:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import _measure as measure
+import torch
 
 QUICK = (
     "prompts.counts={color1: 3, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
@@ -52,6 +53,7 @@ def run(out: Path, quick: bool) -> None:
     figures = {name: summary.get(name) for name in FIGURES}
     shapes = {"pairs": summary["pairs"]}
     variant = "quick" if quick else "shapes"
-    line = measure.row("demo", variant, shapes, "fp32", once, peak_mb=round(peak_mb, 1), **figures)
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"  # of models that are loaded without a word
+    line = measure.row("demo", variant, shapes, dtype, once, peak_mb=round(peak_mb, 1), **figures)
     measure.write([line], out, "demo")
     measure.show([line])

@@ -176,7 +176,7 @@ def bounds(model: JanusUnifiedModel, lengths: list[int], bandwidth: float, throu
 
 def run(out: Path, quick: bool) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    cases = [(PRO_7B, (1, 16, 64)), (PRO_1B, (1, 16, 64))] if device == "cuda" else [(TINY, (1, 16))]
+    cases = [(PRO_7B, (16, 64, 1)), (PRO_1B, (16, 64, 1))] if device == "cuda" else [(TINY, (1, 16))]
     check(device)
     bandwidth, throughput = ceilings(device, dtype)
     rows = []
@@ -211,10 +211,10 @@ def run(out: Path, quick: bool) -> None:
                         copy_gb_s=round(bandwidth / 1e9, 1), product_tflop_s=round(throughput / 1e12, 3),
                         **{key: round(value, 4) for key, value in figures.items()})
                 )  # fmt: skip
+            write(rows, out, "generation")
         del model, variants, compiled, inputs  # all of them hold the model
         if device == "cuda":
             torch.cuda.empty_cache()
-    write(rows, out, "generation")
     show(rows)
     for line in rows:
         speed = f"{line['images_s']:.2f} images/s, {line['gb_s']:.1f} GB/s, {line['share']:.0%} of the floor"

@@ -68,7 +68,7 @@ class Pairs:
                 columns += [target.columns] * 2
             prompts = [record["prompt"] for record in part for _ in SIDES]
             masks = attention_masks(self.model, prompts, codes, columns, settings)
-            found += list(masks.found.union.bool().numpy())
+            found += list(masks.found.union.bool().cpu().numpy())
         return self.compare(found)
 
     def compare(self, found: list[np.ndarray]) -> np.ndarray:
@@ -107,10 +107,11 @@ def run(out: Path, quick: bool) -> None:
                 (pairs.out / "masks" / "layers.json").unlink(missing_ok=True)
                 settings = settle_layers(settings, pairs.records, model, pairs.out)
                 measured.append((attention, name, pairs.ious(settings), time.perf_counter() - started, settings.layers))
+        dtype = measure.dtype_name(model.dtype)
         for attention, name, ious, seconds, chosen in measured:
             once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
             error = float(ious.std() / np.sqrt(len(ious)))
             figures = {"rows": attention, "iou": round(float(ious.mean()), 4), "iou_std": round(error, 4)}
-            rows.append(measure.row("mask_layers", name, {"images": len(ious)}, "fp32", once, **figures, layers=chosen))
+            rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **figures, layers=chosen))
             print(f"{attention:<11} {name:<40} {ious.mean():.3f} ± {error:.3f}  {chosen or ''}", flush=True)
     measure.write(rows, out, "mask_layers")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _measure import interleaved, peak_mb, row, show, write
+from _measure import dtype_name, interleaved, peak_mb, row, show, write
 
 import ospo_fast
 from ospo_fast.ops.token_logprobs import token_logprobs_reference
@@ -214,7 +214,7 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
     # The same chunks, and all rows at once, which a GEMM may like better.
     for name, size in (("bare GEMMs", default_rows(shape, dtype, where)), ("bare GEMMs, one chunk", shape.N)):
         variants[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
-    times = interleaved(variants, inputs, seconds=0.02 if quick else 5.0)
+    times = interleaved(variants, inputs, seconds=0.02 if quick else 5.0, most=300)
     rows = []
     for name, time in times.items():
         speed = shape.tflop / time.median_ms * 1e3
@@ -223,7 +223,7 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
         more["eager_over_this"] = round(times["eager"].median_ms / time.median_ms, 4)
         if where == "cuda" and dtype == torch.bfloat16:
             more["share_of_ceiling"] = round(speed / CEILING_TFLOPS, 4)
-        rows.append(row("token_logprobs", name, shape.sizes, name_of(dtype), time, **more, **figures.get(name, {})))
+        rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), time, **more, **figures.get(name, {})))
     return rows
 
 
@@ -243,17 +243,13 @@ def sweep(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dic
             "token_logprobs",
             f"{size} rows" + (" (default)" if size == default else ""),
             shape.sizes,
-            name_of(dtype),
+            dtype_name(dtype),
             time,
             peak_mb=round(peak_mb(steps[size], *arguments), 3),
             chunk_rows=size,
         )
         for size, time in times.items()
     ]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return "fp32" if dtype == torch.float32 else "bf16"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -287,8 +283,10 @@ def plot(rows: list[dict], path: Path) -> None:
 def run(out: Path, quick: bool) -> None:
     where, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     shapes = QUICK_SHAPES if quick else GPU_SHAPES if where == "cuda" else CPU_SHAPES
-    rows = [line for shape in shapes for line in measure(shape, where, dtype, quick)]
-    path = write(rows, out, "token_logprob")
+    rows: list[dict] = []
+    for shape in shapes:
+        rows += measure(shape, where, dtype, quick)
+        path = write(rows, out, "token_logprob")
     show(rows)
     plot(rows, path.with_suffix(".png"))
     chunks = sweep(shapes[0], where, dtype, quick)

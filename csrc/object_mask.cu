@@ -259,7 +259,7 @@ class Guard {
 
 template <typename Kernel>
 cudaError_t allow_room(Kernel kernel, size_t bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
+    if (bytes + sizeof(Scratch) <= 48 * 1024) return cudaSuccess;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 

@@ -14,7 +14,7 @@ SPLIT = 128
 BLOCK = 64  # positions read at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # of every length of a cache
 def split_kernel(
     qkv,  # (M, (H + 2·Hkv)·D), contiguous
     cos,  # (P, D)
@@ -28,12 +28,12 @@ def split_kernel(
     sums,  # (M, H, splits) fp32
     slot_stride,
     head_stride,
+    splits,
     scale,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,23 +88,23 @@ def split_kernel(
             acc = acc * shrink + tl.sum(p[:, None] * v, 0)
             total = total * shrink + tl.sum(p, 0)
             peak = higher
-        index = (row * HEADS + head) * SPLITS + split
+        index = (row * HEADS + head) * splits + split
         tl.store(partial + index * WIDTH + d, acc, mask=inside)
         tl.store(peaks + index, peak)
         tl.store(sums + index, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     partial,  # (M, H, splits, D) fp32
     peaks,  # (M, H, splits) fp32
     sums,  # (M, H, splits) fp32
     lengths,  # (M,) int64
     out,  # (M, H·D)
+    splits,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDTH_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -112,7 +112,7 @@ def combine_kernel(
     d = tl.arange(0, WIDTH_BLOCK)
     inside = d < WIDTH
     used = tl.load(lengths + row) // SPLIT + 1
-    index = (row * HEADS + head) * SPLITS
+    index = (row * HEADS + head) * splits
     peak = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     acc = tl.zeros((WIDTH_BLOCK,), tl.float32)
@@ -150,18 +150,19 @@ def decode_attention(
     partial = torch.empty(rows, heads, count, width, dtype=torch.float32, device=qkv.device)
     peaks, sums = torch.empty(2, rows, heads, count, dtype=torch.float32, device=qkv.device)
     sizes = {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": triton.next_power_of_2(width)}
-    sizes |= {"SPLITS": count, "SPLIT": SPLIT}
-    split_kernel[rows, kv_heads, count](
-        qkv, cos, sin, keys, values, slots, lengths, partial, peaks, sums, keys.stride(0), keys.stride(1), scale,
-        KV_HEADS=kv_heads, BLOCK=BLOCK, **sizes,
-    )  # fmt: skip
-    combine_kernel[rows, heads](partial, peaks, sums, lengths, out, **sizes)
+    sizes["SPLIT"] = SPLIT
+    with torch.cuda.device_of(qkv):
+        split_kernel[rows, kv_heads, count](
+            qkv, cos, sin, keys, values, slots, lengths, partial, peaks, sums, keys.stride(0), keys.stride(1), count,
+            scale, KV_HEADS=kv_heads, BLOCK=BLOCK, **sizes,
+        )  # fmt: skip
+        combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, **sizes)
 
 
 _SIZES = (  # of Janus-Pro-7B, of Janus-Pro-1B in fp32, and grouped queries
-    ("bf16", 32, 32, 128, 5),
-    ("fp32", 16, 16, 128, 5),
-    ("fp16", 32, 8, 64, 5),
+    ("bf16", 32, 32, 128),
+    ("fp32", 16, 16, 128),
+    ("fp16", 32, 8, 64),
 )
 VARIANTS = {
     split_kernel: [
@@ -171,18 +172,23 @@ VARIANTS = {
                 **dict.fromkeys(("slots", "lengths"), "*i64"),
                 **dict.fromkeys(("partial", "peaks", "sums"), "*fp32"),
                 **dict.fromkeys(("slot_stride", "head_stride"), "i64"),
+                "splits": "i32",
                 "scale": "fp32",
             },
-            {"HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLITS": count, "SPLIT": SPLIT,
-             "BLOCK": BLOCK},
+            {"HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT, "BLOCK": BLOCK},
         )
-        for dtype, heads, kv, width, count in _SIZES
+        for dtype, heads, kv, width in _SIZES
     ],
     combine_kernel: [
         (
-            {**dict.fromkeys(("partial", "peaks", "sums"), "*fp32"), "lengths": "*i64", "out": f"*{dtype}"},
-            {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": width, "SPLITS": count, "SPLIT": SPLIT},
+            {
+                **dict.fromkeys(("partial", "peaks", "sums"), "*fp32"),
+                "lengths": "*i64",
+                "out": f"*{dtype}",
+                "splits": "i32",
+            },
+            {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT},
         )
-        for dtype, heads, _, width, count in _SIZES
+        for dtype, heads, _, width in _SIZES
     ],
 }  # fmt: skip

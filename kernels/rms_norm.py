@@ -1,5 +1,6 @@
 """stream += delta, out = weight · stream / sqrt(mean(stream²) + eps): one read and one write of each row."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,10 +39,11 @@ def add_rms_norm(delta: Tensor | None, stream: Tensor, weight: Tensor, eps: floa
     if not stream.numel():
         return
     block = triton.next_power_of_2(width)
-    add_rms_norm_kernel[(rows,)](
-        stream if delta is None else delta, stream, weight, out, width, eps,
-        ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
+    with torch.cuda.device_of(stream):
+        add_rms_norm_kernel[(rows,)](
+            stream if delta is None else delta, stream, weight, out, width, eps,
+            ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
 
 
 def _warps(block: int) -> int:

@@ -1,5 +1,6 @@
 """out = silu(gate) · up for rows that hold gate and up side by side."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +30,8 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     """The kernel on gate_up (M, 2·I) and out (M, I), contiguous and of one dtype."""
     rows, width = out.shape
     if out.numel():
-        silu_mul_kernel[rows, triton.cdiv(width, BLOCK)](gate_up, out, width, BLOCK=BLOCK)
+        with torch.cuda.device_of(out):
+            silu_mul_kernel[rows, triton.cdiv(width, BLOCK)](gate_up, out, width, BLOCK=BLOCK)
 
 
 VARIANTS = {

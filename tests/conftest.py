@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,13 +16,28 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        for item in items:
+            if item.path.parent.name == "kernels":  # compiled for the GPU here, interpreted elsewhere
+                item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_on_the_cpu() -> Iterator[None]:
+    """Models lie on the CPU unless a test says otherwise, with a GPU too: figures are those of float32."""
+    from ospo_fast import models
+
+    chosen = models._device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "_device", lambda device: chosen("cpu" if device is None else device))
+        yield
 
 
 @pytest.fixture(autouse=True)

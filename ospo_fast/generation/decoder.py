@@ -15,12 +15,14 @@ filled up to the full batch size, and prompts pass in pieces of `PREFILL` tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ospo_fast.errors import OspoError
 from ospo_fast.generation.weights import Called, Fused, Kind, Projection, Separate, projection
@@ -33,6 +35,8 @@ from ospo_fast.ops.silu_mul import silu_mul
 ROW_TILE = 32
 PREFILL = 1024
 CPU_BYTES = 512 * 2**20  # of caches
+# On a GPU: the first splits no row's keys by the size of the batch; cuDNN's would plan anew for every length.
+_PREFILL = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 COPIED_BYTES = 2 * 2**30  # on the CPU larger models keep the one copy of their weights
 
 
@@ -265,15 +269,16 @@ class LeanDecoder:
         cache.keys[i][rows, :, start:end], cache.values[i][rows, :, start:end] = k, v
         if start:
             k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin),
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=start == 0,
-            scale=self._scale,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        with sdpa_kernel(_PREFILL, set_priority=True) if k.is_cuda else nullcontext():
+            y = F.scaled_dot_product_attention(
+                rotate(q, cos, sin),
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=start == 0,
+                scale=self._scale,
+                enable_gqa=self.heads != self.kv_heads,
+            )
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
 

@@ -53,7 +53,7 @@ def object_weights(
     """`object_masks` and the `token_weights` (B, H·W) of the union; on CUDA both in one launch."""
     _check(maps, valid, scaler, bins)
     check_weights(alpha, gamma, blur_size, blur_sigma)
-    if _backend(maps, bins) != "cuda" or blur_size > LONGEST_BLUR or maps[0, 0].numel() > BLURRED_CELLS:
+    if _backend(maps, bins) != "cuda" or blur_size > LONGEST_BLUR or maps.shape[2] * maps.shape[3] > BLURRED_CELLS:
         found = object_masks(maps, valid=valid, scaler=scaler, bins=bins)
         return found, token_weights(found.union, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)
     x = maps.detach().float().contiguous()

@@ -96,8 +96,9 @@ def _result_dtype(maps: Tensor) -> torch.dtype:
 def _edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
     """numpy.linspace(low, high, bins + 1) of each row, each operation rounded in the maps' dtype."""
     delta, ramp = high - low, torch.arange(bins + 1, dtype=low.dtype, device=low.device)
-    step = delta / bins
-    ramp = torch.where(step == 0, ramp / bins * delta, ramp * step)
+    parts = delta.new_full((), bins)  # a tensor: by a number, CUDA would multiply with its rounded reciprocal
+    step = delta / parts
+    ramp = torch.where(step == 0, ramp / parts * delta, ramp * step)
     edges = ramp + low
     edges[:, -1:] = high
     return edges

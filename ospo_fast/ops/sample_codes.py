@@ -150,7 +150,8 @@ def draw_codes(
     end. Nothing is checked, nothing synchronises, so that a CUDA graph can hold it. Other arguments as `sample_codes`.
     """
     if temperature > 0 and (top_k or top_p < 1):
-        z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale) / temperature
+        z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale)
+        z = z / z.new_full((), temperature)  # by a number, CUDA would multiply with its rounded reciprocal
         cond, uncond, temperature = _truncate(z, top_k, top_p), None, 1.0
     chosen = _dispatch.resolve("sample_codes", "auto", cond.device.type)
     if chosen != "torch":

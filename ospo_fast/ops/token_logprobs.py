@@ -23,6 +23,8 @@ from ospo_fast.ops import _dispatch
 from ospo_fast.ops._head_chain import Chain, scale_rows
 from ospo_fast.ops.head import Head
 
+# Whether addmm's sum may be wider than its factors.
+_ADDS_WIDER = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 _FP32_NAMES = ("fp32", "float32", torch.float32)
 
 
@@ -281,8 +283,10 @@ def _accumulate(dweight: Tensor, dbias: Tensor, wanted: list[bool], grad: Tensor
     if wanted[0]:
         if dweight.dtype == grad.dtype:
             dweight.addmm_(grad.t(), inputs)
-        elif grad.is_cuda:
+        elif grad.is_cuda and _ADDS_WIDER:
             torch.ops.aten.addmm.dtype_out(dweight, grad.t(), inputs, dweight.dtype, out=dweight)
+        elif grad.is_cuda:
+            dweight += torch.mm(grad.t(), inputs, out_dtype=dweight.dtype)
         else:
             dweight += grad.t() @ inputs
     if wanted[1]:

@@ -1,0 +1,84 @@
+"""The table of ablations: every row is written when it is there, and a stopped table goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import _measure
+import ablations
+import numpy as np
+import pytest
+from PIL import Image
+
+
+class Fake(ablations.Bench):
+    """A bench that measures nothing: every variant gains one point for each seed above 41."""
+
+    asked: list[tuple[str, int]]
+    fail_at = -1
+
+    def __init__(self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = ()) -> None:
+        self.folder, self.split, self.per_kind, self.extra = folder, split, per_kind, extra
+
+    def measure(self, variant: ablations.Variant, seed: int) -> dict[str, Any]:
+        if len(self.asked) == self.fail_at:
+            raise KeyboardInterrupt
+        self.asked.append((variant.name, seed))
+        figures = {
+            "before": {"alignment": 0.5},
+            "gain": {"alignment": (seed - 41) / 100, "standard_error": 0.02},
+        }
+        return _measure.row(
+            "ospo",
+            variant.name,
+            {"per_kind": self.per_kind, "pairs": 10},
+            "fp32",
+            _measure.Timing(1.0, 1.0, 1.0, 1),
+            masks_given=variant.masks,
+            resolved=ablations._resolved(self.config(variant.settings, seed, self.folder)),
+            split=self.split,
+            seed=seed,
+            guidance_scale=1.5,
+            **{"at 1": figures, "at 1.5": figures},
+        )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    Fake.asked, Fake.fail_at = [], -1
+    monkeypatch.setattr(ablations, "Bench", Fake)
+    monkeypatch.setattr(_measure, "commit", lambda: "0123456789ab")
+    return Fake.asked
+
+
+def test_a_stopped_table_goes_on(asked: list[tuple[str, int]], tmp_path: Path) -> None:
+    Fake.fail_at = 2
+    table, seeds = ablations.TABLE[:3], ablations.SEEDS
+    with pytest.raises(KeyboardInterrupt):
+        ablations._table(table, seeds, tmp_path)
+    (path,) = tmp_path.glob("*/ablations.jsonl")
+    assert len(path.read_text().splitlines()) == 2
+    Fake.fail_at = -1
+    ablations._table(table, seeds, tmp_path)
+    everything = [(variant.name, seed) for variant in table for seed in seeds]
+    assert asked == everything
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["variant"], row["seed"]) for row in rows] == everything
+    with Image.open(path.with_suffix(".png")) as figure:
+        assert len(np.unique(np.asarray(figure.convert("L")))) > 10
+
+
+def test_rows_of_another_commit_or_of_other_settings_are_measured_again(
+    asked: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, seeds = ablations.TABLE[:2], (42,)
+    ablations._table(table, seeds, tmp_path)
+    changed = ablations.Variant(table[1].name, ("train.steps=3",))
+    ablations._table([table[0], changed], seeds, tmp_path)
+    assert asked[2:] == [(changed.name, 42)]
+    for commit in ("ba9876543210", "ba9876543210+", "ba9876543210+"):  # of changed files nothing can be told
+        monkeypatch.setattr(_measure, "commit", lambda commit=commit: commit)
+        ablations._table(table[:1], seeds, tmp_path)
+    assert asked[3:] == [(table[0].name, 42)] * 3
+    (path,) = tmp_path.glob("*/ablations.jsonl")
+    assert len(path.read_text().splitlines()) == 2
