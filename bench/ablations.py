@@ -64,6 +64,7 @@ class Variant:
         return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
 
 
+PUBLISHED = ("train.guidance_scale=1", "select.rejected=negative")
 TABLE = (
     Variant("demo"),
     Variant("no mask", ("masks.enabled=false",)),
@@ -83,10 +84,10 @@ TABLE = (
     Variant("no conditional term", ("train.loss.cond_weight=0",)),
     Variant("the prompt's own distribution trained", ("train.guidance_scale=1",)),
     Variant("that, and the guidance partner", ("train.guidance_scale=1", "train.unconditional_weight=0.5")),
-    Variant("own drawings rejected", ("select.rejected=own",)),
-    Variant("preset v3 as published", ("preset=v3", "train.guidance_scale=1")),
-    Variant("preset full as published", ("preset=full", "train.guidance_scale=1")),
-    Variant("no filter", ("select.rule=random",)),
+    Variant("near misses rejected", ("select.rejected=negative",)),
+    Variant("preset v3 as published", ("preset=v3", *PUBLISHED)),
+    Variant("preset full as published", ("preset=full", *PUBLISHED)),
+    Variant("no filter", ("select.rule=random", "select.rejected=negative")),
     Variant("rule v2", ("select.rule=v2",)),
     Variant("two iterations", ("iterations=2",)),
     Variant("three iterations", ("iterations=3",)),

@@ -85,7 +85,7 @@ def test_a_named_preset_has_its_own_weights(tmp_path, preset, where):
 
 
 def test_without_a_named_preset_the_family_and_the_run_settle_the_weights(tmp_path):
-    assert load_config(family="shapes").train.loss.simpo_weight == 0.05
+    assert load_config(family="shapes").train.loss.simpo_weight == 0.25
     saved = tmp_path / "config.yaml"
     saved.write_text(dump_config(load_config(["train.loss.simpo_weight=0.7"], family="shapes")))
     assert load_config(saved=saved, family="shapes").train.loss.simpo_weight == 0.7

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ospo_fast.config import load_config
+
 
 class Fake(ablations.Bench):
     """A bench that measures nothing: every variant gains one point for each seed above 41."""
@@ -82,3 +84,8 @@ def test_rows_of_another_commit_or_of_other_settings_are_measured_again(
     assert asked[3:] == [(table[0].name, 42)] * 3
     (path,) = tmp_path.glob("*/ablations.jsonl")
     assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("variant", ablations.TABLE, ids=lambda variant: variant.name)
+def test_every_variant_has_a_configuration(variant: ablations.Variant, tmp_path: Path) -> None:
+    load_config([*variant.settings, f"out={tmp_path}"], family="shapes")
