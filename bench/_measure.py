@@ -1,6 +1,7 @@
 """How everything here is measured: interleaved medians, peak memory above the inputs, rows that say what ran where."""
 
 import datetime as dt
+import functools
 import json
 import platform
 import re
@@ -17,7 +18,6 @@ import torch
 from ospo_fast import env
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD_START = 1_000_000  # cycles that the GPU waits, so that launches of small kernels are queued when time starts
 L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
 
 
@@ -67,7 +67,6 @@ def _milliseconds(run: Callable[..., object], arguments: tuple[Any, ...], device
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(HEAD_START)
         start.record()
         run(*arguments)
         end.record()
@@ -113,19 +112,18 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else str(env.collect()["system"]["cpu"])
 
 
+@functools.cache  # of the code that runs, whatever is committed meanwhile
 def commit() -> str:
-    """The commit of the checkout, with "+" when tracked files differ from it; "unknown" outside a repository."""
+    """The commit of the checkout, with "+" when tracked files but results differ from it; "unknown" outside of one."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
 
 
 def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **figures: Any) -> dict[str, Any]:

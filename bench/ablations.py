@@ -87,8 +87,8 @@ TABLE = (
     Variant("near misses rejected", ("select.rejected=negative",)),
     Variant("preset v3 as published", ("preset=v3", *PUBLISHED)),
     Variant("preset full as published", ("preset=full", *PUBLISHED)),
-    Variant("no filter", ("select.rule=random", "select.rejected=negative")),
-    Variant("rule v2", ("select.rule=v2",)),
+    Variant("near misses, no filter", ("select.rule=random", "select.rejected=negative")),
+    Variant("near misses, rule v2", ("select.rule=v2", "select.rejected=negative")),
     Variant("two iterations", ("iterations=2",)),
     Variant("three iterations", ("iterations=3",)),
 )
@@ -105,6 +105,7 @@ class Bench:
 
     def __init__(self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = ()) -> None:
         self.folder, self.split, self.per_kind, self.extra = folder, split, per_kind, extra
+        measure.commit()  # now, while the code is that which was loaded
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "held_out.txt").write_text("\n".join(held_out()) + "\n", encoding="utf-8")
         self.base = load_model("shapes")
@@ -161,9 +162,17 @@ class Bench:
 
     def measured(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
         """Whether `row` is what `measure` would give, as far as the commit and the settings tell."""
+        commit = measure.commit()
+        if commit == "unknown" or commit.endswith("+"):  # what was changed cannot be told
+            return False
         wanted = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
-        same = (row["commit"], row["split"], row["masks_given"]) == (measure.commit(), self.split, variant.masks)
-        return same and not row["commit"].endswith("+") and row["resolved"] == wanted
+        same = (row["commit"], row["split"], row["masks_given"]) == (commit, self.split, variant.masks)
+        return same and row["resolved"] == wanted
+
+    def same_base(self, row: dict[str, Any]) -> bool:
+        """Whether `row` compares with the same drawings of the base model."""
+        before = {f"at {scale:g}": drawings.headline() for scale, drawings in self.before.items()}
+        return all(scale in row and row[scale]["before"] == figures for scale, figures in before.items())
 
     def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
         """One variant trained from one seed: its gain at the base model's best guidance, at 1, and what it trained on.
@@ -213,7 +222,7 @@ class Bench:
 
 def _resolved(config: Config) -> dict[str, Any]:
     """The settings that variants differ in, defaults included."""
-    sections = ("prompts", "images", "select", "masks", "train")
+    sections = ("prompts", "images", "select", "masks", "train", "evaluate")
     found = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
     del found["prompts"]["exclude"]
     return {"preset": config.preset, "iterations": config.iterations, **found}
@@ -262,12 +271,16 @@ def run(out: Path, quick: bool) -> None:
 
 
 def _table(table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: bool = False) -> None:
-    """Measures the variants with every seed; their rows take the place of older ones in the results."""
-    path = measure.result_path(out, "ablations")
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = _in_order(row for row in rows if row["shapes"]["per_kind"] == (2 if quick else 150))
+    """Measures the variants with every seed; their rows take the place of older ones in the results.
+
+    Rows of other variants stay, if they compare with the same drawings of the base model.
+    """
+    name = "ablations-quick" if quick else "ablations"
+    path = measure.result_path(out, name)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = _in_order(row for row in rows if bench.same_base(row))
         for variant in table:
             for seed in seeds:
                 same = [row for row in rows if (row["variant"], row["seed"]) == (variant.name, seed)]
@@ -275,7 +288,7 @@ def _table(table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: 
                     continue
                 others = [row for row in rows if row not in same]
                 rows = _in_order([*others, bench.measure(variant, seed)])
-                measure.write(rows, out, "ablations")
+                measure.write(rows, out, name)
     _show(rows)
     plot(rows, path.with_suffix(".png"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import Timing, interleaved, peak_mb, row, show, write
+from _measure import Timing, dtype_name, interleaved, peak_mb, row, show, write
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
@@ -94,7 +94,7 @@ def ops(device: str, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
         shapes = {"L": L, "B": B, "H": H, "S": S, "D": D}
         for name, time in times.items():
             memory = round(peak_mb(variants[name], *arguments), 3)
-            rows.append(row("attention_columns", name, shapes, str(dtype)[6:], time, peak_mb=memory))
+            rows.append(row("attention_columns", name, shapes, dtype_name(dtype), time, peak_mb=memory))
     return rows
 
 
@@ -209,7 +209,7 @@ def decoder(
             figures = {"ms_per_image": round(time.median_ms / B, 4)}
             figures["to_first"] = round(time.median_ms / first.median_ms, 4)
             memory = round(peak_mb(variants[name], inputs()[0]), 3)
-            rows.append(row("AttentionCapture", name, shapes, str(dtype)[6:], time, peak_mb=memory, **figures))
+            rows.append(row("AttentionCapture", name, shapes, dtype_name(dtype), time, peak_mb=memory, **figures))
     return rows
 
 

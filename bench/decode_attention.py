@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _measure import interleaved, row, show, write
+from _measure import dtype_name, interleaved, row, show, write
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
@@ -53,6 +53,6 @@ def run(out: Path, quick: bool) -> None:
         for name, time in interleaved(variants, inputs, seconds=0.02 if quick else 0.3).items():
             gb_s = round(cache.numel() * cache.element_size() / time.median_ms / 1e6, 2)
             shapes = {"rows": M, "heads": H, "width": D, "length": L}
-            rows.append(row("decode_attention", name, shapes, str(dtype).removeprefix("torch."), time, gb_s=gb_s))
+            rows.append(row("decode_attention", name, shapes, dtype_name(dtype), time, gb_s=gb_s))
     write(rows, out, "decode_attention")
     show(rows)

@@ -53,7 +53,7 @@ def run(out: Path, quick: bool) -> None:
     figures = {name: summary.get(name) for name in FIGURES}
     shapes = {"pairs": summary["pairs"]}
     variant = "quick" if quick else "shapes"
-    dtype = "bf16" if torch.cuda.is_available() else "fp32"  # of models that are loaded without a word
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"  # as models are loaded by default
     line = measure.row("demo", variant, shapes, dtype, once, peak_mb=round(peak_mb, 1), **figures)
     measure.write([line], out, "demo")
     measure.show([line])

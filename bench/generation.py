@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import interleaved, peak_mb, row, show, write
+from _measure import dtype_name, interleaved, peak_mb, row, show, write
 from torch import Tensor
 from transformers import DynamicCache, JanusForConditionalGeneration
 
@@ -207,7 +207,7 @@ def run(out: Path, quick: bool) -> None:
                     "peak_mb": peak_mb(variants[name], model, prompts),
                 }
                 rows.append(
-                    row("generation", name, shapes, str(dtype).removeprefix("torch."), time, model=size.name,
+                    row("generation", name, shapes, dtype_name(dtype), time, model=size.name,
                         copy_gb_s=round(bandwidth / 1e9, 1), product_tflop_s=round(throughput / 1e12, 3),
                         **{key: round(value, 4) for key, value in figures.items()})
                 )  # fmt: skip

@@ -34,7 +34,7 @@ def once(overrides: tuple[str, ...]) -> list[StageReport]:
 
 def run(out: Path, quick: bool) -> None:
     runs = [once(SMALL)] if quick else [once(LARGE) for _ in range(REPEATS + 1)][1:]
-    dtype = str(next(load_model("shapes").module.parameters()).dtype).removeprefix("torch.")
+    dtype = measure.dtype_name(load_model("shapes").dtype)
     rows = []
     for stage, reports in zip(STAGES, zip(*runs, strict=True), strict=True):
         times = [report.seconds * 1e3 for report in reports]

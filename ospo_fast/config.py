@@ -127,7 +127,7 @@ class SelectConfig:
     """Stage 5: which pair is kept. `threshold`: local score of a base image (v3); `margin`: of an answer (v2).
 
     `rejected`: "negative", the image of a near miss, or "own", the base image that is answered worst of those that some
-    answer finds wrong; a near miss where there is none.
+    answer finds wrong; a near miss where there is none, and by rule "random", which judges no image.
     """
 
     rule: str = "v3"
@@ -140,10 +140,6 @@ class SelectConfig:
         """Check the ranges; UsageError otherwise."""
         _one_of("select.rule", self.rule, ("v3", "v2", "random"))
         _one_of("select.rejected", self.rejected, ("negative", "own"))
-        unjudged = self.rule == "random" and self.rejected == "own"
-        _check(
-            "select.rejected", self.rejected, not unjudged, "negative with select.rule=random, which judges no image"
-        )
 
 
 @dataclass

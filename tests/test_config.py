@@ -103,7 +103,6 @@ def test_without_a_named_preset_the_family_and_the_run_settle_the_weights(tmp_pa
         ("select.rejected=other", "select.rejected should be one of negative, own, got 'other'"),
         ("masks.layers=best", "masks.layers should be a list of integers, or auto, got 'best'"),
         ("masks.layers=[1,x]", "masks.layers should be a list of integers, or auto"),
-        ("select={rule: random, rejected: own}", "select.rejected should be negative with select.rule=random"),
         ("masks.rows=text", "masks.rows should be one of image, predicting, got 'text'"),
         ("train.guidance_scale=0.5", "train.guidance_scale should be 1 or more, got 0.5"),
         ("images.top_p=0", r"images.top_p should be in \(0, 1\], got 0"),

@@ -303,7 +303,7 @@ def test_without_masks(tiny, script, tmp_path):
 
 
 def test_rule_v2(tiny, script, tmp_path):
-    run = pipeline(tiny, tmp_path, "preset=v2", "select.margin=0.9")
+    run = pipeline(tiny, tmp_path, "preset=v2", "select.margin=0.9", "select.rejected=negative")
     for stage in STAGES[: STAGES.index("select") + 1]:
         run.stage(stage)
     kept = [r for r in read_stage(tmp_path, "select") if r["kept"]]
@@ -315,7 +315,7 @@ def test_rule_v2(tiny, script, tmp_path):
 
 def test_v2_goes_on_without_the_items_that_fail(tiny, script, tmp_path):
     """A prompt that is too long and codes that cannot be read cost their item the pair, and no more."""
-    settings = ["preset=v2", "select.margin=0.9"]
+    settings = ["preset=v2", "select.margin=0.9", "select.rejected=negative"]
     whole = pipeline(tiny, tmp_path, *settings)
     for stage in STAGES[: STAGES.index("select") + 1]:
         whole.stage(stage)

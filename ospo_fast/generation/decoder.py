@@ -269,6 +269,9 @@ class LeanDecoder:
         cache.keys[i][rows, :, start:end], cache.values[i][rows, :, start:end] = k, v
         if start:
             k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
+        grouped = self.heads != self.kv_heads
+        if k.is_cuda and grouped:  # the first of `_PREFILL` takes no groups
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
         with sdpa_kernel(_PREFILL, set_priority=True) if k.is_cuda else nullcontext():
             y = F.scaled_dot_product_attention(
                 rotate(q, cos, sin),
@@ -277,7 +280,7 @@ class LeanDecoder:
                 attn_mask=mask,
                 is_causal=start == 0,
                 scale=self._scale,
-                enable_gqa=self.heads != self.kv_heads,
+                enable_gqa=grouped and not k.is_cuda,
             )
         return y.transpose(1, 2).reshape(len(qkv), -1)
 

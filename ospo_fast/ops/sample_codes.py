@@ -158,7 +158,9 @@ def draw_codes(
         _native(chosen, cond, uncond, guidance_scale, temperature, seeds, steps, codes, bad, tokens)
         return
     z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale)
-    scores = z / temperature + gumbel_noise(seeds, steps, z.shape[1]) if temperature > 0 else z
+    scores = z
+    if temperature > 0:
+        scores = z / z.new_full((), temperature) + gumbel_noise(seeds, steps, z.shape[1])
     wrong = ~z.amax(1).isfinite()  # amax is NaN where the row holds one
     codes.copy_(scores.argmax(1).masked_fill(wrong, 0))
     bad.copy_(torch.where(wrong & (bad < 0), steps, bad))

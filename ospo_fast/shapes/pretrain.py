@@ -1,11 +1,12 @@
 """Makes the checkpoint that ships with the package: `python -m ospo_fast.shapes.pretrain --out DIR`.
 
 Four parts, all from one seed: the VQ model (`codebook.py`); the vision tower (`tower.py`); everything but the VQ model
-on several tasks at once: prompt → codes, picture and question → yes or no or a place, picture → caption, and the text
-tasks of the stages; last the VQ decoder once more, with the codes as they are. Drawing gets few sequences a step on
-purpose (`Recipe.draw`), so that the model makes the mistakes that OSPO is there to mend; nothing else is
-done to it. Prompts whose meaning is held out (`Description.split`) are never drawn and never written. Pictures that are
-looked at (VQ model, tower, captions, questions) are of random scenes, which may hold any objects.
+on several tasks at once: prompt → codes, picture and question → yes or no or a place, the names in a question → the
+cells that hold them (`Pointer`), picture → caption, and the text tasks of the stages; last the VQ decoder once more,
+with the codes as they are. Drawing gets few sequences a step on purpose (`Recipe.draw`), so that the model makes the
+mistakes that OSPO is there to mend; nothing else is done to it. Prompts whose meaning is held out
+(`Description.split`) are never drawn and never written. Pictures that are looked at (VQ model, tower, captions,
+questions) are of random scenes, which may hold any objects.
 
 Stopped at any point, the same command goes on from the last saved state.
 """
@@ -508,6 +509,8 @@ def _tasks(
     start, seconds = 0, 0.0
     if path.exists():
         kept = torch.load(path, weights_only=False)
+        if "pointer" not in kept:
+            raise OspoError(f"--out: {path} was made by an earlier version of this script; take another folder.")
         model.load_state_dict(kept["model"])
         pointer.load_state_dict(kept["pointer"])
         for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):

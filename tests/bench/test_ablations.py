@@ -18,16 +18,20 @@ class Fake(ablations.Bench):
 
     asked: list[tuple[str, int]]
     fail_at = -1
+    base_alignment = 0.5
 
     def __init__(self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = ()) -> None:
         self.folder, self.split, self.per_kind, self.extra = folder, split, per_kind, extra
+
+    def same_base(self, row: dict[str, Any]) -> bool:
+        return bool(row["at 1.5"]["before"]["alignment"] == self.base_alignment)
 
     def measure(self, variant: ablations.Variant, seed: int) -> dict[str, Any]:
         if len(self.asked) == self.fail_at:
             raise KeyboardInterrupt
         self.asked.append((variant.name, seed))
         figures = {
-            "before": {"alignment": 0.5},
+            "before": {"alignment": self.base_alignment},
             "gain": {"alignment": (seed - 41) / 100, "standard_error": 0.02},
         }
         return _measure.row(
@@ -78,12 +82,27 @@ def test_rows_of_another_commit_or_of_other_settings_are_measured_again(
     changed = ablations.Variant(table[1].name, ("train.steps=3",))
     ablations._table([table[0], changed], seeds, tmp_path)
     assert asked[2:] == [(changed.name, 42)]
-    for commit in ("ba9876543210", "ba9876543210+", "ba9876543210+"):  # of changed files nothing can be told
+    for commit in ("ba9876543210", "ba9876543210+", "ba9876543210+", "unknown", "unknown"):
         monkeypatch.setattr(_measure, "commit", lambda commit=commit: commit)
         ablations._table(table[:1], seeds, tmp_path)
-    assert asked[3:] == [(table[0].name, 42)] * 3
+    assert asked[3:] == [(table[0].name, 42)] * 5
     (path,) = tmp_path.glob("*/ablations.jsonl")
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_quick_rows_and_rows_of_another_base_are_kept_apart(
+    asked: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = ablations.TABLE[:2]
+    ablations._table(table, (42,), tmp_path)
+    (path,) = tmp_path.glob("*/ablations.jsonl")
+    whole = path.read_text()
+    ablations._table(table, (42,), tmp_path, quick=True)
+    assert path.read_text() == whole
+    monkeypatch.setattr(Fake, "base_alignment", 0.6)
+    ablations._table(table[:1], (42,), tmp_path)
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert row["at 1.5"]["before"]["alignment"] == 0.6
 
 
 @pytest.mark.parametrize("variant", ablations.TABLE, ids=lambda variant: variant.name)

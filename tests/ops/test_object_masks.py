@@ -160,6 +160,12 @@ def hard_maps_on(device: str) -> torch.Tensor:
 
 
 @pytest.mark.gpu
+def test_cuda_weights_that_fill_the_shared_memory_of_a_kernel() -> None:
+    masks = torch.rand(2, 48, 64).cuda() > 0.7  # 48 KB of dynamic shared memory, to which the static comes
+    torch.testing.assert_close(token_weights(masks).cpu(), token_weights(masks.cpu()))
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 def test_cuda_masks_and_weights_in_one_launch() -> None:
     maps = torch.rand(5, 3, 24, 24).cuda()

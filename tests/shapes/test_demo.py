@@ -123,7 +123,7 @@ def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
 
 
 def test_training_watches_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One setting for `demo` and for `train`: 40 prompts of each headline kind, all of them validation prompts."""
+    """One setting for `demo` and for `train`: 200 prompts of each headline kind, or all, of the validation split."""
     seen: list[dict[str, Any]] = []
     nobody: Any = None  # the drawings are made up
 
@@ -141,9 +141,9 @@ def test_training_watches_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
     assert (seen[0]["per_kind"], seen[0]["seeds"]) == (7, [3])
-    assert (seen[2]["per_kind"], seen[2]["split"]) == (40, "validation")
+    assert (seen[2]["per_kind"], seen[2]["split"]) == (200, "validation")
     for kind in evaluate.HEADLINE:
-        assert len(evaluate.held_out_prompts("validation", 40, [kind])) >= 24
+        assert len(evaluate.held_out_prompts("validation", 200, [kind])) >= 24
 
 
 def test_no_stage_draws_or_trains_on_a_held_out_prompt(run_folder: Path) -> None:

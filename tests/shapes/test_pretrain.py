@@ -10,7 +10,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.shapes import codebook, pretrain
 from ospo_fast.shapes.build import build_model, build_processor, vocabulary
 from ospo_fast.shapes.pretrain import Data, Recipe
-from ospo_fast.shapes.scenes import held_out, parse
+from ospo_fast.shapes.scenes import Object, Scene, held_out, parse
 
 TINY = Recipe(
     codes_steps=2,
@@ -148,3 +148,31 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OspoError, match="can be written"):
         pretrain.run(tmp_path / "file" / "out", TINY)
+
+
+def test_names_are_asked_for_their_cells(data: Data) -> None:
+    things = (("red", "circle", (0, 1)), ("red", "circle", (2, 2)), ("blue", "cross", (1, 0)))
+    scene = Scene(tuple(Object(color, shape, "small", cell) for color, shape, cell in things), "white")
+    for text, expected in {
+        "are there two red circles?": {"circles": 1 << 1 | 1 << 8},
+        "is the red circle above the blue cross?": {"circle": 1 << 1 | 1 << 8, "cross": 1 << 3},
+        "is there a green square?": {"square": 0},
+        "are there three objects?": {},
+    }.items():
+        tokens = list(data.ids(text))
+        found = {
+            data.tokenizer.decode([token]): cells
+            for token, cells in zip(tokens, data._cells(tokens, scene), strict=True)
+        }
+        assert {word.strip(): cells for word, cells in found.items() if cells != pretrain.IGNORED} == expected
+
+
+def test_pointing_is_the_cross_entropy_of_the_named_tokens() -> None:
+    pointer = pretrain.Pointer(16)
+    hidden, cells = torch.randn(2, 3, 16), torch.full((2, 3), pretrain.IGNORED)
+    cells[0, 1], cells[1, 2] = 0b101, 0
+    held = torch.zeros(2, 9)
+    held[0, [0, 2]] = 1
+    logits = pointer.cells(pointer.norm(torch.stack([hidden[0, 1], hidden[1, 2]])))
+    expected = -(held * logits.sigmoid().log() + (1 - held) * (-logits).sigmoid().log()).mean()
+    torch.testing.assert_close(pointer.loss(hidden, cells), expected)

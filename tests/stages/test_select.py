@@ -101,6 +101,8 @@ def test_random_is_unfiltered_and_seeded():
     drawn = {select_pair(record, "random", seed)["chosen"] for seed in range(40)}
     assert drawn == {"b0.png", "b1.png", "b2.png"}
     assert select_pair(record, "random", random.Random(5)) == select_pair(record, "random", 5)
+    own = select_pair(record, "random", 5, settings=SelectConfig(rule="random", rejected="own"))
+    assert own == select_pair(record, "random", 5)  # which drawing is wrong is not known without judging
 
 
 def test_wrong_rule_and_wrong_names():
