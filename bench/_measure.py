@@ -42,8 +42,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times the variants in turns, so that all of them see the same noise, until each has run for `seconds`.
 
-    No more than `most` turns are taken: where one variant is a thousand times faster than another, its time is known.
-
+    No more than `most` turns are taken: a variant that is far faster than the others would keep them running.
     inputs() makes the arguments of one turn, outside the time: fresh random values, because zeros run faster.
     cold=True empties the GPU's second-level cache before every run.
     """

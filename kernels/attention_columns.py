@@ -170,20 +170,19 @@ def attention_columns(
     (B, heads, _, D), kv, (_, objects, C), length = q.shape, k.shape[1], columns.shape, out.shape[2]
     block_d, given = max(16, triton.next_power_of_2(D)), lse is not None
     options = {"D": D, "BLOCK_D": block_d, "CAUSAL": causal}
-    if lse is None:
-        lse = q.new_empty(B, heads, length, dtype=torch.float32)
-        size = 64 if block_d * q.element_size() <= 256 and q.element_size() == 2 else 32
-        with torch.cuda.device_of(q):
-            row_lse_kernel[triton.cdiv(length, size), heads, B](
-                q, k, lse, *bounds, *q.stride()[:3], *k.stride()[:3], heads // kv, length, scale * LOG2E,
-                **options, ROWS=size, KEYS=size,
-            )  # fmt: skip
-    lse = lse.float()  # a copy, where it is one, has strides of its own
     width = min(MOST_COLUMNS, max(16, triton.next_power_of_2(objects * C)))
     # Few rows a program where there are few programs: each goes through all heads.
     size = 16 if B * triton.cdiv(length, 32) < 256 else 32
-    for begin in range(0, objects * C, width):
-        with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):
+        if lse is None:
+            lse = q.new_empty(B, heads, length, dtype=torch.float32)
+            tile = 64 if block_d * q.element_size() <= 256 and q.element_size() == 2 else 32
+            row_lse_kernel[triton.cdiv(length, tile), heads, B](
+                q, k, lse, *bounds, *q.stride()[:3], *k.stride()[:3], heads // kv, length, scale * LOG2E,
+                **options, ROWS=tile, KEYS=tile,
+            )  # fmt: skip
+        lse = lse.float()  # a copy, where it is one, has strides of its own
+        for begin in range(0, objects * C, width):
             columns_kernel[triton.cdiv(length, size), B](
                 q, k, lse, columns, *bounds, share, out, *q.stride()[:3], *k.stride()[:3], *lse.stride(),
                 *out.stride(), heads, heads // kv, objects, C, begin, length, scale * LOG2E,

@@ -149,8 +149,7 @@ def decode_attention(
     count = splits(length)
     partial = torch.empty(rows, heads, count, width, dtype=torch.float32, device=qkv.device)
     peaks, sums = torch.empty(2, rows, heads, count, dtype=torch.float32, device=qkv.device)
-    sizes = {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": triton.next_power_of_2(width)}
-    sizes["SPLIT"] = SPLIT
+    sizes = {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": triton.next_power_of_2(width), "SPLIT": SPLIT}
     with torch.cuda.device_of(qkv):
         split_kernel[rows, kv_heads, count](
             qkv, cos, sin, keys, values, slots, lengths, partial, peaks, sums, keys.stride(0), keys.stride(1), count,

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,6 +31,35 @@ def test_variants_take_turns_on_the_same_fresh_inputs() -> None:
 def test_every_variant_runs_for_the_asked_time() -> None:
     times = _measure.interleaved({"a": lambda: time.sleep(0.001)}, lambda: (), seconds=0.03)
     assert times["a"].repeats * times["a"].p80_ms >= 20
+
+
+def test_no_more_turns_than_asked() -> None:
+    times = _measure.interleaved({"a": lambda: None}, lambda: (), seconds=10.0, warmup=1, most=5)
+    assert times["a"].repeats == 5
+
+
+def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(_measure, "ROOT", tmp_path)
+    commit = _measure.commit.__wrapped__
+    assert commit() == "unknown"
+    git("init", "-q")
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    for name in ("code.py", "bench/results/rows.jsonl"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+    assert commit() == head
+    (tmp_path / "bench/results/rows.jsonl").write_text("2")
+    assert commit() == head
+    (tmp_path / "code.py").write_text("2")
+    assert commit() == f"{head}+"
 
 
 def test_peak_memory_is_above_the_inputs() -> None:

@@ -140,6 +140,16 @@ def test_a_stopped_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("small_world")
+def test_the_state_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    pretrain.run(tmp_path, TINY, checkpoint_every=2)
+    state = torch.load(tmp_path / "state.pt", weights_only=False)
+    del state["pointer"]
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(OspoError, match=r"state\.pt was made by an earlier version.*another folder"):
+        pretrain.run(tmp_path, TINY)
+
+
+@pytest.mark.usefixtures("small_world")
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     pretrain._same_recipe(tmp_path, TINY)
     pretrain._same_recipe(tmp_path, TINY)
