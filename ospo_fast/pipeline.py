@@ -184,14 +184,24 @@ class Pipeline:
         return str(trained)
 
     def model(self, iteration: int = 1) -> UnifiedModel:
-        """The model that an iteration starts from, loaded once."""
+        """The model that an iteration starts from, loaded once; UsageError when it lacks layers of `masks.layers`."""
         from ospo_fast.models import load_model
 
         name = self.model_name(iteration)
         if name not in self._models:
             self._models.clear()
             self._models[name] = load_model(name, device=self.config.device, dtype=self.config.dtype)
+            self._check_layers(self._models[name])
         return self._models[name]
+
+    def _check_layers(self, model: UnifiedModel) -> None:
+        """Refuse layers that masks cannot be taken from now, not when everything before the masks is made."""
+        layers, count = self.config.masks.layers, len(model.decoder.layers)  # type: ignore[arg-type]
+        if self.config.masks.enabled and isinstance(layers, list) and any(not -count <= i < count for i in layers):
+            raise UsageError(
+                f"masks.layers: got {layers}, expected indices from {-count} to {count - 1}; {model.name} has {count} "
+                "layers."
+            )
 
     def prepare(self, iteration: int = 1) -> None:
         """Load the model and check that the template set knows the wanted kinds of prompts; nothing is written."""

@@ -123,11 +123,11 @@ def test_empty_prompt_file(refused, tiny, command):
     refused(2, "Cannot read the prompt file", command, "--prompts", "none.txt", "--model", tiny)
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "prompts"])
-@pytest.mark.parametrize("key", ["prompts.file", "prompts.exclude"])
+@pytest.mark.parametrize(
+    ("command", "key"),  # the demo excludes the prompts of its evaluation, whatever is set
+    [("demo", "prompts.file"), *((c, f"prompts.{key}") for c in ("run", "prompts") for key in ("file", "exclude"))],
+)
 def test_empty_prompt_file_of_the_settings(refused, tiny, command, key):
-    if (command, key) == ("demo", "prompts.exclude"):
-        pytest.skip("the demo sets it itself")
     refused(2, "holds no prompt", command, f"{key}=p.txt", "--model", tiny, files={"p.txt": "\n"})
 
 
@@ -160,6 +160,16 @@ def test_disk_that_is_full(refused, tiny, command, run_folder, script, monkeypat
     arguments = [] if command == "report" else [*afresh, *settings]
     refused(1, "No space left on device", command, *arguments, "--out", out)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "prompts", "masks", "train"])
+def test_layers_that_the_model_lacks(refused, tiny, command, run_folder):
+    """Said before anything is drawn: the masks come late."""
+    words = "masks.layers: got [0, 9], expected indices from -2 to 1"
+    out = ["--no-resume", "--out", run_folder] if command in ("masks", "train") else []
+    before = contents(run_folder)
+    refused(2, words, command, "masks.layers=[0,9]", "--model", tiny, *out)
+    assert contents(run_folder) == before
 
 
 def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, script):
