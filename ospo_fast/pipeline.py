@@ -191,7 +191,7 @@ class Pipeline:
         if name not in self._models:
             self._models.clear()
             self._models[name] = load_model(name, device=self.config.device, dtype=self.config.dtype)
-            self._check_layers(self._models[name])
+        self._check_layers(self._models[name])
         return self._models[name]
 
     def _check_layers(self, model: UnifiedModel) -> None:
