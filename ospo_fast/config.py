@@ -91,8 +91,12 @@ class PerturbConfig(TextConfig):
 
 @dataclass
 class ImagesConfig:
-    """Stage 3: classifier-free guidance u + w·(c − u), and sampling."""
+    """Stage 3: classifier-free guidance u + w·(c − u), and sampling.
 
+    `draws`: images of each variant's dense prompt; the first has an image of the near miss beside it.
+    """
+
+    draws: int = 1
     guidance_scale: float = 5.0
     temperature: float = 1.0
     top_k: int = 0
@@ -102,6 +106,7 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
+        _check("images.draws", self.draws, self.draws >= 1, "1 or more")
         _check("images.guidance_scale", self.guidance_scale, self.guidance_scale >= 0, "0 or more")
         _check("images.temperature", self.temperature, self.temperature > 0, "above 0")
         _check("images.top_k", self.top_k, self.top_k >= 0, "0 (no limit) or more")

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypedDict, cast, final
@@ -134,12 +134,18 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def variant_index(name: str) -> int:
-    """The variant that an image name such as `base_2` stands for."""
+def image_index(name: str) -> int:
+    """The number in an image name such as `base_2`; `variant_of` tells whose image it is."""
     match = re.search(r"(\d+)$", name)
     if match is None:
         raise OspoError(f"The image name {name!r} should end in the number of its variant, as in base_0.")
     return int(match.group(1))
+
+
+def variant_of(index: int, record: Mapping[str, Any]) -> int:
+    """The variant of image `index` of an item. Of V variants, the k-th further image of variant i has index i + k·V."""
+    variants = len(record.get("negative_prompt", ()))
+    return index % variants if variants else index
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -12,10 +12,11 @@ from ospo_fast.errors import OspoError
 from ospo_fast.records import (
     Store,
     append_line,
+    image_index,
     read_records,
     stable_hash,
     validate,
-    variant_index,
+    variant_of,
     write_atomic,
     write_json,
 )
@@ -160,13 +161,15 @@ def test_official_files_load(tmp_path):
     assert list(read_records(path)) == [vqa]
 
 
-def test_stable_hash_and_variant_index():
+def test_stable_hash_and_the_numbers_of_images():
     assert stable_hash(42, "images", "0000001", 0) == stable_hash(42, "images", "0000001", 0)
     assert stable_hash(1, 23) != stable_hash(12, 3)
     assert 0 <= stable_hash("x") < 2**63
-    assert variant_index("negative_12") == 12
+    assert image_index("negative_12") == 12
+    assert [variant_of(index, record("a", negative_prompt=["b", "c"])) for index in (0, 1, 2, 5)] == [0, 1, 0, 1]
+    assert variant_of(4, record("a")) == 4
     with pytest.raises(OspoError, match="base_0"):
-        variant_index("negative")
+        image_index("negative")
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

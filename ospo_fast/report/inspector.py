@@ -144,9 +144,10 @@ def _variants(record: Record, images: dict[str, dict[str, Any]]) -> list[dict[st
     }
     places = [int(key.rpartition("_")[2]) + 1 for key in images if key.rpartition("_")[2].isdigit()]
     count = max([len(columns["prompt"]), len(columns["dense"]), len(columns["denseNegative"]), *places], default=0)
+    variants = len(columns["prompt"]) or count
     return [
-        {name: text(values[index]) if index < len(values) else "" for name, values in columns.items()}
-        for index in range(count)
+        {name: text(values[place]) if place < len(values) else "" for name, values in columns.items()}
+        for place in (index % variants for index in range(count))  # images drawn again count on
     ]
 
 

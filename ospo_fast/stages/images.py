@@ -1,4 +1,4 @@
-"""Stage 3: for each variant one image of the dense prompt and one of its dense near miss."""
+"""Stage 3: for each variant images of the dense prompt, and one of its dense near miss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
-from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index, write_atomic
+from ospo_fast.records import ImageVerdict, Record, image_index, stable_hash, write_atomic
 from ospo_fast.stages.common import chunked, load_codes, open_image, png, save_codes, undrawable
 
 if TYPE_CHECKING:
@@ -32,17 +32,23 @@ class Drawing:
     seed: int
 
 
-def drawings(record: Record, seed: int) -> list[Drawing]:
-    """The images of an item. Base and negative of a variant share their seed, so that they differ in little else."""
+def drawings(record: Record, seed: int, draws: int = 1) -> list[Drawing]:
+    """The images of an item: of each variant `draws` of its dense prompt, and one of the near miss.
+
+    The first and that of the near miss share their seed, so that they differ in little else.
+    """
     sides = {"base": record.get("long_prompt", []), "negative": record.get("negative_long_prompt", [])}
+    variants = list(zip(*sides.values(), strict=True))
     plan = []
-    for i, pair in enumerate(zip(*sides.values(), strict=True)):
+    for index in range(draws * len(variants)):
+        pair = variants[index % len(variants)]
         if not all(pair):
             continue
-        draw_seed = stable_hash(seed, "images", record["item_id"], i)
+        draw_seed = stable_hash(seed, "images", record["item_id"], index)
         for side, prompt in zip(SIDES, pair, strict=True):
-            path = f"images/{record['item_id']}/{side}_{i}.png"
-            plan.append(Drawing(f"{side}_{i}", path, prompt, draw_seed))
+            if side == "base" or index < len(variants):
+                path = f"images/{record['item_id']}/{side}_{index}.png"
+                plan.append(Drawing(f"{side}_{index}", path, prompt, draw_seed))
     return plan
 
 
@@ -81,7 +87,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     settings = config.images
     generator = ImageGenerator(model, batch_size=settings.batch_size)
     for chunk in chunked(records, settings.chunk):
-        plans = [drawings(record, config.seed) for record in chunk]
+        plans = [drawings(record, config.seed, settings.draws) for record in chunk]
         todo = [d for plan in plans for d in plan if not finished(out / d.path, _settings(d, settings))]
         failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
         todo = [drawing for drawing in todo if drawing.path not in failed]
@@ -123,11 +129,12 @@ def _draw(generator: ImageGenerator, todo: list[Drawing], settings: ImagesConfig
 
 
 def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) -> Record:
-    """The record with the images of its variants; one whose drawing failed is left out, and so is its partner."""
-    bad = {variant_index(drawing.name): failed[drawing.path] for drawing in plan if drawing.path in failed}
-    good = [drawing for drawing in plan if variant_index(drawing.name) not in bad]
-    base, negative = ({d.name: ImageVerdict(path=d.path) for d in good if d.name.startswith(side)} for side in SIDES)
+    """The record with the images of its variants; where a drawing failed, all of its variant are left out."""
     reasons = list(record.get("variant_reasons", [None] * len(record.get("long_prompt", []))))
-    for index, reason in bad.items():
-        reasons[index] = reason
+    variants = [image_index(drawing.name) % len(reasons) for drawing in plan]
+    bad = {variant: failed[d.path] for variant, d in zip(variants, plan, strict=True) if d.path in failed}
+    good = [drawing for variant, drawing in zip(variants, plan, strict=True) if variant not in bad]
+    base, negative = ({d.name: ImageVerdict(path=d.path) for d in good if d.name.startswith(side)} for side in SIDES)
+    for variant, reason in bad.items():
+        reasons[variant] = reason
     return {**record, "base_metadata": base, "negative_metadata": negative, "variant_reasons": reasons}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ospo_fast.config import Config, SelectConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import ImageVerdict, Record, stable_hash, variant_index
+from ospo_fast.records import ImageVerdict, Record, image_index, stable_hash, variant_of
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -134,7 +134,7 @@ def _kept(
     kept: dict[int, Mapping[str, Any]] = {}
     for name, verdict in verdicts.items():
         if judge(verdict)[0]:
-            kept[variant_index(name)] = verdict
+            kept[image_index(name)] = verdict
     return kept
 
 
@@ -202,13 +202,13 @@ def run(
             continue
         kept: Record = {**judged, "kept": True, **pair}
         index = next(
-            variant_index(name)
+            image_index(name)
             for side in ("negative_metadata", "base_metadata")
             for name, verdict in record[side].items()
             if verdict["path"] == pair["rejected"]
         )
         if "negative_prompt" in record:
-            kept["rejected_prompt"] = record["negative_prompt"][index]
+            kept["rejected_prompt"] = record["negative_prompt"][variant_of(index, record)]
         yield kept
 
 

@@ -80,6 +80,24 @@ def test_base_and_negative_of_a_variant_share_their_seed():
     assert plan["base_0"] != {d.name: d.seed for d in drawings(item(1), 43)}["base_0"]
 
 
+def test_more_draws_count_on_and_have_seeds_of_their_own(model, tmp_path):
+    one, more = drawings(item(1, (0, 2)), 42), drawings(item(1, (0, 2)), 42, draws=3)
+    assert [d.name for d in more] == [
+        "base_0",
+        "negative_0",
+        "base_2",
+        "negative_2",
+        *(f"base_{i}" for i in (3, 5, 6, 8)),
+    ]
+    assert more[: len(one)] == one
+    assert len({d.seed for d in more}) == 6
+    assert {d.prompt for d in more if d.name in ("base_0", "base_3", "base_6")} == {"a red circle on a gray background"}
+    (done,) = run([item(1, (0, 2))], model, config("images.draws=2"), out=tmp_path)
+    assert list(done["base_metadata"]) == ["base_0", "base_2", "base_3", "base_5"]
+    assert list(done["negative_metadata"]) == ["negative_0", "negative_2"]
+    assert load_codes(tmp_path / "images/0000001/base_5.npz")["prompt"] == "a red circle on a white background"
+
+
 def test_images_do_not_depend_on_order_or_chunk(model, tmp_path):
     items = [item(n) for n in range(3)]
     list(run(items, model, config(), out=tmp_path / "a"))
@@ -160,6 +178,9 @@ def test_a_prompt_that_cannot_be_drawn_is_left_out(model, tmp_path):
     assert "does not know ('zebra')" in one["variant_reasons"][0]
     assert one["variant_reasons"][1] is None
     assert "tokens, at most" in one["variant_reasons"][2]
+    (again,) = run([record], model, config("images.draws=2"), out=tmp_path / "again")
+    assert list(again["base_metadata"]) == ["base_1", "base_4"]
+    assert again["variant_reasons"] == one["variant_reasons"]
     assert len(other["base_metadata"]) == 3
 
 

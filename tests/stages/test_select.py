@@ -96,6 +96,15 @@ def test_an_own_drawings_variant_gives_the_rejected_prompt():
     assert (done["rejected"], done["rejected_prompt"]) == ("b2.png", "n2")
 
 
+def test_further_drawings_of_a_variant():
+    """Of three variants, base_5 is the second drawing of the last, and has no near miss beside it."""
+    record = item({0: [0.7], 2: [-0.2], 3: [-0.9], 5: [0.9]}, {0: [-1], 2: [-1]})
+    (done,) = run([record], None, load_config(["select.rejected=own"]))
+    assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b5.png", "b3.png", "n0")
+    (done,) = run([record], None, load_config())
+    assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b0.png", "n0.png", "n0")
+
+
 def test_random_is_unfiltered_and_seeded():
     record = item({0: [-1], 1: [-1], 2: [-1]}, {0: [1], 1: [1], 2: [1]})
     drawn = {select_pair(record, "random", seed)["chosen"] for seed in range(40)}
