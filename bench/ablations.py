@@ -103,8 +103,16 @@ QUICK = (
 class Bench:
     """Runs of several seeds in `folder`, and the base model's drawings that every variant is compared with."""
 
-    def __init__(self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = ()) -> None:
-        self.folder, self.split, self.per_kind, self.extra = folder, split, per_kind, extra
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        split: str,
+        per_kind: int,
+        extra: tuple[str, ...] = (),
+        sampling: tuple[int, ...] = SAMPLING,
+    ) -> None:
+        self.folder, self.split, self.per_kind, self.extra, self.sampling = folder, split, per_kind, extra, sampling
         measure.commit()  # now, while the code is that which was loaded
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "held_out.txt").write_text("\n".join(held_out()) + "\n", encoding="utf-8")
@@ -127,7 +135,7 @@ class Bench:
             split=self.split,
             per_kind=self.per_kind,
             guidance_scale=scale,
-            seeds=SAMPLING,
+            seeds=self.sampling,
             kinds=evaluate.HEADLINE,
             progress=False,
         )
@@ -210,7 +218,7 @@ class Bench:
             resolved=_resolved(config),
             split=self.split,
             seed=seed,
-            sampling=list(SAMPLING),
+            sampling=list(self.sampling),
             guidance_scale=self.scale,
             best_step=done["best_step"],
             watched=watched,
@@ -350,6 +358,7 @@ def main() -> None:
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]), help="training seeds")
     parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
+    parser.add_argument("--sampling", type=int, default=6, help="sampling seeds of a trial; the table has two")
     parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
@@ -362,7 +371,8 @@ def main() -> None:
         return
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
     with _folder(options.folder) as folder:
-        bench = Bench(folder, split="validation", per_kind=options.per_kind)
+        sampling = tuple(range(options.sampling))
+        bench = Bench(folder, split="validation", per_kind=options.per_kind, sampling=sampling)
         rows = []
         trials = options.out / "shapes" / "trials.jsonl"
         trials.parent.mkdir(parents=True, exist_ok=True)
