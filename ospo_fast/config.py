@@ -93,9 +93,11 @@ class PerturbConfig(TextConfig):
 class ImagesConfig:
     """Stage 3: classifier-free guidance u + w·(c − u), and sampling.
 
-    `draws`: images of each variant's dense prompt; the first has an image of the near miss beside it.
+    `prompts`: what is drawn, the "dense" prompts of a variant, or the "plain" prompt and near miss themselves.
+    `draws`: images of the prompt for each variant; the first has an image of the near miss beside it.
     """
 
+    prompts: str = "dense"
     draws: int = 1
     guidance_scale: float = 5.0
     temperature: float = 1.0
@@ -106,6 +108,7 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
+        _one_of("images.prompts", self.prompts, ("dense", "plain"))
         _check("images.draws", self.draws, self.draws >= 1, "1 or more")
         _check("images.guidance_scale", self.guidance_scale, self.guidance_scale >= 0, "0 or more")
         _check("images.temperature", self.temperature, self.temperature > 0, "above 0")

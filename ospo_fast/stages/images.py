@@ -1,4 +1,4 @@
-"""Stage 3: for each variant images of the dense prompt, and one of its dense near miss."""
+"""Stage 3: for each variant images of the prompt, and one of its near miss, both dense or both plain."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ class Drawing:
     seed: int
 
 
-def drawings(record: Record, seed: int, draws: int = 1) -> list[Drawing]:
-    """The images of an item: of each variant `draws` of its dense prompt, and one of the near miss.
+def drawings(record: Record, seed: int, draws: int = 1, prompts: str = "dense") -> list[Drawing]:
+    """The images of an item: of each variant `draws` of its prompt, and one of the near miss.
 
     The first and that of the near miss share their seed, so that they differ in little else.
     """
-    sides = {"base": record.get("long_prompt", []), "negative": record.get("negative_long_prompt", [])}
-    variants = list(zip(*sides.values(), strict=True))
+    variants: list[tuple[str, str]] = list(
+        zip(record.get("long_prompt", []), record.get("negative_long_prompt", []), strict=True)
+    )
     plan = []
     for index in range(draws * len(variants)):
-        pair = variants[index % len(variants)]
+        variant = index % len(variants)
+        pair = variants[variant]
         if not all(pair):
             continue
+        if prompts == "plain":
+            pair = record["prompt"], record["negative_prompt"][variant]
         draw_seed = stable_hash(seed, "images", record["item_id"], index)
         for side, prompt in zip(SIDES, pair, strict=True):
-            if side == "base" or index < len(variants):
+            if side == "base" or index == variant:
                 path = f"images/{record['item_id']}/{side}_{index}.png"
                 plan.append(Drawing(f"{side}_{index}", path, prompt, draw_seed))
     return plan
@@ -87,7 +91,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     settings = config.images
     generator = ImageGenerator(model, batch_size=settings.batch_size)
     for chunk in chunked(records, settings.chunk):
-        plans = [drawings(record, config.seed, settings.draws) for record in chunk]
+        plans = [drawings(record, config.seed, settings.draws, settings.prompts) for record in chunk]
         todo = [d for plan in plans for d in plan if not finished(out / d.path, _settings(d, settings))]
         failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
         todo = [drawing for drawing in todo if drawing.path not in failed]

@@ -98,6 +98,18 @@ def test_more_draws_count_on_and_have_seeds_of_their_own(model, tmp_path):
     assert load_codes(tmp_path / "images/0000001/base_5.npz")["prompt"] == "a red circle on a white background"
 
 
+def test_plain_prompts_are_drawn_where_wanted(model, tmp_path):
+    record = {**item(1, (0, 2)), "negative_prompt": ["a blue circle", "a red circle", "a red square"]}
+    plan = {d.name: d.prompt for d in drawings(record, 42, draws=2, prompts="plain")}
+    assert plan == {
+        **dict.fromkeys(("base_0", "base_2", "base_3", "base_5"), "a red circle"),
+        "negative_0": "a blue circle",
+        "negative_2": "a red square",
+    }
+    (done,) = run([record], model, config("images.prompts=plain"), out=tmp_path)
+    assert load_codes(tmp_path / "images/0000001/negative_2.npz")["prompt"] == "a red square"
+
+
 def test_images_do_not_depend_on_order_or_chunk(model, tmp_path):
     items = [item(n) for n in range(3)]
     list(run(items, model, config(), out=tmp_path / "a"))
