@@ -136,10 +136,13 @@ class SelectConfig:
 
     `rejected`: "negative", the image of a near miss, or "own", the base image that is answered worst of those that some
     answer finds wrong; a near miss where there is none, and by rule "random", which judges no image.
+
+    `pairs`: the most pairs of an item, of different images; those after the first fall back on no near miss.
     """
 
     rule: str = "v3"
     rejected: str = "negative"
+    pairs: int = 1
     threshold: float = 0.6
     margin: float = 0.5
     batch_size: int = 8
@@ -148,6 +151,7 @@ class SelectConfig:
         """Check the ranges; UsageError otherwise."""
         _one_of("select.rule", self.rule, ("v3", "v2", "random"))
         _one_of("select.rejected", self.rejected, ("negative", "own"))
+        _check("select.pairs", self.pairs, self.pairs >= 1, "1 or more")
 
 
 @dataclass

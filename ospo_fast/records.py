@@ -59,6 +59,18 @@ class ObjectSpan(TypedDict):
     end: int
 
 
+class FurtherPair(TypedDict, total=False):
+    """A pair of an item after its first. `pairs_of` makes a record of it."""
+
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+    rejected_prompt: str
+    mask_path: str
+    mask_reason: str
+
+
 class Record(TypedDict, total=False):
     """One item. Stage by stage: prompts, perturb, images, questions, score, select, masks."""
 
@@ -87,6 +99,7 @@ class Record(TypedDict, total=False):
     chosen_score: float
     rejected_score: float
     rejected_prompt: str
+    further_pairs: list[FurtherPair]  # of other images, where more than one pair of an item was wanted
     kept: bool
     reason: str
     # masks
@@ -121,6 +134,9 @@ def validate(record: object, where: str) -> Record:
         value = record.get(name)
         if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise OspoError(f"{where}: `{name}` should be a list of strings, got {value!r}.")
+    further = record.get("further_pairs")
+    if further is not None and not (isinstance(further, list) and all(isinstance(pair, dict) for pair in further)):
+        raise OspoError(f"{where}: `further_pairs` should be a list of objects, got {further!r}.")
     for name in ("base_metadata", "negative_metadata"):
         value = record.get(name)
         if value is not None and not (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())):
@@ -146,6 +162,18 @@ def variant_of(index: int, record: Mapping[str, Any]) -> int:
     """The variant of image `index` of an item. Of V variants, the k-th further image of variant i has index i + k·V."""
     variants = len(record.get("negative_prompt", ()))
     return index % variants if variants else index
+
+
+_OF_ONE_PAIR = frozenset(FurtherPair.__annotations__) | {"further_pairs", "mask", "mask_stats"}
+
+
+def pairs_of(records: Iterable[Record]) -> Iterator[Record]:
+    """A record for each pair: the items themselves, each followed by its further pairs with ids such as 0000012-1."""
+    for record in records:
+        yield record
+        item = {name: value for name, value in record.items() if name not in _OF_ONE_PAIR}
+        for number, pair in enumerate(record.get("further_pairs", ()), 1):
+            yield cast(Record, {**item, **pair, "item_id": f"{record['item_id']}-{number}"})
 
 
 def write_atomic(path: Path, data: bytes) -> None:

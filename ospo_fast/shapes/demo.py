@@ -25,7 +25,7 @@ from ospo_fast.config import Config, EvaluateConfig
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import STAGES, Pipeline, read_stage, stage_figures
-from ospo_fast.records import Record, write_atomic, write_json
+from ospo_fast.records import Record, pairs_of, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import read, satisfies
@@ -209,7 +209,7 @@ def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
 
     A pair whose prompt is no prompt of the Shapes grammar counts as impure.
     """
-    kept = [record for record in records if record.get("kept")]
+    kept = [record for record in pairs_of(records) if record.get("kept")]
     right = [_shows(out / str(record["chosen"]), record["prompt"]) for record in kept]
     wrong = [not _shows(out / str(record["rejected"]), record["prompt"]) for record in kept]
     pure = [r and w for r, w in zip(right, wrong, strict=True)]
@@ -246,7 +246,7 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
     `mask_iou_all_ones` is what a mask of the whole image would have.
     """
     found, ones = [], []
-    for record in records:
+    for record in pairs_of(records):
         if not record.get("mask_path"):
             continue
         union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import ObjectSpan, Record, locked, write_atomic, write_json
+from ospo_fast.records import FurtherPair, ObjectSpan, Record, locked, pairs_of, write_atomic, write_json
 from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
 from ospo_fast.stages.forward import hidden_states, teacher_forced
 from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
@@ -233,7 +233,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     An item fails alone: one whose prompt is too long for the model or names no object, or whose images cannot be read.
     The file holds, for chosen and rejected: `*_maps` (O, H, W) f32 in [0, 1], `*_thresholds` (O,) f32, `*_masks`
     (O, H, W) u8, `*_union` (H, W) u8 and, with `masks.soft`, `*_soft` (H, W) f32. Nouns without a token are in
-    `unmatched_objects`, with the reason.
+    `unmatched_objects`, with the reason. The entries of `further_pairs` get a `mask_path` or a `mask_reason` likewise.
 
     Raises:
         OspoError: no run folder was given, or it cannot be written.
@@ -248,6 +248,21 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     if settings.layers == "auto":
         records = list(records)
         settings = settle_layers(settings, records, model, out)
+    masked = _masked(pairs_of(records), model, settings, out)
+    for record in masked:
+        if "further_pairs" in record:
+            record["further_pairs"] = [_with_mask(pair, next(masked)) for pair in record["further_pairs"]]
+        yield record
+
+
+def _with_mask(pair: FurtherPair, record: Record) -> FurtherPair:
+    """A further pair with what was found of its record."""
+    if "mask_path" in record:
+        return {**pair, "mask_path": record["mask_path"]}
+    return {**pair, "mask_reason": record["mask_reason"]}
+
+
+def _masked(records: Iterable[Record], model: UnifiedModel, settings: MasksConfig, out: Path) -> Iterator[Record]:
     for window in chunked(records, settings.batch_size * WINDOW):
         targets = [_target(record, model, settings.match) for record in window]
         named = [n for n, target in enumerate(targets) if isinstance(target, Target)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ospo_fast.config import Config, SelectConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import ImageVerdict, Record, image_index, stable_hash, variant_of
+from ospo_fast.records import FurtherPair, ImageVerdict, Record, image_index, stable_hash, variant_of
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -177,6 +177,8 @@ def run(
 ) -> Iterator[Record]:
     """Every record with `kept`, and either the pair (chosen, rejected, scores, rejected_prompt) or a `reason`.
 
+    Pairs after the first, where `select.pairs` asks for more, are in `further_pairs`.
+
     Each image's entry gets `kept` and `reason`. Rule "v2" needs a model, for the log-probabilities; an item whose
     prompt is too long for it, or whose images cannot be read, has no pair.
     """
@@ -193,23 +195,52 @@ def run(
         logprobs = None if model is None else _logprobs_of(record["prompt"], model, settings.batch_size, out)
         rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))
         try:
-            pair = select_pair(record, settings.rule, rng, settings=settings, logprobs=logprobs)
+            pairs = _pairs(record, settings, rng, logprobs)
         except _NoLogProbsError as error:
             yield {**judged, "kept": False, "reason": str(error)}
             continue
-        if pair is None:
+        if not pairs:
             yield {**judged, "kept": False, "reason": _why_no_pair(judged, settings.rule)}
             continue
-        kept: Record = {**judged, "kept": True, **pair}
-        index = next(
-            image_index(name)
+        first, *further = pairs
+        kept: Record = {**judged, "kept": True, **first}
+        if further:
+            kept["further_pairs"] = further
+        yield kept
+
+
+def _pairs(record: Record, settings: SelectConfig, rng: random.Random, logprobs: LogProbs | None) -> list[FurtherPair]:
+    """Up to `settings.pairs` pairs of an item, each image in one of them, with the prompts of the rejected images."""
+    pairs: list[FurtherPair] = []
+    left = record
+    while len(pairs) < settings.pairs:
+        pair = select_pair(left, settings.rule, rng, settings=settings, logprobs=logprobs)
+        if pair is None:
+            break
+        side, name = next(
+            (side, name)
             for side in ("negative_metadata", "base_metadata")
-            for name, verdict in record[side].items()
+            for name, verdict in left[side].items()
             if verdict["path"] == pair["rejected"]
         )
+        if pairs and settings.rejected == "own" and settings.rule != "random" and side != "base_metadata":
+            break
+        found: FurtherPair = {**pair}  # type: ignore[typeddict-item]
         if "negative_prompt" in record:
-            kept["rejected_prompt"] = record["negative_prompt"][variant_of(index, record)]
-        yield kept
+            found["rejected_prompt"] = record["negative_prompt"][variant_of(image_index(name), record)]
+        pairs.append(found)
+        left = _without(left, pair)
+    return pairs
+
+
+def _without(record: Record, pair: Pair) -> Record:
+    """The record without the images of the pair."""
+    used = (pair["chosen"], pair["rejected"])
+    sides = {
+        side: {name: verdict for name, verdict in record[side].items() if verdict["path"] not in used}
+        for side in ("base_metadata", "negative_metadata")
+    }
+    return cast(Record, {**record, **sides})
 
 
 def _judged(record: Record, settings: SelectConfig) -> Record:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ospo_fast.config import Config, LossConfig, TrainConfig
 from ospo_fast.errors import OspoError, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
-from ospo_fast.records import Record, append_line, stable_hash, write_atomic, write_json
+from ospo_fast.records import Record, append_line, pairs_of, stable_hash, write_atomic, write_json
 from ospo_fast.stages.common import chunked, pair_codes, undrawable
 from ospo_fast.stages.forward import IGNORE, Batch, hidden_states, teacher_forced
 
@@ -68,13 +68,13 @@ def loss_config(preset: str, overrides: LossConfig) -> OSPOLossConfig:
 
 
 def pick(records: Iterable[Record], config: Config) -> list[Record]:
-    """The records to train on: those with a pair and, where stored masks count, a mask; capped per kind and in all.
+    """A record for each pair to train on: with a mask, where stored masks count; capped per kind and in all.
 
     The order depends on the ids alone, and so does the choice where there are more than the caps allow.
     """
     settings = config.train
     masked = uses_masks(config) and config.train.masks == "stored"
-    pairs = [r for r in records if r.get("kept", "chosen" in r) and "chosen" in r]
+    pairs = [r for r in pairs_of(records) if r.get("kept", "chosen" in r) and "chosen" in r]
     chosen = [r for r in pairs if not masked or r.get("mask_path")]
     if len(chosen) < len(pairs):
         log.warning("%d of %d pairs have no object mask and are left out", len(pairs) - len(chosen), len(pairs))

@@ -106,7 +106,7 @@ def test_plain_prompts_are_drawn_where_wanted(model, tmp_path):
         "negative_0": "a blue circle",
         "negative_2": "a red square",
     }
-    (done,) = run([record], model, config("images.prompts=plain"), out=tmp_path)
+    list(run([record], model, config("images.prompts=plain"), out=tmp_path))
     assert load_codes(tmp_path / "images/0000001/negative_2.npz")["prompt"] == "a red square"
 
 

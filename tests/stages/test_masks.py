@@ -12,11 +12,12 @@ from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
+from ospo_fast.records import pairs_of
 from ospo_fast.stages import masks as masks_module
 from ospo_fast.stages.common import image_codes
 from ospo_fast.stages.mask_stats import item_stats, map_entropy, run_stats
 from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run, settle_layers
-from ospo_fast.stages.train import train
+from ospo_fast.stages.train import pick, train
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,23 @@ def test_file(model, made, pairs, tmp_path):
         for span in record["objects"]:
             assert record["prompt"][span["start"] : span["end"]].rstrip("s") == span["text"].rstrip("s")
     assert max(len(record["objects"]) for record in done) == 2
+
+
+def test_further_pairs_have_masks_of_their_own(model, made, pairs, tmp_path):
+    link(made, tmp_path / "a")
+    swapped = {"chosen": pairs[0]["rejected"], "rejected": pairs[0]["chosen"], "rejected_prompt": "a blue circle"}
+    broken = {**swapped, "chosen": "images/none.png"}
+    many = {**pairs[0], "further_pairs": [swapped, broken]}
+    one, two = run([many, pairs[1]], model, config("masks.batch_size=2"), out=tmp_path / "a")
+    assert [pair.get("mask_path") for pair in one["further_pairs"]] == [f"masks/{one['item_id']}-1.safetensors", None]
+    assert "images/none.png" in one["further_pairs"][1]["mask_reason"]
+    assert two["item_id"] == pairs[1]["item_id"]
+    first, second, third, _ = pairs_of([one, two])
+    assert first is one
+    assert (second["rejected_prompt"], second["prompt"]) == ("a blue circle", one["prompt"])
+    assert torch.equal(load_unions(second, tmp_path / "a"), load_unions(one, tmp_path / "a").flip(0))
+    assert "mask_path" not in third
+    assert [r["item_id"] for r in pick([one, two], config())] == [one["item_id"], second["item_id"], two["item_id"]]
 
 
 def test_items_without_pair_or_object_pass_with_a_reason(model, made, pairs, tmp_path):
