@@ -39,12 +39,13 @@ class Answer(TypedDict):
 class ImageVerdict(TypedDict, total=False):
     """What is known of one image; the value of `base_metadata["base_0"]` and its like.
 
-    `kept` and `reason` are written by the selection stage (`reason` by the scoring stage for an image without a score),
-    the rest by the scoring stage. `path` is relative to the
-    folder that holds the store.
+    `path`, relative to the folder that holds the store, and the `prompt` that was drawn are written by the image stage,
+    `kept` and `reason` by the selection stage (`reason` by the scoring stage for an image without a score), the rest by
+    the scoring stage.
     """
 
     path: str
+    prompt: str
     local_score: float
     answer_metadata: list[Answer]
     kept: bool

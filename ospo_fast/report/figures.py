@@ -140,7 +140,9 @@ def funnel(run: Run) -> list[dict[str, Any]]:
     if per_item:
         steps.append(("variants", "Near-miss variants", variants, per_item * len(items)))
     if drawn:
-        steps.append(("images", "Images drawn", drawn, 2 * max(variants, math.ceil(drawn / 2))))
+        most = max(len(mapping(record.get("base_metadata"))) for record in items)
+        draws = max(1, math.ceil(most / (per_item or most)))
+        steps.append(("images", "Images drawn", drawn, max((draws + 1) * variants, drawn)))
     for side, label in (("base", "Base images judged right"), ("negative", "Variant images judged wrong")):
         judged = [entry for entry in images[side] if isinstance(entry.get("kept"), bool)]
         if judged:

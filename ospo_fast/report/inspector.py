@@ -93,6 +93,11 @@ def describe(record: Record, run: Run, album: Album, masks: dict[str, Any] | str
         "chosenScore": number(record.get("chosen_score")),
         "rejectedScore": number(record.get("rejected_score")),
         "rejectedPrompt": text(record.get("rejected_prompt")),
+        "further": [
+            [image_key(pair.get("chosen"), "base"), image_key(pair.get("rejected"), "negative")]
+            for pair in entries(record.get("further_pairs"))
+            if isinstance(pair, dict)
+        ],
         "margin": margin_of(record),
         "variants": _variants(record, images),
         "questions": questions,
@@ -123,6 +128,7 @@ def _images(record: Record, run: Run, album: Album) -> dict[str, dict[str, Any]]
             images[str(key)] = {
                 "source": source if isinstance(source, int) else None,
                 "fault": source if isinstance(source, str) else "",
+                "prompt": text(entry.get("prompt")),
                 "score": number(entry.get("local_score")),
                 "kept": entry.get("kept") if isinstance(entry.get("kept"), bool) else None,
                 "reason": text(entry.get("reason")),
@@ -135,6 +141,7 @@ def _images(record: Record, run: Run, album: Album) -> dict[str, dict[str, Any]]
 
 
 def _variants(record: Record, images: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each variant with the names of its images: the first pair of them, and further base images, which count on."""
     columns = {
         "method": entries(record.get("perturbed_method")),
         "prompt": entries(record.get("negative_prompt")),
@@ -142,13 +149,18 @@ def _variants(record: Record, images: dict[str, dict[str, Any]]) -> list[dict[st
         "denseNegative": entries(record.get("negative_long_prompt")),
         "reason": entries(record.get("variant_reasons")),
     }
-    places = [int(key.rpartition("_")[2]) + 1 for key in images if key.rpartition("_")[2].isdigit()]
-    count = max([len(columns["prompt"]), len(columns["dense"]), len(columns["denseNegative"]), *places], default=0)
-    variants = len(columns["prompt"]) or count
-    return [
-        {name: text(values[place]) if place < len(values) else "" for name, values in columns.items()}
-        for place in (index % variants for index in range(count))  # images drawn again count on
+    last = max((int(key.rpartition("_")[2]) for key in images if key.rpartition("_")[2].isdigit()), default=-1)
+    count = max(map(len, columns.values())) or last + 1
+    variants: list[dict[str, Any]] = [
+        {name: text(values[index]) if index < len(values) else "" for name, values in columns.items()}
+        for index in range(count)
     ]
+    for index, variant in enumerate(variants):
+        variant["dense"] = images.get(f"base_{index}", {}).get("prompt") or variant["dense"]
+        variant["denseNegative"] = images.get(f"negative_{index}", {}).get("prompt") or variant["denseNegative"]
+        again = (f"base_{further}" for further in range(index + count, last + 1, count))
+        variant["again"] = [key for key in again if key in images]
+    return variants
 
 
 def _masks(record: Record, masks: dict[str, Any] | str) -> dict[str, Any]:

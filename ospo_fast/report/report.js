@@ -88,9 +88,11 @@
       .toLowerCase();
   });
 
-  const name = (key) => {
+  const name = (key, item) => {
     const [side, index] = key.split("_");
-    return `${side === "base" ? "base" : "variant"} ${Number(index) + 1}`;
+    const count = item.variants.length || Number(index) + 1;
+    const drawing = Math.floor(index / count);
+    return `${side === "base" ? "base" : "variant"} ${(index % count) + 1}${drawing ? `, drawing ${drawing + 1}` : ""}`;
   };
 
   function picture(image, alt, marked) {
@@ -183,7 +185,7 @@
     };
     const says = {
       kept: () =>
-        `Kept: ${name(item.chosen)} (score ${signed(item.chosenScore)}) over ${name(item.rejected)} (score ${signed(item.rejectedScore)})` +
+        `Kept: ${name(item.chosen, item)} (score ${signed(item.chosenScore)}) over ${name(item.rejected, item)} (score ${signed(item.rejectedScore)})` +
         (item.margin === null ? "." : `, a margin of ${item.margin.toFixed(2).replace("-", "\u2212")}.`),
       dropped: () => `Dropped: ${item.reason}.`,
       unfinished: () => `Not selected yet: ${item.reason}.`,
@@ -268,7 +270,7 @@
       const image = item.images[key];
       const alt = `${side} image of: ${item.prompt}`;
       const cover = drawn ? el("span", {}, `${percent(masks[side].coverage)} masked`) : null;
-      tiles.push(el("div", { class: "who" }, el("b", {}, side), el("span", {}, name(key)), el("span", {}, `score ${signed(score)}`), cover));
+      tiles.push(el("div", { class: "who" }, el("b", {}, side), el("span", {}, name(key, item)), el("span", {}, `score ${signed(score)}`), cover));
       tiles.push(el("div", { class: "frame" }, picture(image, alt)));
       if (!drawn) continue;
       masks.objects.forEach((object, index) => {
@@ -338,19 +340,23 @@
 
   function variants(item) {
     if (!item.variants.length) return null;
+    const roles = {};
+    [[item.chosen, item.rejected], ...item.further].forEach(([chosen, rejected], number) => {
+      const which = number ? ` in pair ${number + 1}` : "";
+      Object.assign(roles, { [chosen]: `, chosen${which}`, [rejected]: `, rejected${which}` });
+    });
     const blocks = item.variants.map((variant, index) => {
       const figure = (key, label) => {
         const image = item.images[key];
         if (!image) return el("figure", {}, picture(null), el("figcaption", {}, label, el("br"), "not drawn"));
-        const role = key === item.chosen ? ", chosen" : key === item.rejected ? ", rejected" : "";
-        const marked = item.status === "kept" && role;
+        const marked = item.status === "kept" && roles[key];
         const verdict =
           image.kept === null ? null : el("span", { class: `verdict ${image.kept ? "yes" : "no"}` }, image.kept ? "✓ " : "✕ ");
         return el(
           "figure",
           {},
           picture(image, `${label}: ${item.prompt}`, marked),
-          el("figcaption", {}, verdict, el("b", {}, label + (marked ? role : "")), image.score === null ? "" : ` ${signed(image.score)}`, image.reason ? el("br") : null, image.reason),
+          el("figcaption", {}, verdict, el("b", {}, label + (marked || "")), image.score === null ? "" : ` ${signed(image.score)}`, image.reason ? el("br") : null, image.reason),
         );
       };
       const left = variant.reason ? el("p", { class: "small muted" }, `Left out: ${variant.reason}.`) : null;
@@ -364,7 +370,7 @@
         { class: "variant" },
         el("p", { class: "method" }, el("b", {}, `Variant ${index + 1}`), variant.method ? `, ${variant.method}` : ""),
         left,
-        el("div", { class: "two" }, figure(`base_${index}`, "base"), figure(`negative_${index}`, "variant")),
+        el("div", { class: "two" }, figure(`base_${index}`, "base"), figure(`negative_${index}`, "variant"), variant.again.map((key) => figure(key, "base"))),
         el("dl", { class: "texts" }, texts.flatMap(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),
       );
     });
@@ -387,7 +393,7 @@
       const [yes, no, word] = answer;
       return el(
         "td",
-        { class: kinds(key), title: `${name(key)}: yes ${yes === null ? "–" : yes.toFixed(4)}, no ${no === null ? "–" : no.toFixed(4)}${word ? `, answer ${word}` : ""}` },
+        { class: kinds(key), title: `${name(key, item)}: yes ${yes === null ? "–" : yes.toFixed(4)}, no ${no === null ? "–" : no.toFixed(4)}${word ? `, answer ${word}` : ""}` },
         el("div", { class: "prob" }, bar(yes, "yes", word === "yes"), bar(no, "no", word === "no")),
       );
     };
@@ -401,7 +407,7 @@
         el(
           "table",
           {},
-          el("thead", {}, el("tr", {}, el("td"), keys.map((key) => el("th", { scope: "col", class: kinds(key) }, picture(item.images[key], ""), name(key))))),
+          el("thead", {}, el("tr", {}, el("td"), keys.map((key) => el("th", { scope: "col", class: kinds(key) }, picture(item.images[key], ""), name(key, item))))),
           el("tbody", {}, item.questions.map((question, index) => el("tr", {}, el("th", { scope: "row" }, question), keys.map((key) => cell(key, index))))),
           el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "Score"), keys.map((key) => el("td", { class: kinds(key) }, signed(item.images[key].score))))),
         ),

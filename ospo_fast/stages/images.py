@@ -138,7 +138,9 @@ def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) ->
     variants = [image_index(drawing.name) % len(reasons) for drawing in plan]
     bad = {variant: failed[d.path] for variant, d in zip(variants, plan, strict=True) if d.path in failed}
     good = [drawing for variant, drawing in zip(variants, plan, strict=True) if variant not in bad]
-    base, negative = ({d.name: ImageVerdict(path=d.path) for d in good if d.name.startswith(side)} for side in SIDES)
+    base, negative = (
+        {d.name: ImageVerdict(path=d.path, prompt=d.prompt) for d in good if d.name.startswith(side)} for side in SIDES
+    )
     for variant, reason in bad.items():
         reasons[variant] = reason
     return {**record, "base_metadata": base, "negative_metadata": negative, "variant_reasons": reasons}
