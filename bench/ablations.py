@@ -64,7 +64,13 @@ class Variant:
         return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
 
 
-PUBLISHED = ("train.guidance_scale=1", "select.rejected=negative")
+PUBLISHED = (
+    "images.prompts=dense",
+    "images.draws=1",
+    "select.rejected=negative",
+    "select.pairs=1",
+    "train.guidance_scale=1",
+)
 TABLE = (
     Variant("demo"),
     Variant("no mask", ("masks.enabled=false",)),
@@ -84,6 +90,9 @@ TABLE = (
     Variant("no conditional term", ("train.loss.cond_weight=0",)),
     Variant("the prompt's own distribution trained", ("train.guidance_scale=1",)),
     Variant("that, and the guidance partner", ("train.guidance_scale=1", "train.unconditional_weight=0.5")),
+    Variant("dense prompts drawn", ("images.prompts=dense",)),
+    Variant("one drawing of a variant", ("images.draws=1",)),
+    Variant("one pair of a prompt", ("select.pairs=1",)),
     Variant("near misses rejected", ("select.rejected=negative",)),
     Variant("preset v3 as published", ("preset=v3", *PUBLISHED)),
     Variant("preset full as published", ("preset=full", *PUBLISHED)),
