@@ -5,7 +5,7 @@ masks and training. Figures are those of `ospo_fast.shapes.evaluate`, at the bas
 chosen on validation prompts. `run` measures `TABLE` on test prompts and draws the figure; rows of it alone are measured
 by
 
-    python bench/ablations.py NAME --table
+    python bench/ablations.py NAME --table [--seeds 42] [--folder RUNS]
 
 Every row is written when it is measured. What the results hold from the same commit and settings is not measured again,
 so a stopped table goes on where it was.
@@ -287,15 +287,17 @@ def run(out: Path, quick: bool) -> None:
     _table(TABLE[:3] if quick else TABLE, SEEDS[:1] if quick else SEEDS, out, quick=quick)
 
 
-def _table(table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: bool = False) -> None:
+def _table(
+    table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: bool = False, kept: Path | None = None
+) -> None:
     """Measures the variants with every seed; their rows take the place of older ones in the results.
 
-    Rows of other variants stay, if they compare with the same drawings of the base model.
+    Rows of other variants stay, if they compare with the same drawings of the base model. `kept`: see `_folder`.
     """
     name = "ablations-quick" if quick else "ablations"
     path = measure.result_path(out, name)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
+    with _folder(kept) as folder:
+        bench = Bench(folder, split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         rows = _in_order(row for row in rows if bench.same_base(row))
         for variant in table:
@@ -363,20 +365,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="what the trial is called")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE of the configuration")
-    parser.add_argument("--table", action="store_true", help="NAME of the table, on test prompts, with all seeds")
+    parser.add_argument("--table", action="store_true", help="NAME of the table, or all of it, on test prompts")
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]), help="training seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds: of the table all, of a trial the first")
     parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
     parser.add_argument("--sampling", type=int, default=6, help="sampling seeds of a trial; the table has two")
     parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
     if options.table:
-        named = [variant for variant in TABLE if variant.name == options.name]
+        named = [variant for variant in TABLE if options.name in (variant.name, "all")]
         if not named or options.settings or options.masks:
             known = ", ".join(repr(variant.name) for variant in TABLE)
-            parser.error(f"--table: got {options.name!r}, expected one of {known}, and no settings")
-        _table(named, SEEDS, options.out)
+            parser.error(f"--table: got {options.name!r}, expected all or one of {known}, and no settings")
+        _table(named, options.seeds or SEEDS, options.out, kept=options.folder)
         return
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
     with _folder(options.folder) as folder:
@@ -385,7 +387,7 @@ def main() -> None:
         rows = []
         trials = options.out / "shapes" / "trials.jsonl"
         trials.parent.mkdir(parents=True, exist_ok=True)
-        for seed in options.seeds:
+        for seed in options.seeds or SEEDS[:1]:
             rows.append(bench.measure(variant, seed))
             with trials.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
