@@ -229,18 +229,22 @@ def test_autocast() -> None:
     assert torch.equal(hidden.grad, half.grad.float())
 
 
-def test_training_follows_the_usual_computation() -> None:
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("deep", [False, True], ids=["linear", "linear-gelu-linear"])
+def test_training_follows_the_usual_computation(deep: bool, trained: bool) -> None:
     """50 steps of a small body under the fused loss and under the same loss on plain logits: the same losses."""
     config = OSPOLossConfig.preset("full")
-    inputs, labels, head, masks = make_batch(2, 3)
+    inputs, labels, _, masks = make_batch(2, 3)
 
     def losses(compute: Any) -> list[float]:
         torch.manual_seed(1)
         body = nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, WIDTH))
-        optimizer = torch.optim.AdamW(body.parameters(), lr=1e-2)
+        inner = [nn.Linear(WIDTH, 12), nn.GELU()] if deep else []
+        head = nn.Sequential(*inner, nn.Linear(12 if deep else WIDTH, CODES)).requires_grad_(trained)
+        optimizer = torch.optim.AdamW([p for p in [*body.parameters(), *head.parameters()] if p.requires_grad], lr=1e-2)
         values = []
         for _ in range(50):
-            loss = compute(body(inputs))
+            loss = compute(body(inputs), head if deep else head[0])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -248,8 +252,8 @@ def test_training_follows_the_usual_computation() -> None:
         return values
 
     module = OSPOLoss(config)
-    fused = losses(lambda x: module(x, labels, head, object_masks=masks).loss)
-    assert fused == pytest.approx(losses(lambda x: by_hand(config, x, labels, head, masks)["loss"]), rel=1e-3)
+    fused = losses(lambda x, head: module(x, labels, head, object_masks=masks).loss)
+    assert fused == pytest.approx(losses(lambda x, head: by_hand(config, x, labels, head, masks)["loss"]), rel=1e-3)
     assert fused[-1] < 0.7 * fused[0]
 
 
