@@ -132,7 +132,7 @@ class Bench:
         self.before = {scale: self.draw(self.base, scale) for scale in sorted({1.0, self.scale})}
 
     def _kept(self, name: str, make: Any) -> Any:
-        path = self.folder / f"{name}-{self.per_kind}.json"
+        path = self.folder / f"{name}-{self.per_kind}-{measure.commit()}.json"
         if not path.exists():
             path.write_text(json.dumps(make()))
         return json.loads(path.read_text())
@@ -157,7 +157,7 @@ class Bench:
     def shared_run(self, variant: Variant, seed: int) -> Path:
         """The run folder of stages 1 to 4 that the variant starts from."""
         settings = [s for s in variant.shared if not s.startswith("iterations=")]
-        folder = self.folder / f"run-{seed}-{stable_hash(*settings, *self.extra) % 16**6:06x}"
+        folder = self.folder / f"run-{seed}-{stable_hash(measure.commit(), *settings, *self.extra) % 16**6:06x}"
         Pipeline(self.config(settings, seed, folder), progress=False).run(SHARED)
         return folder
 
@@ -180,11 +180,14 @@ class Bench:
     def measured(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
         """Whether `row` is what `measure` would give, as far as the commit and the settings tell."""
         commit = measure.commit()
-        if commit == "unknown" or commit.endswith("+"):  # what was changed cannot be told
-            return False
+        known = commit != "unknown" and not commit.endswith("+")  # else what was changed cannot be told
+        return known and row["commit"] == commit and self.same_settings(variant, seed, row)
+
+    def same_settings(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
+        """Whether `row` was measured with what the variant now sets."""
         wanted = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
-        same = (row["commit"], row["split"], row["masks_given"]) == (commit, self.split, variant.masks)
-        return same and row["resolved"] == wanted
+        same = (row["split"], row["masks_given"]) == (self.split, variant.masks)
+        return same and bool(row["resolved"] == wanted)
 
     def same_base(self, row: dict[str, Any]) -> bool:
         """Whether `row` compares with the same drawings of the base model."""
@@ -292,14 +295,22 @@ def _table(
 ) -> None:
     """Measures the variants with every seed; their rows take the place of older ones in the results.
 
-    Rows of other variants stay, if they compare with the same drawings of the base model. `kept`: see `_folder`.
+    Rows of other variants stay, if they compare with the same drawings of the base model and were measured with what
+    these variants set now. `kept`: see `_folder`.
     """
     name = "ablations-quick" if quick else "ablations"
     path = measure.result_path(out, name)
     with _folder(kept) as folder:
         bench = Bench(folder, split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        rows = _in_order(row for row in rows if bench.same_base(row))
+        variants = {variant.name: variant for variant in TABLE}
+        rows = _in_order(
+            row
+            for row in rows
+            if row["variant"] in variants
+            and bench.same_base(row)
+            and bench.same_settings(variants[row["variant"]], row["seed"], row)
+        )
         for variant in table:
             for seed in seeds:
                 same = [row for row in rows if (row["variant"], row["seed"]) == (variant.name, seed)]
@@ -369,20 +380,24 @@ def main() -> None:
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
     parser.add_argument("--seeds", type=int, nargs="+", help="training seeds: of the table all, of a trial the first")
     parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
-    parser.add_argument("--sampling", type=int, default=6, help="sampling seeds of a trial; the table has two")
+    parser.add_argument("--sampling", type=int, help="sampling seeds of a trial, by default 6; the table has two")
     parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
     if options.table:
         named = [variant for variant in TABLE if options.name in (variant.name, "all")]
-        if not named or options.settings or options.masks:
+        if not named or options.settings or options.masks or options.sampling:
             known = ", ".join(repr(variant.name) for variant in TABLE)
-            parser.error(f"--table: got {options.name!r}, expected all or one of {known}, and no settings")
+            parser.error(
+                f"--table: got {options.name!r}, expected all or one of {known}, and no settings, --masks or --sampling"
+            )
         _table(named, options.seeds or SEEDS, options.out, kept=options.folder)
         return
+    if options.sampling is not None and options.sampling < 1:
+        parser.error(f"--sampling: got {options.sampling}, expected 1 or more")
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
     with _folder(options.folder) as folder:
-        sampling = tuple(range(options.sampling))
+        sampling = tuple(range(6 if options.sampling is None else options.sampling))
         bench = Bench(folder, split="validation", per_kind=options.per_kind, sampling=sampling)
         rows = []
         trials = options.out / "shapes" / "trials.jsonl"

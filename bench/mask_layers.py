@@ -22,6 +22,7 @@ from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.layer_choice import RULES
 from ospo_fast.pipeline import STAGES, Pipeline, read_stage
+from ospo_fast.records import pairs_of
 from ospo_fast.shapes import demo
 from ospo_fast.stages.common import chunked, pair_codes
 from ospo_fast.stages.masks import SIDES, attention_masks, find_objects, settle_layers
@@ -45,7 +46,7 @@ class Pairs:
 
     def __init__(self, model: UnifiedModel, config: Config, most: int) -> None:
         self.model, self.config, self.out = model, config, Path(config.out)
-        self.records = [record for record in read_stage(self.out, "select") if record["kept"]]
+        self.records = [record for record in pairs_of(read_stage(self.out, "select")) if record["kept"]]
         # A spread over all kinds; the store is in their order.
         spread = np.linspace(0, len(self.records) - 1, min(most, len(self.records))).round().astype(int)
         self.records = [self.records[n] for n in spread]

@@ -93,8 +93,8 @@ class PerturbConfig(TextConfig):
 class ImagesConfig:
     """Stage 3: classifier-free guidance u + w·(c − u), and sampling.
 
-    `prompts`: what is drawn, the "dense" prompts of a variant, or the "plain" prompt and near miss themselves.
-    `draws`: images of the prompt for each variant; the first has an image of the near miss beside it.
+    `prompts`: what is drawn of the variants that have dense prompts, these "dense" ones, or the "plain" prompt and near
+    miss themselves. `draws`: images of the prompt for each variant; the first has one of the near miss beside it.
     """
 
     prompts: str = "dense"
@@ -137,7 +137,7 @@ class SelectConfig:
     `rejected`: "negative", the image of a near miss, or "own", the base image that is answered worst of those that some
     answer finds wrong; a near miss where there is none, and by rule "random", which judges no image.
 
-    `pairs`: the most pairs of an item, of different images; those after the first fall back on no near miss.
+    `pairs`: the most pairs of an item, of different images; with "own", those after the first have no near miss.
     """
 
     rule: str = "v3"

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.memory import PeakMemory
-from ospo_fast.records import Record, Store, locked, read_records, stable_hash, write_atomic, write_json
+from ospo_fast.records import Record, Store, locked, pairs_of, read_records, stable_hash, write_atomic, write_json
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -196,8 +196,9 @@ class Pipeline:
 
     def _check_layers(self, model: UnifiedModel) -> None:
         """Refuse layers that masks cannot be taken from now, not when everything before the masks is made."""
-        layers, count = self.config.masks.layers, len(model.decoder.layers)  # type: ignore[arg-type]
-        if self.config.masks.enabled and isinstance(layers, list) and any(not -count <= i < count for i in layers):
+        settings, count = self.config.masks, len(model.decoder.layers)  # type: ignore[arg-type]
+        layers = settings.layers if settings.enabled and settings.official is None else None
+        if isinstance(layers, list) and any(not -count <= i < count for i in layers):
             raise UsageError(
                 f"masks.layers: got {layers}, expected indices from {-count} to {count - 1}; {model.name} has {count} "
                 "layers."
@@ -279,7 +280,7 @@ class Pipeline:
             elif name == "masks":
                 from ospo_fast.stages.mask_stats import run_stats
 
-                write_json(out / "masks" / "diagnostics.json", run_stats(read_stage(out, name)))
+                write_json(out / "masks" / "diagnostics.json", run_stats(pairs_of(read_stage(out, name))))
             if failed:
                 log.warning("%s: %s", name, some_failed("items", failed, report.items))
             return report

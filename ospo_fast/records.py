@@ -70,6 +70,7 @@ class FurtherPair(TypedDict, total=False):
     rejected_prompt: str
     mask_path: str
     mask_reason: str
+    mask_stats: dict[str, Any]
 
 
 class Record(TypedDict, total=False):
@@ -136,13 +137,17 @@ def validate(record: object, where: str) -> Record:
         if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise OspoError(f"{where}: `{name}` should be a list of strings, got {value!r}.")
     further = record.get("further_pairs")
-    if further is not None and not (isinstance(further, list) and all(isinstance(pair, dict) for pair in further)):
-        raise OspoError(f"{where}: `further_pairs` should be a list of objects, got {further!r}.")
+    if further is not None and not (isinstance(further, list) and all(map(_is_pair, further))):
+        raise OspoError(f"{where}: `further_pairs` should be objects with chosen and rejected, got {further!r}.")
     for name in ("base_metadata", "negative_metadata"):
         value = record.get(name)
         if value is not None and not (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())):
             raise OspoError(f"{where}: `{name}` should map image names to objects, got {value!r}.")
     return cast(Record, record)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(side), str) for side in ("chosen", "rejected"))
 
 
 def stable_hash(*parts: object) -> int:
@@ -155,7 +160,7 @@ def image_index(name: str) -> int:
     """The number in an image name such as `base_2`; `variant_of` tells whose image it is."""
     match = re.search(r"(\d+)$", name)
     if match is None:
-        raise OspoError(f"The image name {name!r} should end in the number of its variant, as in base_0.")
+        raise OspoError(f"The image name {name!r} should end in its number, as in base_0.")
     return int(match.group(1))
 
 
@@ -165,7 +170,8 @@ def variant_of(index: int, record: Mapping[str, Any]) -> int:
     return index % variants if variants else index
 
 
-_OF_ONE_PAIR = frozenset(FurtherPair.__annotations__) | {"further_pairs", "mask", "mask_stats"}
+# What an item's record says of its first pair, or of the item for all of its pairs, once.
+_OF_ONE_PAIR = frozenset(FurtherPair.__annotations__) | {"further_pairs", "mask", "unmatched_objects"}
 
 
 def pairs_of(records: Iterable[Record]) -> Iterator[Record]:
@@ -173,7 +179,7 @@ def pairs_of(records: Iterable[Record]) -> Iterator[Record]:
     for record in records:
         yield record
         item = {name: value for name, value in record.items() if name not in _OF_ONE_PAIR}
-        for number, pair in enumerate(record.get("further_pairs", ()), 1):
+        for number, pair in enumerate(record.get("further_pairs") or (), 1):
             yield cast(Record, {**item, **pair, "item_id": f"{record['item_id']}-{number}"})
 
 

@@ -13,6 +13,7 @@ from ospo_fast.records import (
     Store,
     append_line,
     image_index,
+    pairs_of,
     read_records,
     stable_hash,
     validate,
@@ -141,11 +142,22 @@ def test_write_atomic_leaves_no_temporary_file(tmp_path):
         (record("1", prompt=3), "`prompt`"),
         (record("1", question="is it?"), "`question`"),
         (record("1", base_metadata={"base_0": 3}), "`base_metadata`"),
+        (record("1", further_pairs=[{"chosen": "a.png"}]), "`further_pairs`"),
+        (record("1", further_pairs={"chosen": "a.png"}), "`further_pairs`"),
     ],
 )
 def test_wrong_types(value, words):
     with pytest.raises(OspoError, match=f"here: .*{words}"):
         validate(value, "here")
+
+
+def test_pairs_of_an_item():
+    pair = {"chosen": "c.png", "rejected": "r.png"}
+    item = record("7", **pair, kept=True, mask_path="7", unmatched_objects={"cup": "?"}, further_pairs=[pair])
+    first, second = pairs_of([item])
+    assert first is item
+    assert second == {"item_id": "7-1", "prompt": "a red circle", "kept": True, **pair}
+    assert list(pairs_of([record("8", further_pairs=None)])) == [record("8", further_pairs=None)]
 
 
 def test_official_files_load(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.report.charts import histogram, line_chart
 from ospo_fast.report.inspector import DROPPED, KEPT, general, margin_of, reason_of, status_of
 from ospo_fast.report.masks import SIDES, coverage, entropy, overlap
-from ospo_fast.report.reading import STORES, entries, kind_of, mapping, number, text
+from ospo_fast.report.reading import STORES, entries, kind_of, mapping, number, pairs, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,7 +79,8 @@ def kinds(run: Run) -> list[dict[str, Any]]:
     for kind in [*groups, *(str(kind) for kind in measured if kind not in groups)]:
         records = groups.get(kind, [])
         kept = [record for record in records if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
-        margins = [margin for margin in map(margin_of, kept) if margin is not None]
+        found = [pair for record in kept for pair in pairs(record)]
+        margins = [margin for margin in map(margin_of, found) if margin is not None]
         entry = mapping(measured.get(kind))
         count = number(entry.get("n"))
         before, after = number(entry.get("before")), number(entry.get("after"))
@@ -87,7 +88,7 @@ def kinds(run: Run) -> list[dict[str, Any]]:
             {
                 "kind": kind,
                 "items": len(records),
-                "pairs": len(kept),
+                "pairs": len(found),
                 "margin": fmean(margins) if margins else None,
                 "before": before,
                 "after": after,
@@ -135,23 +136,24 @@ def funnel(run: Run) -> list[dict[str, Any]]:
                 [entry for entry in metadata.values() if isinstance(entry, dict)] if isinstance(metadata, dict) else []
             )
     drawn = sum(map(len, images.values()))
-    pairs = [record for record in items if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
+    kept = [record for record in items if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
+    found = [pair for record in kept for pair in pairs(record)]
     steps: list[tuple[str, str, int, int]] = [("prompts", "Prompts written", len(items), len(items))]
     if per_item:
         steps.append(("variants", "Near-miss variants", variants, per_item * len(items)))
     if drawn:
         most = max(len(mapping(record.get("base_metadata"))) for record in items)
-        draws = max(1, math.ceil(most / (per_item or most)))
+        draws = max(1, math.ceil(most / (per_item or most or 1)))
         steps.append(("images", "Images drawn", drawn, max((draws + 1) * variants, drawn)))
     for side, label in (("base", "Base images judged right"), ("negative", "Variant images judged wrong")):
         judged = [entry for entry in images[side] if isinstance(entry.get("kept"), bool)]
         if judged:
             steps.append((side, label, sum(entry["kept"] for entry in judged), len(judged)))
     if {"select", "masks"} & set(run.present):
-        steps.append(("pairs", "Prompts with a pair", len(pairs), len(items)))
+        steps.append(("pairs", "Prompts with a pair", len(kept), len(items)))
     if "masks" in run.present:
         steps.append(
-            ("masks", "Pairs with object masks", sum(bool(pair.get("mask_path")) for pair in pairs), len(pairs))
+            ("masks", "Pairs with object masks", sum(bool(pair.get("mask_path")) for pair in found), len(found))
         )
     return [{"name": name, "label": label, "count": count, "of": of} for name, label, count, of in steps]
 
@@ -167,8 +169,9 @@ def losses(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
         status = status_of(record, reached)
         if status != KEPT:
             dropped[general(reason_of(record, reached))] += 1
-        elif "masks" in run.present and not record.get("mask_path"):
-            unmasked[general(text(record.get("mask_reason")) or "no reason recorded")] += 1
+        elif "masks" in run.present:
+            bare = (text(pair.get("mask_reason")) for pair in pairs(record) if not pair.get("mask_path"))
+            unmasked.update(general(reason or "no reason recorded") for reason in bare)
         variants.update(general(text(reason)) for reason in entries(record.get("variant_reasons")) if reason)
         for side, counter in verdicts.items():
             metadata = record.get(f"{side}_metadata")

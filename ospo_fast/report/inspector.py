@@ -120,7 +120,7 @@ def _images(record: Record, run: Run, album: Album) -> dict[str, dict[str, Any]]
     images = {}
     for side in ("base", "negative"):
         metadata = record.get(f"{side}_metadata")
-        for key, entry in sorted(metadata.items()) if isinstance(metadata, dict) else ():
+        for key, entry in sorted(metadata.items(), key=_in_order) if isinstance(metadata, dict) else ():
             if not isinstance(entry, dict):
                 continue
             source = album.add(entry.get("path"), run.root / "images" / str(record["item_id"]) / f"{key}.png")
@@ -140,6 +140,10 @@ def _images(record: Record, run: Run, album: Album) -> dict[str, dict[str, Any]]
     return images
 
 
+def _in_order(entry: tuple[str, Any]) -> tuple[int, str]:
+    return len(entry[0]), entry[0]
+
+
 def _variants(record: Record, images: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Each variant with the names of its images: the first pair of them, and further base images, which count on."""
     columns = {
@@ -149,8 +153,13 @@ def _variants(record: Record, images: dict[str, dict[str, Any]]) -> list[dict[st
         "denseNegative": entries(record.get("negative_long_prompt")),
         "reason": entries(record.get("variant_reasons")),
     }
-    last = max((int(key.rpartition("_")[2]) for key in images if key.rpartition("_")[2].isdigit()), default=-1)
-    count = max(map(len, columns.values())) or last + 1
+    numbers: dict[str, int] = dict.fromkeys(("base", "negative"), -1)
+    for key in images:
+        side, _, number = key.rpartition("_")
+        if side in numbers and number.isdigit():
+            numbers[side] = max(numbers[side], int(number))
+    last = max(numbers.values())
+    count = max(*map(len, columns.values()), numbers["negative"] + 1) or last + 1
     variants: list[dict[str, Any]] = [
         {name: text(values[index]) if index < len(values) else "" for name, values in columns.items()}
         for index in range(count)

@@ -17,7 +17,7 @@ from ospo_fast.report import figures, inspector
 from ospo_fast.report.charts import short
 from ospo_fast.report.images import Album
 from ospo_fast.report.masks import load_masks
-from ospo_fast.report.reading import mapping, number, read_run, text
+from ospo_fast.report.reading import mapping, number, pairs, read_run, text
 
 HERE = Path(__file__).parent
 ABSENT = "not measured"
@@ -52,7 +52,8 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
     run = read_run(run_dir)
     album = Album(run.root)
     chosen = inspector.sample(run, limit)
-    masks = {str(item["item_id"]): load_masks(run.root, item) for item in run.items if "mask_path" in item}
+    every = [pair for item in run.items for pair in pairs(item)]
+    masks = {str(pair["item_id"]): load_masks(run.root, pair) for pair in every if "mask_path" in pair}
     items = [
         inspector.describe(item, run, album, masks.get(str(item["item_id"])) or load_masks(run.root, item))
         for item in chosen
@@ -77,7 +78,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         curves=figures.curves(run.log),
         funnel=figures.funnel(run),
         losses=figures.losses(run),
-        diagnostics=figures.mask_diagnostics((sides for sides in masks.values() if isinstance(sides, dict)), run.items),
+        diagnostics=figures.mask_diagnostics((sides for sides in masks.values() if isinstance(sides, dict)), every),
         gallery=gallery,
         sources=album.sources,
         total=len(run.items),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ospo_fast.errors import OspoError
+from ospo_fast.records import pairs_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,6 +123,12 @@ def entries(value: object) -> list[Any]:
 def mapping(value: object) -> Record:
     """`value` where it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
+
+
+def pairs(record: Record) -> Iterator[Record]:
+    """The item, and a record for each further pair of it."""
+    further = [pair for pair in entries(record.get("further_pairs")) if isinstance(pair, dict)]
+    yield from cast("Iterator[Record]", pairs_of([cast(Any, {**record, "further_pairs": further})]))
 
 
 def kind_of(record: Record) -> str:

@@ -370,7 +370,7 @@
         { class: "variant" },
         el("p", { class: "method" }, el("b", {}, `Variant ${index + 1}`), variant.method ? `, ${variant.method}` : ""),
         left,
-        el("div", { class: "two" }, figure(`base_${index}`, "base"), figure(`negative_${index}`, "variant"), variant.again.map((key) => figure(key, "base"))),
+        el("div", { class: "two" }, figure(`base_${index}`, "base"), figure(`negative_${index}`, "variant"), variant.again.map((key, n) => figure(key, `base, drawing ${n + 2}`))),
         el("dl", { class: "texts" }, texts.flatMap(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),
       );
     });
@@ -381,7 +381,7 @@
     const keys = Object.keys(item.images);
     if (!item.questions.length || !keys.length) return null;
     const kinds = (key) =>
-      [key.startsWith("negative") && !keys[keys.indexOf(key) - 1]?.startsWith("negative") ? "cut" : "", item.status === "kept" && (key === item.chosen || key === item.rejected) ? "selected" : ""].filter(Boolean).join(" ");
+      [key.startsWith("negative") && !keys[keys.indexOf(key) - 1]?.startsWith("negative") ? "cut" : "", item.status === "kept" && [item.chosen, item.rejected, ...item.further.flat()].includes(key) ? "selected" : ""].filter(Boolean).join(" ");
     const bar = (value, side, lead) => {
       const track = el("i", { class: side });
       track.style.setProperty("--p", `${100 * (value || 0)}%`);

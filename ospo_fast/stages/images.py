@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
-from ospo_fast.records import ImageVerdict, Record, image_index, stable_hash, write_atomic
+from ospo_fast.records import ImageVerdict, Record, stable_hash, write_atomic
 from ospo_fast.stages.common import chunked, load_codes, open_image, png, save_codes, undrawable
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ SIDES = ("base", "negative")
 
 @dataclass(frozen=True)
 class Drawing:
-    """One image to draw: where it goes (relative to the run folder), what it shows and its seed."""
+    """One image to draw: whose it is, where it goes (relative to the run folder), what it shows and its seed."""
 
+    variant: int
     name: str
     path: str
     prompt: str
@@ -47,12 +48,14 @@ def drawings(record: Record, seed: int, draws: int = 1, prompts: str = "dense") 
         if not all(pair):
             continue
         if prompts == "plain":
+            if "negative_prompt" not in record:
+                raise OspoError(f"Item {record['item_id']} has no negative_prompt, which images.prompts=plain needs.")
             pair = record["prompt"], record["negative_prompt"][variant]
         draw_seed = stable_hash(seed, "images", record["item_id"], index)
         for side, prompt in zip(SIDES, pair, strict=True):
             if side == "base" or index == variant:
                 path = f"images/{record['item_id']}/{side}_{index}.png"
-                plan.append(Drawing(f"{side}_{index}", path, prompt, draw_seed))
+                plan.append(Drawing(variant, f"{side}_{index}", path, prompt, draw_seed))
     return plan
 
 
@@ -135,9 +138,8 @@ def _draw(generator: ImageGenerator, todo: list[Drawing], settings: ImagesConfig
 def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) -> Record:
     """The record with the images of its variants; where a drawing failed, all of its variant are left out."""
     reasons = list(record.get("variant_reasons", [None] * len(record.get("long_prompt", []))))
-    variants = [image_index(drawing.name) % len(reasons) for drawing in plan]
-    bad = {variant: failed[d.path] for variant, d in zip(variants, plan, strict=True) if d.path in failed}
-    good = [drawing for variant, drawing in zip(variants, plan, strict=True) if variant not in bad]
+    bad = {drawing.variant: failed[drawing.path] for drawing in plan if drawing.path in failed}
+    good = [drawing for drawing in plan if drawing.variant not in bad]
     base, negative = (
         {d.name: ImageVerdict(path=d.path, prompt=d.prompt) for d in good if d.name.startswith(side)} for side in SIDES
     )

@@ -247,18 +247,21 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
         return
     if settings.layers == "auto":
         records = list(records)
-        settings = settle_layers(settings, records, model, out)
-    masked = _masked(pairs_of(records), model, settings, out)
+        settings = settle_layers(settings, pairs_of(records), model, out)
+    yield from _items(_masked(pairs_of(records), model, settings, out))
+
+
+def _items(masked: Iterator[Record]) -> Iterator[Record]:
+    """The items again, from their records of `pairs_of`: what was found of a further pair goes into its entry."""
     for record in masked:
-        if "further_pairs" in record:
+        if record.get("further_pairs"):
             record["further_pairs"] = [_with_mask(pair, next(masked)) for pair in record["further_pairs"]]
         yield record
 
 
 def _with_mask(pair: FurtherPair, record: Record) -> FurtherPair:
-    """A further pair with what was found of its record."""
     if "mask_path" in record:
-        return {**pair, "mask_path": record["mask_path"]}
+        return {**pair, "mask_path": record["mask_path"], "mask_stats": record["mask_stats"]}
     return {**pair, "mask_reason": record["mask_reason"]}
 
 
@@ -361,32 +364,34 @@ def import_official(records: Iterable[Record], folder: Path, out: Path) -> Itera
 
     Raises OspoError for a file that holds something else.
     """
+    pairs = ((pair, record["item_id"]) for record in records for pair in pairs_of([record]))
+    yield from _items(_imported(pair, item, folder, out) for pair, item in pairs)
+
+
+def _imported(record: Record, item: str, folder: Path, out: Path) -> Record:
     from safetensors.torch import save
 
-    for record in records:
-        if not record.get("kept", "chosen" in record):
-            yield {**record, "mask": None, "mask_reason": NO_PAIR}
-            continue
-        item, name = record["item_id"], f"{Path(record['chosen']).stem}_mask.pt"
-        paths = [folder / kind / record.get("t2i_category", "") / item / name for kind in ("base", "negative")]
-        absent = [str(path) for path in paths if not path.is_file()]
-        if absent:
-            yield {**record, "mask": None, "mask_reason": f"there is no {absent[0]}"}
-            continue
-        unions = [_official(path) for path in paths]
-        tensors: dict[str, Tensor] = {}
-        for side, union in zip(SIDES, unions, strict=True):
-            H, W = union.shape
-            tensors |= {
-                f"{side}_union": union,
-                f"{side}_maps": torch.zeros(0, H, W),
-                f"{side}_masks": torch.zeros(0, H, W, dtype=torch.uint8),
-                f"{side}_thresholds": torch.zeros(0),
-            }
-        path = f"masks/{item}.safetensors"
-        write_atomic(out / path, save(tensors))
-        stats = item_stats(torch.stack(unions), torch.zeros(0, 2, 0), [], None)
-        yield {**record, "objects": [], "mask_path": path, "mask_stats": stats}
+    if not record.get("kept", "chosen" in record):
+        return {**record, "mask": None, "mask_reason": NO_PAIR}
+    name = f"{Path(record['chosen']).stem}_mask.pt"
+    paths = [folder / kind / record.get("t2i_category", "") / item / name for kind in ("base", "negative")]
+    absent = [str(path) for path in paths if not path.is_file()]
+    if absent:
+        return {**record, "mask": None, "mask_reason": f"there is no {absent[0]}"}
+    unions = [_official(path) for path in paths]
+    tensors: dict[str, Tensor] = {}
+    for side, union in zip(SIDES, unions, strict=True):
+        H, W = union.shape
+        tensors |= {
+            f"{side}_union": union,
+            f"{side}_maps": torch.zeros(0, H, W),
+            f"{side}_masks": torch.zeros(0, H, W, dtype=torch.uint8),
+            f"{side}_thresholds": torch.zeros(0),
+        }
+    path = f"masks/{record['item_id']}.safetensors"
+    write_atomic(out / path, save(tensors))
+    stats = item_stats(torch.stack(unions), torch.zeros(0, 2, 0), [], None)
+    return {**record, "objects": [], "mask_path": path, "mask_stats": stats}
 
 
 def _official(path: Path) -> Tensor:

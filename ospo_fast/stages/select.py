@@ -92,7 +92,7 @@ def select_pair(
 
     Args:
         record: `base_metadata` and `negative_metadata`, each {"base_0": {"path", "local_score", "answer_metadata"}, …}.
-        rule: "v3": images filtered by `base_verdict` and `negative_verdict`; pairs share their variant index; the pair
+        rule: "v3": images filtered by `base_verdict` and `negative_verdict`; pairs are of one variant; the pair
             of highest base score, the first of equals. "v2": the highest base score of all; rejected is the negative
             whose mean log-probability under the base prompt lies nearest the chosen's. "random": any index.
         rng: the generator, or its seed, for "random".
@@ -109,23 +109,23 @@ def select_pair(
     """
     if rule not in RULES:
         raise UsageError(f"select_pair: rule should be one of {', '.join(RULES)}, got {rule!r}.")
-    bases = _kept(record["base_metadata"], lambda verdict: base_verdict(verdict, rule, settings))
-    negatives = _kept(record["negative_metadata"], lambda verdict: negative_verdict(verdict, rule, settings))
     if settings is not None and settings.rejected == "own" and rule != "random":
-        pair = _own(bases, _kept(record["base_metadata"], lambda verdict: negative_verdict(verdict, rule, settings)))
+        pair = _own(record, rule, settings)
         if pair is not None:
             return pair
+    bases = _kept(record["base_metadata"], lambda verdict: base_verdict(verdict, rule, settings))
+    negatives = _kept(record["negative_metadata"], lambda verdict: negative_verdict(verdict, rule, settings))
     if rule == "v2":
         return _nearest(bases, negatives, logprobs)
-    shared = [index for index in bases if index in negatives]
+    shared = {index: variant for index in bases if (variant := variant_of(index, record)) in negatives}
     if not shared:
         return None
     if rule == "random":
         generator = rng if isinstance(rng, random.Random) else random.Random(rng)
-        index = generator.choice(shared)
+        index = generator.choice(list(shared))
     else:
         index = max(shared, key=lambda i: bases[i]["local_score"])
-    return _pair(bases[index], negatives[index])
+    return _pair(bases[index], negatives[shared[index]])
 
 
 def _kept(
@@ -138,8 +138,10 @@ def _kept(
     return kept
 
 
-def _own(bases: Mapping[int, Mapping[str, Any]], wrong: Mapping[int, Mapping[str, Any]]) -> Pair | None:
+def _own(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> Pair | None:
     """The best of the base images and the worst of the others that are wrong."""
+    bases = _kept(record["base_metadata"], lambda verdict: base_verdict(verdict, rule, settings))
+    wrong = _kept(record["base_metadata"], lambda verdict: negative_verdict(verdict, rule, settings))
     if not bases:
         return None
     best = max(bases, key=lambda i: bases[i]["local_score"])
@@ -214,20 +216,22 @@ def _pairs(record: Record, settings: SelectConfig, rng: random.Random, logprobs:
     pairs: list[FurtherPair] = []
     left = record
     while len(pairs) < settings.pairs:
-        pair = select_pair(left, settings.rule, rng, settings=settings, logprobs=logprobs)
-        if pair is None:
+        try:
+            if pairs and settings.rejected == "own" and settings.rule != "random":
+                pair = _own(left, settings.rule, settings)
+            else:
+                pair = select_pair(left, settings.rule, rng, settings=settings, logprobs=logprobs)
+        except _NoLogProbsError:
+            if not pairs:
+                raise
             break
-        side, name = next(
-            (side, name)
-            for side in ("negative_metadata", "base_metadata")
-            for name, verdict in left[side].items()
-            if verdict["path"] == pair["rejected"]
-        )
-        if pairs and settings.rejected == "own" and settings.rule != "random" and side != "base_metadata":
+        if pair is None:
             break
         found: FurtherPair = {**pair}  # type: ignore[typeddict-item]
         if "negative_prompt" in record:
-            found["rejected_prompt"] = record["negative_prompt"][variant_of(image_index(name), record)]
+            images = {**record["negative_metadata"], **record["base_metadata"]}
+            index = next(image_index(name) for name, verdict in images.items() if verdict["path"] == pair["rejected"])
+            found["rejected_prompt"] = record["negative_prompt"][variant_of(index, record)]
         pairs.append(found)
         left = _without(left, pair)
     return pairs

@@ -87,7 +87,26 @@ def test_rows_of_another_commit_or_of_other_settings_are_measured_again(
         ablations._table(table[:1], seeds, tmp_path)
     assert asked[3:] == [(table[0].name, 42)] * 5
     (path,) = tmp_path.glob("*/ablations.jsonl")
-    assert len(path.read_text().splitlines()) == 2
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["variant"] for row in rows] == [table[0].name]  # what the table no longer sets is not shown in it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demon", "--table"], "expected all or one of 'demo'"),
+        (["demo", "--table", "--sampling", "3"], "no settings, --masks or --sampling"),
+        (["trial", "--sampling", "0"], "--sampling: got 0, expected 1 or more"),
+    ],
+)
+def test_calls_that_cannot_be_meant(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        ablations.main()
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_quick_rows_and_rows_of_another_base_are_kept_apart(

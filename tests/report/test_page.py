@@ -9,8 +9,8 @@ import pytest
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.report import write_report
-from ospo_fast.report.figures import funnel
-from ospo_fast.report.reading import read_run
+from ospo_fast.report.figures import funnel, kinds
+from ospo_fast.report.reading import kind_of, read_run
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 
@@ -99,7 +99,7 @@ def test_further_drawings_and_pairs_stand_with_their_variant(run_dir):
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     record = next(record for record in records if record["kept"])
     base = record["base_metadata"]
-    base |= {f"base_{n}": {**base["base_1"], "prompt": "the plain prompt"} for n in (3, 4, 7)}
+    base |= {f"base_{n}": {**base["base_1"], "prompt": "the plain prompt"} for n in (3, 4, 7, 10)}
     base["base_1"]["prompt"] = "the plain prompt"
     record["further_pairs"] = [{"chosen": "images/x/base_4.png", "rejected": "images/x/base_7.png"}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -107,12 +107,16 @@ def test_further_drawings_and_pairs_stand_with_their_variant(run_dir):
     data = page_of(write_report(run_dir)).data()
     item = next(item for item in data["items"] if item["id"] == record["item_id"])
     assert item["further"] == [["base_4", "base_7"]]
-    assert [variant["again"] for variant in item["variants"]] == [["base_3"], ["base_4", "base_7"], []]
+    assert [variant["again"] for variant in item["variants"]] == [["base_3"], ["base_4", "base_7", "base_10"], []]
+    assert list(item["images"])[:7] == [f"base_{n}" for n in (0, 1, 2, 3, 4, 7, 10)]
     dense = record["long_prompt"]
     assert [variant["dense"] for variant in item["variants"]] == [dense[0], "the plain prompt", dense[2]]
     (drawn,) = [step for step in funnel(read_run(run_dir)) if step["name"] == "images"]
     variants = sum(len(record["negative_prompt"]) for record in records)
-    assert (drawn["count"], drawn["of"]) == (sum(6 for _ in records) + 3, 3 * variants)
+    assert (drawn["count"], drawn["of"]) == (sum(6 for _ in records) + 4, 4 * variants)
+    (row,) = [row for row in kinds(read_run(run_dir)) if row["kind"] == kind_of(record)]
+    kept = [other for other in records if other["kept"] and kind_of(other) == kind_of(record)]
+    assert row["pairs"] == len(kept) + 1
 
 
 def test_items_carry_everything_that_the_inspector_shows(run_dir):

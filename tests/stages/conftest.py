@@ -15,7 +15,8 @@ def made(scripted, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         scripted.install(patch.setattr)
-        config = load_config([COUNTS, "masks.layers=[0]", f"model={tiny}", f"out={folder}"], family="shapes")
+        settings = [COUNTS, "images.draws=1", "select.pairs=1", "masks.layers=[0]"]
+        config = load_config([*settings, f"model={tiny}", f"out={folder}"], family="shapes")
         pipeline = Pipeline(config, progress=False)
         for stage in STAGES[:-1]:
             pipeline.stage(stage)

@@ -108,6 +108,8 @@ def test_plain_prompts_are_drawn_where_wanted(model, tmp_path):
     }
     list(run([record], model, config("images.prompts=plain"), out=tmp_path))
     assert load_codes(tmp_path / "images/0000001/negative_2.npz")["prompt"] == "a red square"
+    with pytest.raises(OspoError, match=r"Item 0000001 has no negative_prompt, which images\.prompts=plain needs"):
+        drawings(item(1), 42, prompts="plain")
 
 
 def test_images_do_not_depend_on_order_or_chunk(model, tmp_path):

@@ -15,6 +15,7 @@ from ospo_fast.pipeline import read_stage
 from ospo_fast.records import pairs_of
 from ospo_fast.stages import masks as masks_module
 from ospo_fast.stages.common import image_codes
+from ospo_fast.stages.failures import failure
 from ospo_fast.stages.mask_stats import item_stats, map_entropy, run_stats
 from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run, settle_layers
 from ospo_fast.stages.train import pick, train
@@ -117,6 +118,11 @@ def test_further_pairs_have_masks_of_their_own(model, made, pairs, tmp_path):
     one, two = run([many, pairs[1]], model, config("masks.batch_size=2"), out=tmp_path / "a")
     assert [pair.get("mask_path") for pair in one["further_pairs"]] == [f"masks/{one['item_id']}-1.safetensors", None]
     assert "images/none.png" in one["further_pairs"][1]["mask_reason"]
+    assert "images/none.png" in failure("masks", one)
+    assert failure("masks", two) is None
+    stats = run_stats(pairs_of([one, two]))
+    assert (stats["items"], stats["without"]) == (3, 1)
+    assert one["further_pairs"][0]["mask_stats"]["iou"] == one["mask_stats"]["iou"]
     assert two["item_id"] == pairs[1]["item_id"]
     first, second, third, _ = pairs_of([one, two])
     assert first is one
@@ -243,7 +249,7 @@ def test_stats(model, made, pairs, tmp_path):
 
 def test_the_figures_of_a_run_lie_beside_its_masks(made):
     figures = json.loads((made / "masks" / "diagnostics.json").read_text())
-    assert figures == run_stats(read_stage(made, "masks"))
+    assert figures == run_stats(pairs_of(read_stage(made, "masks")))
     assert figures["items"] > 5
 
 
@@ -412,6 +418,11 @@ def test_official_mask_files(official, tmp_path):
     assert done[0]["mask_stats"]["chosen"]["coverage"] == pytest.approx(float(masks[0].float().mean()), abs=1e-4)
     assert "base_2_mask.pt" in done[1]["mask_reason"]
     assert "no pair" in done[2]["mask_reason"]
+    again = {"chosen": "images/0001/base_2.png", "rejected": "images/0001/negative_1.png"}
+    none = {**again, "chosen": "images/0001/base_0.png"}
+    (more,) = import_official([{**record, "further_pairs": [again, none]}], folder, tmp_path / "more")
+    assert more["further_pairs"][0]["mask_path"] == "masks/0001-1.safetensors"  # the folder is that of the item
+    assert "0001/base_0_mask.pt" in more["further_pairs"][1]["mask_reason"]
     settings = load_config([f"masks.official={folder}"])
     assert list(run([record, lost, dropped], None, settings, out=tmp_path / "run")) == done
 

@@ -9,6 +9,7 @@ import pytest
 from ospo_fast.config import SelectConfig, load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import pairs_of
+from ospo_fast.stages import select as select_module
 from ospo_fast.stages.select import base_verdict, negative_verdict, run, select_pair
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "pair_selection.json").read_text())
@@ -102,8 +103,8 @@ def test_further_drawings_of_a_variant():
     record = item({0: [0.7], 2: [-0.2], 3: [-0.9], 5: [0.9]}, {0: [-1], 2: [-1]})
     (done,) = run([record], None, load_config(["select.rejected=own"]))
     assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b5.png", "b3.png", "n0")
-    (done,) = run([record], None, load_config())
-    assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b0.png", "n0.png", "n0")
+    (done,) = run([record], None, load_config())  # the near miss of its variant
+    assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b5.png", "n2.png", "n2")
 
 
 def test_further_pairs_are_of_other_images():
@@ -115,7 +116,7 @@ def test_further_pairs_are_of_other_images():
         ("0000001-1", "b0.png", "b4.png", "n1"),
     ]  # b2 and b1 are right, too, but nothing wrong is left
     (done,) = run([record], None, load_config(["select.pairs=2"]))
-    assert [(r["chosen"], r["rejected"]) for r in pairs_of([done])] == [("b0.png", "n0.png"), ("b2.png", "n2.png")]
+    assert [(r["chosen"], r["rejected"]) for r in pairs_of([done])] == [("b5.png", "n2.png"), ("b0.png", "n0.png")]
     (done,) = run([record], None, load_config(["select.rejected=own"]))
     assert "further_pairs" not in done
     # Near misses stand in for the first pair alone.
@@ -125,6 +126,27 @@ def test_further_pairs_are_of_other_images():
     assert (done["chosen"], done["rejected"], "further_pairs" in done) == ("b0.png", "n0.png", False)
     (done,) = run([record], None, load_config(["select.rule=random", "select.rejected=own", "select.pairs=9"]))
     assert len(list(pairs_of([done]))) == 3
+
+
+def test_a_further_pair_that_cannot_be_had_costs_no_other(monkeypatch):
+    asked = []
+
+    def logprobs_of(prompt, model, batch_size, out):
+        def logprobs(paths):
+            asked.append(paths)
+            if len(asked) > 1:
+                raise select_module._NoLogProbsError("an image cannot be read")
+            return [0.0] * len(paths)
+
+        return logprobs
+
+    monkeypatch.setattr(select_module, "_logprobs_of", logprobs_of)
+    record = item({0: [0.9], 1: [0.8], 2: [-0.9]}, {0: [-1], 1: [-1], 2: [-1]})
+    (done,) = run([record], object(), load_config(["select.rule=v2", "select.pairs=2"]))
+    assert (done["chosen"], "further_pairs" in done, len(asked)) == ("b0.png", False, 2)
+    asked.clear()
+    (done,) = run([record], object(), load_config(["select.rule=v2", "select.pairs=2", "select.rejected=own"]))
+    assert (done["chosen"], done["rejected"], asked) == ("b0.png", "b2.png", [])  # nothing asked of the model for it
 
 
 def test_random_is_unfiltered_and_seeded():
