@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ospo_fast.errors import OspoError
@@ -40,6 +40,7 @@ def test_append_and_read(tmp_path):
         assert store.ids == {"1", "2"}
 
 
+@settings(deadline=None)
 @given(cut=st.integers(1, 10_000))
 def test_a_torn_last_line_is_cut_off(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("torn") / "s.jsonl"

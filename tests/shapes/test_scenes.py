@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ospo_fast.shapes import language
@@ -32,6 +32,7 @@ def test_every_prompt_reads_back() -> None:
         assert parse(description.text) == description
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(EVERYTHING),
     st.sampled_from([None, *SIZES]),
@@ -97,6 +98,7 @@ def test_splits_are_disjoint_in_meaning() -> None:
         assert (dense.text in texts) == (description.split != "train")
 
 
+@settings(deadline=None)
 @given(st.sampled_from(EVERYTHING), st.integers(0, 2**32 - 1))
 def test_a_sampled_scene_holds_what_was_said(item: tuple[str, Description], seed: int) -> None:
     description = item[1]
@@ -109,6 +111,7 @@ def test_a_sampled_scene_holds_what_was_said(item: tuple[str, Description], seed
         assert language.related(scene, first, description.relation, second)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(EVERYTHING), st.integers(0, 2**32 - 1))
 def test_variants_change_the_meaning_and_share_the_scenery(item: tuple[str, Description], seed: int) -> None:
     kind, description = item
@@ -123,6 +126,7 @@ def test_variants_change_the_meaning_and_share_the_scenery(item: tuple[str, Desc
         assert second.base == other
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["existence", "count", "total", "relation"]))
 def test_questions_are_answered_truly(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
@@ -138,6 +142,7 @@ def test_questions_are_answered_truly(seed: int, kind: str) -> None:
     assert asked.answer == expected
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_places_are_told_truly(seed: int, pair: bool) -> None:
     rng = np.random.default_rng(seed)
