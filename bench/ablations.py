@@ -7,6 +7,10 @@ by
 
     python bench/ablations.py NAME --table [--seeds 42] [--folder RUNS]
 
+and the figure of the rows there are is drawn anew, without measuring, by
+
+    python bench/ablations.py all --plot
+
 Every row is written when it is measured. What the results hold from the same commit and settings is not measured again,
 so a stopped table goes on where it was.
 
@@ -78,6 +82,7 @@ TABLE = (
     Variant("mask of ones", masks="ones"),
     Variant("random mask", masks="random"),
     Variant("masks of all layers", ("masks.layers=[0,1,2,3,4]",)),
+    Variant("masks of the layer that auto takes", ("masks.layers=auto",)),
     Variant(
         "SimPO alone",
         (
@@ -377,6 +382,7 @@ def main() -> None:
     parser.add_argument("name", help="what the trial is called")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE of the configuration")
     parser.add_argument("--table", action="store_true", help="NAME of the table, or all of it, on test prompts")
+    parser.add_argument("--plot", action="store_true", help="show and draw the rows that are there; NAME is all")
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
     parser.add_argument("--seeds", type=int, nargs="+", help="training seeds: of the table all, of a trial the first")
     parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
@@ -384,6 +390,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
+    if options.plot:
+        path = measure.result_path(options.out, "ablations")
+        if not path.exists():
+            parser.error(f"--plot: there is no {path}; measure with --table")
+        rows = _in_order(json.loads(line) for line in path.read_text().splitlines())
+        _show(rows)
+        plot(rows, path.with_suffix(".png"))
+        return
     if options.table:
         named = [variant for variant in TABLE if options.name in (variant.name, "all")]
         if not named or options.settings or options.masks or options.sampling:
