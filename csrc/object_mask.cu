@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "on_device.h"
 
 namespace ospo {
 namespace {
@@ -238,25 +239,7 @@ __global__ void __launch_bounds__(THREADS) token_weights_kernel(const float* mas
     weigh(room, room + cells, weights + first, height, width, alpha, gamma, blur, scratch);
 }
 
-// Makes a device current for the time of a launch.
-class Guard {
-   public:
-    explicit Guard(int device) {
-        status_ = cudaGetDevice(&before_);
-        if (status_ == cudaSuccess && before_ != device) status_ = cudaSetDevice(device);
-        changed_ = status_ == cudaSuccess && before_ != device;
-    }
-    ~Guard() {
-        if (changed_) cudaSetDevice(before_);
-    }
-    cudaError_t status() const { return status_; }
-
-   private:
-    int before_ = 0;
-    bool changed_ = false;
-    cudaError_t status_;
-};
-
+// More shared memory than a kernel may have without asking.
 template <typename Kernel>
 cudaError_t allow_room(Kernel kernel, size_t bytes) {
     if (bytes + sizeof(Scratch) <= 48 * 1024) return cudaSuccess;
@@ -267,8 +250,8 @@ cudaError_t allow_room(Kernel kernel, size_t bytes) {
 
 int object_masks_cuda(const MaskTensors& t, int64_t images, int objects, int height, int width, float scaler, int bins,
                       float* weights, double alpha, double gamma, const Blur& blur, int device, void* stream) {
-    const Guard guard(device);
-    if (guard.status() != cudaSuccess) return guard.status();
+    const OnDevice current(device);
+    if (current.status != cudaSuccess) return current.status;
     const size_t cells = static_cast<size_t>(height) * width;
     const size_t masks = (cells + 5 * static_cast<size_t>(bins) + 1) * sizeof(float);
     const size_t blurred = weights ? 2 * cells * sizeof(double) : 0, bytes = masks > blurred ? masks : blurred;
@@ -281,8 +264,8 @@ int object_masks_cuda(const MaskTensors& t, int64_t images, int objects, int hei
 
 int token_weights_cuda(const float* masks, float* weights, int64_t images, int height, int width, double alpha,
                        double gamma, const Blur& blur, int device, void* stream) {
-    const Guard guard(device);
-    if (guard.status() != cudaSuccess) return guard.status();
+    const OnDevice current(device);
+    if (current.status != cudaSuccess) return current.status;
     const size_t bytes = 2 * static_cast<size_t>(height) * width * sizeof(double);
     const cudaError_t status = allow_room(token_weights_kernel, bytes);
     if (status != cudaSuccess) return status;

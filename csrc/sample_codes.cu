@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "common.h"
+#include "on_device.h"
 
 namespace ospo {
 namespace {
@@ -125,18 +126,14 @@ int draw_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t l
                     const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current, int64_t* bad,
                     int64_t rows, int64_t codes, float guidance, float temperature, int device, void* stream) {
     if (rows == 0) return 0;
-    int before = 0;
-    cudaError_t status = cudaGetDevice(&before);
-    if (status == cudaSuccess) status = cudaSetDevice(device);
-    if (status != cudaSuccess) return static_cast<int>(status);
+    const OnDevice current_device(device);
+    if (current_device.status != cudaSuccess) return current_device.status;
     const auto run = dtype == Dtype::float32   ? launch<float>
                      : dtype == Dtype::float16 ? launch<__half>
                                                : launch<__nv_bfloat16>;
     run(cond, uncond, logit_stride, seeds, steps, tokens, token_stride, current, bad, rows, codes, guidance,
         temperature, static_cast<cudaStream_t>(stream));
-    status = cudaGetLastError();
-    if (before != device) cudaSetDevice(before);
-    return static_cast<int>(status);
+    return cudaGetLastError();
 }
 
 }  // namespace ospo

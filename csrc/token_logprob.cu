@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "common.h"
+#include "on_device.h"
 
 namespace ospo {
 namespace {
@@ -231,10 +232,8 @@ int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_
                        float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream) {
     if (rows == 0) return cudaSuccess;
     if (rows > 0x7FFFFFFF || codes > 0x7FFFFFFF - 512 * 8) return cudaErrorInvalidValue;
-    int before = 0;
-    cudaError_t status = cudaGetDevice(&before);
-    if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
-    if (status != cudaSuccess) return status;
+    const OnDevice current(device);
+    if (current.status != cudaSuccess) return current.status;
     const Arguments a{logits, bias, labels, scales, logps, write, static_cast<int>(codes)};
     const auto on = static_cast<cudaStream_t>(stream);
     if (dtype == Dtype::bfloat16) {
@@ -248,9 +247,7 @@ int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_
     } else {
         launch<float, float>(a, rows, on);
     }
-    status = cudaGetLastError();
-    if (before != device) cudaSetDevice(before);
-    return status;
+    return cudaGetLastError();
 }
 
 }  // namespace ospo

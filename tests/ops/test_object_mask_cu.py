@@ -43,9 +43,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         pytest.skip("needs a C++ compiler and POSIX barriers")
     folder = tmp_path_factory.mktemp("object_mask")
     source = (CSRC / "object_mask.cu").read_text()
-    kernels = source[: source.index("// Makes a device current")].replace(
+    kernels = source[: source.index("// More shared memory")].replace(
         "extern __shared__ double room[];", "double* room = shared_room;"
     )
+    kernels = kernels.replace('#include "on_device.h"\n', "")
     (folder / "kernels.cpp").write_text('#include "cuda_block.h"\n' + kernels + ENTRY)
     library = folder / "kernels.so"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fPIC", "-shared", "-pthread"]
