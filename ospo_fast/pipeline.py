@@ -196,7 +196,8 @@ class Pipeline:
 
     def _check_layers(self, model: UnifiedModel) -> None:
         """Refuse layers that masks cannot be taken from now, not when everything before the masks is made."""
-        settings, count = self.config.masks, len(model.decoder.layers)  # type: ignore[arg-type]
+        decoder: Any = model.decoder
+        settings, count = self.config.masks, len(decoder.layers)
         layers = settings.layers if settings.enabled and settings.official is None else None
         if isinstance(layers, list) and any(not -count <= i < count for i in layers):
             raise UsageError(

@@ -227,7 +227,12 @@ def _pairs(record: Record, settings: SelectConfig, rng: random.Random, logprobs:
             break
         if pair is None:
             break
-        found: FurtherPair = {**pair}  # type: ignore[typeddict-item]
+        found: FurtherPair = {
+            "chosen": pair["chosen"],
+            "rejected": pair["rejected"],
+            "chosen_score": pair["chosen_score"],
+            "rejected_score": pair["rejected_score"],
+        }
         if "negative_prompt" in record:
             images = {**record["negative_metadata"], **record["base_metadata"]}
             index = next(image_index(name) for name, verdict in images.items() if verdict["path"] == pair["rejected"])
