@@ -82,7 +82,8 @@ TABLE = (
     Variant("mask of ones", masks="ones"),
     Variant("random mask", masks="random"),
     Variant("masks of all layers", ("masks.layers=[0,1,2,3,4]",)),
-    Variant("masks of the layer that auto takes", ("masks.layers=auto",)),
+    Variant("masks of the layer of lowest entropy", ("masks.layers=auto", "masks.choose=entropy")),
+    Variant("masks of the head of most contrast", ("masks.layers=auto", "masks.heads=auto")),
     Variant(
         "SimPO alone",
         (
@@ -189,10 +190,10 @@ class Bench:
         return known and row["commit"] == commit and self.same_settings(variant, seed, row)
 
     def same_settings(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
-        """Whether `row` was measured with what the variant now sets."""
+        """Whether `row` was measured with what the variant now sets; a setting newer than the row had its default."""
         wanted = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
-        same = (row["split"], row["masks_given"]) == (self.split, variant.masks)
-        return same and bool(row["resolved"] == wanted)
+        had = _filled(row["resolved"], json.loads(json.dumps(_resolved(Config()))))
+        return (row["split"], row["masks_given"], had) == (self.split, variant.masks, wanted)
 
     def same_base(self, row: dict[str, Any]) -> bool:
         """Whether `row` compares with the same drawings of the base model."""
@@ -251,6 +252,12 @@ def _resolved(config: Config) -> dict[str, Any]:
     found = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
     del found["prompts"]["exclude"]
     return {"preset": config.preset, "iterations": config.iterations, **found}
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`given`, and of `defaults` what it lacks."""
+    inner = {key: _filled(given[key], defaults[key]) for key in given if isinstance(defaults.get(key), dict)}
+    return {**defaults, **given, **inner}
 
 
 def _replace_masks(folder: Path, kind: str) -> None:

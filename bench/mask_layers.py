@@ -1,8 +1,9 @@
 """Which layer's attention shows where the objects lie: IoU of masks with the true objects of the Shapes world.
 
 Pairs of one run on training prompts. For the rows of the image's own tokens and for those that predict them: the masks
-of every layer alone, of their mean, of the layer that a rule without ground truth chooses for each object, and of the
-one that `masks.layers=auto` chooses for all; beside them a mask of ones and random masks of like size.
+of every layer alone, of every head alone, of the mean of all layers, of the layer that a rule without ground truth
+chooses for each object, and of the layer or head that `masks.layers=auto` (and `masks.heads=auto`) chooses for all;
+beside them a mask of ones and random masks of like size.
 """
 
 import dataclasses
@@ -31,14 +32,17 @@ PAIRS = 300
 QUICK = "prompts.counts={color1: 2, shape1: 2, color2: 6, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}"
 
 
-def _variants(layers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _variants(layers: int, heads: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for layer in range(layers):
         yield f"layer {layer}", {"layers": [layer]}
+        for head in range(heads):
+            yield f"layer {layer}, head {head}", {"layers": [layer], "heads": [head]}
     everything = list(range(layers))
     yield "mean of all layers", {"layers": everything}
     for rule in RULES:
         yield f"a layer for each object, by {rule}", {"layers": everything, "choose": rule}
         yield f"auto, by {rule}", {"layers": "auto", "choose": rule}
+        yield f"auto, heads too, by {rule}", {"layers": "auto", "heads": "auto", "choose": rule}
 
 
 class Pairs:
@@ -96,23 +100,25 @@ def run(out: Path, quick: bool) -> None:
         model = load_model("shapes")
         Pipeline(config, progress=False, model=model).run(STAGES[: STAGES.index("masks")])
         pairs = Pairs(model, config, PAIRS)
-        measured: list[tuple[str, str, np.ndarray, float, Any]] = [
-            ("none", "mask of ones", pairs.ones(), 0.0, None),
-            ("none", "random", pairs.random(), 0.0, None),
+        measured: list[tuple[str, str, np.ndarray, float, dict[str, Any]]] = [
+            ("none", "mask of ones", pairs.ones(), 0.0, {}),
+            ("none", "random", pairs.random(), 0.0, {}),
         ]
-        layers = model.module.config.get_text_config().num_hidden_layers
+        text = model.module.config.get_text_config()
         for attention in ("image", "predicting"):
-            for name, changes in _variants(layers):
+            for name, changes in _variants(text.num_hidden_layers, text.num_attention_heads):
                 settings = dataclasses.replace(config.masks, rows=attention, **changes)
                 started = time.perf_counter()
                 (pairs.out / "masks" / "layers.json").unlink(missing_ok=True)
                 settings = settle_layers(settings, pairs.records, model, pairs.out)
-                measured.append((attention, name, pairs.ious(settings), time.perf_counter() - started, settings.layers))
+                chosen = {"layers": settings.layers, "heads": settings.heads}
+                measured.append((attention, name, pairs.ious(settings), time.perf_counter() - started, chosen))
         dtype = measure.dtype_name(model.dtype)
         for attention, name, ious, seconds, chosen in measured:
             once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
             error = float(ious.std() / np.sqrt(len(ious)))
             figures = {"rows": attention, "iou": round(float(ious.mean()), 4), "iou_std": round(error, 4)}
-            rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **figures, layers=chosen))
-            print(f"{attention:<11} {name:<40} {ious.mean():.3f} ± {error:.3f}  {chosen or ''}", flush=True)
+            rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **figures, **chosen))
+            found = " ".join(f"{key} {value}" for key, value in chosen.items() if value)
+            print(f"{attention:<11} {name:<42} {ious.mean():.3f} ± {error:.3f}  {found}", flush=True)
     measure.write(rows, out, "mask_layers")

@@ -157,17 +157,20 @@ class SelectConfig:
 @dataclass
 class MasksConfig:
     """Object masks. `layers`: the layers averaged; None: all but the first and last `skip_layers`; "auto": the one that
-    is best by the rule `choose` ("entropy" by default) on the average over the objects of the first pairs.
+    is best by the rule `choose` ("contrast" by default) on the average over the objects of the first pairs. `heads`:
+    the heads averaged in these layers; None: all; "auto", beside `layers` "auto": the one of all layers' that is best.
 
     `rows`: whose attention counts, that of the image's own tokens ("image"), or that of the tokens one before, which
     predict them ("predicting").
 
-    `choose`: in place of the average the one layer of each object with the lowest "entropy" or the highest
-    "separability", its tokens put together by `reduce`. `soft`: weights from sigmoid(100·(map − threshold)).
+    `choose`: in place of the average the one layer of each object with the lowest "entropy", the highest
+    "separability", or the highest "contrast" of the image's codes in and around the mask, its tokens put together by
+    `reduce`. `soft`: weights from sigmoid(100·(map − threshold)).
     """
 
     enabled: bool = True
     layers: Any = None  # list[int] | "auto" | None
+    heads: Any = None  # likewise
     skip_layers: int = 5
     rows: str = "image"
     choose: str | None = None
@@ -181,11 +184,17 @@ class MasksConfig:
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""
         _one_of("masks.match", self.match, ("offsets", "substring"))
-        if self.layers not in (None, "auto"):
-            indices = isinstance(self.layers, list) and all(type(layer) is int for layer in self.layers)
-            _check("masks.layers", self.layers, indices and bool(self.layers), "a list of integers, or auto")
+        for name in ("layers", "heads"):
+            given = getattr(self, name)
+            if given not in (None, "auto"):
+                indices = isinstance(given, list) and all(type(index) is int for index in given)
+                _check(f"masks.{name}", given, indices and bool(given), "a list of integers, or auto")
+        if self.heads == "auto" and self.layers != "auto":
+            raise UsageError(
+                f"masks.heads=auto: got masks.layers={self.layers}, expected auto; name the heads, as in [3]"
+            )
         _one_of("masks.rows", self.rows, ("image", "predicting"))
-        _one_of("masks.choose", self.choose or "entropy", ("entropy", "separability"))
+        _one_of("masks.choose", self.choose or "contrast", ("entropy", "separability", "contrast"))
         _one_of("masks.reduce", self.reduce, ("max", "mean"))
         _check("masks.scaler", self.scaler, self.scaler > 0, "above 0")
         _check("masks.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")

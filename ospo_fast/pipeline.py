@@ -184,7 +184,7 @@ class Pipeline:
         return str(trained)
 
     def model(self, iteration: int = 1) -> UnifiedModel:
-        """The model that an iteration starts from, loaded once; UsageError when it lacks layers of `masks.layers`."""
+        """The model that an iteration starts from, loaded once; UsageError when it lacks layers or heads of `masks`."""
         from ospo_fast.models import load_model
 
         name = self.model_name(iteration)
@@ -195,15 +195,19 @@ class Pipeline:
         return self._models[name]
 
     def _check_layers(self, model: UnifiedModel) -> None:
-        """Refuse layers that masks cannot be taken from now, not when everything before the masks is made."""
+        """Refuse layers and heads that masks cannot be taken from now, not when everything before the masks is made."""
         decoder: Any = model.decoder
-        settings, count = self.config.masks, len(decoder.layers)
-        layers = settings.layers if settings.enabled and settings.official is None else None
-        if isinstance(layers, list) and any(not -count <= i < count for i in layers):
-            raise UsageError(
-                f"masks.layers: got {layers}, expected indices from {-count} to {count - 1}; {model.name} has {count} "
-                "layers."
-            )
+        settings = self.config.masks
+        if not settings.enabled or settings.official is not None:
+            return
+        counts = {"layers": len(decoder.layers), "heads": int(decoder.config.num_attention_heads)}
+        for name, count in counts.items():
+            given = getattr(settings, name)
+            if isinstance(given, list) and any(not -count <= i < count for i in given):
+                raise UsageError(
+                    f"masks.{name}: got {given}, expected indices from {-count} to {count - 1}; {model.name} has "
+                    f"{count} {name}."
+                )
 
     def prepare(self, iteration: int = 1) -> None:
         """Load the model and check that the template set knows the wanted kinds of prompts; nothing is written."""

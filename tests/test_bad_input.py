@@ -163,12 +163,13 @@ def test_disk_that_is_full(refused, tiny, command, run_folder, script, monkeypat
 
 
 @pytest.mark.parametrize("command", ["demo", "run", "prompts", "masks", "train"])
-def test_layers_that_the_model_lacks(refused, tiny, command, run_folder):
+@pytest.mark.parametrize("name", ["layers", "heads"])
+def test_layers_and_heads_that_the_model_lacks(refused, tiny, command, name, run_folder):
     """Said before anything is drawn: the masks come late."""
-    words = "masks.layers: got [0, 9], expected indices from -2 to 1"
+    words = f"masks.{name}: got [0, 9], expected indices from -2 to 1"
     out = ["--no-resume", "--out", run_folder] if command in ("masks", "train") else []
     before = contents(run_folder)
-    refused(2, words, command, "masks.layers=[0,9]", "--model", tiny, *out)
+    refused(2, words, command, f"masks.{name}=[0,9]", "--model", tiny, *out)
     assert contents(run_folder) == before
 
 

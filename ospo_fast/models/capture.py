@@ -75,8 +75,9 @@ class _Watch(TorchDispatchMode):
 class AttentionCapture:
     """Mean attention of query rows on key columns, read off while the decoder runs.
 
-    maps[b, o, i] = mean over the layers kept, over heads and over columns c of object o of the attention probability
-    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32; `layer_maps` has each layer's own. The model's own
+    maps[b, o, i] = mean over the layers and heads kept and over columns c of object o of the attention probability
+    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32; `layer_maps` has each layer's own, `head_maps` each
+    head's. The model's own
     attention (sdpa, eager, flash …) computes the forward pass; beside it `attention_columns` computes the few
     probabilities wanted, from the log-sum-exp of that attention where it tells one (torch's fused attentions and
     flash-attn without padding do), else from its own. On a GPU the device is waited for once a pass, if at all.
@@ -98,14 +99,16 @@ class AttentionCapture:
         layers: which layers to average over, by index (negative from the end); default: all but the first and last
             `skip` where there are more than 2 · `skip` layers, else all.
         skip: 5 as in the official code.
+        heads: which heads to average over in these layers, by index (negative from the end); default: all.
+        by_head: keep the heads apart, for `head_maps`; the maps take as many times the memory.
         grid: (H, W) with H · W = count; default: the adapter's.
         stop_early: end the forward pass after the last layer kept; it returns nothing then, so the forward call must be
             the last statement of the context.
 
     Raises:
-        OspoError: a model that does not route its attention through transformers' AttentionInterface, an unknown
-            attention implementation, sliding windows and soft caps, a decoder that is being captured already, a second
-            forward pass, a grid that does not fit.
+        OspoError: layers or heads that are not there, a model that does not route its attention through transformers'
+            AttentionInterface, an unknown attention implementation, sliding windows and soft caps, a decoder that is
+            being captured already, a second forward pass, a grid that does not fit.
         OpError: columns or rows outside the sequence.
 
     """
@@ -118,6 +121,8 @@ class AttentionCapture:
         rows: Bounds,
         layers: Sequence[int] | None = None,
         skip: int = 5,
+        heads: Sequence[int] | None = None,
+        by_head: bool = False,
         grid: tuple[int, int] | None = None,
         stop_early: bool = False,
     ) -> None:
@@ -127,6 +132,10 @@ class AttentionCapture:
         self._stop_early = stop_early
         self._attention = [layer.self_attn for layer in self._decoder.layers]
         self.layers = _kept(len(self._attention), layers, skip)
+        count = int(self._decoder.config.num_attention_heads)
+        self.heads = tuple(range(count)) if heads is None else _indices("heads", heads, count)
+        self._all_heads = len(self.heads) == count
+        self._by_head = by_head
         self._grid = _grid_of(model, grid, rows)
         self._seen: set[int] = set()
         self._request: ColumnRequest | None = None
@@ -141,12 +150,26 @@ class AttentionCapture:
     @property
     def layer_maps(self) -> Tensor:
         """(layers, B, O, H, W) fp32, in the order of `layers`; their mean is `maps`."""
+        return self._by_head_maps.mean(1)
+
+    @property
+    def head_maps(self) -> Tensor:
+        """(layers, heads, B, O, H, W) fp32, in the order of `layers` and `heads`; OspoError without `by_head`."""
+        if not self._by_head:
+            raise OspoError("capture: the heads were not kept apart; give by_head=True for head_maps")
+        return self._by_head_maps
+
+    @property
+    def _by_head_maps(self) -> Tensor:
+        """Heads at dimension 1: each, or one mean."""
         if self._maps is None or len(self._seen) < len(self.layers):
             raise OspoError(
                 f"capture: {len(self._seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
             )
-        return self._maps.reshape(*self._maps.shape[:3], *self._grid)
+        layers, sequences, objects = self._maps.shape[:3]
+        apart = len(self.heads) if self._by_head else 1
+        return self._maps.view(layers, sequences // apart, apart, objects, *self._grid).transpose(1, 2)
 
     def __enter__(self) -> Self:
         if any(id(module) in _ACTIVE for module in self._attention):
@@ -188,17 +211,23 @@ class AttentionCapture:
         if self._request is None or self._maps is None:
             # Looked at once: the layers of a pass share the mask, and looking waits for a GPU.
             self._request = self._ask(q, mask)
-            shape = (len(self.layers), len(q), self._request.columns.shape[1], self._request.length)
+            shape = (len(self.layers), len(self._request.columns), self._request.columns.shape[1], self._request.length)
             self._maps = torch.zeros(shape, device=q.device)
         dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
-        self._request.run(
-            q.detach().to(dtype),
-            k.detach().to(dtype),
-            scale=options.get("scaling"),
-            lse=watch.of(q),
-            out=self._maps[self.layers.index(index)],
-        )
+        q, k, lse = self._of_heads(q.detach().to(dtype), k.detach().to(dtype), watch.of(q))
+        self._request.run(q, k, scale=options.get("scaling"), lse=lse, out=self._maps[self.layers.index(index)])
         self._seen.add(index)
+
+    def _of_heads(self, q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The heads kept; by head, each as a sequence of its own: (B·heads, 1, S, D)."""
+        if not self._all_heads or self._by_head:
+            group = q.shape[1] // k.shape[1]
+            q, k = _picked(q, self.heads), _picked(k, [head // group for head in self.heads])
+            lse = None if lse is None else _picked(lse, self.heads)
+        if self._by_head:
+            q, k = q.flatten(0, 1)[:, None], k.flatten(0, 1)[:, None]
+            lse = None if lse is None else lse.flatten(0, 1)[:, None]
+        return q, k, lse
 
     def _ask(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
         batch, _, length, _ = q.shape
@@ -206,10 +235,10 @@ class AttentionCapture:
             raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
         # First without the mask: rows outside the sequence must not reach it.
         request = ColumnRequest.of(self._columns, batch, length, rows=self._rows, device=q.device)
-        if mask is None:
-            return request
-        seen = _visible(mask, self._rows, batch, length)
-        return ColumnRequest.of(self._columns, batch, length, rows=self._rows, key_range=seen, device=q.device)
+        if mask is not None:
+            seen = _visible(mask, self._rows, batch, length)
+            request = ColumnRequest.of(self._columns, batch, length, rows=self._rows, key_range=seen, device=q.device)
+        return request.repeated(len(self.heads)) if self._by_head else request
 
     def _finished(self) -> bool:
         return self._stop_early and len(self._seen) == len(self.layers)
@@ -321,11 +350,23 @@ def _decoder_of(model: Any) -> Any:
 def _kept(count: int, layers: Sequence[int] | None, skip: int) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(skip, count - skip)) if count > 2 * skip else tuple(range(count))
-    if not len(layers) or any(not -count <= layer < count for layer in layers):
+    return _indices("layers", layers, count)
+
+
+def _indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:
+    if not len(given) or any(not -count <= index < count for index in given):
         raise OspoError(
-            f"capture: layers is {list(layers)}, expected indices from {-count} to {count - 1}, at least one"
+            f"capture: {name} is {list(given)}, expected indices from {-count} to {count - 1}, at least one"
         )
-    return tuple(sorted({layer % count for layer in layers}))
+    return tuple(sorted({index % count for index in given}))
+
+
+def _picked(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of x (B, H, …): a view of one or of neighbours, else a copy; no index that has to reach a GPU."""
+    first, last = heads[0], heads[-1]
+    if list(heads) == list(range(first, last + 1)):
+        return x[:, first : last + 1]
+    return torch.stack([x[:, head] for head in heads], dim=1)
 
 
 def _grid_of(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int]:

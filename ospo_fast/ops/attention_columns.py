@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,11 @@ class ColumnRequest:
             tensors = [t.to(device, non_blocking=True) for t in tensors]
         columns, start, count, first, last, share = (t.contiguous() for t in tensors)
         return ColumnRequest(columns, start, count, first, last, share, length, S)
+
+    def repeated(self, times: int) -> ColumnRequest:
+        """For `times` sequences, one after the other, in place of each: its heads, each as a sequence of its own."""
+        names = ("columns", "row_start", "row_count", "key_start", "key_end", "share")
+        return replace(self, **{name: getattr(self, name).repeat_interleave(times, 0) for name in names})
 
     def run(
         self,

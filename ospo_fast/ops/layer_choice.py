@@ -1,4 +1,6 @@
-"""One layer per object in place of the mean over layers: the sharpest, or the one that splits best."""
+"""One layer per object in place of the mean over layers: the sharpest, the one that splits best, or the one whose
+mask parts what the picture shows best.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops.otsu import otsu_threshold
 
-RULES = ("entropy", "separability")
+RULES = ("entropy", "separability", "contrast")
 REDUCTIONS = ("mean", "max")
 
 
@@ -20,7 +22,7 @@ class LayerChoice:
 
     maps: Tensor  # (B, O, H, W): of the chosen layers, in [0, 1]
     layers: Tensor  # (B, O) int64, indices into the layers given
-    scores: Tensor  # (L, B, O): entropy (the lowest is chosen) or separability (the highest)
+    scores: Tensor  # (L, B, O): entropy (the lowest is chosen), separability or contrast (the highest)
 
 
 def choose_layers(
@@ -30,16 +32,20 @@ def choose_layers(
     rule: str = "entropy",
     reduce: str = "max",
     temperature: float = 0.8,
+    features: Tensor | None = None,
 ) -> LayerChoice:
     """The layer of each object by a rule on its map m in each layer.
 
     maps (L, B, O, C, H, W): attention on each of an object's C tokens; used (B, O, C) bool: which of them there are.
     In each layer x = (x − min)/(max − min + 1e-8) over tokens and cells, then m = max or mean over the tokens.
     "entropy": the lowest −Σ p log p / log(H·W) of p = softmax(m / temperature) over the cells. "separability": the
-    highest variance between the classes, w·(1 − w)·(m1 − m0)², on either side of Otsu's threshold. The first of equal
-    layers. An object without tokens has a map of zeros and layer 0.
+    highest variance between the classes, w·(1 − w)·(m1 − m0)², on either side of Otsu's threshold. "contrast": the
+    highest share of the variance of the cells' `features` that lies between the same two classes,
+    (n1·|f1 − f|² + n0·|f0 − f|²) / Σ|f_i − f|². The first of equal layers. An object without tokens has a map of zeros
+    and layer 0.
+    features (B, H, W, E) float, for "contrast" alone: what each cell of the image shows, such as its code's embedding.
     Raises OpError: shapes that do not fit, unknown rules, values that are not finite.
-    Source: the official implementation's variants.
+    Source: the official implementation's variants; "contrast" is not from there.
     """
     if maps.dim() != 6 or not maps.is_floating_point() or 0 in (maps.shape[0], *maps.shape[4:]):
         raise OpError(f"choose_layers: maps are {maps.dtype} {tuple(maps.shape)}, expected float (L, B, O, C, H, W)")
@@ -53,15 +59,24 @@ def choose_layers(
             f"{', '.join(RULES)}, one of {', '.join(REDUCTIONS)}, and a positive number"
         )
     some = used[..., None, None]  # (B, O, C, 1, 1)
+    if (rule == "contrast") != (features is not None) or (features is not None and not _fit(features, maps)):
+        got = "None" if features is None else f"{features.dtype} {tuple(features.shape)}"
+        batch, height, width = maps.shape[1], *maps.shape[4:]
+        raise OpError(
+            f"choose_layers: features are {got} for rule {rule!r}, expected float ({batch}, {height}, {width}, E) for "
+            "'contrast', else none"
+        )
     if not bool(torch.where(some, maps, 0).isfinite().all()):
         raise OpError("choose_layers: maps hold NaN or infinity, expected finite attention")
+    if features is not None and not bool(features.isfinite().all()):
+        raise OpError("choose_layers: features hold NaN or infinity, expected finite values")
     fused = _fused(maps.detach().float(), some, reduce)
     if rule == "entropy":
         p = (fused.flatten(3) / temperature).softmax(-1)
         scores = torch.special.entr(p).sum(-1) / torch.tensor(max(p.shape[-1], 2)).log()
         layers = scores.argmin(0)
     else:
-        scores = _separability(fused)
+        scores = _separability(fused) if features is None else _contrast(fused, features)
         layers = scores.argmax(0)
     index = layers[None, :, :, None, None].expand(1, *fused.shape[1:])
     return LayerChoice(fused.gather(0, index)[0], layers, scores)
@@ -83,7 +98,7 @@ def best_layers(scores: Tensor, valid: Tensor, *, rule: str = "entropy", count: 
             f"best_layers: rule is {rule!r}, count {count}; expected one of {', '.join(RULES)}, and 1 to {len(scores)}"
         )
     mean = scores[:, valid].double().mean(1)
-    order = mean.argsort(stable=True, descending=rule == "separability")
+    order = mean.argsort(stable=True, descending=rule != "entropy")
     return sorted(order[:count].tolist())
 
 
@@ -103,3 +118,20 @@ def _separability(maps: Tensor) -> Tensor:
     inside = torch.where(above, maps, 0).mean((-2, -1)) / share.clamp(min=1e-12)
     outside = torch.where(above, 0, maps).mean((-2, -1)) / (1 - share).clamp(min=1e-12)
     return share * (1 - share) * (inside - outside) ** 2
+
+
+def _fit(features: Tensor, maps: Tensor) -> bool:
+    shape = (maps.shape[1], *maps.shape[4:])
+    return features.dim() == 4 and features.is_floating_point() and tuple(features.shape[:3]) == shape
+
+
+def _contrast(maps: Tensor, features: Tensor) -> Tensor:
+    above = (maps > otsu_threshold(maps)[..., None, None]).flatten(3).float()  # (L, B, O, cells)
+    shown = features.detach().to(maps).flatten(1, 2)  # (B, cells, E)
+    shown = shown - shown.mean(1, keepdim=True)
+    products = shown @ shown.mT  # |sum over the cells of a mask|² without an (L, B, O, E) in memory
+    inside = torch.einsum("lboi,bij,lboj->lbo", above, products, above)
+    count, cells = above.sum(-1), above.shape[-1]
+    between = inside * cells / (count * (cells - count)).clamp(min=1)
+    total = products.diagonal(dim1=1, dim2=2).sum(-1)
+    return (between / total.clamp(min=1e-12)[:, None]).clamp(0, 1)

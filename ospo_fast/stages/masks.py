@@ -22,7 +22,7 @@ from ospo_fast.config import Config, MasksConfig
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import FurtherPair, ObjectSpan, Record, locked, pairs_of, write_atomic, write_json
 from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
-from ospo_fast.stages.forward import hidden_states, teacher_forced
+from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
 from ospo_fast.stages.objects import nouns_of, object_spans, spans_of, tokens_by_substring, tokens_of
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 NO_PAIR = "the item has no pair"
 Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
 AUTO_PAIRS = 64  # that the layer is chosen on
-_CHOSEN_BY = ("choose", "rows", "reduce", "match")  # settings that the choice hangs on
+_CHOSEN_BY = ("choose", "heads", "rows", "reduce", "match")  # settings that the choice hangs on
 WINDOW = 8  # batches whose items are sorted by length, so that a batch has little padding
 
 
@@ -107,7 +107,10 @@ def mask_capture(
     *,
     stop_early: bool,
 ) -> AttentionCapture:
-    """The capture whose maps `masks_of` takes: prompts of `lengths` (N,), each followed by the tokens of an image."""
+    """The capture whose maps `masks_of` takes: prompts of `lengths` (N,), each followed by the tokens of an image.
+
+    Where the layers are "auto", not found yet, all are captured; with `heads` "auto" their heads are kept apart.
+    """
     from ospo_fast.models.capture import AttentionCapture
 
     if settings.choose is not None:  # every token by itself
@@ -118,19 +121,28 @@ def mask_capture(
         model,
         columns=columns,
         rows=(starts, tokens),
-        layers=settings.layers,
-        skip=settings.skip_layers,
+        layers=None if settings.layers == "auto" else settings.layers,
+        skip=0 if settings.layers == "auto" else settings.skip_layers,
+        heads=None if settings.heads == "auto" else settings.heads,
+        by_head=settings.heads == "auto",
         stop_early=stop_early,
     )
 
 
-def masks_of(capture: AttentionCapture, columns: Columns, settings: MasksConfig) -> Masks:
-    """The masks that a finished capture gives. Where an image has fewer objects than others, they are empty."""
+def masks_of(
+    capture: AttentionCapture, columns: Columns, settings: MasksConfig, features: Tensor | None = None
+) -> Masks:
+    """The masks that a finished capture gives. Where an image has fewer objects than others, they are empty.
+
+    features (N, T, E): what the tokens of the images show; read where `choose` is "contrast".
+    """
     from ospo_fast.ops import object_masks
     from ospo_fast.ops.layer_choice import choose_layers
     from ospo_fast.ops.object_masks import soft_masks
 
     layer_maps, picked, scores = capture.layer_maps, None, None
+    if settings.heads == "auto":  # each head as if a layer of its own
+        layer_maps = capture.head_maps.flatten(0, 1)
     L, N, _, H, W = layer_maps.shape
     most, width = _widths(columns)
     sizes = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
@@ -142,14 +154,15 @@ def masks_of(capture: AttentionCapture, columns: Columns, settings: MasksConfig)
     else:
         by_token = layer_maps.view(L, N, most, width, H, W)
         used = torch.arange(width, device=sizes.device) < sizes[..., None]
-        choice = choose_layers(by_token, used, rule=settings.choose, reduce=settings.reduce)
+        shown = features.view(N, H, W, -1) if features is not None and settings.choose == "contrast" else None
+        choice = choose_layers(by_token, used, rule=settings.choose, reduce=settings.reduce, features=shown)
         maps, picked, scores = choice.maps, choice.layers, choice.scores
         layer_maps = by_token.sum(3) / sizes.clamp(min=1)[..., None, None]
     found = object_masks(maps, valid=(sizes > 0) & finite[:, None], scaler=settings.scaler)
     soft = None
     if settings.soft:
-        shown = soft_masks(found, scaler=settings.scaler) * (sizes > 0)[..., None, None]
-        soft = shown.amax(1) if most else shown.sum(1)
+        cells = soft_masks(found, scaler=settings.scaler) * (sizes > 0)[..., None, None]
+        soft = cells.amax(1) if most else cells.sum(1)
     return Masks(found, soft, map_entropy(layer_maps), capture.layers, picked, scores, finite)
 
 
@@ -166,16 +179,24 @@ def attention_masks(
     batch = teacher_forced(model, [model.image_prompt(prompt) for prompt in prompts], codes)
     with mask_capture(model, columns, batch.lengths, codes.shape[1], settings, stop_early=True) as capture:
         hidden_states(model, batch.embeds)
-    return masks_of(capture, columns, settings)
+    return masks_of(capture, columns, settings, features_of(batch, codes.shape[1], settings))
+
+
+def features_of(batch: Batch, tokens: int, settings: MasksConfig) -> Tensor | None:
+    """The embeddings (N, T, D) of the images' codes, where layers are chosen by them."""
+    if settings.choose != "contrast":
+        return None
+    index = batch.lengths[:, None] + torch.arange(tokens, device=batch.lengths.device)
+    return batch.embeds.detach().gather(1, index[..., None].expand(-1, -1, batch.embeds.shape[2])).float()
 
 
 def settle_layers(
     settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path | None
 ) -> MasksConfig:
-    """The settings with the layer found in place of "auto": on the first pairs, once for a run folder and its settings.
+    """The settings with what was found in place of "auto": on the first pairs, once for a run folder and its settings.
 
-    `out`/masks/layers.json keeps it, with the mean score of every layer. Raises OspoError without a run folder, without
-    a pair that has an object, and where the file is broken.
+    `out`/masks/layers.json keeps it, with the mean score of every layer, or of every head as "layer.head".
+    Raises OspoError without a run folder, without a pair that has an object, and where the file is broken.
     """
     if settings.layers != "auto":
         return settings
@@ -190,10 +211,13 @@ def settle_layers(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, kept)
             layers = [int(layer) for layer in kept["layers"]]
+            heads = settings.heads
+            if heads == "auto":
+                heads = [int(head) for head in kept["heads"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OspoError(f"Cannot read {path}: {error}; remove it to have the layer chosen again.") from error
-    log.info("masks: layers %s", layers)
-    return dataclasses.replace(settings, layers=layers, choose=None)
+    log.info("masks: layers %s%s", layers, "" if heads is None else f", heads {heads}")
+    return dataclasses.replace(settings, layers=layers, heads=heads, choose=None)
 
 
 def _choose_for_all(
@@ -203,8 +227,12 @@ def _choose_for_all(
 
     decoder: Any = model.decoder
     everything = list(range(len(decoder.layers)))
-    rule = settings.choose or "entropy"
-    every = dataclasses.replace(settings, layers=everything, choose=rule, soft=False)
+    heads = int(decoder.config.num_attention_heads) if settings.heads == "auto" else 1
+    names = [
+        f"{layer}.{head}" if settings.heads == "auto" else str(layer) for layer in everything for head in range(heads)
+    ]
+    rule = settings.choose or "contrast"
+    every = dataclasses.replace(settings, choose=rule, soft=False)
     pairs = ((record, _target(record, model, settings.match)) for record in records)
     named = islice(((record, target) for record, target in pairs if isinstance(target, Target)), AUTO_PAIRS)
     scores: list[Tensor] = []
@@ -219,12 +247,13 @@ def _choose_for_all(
             sizes = torch.tensor([len(item) for item in columns])
             there = (torch.arange(result.scores.shape[2]) < sizes[:, None]) & result.finite.cpu()[:, None]
             scores.append(result.scores.cpu()[:, there])
-    found = torch.cat(scores, dim=1) if scores else torch.zeros(len(everything), 0)
+    found = torch.cat(scores, dim=1) if scores else torch.zeros(len(names), 0)
     if not found.shape[1]:
         raise OspoError("masks.layers=auto: no pair with an object to choose by; name the layers, as in [10,12].")
-    mean = {str(layer): round(float(value), 6) for layer, value in zip(everything, found.double().mean(1), strict=True)}
-    layers = best_layers(found[..., None], torch.ones(found.shape[1], 1, dtype=torch.bool), rule=rule)
-    return {"layers": layers, "rule": rule, "scores": mean, "objects": found.shape[1]}
+    mean = {name: round(float(value), 6) for name, value in zip(names, found.double().mean(1), strict=True)}
+    [best] = best_layers(found[..., None], torch.ones(found.shape[1], 1, dtype=torch.bool), rule=rule)
+    choice = {"layers": [best // heads]} | ({"heads": [best % heads]} if settings.heads == "auto" else {})
+    return {**choice, "rule": rule, "scores": mean, "objects": found.shape[1]}
 
 
 def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:

@@ -310,14 +310,15 @@ class Trainer:
         columns = [example.columns for example in chosen if example.columns is not None]
         if not columns:
             return hidden_states(self.model, batch.embeds), masks
-        from ospo_fast.stages.masks import mask_capture, masks_of
+        from ospo_fast.stages.masks import features_of, mask_capture, masks_of
 
         pairs, tokens = len(columns), chosen[0].codes.shape[1]
         wanted = columns * 2 + [[]] * (len(batch.lengths) - 2 * pairs)  # swapped rows take the chosen's
         settings = self.config.masks
         with mask_capture(self.model, wanted, batch.lengths, tokens, settings, stop_early=False) as capture:
             hidden = hidden_states(self.model, batch.embeds)
-        return hidden, masks_of(capture, wanted, settings).weights[: 2 * pairs].float()
+        masks = masks_of(capture, wanted, settings, features_of(batch, tokens, settings)).weights
+        return hidden, masks[: 2 * pairs].float()
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         """The callback's figures; keeps the adapter when they are the best so far, and notes when to stop."""

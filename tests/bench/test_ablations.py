@@ -124,6 +124,17 @@ def test_quick_rows_and_rows_of_another_base_are_kept_apart(
     assert row["at 1.5"]["before"]["alignment"] == 0.6
 
 
+def test_a_setting_that_is_newer_than_a_row_had_its_default(asked: list[tuple[str, int]], tmp_path: Path) -> None:
+    for name, value, stays in (("heads", None, True), ("choose", "entropy", False)):
+        variant, out = ablations.Variant("no mask", (f"masks.{name}={value or 'null'}",)), tmp_path / name
+        ablations._table([variant], (42,), out)
+        (path,) = out.glob("*/ablations.jsonl")
+        row = json.loads(path.read_text())
+        del row["resolved"]["masks"][name]
+        path.write_text(json.dumps(row) + "\n")
+        assert Fake(out, split="test", per_kind=2).same_settings(variant, 42, row) == stays
+
+
 @pytest.mark.parametrize("variant", ablations.TABLE, ids=lambda variant: variant.name)
 def test_every_variant_has_a_configuration(variant: ablations.Variant, tmp_path: Path) -> None:
     load_config([*variant.settings, f"out={tmp_path}"], family="shapes")

@@ -212,7 +212,8 @@ def test_masks_with_holes_are_refused(tiny: JanusUnifiedModel) -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [({"rows": (9, 35)}, "grid"), ({"rows": (9, 4), "grid": (3, 3)}, "grid"), ({"layers": [3]}, "layers"),
-     ({"layers": []}, "layers")],
+     ({"layers": []}, "layers"), ({"heads": [0, 9]}, r"heads is \[0, 9\], expected indices from"),
+     ({"heads": []}, "heads")],
 )  # fmt: skip
 def test_arguments_that_do_not_fit(tiny: JanusUnifiedModel, given: dict, match: str) -> None:
     with pytest.raises(OspoError, match=match):
@@ -254,6 +255,44 @@ def test_layer_maps_are_the_maps_of_single_layers(tiny: JanusUnifiedModel) -> No
     for maps, layer in zip(capture.layer_maps, capture.layers, strict=True):
         compare(maps, reference(tiny.decoder, x, None, [layer]), COLUMNS)
     torch.testing.assert_close(capture.maps, capture.layer_maps.mean(0))
+
+
+def head_reference(model: LlamaForCausalLM, ids: Tensor, mask: Tensor, layer: int, head: int) -> Tensor:
+    """(B, S, S): the probabilities of one head of the eager implementation."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+    model.set_attn_implementation(before)
+    return found[layer][:, head]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("heads", [None, [0], [2], [1, 2], [0, -1]])
+def test_heads_by_themselves(implementation: str, heads: list[int] | None) -> None:
+    """Four heads of two groups, one sequence padded on the left, rows that start elsewhere in each."""
+    model = deep(2)
+    model.set_attn_implementation(implementation)
+    ids, mask = torch.randint(0, 20, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    mask[1, :2] = 0
+    columns, start = [[[1, 2], [3]], [[3], []]], torch.tensor([4, 4])
+    arguments: dict = {"columns": columns, "rows": (start, 12), "grid": (3, 4), "layers": [1], "heads": heads}
+    found = []
+    for by_head in (False, True):
+        with torch.no_grad(), AttentionCapture(model, **arguments, by_head=by_head) as capture:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        found.append(capture)
+    mean, apart = found
+    wanted = sorted(head % 4 for head in (range(4) if heads is None else heads))
+    assert list(mean.heads) == list(apart.heads) == wanted
+    assert apart.head_maps.shape == (1, len(wanted), 2, 2, 3, 4)
+    probs = [head_reference(model, ids, mask, 1, head) for head in wanted]
+    for maps, each in zip(apart.head_maps[0], probs, strict=True):
+        compare(maps, each, columns, 4)
+    compare(mean.maps, torch.stack(probs).mean(0), columns, 4)
+    torch.testing.assert_close(apart.maps, mean.maps, rtol=1e-5, atol=1e-7)
+    with pytest.raises(OspoError, match="by_head=True"):
+        _ = mean.head_maps
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -439,14 +478,15 @@ def test_cuda_attention_backends(tiny: JanusUnifiedModel, backend: str, padding:
 
 
 @pytest.mark.gpu
-def test_cuda_capture_waits_for_nothing(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", [{}, {"heads": [1]}, {"by_head": True}])
+def test_cuda_capture_waits_for_nothing(tiny: JanusUnifiedModel, given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     # transformers looks for packed sequences with an `if` on a tensor of the GPU.
     looking = "transformers.masking_utils.find_packed_sequence_indices"
     monkeypatch.setattr(looking, lambda *_, **__: None, raising=False)
     tiny.module.to("cuda", torch.bfloat16)
     x = inputs(tiny).to("cuda", torch.bfloat16)
     for mode in ("default", "error"):  # the first pass compiles
-        capture = AttentionCapture(tiny, columns=COLUMNS, rows=ROWS)
+        capture = AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, **given)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ospo_fast import object_masks
+from ospo_fast import object_masks, otsu_threshold
 from ospo_fast.errors import OpError
 from ospo_fast.ops.attention_columns import attention_columns_reference
-from ospo_fast.ops.layer_choice import best_layers, choose_layers
+from ospo_fast.ops.layer_choice import RULES, best_layers, choose_layers
 
 
 @pytest.mark.parametrize("rule", ["entropy", "separability"])
@@ -36,21 +36,23 @@ def test_golden(golden: Any, index: int, rule: str, reduce: str) -> None:
     np.testing.assert_array_equal(masks.union[0], figures[f"{official}_mask"])
 
 
-@pytest.mark.parametrize("rule", ["entropy", "separability"])
+@pytest.mark.parametrize("rule", RULES)
 def test_each_object_alone(rule: str) -> None:
+    features = torch.randn(2, 5, 6, 7) if rule == "contrast" else None
     maps, used = torch.rand(4, 2, 3, 2, 5, 6) ** 3, torch.tensor([[[1, 1], [1, 0], [0, 0]]] * 2).bool()
     maps[:, :, 2] = torch.nan
     maps[:, :, 1, 1] = torch.inf  # a place without a token
-    together = choose_layers(maps, used, rule=rule)
+    together = choose_layers(maps, used, rule=rule, features=features)
     assert together.scores.shape == (4, 2, 3)
     assert (together.maps[:, 2] == 0).all()
     for b in range(2):
         for o, tokens in ((0, 2), (1, 1)):
             part = maps[:, b : b + 1, o : o + 1, :tokens]
-            alone = choose_layers(part, torch.ones(1, 1, tokens, dtype=torch.bool), rule=rule)
+            own = None if features is None else features[b : b + 1]
+            alone = choose_layers(part, torch.ones(1, 1, tokens, dtype=torch.bool), rule=rule, features=own)
             assert torch.equal(alone.layers[0, 0], together.layers[b, o])
             torch.testing.assert_close(alone.maps[0, 0], together.maps[b, o])
-    assert choose_layers(maps[:, :, :0], used[:, :0], rule=rule).maps.shape == (2, 0, 5, 6)
+    assert choose_layers(maps[:, :, :0], used[:, :0], rule=rule, features=features).maps.shape == (2, 0, 5, 6)
 
 
 def test_the_sharpest_layer_and_the_cleanest_split() -> None:
@@ -60,12 +62,44 @@ def test_the_sharpest_layer_and_the_cleanest_split() -> None:
     assert int(choose_layers(maps, torch.ones(1, 1, 1).bool(), rule="separability").layers) == 1
 
 
+def test_contrast_is_the_share_of_variance_between_the_classes() -> None:
+    maps, features = torch.rand(4, 2, 1, 1, 5, 6) ** 2, torch.randn(2, 5, 6, 3) + 5
+    found = choose_layers(maps, torch.ones(2, 1, 1).bool(), rule="contrast", features=features)
+    for layer in range(4):
+        for b in range(2):
+            cells, shown = maps[layer, b, 0, 0], features[b].double()
+            cells = (cells - cells.min()) / (cells.max() - cells.min() + 1e-8)
+            inside = cells > otsu_threshold(cells)
+            within = sum(((part - part.mean(0)) ** 2).sum() for part in (shown[inside], shown[~inside]))
+            share = 1 - within / ((shown - shown.flatten(0, 1).mean(0)) ** 2).sum()
+            assert float(found.scores[layer, b, 0]) == pytest.approx(float(share), rel=1e-4)
+    assert torch.equal(found.layers, found.scores.argmax(0))
+
+
+def test_the_mask_that_follows_the_picture() -> None:
+    """An object of a code of its own: the layer that marks it is taken, not one that is sharper somewhere else."""
+    maps, features = torch.rand(3, 1, 1, 1, 8, 8) * 0.1, torch.zeros(1, 8, 8, 4)
+    features[:, 2:6, 2:6, 1] = 1
+    maps[1, ..., 2:6, 2:6] += 0.5
+    maps[2] = 0
+    maps[2, ..., :4] = 1
+    used = torch.ones(1, 1, 1).bool()
+    for rule in ("entropy", "separability"):
+        assert int(choose_layers(maps, used, rule=rule).layers) == 2
+    found = choose_layers(maps, used, rule="contrast", features=features)
+    assert int(found.layers) == 1
+    assert float(found.scores[1]) > 0.9
+    # Of one colour all over: nothing to tell layers apart by.
+    assert choose_layers(maps, used, rule="contrast", features=torch.ones(1, 8, 8, 4)).scores.count_nonzero() == 0
+
+
 def test_the_best_layers_of_a_model() -> None:
     scores, valid = torch.rand(5, 4, 3), torch.rand(4, 3) < 0.7
     scores[3], scores[1] = scores[3] - 1, scores[1] + 1
     scores[4, ~valid] = -100.0
     assert best_layers(scores, valid) == [3]
     assert best_layers(scores, valid, rule="separability") == [1]
+    assert best_layers(scores, valid, rule="contrast") == [1]
     assert 1 not in best_layers(scores, valid, count=4)
     for change in ({"valid": ~valid & valid}, {"scores": scores[0]}, {"rule": "best"}, {"count": 6}, {"count": 0}):
         with pytest.raises(OpError, match="best_layers"):
@@ -81,6 +115,10 @@ def test_the_best_layers_of_a_model() -> None:
         ({"reduce": "sum"}, "reduce 'sum'"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"maps": torch.full((3, 1, 2, 2, 4, 4), torch.nan)}, "NaN or infinity"),
+        ({"rule": "contrast"}, r"features are None for rule 'contrast', expected float \(1, 4, 4, E\)"),
+        ({"features": torch.rand(1, 4, 4, 3)}, "for rule 'entropy'.*else none"),
+        ({"rule": "contrast", "features": torch.rand(1, 16, 3)}, r"features are torch.float32 \(1, 16, 3\)"),
+        ({"rule": "contrast", "features": torch.full((1, 4, 4, 3), torch.inf)}, "features hold NaN or infinity"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:

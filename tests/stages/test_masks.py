@@ -35,7 +35,7 @@ def config(*overrides):
     return load_config(["masks.layers=[0,1]", *overrides])
 
 
-def eager_maps(model, prompt, codes, columns, layers, before=0):
+def eager_maps(model, prompt, codes, columns, layers, before=0, heads=None):
     """Mean over layers, heads and columns of the full attention matrices of the unmodified model."""
     module = model.module
     ids = model.image_prompt(prompt)
@@ -47,10 +47,16 @@ def eager_maps(model, prompt, codes, columns, layers, before=0):
             out = model.decoder(inputs_embeds=embeds, use_cache=False, output_attentions=True)
     finally:
         module.set_attn_implementation(own)
-    stack = torch.stack([out.attentions[layer][0] for layer in layers]).mean((0, 1))
+    stack = torch.stack([out.attentions[layer][0] for layer in layers])
+    stack = (stack if heads is None else stack[:, heads]).mean((0, 1))
     return torch.stack([stack[len(ids) - before : len(stack) - before, found].mean(-1) for found in columns]).reshape(
         -1, *model.grid
     )
+
+
+def features(model, codes, rule):
+    """What `choose_layers` takes for one image."""
+    return model.embed_codes(codes).reshape(1, *model.grid, -1).float() if rule == "contrast" else None
 
 
 @pytest.mark.parametrize(("rows", "before"), [("image", 0), ("predicting", 1)])
@@ -266,7 +272,7 @@ def test_alarms_and_entropy():
     assert run_stats([])["coverage"] == {"chosen": None, "rejected": None}
 
 
-@pytest.mark.parametrize("choose", ["entropy", "separability"])
+@pytest.mark.parametrize("choose", ["entropy", "separability", "contrast"])
 def test_one_layer_for_each_object(model, made, pairs, tmp_path, choose):
     from ospo_fast.ops.layer_choice import choose_layers
 
@@ -280,7 +286,8 @@ def test_one_layer_for_each_object(model, made, pairs, tmp_path, choose):
             single = [[c] for c in columns]
             maps = torch.stack([eager_maps(model, record["prompt"], codes[0], single, [layer]) for layer in (0, 1)])
             used = torch.ones(1, 1, len(columns), dtype=torch.bool)
-            expected = choose_layers(maps[:, None, None], used, rule=choose, reduce="mean")
+            shown = features(model, codes[0], choose)
+            expected = choose_layers(maps[:, None, None], used, rule=choose, reduce="mean", features=shown)
             assert record["mask_stats"]["chosen"]["picked"][o] == int(expected.layers)
             tensors = load_file(tmp_path / "a" / record["mask_path"])
             low, high = expected.maps.amin(), expected.maps.amax()
@@ -288,7 +295,7 @@ def test_one_layer_for_each_object(model, made, pairs, tmp_path, choose):
             torch.testing.assert_close(tensors["chosen_maps"][o], normal, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("rule", ["entropy", "separability"])
+@pytest.mark.parametrize("rule", ["entropy", "separability", "contrast"])
 def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, rule):
     from ospo_fast.ops.layer_choice import best_layers, choose_layers
 
@@ -305,7 +312,8 @@ def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, ru
                 each = [[c] for c in columns]
                 maps = torch.stack([eager_maps(model, record["prompt"], codes, each, [n]) for n in (0, 1)])
                 used = torch.ones(1, 1, len(columns), dtype=torch.bool)
-                scores.append(choose_layers(maps[:, None, None], used, rule=rule).scores[:, 0, 0])
+                shown = features(model, codes, rule)
+                scores.append(choose_layers(maps[:, None, None], used, rule=rule, features=shown).scores[:, 0, 0])
     mean = torch.stack(scores, dim=1)
     assert list(chosen["scores"].values()) == pytest.approx(mean.mean(1).tolist(), rel=1e-3)
     expected = best_layers(mean[..., None], torch.ones(len(scores), 1, dtype=torch.bool), rule=rule)
@@ -327,6 +335,43 @@ def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, ru
     changed = dataclasses.replace(settings.masks, rows="predicting")
     assert settle_layers(changed, pairs, model, tmp_path / "a").layers is not None
     assert json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())["asked"]["rows"] == "predicting"
+
+
+def test_one_head_for_all_objects(model, made, pairs, tmp_path, monkeypatch):
+    """By contrast, which is the rule where none is named; its masks are those of the head alone."""
+    from ospo_fast.ops.layer_choice import choose_layers
+
+    monkeypatch.setattr(masks_module, "AUTO_PAIRS", 2)
+    link(made, tmp_path / "a")
+    done = list(run(pairs, model, load_config(["masks.layers=auto", "masks.heads=auto"]), out=tmp_path / "a"))
+    chosen = json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())
+    places, scores = [(layer, head) for layer in (0, 1) for head in (0, 1)], []
+    for record in pairs[:2]:
+        target = find_objects(record, model, "offsets")
+        for codes in image_codes(model, [made / record["chosen"], made / record["rejected"]]):
+            for columns in target.columns:
+                each = [[c] for c in columns]
+                maps = [eager_maps(model, record["prompt"], codes, each, [layer], 0, [h]) for layer, h in places]
+                used, shown = torch.ones(1, 1, len(columns), dtype=torch.bool), features(model, codes, "contrast")
+                found = choose_layers(torch.stack(maps)[:, None, None], used, rule="contrast", features=shown)
+                scores.append(found.scores[:, 0, 0])
+    mean = torch.stack(scores, dim=1).mean(1)
+    assert list(chosen["scores"].values()) == pytest.approx(mean.tolist(), rel=1e-3, abs=1e-5)
+    assert list(chosen["scores"]) == [f"{layer}.{head}" for layer, head in places]
+    layer, head = places[int(mean.argmax())]
+    assert (chosen["layers"], chosen["heads"], chosen["rule"]) == ([layer], [head], "contrast")
+    link(made, tmp_path / "b")
+    again = list(
+        run(pairs, model, load_config([f"masks.layers=[{layer}]", f"masks.heads=[{head}]"]), out=tmp_path / "b")
+    )
+    assert [r.get("mask_stats") for r in done] == [r.get("mask_stats") for r in again]
+    [record] = [r for r in again if r.get("mask_path")][:1]
+    target = find_objects(record, model, "offsets")
+    [codes] = image_codes(model, [made / record["chosen"]])
+    maps = eager_maps(model, record["prompt"], codes, target.columns, [layer], 0, [head])
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    stored = load_file(tmp_path / "b" / record["mask_path"])["chosen_maps"]
+    torch.testing.assert_close(stored, (maps - low) / (high - low + 1e-8), rtol=2e-3, atol=2e-3)
 
 
 def test_no_layer_can_be_chosen(model, made, pairs, tmp_path):

@@ -369,7 +369,17 @@ def test_online_masks_follow_the_policy(model, records, run_folder, monkeypatch)
     assert model.decoder.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("variant", [["masks.choose=separability"], ["masks.soft=true"], ["train.loss.mask_blur=1"]])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ["masks.choose=separability"],
+        ["masks.choose=contrast"],
+        ["masks.heads=[1]"],
+        ["masks.layers=auto", "masks.heads=auto"],
+        ["masks.soft=true"],
+        ["train.loss.mask_blur=1"],
+    ],
+)
 def test_variants_of_the_masks(model, records, run_folder, variant):
     settings = config(ONLINE, *variant, "train.steps=1")
     train(records, model, settings, out=run_folder)
