@@ -50,6 +50,7 @@ from ospo_fast.shapes.scenes import held_out
 
 SEEDS = (42, 43, 44)
 SAMPLING = (0, 1)
+PER_KIND = 150  # test prompts of each headline kind, as far as there are so many
 SHARED = STAGES[: STAGES.index("select")]
 LATER = ("preset", "select", "masks", "train")  # sections of the configuration that variants of one run may differ in
 
@@ -68,7 +69,7 @@ class Variant:
         return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
 
 
-PUBLISHED = (
+PUBLISHED = (  # of pairs and of the loss; the optimiser, LoRA and the guidance that pairs are drawn at stay the demo's
     "images.prompts=dense",
     "images.draws=1",
     "select.rejected=negative",
@@ -136,6 +137,7 @@ class Bench:
             "guidance", lambda: evaluate.best_guidance(self.base, per_kind=per_kind, seeds=SAMPLING, progress=False)
         )
         self.before = {scale: self.draw(self.base, scale) for scale in sorted({1.0, self.scale})}
+        self.rest: evaluate.Drawings | None = None  # the base model's, drawn when first compared with
 
     def _kept(self, name: str, make: Any) -> Any:
         path = self.folder / f"{name}-{self.per_kind}-{measure.commit()}.json"
@@ -154,6 +156,44 @@ class Bench:
             kinds=evaluate.HEADLINE,
             progress=False,
         )
+
+    def draw_rest(self, model: UnifiedModel) -> evaluate.Drawings:
+        """Test prompts that no table was made with before; of two attributes there are no further ones: new seeds."""
+        seeds = tuple(seed + 2 for seed in self.sampling)
+        parts = [
+            evaluate.draw(
+                model,
+                split=self.split,
+                per_kind=1000 if self.per_kind == PER_KIND else self.per_kind,
+                guidance_scale=self.scale,
+                seeds=seeds,
+                kinds=kinds,
+                skip=skip,
+                progress=False,
+            )
+            for kinds, skip in ((evaluate.HEADLINE[:1], 0), (evaluate.HEADLINE[1:], PER_KIND))
+        ]
+        return replace(
+            parts[0],
+            kinds=sum((part.kinds for part in parts), ()),
+            prompts=sum((part.prompts for part in parts), ()),
+            images=sum((part.images for part in parts), ()),
+            correct=np.concatenate([part.correct for part in parts]),
+        )
+
+    def further(self, model: UnifiedModel) -> dict[str, Any]:
+        """For the demo: each model at its own best guidance, by validation prompts, and the gain on further prompts."""
+        own, scales = evaluate.best_guidance(model, per_kind=self.per_kind, seeds=SAMPLING, progress=False)
+        best = self.draw(model, own)
+        if self.rest is None:
+            self.rest = self.draw_rest(self.base)
+        rest = self.draw_rest(model)
+        return {
+            "validation_before": {str(scale): figures for scale, figures in self.scales.items()},
+            "validation": {str(scale): figures for scale, figures in scales.items()},
+            "at its own best": _compared(self.before[self.scale], best) | {"guidance_scale": own},
+            "on further prompts": _compared(self.rest, rest) | {"seeds": list(rest.seeds)},
+        }
 
     def config(self, settings: Sequence[str], seed: int, out: Path) -> Config:
         """The demo's configuration with `settings` over it."""
@@ -203,19 +243,14 @@ class Bench:
     def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
         """One variant trained from one seed: its gain at the base model's best guidance, at 1, and what it trained on.
 
-        The paired difference of each prompt is kept beside the figures, so that seeds can be pooled.
+        Of the first variant of the table also what `further` tells.
         """
         folder, model, seconds = self.trained(variant, seed)
-        figures: dict[str, Any] = {}
-        for scale, before in self.before.items():
-            after = self.draw(model, scale)
-            figures[f"at {scale:g}"] = {
-                "before": before.headline(),
-                "after": after.headline(),
-                "gain": after.gain(before),
-                "kinds_before": {kind: value["alignment"] for kind, value in before.by_kind().items()},
-                "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
-            }
+        figures: dict[str, Any] = {
+            f"at {scale:g}": _compared(before, self.draw(model, scale)) for scale, before in self.before.items()
+        }
+        if variant == TABLE[0] and self.split == "test":
+            figures |= self.further(model)
         config = self.config(variant.settings, seed, folder)
         last = Pipeline(config, progress=False).folder(config.iterations)
         pairs = demo.pair_figures(read_stage(last, "select"), last)
@@ -244,6 +279,16 @@ class Bench:
             **pairs,
             **masks,
         )
+
+
+def _compared(before: evaluate.Drawings, after: evaluate.Drawings) -> dict[str, Any]:
+    return {
+        "before": before.headline(),
+        "after": after.headline(),
+        "gain": after.gain(before),
+        "kinds_before": {kind: value["alignment"] for kind, value in before.by_kind().items()},
+        "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
+    }
 
 
 def _resolved(config: Config) -> dict[str, Any]:
@@ -313,7 +358,7 @@ def _table(
     name = "ablations-quick" if quick else "ablations"
     path = measure.result_path(out, name)
     with _folder(kept) as folder:
-        bench = Bench(folder, split="test", per_kind=2 if quick else 150, extra=QUICK if quick else ())
+        bench = Bench(folder, split="test", per_kind=2 if quick else PER_KIND, extra=QUICK if quick else ())
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         variants = {variant.name: variant for variant in TABLE}
         rows = _in_order(
@@ -377,11 +422,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def _show(rows: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
-        for scale in (key for key in mine[0] if key.startswith("at ")):
-            found = pooled(mine, scale)
-            base = mine[0][scale]["before"]["alignment"]
+        compared = [key for key, value in mine[0].items() if isinstance(value, dict) and "gain" in value]
+        for place in (key for key in compared if all(key in row for row in mine)):
+            found = pooled(mine, place)
             errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
-            print(f"{name:<24} {scale:<7} base {base:.3f} gain {found['gain']:+.3f} {errors}", flush=True)
+            print(f"{name:<40} {place:<19} gain {found['gain']:+.3f} {errors}", flush=True)
 
 
 def main() -> None:

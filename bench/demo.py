@@ -48,7 +48,7 @@ def run(out: Path, quick: bool) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
     once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
     figures = {name: summary.get(name) for name in FIGURES}
     shapes = {"pairs": summary["pairs"]}

@@ -157,7 +157,7 @@ class SelectConfig:
 @dataclass
 class MasksConfig:
     """Object masks. `layers`: the layers averaged; None: all but the first and last `skip_layers`; "auto": the one that
-    is best by the rule `choose` ("contrast" by default) on the average over the objects of the first pairs. `heads`:
+    is best by the rule `choose` ("contrast" by default) on the average over the objects of 64 pairs. `heads`:
     the heads averaged in these layers; None: all; "auto", beside `layers` "auto": the one of all layers' that is best.
 
     `rows`: whose attention counts, that of the image's own tokens ("image"), or that of the tokens one before, which

@@ -210,13 +210,14 @@ def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
     A pair whose prompt is no prompt of the Shapes grammar counts as impure.
     """
     kept = [record for record in pairs_of(records) if record.get("kept")]
+    items = [number for number, record in enumerate(records) for pair in pairs_of([record]) if pair.get("kept")]
     right = [_shows(out / str(record["chosen"]), record["prompt"]) for record in kept]
     wrong = [not _shows(out / str(record["rejected"]), record["prompt"]) for record in kept]
     pure = [r and w for r, w in zip(right, wrong, strict=True)]
     return {
         "pairs": len(kept),
         "pair_purity": float(np.mean(pure)) if kept else None,
-        "pair_purity_std": float(np.std(pure) / np.sqrt(len(pure))) if kept else None,
+        "pair_purity_std": _standard_error(pure, items),
         "chosen_right": float(np.mean(right)) if kept else None,
         "rejected_wrong": float(np.mean(wrong)) if kept else None,
     }
@@ -227,16 +228,17 @@ def _shows(path: Path, prompt: str) -> bool:
 
 
 def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None:
-    """The cells of `grid` (rows, columns) that objects, as the checker sees them, cover to a quarter or more, (H, W).
+    """The cells of `grid` (rows, columns) that objects, as the checker sees them, cover to an eighth or more, (H, W).
 
-    None where the checker sees no object.
+    A small object in the middle of its place on the board lies on the corner of four cells and covers a fifth of each,
+    so a share of a quarter would leave it without a cell. None where the checker sees no object.
     """
     seen = [thing.mask for thing in read(image).objects]
     if not seen:
         return None
     pixels = np.any(seen, axis=0)
     (rows, columns), (height, width) = grid, pixels.shape
-    covered: np.ndarray = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.25
+    covered: np.ndarray = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.125
     return covered
 
 
@@ -245,21 +247,31 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
 
     `mask_iou_all_ones` is what a mask of the whole image would have.
     """
-    found, ones = [], []
-    for record in pairs_of(records):
-        if not record.get("mask_path"):
-            continue
-        union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)
-        cells = object_cells(open_image(out / str(record["chosen"])), union.shape)
-        if cells is None:
-            continue
-        found.append((union & cells).sum() / max((union | cells).sum(), 1))
-        ones.append(cells.mean())
+    found, ones, items = [], [], []
+    for number, item in enumerate(records):
+        for record in pairs_of([item]):
+            if not record.get("mask_path"):
+                continue
+            union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)
+            cells = object_cells(open_image(out / str(record["chosen"])), union.shape)
+            if cells is None:
+                continue
+            found.append((union & cells).sum() / max((union | cells).sum(), 1))
+            ones.append(cells.mean())
+            items.append(number)
     return {
         "mask_iou": float(np.mean(found)) if found else None,
-        "mask_iou_std": float(np.std(found) / np.sqrt(len(found))) if found else None,
+        "mask_iou_std": _standard_error(found, items),
         "mask_iou_all_ones": float(np.mean(ones)) if ones else None,
     }
+
+
+def _standard_error(values: Sequence[float], items: Sequence[int]) -> float | None:
+    """Of the mean of `values`, where those of one item are no independent ones; None of nothing."""
+    if not len(values):
+        return None
+    away = np.asarray(values, float) - np.mean(values)
+    return float(np.sqrt((np.bincount(items, away) ** 2).sum()) / len(values))
 
 
 def write_gallery(out: Path, before: Drawings, after: Drawings) -> None:

@@ -109,13 +109,15 @@ def _combine(parts: list[dict[str, float]]) -> dict[str, float]:
     return {"alignment": mean, "standard_error": error, "prompts": sum(part["prompts"] for part in parts)}
 
 
-def held_out_prompts(split: str, per_kind: int, kinds: Sequence[str] = tuple(KINDS)) -> list[tuple[str, Description]]:
-    """Up to `per_kind` prompts of each kind in `split`, the same ones at every call."""
+def held_out_prompts(
+    split: str, per_kind: int, kinds: Sequence[str] = tuple(KINDS), *, skip: int = 0
+) -> list[tuple[str, Description]]:
+    """Up to `per_kind` prompts of each kind in `split`, after the first `skip`; the same ones at every call."""
     chosen = []
     for number, kind in enumerate(kinds):
         everything = prompts(kind, split)
         order = np.random.default_rng([number, 20260101]).permutation(len(everything))
-        chosen += [(kind, everything[i]) for i in order[:per_kind]]
+        chosen += [(kind, everything[i]) for i in order[skip : skip + per_kind]]
     return chosen
 
 
@@ -127,12 +129,13 @@ def draw(
     guidance_scale: float = 1.0,
     seeds: Sequence[int] = (0,),
     kinds: Sequence[str] = tuple(KINDS),
+    skip: int = 0,
     temperature: float = 1.0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Drawings:
-    """Draws held-out prompts and has the checker look at every drawing."""
-    chosen = held_out_prompts(split, per_kind, kinds)
+    """Draws held-out prompts (as of `held_out_prompts`) and has the checker look at every drawing."""
+    chosen = held_out_prompts(split, per_kind, kinds, skip=skip)
     texts = [description.text for _, description in chosen]
     image_seeds = [int(np.random.default_rng([seed, i]).integers(2**31)) for i in range(len(texts)) for seed in seeds]
     images = ImageGenerator(model, batch_size=batch_size).generate(

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 NO_PAIR = "the item has no pair"
 Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
-AUTO_PAIRS = 64  # that the layer is chosen on
+AUTO_PAIRS = 64  # spread over all, that the layer is chosen on
 _CHOSEN_BY = ("choose", "heads", "rows", "reduce", "match")  # settings that the choice hangs on
 WINDOW = 8  # batches whose items are sorted by length, so that a batch has little padding
 
@@ -193,7 +193,7 @@ def features_of(batch: Batch, tokens: int, settings: MasksConfig) -> Tensor | No
 def settle_layers(
     settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path | None
 ) -> MasksConfig:
-    """The settings with what was found in place of "auto": on the first pairs, once for a run folder and its settings.
+    """The settings with what was found in place of "auto": on some pairs, once for a run folder and its settings.
 
     `out`/masks/layers.json keeps it, with the mean score of every layer, or of every head as "layer.head".
     Raises OspoError without a run folder, without a pair that has an object, and where the file is broken.
@@ -220,6 +220,13 @@ def settle_layers(
     return dataclasses.replace(settings, layers=layers, heads=heads, choose=None)
 
 
+def _spread(records: list[Record], most: int) -> Iterator[Record]:
+    """All records, first `most` or more from all over: a store has its kinds of prompts one after the other."""
+    step = max(len(records) // most, 1)
+    for first in range(step):
+        yield from records[first::step]
+
+
 def _choose_for_all(
     settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path
 ) -> dict[str, object]:
@@ -233,7 +240,7 @@ def _choose_for_all(
     ]
     rule = settings.choose or "contrast"
     every = dataclasses.replace(settings, choose=rule, soft=False)
-    pairs = ((record, _target(record, model, settings.match)) for record in records)
+    pairs = ((record, _target(record, model, settings.match)) for record in _spread(list(records), AUTO_PAIRS))
     named = islice(((record, target) for record, target in pairs if isinstance(target, Target)), AUTO_PAIRS)
     scores: list[Tensor] = []
     for part in chunked(named, settings.batch_size):

@@ -208,6 +208,28 @@ def test_masks_are_measured_against_the_objects(tmp_path: Path) -> None:
     assert demo.mask_figures([], tmp_path)["mask_iou"] is None
 
 
+def test_no_object_is_too_small_to_have_cells() -> None:
+    from ospo_fast.shapes.render import render
+    from ospo_fast.shapes.scenes import SHAPES, SIZES, Object, Scene
+
+    for shape in SHAPES:
+        for size in SIZES:
+            for place in [(row, column) for row in range(3) for column in range(3)]:
+                cells = demo.object_cells(render(Scene((Object("red", shape, size, place),), "white")), (6, 6))
+                assert cells is not None
+                assert 1 <= cells.sum() <= 9
+                middle = [2 * at + 0.5 for at in place]
+                assert np.abs(np.argwhere(cells).mean(0) - middle).max() <= 1
+
+
+def test_standard_errors_know_that_pairs_of_an_item_go_together() -> None:
+    values, alone = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0], list(range(6))
+    assert demo._standard_error(values, alone) == pytest.approx(np.std(values) / np.sqrt(6))
+    twice = demo._standard_error(np.repeat(values, 2), np.repeat(alone, 2))
+    assert twice == pytest.approx(np.std(values) / np.sqrt(6))
+    assert demo._standard_error([], []) is None
+
+
 def test_a_pair_is_pure_when_chosen_is_right_and_rejected_wrong(tmp_path: Path) -> None:
     from ospo_fast.shapes.render import render
     from ospo_fast.shapes.scenes import Object, Scene

@@ -59,6 +59,8 @@ def test_held_out_prompts_are_of_their_split_and_stay_the_same() -> None:
     for split in ("validation", "test"):
         chosen = held_out_prompts(split, 5)
         assert chosen == held_out_prompts(split, 5)
+        first, rest = (held_out_prompts(split, n, HEADLINE[1:2], skip=skip) for n, skip in ((5, 0), (1000, 5)))
+        assert sorted(d.text for _, d in [*first, *rest]) == sorted(d.text for d in prompts(HEADLINE[1], split))
         assert all(description.split == split for _, description in chosen)
         assert {kind for kind, _ in chosen} == set(KINDS)
     assert all(len(prompts(kind, "test")) >= 20 for kind in HEADLINE)

@@ -54,6 +54,11 @@ def eager_maps(model, prompt, codes, columns, layers, before=0, heads=None):
     )
 
 
+def spread(records, most):
+    """Those that a layer is chosen on, from all over the store."""
+    return [records[n] for n in range(0, len(records), len(records) // most)][:most]
+
+
 def features(model, codes, rule):
     """What `choose_layers` takes for one image."""
     return model.embed_codes(codes).reshape(1, *model.grid, -1).float() if rule == "contrast" else None
@@ -305,7 +310,7 @@ def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, ru
     done = list(run(pairs, model, settings, out=tmp_path / "a"))
     chosen = json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())
     scores = []
-    for record in pairs[:3]:
+    for record in spread(pairs, 3):
         target = find_objects(record, model, "offsets")
         for codes in image_codes(model, [made / record["chosen"], made / record["rejected"]]):
             for columns in target.columns:
@@ -346,7 +351,7 @@ def test_one_head_for_all_objects(model, made, pairs, tmp_path, monkeypatch):
     done = list(run(pairs, model, load_config(["masks.layers=auto", "masks.heads=auto"]), out=tmp_path / "a"))
     chosen = json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())
     places, scores = [(layer, head) for layer in (0, 1) for head in (0, 1)], []
-    for record in pairs[:2]:
+    for record in spread(pairs, 2):
         target = find_objects(record, model, "offsets")
         for codes in image_codes(model, [made / record["chosen"], made / record["rejected"]]):
             for columns in target.columns:
