@@ -3,6 +3,7 @@
 import datetime as dt
 import functools
 import json
+import os
 import platform
 import re
 import statistics
@@ -19,6 +20,8 @@ from ospo_fast import env
 
 ROOT = Path(__file__).resolve().parents[1]
 L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
+LEAD = 2_000_000  # clock cycles, about a millisecond, that a GPU is kept waiting while a run is being launched
+_cases: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ def interleaved(
     """Times the variants in turns, so that all of them see the same noise, until each has run for `seconds`.
 
     No more than `most` turns are taken: a variant that is far faster than the others would keep them running.
+    On a GPU it is the GPU's time: the first millisecond of launching passes while it is kept waiting, since what a
+    kernel needs could not be told from what its launch needs otherwise. A run that waits for the GPU in its midst is
+    seen with what it launches afterwards.
     inputs() makes the arguments of one turn, outside the time: fresh random values, because zeros run faster.
     cold=True empties the GPU's second-level cache before every run.
     """
@@ -66,6 +72,7 @@ def _milliseconds(run: Callable[..., object], arguments: tuple[Any, ...], device
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(LEAD)
         start.record()
         run(*arguments)
         end.record()
@@ -113,7 +120,10 @@ def device() -> str:
 
 @functools.cache  # of the code that runs, whatever is committed meanwhile
 def commit() -> str:
-    """The commit of the checkout, with "+" when tracked files but results differ from it; "unknown" outside of one."""
+    """The commit of the checkout, with "+" when tracked files but results differ from it.
+
+    Outside of a checkout what OSPO_FAST_COMMIT says (whoever copied the files knows), else "unknown".
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -122,7 +132,17 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("OSPO_FAST_COMMIT", "unknown")
+
+
+def only_cases(names: list[str]) -> None:
+    """Have `chosen` leave out the cases whose names hold none of these; none given: no case is left out."""
+    _cases[:] = names
+
+
+def chosen(case: str) -> bool:
+    """Whether this case of a benchmark is to be measured."""
+    return not _cases or any(name in case for name in _cases)
 
 
 def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **figures: Any) -> dict[str, Any]:
@@ -164,8 +184,16 @@ def result_path(out: Path, name: str) -> Path:
 
 
 def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
-    """Writes the rows, one JSON object a line, to `result_path(out, name)` in the place of an earlier run's."""
+    """Writes the rows, one JSON object a line, to `result_path(out, name)` in the place of an earlier run's.
+
+    Where not all cases are measured (`only_cases`), those rows of the same commit stay that are of other shapes.
+    """
     path = result_path(out, name)
+    if _cases and path.exists():
+        kept = [json.loads(line) for line in path.read_text().splitlines()]
+        measured = [(line["shapes"], line["dtype"]) for line in rows]
+        kept = [line for line in kept if (line["shapes"], line["dtype"]) not in measured]
+        rows = [*(line for line in kept if line["commit"] == commit()), *rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("".join(json.dumps(line) + "\n" for line in rows))

@@ -28,6 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--list", action="store_true", help="say which there are")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        help="cases whose names hold this text, where a benchmark has several; may be given again",
+    )
     options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(names()))
@@ -37,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OspoError as error:
         parser.error(str(error))
     sys.path.insert(0, str(HERE))
+    importlib.import_module("_measure").only_cases(options.case)
     failed = []
     for name in options.only or names():
         print(f"== {name}", flush=True)

@@ -2,6 +2,7 @@ import json
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import _measure
 import pytest
@@ -48,6 +49,8 @@ def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkey
     monkeypatch.setattr(_measure, "ROOT", tmp_path)
     commit = _measure.commit.__wrapped__
     assert commit() == "unknown"
+    monkeypatch.setenv("OSPO_FAST_COMMIT", "0123456789ab")  # of files that were copied without their history
+    assert commit() == "0123456789ab"
     git("init", "-q")
     (tmp_path / "bench" / "results").mkdir(parents=True)
     for name in ("code.py", "bench/results/rows.jsonl"):
@@ -86,3 +89,30 @@ def test_a_row_says_what_ran_where(tmp_path: Path) -> None:
     _measure.write([row], tmp_path, "otsu_threshold")
     assert len(path.read_text().splitlines()) == 1
     assert [file.name for file in path.parent.iterdir()] == ["otsu_threshold.jsonl"]
+
+
+def test_cases_one_after_the_other_end_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = _measure.Timing(1.0, 0.9, 1.1, 5)
+
+    def rows(*sizes: int) -> list[dict[str, Any]]:
+        return [_measure.row("op", f"variant {n}", {"rows": n}, "fp32", timing) for n in sizes]
+
+    def kept() -> list[int]:
+        return [json.loads(line)["shapes"]["rows"] for line in path.read_text().splitlines()]
+
+    monkeypatch.setattr(_measure, "commit", lambda: "0123456789ab")
+    path = _measure.write(rows(1, 2), tmp_path, "op")
+    assert _measure.chosen("7B, 64 prompts")
+    _measure.only_cases(["7B", "1B"])
+    try:
+        assert _measure.chosen("7B, 64 prompts")
+        assert not _measure.chosen("tiny")
+        _measure.write(rows(2, 3), tmp_path, "op")
+        assert kept() == [1, 2, 3]
+        monkeypatch.setattr(_measure, "commit", lambda: "ba9876543210")
+        _measure.write(rows(3), tmp_path, "op")
+        assert kept() == [3]  # those of another commit are no part of this measurement
+    finally:
+        _measure.only_cases([])
+    _measure.write(rows(1), tmp_path, "op")
+    assert kept() == [1]

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for every architecture, without a GPU, and prints registers and spills.
 
-A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)].
+A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)]. They are
+compiled as a launch with aligned pointers, and strides and sizes that are multiples of 16, compiles them.
 """
 
 import importlib
@@ -31,6 +32,14 @@ def resources(cubin: bytes) -> str:
     return f"{found['REG']} registers, {found['STACK'] + found['LOCAL']} bytes of spills, {found['SHARED']} shared"
 
 
+def aligned(kernel: triton.JITFunction, arguments: dict[str, str]) -> dict[tuple[int], list[list[object]]]:
+    """The attributes of all pointers and integers that the kernel lets Triton specialise on."""
+    never = [*(kernel.do_not_specialize or ()), *(kernel.do_not_specialize_on_alignment or ())]
+    never = [kernel.arg_names[name] if isinstance(name, int) else name for name in never]
+    names = [name for name, kind in arguments.items() if kind[0] in "*i" and name not in never]
+    return {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+
+
 def main() -> int:
     count = 0
     for info in pkgutil.iter_modules(ospo_fast.kernels.__path__):
@@ -39,7 +48,7 @@ def main() -> int:
             for arguments, constants in variants:
                 signature = arguments | dict.fromkeys(constants, "constexpr")
                 for arch in ARCHS:
-                    source = ASTSource(kernel, signature, constexprs=constants)
+                    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned(kernel, arguments))
                     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
                     types = " ".join(arguments.values())
                     print(f"{kernel.__name__} ({types}) sm_{arch}: {resources(compiled.asm['cubin'])}")
