@@ -44,13 +44,17 @@ def test_the_checkpoint_is_small_and_says_how_it_was_made() -> None:
 
 
 def test_it_answers_questions_on_rendered_pictures(model: UnifiedModel) -> None:
-    assert evaluate.answering(model, count=120, progress=False)["all"] >= 0.9
+    answered = evaluate.answering(model, count=120, progress=False)
+    for kind in evaluate.QUESTION_KINDS:
+        assert answered[kind] >= 0.95, kind
 
 
 def test_it_draws_prompts_that_it_has_never_seen(model: UnifiedModel) -> None:
-    drawn = evaluate.draw(model, per_kind=24, guidance_scale=1.5, progress=False)
-    assert drawn.headline()["alignment"] > 0.2
+    """Much worse than it answers: of what it learns in a run, that is the reason."""
+    drawn = evaluate.draw(model, split="validation", per_kind=40, guidance_scale=1.5, progress=False)
+    assert 0.35 < drawn.headline()["alignment"] < 0.7
     assert not set(drawn.prompts) - set(held_out())
+    assert evaluate.answering_own(model, drawn, progress=False)["all"] >= 0.93
 
 
 @pytest.fixture(scope="module")
