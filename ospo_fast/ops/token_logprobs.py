@@ -212,6 +212,7 @@ def _token_logprobs(
     """ℓ (N,) and, if asked for, U of the active rows, one after another from the top of unit (N, D), which ends in
     zeros; places (N,) says where that of each row is, -1 for an ignored one.
     """
+    labels = labels.contiguous()  # kernels read them one after the other; a flat view may be strided or expanded
     rows, count = _active_rows(labels, ignore_index, weight.shape[0])
     active_labels = labels if rows is None else labels.index_select(0, rows)
     chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
@@ -299,7 +300,7 @@ def _(x: Tensor, labels: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(labels.shape, dtype=_result_dtype(x)),
         x.new_empty(x.shape if with_unit else (0, x.shape[1])),
-        torch.empty_like(labels) if with_unit else labels.new_empty(0),
+        labels.new_empty(labels.shape if with_unit else 0),
     )
 
 

@@ -230,6 +230,48 @@ def test_layouts() -> None:
     torch.testing.assert_close(token_logprobs(hidden, columns, labels), plain)
 
 
+STRIDED_LABELS = {
+    "every other": lambda: torch.randint(0, 23, (6, 2))[:, 1],
+    "a column of three": lambda: torch.randint(0, 23, (4, 5, 3))[..., 1],
+    "all but the first of two": lambda: torch.randint(0, 23, (6, 2))[:, 1:],
+    "backwards of a transposed one": lambda: torch.randint(0, 23, (5, 4)).t()[1:],
+    "one for all": lambda: torch.tensor(3).expand(7),
+    "narrow": lambda: torch.randint(0, 23, (6, 2), dtype=torch.int32)[:, 0],
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED_LABELS)
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+def test_labels_of_any_strides(layout: str, train_head: bool, kind: str) -> None:
+    """With no row ignored, so that nothing gathers the labels on the way."""
+    labels, head = STRIDED_LABELS[layout](), make_head(kind, bias=True)
+    head = trainable(head) if train_head else head
+    results = []
+    for own in (labels, labels.clone(memory_format=torch.contiguous_format).long()):
+        hidden = torch.linspace(-1, 1, labels.numel() * 16).view(*labels.shape, 16).requires_grad_()
+        logps = token_logprobs(hidden, head, own)
+        logps.square().sum().backward()
+        results.append((logps.detach(), hidden.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    best = token_logprobs_reference(hidden.detach(), head, labels)
+    torch.testing.assert_close(results[0][0].double(), best.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", STRIDED_LABELS)
+def test_labels_of_any_strides_given_to_the_op_itself(layout: str) -> None:
+    labels, head = STRIDED_LABELS[layout]().long().reshape(-1), make_head(LINEAR, bias=True)
+    x = torch.randn(len(labels), 16)
+    options = (-100, 4, False, "cpp", False, True)
+    mine = torch.ops.ospo_fast.token_logprobs(x, labels, *head.tensors, *options)
+    best = torch.ops.ospo_fast.token_logprobs(
+        x, labels.clone(memory_format=torch.contiguous_format), *head.tensors, *options
+    )
+    for one, other in zip(mine, best, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("train_head", [False, True])
 def test_any_upstream_gradient(train_head: bool) -> None:
     head, labels = make_head(MLP, bias=True, dtype=torch.float64), some_labels(5, 6)
