@@ -106,6 +106,12 @@ void token_weights(uintptr_t masks, uintptr_t weights, int64_t images, int64_t h
 }
 
 #ifdef OSPO_CUDA
+void otsu_threshold_cuda(uintptr_t maps, uintptr_t thresholds, int64_t count, int cells, int bins, int device,
+                         uintptr_t stream) {
+    check("otsu_threshold",
+          ospo::otsu_threshold_cuda(at(maps), at(thresholds), count, cells, bins, device, at(stream)));
+}
+
 void object_masks_cuda(uintptr_t raw, uintptr_t valid, uintptr_t maps, uintptr_t thresholds, uintptr_t masks,
                        uintptr_t any, int64_t images, int objects, int height, int width, float scaler, int bins,
                        uintptr_t weights, double alpha, double gamma, int blur_size, double blur_sigma, int device,
@@ -223,6 +229,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("width"), py::arg("alpha"), py::arg("gamma"), py::arg("blur_size"), py::arg("blur_sigma"),
           py::arg("threads"), release, "Weights of contiguous float32 masks; the blur reaches at most 15 cells.");
 #ifdef OSPO_CUDA
+    m.def("otsu_threshold_cuda", &otsu_threshold_cuda, py::arg("maps"), py::arg("thresholds"), py::arg("count"),
+          py::arg("cells"), py::arg("bins"), py::arg("device"), py::arg("stream"), release,
+          "otsu_threshold on a CUDA stream; count is not 0.");
     m.def("object_masks_cuda", &object_masks_cuda, py::arg("raw"), py::arg("valid"), py::arg("maps"),
           py::arg("thresholds"), py::arg("masks"), py::arg("union"), py::arg("images"), py::arg("objects"),
           py::arg("height"), py::arg("width"), py::arg("scaler"), py::arg("bins"), py::arg("weights"), py::arg("alpha"),

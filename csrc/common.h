@@ -52,9 +52,11 @@ Blur gaussian(int size, double sigma);
 void token_weights(const float* masks, float* weights, int64_t images, int64_t height, int64_t width, double alpha,
                    double gamma, const Blur& blur, int threads);
 
-// object_mask.cu: the same on the GPU, on a stream, without waiting; a cudaError_t. Where weights is not null the first
-// also makes the weights of the union, in the same launch.
+// object_mask.cu: the same on the GPU, on a stream, without waiting; a cudaError_t. Where weights is not null
+// object_masks_cuda also makes the weights of the union, in the same launch.
 #ifdef OSPO_CUDA
+int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,
+                        void* stream);
 int object_masks_cuda(const MaskTensors& tensors, int64_t images, int objects, int height, int width, float scaler,
                       int bins, float* weights, double alpha, double gamma, const Blur& blur, int device, void* stream);
 int token_weights_cuda(const float* masks, float* weights, int64_t images, int height, int width, double alpha,

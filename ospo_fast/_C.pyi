@@ -38,6 +38,9 @@ def token_weights(
     blur_sigma: float,
     threads: int,
 ) -> None: ...
+def otsu_threshold_cuda(
+    maps: int, thresholds: int, count: int, cells: int, bins: int, device: int, stream: int
+) -> None: ...
 def object_masks_cuda(
     raw: int,
     valid: int,

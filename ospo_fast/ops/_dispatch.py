@@ -22,7 +22,7 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
     "sequence_logprobs": {},
     "preference_loss": {},
     "attention_columns": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
-    "otsu_threshold": {"cuda": (False, "cuda"), "cpp": (True, "cpu")},
+    "otsu_threshold": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sample_codes": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "linear": {"cpp": (True, "cpu")},

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.otsu import otsu_threshold, refuse_map
+from ospo_fast.ops.otsu import fits_shared, otsu_threshold, refuse_map
 from ospo_fast.ops.token_weights import BLURRED_CELLS, LONGEST_BLUR, check_weights, token_weights
-
-SHARED_FLOATS = 24576  # what the CUDA kernel keeps of one map and its histogram
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +151,7 @@ def _(maps: Tensor, valid: Tensor | None, scaler: float, bins: int) -> Found:
 
 def _backend(maps: Tensor, bins: int) -> str:
     backend = "torch" if maps.dtype == torch.float64 else _dispatch.resolve("object_masks", "auto", maps.device.type)
-    cells = maps.shape[2] * maps.shape[3]
-    return "torch" if backend == "cuda" and cells + 5 * bins + 1 > SHARED_FLOATS else backend
+    return "torch" if backend == "cuda" and not fits_shared(maps.shape[2] * maps.shape[3], bins) else backend
 
 
 def _outputs(x: Tensor, valid: Tensor | None) -> tuple[Found, tuple[int, ...], Tensor | None]:

@@ -10,14 +10,18 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 
+SHARED_FLOATS = 24576  # what the CUDA kernels keep of one map and its histogram
+
 
 def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
     """The centre of the first histogram bin that maximises w1·w2·(m1 − m2)²; of a constant map its value.
 
     maps (..., H, W) float → (...) fp32 (float64 for float64 maps; half precision is widened first). Bins as numpy's
     histogram over [min, max] (last bin closed), sums in bin order in fp32, as scikit-image's threshold_otsu.
-    float32 maps on CPU run in C++ where it is built; `otsu_threshold_reference` is the twin, and takes float64 too.
-    Raises OpError: not floating, no cells, a value that is not finite, a range too small for that many bins.
+    float32 maps run in C++ on CPU, in one launch that waits for nothing on CUDA: there a map with a value that is not
+    finite, or a range too small for that many bins, has the threshold NaN. `otsu_threshold_reference` is the twin; it
+    takes float64, and maps that are too large for the CUDA kernel, too.
+    Raises OpError: not floating, no cells; elsewhere than in the CUDA kernel such a map.
     Source: Otsu 1979; paper section on object masks.
     """
     if maps.dim() < 2 or not maps.is_floating_point() or 0 in maps.shape[-2:]:
@@ -39,9 +43,18 @@ torch.library.define("ospo_fast::otsu_threshold", "(Tensor maps, int bins) -> Te
 @torch.library.impl("ospo_fast::otsu_threshold", "CompositeExplicitAutograd")
 def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
     x = _rows(maps)
-    if x.dtype != torch.float32 or _dispatch.resolve("otsu_threshold", "auto", maps.device.type) == "torch":
+    backend = "torch"
+    if x.dtype == torch.float32:
+        backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type)
+    if backend == "torch" or (backend == "cuda" and not fits_shared(x.shape[1], bins)):
         return _twin(x, bins).reshape(maps.shape[:-2])
     x, thresholds = x.contiguous(), x.new_empty(len(x))
+    if backend == "cuda":
+        if len(x):
+            _dispatch.native().otsu_threshold_cuda(
+                x.data_ptr(), thresholds.data_ptr(), *x.shape, bins, *_dispatch.place(x.device)
+            )
+        return thresholds.reshape(maps.shape[:-2])
     _dispatch.native().otsu_threshold(
         x.data_ptr(), thresholds.data_ptr(), len(x), x.shape[1], bins, torch.get_num_threads()
     )
@@ -49,6 +62,11 @@ def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
         row = int(thresholds.isnan().nonzero()[0])
         refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
     return thresholds.reshape(maps.shape[:-2])
+
+
+def fits_shared(cells: int, bins: int) -> bool:
+    """Whether the CUDA kernels can take maps of so many cells."""
+    return cells + 5 * bins + 1 <= SHARED_FLOATS
 
 
 def _rows(maps: Tensor) -> Tensor:

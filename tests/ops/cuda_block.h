@@ -10,6 +10,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(threads)
@@ -19,22 +20,13 @@ struct Index {
 };
 inline thread_local Index threadIdx, blockIdx;
 
-constexpr int BLOCK_THREADS = 256;
-inline pthread_barrier_t block_barrier, warp_barrier[BLOCK_THREADS / 32];
+constexpr int BLOCK_THREADS = 256;  // at most
+inline pthread_barrier_t block_barrier, team_barrier[16], warp_barrier[BLOCK_THREADS / 32];
 inline double exchanged[BLOCK_THREADS];  // holds any float, double or int exactly
-inline int any_thread;
 inline double shared_room[1 << 16];
 
 inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
-
-inline int __syncthreads_or(int value) {
-    __syncthreads();
-    if (threadIdx.x == 0) any_thread = 0;
-    __syncthreads();
-    if (value) __atomic_store_n(&any_thread, 1, __ATOMIC_SEQ_CST);
-    __syncthreads();
-    return any_thread;
-}
+inline void __barrier_sync_count(int barrier, int) { pthread_barrier_wait(team_barrier + barrier); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int step) {
@@ -54,13 +46,15 @@ inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST); }
 
+// `teams` of the threads of a block wait for each other by __barrier_sync_count.
 template <typename Kernel>
-void launch(int blocks, Kernel kernel) {
-    pthread_barrier_init(&block_barrier, nullptr, BLOCK_THREADS);
+void launch(int blocks, int block_threads, int teams, Kernel kernel) {
+    pthread_barrier_init(&block_barrier, nullptr, block_threads);
+    for (auto& barrier : team_barrier) pthread_barrier_init(&barrier, nullptr, block_threads / teams);
     for (auto& barrier : warp_barrier) pthread_barrier_init(&barrier, nullptr, 32);
     for (int block = 0; block < blocks; ++block) {
         std::vector<std::thread> threads;
-        for (int thread = 0; thread < BLOCK_THREADS; ++thread) {
+        for (int thread = 0; thread < block_threads; ++thread) {
             threads.emplace_back([=] {
                 threadIdx.x = thread;
                 blockIdx.x = block;

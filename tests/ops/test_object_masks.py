@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ospo_fast import object_masks, token_weights
 from ospo_fast.errors import OpError
-from ospo_fast.ops.object_masks import SHARED_FLOATS, object_masks_reference, object_weights, soft_masks
+from ospo_fast.ops.object_masks import object_masks_reference, object_weights, soft_masks
+from ospo_fast.ops.otsu import SHARED_FLOATS
 
 FIELDS = ("maps", "thresholds", "masks", "union")
 
@@ -129,6 +130,7 @@ def test_masks_and_weights_at_once() -> None:
         ((3, 0, 5, 7), 256),
         ((0, 2, 5, 7), 256),
         ((2, 3, 13, 7), 17),  # primes, fewer cells than threads
+        ((3, 11, 24, 24), 256),  # more objects than there are warps
         ((2, 2, 100, 100), 1000),  # more shared memory than a kernel has unasked
     ],
 )

@@ -113,6 +113,38 @@ def test_ranges_that_cannot_be_divided(function: Callable[..., Tensor]) -> None:
         function(torch.tensor([[-3e38, 3e38]]))
 
 
+@pytest.mark.gpu
+def test_cuda_has_the_same_bits(golden: Any) -> None:
+    figures = golden("otsu.npz")
+    maps = torch.tensor(figures["maps"])
+    np.testing.assert_array_equal(otsu_threshold(maps.cuda()).cpu(), figures["threshold"])
+    hard = torch.rand(40, 5, 24, 24) ** 2
+    hard[:, 0] = (hard[:, 0] * 6).round()
+    hard[:, 1] = (hard[:, 1] < 0.5).float() * 3 - 1
+    hard[:, 2] = 0.25
+    hard[:, 3] = 1e30 * hard[:, 3] - 7e29
+    for bins in (256, 7, 1):
+        assert torch.equal(otsu_threshold(hard.cuda(), bins=bins).cpu(), otsu_threshold(hard, bins=bins))
+    odd = torch.rand(2, 3, 13, 7)
+    for changed in (odd.transpose(2, 3), odd.half(), odd[:0], odd.double(), torch.rand(1, 160, 160)):
+        assert torch.equal(otsu_threshold(changed.cuda()).cpu(), otsu_threshold(changed))
+
+
+@pytest.mark.gpu
+def test_cuda_waits_for_nothing_and_marks_what_has_no_threshold() -> None:
+    maps = torch.rand(2, 3, 6, 6)
+    maps[0, 1, 2, 2], maps[1, 0, 0, 0] = torch.nan, torch.inf
+    maps[1, 2] = 1 + 2.0**-20 * maps[1, 2].round()  # too few floats between its extrema
+    expected, moved = torch.tensor([[False, True, False], [True, False, True]]), maps.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        thresholds = otsu_threshold(moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(thresholds.isnan().cpu(), expected)
+
+
 @pytest.mark.parametrize(
     ("maps", "bins", "message"),
     [
