@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospo_fast.errors import OpError, OspoError
+from ospo_fast.ops._move import moved
 from ospo_fast.ops.attention_columns import ColumnRequest
 
 if TYPE_CHECKING:
@@ -23,6 +26,9 @@ _PREFIX = "ospo_capture|"
 # Attention modules under capture. The functions that transformers' registries hold stay there for good, one per
 # implementation; they look here for what to capture, and without an entry they only run the attention.
 _ACTIVE: dict[int, AttentionCapture] = {}
+# How many parts, by device, the heads of a batch of one are taken in: in a GPU's kernel each program goes through the
+# heads, and one sequence has too few programs to keep it busy.
+_PARTS = {"cuda": 8}
 # Operations whose second result is the natural log-sum-exp of the rows, (B, H, S or more); of those marked True the
 # fifth argument says whether to compute it.
 _TELL_LSE = {
@@ -76,18 +82,20 @@ class AttentionCapture:
     """Mean attention of query rows on key columns, read off while the decoder runs.
 
     maps[b, o, i] = mean over the layers and heads kept and over columns c of object o of the attention probability
-    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32; `layer_maps` has each layer's own, `head_maps` each
-    head's. The model's own
-    attention (sdpa, eager, flash …) computes the forward pass; beside it `attention_columns` computes the few
-    probabilities wanted, from the log-sum-exp of that attention where it tells one (torch's fused attentions and
-    flash-attn without padding do), else from its own. On a GPU the device is waited for once a pass, if at all.
+    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32 (float64 for a float64 decoder); `layer_maps` has
+    each layer's own, `head_maps` each head's. The model's own attention (sdpa, eager, flash …) computes the forward
+    pass; beside it `attention_columns` computes the few probabilities wanted, from the log-sum-exp of that attention
+    where it tells one (torch's fused attentions and flash-attn without padding do), else from its own. A GPU is waited
+    for once a pass where the decoder has an attention mask, to look at it; else not at all, where columns and rows are
+    given on the CPU.
 
         with AttentionCapture(model, columns=columns, rows=(prompt_length, tokens)) as capture:
             model.decoder(inputs_embeds=x, attention_mask=mask, use_cache=False)
         masks = object_masks(capture.maps)
 
     One capture takes one forward pass over whole sequences (no key-value cache, none packed). Padding on either side is
-    left out by means of the attention mask that the decoder is given. The maps carry no gradient; with gradient
+    left out by means of the attention mask that the decoder is given; apart from it rows see all keys up to themselves,
+    and another mask is refused. The maps carry no gradient; with gradient
     checkpointing, leave the context before the backward pass. A decoder under torch.compile is compiled anew for the
     context, with a graph break at each attention; under fullgraph=True torch refuses.
 
@@ -107,8 +115,9 @@ class AttentionCapture:
 
     Raises:
         OspoError: layers or heads that are not there, a model that does not route its attention through transformers'
-            AttentionInterface, an unknown attention implementation, sliding windows and soft caps, a decoder that is
-            being captured already, a second forward pass, a grid that does not fit.
+            AttentionInterface, an unknown attention implementation, sliding windows and soft caps, attention that is
+            not causal, masks with holes, a decoder that is being captured already, a second forward pass, a grid that
+            does not fit.
         OpError: columns or rows outside the sequence.
 
     """
@@ -132,10 +141,9 @@ class AttentionCapture:
         self._stop_early = stop_early
         self._attention = [layer.self_attn for layer in self._decoder.layers]
         self.layers = _kept(len(self._attention), layers, skip)
-        count = int(self._decoder.config.num_attention_heads)
-        self.heads = tuple(range(count)) if heads is None else _indices("heads", heads, count)
-        self._all_heads = len(self.heads) == count
+        self._heads = None if heads is None else _indices("heads", heads, self._head_count())
         self._by_head = by_head
+        self._parts = 1  # sequences in place of each, of a part of its heads each
         self._grid = _grid_of(model, grid, rows)
         self._seen: set[int] = set()
         self._request: ColumnRequest | None = None
@@ -143,33 +151,41 @@ class AttentionCapture:
         self._implementation: str | None = None
 
     @property
+    def heads(self) -> tuple[int, ...]:
+        """The heads kept, in ascending order."""
+        return tuple(range(self._head_count())) if self._heads is None else self._heads
+
+    def _head_count(self) -> int:
+        return int(self._decoder.config.num_attention_heads)
+
+    @property
     def maps(self) -> Tensor:
-        """(B, O, H, W) fp32, once the forward pass is through the layers kept."""
+        """(B, O, H, W), once the forward pass is through the layers kept."""
         return self.layer_maps.mean(0)
 
     @property
     def layer_maps(self) -> Tensor:
-        """(layers, B, O, H, W) fp32, in the order of `layers`; their mean is `maps`."""
-        return self._by_head_maps.mean(1)
+        """(layers, B, O, H, W), in the order of `layers`; their mean is `maps`."""
+        return self._part_maps.mean(1)
 
     @property
     def head_maps(self) -> Tensor:
-        """(layers, heads, B, O, H, W) fp32, in the order of `layers` and `heads`; OspoError without `by_head`."""
+        """(layers, heads, B, O, H, W), in the order of `layers` and `heads`; OspoError without `by_head`."""
         if not self._by_head:
             raise OspoError("capture: the heads were not kept apart; give by_head=True for head_maps")
-        return self._by_head_maps
+        return self._part_maps
 
     @property
-    def _by_head_maps(self) -> Tensor:
-        """Heads at dimension 1: each, or one mean."""
+    def _part_maps(self) -> Tensor:
+        """With the means over equal parts of the heads at dimension 1: one, several, or each head by itself."""
         if self._maps is None or len(self._seen) < len(self.layers):
             raise OspoError(
                 f"capture: {len(self._seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
             )
         layers, sequences, objects = self._maps.shape[:3]
-        apart = len(self.heads) if self._by_head else 1
-        return self._maps.view(layers, sequences // apart, apart, objects, *self._grid).transpose(1, 2)
+        parted = (layers, sequences // self._parts, self._parts, objects, *self._grid)
+        return self._maps.view(parted).transpose(1, 2)
 
     def __enter__(self) -> Self:
         if any(id(module) in _ACTIVE for module in self._attention):
@@ -208,37 +224,43 @@ class AttentionCapture:
                 "run whole sequences with use_cache=False"
             )
         _refuse_unusual(module, options, q.shape[2])
+        dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
         if self._request is None or self._maps is None:
             # Looked at once: the layers of a pass share the mask, and looking waits for a GPU.
-            self._request = self._ask(q, mask)
-            shape = (len(self.layers), len(self._request.columns), self._request.columns.shape[1], self._request.length)
-            self._maps = torch.zeros(shape, device=q.device)
-        dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
+            self._parts = self._parts_of(q, k)
+            self._request = self._ask(q, mask).repeated(self._parts)
+            shape = (len(self.layers), *self._request.columns.shape[:2], self._request.length)
+            kept = torch.float64 if dtype == torch.float64 else torch.float32
+            self._maps = torch.zeros(shape, dtype=kept, device=q.device)
         q, k, lse = self._of_heads(q.detach().to(dtype), k.detach().to(dtype), watch.of(q))
         self._request.run(q, k, scale=options.get("scaling"), lse=lse, out=self._maps[self.layers.index(index)])
         self._seen.add(index)
 
     def _of_heads(self, q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The heads kept; by head, each as a sequence of its own: (B·heads, 1, S, D)."""
-        if not self._all_heads or self._by_head:
+        """The heads kept, their parts as sequences of their own: (B·parts, heads / parts, S, D)."""
+        if self._heads is not None or self._by_head:
             group = q.shape[1] // k.shape[1]
             q, k = _picked(q, self.heads), _picked(k, [head // group for head in self.heads])
             lse = None if lse is None else _picked(lse, self.heads)
-        if self._by_head:
-            q, k = q.flatten(0, 1)[:, None], k.flatten(0, 1)[:, None]
-            lse = None if lse is None else lse.flatten(0, 1)[:, None]
+        if self._parts > 1:
+            q, k = _parted(q, self._parts), _parted(k, self._parts)
+            lse = None if lse is None else _parted(lse, self._parts)
         return q, k, lse
+
+    def _parts_of(self, q: Tensor, k: Tensor) -> int:
+        if self._by_head:
+            return len(self.heads)
+        most = _PARTS.get(q.device.type, 1) if len(q) == 1 else 1  # more than one would have to be copied
+        return math.gcd(most, k.shape[1] if self._heads is None else len(self._heads))
 
     def _ask(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
         batch, _, length, _ = q.shape
         if self._columns.dim() == 3 and self._columns.shape[0] != batch:
             raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
-        # First without the mask: rows outside the sequence must not reach it.
-        request = ColumnRequest.of(self._columns, batch, length, rows=self._rows, device=q.device)
+        request = ColumnRequest.of(self._columns, batch, length, rows=self._rows)
         if mask is not None:
-            seen = _visible(mask, self._rows, batch, length)
-            request = ColumnRequest.of(self._columns, batch, length, rows=self._rows, key_range=seen, device=q.device)
-        return request.repeated(len(self.heads)) if self._by_head else request
+            request = replace(request, key_start=_first_keys(mask, request))
+        return request.to(q.device)
 
     def _finished(self) -> bool:
         return self._stop_early and len(self._seen) == len(self.layers)
@@ -301,6 +323,12 @@ def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
             f"capture: layer {module.layer_idx} has a sliding window of {window} for {length} positions; "
             "give layers= without windows"
         )
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise OspoError(
+            f"capture: layer {module.layer_idx} is not causal (is_causal=False), but maps are of causal attention; "
+            "leave the layer out by layers=, or capture a causal decoder"
+        )
     if options.get("cu_seq_lens_q") is not None:
         raise OspoError("capture: the decoder runs packed sequences (cu_seq_lens_q); give it padded ones, with a mask")
     for name in ("softcap", "s_aux", "position_bias"):
@@ -308,24 +336,41 @@ def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
             raise OspoError(f"capture: layer {module.layer_idx} changes its scores by {name}, which maps do not know")
 
 
-def _visible(mask: Tensor, rows: Bounds, batch: int, length: int) -> tuple[Tensor, int]:
-    """The keys that the wanted rows may see beside causality, from any mask that transformers hands to attention."""
-    start, count = (torch.as_tensor(bound, device=mask.device).expand(batch) for bound in rows)
+def _first_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
+    """(B,) on the CPU: the first key that the wanted rows may see, from any mask that transformers hands to attention.
+
+    Waits for the device, once. OspoError for rows that see other keys than all from there up to themselves; what rows
+    of padding see is their own affair.
+    """
+    (batch, *_), length = request.columns.shape, request.positions
+    if mask.dim() not in (2, 4):
+        raise OspoError(f"capture: got an attention mask of shape {tuple(mask.shape)}, expected (B, S) or (B, 1, S, S)")
+    start, count = moved((request.row_start, request.row_count), mask.device)
     last = (start + count - 1).clamp(0, length - 1)
     if mask.dim() == 4:  # (B or 1, 1, S, S), bool or additive
-        index = last.view(-1, 1, 1, 1).expand(-1, 1, 1, length)
-        seen = mask[..., :length].expand(batch, -1, -1, -1)[:, :1].gather(2, index).flatten(1)
+        row = torch.minimum(start[:, None] + torch.arange(max(request.length, 1), device=mask.device), last[:, None])
+        index = row[:, None, :, None].expand(-1, 1, -1, length)
+        seen = mask[..., :length].expand(batch, -1, -1, -1)[:, :1].gather(2, index)[:, 0]  # (B, rows, S)
         seen = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
-    elif mask.dim() == 2:  # (B, S), flash attention's
-        seen = mask.expand(batch, -1).bool()
-    else:
-        raise OspoError(f"capture: got an attention mask of shape {tuple(mask.shape)}, expected (B, S) or (B, 1, S, S)")
+    else:  # (B, S), flash attention's: the same for all rows, beside causality
+        row, seen = last[:, None], mask.expand(batch, -1).bool()[:, None]
     position = torch.arange(length, device=mask.device)
-    first = seen.long().argmax(1)
-    expected = (position >= first[:, None]) & (position <= last[:, None])
-    if bool((seen & (position <= last[:, None]) != expected).any()):
+    up_to_itself = position <= row[..., None]
+    first = (seen & up_to_itself)[:, -1].long().argmax(1)
+    concerned = ((row >= first[:, None]) & (count > 0)[:, None])[..., None]
+    holes = (seen & up_to_itself) != (up_to_itself & (position >= first[:, None, None]))
+    later = seen & ~up_to_itself if mask.dim() == 4 else torch.zeros_like(seen)
+    *found, has_holes, has_later = torch.cat(
+        [first, *((wrong & concerned).any().long()[None] for wrong in (holes, later))]
+    ).tolist()
+    if has_later:
+        raise OspoError(
+            "capture: the attention mask shows wanted rows keys after themselves, as a prefix does; maps are of causal "
+            "attention"
+        )
+    if has_holes:
         raise OspoError("capture: the attention mask has holes before the wanted rows; pad without gaps")
-    return first, length
+    return torch.tensor(found, dtype=torch.long)
 
 
 def _decoder_of(model: Any) -> Any:
@@ -367,6 +412,12 @@ def _picked(x: Tensor, heads: Sequence[int]) -> Tensor:
     if list(heads) == list(range(first, last + 1)):
         return x[:, first : last + 1]
     return torch.stack([x[:, head] for head in heads], dim=1)
+
+
+def _parted(x: Tensor, parts: int) -> Tensor:
+    """(B, H, …) → (B·parts, H / parts, …); a view where B is 1."""
+    batch, heads, *rest = x.shape
+    return x.reshape(batch * parts, heads // parts, *rest)
 
 
 def _grid_of(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._move import moved
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
 
@@ -51,11 +52,14 @@ def attention_columns(
     return request.run(q, k, scale=scale, lse=lse, causal=causal, out=out, weight=weight, backend=backend)
 
 
+_TENSORS = ("columns", "row_start", "row_count", "key_start", "key_end", "share")  # of a ColumnRequest
+
+
 @dataclass(frozen=True, eq=False)
 class ColumnRequest:
     """What `attention_columns` is asked for, checked and on the device: made once, run for many layers, with no wait.
 
-    columns (B, O, C), the rest (B,), all int64; share (B, O): 1 over the number of an object's columns, 0 without any.
+    columns (B, O, C), the rest (B,), all int64; share (B, O): 1 over the number of an object's columns, if any.
     """
 
     columns: Tensor
@@ -66,6 +70,7 @@ class ColumnRequest:
     share: Tensor
     length: int  # rows of the result
     positions: int  # S
+    kernel: str  # what runs it with backend="auto"
 
     @staticmethod
     def of(
@@ -77,7 +82,10 @@ class ColumnRequest:
         key_range: Bounds | None = None,
         device: torch.device | None = None,
     ) -> ColumnRequest:
-        """Check and move; arguments as in `attention_columns`, on any device. Raises OpError."""
+        """Check and move; arguments as in `attention_columns`, on any device, and the result on the CPU by default.
+
+        Raises OpError.
+        """
         op, S = "attention_columns", positions
         if (
             columns.dim() != 3
@@ -99,18 +107,22 @@ class ColumnRequest:
         if batch and (int(first.min()) < 0 or int(last.max()) > S or bool((first > last).any())):
             raise OpError(f"{op}: key_range is {first.tolist()} to {last.tolist()}, expected 0 <= start <= end <= {S}")
         length = rows[1] if isinstance(rows[1], int) else int(count.max()) if batch else 0
-        share = 1 / (columns >= 0).sum(-1).clamp(min=1).double()
-        tensors = [columns, start, count, first, last, share.float()]
-        if device is not None and device.type != "cpu":
-            tensors = [t.contiguous().pin_memory() if device.type == "cuda" else t for t in tensors]
-            tensors = [t.to(device, non_blocking=True) for t in tensors]
-        columns, start, count, first, last, share = (t.contiguous() for t in tensors)
-        return ColumnRequest(columns, start, count, first, last, share, length, S)
+        share = (1 / (columns >= 0).sum(-1).clamp(min=1).double()).float()
+        return ColumnRequest(columns, start, count, first, last, share, length, S, "torch").to(
+            torch.device("cpu") if device is None else device
+        )
+
+    def to(self, device: torch.device) -> ColumnRequest:
+        """The same on a device, from the CPU, by one copy that nothing waits for."""
+        kernel = _dispatch.resolve("attention_columns", "auto", device.type)
+        columns, start, count, first, last, share = moved([getattr(self, name) for name in _TENSORS], device)
+        return ColumnRequest(columns, start, count, first, last, share, self.length, self.positions, kernel)
 
     def repeated(self, times: int) -> ColumnRequest:
-        """For `times` sequences, one after the other, in place of each: its heads, each as a sequence of its own."""
-        names = ("columns", "row_start", "row_count", "key_start", "key_end", "share")
-        return replace(self, **{name: getattr(self, name).repeat_interleave(times, 0) for name in names})
+        """For `times` sequences, one after the other, in place of each: parts of its heads, each as a sequence."""
+        if times == 1:
+            return self
+        return replace(self, **{name: getattr(self, name).repeat_interleave(times, 0) for name in _TENSORS})
 
     def run(
         self,
@@ -125,7 +137,6 @@ class ColumnRequest:
         backend: str = "auto",
     ) -> Tensor:
         """`attention_columns` of these tensors; looks at shapes alone."""
-        _dispatch.resolve("attention_columns", backend, q.device.type)
         _check(q, k, lse)
         B, objects, _ = self.columns.shape
         if (q.shape[0], q.shape[2]) != (B, self.positions) or q.device != self.columns.device:
@@ -133,6 +144,7 @@ class ColumnRequest:
                 f"attention_columns: q has shape {tuple(q.shape)} on {q.device}, the request is for "
                 f"({B}, H, {self.positions}, D) on {self.columns.device}"
             )
+        kernel = self._kernel(q, backend)
         expected, dtype = (B, objects, self.length), _result_dtype(q)
         if out is not None and (tuple(out.shape) != expected or out.dtype != dtype or out.device != q.device):
             raise OpError(
@@ -156,9 +168,26 @@ class ColumnRequest:
                 causal,
                 float(weight),
                 out is not None,
-                backend,
+                kernel,
             )
         return target
+
+    def _kernel(self, q: Tensor, backend: str) -> str:
+        """What runs it for q: float64 and heads that are too wide for Triton are the twin's."""
+        op = "attention_columns"
+        kernel = self.kernel if backend == "auto" else _dispatch.resolve(op, backend, q.device.type)
+        if q.dtype == torch.float64 and kernel != "torch":
+            if backend != "auto":
+                raise OpError(
+                    f"{op}: q is float64, which backend={backend!r} does not take; expected float32, float16 or "
+                    "bfloat16, or use 'auto' or 'torch'"
+                )
+            return "torch"
+        if kernel == "triton" and q.shape[-1] > 256:
+            if backend != "auto":
+                raise OpError(f"{op}: the Triton kernel takes heads of at most 256, got {q.shape[-1]}")
+            return "torch"
+        return kernel
 
 
 def attention_columns_reference(
@@ -240,7 +269,7 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
 torch.library.define(
     "ospo_fast::attention_columns_",
     "(Tensor(a!) out, Tensor q, Tensor k, Tensor columns, Tensor row_start, Tensor row_count, Tensor key_start,"
-    " Tensor key_end, Tensor share, Tensor? lse, float scale, bool causal, float weight, bool accumulate, str backend)"
+    " Tensor key_end, Tensor share, Tensor? lse, float scale, bool causal, float weight, bool accumulate, str kernel)"
     " -> ()",
 )
 
@@ -263,25 +292,13 @@ def _attention_columns(
     causal: bool,
     weight: float,
     accumulate: bool,
-    backend: str,
+    kernel: str,
 ) -> None:
     if out.numel() == 0 or columns.shape[2] == 0:
         if not accumulate:
             out.zero_()
         return
     bounds = (row_start, row_count, key_start, key_end)
-    kernel = _dispatch.resolve("attention_columns", backend, q.device.type)
-    if kernel == "triton" and q.shape[-1] > 256:
-        if backend != "auto":
-            raise OpError(f"attention_columns: the Triton kernel takes heads of at most 256, got {q.shape[-1]}")
-        kernel = "torch"
-    if q.dtype == torch.float64:
-        if backend not in ("auto", "torch"):
-            raise OpError(
-                f"attention_columns: q is float64, which backend={backend!r} does not take; expected float32, float16 "
-                "or bfloat16, or use 'auto' or 'torch'"
-            )
-        kernel = "torch"
     if kernel == "triton":
         kernels = _dispatch.triton("attention_columns")
         kernels.attention_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)

@@ -1,13 +1,17 @@
 """AttentionCapture against eager attention matrices: mean over layers, heads and columns of the probabilities."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from ospo_fast.errors import OpError, OspoError
+from ospo_fast.models import capture as capture_module
 from ospo_fast.models.capture import AttentionCapture
 from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.ops import _dispatch
 from ospo_fast.ops.attention_columns import ColumnRequest
 
 PROMPT, TOKENS = 9, 36
@@ -207,6 +211,120 @@ def test_masks_with_holes_are_refused(tiny: JanusUnifiedModel) -> None:
     mask[0, 4] = 0
     with pytest.raises(OspoError, match="holes"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
         forward(tiny, inputs(tiny), mask)
+
+
+def whole_mask(seen: Tensor, additive: bool) -> Tensor:
+    """(B, 1, S, S) from (S, S), as transformers hands it to attention."""
+    seen = seen.expand(3, 1, -1, -1)
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if additive else seen
+
+
+@pytest.mark.parametrize(("implementation", "additive"), [("eager", True), ("sdpa", False)])
+def test_masks_that_show_later_keys_are_refused(tiny: JanusUnifiedModel, implementation: str, additive: bool) -> None:
+    tiny.decoder.set_attn_implementation(implementation)
+    x, causal = inputs(tiny), torch.ones(PROMPT + TOKENS, PROMPT + TOKENS).tril().bool()
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x, whole_mask(causal, additive))
+    compare(capture.maps, reference(tiny.decoder, x, None, [0, 1, 2]), COLUMNS)
+    # The whole prefix and image; the first half of the image alone; one key of one row in the midst of it.
+    for rows, keys in ((slice(None), slice(None)), (slice(9, 27), slice(9, 27)), (20, 21)):
+        prefix = causal.clone()
+        prefix[rows, keys] = True
+        with (
+            pytest.raises(OspoError, match="keys after themselves"),
+            AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+        ):
+            forward(tiny, x, whole_mask(prefix, additive))
+    # A hole that the last row does not have; what the prompt's own rows see is not asked.
+    hole, prompt = causal.clone(), causal.clone()
+    hole[20, 4], prompt[2, 5] = False, True
+    with pytest.raises(OspoError, match="holes"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
+        forward(tiny, x, whole_mask(hole, additive))
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x, whole_mask(prompt, additive))
+    assert capture.maps.isfinite().all()
+
+
+@pytest.mark.parametrize("by_option", [False, True])
+def test_attention_that_is_not_causal_is_refused(tiny: JanusUnifiedModel, by_option: bool) -> None:
+    attention = tiny.decoder.layers[1].self_attn
+    if by_option:
+        own = type(attention).forward
+        attention.forward = lambda *a, **k: own(attention, *a, **k, is_causal=False)
+    else:
+        attention.is_causal = False
+    with pytest.raises(OspoError, match="layer 1 is not causal"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
+        forward(tiny, inputs(tiny))
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, layers=[0]) as capture:
+        forward(tiny, inputs(tiny))
+    assert capture.maps.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_float64_decoders(tiny: JanusUnifiedModel, implementation: str) -> None:
+    tiny.module.double()
+    tiny.decoder.set_attn_implementation(implementation)
+    x = inputs(tiny).double()
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x)
+    assert capture.maps.dtype == torch.float64
+    probs = reference(tiny.decoder, x, None, [0, 1, 2])
+    # transformers' eager attention takes its softmax in float32.
+    torch.testing.assert_close(capture.maps[0, 1].flatten(), probs[0, PROMPT:, 5], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("batch", "most", "parts"), [(1, 8, 2), (1, 1, 1), (2, 8, 1)])
+@pytest.mark.parametrize("given", [{}, {"heads": [0, 1, 3]}, {"by_head": True}])
+def test_heads_in_parts(batch: int, most: int, parts: int, given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a sequence alone has its heads taken in parts: as many as divide the heads of the keys."""
+    monkeypatch.setitem(capture_module._PARTS, "cpu", most)
+    model, taken = deep(2), []
+    ids, mask = torch.randint(0, 20, (batch, 16)), torch.ones(batch, 16, dtype=torch.long)
+    mask[-1, :2] = 0
+    run = ColumnRequest.run
+    monkeypatch.setattr(ColumnRequest, "run", lambda *a, **k: taken.append(a[1:]) or run(*a, **k))
+    arguments: dict = {"columns": [[[3], [4, 5]]] * batch, "rows": (6, 9), "grid": (3, 3), **given}
+    with torch.no_grad(), AttentionCapture(model, **arguments) as capture:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    heads = given.get("heads", [0, 1, 2, 3])
+    if given:
+        parts = 4 if "by_head" in given else {8: 1}.get(most, 1)  # three heads are no multiple of two
+    assert [q.shape[:2] for q, _ in taken] == [(batch * parts, len(heads) // parts)] * 2
+    for layer in range(2):
+        probs = torch.stack([head_reference(model, ids, mask, layer, head) for head in heads]).mean(0)
+        compare(capture.layer_maps[layer], probs, arguments["columns"], 6)
+
+
+def test_parts_of_one_sequence_are_views() -> None:
+    q = torch.randn(1, 5, 4, 8).transpose(1, 2)
+    parted = capture_module._parted(q, 2)
+    assert parted.data_ptr() == q.data_ptr()
+    assert torch.equal(parted.flatten(0, 1), q[0])
+
+
+def test_a_pass_asks_once(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns and rows are checked and brought over once, and the backend is looked for once."""
+    calls = []
+    for place, name in ((_dispatch, "resolve"), (ColumnRequest, "of"), (ColumnRequest, "to")):
+        own = getattr(place, name)
+        counted = lambda *a, own=own, name=name, **k: calls.append(name) or own(*a, **k)  # noqa: E731
+        monkeypatch.setattr(place, name, staticmethod(counted) if name == "of" else counted)
+    mask = torch.ones(3, PROMPT + TOKENS, dtype=torch.long)
+    mask[1, :2] = 0
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
+        forward(tiny, inputs(tiny), mask)
+    assert calls.count("of") == 1
+    assert calls.count("to") == calls.count("resolve") == 2  # once to the CPU, once to where the attention runs
+
+
+def test_configurations_that_name_no_heads(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some decoders do not say how many heads they have: nothing but heads= and by_head= needs it."""
+    x = inputs(tiny)
+    probs = reference(tiny.decoder, x, None, [0, 1, 2])
+    monkeypatch.setattr(AttentionCapture, "_head_count", lambda _: pytest.fail("the number of heads was read"))
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x)
+    compare(capture.maps, probs, COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -475,6 +593,39 @@ def test_cuda_attention_backends(tiny: JanusUnifiedModel, backend: str, padding:
             if used:
                 wanted = probs[b, PROMPT : PROMPT + TOKENS, used].mean(-1)
                 torch.testing.assert_close(capture.maps[b, o].flatten().cpu(), wanted, rtol=2**-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [2, 4])
+def test_cuda_masks_are_waited_for_once(tiny: JanusUnifiedModel, dim: int) -> None:
+    capture, S = AttentionCapture(tiny, columns=COLUMNS, rows=ROWS), PROMPT + TOKENS
+    mask = torch.ones(3, S, dtype=torch.bool)
+    mask[1, :2] = False
+    if dim == 4:
+        mask = (mask[:, None, None] & torch.ones(S, S).tril().bool()).contiguous()
+    q, mask = torch.randn(3, 4, S, 16).cuda(), mask.cuda()
+    for _ in range(2):  # the first call fills torch's store of pinned memory
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            request = capture._ask(q, mask)
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]
+    assert request.key_start.tolist() == [0, 2, 0]
+
+
+@pytest.mark.gpu
+def test_cuda_one_sequence_alone(tiny: JanusUnifiedModel) -> None:
+    """Its heads are taken in parts; the maps are those that it has in a batch."""
+    tiny.module.to("cuda")
+    x, maps = inputs(tiny).to("cuda"), []
+    for batch in (x, x[:1]):
+        with AttentionCapture(tiny, columns=COLUMNS[: len(batch)], rows=ROWS) as capture:
+            forward(tiny, batch)
+        maps.append(capture.maps[0])
+    assert capture._parts == 4
+    torch.testing.assert_close(*maps, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ospo_fast import attention_columns, object_masks
 from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
 from ospo_fast.ops import attention_columns as module_function
+from ospo_fast.ops._move import moved
 from ospo_fast.ops.attention_columns import ColumnRequest, attention_columns_reference
 
 
@@ -151,6 +153,30 @@ def test_one_request_for_many_layers() -> None:
         request.run(layers[0][0][:, :, :8], layers[0][1][:, :, :8])
 
 
+def test_the_backend_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    resolve = _dispatch.resolve
+    monkeypatch.setattr(_dispatch, "resolve", lambda *a: looked.append(a) or resolve(*a))
+    request = ColumnRequest.of(torch.zeros(2, 1, 1, dtype=torch.int64), 2, 9, rows=(2, 7))
+    for _ in range(3):
+        request.run(torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8))
+    assert looked == [("attention_columns", "auto", "cpu")]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_small_tensors_move_together(device: str) -> None:
+    tensors = [torch.arange(5), torch.rand(3, 1), torch.rand(4, 2).t(), torch.zeros(0, 3), torch.rand(2) > 0.5]
+    result = moved(tensors, torch.device(device))
+    for ours, tensor in zip(result, tensors, strict=True):
+        assert (ours.dtype, ours.shape, ours.device.type) == (tensor.dtype, tensor.shape, device)
+        assert ours.is_contiguous()
+        assert device == "meta" or torch.equal(ours.cpu(), tensor)
+    if device != "cpu":
+        starts = [ours.storage_offset() * ours.element_size() for ours in result]
+        assert [start % 16 for start in starts] == [0] * 5
+        assert len({ours.untyped_storage()._cdata for ours in result}) == 1
+
+
 def eager_maps(q: Tensor, k: Tensor, columns: Tensor) -> Tensor:
     """Rows 20 to 59 of 60 by eager attention, as transformers has it."""
     scores = (q @ k.mT * 32**-0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), -torch.inf)
@@ -226,8 +252,8 @@ def test_opcheck() -> None:
     bounds = [torch.tensor(v) for v in ([1, 4], [5, 2], [0, 1], [9, 9])]
     asked = (q, k, columns, *bounds, torch.rand(2, 3))
     for lse in (None, full_lse(q, k)):
-        for accumulate in (False, True):
-            rest = (lse, 0.5, True, 2.0, accumulate, "auto")
+        for accumulate, kernel in ((False, "cpp"), (True, "cpp"), (True, "torch")):
+            rest = (lse, 0.5, True, 2.0, accumulate, kernel)
             torch.library.opcheck(torch.ops.ospo_fast.attention_columns_, (torch.zeros(2, 3, 5), *asked, *rest))
 
 
