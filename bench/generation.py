@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from _measure import dtype_name, interleaved, peak_mb, row, show, write
 from torch import Tensor
-from transformers import DynamicCache, JanusForConditionalGeneration
+from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
 
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.generation.canvas import Engine
@@ -109,9 +109,13 @@ def official(model: JanusUnifiedModel, prompts: list[Tensor], *, greedy: bool = 
 @torch.inference_mode()
 def transformers_generate(model: JanusUnifiedModel, prompts: list[Tensor]) -> Tensor:
     ids, mask = padded(model, prompts)
+    # A cache of our own: in some versions of transformers generate() fails where it makes one for images.
+    length = ids.shape[1] + model.grid[0] * model.grid[1]
+    cache = StaticCache(config=model.module.config.get_text_config(decoder=True), max_cache_len=length)
     codes: Tensor = model.module.generate(
-        input_ids=ids, attention_mask=mask, generation_mode="image", do_sample=True, top_k=0, guidance_scale=GUIDANCE
-    )
+        input_ids=ids, attention_mask=mask, generation_mode="image", do_sample=True, top_k=0, guidance_scale=GUIDANCE,
+        past_key_values=cache,
+    )  # fmt: skip
     return codes
 
 

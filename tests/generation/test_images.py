@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy import stats
 from torch import Tensor
+from transformers import StaticCache
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, canvas
@@ -36,9 +37,12 @@ def greedy(model: JanusUnifiedModel, ids: Tensor, guidance: float) -> list[int]:
             found.append(int(code))
             x = torch.cat((x, model.module.prepare_embeddings_for_image_generation(code)[:, None]), 1)
         return found
+    # A cache of our own: in some versions of transformers generate() fails where it makes one for images.
+    length = len(ids) + model.grid[0] * model.grid[1]
+    cache = StaticCache(config=model.module.config.get_text_config(decoder=True), max_cache_len=length)
     codes: list[list[int]] = model.module.generate(
         input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], generation_mode="image", do_sample=False,
-        guidance_scale=guidance,
+        guidance_scale=guidance, past_key_values=cache,
     ).tolist()  # fmt: skip
     return codes[0]
 
