@@ -1,14 +1,17 @@
 """decode_attention, rotary embedding and cache write included, against SDPA on the same cache and a mask.
 
-`gb_s` counts the keys and values that must be read.
+`gb_s` counts the keys and values that must be read. On a GPU the kernel's constants are swept besides; a cache that its
+second-level cache could hold is measured from memory, as a step finds it after the weights have passed.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _measure import dtype_name, interleaved, row, show, write
+from _measure import L2_BYTES, chosen, dtype_name, interleaved, row, show, write
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
@@ -17,6 +20,7 @@ from ospo_fast.ops.decode_attention import decode_attention, rotate
 # rows, heads, head width, cached positions
 CPU_SHAPES = [(32, 4, 64, 160), (2, 4, 64, 160)]
 GPU_SHAPES = [(128, 32, 128, 640), (128, 16, 128, 640), (2, 32, 128, 640)]  # Janus-Pro-7B and 1B at 64 prompts, 7B at 1
+SWEEP = [(128, 64, 4), (128, 32, 2), (128, 128, 8), (256, 128, 8)]  # SPLIT, BLOCK, WARPS of the Triton kernel
 
 
 def masked(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor):
@@ -29,10 +33,31 @@ def masked(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, 
     return y.flatten(1)
 
 
+def tuned(constants: tuple[int, int, int], **given: Any) -> Callable[..., Tensor]:
+    """The Triton kernel with other constants than its own."""
+    from ospo_fast.kernels import decode_attention as kernels
+
+    names = ("SPLIT", "BLOCK", "WARPS")
+
+    def run(*arguments: Tensor) -> Tensor:
+        before = [getattr(kernels, name) for name in names]
+        for name, value in zip(names, constants, strict=True):
+            setattr(kernels, name, value)
+        try:
+            return decode_attention(*arguments, backend="triton", **given)
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(kernels, name, value)
+
+    return run
+
+
 def run(out: Path, quick: bool) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     rows = []
     for M, H, D, L in [(4, 2, 16, 40)] if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+        if not chosen(f"{M} rows, {H} heads, {L} positions"):
+            continue
         cache = torch.randn(2, M, H, L, D, device=device).to(dtype)
         cos, sin = torch.randn(2, L, D, device=device).to(dtype)
         slots, lengths = torch.arange(M, device=device), torch.full((M,), L - 1, device=device)
@@ -40,6 +65,11 @@ def run(out: Path, quick: bool) -> None:
         for name, available, _ in _dispatch.backends(device)["decode_attention"]:
             if available:
                 variants[name] = partial(decode_attention, heads=H, scale=D**-0.5, backend=name)
+        if "triton" in variants and not quick:
+            variants |= {
+                "triton, split {}, block {}, {} warps".format(*constants): tuned(constants, heads=H, scale=D**-0.5)
+                for constants in SWEEP
+            }
 
         def inputs(M=M, H=H, D=D, rest=(cos, sin, *cache, slots, lengths)) -> tuple[Tensor, ...]:
             return torch.randn(M, 3 * H * D, device=device).to(dtype), *rest
@@ -50,9 +80,11 @@ def run(out: Path, quick: bool) -> None:
         bound = 2 * (masked(*arguments) - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         for name, function in variants.items():
             assert (function(*arguments) - exact).abs().max() <= bound, name
-        for name, time in interleaved(variants, inputs, seconds=0.02 if quick else 0.3).items():
+        cold = cache.numel() * cache.element_size() < L2_BYTES
+        for name, time in interleaved(variants, inputs, seconds=0.02 if quick else 0.3, cold=cold).items():
             gb_s = round(cache.numel() * cache.element_size() / time.median_ms / 1e6, 2)
             shapes = {"rows": M, "heads": H, "width": D, "length": L}
             rows.append(row("decode_attention", name, shapes, dtype_name(dtype), time, gb_s=gb_s))
-    write(rows, out, "decode_attention")
-    show(rows)
+    if rows:
+        write(rows, out, "decode_attention")
+        show(rows)

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# What bench/decode_attention.py sweeps. Rows of different splits round differently, so they hold for all of them.
 SPLIT = 128
 BLOCK = 64  # positions read at once
+WARPS = 4  # of a program that reads them
 
 
 @triton.jit(do_not_specialize=["splits"])  # of every length of a cache
@@ -77,12 +79,13 @@ def split_kernel(
             stored = (t < position)[:, None] & inside[None, :]
             is_new = (t == position)[:, None]
             place = cache + t[:, None] * WIDTH + d[None, :]
+            # Both before either is used: all loads of a block are under way together.
             k = tl.load(keys + place, mask=stored & (t < end)[:, None], other=0.0)
+            v = tl.load(values + place, mask=stored & (t < end)[:, None], other=0.0)
             k = tl.where(is_new, k_new[None, :], k).to(tl.float32)
             scores = tl.where(t < end, tl.sum(q[None, :] * k, 1), float("-inf"))
             higher = tl.maximum(peak, tl.max(scores, 0))
             p = tl.exp2(scores - higher)
-            v = tl.load(values + place, mask=stored & (t < end)[:, None], other=0.0)
             v = tl.where(is_new, v_new[None, :], v).to(tl.float32)
             shrink = tl.exp2(peak - higher)
             acc = acc * shrink + tl.sum(p[:, None] * v, 0)
@@ -153,7 +156,7 @@ def decode_attention(
     with torch.cuda.device_of(qkv):
         split_kernel[rows, kv_heads, count](
             qkv, cos, sin, keys, values, slots, lengths, partial, peaks, sums, keys.stride(0), keys.stride(1), count,
-            scale, KV_HEADS=kv_heads, BLOCK=BLOCK, **sizes,
+            scale, KV_HEADS=kv_heads, BLOCK=BLOCK, num_warps=WARPS, **sizes,
         )  # fmt: skip
         combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, **sizes)
 

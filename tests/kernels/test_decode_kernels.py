@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is only there on Linux")
 
+from ospo_fast.kernels import decode_attention as attention
 from ospo_fast.kernels.decode_attention import SPLIT, decode_attention
 from ospo_fast.kernels.rms_norm import add_rms_norm
 from ospo_fast.kernels.silu_mul import silu_mul
@@ -45,8 +46,13 @@ def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
     close(out, silu_twin(both, backend="torch"))
 
 
+@pytest.mark.parametrize("tuning", [{}, {"SPLIT": 128, "BLOCK": 128, "WARPS": 8}, {"SPLIT": 256, "BLOCK": 32}])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 32), (4, 2, 16), (3, 1, 24)])
-def test_decode_attention(heads: int, kv_heads: int, width: int) -> None:
+def test_decode_attention(
+    heads: int, kv_heads: int, width: int, tuning: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in tuning.items():
+        monkeypatch.setattr(attention, name, value)
     lengths = [0, SPLIT - 1, SPLIT, 2 * SPLIT + 40, 5]
     slots = torch.tensor([3, 0, 1, 4, 5], device=DEVICE)
     filled = torch.full((2, 6, kv_heads, 3 * SPLIT, width), torch.nan, device=DEVICE)
