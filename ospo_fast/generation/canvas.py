@@ -197,9 +197,13 @@ class Canvas:
         self._steps += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads decode and write finished images meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        graph, device = torch.cuda.CUDAGraph(), self._engine.decoder.device
+        # Other threads decode finished images meanwhile, on streams of the usual priority. Streams come from pools, one
+        # for each priority: this one is none of theirs.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(device, priority=-1), capture_error_mode="thread_local"),
+        ):
             self._step()
         return graph
 

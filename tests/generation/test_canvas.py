@@ -1,6 +1,8 @@
 """The batch being drawn: dummies, memory that is used again, the GPU's path in the interpreter, graphs on a GPU."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -68,6 +70,31 @@ def test_a_graph_is_captured_once_and_replayed_for_all_steps_but_one(
     assert calls == ["capture"] + ["replay"] * (34 + 35)
 
 
+def test_a_graph_is_captured_on_the_models_device_and_on_a_stream_of_its_own(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another device is current; streams of another priority come from another pool."""
+    calls: list[object] = []
+
+    @contextlib.contextmanager
+    def entered(*given: Any, **more: Any) -> Iterator[None]:
+        calls.append((given, more))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "graph", entered)
+    with torch.no_grad():
+        canvas = Canvas(Engine(tiny), 1, 1, 80, GUIDED, capture=False)
+        monkeypatch.setattr(canvas, "_step", lambda: calls.append("step"))
+        monkeypatch.setattr(canvas._engine.decoder, "device", torch.device("cuda", 1))
+        assert str(canvas._captured()) == "graph"
+    device = torch.device("cuda", 1)
+    captured = {"stream": (device, -1), "capture_error_mode": "thread_local"}
+    assert calls == [((device,), {}), (("graph",), captured), "step"]
+
+
 def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused products, Triton kernels by the interpreter, prompts in filled-up pieces."""
     pytest.importorskip("triton", reason="Triton is only there on Linux")
@@ -106,6 +133,22 @@ def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel
         assert torch.equal(found[0], expected[0])
         assert found[1] == expected[1] == [-1] * len(order)
     assert captured._graph is not None
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_capturing_does_nothing_yet_and_a_replay_does_a_step(on_gpu: JanusUnifiedModel) -> None:
+    canvas = Canvas(Engine(on_gpu), 64, 4, 128, GUIDED, capture=True)
+    drawn = jobs(on_gpu, 0, 1, 2)
+    prompts = [len(job.ids) for job in drawn]
+    canvas._begin(drawn)
+    canvas._step()
+    graph = canvas._captured()
+    for done in (1, 2):
+        assert canvas._steps.tolist() == [done] * 64
+        assert canvas._lengths[:3].tolist() == [length + done for length in prompts]
+        graph.replay()
+    assert canvas._steps.tolist() == [3] * 64
 
 
 @pytest.mark.gpu
