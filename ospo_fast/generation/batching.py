@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,14 @@ from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.generation.decoder import CPU_BYTES, LeanDecoder
+from ospo_fast.halving import Limit
 from ospo_fast.models.base import UnifiedModel
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
+R = TypeVar("R")
 
 CPU_ROWS = 256  # beyond it larger batches gain nothing on a CPU
+REMEDY = "free some, use a smaller dtype or shorter prompts"
 CUDA_ROWS = 64  # each guided image has two rows; products of 128 rows still cost little more than reading the weights
 
 
@@ -136,41 +137,16 @@ def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
 
 
 def run_batches(
-    batches: Sequence[list[T]], work: Callable[[list[T], int], Any], batch_size: int, what: str
-) -> Iterator[tuple[list[T], Any]]:
-    """Yield each batch with work(batch, batch_size); a batch that does not fit the memory is halved and tried again."""
-    waiting = [(batch, batch_size) for batch in reversed(batches)]
-    limit = batch_size
-    while waiting:
-        batch, size = waiting.pop()
-        size = min(size, limit)
-        if len(batch) > size:
-            waiting.append((batch[size:], size))
-            batch = batch[:size]
-        try:
-            result = work(batch, size)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            if size == 1:
-                raise OspoError(
-                    f"not even one {what} fits the memory ({str(error).splitlines()[0][:160]}); "
-                    "free some, use a smaller dtype or shorter prompts"
-                ) from error
-            result = None
-        if result is None:
-            # Outside the handler: the exception held the tensors of the failed attempt.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            limit = max(1, min(size, len(batch)) // 2)
-            logger.warning("out of memory with %d at once; going on with %d", size, limit)
-            waiting.append((batch, limit))
-        else:
-            yield batch, result
+    batches: Sequence[list[T]], work: Callable[[list[T], int], R], limit: Limit
+) -> Iterator[tuple[list[T], R]]:
+    """Yield each batch with work(batch, limit.most); one that does not fit the memory is halved and tried again."""
+    for batch in batches:
 
+        def part_of(part: slice, batch: list[T] = batch) -> R:
+            return work(batch[part], limit.most)
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        for part, result in limit.run(len(batch), part_of):
+            yield batch[part], result
 
 
 def check_ids(name: str, ids: Tensor, model: UnifiedModel, needed: int) -> None:

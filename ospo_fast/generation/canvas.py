@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,14 +199,19 @@ class Canvas:
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph, device = torch.cuda.CUDAGraph(), self._engine.decoder.device
-        # Other threads decode finished images meanwhile, on streams of the usual priority. Streams come from pools, one
-        # for each priority: this one is none of theirs.
+        # Other threads decode and write finished images meanwhile.
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=torch.cuda.Stream(device, priority=-1), capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
         ):
             self._step()
         return graph
+
+
+@functools.cache  # every stream gets workspaces that stay
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that no other thread gets: streams come from pools, one for each priority, and others take the usual one."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:

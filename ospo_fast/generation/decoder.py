@@ -14,6 +14,7 @@ filled up to the full batch size, and prompts pass in pieces of `PREFILL` tokens
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ospo_fast.errors import OspoError
 from ospo_fast.generation.weights import Called, Fused, Kind, Projection, Separate, projection
+from ospo_fast.halving import out_of_memory, release, short
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.decode_attention import decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
+
+logger = logging.getLogger(__name__)
 
 ROW_TILE = 32
 PREFILL = 1024
@@ -86,6 +90,20 @@ class _Layer:
         return self.qkv, self.out, self.gate_up, self.down
 
 
+def _layers(module: Any, kind: Kind) -> list[_Layer]:
+    return [
+        _Layer(
+            layer.input_layernorm,
+            projection([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], kind),
+            projection([layer.self_attn.o_proj], kind),
+            layer.post_attention_layernorm,
+            projection([layer.mlp.gate_proj, layer.mlp.up_proj], kind),
+            projection([layer.mlp.down_proj], kind),
+        )
+        for layer in module.layers
+    ]
+
+
 class LeanDecoder:
     """The decoder of `model`. Its weights are read when it is made, and again by `refresh`."""
 
@@ -109,17 +127,22 @@ class LeanDecoder:
         self._scale = float(first.scaling)
         self._angles: tuple[Tensor, Tensor] | None = None
         kind = self._kind(module)
-        self.layers = [
-            _Layer(
-                layer.input_layernorm,
-                projection([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], kind),
-                projection([layer.self_attn.o_proj], kind),
-                layer.post_attention_layernorm,
-                projection([layer.mlp.gate_proj, layer.mlp.up_proj], kind),
-                projection([layer.mlp.down_proj], kind),
+        self.layers: list[_Layer] = []
+        try:
+            self.layers = _layers(module, kind)
+        except (RuntimeError, MemoryError) as error:
+            if kind is Separate or not out_of_memory(error):
+                raise
+            reason = short(error)
+        if not self.layers:  # outside the handler: the exception held the copies that were made
+            release()
+            logger.warning(
+                "no memory for fused copies of the decoder's weights (%s): going on with the weights as they are; "
+                "results may round otherwise than with the copies",
+                reason,
             )
-            for layer in module.layers
-        ]
+            kind = Separate
+            self.layers = _layers(module, kind)
         self.plain = not any(isinstance(p, Called) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
 
@@ -142,6 +165,13 @@ class LeanDecoder:
     def row_bytes(self, length: int) -> int:
         """Bytes of cache that one row of `length` positions takes."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * length * self.dtype.itemsize
+
+    def pass_bytes(self, tokens: int) -> int:
+        """Bytes that a pass over so many tokens takes beside the cache: embeddings, `Buffers` and attention's own."""
+        heads = self.heads * self.head_dim
+        all_heads = heads + 2 * self.kv_heads * self.head_dim
+        buffers = 2 * self.width + all_heads + heads + 3 * self.inner
+        return tokens * (2 * self.width + buffers + 2 * all_heads + heads) * self.dtype.itemsize
 
     def filled(self, rows: int, batch_size: int, row_bytes: int) -> int:
         """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch."""

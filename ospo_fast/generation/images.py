@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation.background import ImageWriter
 from ospo_fast.generation.batching import (
+    REMEDY,
     GenerationError,
     Job,
     check_batch_size,
@@ -27,6 +28,7 @@ from ospo_fast.generation.batching import (
     run_batches,
 )
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling, signature
+from ospo_fast.halving import Limit, out_of_memory, short
 from ospo_fast.models.base import UnifiedModel
 
 _OUTPUTS = ("pil", "codes", "pt")
@@ -67,7 +69,7 @@ class ImageGenerator:
     Args:
         model: from `load_model`.
         batch_size: images drawn at once; by default as many as are useful and fit the free memory. A batch that runs
-            out of memory is halved and drawn again.
+            out of memory is halved and drawn again, and no later one is larger.
         capture: replay the steps from a CUDA graph; False runs them one by one, with the same result.
 
     An image depends on the model, its prompt, its seed and the sampling settings alone: on one machine the codes are
@@ -90,6 +92,7 @@ class ImageGenerator:
         self.throughput: Throughput | None = None
         self._engine: Engine | None = None
         self._canvas: Canvas | None = None
+        self._room: int | None = None  # bytes of rows that fit, once more of them have run out of memory
 
     @torch.no_grad()
     def generate(
@@ -208,7 +211,9 @@ class ImageGenerator:
             found.append(ids.long())
         return found
 
-    def _batches(self, jobs: list[Job], sampling: Sampling, groups: Sequence[Hashable] | None) -> Any:
+    def _batches(
+        self, jobs: list[Job], sampling: Sampling, groups: Sequence[Hashable] | None
+    ) -> Iterator[tuple[list[Job], tuple[Tensor, list[int]]]]:
         engine = self._current()
         decoder, branches = engine.decoder, sampling.branches
         length = -(-(max(len(job.ids) for job in jobs) + engine.tokens) // 64) * 64
@@ -228,12 +233,19 @@ class ImageGenerator:
                 self._canvas = Canvas(engine, filled, slots, length, sampling, capture=self.capture)
             try:
                 return self._canvas.draw(batch)
-            except RuntimeError:
+            except BaseException:
                 self._canvas = None
                 raise
 
-        batches = in_groups(jobs, range(len(jobs)) if groups is None else groups, size)
-        return run_batches(batches, work, size, "image")
+        limit = Limit(size, "image", REMEDY)
+        if self._room is not None:
+            limit.most = max(1, min(size, self._room // row_bytes))
+        batches = in_groups(jobs, range(len(jobs)) if groups is None else groups, limit.most)
+        try:
+            yield from run_batches(batches, work, limit)
+        finally:
+            if limit.most < size:
+                self._room = limit.most * row_bytes
 
     def _current(self) -> Engine:
         """The engine with the weights that the model has now."""
@@ -241,7 +253,15 @@ class ImageGenerator:
             self._engine.refresh()
         else:
             self._canvas = self._engine = None
-            self._engine = Engine(self.model)
+            try:
+                self._engine = Engine(self.model)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise OspoError(
+                    f"model: {self.model.name} leaves no memory for drawing ({short(error)}); "
+                    "free some, or use a smaller dtype"
+                ) from error
         return self._engine
 
     def _streamed(self, batch: list[Job], sampling: Sampling) -> int:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.batching import (
+    REMEDY,
     GenerationError,
     Job,
     check_batch_size,
@@ -24,6 +25,7 @@ from ospo_fast.generation.batching import (
     run_batches,
 )
 from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
+from ospo_fast.halving import Limit
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.sample_codes import draw_codes
 
@@ -75,10 +77,11 @@ def generate_text(
     def work(batch: list[Job], size: int) -> list[list[int] | None]:
         return write(model, decoder, batch, rows, max_new_tokens, temperature, top_p)
 
+    limit = Limit(size, "text", REMEDY)
     texts: list[str | None] = [None] * len(jobs)
     failed: dict[int, str] = {}
     with evaluating(model), tqdm(total=len(jobs), unit="text", delay=2, disable=not progress) as bar:
-        for batch, written in run_batches(in_groups(jobs, range(len(jobs)), size), work, size, "text"):
+        for batch, written in run_batches(in_groups(jobs, range(len(jobs)), size), work, limit):
             for job, tokens in zip(batch, written, strict=True):
                 if tokens is None:
                     failed[job.index] = f"text {job.index} (seed {job.seed}): the logits are not finite"

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.batching import by_length, check_batch_size, check_ids, evaluating, fitting, run_batches
 from ospo_fast.generation.decoder import Cache, LeanDecoder
+from ospo_fast.halving import Limit
 from ospo_fast.models.base import Message, UnifiedModel
 
 if TYPE_CHECKING:
@@ -72,15 +73,18 @@ def answer_questions(
     decoder = LeanDecoder(model)
     longest = max(len(prefix) + len(rest) for prefix, rest in split.values())
     decoder.positions(longest)
-    size = batch_size or fitting(decoder, 2 * decoder.row_bytes(longest))
+    # The caches of an image and of a question, and beside them half a cache on its way or a pass.
+    cached = decoder.row_bytes(longest)
+    size = batch_size or fitting(decoder, 2 * cached + max(cached // 2, decoder.pass_bytes(longest)))
 
     def work(batch: list[int], size: int) -> list[tuple[int, int, float, float]]:
         asked = [(i, j, *split[q]) for i in batch for j, q in enumerate(questions[i])]
         return _answer(model, decoder, images, batch, asked, size)
 
+    limit = Limit(size, "image", "free some, use a smaller dtype or shorter questions")
     total = sum(len(asked) for asked in questions)
     with evaluating(model), tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
-        for _, found in run_batches(by_length(pictured, lambda _: 0, size), work, size, "image"):
+        for _, found in run_batches(by_length(pictured, lambda _: 0, size), work, limit):
             for i, j, p_yes, p_no in found:
                 answer = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
                 answers[i][j] = {"p_yes": p_yes, "p_no": p_no, "answer": answer}

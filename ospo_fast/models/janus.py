@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.halving import Limit
 from ospo_fast.models.base import Message, Offset
 
 _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template's frame is read off
@@ -55,6 +56,9 @@ class JanusUnifiedModel:
         self.yes_ids = self._words("yes", "Yes")
         self.no_ids = self._words("no", "No")
         self._frame = self._read_frame()
+        size = processor.image_processor.size
+        at_once = max(1, min(64, _VQ_PIXELS // int(size["height"] * size["width"])))
+        self._vq = Limit(at_once, "image", "free some, or draw with a smaller batch_size")
 
     def replaced(self, module: Any, *, name: str) -> JanusUnifiedModel:
         """The same processor around another module, with the template set of this one."""
@@ -171,7 +175,7 @@ class JanusUnifiedModel:
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> list[Image.Image]:
-        """See `UnifiedModel`; UsageError for codes of another grid or codebook."""
+        """See `UnifiedModel`; UsageError for codes of another grid or codebook, OspoError where no memory is left."""
         tokens = self.grid[0] * self.grid[1]
         if codes.dim() != 2 or codes.shape[1] != tokens:
             raise UsageError(f"codes: got shape {tuple(codes.shape)}, expected (N, {tokens})")
@@ -179,13 +183,16 @@ class JanusUnifiedModel:
             raise UsageError(f"codes: got values outside 0…{self.num_codes - 1}, the codebook of {self.name}")
         processing = self.processor.image_processor
         mean, std = (torch.tensor(v, device=self.device) for v in (processing.image_mean, processing.image_std))
-        images: list[Image.Image] = []
-        for part in torch.split(codes.to(self.device, torch.long), self._vq_batch()):
-            pixels = self._core.vqmodel.decode(_paired(part))[: len(part)].float().permute(0, 2, 3, 1)
+        codes = codes.to(self.device, torch.long)
+
+        def decode(part: slice) -> list[Image.Image]:
+            rows = codes[part]
+            pixels = self._core.vqmodel.decode(_paired(rows))[: len(rows)].float().permute(0, 2, 3, 1)
             # Truncated, not rounded: what the processor's postprocess and the official code do.
             levels = ((pixels * std + mean) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
-            images.extend(Image.fromarray(image) for image in levels)
-        return images
+            return [Image.fromarray(image) for image in levels]
+
+        return [image for _, images in self._vq.run(len(codes), decode) for image in images]
 
     @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> Tensor:
@@ -194,12 +201,14 @@ class JanusUnifiedModel:
         # The decoder reads a codebook of unit vectors, so the nearest code is the one of the largest cosine;
         # JanusVQVAE.encode compares unnormalised vectors and finds others.
         codebook = nn.functional.normalize(vq.quantize.embedding.weight.float(), dim=-1)
-        codes: list[Tensor] = []
-        size = self._vq_batch()
-        for i in range(0, len(images), size):
-            pixels = self._pixels(images[i : i + size])
+
+        def encode(part: slice) -> Tensor:
+            pixels = self._pixels(images[part])
             latent = vq.quant_conv(vq.encoder(_paired(pixels)))[: len(pixels)].float()  # (N, E, H, W)
-            codes.append((latent.flatten(2).transpose(1, 2) @ codebook.T).argmax(-1))
+            nearest: Tensor = (latent.flatten(2).transpose(1, 2) @ codebook.T).argmax(-1)
+            return nearest
+
+        codes = [found for _, found in self._vq.run(len(images), encode)]
         tokens = self.grid[0] * self.grid[1]
         return torch.cat(codes) if codes else torch.empty((0, tokens), dtype=torch.long, device=self.device)
 
@@ -228,10 +237,6 @@ class JanusUnifiedModel:
             else:
                 pixels[i] = torch.as_tensor(processing(rgb, return_tensors="pt")["pixel_values"][0])
         return pixels.to(self.device, self.dtype)
-
-    def _vq_batch(self) -> int:
-        size = self.processor.image_processor.size
-        return max(1, min(64, _VQ_PIXELS // int(size["height"] * size["width"])))
 
     def _encode(self, text: str, *, offsets: bool = False) -> dict[str, Any]:
         bos = self._tokenizer.bos_token

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ospo_fast.generation import ImageGenerator
+from ospo_fast.generation import ImageGenerator, canvas
 from ospo_fast.generation import decoder as lean
 from ospo_fast.generation.batching import Job
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling
@@ -83,13 +83,14 @@ def test_a_graph_is_captured_on_the_models_device_and_on_a_stream_of_its_own(
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
+    monkeypatch.setattr(canvas, "_capture_stream", canvas._capture_stream.__wrapped__)
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "graph", entered)
     with torch.no_grad():
-        canvas = Canvas(Engine(tiny), 1, 1, 80, GUIDED, capture=False)
-        monkeypatch.setattr(canvas, "_step", lambda: calls.append("step"))
-        monkeypatch.setattr(canvas._engine.decoder, "device", torch.device("cuda", 1))
-        assert str(canvas._captured()) == "graph"
+        drawn = Canvas(Engine(tiny), 1, 1, 80, GUIDED, capture=False)
+        monkeypatch.setattr(drawn, "_step", lambda: calls.append("step"))
+        monkeypatch.setattr(drawn._engine.decoder, "device", torch.device("cuda", 1))
+        assert str(drawn._captured()) == "graph"
     device = torch.device("cuda", 1)
     captured = {"stream": (device, -1), "capture_error_mode": "thread_local"}
     assert calls == [((device,), {}), (("graph",), captured), "step"]
@@ -138,17 +139,17 @@ def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel
 @pytest.mark.gpu
 @torch.no_grad()
 def test_capturing_does_nothing_yet_and_a_replay_does_a_step(on_gpu: JanusUnifiedModel) -> None:
-    canvas = Canvas(Engine(on_gpu), 64, 4, 128, GUIDED, capture=True)
+    captured = Canvas(Engine(on_gpu), 64, 4, 128, GUIDED, capture=True)
     drawn = jobs(on_gpu, 0, 1, 2)
     prompts = [len(job.ids) for job in drawn]
-    canvas._begin(drawn)
-    canvas._step()
-    graph = canvas._captured()
+    captured._begin(drawn)
+    captured._step()
+    graph = captured._captured()
     for done in (1, 2):
-        assert canvas._steps.tolist() == [done] * 64
-        assert canvas._lengths[:3].tolist() == [length + done for length in prompts]
+        assert captured._steps.tolist() == [done] * 64
+        assert captured._lengths[:3].tolist() == [length + done for length in prompts]
         graph.replay()
-    assert canvas._steps.tolist() == [3] * 64
+    assert captured._steps.tolist() == [3] * 64
 
 
 @pytest.mark.gpu
@@ -208,3 +209,38 @@ def test_real_lack_of_memory_halves_the_batch(on_gpu: JanusUnifiedModel, monkeyp
     monkeypatch.setattr(Canvas, "__init__", crowded)
     assert torch.equal(ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes"), expected)
     assert slots[-1] == 2
+
+
+@pytest.mark.gpu
+def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
+    on_gpu: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out once a graph holds some: the graph goes, and with it all that the failed attempt had."""
+    expected = ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes")
+    init, step, sample = Canvas.__init__, Canvas._step, Canvas._sample
+    before: list[int] = []
+
+    def noted(self: Canvas, *given: Any, **more: Any) -> None:
+        before.append(torch.cuda.memory_reserved())
+        init(self, *given, **more)
+
+    def large(self: Canvas) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            self._large = torch.empty(2**29, dtype=torch.uint8, device="cuda")  # type: ignore[attr-defined]
+        step(self)
+
+    def crowded(self: Canvas) -> None:
+        sample(self)
+        if self.slots > 2 and self._graph is not None:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+    generator = ImageGenerator(on_gpu)
+    generator._current()
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(Canvas, "__init__", noted)
+    monkeypatch.setattr(Canvas, "_step", large)
+    monkeypatch.setattr(Canvas, "_sample", crowded)
+    assert torch.equal(generator.generate(PROMPTS * 2, seeds=range(8), output="codes"), expected)
+    assert len(before) == 3  # 8, 4, 2
+    # What the first steps made once and for all stays, such as workspaces.
+    assert max(before[1:]) - before[0] < 2**28

@@ -283,6 +283,54 @@ def test_a_batch_that_does_not_fit_is_halved(
         codes(tiny, prompts, seeds)
 
 
+def test_what_fits_is_learnt_once(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that draws chunk after chunk runs out of memory in the first alone."""
+    draw, sizes = canvas.Canvas.draw, []
+
+    def small(self: canvas.Canvas, jobs: list) -> object:
+        sizes.append(len(jobs))
+        if len(jobs) > 4:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        return draw(self, jobs)
+
+    monkeypatch.setattr(canvas.Canvas, "draw", small)
+    generator = ImageGenerator(tiny, batch_size=8)
+    given = {"seeds": list(range(8)), "output": "codes"}
+    expected = generator.generate(PROMPTS * 2, **given)
+    assert sizes == [8, 4, 4]
+    assert torch.equal(generator.generate(PROMPTS * 2, **given), expected)
+    assert sizes[3:] == [4, 4]
+    generator.generate(PROMPTS * 2, guidance_scale=1.0, **given)  # rows of half the size
+    assert sizes[5:] == [8, 4, 4]
+
+
+def test_weights_that_fit_the_memory_once_are_read_in_place(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = codes(tiny, PROMPTS, SEEDS, temperature=0)
+    made: list[object] = []
+
+    def full(modules: list) -> lean.Fused:
+        made.append(modules)
+        if len(made) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB")
+        return lean.Fused(modules)
+
+    monkeypatch.setattr(lean, "PackedLinear", full)
+    monkeypatch.setattr(lean, "packed_linear_runs", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(codes(tiny, PROMPTS, SEEDS, temperature=0), expected)
+    assert len(made) == 3
+    assert "no memory for fused copies of the decoder's weights (CUDA out of memory" in caplog.text
+
+    def never(*_: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(canvas, "LeanDecoder", never)
+    with pytest.raises(OspoError, match=r"model: tiny leaves no memory for drawing \(std::bad_alloc\); free some"):
+        codes(tiny, PROMPTS, SEEDS)
+
+
 def test_images_of_a_group_share_a_batch(tiny: JanusUnifiedModel) -> None:
     heard: list[Drawn] = []
     groups = ["a"] * 3 + ["b"] * 3 + ["c"] * 5 + ["d"]

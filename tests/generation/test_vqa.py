@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from _measure import peak_mb
 from PIL import Image
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation import answer_questions
+from ospo_fast.generation import answer_questions, vqa
+from ospo_fast.generation.decoder import LeanDecoder
 from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.shapes.build import build_model, build_processor
 
 QUESTIONS = [
     ["is there a red circle?", "are there two blue squares?", "is there a star?"],
@@ -90,6 +93,30 @@ def test_images_are_embedded_once_each(
     answer_questions(tiny, pictures, QUESTIONS, template=template)
     assert len(embedded) == 1
     assert set(embedded[0]) == {id(pictures[i]) for i in (0, 2, 3)}
+
+
+def test_the_memory_of_an_image_is_not_underestimated(
+    pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What batches are sized by against what the allocator sees beyond the weights' copies."""
+    module = build_model(hidden=128, layers=8, intermediate=352, heads=4)
+    model = JanusUnifiedModel(module, build_processor(), name="deep")
+    told: list[int] = []
+
+    def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
+        told.append(bytes_per_job)
+        return 24
+
+    monkeypatch.setattr(vqa, "fitting", fitting)
+    asked = [["is there a red circle?"]] * 24
+
+    def run() -> None:
+        answer_questions(model, pictures[:1] * 24, asked, template=template, progress=False)
+
+    run()  # what is made once is none of the peak
+    with torch.no_grad():
+        used = peak_mb(run) - peak_mb(LeanDecoder, model)
+    assert 0.5 * told[-1] * 24 / 1e6 < used < told[-1] * 24 / 1e6
 
 
 def test_equal_probabilities_are_a_tie(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import UnifiedModel, load_model
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.build import build_processor
@@ -164,6 +164,35 @@ def test_decoded_images_are_the_processors(tiny: JanusUnifiedModel) -> None:
     # An image does not depend on those decoded with it.
     assert np.array_equal(np.asarray(tiny.decode_codes(codes[1:2])[0]), np.asarray(images[1]))
     assert tiny.decode_codes(codes[:0]) == []
+
+
+def test_fewer_images_are_decoded_and_encoded_at_once_where_memory_is_short(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.randint(0, tiny.num_codes, (7, tiny.grid[0] * tiny.grid[1]))
+    expected = tiny.decode_codes(codes)
+    vq = tiny.module.model.vqmodel
+    decode, sizes = vq.decode, []
+
+    def crowded(codes: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(codes))
+        if len(codes) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
+        return decode(codes)
+
+    monkeypatch.setattr(vq, "decode", crowded)
+    room = 3
+    images = tiny.decode_codes(codes)
+    assert sizes == [7, 3, 3, 2]  # a single one is doubled
+    for image, wanted in zip(images, expected, strict=True):
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(wanted)).max() <= 1
+    del sizes[:]
+    tiny.decode_codes(codes[:5])
+    assert sizes == [3, 2]  # learnt
+    room = 0
+    with pytest.raises(OspoError, match=r"not even one image fits the memory .*smaller batch_size"):
+        tiny.decode_codes(codes)
+    assert torch.equal(tiny.encode_images(images[:1])[0], tiny.encode_images(images)[0])  # one by one by now
 
 
 @pytest.mark.parametrize(
