@@ -45,17 +45,57 @@ struct alignas(sizeof(T) * N) Vector {
     T value[N];
 };
 
+// 16 bytes of memory. As words: numbers of two bytes would take a register each, and moves.
+struct alignas(16) Words {
+    uint32_t word[4];
+};
+
+template <typename T>
+__device__ Words all(float value) {
+    Vector<T, 16 / sizeof(T)> vector;
+    for (T& each : vector.value) each = narrow<T>(value);
+    Words words;
+    memcpy(&words, &vector, sizeof words);
+    return words;
+}
+
+template <typename T>
+__device__ Words load(const T* from) {
+    return *reinterpret_cast<const Words*>(from);
+}
+
 // Logits pass through once: they leave the first-level cache to the bias, which every row reads.
-template <typename T, int N>
-__device__ Vector<T, N> load_once(const T* from) {
-    Vector<T, N> vector;
-    if constexpr (sizeof(vector) == 16) {
-        const float4 words = __ldcs(reinterpret_cast<const float4*>(from));
-        memcpy(&vector, &words, 16);
-    } else {
-        vector = *reinterpret_cast<const Vector<T, N>*>(from);
-    }
-    return vector;
+template <typename T>
+__device__ Words load_once(const T* from) {
+    const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from));
+    return {{words.x, words.y, words.z, words.w}};
+}
+
+__device__ void widen_word(uint32_t word, float* value, float) { memcpy(value, &word, 4); }
+__device__ void widen_word(uint32_t word, float* value, __half) {
+    __half pair[2];
+    memcpy(pair, &word, 4);
+    value[0] = __half2float(pair[0]);
+    value[1] = __half2float(pair[1]);
+}
+__device__ void widen_word(uint32_t word, float* value, __nv_bfloat16) {
+    const uint32_t low = word << 16, high = word & 0xFFFF0000u;
+    memcpy(value, &low, 4);
+    memcpy(value + 1, &high, 4);
+}
+
+template <typename T>
+__device__ void widen(const Words& from, float* value) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) widen_word(from.word[i], value + i * (4 / sizeof(T)), T{});
+}
+
+// e^x for x <= 0, 0 where that is below 2^-126: __expf looks for such results and scales them, which takes three more
+// instructions for every value.
+__device__ float exponential(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
 }
 
 // A largest value, and the sum of exp(z - most), of a part of a row.
@@ -69,7 +109,7 @@ __device__ float origin(float most) { return most == -INFINITY ? 0.0f : most; }
 struct Merge {
     __device__ Part operator()(Part a, Part b) const {
         const float most = fmaxf(a.most, b.most), at = origin(most);
-        return {most, a.sum * __expf(a.most - at) + b.sum * __expf(b.most - at)};
+        return {most, a.sum * exponential(a.most - at) + b.sum * exponential(b.most - at)};
     }
 };
 
@@ -97,69 +137,91 @@ __device__ Value over_block(Value value, Operation operation) {
     return value;
 }
 
-// Values first.. of a row and their bias, in fp32.
-template <typename T, int N>
-__device__ void logits_of(const Vector<T, N>& row, const T* bias, int first, float* value) {
-    Vector<T, N> shift;
-    if (bias) shift = *reinterpret_cast<const Vector<T, N>*>(bias + first);
+// The values of 16 bytes and of their bias, in fp32.
+template <typename T>
+__device__ void add(const Words& row, const Words& bias, float* value) {
+    constexpr int N = 16 / sizeof(T);
+    float shift[N];
+    widen<T>(row, value);
+    widen<T>(bias, shift);
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = bias ? widen(row.value[i]) + widen(shift.value[i]) : widen(row.value[i]);
+    for (int i = 0; i < N; ++i) value[i] += shift[i];
 }
 
-// scale·onehot + factor·exponential, of values first.. of a row.
+// Values first.. of a row with their bias, N of them: 16 bytes or one. `last` says that they are not read again.
+template <typename T, int N, bool last>
+__device__ void logits_of(const T* row, const T* bias, int first, float* value) {
+    if constexpr (N == 1) {
+        *value = widen(row[first]) + (bias ? widen(bias[first]) : 0.0f);
+    } else {
+        add<T>(last ? load_once(row + first) : load(row + first), bias ? load(bias + first) : all<T>(0.0f), value);
+    }
+}
+
+// factor·exponential, of N values.
 template <typename O, int N>
-__device__ void store_residual(O* row, int first, const float* exponential, float factor, float scale, int label) {
+__device__ void store(O* to, const float* exponential, float factor) {
     Vector<O, N> out;
 #pragma unroll
-    for (int i = 0; i < N; ++i) out.value[i] = narrow<O>((first + i == label ? scale : 0.0f) + factor * exponential[i]);
-    *reinterpret_cast<Vector<O, N>*>(row + first) = out;
+    for (int i = 0; i < N; ++i) out.value[i] = narrow<O>(factor * exponential[i]);
+    *reinterpret_cast<Vector<O, N>*>(to) = out;
 }
 
-// codes <= threads·per_thread, a multiple of the 16 / sizeof(T) values that a thread moves at once.
+// codes <= threads·per_thread, a multiple of the 16 / sizeof(T) values that a thread moves at once. 64 registers a
+// thread, so that one block loads while another computes.
 template <typename T, typename O, int threads, int per_thread>
-__global__ void __launch_bounds__(threads) row_in_registers(const Arguments a) {
-    constexpr int N = 16 / sizeof(T), vectors = per_thread / N;
+__global__ void __launch_bounds__(threads, 1024 / threads) row_in_registers(const Arguments a) {
+    constexpr int N = 16 / sizeof(T), vectors = per_thread / N, stride = threads * N;
     const int64_t row = blockIdx.x;  // rows·codes passes 2^31
     T* const z = static_cast<T*>(a.logits) + row * a.codes;
     const T* const bias = static_cast<const T*>(a.bias);
-    const int label = static_cast<int>(a.labels[row]);
-    const float target = bias ? widen(z[label]) + widen(bias[label]) : widen(z[label]);
+    // Vectors of this thread are at first, first + stride, ...; what is left of the row says which are inside.
+    const int first = threadIdx.x * N, left = a.codes - first;
 
-    Vector<T, N> raw[vectors];
+    Words raw[vectors];
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-        const int first = (v * threads + threadIdx.x) * N;
-        if (first < a.codes) raw[v] = load_once<T, N>(z + first);
+        raw[v] = v * stride < left ? load_once(z + first + v * stride) : all<T>(-INFINITY);
     }
+    // After the row's own loads, none of which shall wait for it.
+    const unsigned label = static_cast<unsigned>(a.labels[row]);
+    // One thread writes the label's code, and takes its logit before any is overwritten, which is after both barriers.
+    const auto owns_label = [&] { return label / N % threads == threadIdx.x; };
+    T target{}, target_bias{};
+    const auto take_label = [&] {
+        if (owns_label()) target = z[label];
+        if (owns_label() && bias) target_bias = bias[label];
+    };
+
     float value[per_thread];
     float most = -INFINITY;
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-        const int first = (v * threads + threadIdx.x) * N;
-        if (first < a.codes) {
-            logits_of(raw[v], bias, first, value + v * N);
-        } else {
-            for (int i = 0; i < N; ++i) value[v * N + i] = -INFINITY;
-        }
+        add<T>(raw[v], bias && v * stride < left ? load(bias + first + v * stride) : all<T>(0.0f), value + v * N);
         for (int i = 0; i < N; ++i) most = fmaxf(most, value[v * N + i]);
     }
-    most = over_block<threads>(most, Larger{});  // no thread is still reading after this
+    if constexpr (sizeof(T) == 2) take_label();
+    most = over_block<threads>(most, Larger{});
+    if constexpr (sizeof(T) == 4) take_label();  // fp32 has had no register left for it
+    const float scale = a.scales ? a.scales[row] : 1.0f;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < per_thread; ++i) {
-        value[i] = __expf(value[i] - most);
+        value[i] = exponential(value[i] - most);
         sum += value[i];
     }
     sum = over_block<threads>(sum, Add{});
-    if (threadIdx.x == 0) a.logps[row] = (target - most) - logf(sum);
+    const float label_logit = widen(target) + widen(target_bias);
+    if (owns_label()) a.logps[row] = (label_logit - most) - logf(sum);
     if (!a.write) return;
 
-    const float scale = a.scales ? a.scales[row] : 1.0f, factor = -scale / sum;
+    const float factor = __fdividef(-scale, sum);
+    O* const residual = reinterpret_cast<O*>(z);
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-        const int first = (v * threads + threadIdx.x) * N;
-        if (first < a.codes) store_residual<O, N>(reinterpret_cast<O*>(z), first, value + v * N, factor, scale, label);
+        if (v * stride < left) store<O, N>(residual + first + v * stride, value + v * N, factor);
     }
+    if (owns_label()) residual[label] = narrow<O>(scale + factor * exponential(label_logit - most));
 }
 
 // Any number of codes, a multiple of N. Reads the row again to write.
@@ -168,37 +230,41 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
     const int64_t row = blockIdx.x;
     T* const z = static_cast<T*>(a.logits) + row * a.codes;
     const T* const bias = static_cast<const T*>(a.bias);
-    const int label = static_cast<int>(a.labels[row]);
-    const float target = bias ? widen(z[label]) + widen(bias[label]) : widen(z[label]);
 
     Part part{-INFINITY, 0.0f};
 #pragma unroll 4
     for (int first = threadIdx.x * N; first < a.codes; first += threads * N) {
         float value[N];
-        logits_of(*reinterpret_cast<const Vector<T, N>*>(z + first), bias, first, value);
+        logits_of<T, N, false>(z, bias, first, value);
         float most = part.most;
         for (int i = 0; i < N; ++i) most = fmaxf(most, value[i]);
         const float at = origin(most);
-        part.sum *= __expf(part.most - at);
-        for (int i = 0; i < N; ++i) part.sum += __expf(value[i] - at);
+        part.sum *= exponential(part.most - at);
+        for (int i = 0; i < N; ++i) part.sum += exponential(value[i] - at);
         part.most = most;
     }
+    const unsigned label = static_cast<unsigned>(a.labels[row]);
+    const bool owns_label = label / N % threads == threadIdx.x;
+    float target = 0.0f;
+    if (owns_label) target = widen(z[label]) + (bias ? widen(bias[label]) : 0.0f);  // before any logit is overwritten
     part = over_block<threads>(part, Merge{});
-    if (threadIdx.x == 0) a.logps[row] = (target - part.most) - logf(part.sum);
+    if (owns_label) a.logps[row] = (target - part.most) - logf(part.sum);
     if (!a.write) return;
 
-    const float scale = a.scales ? a.scales[row] : 1.0f, factor = -scale / part.sum;
+    const float scale = a.scales ? a.scales[row] : 1.0f, factor = __fdividef(-scale, part.sum);
+    O* const residual = reinterpret_cast<O*>(z);
     for (int begin = 0; begin < a.codes; begin += threads * N) {
         const int first = begin + threadIdx.x * N;
         float value[N];
         if (first < a.codes) {
-            logits_of(load_once<T, N>(z + first), bias, first, value);
-            for (int i = 0; i < N; ++i) value[i] = __expf(value[i] - part.most);
+            logits_of<T, N, true>(z, bias, first, value);
+            for (int i = 0; i < N; ++i) value[i] = exponential(value[i] - part.most);
         }
         // A narrower result lies over logits that other threads read in this turn; those of later turns are further on.
         if constexpr (sizeof(O) < sizeof(T)) __syncthreads();
-        if (first < a.codes) store_residual<O, N>(reinterpret_cast<O*>(z), first, value, factor, scale, label);
+        if (first < a.codes) store<O, N>(residual + first, value, factor);
     }
+    if (owns_label) residual[label] = narrow<O>(scale + factor * exponential(target - part.most));
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -16,8 +16,8 @@
 #define __shared__ static  // one block runs at a time
 #define __launch_bounds__(...)
 
-struct float4 {
-    float x, y, z, w;
+struct uint4 {
+    uint32_t x, y, z, w;
 };
 struct Index {
     unsigned x;
@@ -94,8 +94,14 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return value;
 }
 
-inline float __expf(float x) { return std::exp(x); }
-inline float4 __ldcs(const float4* from) { return *from; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline uint4 __ldcs(const uint4* from) { return *from; }
+
+// ex2.approx.ftz.f32
+inline float exp2_on_host(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
 
 struct __nv_bfloat16 {
     uint16_t raw;
