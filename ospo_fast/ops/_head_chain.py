@@ -77,6 +77,19 @@ class Chain:
             self.gelu_backward(dpre, pre)
             torch.mm(dpre, self.proj_weight, out=unit)
 
+    def take(self, x: Tensor, rows: Tensor | slice) -> Tensor:
+        """x[rows]: a slice as it is, the rows of an index in a buffer."""
+        if isinstance(rows, slice):
+            return x[rows]
+        return torch.index_select(x, 0, rows, out=self._buffer("inputs", len(rows), x.shape[1]))
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers with what `gelu_backward` needs of the rows x, and with their features."""
+        assert self.features is not None
+        pre, features = self._buffer("pre", len(x), self.features.shape[1]), self.features[: len(x)]
+        self.project(x, pre, features)
+        return pre, features
+
     def residual(self, features: Tensor, labels: Tensor, scales: Tensor) -> Tensor:
         """Scales · (onehot − softmax) of the rows of `features`: with ∂L/∂ℓ as scales, ∂L/∂logits."""
         self._logits(features, len(features))
@@ -105,6 +118,7 @@ class Chain:
             torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
 
     def _buffer(self, name: str, rows: int, width: int) -> Tensor:
+        """Room (rows, width) in the dtype of the weights, the same for each chunk."""
         if name not in self.spare:
             self.spare[name] = self.weight.new_empty(len(self.logits), width)
         return self.spare[name][:rows]
@@ -182,7 +196,8 @@ def scale_rows(unit: Tensor, places: Tensor, scales: Tensor, backend: str) -> Te
 
     unit (N, D), places (N,) int64, scales (N,) fp32 (fp64 with fp64) → (N, D) in unit's dtype.
     """
-    scales, out = scales.contiguous(), torch.empty_like(unit)
+    unit, places, scales = unit.contiguous(), places.contiguous(), scales.contiguous()
+    out = torch.empty_like(unit)
     if backend == "cuda":
         _dispatch.triton("scale_rows").scale_rows(unit, places, scales, out)
         return out

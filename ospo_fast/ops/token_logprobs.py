@@ -212,7 +212,7 @@ def _token_logprobs(
     """ℓ (N,) and, if asked for, U of the active rows, one after another from the top of unit (N, D), which ends in
     zeros; places (N,) says where that of each row is, -1 for an ignored one.
     """
-    labels = labels.contiguous()  # kernels read them one after the other; a flat view may be strided or expanded
+    labels = labels.contiguous()  # kernels read it from its address on
     rows, count = _active_rows(labels, ignore_index, weight.shape[0])
     active_labels = labels if rows is None else labels.index_select(0, rows)
     chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
@@ -250,32 +250,32 @@ def _token_logprobs_backward(
     wanted: list[bool],  # x, weight, bias, proj_weight, proj_bias
 ) -> tuple[Tensor, ...]:
     # Rows without a gradient are left out: they cost nothing, and a NaN in one of them cannot reach the weights.
-    labels = torch.where(grad == 0, ignore_index, labels)
+    labels, grad = torch.where(grad == 0, ignore_index, labels).contiguous(), grad.contiguous()
     rows, count = _active_rows(labels, ignore_index, weight.shape[0])
     chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
     head = (weight, bias, proj_weight, proj_bias)
     # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
     wide = _result_dtype(x)
     dx, *sums = grads = _new_grads(x, head, wanted, x.dtype if count <= chunk_rows else wide, wide)
-    rows = torch.arange(count, device=x.device) if rows is None else rows
-    for begin in range(0, count, chunk_rows):
-        of_x = rows[begin : begin + chunk_rows]
-        inputs, targets, scales = (tensor.index_select(0, of_x) for tensor in (x, labels, grad))
-        pre, features = inputs, inputs
-        if proj_weight is not None:
-            pre, features = (x.new_empty(len(inputs), len(proj_weight)) for _ in range(2))
-            chain.project(inputs, pre, features)
-        dlogits = chain.residual(features, targets, scales)
-        _accumulate(sums[0], sums[1], wanted[1:3], dlogits, features)
-        if not (wanted[0] or wanted[3] or wanted[4]):
-            continue
-        dinputs = dlogits @ weight
-        if proj_weight is not None:
-            chain.gelu_backward(dinputs, pre)
-            _accumulate(sums[2], sums[3], wanted[3:5], dinputs, inputs)
-            dinputs = dinputs @ proj_weight
-        if wanted[0]:
-            dx.index_copy_(0, of_x, dinputs)
+    with torch.autocast(x.device.type, enabled=False):
+        for begin in range(0, count, chunk_rows):
+            chunk = slice(begin, min(begin + chunk_rows, count))
+            of_x = chunk if rows is None else rows[chunk]
+            inputs = chain.take(x, of_x)
+            pre, features = (inputs, inputs) if proj_weight is None else chain.projected(inputs)
+            dlogits = chain.residual(features, labels[of_x], grad[of_x])
+            _accumulate(sums[0], sums[1], wanted[1:3], dlogits, features)
+            # What follows is written over what is not read again.
+            last = dlogits, weight
+            if proj_weight is not None and (wanted[0] or wanted[3] or wanted[4]):
+                dpre = torch.mm(dlogits, weight, out=features)
+                chain.gelu_backward(dpre, pre)
+                _accumulate(sums[2], sums[3], wanted[3:5], dpre, inputs)
+                last = dpre, proj_weight
+            if wanted[0]:
+                dinputs = torch.mm(*last, out=dx[chunk] if rows is None else inputs)
+                if rows is not None:
+                    dx.index_copy_(0, rows[chunk], dinputs)
     return (*(g.to(x.dtype) for g in grads),)
 
 
@@ -311,7 +311,7 @@ def _(grad: Tensor, x: Tensor, labels: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 @torch.library.register_fake("ospo_fast::scale_rows")
 def _(unit: Tensor, places: Tensor, scales: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(unit)
+    return unit.new_empty(unit.shape)
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:

@@ -230,46 +230,56 @@ def test_layouts() -> None:
     torch.testing.assert_close(token_logprobs(hidden, columns, labels), plain)
 
 
+# No row is ignored: nothing else makes a copy of the labels, which kernels read from their address on.
 STRIDED_LABELS = {
-    "every other": lambda: torch.randint(0, 23, (6, 2))[:, 1],
-    "a column of three": lambda: torch.randint(0, 23, (4, 5, 3))[..., 1],
-    "all but the first of two": lambda: torch.randint(0, 23, (6, 2))[:, 1:],
-    "backwards of a transposed one": lambda: torch.randint(0, 23, (5, 4)).t()[1:],
-    "one for all": lambda: torch.tensor(3).expand(7),
-    "narrow": lambda: torch.randint(0, 23, (6, 2), dtype=torch.int32)[:, 0],
+    "codes[..., 1]": lambda: torch.randint(23, (2, 5, 3))[..., 1],
+    "codes[:, 0]": lambda: torch.randint(23, (6, 4))[:, 0],
+    "codes[:, 1:] of two": lambda: torch.randint(23, (7, 2))[:, 1:],
+    "(B, 1)": lambda: torch.randint(23, (6, 1)),
+    "expanded": lambda: torch.tensor(3).expand(6),
+    "reversed rows": lambda: torch.randint(23, (4, 6)).t(),
 }
 
 
-@pytest.mark.parametrize("layout", STRIDED_LABELS)
 @pytest.mark.parametrize("train_head", [False, True])
-@pytest.mark.parametrize("kind", [LINEAR, MLP])
-def test_labels_of_any_strides(layout: str, train_head: bool, kind: str) -> None:
-    """With no row ignored, so that nothing gathers the labels on the way."""
-    labels, head = STRIDED_LABELS[layout](), make_head(kind, bias=True)
-    head = trainable(head) if train_head else head
+@pytest.mark.parametrize("name", STRIDED_LABELS)
+def test_strided_labels(name: str, train_head: bool, backend: str) -> None:
+    labels, plain = STRIDED_LABELS[name](), make_head(MLP, bias=True)
     results = []
-    for own in (labels, labels.clone(memory_format=torch.contiguous_format).long()):
+    for codes in (labels, labels.clone(memory_format=torch.contiguous_format)):
+        head = trainable(plain) if train_head else plain
         hidden = torch.linspace(-1, 1, labels.numel() * 16).view(*labels.shape, 16).requires_grad_()
-        logps = token_logprobs(hidden, head, own)
+        logps = token_logprobs(hidden, head, codes, backend=backend)
         logps.square().sum().backward()
-        results.append((logps.detach(), hidden.grad))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    best = token_logprobs_reference(hidden.detach(), head, labels)
-    torch.testing.assert_close(results[0][0].double(), best.detach(), rtol=1e-5, atol=1e-5)
+        results.append([logps.detach(), hidden.grad, *(t.grad for t in head.tensors if train_head)])
+    assert all(map(torch.equal, *results))
+    torch.testing.assert_close(results[0][0].double(), token_logprobs_reference(hidden.detach(), plain, labels))
 
 
-@pytest.mark.parametrize("layout", STRIDED_LABELS)
-def test_labels_of_any_strides_given_to_the_op_itself(layout: str) -> None:
-    labels, head = STRIDED_LABELS[layout]().long().reshape(-1), make_head(LINEAR, bias=True)
-    x = torch.randn(len(labels), 16)
-    options = (-100, 4, False, "cpp", False, True)
-    mine = torch.ops.ospo_fast.token_logprobs(x, labels, *head.tensors, *options)
-    best = torch.ops.ospo_fast.token_logprobs(
-        x, labels.clone(memory_format=torch.contiguous_format), *head.tensors, *options
-    )
-    for one, other in zip(mine, best, strict=True):
-        assert torch.equal(one, other)
+def test_strided_arguments_of_the_ops(backend: str) -> None:
+    backend = "cpp" if backend == "auto" else backend
+    head, hidden = make_head(MLP, bias=True), torch.randn(16, 6).t()
+    options = -100, 4, False, backend
+
+    def plain(tensor: Tensor) -> Tensor:
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    for labels in (torch.tensor(3).expand(6), torch.randint(23, (6, 2))[:, 1]):
+        for with_unit in (True, False):
+            mine, best = (
+                torch.ops.ospo_fast.token_logprobs(x, y, *head.tensors, *options, False, with_unit)
+                for x, y in ((hidden, labels), (plain(hidden), plain(labels)))
+            )
+            torch.testing.assert_close(mine, best)
+        for grad in (torch.randn(6, 2)[:, 1], torch.tensor(2.0).expand(6)):
+            mine, best = (
+                torch.ops.ospo_fast.token_logprobs_backward(g, x, y, *head.tensors, *options, [True] * 5)
+                for g, x, y in ((grad, hidden, labels), (plain(grad), plain(hidden), plain(labels)))
+            )
+            torch.testing.assert_close(mine, best)
+    places, scales = torch.tensor([[0, 1, -1, 2, 3, -1], [0] * 6]).t()[:, 0], torch.randn(6, 2)[:, 1]
+    mine = torch.ops.ospo_fast.scale_rows(hidden, places, scales, backend)
+    assert torch.equal(mine, torch.ops.ospo_fast.scale_rows(plain(hidden), plain(places), plain(scales), backend))
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -286,6 +296,29 @@ def test_any_upstream_gradient(train_head: bool) -> None:
         (mine,) = torch.autograd.grad(loss(token_logprobs(hidden, head, labels)), hidden)
         (best,) = torch.autograd.grad(loss(token_logprobs_reference(hidden, head, labels)), hidden)
         torch.testing.assert_close(mine, best)
+
+
+@pytest.mark.parametrize("kind", [LINEAR, MLP, SQUARE])
+@pytest.mark.parametrize("all_active", [False, True])
+def test_chunks_of_a_trained_head_share_their_buffers(kind: str, all_active: bool) -> None:
+    """However many chunks there are, as many matrices are made; without ignored rows none is gathered."""
+    head = make_head(kind, bias=True, width=64, codes=64)
+    hidden, labels = torch.randn(24, 64), torch.randint(64, (24,))
+    if not all_active:
+        labels[::3] = -100
+
+    def made(chunk: int) -> tuple[int, set[str]]:
+        options = -100, chunk, False, "cpp", [True] * 5
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            torch.ops.ospo_fast.token_logprobs_backward(torch.ones(24), hidden, labels, *head.tensors, *options)
+        events = profile.profiler.kineto_results.events()
+        matrices = [e for e in events if e.name() == "[memory]" and e.nbytes() >= 2 * 64 * 4]
+        return len(matrices), {e.name() for e in events}
+
+    (few, names), (many, _) = made(8), made(2)
+    assert few == many
+    assert ("aten::index_select" in names) == (not all_active)
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -387,6 +420,21 @@ def test_autocast(train_head: bool) -> None:
     assert logps.dtype == hidden.grad.dtype == torch.float32
     assert torch.equal(logps, token_logprobs(hidden.bfloat16(), head.to(torch.bfloat16), labels))
     assert not train_head or all(t.grad.dtype == torch.float32 and t.grad.any() for t in head.tensors)
+
+
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+@pytest.mark.parametrize("train_head", [False, True])
+def test_a_backward_under_autocast_keeps_the_dtype_of_the_forward(train_head: bool, kind: str) -> None:
+    head, labels = make_head(kind, bias=True), some_labels(8)
+    results = []
+    for enabled in (False, True):
+        weights = trainable(head) if train_head else head
+        hidden = torch.linspace(-1, 1, 8 * 16).view(8, 16).requires_grad_()
+        loss = token_logprobs(hidden, weights, labels).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        results.append([hidden.grad, *(t.grad for t in weights.tensors if t is not None and train_head)])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("train_head", [False, True])
