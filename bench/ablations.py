@@ -407,6 +407,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             gains = [row[scale]["gain"]["alignment"] for row in mine]
             axis.plot(gains, [place] * len(gains), "|", color=color, alpha=0.6, markersize=9)
         axis.axvline(0, color="#94a3b8", linewidth=1)
+        axis.locator_params(axis="x", nbins=6)
         before = rows[0][scale]["before"]["alignment"]
         axis.set_xlabel(f"gain in alignment at guidance {scale[3:]} (before: {before:.3f})")
     axes[0][0].set_yticks(range(len(names)), names)
