@@ -108,11 +108,22 @@ class OSPOLoss(nn.Module):
 
     SimPO compares the chosen with the rejected image, the conditional term (v2) the chosen image under its own with
     the same under the rejected prompt, SFT is the unweighted mean of −ℓ over all chosen image tokens.
+
+    chunk_rows, logits_dtype: of `token_logprobs`. check_finite: refuse log-probabilities and float masks that are not
+    finite; without it NaN or infinity, in a hidden state that is read or in a mask, makes the loss NaN.
     """
 
-    def __init__(self, config: OSPOLossConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: OSPOLossConfig | None = None,
+        *,
+        chunk_rows: int | None = None,
+        logits_dtype: torch.dtype | str | None = None,
+        check_finite: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config or OSPOLossConfig()
+        self.chunk_rows, self.logits_dtype, self.check_finite = chunk_rows, logits_dtype, check_finite
         self._grouping_checked = False
 
     def forward(
@@ -126,8 +137,9 @@ class OSPOLoss(nn.Module):
         use the chosen's. None: every token weighs 1. A row without image tokens has log-probability 0.
         metrics: loss, simpo, sft, accuracy, margin, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
         and, with the conditional term, conditional, swapped_logps.
-        Raises OpError: shapes that do not fit, too few groups, masks of another grid, at the first call also swapped
-        rows that would be taken for pairs (cond_weight 0, no masks), and what `token_logprobs` raises.
+        Raises OpError: shapes or devices that do not fit, too few groups, masks of another grid or, if asked for, that
+        are not finite, at the first call also swapped rows that would be taken for pairs (cond_weight 0, no masks), and
+        what `token_logprobs` raises.
         """
         config = self.config
         pairs = self._pairs(hidden, labels, object_masks)
@@ -137,15 +149,19 @@ class OSPOLoss(nn.Module):
         # The labels are shifted, not the hidden states: these stay contiguous, and no copy is made.
         targets = F.pad(labels[:rows, 1:], (0, 1), value=IGNORE)
         present = targets != IGNORE
-        logps = token_logprobs(hidden[:rows], head, targets, ignore_index=IGNORE)
-
+        # Before the chain of GEMMs: on a GPU their checks wait for what was launched until then.
         weights = None
         if object_masks is not None and config.mask_alpha > 0:
-            weights = token_weights(
-                object_masks, alpha=config.mask_alpha, gamma=config.mask_gamma, blur_size=config.mask_blur
-            )
-            weights = torch.cat([weights, weights[:pairs]])[:rows]
-            weights = spread_weights(weights, present)
+            weights = self._weights(object_masks, pairs, present)
+        logps = token_logprobs(
+            hidden[:rows],
+            head,
+            targets,
+            ignore_index=IGNORE,
+            chunk_rows=self.chunk_rows,
+            logits_dtype=self.logits_dtype,
+            check_finite=self.check_finite,
+        )
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
         chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()
         terms = preference_loss(
@@ -180,6 +196,19 @@ class OSPOLoss(nn.Module):
             metrics |= {"conditional": conditional, "swapped_logps": swapped[0].mean()}
         return OSPOLossOutput(loss, simpo, conditional, sft, {name: value.detach() for name, value in metrics.items()})
 
+    def _weights(self, object_masks: Tensor, pairs: int, present: Tensor) -> Tensor:
+        """Weights (rows, S) of the tokens that are `present`; swapped rows have those of the chosen images."""
+        config = self.config
+        weights = token_weights(
+            object_masks, alpha=config.mask_alpha, gamma=config.mask_gamma, blur_size=config.mask_blur
+        )
+        weights = torch.cat([weights, weights[:pairs]])[: len(present)]
+        finite = None
+        if self.check_finite and object_masks.is_floating_point():
+            finite = object_masks.isfinite().flatten(1).all(1)
+            finite = torch.cat([finite, finite[:pairs]])[: len(present)]
+        return spread_weights(weights, present, finite)
+
     def _check_grouping(self, labels: Tensor, pairs: int) -> None:
         """Refuse swapped rows that would be taken for pairs; looked for once, because looking waits for a GPU."""
         self._grouping_checked = True
@@ -202,6 +231,12 @@ class OSPOLoss(nn.Module):
             raise OpError(
                 f"OSPOLoss: labels have shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:2])} as hidden"
             )
+        for name, tensor in (("labels", labels), ("object_masks", object_masks)):
+            if tensor is not None and tensor.device != hidden.device:
+                raise OpError(
+                    f"OSPOLoss: {name} are on {tensor.device}, hidden is on {hidden.device}; "
+                    f"give {name}.to(hidden.device)"
+                )
         rows, groups = hidden.shape[0], 3 if self.config.cond_weight > 0 else 2
         needed = "chosen, rejected, swapped (for cond_weight > 0)" if groups == 3 else "chosen, rejected"
         if object_masks is not None:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_weights
+from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_logprobs, token_weights
 from ospo_fast.errors import OpError, UsageError
 
 GRID, TOKENS, LENGTH, WIDTH, CODES = (3, 4), 12, 20, 8, 11
@@ -272,6 +273,14 @@ def test_training_follows_the_usual_computation(deep: bool, trained: bool) -> No
         ),
         ({"hidden": torch.randn(0, LENGTH, WIDTH), "labels": torch.zeros(0, LENGTH).long()}, "hidden has 0 rows"),
         ({"labels": torch.full((6, LENGTH), CODES)}, "is 11, expected 0 <= label < 11"),
+        (
+            {"labels": torch.zeros(6, LENGTH, dtype=torch.int64, device="meta")},
+            "labels are on meta, hidden is on cpu; give",
+        ),
+        (
+            {"object_masks": torch.rand(4, 3, 4, device="meta")},
+            r"object_masks are on meta, hidden is on cpu; give object_masks.to\(hidden.device\)",
+        ),
         ({"head": nn.Linear(WIDTH + 1, CODES)}, r"hidden has shape \(6, 20, 8\), expected \(..., 9\)"),
     ],
 )
@@ -293,3 +302,53 @@ def test_swapped_rows_are_not_taken_for_pairs() -> None:
     with pytest.raises(OpError, match="leave the swapped rows out"):
         OSPOLoss(OSPOLossConfig.preset("v1"))(hidden, labels, head)
     assert OSPOLoss(OSPOLossConfig.preset("full"))(hidden, labels, head).conditional is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("blur", [1, 5])
+def test_masks_that_are_not_finite(value: float, blur: int) -> None:
+    hidden, labels, head, masks = make_batch(2, 3)
+    config = replace(OSPOLossConfig.preset("full"), mask_blur=blur)
+    plain, checked = OSPOLoss(config), OSPOLoss(config, check_finite=True)
+    soft = masks.float()
+    for good in (masks, soft):
+        expected = plain(hidden, labels, head, object_masks=good).loss
+        assert torch.equal(checked(hidden, labels, head, object_masks=good).loss, expected)
+    soft[3, 1, 2] = value
+    assert plain(hidden, labels, head, object_masks=soft).loss.isnan()
+    with pytest.raises(OpError, match="object mask of row 3 holds NaN or infinity, one of 1 rows; expected finite"):
+        checked(hidden, labels, head, object_masks=soft)
+    soft[1, 0, 0] = value  # of a chosen image, and so of a swapped row
+    with pytest.raises(OpError, match="object mask of row 1 holds NaN or infinity, one of 3 rows"):
+        checked(hidden, labels, head, object_masks=soft)
+
+
+def test_options_reach_the_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, labels, head, masks = make_batch(2, 2)
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "ospo_fast.loss.token_logprobs", lambda *a, **options: given.append(options) or token_logprobs(*a, **options)
+    )
+    OSPOLoss()(hidden, labels, head, object_masks=masks)
+    OSPOLoss(chunk_rows=3, logits_dtype="fp32", check_finite=True)(hidden, labels, head, object_masks=masks)
+    names = "chunk_rows", "logits_dtype", "check_finite"
+    assert [tuple(options[name] for name in names) for options in given] == [(None, None, False), (3, "fp32", True)]
+    hidden[0, labels[0].ne(-100).nonzero()[0] - 1] = math.nan
+    with pytest.raises(OpError, match="not finite"):
+        OSPOLoss(check_finite=True)(hidden, labels, head, object_masks=masks)
+
+
+def test_weights_are_made_before_the_gemms() -> None:
+    """Their check waits for the GPU: after the GEMMs' launch it would wait for these."""
+    hidden, labels, head, masks = make_batch(2, 2)
+    order: list[str] = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            order.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Ops():
+        OSPOLoss()(hidden, labels, head, object_masks=masks)
+    spread, logps = (order.index(f"ospo_fast.{name}.default") for name in ("spread_weights", "token_logprobs"))
+    assert spread < logps

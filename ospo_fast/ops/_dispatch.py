@@ -32,6 +32,8 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
 }
 _BESIDE = {"token_logprobs": "triton"}  # what an op's CUDA kernels need besides
 _KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton", "flash_attn": "flash-attn"}
+# Tags of an op that waits for the GPU to look at numbers: torch.compile then captures no CUDA graph over it.
+WAITS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/common.h
 
 

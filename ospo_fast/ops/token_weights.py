@@ -95,37 +95,49 @@ def _result_dtype(mask: Tensor) -> torch.dtype:
     return torch.float64 if mask.dtype == torch.float64 else torch.float32
 
 
-def spread_weights(weights: Tensor, token_mask: Tensor) -> Tensor:
+def spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None = None) -> Tensor:
     """The weights of each row's image, in order, at the places of its image tokens; 0 elsewhere.
 
     weights (B, N), token_mask (B, S) bool → (B, S) of weights' dtype. A row has N tokens in its mask, or none.
-    Raises OpError: a row with another number of image tokens.
+    finite (B,) bool, or None: false refuses a row with image tokens, whose mask holds NaN or infinity.
+    Raises OpError: a row with another number of image tokens, a row that is refused.
     """
-    result: Tensor = torch.ops.ospo_fast.spread_weights(weights.detach(), token_mask)
+    result: Tensor = torch.ops.ospo_fast.spread_weights(weights.detach(), token_mask, finite)
     return result
 
 
 # An op, because its check looks at values: torch.compile(fullgraph=True) keeps it as one call.
-torch.library.define("ospo_fast::spread_weights", "(Tensor weights, Tensor token_mask) -> Tensor")
+torch.library.define(
+    "ospo_fast::spread_weights",
+    "(Tensor weights, Tensor token_mask, Tensor? finite) -> Tensor",
+    tags=_dispatch.WAITS,
+)
 
 
 @torch.library.impl("ospo_fast::spread_weights", "CompositeExplicitAutograd")
-def _spread_weights(weights: Tensor, token_mask: Tensor) -> Tensor:
+def _spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None) -> Tensor:
     order = token_mask.long().cumsum(1)
     counts = order[:, -1] if order.shape[1] else order.sum(1)
-    wrong = ((counts != weights.shape[1]) & (counts != 0)).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
+    miscounted = (counts != weights.shape[1]) & (counts != 0)
+    wrong = miscounted if finite is None else miscounted | (~finite & (counts != 0))
+    rows = wrong.nonzero()
+    if len(rows):
+        row = int(rows[0])
+        if miscounted[row]:
+            raise OpError(
+                f"token_weights: row {row} has {int(counts[row])} image tokens, the object masks {weights.shape[1]} "
+                "cells; expected one cell for each image token: make the masks on the model's grid"
+            )
         raise OpError(
-            f"token_weights: row {row} has {int(counts[row])} image tokens, the object masks {weights.shape[1]} cells; "
-            "expected one cell for each image token: make the masks on the model's grid"
+            f"token_weights: the object mask of row {row} holds NaN or infinity, one of {len(rows)} rows; expected "
+            "finite numbers: look at what made the masks, or leave this item out"
         )
     spread = weights.gather(1, (order - 1).clamp(0, max(weights.shape[1] - 1, 0)))
     return torch.where(token_mask, spread, 0)
 
 
 @torch.library.register_fake("ospo_fast::spread_weights")
-def _(weights: Tensor, token_mask: Tensor) -> Tensor:
+def _(weights: Tensor, token_mask: Tensor, finite: Tensor | None) -> Tensor:
     return weights.new_empty(token_mask.shape)
 
 

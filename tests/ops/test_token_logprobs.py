@@ -378,9 +378,9 @@ def test_finite_results_are_asked_for(value: float, backend: str) -> None:
 def test_default_chunks() -> None:
     for codes, itemsize, device, rows in (
         (16384, 4, "cpu", 512),  # 32 MiB
-        (16384, 2, "cuda", 8448),  # 64 tiles for each of 132 SMs
-        (16384, 4, "cuda", 4224),
-        (128256, 2, "cuda", 1024),  # a multiple of the tiles' 128
+        (16384, 2, "cuda", 6272),  # 196 MiB, a third of 16 pairs of Janus-Pro-7B
+        (16384, 4, "cuda", 3072),
+        (128256, 2, "cuda", 768),  # a multiple of the tiles' 128
         (10**7, 4, "cpu", 256),
     ):
         assert _default_chunk_rows(codes, itemsize, device) == rows
@@ -494,6 +494,17 @@ def test_opcheck(kind: str, backend: str) -> None:
     torch.library.opcheck(backward, (torch.randn(7), hidden, labels, *head.tensors, *options, wanted))
     places = torch.tensor([0, 1, -1, 2, 3, -1, 4])
     torch.library.opcheck(torch.ops.ospo_fast.scale_rows, (hidden, places, torch.randn(7), backend))
+
+
+def test_ops_that_wait_for_the_gpu_say_so() -> None:
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    if tag is None:
+        pytest.skip("this torch has no tag for it")
+    ops = torch.ops.ospo_fast
+    for op in (ops.token_logprobs, ops.token_logprobs_backward, ops.spread_weights):
+        assert tag in op.default.tags
+    for op in (ops.scale_rows, ops.token_weights):
+        assert tag not in op.default.tags
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,13 @@ def test_spread_weights() -> None:
         OpError, match=r"row 1 has 3 image tokens, the object masks 2 cells.*make the masks on the model"
     ):
         spread_weights(weights, mask)
-    torch.library.opcheck(torch.ops.ospo_fast.spread_weights, (weights, torch.ones(3, 2).bool()))
+    mask[1, 2] = False
+    finite = torch.tensor([True, True, False])  # the last row reads no weights
+    assert torch.equal(spread_weights(weights, mask, finite), spread_weights(weights, mask))
+    with pytest.raises(OpError, match="the object mask of row 0 holds NaN or infinity, one of 2 rows; expected finite"):
+        spread_weights(weights, mask, ~finite)
+    for given in (None, torch.ones(3).bool()):
+        torch.library.opcheck(torch.ops.ospo_fast.spread_weights, (weights, torch.ones(3, 2).bool(), given))
 
 
 @pytest.mark.parametrize(
