@@ -191,7 +191,7 @@ class MasksConfig:
                 _check(f"masks.{name}", given, indices and bool(given), "a list of integers, or auto")
         if self.heads == "auto" and self.layers != "auto":
             raise UsageError(
-                f"masks.heads=auto: got masks.layers={self.layers}, expected auto; name the heads, as in [3]"
+                f"masks.heads=auto: got masks.layers={self.layers}, expected auto; or name the heads, as in [3]."
             )
         _one_of("masks.rows", self.rows, ("image", "predicting"))
         _one_of("masks.choose", self.choose or "contrast", ("entropy", "separability", "contrast"))

@@ -104,7 +104,7 @@ def test_without_a_named_preset_the_family_and_the_run_settle_the_weights(tmp_pa
         ("masks.layers=best", "masks.layers should be a list of integers, or auto, got 'best'"),
         ("masks.layers=[1,x]", "masks.layers should be a list of integers, or auto"),
         ("masks.heads=[]", "masks.heads should be a list of integers, or auto, got"),
-        ("masks.heads=auto", r"masks.heads=auto: got masks.layers=None, expected auto; name the heads, as in \[3\]"),
+        ("masks.heads=auto", r"masks.heads=auto: got masks.layers=None, expected auto; or name the heads, as in \[3\]"),
         ("masks.choose=best", "masks.choose should be one of entropy, separability, contrast, got 'best'"),
         ("masks.rows=text", "masks.rows should be one of image, predicting, got 'text'"),
         ("train.guidance_scale=0.5", "train.guidance_scale should be 1 or more, got 0.5"),
