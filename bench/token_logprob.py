@@ -1,40 +1,46 @@
 """token_logprobs with a frozen head, forward and backward, beside what else computes it, in one run.
 
-eager: all logits, fp32 log-softmax, gather; the same under torch.compile; the bare GEMMs of its own chain, which no
-implementation with gradients can do without; on a GPU Liger, cut-cross-entropy and quack where they are installed.
-These take a linear head: the projection and GELU of Janus' head stand in PyTorch before them, cut-cross-entropy and
-quack go without the output bias, and Liger's SimPO and quack know no weight for each token. Errors are the largest of
-64 rows against float64, over the largest exact value, at logits of the usual size and up to 50; those of peers are
-shown, not judged.
+eager: all logits of the image tokens, fp32 log-softmax, gather; the same under torch.compile; official: the usual
+training code, logits of all positions with the text between the images, then shifted, log-softmax, gather and mask; the
+bare GEMMs of this chain, which no implementation with gradients can do without; on a GPU Liger, cut-cross-entropy and
+quack where they are installed. These take a linear head: the projection and GELU of Janus' head stand in PyTorch before
+them, cut-cross-entropy and quack go without the output bias, and Liger's SimPO and sum and quack know no weight for
+each token. Errors are the largest of 64 rows against float64, over the largest exact value, at logits of the usual size
+and up to 50; those of peers are shown, not judged, cut-cross-entropy's with a head without bias.
 
-Beside the rows, a plot; and a sweep of chunk_rows.
+Beside the rows, a plot; and a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, 1B, text head,
+Shapes, and on CPU 2 pairs, Shapes; the sweep has the name of its shape and "chunk_rows".
 """
 
 import functools
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _measure import dtype_name, interleaved, peak_mb, row, show, write
+from _measure import chosen, dtype_name, interleaved, peak_mb, row, show, write
 
 import ospo_fast
 from ospo_fast.ops.token_logprobs import token_logprobs_reference
 
 CEILING_TFLOPS = 790  # dense bf16 of an H200 on random data
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+TEXT = 24  # positions of the prompt before each image
+Step = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Shape:
     """Rows (pairs × 2 × image tokens), width, codes; whether the head is Janus' Linear-GELU-Linear."""
 
+    name: str
     N: int
     D: int
     V: int
     mlp: bool = True
+    tokens: int = 576  # of an image; 0: no images, and no text between them
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -47,18 +53,28 @@ class Shape:
         return 4 * self.N * self.D * (self.V + self.D * self.mlp) / 1e12
 
 
-CPU_SHAPES = [Shape(2304, 512, 16384), Shape(1152, 128, 256)]  # 2 pairs; the world of shapes
+CPU_SHAPES = [Shape("2 pairs", 2304, 512, 16384), Shape("Shapes", 1152, 128, 256)]
 GPU_SHAPES = [
-    Shape(18432, 4096, 16384),  # Janus-Pro-7B, 16 pairs
-    Shape(18432, 2048, 16384),  # Janus-Pro-1B, 16 pairs
-    Shape(8192, 4096, 128256, mlp=False),  # a text head
-    Shape(1152, 128, 256),
+    Shape("7B", 18432, 4096, 16384),  # Janus-Pro-7B, 16 pairs
+    Shape("1B", 18432, 2048, 16384),  # Janus-Pro-1B, 16 pairs
+    Shape("text head", 8192, 4096, 128256, mlp=False, tokens=0),
+    Shape("Shapes", 1152, 128, 256),  # the world of shapes
 ]
-QUICK_SHAPES = [Shape(64, 16, 97), Shape(40, 16, 64, mlp=False)]
+QUICK_SHAPES = [Shape("quick", 64, 16, 97, tokens=32), Shape("quick linear", 40, 16, 64, mlp=False, tokens=0)]
+# Tried at the first shape: little memory, about a third of its rows, full waves of tiles on 132 SMs, half of its rows.
+GPU_CHUNKS = (2304, 6144, 6272, 7296, 8448, 9216)
 
 
 def usual(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(head(hidden).float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def official(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+    """Of sequences (G, S, D) with labels (G, S), -100 on text: as training code has it that knows nothing of heads."""
+    targets = labels[:, 1:]
+    logits = head(hidden).float()[:, :-1]
+    logps = F.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return logps * (targets != -100)
 
 
 def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head, rows: int) -> torch.Tensor:
@@ -81,7 +97,7 @@ def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head, rows: int) -> torch.T
 def step_of(function: Callable[..., torch.Tensor], head: ospo_fast.Head) -> Step:
     """Training's part: from hidden states, labels and a weight for each token to the gradient of the hidden states."""
 
-    def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         (grad,) = torch.autograd.grad((function(hidden, head, labels) * scale).sum(), hidden)
         return grad
 
@@ -97,9 +113,9 @@ def features_of(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
     return F.gelu(F.linear(hidden, head.proj_weight, head.proj_bias))
 
 
-def liger(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+def liger(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor, reduction: str = "none") -> torch.Tensor:
     module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-    loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none")
+    loss = module.LigerFusedLinearCrossEntropyLoss(reduction=reduction)
     return -loss(head.weight, features_of(hidden, head), labels, head.bias)
 
 
@@ -121,8 +137,21 @@ def quack(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> t
     return -module.chunked_linear_cross_entropy(features_of(hidden, head), head.weight, labels, reduction="sum")
 
 
-PEERS = {"Liger": liger, "Liger SimPO": liger_simpo, "cut-cross-entropy": cut_cross_entropy, "quack": quack}
+PEERS = {
+    "Liger": liger,
+    "Liger, sum": functools.partial(liger, reduction="sum"),
+    "Liger SimPO": liger_simpo,
+    "cut-cross-entropy": cut_cross_entropy,
+    "quack": quack,
+}
 PER_TOKEN = {"Liger", "cut-cross-entropy"}
+NOTES = {
+    "Liger": "reduction='none' computes logits twice: the gradients wait for the backward",
+    "Liger, sum": "no weight for each token; gradients are made in the forward",
+    "Liger SimPO": "no weight for each token",
+    "cut-cross-entropy": "without output bias; filter_eps='high', its default, leaves small gradients out",
+    "quack": "without output bias; no weight for each token",
+}
 
 
 def working_peers(head: ospo_fast.Head, arguments: tuple[torch.Tensor, ...]) -> dict[str, Step]:
@@ -150,7 +179,7 @@ def make_head(shape: Shape, where: str, dtype: torch.dtype) -> ospo_fast.Head:
 
 def errors(function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments, largest: float | None):
     """Errors of values and gradients against float64, over the largest exact one; logits up to `largest`."""
-    hidden, labels, scale = (x[:64].detach() for x in arguments)
+    hidden, labels, scale = (x[:64].detach() for x in arguments[:3])
     if largest is not None:
         factor = largest / float(head(hidden).abs().max())
         bias = None if head.bias is None else head.bias * factor
@@ -168,7 +197,11 @@ def errors(function: Callable[..., torch.Tensor], head: ospo_fast.Head, argument
     ]
 
 
-def error_figures(function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments) -> dict[str, float]:
+def error_figures(
+    name: str, function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments
+) -> dict[str, float]:
+    if name == "cut-cross-entropy":
+        head = ospo_fast.Head(head.weight, None, head.proj_weight, head.proj_bias)
     usual_size, to_50 = errors(function, head, arguments, None), errors(function, head, arguments, 50.0)
     names = "error_values", "error_gradients", "error_values_50", "error_gradients_50"
     return {name: float(f"{value:.3g}") for name, value in zip(names, (*usual_size, *to_50), strict=True)}
@@ -187,13 +220,26 @@ def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
     return module._default_chunk_rows(shape.V, torch.finfo(dtype).bits // 8, where)
 
 
-def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
-    head = make_head(shape, where, dtype)
+def inputs_of(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Makes hidden states, labels and weights of the image tokens; where there is text, also of all positions."""
 
     def inputs() -> tuple[torch.Tensor, ...]:
         hidden = torch.randn(shape.N, shape.D, device=where).to(dtype).requires_grad_()
-        return hidden, torch.randint(shape.V, (shape.N,), device=where), torch.randn(shape.N, device=where)
+        labels = torch.randint(shape.V, (shape.N,), device=where)
+        scale = torch.randn(shape.N, device=where)
+        if not shape.tokens:
+            return hidden, labels, scale
+        images, length = shape.N // shape.tokens, TEXT + shape.tokens
+        all_hidden = torch.randn(images, length, shape.D, device=where).to(dtype).requires_grad_()
+        all_labels = F.pad(labels.view(images, -1), (TEXT, 0), value=-100)
+        all_scales = F.pad(scale.view(images, -1), (TEXT - 1, 0))
+        return hidden, labels, scale, all_hidden, all_labels, all_scales
 
+    return inputs
+
+
+def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
+    head, inputs = make_head(shape, where, dtype), inputs_of(shape, where, dtype)
     arguments = inputs()
     functions = {
         "ospo_fast": ospo_fast.token_logprobs,
@@ -204,25 +250,33 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
         torch.compiler.reset()  # every shape has its own code, and none reaches the limit of recompilations
         functions["compiled eager"] = torch.compile(usual, dynamic=False)
     variants = {name: step_of(function, head) for name, function in functions.items()}
+    if shape.tokens:
+        of_all = step_of(official, head)
+        variants["official"] = lambda *arguments: of_all(*arguments[3:])
     if where == "cuda":
         peers = working_peers(head, arguments)
         variants |= peers
         functions |= {name: PEERS[name] for name in peers if name in PER_TOKEN}
-    figures = {name: error_figures(function, head, arguments) for name, function in functions.items()}
+    figures = {name: error_figures(name, function, head, arguments) for name, function in functions.items()}
     check(figures["ospo_fast"], figures["eager"], dtype)
 
     # The same chunks, and all rows at once, which a GEMM may like better.
     for name, size in (("bare GEMMs", default_rows(shape, dtype, where)), ("bare GEMMs, one chunk", shape.N)):
         variants[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
-    times = interleaved(variants, inputs, seconds=0.02 if quick else 5.0, most=300)
+    # On a GPU large shapes take 50 turns, half a second of the fastest variant and a minute of all.
+    seconds, most = (0.02, 300) if quick else (5.0, 300) if where == "cpu" else (1.0, 50 if shape.tflop > 0.1 else 300)
+    times = interleaved(variants, inputs, seconds=seconds, most=most)
     rows = []
     for name, time in times.items():
         speed = shape.tflop / time.median_ms * 1e3
         more = {"peak_mb": round(peak_mb(variants[name], *arguments), 3), "tflop_s": round(speed, 4)}
+        for other, figure in (("eager", "eager_over_this"), ("official", "official_over_this")):
+            if other in times:
+                more[figure] = round(times[other].median_ms / time.median_ms, 4)
         more["over_bare_gemms"] = round(time.median_ms / times["bare GEMMs"].median_ms, 4)
-        more["eager_over_this"] = round(times["eager"].median_ms / time.median_ms, 4)
         if where == "cuda" and dtype == torch.bfloat16:
             more["share_of_ceiling"] = round(speed / CEILING_TFLOPS, 4)
+        more |= {"note": NOTES[name]} if name in NOTES else {}
         rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), time, **more, **figures.get(name, {})))
     return rows
 
@@ -230,14 +284,13 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
 def sweep(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
     """Times and peaks by chunk_rows; the default is among them."""
     head, default = make_head(shape, where, dtype), default_rows(shape, dtype, where)
-    sizes = sorted({min(int(default * factor), shape.N) for factor in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)})
+    tried = [int(default * factor) for factor in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)]
+    if where == "cuda":
+        tried = [*GPU_CHUNKS, default, shape.N]
+    sizes = sorted({min(size, shape.N) for size in tried})
     steps = {size: step_of(functools.partial(ospo_fast.token_logprobs, chunk_rows=size), head) for size in sizes}
-
-    def inputs() -> tuple[torch.Tensor, ...]:
-        hidden = torch.randn(shape.N, shape.D, device=where).to(dtype).requires_grad_()
-        return hidden, torch.randint(shape.V, (shape.N,), device=where), torch.randn(shape.N, device=where)
-
-    times, arguments = interleaved(steps, inputs, seconds=0.02 if quick else 1.0), inputs()
+    inputs = inputs_of(shape, where, dtype)
+    times, arguments = interleaved(steps, inputs, seconds=0.02 if quick else 1.0, most=100), inputs()
     return [
         row(
             "token_logprobs",
@@ -285,10 +338,12 @@ def run(out: Path, quick: bool) -> None:
     shapes = QUICK_SHAPES if quick else GPU_SHAPES if where == "cuda" else CPU_SHAPES
     rows: list[dict] = []
     for shape in shapes:
-        rows += measure(shape, where, dtype, quick)
-        path = write(rows, out, "token_logprob")
+        if chosen(shape.name):
+            rows += measure(shape, where, dtype, quick)
+            path = write(rows, out, "token_logprob")
+            plot([json.loads(line) for line in path.read_text().splitlines()], path.with_suffix(".png"))
+        if shape is shapes[0] and chosen(f"{shape.name}, chunk_rows"):
+            chunks = sweep(shape, where, dtype, quick)
+            write(chunks, out, "token_logprob_chunks")
+            show(chunks)
     show(rows)
-    plot(rows, path.with_suffix(".png"))
-    chunks = sweep(shapes[0], where, dtype, quick)
-    write(chunks, out, "token_logprob_chunks")
-    show(chunks)

@@ -1,4 +1,5 @@
 import math
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -192,18 +193,23 @@ def test_gradcheck_and_half_precision() -> None:
     assert loss(hidden, labels, head, object_masks=masks).loss.dtype == torch.float32
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph(backend: str, trained: bool) -> None:
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("needs a C++ compiler")
     hidden, labels, _, masks = make_batch(2, 3)
-    module = nn.Linear(WIDTH, CODES).requires_grad_(False)
-    loss = OSPOLoss(OSPOLossConfig.preset("full"))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    grads = []
-    for function in (loss, compiled):
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, CODES)).requires_grad_(trained)
+    loss = OSPOLoss(OSPOLossConfig.preset("full"), check_finite=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    results = []
+    for function in (loss, compiled, compiled):
         x = hidden.clone().requires_grad_()
+        module.zero_grad()
         output = function(x, labels, module, object_masks=masks)
         output.loss.backward()
-        grads.append((output.loss.detach(), x.grad))
-    torch.testing.assert_close(grads[0], grads[1])
+        results.append([output.loss.detach(), x.grad, *(p.grad for p in module.parameters() if trained)])
+    torch.testing.assert_close(results[1:], [results[0]] * 2)
 
 
 def test_gradient_accumulation_and_trained_head() -> None:

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import _measure
 import pytest
 import run as bench
 
@@ -12,6 +13,7 @@ from ospo_fast.pipeline import STAGES
     [
         ("object_masks", {"ospo_fast", "torch"}),
         ("sample_codes", {"ospo_fast", "torch"}),
+        ("token_logprob", {"ospo_fast", "torch", "eager", "official", "bare GEMMs"}),
         ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
         ("generation", {"ospo_fast", "official", "transformers"}),
         ("decode_attention", {"torch", "masked SDPA"}),
@@ -23,6 +25,18 @@ def test_a_quick_run_writes_its_rows(name: str, variants: set[str], tmp_path: Pa
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert variants <= {row["variant"] for row in rows}
     assert all(row["median_ms"] > 0 for row in rows)
+
+
+def test_cases_of_token_logprob(tmp_path: Path) -> None:
+    try:
+        for case, rows, chunks in (("quick linear", 1, 0), ("chunk_rows", 1, 1), ("quick", 2, 1)):
+            arguments = ["--only", "token_logprob", "--quick", "--out", str(tmp_path), "--case", case]
+            assert bench.main(arguments) == 0
+            written = {path.stem: path.read_text() for path in tmp_path.glob("*/*.jsonl")}
+            assert len({str(json.loads(line)["shapes"]) for line in written["token_logprob"].splitlines()}) == rows
+            assert ("token_logprob_chunks" in written) == bool(chunks)
+    finally:
+        _measure.only_cases([])
 
 
 def test_a_benchmark_that_fails_is_named_and_the_others_run(
