@@ -12,10 +12,40 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 MOST_COLUMNS = 32  # at a time
+MANY_PROGRAMS = 256  # from so many on, with larger blocks of rows: each program goes through all heads
 Bounds = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
+def products(
+    q,  # (rows, D), of one head, as k
+    k,
+    row,  # (ROWS,) indices and whether they are any, then (COLUMNS,) of k
+    column,
+    row_inside,
+    column_inside,
+    q_row,
+    k_row,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(ROWS, COLUMNS) fp32: the products of rows of q and k, summed over PART of their width at a time."""
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, BLOCK_D, PART):
+        d = first + tl.arange(0, PART)
+        rows = tl.load(q + row[:, None] * q_row + d[None, :], mask=row_inside[:, None] & (d[None, :] < D), other=0.0)
+        columns = tl.load(
+            k + column[None, :] * k_row + d[:, None], mask=column_inside[None, :] & (d[:, None] < D), other=0.0
+        )
+        result = tl.dot(rows, columns, result, input_precision="ieee")
+    return result
+
+
+# What changes from batch to batch is no reason to compile again.
+@triton.jit(do_not_specialize=["length"])
 def row_lse_kernel(
     q,  # (B, Hq, S, D)
     k,  # (B, Hkv, S, D)
@@ -35,6 +65,7 @@ def row_lse_kernel(
     scale,  # times log2(e)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,  # of BLOCK_D, as columns_kernel's
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -45,20 +76,15 @@ def row_lse_kernel(
     row = tl.load(row_start + item) + i
     first, last = tl.load(key_start + item), tl.load(key_end + item)
     end = tl.minimum(last, tl.max(tl.where(inside, row, -1), 0) + 1) if CAUSAL else last
-    d = tl.arange(0, BLOCK_D)
-    rows = tl.load(
-        q + item * q_item + head * q_head + row[:, None] * q_row + d[None, :],
-        mask=inside[:, None] & (d[None, :] < D),
-        other=0.0,
-    )
+    queries = q + item * q_item + head * q_head
     source = k + item * k_item + (head // group) * k_head
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for begin in range(first, end, KEYS):
         j = begin + tl.arange(0, KEYS)
-        keys = tl.load(source + j[None, :] * k_row + d[:, None], mask=(j[None, :] < end) & (d[:, None] < D), other=0.0)
-        scores = tl.dot(rows, keys, input_precision="ieee") * scale
-        seen = (j[None, :] < end) & inside[:, None]
+        there = j < end
+        scores = products(queries, source, row, j, inside, there, q_row, k_row, D, BLOCK_D, PART, ROWS, KEYS) * scale
+        seen = there[None, :] & inside[:, None]
         if CAUSAL:
             seen = seen & (j[None, :] <= row[:, None])
         scores = tl.where(seen, scores, -float("inf"))
@@ -72,7 +98,7 @@ def row_lse_kernel(
     tl.store(lse + (item * tl.num_programs(1) + head) * length + i, result, mask=i < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["objects", "per_object", "begin", "length", "lse_item", "lse_head"])
 def columns_kernel(
     q,  # (B, Hq, S, D)
     k,  # (B, Hkv, S, D)
@@ -107,6 +133,7 @@ def columns_kernel(
     weight,  # over the number of heads
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,  # of BLOCK_D at a time
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -117,7 +144,6 @@ def columns_kernel(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < tl.load(row_count + item)
     row = tl.load(row_start + item) + i
-    d = tl.arange(0, BLOCK_D)
     n = begin + tl.arange(0, COLUMNS)
     column = tl.load(columns + item * objects * per_object + n, mask=n < objects * per_object, other=-1)
     seen = (column >= tl.load(key_start + item)) & (column < tl.load(key_end + item)) & (column >= 0)
@@ -126,21 +152,17 @@ def columns_kernel(
         shown = shown & (column[None, :] <= row[:, None])
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     at = tl.where(seen, column, 0)
+    place = i if RELATIVE else row
+    norms = lse + item * lse_item + place * lse_row
+    norm = tl.load(norms, mask=inside, other=0.0)
     for head in range(heads):
-        rows = tl.load(
-            q + item * q_item + head * q_head + row[:, None] * q_row + d[None, :],
-            mask=inside[:, None] & (d[None, :] < D),
-            other=0.0,
-        )
-        keys = tl.load(
-            k + item * k_item + (head // group) * k_head + at[None, :] * k_row + d[:, None],
-            mask=seen[None, :] & (d[:, None] < D),
-            other=0.0,
-        )
-        scores = tl.dot(rows, keys, input_precision="ieee") * scale
-        place = i if RELATIVE else row
-        norm = tl.load(lse + item * lse_item + head * lse_head + place * lse_row, mask=inside, other=0.0)
+        # One head ahead: Triton's pipeline of loads holds only those of a product.
+        following = tl.load(norms + (head + 1) * lse_head, mask=inside & (head + 1 < heads), other=0.0)
+        queries = q + item * q_item + head * q_head
+        source = k + item * k_item + (head // group) * k_head
+        scores = products(queries, source, row, at, inside, seen, q_row, k_row, D, BLOCK_D, PART, ROWS, COLUMNS) * scale
         total += tl.where(shown, tl.exp2(scores - norm[:, None] * lse_scale), 0.0)
+        norm = following
     owner = n // per_object
     for o in range(objects):
         value = tl.sum(tl.where(owner[None, :] == o, total, 0.0), 1) * (tl.load(share + item * objects + o) * weight)
@@ -148,6 +170,21 @@ def columns_kernel(
         if ACCUMULATE:
             value += tl.load(where, mask=i < length, other=0.0)
         tl.store(where, value, mask=i < length)
+
+
+def _part(block_d: int, size: int) -> int:
+    """What a product of numbers of `size` bytes sums at a time: float32 has no tensor cores, and its loops no room."""
+    return block_d if size == 2 else 16
+
+
+def _tile(block_d: int, size: int) -> int:
+    """Rows and keys of a program of `row_lse_kernel`."""
+    return 64 if size == 2 and block_d <= 128 else 32
+
+
+def _warps(rows: int, size: int) -> int:
+    """Warps of a program of `columns_kernel`: on tensor cores a warp takes 16 rows and 8 columns of a product."""
+    return rows // 8 if size == 2 else 4
 
 
 def attention_columns(
@@ -169,14 +206,13 @@ def attention_columns(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, heads, _, D), kv, (_, objects, C), length = q.shape, k.shape[1], columns.shape, out.shape[2]
     block_d, given = max(16, triton.next_power_of_2(D)), lse is not None
-    options = {"D": D, "BLOCK_D": block_d, "CAUSAL": causal}
+    options = {"D": D, "BLOCK_D": block_d, "PART": _part(block_d, q.element_size()), "CAUSAL": causal}
     width = min(MOST_COLUMNS, max(16, triton.next_power_of_2(objects * C)))
-    # Few rows a program where there are few programs: each goes through all heads.
-    size = 16 if B * triton.cdiv(length, 32) < 256 else 32
+    size = 16 if B * triton.cdiv(length, 32) < MANY_PROGRAMS else 32
     with torch.cuda.device_of(q):
         if lse is None:
             lse = q.new_empty(B, heads, length, dtype=torch.float32)
-            tile = 64 if block_d * q.element_size() <= 256 and q.element_size() == 2 else 32
+            tile = _tile(block_d, q.element_size())
             row_lse_kernel[triton.cdiv(length, tile), heads, B](
                 q, k, lse, *bounds, *q.stride()[:3], *k.stride()[:3], heads // kv, length, scale * LOG2E,
                 **options, ROWS=tile, KEYS=tile,
@@ -188,10 +224,12 @@ def attention_columns(
                 *out.stride(), heads, heads // kv, objects, C, begin, length, scale * LOG2E,
                 LOG2E if given else 1.0, weight / heads,
                 **options, ROWS=size, COLUMNS=width, RELATIVE=not given, ACCUMULATE=accumulate or begin > 0,
+                num_warps=_warps(size, q.element_size()),
             )  # fmt: skip
 
 
-_SHAPES = (("bf16", 128, 64), ("fp16", 256, 32), ("fp32", 64, 32))  # dtype, width of a head, rows and keys
+# dtype, bytes, width of a head: Janus's, then those that leave the fewest registers
+_SHAPES = (("bf16", 2, 128), ("fp16", 2, 256), ("fp32", 4, 64), ("fp32", 4, 128), ("fp32", 4, 256))
 _ROWS = dict.fromkeys(("row_start", "row_count", "key_start", "key_end"), "*i64")
 _STRIDES = dict.fromkeys(("q_item", "q_head", "q_row", "k_item", "k_head", "k_row"), "i64")
 _LSE_ARGUMENTS = {**_ROWS, **_STRIDES, "group": "i32", "length": "i32", "scale": "fp32"}
@@ -206,22 +244,26 @@ _COLUMN_ARGUMENTS = {
     **dict.fromkeys(("scale", "lse_scale", "weight"), "fp32"),
 }
 
-# What is compiled ahead of time: for each kernel its variants, as argument types and constants.
+# What is compiled ahead of time: for each kernel its variants, as argument types, constants and options.
 VARIANTS = {
     row_lse_kernel: [
         (
             {"q": f"*{dtype}", "k": f"*{dtype}", "lse": "*fp32", **_LSE_ARGUMENTS},
-            {"D": width, "BLOCK_D": width, "ROWS": size, "KEYS": size, "CAUSAL": True},
+            {"D": width, "BLOCK_D": width, "PART": _part(width, size), "CAUSAL": causal}
+            | dict.fromkeys(("ROWS", "KEYS"), _tile(width, size)),
         )
-        for dtype, width, size in _SHAPES
+        for dtype, size, width in _SHAPES
+        for causal in ((True, False) if width == 128 else (True,))
     ],
     columns_kernel: [
         (
             {"q": f"*{dtype}", "k": f"*{dtype}", "lse": "*fp32", **_COLUMN_ARGUMENTS},
-            {"D": width, "BLOCK_D": width, "ROWS": few, "COLUMNS": few, "CAUSAL": True}
-            | {"RELATIVE": few == 16, "ACCUMULATE": True},
+            {"D": width, "BLOCK_D": width, "PART": _part(width, size), "ROWS": rows, "COLUMNS": columns}
+            | {"CAUSAL": rows == columns, "RELATIVE": rows == 16, "ACCUMULATE": True},
+            {"num_warps": _warps(rows, size)},
         )
-        for dtype, width, _ in _SHAPES
-        for few in (16, 32)
+        for dtype, size, width in _SHAPES
+        for rows in (16, 32)
+        for columns in ((16, 32) if width == 128 else (rows,))
     ],
 }

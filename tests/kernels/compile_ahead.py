@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for every architecture, without a GPU, and prints registers and spills.
 
-A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)]. They are
+A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)], each with
+options of the compiler as a third where it has any. They are
 compiled as a launch with aligned pointers, and strides and sizes that are multiples of 16, compiles them.
 """
 
@@ -45,11 +46,13 @@ def main() -> int:
     for info in pkgutil.iter_modules(ospo_fast.kernels.__path__):
         module = importlib.import_module(f"ospo_fast.kernels.{info.name}")
         for kernel, variants in module.VARIANTS.items():
-            for arguments, constants in variants:
+            for arguments, constants, *options in variants:
                 signature = arguments | dict.fromkeys(constants, "constexpr")
                 for arch in ARCHS:
                     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned(kernel, arguments))
-                    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+                    compiled = triton.compile(
+                        source, target=GPUTarget("cuda", arch, 32), options=options[0] if options else None
+                    )
                     types = " ".join(arguments.values())
                     print(f"{kernel.__name__} ({types}) sm_{arch}: {resources(compiled.asm['cubin'])}")
                     count += 1

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ def run(q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, *, lse: Any = N
     module.attention_columns(out, q, k, asked.columns, bounds, asked.share, lse, scale, causal, 1.0, False)
     twice = torch.ones_like(out)
     module.attention_columns(twice, q, k, asked.columns, bounds, asked.share, lse, scale, causal, 0.5, True)
-    torch.testing.assert_close(twice, 1 + 0.5 * out)
+    torch.testing.assert_close(twice, 1 + 0.5 * out, equal_nan=True)
     return out
 
 
@@ -42,13 +45,31 @@ def exact_lse(q: torch.Tensor, k: torch.Tensor, causal: bool, first: torch.Tenso
         (1, 2, 1, 70, 20, 1, 3, True),  # more than a block of keys; a width that is no power of two
         (2, 1, 1, 9, 8, 3, 1, False),  # narrower than a tile
         (1, 1, 1, 11, 16, 7, 6, True),  # more columns than one launch takes
+        (1, 3, 3, 17, 40, 2, 2, True),  # wider than what float32 sums at a time
     ],
 )
+# Half precision sums the whole width at once; larger blocks of rows are for many programs.
+@pytest.mark.parametrize(("half", "large"), [(False, False), (True, False), (False, True)])
 def test_against_the_float64_twin(
-    B: int, heads: int, kv: int, S: int, D: int, objects: int, C: int, causal: bool, given: bool
+    B: int,
+    heads: int,
+    kv: int,
+    S: int,
+    D: int,
+    objects: int,
+    C: int,
+    causal: bool,
+    given: bool,
+    half: bool,
+    large: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if large:
+        monkeypatch.setattr(module, "MANY_PROGRAMS", 1)
     q = torch.randn(B, S, heads, D, device=DEVICE).transpose(1, 2)
     k = torch.randn(B, S, kv, D, device=DEVICE).transpose(1, 2)
+    if half:
+        q, k = q.half(), k.half()
     columns = torch.randint(-1, S, (B, objects, C), device=DEVICE)
     first, last = torch.arange(B, device=DEVICE) + 1, torch.full((B,), S, device=DEVICE)
     start = torch.arange(B, device=DEVICE)
@@ -71,6 +92,50 @@ def test_packed_sequences_and_foreign_nan() -> None:
     clean = k.nan_to_num(0).expand(2, -1, -1, -1)
     exact = attention_columns_reference(q.expand(2, -1, -1, -1), clean, columns, **options)
     torch.testing.assert_close(packed.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_larger_blocks_for_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the threshold decides: 3 sequences of 40 rows are 6 programs of 32."""
+    sizes: list[int] = []
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *_, ROWS, **__: sizes.append(ROWS)
+
+    monkeypatch.setattr(module, "columns_kernel", Watched())
+    q, columns = torch.randn(3, 1, 40, 16, device=DEVICE), torch.zeros(3, 1, 1, dtype=torch.int64, device=DEVICE)
+    for most in (7, 6):
+        monkeypatch.setattr(module, "MANY_PROGRAMS", most)
+        asked = ColumnRequest.of(columns, 3, 40, rows=(0, 40), device=q.device)
+        bounds = (asked.row_start, asked.row_count, asked.key_start, asked.key_end)
+        out = torch.zeros(3, 1, 40, device=DEVICE)
+        lse = torch.zeros(3, 1, 40, device=DEVICE)
+        module.attention_columns(out, q, q, asked.columns, bounds, asked.share, lse, 1.0, True, 1.0, False)
+    assert sizes == [16, 32]
+
+
+def test_what_changes_from_batch_to_batch_compiles_nothing_anew() -> None:
+    """Objects, columns and lengths of any number share a kernel. In a process whose kernels are not interpreted."""
+    code = """
+from ospo_fast.kernels.attention_columns import columns_kernel, row_lse_kernel
+for kernel in (columns_kernel, row_lse_kernel):
+    print(*sorted(parameter.name for parameter in kernel.params if parameter.do_not_specialize))
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["begin length lse_head lse_item objects per_object", "length"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nan_stays_in_its_item_and_below(given: bool) -> None:
+    q, k = torch.randn(2, 2, 6, 16, device=DEVICE), torch.randn(2, 2, 6, 16, device=DEVICE)
+    columns = torch.zeros(2, 1, 1, dtype=torch.int64, device=DEVICE)
+    k[0, 0, 1] = torch.nan
+    first, last = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.full((2,), 6, device=DEVICE)
+    result = run(q, k, columns, rows=(0, 6), lse=exact_lse(q, k, True, first, last) if given else None)
+    torch.testing.assert_close(result[0, 0, 0].cpu(), torch.tensor(1.0))  # before the NaN
+    assert result[0, 0, 1:].isnan().all()
+    assert result[1].isfinite().all()
 
 
 def test_heads_that_are_too_wide() -> None:

@@ -300,7 +300,9 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
         (3, 8, 2, 131, 80, 2, 2),  # grouped queries, a width that is no power of two, a prime length
         (1, 4, 1, 37, 32, 30, 7),  # more columns than one launch takes
         (2, 2, 2, 70, 256, 1, 1),  # the widest head
-        (40, 2, 1, 65, 64, 3, 2),  # enough programs for larger blocks
+        (40, 2, 1, 65, 64, 3, 2),  # more sequences than blocks of rows in each
+        (300, 2, 1, 40, 64, 3, 2),  # enough programs for larger blocks
+        (2, 2, 1, 70, 200, 3, 7),  # wide heads whose float32 is summed in parts, with many columns
     ],
 )
 def test_cuda(
@@ -335,6 +337,20 @@ def test_cuda(
     maps = torch.ones_like(ours)
     attention_columns(q, k, columns, lse=lse, out=maps, weight=0.25, **options)
     torch.testing.assert_close(maps, 1 + 0.25 * ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_cuda_nan_stays_in_its_item(dtype: torch.dtype, given_lse: bool) -> None:
+    q, k = torch.randn(3, 2, 70, 32, dtype=dtype), torch.randn(3, 2, 70, 32, dtype=dtype)
+    columns = torch.tensor([[[0, 2], [68, -1]]] * 3)
+    k[1, 0, 1] = torch.nan
+    lse = full_lse(q, k).float().cuda() if given_lse else None
+    result = attention_columns(q.cuda(), k.cuda(), columns.cuda(), rows=(0, 70), lse=lse)
+    assert result[[0, 2]].isfinite().all()
+    assert result[1, :, 0].isfinite().all()  # before the NaN
+    assert result[1, 0, 1:].isnan().all()
 
 
 @pytest.mark.gpu
