@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OspoError
+from ospo_fast.ops._move import moved
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -26,7 +27,7 @@ class Batch:
 
     embeds: Tensor  # (N, S, D)
     labels: Tensor  # (N, S) int64, unshifted: the codes at their own positions, -100 elsewhere
-    lengths: Tensor  # (N,) int64, tokens of each prompt: where its image starts
+    lengths: Tensor  # (N,) int64 on the CPU, tokens of each prompt: where its image starts
 
 
 def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Batch:
@@ -47,13 +48,14 @@ def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor
     for n, prompt in enumerate(prompts):
         ids[n, : len(prompt)] = prompt
         labels[n, len(prompt) : len(prompt) + size] = codes[n]
-    text = model.embed_tokens(ids.to(model.device))
-    image = model.embed_codes(codes.to(model.device))
+    ids, labels, codes = moved((ids, labels, codes), model.device)
+    text = model.embed_tokens(ids)
+    image = model.embed_codes(codes)
     embeds = text.new_zeros(len(prompts), longest, text.shape[-1])
     embeds[:, : text.shape[1]] = text
     for n, start in enumerate(lengths.tolist()):
         embeds[n, start : start + size] = image[n]
-    return Batch(embeds, labels.to(model.device), lengths.to(model.device))
+    return Batch(embeds, labels, lengths)
 
 
 def hidden_states(model: UnifiedModel, embeds: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
 from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.ops._move import moved
 from ospo_fast.records import FurtherPair, ObjectSpan, Record, locked, pairs_of, write_atomic, write_json
 from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
 from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
@@ -97,6 +98,15 @@ class Masks:
         """(N, H, W): what the loss weights tokens by."""
         return self.found.union if self.soft is None else self.soft
 
+    def cpu(self) -> Masks:
+        """The same on the CPU."""
+        found = dataclasses.replace(self.found, **_on_cpu(self.found))
+        return dataclasses.replace(self, found=found, **_on_cpu(self))
+
+
+def _on_cpu(figures: object) -> dict[str, Any]:
+    return {name: value.cpu() for name, value in vars(figures).items() if isinstance(value, Tensor)}
+
 
 def mask_capture(
     model: UnifiedModel,
@@ -107,7 +117,8 @@ def mask_capture(
     *,
     stop_early: bool,
 ) -> AttentionCapture:
-    """The capture whose maps `masks_of` takes: prompts of `lengths` (N,), each followed by the tokens of an image.
+    """The capture whose maps `masks_of` takes: prompts of `lengths` (N,), on the CPU, each followed by the tokens of an
+    image.
 
     Where the layers are "auto", not found yet, all are captured; with `heads` "auto" their heads are kept apart.
     """
@@ -116,7 +127,7 @@ def mask_capture(
     if settings.choose is not None:  # every token by itself
         width = _widths(columns)[1]
         columns = [[[c] for o in item for c in [*o, *[-1] * (width - len(o))]] for item in columns]
-    starts = lengths.cpu() - int(settings.rows == "predicting")
+    starts = lengths - int(settings.rows == "predicting")
     return AttentionCapture(
         model,
         columns=columns,
@@ -145,8 +156,8 @@ def masks_of(
         layer_maps = capture.head_maps.flatten(0, 1)
     L, N, _, H, W = layer_maps.shape
     most, width = _widths(columns)
-    sizes = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
-    sizes = sizes.view(N, most).to(layer_maps.device)
+    table = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
+    [sizes] = moved([table.view(N, most)], layer_maps.device)
     finite = layer_maps.isfinite().movedim(1, 0).flatten(1).all(1)
     layer_maps = torch.where(finite.view(1, N, 1, 1, 1), layer_maps, 0)
     if settings.choose is None:
@@ -186,7 +197,7 @@ def features_of(batch: Batch, tokens: int, settings: MasksConfig) -> Tensor | No
     """The embeddings (N, T, D) of the images' codes, where layers are chosen by them."""
     if settings.choose != "contrast":
         return None
-    index = batch.lengths[:, None] + torch.arange(tokens, device=batch.lengths.device)
+    [index] = moved([batch.lengths[:, None] + torch.arange(tokens)], batch.embeds.device)
     return batch.embeds.detach().gather(1, index[..., None].expand(-1, -1, batch.embeds.shape[2])).float()
 
 
@@ -249,11 +260,11 @@ def _choose_for_all(
         if fine:
             prompts = [record["prompt"] for record, *_ in fine for _ in SIDES]
             columns = [target.columns for _, target, _ in fine for _ in SIDES]
-            result = attention_masks(model, prompts, torch.cat([pair for *_, pair in fine]), columns, every)
+            result = attention_masks(model, prompts, torch.cat([pair for *_, pair in fine]), columns, every).cpu()
             assert result.scores is not None
             sizes = torch.tensor([len(item) for item in columns])
-            there = (torch.arange(result.scores.shape[2]) < sizes[:, None]) & result.finite.cpu()[:, None]
-            scores.append(result.scores.cpu()[:, there])
+            there = (torch.arange(result.scores.shape[2]) < sizes[:, None]) & result.finite[:, None]
+            scores.append(result.scores[:, there])
     found = torch.cat(scores, dim=1) if scores else torch.zeros(len(names), 0)
     if not found.shape[1]:
         raise OspoError("masks.layers=auto: no pair with an object to choose by; name the layers, as in [10,12].")
@@ -344,8 +355,8 @@ def _write(tasks: list[_Task], model: UnifiedModel, settings: MasksConfig, out: 
     columns = [task.target.columns for task in tasks] * 2
     prompts = [task.record["prompt"] for task in tasks] * 2
     codes = torch.stack([task.codes for task in tasks], dim=1).flatten(0, 1)
-    result = attention_masks(model, prompts, codes, columns, settings)
-    entropies, masks = result.entropies.cpu(), result.found
+    result = attention_masks(model, prompts, codes, columns, settings).cpu()
+    entropies, masks = result.entropies, result.found
     results: dict[str, Record] = {}
     for n, task in enumerate(tasks):
         record, target, both = task.record, task.target, [n, n + len(tasks)]
@@ -363,9 +374,9 @@ def _write(tasks: list[_Task], model: UnifiedModel, settings: MasksConfig, out: 
             if result.soft is not None:
                 tensors[f"{side}_soft"] = result.soft[row]
         path = f"masks/{item}.safetensors"
-        write_atomic(out / path, save({name: value.cpu().contiguous() for name, value in tensors.items()}))
-        picked = None if result.picked is None else result.picked[both, :objects].cpu()
-        stats = item_stats(masks.union[both].cpu(), entropies[:, both, :objects], list(result.layers), picked)
+        write_atomic(out / path, save({name: value.contiguous() for name, value in tensors.items()}))
+        picked = None if result.picked is None else result.picked[both, :objects]
+        stats = item_stats(masks.union[both], entropies[:, both, :objects], list(result.layers), picked)
         results[item] = {
             **record, "nouns": target.nouns, "objects": target.objects, "mask_path": path, "mask_stats": stats,
         }  # fmt: skip

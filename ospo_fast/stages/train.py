@@ -284,14 +284,15 @@ class Trainer:
                     partners = partner_states(self.model, chosen, batch)
                     hidden, head = Head.of(head).guided(hidden, partners, settings.guidance_scale)
                 output = self.loss(hidden, batch.labels, head, object_masks=masks)
-            if masks is not None and self.settings.masks == "online":
-                sums["mask_coverage"] += float((masks > 0.5).float().mean()) / settings.accumulation
             (output.loss / settings.accumulation).backward()
             if settings.unconditional_weight:
                 with _autocast(self.model):
                     unconditional = unconditional_loss(self.model, chosen)
                 (settings.unconditional_weight * unconditional / settings.accumulation).backward()
                 output.metrics["unconditional"] = unconditional.detach()
+            if masks is not None and settings.masks == "online":
+                output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
+            # Read once all is under way: each figure waits for the device.
             for name, value in output.metrics.items():
                 sums[name] += float(value) / settings.accumulation
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))

@@ -223,6 +223,20 @@ def test_each_image_runs_once_and_no_image_is_encoded(model, made, pairs, tmp_pa
     assert {layer for layer, _ in rows} == {0}
 
 
+def test_masks_come_over_once_a_batch(model, made, pairs, tmp_path, monkeypatch):
+    """However many items a batch has: each copy to the CPU waits for the device."""
+    copies = []
+    real = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copies.append(x.shape) or real(x))
+    counts = []
+    for size in (1, 5):
+        link(made, tmp_path / str(size))
+        copies.clear()
+        list(run(pairs[:size], model, config("masks.batch_size=5", "masks.soft=true"), out=tmp_path / str(size)))
+        counts.append(len(copies))
+    assert 0 < counts[0] == counts[1]
+
+
 def test_lengths_are_sorted_within_a_window(model, made, pairs, tmp_path, monkeypatch):
     from ospo_fast.stages import masks
 
@@ -440,8 +454,31 @@ def test_cuda_masks_are_those_of_the_cpu(model, made, pairs, tmp_path):
     for ours, theirs in zip(one, other, strict=True):
         assert ours["objects"] == theirs["objects"]
         a, b = (load_file(tmp_path / side / record["mask_path"]) for side, record in (("a", ours), ("b", theirs)))
-        torch.testing.assert_close(a["chosen_maps"], b["chosen_maps"], rtol=0, atol=5e-3)
-        assert (a["chosen_union"] != b["chosen_union"]).float().mean() < 0.05
+        for side in ("chosen", "rejected"):
+            torch.testing.assert_close(a[f"{side}_maps"], b[f"{side}_maps"], rtol=0, atol=5e-3)
+            assert (a[f"{side}_union"] != b[f"{side}_union"]).float().mean() < 0.05
+
+
+@pytest.mark.gpu
+def test_cuda_masks_wait_for_nothing(model, made, pairs, monkeypatch):
+    """From prompts and codes to masks: what is small goes over while the device is at work."""
+    # transformers looks for packed sequences with an `if` on a tensor of the GPU.
+    looking = "transformers.masking_utils.find_packed_sequence_indices"
+    monkeypatch.setattr(looking, lambda *_, **__: None, raising=False)
+    moved = load_model(model.name, device="cuda", dtype="float32")
+    prompts, codes = [], []
+    columns = [find_objects(pair, model, "offsets").columns for pair in pairs[:3]]
+    for pair in pairs[:3]:
+        prompts.append(pair["prompt"])
+        codes += image_codes(model, [made / pair["chosen"]])
+    for mode in ("default", "error"):  # the first pass compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            result = attention_masks(moved, prompts, torch.stack(codes), columns, config("masks.soft=true").masks)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert result.cpu().finite.all()
 
 
 @pytest.fixture

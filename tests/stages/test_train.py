@@ -369,6 +369,20 @@ def test_online_masks_follow_the_policy(model, records, run_folder, monkeypatch)
     assert model.decoder.config._attn_implementation == "sdpa"
 
 
+def test_figures_are_read_after_the_backward_pass(model, records, run_folder, monkeypatch):
+    """A figure that is read waits for the device: not while the backward pass is still to be launched."""
+    events = []
+    for name in ("__float__", "backward"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, real=real, name=name, **k: events.append(name) or real(*a, **k)
+        )
+    train(records, model, config(ONLINE, "train.steps=1", "train.accumulation=1"), out=run_folder)
+    assert events[0] == "backward"
+    assert events.count("backward") == 1
+    assert 0 < lines(run_folder)[0]["mask_coverage"] < 1
+
+
 @pytest.mark.parametrize(
     "variant",
     [
