@@ -25,7 +25,7 @@ from ospo_fast.records import FurtherPair, ObjectSpan, Record, locked, pairs_of,
 from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
 from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
-from ospo_fast.stages.objects import nouns_of, object_spans, spans_of, tokens_by_substring, tokens_of
+from ospo_fast.stages.objects import nouns_of, object_spans, tokens_by_substring, tokens_of
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -57,28 +57,38 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> Target | st
     if not nouns:
         return "the prompt names no object"
     prompt = record["prompt"]
-    unmatched = {noun: "the prompt does not hold it as a word" for noun in nouns if not spans_of(noun, prompt)}
-    spans, columns = [], []
     try:
         ids, offsets = model.image_prompt_offsets(prompt)
-        for span in object_spans(nouns, prompt):
-            if match == "substring":
-                noun_ids, noun_offsets = model.image_prompt_offsets(span["text"].lower())
-                own = [i for i, offset in zip(noun_ids.tolist(), noun_offsets, strict=True) if offset is not None]
-                pieces = [model.detokenize([i]) for i in own]
-                found = tokens_by_substring(pieces, [model.detokenize([i]) for i in ids.tolist()])
-            else:
-                found = tokens_of(span["text"], prompt, offsets)
-            if found:
-                spans.append(span)
-                columns.append(found)
-            else:
-                unmatched[span["text"]] = "no token of the prompt stands for it"
     except UsageError as error:  # a prompt that this model cannot draw
         return str(error)
+    tokens = [model.detokenize([i]) for i in ids.tolist()] if match == "substring" else []
+    unmatched, spans, columns = {}, [], []
+    for noun in nouns:
+        own, reason = object_spans([noun], prompt), "no token of the prompt stands for it"
+        if match == "substring":  # needs no whole word
+            try:
+                found = tokens_by_substring(_pieces(noun, model), tokens)
+            except UsageError as error:
+                found, reason = [], str(error)
+            places = [place for i in found if (place := offsets[i]) is not None]
+            own = own or [{"text": noun, "start": start, "end": end} for start, end in places[:1]]
+        else:
+            found = tokens_of(noun, prompt, offsets)
+            reason = reason if own else "the prompt does not hold it as a word"
+        if found and own:
+            spans += own
+            columns.append(found)
+        else:
+            unmatched[noun] = reason
     if not columns:
         return f"no token of the prompt matches {', '.join(repr(noun) for noun in nouns)}"
     return Target(nouns, spans, columns, unmatched)
+
+
+def _pieces(noun: str, model: UnifiedModel) -> list[str]:
+    """The texts of a noun's own tokens, in lower case."""
+    ids, offsets = model.image_prompt_offsets(noun.lower())
+    return [model.detokenize([i]) for i, offset in zip(ids.tolist(), offsets, strict=True) if offset is not None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ospo_fast.config import load_config
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
 from ospo_fast.records import pairs_of
@@ -184,10 +185,55 @@ def test_an_item_fails_alone(model, made, pairs, tmp_path):
     assert all((tmp_path / record["mask_path"]).is_file() for record in alone)
 
 
-def test_official_match_finds_more(model, pairs):
+class Syllables:
+    """A tokenizer of pieces of three letters between two tokens of a template."""
+
+    def __init__(self):
+        self.vocabulary = ["<s>", "<img>"]
+
+    def image_prompt_offsets(self, prompt):
+        if "zeppelin" in prompt:
+            raise UsageError("the model does not know zeppelins")
+        found = list(re.finditer(r" ?(\w{1,3})", prompt))
+        self.vocabulary += [m[0] for m in found if m[0] not in self.vocabulary]
+        ids = [0, *(self.vocabulary.index(m[0]) for m in found), 1]
+        return torch.tensor(ids), [None, *(m.span(1) for m in found), None]
+
+    def detokenize(self, ids):
+        return self.vocabulary[ids[0]]
+
+
+def test_official_match_finds_more():
+    """ "car" is a piece of "carpet": the official match takes it for the object, ours does not."""
+    model = Syllables()
+    record = {"prompt": "a carpet under a car", "nouns": ["car", "zeppelin"]}
+    ours, official = (find_objects(record, model, match) for match in ("offsets", "substring"))
+    assert (ours.columns, official.columns) == ([[7]], [[2, 7]])
+    assert ours.objects == official.objects == [{"text": "car", "start": 17, "end": 20}]
+    assert ours.unmatched == {"zeppelin": "the prompt does not hold it as a word"}
+    assert official.unmatched == {"zeppelin": "the model does not know zeppelins"}
+
+
+def test_official_match_needs_no_whole_word():
+    model = Syllables()
+    record = {"prompt": "a carpet", "nouns": ["car", "dog"]}
+    assert find_objects(record, model, "offsets") == "no token of the prompt matches 'car', 'dog'"
+    found = find_objects(record, model, "substring")
+    assert (found.columns, found.objects) == ([[2]], [{"text": "car", "start": 2, "end": 5}])
+    assert found.unmatched == {"dog": "no token of the prompt stands for it"}
+    # A token of the template alone is no place in the prompt.
+    model.vocabulary[1] = "<dog>"
+    assert find_objects({"prompt": "a cup", "nouns": ["dog"]}, model, "substring").startswith("no token")
+
+
+def test_official_match_of_a_whole_model(model, made, pairs, tmp_path):
+    """Its tokens are words: both matches find the same."""
     record = {**pairs[0], "prompt": "a circle and a square", "concepts_and_relations": "circle", "relation": ""}
     ours, official = (find_objects(record, model, match) for match in ("offsets", "substring"))
-    assert set(ours.columns[0]) <= set(official.columns[0])
+    assert ours.columns == official.columns
+    link(made, tmp_path / "a")
+    [done] = run(pairs[:1], model, config("masks.match=substring"), out=tmp_path / "a")
+    assert done["mask_path"]
 
 
 def test_layers(model, made, pairs, tmp_path):
