@@ -3,14 +3,21 @@
 Peers are written out here as they work, without what else they do: eager `output_attentions` keeps the matrices of all
 layers; hooks in the manner of DAAM let eager attention run and take the wanted columns of each matrix; a window
 recompute in the manner of kvpress takes the softmax of the image's rows over all keys, once more beside the attention.
+The official mask path is the first of them and then, on the host, scikit-image's Otsu of each object; that it encodes
+each image anew is left out, since random weights have no image to encode.
+
+Cases: "columns, N in a batch" and "decoder, N in a batch".
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import Timing, dtype_name, interleaved, peak_mb, row, show, write
+from _measure import Timing, chosen, dtype_name, interleaved, peak_mb, row, show, write
+from object_masks import skimage_masks
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
@@ -22,10 +29,11 @@ PROMPT = 24
 CPU_SHAPES = [(6, 1, 16, 128, 576), (5, 32, 4, 32, 36)]
 GPU_SHAPES = [(25, 1, 32, 128, 576), (25, 16, 32, 128, 576)]  # Janus-Pro-7B
 QUICK_SHAPES = [(2, 2, 2, 16, 16)]
-# layers, hidden, heads, width of the MLP, batch, side of the image's grid
-CPU_MODELS = [(4, 512, 8, 1376, 1, 24), (4, 512, 8, 1376, 4, 24)]
-GPU_MODELS = [(30, 4096, 32, 11008, 1, 24), (30, 4096, 32, 11008, 16, 24)]  # Janus-Pro-7B
-QUICK_MODELS = [(2, 32, 2, 48, 2, 4)]
+# layers, hidden, heads, width of the MLP, side of the image's grid, batches
+CPU_MODEL = (4, 512, 8, 1376, 24, (1, 4))
+GPU_MODEL = (30, 4096, 32, 11008, 24, (1, 16))  # Janus-Pro-7B
+QUICK_MODEL = (2, 32, 2, 48, 4, (2,))
+STEPS = 20  # training steps timed of each kind: the masks are a few per cent of one
 COLUMNS = [[[5], [9, 10]], [[6, 7], [12]]]  # of two prompts, in turns: two objects of one or two tokens
 
 
@@ -53,9 +61,16 @@ def probabilities(q: Tensor, k: Tensor, start: int) -> Tensor:
     return scores.float().softmax(-1).to(q.dtype)
 
 
-def ops(device: str, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
-    rows = []
+def most(device: str) -> int:
+    """Turns at most: on a GPU a variant that is far faster than the others would keep them running."""
+    return 30 if device == "cuda" else 1000
+
+
+def ops(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each shape."""
     for L, B, H, D, T in QUICK_SHAPES if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+        if not chosen(f"columns, {B} in a batch"):
+            continue
         S, columns = PROMPT + T, columns_of(B).to(device)
         request = ColumnRequest.of(columns, B, S, rows=(PROMPT, T), device=columns.device)
 
@@ -85,17 +100,20 @@ def ops(device: str, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
             "eager": lambda q, k, _, run=eager: run(q, k, 0),
             "kvpress-style": lambda q, k, _, run=eager: run(q, k, PROMPT),
         }
+        if device == "cuda" and B > 1:
+            del variants["torch, own LSE"]  # seconds a turn
         arguments = inputs()
         exact = [
             attention_columns_reference(*layer, columns, rows=(PROMPT, T)) for layer in zip(*arguments[:2], strict=True)
         ]
         gate(variants, arguments, torch.stack(exact).mean(0))
-        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.5)
+        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.5, most=most(device))
         shapes = {"L": L, "B": B, "H": H, "S": S, "D": D}
+        rows = []
         for name, time in times.items():
             memory = round(peak_mb(variants[name], *arguments), 3)
             rows.append(row("attention_columns", name, shapes, dtype_name(dtype), time, peak_mb=memory))
-    return rows
+        yield rows
 
 
 def probabilities_lse(q: Tensor, k: Tensor) -> Tensor:
@@ -113,18 +131,20 @@ def gate(variants: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...],
         assert error[name] <= bound, f"{name}: error {error[name]:.2e} above {bound:.2e}"
 
 
-def decoders(device: str, dtype: torch.dtype, quick: bool) -> list[dict[str, Any]]:
-    rows = []
-    for L, hidden, H, inner, B, side in QUICK_MODELS if quick else GPU_MODELS if device == "cuda" else CPU_MODELS:
-        config = LlamaConfig(
-            vocab_size=8, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H,
-            num_key_value_heads=H, max_position_embeddings=1024,
-        )  # fmt: skip
-        with torch.device(device):
-            model = LlamaModel(config).to(dtype).eval()
-        rows += decoder(model, L, B, side, device, dtype, quick)
-        del model
-    return rows
+def decoders(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each batch."""
+    L, hidden, H, inner, side, batches = QUICK_MODEL if quick else GPU_MODEL if device == "cuda" else CPU_MODEL
+    batches = [B for B in batches if chosen(f"decoder, {B} in a batch")]
+    if not batches:
+        return
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H,
+        num_key_value_heads=H, max_position_embeddings=1024,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaModel(config).to(dtype).eval()
+    for B in batches:
+        yield decoder(model, L, B, side, device, dtype, quick)
 
 
 def decoder(
@@ -163,6 +183,9 @@ def decoder(
         model.set_attn_implementation("sdpa")
         return torch.cat(maps).view(B, -1, side, side)
 
+    def official(x: Tensor) -> Tensor:
+        return torch.from_numpy(skimage_masks(output_attentions(x).cpu())).amax(1)
+
     @torch.no_grad()
     def hooks(x: Tensor) -> Tensor:
         """The whole batch with eager attention; a hook on each layer takes the columns and lets the matrix go."""
@@ -198,12 +221,19 @@ def decoder(
     model.requires_grad_(False)
     groups: list[dict[str, Callable[[Tensor], Tensor]]] = [
         {"forward": plain, "forward with capture": capture},
-        {"masks": masks, "output_attentions": output_attentions, "DAAM-style hooks": hooks},
+        {
+            "masks": masks,
+            "output_attentions": output_attentions,
+            "official mask path": official,
+            "DAAM-style hooks": hooks,
+        },
         {"training step": lambda x: step(x, online=False), "online masks": lambda x: step(x, online=True)},
     ]
     rows, shapes = [], {"L": L, "B": B, "H": model.config.num_attention_heads, "D": model.config.hidden_size, "T": T}
     for variants in groups:
-        times = interleaved(variants, inputs, seconds=0.02 if quick else 1.0)
+        steps = "online masks" in variants and not quick
+        turns, seconds = (STEPS, math.inf) if steps else (most(device), 0.02 if quick else 1.0)
+        times = interleaved(variants, inputs, seconds=seconds, most=turns)
         first: Timing = next(iter(times.values()))
         for name, time in times.items():
             figures = {"ms_per_image": round(time.median_ms / B, 4)}
@@ -215,6 +245,8 @@ def decoder(
 
 def run(out: Path, quick: bool) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    rows = ops(device, dtype, quick) + decoders(device, dtype, quick)
-    write(rows, out, "attention_columns")
+    rows: list[dict[str, Any]] = []
+    for part in chain(ops(device, dtype, quick), decoders(device, dtype, quick)):
+        rows += part
+        write(rows, out, "attention_columns")  # what is measured stays when a later shape fails
     show(rows)
