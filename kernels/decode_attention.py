@@ -127,7 +127,8 @@ def combine_kernel(
         acc = acc * shrink + part * grow
         total = total * shrink + tl.load(sums + index + split) * grow
         peak = higher
-    tl.store(out + (row * HEADS + head) * WIDTH + d, (acc / total).to(out.dtype.element_ty), mask=inside)
+    y = tl.div_rn(acc, total)  # "/" would approximate
+    tl.store(out + (row * HEADS + head) * WIDTH + d, y.to(out.dtype.element_ty), mask=inside)
 
 
 def splits(length: int) -> int:

@@ -27,7 +27,8 @@ def add_rms_norm_kernel(
         x = (x.to(tl.float32) + tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(stream + place, x, mask=inside)
     values = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+    # Rounded as the twin's: "/" and sqrt would be approximations.
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(values * values, 0), width * 1.0) + eps))
     factor = tl.load(weight + columns, mask=inside, other=0.0)
     normed = (values * scale).to(x.dtype).to(tl.float32) * factor.to(tl.float32)
     tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)

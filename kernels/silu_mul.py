@@ -21,8 +21,8 @@ def silu_mul_kernel(
     gate = tl.load(gate_up + 2 * row * width + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + (2 * row + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
     x = gate.to(tl.float32)
-    # silu is rounded to the model's type before it is multiplied, as the model's own would be.
-    silu = (x / (1.0 + tl.exp(-x))).to(gate.dtype).to(tl.float32)
+    # silu is rounded to the model's type before it is multiplied, as the model's own would be; "/" would approximate.
+    silu = tl.div_rn(x, 1.0 + tl.exp(-x)).to(gate.dtype).to(tl.float32)
     tl.store(out + row * width + columns, (silu * up).to(out.dtype.element_ty), mask=inside)
 
 

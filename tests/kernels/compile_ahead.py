@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel for every architecture, without a GPU, and prints registers and spills.
+"""Compiles every Triton kernel for every architecture, without a GPU; prints registers, spills and approximations.
 
 A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)], each with
-options of the compiler as a third where it has any. They are
-compiled as a launch with aligned pointers, and strides and sizes that are multiples of 16, compiles them.
+options of the compiler as a third where it has any. They are compiled as a launch with aligned pointers, and strides
+and sizes that are multiples of 16, compiles them.
 """
 
 import importlib
@@ -33,6 +33,12 @@ def resources(cubin: bytes) -> str:
     return f"{found['REG']} registers, {found['STACK'] + found['LOCAL']} bytes of spills, {found['SHARED']} shared"
 
 
+def approximations(ptx: str) -> str:
+    """Divisions and roots that are not rounded as IEEE 754 rounds them."""
+    found = sorted(set(re.findall(r"\b(?:div|sqrt|rsqrt|rcp)\.(?:full|approx)[.\w]*", ptx)))
+    return f", approximate {' '.join(found)}" if found else ""
+
+
 def aligned(kernel: triton.JITFunction, arguments: dict[str, str]) -> dict[tuple[int], list[list[object]]]:
     """The attributes of all pointers and integers that the kernel lets Triton specialise on."""
     never = [*(kernel.do_not_specialize or ()), *(kernel.do_not_specialize_on_alignment or ())]
@@ -54,7 +60,8 @@ def main() -> int:
                         source, target=GPUTarget("cuda", arch, 32), options=options[0] if options else None
                     )
                     types = " ".join(arguments.values())
-                    print(f"{kernel.__name__} ({types}) sm_{arch}: {resources(compiled.asm['cubin'])}")
+                    used = resources(compiled.asm["cubin"]) + approximations(compiled.asm["ptx"])
+                    print(f"{kernel.__name__} ({types}) sm_{arch}: {used}")
                     count += 1
     return 0 if count else 1
 
