@@ -1,31 +1,53 @@
 """Codes of images by the engine, against the official loop, transformers' generate and the same compiled.
 
-All run in turns on one model with random weights, guided (5.0), sampled (no top-k). Prompts of the peers are padded on
-the left, as theirs are. The floor of a batch is max(weights once a step, products) + keys and values, over the copy
-bandwidth and the matrix throughput that are measured first; `share` is floor / time.
+All run on one model with random weights, guided (5.0), sampled (no top-k), on prompts of the same lengths in all turns:
+random ids. Prompts of the peers are padded on the left, as theirs are. The floor of a batch is max(weights once a step,
+products) + keys and values, over the copy bandwidth and the matrix throughput that are measured first; `share` is
+floor / time. "images" are two batches with their pixels, decoded beside the steps of the next batch. Texts and answers
+to questions about images follow, against transformers.
+
+On the CPU the variants take turns. On a GPU a turn of a large model takes half a minute: there they come one after the
+other, each with a first run that does not count, and every row is written as it is measured. `peak_mb` is what a
+variant holds beside the model: its first run's caches, graph and copies of weights included.
 """
 
-from collections.abc import Callable
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from _measure import dtype_name, interleaved, peak_mb, row, show, write
+from _measure import Timing, chosen, dtype_name, interleaved, peak_mb, row, show, write
+from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
+from transformers import logging as transformers_logging
+from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
-from ospo_fast.generation import ImageGenerator
-from ospo_fast.generation.canvas import Engine
+from ospo_fast.generation import ImageGenerator, answer_questions, generate_text
+from ospo_fast.generation.batching import CUDA_ROWS
+from ospo_fast.generation.throughput import floor_seconds, streamed_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.build import build_config, build_processor
 
 GUIDANCE = 5.0
+PATIENCE = 20.0  # seconds of a peer's turn on a GPU beyond which one is enough
+QUESTIONS = ["is there a red circle?", "is there a blue square?", "are there two green stars?"]
+Variant = Callable[[JanusUnifiedModel, Any], object]
+Makers = Mapping[str, Callable[[], Variant]]
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Janus: hidden, layers, intermediate, heads, side of the grid, codes, and how long prompts are."""
+    """A Janus: hidden, layers, intermediate, heads, side of the grid, codes, and how long prompts are.
+
+    `real` has the vocabulary, the vision model and the VQ model of the published checkpoints.
+    """
 
     name: str
     hidden: int
@@ -35,10 +57,11 @@ class Size:
     side: int = 24
     codes: int = 16384
     prompt: int = 60
+    real: bool = True
 
 
-TINY = Size("tiny", 256, 6, 768, 4, side=12, codes=512, prompt=16)
-QUICK = Size("quick", 64, 2, 96, 2, side=4, codes=64, prompt=8)
+TINY = Size("tiny", 256, 6, 768, 4, side=12, codes=512, prompt=16, real=False)
+QUICK = Size("quick", 64, 2, 96, 2, side=4, codes=64, prompt=8, real=False)
 PRO_7B = Size("Janus-Pro-7B", 4096, 30, 11008, 32)
 PRO_1B = Size("Janus-Pro-1B", 2048, 24, 5632, 16)
 
@@ -46,8 +69,16 @@ PRO_1B = Size("Janus-Pro-1B", 2048, 24, 5632, 16)
 def build(size: Size, device: str, dtype: torch.dtype) -> JanusUnifiedModel:
     config = build_config(hidden=size.hidden, layers=size.layers, intermediate=size.intermediate, heads=size.heads)
     config.text_config.max_position_embeddings = 2 * (size.prompt + size.side**2)
-    config.vq_config.num_embeddings, config.vq_config.num_patches = size.codes, size.side
-    config.vision_config.num_image_tokens, config.vision_config.image_size = size.side**2, 8 * size.side
+    if size.real:
+        config.text_config.vocab_size = 102400
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        config.vision_config = JanusVisionConfig(projection_dim=size.hidden)
+        config.vq_config = JanusVQVAEConfig(
+            num_patches=size.side, projection_dim=size.hidden, image_token_embed_dim=size.hidden
+        )
+    else:
+        config.vq_config.num_embeddings, config.vq_config.num_patches = size.codes, size.side
+        config.vision_config.num_image_tokens, config.vision_config.image_size = size.side**2, 8 * size.side
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -56,19 +87,25 @@ def build(size: Size, device: str, dtype: torch.dtype) -> JanusUnifiedModel:
             module = JanusForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
-    model = JanusUnifiedModel(module, build_processor(), name=size.name)
+    processor, side = build_processor(), config.vision_config.image_size
+    processor.image_processor.size = {"height": side, "width": side}
+    model = JanusUnifiedModel(module, processor, name=size.name)
     settings = module.generation_config
     settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = model.bos_id, model.eos_ids[0], model.pad_id
     settings.generation_kwargs = {"boi_token_id": model.boi_id}
     return model
 
 
-def make_prompts(model: JanusUnifiedModel, count: int, around: int) -> list[Tensor]:
-    """Random ids of lengths around `around`, as chat prompts end: in begin-of-image."""
-    lengths = torch.randint(around * 3 // 4, around * 5 // 4 + 1, (count,)).tolist()
-    words = torch.randint(20, model.decoder.config.vocab_size, (count, 2 * around))
+def make_lengths(count: int, around: int) -> list[int]:
+    """Lengths of prompts, `around` on average: of a single one, where a cache of them is just larger than a bucket."""
+    return torch.linspace(around * 3 // 4, around * 5 // 4, count).long().tolist() if count > 1 else [around]
+
+
+def make_prompts(model: JanusUnifiedModel, lengths: list[int]) -> list[Tensor]:
+    """Random ids, as chat prompts end: in begin-of-image."""
     bos, boi = torch.tensor([model.bos_id]), torch.tensor([model.boi_id])
-    return [torch.cat((bos, ids[: length - 2], boi)) for ids, length in zip(words, lengths, strict=True)]
+    vocabulary = model.decoder.config.vocab_size
+    return [torch.cat((bos, torch.randint(20, vocabulary, (length - 2,)), boi)) for length in lengths]
 
 
 def padded(model: JanusUnifiedModel, prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -106,12 +143,15 @@ def official(model: JanusUnifiedModel, prompts: list[Tensor], *, greedy: bool = 
     return tokens
 
 
+def static_cache(model: JanusUnifiedModel, length: int) -> StaticCache:
+    """Of our own making: in some versions of transformers generate() fails where it makes one for images."""
+    return StaticCache(config=model.module.config.get_text_config(decoder=True), max_cache_len=length)
+
+
 @torch.inference_mode()
-def transformers_generate(model: JanusUnifiedModel, prompts: list[Tensor]) -> Tensor:
+def transformers_generate(model: JanusUnifiedModel, prompts: list[Tensor], cache: StaticCache | None = None) -> Tensor:
     ids, mask = padded(model, prompts)
-    # A cache of our own: in some versions of transformers generate() fails where it makes one for images.
-    length = ids.shape[1] + model.grid[0] * model.grid[1]
-    cache = StaticCache(config=model.module.config.get_text_config(decoder=True), max_cache_len=length)
+    cache = cache or static_cache(model, ids.shape[1] + model.grid[0] * model.grid[1])
     codes: Tensor = model.module.generate(
         input_ids=ids, attention_mask=mask, generation_mode="image", do_sample=True, top_k=0, guidance_scale=GUIDANCE,
         past_key_values=cache,
@@ -119,31 +159,44 @@ def transformers_generate(model: JanusUnifiedModel, prompts: list[Tensor]) -> Te
     return codes
 
 
-def compiled_generate(model: JanusUnifiedModel) -> Callable[[JanusUnifiedModel, list[Tensor]], Tensor]:
-    """The same with the decoder's forward under torch.compile, which generate itself does not arrange."""
-    decoder: Any = model.module.model.language_model
-    plain, fast = decoder.forward, torch.compile(decoder.forward)
+def compiled(**options: Any) -> Variant:
+    """The same with the steps of the decoder under torch.compile, which generate itself does not arrange.
 
+    One cache for all turns: compiled code holds on to its address. The prompt's pass is not compiled, as transformers'
+    own text generation leaves it.
+    """
+    fast: list[Any] = []
+    caches: list[StaticCache] = []
+
+    @torch.inference_mode()
     def run(model: JanusUnifiedModel, prompts: list[Tensor]) -> Tensor:
-        decoder.forward = fast
+        decoder: Any = model.module.model.language_model
+        plain = decoder.forward
+        if not fast:
+            fast.append(torch.compile(plain, **options))
+            caches.append(static_cache(model, max(map(len, prompts)) + model.grid[0] * model.grid[1]))
+        caches[0].reset()
+
+        def forward(*given: Any, **more: Any) -> Any:
+            return (fast[0] if more["inputs_embeds"].shape[1] == 1 else plain)(*given, **more)
+
+        decoder.forward = forward
         try:
-            return transformers_generate(model, prompts)
+            return transformers_generate(model, prompts, caches[0])
         finally:
             decoder.forward = plain
 
     return run
 
 
-def engine(**given: Any) -> Callable[[JanusUnifiedModel, list[Tensor]], Tensor]:
-    made: dict[int, ImageGenerator] = {}  # one for each model: its graph serves all turns
+def engine(batches: int = 1, output: str = "codes", **given: Any) -> Variant:
+    made: list[ImageGenerator] = []  # one for all turns: its graph serves them
 
-    def run(model: JanusUnifiedModel, prompts: list[Tensor]) -> Tensor:
-        generator = made.setdefault(id(model), ImageGenerator(model, **given))
-        codes: Tensor = generator.generate(
-            prompts, seeds=torch.randint(2**62, (len(prompts),)), guidance_scale=GUIDANCE, output="codes",
-            progress=False,
-        )  # fmt: skip
-        return codes
+    def run(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
+        if not made:
+            made.append(ImageGenerator(model, **given))
+        seeds = torch.randint(2**62, (batches * len(prompts),))
+        return made[0].generate(prompts * batches, seeds=seeds, guidance_scale=GUIDANCE, output=output, progress=False)
 
     return run
 
@@ -151,12 +204,22 @@ def engine(**given: Any) -> Callable[[JanusUnifiedModel, list[Tensor]], Tensor]:
 def check(device: str) -> None:
     """Greedy codes in fp32 agree with the official loop's at the beginning; later rounding may part them for good."""
     model = build(TINY, device, torch.float32)
-    prompts = make_prompts(model, 8, TINY.prompt)
+    prompts = make_prompts(model, make_lengths(8, TINY.prompt))
     mine = ImageGenerator(model).generate(
         prompts, seeds=[0] * len(prompts), guidance_scale=GUIDANCE, temperature=0, output="codes", progress=False
     )
     same = (mine[:, :8] == official(model, prompts, greedy=True)[:, :8].cpu()).float().mean()
     assert same >= 0.9, f"only {same:.0%} of the first codes agree"
+
+
+def check_captured(model: JanusUnifiedModel, around: int) -> None:
+    """The graph draws what the steps draw one by one, with the model that is timed."""
+    prompts, given = make_prompts(model, make_lengths(2, around)), {"seeds": [1, 2], "output": "codes"}
+    captured, eager = (
+        ImageGenerator(model, batch_size=2, capture=capture).generate(prompts, progress=False, **given)
+        for capture in (True, False)
+    )
+    assert torch.equal(captured, eager), "captured and single steps draw different codes"
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
@@ -170,56 +233,236 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * big / times["copy"].p20_ms * 1e3, 2 * side**3 / times["product"].p20_ms * 1e3
 
 
-def bounds(model: JanusUnifiedModel, lengths: list[int], bandwidth: float, throughput: float) -> tuple[int, float]:
-    """Bytes that a batch must read, and the milliseconds that it cannot beat."""
-    whole = Engine(model)
-    streamed, weights = whole.streamed_bytes(lengths, 2), whole.tokens * whole.weight_bytes
-    operations = 2 * 2 * len(lengths) * weights / model.dtype.itemsize
-    return streamed, (max(weights / bandwidth, operations / throughput) + (streamed - weights) / bandwidth) * 1e3
+def in_turns(makers: Makers, inputs: Callable[[], tuple[Any, ...]], seconds: float, keep: Callable[..., None]) -> None:
+    """keep(name, timing, peak_mb) for every variant, timed in turns."""
+    times = interleaved({name: make() for name, make in makers.items()}, inputs, seconds=seconds, warmup=1)
+    for name, timing in times.items():
+        keep(name, timing, peak_mb(makers[name](), *inputs()))
+
+
+def one_by_one(makers: Makers, inputs: Callable[[], tuple[Any, ...]], keep: Callable[..., None]) -> list[str]:
+    """keep(name, timing, peak_mb) for each variant as soon as it is measured; the names of those that failed.
+
+    Each has the GPU to itself, and what it holds between its runs counts to its peak. Of the engine three runs are
+    timed, of the others one or two.
+    """
+    failed = []
+    for name, make in makers.items():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        try:
+            keep(name, *_alone(make(), inputs, name.startswith("ospo_fast"), before))
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return failed
+
+
+def _alone(run: Variant, inputs: Callable[[], tuple[Any, ...]], ours: bool, before: int) -> tuple[Timing, float]:
+    run(*inputs())
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < (3 if ours else 2) and (ours or not times or times[0] < PATIENCE * 1e3):
+        arguments = inputs()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run(*arguments)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return Timing(statistics.median(times), fifths[0], fifths[3], len(times)), peak
+
+
+class Cases:
+    """The cases of one model: what is measured, and the rows of it, which are written as they come."""
+
+    def __init__(self, size: Size, out: Path, rows: list[dict[str, Any]], quick: bool) -> None:
+        self.device, self.dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.size, self.quick = size, quick
+        self.failed: list[str] = []
+        self._out, self._rows = out, rows
+        self._seconds = 0.01 if quick else 3.0
+        self._model: JanusUnifiedModel | None = None
+
+    @property
+    def model(self) -> JanusUnifiedModel:
+        """Built, and its graph compared with single steps, when the first case needs it."""
+        if self._model is None:
+            self._model = build(self.size, self.device, self.dtype)
+            if self.device == "cuda":
+                check_captured(self._model, self.size.prompt)
+        return self._model
+
+    def measure(
+        self, makers: Makers, inputs: Callable[[], tuple[Any, ...]], shapes: dict[str, int],
+        figures: Callable[[str, Timing], tuple[dict[str, int], dict[str, float]]],
+    ) -> None:  # fmt: skip
+        """Rows of all variants; figures(variant, timing) are the shapes that differ from `shapes`, and the figures."""
+
+        def keep(name: str, timing: Timing, peak: float) -> None:
+            own, found = figures(name, timing)
+            shape = {"hidden": self.size.hidden, "layers": self.size.layers, **shapes, **own}
+            values = {key: round(value, 4) for key, value in {**found, "peak_mb": peak}.items()}
+            made = row("generation", name, shape, dtype_name(self.dtype), timing, model=self.size.name, **values)
+            self._rows.append(made)
+            write(self._rows, self._out, "generation")
+            print(f"{self.size.name}, {said(made)}", flush=True)
+
+        if self.device == "cuda":
+            self.failed += [f"{self.size.name}, {name}" for name in one_by_one(makers, inputs, keep)]
+        else:
+            in_turns(makers, inputs, self._seconds, keep)
+
+    def images(self, count: int, bandwidth: float, operations: float) -> None:
+        """Codes for `count` prompts, and images with their pixels."""
+        model, cuda = self.model, self.device == "cuda"
+        lengths = make_lengths(count, self.size.prompt)
+        makers: dict[str, Callable[[], Variant]] = {"ospo_fast": lambda: engine(batch_size=count)}
+        if cuda and count < CUDA_ROWS:
+            # What it costs that an image does not depend on the size of its batch.
+            makers[f"ospo_fast, {CUDA_ROWS} rows"] = engine
+            makers["ospo_fast, eager"] = lambda: engine(batch_size=count, capture=False)
+        makers["ospo_fast, images"] = lambda: engine(2, "pil", batch_size=count)
+        makers |= {"official": lambda: official, "transformers": lambda: transformers_generate}
+        if not self.quick:
+            makers["compiled"] = compiled
+            if cuda and count == 1:
+                makers["compiled, CUDA graphs"] = lambda: compiled(mode="reduce-overhead")
+        streamed = streamed_bytes(model, lengths, 2)
+        floor = floor_seconds(model, lengths, 2, bandwidth, operations) * 1e3
+        known = {"copy_gb_s": bandwidth / 1e9, "product_tflop_s": operations / 1e12}
+
+        def figures(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
+            if name == "ospo_fast, images":
+                return {"prompts": 2 * count}, {"images_s": 2 * count / timing.median_ms * 1e3}
+            speed = {"images_s": count / timing.median_ms * 1e3, "gb_s": streamed / timing.median_ms / 1e6}
+            return {}, {**known, **speed, "share": floor / timing.median_ms}
+
+        shapes = {"prompts": count, "tokens": self.size.side**2}
+        self.measure(makers, lambda: (model, make_prompts(model, lengths)), shapes, figures)
+
+    def texts(self, count: int, tokens: int) -> None:
+        """Texts of `tokens` tokens each, which no end token cuts short."""
+        model = self.model
+        settings, ends = model.module.generation_config, (model.eos_ids, model.module.generation_config.eos_token_id)
+        lengths = make_lengths(count, self.size.prompt)
+
+        def mine(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
+            return generate_text(
+                model, prompts, seeds=range(len(prompts)), max_new_tokens=tokens, progress=False, batch_size=count
+            )
+
+        @torch.inference_mode()
+        def theirs(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
+            ids, mask = padded(model, prompts)
+            return model.module.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=tokens
+            ).tolist()
+
+        model.eos_ids, settings.eos_token_id = (-1,), None
+        try:
+            self.measure(
+                {"ospo_fast": lambda: mine, "transformers": lambda: theirs},
+                lambda: (model, make_prompts(model, lengths)),
+                {"texts": count, "tokens": tokens},
+                lambda _, timing: ({}, {"texts_s": count / timing.median_ms * 1e3}),
+            )
+        finally:
+            model.eos_ids, settings.eos_token_id = ends
+
+    def questions(self, count: int) -> None:
+        """Yes/no answers to `QUESTIONS` about each of `count` images."""
+        model, side = self.model, self.model.module.config.vision_config.image_size
+
+        def template(question: str) -> list[dict[str, Any]]:
+            return [{"role": "user", "content": question}]
+
+        def mine(model: JanusUnifiedModel, images: list[Image.Image]) -> object:
+            asked = [QUESTIONS] * len(images)
+            return answer_questions(model, images, asked, template=template, progress=False, batch_size=count)
+
+        @torch.inference_mode()
+        def theirs(model: JanusUnifiedModel, images: list[Image.Image]) -> object:
+            """A batch of images for each question, and the last position's logits alone."""
+            pixels, answers = model._pixels(images), []
+            for question in QUESTIONS:
+                ids = model.chat(template(question), image=True).to(model.device).expand(len(images), -1)
+                found = model.module(input_ids=ids, pixel_values=pixels, logits_to_keep=1, use_cache=False)
+                probs = found.logits[:, -1].float().softmax(-1)
+                answers.append([probs[:, list(words)].amax(1).tolist() for words in (model.yes_ids, model.no_ids)])
+            return answers
+
+        def inputs() -> tuple[JanusUnifiedModel, list[Image.Image]]:
+            pixels = np.random.default_rng().integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+            return model, [Image.fromarray(one) for one in pixels]
+
+        self.measure(
+            {"ospo_fast": lambda: mine, "transformers": lambda: theirs},
+            inputs,
+            {"images": count, "questions": len(QUESTIONS)},
+            lambda _, timing: ({}, {"answers_s": count * len(QUESTIONS) / timing.median_ms * 1e3}),
+        )
+
+
+def said(line: dict[str, Any]) -> str:
+    """What a row says of speed, in one line."""
+    shapes = ", ".join(f"{size} {name}" for name, size in line["shapes"].items() if name not in ("hidden", "layers"))
+    units = {"images_s": "images/s", "texts_s": "texts/s", "answers_s": "answers/s", "gb_s": "GB/s"}
+    speed = ", ".join(f"{line[key]:.2f} {unit}" for key, unit in units.items() if key in line)
+    share = f", {line['share']:.0%} of the floor" if "share" in line else ""
+    return f"{shapes}, {line['variant']}: {speed}{share}, {line['peak_mb']:.0f} MB"
+
+
+# In the order in which they are wanted, should time run out: (model, kind, how many).
+GPU_CASES = [
+    (PRO_7B, "prompts", 64),
+    (PRO_7B, "prompts", 1),
+    (PRO_7B, "prompts", 16),
+    (PRO_7B, "texts", 64),
+    (PRO_7B, "questions", 16),
+    (PRO_1B, "prompts", 64),
+    (PRO_1B, "prompts", 1),
+    (PRO_1B, "prompts", 16),
+    (PRO_1B, "texts", 64),
+    (PRO_1B, "questions", 16),
+]
+CPU_CASES = [(TINY, "prompts", 1), (TINY, "prompts", 16), (TINY, "texts", 16), (TINY, "questions", 16)]
+QUICK_CASES = [(QUICK, "prompts", 2), (QUICK, "texts", 2), (QUICK, "questions", 2)]
 
 
 def run(out: Path, quick: bool) -> None:
+    """Cases are called "Janus-Pro-7B, 64 prompts", "…, 1 prompt", "…, 64 texts", "…, 16 questions"."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    cases = [(PRO_7B, (16, 64, 1)), (PRO_1B, (16, 64, 1))] if device == "cuda" else [(TINY, (1, 16))]
+    wanted = []
+    for size, kind, count in QUICK_CASES if quick else GPU_CASES if device == "cuda" else CPU_CASES:
+        if chosen(f"{size.name}, {count} {kind if count > 1 else kind[:-1]}"):
+            wanted.append((size, kind, count))
+    if not wanted:
+        return
+    transformers_logging.set_verbosity_error()  # else it explains its defaults in every turn
     check(device)
-    bandwidth, throughput = ceilings(device, dtype)
-    rows = []
-    for size, counts in [(QUICK, (2,))] if quick else cases:
-        model = build(size, device, dtype)
-        compiled = None if quick else compiled_generate(model)
-        for count in counts:
-            variants = {"ospo_fast": engine(batch_size=count)}
-            if device == "cuda" and count < 64:
-                variants["ospo_fast, 64 rows"] = engine()  # what invariance to the size of the batch costs
-                variants["ospo_fast, eager"] = engine(batch_size=count, capture=False)
-            variants |= {"official": official, "transformers": transformers_generate}
-            if compiled is not None:
-                variants["compiled"] = compiled
-
-            def inputs(model=model, count=count, size=size) -> tuple[JanusUnifiedModel, list[Tensor]]:
-                return model, make_prompts(model, count, size.prompt)
-
-            times = interleaved(variants, inputs, seconds=0.01 if quick else 3.0, warmup=1)
-            prompts = inputs()[1]
-            streamed, floor = bounds(model, [len(ids) for ids in prompts], bandwidth, throughput)
-            shapes = {"hidden": size.hidden, "layers": size.layers, "prompts": count, "tokens": size.side**2}
-            for name, time in times.items():
-                figures = {
-                    "images_s": count / time.median_ms * 1e3,
-                    "gb_s": streamed / time.median_ms / 1e6,
-                    "share": floor / time.median_ms,
-                    "peak_mb": peak_mb(variants[name], model, prompts),
-                }
-                rows.append(
-                    row("generation", name, shapes, dtype_name(dtype), time, model=size.name,
-                        copy_gb_s=round(bandwidth / 1e9, 1), product_tflop_s=round(throughput / 1e12, 3),
-                        **{key: round(value, 4) for key, value in figures.items()})
-                )  # fmt: skip
-            write(rows, out, "generation")
-        del model, variants, compiled, inputs  # all of them hold the model
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    speeds = ceilings(device, dtype)
+    rows: list[dict[str, Any]] = []
+    failed, cases = [], None
+    for size, kind, count in wanted:
+        if cases is None or cases.size is not size:
+            cases = None  # its model goes before the next one's comes
+            if device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+            cases = Cases(size, out, rows, quick)
+        if kind == "prompts":
+            cases.images(count, *speeds)
+        elif kind == "texts":
+            cases.texts(count, 8 if quick else 128)
+        else:
+            cases.questions(count)
+        failed += cases.failed
+        cases.failed = []
     show(rows)
-    for line in rows:
-        speed = f"{line['images_s']:.2f} images/s, {line['gb_s']:.1f} GB/s, {line['share']:.0%} of the floor"
-        print(f"{line['model']}, {line['shapes']['prompts']} prompts, {line['variant']}: {speed}")
+    if failed:
+        raise RuntimeError(f"not measured: {'; '.join(failed)}")

@@ -2,8 +2,9 @@
 
 from ospo_fast.generation.background import ImageWriter
 from ospo_fast.generation.batching import GenerationError
-from ospo_fast.generation.images import Drawn, ImageGenerator, Throughput
+from ospo_fast.generation.images import Drawn, ImageGenerator
 from ospo_fast.generation.text import generate_text
+from ospo_fast.generation.throughput import Throughput
 from ospo_fast.generation.vqa import answer_questions
 
 __all__ = [

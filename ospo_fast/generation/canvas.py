@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,19 +66,6 @@ class Engine:
         if isinstance(self.head, Called):
             return out.copy_(self.decoder.tiled(self.head, hidden))
         return self.head(hidden, out)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that one step reads."""
-        decoder: Any = self.model.decoder
-        weights = [*decoder.layers.parameters(), *self.model.head.parameters()]
-        return sum(weight.numel() * weight.element_size() for weight in weights)
-
-    def streamed_bytes(self, lengths: Sequence[int], branches: int) -> int:
-        """Bytes that drawing one batch must read: the weights once a step, and every row's keys and values."""
-        steps = self.tokens
-        cached = sum(steps * length + steps * (steps + 1) // 2 for length in lengths)
-        return steps * self.weight_bytes + branches * cached * self.decoder.row_bytes(1)
 
 
 class Canvas:

@@ -28,6 +28,7 @@ from ospo_fast.generation.batching import (
     run_batches,
 )
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling, signature
+from ospo_fast.generation.throughput import Throughput, ceilings, floor_seconds, streamed_bytes
 from ospo_fast.halving import Limit, out_of_memory, short
 from ospo_fast.models.base import UnifiedModel
 
@@ -42,25 +43,6 @@ class Drawn:
     codes: Tensor  # (len(indices), T) int64
     done: int
     total: int
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """How fast codes were drawn, without the decoding of pixels."""
-
-    images: int
-    seconds: float
-    streamed_bytes: int  # the weights once a step, and every row's keys and values: what no implementation can spare
-
-    @property
-    def images_per_second(self) -> float:
-        """Images drawn in a second."""
-        return self.images / self.seconds if self.seconds else 0.0
-
-    @property
-    def gb_per_second(self) -> float:
-        """10⁹ bytes of weights, keys and values in a second."""
-        return self.streamed_bytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
 class ImageGenerator:
@@ -154,7 +136,8 @@ class ImageGenerator:
         def save(index: int, _: Tensor, image: Any) -> None:
             images[index] = image
 
-        done, seconds, streamed = 0, 0.0, 0
+        done, seconds, streamed, floor = 0, 0.0, 0, 0.0
+        known = ceilings(self.model)
         with (
             evaluating(self.model),
             tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar,
@@ -163,7 +146,9 @@ class ImageGenerator:
             begin = time.perf_counter()
             for batch, (drawn, bad) in self._batches(jobs, sampling, groups) if jobs else ():
                 seconds += time.perf_counter() - begin
-                streamed += self._streamed(batch, sampling)
+                shape = [len(job.ids) for job in batch], sampling.branches
+                streamed += streamed_bytes(self.model, *shape)
+                floor += floor_seconds(self.model, *shape, *known) if known else 0.0
                 for job, step in zip(batch, bad, strict=True):
                     if step >= 0:
                         name = prompts[job.index // num_images]
@@ -177,7 +162,7 @@ class ImageGenerator:
                     finished.take(indices, drawn[fine])
                 done += len(batch)
                 bar.update(len(batch))
-                self.throughput = Throughput(done, seconds, streamed)
+                self.throughput = Throughput(done, seconds, streamed, floor if known else None)
                 bar.set_postfix_str(f"{self.throughput.gb_per_second:.1f} GB/s", refresh=False)
                 if callback is not None:
                     callback(Drawn(indices, drawn[fine], done, len(jobs)))
@@ -263,10 +248,6 @@ class ImageGenerator:
                     "free some, or use a smaller dtype"
                 ) from error
         return self._engine
-
-    def _streamed(self, batch: list[Job], sampling: Sampling) -> int:
-        assert self._engine is not None
-        return self._engine.streamed_bytes([len(job.ids) for job in batch], sampling.branches)
 
 
 def _pictures(images: dict[int, Any], count: int, output: str) -> Any:

@@ -15,7 +15,6 @@ from ospo_fast.pipeline import STAGES
         ("sample_codes", {"ospo_fast", "torch"}),
         ("token_logprob", {"ospo_fast", "torch", "eager", "official", "bare GEMMs"}),
         ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
-        ("generation", {"ospo_fast", "official", "transformers"}),
         ("decode_attention", {"torch", "masked SDPA"}),
     ],
 )
@@ -37,6 +36,29 @@ def test_cases_of_token_logprob(tmp_path: Path) -> None:
             assert ("token_logprob_chunks" in written) == bool(chunks)
     finally:
         _measure.only_cases([])
+
+
+def test_the_rows_of_the_engine_say_how_fast_it_was(tmp_path: Path) -> None:
+    assert bench.main(["--only", "generation", "--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/generation.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    seen = set()
+    for row in rows:
+        shapes, seconds = row["shapes"], row["median_ms"] / 1e3
+        if "prompts" in shapes:
+            assert row["images_s"] == pytest.approx(shapes["prompts"] / seconds, rel=1e-3)
+            seen.add(row["variant"])
+            if row["variant"] != "ospo_fast, images":  # whose pixels are in no floor
+                assert row["gb_s"] > 0
+                # The least is a part of what is read, at the speed of a copy; products may take longer.
+                assert row["share"] >= 0.99 * row["gb_s"] / row["copy_gb_s"] > 0
+        elif "texts" in shapes:
+            assert row["texts_s"] == pytest.approx(shapes["texts"] / seconds, rel=1e-3)
+            seen.add("texts")
+        else:
+            assert row["answers_s"] == pytest.approx(shapes["images"] * shapes["questions"] / seconds, rel=1e-3)
+            seen.add("questions")
+    assert seen == {"ospo_fast", "ospo_fast, images", "official", "transformers", "texts", "questions"}
 
 
 def test_a_benchmark_that_fails_is_named_and_the_others_run(

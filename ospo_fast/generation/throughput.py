@@ -1,0 +1,82 @@
+"""How fast images are drawn, and what bounds it: bytes that no implementation can spare, and the products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ospo_fast.models.base import UnifiedModel
+
+# Of GPUs by name: bytes a second of a copy (read and written), and floating-point operations a second of a large bf16
+# product of random numbers, as they were measured.
+CEILINGS = {"NVIDIA H200": (4.3e12, 790e12)}
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast codes were drawn, without the decoding of pixels."""
+
+    images: int
+    seconds: float
+    streamed_bytes: int  # the weights once a step, and every row's keys and values: what no implementation can spare
+    floor_seconds: float | None = None  # that nothing beats on this device; None where its ceilings are not known
+
+    @property
+    def images_per_second(self) -> float:
+        """Images drawn in a second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def gb_per_second(self) -> float:
+        """10⁹ bytes of weights, keys and values in a second."""
+        return self.streamed_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Floor over time: 1 would be as fast as the device can be; None where its ceilings are not known."""
+        return self.floor_seconds / self.seconds if self.floor_seconds is not None and self.seconds else None
+
+    def __str__(self) -> str:
+        """`10.52 images/s, 2345.6 GB/s, 75% of the floor`."""
+        share = "" if self.share is None else f", {self.share:.0%} of the floor"
+        return f"{self.images_per_second:.2f} images/s, {self.gb_per_second:.1f} GB/s{share}"
+
+
+def weight_bytes(model: UnifiedModel) -> int:
+    """Bytes of weights that one step reads: of the decoder's layers and of the head."""
+    decoder: Any = model.decoder
+    weights = [*decoder.layers.parameters(), *model.head.parameters()]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def streamed_bytes(model: UnifiedModel, lengths: Sequence[int], branches: int) -> int:
+    """Bytes that drawing one batch must read, for prompts of these lengths and `branches` rows of each."""
+    config: Any = model.decoder.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    position: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    steps = model.grid[0] * model.grid[1]
+    cached = sum(steps * length + steps * (steps + 1) // 2 for length in lengths)
+    return steps * weight_bytes(model) + branches * cached * position
+
+
+def floor_seconds(
+    model: UnifiedModel, lengths: Sequence[int], branches: int, bandwidth: float, operations: float
+) -> float:
+    """Seconds that no batch beats: max(weights once a step, products) + keys and values.
+
+    bandwidth in bytes a second, operations in floating-point operations of a product a second.
+    """
+    weights = model.grid[0] * model.grid[1] * weight_bytes(model)
+    cached = streamed_bytes(model, lengths, branches) - weights
+    products = 2 * branches * len(lengths) * weights / model.dtype.itemsize
+    return max(weights / bandwidth, products / operations) + cached / bandwidth
+
+
+def ceilings(model: UnifiedModel) -> tuple[float, float] | None:
+    """`CEILINGS` of the model's device, None where nobody measured them for its dtype."""
+    if model.device.type != "cuda" or model.dtype.itemsize != 2:
+        return None
+    return CEILINGS.get(torch.cuda.get_device_name(model.device))

@@ -1,0 +1,84 @@
+"""How the engine is measured on a GPU, with stand-ins for it: one variant after the other, each row at once."""
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import _measure
+import generation as bench
+import pytest
+import torch
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A clock that stands unless a run moves it (seconds), and memory (bytes) held and at its peak."""
+    state = {"now": 0, "held": 0, "peak": 0}
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: state["now"]))
+    for name, value in (
+        ("synchronize", lambda: None),
+        ("empty_cache", lambda: None),
+        ("memory_allocated", lambda: state["held"]),
+        ("reset_peak_memory_stats", lambda: state.update(peak=state["held"])),
+        ("max_memory_allocated", lambda: state["peak"]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return state
+
+
+def test_every_variant_has_a_run_that_does_not_count_and_keeps_what_it_holds(fake_gpu: dict[str, int]) -> None:
+    runs: list[str] = []
+
+    def maker(name: str, seconds: int, held: int) -> Any:
+        def make() -> bench.Variant:
+            def run(*_: object) -> None:
+                runs.append(name)
+                if runs.count(name) == 1:
+                    fake_gpu["held"] += held
+                    fake_gpu["peak"] = fake_gpu["held"] + 10**9  # of the first run alone
+                else:
+                    fake_gpu["peak"] = fake_gpu["held"] + 10**6
+                fake_gpu["now"] += seconds
+
+            return run
+
+        return make
+
+    def broken() -> bench.Variant:
+        def run(*_: object) -> None:
+            raise TypeError("missing argument")
+
+        return run
+
+    kept: dict[str, tuple[_measure.Timing, float]] = {}
+    makers = {
+        "ospo_fast": maker("ospo_fast", 30, 5 * 10**6), "broken": broken,
+        "official": maker("official", 30, 0), "transformers": maker("transformers", 10, 0),
+    }  # fmt: skip
+    failed = bench.one_by_one(makers, lambda: (None, None), lambda name, *found: kept.update({name: found}))
+    assert failed == ["broken"]
+    assert list(kept) == ["ospo_fast", "official", "transformers"]
+    assert [timing.repeats for timing, _ in kept.values()] == [3, 1, 2]  # a slow peer is run once
+    assert [timing.median_ms for timing, _ in kept.values()] == [30e3, 30e3, 10e3]
+    assert [peak for _, peak in kept.values()] == [6.0, 1.0, 1.0]  # held + peak of the timed runs
+
+
+def test_prompts_have_the_same_lengths_in_all_turns_and_a_single_one_fills_its_bucket() -> None:
+    assert bench.make_lengths(5, 60) == [45, 52, 60, 67, 75]
+    assert bench.make_lengths(1, 60) == [60]
+
+
+def test_a_chosen_case_is_measured_alone_and_others_stay(tmp_path: Path) -> None:
+    try:
+        _measure.only_cases(["2 texts"])
+        bench.run(tmp_path, quick=True)
+        _measure.only_cases(["2 questions"])
+        bench.run(tmp_path, quick=True)
+        _measure.only_cases(["7B"])
+        bench.run(tmp_path, quick=True)
+    finally:
+        _measure.only_cases([])
+    (path,) = tmp_path.glob("*/generation.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [("texts_s" in row, "answers_s" in row) for row in rows] == [(True, False)] * 2 + [(False, True)] * 2
