@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,14 +68,25 @@ class Job:
 
 
 def make_jobs(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[Job]:
-    """One job per prompt; UsageError unless there is one seed each."""
-    values = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    if isinstance(values, (int, str)) or len(values) != len(prompts):
-        got = values if isinstance(values, (int, str)) else f"{len(values)} of them"
-        raise UsageError(f"seeds: got {got}, expected {len(prompts)}, one for each image or text")
-    # Unsigned 64-bit seeds (hashes) are as welcome as signed ones.
-    signed = [(int(seed) + 2**63) % 2**64 - 2**63 for seed in values]
-    return [Job(i, ids, seed) for i, (ids, seed) in enumerate(zip(prompts, signed, strict=True))]
+    """One job per prompt; UsageError unless there is one integer seed each."""
+    count = len(prompts)
+    if isinstance(seeds, Tensor) and seeds.dim() != 1:
+        raise UsageError(f"seeds: got a tensor of shape {tuple(seeds.shape)}, expected ({count},), one for each prompt")
+    try:
+        values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
+    except TypeError:
+        raise UsageError(f"seeds: got {seeds!r}, expected {count} of them, one for each image or text") from None
+    if len(values) != count:
+        raise UsageError(f"seeds: got {len(values)} of them, expected {count}, one for each image or text")
+    return [Job(i, ids, _seed(i, seed)) for i, (ids, seed) in enumerate(zip(prompts, values, strict=True))]
+
+
+def _seed(place: int, value: Any) -> int:
+    """A seed as int64: unsigned ones of 64 bits (hashes) are as welcome as signed ones."""
+    try:
+        return (operator.index(value) + 2**63) % 2**64 - 2**63
+    except TypeError:
+        raise UsageError(f"seeds[{place}]: got {value!r}, expected an integer") from None
 
 
 def in_groups(jobs: Sequence[T], groups: Sequence[object], batch_size: int) -> list[list[T]]:

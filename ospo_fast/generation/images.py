@@ -59,7 +59,7 @@ class ImageGenerator:
     are filled up with dummies: of 64 images, however many fit the memory, or of `batch_size` where it is given, and
     with another `batch_size` they may round otherwise.
 
-    `throughput` tells how fast the last call of `generate` drew.
+    `throughput` tells how fast the last call of `generate` drew; None where it drew nothing.
 
     """
 
@@ -137,7 +137,7 @@ class ImageGenerator:
             images[index] = image
 
         done, seconds, streamed, floor = 0, 0.0, 0, 0.0
-        known = ceilings(self.model)
+        known, self.throughput = ceilings(self.model), None
         with (
             evaluating(self.model),
             tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar,
@@ -163,7 +163,7 @@ class ImageGenerator:
                 done += len(batch)
                 bar.update(len(batch))
                 self.throughput = Throughput(done, seconds, streamed, floor if known else None)
-                bar.set_postfix_str(f"{self.throughput.gb_per_second:.1f} GB/s", refresh=False)
+                bar.set_postfix_str(self.throughput.beside_rate, refresh=False)
                 if callback is not None:
                     callback(Drawn(indices, drawn[fine], done, len(jobs)))
                 begin = time.perf_counter()

@@ -39,10 +39,31 @@ class Throughput:
         """Floor over time: 1 would be as fast as the device can be; None where its ceilings are not known."""
         return self.floor_seconds / self.seconds if self.floor_seconds is not None and self.seconds else None
 
+    def __add__(self, other: Throughput) -> Throughput:
+        """Of both, one after the other."""
+        known = self.floor_seconds is not None and other.floor_seconds is not None
+        return Throughput(
+            self.images + other.images,
+            self.seconds + other.seconds,
+            self.streamed_bytes + other.streamed_bytes,
+            (self.floor_seconds or 0.0) + (other.floor_seconds or 0.0) if known else None,
+        )
+
+    def figures(self) -> dict[str, float]:
+        """images, images_s, gb_s, and share where it is known: numbers for a report."""
+        found = {"images": self.images, "images_s": self.images_per_second, "gb_s": self.gb_per_second}
+        if self.share is not None:
+            found["share"] = self.share
+        return {name: round(value, 4) for name, value in found.items()}
+
     def __str__(self) -> str:
         """`10.52 images/s, 2345.6 GB/s, 75% of the floor`."""
-        share = "" if self.share is None else f", {self.share:.0%} of the floor"
-        return f"{self.images_per_second:.2f} images/s, {self.gb_per_second:.1f} GB/s{share}"
+        return f"{self.images_per_second:.2f} images/s, {self.beside_rate}"
+
+    @property
+    def beside_rate(self) -> str:
+        """`2345.6 GB/s, 75% of the floor`: what a progress bar does not say by itself."""
+        return f"{self.gb_per_second:.1f} GB/s" + ("" if self.share is None else f", {self.share:.0%} of the floor")
 
 
 def weight_bytes(model: UnifiedModel) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, canvas
+from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, Throughput, canvas, images
 from ospo_fast.generation import decoder as lean
 from ospo_fast.models.janus import JanusUnifiedModel
 
@@ -161,6 +163,65 @@ def test_callback_tells_what_is_finished(tiny: JanusUnifiedModel) -> None:
         assert torch.equal(drawn.codes, found[drawn.indices])
 
 
+def test_the_progress_bar_counts_every_image(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that fail and those of halved batches too; beside it stands how fast they are drawn."""
+    bars: list[Bar] = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, *, total: int, unit: str, delay: float, disable: bool) -> None:
+            super().__init__(self)
+            self.given, self.counted, self.beside = (total, unit, disable), 0, ""
+            bars.append(self)
+
+        def update(self, count: int) -> None:
+            self.counted += count
+
+        def set_postfix_str(self, text: str, *, refresh: bool) -> None:
+            self.beside = text
+
+    draw = canvas.Canvas.draw
+
+    def small(self: canvas.Canvas, jobs: list) -> object:
+        if len(jobs) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, jobs)
+
+    monkeypatch.setattr(canvas.Canvas, "draw", small)
+    monkeypatch.setattr(images, "tqdm", Bar)
+    poison(tiny, 1)
+    codes(tiny, PROMPTS[:2] * 4, list(range(8)), batch_size=5, on_error="skip")
+    codes(tiny, [], [], progress=False)
+    assert [(bar.counted, bar.given) for bar in bars] == [(8, (8, "image", False)), (0, (0, "image", True))]
+    assert re.fullmatch(r"[\d.]+ GB/s", bars[0].beside)
+
+
+def test_throughput_is_that_of_the_last_call(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = ImageGenerator(tiny)
+    given = {"output": "codes", "progress": False}
+    generator.generate(PROMPTS, seeds=SEEDS, **given)
+    found = generator.throughput
+    assert found is not None
+    steps, weights = 36, [*tiny.decoder.layers.parameters(), *tiny.head.parameters()]
+    positions = sum(steps * len(tiny.image_prompt(prompt)) + steps * (steps + 1) // 2 for prompt in PROMPTS)
+    read = steps * sum(w.numel() for w in weights) * 4 + 2 * positions * 2 * 2 * 64 * 4  # keys, values; layers; width
+    assert (found.images, found.streamed_bytes) == (4, read)
+    assert found.gb_per_second == pytest.approx(read / found.seconds / 1e9)
+    assert found.share is None  # nobody measured this processor
+    both = found + Throughput(2, 1.0, 10**9)
+    assert (both.images, both.seconds, both.streamed_bytes) == (6, found.seconds + 1, read + 10**9)
+    assert set(both.figures()) == {"images", "images_s", "gb_s"}
+    generator.generate([], seeds=[], **given)
+    assert generator.throughput is None
+    monkeypatch.setattr(images, "ceilings", lambda model: (1e9, 1e12))
+    generator.generate(PROMPTS, seeds=SEEDS, **given)
+    found = generator.throughput
+    assert found is not None
+    assert found.floor_seconds == pytest.approx(read / 1e9)  # products are no bound at such a bandwidth
+    assert found.share == pytest.approx(read / 1e9 / found.seconds)
+    assert str(Throughput(4, 2.0, 10**9, 1.5)) == "2.00 images/s, 0.5 GB/s, 75% of the floor"
+    assert (found + both).floor_seconds is None
+
+
 def poison(model: JanusUnifiedModel, row: int, step: int = 4) -> None:
     """NaN logits from `step` on for one row of the first batch."""
     calls: list[int] = []
@@ -215,7 +276,14 @@ def test_nothing_but_nan_fails_everything(tiny: JanusUnifiedModel) -> None:
         ({"prompts": [torch.tensor([10**6, 5])]}, "vocabulary"),
         ({"prompts": ["a red circle " * 80]}, "256 positions"),
         ({"seeds": [1, 2]}, "seeds: got 2 of them, expected 1"),
-        ({"seeds": 7}, "seeds"),
+        ({"seeds": 7}, "seeds: got 7, expected 1"),
+        ({"seeds": "7"}, r"seeds\[0\]: got '7', expected an integer"),
+        ({"seeds": [1.5]}, r"seeds\[0\]: got 1\.5, expected an integer"),
+        ({"seeds": [torch.tensor(1.5)]}, r"seeds\[0\]: got tensor\(1\.5.*, expected an integer"),
+        ({"seeds": np.array([[1]])}, r"seeds\[0\]: got array\(\[1\]\), expected an integer"),
+        ({"seeds": [None]}, r"seeds\[0\]: got None, expected an integer"),
+        ({"seeds": torch.tensor([2.0])}, r"seeds\[0\]: got 2\.0, expected an integer"),
+        ({"seeds": torch.tensor([[7]])}, r"seeds: got a tensor of shape \(1, 1\), expected \(1,\)"),
         ({"seeds": [1], "num_images": 2}, "expected 2"),
         ({"guidance_scale": -0.5}, "guidance_scale"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
