@@ -1,6 +1,6 @@
-// Object masks and token weights on the GPU: one thread block per image, its objects side by side in one launch, nothing
-// is waited for. Every float operation that decides a bit of a threshold or mask is spelt as an intrinsic, which the
-// compiler may not contract into FMA: the results are those of object_mask.cpp.
+// Object masks and token weights on the GPU: one thread block per image, its objects side by side in one launch, and
+// nothing is waited for. Every float operation that decides a bit of a threshold or mask is spelt as an intrinsic, which
+// the compiler may not contract into FMA: the results are those of object_mask.cpp.
 #include <cfloat>
 #include <cmath>
 
@@ -24,8 +24,8 @@ struct Scratch {
     int wrong[WARPS];
 };
 
-// The threads that work on one map: a whole block, or a number of neighbouring warps that is a power of two and waits for
-// no other, each such team at a barrier of its own.
+// The threads that work on one map: a whole block, or neighbouring warps, a power of two of them, that wait for one
+// another alone, each such team at a barrier of its own.
 template <bool WHOLE>
 struct Team {
     int threads, index, thread, warp;
@@ -117,8 +117,8 @@ __device__ bool load_map(const Threads& team, const float* raw, int cells, float
     return __fsub_rn(high, low) <= FLT_MAX;
 }
 
-// Running sums in place, one by one: scikit-image adds in the order of the bins, and the last bits decide ties. Only the
-// additions wait for one another.
+// Running sums in place, one by one: scikit-image adds in the order of the bins, and the last bits decide ties. Only
+// the additions wait for one another.
 __device__ void accumulate(float* values, int count) {
     float sum = 0.0f, batch[BATCH];
     int from = 0;
@@ -133,8 +133,8 @@ __device__ void accumulate(float* values, int count) {
     for (; from < count; ++from) sum = values[from] = __fadd_rn(sum, values[from]);
 }
 
-// Otsu's threshold of the map in a room, which reaches from low to high, in all threads; NaN where its range is too small
-// for the bins.
+// Otsu's threshold of the map in a room, which reaches from low to high, in all threads; NaN where its range is too
+// small for the bins.
 template <class Threads>
 __device__ float otsu(const Threads& team, const Room& room, int cells, float low, float high, int bins,
                       Scratch& scratch) {

@@ -365,8 +365,8 @@ def _first_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
     ).tolist()
     if has_later:
         raise OspoError(
-            "capture: the attention mask shows wanted rows keys after themselves, as a prefix does; maps are of causal "
-            "attention"
+            "capture: the attention mask shows wanted rows keys after themselves, but maps are of causal attention; "
+            "run the decoder with a causal mask"
         )
     if has_holes:
         raise OspoError("capture: the attention mask has holes before the wanted rows; pad without gaps")
