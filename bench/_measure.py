@@ -186,13 +186,13 @@ def result_path(out: Path, name: str) -> Path:
 def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
     """Writes the rows, one JSON object a line, to `result_path(out, name)` in the place of an earlier run's.
 
-    Where not all cases are measured (`only_cases`), those rows of the same commit stay that are of other shapes.
+    Where not all cases are measured (`only_cases`), rows of the same commit stay that are of another op or shape.
     """
     path = result_path(out, name)
     if _cases and path.exists():
         kept = [json.loads(line) for line in path.read_text().splitlines()]
-        measured = [(line["shapes"], line["dtype"]) for line in rows]
-        kept = [line for line in kept if (line["shapes"], line["dtype"]) not in measured]
+        measured = [(line["op"], line["shapes"], line["dtype"]) for line in rows]
+        kept = [line for line in kept if (line["op"], line["shapes"], line["dtype"]) not in measured]
         rows = [*(line for line in kept if line["commit"] == commit()), *rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")

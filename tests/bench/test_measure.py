@@ -109,6 +109,8 @@ def test_cases_one_after_the_other_end_in_one_file(tmp_path: Path, monkeypatch: 
         assert not _measure.chosen("tiny")
         _measure.write(rows(2, 3), tmp_path, "op")
         assert kept() == [1, 2, 3]
+        _measure.write([_measure.row("other", "variant 3", {"rows": 3}, "fp32", timing)], tmp_path, "op")
+        assert kept() == [1, 2, 3, 3]  # of another op
         monkeypatch.setattr(_measure, "commit", lambda: "ba9876543210")
         _measure.write(rows(3), tmp_path, "op")
         assert kept() == [3]  # those of another commit are no part of this measurement
