@@ -108,8 +108,8 @@ void add_rms_norm(const float* delta, float* stream, const float* weight, float*
 // out (rows, width) = silu(gate) · up, from rows (gate, up) of 2 · width.
 void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t width, int threads);
 // Rows (q heads, k heads, v heads) of one new token each, at position lengths[row] of slot slots[row]: rotates q and k by
-// the rows of cos and sin (positions, width), writes k and v to the caches, attends to positions 0 … lengths[row]. width
-// is a multiple of 16 up to 256.
+// the rows of cos and sin (positions, width), writes k and v to the caches, attends to positions 0 … lengths[row]. A row
+// of length -1 gets zeros, and its slot is left alone. width is a multiple of 16 up to 256.
 void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
                       const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
                       int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,

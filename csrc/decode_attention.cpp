@@ -99,11 +99,16 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < rows * kv_heads; ++item) {
             const int64_t row = item / kv_heads, head = item % kv_heads, position = lengths[row];
+            float* to = out + (row * heads + head * group) * width;
+            if (position < 0) {
+                std::fill(to, to + group * width, 0.0f);
+                continue;
+            }
             const float* q = qkv + row * row_width;
             const int64_t cache = slots[row] * slot_stride + head * head_stride;
             attend_head(q + head * group * width, q + (heads + head) * width, q + (heads + kv_heads + head) * width,
                         cos + position * width, sin + position * width, scale, keys + cache, values + cache, position,
-                        group, width, scores.data(), out + (row * heads + head * group) * width);
+                        group, width, scores.data(), to);
         }
     }
     (void)threads;

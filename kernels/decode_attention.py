@@ -2,7 +2,7 @@
 
 Positions are split every SPLIT of them, so that few rows still fill the card, and the number of splits depends on
 nothing but the row's own length: neither the batch nor its size changes a row's bits. Two launches: the splits, each
-with its maximum, sum and weighted values, then their combination in order.
+with its maximum, sum and weighted values, then their combination in order. Programs of rows of length -1 end at once.
 """
 
 import torch
@@ -24,7 +24,7 @@ def split_kernel(
     keys,  # (slots, Hkv, L, D)
     values,
     slots,  # (M,) int64
-    lengths,  # (M,) int64: the position of the new token
+    lengths,  # (M,) int64: the position of the new token; -1 for a row that has none
     partial,  # (M, H, splits, D) fp32
     peaks,  # (M, H, splits) fp32
     sums,  # (M, H, splits) fp32
@@ -114,7 +114,8 @@ def combine_kernel(
     head = tl.program_id(1)
     d = tl.arange(0, WIDTH_BLOCK)
     inside = d < WIDTH
-    used = tl.load(lengths + row) // SPLIT + 1
+    position = tl.load(lengths + row)
+    used = tl.where(position < 0, 0, position // SPLIT + 1)
     index = (row * HEADS + head) * splits
     peak = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -127,7 +128,7 @@ def combine_kernel(
         acc = acc * shrink + part * grow
         total = total * shrink + tl.load(sums + index + split) * grow
         peak = higher
-    y = tl.div_rn(acc, total)  # "/" would approximate
+    y = tl.where(position < 0, 0.0, tl.div_rn(acc, total))  # "/" would approximate
     tl.store(out + (row * HEADS + head) * WIDTH + d, y.to(out.dtype.element_ty), mask=inside)
 
 

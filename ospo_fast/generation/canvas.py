@@ -63,7 +63,7 @@ class Engine:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Hidden (M, D) → logits (M, V) of the codes, into `out`."""
-        if isinstance(self.head, Called):
+        if isinstance(self.head, Called) and self.decoder.device.type == "cpu":
             return out.copy_(self.decoder.tiled(self.head, hidden))
         return self.head(hidden, out)
 
@@ -71,7 +71,7 @@ class Engine:
 class Canvas:
     """Buffers for up to `slots` images of at most `length` positions; `rows` ≥ slots is how many the products have.
 
-    Rows without an image are dummies: they share one spare row of the cache and stay at its first position.
+    Rows without an image are dummies: of length −1, which attention passes over.
     With `capture` the steps of a CUDA device are replayed from a graph, captured at the first batch.
     """
 
@@ -121,7 +121,7 @@ class Canvas:
         lengths = torch.tensor([len(job.ids) for job in jobs])
         spare = self._sampling.branches * slots
         self._where.fill_(spare)
-        self._lengths.zero_()
+        self._lengths.fill_(-1)
         self._active.zero_()
         for branch in range(self._sampling.branches):
             part = slice(branch * rows, branch * rows + len(jobs))

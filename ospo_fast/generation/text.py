@@ -118,7 +118,7 @@ def write(
         return torch.tensor(values + [dummy] * (rows - count), device=device)
 
     owner = per_row(list(range(count)), count)  # which job a row writes, and its row of the cache
-    lengths, active = per_row([len(job.ids) for job in jobs], 0), per_row([1] * count, 0)
+    lengths, active = per_row([len(job.ids) for job in jobs], -1), per_row([1] * count, 0)
     seeds, limits = per_row([job.seed for job in jobs], 0), per_row(room, 0)
     steps, ends = torch.zeros_like(seeds), torch.tensor(model.eos_ids, device=device)
     answers: list[list[int] | None] = [[] for _ in jobs]
@@ -143,8 +143,8 @@ def write(
         finished = finished | stopped | broken | (steps >= limits)
         if bool(finished.all()):
             return answers
-        # A row that is over stays where it is.
-        lengths, active = torch.where(finished, 0, lengths), torch.where(finished, 0, active)
+        # Attention passes over a row that is over.
+        lengths, active = torch.where(finished, -1, lengths), torch.where(finished, 0, active)
         fewer = decoder.filled(int((~finished).sum()), full, row_bytes)
         if fewer < len(owner):
             keep = finished.long().argsort(stable=True)[:fewer].sort().values

@@ -96,7 +96,10 @@ class Called:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Projection`."""
-        return torch.cat([module(x) for module in self._modules], -1, out=out)
+        found: list[Tensor] = [module(x) for module in self._modules]
+        if len(found) == 1:
+            return found[0] if out is None else out.copy_(found[0])
+        return torch.cat(found, -1, out=out)
 
 
 def projection(modules: Sequence[nn.Module], kind: Kind) -> Projection:
@@ -112,6 +115,7 @@ class PackedHead:
 
     def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
         self._first, self._last = PackedLinear([first]), PackedLinear([last])
+        self._inner: Tensor | None = None  # the hidden layer of as many rows as last time
 
     def refresh(self) -> None:
         """See `Projection`."""
@@ -120,7 +124,9 @@ class PackedHead:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Hidden (M, D) → logits (M, V)."""
-        return self._last(gelu_(self._first(x)), out)
+        if self._inner is None or len(self._inner) != len(x):
+            self._inner = x.new_empty(len(x), self._first.columns)
+        return self._last(gelu_(self._first(x, self._inner)), out)
 
 
 def head_projection(head: nn.Module, packed: bool) -> Projection:

@@ -16,7 +16,7 @@ def decode_attention(
     keys: Tensor,  # (slots, Hkv, L, D)
     values: Tensor,
     slots: Tensor,  # (M,) int64
-    lengths: Tensor,  # (M,) int64
+    lengths: Tensor,  # (M,) int64, −1 or more
     *,
     heads: int,
     scale: float,
@@ -28,7 +28,8 @@ def decode_attention(
     A row holds query, key and value heads side by side. Its key and value are written at that position of slot
     slots[m], and it attends to positions 0 … lengths[m] of the slot: nothing behind them is read. Rotation:
     x·cos + shift(x)·sin with x shifted by D/2; `sin` carries the sign of rotate_half. Grouped queries where Hkv < H.
-    Rows may share a slot only where nobody reads it (dummy rows). Not differentiable.
+    A row of length −1 has no token: it gets zeros, and its slot is neither read nor written (flash-attn writes position
+    0 of it). Other rows may not share a slot. Not differentiable.
 
     backend: "flash_attn" takes flash_attn_with_kvcache; "auto" does not, until a measurement shows it ahead.
     """
@@ -64,7 +65,7 @@ def decode_attention_reference(
     """The twin: SDPA on exact lengths, once for each run of rows of one length in neighbouring slots."""
     rows, (_, kv_heads, _, width) = len(qkv), keys.shape
     where, ends = slots.tolist(), lengths.tolist()
-    index = lengths.to(cos.device)
+    index = lengths.to(cos.device).clamp(min=0)
     q, k, v = qkv.view(rows, -1, width).split((heads, kv_heads, kv_heads), 1)
     c, s = cos[index, None], sin[index, None]
     q, k = rotate(q, c, s), rotate(k, c, s)
@@ -73,6 +74,10 @@ def decode_attention_reference(
         end = begin + 1
         while end < rows and ends[end] == ends[begin] and where[end] == where[end - 1] + 1:
             end += 1
+        if ends[begin] < 0:
+            out[begin:end] = 0
+            begin = end
+            continue
         part, length = slice(where[begin], where[begin] + end - begin), ends[begin]
         keys[part, :, length], values[part, :, length] = k[begin:end], v[begin:end]
         y = F.scaled_dot_product_attention(
@@ -115,11 +120,11 @@ def _flash(
         v,
         rotary_cos=cos[:, : width // 2].contiguous(),
         rotary_sin=sin[:, width // 2 :].contiguous(),  # the half that carries no sign
-        cache_seqlens=lengths.int(),
+        cache_seqlens=lengths.clamp(min=0).int(),
         cache_batch_idx=slots.int(),
         softmax_scale=scale,
         causal=True,
         rotary_interleaved=False,
         num_splits=-(-keys.shape[2] // 128),
     )
-    out.copy_(y.flatten(1))
+    out.copy_(y.flatten(1).masked_fill(lengths[:, None] < 0, 0))

@@ -38,6 +38,9 @@ def test_dummies_slots_and_what_was_drawn_before_change_nothing(tiny: JanusUnifi
             codes, bad = wide.draw(jobs(tiny, *order))
             assert torch.equal(codes, expected[order])
             assert bad == [-1] * len(order)
+            # Attention passes over dummies: their slot is as it was.
+            assert wide._cache.keys[:, -1].isnan().all()
+            assert (wide._lengths.view(sampling.branches, 16)[:, len(order) :] == -1).all()
 
 
 def test_a_graph_is_captured_once_and_replayed_for_all_steps_but_one(

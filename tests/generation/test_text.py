@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation import GenerationError, generate_text
+from ospo_fast.generation.decoder import Cache, LeanDecoder
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
@@ -57,6 +58,30 @@ def test_an_end_token_ends_a_text_and_is_not_part_of_it(tiny: JanusUnifiedModel,
     token = int(tiny.processor.tokenizer(stop, add_special_tokens=False)["input_ids"][0])
     tiny.eos_ids = (*tiny.eos_ids, token)
     assert generate_text(tiny, prompts[:1], seeds=[0], max_new_tokens=12, temperature=0)[0].split() == plain[:cut]
+
+
+def test_attention_passes_over_texts_that_are_over(
+    tiny: JanusUnifiedModel, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In products of one size, as on a GPU, where finished rows stay and dummies fill up."""
+    expected = generate_text(tiny, prompts[:3], seeds=[0] * 3, max_new_tokens=6, temperature=0)
+    tiny.max_positions = max(map(len, prompts[:3])) + 3  # so that they end one by one
+    step, seen = LeanDecoder.step, []
+
+    def noting(self: LeanDecoder, x: Tensor, cache: Cache, slots: Tensor, lengths: Tensor, *rest: object) -> Tensor:
+        seen.append(lengths.tolist())
+        return step(self, x, cache, slots, lengths, *rest)
+
+    monkeypatch.setattr(LeanDecoder, "step", noting)
+    monkeypatch.setattr(LeanDecoder, "filled", lambda self, rows, full, row_bytes: 5)
+    found = generate_text(tiny, prompts[:3], seeds=[0] * 3, max_new_tokens=6, temperature=0)
+    room = [min(6, tiny.max_positions - len(ids)) for ids in prompts[:3]]
+    assert [text.split() for text in found] == [text.split()[:most] for text, most in zip(expected, room, strict=True)]
+    assert len(set(room)) > 1
+    for n, lengths in enumerate(seen, 1):
+        assert lengths[3:] == [-1, -1]
+        live = [len(ids) + n - 1 if most > n else -1 for ids, most in zip(prompts, room, strict=False)]
+        assert lengths[:3] == live
 
 
 def test_a_text_may_be_empty(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:

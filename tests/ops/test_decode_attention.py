@@ -8,6 +8,7 @@ from ospo_fast.ops.decode_attention import decode_attention, rotate
 # to SDPA
 SHAPES = [(4, 4, 64), (4, 2, 32), (3, 1, 48), (2, 2, 24)]
 LENGTHS = [0, 127, 128, 1, 200, 64]  # a first token, and both sides of a split
+FLASH = pytest.param("flash_attn", marks=pytest.mark.gpu)
 TRITON = pytest.param("triton", marks=pytest.mark.gpu)
 
 
@@ -48,7 +49,7 @@ def exact(given: dict[str, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]
     return torch.stack(rows), torch.stack(new_keys), torch.stack(new_values)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON, pytest.param("flash_attn", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON, FLASH])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(backend: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
@@ -82,3 +83,23 @@ def test_a_rows_bits_depend_on_the_row_alone(backend: str) -> None:
     for rows in ([2], [5, 0, 3]):
         part = given | {name: given[name][rows] for name in ("qkv", "slots", "lengths")}
         assert torch.equal(decode_attention(**part, heads=4, scale=0.125, backend=backend), whole[rows])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON])
+def test_rows_without_a_token_get_zeros_and_touch_nothing(backend: str) -> None:
+    given = case(4, 2, 32, torch.float32, "cuda" if backend == "triton" else "cpu")
+    whole = decode_attention(**given, heads=4, scale=0.2, backend=backend)
+    for idle in ([1, 4], [0, 1, 2, 3, 4, 5]):
+        given = case(4, 2, 32, torch.float32, given["qkv"].device.type) | {"qkv": given["qkv"].clone()}
+        given["qkv"][idle] = torch.nan  # as of a row that never had one
+        given["lengths"][idle] = -1
+        given["slots"][idle] = 4
+        before = given["keys"].clone(), given["values"].clone()
+        out = torch.full_like(whole, torch.nan)
+        decode_attention(**given, heads=4, scale=0.2, out=out, backend=backend)
+        assert (out[idle] == 0).all()
+        busy = [row for row in range(6) if row not in idle]
+        assert not out[busy].isnan().any()
+        for now, then in zip((given["keys"], given["values"]), before, strict=True):
+            others = [slot for slot in range(7) if slot not in given["slots"][busy].tolist()]
+            assert torch.equal(now[others].nan_to_num(7), then[others].nan_to_num(7))
