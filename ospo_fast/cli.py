@@ -232,7 +232,16 @@ def _pipeline(args: argparse.Namespace) -> Any:
 def _line(report: Any) -> str:
     unit = "steps" if report.stage == "train" else "items"
     failed = f", {report.failed} failed" if report.failed else ""
-    return f"{report.stage}: {report.items} {unit} in {report.seconds:.1f} s, {report.total} in all{failed}"
+    line = f"{report.stage}: {report.items} {unit} in {report.seconds:.1f} s, {report.total} in all{failed}"
+    return line + _speed(report.drawing)
+
+
+def _speed(drawing: dict[str, float] | None) -> str:
+    """How fast images were drawn, as the end of a line."""
+    if drawing is None:
+        return ""
+    share = f", {drawing['share']:.0%} of the floor" if "share" in drawing else ""
+    return f"; drawn at {drawing['images_s']:.2f} images/s, {drawing['gb_s']:.1f} GB/s{share}"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -296,7 +305,7 @@ def _generate(args: argparse.Namespace) -> int:
         progress=not args.json,
     )
     made = sum(image["path"] is not None for image in result["images"])
-    _show(result, args.json, f"{made} images and {result['sheet']}")
+    _show(result, args.json, f"{made} images and {result['sheet']}{_speed(result['drawing'])}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -163,7 +164,9 @@ def test_generate(capsys, tmp_path, tiny):
         tmp_path,
         "images.guidance_scale=1",
     ]
-    assert call(capsys, *arguments)[0] == 0
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0
+    assert re.fullmatch(r"3 images and \S+sheet.png; drawn at [\d.]+ images/s, [\d.]+ GB/s\n", out)
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (3 * 52 + 4, 56)
     settings = json.loads((tmp_path / "sheet.json").read_text())
@@ -172,7 +175,9 @@ def test_generate(capsys, tmp_path, tiny):
     (tmp_path / "two.txt").write_text("a blue square\na red circle\n")
     code, out, _ = call(capsys, "generate", "--prompts", tmp_path / "two.txt", *arguments[2:], "--seed", "42", "--json")
     assert code == 0
-    assert len(json.loads(out)["images"]) == 6
+    result = json.loads(out)
+    assert len(result["images"]) == 6
+    assert result["drawing"]["images"] == 6
     assert (tmp_path / "0001_1.png").read_bytes() == first
 
 
@@ -267,6 +272,15 @@ def test_a_stage_fails_when_every_item_does(capsys, tmp_path, tiny, monkeypatch,
     got, out, _ = call(capsys, command, "--model", tiny, "--out", tmp_path, "train.eval_every=0")
     assert got == code
     assert out.endswith(f"9 in all, {failed} failed\n")
+
+
+def test_stage_3_says_how_fast_it_draws(capsys, tmp_path, tiny, monkeypatch):
+    drawing = {"images": 18, "images_s": 10.5181, "gb_s": 2345.61, "share": 0.7512}
+    report = StageReport("images", 1, items=3, total=9, drawing=drawing)
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", lambda *_: report)
+    code, out, _ = call(capsys, "images", "--model", tiny, "--out", tmp_path)
+    assert code == 0
+    assert out.endswith("9 in all; drawn at 10.52 images/s, 2345.6 GB/s, 75% of the floor\n")
 
 
 def test_unexpected_errors_are_one_sentence_unless_debugging(capsys, tmp_path, tiny, monkeypatch):

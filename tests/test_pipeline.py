@@ -62,6 +62,10 @@ def test_every_item_goes_through_every_stage(whole):
     figures = stage_figures(whole)
     assert list(figures) == list(STAGES)
     assert {name: row["items"] for name, row in figures.items()} == {**dict.fromkeys(WRITERS, 12), "train": 3}
+    speed = {row["stage"]: row.get("drawing") for row in json.loads((whole / "stages.json").read_text())}
+    assert speed["images"]["images"] == sum(1 for _ in (whole / "images").rglob("*.png"))
+    assert speed["images"]["images_s"] > 0
+    assert speed["score"] is None
     assert all(row["seconds"] > 0 and row["peak_mb"] > 50 and row["failed"] >= 0 for row in figures.values())
     assert load_config(saved=whole / "config.yaml", family="shapes") == config(
         load_config(saved=whole / "config.yaml").model, whole

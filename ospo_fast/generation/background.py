@@ -34,12 +34,20 @@ class Background(Generic[T]):
         self._device = device
         self._items: queue.Queue[T | None] = queue.Queue(depth)
         self._error: BaseException | None = None
+        self._worked = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ospo-fast background", daemon=True)
 
     def put(self, item: T) -> None:
         """Hand over an item."""
         self._raise()
         self._items.put(item)
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Wait until ready(), which is asked after each item that was worked on; an error of `work` is raised."""
+        with self._worked:
+            while not ready():
+                self._raise()
+                self._worked.wait()
 
     def __enter__(self) -> Self:
         """Start the thread."""
@@ -69,6 +77,8 @@ class Background(Generic[T]):
                     self._work(item)
                 except BaseException as error:
                     self._error = error
+                with self._worked:
+                    self._worked.notify_all()
 
 
 class ImageWriter(Background[Finished]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from ospo_fast.generation import ImageGenerator
+    from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
     from ospo_fast.models.base import UnifiedModel
 
 SIDES = ("base", "negative")
@@ -77,62 +77,92 @@ def finished(path: Path, settings: dict[str, Any]) -> bool:
     return all(stored.get(name) == value for name, value in settings.items())
 
 
-def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
+def run(
+    records: Iterable[Record],
+    model: UnifiedModel,
+    config: Config,
+    *,
+    out: Path | None = None,
+    speed: Callable[[Throughput], None] | None = None,
+) -> Iterator[Record]:
     """Every record with `base_metadata` and `negative_metadata`, which name the images that were drawn.
 
     Beside each PNG lies an .npz with `codes` (T,) and the prompt, seed and sampling settings; it is written after the
-    PNG, whole or not at all, and marks the image as finished. Finished images are not drawn again.
+    PNG, whole or not at all, and marks the image as finished. Finished images are not drawn again. Records come out one
+    chunk late, once their images are written: that happens while the next chunk is drawn.
+
+    speed: called after each chunk with how fast all images so far were drawn.
 
     Raises:
         OspoError: no run folder was given, or it cannot be written.
 
     """
-    from ospo_fast.generation import ImageGenerator
+    from ospo_fast.generation import ImageGenerator, ImageWriter
 
     if out is None:
         raise OspoError("images: got no run folder; give `out`, where the images go.")
-    settings = config.images
+    folder, settings = out, config.images
     generator = ImageGenerator(model, batch_size=settings.batch_size)
-    for chunk in chunked(records, settings.chunk):
-        plans = [drawings(record, config.seed, settings.draws, settings.prompts) for record in chunk]
-        todo = [d for plan in plans for d in plan if not finished(out / d.path, _settings(d, settings))]
-        failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
-        todo = [drawing for drawing in todo if drawing.path not in failed]
-        if todo:
-            failed |= _draw(generator, todo, settings, out)
-        for record, plan in zip(chunk, plans, strict=True):
-            yield _with_images(record, plan, failed)
-
-
-def _draw(generator: ImageGenerator, todo: list[Drawing], settings: ImagesConfig, out: Path) -> dict[str, str]:
-    """Draw images and write each as soon as its batch is finished; path → reason of those that failed."""
-    from ospo_fast.generation import Drawn, ImageWriter
+    unwritten: dict[int, Drawing] = {}
+    ready: list[Record] = []  # once none of `awaited` is unwritten
+    awaited = range(0)
+    fast: Throughput | None = None
 
     def save(index: int, codes: Tensor, image: Image) -> None:
-        drawing = todo[index]
-        write_atomic(out / drawing.path, png(image))
-        save_codes((out / drawing.path).with_suffix(".npz"), codes, **_settings(drawing, settings))
+        drawing = unwritten[index]
+        write_atomic(folder / drawing.path, png(image))
+        save_codes((folder / drawing.path).with_suffix(".npz"), codes, **_settings(drawing, settings))
+        del unwritten[index]
 
-    with ImageWriter(generator.model, save) as writer:
+    with ImageWriter(model, save) as writer:
 
-        def keep(drawn: Drawn) -> None:
-            writer.take(drawn.indices, drawn.codes)
+        def written() -> list[Record]:
+            writer.wait(lambda: unwritten.keys().isdisjoint(awaited))
+            return ready
 
-        codes = generator.generate(
-            [drawing.prompt for drawing in todo],
-            seeds=[drawing.seed for drawing in todo],
-            guidance_scale=settings.guidance_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            output="codes",
-            callback=keep,
-            progress=False,
-            on_error="skip",
-            groups=[drawing.path.rsplit("/", 1)[0] for drawing in todo],  # the images of an item
-        )
-    wrong = (codes < 0).any(1).nonzero().flatten().tolist()
-    return {todo[n].path: "the model's logits were not finite" for n in wrong}
+        for chunk in chunked(records, settings.chunk):
+            plans = [drawings(record, config.seed, settings.draws, settings.prompts) for record in chunk]
+            todo = [d for plan in plans for d in plan if not finished(folder / d.path, _settings(d, settings))]
+            failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
+            todo = [drawing for drawing in todo if drawing.path not in failed]
+            indices = range(awaited.stop, awaited.stop + len(todo))
+            if todo:
+                unwritten.update(zip(indices, todo, strict=True))
+                wrong = _draw(generator, writer, todo, indices, settings)
+                failed |= dict.fromkeys((unwritten.pop(n).path for n in wrong), "the model's logits were not finite")
+                if generator.throughput is not None:
+                    fast = generator.throughput if fast is None else fast + generator.throughput
+                    if speed is not None:
+                        speed(fast)
+            yield from written()
+            ready = [_with_images(record, plan, failed) for record, plan in zip(chunk, plans, strict=True)]
+            awaited = indices
+        yield from written()
+
+
+def _draw(
+    generator: ImageGenerator, writer: ImageWriter, todo: list[Drawing], indices: range, settings: ImagesConfig
+) -> list[int]:
+    """Draw images and have each written as soon as its batch is finished; which of `indices` failed."""
+    from ospo_fast.generation import Drawn
+
+    def keep(drawn: Drawn) -> None:
+        writer.take([indices[n] for n in drawn.indices], drawn.codes)
+
+    codes = generator.generate(
+        [drawing.prompt for drawing in todo],
+        seeds=[drawing.seed for drawing in todo],
+        guidance_scale=settings.guidance_scale,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        output="codes",
+        callback=keep,
+        progress=False,
+        on_error="skip",
+        groups=[drawing.path.rsplit("/", 1)[0] for drawing in todo],  # the images of an item
+    )
+    return [indices[n] for n in (codes < 0).any(1).nonzero().flatten().tolist()]
 
 
 def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) -> Record:

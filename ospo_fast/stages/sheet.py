@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
@@ -18,7 +19,6 @@ from ospo_fast.stages.images import finished
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ospo_fast.generation import Drawn
     from ospo_fast.models.base import UnifiedModel
 
 
@@ -54,13 +54,13 @@ def generate(
 
     Image n of every prompt has seed config.seed + n. With `resume`, images that lie there with the same prompt, seed,
     settings and weights are not drawn again. Returns what sheet.json holds: model, settings, and per image its path,
-    prompt and seed.
+    prompt and seed; and as `drawing` how fast images were drawn (`Throughput.figures`), None where none was.
 
     Raises:
         OspoError: `out` cannot be written; nothing has been drawn then.
 
     """
-    from ospo_fast.generation import ImageGenerator
+    from ospo_fast.generation import ImageGenerator, ImageWriter
 
     settings = config.images
     sampling = {name: getattr(settings, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
@@ -74,22 +74,23 @@ def generate(
     todo = [(path, values) for path, values in plan if not (resume and finished(path, values))]
     failed = {path for path, _ in todo}
 
-    def write(batch: Drawn) -> None:
-        for n, row, image in zip(batch.indices, batch.codes, model.decode_codes(batch.codes), strict=True):
-            path, values = todo[n]
-            write_atomic(path, png(image))
-            save_codes(path.with_suffix(".npz"), row, **values)
-            failed.discard(path)
+    def save(index: int, codes: Tensor, image: Image) -> None:
+        path, values = todo[index]
+        write_atomic(path, png(image))
+        save_codes(path.with_suffix(".npz"), codes, **values)
+        failed.discard(path)
 
-    ImageGenerator(model, batch_size=settings.batch_size).generate(
-        [values["prompt"] for _, values in todo],
-        seeds=[values["seed"] for _, values in todo],
-        output="codes",
-        callback=write,
-        progress=progress,
-        on_error="skip",
-        **sampling,
-    )
+    generator = ImageGenerator(model, batch_size=settings.batch_size)
+    with ImageWriter(model, save) as writer:
+        generator.generate(
+            [values["prompt"] for _, values in todo],
+            seeds=[values["seed"] for _, values in todo],
+            output="codes",
+            callback=lambda drawn: writer.take(drawn.indices, drawn.codes),
+            progress=progress,
+            on_error="skip",
+            **sampling,
+        )
     drawn = [path for path, _ in plan if path not in failed]
     if not drawn:
         raise OspoError("No image could be drawn: the model's logits were not finite; are its weights whole?")
@@ -103,4 +104,4 @@ def generate(
     write_atomic(sheet, png(contact_sheet([open_image(path) for path in drawn[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **sampling, "images": entries}
     write_json(out / "sheet.json", result)
-    return result
+    return {**result, "drawing": None if generator.throughput is None else generator.throughput.figures()}

@@ -27,6 +27,34 @@ def test_items_are_worked_on_in_order_beside_the_caller() -> None:
     assert done == list(range(5))
 
 
+def test_the_caller_can_wait_for_a_part_of_the_work() -> None:
+    done: list[int] = []
+    gates = [threading.Event() for _ in range(3)]
+
+    def work(item: int) -> None:
+        gates[item].wait()
+        if item == 2:
+            raise OSError("no space left")
+        done.append(item)
+
+    def run() -> None:
+        with Background(work) as background:
+            for item in range(3):
+                background.put(item)
+            background.wait(lambda: True)
+            assert done == []
+            gates[0].set()
+            background.wait(lambda: 0 in done)
+            assert done == [0]
+            for gate in gates:
+                gate.set()
+            background.wait(lambda: 2 in done)  # which never comes
+
+    with pytest.raises(OSError, match="no space left"):
+        run()
+    assert done == [0, 1]
+
+
 def test_an_error_reaches_the_caller_and_ends_the_work() -> None:
     done: list[int] = []
 

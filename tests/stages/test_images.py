@@ -1,6 +1,7 @@
 """Stage 3: what is drawn, what lies beside it, and that nothing is drawn twice or depends on its neighbours."""
 
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ospo_fast import generation
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
-from ospo_fast.generation import ImageGenerator
+from ospo_fast.generation import ImageGenerator, ImageWriter
+from ospo_fast.generation.batching import CUDA_ROWS, in_groups
 from ospo_fast.models import load_model
+from ospo_fast.stages import images as stage
 from ospo_fast.stages.common import image_codes, load_codes, save_codes
 from ospo_fast.stages.images import drawings, run
 
@@ -117,6 +121,59 @@ def test_images_do_not_depend_on_order_or_chunk(model, tmp_path):
     list(run(items, model, config(), out=tmp_path / "a"))
     list(run(items[::-1], model, config("images.chunk=1", "images.batch_size=5"), out=tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_images_are_written_while_the_next_chunk_is_drawn(model, tmp_path, monkeypatch):
+    """By one writer for all chunks; a record comes out once its images lie there, not before."""
+    begun, drawn, writers = threading.Event(), [], []
+    original, write = ImageGenerator.generate, stage.write_atomic
+
+    def generate(self, prompts, **settings):
+        drawn.append(len(prompts))
+        if len(drawn) == 2:
+            begun.set()
+        return original(self, prompts, **settings)
+
+    def slow(path, data):
+        if "0000000" in str(path):
+            assert begun.wait(60)  # the first chunk's images wait until the second is being drawn
+        write(path, data)
+
+    def counted(*given):
+        writers.append(ImageWriter(*given))
+        return writers[-1]
+
+    monkeypatch.setattr(ImageGenerator, "generate", generate)
+    monkeypatch.setattr(stage, "write_atomic", slow)
+    monkeypatch.setattr(generation, "ImageWriter", counted)
+    speeds = []
+    for n, done in enumerate(run([item(n) for n in range(3)], model, config("images.chunk=1"), out=tmp_path,
+                                 speed=speeds.append)):  # fmt: skip
+        assert done["item_id"] == f"000000{n}"
+        assert len(files(tmp_path / "images" / done["item_id"])) == 12
+        assert len(drawn) == min(n + 2, 3)
+    assert len(writers) == 1
+    assert [speed.images for speed in speeds] == [6, 12, 18]
+    assert speeds[2].seconds > speeds[0].seconds > 0
+    list(run([item(n) for n in range(3)], model, config(), out=tmp_path, speed=speeds.append))
+    assert len(speeds) == 3  # nothing was drawn
+
+
+def test_a_disk_that_is_full_ends_the_stage(model, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(stage, "write_atomic", full)
+    with pytest.raises(OSError, match="no space left"):
+        list(run([item(n) for n in range(3)], model, config("images.chunk=1"), out=tmp_path))
+
+
+def test_chunks_of_items_fill_the_batches_of_a_gpu():
+    """Of three variants each, with their near misses: no batch has room left, and no item is in two of them."""
+    plan = [d for n in range(config().images.chunk) for d in drawings(item(n), 42)]
+    batches = in_groups(plan, [d.path.rsplit("/", 1)[0] for d in plan], CUDA_ROWS)
+    assert {len(batch) for batch in batches} == {CUDA_ROWS}
+    assert len(batches) == 3
 
 
 def test_finished_images_are_not_drawn_again(model, tmp_path, counted):
