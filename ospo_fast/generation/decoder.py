@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ospo_fast.errors import OspoError
+from ospo_fast.generation.varlen import varlen_attention, varlen_runs
 from ospo_fast.generation.weights import Called, Fused, Kind, Projection, Separate, projection
 from ospo_fast.halving import out_of_memory, release, short
 from ospo_fast.models.base import UnifiedModel
@@ -41,7 +42,11 @@ PREFILL = 1024
 CPU_BYTES = 512 * 2**20  # of caches
 # On a GPU: the first splits no row's keys by the size of the batch; cuDNN's would plan anew for every length.
 _PREFILL = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+VARLEN = True  # on a GPU: prompts of all lengths in one launch a layer; False runs them length by length
 COPIED_BYTES = 2 * 2**30  # on the CPU larger models keep the one copy of their weights
+
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""attend(layer, qkv (M, (H + 2·Hkv)·D), out (M, H·D)) → (M, H·D)."""
 
 
 class Cache:
@@ -232,7 +237,22 @@ class LeanDecoder:
         tile = 1 if self.packed else ROW_TILE if self.device.type == "cpu" else PREFILL
         # A pad on top of a copy: the layers add to x in place.
         x = F.pad(x, (0, 0, 0, -total % tile)) if total % tile else x.clone()
-        runs = []  # prompts of one length: (first token, rows of the cache, length)
+        counts = torch.tensor(lengths, device=self.device)
+        ends = counts.cumsum(0)
+        if VARLEN and varlen_runs(self.device, self.dtype, self.head_dim):
+            bounds = F.pad(ends, (1, 0)).int()
+            # Of every token: its row of the cache, and its place in it.
+            rows = torch.tensor(slots, device=self.device).repeat_interleave(counts, output_size=total)
+            starts = bounds[:-1].repeat_interleave(counts, output_size=total)
+            places = torch.arange(total, device=self.device) - starts
+            attend = self._packed_attention(cache, rows, places, bounds, max(lengths))
+        else:
+            attend = self._attention_by_length(cache, slots, lengths)
+        return self._run(x, attend)[ends - 1]
+
+    def _attention_by_length(self, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Attend:
+        """Of packed prompts of rising lengths into rows `slots`: all those of one length at once."""
+        runs, total = [], sum(lengths)  # (first token, rows of the cache, length)
         begin = 0
         for length in sorted(set(lengths)):
             rows = [slot for slot, own in zip(slots, lengths, strict=True) if own == length]
@@ -246,15 +266,34 @@ class LeanDecoder:
                 y[part] = self._attend_run(qkv[part], cache, i, rows, 0, length, None)
             return y
 
-        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        return self._run(x, attend)[ends]
+        return attend
+
+    def _packed_attention(self, cache: Cache, rows: Tensor, places: Tensor, bounds: Tensor, longest: int) -> Attend:
+        """Of packed prompts all at once, whatever their lengths; token t goes to places[t] of rows[t]."""
+        assert self._angles is not None
+        cos, sin = (angle[places][:, None] for angle in self._angles)
+        total, turned, group = len(rows), self.heads + self.kv_heads, self.heads // self.kv_heads
+
+        def attend(i: int, qkv: Tensor, y: Tensor) -> Tensor:
+            parts = qkv[:total].view(total, -1, self.head_dim)
+            q, k = rotate(parts[:, :turned], cos, sin).split((self.heads, self.kv_heads), 1)
+            v = parts[:, turned:]
+            for stored, new in ((cache.keys[i], k), (cache.values[i], v)):
+                stored.transpose(1, 2)[rows, places] = new
+            if group > 1:
+                k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+            y[:total] = varlen_attention(q, k, v, bounds, longest, self._scale).flatten(1)
+            y[total:] = 0
+            return y
+
+        return attend
 
     def step(
         self,
         x: Tensor,  # (M, D), overwritten
         cache: Cache,
         slots: Tensor,  # (M,) int64: a row of the cache for each
-        lengths: Tensor,  # (M,) int64: how many positions of it are filled
+        lengths: Tensor,  # (M,) int64: how many positions of it are filled; −1 for a row without a token
         buffers: Buffers | None = None,
     ) -> Tensor:
         """One new token for each row, with embeddings x → hidden (M, D); its keys and values are stored.
@@ -272,9 +311,7 @@ class LeanDecoder:
 
         return self._run(x, attend, buffers)
 
-    def _run(
-        self, x: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor], buffers: Buffers | None = None
-    ) -> Tensor:
+    def _run(self, x: Tensor, attend: Attend, buffers: Buffers | None = None) -> Tensor:
         """The layers over rows x (M, D), which becomes the residual stream; attend(layer, qkv, out) → (M, H·D)."""
         b = buffers or Buffers(self, x.shape[0])
         following = [layer.norm for layer in self.layers[1:]] + [self._norm]

@@ -1,13 +1,17 @@
 """The lean forward pass against transformers', and the promise that a row's bits do not depend on its batch."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaModel
 
 from ospo_fast.errors import OspoError
 from ospo_fast.generation import decoder as lean
+from ospo_fast.generation import varlen
 from ospo_fast.generation.decoder import ROW_TILE, Cache, LeanDecoder
-from ospo_fast.generation.weights import Called, Fused, Separate, head_projection
+from ospo_fast.generation.weights import Called, Fused, PackedHead, Separate, head_projection
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
@@ -92,6 +96,71 @@ def test_prompts_of_any_length_are_run_together_and_step_at_their_own_places(
     for row, (ids, n) in enumerate(zip(whole, lengths, strict=True)):
         expected = model(inputs_embeds=embeddings[ids][None]).last_hidden_state[0, n - 1 :]
         torch.testing.assert_close(torch.stack([h[row] for h in found]), expected, rtol=1e-5, atol=1e-5)
+
+
+def by_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """The attention for packed sequences, one after the other."""
+    assert q.shape == k.shape == v.shape
+    lengths = bounds.diff().tolist()
+    assert max(lengths) == longest
+    found = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part), is_causal=True, scale=scale)
+        for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    ]
+    return torch.cat([y[0].transpose(0, 1) for y in found])
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@torch.no_grad()
+def test_prompts_of_all_lengths_at_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with SDPA in the place of the attention for packed sequences."""
+    decoder = LeanDecoder(Bare(llama(num_key_value_heads=kv_heads), torch.randn(10, 48)))
+    decoder.positions(20)
+    prompts, slots = [torch.randint(10, (length,)) for length in (5, 13, 1, 5, 8)], [6, 0, 3, 2, 4]
+    calls: list[int] = []
+
+    def attention(*given: Any) -> torch.Tensor:
+        calls.append(given[4])
+        return by_sdpa(*given)
+
+    def run() -> tuple[torch.Tensor, Cache]:
+        cache = Cache(decoder, 7, 20)
+        cache.keys.fill_(torch.nan)
+        cache.values.fill_(torch.nan)
+        return decoder.prefill(prompts, cache, slots), cache
+
+    expected, stored = run()
+    assert not calls
+    monkeypatch.setattr(lean, "varlen_runs", lambda *_: True)
+    monkeypatch.setattr(lean, "varlen_attention", attention)
+    found, cache = run()
+    assert calls == [13, 13]  # once a layer
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in ((cache.keys, stored.keys), (cache.values, stored.values)):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        torch.testing.assert_close(mine.nan_to_num(), theirs.nan_to_num(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_attention_for_packed_sequences_is_tried_before_it_is_trusted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+        """All tokens to all: not what was meant."""
+        y = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
+        return y[0].transpose(0, 1)
+
+    def missing(*_: object) -> torch.Tensor:
+        raise RuntimeError("no such operator\nand where it was called")
+
+    device = torch.device("cpu")
+    assert not varlen.varlen_runs(device, torch.float32, 8)
+    for attention, reason in ((by_sdpa, ""), (whole, "it is off by"), (missing, "(no such operator)")):
+        caplog.clear()
+        monkeypatch.setattr(varlen, "varlen_attention", attention)
+        assert varlen._works.__wrapped__(device, torch.bfloat16, 8) == (not reason)
+        assert reason in caplog.text
 
 
 @torch.no_grad()
@@ -194,6 +263,23 @@ def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads
             assert torch.equal(run(rows), whole[rows])
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_the_head_copies_nothing_that_it_need_not(tiny: JanusUnifiedModel) -> None:
+    x = torch.randn(ROW_TILE, tiny.hidden_size)
+    logits = torch.randn(ROW_TILE, tiny.num_codes)
+    assert Called([lambda _: logits])(x) is logits
+    out = torch.empty_like(logits)
+    assert Called([lambda _: logits])(x, out) is out
+    assert torch.equal(out, logits)
+    packed = head_projection(tiny.head, True)
+    assert isinstance(packed, PackedHead)
+    first = packed(x)
+    inner = packed._inner
+    assert torch.equal(packed(x.clone()), first)
+    assert packed._inner is inner  # one hidden layer for all steps
+    assert torch.equal(packed(x[:3].contiguous()), first[:3])
 
 
 def test_other_decoders_are_refused() -> None:
