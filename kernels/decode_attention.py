@@ -128,7 +128,7 @@ def combine_kernel(
         acc = acc * shrink + part * grow
         total = total * shrink + tl.load(sums + index + split) * grow
         peak = higher
-    y = tl.where(position < 0, 0.0, tl.div_rn(acc, total))  # "/" would approximate
+    y = tl.div_rn(acc, tl.where(position < 0, 1.0, total))  # "/" would approximate
     tl.store(out + (row * HEADS + head) * WIDTH + d, y.to(out.dtype.element_ty), mask=inside)
 
 

@@ -144,5 +144,5 @@ def test_packed_prompts_are_run_at_once_as_they_are_length_by_length(
     by_length, stored = run([0, 1, 2, 3, 4, 5])
     for mine, theirs in ((last, by_length), (cache.keys, stored.keys), (cache.values, stored.values)):
         assert torch.equal(mine.isnan(), theirs.isnan())  # nothing else was written
-        bound = 16 * torch.finfo(dtype).eps * theirs.nan_to_num().abs().max()
+        bound = (1e-3 if dtype == torch.float32 else 0.1) * theirs.nan_to_num().abs().max()  # after two loud layers
         assert (mine - theirs).nan_to_num().abs().max() <= bound
