@@ -30,9 +30,11 @@ from transformers import logging as transformers_logging
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from ospo_fast.generation import ImageGenerator, answer_questions, generate_text
+from ospo_fast.generation import decoder as lean
 from ospo_fast.generation.batching import CUDA_ROWS
 from ospo_fast.generation.throughput import floor_seconds, streamed_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
+from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
 from ospo_fast.shapes.build import build_config, build_processor
 
 GUIDANCE = 5.0
@@ -201,6 +203,20 @@ def engine(batches: int = 1, output: str = "codes", **given: Any) -> Variant:
     return run
 
 
+def skinny(**given: Any) -> Variant:
+    """The engine with `skinny_linear` in place of its fused products and the kernels around them."""
+    run = engine(**given)
+
+    def switched(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
+        lean.SKINNY = True
+        try:
+            return run(model, prompts)
+        finally:
+            lean.SKINNY = False
+
+    return switched
+
+
 def check(device: str) -> None:
     """Greedy codes in fp32 agree with the official loop's at the beginning; later rounding may part them for good."""
     model = build(TINY, device, torch.float32)
@@ -326,6 +342,8 @@ class Cases:
             # What it costs that an image does not depend on the size of its batch.
             makers[f"ospo_fast, {CUDA_ROWS} rows"] = engine
             makers["ospo_fast, eager"] = lambda: engine(batch_size=count, capture=False)
+        if cuda and 2 * count <= SKINNY_ROWS:
+            makers["ospo_fast, skinny products"] = lambda: skinny(batch_size=count)
         makers["ospo_fast, images"] = lambda: engine(2, "pil", batch_size=count)
         makers |= {"official": lambda: official, "transformers": lambda: transformers_generate}
         if not self.quick:

@@ -34,6 +34,8 @@ from ospo_fast.ops.decode_attention import decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
+from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
+from ospo_fast.ops.skinny_linear import skinny_linear
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ CPU_BYTES = 512 * 2**20  # of caches
 # On a GPU: the first splits no row's keys by the size of the batch; cuDNN's would plan anew for every length.
 _PREFILL = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 VARLEN = True  # on a GPU: prompts of all lengths in one launch a layer; False runs them length by length
+# On a GPU, of bfloat16: steps of few rows by `skinny_linear`, six launches a layer for nine. Off until a measurement
+# shows it ahead (bench/skinny_linear.py, bench/generation.py). Read when a decoder is made.
+SKINNY = False
 COPIED_BYTES = 2 * 2**30  # on the CPU larger models keep the one copy of their weights
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -150,6 +155,9 @@ class LeanDecoder:
             self.layers = _layers(module, kind)
         self.plain = not any(isinstance(p, Called) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
+        products = [part for layer in self.layers for part in layer.projections]
+        bare = all(isinstance(part, Fused) and part.bias is None for part in products)
+        self._skinny = SKINNY and bare and self.device.type == "cuda" and self.dtype == torch.bfloat16
 
     def _kind(self, module: Any) -> Kind:
         """How plain layers are read: by what the device has in all, so that the choice is the same in every run."""
@@ -314,6 +322,8 @@ class LeanDecoder:
     def _run(self, x: Tensor, attend: Attend, buffers: Buffers | None = None) -> Tensor:
         """The layers over rows x (M, D), which becomes the residual stream; attend(layer, qkv, out) → (M, H·D)."""
         b = buffers or Buffers(self, x.shape[0])
+        if self._skinny and x.shape[0] <= SKINNY_ROWS:
+            return self._run_skinny(x, attend, b)
         following = [layer.norm for layer in self.layers[1:]] + [self._norm]
         h = _normed(None, x, self.layers[0].norm, b.normed)
         for i, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
@@ -322,6 +332,17 @@ class LeanDecoder:
             y = silu_mul(layer.gate_up(h, b.gate_up), out=b.gated)
             h = _normed(layer.down(y, b.delta), x, norm, b.normed)
         return h
+
+    def _run_skinny(self, x: Tensor, attend: Attend, b: Buffers) -> Tensor:
+        """`_run` of few rows: norms, gate and sums within the products."""
+        for i, layer in enumerate(self.layers):
+            qkv, out, gate_up, down = (part.weight for part in layer.projections if isinstance(part, Fused))
+            norm, mlp_norm = layer.norm, layer.mlp_norm
+            skinny_linear(x, qkv, norm=norm.weight, eps=norm.variance_epsilon, out=b.qkv)
+            skinny_linear(attend(i, b.qkv, b.attended), out, add=True, out=x)
+            skinny_linear(x, gate_up, norm=mlp_norm.weight, eps=mlp_norm.variance_epsilon, gated=True, out=b.gated)
+            skinny_linear(b.gated, down, add=True, out=x)
+        return _normed(None, x, self._norm, b.normed)
 
     def _attend_run(
         self, qkv: Tensor, cache: Cache, i: int, rows: Tensor | slice, start: int, steps: int, mask: Tensor | None

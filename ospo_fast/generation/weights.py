@@ -39,25 +39,25 @@ class Fused:
         self._modules = list(modules)
         first = modules[0]
         if len(modules) == 1:
-            self._weight = first.weight.detach()
+            self.weight = first.weight.detach()
         else:
-            self._weight = first.weight.new_empty(sum(m.out_features for m in modules), first.in_features)
+            self.weight = first.weight.new_empty(sum(m.out_features for m in modules), first.in_features)
         biased = any(m.bias is not None for m in modules)
-        self._bias = torch.cat([bias_of(m) for m in modules]) if biased else None
+        self.bias = torch.cat([bias_of(m) for m in modules]) if biased else None
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """See `Projection`."""
         if len(self._modules) > 1:
-            torch.cat(tuple(m.weight for m in self._modules), out=self._weight)
-        if self._bias is not None:
-            torch.cat([bias_of(m) for m in self._modules], out=self._bias)
+            torch.cat(tuple(m.weight for m in self._modules), out=self.weight)
+        if self.bias is not None:
+            torch.cat([bias_of(m) for m in self._modules], out=self.bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Projection`."""
-        weight = self._weight.t()
-        return torch.mm(x, weight, out=out) if self._bias is None else torch.addmm(self._bias, x, weight, out=out)
+        weight = self.weight.t()
+        return torch.mm(x, weight, out=out) if self.bias is None else torch.addmm(self.bias, x, weight, out=out)
 
 
 class Separate:

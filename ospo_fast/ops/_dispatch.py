@@ -26,6 +26,7 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
     "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "sample_codes": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
     "linear": {"cpp": (True, "cpu")},
+    "skinny_linear": {"triton": (True, "cuda")},
     "add_rms_norm": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
     "silu_mul": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
     "decode_attention": {"triton": (True, "cuda"), "flash_attn": (True, "cuda"), "cpp": (True, "cpu")},

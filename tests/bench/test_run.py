@@ -16,6 +16,7 @@ from ospo_fast.pipeline import STAGES
         ("token_logprob", {"ospo_fast", "torch", "eager", "official", "bare GEMMs"}),
         ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
         ("decode_attention", {"torch", "masked SDPA"}),
+        ("skinny_linear", {"torch", "single kernels"}),
     ],
 )
 def test_a_quick_run_writes_its_rows(name: str, variants: set[str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ospo_fast.generation.batching import Job
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops.skinny_linear import skinny_linear
 
 PROMPTS = ["a red circle", "two blue squares and a red circle", "a green cross", "a yellow cross"]
 GUIDED, PLAIN = Sampling(5.0, 1.0, 0, 1.0), Sampling(1.0, 0.7, 20, 0.9)
@@ -114,6 +115,34 @@ def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: 
             monkeypatch.setitem(_dispatch._KERNELS, op, {"triton": (True, "cpu")})
         found, _ = Canvas(Engine(tiny), 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
     assert torch.equal(found, expected)
+
+
+def test_steps_of_few_rows_by_skinny_products_draw_the_same(
+    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, gates and sums within the products; those of more rows run as ever."""
+    pytest.importorskip("triton", reason="Triton is only there on Linux")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    tiny.grid = (2, 3)
+    sampling = Sampling(5.0, 0.0, 0, 1.0)
+    calls: list[int] = []
+
+    def counted(x: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return skinny_linear(x, *given, **more)
+
+    with torch.no_grad():
+        expected, _ = Canvas(Engine(tiny), 3, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+        monkeypatch.setattr(lean, "packed_linear_runs", bool)
+        monkeypatch.setattr(lean, "skinny_linear", counted)
+        monkeypatch.setitem(_dispatch._KERNELS, "skinny_linear", {"triton": (True, "cpu")})
+        engine = Engine(tiny)
+        assert not engine.decoder._skinny  # off, and for bfloat16 on a GPU alone
+        engine.decoder._skinny = True
+        found, _ = Canvas(engine, 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+    assert torch.equal(found, expected)
+    assert calls == [8] * (5 * 2 * 4)  # steps, layers, products; prompts are longer
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -248,3 +277,40 @@ def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
     assert len(before) == 3  # 8, 4, 2
     # What the first steps made once and for all stays, such as workspaces.
     assert max(before[1:]) - before[0] < 2**28
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_skinny_products_are_captured(on_gpu: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph, and one by one."""
+    monkeypatch.setattr(lean, "SKINNY", True)
+    engine = Engine(on_gpu)
+    assert engine.decoder._skinny
+    eager = Canvas(engine, 4, 4, 128, GUIDED, capture=False)
+    captured = Canvas(engine, 4, 4, 128, GUIDED, capture=True)
+    for order in ([0, 1, 2, 3], [2, 0]):
+        expected, found = eager.draw(jobs(on_gpu, *order)), captured.draw(jobs(on_gpu, *order))
+        assert torch.equal(found[0], expected[0])
+        assert found[1] == expected[1] == [-1] * len(order)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_of_skinny_products_is_as_exact(on_gpu: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = JanusUnifiedModel(copy.deepcopy(on_gpu.module).float(), on_gpu.processor, name="tiny")
+    prompts = [job.ids for job in jobs(on_gpu, 0, 1, 2, 3)]
+    codes = torch.tensor([1, 2, 3, 4], device="cuda")
+    found = []
+    for model, skinny in ((whole, False), (on_gpu, False), (on_gpu, True)):
+        monkeypatch.setattr(lean, "SKINNY", skinny)
+        decoder = lean.LeanDecoder(model)
+        assert decoder._skinny == skinny
+        decoder.positions(128)
+        cache = lean.Cache(decoder, 4, 128)
+        decoder.prefill(prompts, cache, range(4))
+        lengths = torch.tensor([len(ids) for ids in prompts], device="cuda")
+        x = model.embed_codes(codes).to(model.dtype).clone()
+        found.append(decoder.step(x, cache, torch.arange(4, device="cuda"), lengths).double())
+    exact, plain, mine = found
+    bound = 2 * (plain - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (mine - exact).abs().max() <= bound

@@ -25,3 +25,6 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path: Path) -> None:
     step = [line for line in lines if line.startswith(("combine_", "add_rms_norm_", "silu_mul_"))]
     assert len(step) == 27
     assert not [line for line in step if "approximate" in line]
+    skinny = [line for line in lines if line.startswith("skinny_linear_")]
+    assert len(skinny) == 12
+    assert not [line for line in skinny if "approximate" in line]

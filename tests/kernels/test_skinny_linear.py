@@ -1,0 +1,84 @@
+"""Products of few rows against float64 and the twin: on the CPU by Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is only there on Linux")
+
+from ospo_fast.errors import OpError
+from ospo_fast.kernels import skinny_linear as kernels
+from ospo_fast.ops import _dispatch
+from ospo_fast.ops.skinny_linear import ROWS, skinny_linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+# rows, columns, depth: a multiple of all blocks, and primes
+SHAPES = [(2, 64, 512), (16, 37, 67), (1, 1, 1), (3, 128, 300)]
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_dispatch._KERNELS, "skinny_linear", {"triton": (True, DEVICE)})
+
+
+def arguments(rows: int, columns: int, depth: int, gated: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+    x, norm = torch.randn(rows, depth, device=DEVICE), torch.randn(depth, device=DEVICE)
+    weight = torch.randn((1 + gated) * columns, depth, device=DEVICE) / depth**0.5
+    return [tensor.to(dtype) for tensor in (x, weight, norm)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("normed", "gated", "add"), [(False, False, False), (True, False, False), (False, False, True), (True, True, True)]
+)
+def test_error_is_at_most_twice_that_of_single_modules(
+    shape: tuple[int, int, int], normed: bool, gated: bool, add: bool, dtype: torch.dtype
+) -> None:
+    x, weight, norm = arguments(*shape, gated, dtype)
+    stream = torch.randn(shape[0], shape[1], device=DEVICE).to(dtype)
+
+    def run(kind: torch.dtype, backend: str) -> torch.Tensor:
+        out = stream.to(kind, copy=True) if add else torch.full_like(stream, torch.nan, dtype=kind)
+        factor = norm.to(kind) if normed else None
+        found = skinny_linear(
+            x.to(kind), weight.to(kind), norm=factor, eps=1e-6, gated=gated, add=add, out=out, backend=backend
+        )
+        assert found is out
+        return out.double()
+
+    exact, twin, mine = run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "triton")
+    rounding = 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (mine - exact).abs().max() <= 2 * (twin - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_rows_bits_depend_on_the_row_alone(gated: bool, dtype: torch.dtype) -> None:
+    x, weight, norm = arguments(ROWS, 40, 300, gated, dtype)
+    whole = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=gated)
+    for rows in ([3], [15, 0], [5, 4, 3, 2, 1]):
+        part = x[rows].contiguous()
+        assert torch.equal(skinny_linear(part, weight, norm=norm, eps=1e-6, gated=gated), whole[rows])
+    x[7] = torch.nan
+    again = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=gated)
+    assert again.isnan().all(1).tolist() == [row == 7 for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("tuning", [{"COLUMNS": 16}, {"DEPTH": 64, "STAGES": 6, "WARPS": 2}])
+def test_other_constants(tuning: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, norm = arguments(5, 50, 200, True, torch.float32)
+    expected = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=True, backend="torch")
+    for name, value in tuning.items():
+        monkeypatch.setattr(kernels, name, value)
+    torch.testing.assert_close(skinny_linear(x, weight, norm=norm, eps=1e-6, gated=True), expected)
+
+
+def test_nothing_is_nothing_and_wrong_use_is_said() -> None:
+    x, weight, _ = arguments(3, 8, 16, False, torch.float32)
+    assert skinny_linear(x[:0], weight).shape == (0, 8)
+    with pytest.raises(OpError, match="x has 17 rows, expected at most 16"):
+        skinny_linear(x.new_zeros(17, 16), weight)
+    with pytest.raises(OpError, match="add=True needs out"):
+        skinny_linear(x, weight, add=True)
