@@ -104,7 +104,7 @@ class ImagesConfig:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int | None = None  # images at once; None: as many as fit
-    chunk: int = 33  # items between two writes to the store; of six images each, they fill three batches on a GPU
+    chunk: int = 32  # items between two writes to the store; of six images each, they fill two batches on a GPU
 
     def __post_init__(self) -> None:
         """Check the ranges; UsageError otherwise."""

@@ -56,7 +56,7 @@ class ImageGenerator:
 
     An image depends on the model, its prompt, its seed and the sampling settings alone: on one machine the codes are
     the same in any batch, of any size, and at any place in it. On a GPU that takes matrix products of one size, which
-    are filled up with dummies: of 66 images, however many fit the memory, or of `batch_size` where it is given, and
+    are filled up with dummies: of 96 images, however many fit the memory, or of `batch_size` where it is given, and
     with another `batch_size` they may round otherwise.
 
     `throughput` tells how fast the last call of `generate` drew; None where it drew nothing.

@@ -173,7 +173,7 @@ def test_chunks_of_items_fill_the_batches_of_a_gpu():
     plan = [d for n in range(config().images.chunk) for d in drawings(item(n), 42)]
     batches = in_groups(plan, [d.path.rsplit("/", 1)[0] for d in plan], CUDA_ROWS)
     assert {len(batch) for batch in batches} == {CUDA_ROWS}
-    assert len(batches) == 3
+    assert len(batches) == 2
 
 
 def test_finished_images_are_not_drawn_again(model, tmp_path, counted):
