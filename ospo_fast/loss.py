@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -153,15 +154,7 @@ class OSPOLoss(nn.Module):
         weights = None
         if object_masks is not None and config.mask_alpha > 0:
             weights = self._weights(object_masks, pairs, present)
-        logps = token_logprobs(
-            hidden[:rows],
-            head,
-            targets,
-            ignore_index=IGNORE,
-            chunk_rows=self.chunk_rows,
-            logits_dtype=self.logits_dtype,
-            check_finite=self.check_finite,
-        )
+        logps = self._logps(hidden[:rows], head, targets, pairs)
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
         chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()
         terms = preference_loss(
@@ -195,6 +188,26 @@ class OSPOLoss(nn.Module):
         if conditional is not None:
             metrics |= {"conditional": conditional, "swapped_logps": swapped[0].mean()}
         return OSPOLossOutput(loss, simpo, conditional, sft, {name: value.detach() for name, value in metrics.items()})
+
+    def _logps(self, hidden: Tensor, head: Head | nn.Module, targets: Tensor, pairs: int) -> Tensor:
+        """Log-probabilities (rows, S) of the targets."""
+        run = partial(
+            token_logprobs,
+            ignore_index=IGNORE,
+            chunk_rows=self.chunk_rows,
+            logits_dtype=self.logits_dtype,
+            check_finite=self.check_finite,
+        )
+        if self.config.simpo_weight > 0 or not torch.is_grad_enabled():
+            return run(hidden, head, targets)
+        # Nothing but metrics comes from the rejected: no gradient is computed for them.
+        parts = [slice(0, pairs), slice(pairs, 2 * pairs), slice(2 * pairs, None)]
+        with torch.no_grad():
+            rejected = run(hidden[parts[1]], head, targets[parts[1]])
+        trained = targets.clone()
+        trained[parts[1]] = IGNORE
+        logps = run(hidden, head, trained)
+        return torch.cat([logps[parts[0]], rejected, logps[parts[2]]])
 
     def _weights(self, object_masks: Tensor, pairs: int, present: Tensor) -> Tensor:
         """Weights (rows, S) of the tokens that are `present`; swapped rows have those of the chosen images."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_logprobs, token_weights
+from ospo_fast import loss as loss_module
 from ospo_fast.errors import OpError, UsageError
 
 GRID, TOKENS, LENGTH, WIDTH, CODES = (3, 4), 12, 20, 8, 11
@@ -153,6 +154,36 @@ def test_third_group_is_left_out_without_a_conditional_term() -> None:
     loss = OSPOLoss(OSPOLossConfig.preset("v3"))
     three = loss(hidden, labels, head, object_masks=masks)
     assert torch.equal(three.loss, loss(hidden[:4], labels[:4], head, object_masks=masks).loss)
+
+
+@pytest.mark.parametrize("preset", ["v3", "full"])
+def test_the_rejected_take_no_backward_where_only_metrics_read_them(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(OSPOLossConfig.preset(preset), simpo_weight=0.0)
+    groups = 3 if config.cond_weight else 2
+    hidden, labels, head, masks = make_batch(2, groups, torch.float64)
+    hidden.requires_grad_()
+    calls: list[tuple[bool, list[bool]]] = []
+
+    def spy(x: Tensor, head: Head, targets: Tensor, **more: Any) -> Tensor:
+        calls.append((torch.is_grad_enabled(), (targets != -100).any(1).tolist()))
+        return token_logprobs(x, head, targets, **more)
+
+    monkeypatch.setattr(loss_module, "token_logprobs", spy)
+    found = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
+    assert calls == [(False, [True] * 2), (True, [True, True, False, False, True, True][: 2 * groups])]
+    expected = by_hand(config, hidden, labels, head, masks)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name).double(), value)
+    (wanted,) = torch.autograd.grad(expected["loss"], hidden)
+    (mine,) = torch.autograd.grad(found.loss, hidden)
+    torch.testing.assert_close(mine, wanted)
+    assert not mine[2:4].any()
+    with torch.no_grad():
+        again = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
+    assert len(calls) == 3
+    assert torch.equal(again.metrics["margin"], found.metrics["margin"])
 
 
 def test_rows_without_image() -> None:

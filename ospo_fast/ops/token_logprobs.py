@@ -44,7 +44,8 @@ def token_logprobs(
     hidden (..., D) float; labels (...) integer, each the code predicted FROM that hidden state (shift before), or
     `ignore_index`; head: nn.Linear, a Linear-GELU-Linear module or `Head`, of hidden's dtype (autocast casts both).
     Returns (...) fp32 (float64 for float64 inputs), 0 where ignored. Differentiable once in hidden and, where they
-    require grad, in the head's weights. Ignored rows cost nothing and their contents, NaN included, touch nothing.
+    require grad, in the head's weights. Ignored rows cost nothing and their contents, NaN included, touch nothing: give
+    `ignore_index` also to rows that your loss weighs with zero.
 
     chunk_rows: rows whose logits are held at a time; None takes logits of 32 MiB on CPU, 196 MiB elsewhere.
     logits_dtype: None keeps hidden's dtype for the logits (softmax is fp32 always); "fp32" is for half precision with
