@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """Skips, with the reason, where Triton's interpreter cannot run kernels on the CPU."""
+    triton = pytest.importorskip("triton", reason="Triton is only there on Linux")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    try:
+        int(np.ones(1))
+    except TypeError:  # from NumPy 2.4 on; Triton's interpreter did so until 3.6
+        if torch.torch_version.TorchVersion(triton.__version__) < "3.7":
+            pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with NumPy {np.__version__}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -100,11 +100,9 @@ def test_a_graph_is_captured_on_the_models_device_and_on_a_stream_of_its_own(
     assert calls == [((device,), {}), (("graph",), captured), "step"]
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused products, Triton kernels by the interpreter, prompts in filled-up pieces."""
-    pytest.importorskip("triton", reason="Triton is only there on Linux")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
     tiny.grid = (2, 3)
     sampling = Sampling(5.0, 0.0, 0, 1.0)
     with torch.no_grad():
@@ -117,13 +115,11 @@ def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_steps_of_few_rows_by_skinny_products_draw_the_same(
     tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Norms, gates and sums within the products; those of more rows run as ever."""
-    pytest.importorskip("triton", reason="Triton is only there on Linux")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
     tiny.grid = (2, 3)
     sampling = Sampling(5.0, 0.0, 0, 1.0)
     calls: list[int] = []

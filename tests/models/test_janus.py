@@ -44,7 +44,7 @@ def test_image_prompt_is_what_the_processor_makes(tiny: JanusUnifiedModel) -> No
     processor = tiny.processor
     turns = [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
     text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    expected = processor(text=text, generation_mode="image", return_tensors="pt")["input_ids"][0]
+    expected = processor(text=[text], generation_mode="image", return_tensors="pt")["input_ids"][0]
     ids = tiny.image_prompt(PROMPT)
     assert ids.tolist() == expected.tolist()
     assert (int(ids[0]), int(ids[-1])) == (tiny.bos_id, tiny.boi_id)
