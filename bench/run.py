@@ -1,4 +1,4 @@
-"""Runs benchmarks: python bench/run.py --all, or --only NAME; results go to bench/results/<device>/NAME.jsonl.
+"""Runs benchmarks: python bench/run.py --all, --ops or --only NAME; results go to bench/results/<device>/NAME.jsonl.
 
 A benchmark is a module in this folder with run(out, quick), which measures, writes and shows its rows; quick=True takes
 small sizes, to see that it works.
@@ -14,16 +14,23 @@ from ospo_fast.errors import OspoError
 from ospo_fast.records import check_writable
 
 HERE = Path(__file__).resolve().parent
+METHOD = {"ablations", "demo", "mask_layers", "stages"}  # runs of the whole method on Shapes: up to hours, on the CPU
 
 
 def names() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem != "run" and not path.stem.startswith("_"))
 
 
+def operations() -> list[str]:
+    """Those with figures of a GPU, shortest first."""
+    return sorted((name for name in names() if name not in METHOD), key=lambda name: name == "generation")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every benchmark")
+    which.add_argument("--ops", action="store_true", help="those of operations and engine, which have figures of a GPU")
     which.add_argument("--only", action="append", choices=names(), help="one of them; may be given again")
     which.add_argument("--list", action="store_true", help="say which there are")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
@@ -45,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(HERE))
     importlib.import_module("_measure").only_cases(options.case)
     failed = []
-    for name in options.only or names():
+    for name in options.only or (operations() if options.ops else names()):
         print(f"== {name}", flush=True)
         try:
             importlib.import_module(name).run(options.out, options.quick)

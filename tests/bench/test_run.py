@@ -73,6 +73,26 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(
     assert "failed: broken_one" in capsys.readouterr().err
 
 
+def test_operations_are_all_but_runs_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(bench.names()) > bench.METHOD
+    for name in ("stages", "generation", "sample_codes", "token_logprob"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    assert bench.operations() == ["sample_codes", "token_logprob", "generation"]
+    ran: list[str] = []
+    monkeypatch.setattr(bench.importlib, "import_module", lambda name: Recorder(name, ran))
+    assert bench.main(["--ops", "--out", str(tmp_path)]) == 0
+    assert ran == bench.operations()
+
+
+class Recorder:
+    """Stands for a benchmark's module."""
+
+    def __init__(self, name: str, ran: list[str]) -> None:
+        self.run = lambda out, quick: ran.append(name)
+        self.only_cases = lambda cases: None
+
+
 def test_an_unknown_benchmark_is_a_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--only", "nothing"])
