@@ -121,8 +121,8 @@ def test_learns_the_pairs(model, records, run_folder):
         records, model, config("train.steps=40", "train.schedule=constant", "train.learning_rate=1e-2"), out=run_folder
     )
     log = lines(run_folder)
-    assert sum(row["loss"] for row in log[-5:]) / 5 < 0.98 * log[0]["loss"]
-    assert log[-1]["sft"] < log[0]["sft"]
+    for name in ("loss", "sft"):  # of single batches, so that some are compared
+        assert sum(row[name] for row in log[-5:]) < 0.98 * sum(row[name] for row in log[:5])
     assert [row["step"] for row in log] == list(range(1, 41))
 
 
