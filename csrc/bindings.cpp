@@ -188,18 +188,19 @@ void gelu(uintptr_t x, int64_t count, int threads) { ospo::gelu(at(x), count, th
 
 void draw_codes(uintptr_t cond, uintptr_t uncond, uintptr_t seeds, uintptr_t steps, uintptr_t tokens,
                 int64_t token_stride, uintptr_t current, uintptr_t bad, int64_t rows, int64_t codes, float guidance,
-                float temperature, int threads) {
+                float temperature, int64_t top_k, double top_p, int threads) {
     ospo::draw_codes(at(cond), at(uncond), at(seeds), at(steps), at(tokens), token_stride, at(current), at(bad), rows,
-                     codes, guidance, temperature, threads);
+                     codes, guidance, temperature, top_k, top_p, threads);
 }
 
 #ifdef OSPO_CUDA
 void draw_codes_cuda(int dtype, uintptr_t cond, uintptr_t uncond, int64_t logit_stride, uintptr_t seeds,
                      uintptr_t steps, uintptr_t tokens, int64_t token_stride, uintptr_t current, uintptr_t bad,
-                     int64_t rows, int64_t codes, float guidance, float temperature, int device, uintptr_t stream) {
+                     int64_t rows, int64_t codes, float guidance, float temperature, int64_t top_k, double top_p,
+                     int device, uintptr_t stream) {
     check("draw_codes", ospo::draw_codes_cuda(ospo::Dtype{dtype}, at(cond), at(uncond), logit_stride, at(seeds),
                                               at(steps), at(tokens), token_stride, at(current), at(bad), rows, codes,
-                                              guidance, temperature, device, at(stream)));
+                                              guidance, temperature, top_k, top_p, device, at(stream)));
 }
 #endif
 
@@ -270,14 +271,16 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "draw_codes", &draw_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
         py::arg("tokens"), py::arg("token_stride"), py::arg("current"), py::arg("bad"), py::arg("rows"),
-        py::arg("codes"), py::arg("guidance"), py::arg("temperature"), py::arg("threads"), release,
+        py::arg("codes"), py::arg("guidance"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+        py::arg("threads"), release,
         "A code for each contiguous float32 row of logits, also into column steps[row] of tokens; uncond and tokens 0 "
         "mean none. Wrong rows get code 0, and bad their step.");
 #ifdef OSPO_CUDA
     m.def("draw_codes_cuda", &draw_codes_cuda, py::arg("dtype"), py::arg("cond"), py::arg("uncond"),
           py::arg("logit_stride"), py::arg("seeds"), py::arg("steps"), py::arg("tokens"), py::arg("token_stride"),
           py::arg("current"), py::arg("bad"), py::arg("rows"), py::arg("codes"), py::arg("guidance"),
-          py::arg("temperature"), py::arg("device"), py::arg("stream"), release, "draw_codes on a CUDA stream.");
+          py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("device"), py::arg("stream"), release,
+          "draw_codes on a CUDA stream.");
 #endif
     m.def("token_logprob", &token_logprob, py::arg("logits"), py::arg("dtype"), py::arg("bias"), py::arg("labels"),
           py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"), py::arg("codes"),

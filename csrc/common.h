@@ -137,21 +137,23 @@ int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_
 
 // sample_codes.cpp ---------------------------------------------------------------------------------------------------
 
-// One code for each row of (rows, codes) logits, as ospo_fast.sample_codes without top-k and top-p draws it at steps[row],
-// into current[row] and tokens[row · token_stride + steps[row]]; uncond and tokens may be null; temperature 0 takes the
-// likeliest. A row with NaN, +inf or nothing but -inf gets code 0, and bad[row] its step where it was negative.
+// One code for each row of (rows, codes) logits, as ospo_fast.sample_codes draws it at steps[row], into current[row] and
+// tokens[row · token_stride + steps[row]]; uncond and tokens may be null; temperature 0 takes the likeliest, top_k 0 and
+// top_p 1 keep all codes. A row with NaN, +inf or nothing but -inf gets code 0, and bad[row] its step where it was
+// negative.
 void draw_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
                 int64_t token_stride, int64_t* current, int64_t* bad, int64_t rows, int64_t codes, float guidance,
-                float temperature, int threads);
+                float temperature, int64_t top_k, double top_p, int threads);
 
 // sample_codes.cu ----------------------------------------------------------------------------------------------------
 
 #ifdef OSPO_CUDA
-// draw_codes on a device, for logits of any `Dtype` in rows `logit_stride` apart;
-// enqueues one kernel on `stream`, nothing else, so that it can be captured. Returns a cudaError_t.
+// draw_codes on a device, for logits of any `Dtype` in rows `logit_stride` apart; enqueues one kernel on `stream`,
+// nothing else, so that it can be captured. Returns a cudaError_t.
 int draw_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
                     const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current, int64_t* bad,
-                    int64_t rows, int64_t codes, float guidance, float temperature, int device, void* stream);
+                    int64_t rows, int64_t codes, float guidance, float temperature, int64_t top_k, double top_p,
+                    int device, void* stream);
 #endif
 
 // device.cu ----------------------------------------------------------------------------------------------------------

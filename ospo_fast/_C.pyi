@@ -124,6 +124,8 @@ def draw_codes(
     codes: int,
     guidance: float,
     temperature: float,
+    top_k: int,
+    top_p: float,
     threads: int,
 ) -> None: ...
 def draw_codes_cuda(
@@ -141,6 +143,8 @@ def draw_codes_cuda(
     codes: int,
     guidance: float,
     temperature: float,
+    top_k: int,
+    top_p: float,
     device: int,
     stream: int,
 ) -> None: ...

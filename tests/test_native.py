@@ -22,10 +22,12 @@ def masks(maps: torch.Tensor, threads: int) -> list[torch.Tensor]:
     return [*out, weights]
 
 
-def codes(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads: int) -> torch.Tensor:
+def codes(
+    cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads: int, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
     steps, out, bad = (torch.full_like(seeds, value) for value in (5, -7, -1))
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
-    _C.draw_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, threads)
+    _C.draw_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads)
     return out
 
 
@@ -52,6 +54,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(one, three) for one, three in zip(masks(maps, 1), masks(maps, 3), strict=True))
     cond, uncond, seeds = torch.randn(37, 1021), torch.randn(37, 1021), torch.randint(2**62, (37,))
     assert torch.equal(codes(cond, uncond, seeds, 1), codes(cond, uncond, seeds, 3))
+    assert torch.equal(codes(cond, uncond, seeds, 1, 99, 0.9), codes(cond, uncond, seeds, 3, 99, 0.9))
     labels, scales = torch.randint(1021, (37,)), torch.randn(37)
     for one, three in zip(softmax_step(cond, labels, 1), softmax_step(cond, labels, 3), strict=True):
         assert torch.equal(one, three)

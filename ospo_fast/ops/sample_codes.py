@@ -5,6 +5,9 @@ An item's codes depend on its own seed and step alone: not on the batch, its siz
 Random bits: Philox4x32-10 (Salmon et al. 2011), key = (low, high 32 bits of the seed), counter = (v // 4, low, high 32
 bits of the step, 0); output word v % 4 belongs to code v. Uniform u = (word + 0.5)·2^-32 and Gumbel noise
 g = −log(−log u) are float64, so that devices whose log differs in the last bit still choose the same code.
+
+Truncation by top_p adds whole numbers, the probabilities relative to the largest one in units of 2^-40 (`_weights`):
+their sums have no rounding, and what stays is the same on all devices, in whatever order they add.
 """
 
 from __future__ import annotations
@@ -38,18 +41,18 @@ def sample_codes(
     a draw from softmax(z).
 
     cond, uncond (B, V) float logits → (B,) int64 codes. guidance_scale 1 or uncond None: the conditional logits alone.
-    temperature 0: argmax. top_k > 0 keeps the k largest logits (and those equal to the k-th); then top_p < 1 the
-    fewest whose probabilities reach it.
+    temperature 0: argmax of all codes. top_k > 0 keeps the k largest logits (and those equal to the k-th); then
+    top_p < 1 the fewest, from the largest on and of equal logits the first ones, whose probabilities reach it.
     seeds: (B,) int64 or a list, one per item; step: the position in the image, an int or (B,) for rows at their own.
     Raises OpError: shapes that do not fit, options out of range, rows with NaN, +inf or nothing but -inf.
     """
-    B, V = _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
+    B = _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
     codes: Tensor = torch.ops.ospo_fast.sample_codes(
         cond.detach(),
         None if uncond is None or guidance_scale == 1 else uncond.detach(),
         float(guidance_scale),
         float(temperature),
-        top_k if top_k < V else 0,
+        min(top_k, cond.shape[1]),
         float(top_p),
         _per_row("seeds", seeds, B, cond.device),
         _per_row("step", step, B, cond.device),
@@ -149,18 +152,19 @@ def draw_codes(
     A row with NaN, +inf or nothing but -inf gets code 0, and bad[b] its step where it was negative: look once, at the
     end. Nothing is checked, nothing synchronises, so that a CUDA graph can hold it. Other arguments as `sample_codes`.
     """
-    if temperature > 0 and (top_k or top_p < 1):
-        z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale)
-        z = z / z.new_full((), temperature)  # by a number, CUDA would multiply with its rounded reciprocal
-        cond, uncond, temperature = _truncate(z, top_k, top_p), None, 1.0
+    if top_k >= cond.shape[1]:
+        top_k = 0
     chosen = _dispatch.resolve("sample_codes", "auto", cond.device.type)
     if chosen != "torch":
-        _native(chosen, cond, uncond, guidance_scale, temperature, seeds, steps, codes, bad, tokens)
+        _native(chosen, cond, uncond, guidance_scale, temperature, top_k, top_p, seeds, steps, codes, bad, tokens)
         return
     z = _logits(cond.float(), None if uncond is None else uncond.float(), guidance_scale)
     scores = z
     if temperature > 0:
-        scores = z / z.new_full((), temperature) + gumbel_noise(seeds, steps, z.shape[1])
+        scores = z / z.new_full((), temperature)  # by a number, CUDA would multiply with its rounded reciprocal
+        if top_k or top_p < 1:
+            z = scores = _truncate(scores, top_k, top_p)
+        scores = scores + gumbel_noise(seeds, steps, z.shape[1])
     wrong = ~z.amax(1).isfinite()  # amax is NaN where the row holds one
     codes.copy_(scores.argmax(1).masked_fill(wrong, 0))
     bad.copy_(torch.where(wrong & (bad < 0), steps, bad))
@@ -179,6 +183,8 @@ def _native(
     uncond: Tensor | None,
     guidance_scale: float,
     temperature: float,
+    top_k: int,
+    top_p: float,
     seeds: Tensor,
     steps: Tensor,
     codes: Tensor,
@@ -201,6 +207,8 @@ def _native(
         *cond.shape,
         guidance_scale,
         temperature,
+        top_k,
+        top_p,
     ]
     logits = (cond.data_ptr(), 0 if uncond is None else uncond.data_ptr())
     if backend == "cpp":
@@ -239,17 +247,33 @@ def philox4x32(
 
 
 def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for codes below the k-th largest logit, then for all but the fewest whose probabilities reach top_p; there
-    the first ones of equal logits stay.
+    """-inf for codes below the k-th largest logit, then for all but the fewest whose weights reach top_p of their sum;
+    there the first ones of equal logits stay. A row whose largest is not finite is left with it.
     """
     if top_k:
         z = z.masked_fill(z < z.topk(top_k, dim=1).values[:, -1:], -torch.inf)
     if top_p == 1:
         return z
     ordered, order = z.sort(dim=1, descending=True, stable=True)
-    probs = ordered.double().softmax(1)
-    dropped = probs.cumsum(1) - probs >= top_p
+    weights = _weights(ordered, ordered[:, :1])
+    total = weights.sum(1, keepdim=True)
+    needed = (total.double() * top_p).ceil().long().minimum(total)  # a sum beyond 2^53 may round up
+    dropped = (weights.cumsum(1) - weights >= needed) & ordered[:, :1].isfinite()
     return ordered.masked_fill(dropped, -torch.inf).gather(1, order.argsort(1))
+
+
+def _weights(z: Tensor, most: Tensor) -> Tensor:
+    """exp(z − most) rounded to units of 2^-40, as int64: sums of up to 2^22 fit.
+
+    Its own exp, in additions and products that round alike everywhere: by 2^n and Taylor's series, to 2^-46.
+    """
+    t = (z.double() - most.double()).clamp(min=-30) * 1.4426950408889634  # e^-30 is less than half a unit
+    n = t.round()
+    r = (t - n) * 0.6931471805599453
+    p = torch.full_like(r, 1 / math.factorial(11))
+    for k in range(10, -1, -1):
+        p.mul_(r).add_(1 / math.factorial(k))
+    return (p * (n.long() + 1023 + 40 << 52).view(torch.float64)).round().long()
 
 
 def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: torch.device) -> Tensor:
@@ -265,7 +289,7 @@ def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: tor
 
 def _check(
     cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float, top_k: int, top_p: float
-) -> tuple[int, int]:
+) -> int:
     if cond.dim() != 2 or cond.shape[1] == 0 or not cond.is_floating_point():
         raise OpError(f"sample_codes: cond is {cond.dtype} {tuple(cond.shape)}, expected float (B, V)")
     if uncond is not None and (uncond.shape != cond.shape or uncond.device != cond.device):
@@ -281,4 +305,4 @@ def _check(
         raise OpError(f"sample_codes: top_k is {top_k}, expected a number >= 0 (0 = all codes)")
     if not 0 < top_p <= 1:
         raise OpError(f"sample_codes: top_p is {top_p}, expected 0 < top_p <= 1 (1 = all codes)")
-    return cond.shape[0], cond.shape[1]
+    return cond.shape[0]

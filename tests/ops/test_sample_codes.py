@@ -1,4 +1,6 @@
+import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from ospo_fast import sample_codes
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.sample_codes import _words, draw_codes, philox4x32, sample_codes_reference
+from ospo_fast.ops.sample_codes import _truncate, _weights, _words, draw_codes, philox4x32, sample_codes_reference
 
 # Known answers of the Random123 distribution: counter, key → words.
 KNOWN = [
@@ -72,6 +74,52 @@ def test_both_backends_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_dispatch._KERNELS, "sample_codes", {})
     for mine, o in zip(draws, options, strict=True):
         assert torch.equal(sample_codes(cond, uncond, guidance_scale=5, seeds=range(64), step=3, **o), mine)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_both_backends_truncate_alike(data: st.DataObject) -> None:
+    """Few values, hence many equal logits, and enough seeds for every row to see which codes are left."""
+    V = data.draw(st.integers(1, 60))
+    values = [*data.draw(st.lists(st.floats(-40, 40, width=16), min_size=1, max_size=5)), 0.0, -0.0, -torch.inf]
+    logits = torch.tensor(values)[torch.randint(len(values), (2, 6, V))]
+    logits[:, :, V // 2] = 1.0  # finite somewhere
+    options: dict[str, Any] = {
+        "guidance_scale": data.draw(st.sampled_from([1.0, 3.0])),
+        "temperature": data.draw(st.sampled_from([1.0, 0.3, 50.0])),
+        "top_k": data.draw(st.integers(0, V + 1)),
+        "top_p": data.draw(st.sampled_from([1e-300, 0.1, 0.5, 0.75, 0.9, 0.999, 1 - 2.0**-53, 1.0])),
+        "seeds": torch.arange(6 * 50),
+        "step": 1,
+    }
+    logits[1] = logits[1].nan_to_num(neginf=-3.0)
+    cond, uncond = logits.repeat_interleave(50, 1)
+    codes = sample_codes(cond, uncond, **options)
+    with patch.dict(_dispatch._KERNELS, {"sample_codes": {}}):
+        assert torch.equal(sample_codes(cond, uncond, **options), codes)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.9999])
+def test_the_fewest_that_reach_top_p_stay(top_p: float, scale: float) -> None:
+    z = torch.randn(20, 3001) * scale
+    z[::2] = z[::2].bfloat16().float()
+    kept = _truncate(z, 0, top_p).isfinite()
+    order = z.sort(dim=1, descending=True, stable=True).indices
+    count = kept.sum(1, keepdim=True)
+    assert torch.equal(kept.gather(1, order), torch.arange(3001) < count)  # the first ones of equal logits
+    reached = z.double().softmax(1).gather(1, order).cumsum(1)
+    rounding = 3001 * 2.0**-40
+    assert (reached.gather(1, count - 1) >= top_p - rounding).all()
+    assert (reached.gather(1, (count - 2).clamp(min=0))[count > 1] < top_p + rounding).all()
+
+
+def test_weights_are_exponentials() -> None:
+    z = torch.cat([-torch.rand(100_000) * 32, torch.tensor([0.0, -28.0, -29.0, -1e30, -torch.inf])])
+    weights = _weights(z + 0.0, torch.zeros(1))
+    error = (weights - z.double().exp() * 2.0**40).abs()
+    assert error.max() < 0.5 + 2.0**-6
+    assert weights[-5:].tolist() == [2**40, round(math.exp(-28) * 2**40), 0, 0, 0]
 
 
 @pytest.mark.usefixtures("backend")
@@ -212,19 +260,47 @@ def test_codes_are_drawn_into_their_column_and_wrong_rows_are_marked_once() -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("V", [16384, 1021, 3])
+@pytest.mark.parametrize("V", [102400, 16384, 1021, 3])  # the first with keys that no block has room for
 def test_the_gpu_draws_what_the_cpu_draws(V: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(2, 64, V) * 3).to(dtype)
-    logits[:, 60:] = logits[:, 60:].round()  # ties
-    for options in ({}, {"temperature": 0.0}, {"guidance_scale": 5.0}, {"top_k": 7}, {"top_p": 0.6, "temperature": 2}):
+    logits[:, 50:] = logits[:, 50:].round()  # ties
+    logits[:, 40:50, ::3] = -torch.inf
+    logits[1, 40:50] = logits[0, 40:50].nan_to_num(neginf=-9.0)  # with guidance still -inf, not NaN
+    for options in (
+        {},
+        {"temperature": 0.0},
+        {"guidance_scale": 5.0},
+        {"top_k": 7},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 0.6, "temperature": 2},
+        {"top_p": 1 - 2.0**-53},
+        {"top_k": 900, "top_p": 0.9, "guidance_scale": 5.0},
+    ):
         mine = sample_codes(*logits, seeds=range(64), step=9, **options)  # type: ignore[arg-type]
         theirs = sample_codes(*logits.cuda(), seeds=range(64), step=9, **options)  # type: ignore[arg-type]
         assert torch.equal(theirs.cpu(), mine), options
 
 
 @pytest.mark.gpu
-def test_drawing_can_be_captured() -> None:
-    logits, seeds = torch.randn(2, 8, 333, device="cuda"), torch.arange(8, device="cuda")
+@pytest.mark.parametrize("options", [{"top_k": 9}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.5}])
+def test_wrong_rows_on_a_gpu_leave_the_others_alone(options: dict[str, Any]) -> None:
+    logits = torch.randn(5, 601)
+    logits[1, 600], logits[2, 3], logits[3] = torch.nan, torch.inf, -torch.inf
+    found = []
+    for device in ("cpu", "cuda"):
+        seeds, steps, codes = (torch.arange(5, device=device) for _ in range(3))
+        bad = torch.full_like(codes, -1)
+        draw_codes(logits.to(device), seeds=seeds, steps=steps, codes=codes, bad=bad, **options)
+        found.append((codes.tolist(), bad.tolist()))
+    assert found[0] == found[1]
+    assert found[0][1] == [-1, 1, 2, 3, -1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("V", [333, 16384, 102400])
+def test_drawing_can_be_captured(V: int) -> None:
+    logits, seeds = torch.randn(2, 8, V, device="cuda"), torch.arange(8, device="cuda")
     for options in ({}, {"top_k": 50, "top_p": 0.9}):
         codes, bad, steps = torch.zeros(8).long().cuda(), torch.full((8,), -1).cuda(), torch.zeros(8).long().cuda()
         tokens = torch.zeros(8, 5).long().cuda()
