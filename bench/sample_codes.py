@@ -1,5 +1,8 @@
-"""sample_codes against the same draw in PyTorch, and against the softmax and multinomial of the official loop."""
+"""sample_codes against the same draw in PyTorch, and against the softmax and multinomial of the official loop; with
+top-k and top-p against their usual form, a sort.
+"""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -7,39 +10,84 @@ import torch
 from _measure import interleaved, peak_mb, row, show, write
 
 import ospo_fast
-from ospo_fast.ops.sample_codes import gumbel_noise, sample_codes_reference
+from ospo_fast.ops.sample_codes import _truncate, gumbel_noise, sample_codes_reference
+
+OPTIONS = {"guidance_scale": 5.0, "step": 7}
+TOP_P = 0.9
+Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def guided(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    return uncond + 5.0 * (cond - uncond)
 
 
 def multinomial(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    return torch.multinomial((uncond + 5.0 * (cond - uncond)).softmax(-1), 1).squeeze(1)
+    return torch.multinomial(guided(cond, uncond).softmax(-1), 1).squeeze(1)
 
 
-def gumbel_max(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    z = uncond + 5.0 * (cond - uncond)
+def gumbel_max(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
+    z = guided(cond, uncond)
+    if top_k is not None:
+        z = _truncate(z, top_k, TOP_P)
     return (z + gumbel_noise(seeds, torch.full_like(seeds, 7), z.shape[1])).argmax(1)
+
+
+def sort(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Truncation by topk and sort in PyTorch before the kernel draws."""
+    z = guided(cond, uncond)
+    if top_k:
+        z = z.masked_fill(z < z.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    ordered, order = z.sort(dim=1, descending=True, stable=True)
+    probs = ordered.double().softmax(1)
+    ordered = ordered.masked_fill(probs.cumsum(1) - probs >= TOP_P, -torch.inf)
+    return ospo_fast.sample_codes(ordered.gather(1, order.argsort(1)), seeds=seeds, step=7)
+
+
+def variants(top_k: int | None) -> dict[str, Draw]:
+    """What is compared: all codes where top_k is None, else the top_k likeliest (0: all), then those of TOP_P."""
+    if top_k is None:
+        return {
+            "ospo_fast": lambda c, u, s: ospo_fast.sample_codes(c, u, seeds=s, **OPTIONS),
+            "torch": gumbel_max,
+            "multinomial": multinomial,
+        }
+    return {
+        "ospo_fast": lambda c, u, s: ospo_fast.sample_codes(c, u, seeds=s, top_k=top_k, top_p=TOP_P, **OPTIONS),
+        "torch": partial(gumbel_max, top_k=top_k),
+        "sort": partial(sort, top_k=top_k),
+    }
 
 
 def run(out: Path, quick: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"guidance_scale": 5.0, "step": 7}
-    variants = {
-        "ospo_fast": lambda c, u, s: ospo_fast.sample_codes(c, u, seeds=s, **options),
-        "torch": gumbel_max,
-        "multinomial": multinomial,
-    }
+    cases: list[tuple[int, int, int | None]] = [
+        (32, 256, None),
+        (16, 16384, None),
+        (128, 16384, None),
+        (16, 16384, 0),
+        (16, 16384, 1000),
+        (128, 16384, 1000),
+        (16, 102400, 0),  # a text's tokens
+    ]
     rows = []
-    for B, V in [(4, 256)] if quick else [(32, 256), (16, 16384), (128, 16384)]:
+    for B, V, top_k in [(4, 256, None), (4, 256, 20)] if quick else cases:
         logits = partial(torch.randn, B, V, device=device)
 
         def inputs(B=B, logits=logits) -> tuple[torch.Tensor, ...]:
             return logits(), logits(), torch.randint(2**62, (B,), device=device)
 
-        arguments = inputs()
-        cond, uncond, seeds = (x[:2].cpu() for x in arguments)
-        expected = sample_codes_reference(cond, uncond, seeds=seeds.tolist(), **options)
-        assert torch.equal(variants["ospo_fast"](*arguments)[:2].cpu(), expected)
-        for name, time in interleaved(variants, inputs, seconds=0.02 if quick else 0.3).items():
-            memory = round(peak_mb(variants[name], *arguments), 3)
-            rows.append(row("sample_codes", name, {"B": B, "V": V}, "fp32", time, peak_mb=memory))
+        draws, arguments = variants(top_k), inputs()
+        shapes, figures = {"B": B, "V": V}, {}
+        if top_k is None:
+            cond, uncond, seeds = (x[:2].cpu() for x in arguments)
+            expected = sample_codes_reference(cond, uncond, seeds=seeds.tolist(), **OPTIONS)
+            assert torch.equal(draws["ospo_fast"](*arguments)[:2].cpu(), expected)
+        else:
+            shapes["top_k"], figures["top_p"] = top_k, TOP_P
+            codes = draws["ospo_fast"](*arguments)
+            assert all(torch.equal(draw(*arguments), codes) for draw in draws.values())
+        for name, time in interleaved(draws, inputs, seconds=0.02 if quick else 0.3).items():
+            memory = round(peak_mb(draws[name], *arguments), 3)
+            rows.append(row("sample_codes", name, shapes, "fp32", time, **figures, peak_mb=memory))
     write(rows, out, "sample_codes")
     show(rows)
