@@ -74,8 +74,9 @@ def row_lse_kernel(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < tl.load(row_count + item)
     row = tl.load(row_start + item) + i
-    first, last = tl.load(key_start + item), tl.load(key_end + item)
-    end = tl.minimum(last, tl.max(tl.where(inside, row, -1), 0) + 1) if CAUSAL else last
+    # Of 32 bits as the step is: with others Triton before 3.6 makes no code for sm_100.
+    first, last = tl.load(key_start + item).to(tl.int32), tl.load(key_end + item).to(tl.int32)
+    end = tl.minimum(last, tl.max(tl.where(inside, row, -1), 0).to(tl.int32) + 1) if CAUSAL else last
     queries = q + item * q_item + head * q_head
     source = k + item * k_item + (head // group) * k_head
     most = tl.full((ROWS,), -float("inf"), tl.float32)
