@@ -206,9 +206,9 @@ void draw_codes_cuda(int dtype, uintptr_t cond, uintptr_t uncond, int64_t logit_
 
 void decode_attention(uintptr_t qkv, uintptr_t cos, uintptr_t sin, uintptr_t keys, uintptr_t values, uintptr_t slots,
                       uintptr_t lengths, uintptr_t out, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
-                      int64_t slot_stride, int64_t head_stride, float scale, int threads) {
+                      int64_t slot_stride, int64_t head_stride, float scale, bool shared_slots, int threads) {
     ospo::decode_attention(at(qkv), at(cos), at(sin), at(keys), at(values), at(slots), at(lengths), at(out), rows,
-                           heads, kv_heads, width, slot_stride, head_stride, scale, threads);
+                           heads, kv_heads, width, slot_stride, head_stride, scale, shared_slots, threads);
 }
 
 }  // namespace
@@ -267,7 +267,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("decode_attention", &decode_attention, py::arg("qkv"), py::arg("cos"), py::arg("sin"), py::arg("keys"),
           py::arg("values"), py::arg("slots"), py::arg("lengths"), py::arg("out"), py::arg("rows"), py::arg("heads"),
           py::arg("kv_heads"), py::arg("width"), py::arg("slot_stride"), py::arg("head_stride"), py::arg("scale"),
-          py::arg("threads"), release, "One new token per row: rotary embedding, cache write, attention.");
+          py::arg("shared_slots"), py::arg("threads"), release,
+          "One new token per row: rotary embedding, cache write, attention; shared_slots: all are written first.");
     m.def(
         "draw_codes", &draw_codes, py::arg("cond"), py::arg("uncond"), py::arg("seeds"), py::arg("steps"),
         py::arg("tokens"), py::arg("token_stride"), py::arg("current"), py::arg("bad"), py::arg("rows"),

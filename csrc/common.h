@@ -109,11 +109,12 @@ void add_rms_norm(const float* delta, float* stream, const float* weight, float*
 void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t width, int threads);
 // Rows (q heads, k heads, v heads) of one new token each, at position lengths[row] of slot slots[row]: rotates q and k by
 // the rows of cos and sin (positions, width), writes k and v to the caches, attends to positions 0 … lengths[row]. A row
-// of length -1 gets zeros, and its slot is left alone. width is a multiple of 16 up to 256.
+// of length -1 gets zeros, and its slot is left alone. width is a multiple of 16 up to 256. shared_slots: rows may share
+// a slot at different lengths; all keys and values are written before any is read.
 void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
                       const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
                       int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
-                      int threads);
+                      bool shared_slots, int threads);
 
 // token_logprob.cpp --------------------------------------------------------------------------------------------------
 

@@ -68,11 +68,21 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
     for (int64_t i = 0; i < vecs; ++i) store(out + i * kLanes, (acc[i][0] + acc[i][1]) * inverse);
 }
 
-OSPO_FMA_CLONES void attend_head(const float* q, const float* k, const float* v, const float* cos, const float* sin,
-                                 float scale, float* keys, float* values, int64_t position, int64_t queries,
-                                 int64_t width, float* scores, float* out) {
+OSPO_INLINE void write_new(const float* k, const float* v, const float* cos, const float* sin, float* keys,
+                           float* values, int64_t position, int64_t width) {
     rotate(k, cos, sin, 1.0f, keys + position * width, width);
     std::copy(v, v + width, values + position * width);
+}
+
+OSPO_FMA_CLONES void store_head(const float* k, const float* v, const float* cos, const float* sin, float* keys,
+                                float* values, int64_t position, int64_t width) {
+    write_new(k, v, cos, sin, keys, values, position, width);
+}
+
+OSPO_FMA_CLONES void attend_head(const float* q, const float* k, const float* v, const float* cos, const float* sin,
+                                 float scale, float* keys, float* values, int64_t position, bool stored,
+                                 int64_t queries, int64_t width, float* scores, float* out) {
+    if (!stored) write_new(k, v, cos, sin, keys, values, position, width);
     float query[kMostVecs * kLanes];
     for (int64_t i = 0; i < queries; ++i) {
         rotate(q + i * width, cos, sin, scale, query, width);
@@ -90,12 +100,23 @@ OSPO_FMA_CLONES void attend_head(const float* q, const float* k, const float* v,
 void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
                       const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
                       int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
-                      int threads) {
+                      bool shared_slots, int threads) {
     const int64_t group = heads / kv_heads, row_width = (heads + 2 * kv_heads) * width;
     const int64_t longest = *std::max_element(lengths, lengths + rows) + 1;
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows * kv_heads > 1)
     {
         std::vector<float> scores(static_cast<size_t>(longest + kLanes));
+        if (shared_slots) {  // a row reads what others store: all of it first
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < rows * kv_heads; ++item) {
+                const int64_t row = item / kv_heads, head = item % kv_heads, position = lengths[row];
+                if (position < 0) continue;
+                const float* k = qkv + row * row_width + (heads + head) * width;
+                const int64_t cache = slots[row] * slot_stride + head * head_stride;
+                store_head(k, k + kv_heads * width, cos + position * width, sin + position * width, keys + cache,
+                           values + cache, position, width);
+            }
+        }
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < rows * kv_heads; ++item) {
             const int64_t row = item / kv_heads, head = item % kv_heads, position = lengths[row];
@@ -108,7 +129,7 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
             const int64_t cache = slots[row] * slot_stride + head * head_stride;
             attend_head(q + head * group * width, q + (heads + head) * width, q + (heads + kv_heads + head) * width,
                         cos + position * width, sin + position * width, scale, keys + cache, values + cache, position,
-                        group, width, scores.data(), to);
+                        shared_slots, group, width, scores.data(), to);
         }
     }
     (void)threads;

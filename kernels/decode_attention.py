@@ -3,6 +3,7 @@
 Positions are split every SPLIT of them, so that few rows still fill the card, and the number of splits depends on
 nothing but the row's own length: neither the batch nor its size changes a row's bits. Two launches: the splits, each
 with its maximum, sum and weighted values, then their combination in order. Programs of rows of length -1 end at once.
+Where rows share slots, a launch before them stores all new keys and values.
 """
 
 import torch
@@ -14,6 +15,47 @@ from torch import Tensor
 SPLIT = 128
 BLOCK = 64  # positions read at once
 WARPS = 4  # of a program that reads them
+
+
+@triton.jit
+def rotated(x, c, s, d, shifted, inside):
+    """x·c + shift(x)·s for a head at x, in fp32."""
+    y = tl.load(x + d, mask=inside, other=0.0).to(tl.float32) * c
+    y += tl.load(x + shifted, mask=inside, other=0.0).to(tl.float32) * s
+    return y
+
+
+@triton.jit
+def store_kernel(
+    qkv,  # (M, (H + 2·Hkv)·D), contiguous
+    cos,  # (P, D)
+    sin,  # (P, D), with the sign of rotate_half
+    keys,  # (slots, Hkv, L, D)
+    values,
+    slots,  # (M,) int64
+    lengths,  # (M,) int64: the position of the new token; -1 for a row that has none
+    slot_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    position = tl.load(lengths + row)
+    if position < 0:
+        return
+    d = tl.arange(0, WIDTH_BLOCK)
+    inside = d < WIDTH
+    c = tl.load(cos + position * WIDTH + d, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + position * WIDTH + d, mask=inside, other=0.0).to(tl.float32)
+    new = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + (HEADS + kv_head) * WIDTH
+    place = tl.load(slots + row) * slot_stride + kv_head * head_stride + position * WIDTH + d
+    k_new = rotated(new, c, s, d, (d + WIDTH // 2) % WIDTH, inside)
+    tl.store(keys + place, k_new.to(keys.dtype.element_ty), mask=inside)
+    v_new = tl.load(new + KV_HEADS * WIDTH + d, mask=inside, other=0.0)
+    tl.store(values + place, v_new.to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])  # of every length of a cache
@@ -38,6 +80,7 @@ def split_kernel(
     WIDTH_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    STORE: tl.constexpr,  # False: store_kernel has written the new keys and values
 ):
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -55,20 +98,18 @@ def split_kernel(
     cache = tl.load(slots + row) * slot_stride + kv_head * head_stride
 
     new = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + (HEADS + kv_head) * WIDTH
-    k_new = tl.load(new + d, mask=inside, other=0.0).to(tl.float32) * c
-    k_new += tl.load(new + shifted, mask=inside, other=0.0).to(tl.float32) * s
-    k_new = k_new.to(keys.dtype.element_ty)
+    k_new = rotated(new, c, s, d, shifted, inside).to(keys.dtype.element_ty)
     v_new = tl.load(new + KV_HEADS * WIDTH + d, mask=inside, other=0.0).to(values.dtype.element_ty)
-    if position < begin + SPLIT:  # the split that holds the new token stores it, and reads it from registers
-        tl.store(keys + cache + position * WIDTH + d, k_new, mask=inside)
-        tl.store(values + cache + position * WIDTH + d, v_new, mask=inside)
+    if STORE:  # noqa: SIM102 - at compile time
+        if position < begin + SPLIT:  # the split that holds the new token stores it; all read it from registers
+            tl.store(keys + cache + position * WIDTH + d, k_new, mask=inside)
+            tl.store(values + cache + position * WIDTH + d, v_new, mask=inside)
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
         old = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + head * WIDTH
-        q = tl.load(old + d, mask=inside, other=0.0).to(tl.float32) * c
-        q += tl.load(old + shifted, mask=inside, other=0.0).to(tl.float32) * s
+        q = rotated(old, c, s, d, shifted, inside)
         # Rounded as the model rounds it; log2 e makes exp2 the exponential.
         q = q.to(qkv.dtype.element_ty).to(tl.float32) * (scale * 1.4426950408889634)
         peak = tl.full((), float("-inf"), tl.float32)
@@ -148,19 +189,23 @@ def decode_attention(
     heads: int,
     scale: float,
     out: Tensor,  # (M, H·D)
+    shared_slots: bool = False,
 ) -> None:
-    """Both kernels; the workspace comes from torch's allocator, so that a captured graph keeps its own."""
+    """The kernels; the workspace comes from torch's allocator, so that a captured graph keeps its own."""
     rows, (_, kv_heads, length, width) = len(qkv), keys.shape
     count = splits(length)
     partial = torch.empty(rows, heads, count, width, dtype=torch.float32, device=qkv.device)
     peaks, sums = torch.empty(2, rows, heads, count, dtype=torch.float32, device=qkv.device)
-    sizes = {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": triton.next_power_of_2(width), "SPLIT": SPLIT}
+    given, strides = (qkv, cos, sin, keys, values, slots, lengths), keys.stride()[:2]
+    sizes = {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": triton.next_power_of_2(width)}
     with torch.cuda.device_of(qkv):
+        if shared_slots:
+            store_kernel[rows, kv_heads](*given, *strides, KV_HEADS=kv_heads, num_warps=1, **sizes)
         split_kernel[rows, kv_heads, count](
-            qkv, cos, sin, keys, values, slots, lengths, partial, peaks, sums, keys.stride(0), keys.stride(1), count,
-            scale, KV_HEADS=kv_heads, BLOCK=BLOCK, num_warps=WARPS, **sizes,
+            *given, partial, peaks, sums, *strides, count, scale, KV_HEADS=kv_heads, SPLIT=SPLIT, BLOCK=BLOCK,
+            STORE=not shared_slots, num_warps=WARPS, **sizes,
         )  # fmt: skip
-        combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, **sizes)
+        combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, SPLIT=SPLIT, **sizes)
 
 
 _SIZES = (  # of Janus-Pro-7B, of Janus-Pro-1B in fp32, and grouped queries
@@ -168,19 +213,35 @@ _SIZES = (  # of Janus-Pro-7B, of Janus-Pro-1B in fp32, and grouped queries
     ("fp32", 16, 16, 128),
     ("fp16", 32, 8, 64),
 )
+_CACHE = ("qkv", "cos", "sin", "keys", "values")
 VARIANTS = {
+    store_kernel: [
+        (
+            {
+                **dict.fromkeys(_CACHE, f"*{dtype}"),
+                **dict.fromkeys(("slots", "lengths"), "*i64"),
+                **dict.fromkeys(("slot_stride", "head_stride"), "i64"),
+            },
+            {"HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width},
+        )
+        for dtype, heads, kv, width in _SIZES
+    ],
     split_kernel: [
         (
             {
-                **dict.fromkeys(("qkv", "cos", "sin", "keys", "values"), f"*{dtype}"),
+                **dict.fromkeys(_CACHE, f"*{dtype}"),
                 **dict.fromkeys(("slots", "lengths"), "*i64"),
                 **dict.fromkeys(("partial", "peaks", "sums"), "*fp32"),
                 **dict.fromkeys(("slot_stride", "head_stride"), "i64"),
                 "splits": "i32",
                 "scale": "fp32",
             },
-            {"HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT, "BLOCK": BLOCK},
+            {
+                "HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT, "BLOCK": BLOCK,
+                "STORE": store,
+            },
         )
+        for store in (True, False)
         for dtype, heads, kv, width in _SIZES
     ],
     combine_kernel: [

@@ -183,5 +183,6 @@ def decode_attention(
     slot_stride: int,
     head_stride: int,
     scale: float,
+    shared_slots: bool,
     threads: int,
 ) -> None: ...

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 
 
@@ -21,6 +22,7 @@ def decode_attention(
     heads: int,
     scale: float,
     out: Tensor | None = None,
+    shared_slots: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale · q·K)·V → (M, H·D), into `out` if given, with q and k of row m rotated at position lengths[m].
@@ -29,8 +31,11 @@ def decode_attention(
     slots[m], and it attends to positions 0 … lengths[m] of the slot: nothing behind them is read. Rotation:
     x·cos + shift(x)·sin with x shifted by D/2; `sin` carries the sign of rotate_half. Grouped queries where Hkv < H.
     A row of length −1 has no token: it gets zeros, and its slot is neither read nor written (flash-attn writes position
-    0 of it). Other rows may not share a slot. Not differentiable.
+    0 of it). Not differentiable.
 
+    shared_slots: rows may share a slot at different lengths, such as the next tokens of one sequence: all keys and
+    values are written before any is read, so that each row has the bits of a call for itself after those before it.
+    Without it no two rows with a token may share one.
     backend: "flash_attn" takes flash_attn_with_kvcache; "auto" does not, until a measurement shows it ahead.
     """
     rows, (_, kv_heads, _, width) = qkv.shape[0], keys.shape
@@ -38,13 +43,18 @@ def decode_attention(
     chosen = _dispatch.resolve("decode_attention", backend, qkv.device.type)
     arguments = (qkv, cos, sin, keys, values, slots, lengths, heads, scale, out)
     if chosen == "triton":
-        _dispatch.triton("decode_attention").decode_attention(*arguments)
+        _dispatch.triton("decode_attention").decode_attention(*arguments, shared_slots)
     elif chosen == "flash_attn":
+        if shared_slots:
+            raise OpError(
+                "decode_attention: got shared_slots with backend='flash_attn', which writes as it reads; use 'auto'"
+            )
         _flash(*arguments)
     elif chosen == "cpp" and qkv.dtype == torch.float32 and width % 16 == 0 and width <= 256:
         pointers = [tensor.data_ptr() for tensor in (qkv, cos, sin, keys, values, slots, lengths, out)]
         strides, threads = keys.stride(), torch.get_num_threads()
-        _dispatch.native().decode_attention(*pointers, rows, heads, kv_heads, width, *strides[:2], scale, threads)
+        sizes = (rows, heads, kv_heads, width, *strides[:2])
+        _dispatch.native().decode_attention(*pointers, *sizes, scale, shared_slots, threads)
     else:
         decode_attention_reference(*arguments)
     return out
@@ -62,13 +72,17 @@ def decode_attention_reference(
     scale: float,
     out: Tensor,
 ) -> None:
-    """The twin: SDPA on exact lengths, once for each run of rows of one length in neighbouring slots."""
+    """The twin: SDPA on exact lengths, once for each run of rows of one length in neighbouring slots.
+
+    Everything is written before anything is read: rows may share slots.
+    """
     rows, (_, kv_heads, _, width) = len(qkv), keys.shape
     where, ends = slots.tolist(), lengths.tolist()
     index = lengths.to(cos.device).clamp(min=0)
     q, k, v = qkv.view(rows, -1, width).split((heads, kv_heads, kv_heads), 1)
     c, s = cos[index, None], sin[index, None]
     q, k = rotate(q, c, s), rotate(k, c, s)
+    runs = []
     begin = 0
     while begin < rows:
         end = begin + 1
@@ -76,19 +90,20 @@ def decode_attention_reference(
             end += 1
         if ends[begin] < 0:
             out[begin:end] = 0
-            begin = end
-            continue
-        part, length = slice(where[begin], where[begin] + end - begin), ends[begin]
-        keys[part, :, length], values[part, :, length] = k[begin:end], v[begin:end]
+        else:
+            runs.append((slice(begin, end), slice(where[begin], where[begin] + end - begin), ends[begin]))
+        begin = end
+    for run, part, length in runs:
+        keys[part, :, length], values[part, :, length] = k[run], v[run]
+    for run, part, length in runs:
         y = F.scaled_dot_product_attention(
-            q[begin:end, :, None],
+            q[run, :, None],
             keys[part, :, : length + 1],
             values[part, :, : length + 1],
             scale=scale,
             enable_gqa=heads != kv_heads,
         )
-        out[begin:end] = y.flatten(1)
-        begin = end
+        out[run] = y.flatten(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -76,3 +76,27 @@ def test_decode_attention(
     out = torch.full((1, heads * width), torch.nan, device=DEVICE)
     decode_attention(qkv[3:4], cos, sin, keys, values, slots[3:4], places[3:4], heads, width**-0.5, out)
     assert torch.equal(out[0], results[0][0][3])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 32), (4, 2, 16), (3, 1, 24)])
+def test_decode_attention_of_rows_that_share_a_slot(heads: int, kv_heads: int, width: int) -> None:
+    """A window across a split, its last row first, beside a row for itself and one without a token."""
+    lengths = torch.tensor([SPLIT + 1, SPLIT, SPLIT - 1, 5, -1], device=DEVICE)
+    slots = torch.tensor([1, 1, 1, 0, 2], device=DEVICE)
+    filled = torch.full((2, 3, kv_heads, 2 * SPLIT, width), torch.nan, device=DEVICE)
+    filled[:, 1, :, : SPLIT - 1] = torch.randn(2, kv_heads, SPLIT - 1, width, device=DEVICE)
+    filled[:, 0, :, :5] = torch.randn(2, kv_heads, 5, width, device=DEVICE)
+    qkv = torch.randn(5, (heads + 2 * kv_heads) * width, device=DEVICE)
+    cos, sin = torch.randn(2, 2 * SPLIT, width, device=DEVICE)
+    out, twin, alone = torch.full((3, 5, heads * width), torch.nan, device=DEVICE)
+    caches = [filled.clone() for _ in range(3)]
+    options = heads, width**-0.5
+    decode_attention(qkv, cos, sin, *caches[0], slots, lengths, *options, out, shared_slots=True)
+    decode_attention_reference(qkv, cos, sin, *caches[1], slots, lengths, *options, twin)
+    for row in range(4, -1, -1):
+        part = slice(row, row + 1)
+        decode_attention(qkv[part], cos, sin, *caches[2], slots[part], lengths[part], *options, alone[part])
+    assert torch.equal(out, alone)
+    torch.testing.assert_close(out, twin)
+    assert torch.equal(caches[0].nan_to_num(7), caches[2].nan_to_num(7))
+    torch.testing.assert_close(caches[0], caches[1], equal_nan=True)

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
 from ospo_fast.ops.decode_attention import decode_attention, rotate
 
 # (heads, kv heads, width): one realistic; grouped queries; a width of no power of two; one that the C++ kernel leaves
@@ -103,3 +105,47 @@ def test_rows_without_a_token_get_zeros_and_touch_nothing(backend: str) -> None:
         for now, then in zip((given["keys"], given["values"]), before, strict=True):
             others = [slot for slot in range(7) if slot not in given["slots"][busy].tolist()]
             assert torch.equal(now[others].nan_to_num(7), then[others].nan_to_num(7))
+
+
+def windows(heads: int, kv_heads: int, width: int, device: str) -> dict[str, Tensor]:
+    """Two windows of rows that share a slot, one across a split, among a row for itself and one without a token.
+
+    The last rows of a window come first: what they read is not there yet if rows are worked on one after the other.
+    """
+    given = case(heads, kv_heads, width, torch.float32, device)
+    lengths = torch.tensor([130, 129, 128, 127, 200, -1, 2, 1, 0], device=device)
+    return given | {
+        "qkv": torch.randn(9, given["qkv"].shape[1], device=device),
+        "slots": torch.tensor([0, 0, 0, 0, 3, 4, 6, 6, 6], device=device),  # filled to 127, 200 and 0
+        "lengths": lengths,
+    }
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_rows_that_share_a_slot_have_the_bits_of_calls_one_by_one(
+    backend: str, heads: int, kv_heads: int, width: int, threads: int
+) -> None:
+    given = windows(heads, kv_heads, width, "cuda" if backend == "triton" else "cpu")
+    single = {name: tensor.clone() for name, tensor in given.items()}
+    options = {"heads": heads, "scale": width**-0.5, "backend": backend}
+    out = torch.full((9, heads * width), torch.nan, device=given["qkv"].device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decode_attention(**given, out=out, shared_slots=True, **options)
+        assert (out[5] == 0).all()
+        for row in range(8, -1, -1):
+            part = single | {name: single[name][row : row + 1] for name in ("qkv", "slots", "lengths")}
+            assert torch.equal(decode_attention(**part, **options)[0], out[row]), row
+    finally:
+        torch.set_num_threads(before)
+    for name in ("keys", "values"):
+        assert torch.equal(given[name].nan_to_num(7), single[name].nan_to_num(7))
+
+
+def test_flash_attn_takes_no_shared_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "resolve", lambda *_: "flash_attn")
+    with pytest.raises(OpError, match="shared_slots with backend='flash_attn'"):
+        decode_attention(**windows(4, 4, 64, "cpu"), heads=4, scale=1.0, shared_slots=True)
