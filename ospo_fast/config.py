@@ -104,6 +104,7 @@ class ImagesConfig:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int | None = None  # images at once; None: as many as fit
+    jacobi_window: int = 0  # codes of an image that a step may draw; 0: one by one. The same images, for a few at once
     chunk: int = 32  # items between two writes to the store; of six images each, they fill two batches on a GPU
 
     def __post_init__(self) -> None:
@@ -114,6 +115,8 @@ class ImagesConfig:
         _check("images.temperature", self.temperature, self.temperature > 0, "above 0")
         _check("images.top_k", self.top_k, self.top_k >= 0, "0 (no limit) or more")
         _check("images.top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        window = type(self.jacobi_window) is int and (self.jacobi_window == 0 or self.jacobi_window >= 2)
+        _check("images.jacobi_window", self.jacobi_window, window, "0 (off), or 2 or more")
         _check("images.chunk", self.chunk, self.chunk >= 1, "1 or more")
 
 

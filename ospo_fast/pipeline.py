@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("prompts", "perturb", "images", "questions", "score", "select", "masks", "train")
 # Settings that change how fast a stage is, not what it makes.
-_SPEED = {"batch_size", "chunk", "calls_per_batch", "gradient_checkpointing", "save_every"}
+_SPEED = {"batch_size", "jacobi_window", "chunk", "calls_per_batch", "gradient_checkpointing", "save_every"}
 _TRAIN_SPEED = _SPEED - {"batch_size"}
 _FOLDERS = {"images": "images", "masks": "masks", "train": "train"}
 

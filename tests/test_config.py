@@ -108,6 +108,7 @@ def test_without_a_named_preset_the_family_and_the_run_settle_the_weights(tmp_pa
         ("masks.choose=best", "masks.choose should be one of entropy, separability, contrast, got 'best'"),
         ("masks.rows=text", "masks.rows should be one of image, predicting, got 'text'"),
         ("train.guidance_scale=0.5", "train.guidance_scale should be 1 or more, got 0.5"),
+        ("images.jacobi_window=1", r"images.jacobi_window should be 0 \(off\), or 2 or more, got 1"),
         ("images.top_p=0", r"images.top_p should be in \(0, 1\], got 0"),
         ("train.betas=[1]", "train.betas should be two numbers"),
         ("train.steps=0", "train.steps should be 1 or more, got 0"),

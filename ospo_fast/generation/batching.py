@@ -117,15 +117,27 @@ def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) ->
     ]
 
 
-def full_batch(decoder: LeanDecoder, batch_size: int | None, size: int) -> int:
-    """How many rows products have on a GPU, whatever part of them the memory and the jobs fill."""
-    return max(size, batch_size or (CUDA_ROWS if decoder.device.type == "cuda" else size))
+def full_batch(decoder: LeanDecoder, batch_size: int | None, size: int, tokens: int = 1) -> int:
+    """How many jobs products have rows for on a GPU, whatever part of them the memory and the jobs fill.
+
+    tokens: of each job that run in one step, as for `fitting`.
+    """
+    return max(size, batch_size or (max(1, CUDA_ROWS // tokens) if decoder.device.type == "cuda" else size))
 
 
 def check_batch_size(batch_size: int | None) -> None:
     """UsageError unless batch_size is None or positive."""
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size: got {batch_size}, expected a positive number, or None to fit the memory")
+
+
+def check_window(jacobi_window: int) -> None:
+    """UsageError unless jacobi_window is 0 or an integer of 2 and more."""
+    if type(jacobi_window) is not int or jacobi_window < 0 or jacobi_window == 1:
+        raise UsageError(
+            f"jacobi_window: got {jacobi_window!r}, expected an integer of 2 and more, how many codes a step may draw, "
+            "or 0 to draw them one by one"
+        )
 
 
 def check_number(name: str, value: float, expected: str) -> None:
@@ -141,13 +153,13 @@ def check_sampling(temperature: float, top_p: float, unit: str) -> None:
         raise UsageError(f"top_p: got {top_p}, expected a number in (0, 1]; 1 keeps all {unit}s")
 
 
-def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
+def fitting(decoder: LeanDecoder, bytes_per_job: int, tokens: int = 1) -> int:
     """How many jobs to run at once: as many as the free memory takes, up to where more of them gain nothing."""
     if decoder.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(decoder.device)
         unused = torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
-        return max(1, min(CUDA_ROWS, int(0.8 * (free + unused)) // bytes_per_job))
-    return max(1, min(CPU_ROWS, CPU_BYTES // bytes_per_job))
+        return max(1, min(CUDA_ROWS // tokens, int(0.8 * (free + unused)) // bytes_per_job))
+    return max(1, min(CPU_ROWS // tokens, CPU_BYTES // bytes_per_job))
 
 
 def run_batches(

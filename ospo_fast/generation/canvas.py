@@ -93,6 +93,8 @@ class Canvas:
         quiet = decoder.plain and _dispatch.resolve("decode_attention", "auto", device.type) != "torch"
         self._capture = capture and device.type == "cuda" and quiet
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
+        self.steps: list[int] = []  # of each image drawn last: passes of the decoder, the prompt's included
 
     def serves(self, sampling: Sampling, images: int, length: int) -> bool:
         """Whether it can draw so many images of at most `length` positions: on the CPU without a row too many."""
@@ -102,17 +104,22 @@ class Canvas:
     def draw(self, jobs: Sequence[Job]) -> tuple[Tensor, list[int]]:
         """Codes (N, T) of the jobs, on the CPU, and for each the step at which its logits were wrong, or −1."""
         self._begin(jobs)
-        for step in range(self._engine.tokens - 1):
-            # The first step of the first batch runs for itself and warms the graph up.
-            if self._capture and step == 1 and self._graph is None:
-                self._graph = self._captured()
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                self._step()
+        for _ in range(self._engine.tokens - 1):
+            self._advance()
         self._sample()
         count = len(jobs)
+        self.steps = [self._engine.tokens] * count
         return self._tokens[:count].cpu(), self._bad[:count].tolist()
+
+    def _advance(self) -> None:
+        """A step, from the graph where there is one: the first step runs for itself and warms it up."""
+        if self._capture and self._warm and self._graph is None:
+            self._graph = self._captured()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+            self._warm = True
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Prompts into the cache, state to its start, first logits."""

@@ -15,6 +15,7 @@ filled up to the full batch size, and prompts pass in pieces of `PREFILL` tokens
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -186,12 +187,16 @@ class LeanDecoder:
         buffers = 2 * self.width + all_heads + heads + 3 * self.inner
         return tokens * (2 * self.width + buffers + 2 * all_heads + heads) * self.dtype.itemsize
 
-    def filled(self, rows: int, batch_size: int, row_bytes: int) -> int:
-        """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch."""
+    def filled(self, rows: int, batch_size: int, row_bytes: int, tokens: int = 1) -> int:
+        """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch.
+
+        tokens: of each row that are run at once.
+        """
         if self.packed:
             return rows
         if self.device.type == "cpu" and ROW_TILE * row_bytes <= CPU_BYTES:
-            return -(-rows // ROW_TILE) * ROW_TILE
+            tile = ROW_TILE // math.gcd(ROW_TILE, tokens)
+            return -(-rows // tile) * tile
         return max(rows, batch_size)
 
     def tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -303,10 +308,12 @@ class LeanDecoder:
         slots: Tensor,  # (M,) int64: a row of the cache for each
         lengths: Tensor,  # (M,) int64: how many positions of it are filled; −1 for a row without a token
         buffers: Buffers | None = None,
+        *,
+        shared_slots: bool = False,
     ) -> Tensor:
         """One new token for each row, with embeddings x → hidden (M, D); its keys and values are stored.
 
-        With `buffers` the result is overwritten by the next step.
+        With `buffers` the result is overwritten by the next step. shared_slots: as of `decode_attention`.
         """
         assert self._angles is not None
         cos, sin = self._angles
@@ -314,7 +321,7 @@ class LeanDecoder:
         def attend(i: int, qkv: Tensor, out: Tensor) -> Tensor:
             return decode_attention(
                 qkv, cos, sin, cache.keys[i], cache.values[i], slots, lengths,
-                heads=self.heads, scale=self._scale, out=out,
+                heads=self.heads, scale=self._scale, out=out, shared_slots=shared_slots,
             )  # fmt: skip
 
         return self._run(x, attend, buffers)

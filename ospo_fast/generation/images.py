@@ -20,6 +20,7 @@ from ospo_fast.generation.batching import (
     Job,
     check_batch_size,
     check_ids,
+    check_window,
     evaluating,
     fitting,
     full_batch,
@@ -28,6 +29,7 @@ from ospo_fast.generation.batching import (
     run_batches,
 )
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling, signature
+from ospo_fast.generation.jacobi import JacobiCanvas
 from ospo_fast.generation.throughput import Throughput, ceilings, floor_seconds, streamed_bytes
 from ospo_fast.halving import Limit, out_of_memory, short
 from ospo_fast.models.base import UnifiedModel
@@ -53,24 +55,37 @@ class ImageGenerator:
         batch_size: images drawn at once; by default as many as are useful and fit the free memory. A batch that runs
             out of memory is halved and drawn again, and no later one is larger.
         capture: replay the steps from a CUDA graph; False runs them one by one, with the same result.
+        jacobi_window: how many codes of an image one step may draw, 2 or more; 0 draws them one by one. See below.
 
     An image depends on the model, its prompt, its seed and the sampling settings alone: on one machine the codes are
     the same in any batch, of any size, and at any place in it. On a GPU that takes matrix products of one size, which
     are filled up with dummies: of 96 images, however many fit the memory, or of `batch_size` where it is given, and
     with another `batch_size` they may round otherwise.
 
+    With `jacobi_window` a step runs that many positions of every image at once, on drafts of the codes that are not
+    drawn yet, and keeps the codes up to the first wrong draft: the codes are those of drawing one by one (up to the
+    rounding of products on a GPU, which have other numbers of rows). This is speculative Jacobi decoding (Teng et al.
+    2024, arXiv 2410.01699), with noise fixed by seed and step in place of random acceptance. It pays for a few images
+    at a time, where a step costs what reading the weights costs; with many, products are the bound, and wrong drafts
+    are lost work. So without `batch_size` fewer images are drawn at once, by this factor. How many drafts are right
+    depends on the model, and is less with strong guidance: `throughput.codes_per_step` tells.
+
     `throughput` tells how fast the last call of `generate` drew; None where it drew nothing.
 
     """
 
-    def __init__(self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True) -> None:
+    def __init__(
+        self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True, jacobi_window: int = 0
+    ) -> None:
         check_batch_size(batch_size)
+        check_window(jacobi_window)
         for name in ("decoder", "head", "grid", "image_prompt", "embed_codes"):
             if not hasattr(model, name):
                 raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
         self.model = model
         self.batch_size = batch_size
         self.capture = capture
+        self.jacobi_window = jacobi_window
         self.throughput: Throughput | None = None
         self._engine: Engine | None = None
         self._canvas: Canvas | None = None
@@ -136,7 +151,7 @@ class ImageGenerator:
         def save(index: int, _: Tensor, image: Any) -> None:
             images[index] = image
 
-        done, seconds, streamed, floor = 0, 0.0, 0, 0.0
+        done, seconds, streamed, floor, passes = 0, 0.0, 0, 0.0, 0
         known, self.throughput = ceilings(self.model), None
         with (
             evaluating(self.model),
@@ -144,11 +159,12 @@ class ImageGenerator:
             ImageWriter(self.model, save) as finished,
         ):
             begin = time.perf_counter()
-            for batch, (drawn, bad) in self._batches(jobs, sampling, groups) if jobs else ():
+            for batch, (drawn, bad, steps) in self._batches(jobs, sampling, groups) if jobs else ():
                 seconds += time.perf_counter() - begin
                 shape = [len(job.ids) for job in batch], sampling.branches
-                streamed += streamed_bytes(self.model, *shape)
-                floor += floor_seconds(self.model, *shape, *known) if known else 0.0
+                streamed += streamed_bytes(self.model, *shape, steps)
+                floor += floor_seconds(self.model, *shape, *known, steps) if known else 0.0
+                passes += sum(steps)
                 for job, step in zip(batch, bad, strict=True):
                     if step >= 0:
                         name = prompts[job.index // num_images]
@@ -162,7 +178,7 @@ class ImageGenerator:
                     finished.take(indices, drawn[fine])
                 done += len(batch)
                 bar.update(len(batch))
-                self.throughput = Throughput(done, seconds, streamed, floor if known else None)
+                self.throughput = Throughput(done, seconds, streamed, floor if known else None, done * tokens, passes)
                 bar.set_postfix_str(self.throughput.beside_rate, refresh=False)
                 if callback is not None:
                     callback(Drawn(indices, drawn[fine], done, len(jobs)))
@@ -198,26 +214,31 @@ class ImageGenerator:
 
     def _batches(
         self, jobs: list[Job], sampling: Sampling, groups: Sequence[Hashable] | None
-    ) -> Iterator[tuple[list[Job], tuple[Tensor, list[int]]]]:
+    ) -> Iterator[tuple[list[Job], tuple[Tensor, list[int], list[int]]]]:
         engine = self._current()
         decoder, branches = engine.decoder, sampling.branches
+        window = max(1, min(self.jacobi_window, engine.tokens - 1))
         length = -(-(max(len(job.ids) for job in jobs) + engine.tokens) // 64) * 64
         if self._canvas is not None and (decoder.device.type == "cpu" or not self._canvas.serves(sampling, 1, length)):
             self._canvas = None  # before the free memory is asked for
         row_bytes = branches * decoder.row_bytes(length)
-        free = fitting(decoder, row_bytes)
+        free = fitting(decoder, row_bytes, window)
         size = self.batch_size or (free if self._canvas is None else max(free, self._canvas.slots))
-        rows = full_batch(decoder, self.batch_size, size)
+        rows = full_batch(decoder, self.batch_size, size, window)
 
-        def work(batch: list[Job], size: int) -> tuple[Tensor, list[int]]:
+        def work(batch: list[Job], size: int) -> tuple[Tensor, list[int], list[int]]:
             if self._canvas is None or not self._canvas.serves(sampling, len(batch), length):
                 self._canvas = None  # its memory goes before the next one's comes
-                slots, filled = len(batch), decoder.filled(len(batch), rows, row_bytes)
+                slots, filled = len(batch), decoder.filled(len(batch), rows, row_bytes, window)
                 if decoder.device.type == "cuda":
                     slots = min(size, -(-len(jobs) // 8) * 8)  # with room for later batches: one graph serves them all
-                self._canvas = Canvas(engine, filled, slots, length, sampling, capture=self.capture)
+                given = (engine, filled, slots, length, sampling)
+                if self.jacobi_window:
+                    self._canvas = JacobiCanvas(*given, window=window, capture=self.capture)
+                else:
+                    self._canvas = Canvas(*given, capture=self.capture)
             try:
-                return self._canvas.draw(batch)
+                return *self._canvas.draw(batch), self._canvas.steps
             except BaseException:
                 self._canvas = None
                 raise

@@ -23,6 +23,8 @@ class Throughput:
     seconds: float
     streamed_bytes: int  # the weights once a step, and every row's keys and values: what no implementation can spare
     floor_seconds: float | None = None  # that nothing beats on this device; None where its ceilings are not known
+    codes: int = 0  # of all images
+    steps: int = 0  # that every image took, prompts included, added up
 
     @property
     def images_per_second(self) -> float:
@@ -39,6 +41,11 @@ class Throughput:
         """Floor over time: 1 would be as fast as the device can be; None where its ceilings are not known."""
         return self.floor_seconds / self.seconds if self.floor_seconds is not None and self.seconds else None
 
+    @property
+    def codes_per_step(self) -> float:
+        """Codes that a step drew of an image, on average: 1 unless `jacobi_window` has it draw several."""
+        return self.codes / self.steps if self.steps else 1.0
+
     def __add__(self, other: Throughput) -> Throughput:
         """Of both, one after the other."""
         known = self.floor_seconds is not None and other.floor_seconds is not None
@@ -47,13 +54,17 @@ class Throughput:
             self.seconds + other.seconds,
             self.streamed_bytes + other.streamed_bytes,
             (self.floor_seconds or 0.0) + (other.floor_seconds or 0.0) if known else None,
+            self.codes + other.codes,
+            self.steps + other.steps,
         )
 
     def figures(self) -> dict[str, float]:
-        """images, images_s, gb_s, and share where it is known: numbers for a report."""
+        """images, images_s, gb_s, share where it is known, codes_step where it is not 1: numbers for a report."""
         found = {"images": self.images, "images_s": self.images_per_second, "gb_s": self.gb_per_second}
         if self.share is not None:
             found["share"] = self.share
+        if self.codes_per_step != 1:
+            found["codes_step"] = self.codes_per_step
         return {name: round(value, 4) for name, value in found.items()}
 
     def __str__(self) -> str:
@@ -62,8 +73,13 @@ class Throughput:
 
     @property
     def beside_rate(self) -> str:
-        """`2345.6 GB/s, 75% of the floor`: what a progress bar does not say by itself."""
-        return f"{self.gb_per_second:.1f} GB/s" + ("" if self.share is None else f", {self.share:.0%} of the floor")
+        """`2345.6 GB/s, 75% of the floor, 2.31 codes a step`: what a progress bar does not say by itself."""
+        said = f"{self.gb_per_second:.1f} GB/s"
+        if self.share is not None:
+            said += f", {self.share:.0%} of the floor"
+        if self.codes_per_step != 1:
+            said += f", {self.codes_per_step:.2f} codes a step"
+        return said
 
 
 def weight_bytes(model: UnifiedModel) -> int:
@@ -73,26 +89,36 @@ def weight_bytes(model: UnifiedModel) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def streamed_bytes(model: UnifiedModel, lengths: Sequence[int], branches: int) -> int:
-    """Bytes that drawing one batch must read, for prompts of these lengths and `branches` rows of each."""
+def streamed_bytes(
+    model: UnifiedModel, lengths: Sequence[int], branches: int, steps: Sequence[int] | None = None
+) -> int:
+    """Bytes that drawing one batch must read, for prompts of these lengths and `branches` rows of each.
+
+    steps: how many every image took, the prompt included; by default one a code.
+    """
     config: Any = model.decoder.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     position: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    steps = model.grid[0] * model.grid[1]
-    cached = sum(steps * length + steps * (steps + 1) // 2 for length in lengths)
-    return steps * weight_bytes(model) + branches * cached * position
+    tokens = model.grid[0] * model.grid[1]
+    steps = [tokens] * len(lengths) if steps is None else steps
+    # Each step reads what there is: half of the codes, taken over all steps.
+    cached = sum(n * length + n * (tokens + 1) // 2 for n, length in zip(steps, lengths, strict=True))
+    return max(steps, default=0) * weight_bytes(model) + branches * cached * position
 
 
 def floor_seconds(
-    model: UnifiedModel, lengths: Sequence[int], branches: int, bandwidth: float, operations: float
-) -> float:
-    """Seconds that no batch beats: max(weights once a step, products) + keys and values.
+    model: UnifiedModel, lengths: Sequence[int], branches: int, bandwidth: float, operations: float,
+    steps: Sequence[int] | None = None,
+) -> float:  # fmt: skip
+    """Seconds that no batch beats: max(weights once a step, products of every code) + keys and values.
 
-    bandwidth in bytes a second, operations in floating-point operations of a product a second.
+    bandwidth in bytes a second, operations in floating-point operations of a product a second; steps as of
+    `streamed_bytes`.
     """
-    weights = model.grid[0] * model.grid[1] * weight_bytes(model)
-    cached = streamed_bytes(model, lengths, branches) - weights
-    products = 2 * branches * len(lengths) * weights / model.dtype.itemsize
+    tokens, once = model.grid[0] * model.grid[1], weight_bytes(model)
+    weights = (tokens if steps is None else max(steps, default=0)) * once
+    cached = streamed_bytes(model, lengths, branches, steps) - weights
+    products = 2 * branches * len(lengths) * tokens * once / model.dtype.itemsize
     return max(weights / bandwidth, products / operations) + cached / bandwidth
 
 

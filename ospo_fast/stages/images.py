@@ -102,7 +102,7 @@ def run(
     if out is None:
         raise OspoError("images: got no run folder; give `out`, where the images go.")
     folder, settings = out, config.images
-    generator = ImageGenerator(model, batch_size=settings.batch_size)
+    generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
     unwritten: dict[int, Drawing] = {}
     ready: list[Record] = []  # once none of `awaited` is unwritten
     awaited = range(0)

@@ -80,7 +80,7 @@ def generate(
         save_codes(path.with_suffix(".npz"), codes, **values)
         failed.discard(path)
 
-    generator = ImageGenerator(model, batch_size=settings.batch_size)
+    generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
     with ImageWriter(model, save) as writer:
         generator.generate(
             [values["prompt"] for _, values in todo],
