@@ -6,12 +6,17 @@ products) + keys and values, over the copy bandwidth and the matrix throughput t
 floor / time. "images" are two batches with their pixels, decoded beside the steps of the next batch. Texts and answers
 to questions about images follow, against transformers.
 
+"drafted images" are drawn with `jacobi_window` and without, on the CPU the same ones in a turn. How many codes a step
+draws (`codes_step`) depends on the model: of random weights it says nothing about trained ones, and `step_ms`, of one
+image, is what counts. The Shapes model is trained; its images are of 36 codes in few colours, which are easy to guess.
+
 On the CPU the variants take turns. On a GPU a turn of a large model takes half a minute: there they come one after the
 other, each with a first run that does not count, and every row is written as it is measured. `peak_mb` is what a
 variant holds beside the model: its first run's caches, graph and copies of weights included.
 """
 
 import gc
+import random
 import statistics
 import time
 import traceback
@@ -29,18 +34,21 @@ from transformers import DynamicCache, JanusForConditionalGeneration, StaticCach
 from transformers import logging as transformers_logging
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
-from ospo_fast.generation import ImageGenerator, answer_questions, generate_text
+from ospo_fast import load_model
+from ospo_fast.generation import ImageGenerator, Throughput, answer_questions, generate_text
 from ospo_fast.generation import decoder as lean
 from ospo_fast.generation.batching import CUDA_ROWS
 from ospo_fast.generation.throughput import floor_seconds, streamed_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
 from ospo_fast.shapes.build import build_config, build_processor
+from ospo_fast.shapes.evaluate import held_out_prompts
 
 GUIDANCE = 5.0
 PATIENCE = 20.0  # seconds of a peer's turn on a GPU beyond which one is enough
 QUESTIONS = ["is there a red circle?", "is there a blue square?", "are there two green stars?"]
-Variant = Callable[[JanusUnifiedModel, Any], object]
+WINDOWS = (4, 8, 16)
+Variant = Callable[[Any, Any], object]
 Makers = Mapping[str, Callable[[], Variant]]
 
 
@@ -48,7 +56,8 @@ Makers = Mapping[str, Callable[[], Variant]]
 class Size:
     """A Janus: hidden, layers, intermediate, heads, side of the grid, codes, and how long prompts are.
 
-    `real` has the vocabulary, the vision model and the VQ model of the published checkpoints.
+    `real` has the vocabulary, the vision model and the VQ model of the published checkpoints. `trained` is the
+    checkpoint that comes with the package; others have random weights.
     """
 
     name: str
@@ -60,15 +69,19 @@ class Size:
     codes: int = 16384
     prompt: int = 60
     real: bool = True
+    trained: bool = False
 
 
 TINY = Size("tiny", 256, 6, 768, 4, side=12, codes=512, prompt=16, real=False)
 QUICK = Size("quick", 64, 2, 96, 2, side=4, codes=64, prompt=8, real=False)
+SHAPES = Size("shapes", 128, 5, 384, 4, side=6, codes=512, prompt=22, real=False, trained=True)
 PRO_7B = Size("Janus-Pro-7B", 4096, 30, 11008, 32)
 PRO_1B = Size("Janus-Pro-1B", 2048, 24, 5632, 16)
 
 
 def build(size: Size, device: str, dtype: torch.dtype) -> JanusUnifiedModel:
+    if size.trained:
+        return load_model(size.name, device=device, dtype=dtype)
     config = build_config(hidden=size.hidden, layers=size.layers, intermediate=size.intermediate, heads=size.heads)
     config.text_config.max_position_embeddings = 2 * (size.prompt + size.side**2)
     if size.real:
@@ -364,6 +377,54 @@ class Cases:
         shapes = {"prompts": count, "tokens": self.size.side**2}
         self.measure(makers, lambda: (model, make_prompts(model, lengths)), shapes, figures)
 
+    def drafted(self, count: int, guidance: int) -> None:
+        """Codes of `count` images one by one, and by windows of several sizes."""
+        model = self.model
+        texts = [description.text for _, description in held_out_prompts("test", 50)]
+        lengths = make_lengths(count, self.size.prompt)
+        drawn: dict[str, list[Throughput]] = {}
+
+        def maker(name: str, window: int) -> Callable[[], Variant]:
+            def make() -> Variant:
+                generator = ImageGenerator(model, batch_size=count, jacobi_window=window)
+
+                def run(prompts: list[Any], seeds: list[int]) -> Tensor:
+                    codes: Tensor = generator.generate(
+                        prompts, seeds=seeds, guidance_scale=guidance, output="codes", progress=False
+                    )
+                    assert generator.throughput is not None
+                    drawn.setdefault(name, []).append(generator.throughput)
+                    return codes
+
+                return run
+
+            return make
+
+        def inputs() -> tuple[list[Any], list[int]]:
+            prompts = random.sample(texts, count) if self.size.trained else make_prompts(model, lengths)
+            return prompts, torch.randint(2**62, (count,)).tolist()
+
+        makers = {"ospo_fast": maker("ospo_fast", 0)}
+        makers |= {f"ospo_fast, window {w}": maker(f"ospo_fast, window {w}", w) for w in WINDOWS}
+        if self.device == "cpu":
+            given = inputs()
+            one, *several = (make()(*given) for make in makers.values())
+            assert all(torch.equal(codes, one) for codes in several), "windows draw other codes"
+            drawn.clear()
+
+        def figures(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
+            found = {"images_s": count / timing.median_ms * 1e3}
+            all_of = drawn[name][0]
+            for one in drawn[name][1:]:
+                all_of += one
+            found["codes_step"] = all_of.codes_per_step
+            if count == 1:
+                found["step_ms"] = all_of.seconds / all_of.steps * 1e3
+            return {}, found
+
+        shapes = {"drafted": count, "tokens": self.size.side**2, "guidance": guidance}
+        self.measure(makers, inputs, shapes, figures)
+
     def texts(self, count: int, tokens: int) -> None:
         """Texts of `tokens` tokens each, which no end token cuts short."""
         model = self.model
@@ -431,6 +492,7 @@ def said(line: dict[str, Any]) -> str:
     """What a row says of speed, in one line."""
     shapes = ", ".join(f"{size} {name}" for name, size in line["shapes"].items() if name not in ("hidden", "layers"))
     units = {"images_s": "images/s", "texts_s": "texts/s", "answers_s": "answers/s", "gb_s": "GB/s"}
+    units |= {"codes_step": "codes a step", "step_ms": "ms a step"}
     speed = ", ".join(f"{line[key]:.2f} {unit}" for key, unit in units.items() if key in line)
     share = f", {line['share']:.0%} of the floor" if "share" in line else ""
     return f"{shapes}, {line['variant']}: {speed}{share}, {line['peak_mb']:.0f} MB"
@@ -442,20 +504,33 @@ GPU_CASES = [
     (PRO_7B, "prompts", 1),
     (PRO_7B, "prompts", CUDA_ROWS),
     (PRO_7B, "prompts", 16),
+    (PRO_7B, "drafted images", 1),
     (PRO_7B, "texts", 64),
     (PRO_7B, "questions", 16),
     (PRO_1B, "prompts", 64),
     (PRO_1B, "prompts", 1),
     (PRO_1B, "prompts", 16),
+    (PRO_1B, "drafted images", 1),
     (PRO_1B, "texts", 64),
     (PRO_1B, "questions", 16),
+    (SHAPES, "drafted images", 1),
+    (SHAPES, "drafted images", 4),
 ]
-CPU_CASES = [(TINY, "prompts", 1), (TINY, "prompts", 16), (TINY, "texts", 16), (TINY, "questions", 16)]
-QUICK_CASES = [(QUICK, "prompts", 2), (QUICK, "texts", 2), (QUICK, "questions", 2)]
+CPU_CASES = [
+    (TINY, "prompts", 1),
+    (TINY, "prompts", 16),
+    (TINY, "texts", 16),
+    (TINY, "questions", 16),
+    (SHAPES, "drafted images", 1),
+    (SHAPES, "drafted images", 4),
+]
+QUICK_CASES = [(QUICK, "prompts", 2), (QUICK, "texts", 2), (QUICK, "questions", 2), (QUICK, "drafted images", 2)]
 
 
 def run(out: Path, quick: bool) -> None:
-    """Cases are called "Janus-Pro-7B, 64 prompts", "…, 1 prompt", "…, 64 texts", "…, 16 questions"."""
+    """Cases are called "Janus-Pro-7B, 64 prompts", "…, 1 prompt", "…, 64 texts", "…, 16 questions",
+    "shapes, 4 drafted images".
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     wanted = []
     for size, kind, count in QUICK_CASES if quick else GPU_CASES if device == "cuda" else CPU_CASES:
@@ -477,6 +552,9 @@ def run(out: Path, quick: bool) -> None:
             cases = Cases(size, out, rows, quick)
         if kind == "prompts":
             cases.images(count, *speeds)
+        elif kind == "drafted images":
+            for guidance in (1, 5) if size.trained else (5,):
+                cases.drafted(count, guidance)
         elif kind == "texts":
             cases.texts(count, 8 if quick else 128)
         else:

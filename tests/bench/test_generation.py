@@ -75,10 +75,16 @@ def test_a_chosen_case_is_measured_alone_and_others_stay(tmp_path: Path) -> None
         bench.run(tmp_path, quick=True)
         _measure.only_cases(["2 questions"])
         bench.run(tmp_path, quick=True)
+        _measure.only_cases(["2 drafted images"])
+        bench.run(tmp_path, quick=True)
         _measure.only_cases(["7B"])
         bench.run(tmp_path, quick=True)
     finally:
         _measure.only_cases([])
     (path,) = tmp_path.glob("*/generation.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [("texts_s" in row, "answers_s" in row) for row in rows] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [("texts_s" in row, "answers_s" in row) for row in rows[:4]] == [(True, False)] * 2 + [(False, True)] * 2
+    drafted = {row["variant"]: row for row in rows[4:]}
+    assert list(drafted) == ["ospo_fast", *(f"ospo_fast, window {w}" for w in (4, 8, 16))]
+    assert drafted["ospo_fast"]["codes_step"] == 1
+    assert all(row["codes_step"] >= 1 and row["images_s"] > 0 for row in drafted.values())
