@@ -33,55 +33,70 @@ class JacobiCanvas(Canvas):
     ) -> None:
         super().__init__(engine, rows, slots, length, sampling, capture=capture)
         decoder, branches = engine.decoder, sampling.branches
-        device, dtype = decoder.device, decoder.dtype
+        device, dtype, whole = decoder.device, decoder.dtype, engine.tokens + window
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
         self._window = window
-        self._places = torch.arange(window, device=device)
         self._inputs = torch.empty(branches * rows * window, decoder.width, device=device, dtype=dtype)
         self._window_logits = torch.empty(len(self._inputs), engine.model.num_codes, device=device, dtype=dtype)
         self._window_buffers = Buffers(decoder, len(self._inputs))
-        self._window_where, self._window_lengths = torch.zeros(
-            2, branches, rows, window, dtype=torch.long, device=device
-        )
-        # The last code and the drafts behind it; what was drawn in their places; the seed, and the step if it is wrong.
-        self._drafts, self._drawn, self._window_seeds, self._wrong = torch.zeros(
-            4, rows, window, dtype=torch.long, device=device
-        )
-        self._prompts, self._passes = torch.zeros(2, rows, dtype=torch.long, device=device)
-        # Windows reach beyond the last code.
-        self._tokens = torch.zeros(rows, engine.tokens + window, dtype=torch.long, device=device)
+        self._window_where = numbers(branches, rows, window)
+        self._window_lengths = numbers(branches, rows, window)
+        # In each place the code that goes in, the first one known and drafts behind it; of the one that comes out its
+        # step, seed, value, and its step again where the logits were wrong.
+        self._drafts, self._window_steps, self._window_seeds, self._drawn, self._wrong = numbers(5, rows, window)
+        # By step, past the last one too, since windows reach there: the length of the row that draws it; the code, and
+        # what `_wrong` said, right up to the steps of the window.
+        self._length_at, self._tokens, self._wrong_at = numbers(3, rows, whole)
+        self._passes = numbers(rows)
+        # Row n: where the next drafts are among the codes of a window of which n are kept; behind the last one its
+        # repetition, as neighbours are often alike.
+        kept, place = torch.arange(window + 1, device=device)[:, None], torch.arange(window, device=device)
+        self._next = (kept - 1 + place).clamp(0, window - 1)
 
     def draw(self, jobs: Sequence[Job]) -> tuple[Tensor, list[int]]:
         """See `Canvas.draw`."""
         self._begin(jobs)
         total, count = self._engine.tokens, len(jobs)
         missing = total - 1
-        while missing:  # the device is asked when all could be finished, not after every step
+        while missing > 0:  # the device is asked when all could be finished, not after every step
             for _ in range(-(-missing // self._window)):
                 self._advance()
-            missing = total - int(self._steps.min())
+            missing = total - int(self._window_steps[:, 0].min())
         self.steps = self._passes[:count].tolist()
-        return self._tokens[:count, :total].cpu(), self._bad[:count].tolist()
+        wrong = self._wrong_at[:count, :total]
+        first = torch.where(wrong < 0, total, wrong).amin(1).tolist()
+        return self._tokens[:count, :total].cpu(), [-1 if step == total else step for step in first]
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         super()._begin(jobs)
         self._sample()
-        rows = self._rows
-        self._prompts.copy_(self._lengths[:rows])
-        self._steps.copy_(torch.where(self._prompts < 0, self._engine.tokens, 1))
+        rows, total = self._rows, self._engine.tokens
+        prompts = self._lengths[:rows, None]
+        steps = torch.arange(self._length_at.shape[1], device=prompts.device)
+        # The code of step s is drawn from what follows position prompt + s − 1.
+        self._length_at.copy_(torch.where((prompts < 0) | (steps >= total), -1, prompts + steps - 1))
+        self._window_steps.copy_(torch.where(prompts < 0, total, 1) + steps[: self._window])
         self._passes.fill_(1)  # the prompt's
+        self._wrong_at.fill_(-1)
+        self._wrong_at[:, 0] = self._bad
         self._drafts.copy_(self._codes[:, None].expand_as(self._drafts))
         self._window_seeds.copy_(self._seeds[:, None].expand_as(self._drafts))
         self._window_where.copy_(self._where.view(-1, rows, 1).expand_as(self._window_where))
 
     def _step(self) -> None:
-        """Draw a code in every place of the windows, keep those behind right drafts, leave the next drafts."""
-        engine, sampling, total, window = self._engine, self._sampling, self._engine.tokens, self._window
-        half = self._rows * window
-        steps = self._steps[:, None] + self._places  # of the codes to be drawn
-        # The code of step s is drawn from what follows position prompt + s − 1.
-        self._window_lengths.copy_(torch.where(steps < total, self._prompts[:, None] + steps - 1, -1))
+        """Draw a code in every place of the windows, keep those behind right drafts, leave the next drafts.
+
+        It is a few small operations: on a CPU their number counts.
+        """
+        engine, sampling, steps, drawn = self._engine, self._sampling, self._window_steps, self._drawn
+        half = drawn.numel()
+        lengths = torch.gather(self._length_at, 1, steps, out=self._window_lengths[0])
         torch.index_select(engine.table, 0, self._drafts.view(-1), out=self._inputs[:half])
         if sampling.branches == 2:
+            self._window_lengths[1] = lengths
             self._inputs[half:] = self._inputs[:half]
         hidden = engine.decoder.step(
             self._inputs, self._cache, self._window_where.view(-1), self._window_lengths.view(-1),
@@ -98,16 +113,15 @@ class JacobiCanvas(Canvas):
             top_p=sampling.top_p,
             seeds=self._window_seeds.view(-1),
             steps=steps.view(-1),
-            codes=self._drawn.view(-1),
+            codes=drawn.view(-1),
             bad=self._wrong.view(-1),
         )
-        right = self._drafts[:, 1:] == self._drawn[:, :-1]
-        kept = torch.minimum(1 + right.cumprod(1).sum(1), total - self._steps)[:, None]  # none of a finished image
-        self._tokens.scatter_(1, steps, self._drawn)  # beyond `kept` until the next step
-        # Logits that are not finite count where their code was kept alone.
-        wrong = torch.where((self._places < kept) & (self._wrong >= 0), self._wrong, total).amin(1)
-        self._bad.copy_(torch.where((self._bad < 0) & (wrong < total), wrong, self._bad))
-        # Behind the last code that was drawn its repetition: neighbours are often alike.
-        self._drafts.copy_(self._drawn.gather(1, (kept - 1 + self._places).clamp(0, window - 1)))
-        self._passes += self._steps < total
-        self._steps += kept[:, 0]
+        # Those behind a wrong draft are overwritten by later steps.
+        self._tokens.scatter_(1, steps, drawn)
+        self._wrong_at.scatter_(1, steps, self._wrong)
+        right = lengths >= 0
+        self._passes += right[:, 0]
+        right[:, 1:] &= self._drafts[:, 1:] == drawn[:, :-1]
+        kept = right.cumprod(1).sum(1)  # none of a finished image
+        torch.gather(drawn, 1, self._next[kept], out=self._drafts)
+        steps += kept[:, None]
