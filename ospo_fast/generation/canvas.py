@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation.batching import Job, check_number, check_sampling
 from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
+from ospo_fast.generation.graph import capturable, captured
 from ospo_fast.generation.weights import Called, head_projection
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.ops import _dispatch
 from ospo_fast.ops.sample_codes import draw_codes
 
 
@@ -89,9 +88,7 @@ class Canvas:
         self._where, self._lengths, self._active = torch.zeros(3, all_rows, dtype=torch.long, device=device)
         self._seeds, self._steps, self._codes, self._bad = torch.zeros(4, rows, dtype=torch.long, device=device)
         self._tokens = torch.zeros(rows, engine.tokens, dtype=torch.long, device=device)
-        # The twin of the attention looks at lengths on the host, and modules that are called may do anything.
-        quiet = decoder.plain and _dispatch.resolve("decode_attention", "auto", device.type) != "torch"
-        self._capture = capture and device.type == "cuda" and quiet
+        self._capture = capture and capturable(decoder)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self.steps: list[int] = []  # of each image drawn last: passes of the decoder, the prompt's included
@@ -191,20 +188,7 @@ class Canvas:
         self._steps += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        graph, device = torch.cuda.CUDAGraph(), self._engine.decoder.device
-        # Other threads decode and write finished images meanwhile.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
-        ):
-            self._step()
-        return graph
-
-
-@functools.cache  # every stream gets workspaces that stay
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One that no other thread gets: streams come from pools, one for each priority, and others take the usual one."""
-    return torch.cuda.Stream(device, priority=-1)
+        return captured(self._step, self._engine.decoder.device)
 
 
 def check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:

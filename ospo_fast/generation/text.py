@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ospo_fast.generation.batching import (
     run_batches,
 )
 from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
+from ospo_fast.generation.graph import capturable, captured
 from ospo_fast.halving import Limit
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.sample_codes import draw_codes
@@ -41,6 +42,7 @@ def generate_text(
     top_p: float = 1.0,
     batch_size: int | None = None,
     progress: bool = True,
+    capture: bool = True,
 ) -> list[str]:
     """The model's answer to each prompt, in input order.
 
@@ -53,6 +55,8 @@ def generate_text(
         top_p: keep the fewest likeliest tokens that have this probability together; 1 keeps all.
         batch_size: texts written at once; by default as many as are useful and fit the memory.
         progress: a bar on stderr for what takes more than two seconds.
+        capture: on a GPU replay the steps of a batch from a CUDA graph; False runs them one by one, with the same
+            result.
 
     Raises:
         UsageError: an argument that makes no sense.
@@ -75,7 +79,7 @@ def generate_text(
     rows = full_batch(decoder, batch_size, size)
 
     def work(batch: list[Job], size: int) -> list[list[int] | None]:
-        return write(model, decoder, batch, rows, max_new_tokens, temperature, top_p)
+        return write(model, decoder, batch, rows, max_new_tokens, temperature, top_p, capture=capture)
 
     limit = Limit(size, "text", REMEDY)
     texts: list[str | None] = [None] * len(jobs)
@@ -101,57 +105,111 @@ def write(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    *,
+    capture: bool = True,
 ) -> list[list[int] | None]:
     """The tokens of each job's answer, without its end token; None where the logits were not finite.
 
     Rows that are finished leave the batch where fewer rows are less work; `full` is how many rows a full batch has.
     """
-    device, count = decoder.device, len(jobs)
-    room = [min(max_new_tokens, model.max_positions - len(job.ids)) for job in jobs]
-    longest = max(len(job.ids) + most for job, most in zip(jobs, room, strict=True))
-    row_bytes = decoder.row_bytes(longest)
-    rows = decoder.filled(count, full, row_bytes)
-    cache = Cache(decoder, count + 1, longest)  # the last row is that of the dummies
-    hidden = F.pad(decoder.prefill([job.ids for job in jobs], cache, range(count)), (0, 0, 0, rows - count))
-
-    def per_row(values: list[int], dummy: int) -> Tensor:
-        return torch.tensor(values + [dummy] * (rows - count), device=device)
-
-    owner = per_row(list(range(count)), count)  # which job a row writes, and its row of the cache
-    lengths, active = per_row([len(job.ids) for job in jobs], -1), per_row([1] * count, 0)
-    seeds, limits = per_row([job.seed for job in jobs], 0), per_row(room, 0)
-    steps, ends = torch.zeros_like(seeds), torch.tensor(model.eos_ids, device=device)
+    texts = _Texts(model, decoder, jobs, full, max_new_tokens, temperature, top_p)
     answers: list[list[int] | None] = [[] for _ in jobs]
-    finished = owner == count
-    buffers = Buffers(decoder, rows)
+    graph: torch.cuda.CUDAGraph | None = None
+    capture, warm = capture and capturable(decoder), False
     while True:
-        logits = decoder.tiled(model.text_logits, hidden)
-        tokens, bad = torch.empty_like(seeds), torch.full_like(seeds, -1)
-        draw_codes(logits, temperature=temperature, top_p=top_p, seeds=seeds, steps=steps, codes=tokens, bad=bad)
-        steps += 1
-        broken, stopped = bad >= 0, torch.isin(tokens, ends)
-        for job, token, stop, fail, over in zip(
-            *(values.tolist() for values in (owner, tokens, stopped, broken, finished)), strict=True
-        ):
+        for job, token, stopped, broken, over in texts.look():
             if over:
                 continue
             answer = answers[job]
-            if fail:
+            if broken:
                 answers[job] = None
-            elif not stop and answer is not None:
+            elif not stopped and answer is not None:
                 answer.append(token)
-        finished = finished | stopped | broken | (steps >= limits)
-        if bool(finished.all()):
+        if not texts.go_on():
             return answers
+        if capture and warm and graph is None:  # a GPU's batches keep their rows to the end
+            graph = captured(texts.step, decoder.device)
+        if graph is not None:
+            graph.replay()
+        else:
+            texts.step()
+            warm = True
+
+
+class _Texts:
+    """A batch of texts: one row each, all state on the device; dummies have length −1."""
+
+    def __init__(
+        self,
+        model: UnifiedModel,
+        decoder: LeanDecoder,
+        jobs: list[Job],
+        full: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        device, count = decoder.device, len(jobs)
+        room = [min(max_new_tokens, model.max_positions - len(job.ids)) for job in jobs]
+        longest = max(len(job.ids) + most for job, most in zip(jobs, room, strict=True))
+        self._model, self._decoder, self._full = model, decoder, full
+        self._temperature, self._top_p = temperature, top_p
+        self._row_bytes = decoder.row_bytes(longest)
+        rows = decoder.filled(count, full, self._row_bytes)
+        self._cache = Cache(decoder, count + 1, longest)  # the last row is that of the dummies
+
+        def per_row(values: list[int], dummy: int) -> Tensor:
+            return torch.tensor(values + [dummy] * (rows - count), device=device)
+
+        self._owner = per_row(list(range(count)), count)  # which job a row writes, and its row of the cache
+        self._lengths = per_row([len(job.ids) for job in jobs], -1)
+        self._active = per_row([1] * count, 0)
+        self._seeds, self._limits = per_row([job.seed for job in jobs], 0), per_row(room, 0)
+        self._steps, self._ends = torch.zeros_like(self._seeds), torch.tensor(model.eos_ids, device=device)
+        self._tokens, self._bad = torch.empty_like(self._seeds), torch.empty_like(self._seeds)
+        self._finished = self._owner == count
+        self._buffers = Buffers(decoder, rows)
+        last = decoder.prefill([job.ids for job in jobs], self._cache, range(count))
+        self._draw(F.pad(last, (0, 0, 0, rows - count)))
+
+    def step(self) -> None:
+        """Run the tokens drawn last through the decoder and draw the next: nothing looks at the device."""
+        x = self._model.embed_tokens(self._tokens).clone()
+        self._draw(self._decoder.step(x, self._cache, self._owner, self._lengths, self._buffers))
+        self._lengths += self._active
+
+    def _draw(self, hidden: Tensor) -> None:
+        logits = self._decoder.tiled(self._model.text_logits, hidden)
+        self._bad.fill_(-1)
+        draw_codes(
+            logits,
+            temperature=self._temperature,
+            top_p=self._top_p,
+            seeds=self._seeds,
+            steps=self._steps,
+            codes=self._tokens,
+            bad=self._bad,
+        )
+        self._steps += 1
+
+    def look(self) -> Iterator[tuple[int, int, bool, bool, bool]]:
+        """Of each row: its job, its token, whether that ends it, whether its logits were wrong, whether it was over."""
+        self._stopped, self._broken = torch.isin(self._tokens, self._ends), self._bad >= 0
+        columns = self._owner, self._tokens, self._stopped, self._broken, self._finished
+        return zip(*(values.tolist() for values in columns), strict=True)
+
+    def go_on(self) -> bool:
+        """Mark what is finished by what was looked at; whether a text is left to write."""
+        self._finished |= self._stopped | self._broken | (self._steps >= self._limits)
+        if bool(self._finished.all()):
+            return False
         # Attention passes over a row that is over.
-        lengths, active = torch.where(finished, -1, lengths), torch.where(finished, 0, active)
-        fewer = decoder.filled(int((~finished).sum()), full, row_bytes)
-        if fewer < len(owner):
-            keep = finished.long().argsort(stable=True)[:fewer].sort().values
-            owner, lengths, active, seeds, limits, steps, tokens, finished = (
-                values[keep] for values in (owner, lengths, active, seeds, limits, steps, tokens, finished)
-            )
-            buffers = Buffers(decoder, fewer)
-        x = model.embed_tokens(tokens).clone()
-        hidden = decoder.step(x, cache, owner, lengths, buffers)
-        lengths = lengths + active
+        self._lengths.masked_fill_(self._finished, -1)
+        self._active.masked_fill_(self._finished, 0)
+        fewer = self._decoder.filled(int((~self._finished).sum()), self._full, self._row_bytes)
+        if fewer < len(self._owner):
+            keep = self._finished.long().argsort(stable=True)[:fewer].sort().values
+            for name in ("owner", "lengths", "active", "seeds", "limits", "steps", "tokens", "bad", "finished"):
+                setattr(self, f"_{name}", getattr(self, f"_{name}")[keep])
+            self._buffers = Buffers(self._decoder, fewer)
+        return True

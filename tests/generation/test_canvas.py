@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ospo_fast.generation import ImageGenerator, canvas
+from ospo_fast.generation import ImageGenerator, graph
 from ospo_fast.generation import decoder as lean
 from ospo_fast.generation.batching import Job
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling
@@ -87,7 +87,7 @@ def test_a_graph_is_captured_on_the_models_device_and_on_a_stream_of_its_own(
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: (device, priority))
-    monkeypatch.setattr(canvas, "_capture_stream", canvas._capture_stream.__wrapped__)
+    monkeypatch.setattr(graph, "_capture_stream", graph._capture_stream.__wrapped__)
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "graph", entered)
     with torch.no_grad():

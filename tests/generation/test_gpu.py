@@ -81,6 +81,7 @@ def test_texts_are_those_of_the_cpu_whatever_is_written_beside_them(both: list[J
     order = torch.randperm(80).tolist()
     moved = generate_text(both[1], [many[i] for i in order], seeds=[seeds[i] for i in order], **given)
     assert moved == [found[i] for i in order]
+    assert generate_text(both[1], many, seeds=seeds, capture=False, **given) == found
     assert generate_text(both[1], many[:1], seeds=seeds[:1], **given) == found[:1]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation import GenerationError, generate_text
+from ospo_fast.generation import text as writing
 from ospo_fast.generation.decoder import Cache, LeanDecoder
 from ospo_fast.models.janus import JanusUnifiedModel
 
@@ -82,6 +85,33 @@ def test_attention_passes_over_texts_that_are_over(
         assert lengths[3:] == [-1, -1]
         live = [len(ids) + n - 1 if most > n else -1 for ids, most in zip(prompts, room, strict=False)]
         assert lengths[:3] == live
+
+
+def test_steps_are_captured_once_and_replayed(
+    tiny: JanusUnifiedModel, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no GPU, with a graph that runs the step when it is replayed."""
+    given = {"seeds": [3, 4, 5, 6], "max_new_tokens": 9, "temperature": 3.0, "progress": False}
+    expected = generate_text(tiny, prompts, **given)
+    calls: list[str] = []
+
+    class Graph:
+        def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+            calls.append(f"capture on {device}")
+            self._step = step
+
+        def replay(self) -> None:
+            calls.append("replay")
+            self._step()
+
+    monkeypatch.setattr(writing, "captured", Graph)
+    assert generate_text(tiny, prompts, **given) == expected
+    assert not calls  # not on the CPU
+    monkeypatch.setattr(writing, "capturable", lambda decoder: True)
+    assert generate_text(tiny, prompts, **given) == expected
+    assert calls == ["capture on cpu"] + ["replay"] * 7  # the first token is the prompt's, the next step warms up
+    assert generate_text(tiny, prompts, capture=False, **given) == expected
+    assert len(calls) == 8
 
 
 def test_a_text_may_be_empty(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
