@@ -380,7 +380,7 @@ class Cases:
     def drafted(self, count: int, guidance: int) -> None:
         """Codes of `count` images one by one, and by windows of several sizes."""
         model = self.model
-        texts = [description.text for _, description in held_out_prompts("test", 50)]
+        texts = [description.text for _, description in held_out_prompts("validation", 50)]
         lengths = make_lengths(count, self.size.prompt)
         drawn: dict[str, list[Throughput]] = {}
 

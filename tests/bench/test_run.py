@@ -56,10 +56,21 @@ def test_the_rows_of_the_engine_say_how_fast_it_was(tmp_path: Path) -> None:
         elif "texts" in shapes:
             assert row["texts_s"] == pytest.approx(shapes["texts"] / seconds, rel=1e-3)
             seen.add("texts")
+        elif "drafted" in shapes:
+            assert row["images_s"] == pytest.approx(shapes["drafted"] / seconds, rel=1e-3)
+            seen.add("drafted images")
         else:
             assert row["answers_s"] == pytest.approx(shapes["images"] * shapes["questions"] / seconds, rel=1e-3)
             seen.add("questions")
-    assert seen == {"ospo_fast", "ospo_fast, images", "official", "transformers", "texts", "questions"}
+    assert seen == {
+        "ospo_fast",
+        "ospo_fast, images",
+        "official",
+        "transformers",
+        "texts",
+        "questions",
+        "drafted images",
+    }
 
 
 def test_a_benchmark_that_fails_is_named_and_the_others_run(
