@@ -247,11 +247,9 @@ def test_a_graph_holds_a_whole_step(trained: JanusUnifiedModel, monkeypatch: pyt
             assert calls == ["capture"] * warm + ["replay"] * (max(eager.steps) - 1 - warm)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton kernels by the interpreter."""
-    pytest.importorskip("triton", reason="Triton is only there on Linux")
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
     tiny.grid = (1, 4)
     sampling = Sampling(5.0, 0.0, 0, 1.0)
     with torch.no_grad():
