@@ -18,7 +18,7 @@ STAGES = 4
 WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one kernel for all counts, so that a row's bits are those of any
 def skinny_linear_kernel(
     x,  # (M, K), contiguous
     weight,  # (N, K), contiguous; (2·N, K) where GATED, gate first
@@ -43,7 +43,7 @@ def skinny_linear_kernel(
     # Element indices of a weight of 2 GiB and more pass 2³¹.
     x_row = x + m[:, None] * depth
     w_row = weight + n[:, None].to(tl.int64) * depth
-    second = width.to(tl.int64) * depth
+    second = tl.cast(width, tl.int64) * depth  # a width of 1 is a constant, which has no .to
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     acc_up = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
@@ -112,21 +112,23 @@ VARIANTS = {
         (
             {
                 **dict.fromkeys(("x", "weight", "norm", "out"), f"*{dtype}"),
-                **dict.fromkeys(("rows", "width", "depth"), "i32"),
+                **dict.fromkeys({"rows", "width", "depth"} - {*ones}, "i32"),
                 "eps": "fp32",
             },
             {
                 "NORM": normed, "GATED": gated, "ADD": add, "EVEN": even,
                 "ROWS": ROWS, "COLUMNS": COLUMNS // 2 if gated else COLUMNS, "DEPTH": DEPTH, "STAGES": STAGES,
+                **dict.fromkeys(ones, 1),
             },
             {"num_warps": WARPS},
         )
-        # query, key and value; out and down; gate and up; odd sizes
-        for dtype, normed, gated, add, even in (
-            ("bf16", True, False, False, True),
-            ("bf16", False, False, True, True),
-            ("bf16", True, True, False, True),
-            ("fp16", True, True, True, False),
+        # query, key and value; out and down; gate and up; odd sizes; sizes of 1, which Triton makes constants of
+        for dtype, normed, gated, add, even, ones in (
+            ("bf16", True, False, False, True, ()),
+            ("bf16", False, False, True, True, ()),
+            ("bf16", True, True, False, True, ()),
+            ("fp16", True, True, True, False, ()),
+            ("fp16", True, True, True, False, ("width", "depth")),
         )
     ],
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)], each with
 options of the compiler as a third where it has any. They are compiled as a launch with aligned pointers, and strides
-and sizes that are multiples of 16, compiles them.
+and sizes that are multiples of 16, compiles them; sizes of 1 are among the constants, as a launch has them.
 """
 
 import importlib
@@ -53,7 +53,8 @@ def main() -> int:
         module = importlib.import_module(f"ospo_fast.kernels.{info.name}")
         for kernel, variants in module.VARIANTS.items():
             for arguments, constants, *options in variants:
-                signature = arguments | dict.fromkeys(constants, "constexpr")
+                kinds = arguments | dict.fromkeys(constants, "constexpr")
+                signature = {name: kinds[name] for name in kernel.arg_names}
                 for arch in ARCHS:
                     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned(kernel, arguments))
                     compiled = triton.compile(
