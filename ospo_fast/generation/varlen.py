@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ospo_fast.halving import out_of_memory
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +51,9 @@ def _works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         if bool(error <= 0.05):  # values reach to 1: another meaning, not rounding
             return True
         reason = f"it is off by {float(error):.2g}"
-    except (RuntimeError, TypeError) as problem:
+    except (AttributeError, RuntimeError, TypeError) as problem:
+        if out_of_memory(problem):
+            raise  # which says nothing of the operator: a smaller batch tries it again
         reason = str(problem).splitlines()[0][:160]
     logger.warning(
         "prompts are run length by length: torch's attention for packed sequences does not serve (%s)", reason

@@ -152,15 +152,35 @@ def test_the_attention_for_packed_sequences_is_tried_before_it_is_trusted(
         return y[0].transpose(0, 1)
 
     def missing(*_: object) -> torch.Tensor:
-        raise RuntimeError("no such operator\nand where it was called")
+        raise RuntimeError("no such operation\nand where it was called")
+
+    def gone(*_: object) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.aten._no_such_operator()
+        return found
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
 
     device = torch.device("cpu")
     assert not varlen.varlen_runs(device, torch.float32, 8)
-    for attention, reason in ((by_sdpa, ""), (whole, "it is off by"), (missing, "(no such operator)")):
+    for attention, reason in (
+        (by_sdpa, ""),
+        (whole, "it is off by"),
+        (missing, "(no such operation)"),
+        (gone, "has no attribute '_no_such_operator'"),
+    ):
         caplog.clear()
         monkeypatch.setattr(varlen, "varlen_attention", attention)
         assert varlen._works.__wrapped__(device, torch.bfloat16, 8) == (not reason)
         assert reason in caplog.text
+    # Memory that ran out is no verdict.
+    monkeypatch.setattr(varlen, "varlen_attention", full)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            varlen._works(device, torch.bfloat16, 8)
+    monkeypatch.setattr(varlen, "varlen_attention", by_sdpa)
+    assert varlen._works(device, torch.bfloat16, 8)
+    varlen._works.cache_clear()
 
 
 @torch.no_grad()
