@@ -41,6 +41,8 @@ def decode_attention(
     rows, (_, kv_heads, _, width) = qkv.shape[0], keys.shape
     out = qkv.new_empty(rows, heads * width) if out is None else out
     chosen = _dispatch.resolve("decode_attention", backend, qkv.device.type)
+    if not rows:
+        return out
     arguments = (qkv, cos, sin, keys, values, slots, lengths, heads, scale, out)
     if chosen == "triton":
         _dispatch.triton("decode_attention").decode_attention(*arguments, shared_slots)

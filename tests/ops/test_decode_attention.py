@@ -107,6 +107,14 @@ def test_rows_without_a_token_get_zeros_and_touch_nothing(backend: str) -> None:
             assert torch.equal(now[others].nan_to_num(7), then[others].nan_to_num(7))
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON])
+def test_no_rows(backend: str) -> None:
+    given = case(4, 2, 32, torch.float32, "cuda" if backend == "triton" else "cpu")
+    given |= {name: given[name][:0] for name in ("qkv", "slots", "lengths")}
+    for shared in (False, True):
+        assert decode_attention(**given, heads=4, scale=0.2, backend=backend, shared_slots=shared).shape == (0, 128)
+
+
 def windows(heads: int, kv_heads: int, width: int, device: str) -> dict[str, Tensor]:
     """Two windows of rows that share a slot, one across a split, among a row for itself and one without a token.
 
