@@ -281,6 +281,8 @@ def test_stage_3_says_how_fast_it_draws(capsys, tmp_path, tiny, monkeypatch):
     code, out, _ = call(capsys, "images", "--model", tiny, "--out", tmp_path)
     assert code == 0
     assert out.endswith("9 in all; drawn at 10.52 images/s, 2345.6 GB/s, 75% of the floor\n")
+    drawing["codes_step"] = 2.3091
+    assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("floor, 2.31 codes a step\n")
 
 
 def test_unexpected_errors_are_one_sentence_unless_debugging(capsys, tmp_path, tiny, monkeypatch):
