@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # the least that tensor cores take
-# What bench/skinny_linear.py sweeps: of rows that are shared out to programs, and read at once.
+# What bench/skinny_linear.py sweeps: columns of a program, how much of their depth is read at once, and how far ahead.
 COLUMNS = 32
 DEPTH = 256
 STAGES = 4
