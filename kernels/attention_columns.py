@@ -84,7 +84,9 @@ def row_lse_kernel(
     for begin in range(first, end, KEYS):
         j = begin + tl.arange(0, KEYS)
         there = j < end
-        scores = products(queries, source, row, j, inside, there, q_row, k_row, D, BLOCK_D, PART, ROWS, KEYS) * scale
+        # Of 64 bits times a stride: element indices of long packed sequences pass 2³¹.
+        wide = j.to(tl.int64)
+        scores = products(queries, source, row, wide, inside, there, q_row, k_row, D, BLOCK_D, PART, ROWS, KEYS) * scale
         seen = there[None, :] & inside[:, None]
         if CAUSAL:
             seen = seen & (j[None, :] <= row[:, None])
