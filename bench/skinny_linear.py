@@ -34,9 +34,9 @@ def single(kind: str, x: Tensor, stream: Tensor, w: Layer) -> None:
         h = F.linear(add_rms_norm(None, stream, w["norm"], 1e-6), w["qkv"])
     if kind in ("out", "layer"):
         delta = F.linear(h[:, : len(w["out"])].contiguous() if kind == "layer" else x, w["out"])
-        h = add_rms_norm(delta, stream, w["norm"], 1e-6)  # the sum comes with the next norm
     if kind in ("gate_up", "layer"):
-        h = h if kind == "layer" else add_rms_norm(None, stream, w["norm"], 1e-6)
+        # The sum before comes with the norm; alone, "out" and "down" are without theirs.
+        h = add_rms_norm(delta if kind == "layer" else None, stream, w["norm"], 1e-6)
         h = silu_mul(F.linear(h, w["gate_up"]))
     if kind in ("down", "layer"):
         F.linear(h if kind == "layer" else w["gated"][: len(x)], w["down"])

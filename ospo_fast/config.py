@@ -104,7 +104,9 @@ class ImagesConfig:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int | None = None  # images at once; None: as many as fit
-    jacobi_window: int = 0  # codes of an image that a step may draw; 0: one by one. The same images, for a few at once
+    jacobi_window: int = (
+        0  # codes of an image that a step may draw; 0: one by one. For a few images at once: many are slower
+    )
     chunk: int = 32  # items between two writes to the store; of six images each, they fill two batches on a GPU
 
     def __post_init__(self) -> None:

@@ -91,6 +91,7 @@ class ImageGenerator:
         self.throughput: Throughput | None = None
         self._engine: Engine | None = None
         self._canvas: Canvas | None = None
+        self._canvas_settings: tuple[bool, int] | None = None
         self._room: int | None = None  # bytes of rows that fit, once more of them have run out of memory
 
     @torch.no_grad()
@@ -221,8 +222,11 @@ class ImageGenerator:
         decoder, branches = engine.decoder, sampling.branches
         window = max(1, min(self.jacobi_window, engine.tokens - 1))
         length = -(-(max(len(job.ids) for job in jobs) + engine.tokens) // 64) * 64
-        if self._canvas is not None and (decoder.device.type == "cpu" or not self._canvas.serves(sampling, 1, length)):
+        settings = self.capture, self.jacobi_window
+        fits = self._canvas is not None and self._canvas.serves(sampling, 1, length)
+        if decoder.device.type == "cpu" or not fits or self._canvas_settings != settings:
             self._canvas = None  # before the free memory is asked for
+        self._canvas_settings = settings
         row_bytes = branches * decoder.row_bytes(length)
         free = fitting(decoder, row_bytes, window)
         size = self.batch_size or (free if self._canvas is None else max(free, self._canvas.slots))
