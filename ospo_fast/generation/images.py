@@ -68,9 +68,8 @@ class ImageGenerator:
     2024, arXiv 2410.01699), with noise fixed by seed and step in place of random acceptance. It is meant for a few
     images at a time, where a step costs what reading the weights costs; with many, products are the bound, and wrong
     drafts are lost work. So without `batch_size` fewer images are drawn at once, by this factor. How many drafts are
-    right depends on the model, and is less with strong guidance: `throughput.codes_per_step` tells. The Shapes model
-    on one core of a CPU, window 8, one image: 3.0 codes a step without guidance, 1.2 times as fast as one by one; 1.9
-    at guidance 5, which is slower. On a GPU it has not been measured.
+    right depends on the model, and is less with strong guidance: `throughput.codes_per_step` tells. What was measured
+    stands in the README; on a GPU nothing was.
 
     `throughput` tells how fast the last call of `generate` drew; None where it drew nothing.
 
