@@ -79,7 +79,7 @@ def generate_text(
     rows = full_batch(decoder, batch_size, size)
 
     def work(batch: list[Job], size: int) -> list[list[int] | None]:
-        return write(model, decoder, batch, rows, max_new_tokens, temperature, top_p, capture=capture)
+        return write(_Texts(model, decoder, batch, rows, max_new_tokens, temperature, top_p), capture)
 
     limit = Limit(size, "text", REMEDY)
     texts: list[str | None] = [None] * len(jobs)
@@ -97,25 +97,11 @@ def generate_text(
     return [text for text in texts if text is not None]
 
 
-def write(
-    model: UnifiedModel,
-    decoder: LeanDecoder,
-    jobs: list[Job],
-    full: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    *,
-    capture: bool = True,
-) -> list[list[int] | None]:
-    """The tokens of each job's answer, without its end token; None where the logits were not finite.
-
-    Rows that are finished leave the batch where fewer rows are less work; `full` is how many rows a full batch has.
-    """
-    texts = _Texts(model, decoder, jobs, full, max_new_tokens, temperature, top_p)
-    answers: list[list[int] | None] = [[] for _ in jobs]
+def write(texts: _Texts, capture: bool) -> list[list[int] | None]:
+    """The tokens of each text, without its end token; None where the logits were not finite."""
+    answers: list[list[int] | None] = [[] for _ in range(texts.count)]
     graph: torch.cuda.CUDAGraph | None = None
-    capture, warm = capture and capturable(decoder), False
+    capture, warm = capture and capturable(texts.decoder), False
     while True:
         for job, token, stopped, broken, over in texts.look():
             if over:
@@ -128,7 +114,7 @@ def write(
         if not texts.go_on():
             return answers
         if capture and warm and graph is None:  # a GPU's batches keep their rows to the end
-            graph = captured(texts.step, decoder.device)
+            graph = captured(texts.step, texts.decoder.device)
         if graph is not None:
             graph.replay()
         else:
@@ -137,7 +123,10 @@ def write(
 
 
 class _Texts:
-    """A batch of texts: one row each, all state on the device; dummies have length −1."""
+    """A batch of texts: one row each, all state on the device; dummies have length −1.
+
+    Rows that are finished leave the batch where fewer rows are less work; `full` is how many rows a full batch has.
+    """
 
     def __init__(
         self,
@@ -152,7 +141,7 @@ class _Texts:
         device, count = decoder.device, len(jobs)
         room = [min(max_new_tokens, model.max_positions - len(job.ids)) for job in jobs]
         longest = max(len(job.ids) + most for job, most in zip(jobs, room, strict=True))
-        self._model, self._decoder, self._full = model, decoder, full
+        self._model, self.decoder, self._full, self.count = model, decoder, full, count
         self._temperature, self._top_p = temperature, top_p
         self._row_bytes = decoder.row_bytes(longest)
         rows = decoder.filled(count, full, self._row_bytes)
@@ -175,11 +164,11 @@ class _Texts:
     def step(self) -> None:
         """Run the tokens drawn last through the decoder and draw the next: nothing looks at the device."""
         x = self._model.embed_tokens(self._tokens).clone()
-        self._draw(self._decoder.step(x, self._cache, self._owner, self._lengths, self._buffers))
+        self._draw(self.decoder.step(x, self._cache, self._owner, self._lengths, self._buffers))
         self._lengths += self._active
 
     def _draw(self, hidden: Tensor) -> None:
-        logits = self._decoder.tiled(self._model.text_logits, hidden)
+        logits = self.decoder.tiled(self._model.text_logits, hidden)
         self._bad.fill_(-1)
         draw_codes(
             logits,
@@ -206,10 +195,10 @@ class _Texts:
         # Attention passes over a row that is over.
         self._lengths.masked_fill_(self._finished, -1)
         self._active.masked_fill_(self._finished, 0)
-        fewer = self._decoder.filled(int((~self._finished).sum()), self._full, self._row_bytes)
+        fewer = self.decoder.filled(int((~self._finished).sum()), self._full, self._row_bytes)
         if fewer < len(self._owner):
             keep = self._finished.long().argsort(stable=True)[:fewer].sort().values
             for name in ("owner", "lengths", "active", "seeds", "limits", "steps", "tokens", "bad", "finished"):
                 setattr(self, f"_{name}", getattr(self, f"_{name}")[keep])
-            self._buffers = Buffers(self._decoder, fewer)
+            self._buffers = Buffers(self.decoder, fewer)
         return True
