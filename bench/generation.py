@@ -335,7 +335,7 @@ class Cases:
         def keep(name: str, timing: Timing, peak: float) -> None:
             own, found = figures(name, timing)
             shape = {"hidden": self.size.hidden, "layers": self.size.layers, **shapes, **own}
-            values = {key: round(value, 4) for key, value in {**found, "peak_mb": peak}.items()}
+            values = {key: float(f"{value:.6g}") for key, value in {**found, "peak_mb": peak}.items()}
             made = row("generation", name, shape, dtype_name(self.dtype), timing, model=self.size.name, **values)
             self._rows.append(made)
             write(self._rows, self._out, "generation")
