@@ -11,7 +11,7 @@ from torch import Tensor
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation.batching import Job, check_number, check_sampling
 from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
-from ospo_fast.generation.graph import capturable, captured
+from ospo_fast.generation.graph import Replay, capturable
 from ospo_fast.generation.weights import Called, head_projection
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.sample_codes import draw_codes
@@ -88,9 +88,7 @@ class Canvas:
         self._where, self._lengths, self._active = torch.zeros(3, all_rows, dtype=torch.long, device=device)
         self._seeds, self._steps, self._codes, self._bad = torch.zeros(4, rows, dtype=torch.long, device=device)
         self._tokens = torch.zeros(rows, engine.tokens, dtype=torch.long, device=device)
-        self._capture = capture and capturable(decoder)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = False
+        self._replay = Replay(device, capture and capturable(decoder))
         self.steps: list[int] = []  # of each image drawn last: passes of the decoder, the prompt's included
 
     def serves(self, sampling: Sampling, images: int, length: int) -> bool:
@@ -102,21 +100,11 @@ class Canvas:
         """Codes (N, T) of the jobs, on the CPU, and for each the step at which its logits were wrong, or −1."""
         self._begin(jobs)
         for _ in range(self._engine.tokens - 1):
-            self._advance()
+            self._replay(self._step)
         self._sample()
         count = len(jobs)
         self.steps = [self._engine.tokens] * count
         return self._tokens[:count].cpu(), self._bad[:count].tolist()
-
-    def _advance(self) -> None:
-        """A step, from the graph where there is one: the first step runs for itself and warms it up."""
-        if self._capture and self._warm and self._graph is None:
-            self._graph = self._captured()
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._step()
-            self._warm = True
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         """Prompts into the cache, state to its start, first logits."""
@@ -186,9 +174,6 @@ class Canvas:
         self._engine.logits(hidden, self._logits)
         self._lengths += self._active
         self._steps += 1
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        return captured(self._step, self._engine.decoder.device)
 
 
 def check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:

@@ -32,6 +32,28 @@ def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     return graph
 
 
+class Replay:
+    """Runs a step: the first time as it is, then from a graph that is captured once; always as it is without `capture`.
+
+    The step comes with each call: held here, it would keep alive what it belongs to.
+    """
+
+    def __init__(self, device: torch.device, capture: bool) -> None:
+        self.capture = capture
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._device, self._warm = device, False
+
+    def __call__(self, step: Callable[[], None]) -> None:
+        """Run the step, which is the same one at every call."""
+        if self.capture and self._warm and self.graph is None:
+            self.graph = captured(step, self._device)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            step()
+            self._warm = True
+
+
 @functools.cache  # every stream gets workspaces that stay
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One that no other thread gets: streams come from pools, one for each priority, and others take the usual one."""

@@ -63,7 +63,7 @@ class JacobiCanvas(Canvas):
         missing = total - 1
         while missing > 0:  # the device is asked when all could be finished, not after every step
             for _ in range(-(-missing // self._window)):
-                self._advance()
+                self._replay(self._step)
             missing = total - int(self._window_steps[:, 0].min())
         self.steps = self._passes[:count].tolist()
         wrong = self._wrong_at[:count, :total]

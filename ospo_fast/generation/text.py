@@ -25,7 +25,7 @@ from ospo_fast.generation.batching import (
     run_batches,
 )
 from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
-from ospo_fast.generation.graph import capturable, captured
+from ospo_fast.generation.graph import Replay, capturable
 from ospo_fast.halving import Limit
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.sample_codes import draw_codes
@@ -100,8 +100,8 @@ def generate_text(
 def write(texts: _Texts, capture: bool) -> list[list[int] | None]:
     """The tokens of each text, without its end token; None where the logits were not finite."""
     answers: list[list[int] | None] = [[] for _ in range(texts.count)]
-    graph: torch.cuda.CUDAGraph | None = None
-    capture, warm = capture and capturable(texts.decoder), False
+    # A GPU's batches keep their rows to the end.
+    replay = Replay(texts.decoder.device, capture and capturable(texts.decoder))
     while True:
         for job, token, stopped, broken, over in texts.look():
             if over:
@@ -113,13 +113,7 @@ def write(texts: _Texts, capture: bool) -> list[list[int] | None]:
                 answer.append(token)
         if not texts.go_on():
             return answers
-        if capture and warm and graph is None:  # a GPU's batches keep their rows to the end
-            graph = captured(texts.step, texts.decoder.device)
-        if graph is not None:
-            graph.replay()
-        else:
-            texts.step()
-            warm = True
+        replay(texts.step)
 
 
 class _Texts:

@@ -1,11 +1,13 @@
 """A small Janus model with random weights, strong enough that greedy codes vary."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from ospo_fast.generation import graph
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.build import build_model, build_processor
 
@@ -24,3 +26,21 @@ def parts() -> tuple[Any, Any]:
 def tiny(parts: tuple[Any, Any]) -> JanusUnifiedModel:
     module, processor = parts
     return JanusUnifiedModel(copy.deepcopy(module), processor, name="tiny")
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """For where there is no GPU: graphs that run the step when they are replayed. What was done, in its order."""
+    calls: list[str] = []
+
+    class Graph:
+        def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+            calls.append(f"capture on {device}")
+            self._step = step
+
+        def replay(self) -> None:
+            calls.append("replay")
+            self._step()
+
+    monkeypatch.setattr(graph, "captured", Graph)
+    return calls

@@ -45,38 +45,20 @@ def test_dummies_slots_and_what_was_drawn_before_change_nothing(tiny: JanusUnifi
 
 
 def test_a_graph_is_captured_once_and_replayed_for_all_steps_but_one(
-    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+    tiny: JanusUnifiedModel, replays: list[str]
 ) -> None:
-    """Where there is no GPU, with a graph that runs the step when it is replayed."""
-    calls: list[str] = []
-
-    class Graph:
-        def __init__(self, canvas: Canvas) -> None:
-            calls.append("capture")
-            self._canvas = canvas
-
-        def replay(self) -> None:
-            calls.append("replay")
-            self._canvas._step()
-
-    def capture(canvas: Canvas) -> Graph:
-        return Graph(canvas)
-
-    monkeypatch.setattr(Canvas, "_captured", capture)
     with torch.no_grad():
         engine = Engine(tiny)
         eager = Canvas(engine, 4, 4, 80, GUIDED, capture=False)
         captured = Canvas(engine, 4, 4, 80, GUIDED, capture=True)
-        assert not captured._capture  # not on the CPU
-        captured._capture = True
+        assert not captured._replay.capture  # not on the CPU
+        captured._replay.capture = True
         for order in ([0, 1, 2, 3], [3, 1]):
             assert torch.equal(captured.draw(jobs(tiny, *order))[0], eager.draw(jobs(tiny, *order))[0])
-    assert calls == ["capture"] + ["replay"] * (34 + 35)
+    assert replays == ["capture on cpu"] + ["replay"] * (34 + 35)
 
 
-def test_a_graph_is_captured_on_the_models_device_and_on_a_stream_of_its_own(
-    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_is_captured_on_the_device_and_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another device is current; streams of another priority come from another pool."""
     calls: list[object] = []
 
@@ -90,12 +72,8 @@ def test_a_graph_is_captured_on_the_models_device_and_on_a_stream_of_its_own(
     monkeypatch.setattr(graph, "_capture_stream", graph._capture_stream.__wrapped__)
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "graph", entered)
-    with torch.no_grad():
-        drawn = Canvas(Engine(tiny), 1, 1, 80, GUIDED, capture=False)
-        monkeypatch.setattr(drawn, "_step", lambda: calls.append("step"))
-        monkeypatch.setattr(drawn._engine.decoder, "device", torch.device("cuda", 1))
-        assert str(drawn._captured()) == "graph"
     device = torch.device("cuda", 1)
+    assert str(graph.captured(lambda: calls.append("step"), device)) == "graph"
     captured = {"stream": (device, -1), "capture_error_mode": "thread_local"}
     assert calls == [((device,), {}), (("graph",), captured), "step"]
 
@@ -161,7 +139,7 @@ def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel
         expected, found = eager.draw(jobs(on_gpu, *order)), captured.draw(jobs(on_gpu, *order))
         assert torch.equal(found[0], expected[0])
         assert found[1] == expected[1] == [-1] * len(order)
-    assert captured._graph is not None
+    assert captured._replay.graph is not None
 
 
 @pytest.mark.gpu
@@ -172,11 +150,11 @@ def test_capturing_does_nothing_yet_and_a_replay_does_a_step(on_gpu: JanusUnifie
     prompts = [len(job.ids) for job in drawn]
     captured._begin(drawn)
     captured._step()
-    graph = captured._captured()
+    replayed = graph.captured(captured._step, captured._engine.decoder.device)
     for done in (1, 2):
         assert captured._steps.tolist() == [done] * 64
         assert captured._lengths[:3].tolist() == [length + done for length in prompts]
-        graph.replay()
+        replayed.replay()
     assert captured._steps.tolist() == [3] * 64
 
 
@@ -259,7 +237,7 @@ def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
 
     def crowded(self: Canvas) -> None:
         sample(self)
-        if self.slots > 2 and self._graph is not None:
+        if self.slots > 2 and self._replay.graph is not None:
             torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
     generator = ImageGenerator(on_gpu)

@@ -118,13 +118,13 @@ def test_the_device_is_asked_when_all_could_be_finished(
     trained: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    advance = JacobiCanvas._advance
+    step = JacobiCanvas._step
 
     def noted(self: JacobiCanvas) -> None:
         asked.append("step")
-        advance(self)
+        step(self)
 
-    monkeypatch.setattr(JacobiCanvas, "_advance", noted)
+    monkeypatch.setattr(JacobiCanvas, "_step", noted)
     with torch.no_grad():
         drawn = JacobiCanvas(Engine(trained), 1, 1, 80, Sampling(1.0, 1.0, 0, 1.0), window=5, capture=False)
         drawn.draw(drawing(trained, 0))
@@ -217,34 +217,18 @@ def test_bad_windows(tiny: JanusUnifiedModel, window: Any) -> None:
         ImageGenerator(tiny, jacobi_window=window)
 
 
-def test_a_graph_holds_a_whole_step(trained: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no GPU, with a graph that runs the step when it is replayed."""
-    calls: list[str] = []
-
-    class Graph:
-        def __init__(self, drawn: JacobiCanvas) -> None:
-            calls.append("capture")
-            self._drawn = drawn
-
-        def replay(self) -> None:
-            calls.append("replay")
-            self._drawn._step()
-
-    def capture(drawn: JacobiCanvas) -> Graph:
-        return Graph(drawn)
-
-    monkeypatch.setattr(JacobiCanvas, "_captured", capture)
+def test_a_graph_holds_a_whole_step(trained: JanusUnifiedModel, replays: list[str]) -> None:
     sampling = Sampling(1.0, 1.0, 0, 1.0)
     with torch.no_grad():
         engine = Engine(trained)
         eager, captured = (JacobiCanvas(engine, 4, 4, 80, sampling, window=6, capture=False) for _ in range(2))
-        captured._capture = True
+        captured._replay.capture = True
         for order, warm in (([0, 1, 2, 3], 1), ([3, 1], 0)):
-            calls.clear()
+            replays.clear()
             expected = eager.draw(drawing(trained, *order))[0]
             assert torch.equal(captured.draw(drawing(trained, *order))[0], expected)
             assert captured.steps == eager.steps
-            assert calls == ["capture"] * warm + ["replay"] * (max(eager.steps) - 1 - warm)
+            assert replays == ["capture on cpu"] * warm + ["replay"] * (max(eager.steps) - 1 - warm)
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -295,4 +279,4 @@ def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel
         assert torch.equal(found[0], expected[0])
         assert found[1] == expected[1] == [-1] * len(order)
         assert captured.steps == eager.steps
-    assert captured._graph is not None
+    assert captured._replay.graph is not None
