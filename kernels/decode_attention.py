@@ -13,7 +13,7 @@ from torch import Tensor
 
 # What bench/decode_attention.py sweeps. Rows of different splits round differently, so they hold for all of them.
 SPLIT = 128
-BLOCK = 64  # positions read at once
+BLOCK = 64  # positions of 16 bits read at once, half as many of 32 bits
 WARPS = 4  # of a program that reads them
 
 
@@ -58,6 +58,21 @@ def store_kernel(
     tl.store(values + place, v_new.to(values.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def attend_block(q, k, v, kept, peak, total, acc):
+    """Running maxima, sums and weighted values (LANES, …) after positions (n, LANES); kept: None for all of them."""
+    scores = tl.sum(q[None, None, :] * k.to(tl.float32), 2)
+    if kept is not None:
+        scores = tl.where(kept, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 0))
+    # A lane that has no position yet has nothing to shift by.
+    shift = higher if kept is None else tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(scores - shift[None, :])
+    shrink = tl.exp2(peak - shift)
+    acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 0)
+    return higher, total * shrink + tl.sum(p, 0), acc
+
+
 @triton.jit(do_not_specialize=["splits"])  # of every length of a cache
 def split_kernel(
     qkv,  # (M, (H + 2·Hkv)·D), contiguous
@@ -80,6 +95,7 @@ def split_kernel(
     WIDTH_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,  # positions that all threads together read with one load each
     STORE: tl.constexpr,  # False: store_kernel has written the new keys and values
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -89,7 +105,8 @@ def split_kernel(
     begin = split * SPLIT
     if begin > position:
         return
-    end = tl.minimum(begin + SPLIT, position + 1)
+    here = tl.minimum(position - begin, SPLIT).to(tl.int32)  # positions of this split that are in the cache
+    full = here // BLOCK * BLOCK
     d = tl.arange(0, WIDTH_BLOCK)
     inside = d < WIDTH
     shifted = (d + WIDTH // 2) % WIDTH
@@ -100,41 +117,46 @@ def split_kernel(
     new = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + (HEADS + kv_head) * WIDTH
     k_new = rotated(new, c, s, d, shifted, inside).to(keys.dtype.element_ty)
     v_new = tl.load(new + KV_HEADS * WIDTH + d, mask=inside, other=0.0).to(values.dtype.element_ty)
+    has_new = position < begin + SPLIT
     if STORE:  # noqa: SIM102 - at compile time
-        if position < begin + SPLIT:  # the split that holds the new token stores it; all read it from registers
+        if has_new:  # this split alone stores it, and takes it from registers
             tl.store(keys + cache + position * WIDTH + d, k_new, mask=inside)
             tl.store(values + cache + position * WIDTH + d, v_new, mask=inside)
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
+    t = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    place = t[:, :, None] * WIDTH + d[None, None, :]
+    k_split = keys + cache + begin * WIDTH
+    v_split = values + cache + begin * WIDTH
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
         old = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + head * WIDTH
         q = rotated(old, c, s, d, shifted, inside)
         # Rounded as the model rounds it; log2 e makes exp2 the exponential.
         q = q.to(qkv.dtype.element_ty).to(tl.float32) * (scale * 1.4426950408889634)
-        peak = tl.full((), float("-inf"), tl.float32)
-        total = tl.zeros((), tl.float32)
-        acc = tl.zeros((WIDTH_BLOCK,), tl.float32)
-        for first in range(begin, end, BLOCK):
-            t = first + tl.arange(0, BLOCK)
-            stored = (t < position)[:, None] & inside[None, :]
-            is_new = (t == position)[:, None]
-            place = cache + t[:, None] * WIDTH + d[None, :]
+        peak = tl.full((LANES,), float("-inf"), tl.float32)
+        total = tl.zeros((LANES,), tl.float32)
+        acc = tl.zeros((LANES, WIDTH_BLOCK), tl.float32)
+        # Each lane has its own maximum, sum and values, so that threads exchange nothing but the scores of a position
+        # until the last block is done. The new token follows after it: no block has a case for it.
+        for first in range(0, full, BLOCK):
             # Both before either is used: all loads of a block are under way together.
-            k = tl.load(keys + place, mask=stored & (t < end)[:, None], other=0.0)
-            v = tl.load(values + place, mask=stored & (t < end)[:, None], other=0.0)
-            k = tl.where(is_new, k_new[None, :], k).to(tl.float32)
-            scores = tl.where(t < end, tl.sum(q[None, :] * k, 1), float("-inf"))
-            higher = tl.maximum(peak, tl.max(scores, 0))
-            p = tl.exp2(scores - higher)
-            v = tl.where(is_new, v_new[None, :], v).to(tl.float32)
-            shrink = tl.exp2(peak - higher)
-            acc = acc * shrink + tl.sum(p[:, None] * v, 0)
-            total = total * shrink + tl.sum(p, 0)
-            peak = higher
+            k = tl.load(k_split + first * WIDTH + place, mask=inside[None, None, :], other=0.0)
+            v = tl.load(v_split + first * WIDTH + place, mask=inside[None, None, :], other=0.0)
+            peak, total, acc = attend_block(q, k, v, None, peak, total, acc)
+        if full < here:
+            kept = full + t < here
+            k = tl.load(k_split + full * WIDTH + place, mask=kept[:, :, None] & inside[None, None, :], other=0.0)
+            v = tl.load(v_split + full * WIDTH + place, mask=kept[:, :, None] & inside[None, None, :], other=0.0)
+            peak, total, acc = attend_block(q, k, v, kept, peak, total, acc)
+        score = tl.where(has_new, tl.sum(q * k_new.to(tl.float32), 0), float("-inf"))
+        higher = tl.maximum(tl.max(peak, 0), score)
+        shrink, p = tl.exp2(peak - higher), tl.exp2(score - higher)
+        total = tl.sum(total * shrink, 0) + p
+        acc = tl.sum(acc * shrink[:, None], 0) + p * v_new.to(tl.float32)
         index = (row * HEADS + head) * splits + split
         tl.store(partial + index * WIDTH + d, acc, mask=inside)
-        tl.store(peaks + index, peak)
+        tl.store(peaks + index, higher)
         tl.store(sums + index, total)
 
 
@@ -178,6 +200,12 @@ def splits(length: int) -> int:
     return triton.cdiv(length, SPLIT)
 
 
+def blocking(width_block: int, size: int) -> dict[str, int]:
+    """BLOCK and LANES of split_kernel for a cache of numbers of `size` bytes: 16 bytes for each thread and load."""
+    block = BLOCK * 2 // size
+    return {"BLOCK": block, "LANES": min(block, max(1, WARPS * 32 * 16 // (width_block * size)))}
+
+
 def decode_attention(
     qkv: Tensor,  # (M, (H + 2·Hkv)·D)
     cos: Tensor,  # (P, D)
@@ -202,8 +230,8 @@ def decode_attention(
         if shared_slots:
             store_kernel[rows, kv_heads](*given, *strides, KV_HEADS=kv_heads, num_warps=1, **sizes)
         split_kernel[rows, kv_heads, count](
-            *given, partial, peaks, sums, *strides, count, scale, KV_HEADS=kv_heads, SPLIT=SPLIT, BLOCK=BLOCK,
-            STORE=not shared_slots, num_warps=WARPS, **sizes,
+            *given, partial, peaks, sums, *strides, count, scale, KV_HEADS=kv_heads, SPLIT=SPLIT,
+            STORE=not shared_slots, num_warps=WARPS, **blocking(sizes["WIDTH_BLOCK"], qkv.element_size()), **sizes,
         )  # fmt: skip
         combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, SPLIT=SPLIT, **sizes)
 
@@ -237,8 +265,8 @@ VARIANTS = {
                 "scale": "fp32",
             },
             {
-                "HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT, "BLOCK": BLOCK,
-                "STORE": store,
+                "HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT, "STORE": store,
+                **blocking(width, 4 if dtype == "fp32" else 2),
             },
         )
         for store in (True, False)

@@ -1,4 +1,5 @@
-"""Compiles every Triton kernel for every architecture, without a GPU; prints registers, spills and approximations.
+"""Compiles every Triton kernel for every architecture, without a GPU; prints registers, spills, barriers of loops and
+approximations.
 
 A module of `kernels/` lists what there is to compile in VARIANTS: kernel → [(argument types, constants)], each with
 options of the compiler as a third where it has any. They are compiled as a launch with aligned pointers, and strides
@@ -39,6 +40,15 @@ def approximations(ptx: str) -> str:
     return f", approximate {' '.join(found)}" if found else ""
 
 
+def barriers(ptx: str) -> str:
+    """Barriers of a block between a label and a branch back to it: each loop waits for all its threads there."""
+    labels = {found[1]: found.start() for found in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    back = [(labels[found[1]], found.start()) for found in re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx)]
+    waits = [found.start() for found in re.finditer(r"\b(?:bar|barrier)\.(?:cta\.)?sync\b", ptx)]
+    count = sum(any(first < wait < last for first, last in back) for wait in waits)
+    return f", {count} barriers in loops" if count else ""
+
+
 def aligned(kernel: triton.JITFunction, arguments: dict[str, str]) -> dict[tuple[int], list[list[object]]]:
     """The attributes of all pointers and integers that the kernel lets Triton specialise on."""
     never = [*(kernel.do_not_specialize or ()), *(kernel.do_not_specialize_on_alignment or ())]
@@ -61,7 +71,8 @@ def main() -> int:
                         source, target=GPUTarget("cuda", arch, 32), options=options[0] if options else None
                     )
                     types = " ".join(arguments.values())
-                    used = resources(compiled.asm["cubin"]) + approximations(compiled.asm["ptx"])
+                    ptx = compiled.asm["ptx"]
+                    used = resources(compiled.asm["cubin"]) + barriers(ptx) + approximations(ptx)
                     print(f"{kernel.__name__} ({types}) sm_{arch}: {used}")
                     count += 1
     return 0 if count else 1

@@ -21,6 +21,10 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path: Path) -> None:
     columns = [line for line in lines if line.startswith(("columns_kernel", "row_lse_kernel"))]
     assert len(columns) == 3 * 21
     assert not [line for line in columns if " 0 bytes of spills" not in line]
+    # Threads of a split wait for one another after its blocks, not in each.
+    splits = [line for line in lines if line.startswith("split_kernel")]
+    assert len(splits) == 18
+    assert not [line for line in splits if " 0 bytes of spills" not in line or "barriers in loops" in line]
     # Kernels of a decoder step divide as their twins do.
     step = [line for line in lines if line.startswith(("combine_", "store_", "add_rms_norm_", "silu_mul_"))]
     assert len(step) == 36

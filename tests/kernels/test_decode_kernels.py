@@ -53,24 +53,25 @@ def test_decode_attention(
 ) -> None:
     for name, value in tuning.items():
         monkeypatch.setattr(attention, name, value)
-    lengths = [0, SPLIT - 1, SPLIT, 2 * SPLIT + 40, -1]  # the last row has no token
-    slots = torch.tensor([3, 0, 1, 4, 5], device=DEVICE)
-    filled = torch.full((2, 6, kv_heads, 3 * SPLIT, width), torch.nan, device=DEVICE)
+    # Splits of a new token alone, of whole blocks and of less than one; the last row has no token.
+    lengths = [0, SPLIT - 1, SPLIT, 2 * SPLIT + 40, SPLIT + 64, SPLIT + 1, -1]
+    slots = torch.tensor([3, 0, 1, 4, 5, 6, 2], device=DEVICE)
+    filled = torch.full((2, 7, kv_heads, 3 * SPLIT, width), torch.nan, device=DEVICE)
     for slot, length in zip(slots.tolist(), lengths[:-1], strict=False):
         filled[:, slot, :, :length] = torch.randn(2, kv_heads, length, width, device=DEVICE)
-    qkv = torch.randn(5, (heads + 2 * kv_heads) * width, device=DEVICE)
+    qkv = torch.randn(7, (heads + 2 * kv_heads) * width, device=DEVICE)
     cos, sin = torch.randn(2, 3 * SPLIT, width, device=DEVICE)
     places = torch.tensor(lengths, device=DEVICE)
     results = []
     for run in (decode_attention, decode_attention_reference):
         keys, values = filled.clone()
-        out = torch.full((5, heads * width), torch.nan, device=DEVICE)
+        out = torch.full((7, heads * width), torch.nan, device=DEVICE)
         run(qkv, cos, sin, keys, values, slots, places, heads, width**-0.5, out)
         results.append((out, keys, values))
     for mine, twin in zip(*results, strict=True):
         assert torch.equal(mine.isnan(), twin.isnan())  # what was not written is still NaN
         torch.testing.assert_close(mine.nan_to_num(), twin.nan_to_num())
-    assert (results[0][0][4] == 0).all()
+    assert (results[0][0][6] == 0).all()
     # A row alone has the bits that it has among others.
     keys, values = filled.clone()
     out = torch.full((1, heads * width), torch.nan, device=DEVICE)
