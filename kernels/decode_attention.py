@@ -233,7 +233,8 @@ def decode_attention(
             *given, partial, peaks, sums, *strides, count, scale, KV_HEADS=kv_heads, SPLIT=SPLIT,
             STORE=not shared_slots, num_warps=WARPS, **blocking(sizes["WIDTH_BLOCK"], qkv.element_size()), **sizes,
         )  # fmt: skip
-        combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, SPLIT=SPLIT, **sizes)
+        # One warp: 16 bytes of a head of 128 to each lane.
+        combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, SPLIT=SPLIT, num_warps=1, **sizes)
 
 
 _SIZES = (  # of Janus-Pro-7B, of Janus-Pro-1B in fp32, and grouped queries
@@ -251,6 +252,7 @@ VARIANTS = {
                 **dict.fromkeys(("slot_stride", "head_stride"), "i64"),
             },
             {"HEADS": heads, "KV_HEADS": kv, "WIDTH": width, "WIDTH_BLOCK": width},
+            {"num_warps": 1},
         )
         for dtype, heads, kv, width in _SIZES
     ],
@@ -281,6 +283,7 @@ VARIANTS = {
                 "splits": "i32",
             },
             {"HEADS": heads, "WIDTH": width, "WIDTH_BLOCK": width, "SPLIT": SPLIT},
+            {"num_warps": 1},
         )
         for dtype, heads, _, width in _SIZES
     ],
