@@ -8,6 +8,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 
-from ospo_fast import env
-
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # every benchmark imports this module first: a checkout need not be installed
+    sys.path.insert(0, str(ROOT))
 L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
 LEAD = 2_000_000  # clock cycles, about a millisecond, that a GPU is kept waiting while a run is being launched
 _cases: list[str] = []
+_rehearsal = [False]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,42 @@ def _timing(values: list[float]) -> Timing:
     return Timing(statistics.median(values), fifths[0], fifths[3], len(values))
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device can do: bytes per second of a copy, FLOP per second of a matrix product."""
+
+    bandwidth: float  # bytes read plus bytes written
+    product: float  # bf16 on a GPU, fp32 on a CPU
+
+    def floor_ms(self, *, bytes_moved: float = 0.0, flop: float = 0.0) -> float:
+        """Return the milliseconds that moving these bytes, or these operations, take at least."""
+        return 1e3 * max(bytes_moved / self.bandwidth, flop / self.product)
+
+    def metrics(self, floor_ms: float, timing: Timing) -> dict[str, float]:
+        """Return what a row says of its floor: floor_ms, share = floor / median, and the two ceilings."""
+        found = {"floor_ms": floor_ms, "share": floor_ms / timing.median_ms}
+        found |= {"copy_gb_s": self.bandwidth / 1e9, "product_tflop_s": self.product / 1e12}
+        return {name: float(f"{value:.6g}") for name, value in found.items()}
+
+
+@functools.cache
+def ceilings() -> Ceilings:
+    """Measure the ceilings of this device, once per process, so that they belong to the run that uses them.
+
+    A copy of 1 GiB and a product of 8192 × 8192 matrices on a GPU; 64 MiB and 1024 on a CPU. Random data: zeros run
+    faster. The 20th percentile of the times, because a ceiling is what the device reaches undisturbed.
+    """
+    cuda = torch.cuda.is_available()
+    kind, dtype, size, side = ("cuda", torch.bfloat16, 2**30, 8192) if cuda else ("cpu", torch.float32, 2**26, 1024)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=kind)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, side, side, device=kind).to(dtype)
+    out = torch.empty_like(a)
+    runs = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+    times = interleaved(runs, tuple, seconds=0.02 if _rehearsal[0] else 0.2)
+    return Ceilings(2 * size / times["copy"].p20_ms * 1e3, 2 * side**3 / times["product"].p20_ms * 1e3)
+
+
 def peak_mb(run: Callable[..., object], *arguments: Any) -> float:
     """The most that torch's allocators held during run(*arguments) above what they held before, in 10⁶ bytes."""
     if torch.cuda.is_available():
@@ -115,6 +153,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device() -> str:
     """The name of what is measured: the GPU where there is one, else the processor."""
+    from ospo_fast import env
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else str(env.collect()["system"]["cpu"])
 
 
@@ -135,6 +175,11 @@ def commit() -> str:
         return os.environ.get("OSPO_FAST_COMMIT", "unknown")
 
 
+def rehearse(quick: bool) -> None:
+    """Mark the rows to come as those of small sizes, which are no results."""
+    _rehearsal[:] = [quick]
+
+
 def only_cases(names: list[str]) -> None:
     """Have `chosen` leave out the cases whose names hold none of these; none given: no case is left out."""
     _cases[:] = names
@@ -147,6 +192,8 @@ def chosen(case: str) -> bool:
 
 def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **figures: Any) -> dict[str, Any]:
     """One result: what was measured, on what, with which versions; `figures` such as peak_mb, gb_s, share."""
+    from ospo_fast import env
+
     info = env.collect()
     return {
         "op": op,
@@ -158,6 +205,7 @@ def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Ti
         "p80_ms": round(timing.p80_ms, 6),
         "repeats": timing.repeats,
         **figures,
+        **({"quick": True} if _rehearsal[0] else {}),
         "device": device(),
         "threads": torch.get_num_threads(),
         "driver": _driver(),
@@ -187,6 +235,7 @@ def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
     """Writes the rows, one JSON object a line, to `result_path(out, name)` in the place of an earlier run's.
 
     Where not all cases are measured (`only_cases`), rows of the same commit stay that are of another op or shape.
+    A benchmark calls this after every case, so that a run that is stopped keeps what it measured.
     """
     path = result_path(out, name)
     if _cases and path.exists():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _measure import Timing, chosen, dtype_name, interleaved, peak_mb, row, show, write
+from _measure import Timing, ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
 from object_masks import skimage_masks
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
@@ -34,6 +34,7 @@ CPU_MODEL = (4, 512, 8, 1376, 24, (1, 4))
 GPU_MODEL = (30, 4096, 32, 11008, 24, (1, 16))  # Janus-Pro-7B
 QUICK_MODEL = (2, 32, 2, 48, 4, (2,))
 STEPS = 20  # training steps timed of each kind: the masks are a few per cent of one
+WHOLE_TURNS = 10  # on a GPU, of the ways that go image by image or keep all matrices: seconds a turn
 COLUMNS = [[[5], [9, 10]], [[6, 7], [12]]]  # of two prompts, in turns: two objects of one or two tokens
 
 
@@ -108,11 +109,13 @@ def ops(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str,
         ]
         gate(variants, arguments, torch.stack(exact).mean(0))
         times = interleaved(variants, inputs, seconds=0.02 if quick else 0.5, most=most(device))
-        shapes = {"L": L, "B": B, "H": H, "S": S, "D": D}
+        shapes, limits = {"L": L, "B": B, "H": H, "S": S, "D": D}, ceilings()
+        # With the log-sum-exp given: the image's queries once; wanted keys, norms and maps are a hundredth of them.
+        floor = limits.floor_ms(bytes_moved=L * B * H * T * D * dtype.itemsize)
         rows = []
         for name, time in times.items():
-            memory = round(peak_mb(variants[name], *arguments), 3)
-            rows.append(row("attention_columns", name, shapes, dtype_name(dtype), time, peak_mb=memory))
+            more = {"peak_mb": round(peak_mb(variants[name], *arguments), 3), **limits.metrics(floor, time)}
+            rows.append(row("attention_columns", name, shapes, dtype_name(dtype), time, **more))
         yield rows
 
 
@@ -132,7 +135,7 @@ def gate(variants: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...],
 
 
 def decoders(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each batch."""
+    """The rows of each batch and group of variants."""
     L, hidden, H, inner, side, batches = QUICK_MODEL if quick else GPU_MODEL if device == "cuda" else CPU_MODEL
     batches = [B for B in batches if chosen(f"decoder, {B} in a batch")]
     if not batches:
@@ -144,12 +147,13 @@ def decoders(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict
     with torch.device(device):
         model = LlamaModel(config).to(dtype).eval()
     for B in batches:
-        yield decoder(model, L, B, side, device, dtype, quick)
+        yield from decoder(model, L, B, side, device, dtype, quick)
 
 
 def decoder(
     model: LlamaModel, L: int, B: int, side: int, device: str, dtype: torch.dtype, quick: bool
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each group of variants, which take turns."""
     T, columns = side * side, columns_of(B)
     skip = 5 if L > 10 else 1 if L > 2 else 0
     kept = range(skip, L - skip)
@@ -229,10 +233,12 @@ def decoder(
         },
         {"training step": lambda x: step(x, online=False), "online masks": lambda x: step(x, online=True)},
     ]
-    rows, shapes = [], {"L": L, "B": B, "H": model.config.num_attention_heads, "D": model.config.hidden_size, "T": T}
+    shapes = {"L": L, "B": B, "H": model.config.num_attention_heads, "D": model.config.hidden_size, "T": T}
     for variants in groups:
+        rows = []
         steps = "online masks" in variants and not quick
-        turns, seconds = (STEPS, math.inf) if steps else (most(device), 0.02 if quick else 1.0)
+        whole = WHOLE_TURNS if "output_attentions" in variants and device == "cuda" else most(device)
+        turns, seconds = (STEPS, math.inf) if steps else (whole, 0.02 if quick else 1.0)
         times = interleaved(variants, inputs, seconds=seconds, most=turns)
         first: Timing = next(iter(times.values()))
         for name, time in times.items():
@@ -240,7 +246,7 @@ def decoder(
             figures["to_first"] = round(time.median_ms / first.median_ms, 4)
             memory = round(peak_mb(variants[name], inputs()[0]), 3)
             rows.append(row("AttentionCapture", name, shapes, dtype_name(dtype), time, peak_mb=memory, **figures))
-    return rows
+        yield rows
 
 
 def run(out: Path, quick: bool) -> None:

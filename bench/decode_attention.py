@@ -1,7 +1,8 @@
 """decode_attention, rotary embedding and cache write included, against SDPA on the same cache and a mask.
 
-`gb_s` counts the keys and values that must be read. On a GPU the kernel's constants are swept besides; a cache that its
-second-level cache could hold is measured from memory, as a step finds it after the weights have passed.
+`gb_s` counts the keys and values that must be read, and `share` is that over the bandwidth of a copy. On a GPU the
+kernel's constants are swept besides; a cache that its second-level cache could hold is measured from memory, as a step
+finds it after the weights have passed.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _measure import L2_BYTES, chosen, dtype_name, interleaved, row, show, write
+from _measure import L2_BYTES, ceilings, chosen, dtype_name, interleaved, row, show, write
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
@@ -80,11 +81,13 @@ def run(out: Path, quick: bool) -> None:
         bound = 2 * (masked(*arguments) - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         for name, function in variants.items():
             assert (function(*arguments) - exact).abs().max() <= bound, name
+        limits = ceilings()
+        floor = limits.floor_ms(bytes_moved=cache.nbytes)
         cold = cache.numel() * cache.element_size() < L2_BYTES
         for name, time in interleaved(variants, inputs, seconds=0.02 if quick else 0.3, cold=cold).items():
             gb_s = round(cache.numel() * cache.element_size() / time.median_ms / 1e6, 2)
             shapes = {"rows": M, "heads": H, "width": D, "length": L}
-            rows.append(row("decode_attention", name, shapes, dtype_name(dtype), time, gb_s=gb_s))
-    if rows:
+            more = limits.metrics(floor, time)
+            rows.append(row("decode_attention", name, shapes, dtype_name(dtype), time, gb_s=gb_s, **more))
         write(rows, out, "decode_attention")
-        show(rows)
+    show(rows)

@@ -10,15 +10,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from ospo_fast.errors import OspoError
-from ospo_fast.records import check_writable
-
 HERE = Path(__file__).resolve().parent
 METHOD = {"ablations", "demo", "mask_layers", "stages"}  # runs of the whole method on Shapes: up to hours, on the CPU
 
 
+NO_BENCHMARKS = {"run", "figures"}
+
+
 def names() -> list[str]:
-    return sorted(path.stem for path in HERE.glob("*.py") if path.stem != "run" and not path.stem.startswith("_"))
+    found = (path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(name for name in found if name not in NO_BENCHMARKS)
 
 
 def operations() -> list[str]:
@@ -33,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--ops", action="store_true", help="those of operations and engine, which have figures of a GPU")
     which.add_argument("--only", action="append", choices=names(), help="one of them; may be given again")
     which.add_argument("--list", action="store_true", help="say which there are")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
-    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default bench/results")
+    parser.add_argument("--quick", action="store_true", help="small sizes, whose rows are no results: needs --out")
     parser.add_argument(
         "--case",
         action="append",
@@ -45,12 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(names()))
         return 0
+    if options.quick and options.out is None:
+        parser.error("--quick: expected --out with it, because rows of small sizes are no results")
+    options.out = options.out or HERE / "results"
+    sys.path.insert(0, str(HERE))
+    measure = importlib.import_module("_measure")  # first: it finds the package in a checkout
+    from ospo_fast.errors import OspoError
+    from ospo_fast.records import check_writable
+
     try:
         check_writable(options.out)
     except OspoError as error:
         parser.error(str(error))
-    sys.path.insert(0, str(HERE))
-    importlib.import_module("_measure").only_cases(options.case)
+    measure.only_cases(options.case)
+    measure.rehearse(options.quick)
     failed = []
     for name in options.only or (operations() if options.ops else names()):
         print(f"== {name}", flush=True)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _measure import interleaved, peak_mb, row, show, write
+from _measure import ceilings, interleaved, peak_mb, row, show, write
 
 import ospo_fast
 from ospo_fast.ops.sample_codes import _truncate, gumbel_noise, sample_codes_reference
@@ -63,6 +63,7 @@ def run(out: Path, quick: bool) -> None:
     cases: list[tuple[int, int, int | None]] = [
         (32, 256, None),
         (16, 16384, None),
+        (64, 16384, None),  # a batch of 64 prompts
         (128, 16384, None),
         (16, 16384, 0),
         (16, 16384, 1000),
@@ -86,8 +87,10 @@ def run(out: Path, quick: bool) -> None:
             shapes["top_k"], figures["top_p"] = top_k, TOP_P
             codes = draws["ospo_fast"](*arguments)
             assert all(torch.equal(draw(*arguments), codes) for draw in draws.values())
+        limits = ceilings()
+        floor = limits.floor_ms(bytes_moved=2 * arguments[0].nbytes)  # both rows of logits once
         for name, time in interleaved(draws, inputs, seconds=0.02 if quick else 0.3).items():
-            memory = round(peak_mb(draws[name], *arguments), 3)
-            rows.append(row("sample_codes", name, shapes, "fp32", time, **figures, peak_mb=memory))
-    write(rows, out, "sample_codes")
+            more = {"peak_mb": round(peak_mb(draws[name], *arguments), 3), **limits.metrics(floor, time)}
+            rows.append(row("sample_codes", name, shapes, "fp32", time, **figures, **more))
+        write(rows, out, "sample_codes")
     show(rows)

@@ -1,8 +1,8 @@
 """Products of few rows with what stands around them in a decoder layer, against cuBLAS and kernels of their own.
 
 `layer` is all four of a layer one after the other, attention left out. Weights come from memory: the second-level cache
-is emptied before every run, and `share` is their bytes over time and the speed of a copy. The kernel's constants are
-swept. Needs a GPU.
+is emptied before every run, and `share` is their bytes over time and the bandwidth of a copy. The kernel's constants
+are swept. Needs a GPU.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _measure import chosen, dtype_name, interleaved, row, show, write
+from _measure import ceilings, chosen, dtype_name, interleaved, row, show, write
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
@@ -96,7 +96,7 @@ def run(out: Path, quick: bool) -> None:
         w["norm"] = torch.randn(hidden, device=device).to(dtype)
         sizes = {name: w[name].numel() * w[name].element_size() for name in ("qkv", "out", "gate_up", "down")}
         sizes["layer"] = sum(sizes.values())
-        gb_s = copy_gb_s(device, quick)
+        limits = ceilings()
         for M in ROWS[:1] if quick else ROWS:
 
             def make(M: int = M, hidden: int = hidden) -> tuple[Tensor, Tensor]:
@@ -125,15 +125,8 @@ def run(out: Path, quick: bool) -> None:
                     depth = inner if kind == "down" else hidden
                     shape = {"rows": M, "depth": depth, "columns": size // depth // w["qkv"].element_size()}
                     speed = size / time.median_ms / 1e6
-                    figures = {"part": kind, "gb_s": round(speed, 2), "share": round(speed / gb_s, 4)}
+                    figures = {"part": kind, "gb_s": round(speed, 2)}
+                    figures |= limits.metrics(limits.floor_ms(bytes_moved=size), time)
                     rows.append(row("skinny_linear", name, shape, dtype_name(dtype), time, **figures))
-    if rows:
-        write(rows, out, "skinny_linear")
-        show(rows)
-
-
-def copy_gb_s(device: str, quick: bool) -> float:
-    """Bytes read and written a second by a copy."""
-    source, target = torch.empty(2, 2**20 if quick else 2**30, dtype=torch.uint8, device=device)
-    time = interleaved({"copy": lambda: target.copy_(source)}, tuple, seconds=0.02)["copy"]
-    return 2 * source.numel() / time.p20_ms / 1e6
+                write(rows, out, "skinny_linear")
+    show(rows)

@@ -2,14 +2,15 @@
 
 eager: all logits of the image tokens, fp32 log-softmax, gather; the same under torch.compile; official: the usual
 training code, logits of all positions with the text between the images, then shifted, log-softmax, gather and mask; the
-bare GEMMs of this chain, which no implementation with gradients can do without; on a GPU Liger, cut-cross-entropy and
-quack where they are installed. These take a linear head: the projection and GELU of Janus' head stand in PyTorch before
-them, cut-cross-entropy and quack go without the output bias, and Liger's SimPO and sum and quack know no weight for
-each token. Errors are the largest of 64 rows against float64, over the largest exact value, at logits of the usual size
-and up to 50; those of peers are shown, not judged, cut-cross-entropy's with a head without bias.
+bare GEMMs of this chain, which no implementation with gradients can do without; on a GPU Liger, cut-cross-entropy,
+quack and torch's linear_cross_entropy where they are installed. These take a linear head: the projection and GELU of
+Janus' head stand in PyTorch before them, cut-cross-entropy and quack go without the output bias, and Liger's SimPO and
+sum and quack know no weight for each token. Errors are the largest of 64 rows against float64, over the largest exact
+value, at logits of the usual size and up to 50; those of peers are shown, not judged, cut-cross-entropy's with a head
+without bias. `share` is the floor, the products over the ceiling of this device, over the time.
 
-Beside the rows, a plot; and a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, 1B, text head,
-Shapes, and on CPU 2 pairs, Shapes; the sweep has the name of its shape and "chunk_rows".
+Beside the rows, a plot; and a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, linear 7B, 1B, text
+head, Shapes, and on CPU 2 pairs, Shapes; the sweep has the name of its shape and "chunk_rows".
 """
 
 import functools
@@ -21,12 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _measure import chosen, dtype_name, interleaved, peak_mb, row, show, write
+from _measure import ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
 
 import ospo_fast
 from ospo_fast.ops.token_logprobs import token_logprobs_reference
 
-CEILING_TFLOPS = 790  # dense bf16 of an H200 on random data
 TEXT = 24  # positions of the prompt before each image
 Step = Callable[..., torch.Tensor]
 
@@ -44,8 +44,8 @@ class Shape:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Without the kind of head: what a row of results shows."""
-        return {"N": self.N, "D": self.D, "V": self.V}
+        """What a row of results shows; `linear` where the head is one layer and not Janus' two."""
+        return {"N": self.N, "D": self.D, "V": self.V} | ({} if self.mlp else {"linear": 1})
 
     @property
     def tflop(self) -> float:
@@ -56,6 +56,7 @@ class Shape:
 CPU_SHAPES = [Shape("2 pairs", 2304, 512, 16384), Shape("Shapes", 1152, 128, 256)]
 GPU_SHAPES = [
     Shape("7B", 18432, 4096, 16384),  # Janus-Pro-7B, 16 pairs
+    Shape("linear 7B", 18432, 4096, 16384, mlp=False),  # the head that the peers take
     Shape("1B", 18432, 2048, 16384),  # Janus-Pro-1B, 16 pairs
     Shape("text head", 8192, 4096, 128256, mlp=False, tokens=0),
     Shape("Shapes", 1152, 128, 256),  # the world of shapes
@@ -137,12 +138,19 @@ def quack(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> t
     return -module.chunked_linear_cross_entropy(features_of(hidden, head), head.weight, labels, reduction="sum")
 
 
+def torch_linear_cross_entropy(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()  # by chunks
+    features, given = features_of(hidden, head), {"linear_bias": head.bias, "reduction": "sum", "options": options}
+    return -F.linear_cross_entropy(features, head.weight, labels, **given)
+
+
 PEERS = {
     "Liger": liger,
     "Liger, sum": functools.partial(liger, reduction="sum"),
     "Liger SimPO": liger_simpo,
     "cut-cross-entropy": cut_cross_entropy,
     "quack": quack,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
 }
 PER_TOKEN = {"Liger", "cut-cross-entropy"}
 NOTES = {
@@ -151,6 +159,7 @@ NOTES = {
     "Liger SimPO": "no weight for each token",
     "cut-cross-entropy": "without output bias; filter_eps='high', its default, leaves small gradients out",
     "quack": "without output bias; no weight for each token",
+    "torch linear_cross_entropy": "no weight for each token; gradients are made in the forward; needs torch 2.13",
 }
 
 
@@ -239,7 +248,7 @@ def inputs_of(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tupl
 
 
 def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
-    head, inputs = make_head(shape, where, dtype), inputs_of(shape, where, dtype)
+    limits, head, inputs = ceilings(), make_head(shape, where, dtype), inputs_of(shape, where, dtype)
     arguments = inputs()
     functions = {
         "ospo_fast": ospo_fast.token_logprobs,
@@ -274,8 +283,7 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
             if other in times:
                 more[figure] = round(times[other].median_ms / time.median_ms, 4)
         more["over_bare_gemms"] = round(time.median_ms / times["bare GEMMs"].median_ms, 4)
-        if where == "cuda" and dtype == torch.bfloat16:
-            more["share_of_ceiling"] = round(speed / CEILING_TFLOPS, 4)
+        more |= limits.metrics(limits.floor_ms(flop=shape.tflop * 1e12), time)
         more |= {"note": NOTES[name]} if name in NOTES else {}
         rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), time, **more, **figures.get(name, {})))
     return rows

@@ -240,9 +240,8 @@ def _speed(drawing: dict[str, float] | None) -> str:
     """How fast images were drawn, as the end of a line."""
     if drawing is None:
         return ""
-    share = f", {drawing['share']:.0%} of the floor" if "share" in drawing else ""
     codes = f", {drawing['codes_step']:.2f} codes a step" if "codes_step" in drawing else ""
-    return f"; drawn at {drawing['images_s']:.2f} images/s, {drawing['gb_s']:.1f} GB/s{share}{codes}"
+    return f"; drawn at {drawing['images_s']:.2f} images/s, {drawing['gb_s']:.1f} GB/s{codes}"
 
 
 def _run(args: argparse.Namespace) -> int:

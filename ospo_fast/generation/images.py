@@ -30,7 +30,7 @@ from ospo_fast.generation.batching import (
 )
 from ospo_fast.generation.canvas import Canvas, Engine, Sampling, signature
 from ospo_fast.generation.jacobi import JacobiCanvas
-from ospo_fast.generation.throughput import Throughput, ceilings, floor_seconds, streamed_bytes
+from ospo_fast.generation.throughput import Throughput, streamed_bytes
 from ospo_fast.halving import Limit, out_of_memory, short
 from ospo_fast.models.base import UnifiedModel
 
@@ -153,8 +153,8 @@ class ImageGenerator:
         def save(index: int, _: Tensor, image: Any) -> None:
             images[index] = image
 
-        done, seconds, streamed, floor, passes = 0, 0.0, 0, 0.0, 0
-        known, self.throughput = ceilings(self.model), None
+        done, seconds, streamed, passes = 0, 0.0, 0, 0
+        self.throughput = None
         with (
             evaluating(self.model),
             tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar,
@@ -165,7 +165,6 @@ class ImageGenerator:
                 seconds += time.perf_counter() - begin
                 shape = [len(job.ids) for job in batch], sampling.branches
                 streamed += streamed_bytes(self.model, *shape, steps)
-                floor += floor_seconds(self.model, *shape, *known, steps) if known else 0.0
                 passes += sum(steps)
                 for job, step in zip(batch, bad, strict=True):
                     if step >= 0:
@@ -180,7 +179,7 @@ class ImageGenerator:
                     finished.take(indices, drawn[fine])
                 done += len(batch)
                 bar.update(len(batch))
-                self.throughput = Throughput(done, seconds, streamed, floor if known else None, done * tokens, passes)
+                self.throughput = Throughput(done, seconds, streamed, done * tokens, passes)
                 bar.set_postfix_str(self.throughput.beside_rate, refresh=False)
                 if callback is not None:
                     callback(Drawn(indices, drawn[fine], done, len(jobs)))

@@ -1,4 +1,4 @@
-"""How fast images are drawn, and what bounds it: bytes that no implementation can spare, and the products."""
+"""How fast images are drawn, and the bytes that no implementation can spare."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ospo_fast.models.base import UnifiedModel
-
-# Of GPUs by name: bytes a second of a copy (read and written), and floating-point operations a second of a large bf16
-# product of random numbers, as they were measured.
-CEILINGS = {"NVIDIA H200": (4.3e12, 790e12)}
 
 
 @dataclass(frozen=True)
@@ -22,7 +16,6 @@ class Throughput:
     images: int
     seconds: float
     streamed_bytes: int  # the weights once a step, and every row's keys and values: what no implementation can spare
-    floor_seconds: float | None = None  # that nothing beats on this device; None where its ceilings are not known
     codes: int = 0  # of all images
     steps: int = 0  # that every image took, prompts included, added up
 
@@ -37,46 +30,35 @@ class Throughput:
         return self.streamed_bytes / self.seconds / 1e9 if self.seconds else 0.0
 
     @property
-    def share(self) -> float | None:
-        """Floor over time: 1 would be as fast as the device can be; None where its ceilings are not known."""
-        return self.floor_seconds / self.seconds if self.floor_seconds is not None and self.seconds else None
-
-    @property
     def codes_per_step(self) -> float:
         """Codes that a step drew of an image, on average: 1 unless `jacobi_window` has it draw several."""
         return self.codes / self.steps if self.steps else 1.0
 
     def __add__(self, other: Throughput) -> Throughput:
         """Of both, one after the other."""
-        known = self.floor_seconds is not None and other.floor_seconds is not None
         return Throughput(
             self.images + other.images,
             self.seconds + other.seconds,
             self.streamed_bytes + other.streamed_bytes,
-            (self.floor_seconds or 0.0) + (other.floor_seconds or 0.0) if known else None,
             self.codes + other.codes,
             self.steps + other.steps,
         )
 
     def figures(self) -> dict[str, float]:
-        """images, images_s, gb_s, share where it is known, codes_step where it is not 1: numbers for a report."""
+        """images, images_s, gb_s, codes_step where it is not 1: numbers for a report."""
         found = {"images": self.images, "images_s": self.images_per_second, "gb_s": self.gb_per_second}
-        if self.share is not None:
-            found["share"] = self.share
         if self.codes_per_step != 1:
             found["codes_step"] = self.codes_per_step
         return {name: round(value, 4) for name, value in found.items()}
 
     def __str__(self) -> str:
-        """`10.52 images/s, 2345.6 GB/s, 75% of the floor`."""
+        """`10.52 images/s, 2345.6 GB/s`."""
         return f"{self.images_per_second:.2f} images/s, {self.beside_rate}"
 
     @property
     def beside_rate(self) -> str:
-        """`2345.6 GB/s, 75% of the floor, 2.31 codes a step`: what a progress bar does not say by itself."""
+        """`2345.6 GB/s, 2.31 codes a step`: what a progress bar does not say by itself."""
         said = f"{self.gb_per_second:.1f} GB/s"
-        if self.share is not None:
-            said += f", {self.share:.0%} of the floor"
         if self.codes_per_step != 1:
             said += f", {self.codes_per_step:.2f} codes a step"
         return said
@@ -104,26 +86,3 @@ def streamed_bytes(
     # Each step reads what there is: half of the codes, taken over all steps.
     cached = sum(n * length + n * (tokens + 1) // 2 for n, length in zip(steps, lengths, strict=True))
     return max(steps, default=0) * weight_bytes(model) + branches * cached * position
-
-
-def floor_seconds(
-    model: UnifiedModel, lengths: Sequence[int], branches: int, bandwidth: float, operations: float,
-    steps: Sequence[int] | None = None,
-) -> float:  # fmt: skip
-    """Seconds that no batch beats: max(weights once a step, products of every code) + keys and values.
-
-    bandwidth in bytes a second, operations in floating-point operations of a product a second; steps as of
-    `streamed_bytes`.
-    """
-    tokens, once = model.grid[0] * model.grid[1], weight_bytes(model)
-    weights = (tokens if steps is None else max(steps, default=0)) * once
-    cached = streamed_bytes(model, lengths, branches, steps) - weights
-    products = 2 * branches * len(lengths) * tokens * once / model.dtype.itemsize
-    return max(weights / bandwidth, products / operations) + cached / bandwidth
-
-
-def ceilings(model: UnifiedModel) -> tuple[float, float] | None:
-    """`CEILINGS` of the model's device, None where nobody measured them for its dtype."""
-    if model.device.type != "cuda" or model.dtype.itemsize != 2:
-        return None
-    return CEILINGS.get(torch.cuda.get_device_name(model.device))

@@ -10,6 +10,9 @@ import generation as bench
 import pytest
 import torch
 
+from ospo_fast.generation.canvas import Canvas
+from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
+
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -88,3 +91,36 @@ def test_a_chosen_case_is_measured_alone_and_others_stay(tmp_path: Path) -> None
     assert list(drafted) == ["ospo_fast", *(f"ospo_fast, window {w}" for w in (4, 8, 16))]
     assert drafted["ospo_fast"]["codes_step"] == 1
     assert all(row["codes_step"] >= 1 and row["images_s"] > 0 for row in drafted.values())
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_left_out_and_not_measured_as_a_smaller_one(
+    fake_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = bench.build(bench.QUICK, "cpu", torch.float32)
+    init = Canvas.__init__
+
+    def crowded(self: Canvas, engine: Any, rows: int, count: int, *rest: Any, **more: Any) -> None:
+        if count > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        init(self, engine, rows, count, *rest, **more)
+
+    monkeypatch.setattr(Canvas, "__init__", crowded)
+    kept: list[str] = []
+    makers = {"four": lambda: bench.engine(batch_size=4), "two": lambda: bench.engine(batch_size=2)}
+    for name, count in (("four", 4), ("two", 2)):
+        prompts = bench.make_prompts(model, [6] * count)
+        failed = bench.one_by_one(
+            {name: makers[name]}, lambda prompts=prompts: (model, prompts), lambda name, *_: kept.append(name)
+        )
+        assert failed == []
+    assert kept == ["two"]
+    assert "four: left out, the memory holds 2 images at once, not 4" in capsys.readouterr().out
+
+
+def test_the_floor_is_the_weights_or_the_products_and_then_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = bench.build(bench.QUICK, "cpu", torch.float32), [5, 7]
+    weights, steps = weight_bytes(model), model.grid[0] * model.grid[1]
+    cached = streamed_bytes(model, lengths, 2) - steps * weights
+    for product, first in ((1e18, steps * weights / 1e9), (1e3, 2 * 2 * 2 * steps * weights / 4 / 1e3)):
+        monkeypatch.setattr(bench, "ceilings", lambda product=product: _measure.Ceilings(1e9, product))
+        assert bench.floor_ms(model, lengths, 2) == pytest.approx(1e3 * (first + cached / 1e9))

@@ -118,3 +118,24 @@ def test_cases_one_after_the_other_end_in_one_file(tmp_path: Path, monkeypatch: 
         _measure.only_cases([])
     _measure.write(rows(1), tmp_path, "op")
     assert kept() == [1]
+
+
+def test_ceilings_are_measured_once_and_what_a_row_says_of_its_floor() -> None:
+    limits = _measure.ceilings()
+    assert limits is _measure.ceilings()
+    assert limits.bandwidth > 1e8
+    assert limits.product > 1e8
+    limits = _measure.Ceilings(4e12, 800e12)
+    assert limits.floor_ms(bytes_moved=4e9) == pytest.approx(1.0)
+    assert limits.floor_ms(bytes_moved=4e9, flop=1.6e12) == pytest.approx(2.0)
+    assert limits.metrics(1.5, _measure.Timing(2.0, 1.9, 2.1, 5)) == {
+        "floor_ms": 1.5, "share": 0.75, "copy_gb_s": 4000, "product_tflop_s": 800,
+    }  # fmt: skip
+
+
+def test_rows_of_a_rehearsal_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_measure, "_rehearsal", [False])
+    timing = _measure.Timing(1.0, 0.9, 1.1, 5)
+    assert "quick" not in _measure.row("op", "variant", {}, "fp32", timing)
+    _measure.rehearse(True)
+    assert _measure.row("op", "variant", {}, "fp32", timing)["quick"] is True

@@ -101,7 +101,7 @@ class Recorder:
 
     def __init__(self, name: str, ran: list[str]) -> None:
         self.run = lambda out, quick: ran.append(name)
-        self.only_cases = lambda cases: None
+        self.only_cases = self.rehearse = lambda given: None
 
 
 def test_an_unknown_benchmark_is_a_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,3 +123,9 @@ def test_the_stages_are_measured_one_by_one(tmp_path: Path) -> None:
         assert rows[stage]["shapes"]["items"] == items
         assert rows[stage]["items_s"] == pytest.approx(items / rows[stage]["median_ms"] * 1e3, rel=1e-3)
         assert rows[stage]["peak_mb"] > 50
+
+
+def test_small_sizes_never_take_the_place_of_results(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--only", "sample_codes", "--quick"])
+    assert "expected --out with it" in capsys.readouterr().err

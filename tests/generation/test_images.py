@@ -195,7 +195,7 @@ def test_the_progress_bar_counts_every_image(tiny: JanusUnifiedModel, monkeypatc
     assert re.fullmatch(r"[\d.]+ GB/s", bars[0].beside)
 
 
-def test_throughput_is_that_of_the_last_call(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_is_that_of_the_last_call(tiny: JanusUnifiedModel) -> None:
     generator = ImageGenerator(tiny)
     given = {"output": "codes", "progress": False}
     generator.generate(PROMPTS, seeds=SEEDS, **given)
@@ -206,20 +206,12 @@ def test_throughput_is_that_of_the_last_call(tiny: JanusUnifiedModel, monkeypatc
     read = steps * sum(w.numel() for w in weights) * 4 + 2 * positions * 2 * 2 * 64 * 4  # keys, values; layers; width
     assert (found.images, found.streamed_bytes) == (4, read)
     assert found.gb_per_second == pytest.approx(read / found.seconds / 1e9)
-    assert found.share is None  # nobody measured this processor
     both = found + Throughput(2, 1.0, 10**9)
     assert (both.images, both.seconds, both.streamed_bytes) == (6, found.seconds + 1, read + 10**9)
     assert set(both.figures()) == {"images", "images_s", "gb_s"}
     generator.generate([], seeds=[], **given)
     assert generator.throughput is None
-    monkeypatch.setattr(images, "ceilings", lambda model: (1e9, 1e12))
-    generator.generate(PROMPTS, seeds=SEEDS, **given)
-    found = generator.throughput
-    assert found is not None
-    assert found.floor_seconds == pytest.approx(read / 1e9)  # products are no bound at such a bandwidth
-    assert found.share == pytest.approx(read / 1e9 / found.seconds)
-    assert str(Throughput(4, 2.0, 10**9, 1.5)) == "2.00 images/s, 0.5 GB/s, 75% of the floor"
-    assert (found + both).floor_seconds is None
+    assert str(Throughput(4, 2.0, 10**9)) == "2.00 images/s, 0.5 GB/s"
 
 
 def poison(model: JanusUnifiedModel, row: int, step: int = 4) -> None:
