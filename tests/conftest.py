@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,18 +16,53 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it as kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Import names of what the extras `pipeline` and `dev` bring; the core has none of them.
+OPTIONAL = {
+    "PIL", "accelerate", "hypothesis", "jinja2", "matplotlib", "omegaconf", "peft", "psutil", "safetensors", "scipy",
+    "selenium", "skimage", "tokenizers", "tqdm", "transformers", "triton", "yaml",
+}  # fmt: skip
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         for item in items:
-            if item.path.parent.name == "kernels":  # compiled for the GPU here, interpreted elsewhere
+            # Kernels are compiled for the GPU here and interpreted elsewhere. Compiling ahead of time needs no GPU.
+            if item.path.parent.name == "kernels" and item.path.stem != "test_compile":
                 item.add_marker(pytest.mark.gpu)
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip a module or folder whose import needs an optional package that is not installed; the run continues."""
+    report = yield
+    if report.outcome == "failed" and (package := missing_package(report.call.excinfo.value)):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {package} is not installed")
+    return report
+
+
+def missing_package(error: BaseException | None) -> str | None:
+    """The optional package whose absence an error stems from, or None."""
+    while error is not None:
+        # A module missing *inside* a package has a dot in its name: the package is there, and that is an error.
+        if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+            return error.name
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
+
+
+@pytest.fixture(scope="session")
+def omegaconf() -> None:
+    """Skip where OmegaConf is not installed: `ospo_fast.config` and all commands read configurations with it."""
+    pytest.importorskip("omegaconf", reason="configurations need omegaconf, from the extra `pipeline`")
 
 
 @pytest.fixture(scope="session")

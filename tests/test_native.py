@@ -1,13 +1,20 @@
+import importlib
+import types
+
 import pytest
 import torch
 
-from ospo_fast import _C
 from ospo_fast.ops._dispatch import DTYPES
+
+
+def native() -> types.ModuleType:
+    """The compiled module. Imported by each test: without it these tests fail, and the run continues."""
+    return importlib.import_module("ospo_fast._C")
 
 
 def thresholds(maps: torch.Tensor, threads: int) -> torch.Tensor:
     out = torch.full((len(maps),), torch.nan)
-    _C.otsu_threshold(maps.data_ptr(), out.data_ptr(), len(maps), maps[0].numel(), 256, threads)
+    native().otsu_threshold(maps.data_ptr(), out.data_ptr(), len(maps), maps[0].numel(), 256, threads)
     return out
 
 
@@ -16,9 +23,9 @@ def masks(maps: torch.Tensor, threads: int) -> list[torch.Tensor]:
     shapes = [(maps.shape, torch.float32), ((B, objects), torch.float32), (maps.shape, torch.uint8)]
     out = [torch.full(shape, 77, dtype=dtype) for shape, dtype in [*shapes, ((B, H, W), torch.uint8)]]
     pointers = (tensor.data_ptr() for tensor in out)
-    _C.object_masks(maps.data_ptr(), 0, *pointers, B, objects, H * W, 0.8, 256, threads)
+    native().object_masks(maps.data_ptr(), 0, *pointers, B, objects, H * W, 0.8, 256, threads)
     weights, union = torch.full((B, H * W), torch.nan), out[-1].float()
-    _C.token_weights(union.data_ptr(), weights.data_ptr(), B, H, W, 1.0, 0.5, 5, 1.0, threads)
+    native().token_weights(union.data_ptr(), weights.data_ptr(), B, H, W, 1.0, 0.5, 5, 1.0, threads)
     return [*out, weights]
 
 
@@ -27,14 +34,14 @@ def codes(
 ) -> torch.Tensor:
     steps, out, bad = (torch.full_like(seeds, value) for value in (5, -7, -1))
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
-    _C.draw_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads)
+    native().draw_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads)
     return out
 
 
 def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits, logps = logits.clone(), torch.full((len(logits),), torch.nan)
     number = DTYPES[logits.dtype]
-    _C.token_logprob(
+    native().token_logprob(
         logits.data_ptr(), number, 0, labels.data_ptr(), 0, logps.data_ptr(), number, True, *logits.shape, threads
     )
     return logits, logps
@@ -43,7 +50,7 @@ def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tu
 def scaled(unit: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, threads: int = 1) -> torch.Tensor:
     out = torch.full_like(unit, torch.nan)
     pointers = (tensor.data_ptr() for tensor in (unit, places, scales, out))
-    _C.scale_rows(*pointers, DTYPES[unit.dtype], *unit.shape, threads)
+    native().scale_rows(*pointers, DTYPES[unit.dtype], *unit.shape, threads)
     return out
 
 
@@ -93,8 +100,8 @@ def test_a_map_without_threshold_leaves_the_others_alone() -> None:
 
 
 def test_versions_of_driver_and_runtime() -> None:
-    versions = _C.cuda_versions()
-    assert (versions is not None) == _C.build_info()["cuda"]
+    versions = native().cuda_versions()
+    assert (versions is not None) == native().build_info()["cuda"]
     if versions is not None:
         driver, runtime = versions
         assert runtime >= 11000

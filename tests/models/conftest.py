@@ -1,20 +1,26 @@
 """A small Janus model with random weights, behind its adapter."""
 
+from __future__ import annotations
+
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.build import build_model, build_processor
+if TYPE_CHECKING:  # fixtures import it: without transformers only the modules that need it are skipped
+    from ospo_fast.models.janus import JanusUnifiedModel
 
 
 @pytest.fixture(scope="session")
 def parts() -> tuple[Any, Any]:
+    from ospo_fast.shapes.build import build_model, build_processor
+
     return build_model(hidden=64, layers=3, intermediate=96, heads=4), build_processor()
 
 
 @pytest.fixture
 def tiny(parts: tuple[Any, Any]) -> JanusUnifiedModel:
+    from ospo_fast.models.janus import JanusUnifiedModel
+
     module, processor = parts
     return JanusUnifiedModel(copy.deepcopy(module), processor, name="tiny")

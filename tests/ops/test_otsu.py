@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from skimage.filters import threshold_otsu
 from torch import Tensor
 
 from ospo_fast import otsu_threshold
@@ -48,6 +47,7 @@ def some_map(draw: Any) -> np.ndarray:
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_bits_of_scikit_image(data: st.DataObject) -> None:
+    threshold_otsu = pytest.importorskip("skimage.filters", reason="needs scikit-image").threshold_otsu
     values, bins = some_map(data.draw), data.draw(st.sampled_from([256, 256, 1, 2, 7, 100]))
     single = values.astype(np.float32)
     expected = threshold_otsu(single, nbins=bins) if bins > 1 else None

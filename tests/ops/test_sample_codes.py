@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 from torch import Tensor
 
 from ospo_fast import sample_codes
@@ -32,6 +31,11 @@ def backend(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setitem(_dispatch._KERNELS, "sample_codes", {})
     return request.param
+
+
+@pytest.fixture(scope="session")
+def chisquare() -> Any:
+    return pytest.importorskip("scipy.stats", reason="needs SciPy").chisquare
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
@@ -123,7 +127,7 @@ def test_weights_are_exponentials() -> None:
 
 
 @pytest.mark.usefixtures("backend")
-def test_distribution() -> None:
+def test_distribution(chisquare: Any) -> None:
     draws, V = 100_000, 12
     logits = torch.randn(V) * 1.5
     codes = sample_codes(logits.expand(draws, V), seeds=torch.arange(draws), step=7)
@@ -134,7 +138,7 @@ def test_distribution() -> None:
 
 
 @pytest.mark.usefixtures("backend")
-def test_distribution_of_guided_and_truncated_draws() -> None:
+def test_distribution_of_guided_and_truncated_draws(chisquare: Any) -> None:
     draws, V = 100_000, 10
     cond, uncond = torch.randn(V), torch.randn(V)
     logits = (uncond + 2.0 * (cond - uncond)).double() / 1.5

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ospo_fast import _C
 from ospo_fast.ops._dispatch import DTYPES
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +20,16 @@ Step = Callable[..., None]
 
 
 def in_cpp(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, out: torch.dtype):
+    from ospo_fast import _C  # here, so that the source on the host is tested without it too
+
     bias = None if bias is None else bias.float()
     pointers = [0 if t is None else t.data_ptr() for t in (z, bias, labels, scales, logps)]
     _C.token_logprob(pointers[0], DTYPES[z.dtype], *pointers[1:], DTYPES[out], True, *z.shape, 2)
 
 
 def on_gpu(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, out: torch.dtype):
+    from ospo_fast import _C
+
     gpu = [None if t is None else t.cuda() for t in (z, bias, labels, scales, logps)]
     pointers = [0 if t is None else t.data_ptr() for t in gpu]
     arguments = pointers[0], DTYPES[z.dtype], *pointers[1:], DTYPES[out], True, *z.shape

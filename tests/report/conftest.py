@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
-from safetensors.numpy import save_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from PIL import Image  # and what else is optional is imported by functions, so that this file always loads
 
 COLOURS = {
     "red": "#d64545",
@@ -36,6 +36,8 @@ Thing = tuple[str, str, int, int]  # colour, shape, row and column of a 3×3 boa
 
 
 def draw(things: Iterable[Thing], ground: str, side: int) -> Image.Image:
+    from PIL import Image, ImageDraw
+
     image = Image.new("RGB", (side, side), ground)
     pen = ImageDraw.Draw(image)
     cell = side / 3
@@ -222,6 +224,8 @@ def _item(root: Path, index: int, rng: random.Random, side: int, grid: int) -> d
         masks = (maps > 0.45).astype(np.uint8)
         arrays |= {f"{name}_maps": maps, f"{name}_masks": masks, f"{name}_union": masks.max(axis=0)}
     (root / "masks").mkdir(exist_ok=True)
+    from safetensors.numpy import save_file
+
     save_file(arrays, root / record["mask_path"])
     record["mask_stats"] = {
         "layers": [1, 2], "iou": 0.5, "alarms": ["chosen: full"] if index % 9 == 1 else [],
