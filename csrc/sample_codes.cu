@@ -13,7 +13,8 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBins = 256;  // values of a digit of a key
-constexpr int kBatch = 4;   // codes that a thread reads at once; a block of Philox has as many words
+constexpr int kBlock = 4;   // codes that share a block of Philox, which has as many words
+constexpr int kGroups = 2;  // of neighbouring logits, 16 bytes each, that a thread reads at once
 constexpr int kCopies = 8;  // of each bin: neighbouring codes often fall into the same one
 
 struct Arguments {
@@ -84,19 +85,78 @@ __device__ Best warp_best(Best best) {
 // The logits of a block's row, in fp32.
 template <class T>
 struct Row {
-    struct Pair {
-        float cond, uncond;
-    };
+    static constexpr int kGroup = 16 / sizeof(T);          // codes of 16 bytes, one load where the row is aligned
+    static constexpr int kWords = kBlock * sizeof(T) / 4;  // that hold the logits of a block
+
     const T* cond;
     const T* uncond;
+    int64_t codes;
     float guidance;
+    bool wide;  // both rows are aligned
     __device__ explicit Row(const Arguments& a)
         : cond(static_cast<const T*>(a.cond) + blockIdx.x * a.logit_stride),
-          uncond(a.uncond ? static_cast<const T*>(a.uncond) + blockIdx.x * a.logit_stride : nullptr),
-          guidance(a.guidance) {}
-    __device__ Pair read(int64_t code) const { return {number(cond[code]), uncond ? number(uncond[code]) : 0.0f}; }
-    __device__ float guided(Pair z) const {
-        return uncond ? __fadd_rn(z.uncond, __fmul_rn(guidance, __fsub_rn(z.cond, z.uncond))) : z.cond;
+          uncond(a.uncond ? static_cast<const T*>(a.uncond) + blockIdx.x * a.logit_stride : nullptr), codes(a.codes),
+          guidance(a.guidance),
+          wide((reinterpret_cast<uintptr_t>(cond) | reinterpret_cast<uintptr_t>(uncond)) % 16 == 0) {}
+
+    // A group of logits, as they are in memory; of places beyond the row zeros.
+    __device__ uint4 group(const T* logits, int64_t from) const {
+        if (wide && from + kGroup <= codes) return __ldg(reinterpret_cast<const uint4*>(logits + from));
+        T values[kGroup];
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) values[i] = from + i < codes ? __ldg(logits + from + i) : T{};
+        uint4 words;
+        memcpy(&words, values, sizeof words);
+        return words;
+    }
+
+    __device__ static float logit(const uint32_t* words, int i) {
+        T values[kBlock];
+        memcpy(values, words, sizeof values);
+        return number(values[i]);
+    }
+
+    // use(first code, kBlock logits) for each block of this thread, in ascending order; logits of codes beyond the row
+    // mean nothing. All loads of a batch come before the first use. The blocks of a batch are one loop, not unrolled,
+    // because `use` is long: each iteration shifts the words of the next block to the front.
+    template <class Use>
+    __device__ void each_block(Use use) const {
+        constexpr int apart = kThreads * kGroup;
+        for (int64_t from = int64_t{threadIdx.x} * kGroup; from < codes; from += kGroups * apart) {
+            uint32_t conds[kGroups * 4], unconds[kGroups * 4];
+#pragma unroll
+            for (int g = 0; g < kGroups; ++g) {
+                const uint4 words = group(cond, from + g * apart);
+                memcpy(conds + g * 4, &words, sizeof words);
+            }
+            if (uncond) {
+#pragma unroll
+                for (int g = 0; g < kGroups; ++g) {
+                    const uint4 words = group(uncond, from + g * apart);
+                    memcpy(unconds + g * 4, &words, sizeof words);
+                }
+            }
+#pragma unroll 1
+            for (int i = 0; i < kGroups * kGroup; i += kBlock) {
+                const int64_t first = from + i / kGroup * apart + i % kGroup;
+                if (first >= codes) break;
+                float z[kBlock];
+#pragma unroll
+                for (int j = 0; j < kBlock; ++j) {
+                    z[j] = logit(conds, j);
+                    if (uncond) {
+                        const float base = logit(unconds, j);
+                        z[j] = __fadd_rn(base, __fmul_rn(guidance, __fsub_rn(z[j], base)));
+                    }
+                }
+                use(first, z);
+#pragma unroll
+                for (int j = 0; j + kWords < kGroups * 4; ++j) {
+                    conds[j] = conds[j + kWords];
+                    unconds[j] = unconds[j + kWords];
+                }
+            }
+        }
     }
 };
 
@@ -124,15 +184,15 @@ __global__ void __launch_bounds__(kThreads) draw(Arguments a) {
     const uint64_t seed = static_cast<uint64_t>(a.seeds[blockIdx.x]), step = static_cast<uint64_t>(a.steps[blockIdx.x]);
     Best best{-INFINITY, -1};
     bool wrong = false;
-    for (int64_t block = threadIdx.x; block * 4 < a.codes; block += kThreads) {
+    row.each_block([&](int64_t first, const float* logits) {
         uint4 random{};
-        if (a.temperature != 0.0f) random = philox(seed, static_cast<uint32_t>(block), step);
-        const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+        if (a.temperature != 0.0f) random = philox(seed, static_cast<uint32_t>(first / kBlock), step);
+        const uint32_t words[kBlock] = {random.x, random.y, random.z, random.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int64_t code = block * 4 + i;
+        for (int i = 0; i < kBlock; ++i) {
+            const int64_t code = first + i;
             if (code >= a.codes) break;
-            const float z = row.guided(row.read(code));
+            const float z = logits[i];
             wrong |= isnan(z) || z == INFINITY;
             double score = z;
             if (a.temperature != 0.0f) {
@@ -142,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) draw(Arguments a) {
             }
             if (score > best.score) best = {score, code};
         }
-    }
+    });
     finish(best, __syncthreads_or(wrong), a);
 }
 
@@ -206,27 +266,30 @@ template <class T, bool staged>
 struct Keys {
     Row<T> row;
     float temperature;
-    int64_t codes;
-    uint32_t* room;
+    uint32_t* room;  // (codes) and as many more as fill the last block
 
-    // Those of a batch of codes; of places beyond the row nothing that means anything.
-    __device__ void read(uint32_t (&keys)[kBatch], int64_t from, int apart) const {
+    // use(first code, kBlock keys) for each block of this thread, in ascending order; keys of codes beyond the row mean
+    // nothing.
+    template <class Use>
+    __device__ void each_block(Use use) const {
         if constexpr (staged) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) keys[i] = from + i * apart < codes ? room[from + i * apart] : 0;
+            for (int64_t first = int64_t{threadIdx.x} * kBlock; first < row.codes; first += kThreads * kBlock) {
+                uint32_t own[kBlock];
+                memcpy(own, reinterpret_cast<const uint4*>(room + first), sizeof own);
+                use(first, own);
+            }
         } else {
-            compute(keys, from, apart);
+            compute(use);
         }
     }
-    // All logits are read before one is divided: a division can end in a call, which no load is moved across.
-    __device__ void compute(uint32_t (&keys)[kBatch], int64_t from, int apart) const {
-        typename Row<T>::Pair pairs[kBatch];
+    template <class Use>
+    __device__ void compute(Use use) const {
+        row.each_block([&](int64_t first, const float* logits) {
+            uint32_t own[kBlock];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            pairs[i] = from + i * apart < codes ? row.read(from + i * apart) : typename Row<T>::Pair{};
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) keys[i] = key_of(__fdiv_rn(row.guided(pairs[i]), temperature));
+            for (int i = 0; i < kBlock; ++i) own[i] = key_of(__fdiv_rn(logits[i], temperature));
+            use(first, own);
+        });
     }
 };
 
@@ -242,18 +305,15 @@ __device__ Cut find_cut(const Keys& keys, Order order, Weight weight, Need need,
     Cut cut{};
     for (int shift = 24; shift >= 0; shift -= 8) {
         sums.clear();
-        for (int64_t from = threadIdx.x; from < keys.codes; from += kBatch * kThreads) {
-            uint32_t own[kBatch];
-            keys.read(own, from, kThreads);
+        keys.each_block([&](int64_t first, const uint32_t* own) {
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int64_t code = from + i * kThreads;
-                const uint32_t place = order(code, own[i]);
-                if (code >= keys.codes || (shift < 24 && (place ^ cut.key) >> (shift + 8))) continue;
+            for (int i = 0; i < kBlock; ++i) {
+                const uint32_t place = order(first + i, own[i]);
+                if (first + i >= keys.row.codes || (shift < 24 && (place ^ cut.key) >> (shift + 8))) continue;
                 const uint64_t mass = weight(own[i]);
                 if (mass) sums.add(place >> shift & (kBins - 1), mass);
             }
-        }
+        });
         sums.gather();
         // Every warp alike: a lane has 8 bins, the first lane the largest ones.
         constexpr int kOwn = kBins / 32;
@@ -282,26 +342,23 @@ __device__ Cut find_cut(const Keys& keys, Order order, Weight weight, Need need,
 // would be spilled on sm_80.
 template <class T, bool staged>
 __global__ void __launch_bounds__(kThreads, 1) draw_truncated(Arguments a) {
-    extern __shared__ uint32_t room[];
+    extern __shared__ __align__(16) uint32_t room[];
     __shared__ Sums sums;
     __shared__ uint32_t largest;
-    const Keys<T, staged> keys{Row<T>(a), a.temperature, a.codes, room};
+    const Keys<T, staged> keys{Row<T>(a), a.temperature, room};
     if (threadIdx.x == 0) largest = 0;
     __syncthreads();
     uint32_t most = 0;
     bool wrong = false;
-    for (int64_t from = threadIdx.x; from < a.codes; from += kBatch * kThreads) {
-        uint32_t own[kBatch];
-        keys.compute(own, from, kThreads);
+    keys.compute([&](int64_t first, const uint32_t* own) {
+        if (staged) memcpy(reinterpret_cast<uint4*>(room + first), own, sizeof(uint4));
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int64_t code = from + i * kThreads;
-            if (code >= a.codes) break;
-            if (staged) room[code] = own[i];
+        for (int i = 0; i < kBlock; ++i) {
+            if (first + i >= a.codes) break;
             wrong |= !(logit_of(own[i]) < INFINITY);
             most = max(most, own[i]);
         }
-    }
+    });
     atomicMax(&largest, most);
     wrong = __syncthreads_or(wrong);
     most = largest;
@@ -335,26 +392,25 @@ __global__ void __launch_bounds__(kThreads, 1) draw_truncated(Arguments a) {
 
     const uint64_t seed = static_cast<uint64_t>(a.seeds[blockIdx.x]), step = static_cast<uint64_t>(a.steps[blockIdx.x]);
     Best best{-INFINITY, -1};
-    for (int64_t block = threadIdx.x; block * 4 < a.codes; block += kThreads) {
-        uint32_t own[kBatch], kept = 0;
-        keys.read(own, block * 4, 1);
+    keys.each_block([&](int64_t first, const uint32_t* own) {
+        uint32_t kept = 0;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int64_t code = block * 4 + i;
+        for (int i = 0; i < kBlock; ++i) {
+            const int64_t code = first + i;
             if (code < a.codes && (own[i] > least || (own[i] == least && code < end))) kept |= 1u << i;
         }
-        if (!kept) continue;
-        const uint4 random = philox(seed, static_cast<uint32_t>(block), step);
-        const uint32_t words[4] = {random.x, random.y, random.z, random.w};
+        if (!kept) return;
+        const uint4 random = philox(seed, static_cast<uint32_t>(first / kBlock), step);
+        const uint32_t words[kBlock] = {random.x, random.y, random.z, random.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < kBlock; ++i) {
             if (!(kept >> i & 1)) continue;
             double score = logit_of(own[i]);
             if (score + gumbel_bound(words[i]) <= best.score) continue;
             score += gumbel(words[i]);
-            if (score > best.score) best = {score, block * 4 + i};
+            if (score > best.score) best = {score, first + i};
         }
-    }
+    });
     finish(best, false, a);
 }
 
@@ -369,14 +425,14 @@ int launch(const Arguments& a, int64_t rows, int device, cudaStream_t stream) {
     cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (status != cudaSuccess) return status;
     most -= static_cast<int>(sizeof(Sums)) + 1024;  // what a block has besides the keys
-    if (a.codes * 4 > most) {
+    const int64_t bytes = (a.codes + kBlock - 1) / kBlock * kBlock * 4;
+    if (bytes > most) {
         draw_truncated<T, false><<<grid, kThreads, 0, stream>>>(a);
         return cudaGetLastError();
     }
     // Always as much, whatever this row needs: another thread may be launching with longer ones.
     status = cudaFuncSetAttribute(draw_truncated<T, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (status != cudaSuccess) return status;
-    const size_t bytes = static_cast<size_t>(a.codes) * 4;
     draw_truncated<T, true><<<grid, kThreads, bytes, stream>>>(a);
     return cudaGetLastError();
 }

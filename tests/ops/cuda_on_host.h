@@ -18,6 +18,7 @@
 #define __global__
 #define __shared__ static  // one block runs at a time
 #define __launch_bounds__(...)
+#define __align__(bytes)  // what stands for dynamic shared memory is aligned
 
 struct uint4 {
     uint32_t x, y, z, w;
@@ -215,6 +216,20 @@ inline uint64_t __double2ull_rn(double value) { return static_cast<uint64_t>(rin
 inline uint64_t __double2ull_ru(double value) { return static_cast<uint64_t>(ceil(value)); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint4 __ldcs(const uint4* from) { return *from; }
+namespace host {
+inline int64_t wide_loads = 0;  // of 16 bytes
+}
+template <typename T>
+T __ldg(const T* from) {
+    if (sizeof(T) == 16) {
+        if (reinterpret_cast<uintptr_t>(from) % 16) {
+            std::fputs("a load of 16 bytes is not aligned\n", stderr);
+            std::abort();
+        }
+        ++host::wide_loads;
+    }
+    return *from;
+}
 
 // ex2.approx.ftz.f32
 inline float exp2_on_host(float x) {

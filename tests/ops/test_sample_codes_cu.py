@@ -30,6 +30,7 @@ extern "C" int run(int dtype, const void* cond, const void* uncond, int64_t logi
     return ospo::draw_codes_cuda(ospo::Dtype{dtype}, cond, uncond, logit_stride, seeds, steps, tokens, token_stride,
                                  current, bad, rows, codes, guidance, temperature, top_k, top_p, 0, nullptr);
 }
+extern "C" int64_t wide_loads() { return std::exchange(host::wide_loads, 0); }
 """
 KEPT, READ = 227 * 1024, 0  # bytes of shared memory with which keys are kept there, and made again whenever needed
 Draw = Callable[..., list[Tensor]]
@@ -45,14 +46,16 @@ def draw(tmp_path_factory: pytest.TempPathFactory) -> Draw:
     source = (CSRC / "sample_codes.cu").read_text()
     launch = r"(draw\w*<[^>]*>)<<<grid, kThreads, (\w+), stream>>>\(a\)"
     source, launches = re.subn(launch, r"launch_on_host(\1, grid, kThreads, a, \2)", source)
-    room = "extern __shared__ uint32_t room[];"
+    room = "extern __shared__ __align__(16) uint32_t room[];"
     assert (launches, source.count(room)) == (3, 1)
     source = source.replace(room, "uint32_t* const room = reinterpret_cast<uint32_t*>(host::room.data());")
-    (folder / "sample_codes.cpp").write_text(re.sub(r"#include <cuda_\w+\.h>\n", "", source) + ENTRY)
+    source = "#include <utility>\n" + re.sub(r"#include <cuda_\w+\.h>\n", "", source)
+    (folder / "sample_codes.cpp").write_text(source + ENTRY)
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DOSPO_CUDA=1"]
     flags += [f"-I{CSRC}", "-include", str(HERE / "cuda_on_host.h")]
     subprocess.run([compiler, *flags, folder / "sample_codes.cpp", "-o", folder / "draw.so"], check=True)
     library = ctypes.CDLL(str(folder / "draw.so"))
+    library.wide_loads.restype = ctypes.c_int64
 
     def call(logits: Tensor, *, shared: int = KEPT, backwards: bool = False, **options: Any) -> list[Tensor]:
         cond, uncond = logits if logits.dim() == 3 else (logits, None)
@@ -68,6 +71,7 @@ def draw(tmp_path_factory: pytest.TempPathFactory) -> Draw:
         assert status == 0
         return out[2:]
 
+    call.wide_loads = library.wide_loads  # type: ignore[attr-defined]
     return call
 
 
@@ -163,3 +167,28 @@ def test_rows_with_a_stride(draw: Draw) -> None:
     logits = torch.randn(4, 3, 1000)[:2, :, :777]
     same(draw, logits, guidance_scale=3.0, top_k=99, top_p=0.95)
     same(draw, logits[0, ::2], top_p=0.95)
+
+
+@pytest.mark.parametrize("V", [4096, 16391, 5])  # whole batches, a tail, and less than half precision's one load
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [KEPT, READ])
+def test_rows_of_any_alignment(draw: Draw, V: int, dtype: torch.dtype, shared: int) -> None:
+    """Aligned rows are read 16 bytes at a time, others one logit at a time; the codes are those of the CPU."""
+    wide = 16 // dtype.itemsize
+    even = -(-V // wide) * wide
+    for start, stride, half, aligned in (
+        (0, even, 2 * even, 2),
+        (0, even + 1, 2 * (even + wide), 1),  # the second row begins elsewhere
+        (0, even, 2 * even + 1, 0),  # so do the unconditional rows
+        (1, even, 2 * even, 0),
+    ):
+        room = torch.full((4 * (even + wide),), torch.nan, dtype=dtype)
+        assert room.data_ptr() % 16 == 0
+        logits = room[start:].as_strided((2, 2, V), (half, stride, 1))
+        logits.copy_(torch.randn(2, 2, V) * 2)
+        logits[:, 1] = logits[:, 1].round()  # many equal ones
+        draw.wide_loads()  # type: ignore[attr-defined]
+        for options in ({}, {"temperature": 0.0}, {"top_k": 40, "top_p": 0.9}):
+            same(draw, logits, shared=shared, guidance_scale=3.0, **options)
+            loads = draw.wide_loads()  # type: ignore[attr-defined]
+            assert loads == 2 * aligned * (V // wide) or (loads and "top_k" in options and shared == READ), options
