@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "on_device.h"
+#include "shared_memory.h"
 
 namespace ospo {
 namespace {
@@ -14,7 +15,7 @@ constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int OTSU_THREADS = 64;  // of a block for one map: the running sums of its bins take most of its time
 constexpr int BATCH = 16;         // bins whose sums are in registers at once
-constexpr size_t MOST_ROOM = 96 * 1024;  // bytes of a block that has several maps at once
+constexpr size_t MOST_ROOM = 96 * 1024;  // bytes of a block that has several maps at once: every device allows it
 
 // What a block shares besides its arrays, each warp and each team at its own place.
 struct Scratch {
@@ -295,13 +296,6 @@ __global__ void __launch_bounds__(THREADS) token_weights_kernel(const float* mas
     weigh(room, room + cells, weights + first, height, width, alpha, gamma, blur, scratch);
 }
 
-// More shared memory than a kernel may have without asking.
-template <typename Kernel>
-cudaError_t allow_room(Kernel kernel, size_t bytes) {
-    if (bytes + sizeof(Scratch) <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 }  // namespace
 
 int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,
@@ -309,7 +303,7 @@ int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int
     const OnDevice current(device);
     if (current.status != cudaSuccess) return current.status;
     const size_t bytes = room_size(cells, bins) * sizeof(float);
-    const cudaError_t status = allow_room(otsu_threshold_kernel, bytes);
+    const cudaError_t status = allow_shared<otsu_threshold_kernel>(device, bytes);
     if (status != cudaSuccess) return status;
     otsu_threshold_kernel<<<static_cast<unsigned>(count), OTSU_THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(
         maps, thresholds, cells, bins);
@@ -326,7 +320,7 @@ int object_masks_cuda(const MaskTensors& t, int64_t images, int objects, int hei
     while (teams < objects && teams < WARPS && 2 * teams * one <= MOST_ROOM) teams *= 2;
     const size_t masks = teams * one, blurred = weights ? 2 * cells * sizeof(double) : 0;
     const size_t bytes = masks > blurred ? masks : blurred;
-    const cudaError_t status = allow_room(object_masks_kernel, bytes);
+    const cudaError_t status = allow_shared<object_masks_kernel>(device, bytes);
     if (status != cudaSuccess) return status;
     object_masks_kernel<<<static_cast<unsigned>(images), THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(
         t, objects, teams, height, width, scaler, bins, weights, alpha, gamma, blur);
@@ -338,7 +332,7 @@ int token_weights_cuda(const float* masks, float* weights, int64_t images, int h
     const OnDevice current(device);
     if (current.status != cudaSuccess) return current.status;
     const size_t bytes = 2 * static_cast<size_t>(height) * width * sizeof(double);
-    const cudaError_t status = allow_room(token_weights_kernel, bytes);
+    const cudaError_t status = allow_shared<token_weights_kernel>(device, bytes);
     if (status != cudaSuccess) return status;
     token_weights_kernel<<<static_cast<unsigned>(images), THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(
         masks, weights, height, width, alpha, gamma, blur);

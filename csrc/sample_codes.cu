@@ -6,6 +6,7 @@
 
 #include "common.h"
 #include "on_device.h"
+#include "shared_memory.h"
 
 namespace ospo {
 namespace {
@@ -421,18 +422,14 @@ int launch(const Arguments& a, int64_t rows, int device, cudaStream_t stream) {
         draw<T><<<grid, kThreads, 0, stream>>>(a);
         return cudaGetLastError();
     }
-    int most = 0;
-    cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    size_t most = 0;
+    const cudaError_t status = raise_shared_limit<draw_truncated<T, true>>(device, most);
     if (status != cudaSuccess) return status;
-    most -= static_cast<int>(sizeof(Sums)) + 1024;  // what a block has besides the keys
-    const int64_t bytes = (a.codes + kBlock - 1) / kBlock * kBlock * 4;
+    const size_t bytes = static_cast<size_t>((a.codes + kBlock - 1) / kBlock * kBlock) * 4;
     if (bytes > most) {
         draw_truncated<T, false><<<grid, kThreads, 0, stream>>>(a);
         return cudaGetLastError();
     }
-    // Always as much, whatever this row needs: another thread may be launching with longer ones.
-    status = cudaFuncSetAttribute(draw_truncated<T, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (status != cudaSuccess) return status;
     draw_truncated<T, true><<<grid, kThreads, bytes, stream>>>(a);
     return cudaGetLastError();
 }

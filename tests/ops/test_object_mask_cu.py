@@ -4,6 +4,7 @@ Not tested so: what the compiler for the GPU makes of them, and the launch.
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -46,10 +47,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("needs a C++ compiler and POSIX barriers")
     folder = tmp_path_factory.mktemp("object_mask")
     source = (CSRC / "object_mask.cu").read_text()
-    kernels = source[: source.index("// More shared memory")].replace(
+    kernels = source[: source.index("}  // namespace\n\nint otsu_threshold_cuda")].replace(
         "extern __shared__ double room[];", "double* room = shared_room;"
     )
-    kernels = kernels.replace('#include "on_device.h"\n', "")
+    kernels = re.sub(r'#include "(on_device|shared_memory)\.h"\n', "", kernels)
     (folder / "kernels.cpp").write_text('#include "cuda_block.h"\n' + kernels + ENTRY)
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fPIC", "-shared", "-pthread"]
     flags += [f"-I{HERE}", f"-I{CSRC}"]

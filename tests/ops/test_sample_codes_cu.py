@@ -28,7 +28,8 @@ extern "C" int run(int dtype, const void* cond, const void* uncond, int64_t logi
     most_shared = shared;
     host::backwards = backwards;
     return ospo::draw_codes_cuda(ospo::Dtype{dtype}, cond, uncond, logit_stride, seeds, steps, tokens, token_stride,
-                                 current, bad, rows, codes, guidance, temperature, top_k, top_p, 0, nullptr);
+                                 current, bad, rows, codes, guidance, temperature, top_k, top_p,
+                                 shared == 0, nullptr);  // a device of its own, whose limit is kept
 }
 extern "C" int64_t wide_loads() { return std::exchange(host::wide_loads, 0); }
 """
@@ -190,5 +191,6 @@ def test_rows_of_any_alignment(draw: Draw, V: int, dtype: torch.dtype, shared: i
         draw.wide_loads()  # type: ignore[attr-defined]
         for options in ({}, {"temperature": 0.0}, {"top_k": 40, "top_p": 0.9}):
             same(draw, logits, shared=shared, guidance_scale=3.0, **options)
-            loads = draw.wide_loads()  # type: ignore[attr-defined]
-            assert loads == 2 * aligned * (V // wide) or (loads and "top_k" in options and shared == READ), options
+            loads, once = draw.wide_loads(), 2 * aligned * (V // wide)  # type: ignore[attr-defined]
+            again = shared == READ and "top_k" in options
+            assert loads > once if again and once else loads == once, options
