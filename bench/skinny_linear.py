@@ -23,7 +23,7 @@ from ospo_fast.ops.skinny_linear import skinny_linear
 # hidden, intermediate: Janus-Pro-7B and 1B
 SIZES = [(4096, 11008), (2048, 5632)]
 ROWS = (2, 8, 16)
-SWEEP = [(32, 256, 5, 4), (16, 256, 6, 4), (32, 128, 6, 4), (64, 128, 5, 4), (32, 256, 4, 8), (16, 512, 4, 4)]
+SWEEP = [(32, 256, 5, 4), (16, 256, 6, 4), (32, 128, 6, 4), (64, 128, 5, 4), (32, 256, 4, 8)]
 NAMES = ("COLUMNS", "DEPTH", "STAGES", "WARPS")  # of the Triton kernel
 Layer = dict[str, Tensor]
 
