@@ -24,7 +24,6 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80+PTX 90 100+PTX 120"
-SM90A = "_sm90a"  # sources whose stem ends so are compiled for sm_90a alone, whose instructions no other GPU has
 
 
 def sources(suffix: str) -> list[str]:
@@ -70,10 +69,8 @@ def cuda_archs(nvcc: str) -> list[str]:
     return archs
 
 
-def gencode(archs: list[str], source: str) -> list[str]:
-    """The -gencode flags of one source."""
-    if Path(source).stem.endswith(SM90A):
-        return ["-gencode=arch=compute_90a,code=sm_90a"]
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's -gencode flags."""
     flags = []
     for arch in archs:
         number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
@@ -138,6 +135,7 @@ class BuildExtension(build_ext):
             flags += [f'-DOSPO_NVCC="{release[1] if release else "unknown"}"']
             nvcc_flags = ["-std=c++17", "-O3", "-cudart=static", "--threads=0", "--resource-usage", f"-ccbin={cxx}"]
             nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+            nvcc_flags += gencode(archs)
             nvcc_flags += ["--compress-mode=size"] if "--compress-mode" in output(nvcc, "--help") else []
             print(f"ospo-fast: C++ by {cxx}, CUDA by {nvcc} for {' '.join(archs)}")
         else:
@@ -165,19 +163,15 @@ class BuildExtension(build_ext):
         if nvcc:
             lines += [
                 "rule cuda",
-                f"  command = {ccache}{nvcc} -MD -MF $out.d {joined(nvcc_flags)} $gencode -c $in -o $out",
+                f"  command = {ccache}{nvcc} -MD -MF $out.d {joined(nvcc_flags)} -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
         objects = []
         for source in [*ext.sources, *(sources(".cu") if nvcc else [])]:
-            stem, cuda = Path(source).name + ".o", source.endswith(".cu")
-            if source.endswith(f"{SM90A}.cu") and not any(arch.startswith("90") for arch in archs):
-                continue
-            objects.append(stem)
-            lines.append(f"build {stem}: {'cuda' if cuda else 'cxx'} {escaped(ROOT / source)}")
-            if cuda:
-                lines.append(f"  gencode = {joined(gencode(archs, source))}")
+            objects.append(Path(source).name + ".o")
+            rule = "cuda" if source.endswith(".cu") else "cxx"
+            lines.append(f"build {objects[-1]}: {rule} {escaped(ROOT / source)}")
         lines += [f"build {escaped(target)}: link {' '.join(objects)}", f"default {escaped(target)}", ""]
         return "\n".join(lines)
 

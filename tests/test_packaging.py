@@ -1,5 +1,4 @@
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -163,16 +162,6 @@ def test_architectures_can_be_chosen(tree: Path, tmp_path: Path) -> None:
     ninja = (tmp_path / "build.ninja").read_text()
     assert "-gencode=arch=compute_90,code=[sm_90,compute_90]" in ninja
     assert "sm_80" not in ninja
-
-
-def test_code_for_sm_90a_is_compiled_for_it_alone(tmp_path: Path) -> None:
-    tree = copy_tree(tmp_path / "tree")
-    (tree / "csrc" / "device_sm90a.cu").touch()
-    build(tree, tmp_path)
-    ninja = (tmp_path / "build.ninja").read_text()
-    gencode = dict(re.findall(r"^build (\S+)\.cu\.o: .*\n  gencode = (.*)$", ninja, re.MULTILINE))
-    assert gencode["device_sm90a"] == "-gencode=arch=compute_90a,code=sm_90a"
-    assert "90a" not in gencode["device"]
 
 
 @pytest.mark.parametrize(
