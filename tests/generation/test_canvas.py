@@ -232,7 +232,7 @@ def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
 
     def large(self: Canvas) -> None:
         if torch.cuda.is_current_stream_capturing():
-            self._large = torch.empty(2**29, dtype=torch.uint8, device="cuda")  # type: ignore[attr-defined]
+            self._large = torch.empty(2**31, dtype=torch.uint8, device="cuda")  # type: ignore[attr-defined]
         step(self)
 
     def crowded(self: Canvas) -> None:
@@ -249,8 +249,8 @@ def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
     monkeypatch.setattr(Canvas, "_sample", crowded)
     assert torch.equal(generator.generate(PROMPTS * 2, seeds=range(8), output="codes"), expected)
     assert len(before) == 3  # 8, 4, 2
-    # What the first steps made once and for all stays, such as workspaces.
-    assert max(before[1:]) - before[0] < 2**28
+    # What the first steps allocate for good stays, such as workspaces; it is far less than the 2 GiB of the graph.
+    assert max(before[1:]) - before[0] < 2**30
 
 
 @pytest.mark.gpu
