@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -175,14 +175,13 @@ def test_on_a_gpu_batches_change_nothing_either(on_gpu: JanusUnifiedModel) -> No
 
 
 @pytest.mark.gpu
-def test_greedy_codes_on_a_gpu_are_those_of_the_cpu(parts: tuple[Any, Any]) -> None:
-    module, processor = parts
-    found = []
-    for device in ("cpu", "cuda"):
-        model = JanusUnifiedModel(copy.deepcopy(module).to(device), processor, name="tiny")
-        given: dict[str, Any] = {"seeds": [0] * 4, "output": "codes", "temperature": 0}
-        found.append(ImageGenerator(model).generate(PROMPTS, guidance_scale=1.5, **given))
-    assert torch.equal(*found)
+def test_greedy_codes_on_a_gpu_are_those_of_the_cpu(
+    tiny: JanusUnifiedModel, greedy_rows_agree: Callable[..., None]
+) -> None:
+    moved = JanusUnifiedModel(copy.deepcopy(tiny.module).to("cuda"), tiny.processor, name="tiny")
+    given: dict[str, Any] = {"seeds": [0] * 4, "output": "codes", "temperature": 0, "guidance_scale": 1.5}
+    codes = [ImageGenerator(model).generate(PROMPTS, **given) for model in (tiny, moved)]
+    greedy_rows_agree(tiny, PROMPTS, *codes, guidance_scale=1.5)
 
 
 @pytest.mark.gpu

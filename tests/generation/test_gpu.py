@@ -1,6 +1,7 @@
 """The engine on a GPU: pixels beside the drawing, texts, answers, and heads as wide as Janus-Pro's."""
 
 import copy
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -67,12 +68,25 @@ def test_pixels_are_decoded_beside_the_drawing(both: list[JanusUnifiedModel]) ->
         assert np.array_equal((tensor * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(picture))
 
 
-def test_texts_are_those_of_the_cpu_whatever_is_written_beside_them(both: list[JanusUnifiedModel]) -> None:
-    chats = [[model.chat([{"role": "user", "content": text}]) for text in PROMPTS] for model in both]
+def greedy_tokens(model: JanusUnifiedModel, chats: list[torch.Tensor]) -> list[list[int]]:
+    written: list[list[int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "detokenize", lambda ids: written.append(list(ids)) or "")
+        generate_text(model, chats, seeds=[0] * len(chats), max_new_tokens=20, temperature=0, progress=False)
+    return written
+
+
+def test_greedy_texts_are_those_of_the_cpu(
+    both: list[JanusUnifiedModel], greedy_rows_agree: Callable[..., None]
+) -> None:
+    chats = [both[0].chat([{"role": "user", "content": text}]) for text in PROMPTS]
+    greedy_rows_agree(both[0], chats, *(greedy_tokens(model, chats) for model in both), text=True)
+
+
+def test_texts_do_not_depend_on_their_batch(both: list[JanusUnifiedModel]) -> None:
+    chats = [both[1].chat([{"role": "user", "content": text}]) for text in PROMPTS]
     given: dict[str, Any] = {"max_new_tokens": 20, "progress": False}
-    greedy = [generate_text(m, c, seeds=[0] * 4, temperature=0, **given) for m, c in zip(both, chats, strict=True)]
-    assert greedy[0] == greedy[1]
-    many, seeds = chats[1] * 20, list(range(80))  # more than one batch; rows end at different times
+    many, seeds = chats * 20, list(range(80))  # rows end at different times
     with torch.no_grad():
         both[1].module.lm_head.weight[both[1].eos_ids[0]] *= 0.3
     given |= {"temperature": 20.0, "top_p": 0.98}
@@ -97,17 +111,19 @@ def test_answers_are_those_of_the_cpu(both: list[JanusUnifiedModel]) -> None:
     )
     assert [len(answers) for answers in found] == [2, 0, 1, 1]
     for mine, wanted in zip(chain(*found), chain(*expected), strict=True):
-        assert mine["answer"] == wanted["answer"]
+        assert mine["answer"] == wanted["answer"]  # on the CPU one is a hundred times as likely as the other
         assert mine["p_yes"] == pytest.approx(wanted["p_yes"], rel=1e-3, abs=1e-9)
         assert mine["p_no"] == pytest.approx(wanted["p_no"], rel=1e-3, abs=1e-9)
 
 
-def test_heads_of_128_draw_what_the_cpu_draws(wide: list[JanusUnifiedModel]) -> None:
+def test_heads_of_128_draw_what_the_cpu_draws(
+    wide: list[JanusUnifiedModel], greedy_rows_agree: Callable[..., None]
+) -> None:
     given: dict[str, Any] = {"output": "codes", "progress": False}
     greedy = [
         ImageGenerator(m).generate(PROMPTS, seeds=[0] * 4, temperature=0, guidance_scale=1.5, **given) for m in wide
     ]
-    assert torch.equal(*greedy)
+    greedy_rows_agree(wide[0], PROMPTS, *greedy, guidance_scale=1.5)
     half = JanusUnifiedModel(wide[1].module.to(torch.bfloat16), wide[1].processor, name="wide")
     captured, eager = (
         ImageGenerator(half, capture=capture).generate(PROMPTS, seeds=[1, 2, 3, 4], **given)
