@@ -1,3 +1,5 @@
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,19 +169,39 @@ def test_cuda_weights_that_fill_the_shared_memory_of_a_kernel() -> None:
     torch.testing.assert_close(token_weights(masks).cpu(), token_weights(masks.cpu()))
 
 
+def kernels(trace: dict[str, Any]) -> list[str]:
+    """Names of the kernels of a Chrome trace, without fills, copies, calls of the runtime and the profiler's own."""
+    return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "kernel"]
+
+
+def test_kernels_of_a_trace() -> None:
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": "ospo_fast::object_masks"},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+        {"ph": "X", "cat": "gpu_memset", "name": "Memset (Device)"},
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD (Pageable -> Device)"},
+        {"ph": "X", "cat": "kernel", "name": "void ospo::object_masks_kernel<256>(float const*)"},
+        {"ph": "X", "cat": "gpu_user_annotation", "name": "kernel"},
+        {"ph": "X", "cat": "overhead", "name": "Activity Buffer Request"},
+        {"ph": "i", "name": "Record Window End"},
+    ]
+    assert kernels({"traceEvents": events}) == ["void ospo::object_masks_kernel<256>(float const*)"]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-def test_cuda_masks_and_weights_in_one_launch() -> None:
+def test_cuda_masks_and_weights_in_one_launch(tmp_path: Path) -> None:
     maps = torch.rand(5, 3, 24, 24).cuda()
     masks, weights = object_weights(maps, gamma=0.5)
     assert torch.equal(masks.union, object_masks(maps).union)
     assert torch.equal(weights, token_weights(masks.union, gamma=0.5))
     torch.use_deterministic_algorithms(False)  # which fills new tensors with poison, by kernels of its own
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile() as profile:
         object_weights(maps)
         torch.cuda.synchronize()
-    launched = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert ["object_masks_kernel" in event.name for event in launched] == [True], launched
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    launched = kernels(json.loads((tmp_path / "trace.json").read_text()))
+    assert ["object_masks_kernel" in name for name in launched] == [True], launched
 
 
 @pytest.mark.gpu
