@@ -65,6 +65,7 @@ def test_unknown_command(refused):
     refused(2, "no command 'scores'; nearest: score", "scores")
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", SETTLED)
 def test_unknown_key(refused, tiny, command):
     refused(2, "nearest: images.guidance_scale", command, "images.guidence=2", "--model", tiny)
@@ -75,12 +76,14 @@ def test_commands_without_settings(refused, command):
     refused(2, f"{command} takes no settings, got 'images.top_k=2'", command, "images.top_k=2")
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", SETTLED)
 def test_unknown_preset(refused, tiny, command):
     refused(2, "one of v1, v2, v3, full, got 'v9'", command, "preset=v9", "--model", tiny)
     refused(2, "one of v1, v2, v3, full, got 'v9'", command, "--config", "c.yaml", files={"c.yaml": "preset: v9"})
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", SETTLED)
 def test_missing_checkpoint(refused, command, tmp_path):
     for place in ("./nothing", str(tmp_path / "nothing")):
@@ -90,6 +93,7 @@ def test_missing_checkpoint(refused, command, tmp_path):
     refused(1, "is a file", command, "--model", "./c.yaml")
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", SETTLED)
 @pytest.mark.parametrize(
     ("broken", "words"),
@@ -107,6 +111,7 @@ def test_checkpoint_that_is_not_whole(refused, command, tiny, tmp_path, broken, 
     refused(1, words, command, "--model", folder)
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", [name for name in SETTLED if name != "select"])
 def test_broken_weights(refused, command, tiny, tmp_path, run_folder, script):
     """What only loading shows; rule v3 of `select` needs no model."""
@@ -118,6 +123,7 @@ def test_broken_weights(refused, command, tiny, tmp_path, run_folder, script):
     assert contents(run_folder) == before
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", ["run", "prompts", "generate"])
 def test_empty_prompt_file(refused, tiny, command):
     for content in ("", " \n\n"):
@@ -125,6 +131,7 @@ def test_empty_prompt_file(refused, tiny, command):
     refused(2, "Cannot read the prompt file", command, "--prompts", "none.txt", "--model", tiny)
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize(
     ("command", "key"),  # the demo excludes the prompts of its evaluation, whatever is set
     [("demo", "prompts.file"), *((c, f"prompts.{key}") for c in ("run", "prompts") for key in ("file", "exclude"))],
@@ -133,6 +140,7 @@ def test_empty_prompt_file_of_the_settings(refused, tiny, command, key):
     refused(2, "holds no prompt", command, f"{key}=p.txt", "--model", tiny, files={"p.txt": "\n"})
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", ["demo", "run", "prompts", "generate"])
 @pytest.mark.parametrize(("prompt", "words"), [("two zebras", "zebras"), ("on the left of the right", "no object")])
 def test_prompt_without_a_known_object(refused, tiny, command, prompt, words):
@@ -141,12 +149,14 @@ def test_prompt_without_a_known_object(refused, tiny, command, prompt, words):
     refused(2, words, command, *given, "--model", tiny, files={"p.txt": f"a red circle\n{prompt}\n"})
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", ["demo", "run", "prompts", "generate", "evaluate"])
 def test_folder_that_cannot_be_made(refused, tiny, command, script):
     guidance = "images.guidance_scale=1"
     refused(1, "Cannot write", command, guidance, "--model", tiny, "--out", "file/out", files={"file": ""})
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", [*STAGES, "generate", "evaluate", "demo", "report"])
 def test_disk_that_is_full(refused, tiny, command, run_folder, script, monkeypatch, tmp_path):
     """Whatever a command would write first, nothing of the run is lost and nothing half of it is left."""
@@ -164,6 +174,7 @@ def test_disk_that_is_full(refused, tiny, command, run_folder, script, monkeypat
     assert contents(out) == before
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("command", ["demo", "run", "prompts", "masks", "train"])
 @pytest.mark.parametrize("name", ["layers", "heads"])
 def test_layers_and_heads_that_the_model_lacks(refused, tiny, command, name, run_folder):
@@ -175,6 +186,7 @@ def test_layers_and_heads_that_the_model_lacks(refused, tiny, command, name, run
     assert contents(run_folder) == before
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, script):
     """One costs its item alone; the command fails when every item does."""
     out = shutil.copytree(run_folder, tmp_path / "run")

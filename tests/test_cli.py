@@ -29,6 +29,7 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -91,6 +92,7 @@ def test_broken_checkpoints(capsys, tmp_path, tiny, broken, content):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_unwritable_output(capsys, tmp_path, tiny, script, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(ImageGenerator, "generate", lambda *_, **__: pytest.fail("drawn before the folder was tried"))
@@ -101,6 +103,7 @@ def test_unwritable_output(capsys, tmp_path, tiny, script, monkeypatch):
         assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_stages_one_by_one(capsys, tmp_path, tiny, script):
     """Each stage is a command; settings given once stay with the run folder; --json is one line of JSON."""
     where = ["--out", tmp_path / "run"]
@@ -122,6 +125,7 @@ def test_stages_one_by_one(capsys, tmp_path, tiny, script):
     assert "images: 10 items" in out
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_online_masks_need_no_masks_stage(capsys, tmp_path, tiny, script):
     where = ["--out", tmp_path / "run"]
     code, out, err = call(capsys, "run", *where, *SMALL, "--model", tiny, "--masks", "online")
@@ -140,6 +144,7 @@ def test_online_masks_need_no_masks_stage(capsys, tmp_path, tiny, script):
     assert "sometimes" in err
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_run_keeps_the_evaluation_prompts_out(capsys, tmp_path, tiny, script):
     from ospo_fast.shapes.scenes import held_out
 
@@ -152,6 +157,7 @@ def test_run_keeps_the_evaluation_prompts_out(capsys, tmp_path, tiny, script):
     assert not held & set(prompts)
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_generate(capsys, tmp_path, tiny):
     arguments = [
         "generate",
@@ -187,6 +193,7 @@ def test_a_setting_is_no_prompt(capsys, tmp_path, tiny):
     assert "one prompt in quotes" in err
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_generate_goes_on_where_it_stopped(capsys, tmp_path, tiny, monkeypatch, scripted):
     drawn = []
     original = ImageGenerator.generate
@@ -216,6 +223,7 @@ def test_generate_goes_on_where_it_stopped(capsys, tmp_path, tiny, monkeypatch, 
     assert drawn[5:] == [0, 3]
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_generate_goes_on_without_an_image_that_fails(capsys, tmp_path, tiny, monkeypatch):
     original = ImageGenerator.generate
 
@@ -246,6 +254,7 @@ def test_settings_stand_anywhere(place, prompt):
     assert (str(args.out), args.json, args.num) == ("a=b", True, 2)
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_evaluate(capsys, tmp_path, tiny, script):
     settings = ["evaluate.per_kind=1", "evaluate.guidance_scales=[1]", "--model", tiny, "--out", tmp_path]
     code, out, err = call(capsys, "evaluate", *settings, "--json")
@@ -255,6 +264,7 @@ def test_evaluate(capsys, tmp_path, tiny, script):
     assert json.loads((tmp_path / "evaluate.json").read_text())["model"] == str(tiny)
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_a_stop_is_clean(capsys, tmp_path, tiny, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -264,6 +274,7 @@ def test_a_stop_is_clean(capsys, tmp_path, tiny, monkeypatch):
     assert (code, err) == (1, "ospo-fast: Stopped; the same command goes on from here.\n")
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize(("command", "failed", "code"), [("masks", 2, 0), ("masks", 3, 1), ("train", 3, 0)])
 def test_a_stage_fails_when_every_item_does(capsys, tmp_path, tiny, monkeypatch, command, failed, code):
     """Training counts steps, not items: as many pairs left out as there were steps mean nothing."""
@@ -274,6 +285,7 @@ def test_a_stage_fails_when_every_item_does(capsys, tmp_path, tiny, monkeypatch,
     assert out.endswith(f"9 in all, {failed} failed\n")
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_stage_3_says_how_fast_it_draws(capsys, tmp_path, tiny, monkeypatch):
     drawing = {"images": 18, "images_s": 10.5181, "gb_s": 2345.61, "share": 0.7512}
     report = StageReport("images", 1, items=3, total=9, drawing=drawing)
@@ -285,6 +297,7 @@ def test_stage_3_says_how_fast_it_draws(capsys, tmp_path, tiny, monkeypatch):
     assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("floor, 2.31 codes a step\n")
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_unexpected_errors_are_one_sentence_unless_debugging(capsys, tmp_path, tiny, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("CUDA out of memory.\nTried to allocate")

@@ -10,6 +10,8 @@ from ospo_fast.errors import UsageError
 from ospo_fast.loss import OSPOLossConfig
 from ospo_fast.stages.train import loss_config
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 
 def test_defaults_are_the_published_ones():
     config = load_config()

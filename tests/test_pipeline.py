@@ -15,6 +15,8 @@ from ospo_fast.pipeline import STAGES, Pipeline, Shard, read_stage, stage_figure
 from ospo_fast.records import Store, read_records
 from ospo_fast.shapes.scenes import descriptions
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 COUNTS = "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numeracy1: 1, numeracy2: 2}"
 SMALL = [COUNTS, "train.steps=3", "train.batch_size=2", "train.save_every=1", "train.eval_every=0", "images.chunk=4"]
 SMALL += ["perturb.chunk=5", "questions.chunk=3", "score.chunk=4", "masks.batch_size=3", "masks.layers=[0]"]

@@ -65,6 +65,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_the_summary_has_every_figure(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     for name in ("alignment_before", "alignment_after", "vqa_accuracy", "pair_purity", "mask_iou"):
@@ -85,6 +86,7 @@ def test_the_summary_has_every_figure(run_folder: Path) -> None:
         assert only[name] == summary[name]
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_every_iteration_is_reported(run_folder: Path, tmp_path: Path) -> None:
     """A second iteration with a pair and a mask less: the figures at the top are its own, those of stages the sums."""
     out = Path(shutil.copytree(run_folder, tmp_path / "run"))
@@ -110,6 +112,7 @@ def test_every_iteration_is_reported(run_folder: Path, tmp_path: Path) -> None:
         assert row["items"] == 2 * before["stages"][name]["items"]
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +130,7 @@ def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
             assert np.array_equal(one["images"], other["images"])
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_training_watches_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """One setting for `demo` and for `train`: 200 prompts of each headline kind, or all, of the validation split."""
     seen: list[dict[str, Any]] = []
@@ -151,6 +155,7 @@ def test_training_watches_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -
         assert len(evaluate.held_out_prompts("validation", 200, [kind])) >= 24
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_no_stage_draws_or_trains_on_a_held_out_prompt(run_folder: Path) -> None:
     drawn = []
     for path in (run_folder / "images").rglob("*.npz"):
@@ -164,6 +169,7 @@ def test_no_stage_draws_or_trains_on_a_held_out_prompt(run_folder: Path) -> None
         assert description is None or description.split == "train", text
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_the_report_is_one_page(run_folder: Path) -> None:
     class Links(HTMLParser):
         found: ClassVar[list[str]] = []
@@ -178,6 +184,7 @@ def test_the_report_is_one_page(run_folder: Path) -> None:
     assert len(lines) == len({json.loads(line)["prompt"] for line in lines}) > 6
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_a_second_run_draws_nothing_again(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((run_folder / "summary.json").read_text())
 

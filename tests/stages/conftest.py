@@ -11,7 +11,7 @@ COUNTS = "prompts.counts={color1: 3, shape1: 1, color2: 4, 2D_spatial: 4, numera
 
 
 @pytest.fixture(scope="session")
-def made(scripted, tiny, tmp_path_factory):
+def made(omegaconf, scripted, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         scripted.install(patch.setattr)

@@ -19,6 +19,8 @@ from ospo_fast.stages import images as stage
 from ospo_fast.stages.common import image_codes, load_codes, save_codes
 from ospo_fast.stages.images import drawings, run
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 
 @pytest.fixture(scope="module")
 def model(tiny):

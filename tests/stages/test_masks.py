@@ -21,6 +21,8 @@ from ospo_fast.stages.mask_stats import item_stats, map_entropy, run_stats
 from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run, settle_layers
 from ospo_fast.stages.train import pick, train
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 
 @pytest.fixture(scope="module")
 def model(tiny):

@@ -82,6 +82,7 @@ def test_methods():
         methods_for("attribute3")
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_bad_variants_are_left_out_with_a_reason(asked):
     (done,) = run([record()], MODEL, load_config())
     assert done["perturbed_method"] == ["replace", "swap", "drop"]
@@ -94,6 +95,7 @@ def test_bad_variants_are_left_out_with_a_reason(asked):
     assert [(stage, len(values)) for stage, values, _ in asked] == [("perturb", 3), ("densify", 1)]
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_no_dense_answer(monkeypatch):
     replies = {"perturb": "Contrastive Prompt: other", "densify": "Step 2. Prompt 1 Dense: a"}
     monkeypatch.setattr(
@@ -104,6 +106,7 @@ def test_no_dense_answer(monkeypatch):
     assert done["variant_reasons"] == ["no dense prompts in the answer"] * 3
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_excluded_variant(asked, tmp_path):
     file = tmp_path / "held.txt"
     file.write_text("a green cup and a blue hat\n")
@@ -112,6 +115,7 @@ def test_excluded_variant(asked, tmp_path):
     assert not any(done["long_prompt"])
 
 
+@pytest.mark.usefixtures("omegaconf")
 @pytest.mark.parametrize("dense", ["long a red cup and a blue hat", "Long a green cup and a blue hat."])
 def test_excluded_dense_prompt(asked, tmp_path, dense):
     file = tmp_path / "held.txt"
@@ -122,6 +126,7 @@ def test_excluded_dense_prompt(asked, tmp_path, dense):
     assert not any(done["negative_long_prompt"])
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_seeds_do_not_depend_on_the_order(asked):
     items = [record(str(n)) for n in range(5)]
     settings = load_config(["perturb.chunk=2"])

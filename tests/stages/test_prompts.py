@@ -9,6 +9,8 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.stages import prompts
 from ospo_fast.stages.prompts import objection, parse_answer, run
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 MODEL = SimpleNamespace(templates="janus", image_prompt=str.split, max_positions=10, grid=(2, 2))
 
 

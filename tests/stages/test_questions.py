@@ -12,6 +12,8 @@ from ospo_fast.stages import perturb, questions, select
 from ospo_fast.stages.failures import failure
 from ospo_fast.stages.questions import parse_questions, score, with_answers, write_questions
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),

@@ -92,12 +92,14 @@ def test_rejected_is_an_own_drawing_where_wanted(rule):
     assert select_pair(item({0: [-0.9]}, {0: [-1]}), rule, settings=own) is None
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_an_own_drawings_variant_gives_the_rejected_prompt():
     record = item({0: [0.9], 2: [-0.9]}, {0: [-1], 1: [-1], 2: [-1]})
     (done,) = run([record], None, load_config(["select.rejected=own"]))
     assert (done["rejected"], done["rejected_prompt"]) == ("b2.png", "n2")
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_further_drawings_of_a_variant():
     """Of three variants, base_5 is the second drawing of the last, and has no near miss beside it."""
     record = item({0: [0.7], 2: [-0.2], 3: [-0.9], 5: [0.9]}, {0: [-1], 2: [-1]})
@@ -107,6 +109,7 @@ def test_further_drawings_of_a_variant():
     assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b5.png", "n2.png", "n2")
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_further_pairs_are_of_other_images():
     drawn = {0: [0.9], 1: [0.7], 2: [0.8], 3: [-0.9], 4: [-0.1], 5: [1.0]}
     record = item(drawn, {0: [-1], 1: [-1], 2: [-1]})
@@ -128,6 +131,7 @@ def test_further_pairs_are_of_other_images():
     assert len(list(pairs_of([done]))) == 3
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_a_further_pair_that_cannot_be_had_costs_no_other(monkeypatch):
     asked = []
 
@@ -165,6 +169,7 @@ def test_wrong_rule_and_wrong_names():
         select_pair({"base_metadata": {"base": verdict("b", 1)}, "negative_metadata": {}})
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_stage_writes_every_item_with_reasons():
     records = [
         item({0: [0.9], 1: [0.1]}, {0: [-1], 1: [1]}),
@@ -185,6 +190,7 @@ def test_stage_writes_every_item_with_reasons():
     assert "kept" not in records[0]
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_rejected_prompt_is_that_of_the_variant():
     (done,) = run([item({0: [0.7], 2: [0.9]}, {0: [-1], 2: [-1]})], None, load_config())
     assert done["rejected_prompt"] == "n2"

@@ -30,6 +30,8 @@ from ospo_fast.stages.train import (
     unconditional_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
 
 def config(*overrides):
     small = ["train.steps=6", "train.batch_size=2", "train.save_every=2", "train.lora_rank=4", "train.lora_alpha=8"]
