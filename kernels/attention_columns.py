@@ -1,9 +1,12 @@
 """Attention probabilities of a few key columns beside any attention: see `ospo_fast.ops.attention_columns`.
 
-Two kernels. `row_lse_kernel` makes the log-sum-exp of the wanted rows where the attention that ran gave none: one
-program per (rows, head, item), QKᵀ only, online maximum and sum. `columns_kernel` makes the maps: one program per
-(rows, item) that goes through the heads, so that the sum over them has one order and needs no atomics.
+`row_lse_kernel` makes the log-sum-exp of the wanted rows where the attention that ran gave none: one program per
+(rows, head, item), QKᵀ only, online maximum and sum. `columns_kernel` makes the maps: one program per (rows, item) that
+goes through the heads, so that the sum over them has one order and needs no atomics. Where these are too few programs
+for the device, each goes through a part of the heads, and `sum_parts_kernel` adds the parts up in their order.
 """
+
+import functools
 
 import torch
 import triton
@@ -12,7 +15,8 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 MOST_COLUMNS = 32  # at a time
-MANY_PROGRAMS = 256  # from so many on, with larger blocks of rows: each program goes through all heads
+PROGRAMS = 2  # of columns_kernel for each multiprocessor, at least, where smaller blocks and parts of heads allow it
+SUMMED = 256  # rows of a program of sum_parts_kernel
 Bounds = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -101,7 +105,7 @@ def row_lse_kernel(
     tl.store(lse + (item * tl.num_programs(1) + head) * length + i, result, mask=i < length)
 
 
-@triton.jit(do_not_specialize=["objects", "per_object", "begin", "length", "lse_item", "lse_head"])
+@triton.jit(do_not_specialize=["heads", "objects", "per_object", "begin", "length", "lse_item", "lse_head", "out_part"])
 def columns_kernel(
     q,  # (B, Hq, S, D)
     k,  # (B, Hkv, S, D)
@@ -122,10 +126,11 @@ def columns_kernel(
     lse_item,
     lse_head,
     lse_row,
+    out_part,  # 0 where there is one
     out_item,
     out_object,
     out_row,
-    heads,
+    heads,  # of each part
     group,
     objects,
     per_object,  # C
@@ -133,7 +138,7 @@ def columns_kernel(
     length,
     scale,  # times log2(e)
     lse_scale,  # to base 2
-    weight,  # over the number of heads
+    weight,  # over the number of all heads
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PART: tl.constexpr,  # of BLOCK_D at a time
@@ -144,6 +149,7 @@ def columns_kernel(
     ACCUMULATE: tl.constexpr,
 ):
     item = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = i < tl.load(row_count + item)
     row = tl.load(row_start + item) + i
@@ -157,10 +163,11 @@ def columns_kernel(
     at = tl.where(seen, column, 0)
     place = i if RELATIVE else row
     norms = lse + item * lse_item + place * lse_row
-    norm = tl.load(norms, mask=inside, other=0.0)
-    for head in range(heads):
+    first, end = part * heads, (part + 1) * heads
+    norm = tl.load(norms + first * lse_head, mask=inside, other=0.0)
+    for head in range(first, end):
         # One head ahead: Triton's pipeline of loads holds only those of a product.
-        following = tl.load(norms + (head + 1) * lse_head, mask=inside & (head + 1 < heads), other=0.0)
+        following = tl.load(norms + (head + 1) * lse_head, mask=inside & (head + 1 < end), other=0.0)
         queries = q + item * q_item + head * q_head
         source = k + item * k_item + (head // group) * k_head
         scores = products(queries, source, row, at, inside, seen, q_row, k_row, D, BLOCK_D, PART, ROWS, COLUMNS) * scale
@@ -169,10 +176,54 @@ def columns_kernel(
     owner = n // per_object
     for o in range(objects):
         value = tl.sum(tl.where(owner[None, :] == o, total, 0.0), 1) * (tl.load(share + item * objects + o) * weight)
-        where = out + item * out_item + o * out_object + i.to(tl.int64) * out_row
+        where = out + part * out_part + item * out_item + o * out_object + i.to(tl.int64) * out_row
         if ACCUMULATE:
             value += tl.load(where, mask=i < length, other=0.0)
         tl.store(where, value, mask=i < length)
+
+
+@triton.jit(do_not_specialize=["parts", "objects", "length"])
+def sum_parts_kernel(
+    partial,  # (parts, B, O, length) fp32, contiguous
+    out,  # (B, O, length) fp32
+    out_item,
+    out_object,
+    out_row,
+    parts,
+    objects,
+    length,
+    ROWS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    o, item, items = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value = tl.zeros((ROWS,), tl.float32)
+    for part in range(parts):
+        value += tl.load(partial + ((part * items + item) * objects + o) * length + i, mask=i < length, other=0.0)
+    where = out + item * out_item + o * out_object + i.to(tl.int64) * out_row
+    if ACCUMULATE:
+        value += tl.load(where, mask=i < length, other=0.0)
+    tl.store(where, value, mask=i < length)
+
+
+def blocking(items: int, rows: int, heads: int, multiprocessors: int) -> tuple[int, int]:
+    """Rows of a program of `columns_kernel`, and how many parts the heads are taken in.
+
+    Large blocks of rows read the keys of the columns less often, so they come first; then small ones; then the fewest
+    parts that give each multiprocessor PROGRAMS. heads: of the keys, so that queries of a group stay together.
+    """
+    wanted = PROGRAMS * multiprocessors
+    if items * triton.cdiv(rows, 32) >= wanted:
+        return 32, 1
+    programs = items * triton.cdiv(rows, 16)
+    divisors = (parts for parts in range(1, heads + 1) if heads % parts == 0)
+    return 16, next((parts for parts in divisors if programs * parts >= wanted), heads)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter takes the programs one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _part(block_d: int, size: int) -> int:
@@ -211,7 +262,7 @@ def attention_columns(
     block_d, given = max(16, triton.next_power_of_2(D)), lse is not None
     options = {"D": D, "BLOCK_D": block_d, "PART": _part(block_d, q.element_size()), "CAUSAL": causal}
     width = min(MOST_COLUMNS, max(16, triton.next_power_of_2(objects * C)))
-    size = 16 if B * triton.cdiv(length, 32) < MANY_PROGRAMS else 32
+    size, parts = blocking(B, length, kv, multiprocessors(q.device))
     with torch.cuda.device_of(q):
         if lse is None:
             lse = q.new_empty(B, heads, length, dtype=torch.float32)
@@ -221,14 +272,19 @@ def attention_columns(
                 **options, ROWS=tile, KEYS=tile,
             )  # fmt: skip
         lse = lse.float()  # a copy, where it is one, has strides of its own
+        target = out if parts == 1 else out.new_empty(parts, *out.shape)
         for begin in range(0, objects * C, width):
-            columns_kernel[triton.cdiv(length, size), B](
-                q, k, lse, columns, *bounds, share, out, *q.stride()[:3], *k.stride()[:3], *lse.stride(),
-                *out.stride(), heads, heads // kv, objects, C, begin, length, scale * LOG2E,
+            columns_kernel[triton.cdiv(length, size), B, parts](
+                q, k, lse, columns, *bounds, share, target, *q.stride()[:3], *k.stride()[:3], *lse.stride(),
+                *(0, *target.stride())[-4:], heads // parts, heads // kv, objects, C, begin, length, scale * LOG2E,
                 LOG2E if given else 1.0, weight / heads,
-                **options, ROWS=size, COLUMNS=width, RELATIVE=not given, ACCUMULATE=accumulate or begin > 0,
-                num_warps=_warps(size, q.element_size()),
+                **options, ROWS=size, COLUMNS=width, RELATIVE=not given,
+                ACCUMULATE=begin > 0 or (accumulate and parts == 1), num_warps=_warps(size, q.element_size()),
             )  # fmt: skip
+        if parts > 1:
+            sum_parts_kernel[triton.cdiv(length, SUMMED), objects, B](
+                target, out, *out.stride(), parts, objects, length, ROWS=SUMMED, ACCUMULATE=accumulate
+            )
 
 
 # dtype, bytes, width of a head: Janus's, then those that leave the fewest registers
@@ -242,7 +298,7 @@ _COLUMN_ARGUMENTS = {
     "share": "*fp32",
     "out": "*fp32",
     **_STRIDES,
-    **dict.fromkeys(("lse_item", "lse_head", "lse_row", "out_item", "out_object", "out_row"), "i64"),
+    **dict.fromkeys(("lse_item", "lse_head", "lse_row", "out_part", "out_item", "out_object", "out_row"), "i64"),
     **dict.fromkeys(("heads", "group", "objects", "per_object", "begin", "length"), "i32"),
     **dict.fromkeys(("scale", "lse_scale", "weight"), "fp32"),
 }
@@ -268,5 +324,16 @@ VARIANTS = {
         for dtype, size, width in _SHAPES
         for rows in (16, 32)
         for columns in ((16, 32) if width == 128 else (rows,))
+    ],
+    sum_parts_kernel: [
+        (
+            {
+                "partial": "*fp32",
+                "out": "*fp32",
+                **dict.fromkeys(("out_item", "out_object", "out_row"), "i64"),
+                **dict.fromkeys(("parts", "objects", "length"), "i32"),
+            },
+            {"ROWS": SUMMED, "ACCUMULATE": True},
+        )
     ],
 }

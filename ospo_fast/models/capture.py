@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,9 +25,6 @@ _PREFIX = "ospo_capture|"
 # Attention modules under capture. The functions that transformers' registries hold stay there for good, one per
 # implementation; they look here for what to capture, and without an entry they only run the attention.
 _ACTIVE: dict[int, AttentionCapture] = {}
-# How many parts, by device, the heads of a batch of one are taken in: in a GPU's kernel each program goes through the
-# heads, and one sequence has too few programs to keep it busy.
-_PARTS = {"cuda": 8}
 # Operations whose second result is the natural log-sum-exp of the rows, (B, H, S or more); of those marked True the
 # fifth argument says whether to compute it.
 _TELL_LSE = {
@@ -143,7 +139,6 @@ class AttentionCapture:
         self.layers = _kept(len(self._attention), layers, skip)
         self._heads = None if heads is None else _indices("heads", heads, self._head_count())
         self._by_head = by_head
-        self._parts = 1  # sequences in place of each, of a part of its heads each
         self._grid = _grid_of(model, grid, rows)
         self._seen: set[int] = set()
         self._request: ColumnRequest | None = None
@@ -166,26 +161,26 @@ class AttentionCapture:
     @property
     def layer_maps(self) -> Tensor:
         """(layers, B, O, H, W), in the order of `layers`; their mean is `maps`."""
-        return self._part_maps.mean(1)
+        return self._maps_by_head.mean(1)
 
     @property
     def head_maps(self) -> Tensor:
         """(layers, heads, B, O, H, W), in the order of `layers` and `heads`; OspoError without `by_head`."""
         if not self._by_head:
             raise OspoError("capture: the heads were not kept apart; give by_head=True for head_maps")
-        return self._part_maps
+        return self._maps_by_head
 
     @property
-    def _part_maps(self) -> Tensor:
-        """With the means over equal parts of the heads at dimension 1: one, several, or each head by itself."""
+    def _maps_by_head(self) -> Tensor:
+        """With each head by itself at dimension 1, or the mean over all heads alone."""
         if self._maps is None or len(self._seen) < len(self.layers):
             raise OspoError(
                 f"capture: {len(self._seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
             )
         layers, sequences, objects = self._maps.shape[:3]
-        parted = (layers, sequences // self._parts, self._parts, objects, *self._grid)
-        return self._maps.view(parted).transpose(1, 2)
+        heads = len(self.heads) if self._by_head else 1
+        return self._maps.view(layers, sequences // heads, heads, objects, *self._grid).transpose(1, 2)
 
     def __enter__(self) -> Self:
         if any(id(module) in _ACTIVE for module in self._attention):
@@ -227,8 +222,7 @@ class AttentionCapture:
         dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
         if self._request is None or self._maps is None:
             # Looked at once: the layers of a pass share the mask, and looking waits for a GPU.
-            self._parts = self._parts_of(q, k)
-            self._request = self._ask(q, mask).repeated(self._parts)
+            self._request = self._ask(q, mask).repeated(len(self.heads) if self._by_head else 1)
             shape = (len(self.layers), *self._request.columns.shape[:2], self._request.length)
             kept = torch.float64 if dtype == torch.float64 else torch.float32
             self._maps = torch.zeros(shape, dtype=kept, device=q.device)
@@ -237,21 +231,15 @@ class AttentionCapture:
         self._seen.add(index)
 
     def _of_heads(self, q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The heads kept, their parts as sequences of their own: (B·parts, heads / parts, S, D)."""
+        """The heads kept (B, heads, S, D); by_head as sequences of their own (B·heads, 1, S, D)."""
         if self._heads is not None or self._by_head:
             group = q.shape[1] // k.shape[1]
             q, k = _picked(q, self.heads), _picked(k, [head // group for head in self.heads])
             lse = None if lse is None else _picked(lse, self.heads)
-        if self._parts > 1:
-            q, k = _parted(q, self._parts), _parted(k, self._parts)
-            lse = None if lse is None else _parted(lse, self._parts)
-        return q, k, lse
-
-    def _parts_of(self, q: Tensor, k: Tensor) -> int:
         if self._by_head:
-            return len(self.heads)
-        most = _PARTS.get(q.device.type, 1) if len(q) == 1 else 1  # more than one would have to be copied
-        return math.gcd(most, k.shape[1] if self._heads is None else len(self._heads))
+            q, k = _apart(q), _apart(k)
+            lse = None if lse is None else _apart(lse)
+        return q, k, lse
 
     def _ask(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
         batch, _, length, _ = q.shape
@@ -414,10 +402,9 @@ def _picked(x: Tensor, heads: Sequence[int]) -> Tensor:
     return torch.stack([x[:, head] for head in heads], dim=1)
 
 
-def _parted(x: Tensor, parts: int) -> Tensor:
-    """(B, H, …) → (B·parts, H / parts, …); a view where B is 1."""
-    batch, heads, *rest = x.shape
-    return x.reshape(batch * parts, heads // parts, *rest)
+def _apart(x: Tensor) -> Tensor:
+    """(B, H, …) → (B·H, 1, …); a view where B is 1."""
+    return x.flatten(0, 1)[:, None]
 
 
 def _grid_of(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int]:

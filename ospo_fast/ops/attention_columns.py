@@ -40,9 +40,10 @@ def attention_columns(
     lse: natural-log-sum-exp of each row's scaled scores over the keys it sees, from the attention that ran (base-2
     values: times ln 2). With it only the columns' scores are computed; without, the rows' scores block by block.
     out: (B, O, count) fp32; weight · A is added to it, and it is returned. Without it: weight · A.
-    Result fp32 (float64 for float64 inputs), not differentiable, the same for every run. The float64 twin is
-    `attention_columns_reference`. C++ on CPU, Triton on CUDA (D <= 256; there the check of columns and rows waits for
-    the device: with several layers, make a `ColumnRequest` once).
+    Result fp32 (float64 for float64 inputs), not differentiable, the same for every run; on CUDA the order in which
+    heads are summed depends on the number of sequences. The float64 twin is `attention_columns_reference`. C++ on CPU,
+    Triton on CUDA (D <= 256; there the check of columns and rows waits for the device: with several layers, make a
+    `ColumnRequest` once).
     Raises OpError: shapes, dtypes or devices that do not fit, columns or rows outside the sequence.
     """
     _check(q, k, lse)
@@ -119,7 +120,7 @@ class ColumnRequest:
         return ColumnRequest(columns, start, count, first, last, share, self.length, self.positions, kernel)
 
     def repeated(self, times: int) -> ColumnRequest:
-        """For `times` sequences, one after the other, in place of each: parts of its heads, each as a sequence."""
+        """For `times` sequences, one after the other, in place of each: one for each of its heads."""
         if times == 1:
             return self
         return replace(self, **{name: getattr(self, name).repeat_interleave(times, 0) for name in _TENSORS})

@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -48,8 +49,8 @@ def exact_lse(q: torch.Tensor, k: torch.Tensor, causal: bool, first: torch.Tenso
         (1, 3, 3, 17, 40, 2, 2, True),  # wider than what float32 sums at a time
     ],
 )
-# Half precision sums the whole width at once; larger blocks of rows are for many programs.
-@pytest.mark.parametrize(("half", "large"), [(False, False), (True, False), (False, True)])
+# Half precision sums the whole width at once; larger blocks of rows are for many programs, parts of heads for few.
+@pytest.mark.parametrize(("half", "multiprocessors"), [(False, 1), (True, 1), (False, 0), (False, 132)])
 def test_against_the_float64_twin(
     B: int,
     heads: int,
@@ -61,11 +62,10 @@ def test_against_the_float64_twin(
     causal: bool,
     given: bool,
     half: bool,
-    large: bool,
+    multiprocessors: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if large:
-        monkeypatch.setattr(module, "MANY_PROGRAMS", 1)
+    monkeypatch.setattr(module, "multiprocessors", lambda _: multiprocessors)
     q = torch.randn(B, S, heads, D, device=DEVICE).transpose(1, 2)
     k = torch.randn(B, S, kv, D, device=DEVICE).transpose(1, 2)
     if half:
@@ -94,24 +94,63 @@ def test_packed_sequences_and_foreign_nan() -> None:
     torch.testing.assert_close(packed.double(), exact, atol=1e-5, rtol=0)
 
 
-def test_larger_blocks_for_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the threshold decides: 3 sequences of 40 rows are 6 programs of 32."""
-    sizes: list[int] = []
+@pytest.mark.parametrize(
+    ("items", "rows", "heads", "multiprocessors", "expected"),
+    [
+        (1, 576, 32, 132, (16, 8)),  # one image of Janus-Pro-7B: 36 blocks
+        (1, 576, 16, 132, (16, 8)),
+        (2, 576, 32, 132, (16, 4)),
+        (4, 576, 32, 132, (16, 2)),
+        (5, 576, 32, 132, (16, 2)),
+        (8, 576, 32, 132, (16, 1)),  # 288 blocks of 16 are enough
+        (14, 576, 32, 132, (16, 1)),
+        (15, 576, 32, 132, (32, 1)),  # and so are 270 of 32
+        (64, 576, 32, 132, (32, 1)),
+        (12, 576, 32, 108, (32, 1)),  # a smaller device
+        (1, 576, 1, 132, (16, 1)),  # a head by itself
+        (1, 36, 4, 132, (16, 4)),  # never more parts than heads
+        (1, 576, 12, 132, (16, 12)),  # the next divisor of 12 after 7
+        (1, 576, 7, 132, (16, 7)),
+        (3, 40, 4, 1, (32, 1)),
+    ],
+)
+def test_blocks_of_rows_and_parts_of_heads(
+    items: int, rows: int, heads: int, multiprocessors: int, expected: tuple[int, int]
+) -> None:
+    assert module.blocking(items, rows, heads, multiprocessors) == expected
 
-    class Watched:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *_, ROWS, **__: sizes.append(ROWS)
 
-    monkeypatch.setattr(module, "columns_kernel", Watched())
-    q, columns = torch.randn(3, 1, 40, 16, device=DEVICE), torch.zeros(3, 1, 1, dtype=torch.int64, device=DEVICE)
-    for most in (7, 6):
-        monkeypatch.setattr(module, "MANY_PROGRAMS", most)
-        asked = ColumnRequest.of(columns, 3, 40, rows=(0, 40), device=q.device)
-        bounds = (asked.row_start, asked.row_count, asked.key_start, asked.key_end)
-        out = torch.zeros(3, 1, 40, device=DEVICE)
-        lse = torch.zeros(3, 1, 40, device=DEVICE)
-        module.attention_columns(out, q, q, asked.columns, bounds, asked.share, lse, 1.0, True, 1.0, False)
-    assert sizes == [16, 32]
+def test_fewest_parts_that_give_two_programs_a_multiprocessor() -> None:
+    for items, rows, heads, multiprocessors in itertools.product(
+        (1, 2, 3, 7, 33), (1, 16, 17, 577), (1, 2, 6, 8, 25), (1, 20, 132)
+    ):
+        size, parts = module.blocking(items, rows, heads, multiprocessors)
+        assert heads % parts == 0
+        programs = items * -(-rows // size)
+        assert parts == heads or programs * parts >= 2 * multiprocessors
+        assert parts == 1 or max(p for p in range(1, parts) if heads % p == 0) * programs < 2 * multiprocessors
+        assert (size == 32) == (items * -(-rows // 32) >= 2 * multiprocessors)
+
+
+def test_parts_are_summed_and_equal_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into an output with strides, of more columns than one launch takes, for several items and groups of queries."""
+    q, k = torch.randn(3, 8, 40, 16, device=DEVICE), torch.randn(3, 4, 40, 16, device=DEVICE)
+    columns = torch.randint(-1, 40, (3, 5, 8), device=DEVICE)
+    asked = ColumnRequest.of(columns, 3, 40, rows=(0, 40), device=q.device)
+    bounds = (asked.row_start, asked.row_count, asked.key_start, asked.key_end)
+    found, before = [], torch.randn(3, 40, 5, device=DEVICE).transpose(1, 2)
+    for multiprocessors in (132, 132, 8, 1):  # 4 parts, 4, 2, 1
+        monkeypatch.setattr(module, "multiprocessors", lambda _, count=multiprocessors: count)
+        out = before.clone()
+        assert not out.is_contiguous()
+        module.attention_columns(out, q, k, asked.columns, bounds, asked.share, None, 0.25, True, 0.5, True)
+        found.append(out)
+    assert [module.blocking(3, 40, 4, count)[1] for count in (132, 8, 1)] == [4, 2, 1]
+    assert torch.equal(found[0], found[1])
+    for parted in found[1:3]:
+        torch.testing.assert_close(parted, found[3], rtol=1e-5, atol=1e-6)
+    exact = attention_columns_reference(q, k, columns, rows=(0, 40), scale=0.25, weight=0.5)
+    torch.testing.assert_close(found[0].double(), before.double() + exact, rtol=0, atol=1e-5)
 
 
 def test_what_changes_from_batch_to_batch_compiles_nothing_anew() -> None:
@@ -123,7 +162,7 @@ for kernel in (columns_kernel, row_lse_kernel):
 """
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["begin length lse_head lse_item objects per_object", "length"]
+    assert done.stdout.splitlines() == ["begin heads length lse_head lse_item objects out_part per_object", "length"]
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -21,6 +21,7 @@ def test_every_kernel_compiles_for_every_architecture(tmp_path: Path) -> None:
     columns = [line for line in lines if line.startswith(("columns_kernel", "row_lse_kernel"))]
     assert len(columns) == 3 * 21
     assert not [line for line in columns if " 0 bytes of spills" not in line]
+    assert len([line for line in lines if line.startswith("sum_parts_kernel")]) == 3
     # Threads of a split wait for one another after its blocks, not in each.
     splits = [line for line in lines if line.startswith("split_kernel")]
     assert len(splits) == 18
