@@ -1,5 +1,6 @@
 """token_logprobs on a GPU: what only shows there. The rest is tested on the CPU, with the same code."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -100,6 +101,14 @@ def test_logits_up_to_50_and_fp32_logits(no_worse: Any, mlp: bool, train_head: b
         assert (wide[0] - exact[0]).abs().max() < 0.2 * (ours[0] - exact[0]).abs().max()
 
 
+@pytest.fixture
+def returned() -> Iterator[None]:
+    """The memory of a large test goes back to the card, which other test processes may share."""
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("returned")
 @pytest.mark.parametrize("mlp", [False, True])
 def test_more_than_2_to_31_logits(no_worse: Any, mlp: bool) -> None:
     """The last rows' residuals are written past 2³¹ numbers, and their gradients are made of them."""
@@ -282,6 +291,7 @@ def test_compiled(trained: bool, mode: str | None) -> None:
         torch.testing.assert_close(result, results[0])
 
 
+@pytest.mark.usefixtures("returned")
 def test_memory_of_16_pairs() -> None:
     """Half a gigabyte above the inputs, forward and backward and cuBLAS's workspace, where the logits alone would be
     604 MB.
