@@ -67,14 +67,3 @@ def gelu_backward(grad: Tensor, pre: Tensor, bias: Tensor | None) -> None:
 
 def _grid(pre: Tensor) -> tuple[int, int]:
     return pre.shape[0], triton.cdiv(pre.shape[1], BLOCK)
-
-
-# What is compiled ahead of time: for each kernel its variants, as argument types and constants.
-VARIANTS = {
-    kernel: [
-        (dict.fromkeys(tensors, f"*{dtype}") | {"width": "i32"}, {"HAS_BIAS": has_bias, "BLOCK": BLOCK})
-        for dtype in ("bf16", "fp16", "fp32")
-        for has_bias in (False, True)
-    ]
-    for kernel, tensors in ((gelu_kernel, ("pre", "bias", "out")), (gelu_backward_kernel, ("grad", "pre", "bias")))
-}

@@ -49,14 +49,3 @@ def add_rms_norm(delta: Tensor | None, stream: Tensor, weight: Tensor, eps: floa
 
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
-
-
-VARIANTS = {
-    add_rms_norm_kernel: [
-        (
-            {**dict.fromkeys(("delta", "stream", "weight", "out"), f"*{dtype}"), "width": "i32", "eps": "fp32"},
-            {"ADD": add, "BLOCK": block},
-        )
-        for dtype, add, block in (("bf16", True, 4096), ("fp16", False, 4096), ("fp32", True, 2048))
-    ],
-}

@@ -37,15 +37,3 @@ def scale_rows(unit: Tensor, places: Tensor, scales: Tensor, out: Tensor) -> Non
     if out.numel():
         with torch.cuda.device_of(out):
             scale_rows_kernel[rows, triton.cdiv(width, BLOCK)](unit, places, scales, out, width, BLOCK=BLOCK)
-
-
-# What is compiled ahead of time: for each kernel its variants, as argument types and constants.
-VARIANTS = {
-    scale_rows_kernel: [
-        (
-            {"unit": f"*{dtype}", "places": "*i64", "scales": "*fp32", "out": f"*{dtype}", "width": "i32"},
-            {"BLOCK": BLOCK},
-        )
-        for dtype in ("bf16", "fp16", "fp32")
-    ],
-}

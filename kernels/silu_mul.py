@@ -32,11 +32,3 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     if out.numel():
         with torch.cuda.device_of(out):
             silu_mul_kernel[rows, triton.cdiv(width, BLOCK)](gate_up, out, width, BLOCK=BLOCK)
-
-
-VARIANTS = {
-    silu_mul_kernel: [
-        ({"gate_up": f"*{dtype}", "out": f"*{dtype}", "width": "i32"}, {"BLOCK": BLOCK})
-        for dtype in ("bf16", "fp16", "fp32")
-    ],
-}

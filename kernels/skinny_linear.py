@@ -16,6 +16,8 @@ COLUMNS = 32
 DEPTH = 256
 STAGES = 4
 WARPS = 4
+UNEVEN_DEPTH = 64  # where masks stand in the way of the pipeline, whose reads are then held in registers
+MOST_REGISTERS = 255  # of a thread: left to itself the assembler spills for more blocks than shared memory holds
 
 
 @triton.jit(do_not_specialize=["rows"])  # one kernel for all counts, so that a row's bits are those of any
@@ -99,36 +101,10 @@ def skinny_linear(
     if not out.numel():
         return
     columns = COLUMNS // 2 if gated else COLUMNS  # of each half
+    even = depth % DEPTH == 0 and width % columns == 0
     with torch.cuda.device_of(x):
         skinny_linear_kernel[(triton.cdiv(width, columns),)](
             x, weight, x if norm is None else norm, out, rows, width, depth, eps,
-            NORM=norm is not None, GATED=gated, ADD=add, EVEN=depth % DEPTH == 0 and width % columns == 0,
-            ROWS=ROWS, COLUMNS=columns, DEPTH=DEPTH, STAGES=STAGES, num_warps=WARPS,
+            NORM=norm is not None, GATED=gated, ADD=add, EVEN=even, ROWS=ROWS, COLUMNS=columns,
+            DEPTH=DEPTH if even else UNEVEN_DEPTH, STAGES=STAGES, num_warps=WARPS, maxnreg=MOST_REGISTERS,
         )  # fmt: skip
-
-
-VARIANTS = {
-    skinny_linear_kernel: [
-        (
-            {
-                **dict.fromkeys(("x", "weight", "norm", "out"), f"*{dtype}"),
-                **dict.fromkeys({"rows", "width", "depth"} - {*ones}, "i32"),
-                "eps": "fp32",
-            },
-            {
-                "NORM": normed, "GATED": gated, "ADD": add, "EVEN": even,
-                "ROWS": ROWS, "COLUMNS": COLUMNS // 2 if gated else COLUMNS, "DEPTH": DEPTH, "STAGES": STAGES,
-                **dict.fromkeys(ones, 1),
-            },
-            {"num_warps": WARPS},
-        )
-        # query, key and value; out and down; gate and up; odd sizes; sizes of 1, which Triton makes constants of
-        for dtype, normed, gated, add, even, ones in (
-            ("bf16", True, False, False, True, ()),
-            ("bf16", False, False, True, True, ()),
-            ("bf16", True, True, False, True, ()),
-            ("fp16", True, True, True, False, ()),
-            ("fp16", True, True, True, False, ("width", "depth")),
-        )
-    ],
-}  # fmt: skip
