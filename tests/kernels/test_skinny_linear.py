@@ -38,9 +38,6 @@ def arguments(rows: int, columns: int, depth: int, gated: bool, dtype: torch.dty
 def test_error_is_at_most_twice_that_of_single_modules(
     shape: tuple[int, int, int], normed: bool, gated: bool, add: bool, dtype: torch.dtype
 ) -> None:
-    x, weight, norm = arguments(*shape, gated, dtype)
-    stream = torch.randn(shape[0], shape[1], device=DEVICE).to(dtype)
-
     def run(kind: torch.dtype, backend: str) -> torch.Tensor:
         out = stream.to(kind, copy=True) if add else torch.full_like(stream, torch.nan, dtype=kind)
         factor = norm.to(kind) if normed else None
@@ -50,7 +47,12 @@ def test_error_is_at_most_twice_that_of_single_modules(
         assert found is out
         return out.double()
 
-    exact, twin, mine = run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "triton")
+    results = []
+    for _ in range(16 if shape == (1, 1, 1) else 1):  # the error of a single number is chance
+        x, weight, norm = arguments(*shape, gated, dtype)
+        stream = torch.randn(shape[0], shape[1], device=DEVICE).to(dtype)
+        results.append([run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "triton")])
+    exact, twin, mine = (torch.stack(found) for found in zip(*results, strict=True))
     rounding = 2 * torch.finfo(dtype).eps * exact.abs().max()
     assert (mine - exact).abs().max() <= 2 * (twin - exact).abs().max() + rounding
 

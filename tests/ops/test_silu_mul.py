@@ -10,14 +10,19 @@ from ospo_fast.ops.silu_mul import silu_mul
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     rows, width = shape
-    both = (torch.randn(rows, 2 * width, device="cuda" if backend == "triton" else "cpu") * 4).to(dtype)
-    gate, up = both.split(width, 1)
-    exact = F.silu(gate.double()) * up.double()
-    error = (F.silu(gate) * up - exact).abs()
-    out = both.new_full((rows, width), torch.nan)
-    assert silu_mul(both, out=out, backend=backend) is out
-    bound = 2 * error.max() + torch.finfo(torch.float32).eps * exact.abs().max() if out.numel() else 0
-    assert ((out - exact).abs() <= bound).all()
+    device = "cuda" if backend == "triton" else "cpu"
+    worst = torch.zeros(3, dtype=torch.float64, device=device)  # error, error of PyTorch, size of the result
+    for _ in range(16 if shape == (1, 1) else 1):  # the error of a single number is chance
+        both = (torch.randn(rows, 2 * width, device=device) * 4).to(dtype)
+        gate, up = both.split(width, 1)
+        exact = F.silu(gate.double()) * up.double()
+        out = both.new_full((rows, width), torch.nan)
+        assert silu_mul(both, out=out, backend=backend) is out
+        if rows:
+            found = torch.stack([x.abs().max() for x in (out - exact, F.silu(gate) * up - exact, exact)])
+            assert found.isfinite().all()
+            worst = torch.maximum(worst, found)
+    assert worst[0] <= 2 * worst[1] + torch.finfo(torch.float32).eps * worst[2]
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
