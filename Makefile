@@ -2,18 +2,20 @@
 #   PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.13)
 #   DEMO_OUT=demo-out   where the demo writes
 #   ARGS="-k otsu"      further arguments of pytest or of the demo
+#   PART=all            which part of the GPU figures (1 to 4)
 
 PYTHON ?= python3
 DEMO_OUT ?= demo-out
 ARGS ?=
+PART ?= all
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint types wheel clean
+.PHONY: help install demo test gpu gpu-wheels lint types wheel clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | lint | types | wheel | clean | install"
+	@echo "make demo | test | gpu | gpu-wheels | lint | types | wheel | clean | install"
 
 # The editable install sees changes of Python files; changes of what is compiled or required bring it here again.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -29,6 +31,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The peers install into .whl for the run alone; without network the run does without those that are not there.
+gpu: $(STAMP)
+	PYTHON=$(abspath $(BIN))/python bench/gpu.sh $(PART)
+
+gpu-wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip wheel --disable-pip-version-check --quiet --no-deps --constraint constraints.txt --wheel-dir .whl liger-kernel cut-cross-entropy omegaconf
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

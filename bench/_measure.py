@@ -3,9 +3,7 @@
 import datetime as dt
 import functools
 import json
-import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -15,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _source
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # every benchmark imports this module first: a checkout need not be installed
-    sys.path.insert(0, str(ROOT))
+if str(_source.ROOT) not in sys.path:  # every benchmark imports this module first: a checkout need not be installed
+    sys.path.insert(0, str(_source.ROOT))
 L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
 LEAD = 2_000_000  # clock cycles, about a millisecond, that a GPU is kept waiting while a run is being launched
 _cases: list[str] = []
@@ -160,19 +158,8 @@ def device() -> str:
 
 @functools.cache  # of the code that runs, whatever is committed meanwhile
 def commit() -> str:
-    """The commit of the checkout, with "+" when tracked files but results differ from it.
-
-    Outside of a checkout what OSPO_FAST_COMMIT says (whoever copied the files knows), else "unknown".
-    """
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("OSPO_FAST_COMMIT", "unknown")
+    """`_source.commit()`, as it was when it was first asked for."""
+    return _source.commit()
 
 
 def rehearse(quick: bool) -> None:
@@ -228,7 +215,7 @@ def _driver() -> str | None:
 
 def result_path(out: Path, name: str) -> Path:
     """out/<device>/<name>.jsonl, where rows measured here go."""
-    return out / re.sub(r"[^a-z0-9]+", "-", device().lower()).strip("-") / f"{name}.jsonl"
+    return _source.device_folder(out, device()) / f"{name}.jsonl"
 
 
 def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:

@@ -49,6 +49,21 @@ def pytest_make_collect_report(
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End a worker whose GPU context is lost once the test is reported: xdist starts another one for the rest.
+
+    After an illegal access every later call of the process fails, and so would every later test of the worker.
+    """
+    result = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result
+
+
 def missing_package(error: BaseException | None) -> str | None:
     """The optional package whose absence an error stems from, or None."""
     while error is not None:

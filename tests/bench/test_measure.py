@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import _measure
+import _source
 import pytest
 import torch
 
@@ -46,8 +47,11 @@ def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkey
             ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    monkeypatch.setattr(_measure, "ROOT", tmp_path)
-    commit = _measure.commit.__wrapped__
+    monkeypatch.delenv("OSPO_FAST_COMMIT", raising=False)
+
+    def commit() -> str:
+        return _source.commit(tmp_path)
+
     assert commit() == "unknown"
     monkeypatch.setenv("OSPO_FAST_COMMIT", "0123456789ab")  # of files that were copied without their history
     assert commit() == "0123456789ab"
@@ -63,6 +67,10 @@ def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkey
     assert commit() == head
     (tmp_path / "code.py").write_text("2")
     assert commit() == f"{head}+"
+    # A copy without history inside another project's checkout is not of that project's commit.
+    copy = tmp_path / "vendor" / "copy"
+    copy.mkdir(parents=True)
+    assert _source.commit(copy) == "0123456789ab"
 
 
 def test_peak_memory_is_above_the_inputs() -> None:

@@ -1,0 +1,591 @@
+"""Build for the card that is there, run the GPU tests, measure every GPU figure of the README: what bench/gpu.sh runs.
+
+  bench/gpu.sh 1|2|3|4     one part of at most nine minutes; what it made is in gpu-out/part-N.tar.gz
+  bench/gpu.sh all         the four parts, then the whole table
+  bench/gpu.sh merge DIR   bring the rows of the archives in DIR into bench/results/<device>/
+
+Part 1: the gpu-marked tests, object_masks, sample_codes, decode_attention. Part 2: token_logprobs and attention_columns
+with peers. Part 3: Janus-Pro-7B at 64 prompts. Part 4: Janus-Pro-7B at 1 prompt, skinny_linear, Janus-Pro-1B. Every
+part builds first, which takes no time where it is built already. A step that runs out of time is stopped and keeps the
+rows it has written; the archive is packed again after every step.
+
+Environment: OUT, the folder of the archives (gpu-out); OSPO_FAST_COMMIT, the commit of files that were copied without
+.git; CUDA_HOME, the toolkit (else nvcc on the PATH, or /usr/local/cuda). Wheels in .whl/ are installed for the run
+alone (`make gpu-wheels` fetches the peers and omegaconf).
+
+Exit codes: 0 all steps done, 1 a step failed or ran out of time, 2 wrong use, or a machine that cannot run it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import _source
+import figures
+
+HERE = Path(__file__).resolve().parent
+ROOT = _source.ROOT
+WHEELS = ROOT / ".whl"
+PART_SECONDS = 530.0  # of nine minutes; the rest is for the table and the archive
+GRACE = 15.0  # seconds between asking a step to stop and ending it
+LEAST_SECONDS = 10.0  # a step with less time left is not begun
+TEST_SECONDS = 180  # of one test; several compile kernels on a machine that other workers keep busy
+LOG_BYTES = 2**20
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
+TESTS = "gpu_tests"
+MODULES = (
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "pybind11",
+    "ninja",
+    "pytest",
+    "xdist",
+    "pytest_timeout",
+    "skimage",
+    "matplotlib",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a part: a benchmark with its cases, or the tests."""
+
+    name: str
+    seconds: float
+    cases: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()  # in their place in a rehearsal; none: all of its cases
+
+
+# Seconds are limits; what a step leaves is there for those behind it.
+PARTS: dict[int, tuple[Step, ...]] = {
+    1: (Step(TESTS, 330), Step("object_masks", 60), Step("sample_codes", 60), Step("decode_attention", 90)),
+    2: (
+        Step("token_logprob", 270, ("7B", "1B")),
+        Step("attention_columns", 300, ("columns, ", "decoder, ")),
+    ),
+    3: (Step("generation", 500, ("Janus-Pro-7B, 64 prompts",)),),
+    4: (
+        Step("generation", 230, ("Janus-Pro-7B, 1 prompt",), ("2 prompts",)),
+        Step("skinny_linear", 60, ("4096 hidden, 2 rows, layer",)),
+        Step("generation", 230, ("Janus-Pro-1B, 64 prompts", "Janus-Pro-1B, 1 prompt"), ("2 prompts",)),
+    ),
+}
+
+
+class RefusedError(Exception):
+    """The run cannot begin; the message is one sentence with its remedy."""
+
+
+# ---------------------------------------------------------------- what the machine has
+
+PROBE = f"""
+import ctypes, importlib.util, json
+found = {{"missing": [name for name in {MODULES!r} if importlib.util.find_spec(name) is None]}}
+if "torch" not in found["missing"]:
+    import torch
+    found |= {{"torch": torch.__version__, "cuda": torch.version.cuda, "card": None}}
+    if torch.cuda.is_available():
+        found |= {{"card": torch.cuda.get_device_name(0), "capability": torch.cuda.get_device_capability(0)}}
+try:
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    found["driver"] = version.value
+except OSError:
+    found["driver"] = 0
+print(json.dumps(found))
+"""
+
+
+@dataclass
+class Machine:
+    """What a run depends on."""
+
+    missing: list[str] = field(default_factory=list)  # modules
+    torch: str = ""
+    cuda: str | None = None  # that torch was built for
+    driver: int = 0  # newest CUDA version that it runs, such as 13000; 0: no driver
+    card: str | None = None
+    capability: tuple[int, int] = (0, 0)
+    nvcc: str | None = None
+    nvcc_release: str = ""
+    nvcc_archs: frozenset[str] = frozenset()
+
+    @property
+    def arch(self) -> str:
+        """The card's architecture as nvcc and OSPO_FAST_CUDA_ARCHS name it, such as 90."""
+        return "{}{}".format(*self.capability)
+
+    def objection(self, quick: bool) -> str | None:
+        """Return why nothing can be measured here, with what helps; None where it can be."""
+        if self.missing:
+            return (
+                f"{sys.executable} lacks {', '.join(self.missing)}; install the extras pipeline and dev of this package"
+            )
+        if quick and self.card is None:
+            return None
+        needed = max(_major(self.cuda), _major(self.nvcc_release))
+        if self.driver and self.driver // 1000 < needed:
+            return (
+                f"the driver runs CUDA {self.driver // 1000}.{self.driver % 1000 // 10} and older, torch {self.torch} "
+                f"and nvcc {self.nvcc_release or 'none'} need {needed}.0; update the driver or use an older toolkit"
+            )
+        if self.card is None:
+            kind = f"CUDA {self.cuda}" if self.cuda else "no CUDA"
+            return f"torch {self.torch}, built for {kind}, finds no GPU; expected an NVIDIA GPU of sm_80 or newer"
+        if self.capability < (8, 0):
+            return f"{self.card} is of sm_{self.arch}; expected sm_80 (A100) or newer"
+        if self.nvcc is None:
+            return "no nvcc was found in CUDA_HOME, on the PATH or in /usr/local/cuda; install the CUDA toolkit"
+        if self.arch not in self.nvcc_archs:
+            return (
+                f"{self.nvcc} {self.nvcc_release} cannot compile for sm_{self.arch} of {self.card}; "
+                "install a newer toolkit or set CUDA_HOME"
+            )
+        return None
+
+
+def _major(version: str | None) -> int:
+    return int((version or "0").partition(".")[0] or 0)
+
+
+def probe(env: dict[str, str]) -> Machine:
+    """Look at the machine; torch in a process of its own, which leaves no context on the card."""
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RefusedError(f"torch cannot be imported ({_last(done.stderr)}); install it again")
+    found = json.loads(done.stdout.splitlines()[-1])
+    machine = Machine(**{**found, "capability": tuple(found.get("capability", (0, 0)))})
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    places = [f"{home}/bin"] if home else [env.get("PATH", ""), "/usr/local/cuda/bin"]  # as setup.py looks for it
+    machine.nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+    if machine.nvcc:
+        said, known = (
+            subprocess.run([machine.nvcc, option], check=False, capture_output=True, text=True).stdout
+            for option in ("--version", "--list-gpu-code")
+        )
+        release = re.search(r"release ([\d.]+)", said)
+        machine.nvcc_release = release[1] if release else ""
+        machine.nvcc_archs = frozenset(re.findall(r"sm_(\d+)", known))
+    return machine
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1][:200]
+
+
+def commit() -> str:
+    """The commit that the rows will name."""
+    found = _source.commit()
+    if not COMMIT.fullmatch(found.removesuffix("+")):
+        raise RefusedError(
+            f"OSPO_FAST_COMMIT is {os.environ.get('OSPO_FAST_COMMIT', '')!r}, and there is no .git to ask; expected "
+            "the commit of these files, 7 to 40 hexadecimal digits"
+        )
+    return found
+
+
+def wheels(folder: Path) -> list[Path]:
+    """The wheels in a folder, none where there is no such folder; RefusedError where a package is there twice."""
+    found = sorted(folder.glob("*.whl"))
+    names = Counter(re.sub(r"[-_.]+", "-", path.name.partition("-")[0]).lower() for path in found)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise RefusedError(f"{folder.name}/ has several versions of {', '.join(twice)}; keep one wheel of each package")
+    return found
+
+
+def install(found: Sequence[Path], site: Path) -> None:
+    """Unpack wheels into a folder for PYTHONPATH; RefusedError where pip cannot."""
+    options = [
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--disable-pip-version-check",
+        "--target",
+        str(site),
+    ]
+    command = [sys.executable, "-m", "pip", "install", *options, *map(str, found)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RefusedError(
+            f"pip cannot install the wheels of .whl/ ({_last(done.stderr)}); run `make gpu-wheels` again"
+        )
+
+
+# ---------------------------------------------------------------- running a part
+
+
+class Part:
+    """One part on its way: its folder, its log, what became of its steps, and the archive of all that."""
+
+    def __init__(self, number: int, out: Path, env: dict[str, str], machine: Machine, quick: bool, source: str) -> None:
+        self.number, self.env, self.machine, self.quick, self.source = number, env, machine, quick, source
+        self.archive = out / f"part-{number}.tar.gz"
+        self.folder = Path(tempfile.mkdtemp(prefix="ospo-fast-"))
+        self.results = self.folder / "results"
+        self.steps: list[dict[str, Any]] = []
+        self._begin = time.monotonic()
+        self._log = (self.folder / "log.txt").open("w")
+
+    def say(self, line: str) -> None:
+        """Print a line, and log it."""
+        print(line, flush=True)
+        if not self._log.closed:
+            self._log.write(line + "\n")
+
+    def run(self) -> bool:
+        """Run the steps until they or the time are over; whether all were done."""
+        try:
+            if self._step("build", 180, self._build()):
+                for step in PARTS[self.number]:
+                    self._step(step.name, step.seconds, self._command(step))
+                    if step.name == TESTS and (self.folder / f"{TESTS}.xml").exists():
+                        self._step("counts of the tests", 60, self._counts())
+        finally:
+            self._log.close()
+            self.pack()
+            shutil.rmtree(self.folder)
+        return all(step["state"] == "done" for step in self.steps)
+
+    def _build(self) -> list[str]:
+        return [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", "build/gpu"]
+
+    def _command(self, step: Step) -> list[str]:
+        if step.name == TESTS:
+            workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+            options = ["-m", "gpu", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider"]
+            # By a thread, which ends the worker: a kernel that hangs returns to no signal handler.
+            options += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+            options += [f"--junitxml={self.folder / TESTS}.xml", "-o", "junit_logging=no"]
+            return [sys.executable, "-m", "pytest", *options]
+        cases = step.quick if self.quick else step.cases
+        options = [*(["--quick"] if self.quick else []), *(word for case in cases for word in ("--case", case))]
+        return [sys.executable, "bench/run.py", "--only", step.name, "--out", str(self.results), *options]
+
+    def _counts(self) -> list[str]:
+        code = "import sys, _gpu_day; _gpu_day.record_tests(*sys.argv[1:])"
+        return [sys.executable, "-c", code, f"{self.folder / TESTS}.xml", str(self.results), str(int(self.quick))]
+
+    def _step(self, name: str, seconds: float, command: list[str]) -> bool:
+        left = PART_SECONDS - GRACE - (time.monotonic() - self._begin)
+        limit = min(seconds, left)
+        if limit < LEAST_SECONDS:
+            self.say(f"== {name}: not begun, the time of part {self.number} is over")
+            self.steps.append({"name": name, "state": "not begun", "seconds": 0.0})
+            return False
+        self.say(f"== {name}: at most {limit:.0f} s: {shlex.join(command)}")
+        begin = time.monotonic()
+        state = self._watch(command, limit)
+        took = time.monotonic() - begin
+        self.say(f"== {name}: {state}, {took:.0f} s")
+        self.steps.append({"name": name, "state": state, "seconds": round(took, 1)})
+        self.pack()
+        return state == "done"
+
+    def _watch(self, command: list[str], limit: float) -> str:
+        """Run a command with its output shown and logged; end it, and all that it started, at the limit."""
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+
+        def show() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                self.say(line.rstrip("\n"))
+
+        reader = threading.Thread(target=show, daemon=True)
+        reader.start()
+        try:
+            code = process.wait(limit)
+            state = "done" if code == 0 else f"failed with {code}"
+        except subprocess.TimeoutExpired:
+            state = f"stopped after {limit:.0f} s"
+        finally:
+            self._end(process)
+        reader.join(GRACE)
+        return state
+
+    @staticmethod
+    def _end(process: "subprocess.Popen[str]") -> None:
+        """End a step and all that it started; first by SIGINT, on which pytest writes its report."""
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def pack(self) -> None:
+        """Write the archive anew, whole or not at all."""
+        if not self._log.closed:
+            self._log.flush()
+        manifest = {
+            "part": self.number, "quick": self.quick, "commit": self.source, "card": self.machine.card,
+            "driver": self.machine.driver, "torch": self.machine.torch, "nvcc": self.machine.nvcc_release,
+            "steps": self.steps,
+        }  # fmt: skip
+        unfinished = self.archive.with_suffix(".tmp")
+        with tarfile.open(unfinished, "w:gz") as archive:
+            _add(archive, "manifest.json", json.dumps(manifest, indent=2).encode())
+            for path in self.made():
+                data = path.read_bytes()
+                if path.name == "log.txt" and len(data) > LOG_BYTES:
+                    data = data[: LOG_BYTES // 4] + b"\n...\n" + data[-LOG_BYTES // 4 * 3 :]
+                if path.suffix == ".xml":
+                    data = re.sub(rb' hostname="[^"]*"', b"", data)
+                _add(archive, path.name, data)
+        unfinished.replace(self.archive)
+
+    def made(self) -> list[Path]:
+        """The files so far: log, report of the tests, rows and plots."""
+        found = [*self.folder.glob("*.txt"), *self.folder.glob("*.xml")]
+        return found + sorted(path for path in self.results.glob("*/*") if path.suffix in (".jsonl", ".png"))
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime = len(data), int(time.time())
+    archive.addfile(entry, io.BytesIO(data))
+
+
+def record_tests(xml: str, out: str, quick: str) -> None:
+    """Write the row of the tests from pytest's report: how many passed, failed and were skipped, and which failed."""
+    import _measure
+
+    _measure.rehearse(bool(int(quick)))
+    cases = list(ET.parse(xml).getroot().iter("testcase"))
+
+    def named(*kinds: str) -> list[str]:
+        """By name: a test whose worker ends with it is there twice."""
+        found = (f"{c.get('classname')}::{c.get('name')}" for c in cases if any(c.find(k) is not None for k in kinds))
+        return list(dict.fromkeys(found))
+
+    failed, skipped, total = (
+        named("failure", "error"),
+        named("skipped"),
+        len({(c.get("classname"), c.get("name")) for c in cases}),
+    )
+    seconds = sum(float(case.get("time", 0)) for case in cases)
+    timing = _measure.Timing(*[seconds * 1e3] * 3, 1)
+    counts = {"passed": total - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
+    row = _measure.row(TESTS, "pytest -m gpu", {}, "", timing, **counts, failures=failed)
+    _measure.write([row], Path(out), TESTS)
+
+
+def run_parts(numbers: Sequence[int], quick: bool) -> int:
+    """Run parts one after the other; the exit code."""
+    source, found = commit(), wheels(WHEELS)
+    out = Path(os.environ.get("OUT") or ROOT / "gpu-out").resolve()
+    with tempfile.TemporaryDirectory(prefix="ospo-fast-wheels-") as site:
+        paths = [ROOT, HERE, *([site] if found else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
+        env["OSPO_FAST_COMMIT"] = source
+        if quick:
+            env.setdefault("OMP_NUM_THREADS", "1")  # on a CPU threads cost small sizes more than they gain
+        machine = probe(env)
+        if reason := machine.objection(quick):
+            raise RefusedError(reason)
+        if found:
+            install(found, Path(site))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        except OSError as error:
+            raise RefusedError(f"OUT: cannot write to {out} ({error.strerror}); set OUT to another folder") from error
+        if machine.nvcc:
+            env |= {"OSPO_FAST_CUDA": "1", "CUDA_HOME": str(Path(machine.nvcc).parents[1])}
+            env["OSPO_FAST_CUDA_ARCHS"] = machine.arch if machine.card else "90"
+        else:
+            env["OSPO_FAST_CUDA"] = "0"
+        done = True
+        for number in numbers:
+            part = Part(number, out, env, machine, quick, source)
+            print(f"== part {number} on {machine.card or 'the CPU'}, commit {source}", flush=True)
+            done = part.run() and done
+            print(_ending(part), flush=True)
+        if len(numbers) > 1:
+            rows = [row for n in numbers for row in read_archive(out / f"part-{n}.tar.gz").rows]
+            print(figures.text(figures.Results(rows)), flush=True)
+    return 0 if done else 1
+
+
+def _ending(part: Part) -> str:
+    rows = read_archive(part.archive).rows
+    lines = [figures.text(figures.Results(rows), part.number)]
+    for row in rows:
+        if row["op"] == TESTS:
+            lines += [f"failed: {name}" for name in row["failures"]]
+    lines += [f"{step['name']}: {step['state']}" for step in part.steps if step["state"] != "done"]
+    lines.append(f"{part.archive}: {part.archive.stat().st_size / 1e3:.0f} kB")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- merging
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What came back of a part: rows by the file that holds them, and plots."""
+
+    path: Path
+    manifest: dict[str, Any]
+    files: dict[str, list[dict[str, Any]]]
+    plots: dict[str, bytes]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows."""
+        return [row for rows in self.files.values() for row in rows]
+
+
+NEEDED = {"op", "variant", "shapes", "dtype", "median_ms", "device", "driver", "versions", "commit", "date"}
+
+
+SAID = ("op", "variant", "device", "commit", "date")
+
+
+def read_archive(path: Path) -> Archive:
+    """Read an archive of a part, without unpacking it; RefusedError where it is none."""
+    manifest, files, plots = None, {}, {}
+    try:
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                name, data = entry.name, archive.extractfile(entry)
+                if data is None or not re.fullmatch(r"\w+\.(json|jsonl|png|txt|xml)", name):
+                    raise RefusedError(f"{path} holds {name!r}; expected an archive that bench/gpu.sh made")
+                if name == "manifest.json":
+                    manifest = json.load(data)
+                elif name.endswith(".jsonl"):
+                    files[name] = [json.loads(line) for line in data.read().decode().splitlines()]
+                elif name.endswith(".png"):
+                    plots[name] = data.read()
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        raise RefusedError(f"{path} cannot be read ({error}); expected an archive that bench/gpu.sh made") from error
+    if not isinstance(manifest, dict):
+        raise RefusedError(f"{path} has no manifest.json; expected an archive that bench/gpu.sh made")
+    for name, rows in files.items():
+        for row in rows:
+            if not isinstance(row, dict) or not row.keys() >= NEEDED or not all(isinstance(row[k], str) for k in SAID):
+                raise RefusedError(f"{path}: a row of {name} lacks what a result says of itself")
+    return Archive(path, manifest, files, plots)
+
+
+def _group(row: dict[str, Any]) -> str:
+    """What is measured together, and replaced together: figures compare within one run."""
+    return json.dumps([row["op"], row["shapes"], row["dtype"]], sort_keys=True)
+
+
+def merge_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of both, and how many of the old ones went: of what was measured twice the later run stays."""
+
+    def latest(rows: list[dict[str, Any]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for row in rows:
+            found[_group(row)] = max(row["date"], found.get(_group(row), ""))
+        return found
+
+    before, after = latest(old), latest(new)
+    kept = [row for row in old if before[_group(row)] > after.get(_group(row), "")]
+    came = [row for row in new if after[_group(row)] >= before.get(_group(row), "")]
+    return [*kept, *came], len(old) - len(kept)
+
+
+def merge(folder: Path, results: Path = HERE / "results") -> int:
+    """Bring the rows of the archives in a folder into the results; all of them, or none where one is refused."""
+    paths = sorted(folder.glob("*.tar.gz"))
+    if not paths:
+        raise RefusedError(f"{folder} has no archive (part-N.tar.gz); expected the folder that bench/gpu.sh wrote to")
+    written: dict[Path, bytes] = {}
+    rows_of: dict[Path, list[dict[str, Any]]] = {}
+    said = []
+    for archive in map(read_archive, paths):
+        for row in archive.rows:
+            if row.get("quick") or not row["driver"]:
+                raise RefusedError(f"{archive.path} is of a rehearsal; expected rows that were measured on a GPU")
+            if not COMMIT.fullmatch(row["commit"]):
+                raise RefusedError(
+                    f"{archive.path} was measured on files of commit {row['commit']!r}; expected committed files: "
+                    "commit and measure again"
+                )
+        for name, rows in archive.files.items():
+            for device in sorted({row["device"] for row in rows}):
+                path = _source.device_folder(results, device) / name
+                old = rows_of.get(path)
+                if old is None:
+                    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+                merged, gone = merge_rows(old, [row for row in rows if row["device"] == device])
+                if merged == old:
+                    said.append(f"{path}: nothing new")
+                    continue
+                rows_of[path] = merged
+                written[path] = "".join(json.dumps(row) + "\n" for row in merged).encode()
+                said.append(f"{path}: {len(merged) - len(old) + gone} rows came, {gone} of earlier runs went")
+                plot = archive.plots.get(name.replace(".jsonl", ".png"))
+                if plot is not None:
+                    written[path.with_suffix(".png")] = plot
+    for path, data in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    print("\n".join(said))
+    print("`python bench/figures.py` writes the README's table from them")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"gpu.sh: {message}; see bench/gpu.sh --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; the exit code."""
+    parser = Parser(prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", metavar="PART", choices=[*map(str, PARTS), "all", "merge"], help="1, 2, 3, 4, all, merge"
+    )
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="of the archives to merge")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal with small sizes, also without a GPU")
+    options = parser.parse_args(arguments)
+    if (options.what == "merge") != (options.folder is not None):
+        parser.error("expected a folder with merge, and with nothing else")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: the step's processes end too
+    try:
+        if options.what == "merge":
+            return merge(options.folder)
+        return run_parts(list(PARTS) if options.what == "all" else [int(options.what)], options.quick)
+    except RefusedError as error:
+        print(f"gpu.sh: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gpu.sh: interrupted; the archive holds what was measured", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

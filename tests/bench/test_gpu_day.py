@@ -1,0 +1,412 @@
+"""The GPU day: what it refuses, what it keeps of a part, what it merges, and a rehearsal of all of it."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import _gpu_day
+import figures
+import pytest
+from _gpu_day import Machine, Part, RefusedError, Step
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789ab"
+CARD = "NVIDIA H100 80GB HBM3"
+H100 = Machine(
+    torch="2.11.0+cu130", cuda="13.0", driver=13000, card=CARD, capability=(9, 0), nvcc="/cuda/bin/nvcc",
+    nvcc_release="13.0", nvcc_archs=frozenset({"80", "90", "100"}),
+)  # fmt: skip
+
+
+def changed(**more: Any) -> Machine:
+    return Machine(**{**H100.__dict__, **more})
+
+
+# ---------------------------------------------------------------- what cannot be measured
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (
+            changed(card=None, cuda=None, torch="2.13.0+cpu", driver=0),
+            "built for no CUDA, finds no GPU; expected an NVIDIA",
+        ),
+        (changed(card=None, driver=0), "built for CUDA 13.0, finds no GPU"),
+        (changed(nvcc=None, nvcc_archs=frozenset()), "no nvcc was found"),
+        (changed(card="Tesla V100", capability=(7, 0)), "Tesla V100 is of sm_70; expected sm_80"),
+        (changed(driver=12040), "the driver runs CUDA 12.4 and older, torch 2.11.0+cu130 and nvcc 13.0 need 13.0"),
+        (changed(driver=12040, card=None), "update the driver or use an older toolkit"),  # torch sees no GPU then
+        (changed(driver=12040, cuda="12.8"), "need 13.0"),  # for the sake of nvcc
+        (changed(capability=(12, 0)), "cannot compile for sm_120"),
+        (changed(missing=["xdist"]), "lacks xdist; install the extras"),
+    ],
+)
+def test_a_machine_that_cannot_run_it(machine: Machine, words: str) -> None:
+    reason = machine.objection(quick=False)
+    assert reason is not None
+    assert words in reason
+    assert "\n" not in reason
+
+
+def test_a_machine_that_can_run_it() -> None:
+    assert H100.objection(quick=False) is None
+    assert changed(driver=13010).objection(quick=False) is None
+    assert changed(driver=13000, nvcc_release="13.2").objection(quick=False) is None  # minor versions are compatible
+    assert changed(card=None, nvcc=None, driver=0).objection(quick=True) is None
+
+
+def gpu_sh(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OSPO_FAST_")}
+    given = {"PYTHON": sys.executable, "OSPO_FAST_COMMIT": COMMIT, **env}
+    command = ["bash", str(cwd / "bench" / "gpu.sh"), *arguments]
+    return subprocess.run(command, check=False, cwd=cwd, env=clean | given, capture_output=True, text=True)
+
+
+def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
+    """Exit code 2, and one sentence."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("gpu.sh: ")
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def torch_says(tmp_path: Path) -> Any:
+    """A torch that claims a card, and a driver of that version: environment for gpu.sh."""
+
+    def make(card: str | None, capability: tuple[int, int], driver: int) -> dict[str, str]:
+        package, library = tmp_path / "stub" / "torch", tmp_path / "lib" / "libcuda.so.1"
+        package.mkdir(parents=True)
+        library.parent.mkdir()
+        (package / "__init__.py").write_text(
+            "import types\n__version__ = '2.11.0+cu130'\nversion = types.SimpleNamespace(cuda='13.0')\n"
+            f"cuda = types.SimpleNamespace(is_available=lambda: {card is not None},\n"
+            f"    get_device_name=lambda _: {card!r}, get_device_capability=lambda _: {capability})\n"
+        )
+        source = f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {driver}; return 0; }}\n'
+        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        subprocess.run(command, input=source, text=True, check=True)
+        return {"PYTHONPATH": str(package.parent), "LD_LIBRARY_PATH": str(library.parent), "OUT": str(tmp_path / "out")}
+
+    return make
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("card", "capability", "driver", "words"),
+    [
+        ("Tesla V100", (7, 0), 13000, "sm_70; expected sm_80 (A100) or newer"),
+        (None, (0, 0), 12020, "the driver runs CUDA 12.2 and older"),
+        (None, (0, 0), 13000, "finds no GPU"),
+        (CARD, (9, 0), 13000, "no nvcc was found"),
+    ],
+)
+def test_a_card_that_cannot_run_it_gets_one_sentence_and_nothing_is_written(
+    torch_says: Any, card: str | None, capability: tuple[int, int], driver: int, words: str, tmp_path: Path
+) -> None:
+    env = torch_says(card, capability, driver) | {"CUDA_HOME": str(tmp_path / "none")}
+    refused(gpu_sh("1", **env), words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(_gpu_day.probe(dict(os.environ)).card is not None, reason="there is a GPU here")
+def test_no_gpu(tmp_path: Path) -> None:
+    refused(gpu_sh("2", OUT=str(tmp_path / "out")), "finds no GPU")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("5",), "invalid choice: '5'"),
+        ((), "the following arguments are required: PART"),
+        (("merge",), "expected a folder with merge"),
+        (("1", "folder"), "expected a folder with merge, and with nothing else"),
+        (("merge", "/nowhere"), "/nowhere has no archive"),
+        (("1", "--fast"), "unrecognized arguments: --fast"),
+    ],
+)
+def test_wrong_calls(arguments: tuple[str, ...], words: str) -> None:
+    refused(gpu_sh(*arguments), words)
+
+
+def test_no_interpreter() -> None:
+    refused(gpu_sh("1", PYTHON="/nowhere/python"), "got no interpreter /nowhere/python")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The sources alone, without .git and without anything built."""
+    folder = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    for name in ("bench", "csrc", "kernels", "ospo_fast", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_files_without_a_commit_and_wheels_of_two_versions(copy: Path) -> None:
+    for wrong in ("", "main", "0123456789abcdefg"):
+        refused(gpu_sh("--quick", "1", cwd=copy, OSPO_FAST_COMMIT=wrong), "expected the commit of these files")
+    (copy / ".whl").mkdir()
+    for name in ("liger_kernel-0.8.5", "liger_kernel-0.8.4", "omegaconf-2.4.0"):
+        (copy / ".whl" / f"{name}-py3-none-any.whl").touch()
+    refused(gpu_sh("--quick", "1", cwd=copy), ".whl/ has several versions of liger-kernel")
+    (copy / ".whl" / "liger_kernel-0.8.4-py3-none-any.whl").unlink()
+    refused(gpu_sh("--quick", "1", cwd=copy), "pip cannot install the wheels of .whl/")  # they are no wheels
+    (copy / "blocked").touch()
+    shutil.rmtree(copy / ".whl")
+    refused(gpu_sh("--quick", "1", cwd=copy, OUT=str(copy / "blocked")), "OUT: cannot write to")
+    assert not (copy / "gpu-out").exists()
+    assert not (copy / "build").exists()
+
+
+# ---------------------------------------------------------------- a part
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Part 9 with these steps, each a line of Python; RESULTS stands for the folder of its rows."""
+
+    def make(*steps: tuple[str, float, str]) -> Part:
+        made = Part(9, tmp_path, dict(os.environ), H100, False, COMMIT)
+        code = {name: text.replace("RESULTS", repr(str(made.results))) for name, _, text in steps}
+        monkeypatch.setitem(_gpu_day.PARTS, 9, tuple(Step(name, seconds) for name, seconds, _ in steps))
+        monkeypatch.setattr(made, "_build", lambda: [sys.executable, "-c", "pass"])
+        monkeypatch.setattr(made, "_command", lambda step: [sys.executable, "-c", code[step.name]])
+        return made
+
+    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(_gpu_day, "GRACE", 1.0)
+    return make
+
+
+def files(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as opened:
+        return {entry.name: opened.extractfile(entry).read() for entry in opened}  # type: ignore[union-attr]
+
+
+WRITE = "import pathlib; p = pathlib.Path(RESULTS, 'card'); p.mkdir(parents=True); (p / 'op.jsonl').write_text('1')"
+
+
+def test_a_step_that_runs_out_of_time_keeps_what_it_wrote_and_the_next_one_runs(part: Any, tmp_path: Path) -> None:
+    child = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); " + WRITE + "; time.sleep(60)"
+    made = part(("slow", 2.0, child), ("next", 5.0, "print('here')"), ("wrong", 5.0, "raise ValueError('no')"))
+    begin = time.monotonic()
+    assert not made.run()
+    assert time.monotonic() - begin < 30
+    states = {step["name"]: step["state"] for step in made.steps}
+    assert states == {"build": "done", "slow": "stopped after 2 s", "next": "done", "wrong": "failed with 1"}
+    found = files(tmp_path / "part-9.tar.gz")
+    assert set(found) == {"manifest.json", "log.txt", "op.jsonl"}
+    assert b"ValueError: no" in found["log.txt"]
+    manifest = json.loads(found["manifest.json"])
+    assert (manifest["commit"], manifest["card"], manifest["steps"]) == (COMMIT, CARD, made.steps)
+    assert not made.folder.exists()
+
+
+def test_what_there_is_no_time_for_is_not_begun(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_day, "PART_SECONDS", 4.0)
+    made = part(("long", 60.0, "import time; time.sleep(60)"), ("late", 60.0, "pass"))
+    begin = time.monotonic()
+    assert not made.run()
+    assert time.monotonic() - begin < 20
+    assert [step["state"] for step in made.steps][2] == "not begun"
+
+
+def test_nothing_is_measured_where_the_build_fails(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = part(("measured", 5.0, "pass"))
+    monkeypatch.setattr(made, "_build", lambda: [sys.executable, "-c", "raise SystemExit('ptxas: out of order')"])
+    assert not made.run()
+    assert [step["state"] for step in made.steps] == ["failed with 1"]
+
+
+def test_an_archive_stays_small_and_names_no_host(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_day, "LOG_BYTES", 4000)
+    made = part(("loud", 20.0, "import random\nfor _ in range(999): print(random.random())"))
+    (made.folder / "gpu_tests.xml").write_text('<testsuites><testsuite hostname="secret" tests="0"/></testsuites>')
+    assert made.run()
+    found = files(tmp_path / "part-9.tar.gz")
+    assert len(found["log.txt"]) < 4100
+    assert b"secret" not in found["gpu_tests.xml"]
+    assert (tmp_path / "part-9.tar.gz").stat().st_size < 4 * 2**20
+
+
+def test_the_row_of_the_tests_names_what_failed(tmp_path: Path) -> None:
+    path = tmp_path / "gpu_tests.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase classname="tests.a" name="one" time="1.5"/>'
+        '<testcase classname="tests.a" name="two[x]" time="0.5"><failure message="m">text</failure></testcase>'
+        '<testcase classname="tests.a" name="two[x]" time="0"><failure message="crashed">text</failure></testcase>'
+        '<testcase classname="tests.b" name="three" time="0"><skipped message="m"/></testcase>'
+        '<testcase classname="tests.b" name="four" time="0"><error message="m">text</error></testcase>'
+        "</testsuite></testsuites>"
+    )
+    _gpu_day.record_tests(str(path), str(tmp_path / "results"), "0")
+    (written,) = (tmp_path / "results").glob("*/gpu_tests.jsonl")
+    row = json.loads(written.read_text())
+    assert (row["passed"], row["failed"], row["skipped"], row["median_ms"]) == (1, 2, 1, 2000.0)
+    assert row["failures"] == ["tests.a::two[x]", "tests.b::four"]
+
+
+def test_cases_of_the_parts_are_cases_of_the_benchmarks() -> None:
+    import generation
+    import token_logprob
+
+    cases = {f"{size.name}, {count} {kind if count > 1 else kind[:-1]}" for size, kind, count in generation.GPU_CASES}
+    wanted = {case for number in (3, 4) for step in _gpu_day.PARTS[number] for case in step.cases if "Janus" in case}
+    assert wanted <= cases
+    assert {"7B", "linear 7B", "1B"} <= {shape.name for shape in token_logprob.GPU_SHAPES}
+    for steps in _gpu_day.PARTS.values():
+        assert all((ROOT / "bench" / f"{step.name}.py").exists() for step in steps if step.name != _gpu_day.TESTS)
+        assert steps[0].seconds <= _gpu_day.PART_SECONDS
+
+
+# ---------------------------------------------------------------- merging
+
+
+def result(op: str, variant: str = "ospo_fast", *, date: str = "2026-11-26T10:00:00", **more: Any) -> dict[str, Any]:
+    return {
+        "op": op, "variant": variant, "shapes": {"B": 1}, "dtype": "bf16", "median_ms": 1.0, "device": CARD,
+        "driver": "580.1", "versions": {}, "commit": COMMIT, "date": date, **more,
+    }  # fmt: skip
+
+
+def archive(path: Path, rows: dict[str, list[dict[str, Any]]], plots: tuple[str, ...] = (), **extra: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    contents = {"manifest.json": b"{}", "log.txt": b"", **dict.fromkeys(plots, b"\x89PNG")}
+    contents |= {name: "".join(json.dumps(row) + "\n" for row in given).encode() for name, given in rows.items()}
+    with tarfile.open(path, "w:gz") as opened:
+        for name, data in (contents | extra).items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            opened.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def rows_in(results: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (results / "nvidia-h100-80gb-hbm3" / name).read_text().splitlines()]
+
+
+def test_rows_come_into_the_folder_of_their_card(tmp_path: Path) -> None:
+    came, results = tmp_path / "came", tmp_path / "results"
+    first = [result("a"), result("a", "peer"), result("b")]
+    archive(came / "part-1.tar.gz", {"a.jsonl": first}, ("a.png",))
+    archive(came / "part-2.tar.gz", {"a.jsonl": [result("c")], "d.jsonl": [result("d")]})
+    assert _gpu_day.merge(came, results) == 0
+    assert rows_in(results, "a.jsonl") == [*first, result("c")]
+    assert rows_in(results, "d.jsonl") == [result("d")]
+    assert (results / "nvidia-h100-80gb-hbm3" / "a.png").read_bytes() == b"\x89PNG"
+    before = {path: path.read_bytes() for path in results.rglob("*.*")}
+    assert _gpu_day.merge(came, results) == 0  # again: nothing new
+    assert {path: path.read_bytes() for path in results.rglob("*.*")} == before
+
+
+def test_a_later_run_replaces_what_it_measured_again_and_an_earlier_one_nothing(tmp_path: Path) -> None:
+    came, results = tmp_path / "came", tmp_path / "results"
+    archive(came / "part-1.tar.gz", {"a.jsonl": [result("a"), result("a", "peer"), result("b")]})
+    _gpu_day.merge(came, results)
+    later = result("a", date="2026-11-27T10:00:00", commit="ba9876543210")
+    archive(came / "part-1.tar.gz", {"a.jsonl": [later]})
+    _gpu_day.merge(came, results)
+    # The peer of the other run went: figures compare within one.
+    assert rows_in(results, "a.jsonl") == [result("b"), later]
+    archive(came / "part-1.tar.gz", {"a.jsonl": [result("a", date="2026-11-25T10:00:00")]})
+    _gpu_day.merge(came, results)
+    assert rows_in(results, "a.jsonl") == [result("b"), later]
+
+
+@pytest.mark.parametrize(
+    ("rows", "extra", "words"),
+    [
+        ([result("a", quick=True)], {}, "is of a rehearsal"),
+        ([result("a", driver=None)], {}, "expected rows that were measured on a GPU"),
+        ([result("a", commit="unknown")], {}, "commit 'unknown'; expected committed files"),
+        ([result("a", commit=f"{COMMIT}+")], {}, "commit and measure again"),
+        ([{"op": "a"}], {}, "a row of a.jsonl lacks"),
+        ([result("a", device=7)], {}, "a row of a.jsonl lacks"),
+        ([7], {}, "a row of a.jsonl lacks"),
+        ([], {"../evil.jsonl": b""}, "holds '../evil.jsonl'"),
+        ([], {"/evil.jsonl": b""}, "holds '/evil.jsonl'"),
+        ([], {"b.jsonl": b"not JSON"}, "cannot be read"),
+        ([], {"manifest.json": b"[]"}, "has no manifest.json"),
+    ],
+)
+def test_archives_that_are_refused_change_nothing(
+    rows: list[Any], extra: dict[str, bytes], words: str, tmp_path: Path
+) -> None:
+    came, results = tmp_path / "came", tmp_path / "results"
+    archive(came / "part-1.tar.gz", {"c.jsonl": [result("c")]})
+    archive(came / "part-2.tar.gz", {"a.jsonl": rows}, **extra)
+    with pytest.raises(RefusedError, match=words.replace("[", r"\[")):
+        _gpu_day.merge(came, results)
+    assert not results.exists()
+
+
+def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "came" / "part-1.tar.gz", {"a.jsonl": [result("a")]}).read_bytes()
+    for data in (b"", b"text", whole[: len(whole) // 2]):
+        (tmp_path / "came" / "part-1.tar.gz").write_bytes(data)
+        with pytest.raises(RefusedError, match=r"part-1\.tar\.gz (cannot be read|has no manifest)"):
+            _gpu_day.merge(tmp_path / "came", tmp_path / "results")
+
+
+# ---------------------------------------------------------------- the rehearsal
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> Path:
+    """An interpreter with the packages of this one, but without omegaconf and without this project installed."""
+    folder = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip())
+    for source in {sysconfig.get_path(name) for name in ("purelib", "platlib")}:
+        for path in Path(source).iterdir():
+            name = path.name.lower().replace("-", "_")
+            if not name.startswith(("omegaconf", "ospo_fast", "__editable__")) and not (site / path.name).exists():
+                (site / path.name).symlink_to(path)
+    for name in ("omegaconf", "ospo_fast"):
+        assert subprocess.run([python, "-c", f"import {name}"], check=False, capture_output=True, cwd="/").returncode
+    return python
+
+
+def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, tmp_path: Path) -> None:
+    """Small sizes, no GPU, no .git, no omegaconf, nothing installed: everything but the figures."""
+    out, begin = tmp_path / "out", time.monotonic()
+    done = gpu_sh("--quick", "all", cwd=copy, PYTHON=str(bare_python), OUT=str(out))
+    print(f"{time.monotonic() - begin:.0f} s")
+    assert done.returncode == 0, done.stdout + done.stderr
+    archives = sorted(out.iterdir())
+    assert [path.name for path in archives] == [f"part-{n}.tar.gz" for n in (1, 2, 3, 4)]
+    ops: dict[int, set[str]] = {}
+    for number, path in enumerate(archives, 1):
+        assert path.stat().st_size <= 4 * 2**20
+        found = _gpu_day.read_archive(path)
+        assert len(files(path)) <= 8
+        assert all(step["state"] == "done" for step in found.manifest["steps"]), found.manifest
+        assert all(row["quick"] and row["commit"] == COMMIT for row in found.rows)
+        ops[number] = {row["op"] for row in found.rows}
+    assert ops[1] >= {"gpu_tests", "object_masks", "sample_codes", "decode_attention"}
+    assert ops[2] == {"token_logprobs", "attention_columns", "AttentionCapture"}
+    assert ops[3] == {"generation"}
+    assert ops[4] == {"generation", "skinny_linear"}
+    (tests,) = (row for row in _gpu_day.read_archive(archives[0]).rows if row["op"] == "gpu_tests")
+    assert tests["skipped"] > 300
+    assert tests["failed"] == tests["passed"] == 0
+    assert all(figure.name in done.stdout for figure in figures.FIGURES)
+    assert "not measured" in done.stdout
+    refused(gpu_sh("merge", str(out), cwd=copy, PYTHON=str(bare_python)), "is of a rehearsal")
+    assert not (copy / "bench" / "results").exists()
