@@ -410,3 +410,20 @@ def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, 
     assert "not measured" in done.stdout
     refused(gpu_sh("merge", str(out), cwd=copy, PYTHON=str(bare_python)), "is of a rehearsal")
     assert not (copy / "bench" / "results").exists()
+    # What was built in place is found without gpu.sh, too.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in (
+        [bare_python, "bench/run.py", "--only", "object_masks", "--quick", "--out", tmp_path / "plain"],
+        [
+            bare_python,
+            "-c",
+            "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))",
+            "-m",
+            "gpu",
+            "--collect-only",
+            "-q",
+            "tests/ops",
+        ],
+    ):
+        done = subprocess.run(command, check=False, cwd=copy, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
