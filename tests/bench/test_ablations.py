@@ -13,6 +13,9 @@ from PIL import Image
 from ospo_fast.config import load_config
 
 
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+
 class Fake(ablations.Bench):
     """A bench that measures nothing: every variant gains one point for each seed above 41."""
 

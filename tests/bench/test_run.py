@@ -110,6 +110,7 @@ def test_an_unknown_benchmark_is_a_wrong_use(capsys: pytest.CaptureFixture[str])
     assert "sample_codes" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("omegaconf")
 def test_the_stages_are_measured_one_by_one(tmp_path: Path) -> None:
     """A quick run with the shipped model: a row for each stage, with what it did and what it needed for itself."""
     assert bench.main(["--only", "stages", "--quick", "--out", str(tmp_path)]) == 0
