@@ -21,7 +21,8 @@ from ospo_fast.ops.decode_attention import decode_attention, rotate
 # rows, heads, head width, cached positions
 CPU_SHAPES = [(32, 4, 64, 160), (2, 4, 64, 160)]
 GPU_SHAPES = [(128, 32, 128, 640), (128, 16, 128, 640), (2, 32, 128, 640)]  # Janus-Pro-7B and 1B at 64 prompts, 7B at 1
-SWEEP = [(128, 64, 4), (128, 32, 2), (128, 128, 8), (256, 128, 8)]  # SPLIT, BLOCK, WARPS of the Triton kernel
+# SPLIT, BLOCK, WARPS of the Triton kernel
+SWEEP = [(128, 64, 4), (128, 32, 4), (128, 32, 2), (256, 64, 4), (256, 128, 8)]
 
 
 def masked(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor):

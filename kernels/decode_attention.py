@@ -15,6 +15,8 @@ from torch import Tensor
 SPLIT = 128
 BLOCK = 64  # positions of 16 bits read at once, half as many of 32 bits
 WARPS = 4  # of a program that reads them
+# Of a thread of split_kernel: 16 warps on a multiprocessor. Left to itself the assembler aims at fewer and spills.
+MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -59,18 +61,48 @@ def store_kernel(
 
 
 @triton.jit
-def attend_block(q, k, v, kept, peak, total, acc):
-    """Running maxima, sums and weighted values (LANES, …) after positions (n, LANES); kept: None for all of them."""
-    scores = tl.sum(q[None, None, :] * k.to(tl.float32), 2)
-    if kept is not None:
-        scores = tl.where(kept, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 0))
+def attend_block(
+    q,  # (WIDTH_BLOCK,)
+    k_place,  # (LANES, WIDTH_BLOCK) pointers: the first position of each lane
+    v_place,
+    inside,  # (WIDTH_BLOCK,)
+    left,  # how many positions of the block are in the cache; None where all of them are
+    peak,  # (LANES,)
+    total,  # (LANES,)
+    acc,  # (LANES, WIDTH_BLOCK)
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Running maxima, sums and weighted values of each lane after a block of TILES · LANES positions."""
+    # Tuples of 2D tiles: the layout of one 3D tensor depends on the version of Triton, and that of 3.6 exchanges every
+    # block through shared memory. All loads come before the first use: as many are in flight as registers allow.
+    keys, values, kept = (), (), ()
+    for tile in tl.static_range(TILES):
+        mask = inside[None, :]
+        if left is not None:
+            kept += (tile * LANES + tl.arange(0, LANES) < left,)
+            mask &= kept[tile][:, None]
+        keys += (tl.load(k_place + tile * LANES * WIDTH, mask=mask, other=0.0),)
+        values += (tl.load(v_place + tile * LANES * WIDTH, mask=mask, other=0.0),)
+    scores = ()
+    higher = peak
+    for tile in tl.static_range(TILES):
+        score = tl.sum(q[None, :] * keys[tile].to(tl.float32), 1)
+        if left is not None:
+            score = tl.where(kept[tile], score, float("-inf"))
+        scores += (score,)
+        higher = tl.maximum(higher, score)
     # A lane that has no position yet has nothing to shift by.
-    shift = higher if kept is None else tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp2(scores - shift[None, :])
+    shift = higher if left is None else tl.where(higher == float("-inf"), 0.0, higher)
     shrink = tl.exp2(peak - shift)
-    acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 0)
-    return higher, total * shrink + tl.sum(p, 0), acc
+    total *= shrink
+    acc *= shrink[:, None]
+    for tile in tl.static_range(TILES):
+        p = tl.exp2(scores[tile] - shift)
+        total += p
+        acc += p[:, None] * values[tile].to(tl.float32)
+    return higher, total, acc
 
 
 @triton.jit(do_not_specialize=["splits"])  # of every length of a cache
@@ -124,10 +156,8 @@ def split_kernel(
             tl.store(values + cache + position * WIDTH + d, v_new, mask=inside)
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    t = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    place = t[:, :, None] * WIDTH + d[None, None, :]
-    k_split = keys + cache + begin * WIDTH
-    v_split = values + cache + begin * WIDTH
+    TILES: tl.constexpr = BLOCK // LANES
+    place = cache + begin * WIDTH + tl.arange(0, LANES)[:, None] * WIDTH + d[None, :]
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
         old = qkv + row * (HEADS + 2 * KV_HEADS) * WIDTH + head * WIDTH
@@ -140,15 +170,12 @@ def split_kernel(
         # Each lane has its own maximum, sum and values, so that threads exchange nothing but the scores of a position
         # until the last block is done. The new token follows after it: no block has a case for it.
         for first in range(0, full, BLOCK):
-            # Both before either is used: all loads of a block are under way together.
-            k = tl.load(k_split + first * WIDTH + place, mask=inside[None, None, :], other=0.0)
-            v = tl.load(v_split + first * WIDTH + place, mask=inside[None, None, :], other=0.0)
-            peak, total, acc = attend_block(q, k, v, None, peak, total, acc)
+            k_place, v_place = keys + place + first * WIDTH, values + place + first * WIDTH
+            peak, total, acc = attend_block(q, k_place, v_place, inside, None, peak, total, acc, WIDTH, LANES, TILES)
         if full < here:
-            kept = full + t < here
-            k = tl.load(k_split + full * WIDTH + place, mask=kept[:, :, None] & inside[None, None, :], other=0.0)
-            v = tl.load(v_split + full * WIDTH + place, mask=kept[:, :, None] & inside[None, None, :], other=0.0)
-            peak, total, acc = attend_block(q, k, v, kept, peak, total, acc)
+            k_place, v_place = keys + place + full * WIDTH, values + place + full * WIDTH
+            left = here - full
+            peak, total, acc = attend_block(q, k_place, v_place, inside, left, peak, total, acc, WIDTH, LANES, TILES)
         score = tl.where(has_new, tl.sum(q * k_new.to(tl.float32), 0), float("-inf"))
         higher = tl.maximum(tl.max(peak, 0), score)
         shrink, p = tl.exp2(peak - higher), tl.exp2(score - higher)
@@ -231,7 +258,8 @@ def decode_attention(
             store_kernel[rows, kv_heads](*given, *strides, KV_HEADS=kv_heads, num_warps=1, **sizes)
         split_kernel[rows, kv_heads, count](
             *given, partial, peaks, sums, *strides, count, scale, KV_HEADS=kv_heads, SPLIT=SPLIT,
-            STORE=not shared_slots, num_warps=WARPS, **blocking(sizes["WIDTH_BLOCK"], qkv.element_size()), **sizes,
+            STORE=not shared_slots, num_warps=WARPS, maxnreg=MAX_REGISTERS, **sizes,
+            **blocking(sizes["WIDTH_BLOCK"], qkv.element_size()),
         )  # fmt: skip
         # One warp: 16 bytes of a head of 128 to each lane.
         combine_kernel[rows, heads](partial, peaks, sums, lengths, out, count, SPLIT=SPLIT, num_warps=1, **sizes)
