@@ -12,7 +12,6 @@ from PIL import Image
 
 from ospo_fast.config import load_config
 
-
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
 
