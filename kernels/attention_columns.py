@@ -168,8 +168,9 @@ def columns_kernel(
     for head in range(first, end):
         # One head ahead: Triton's pipeline of loads holds only those of a product.
         following = tl.load(norms + (head + 1) * lse_head, mask=inside & (head + 1 < end), other=0.0)
-        queries = q + item * q_item + head * q_head
-        source = k + item * k_item + (head // group) * k_head
+        wide = tl.cast(head, tl.int64)  # heads of long packed sequences lie more than 2³¹ elements apart
+        queries = q + item * q_item + wide * q_head
+        source = k + item * k_item + (wide // group) * k_head
         scores = products(queries, source, row, at, inside, seen, q_row, k_row, D, BLOCK_D, PART, ROWS, COLUMNS) * scale
         total += tl.where(shown, tl.exp2(scores - norm[:, None] * lse_scale), 0.0)
         norm = following

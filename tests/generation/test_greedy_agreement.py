@@ -71,6 +71,19 @@ def test_texts_may_end_elsewhere_only_by_a_near_tie(
     greedy_rows_agree(tiny, chats, texts, shorter, text=True)
 
 
+def test_near_ties_at_the_beginning_of_most_rows_prove_nothing(
+    tiny: JanusUnifiedModel, greedy_rows_agree: Callable[..., None]
+) -> None:
+    with torch.no_grad():
+        tiny.head.vision_head.weight.zero_()
+        tiny.head.vision_head.bias.zero_()  # every choice is a tie
+    codes = torch.zeros(3, 36, dtype=torch.long)
+    other = codes.clone()
+    other[:2] = 1
+    with pytest.raises(AssertionError, match="only 36 of 108 steps come before a near-tie"):
+        greedy_rows_agree(tiny, PROMPTS, codes, other)
+
+
 def test_nan_explains_nothing(tiny: JanusUnifiedModel, greedy_rows_agree: Callable[..., None]) -> None:
     codes = greedy(tiny, 1.0)
     other = codes.clone()
