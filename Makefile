@@ -37,8 +37,9 @@ gpu: $(STAMP)
 	PYTHON=$(abspath $(BIN))/python bench/gpu.sh $(PART)
 
 gpu-wheels:
-	rm -rf .whl
-	$(PYTHON) -m pip wheel --disable-pip-version-check --quiet --no-deps --constraint constraints.txt --wheel-dir .whl liger-kernel cut-cross-entropy omegaconf
+	rm -rf build/wheels
+	$(PYTHON) -m pip wheel --disable-pip-version-check --quiet --no-deps --constraint constraints.txt --wheel-dir build/wheels liger-kernel cut-cross-entropy omegaconf
+	rm -rf .whl && mv build/wheels .whl
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

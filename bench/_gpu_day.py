@@ -6,8 +6,9 @@
 
 Part 1: the gpu-marked tests, object_masks, sample_codes, decode_attention. Part 2: token_logprobs and attention_columns
 with peers. Part 3: Janus-Pro-7B at 64 prompts. Part 4: Janus-Pro-7B at 1 prompt, skinny_linear, Janus-Pro-1B. Every
-part builds first, which takes no time where it is built already. A step that runs out of time is stopped and keeps the
-rows it has written; the archive is packed again after every step.
+part builds first, in the checkout and for this card alone (`make clean install` builds for all of them again); that
+takes no time where it is done already. A step that runs out of time is stopped and keeps the rows it has written; the
+archive is packed again after every step, and every 20 seconds within one.
 
 Environment: OUT, the folder of the archives (gpu-out); OSPO_FAST_COMMIT, the commit of files that were copied without
 .git; CUDA_HOME, the toolkit (else nvcc on the PATH, or /usr/local/cuda). Wheels in .whl/ are installed for the run
@@ -18,6 +19,8 @@ Exit codes: 0 all steps done, 1 a step failed or ran out of time, 2 wrong use, o
 
 import argparse
 import contextlib
+import ctypes
+import gzip
 import io
 import json
 import os
@@ -32,6 +35,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +49,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = _source.ROOT
 WHEELS = ROOT / ".whl"
 PART_SECONDS = 505.0  # of nine minutes; the rest is for what comes before, for stopping a step, and for the archive
+PACK_SECONDS = 20.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 15.0  # seconds between asking a step to stop and ending it
 LEAST_SECONDS = 10.0  # a step with less time left is not begun
 TEST_SECONDS = 180  # of one test; several compile kernels on a machine that other workers keep busy
@@ -61,8 +67,10 @@ MODULES = (
     "pytest",
     "xdist",
     "pytest_timeout",
+    "setuptools",
     "skimage",
     "matplotlib",
+    "PIL",
 )
 
 
@@ -76,18 +84,19 @@ class Step:
     quick: tuple[str, ...] = ()  # in their place in a rehearsal; none: all of its cases
 
 
-# Seconds are limits; what a step leaves is there for those behind it.
+# Seconds are limits, which are kept free for the steps that follow; what a step leaves is there for all of them.
 PARTS: dict[int, tuple[Step, ...]] = {
-    1: (Step(TESTS, 330), Step("object_masks", 60), Step("sample_codes", 60), Step("decode_attention", 90)),
+    1: (Step(TESTS, 400), Step("object_masks", 40), Step("sample_codes", 40), Step("decode_attention", 60)),
     2: (
         Step("token_logprob", 270, ("7B", "1B")),
-        Step("attention_columns", 300, ("columns, ", "decoder, ")),
+        Step("attention_columns", 220, ("columns, ", "decoder, ")),
     ),
     3: (Step("generation", 500, ("Janus-Pro-7B, 64 prompts",)),),
     4: (
-        Step("generation", 230, ("Janus-Pro-7B, 1 prompt",), ("2 prompts",)),
-        Step("skinny_linear", 60, ("4096 hidden, 2 rows, layer",)),
-        Step("generation", 230, ("Janus-Pro-1B, 64 prompts", "Janus-Pro-1B, 1 prompt"), ("2 prompts",)),
+        Step("generation", 220, ("Janus-Pro-7B, 1 prompt",), ("2 prompts",)),
+        Step("skinny_linear", 50, ("4096 hidden, 2 rows, layer",)),
+        Step("generation", 60, ("Janus-Pro-1B, 1 prompt",), ("2 prompts",)),
+        Step("generation", 130, ("Janus-Pro-1B, 64 prompts",), ("2 prompts",)),
     ),
 }
 
@@ -179,10 +188,15 @@ def probe(env: dict[str, str]) -> Machine:
     places = [f"{home}/bin"] if home else [env.get("PATH", ""), "/usr/local/cuda/bin"]  # as setup.py looks for it
     machine.nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if machine.nvcc:
-        said, known = (
-            subprocess.run([machine.nvcc, option], check=False, capture_output=True, text=True).stdout
-            for option in ("--version", "--list-gpu-code")
-        )
+        try:
+            said, known = (
+                subprocess.run([machine.nvcc, option], check=True, capture_output=True, text=True).stdout
+                for option in ("--version", "--list-gpu-code")
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RefusedError(
+                f"{machine.nvcc} does not run ({error}); install the CUDA toolkit or set CUDA_HOME"
+            ) from error
         release = re.search(r"release ([\d.]+)", said)
         machine.nvcc_release = release[1] if release else ""
         machine.nvcc_archs = frozenset(re.findall(r"sm_(\d+)", known))
@@ -193,19 +207,23 @@ def _last(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[-1][:200]
 
 
-def commit() -> str:
-    """The commit that the rows will name."""
+def commit(quick: bool) -> str:
+    """The commit that the rows will name; RefusedError where there is none, or where `merge` would refuse its rows."""
     found = _source.commit()
     if not COMMIT.fullmatch(found.removesuffix("+")):
         raise RefusedError(
-            f"OSPO_FAST_COMMIT is {os.environ.get('OSPO_FAST_COMMIT', '')!r}, and there is no .git to ask; expected "
-            "the commit of these files, 7 to 40 hexadecimal digits"
+            f"git names no commit of these files, and OSPO_FAST_COMMIT is {os.environ.get('OSPO_FAST_COMMIT', '')!r}; "
+            "expected their commit, 7 to 40 hexadecimal digits"
         )
+    if found.endswith("+") and not quick:
+        raise RefusedError(f"files differ from commit {found[:-1]}, and its figures would not be; commit them first")
     return found
 
 
 def wheels(folder: Path) -> list[Path]:
     """The wheels in a folder, none where there is no such folder; RefusedError where a package is there twice."""
+    if folder.exists() and not folder.is_dir():
+        raise RefusedError(f"{folder.name} is a file; expected a folder of wheels, which `make gpu-wheels` makes")
     found = sorted(folder.glob("*.whl"))
     names = Counter(re.sub(r"[-_.]+", "-", path.name.partition("-")[0]).lower() for path in found)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -228,11 +246,22 @@ def install(found: Sequence[Path], site: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise RefusedError(
-            f"pip cannot install the wheels of .whl/ ({_last(done.stderr)}); run `make gpu-wheels` again"
+            f"pip cannot install the wheels of .whl/ ({_last(done.stderr)}); run `make gpu-wheels` again, or "
+            "remove the folder"
         )
 
 
 # ---------------------------------------------------------------- running a part
+
+
+_LIBC = ctypes.CDLL(None)  # loaded before a fork
+
+
+def _own_group() -> None:
+    """In a step's process: a group that can be ended as one, and an end with the process that began it (Linux)."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Part:
@@ -255,20 +284,28 @@ class Part:
 
     def run(self) -> bool:
         """Run the steps until they or the time are over; whether all were done."""
+        steps = PARTS[self.number]
         try:
-            if self._step("build", 180, self._build()):
-                for step in PARTS[self.number]:
-                    self._step(step.name, step.seconds, self._command(step))
+            if all(self._step(name, 180, command) for name, command in self._preparation().items()):
+                for i, step in enumerate(steps):
+                    kept_free = sum(later.seconds for later in steps[i + 1 :])
+                    self._step(step.name, step.seconds, self._command(step), kept_free)
                     if step.name == TESTS and (self.folder / f"{TESTS}.xml").exists():
-                        self._step("counts of the tests", 60, self._counts())
+                        self._step("counts of the tests", 60, self._counts(self.steps[-1]["state"]))
         finally:
             self._log.close()
-            self.pack()
-            shutil.rmtree(self.folder)
+            try:
+                self.pack()
+            finally:
+                shutil.rmtree(self.folder)
         return all(step["state"] == "done" for step in self.steps)
 
-    def _build(self) -> list[str]:
-        return [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", "build/gpu"]
+    def _preparation(self) -> dict[str, list[str]]:
+        """What has to be done before anything is tested or measured."""
+        build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", "build/gpu"]
+        if self.machine.card is None:  # a rehearsal takes what is built already, for whichever cards
+            return {} if list(ROOT.glob("ospo_fast/_C.*.so")) else {"build": build}
+        return {"build": build, "kernels": [sys.executable, "-c", "import _gpu_day; _gpu_day.check_kernels()"]}
 
     def _command(self, step: Step) -> list[str]:
         if step.name == TESTS:
@@ -282,13 +319,15 @@ class Part:
         options = [*(["--quick"] if self.quick else []), *(word for case in cases for word in ("--case", case))]
         return [sys.executable, "bench/run.py", "--only", step.name, "--out", str(self.results), *options]
 
-    def _counts(self) -> list[str]:
+    def _counts(self, state: str) -> list[str]:
+        complete = state in ("done", "failed with 1")  # pytest's exit codes of a run that came to its end
         code = "import sys, _gpu_day; _gpu_day.record_tests(*sys.argv[1:])"
-        return [sys.executable, "-c", code, f"{self.folder / TESTS}.xml", str(self.results), str(int(self.quick))]
+        flags = [str(int(flag)) for flag in (self.quick, complete)]
+        return [sys.executable, "-c", code, f"{self.folder / TESTS}.xml", str(self.results), *flags]
 
-    def _step(self, name: str, seconds: float, command: list[str]) -> bool:
+    def _step(self, name: str, seconds: float, command: list[str], kept_free: float = 0.0) -> bool:
         left = PART_SECONDS - GRACE - (time.monotonic() - self._begin)
-        limit = min(seconds, left)
+        limit = min(seconds, max(left - kept_free, LEAST_SECONDS), left)
         if limit < LEAST_SECONDS:
             self.say(f"== {name}: not begun, the time of part {self.number} is over")
             self.steps.append({"name": name, "state": "not begun", "seconds": 0.0})
@@ -306,7 +345,7 @@ class Part:
         """Run a command with its output shown and logged; end it, and all that it started, at the limit."""
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
+            text=True, errors="replace", preexec_fn=_own_group,  # noqa: PLW1509 - no other thread runs between two steps
         )  # fmt: skip
 
         def show() -> None:
@@ -314,31 +353,40 @@ class Part:
             for line in process.stdout:
                 self.say(line.rstrip("\n"))
 
-        reader = threading.Thread(target=show, daemon=True)
+        reader, end = threading.Thread(target=show, daemon=True), time.monotonic() + limit
         reader.start()
         try:
-            code = process.wait(limit)
-            state = "done" if code == 0 else f"failed with {code}"
-        except subprocess.TimeoutExpired:
-            state = f"stopped after {limit:.0f} s"
+            while process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(PACK_SECONDS, max(end - time.monotonic(), 0.0)))
+                self.pack()  # rows are written as they are measured: what ends this process costs none of them
+            code = process.poll()
         finally:
             self._end(process)
         reader.join(GRACE)
-        return state
+        return f"stopped after {limit:.0f} s" if code is None else "done" if code == 0 else f"failed with {code}"
 
     @staticmethod
     def _end(process: "subprocess.Popen[str]") -> None:
-        """End a step and all that it started; first by SIGINT, on which pytest writes its report."""
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        """End a step and all that it started; first by SIGINT, on which pytest writes its report.
+
+        Nothing interrupts this: what is left of a step would hold the card.
+        """
+        before = {sign: signal.signal(sign, signal.SIG_IGN) for sign in SIGNALS}
+        try:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        finally:
+            for sign, handler in before.items():
+                signal.signal(sign, handler)
 
     def pack(self) -> None:
-        """Write the archive anew, whole or not at all."""
+        """Write the archive with all that there is so far, whole or not at all."""
         if not self._log.closed:
             self._log.flush()
         manifest = {
@@ -346,8 +394,8 @@ class Part:
             "driver": self.machine.driver, "torch": self.machine.torch, "nvcc": self.machine.nvcc_release,
             "steps": self.steps,
         }  # fmt: skip
-        unfinished = self.archive.with_suffix(".tmp")
-        with tarfile.open(unfinished, "w:gz") as archive:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             _add(archive, "manifest.json", json.dumps(manifest, indent=2).encode())
             for path in self.made():
                 data = path.read_bytes()
@@ -356,12 +404,23 @@ class Part:
                 if path.suffix == ".xml":
                     data = re.sub(rb' hostname="[^"]*"', b"", data)
                 _add(archive, path.name, data)
-        unfinished.replace(self.archive)
+        _write(self.archive, packed.getvalue())
 
     def made(self) -> list[Path]:
         """The files so far: log, report of the tests, rows and plots."""
         found = [*self.folder.glob("*.txt"), *self.folder.glob("*.xml")]
         return found + sorted(path for path in self.results.glob("*/*") if path.suffix in (".jsonl", ".png"))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -370,7 +429,26 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(entry, io.BytesIO(data))
 
 
-def record_tests(xml: str, out: str, quick: str) -> None:
+def check_kernels() -> None:
+    """Exit with the reason where an operation would run without its kernel: its figure would be PyTorch's."""
+    from ospo_fast.ops._dispatch import backends
+
+    if wrong := without_kernel(backends("cuda")):
+        sys.exit("\n".join(wrong))
+    print("every operation has its kernel")
+
+
+def without_kernel(table: dict[str, list[tuple[str, bool, str]]]) -> list[str]:
+    """Of a table of backends, what stands in the way of each operation that has a kernel for CUDA and cannot run it."""
+    found = []
+    for op, rows in table.items():
+        reasons = {name: reason for name, _, reason in rows if name in ("cuda", "triton")}
+        if reasons and not any(available for name, available, _ in rows if name in reasons):
+            found.append(f"{op}: {'; '.join(reasons.values())}")
+    return found
+
+
+def record_tests(xml: str, out: str, quick: str, complete: str) -> None:
     """Write the row of the tests from pytest's report: how many passed, failed and were skipped, and which failed."""
     import _measure
 
@@ -382,21 +460,19 @@ def record_tests(xml: str, out: str, quick: str) -> None:
         found = (f"{c.get('classname')}::{c.get('name')}" for c in cases if any(c.find(k) is not None for k in kinds))
         return list(dict.fromkeys(found))
 
-    failed, skipped, total = (
-        named("failure", "error"),
-        named("skipped"),
-        len({(c.get("classname"), c.get("name")) for c in cases}),
-    )
+    failed, skipped = named("failure", "error"), named("skipped")
+    total = len({(case.get("classname"), case.get("name")) for case in cases})
     seconds = sum(float(case.get("time", 0)) for case in cases)
     timing = _measure.Timing(*[seconds * 1e3] * 3, 1)
     counts = {"passed": total - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
-    row = _measure.row(TESTS, "pytest -m gpu", {}, "", timing, **counts, failures=failed)
+    more = {"complete": bool(int(complete)), "failures": failed}
+    row = _measure.row(TESTS, "pytest -m gpu", {}, "", timing, **counts, **more)
     _measure.write([row], Path(out), TESTS)
 
 
 def run_parts(numbers: Sequence[int], quick: bool) -> int:
     """Run parts one after the other; the exit code."""
-    source, found = commit(), wheels(WHEELS)
+    source, found = commit(quick), wheels(WHEELS)
     out = Path(os.environ.get("OUT") or ROOT / "gpu-out").resolve()
     with tempfile.TemporaryDirectory(prefix="ospo-fast-wheels-") as site:
         paths = [ROOT, HERE, *([site] if found else []), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -460,35 +536,26 @@ class Archive:
         return [row for rows in self.files.values() for row in rows]
 
 
-NEEDED = {"op", "variant", "shapes", "dtype", "median_ms", "device", "driver", "versions", "commit", "date"}
-
-
-SAID = ("op", "variant", "device", "commit", "date")
-
-
 def read_archive(path: Path) -> Archive:
     """Read an archive of a part, without unpacking it; RefusedError where it is none."""
     manifest, files, plots = None, {}, {}
     try:
-        with tarfile.open(path) as archive:
+        # Whole, with its checksum: tarfile alone takes what it can read of a damaged file.
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes()))) as archive:
             for entry in archive:
                 name, data = entry.name, archive.extractfile(entry)
                 if data is None or not re.fullmatch(r"\w+\.(json|jsonl|png|txt|xml)", name):
-                    raise RefusedError(f"{path} holds {name!r}; expected an archive that bench/gpu.sh made")
+                    raise ValueError(f"it holds {name!r}")
                 if name == "manifest.json":
                     manifest = json.load(data)
                 elif name.endswith(".jsonl"):
-                    files[name] = [json.loads(line) for line in data.read().decode().splitlines()]
+                    files[name] = figures.rows_of(name, data.read().decode())
                 elif name.endswith(".png"):
                     plots[name] = data.read()
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        if not isinstance(manifest, dict):
+            raise ValueError("it has no manifest.json")
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise RefusedError(f"{path} cannot be read ({error}); expected an archive that bench/gpu.sh made") from error
-    if not isinstance(manifest, dict):
-        raise RefusedError(f"{path} has no manifest.json; expected an archive that bench/gpu.sh made")
-    for name, rows in files.items():
-        for row in rows:
-            if not isinstance(row, dict) or not row.keys() >= NEEDED or not all(isinstance(row[k], str) for k in SAID):
-                raise RefusedError(f"{path}: a row of {name} lacks what a result says of itself")
     return Archive(path, manifest, files, plots)
 
 
@@ -514,42 +581,44 @@ def merge_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[li
 
 def merge(folder: Path, results: Path = HERE / "results") -> int:
     """Bring the rows of the archives in a folder into the results; all of them, or none where one is refused."""
-    paths = sorted(folder.glob("*.tar.gz"))
-    if not paths:
+    archives = [read_archive(path) for path in sorted(folder.glob("*.tar.gz"))]
+    if not archives:
         raise RefusedError(f"{folder} has no archive (part-N.tar.gz); expected the folder that bench/gpu.sh wrote to")
-    written: dict[Path, bytes] = {}
-    rows_of: dict[Path, list[dict[str, Any]]] = {}
-    said = []
-    for archive in map(read_archive, paths):
+    for archive in archives:
         for row in archive.rows:
-            if row.get("quick") or not row["driver"]:
+            if row.get("quick") or not row.get("driver"):
                 raise RefusedError(f"{archive.path} is of a rehearsal; expected rows that were measured on a GPU")
             if not COMMIT.fullmatch(row["commit"]):
                 raise RefusedError(
                     f"{archive.path} was measured on files of commit {row['commit']!r}; expected committed files: "
                     "commit and measure again"
                 )
-        for name, rows in archive.files.items():
-            for device in sorted({row["device"] for row in rows}):
-                path = _source.device_folder(results, device) / name
-                old = rows_of.get(path)
-                if old is None:
-                    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-                merged, gone = merge_rows(old, [row for row in rows if row["device"] == device])
-                if merged == old:
-                    said.append(f"{path}: nothing new")
-                    continue
-                rows_of[path] = merged
-                written[path] = "".join(json.dumps(row) + "\n" for row in merged).encode()
-                said.append(f"{path}: {len(merged) - len(old) + gone} rows came, {gone} of earlier runs went")
-                plot = archive.plots.get(name.replace(".jsonl", ".png"))
-                if plot is not None:
-                    written[path.with_suffix(".png")] = plot
+            if _source.device_folder(results, row["device"]) == results:
+                raise RefusedError(f"{archive.path}: a row's device is {row['device']!r}; expected the name of a GPU")
+    written: dict[Path, bytes] = {}
+    now: dict[Path, list[dict[str, Any]]] = {}
+    said = []
+    for archive in sorted(archives, key=lambda archive: max((row["date"] for row in archive.rows), default="")):
+        for name, device in sorted({(name, row["device"]) for name, rows in archive.files.items() for row in rows}):
+            path = _source.device_folder(results, device) / name
+            if path not in now:
+                try:
+                    now[path] = figures.rows_of(str(path), path.read_text()) if path.exists() else []
+                except ValueError as error:
+                    raise RefusedError(f"{error}; fix or delete the line, then merge again") from error
+            merged, gone = merge_rows(now[path], [row for row in archive.files[name] if row["device"] == device])
+            if merged == now[path]:
+                said.append(f"{path}: nothing new in {archive.path.name}")
+                continue
+            said.append(f"{path}: {len(merged) - len(now[path]) + gone} rows came, {gone} of earlier runs went")
+            now[path] = merged
+            written[path] = "".join(json.dumps(row) + "\n" for row in merged).encode()
+            plot = archive.plots.get(f"{path.stem}.png")
+            if plot is not None and max(merged, key=lambda row: str(row["date"])) in archive.files[name]:
+                written[path.with_suffix(".png")] = plot
     for path, data in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
+        _write(path, data)
     print("\n".join(said))
     print("`python bench/figures.py` writes the README's table from them")
     return 0
@@ -574,7 +643,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.what == "merge") != (options.folder is not None):
         parser.error("expected a folder with merge, and with nothing else")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception: the step's processes end too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever started this may have had ignored
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, _: sys.exit(128 + number))  # as an exception: the step's processes end too
     try:
         if options.what == "merge":
             return merge(options.folder)
@@ -582,6 +653,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RefusedError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a full disk
+        print(f"gpu.sh: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("gpu.sh: interrupted; the archive holds what was measured", file=sys.stderr)
         return 130

@@ -3,7 +3,7 @@
 All run on one model with random weights, guided (5.0), sampled (no top-k), on prompts of the same lengths in all turns:
 random ids. Prompts of the peers are padded on the left, as theirs are. The floor of a batch is max(weights once a step,
 products) + keys and values, over the ceilings of this device; `share` is floor / time. "images" are two batches with
-their pixels, decoded beside the steps of the next batch. Texts and answers to questions about images follow, against
+their pixels, decoded during the steps of the next batch. Texts and answers to questions about images follow, against
 transformers.
 
 "drafted images" are drawn with `jacobi_window` and without, on the CPU the same ones in a turn. How many codes a step
@@ -368,9 +368,9 @@ class Cases:
         makers: dict[str, Callable[[], Variant]] = {"ospo_fast": lambda: engine(batch_size=count)}
         if cuda and 2 * count <= SKINNY_ROWS:
             makers["ospo_fast, skinny products"] = lambda: skinny(batch_size=count)
-        makers["ospo_fast, images"] = lambda: engine(2, "pil", batch_size=count)
         if count != CUDA_ROWS:  # the engine's own optimum: peers are measured at the other sizes
             makers |= {"official": lambda: official, "transformers": lambda: transformers_generate}
+        makers["ospo_fast, images"] = lambda: engine(2, "pil", batch_size=count)
         if not self.quick and count != CUDA_ROWS:
             makers["compiled"] = compiled
             if cuda and count == 1:

@@ -9,8 +9,8 @@ sum and quack know no weight for each token. Errors are the largest of 64 rows a
 value, at logits of the usual size and up to 50; those of peers are shown, not judged, cut-cross-entropy's with a head
 without bias. `share` is the floor, the products over the ceiling of this device, over the time.
 
-Beside the rows, a plot; and a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, linear 7B, 1B, text
-head, Shapes, and on CPU 2 pairs, Shapes; the sweep has the name of its shape and "chunk_rows".
+A plot comes with the rows; and a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, linear 7B, 1B,
+text head, Shapes, and on CPU 2 pairs, Shapes; the sweep has the name of its shape and "chunk_rows".
 """
 
 import functools

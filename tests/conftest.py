@@ -70,7 +70,8 @@ def missing_package(error: BaseException | None) -> str | None:
         # A module missing *inside* a package has a dot in its name: the package is there, and that is an error.
         if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
             return error.name
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        # What an error was raised from; not what was being handled as it came up, which may be another matter.
+        error = getattr(error, "cause", None) or error.__cause__
     return None
 
 

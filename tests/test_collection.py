@@ -41,5 +41,11 @@ def test_other_errors_of_an_import_stay_errors(conftest: types.ModuleType, error
     assert conftest.missing_package(raised_from(error)) is None
 
 
+def test_an_error_while_a_missing_package_is_handled_stays_an_error(conftest: types.ModuleType) -> None:
+    error = NameError("name 'undefined' is not defined")
+    error.__context__ = ModuleNotFoundError("No module named 'selenium'", name="selenium")  # and no cause
+    assert conftest.missing_package(error) is None
+
+
 def test_the_optional_packages_are_not_those_of_the_core(conftest: types.ModuleType) -> None:
     assert not conftest.OPTIONAL & {"ospo_fast", "torch", "numpy", "pytest"}

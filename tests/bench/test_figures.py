@@ -22,7 +22,7 @@ HEAD = {"N": 18432, "D": 4096, "V": 16384}
 DECODER = {"L": 30, "B": 16, "H": 32, "D": 4096, "T": 576}
 JANUS = {"hidden": 4096, "layers": 30, "prompts": 64, "tokens": 576}
 ROWS = [
-    row("gpu_tests", "pytest -m gpu", {}, passed=500, failed=1, skipped=3),
+    row("gpu_tests", "pytest -m gpu", {}, passed=500, failed=1, skipped=3, complete=True),
     row("object_masks", "ospo_fast", {"B": 32, "O": 4, "H": 24, "W": 24}, median_ms=0.015, floor_ms=0.003, share=0.2),
     row("sample_codes", "ospo_fast", {"B": 64, "V": 16384}, median_ms=0.01, floor_ms=0.001, share=0.1),
     row(
@@ -44,18 +44,18 @@ ROWS = [
 ]  # fmt: skip
 EXPECTED = {
     "gpu-marked tests": "500 passed, 1 failed, 3 skipped; goal missed",
-    "`object_masks`, 32 × 4 maps of 24 × 24": "15 µs; floor 3 µs, 20% of it",
-    "`sample_codes`, 64 × 16384": "10 µs; floor 1 µs, 10% of it",
-    "decode attention, 128 rows × 32 heads × 640 positions": "2400 GB/s; floor 3000 GB/s, 80% of it; goal missed",
-    "`token_logprobs`, forward and backward, 18432 × 4096 × 16384, two-layer head": "9 ms; floor 8 ms, 89% of it",
+    "`object_masks`, 32 × 4 maps of 24 × 24": "15 µs; floor 3 µs, 20.0% of it",
+    "`sample_codes`, 64 × 16384": "10 µs; floor 1 µs, 10.0% of it",
+    "decode attention, 128 rows × 32 heads × 640 positions": "2400 GB/s; floor 3000 GB/s, 80.0% of it; goal missed",
+    "`token_logprobs`, forward and backward, 18432 × 4096 × 16384, two-layer head": "9 ms; floor 8 ms, 88.9% of it",
     "the same, against the official computation": "2×",
     "the same, memory above the inputs": "0.48 GB",
     "linear head of that size, against Liger": "1.1×; goal missed",
-    "the same, against torch's `linear_cross_entropy`": "not measured",
-    "`attention_columns`, a layer of 16 sequences of 600, log-sum-exp given": "40 µs; floor 20 µs, 50% of it",
+    "the same, against `linear_cross_entropy` of torch 2.13": "not measured",
+    "`attention_columns`, a layer of 16 sequences of 600, log-sum-exp given": "40 µs; floor 20 µs, 50.0% of it",
     "`AttentionCapture` in a 7B forward, 16 sequences of 600": "+0.60%",
-    "Janus-Pro-7B, 64 prompts, guidance": "10.6 images/s; floor 13.95 images/s, 76% of it",
-    "the same, against transformers' `generate`": "3.17×",
+    "Janus-Pro-7B, 64 prompts, guidance": "10.6 images/s; floor 13.95 images/s, 76.0% of it",
+    "the same, against transformers' `generate`": "3.167×",
     "Janus-Pro-7B, 1 prompt": "not measured",
 }
 
@@ -76,7 +76,7 @@ def test_figures_are_read_from_rows_with_goal_floor_and_share() -> None:
     assert "Janus-Pro-7B, 64" not in text
     line = next(line for line in text.splitlines() if line.startswith("`token_logprobs`"))
     assert [cell.strip() for cell in line.split("  ") if cell.strip()][1:] == [
-        "9 ms", "≤ 1.15× the floor", "8 ms", "89%", "yes",
+        "9 ms", "≤ 1.15× the floor", "8 ms", "88.9%", "yes",
     ]  # fmt: skip
 
 
@@ -137,3 +137,40 @@ def test_the_table_is_written_and_checked(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit, match="2"):
         figures.main(given)
     assert readme.read_text() == "no marks"
+
+
+def test_a_goal_is_judged_by_the_digits_that_are_shown() -> None:
+    def found(name: str, rows: list[dict[str, Any]]) -> str:
+        return cells(figures.markdown({CARD: figures.Results(rows)}))[name]
+
+    memory, share = "the same, memory above the inputs", "Janus-Pro-7B, 64 prompts, guidance"
+    logps = ROWS[4]
+    assert found(memory, [{**logps, "peak_mb": 500.0}]) == "0.5 GB"
+    assert found(memory, [{**logps, "peak_mb": 500.4}]) == "0.5004 GB; goal missed"
+    janus = ROWS[-2]
+    assert found(share, [{**janus, "share": 0.7496}]).endswith(", 75.0% of it")
+    assert found(share, [{**janus, "share": 0.7494}]).endswith(", 74.9% of it; goal missed")
+    skinny = {"rows": 2, "depth": 4096, "columns": 49408}
+    pair = [row("skinny_linear", "triton", skinny), row("skinny_linear", "single kernels", skinny, median_ms=1.01)]
+    assert found("`skinny_linear`, a layer of 7B, 2 rows, against single kernels", pair) == "1.01×; goal missed"
+
+
+def test_tests_that_were_stopped_reach_no_goal() -> None:
+    stopped = {**ROWS[0], "failed": 0, "complete": False}
+    found = cells(figures.markdown({CARD: figures.Results([stopped])}))["gpu-marked tests"]
+    assert found == "500 passed, 0 failed, 3 skipped, stopped before the end; goal missed"
+
+
+def test_a_broken_line_of_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme, path = tmp_path / "README.md", tmp_path / "results" / "card" / "op.jsonl"
+    path.parent.mkdir(parents=True)
+    readme.write_bytes(f"a\r\n{figures.BEGIN}\r\n{figures.END}\r\nb\r\n".encode())
+    for line in ("{", "7", '{"op": "a"}'):
+        path.write_text(line + "\n")
+        with pytest.raises(SystemExit, match="2"):
+            figures.main(["--results", str(path.parents[1]), "--readme", str(readme)])
+        assert "line 1 of" in capsys.readouterr().err
+    path.unlink()
+    assert figures.main(["--results", str(path.parents[1]), "--readme", str(readme)]) == 0
+    assert readme.read_bytes().startswith(b"a\r\n")
+    assert readme.read_bytes().endswith(b"\r\nb\r\n")
