@@ -55,6 +55,7 @@ GRACE = 15.0  # seconds between asking a step to stop and ending it
 LEAST_SECONDS = 10.0  # a step with less time left is not begun
 TEST_SECONDS = 180  # of one test; several compile kernels on a machine that other workers keep busy
 LOG_BYTES = 2**20
+SHOWN = 30  # failed tests that a part names at its end
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 TESTS = "gpu_tests"
 MODULES = (
@@ -508,14 +509,14 @@ def run_parts(numbers: Sequence[int], quick: bool) -> int:
 
 
 def _ending(part: Part) -> str:
+    """What a part prints last: what failed, its archive, and its figures at the very end."""
     rows = read_archive(part.archive).rows
-    lines = [figures.text(figures.Results(rows), part.number)]
-    for row in rows:
-        if row["op"] == TESTS:
-            lines += [f"failed: {name}" for name in row["failures"]]
+    failed = [name for row in rows if row["op"] == TESTS for name in row["failures"]]
+    lines = [f"failed: {name}" for name in failed[:SHOWN]]
+    lines += [f"and {len(failed) - SHOWN} more, in the archive"] if len(failed) > SHOWN else []
     lines += [f"{step['name']}: {step['state']}" for step in part.steps if step["state"] != "done"]
     lines.append(f"{part.archive}: {part.archive.stat().st_size / 1e3:.0f} kB")
-    return "\n".join(lines)
+    return "\n".join([*lines, figures.text(figures.Results(rows), part.number)])
 
 
 # ---------------------------------------------------------------- merging

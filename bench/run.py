@@ -31,7 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every benchmark")
-    which.add_argument("--ops", action="store_true", help="those of operations and engine, which have figures of a GPU")
+    which.add_argument(
+        "--ops",
+        action="store_true",
+        help="those of operations and engine; on a GPU an hour: bench/gpu.sh takes parts of nine minutes",
+    )
     which.add_argument("--only", action="append", choices=names(), help="one of them; may be given again")
     which.add_argument("--list", action="store_true", help="say which there are")
     parser.add_argument("--out", type=Path, help="folder of the results; by default bench/results")

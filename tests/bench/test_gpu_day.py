@@ -382,6 +382,18 @@ def test_an_archive_stays_small_and_names_no_host(part: Any, tmp_path: Path, mon
     assert (tmp_path / "part-9.tar.gz").stat().st_size < 4 * 2**20
 
 
+def test_a_part_ends_with_its_figures_and_names_what_failed(part: Any) -> None:
+    failures = [f"tests.a::test_{i}" for i in range(40)]
+    row = result("gpu_tests", "pytest -m gpu", passed=1, failed=40, skipped=0, complete=True, failures=failures)
+    made = part(("tests", 20.0, WRITE.replace("op.jsonl", "gpu_tests.jsonl").replace("'1'", repr(json.dumps(row)))))
+    assert made.run()
+    made.number = 1  # whose figures they are
+    lines = _gpu_day._ending(made).splitlines()
+    assert lines[:30] == [f"failed: {name}" for name in failures[:30]]
+    assert lines[30] == "and 10 more, in the archive"
+    assert lines[-1].startswith("decode attention")
+
+
 def test_the_row_of_the_tests_names_what_failed(tmp_path: Path) -> None:
     path = tmp_path / "gpu_tests.xml"
     path.write_text(
