@@ -492,7 +492,7 @@ def run_parts(numbers: Sequence[int], quick: bool) -> int:
         except OSError as error:
             raise RefusedError(f"OUT: cannot write to {out} ({error.strerror}); set OUT to another folder") from error
         if machine.nvcc:
-            env |= {"OSPO_FAST_CUDA": "1", "CUDA_HOME": str(Path(machine.nvcc).parents[1])}
+            env["OSPO_FAST_CUDA"] = "1"
             env["OSPO_FAST_CUDA_ARCHS"] = machine.arch if machine.card else "90"
         else:
             env["OSPO_FAST_CUDA"] = "0"

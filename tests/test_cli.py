@@ -287,12 +287,12 @@ def test_a_stage_fails_when_every_item_does(capsys, tmp_path, tiny, monkeypatch,
 
 @pytest.mark.usefixtures("omegaconf")
 def test_stage_3_says_how_fast_it_draws(capsys, tmp_path, tiny, monkeypatch):
-    drawing = {"images": 18, "images_s": 10.5181, "gb_s": 2345.61, "share": 0.7512}
+    drawing = {"images": 18, "images_s": 10.5181, "gb_s": 2345.61}
     report = StageReport("images", 1, items=3, total=9, drawing=drawing)
     monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", lambda *_: report)
     code, out, _ = call(capsys, "images", "--model", tiny, "--out", tmp_path)
     assert code == 0
-    assert out.endswith("9 in all; drawn at 10.52 images/s, 2345.6 GB/s, 75% of the floor\n")
+    assert out.endswith("9 in all; drawn at 10.52 images/s, 2345.6 GB/s\n")
     drawing["codes_step"] = 2.3091
     assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("floor, 2.31 codes a step\n")
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is only there on Linux")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("launches.py")
+ARCHS = (80, 90, 100)
 
 
 def kernels() -> set[str]:
@@ -20,16 +22,31 @@ def kernels() -> set[str]:
     return {name for source in sources for name in re.findall(r"(\w+_kernel)\[", source)}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_kernel_compiles_as_it_is_launched(arch: int, tmp_path: Path) -> None:
-    # In a process of its own: this one runs kernels in the interpreter where there is no GPU.
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, "subprocess.Popen[str]"]]:
+    """A process for each architecture, all at once. This one runs kernels in the interpreter where there is no GPU."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
-    command = [sys.executable, str(SCRIPT), str(arch)]
-    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    *lines, summary = done.stdout.splitlines()
-    print(summary)
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    begun = {}
+    for arch in ARCHS:
+        cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(f"sm_{arch}"))}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        begun[arch] = subprocess.Popen([sys.executable, str(SCRIPT), str(arch)], env=env | cache, **streams)
+    yield begun
+    for process in begun.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_as_it_is_launched(
+    arch: int, compilations: dict[int, "subprocess.Popen[str]"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = compilations[arch].communicate(timeout=900)
+    assert compilations[arch].returncode == 0, out + err
+    *lines, summary = out.splitlines()
+    with capsys.disabled():  # what a reader of the whole run looks for
+        print(f"\n{summary}")
     assert {line.split()[0] for line in lines} == kernels()
     assert all(f" sm_{arch} " in line for line in lines)
     assert not [line for line in lines if " 0 bytes of spills" not in line]
