@@ -294,7 +294,7 @@ def test_stage_3_says_how_fast_it_draws(capsys, tmp_path, tiny, monkeypatch):
     assert code == 0
     assert out.endswith("9 in all; drawn at 10.52 images/s, 2345.6 GB/s\n")
     drawing["codes_step"] = 2.3091
-    assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("floor, 2.31 codes a step\n")
+    assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("2345.6 GB/s, 2.31 codes a step\n")
 
 
 @pytest.mark.usefixtures("omegaconf")
