@@ -440,7 +440,7 @@ def check_kernels() -> None:
 
 
 def without_kernel(table: dict[str, list[tuple[str, bool, str]]]) -> list[str]:
-    """Of a table of backends, what stands in the way of each operation that has a kernel for CUDA and cannot run it."""
+    """Of a table of backends, the reasons of each operation that has a kernel for CUDA and cannot run it."""
     found = []
     for op, rows in table.items():
         reasons = {name: reason for name, _, reason in rows if name in ("cuda", "triton")}

@@ -169,8 +169,19 @@ __device__ void store(O* to, const float* exponential, float factor) {
 
 // codes <= threads·per_thread, a multiple of the 16 / sizeof(T) values that a thread moves at once. 64 registers a
 // thread, so that one block loads while another computes.
+// Threads that a multiprocessor is to hold: at 1024 each has 64 registers, which sm_120 spills 4 bytes of for fp32.
+template <typename T>
+constexpr int resident() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    return sizeof(T) == 4 ? 512 : 1024;
+#else
+    return 1024;
+#endif
+}
+
 template <typename T, typename O, int threads, int per_thread>
-__global__ void __launch_bounds__(threads, 1024 / threads) row_in_registers(const Arguments a) {
+__global__ void __launch_bounds__(threads, threads < resident<T>() ? resident<T>() / threads : 1)
+    row_in_registers(const Arguments a) {
     constexpr int N = 16 / sizeof(T), vectors = per_thread / N, stride = threads * N;
     const int64_t row = blockIdx.x;  // rows·codes passes 2^31
     T* const z = static_cast<T*>(a.logits) + row * a.codes;
