@@ -45,6 +45,9 @@ from typing import Any, NoReturn
 import _source
 import figures
 
+from ospo_fast.errors import OspoError
+from ospo_fast.records import check_writable, write_atomic
+
 HERE = Path(__file__).resolve().parent
 ROOT = _source.ROOT
 WHEELS = ROOT / ".whl"
@@ -405,23 +408,12 @@ class Part:
                 if path.suffix == ".xml":
                     data = re.sub(rb' hostname="[^"]*"', b"", data)
                 _add(archive, path.name, data)
-        _write(self.archive, packed.getvalue())
+        write_atomic(self.archive, packed.getvalue())
 
     def made(self) -> list[Path]:
         """The files so far: log, report of the tests, rows and plots."""
         found = [*self.folder.glob("*.txt"), *self.folder.glob("*.xml")]
         return found + sorted(path for path in self.results.glob("*/*") if path.suffix in (".jsonl", ".png"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -487,10 +479,9 @@ def run_parts(numbers: Sequence[int], quick: bool) -> int:
         if found:
             install(found, Path(site))
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-        except OSError as error:
-            raise RefusedError(f"OUT: cannot write to {out} ({error.strerror}); set OUT to another folder") from error
+            check_writable(out)
+        except OspoError as error:
+            raise RefusedError(f"OUT: {str(error).rstrip('.')}; set OUT to another folder") from error
         if machine.nvcc:
             env["OSPO_FAST_CUDA"] = "1"
             env["OSPO_FAST_CUDA_ARCHS"] = machine.arch if machine.card else "90"
@@ -618,8 +609,7 @@ def merge(folder: Path, results: Path = HERE / "results") -> int:
             if plot is not None and max(merged, key=lambda row: str(row["date"])) in archive.files[name]:
                 written[path.with_suffix(".png")] = plot
     for path, data in written.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, data)
+        write_atomic(path, data)
     print("\n".join(said))
     print("`python bench/figures.py` writes the README's table from them")
     return 0
@@ -654,7 +644,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RefusedError as error:
         print(f"gpu.sh: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # such as a full disk
+    except (OSError, OspoError) as error:  # such as a full disk
         print(f"gpu.sh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

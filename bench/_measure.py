@@ -6,7 +6,6 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any
 import _source
 import torch
 
-if str(_source.ROOT) not in sys.path:  # every benchmark imports this module first: a checkout need not be installed
-    sys.path.insert(0, str(_source.ROOT))
+from ospo_fast import env
+from ospo_fast.records import write_atomic
+
 L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
 LEAD = 2_000_000  # clock cycles, about a millisecond, that a GPU is kept waiting while a run is being launched
 _cases: list[str] = []
@@ -151,8 +151,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def device() -> str:
     """The name of what is measured: the GPU where there is one, else the processor."""
-    from ospo_fast import env
-
     return torch.cuda.get_device_name() if torch.cuda.is_available() else str(env.collect()["system"]["cpu"])
 
 
@@ -179,8 +177,6 @@ def chosen(case: str) -> bool:
 
 def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **figures: Any) -> dict[str, Any]:
     """One result: what was measured, on what, with which versions; `figures` such as peak_mb, gb_s, share."""
-    from ospo_fast import env
-
     info = env.collect()
     return {
         "op": op,
@@ -230,10 +226,7 @@ def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
         measured = [(line["op"], line["shapes"], line["dtype"]) for line in rows]
         kept = [line for line in kept if (line["op"], line["shapes"], line["dtype"]) not in measured]
         rows = [*(line for line in kept if line["commit"] == commit()), *rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in rows))
-    unfinished.replace(path)
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in rows).encode())
     return path
 
 

@@ -3,9 +3,12 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # every benchmark imports this module first: a checkout need not be installed
+    sys.path.insert(0, str(ROOT))
 
 
 def commit(root: Path = ROOT) -> str:
@@ -17,13 +20,14 @@ def commit(root: Path = ROOT) -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
+    copied = os.environ.get("OSPO_FAST_COMMIT") or "unknown"
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve():  # and not a copy inside another one
-            changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
-            return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return os.environ.get("OSPO_FAST_COMMIT") or "unknown"
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return copied  # inside of another project's checkout
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return copied
 
 
 def device_folder(results: Path, device: str) -> Path:

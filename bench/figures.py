@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from _source import ROOT
+
+from ospo_fast.records import write_atomic
+
 BEGIN, END = "<!-- GPU figures: written by bench/figures.py -->", "<!-- end of the GPU figures -->"
 NOT_MEASURED = "not measured"
 Row = dict[str, Any]
@@ -345,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return int(before != after)
     if before != after:
-        options.readme.write_bytes(after.encode())
+        write_atomic(options.readme, after.encode())
     return 0
 
 

@@ -7,4 +7,8 @@ if ! command -v "$python" >/dev/null; then
     echo "gpu.sh: got no interpreter $python; expected Python 3.10 or newer; set PYTHON" >&2
     exit 2
 fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "gpu.sh: got $("$python" --version 2>&1); expected Python 3.10 or newer; set PYTHON" >&2
+    exit 2
+fi
 exec "$python" "$here/_gpu_day.py" "$@"

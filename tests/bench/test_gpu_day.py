@@ -145,6 +145,13 @@ def test_no_interpreter() -> None:
     refused(gpu_sh("1", PYTHON="/nowhere/python"), "got no interpreter /nowhere/python")
 
 
+def test_an_interpreter_that_is_too_old(tmp_path: Path) -> None:
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\ncase $1 in --version) echo Python 3.9.18;; *) exit 1;; esac\n")
+    old.chmod(0o755)
+    refused(gpu_sh("1", PYTHON=str(old)), "got Python 3.9.18; expected Python 3.10 or newer")
+
+
 def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
     archive(tmp_path / "came" / "part-1.tar.gz", {"a.jsonl": [result("a", quick=True)]})
     (tmp_path / "python").symlink_to(sys.executable)
@@ -210,7 +217,7 @@ def test_files_without_a_commit_and_wheels_of_two_versions(copy: Path) -> None:
     (copy / ".whl").touch()
     refused(gpu_sh("--quick", "1", cwd=copy), ".whl is a file; expected a folder")
     (copy / ".whl").unlink()
-    refused(gpu_sh("--quick", "1", cwd=copy, OUT=str(copy / "blocked")), "OUT: cannot write to")
+    refused(gpu_sh("--quick", "1", cwd=copy, OUT=str(copy / "blocked")), "OUT: Cannot write")
     assert not (copy / "gpu-out").exists()
     assert not (copy / "build").exists()
 
@@ -590,6 +597,9 @@ def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, 
         assert all(step["state"] == "done" for step in found.manifest["steps"]), found.manifest
         assert all(row["quick"] and row["commit"] == COMMIT for row in found.rows)
         ops[number] = {row["op"] for row in found.rows}
+    assert "gpu_tests.xml" in files(archives[0])
+    assert "--timeout=180 --timeout-method=thread" in done.stdout  # for each test, in workers
+    assert " -m gpu -n " in done.stdout
     assert ops[1] >= {"gpu_tests", "object_masks", "sample_codes", "decode_attention"}
     assert ops[2] == {"token_logprobs", "attention_columns", "AttentionCapture"}
     assert ops[3] == {"generation"}

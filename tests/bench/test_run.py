@@ -89,7 +89,7 @@ def test_operations_are_all_but_runs_of_the_method(tmp_path: Path, monkeypatch: 
     for name in ("stages", "generation", "sample_codes", "token_logprob"):
         (tmp_path / f"{name}.py").write_text("")
     monkeypatch.setattr(bench, "HERE", tmp_path)
-    assert bench.operations() == ["sample_codes", "token_logprob", "generation"]
+    assert bench.operations() == ["generation", "sample_codes", "token_logprob"]
     ran: list[str] = []
     monkeypatch.setattr(bench.importlib, "import_module", lambda name: Recorder(name, ran))
     assert bench.main(["--ops", "--out", str(tmp_path)]) == 0
