@@ -1,5 +1,6 @@
 """The GPU day: what it refuses, what it keeps of a part, what it merges, and a rehearsal of all of it."""
 
+import contextlib
 import io
 import json
 import os
@@ -255,7 +256,7 @@ def test_a_step_that_runs_out_of_time_keeps_what_it_wrote_and_the_next_one_runs(
     made = part(("slow", 2.0, child), ("next", 5.0, "print('here')"), ("wrong", 5.0, "raise ValueError('no')"))
     begin = time.monotonic()
     assert not made.run()
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 55  # and not the minute that the step would take
     states = {step["name"]: step["state"] for step in made.steps}
     assert states == {"build": "done", "slow": "stopped after 2 s", "next": "done", "wrong": "failed with 1"}
     found = files(tmp_path / "part-9.tar.gz")
@@ -268,11 +269,11 @@ def test_a_step_that_runs_out_of_time_keeps_what_it_wrote_and_the_next_one_runs(
 
 def test_what_there_is_no_time_for_is_not_begun(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = part(("late", 60.0, "import time; time.sleep(60)"), ("later", 60.0, "pass"))
-    monkeypatch.setattr(_gpu_day, "PART_SECONDS", 3.0)
+    monkeypatch.setattr(_gpu_day, "PART_SECONDS", 4.0)
     monkeypatch.setattr(made, "_preparation", dict)
-    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 1.9)  # once the first step is over, too little is left
+    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 1.5)  # once the first step is over, too little is left
     assert not made.run()
-    assert [step["state"] for step in made.steps] == ["stopped after 2 s", "not begun"]
+    assert [step["state"] for step in made.steps] == ["stopped after 3 s", "not begun"]
 
 
 def test_time_is_kept_free_for_the_steps_that_follow(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,16 +299,17 @@ def test_rows_are_in_the_archive_while_a_step_runs(part: Any, tmp_path: Path, mo
 
 
 SLEEPER = """
-import sys, _gpu_day
+import os, sys, _gpu_day
 from _gpu_day import Machine, Part, Step
 from pathlib import Path
 
+folder, seconds = sys.argv[1:]
 _gpu_day.PARTS[9] = (Step("sleep", 60.0),)
 _gpu_day.GRACE = 1.0
-made = Part(9, Path(sys.argv[1]), dict(__import__("os").environ), Machine(), False, "0123456789ab")
+made = Part(9, Path(folder), dict(os.environ), Machine(), False, "0123456789ab")
 made._preparation = dict
-code = "import subprocess, sys, time; subprocess.Popen(['sleep', '61.25']); print('begun', flush=True); time.sleep(60)"
-made._command = lambda step: [sys.executable, "-c", code]
+code = "import subprocess, sys, time; subprocess.Popen(['sleep', sys.argv[1]]); time.sleep(60)"
+made._command = lambda step: [sys.executable, "-c", code, seconds]
 _gpu_day.run_parts = lambda *_: int(not made.run())
 sys.exit(_gpu_day.main(["1"]))
 """
@@ -319,42 +321,41 @@ sys.exit(_gpu_day.main(["1"]))
 )
 def test_whatever_ends_a_part_ends_its_step(signs: list[str], tmp_path: Path) -> None:
     """Started as in the background of a script, where SIGINT is ignored. What is left of a step would hold the card."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
+    seconds = f"61.{random.SystemRandom().randrange(10**9)}"  # tells these processes from all others
     process = subprocess.Popen(
-        ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-u", "-c", SLEEPER, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-c", SLEEPER, str(tmp_path), seconds],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")])}, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    assert process.stdout is not None
-    while process.stdout.readline() != "begun\n":
-        assert process.poll() is None
-    group = {*running("61.25"), *running("time.sleep(60)")}
-    assert len(group) >= 2
-    for name in signs:
-        process.send_signal(getattr(signal, f"SIG{name}"))
-        time.sleep(0.2)
-    code = process.wait(20)
-    assert code == {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}[signs[0]]
-    if signs == ["KILL"]:  # the step itself goes with its parent; what it began is its own matter
-        time.sleep(0.5)
-        assert not [pid for pid in group if "time.sleep(60)" in command_of(pid)]
-        for pid in running("61.25"):
-            os.kill(pid, signal.SIGKILL)
-        return
-    assert not [pid for pid in group if command_of(pid)]
-    assert "manifest.json" in files(tmp_path / "part-9.tar.gz")
-
-
-def command_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
+        while f"sleep {seconds}" not in " ".join(running(seconds).values()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        step = [pid for pid in running(seconds) if pid != process.pid]
+        assert len(step) == 2  # the step, and what it began
+        for name in signs:
+            process.send_signal(getattr(signal, f"SIG{name}"))
+            time.sleep(0.2)
+        assert process.wait(20) == {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}[signs[0]]
+        if signs == ["KILL"]:  # the step goes with its parent; what it began is its own matter
+            time.sleep(0.5)
+            assert [command.split()[0] for command in running(seconds).values()] in ([], ["sleep"])
+        else:
+            assert not running(seconds)
+            assert "manifest.json" in files(tmp_path / "part-9.tar.gz")
+    finally:
+        for pid in running(seconds):
+            os.kill(pid, signal.SIGKILL)
 
 
-def running(words: str) -> list[int]:
-    """Processes with these words in their command, but for those of the test and of a part."""
-    found = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
-    return [pid for pid in found if words in command_of(pid) and "_gpu_day" not in command_of(pid)]
+def running(word: str) -> dict[int, str]:
+    """The processes with this word in their command, and their commands."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if word in command:
+                found[int(path.parent.name)] = command
+    return found
 
 
 def test_no_operation_is_measured_by_pytorch_where_its_kernel_cannot_run() -> None:
