@@ -273,7 +273,7 @@ def test_what_there_is_no_time_for_is_not_begun(part: Any, monkeypatch: pytest.M
     monkeypatch.setattr(made, "_preparation", dict)
     monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 1.5)  # once the first step is over, too little is left
     assert not made.run()
-    assert [step["state"] for step in made.steps] == ["stopped after 3 s", "not begun"]
+    assert [step["state"] for step in made.steps] == ["stopped after 2 s", "not begun"]
 
 
 def test_time_is_kept_free_for_the_steps_that_follow(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
