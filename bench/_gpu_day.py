@@ -92,7 +92,7 @@ class Step:
 PARTS: dict[int, tuple[Step, ...]] = {
     1: (Step(TESTS, 400), Step("object_masks", 40), Step("sample_codes", 40), Step("decode_attention", 60)),
     2: (
-        Step("token_logprob", 270, ("7B", "1B")),
+        Step("token_logprobs", 270, ("7B", "1B")),
         Step("attention_columns", 220, ("columns, ", "decoder, ")),
     ),
     3: (Step("generation", 500, ("Janus-Pro-7B, 64 prompts",)),),

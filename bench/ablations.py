@@ -44,7 +44,7 @@ from ospo_fast.config import Config, load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import STAGES, Pipeline, read_stage
-from ospo_fast.records import pairs_of, stable_hash
+from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import held_out
 
@@ -307,7 +307,7 @@ def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _replace_masks(folder: Path, kind: str) -> None:
     """Writes other unions into the mask files of a run."""
-    for record in pairs_of(read_stage(folder, "masks")):
+    for record in iter_pairs(read_stage(folder, "masks")):
         if not record.get("mask_path"):
             continue
         path = folder / str(record["mask_path"])

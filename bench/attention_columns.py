@@ -73,7 +73,7 @@ def ops(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str,
         if not chosen(f"columns, {B} in a batch"):
             continue
         S, columns = PROMPT + T, columns_of(B).to(device)
-        request = ColumnRequest.of(columns, B, S, rows=(PROMPT, T), device=columns.device)
+        request = ColumnRequest.from_args(columns, B, S, rows=(PROMPT, T), device=columns.device)
 
         def inputs(L: int = L, B: int = B, H: int = H, S: int = S, D: int = D) -> tuple[Any, ...]:
             q, k = (torch.randn(L, B, H, S, D, device=device).to(dtype) for _ in range(2))

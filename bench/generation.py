@@ -37,13 +37,13 @@ from transformers.models.janus.configuration_janus import JanusVisionConfig, Jan
 from ospo_fast import load_model
 from ospo_fast.generation import ImageGenerator, Throughput, answer_questions, generate_text
 from ospo_fast.generation import decoder as lean
-from ospo_fast.generation.batching import CUDA_ROWS
-from ospo_fast.generation.images import Drawn
+from ospo_fast.generation.images import GeneratedBatch
+from ospo_fast.generation.requests import CUDA_ROWS
 from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
-from ospo_fast.shapes.build import build_config, build_processor
 from ospo_fast.shapes.evaluate import held_out_prompts
+from ospo_fast.shapes.model import build_config, build_processor
 
 GUIDANCE = 5.0
 PATIENCE = 20.0  # seconds of a peer's turn on a GPU beyond which one is enough
@@ -213,7 +213,7 @@ def engine(batches: int = 1, output: str = "codes", **given: Any) -> Variant:
     made: list[ImageGenerator] = []  # one for all turns: its graph serves them
 
     def run(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
-        def whole(drawn: Drawn) -> None:
+        def whole(drawn: GeneratedBatch) -> None:
             if len(drawn.indices) < len(prompts):
                 raise TooLargeError(f"the memory holds {len(drawn.indices)} images at once, not {len(prompts)}")
 

@@ -23,10 +23,10 @@ from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.layer_choice import RULES
 from ospo_fast.pipeline import STAGES, Pipeline, read_stage
-from ospo_fast.records import pairs_of
+from ospo_fast.records import iter_pairs
 from ospo_fast.shapes import demo
 from ospo_fast.stages.common import chunked, pair_codes
-from ospo_fast.stages.masks import SIDES, attention_masks, find_objects, settle_layers
+from ospo_fast.stages.masks import SIDES, attention_masks, find_objects, resolve_auto_layers
 
 PAIRS = 300
 QUICK = "prompts.counts={color1: 2, shape1: 2, color2: 6, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}"
@@ -50,7 +50,7 @@ class Pairs:
 
     def __init__(self, model: UnifiedModel, config: Config, most: int) -> None:
         self.model, self.config, self.out = model, config, Path(config.out)
-        self.records = [record for record in pairs_of(read_stage(self.out, "select")) if record["kept"]]
+        self.records = [record for record in iter_pairs(read_stage(self.out, "select")) if record["kept"]]
         # A spread over all kinds; the store is in their order.
         spread = np.linspace(0, len(self.records) - 1, min(most, len(self.records))).round().astype(int)
         self.records = [self.records[n] for n in spread]
@@ -110,7 +110,7 @@ def run(out: Path, quick: bool) -> None:
                 settings = dataclasses.replace(config.masks, rows=attention, **changes)
                 started = time.perf_counter()
                 (pairs.out / "masks" / "layers.json").unlink(missing_ok=True)
-                settings = settle_layers(settings, pairs.records, model, pairs.out)
+                settings = resolve_auto_layers(settings, pairs.records, model, pairs.out)
                 chosen = {"layers": settings.layers, "heads": settings.heads}
                 measured.append((attention, name, pairs.ious(settings), time.perf_counter() - started, chosen))
         dtype = measure.dtype_name(model.dtype)

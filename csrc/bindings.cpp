@@ -145,18 +145,18 @@ void block_columns(const std::array<uintptr_t, 8>& p, const std::array<int64_t, 
     ospo::block_columns(tensors, column_sizes(sizes), scale, causal, threads);
 }
 
-void token_logprob(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales, uintptr_t logps,
+void token_logprobs(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales, uintptr_t logps,
                    int out, bool write, int64_t rows, int64_t codes, int threads) {
-    ospo::token_logprob(at(logits), ospo::Dtype{dtype}, at(bias), at(labels), at(scales), at(logps), ospo::Dtype{out},
+    ospo::token_logprobs(at(logits), ospo::Dtype{dtype}, at(bias), at(labels), at(scales), at(logps), ospo::Dtype{out},
                         write, rows, codes, threads);
 }
 
 #ifdef OSPO_CUDA
-void token_logprob_cuda(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales,
+void token_logprobs_cuda(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t labels, uintptr_t scales,
                         uintptr_t logps, int out, bool write, int64_t rows, int64_t codes, int device,
                         uintptr_t stream) {
-    check("token_logprob",
-          ospo::token_logprob_cuda(at(logits), ospo::Dtype{dtype}, at(bias), at(labels), at(scales), at(logps),
+    check("token_logprobs",
+          ospo::token_logprobs_cuda(at(logits), ospo::Dtype{dtype}, at(bias), at(labels), at(scales), at(logps),
                                    ospo::Dtype{out}, write, rows, codes, device, at(stream)));
 }
 #endif
@@ -283,14 +283,14 @@ PYBIND11_MODULE(_C, m) {
           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("device"), py::arg("stream"), release,
           "draw_codes on a CUDA stream.");
 #endif
-    m.def("token_logprob", &token_logprob, py::arg("logits"), py::arg("dtype"), py::arg("bias"), py::arg("labels"),
+    m.def("token_logprobs", &token_logprobs, py::arg("logits"), py::arg("dtype"), py::arg("bias"), py::arg("labels"),
           py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"), py::arg("codes"),
           py::arg("threads"), release,
           "Log-probabilities of contiguous rows of logits, and scale * (onehot - softmax) in their place.");
 #ifdef OSPO_CUDA
-    m.def("token_logprob_cuda", &token_logprob_cuda, py::arg("logits"), py::arg("dtype"), py::arg("bias"),
+    m.def("token_logprobs_cuda", &token_logprobs_cuda, py::arg("logits"), py::arg("dtype"), py::arg("bias"),
           py::arg("labels"), py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"),
-          py::arg("codes"), py::arg("device"), py::arg("stream"), release, "token_logprob on a CUDA stream.");
+          py::arg("codes"), py::arg("device"), py::arg("stream"), release, "token_logprobs on a CUDA stream.");
 #endif
     m.def("scale_rows", &scale_rows, py::arg("unit"), py::arg("places"), py::arg("scales"), py::arg("out"),
           py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("threads"), release,

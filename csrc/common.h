@@ -19,7 +19,7 @@ enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// object_mask.cpp ----------------------------------------------------------------------------------------------------
+// object_masks.cpp ----------------------------------------------------------------------------------------------------
 
 // Otsu's threshold of each of `count` maps of `cells` floats, with the bits of scikit-image in float32; NaN for a map
 // with a cell that is not finite, or with a range that float32 cannot divide into so many bins.
@@ -52,7 +52,7 @@ Blur gaussian(int size, double sigma);
 void token_weights(const float* masks, float* weights, int64_t images, int64_t height, int64_t width, double alpha,
                    double gamma, const Blur& blur, int threads);
 
-// object_mask.cu: the same on the GPU, on a stream, without waiting; a cudaError_t. Where weights is not null
+// object_masks.cu: the same on the GPU, on a stream, without waiting; a cudaError_t. Where weights is not null
 // object_masks_cuda also makes the weights of the union, in the same launch.
 #ifdef OSPO_CUDA
 int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,
@@ -116,23 +116,23 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
                       int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
                       bool shared_slots, int threads);
 
-// token_logprob.cpp --------------------------------------------------------------------------------------------------
+// token_logprobs.cpp --------------------------------------------------------------------------------------------------
 
 // For each of (rows, codes) contiguous logits z, of `dtype`, with labels in [0, codes): logps = log softmax(z + bias) at
 // the label, and, if `write`, scale·(onehot - softmax) in `out` in the place of the row, which else is destroyed: each
 // row of `out` begins where that of z did. bias and scales may be null; out is dtype or narrower.
-void token_logprob(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
+void token_logprobs(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
                    float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int threads);
 
 // out[i] = scales[i]·unit[places[i]]; zeros where places[i] < 0 or scales[i] is 0, whatever unit holds.
 void scale_rows(const void* unit, const int64_t* places, const float* scales, void* out, Dtype dtype, int64_t rows,
                 int64_t width, int threads);
 
-// token_logprob.cu ---------------------------------------------------------------------------------------------------
+// token_logprobs.cu ---------------------------------------------------------------------------------------------------
 
 #ifdef OSPO_CUDA
-// `token_logprob` on a device and one of its streams, with a bias in `dtype`; returns a cudaError_t, 0 for a launch.
-int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
+// `token_logprobs` on a device and one of its streams, with a bias in `dtype`; returns a cudaError_t, 0 for a launch.
+int token_logprobs_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
                        float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream);
 #endif
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common.h"
-#include "vec.h"
+#include "simd.h"
 
 namespace ospo {
 namespace {

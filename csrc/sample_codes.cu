@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "common.h"
-#include "on_device.h"
+#include "device_guard.h"
 #include "shared_memory.h"
 
 namespace ospo {

@@ -1,6 +1,6 @@
 // out = silu(gate) · up for rows that hold gate and up side by side.
 #include "common.h"
-#include "vec.h"
+#include "simd.h"
 
 namespace ospo {
 namespace {

@@ -81,7 +81,7 @@ def attention_columns(
 def block_columns(
     pointers: Sequence[int], block: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int
 ) -> None: ...
-def token_logprob(
+def token_logprobs(
     logits: int,
     dtype: int,
     bias: int,
@@ -94,7 +94,7 @@ def token_logprob(
     codes: int,
     threads: int,
 ) -> None: ...
-def token_logprob_cuda(
+def token_logprobs_cuda(
     logits: int,
     dtype: int,
     bias: int,

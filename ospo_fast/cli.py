@@ -286,7 +286,7 @@ def _generate(args: argparse.Namespace) -> int:
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
     from ospo_fast.stages.common import numbered_prompts, unusable
-    from ospo_fast.stages.sheet import generate
+    from ospo_fast.stages.generate import generate
 
     _quiet()
     file = args.prompts_file

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
-from ospo_fast.memory import PeakMemory
-from ospo_fast.records import Record, Store, locked, pairs_of, read_records, stable_hash, write_atomic, write_json
+from ospo_fast.peak_memory import PeakMemory
+from ospo_fast.records import Record, Store, iter_pairs, locked, read_records, stable_hash, write_atomic, write_json
 
 if TYPE_CHECKING:
     from ospo_fast.generation import Throughput
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.stages.train import Evaluation
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 STAGES = ("prompts", "perturb", "images", "questions", "score", "select", "masks", "train")
 # Settings that change how fast a stage is, not what it makes.
@@ -289,9 +289,9 @@ class Pipeline:
             elif name == "masks":
                 from ospo_fast.stages.mask_stats import run_stats
 
-                write_json(out / "masks" / "diagnostics.json", run_stats(pairs_of(read_stage(out, name))))
+                write_json(out / "masks" / "diagnostics.json", run_stats(iter_pairs(read_stage(out, name))))
             if failed:
-                log.warning("%s: %s", name, some_failed("items", failed, report.items))
+                logger.warning("%s: %s", name, some_failed("items", failed, report.items))
             return report
 
     def _present(self, out: Path, name: str) -> dict[str, Record]:
@@ -314,15 +314,15 @@ class Pipeline:
 
     def _kinds(self, model: UnifiedModel, config: Config) -> dict[str, int]:
         """The kinds of prompts that are this shard's, and how many of each."""
-        from ospo_fast.stages.common import templates_of
+        from ospo_fast.stages.common import load_model_templates
         from ospo_fast.stages.prompts import from_file, wanted
 
         if config.prompts.file is not None:
             if self.shard is not None:
                 raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
-            from_file(config, templates_of(model, config), model)
+            from_file(config, load_model_templates(model, config), model)
             return {}
-        counts = wanted(templates_of(model, config), config)
+        counts = wanted(load_model_templates(model, config), config)
         kinds = list(counts) if self.shard is None else list(counts)[self.shard.index :: self.shard.count]
         return {kind: counts[kind] for kind in kinds}
 

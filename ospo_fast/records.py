@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypedDict, cast, final
 
 from ospo_fast.errors import OspoError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 VARIANTS = 3
 
@@ -61,7 +61,7 @@ class ObjectSpan(TypedDict):
 
 
 class FurtherPair(TypedDict, total=False):
-    """A pair of an item after its first. `pairs_of` makes a record of it."""
+    """A pair of an item after its first. `iter_pairs` makes a record of it."""
 
     chosen: str
     rejected: str
@@ -157,14 +157,14 @@ def stable_hash(*parts: object) -> int:
 
 
 def image_index(name: str) -> int:
-    """The number in an image name such as `base_2`; `variant_of` tells whose image it is."""
+    """The number in an image name such as `base_2`; `variant_index` tells whose image it is."""
     match = re.search(r"(\d+)$", name)
     if match is None:
         raise OspoError(f"The image name {name!r} should end in its number, as in base_0.")
     return int(match.group(1))
 
 
-def variant_of(index: int, record: Mapping[str, Any]) -> int:
+def variant_index(index: int, record: Mapping[str, Any]) -> int:
     """The variant of image `index` of an item. Of V variants, the k-th further image of variant i has index i + k·V."""
     variants = len(record.get("negative_prompt", ()))
     return index % variants if variants else index
@@ -174,7 +174,7 @@ def variant_of(index: int, record: Mapping[str, Any]) -> int:
 _OF_ONE_PAIR = frozenset(FurtherPair.__annotations__) | {"further_pairs", "mask", "unmatched_objects"}
 
 
-def pairs_of(records: Iterable[Record]) -> Iterator[Record]:
+def iter_pairs(records: Iterable[Record]) -> Iterator[Record]:
     """A record for each pair: the items themselves, each followed by its further pairs with ids such as 0000012-1."""
     for record in records:
         yield record
@@ -276,7 +276,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, Record]]:
         if not line.strip():
             continue
         if not line.endswith(b"\n") and not _complete(line):
-            log.warning("%s:%d: the last line is torn and is left out", path, number)
+            logger.warning("%s:%d: the last line is torn and is left out", path, number)
             return
         yield number, _parse(line, f"{path}:{number}")
 
@@ -330,7 +330,7 @@ class Store:
         if _complete(tail):
             self._write(b"\n")
         else:
-            log.warning("%s: cutting off a torn last line of %d bytes", self.path, len(tail))
+            logger.warning("%s: cutting off a torn last line of %d bytes", self.path, len(tail))
             self._truncate(len(data) - len(tail))
 
     @property

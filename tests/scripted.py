@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ospo_fast.shapes import language
+from ospo_fast.shapes import grammar
 from ospo_fast.shapes.scenes import descriptions, parse
 
 
@@ -21,7 +21,7 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
     """
     import torch
 
-    from ospo_fast.shapes.build import build_model, build_processor
+    from ospo_fast.shapes.model import build_model, build_processor
 
     model = build_model(seed, hidden=32, layers=2, intermediate=48, heads=2)
     model.config.template_set = "shapes"
@@ -42,13 +42,13 @@ def reply(message: str, seed: int) -> str:
         return "um"
     if head == "prompt":
         known = descriptions(rest)
-        return language.stage1_answer(known[int(rng.integers(len(known)))])
+        return grammar.stage1_answer(known[int(rng.integers(len(known)))])
     if head == "dense:":
         first, second = (parse(part) for part in rest.split(" / "))
-        return language.densify_answer(*language.densify(first, second, rng))
+        return grammar.densify_answer(*grammar.densify(first, second, rng))
     if head == "questions:":
-        return language.questions_answer(parse(rest))
-    return f"Contrastive Prompt: {language.contrast(parse(rest), head[:-1], 'attribute2', rng).text}"
+        return grammar.questions_answer(parse(rest))
+    return f"Contrastive Prompt: {grammar.contrast(parse(rest), head[:-1], 'attribute2', rng).text}"
 
 
 def generate_text(model, prompts, *, seeds, **settings):

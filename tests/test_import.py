@@ -20,7 +20,7 @@ LAYERS = [
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "memory", "_version"},
+    {"errors", "oom", "peak_memory", "_version"},
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 

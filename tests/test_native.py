@@ -41,7 +41,7 @@ def codes(
 def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits, logps = logits.clone(), torch.full((len(logits),), torch.nan)
     number = DTYPES[logits.dtype]
-    native().token_logprob(
+    native().token_logprobs(
         logits.data_ptr(), number, 0, labels.data_ptr(), 0, logps.data_ptr(), number, True, *logits.shape, threads
     )
     return logits, logps

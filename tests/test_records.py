@@ -13,11 +13,11 @@ from ospo_fast.records import (
     Store,
     append_line,
     image_index,
-    pairs_of,
+    iter_pairs,
     read_records,
     stable_hash,
     validate,
-    variant_of,
+    variant_index,
     write_atomic,
     write_json,
 )
@@ -155,10 +155,10 @@ def test_wrong_types(value, words):
 def test_pairs_of_an_item():
     pair = {"chosen": "c.png", "rejected": "r.png"}
     item = record("7", **pair, kept=True, mask_path="7", unmatched_objects={"cup": "?"}, further_pairs=[pair])
-    first, second = pairs_of([item])
+    first, second = iter_pairs([item])
     assert first is item
     assert second == {"item_id": "7-1", "prompt": "a red circle", "kept": True, **pair}
-    assert list(pairs_of([record("8", further_pairs=None)])) == [record("8", further_pairs=None)]
+    assert list(iter_pairs([record("8", further_pairs=None)])) == [record("8", further_pairs=None)]
 
 
 def test_official_files_load(tmp_path):
@@ -179,8 +179,8 @@ def test_stable_hash_and_the_numbers_of_images():
     assert stable_hash(1, 23) != stable_hash(12, 3)
     assert 0 <= stable_hash("x") < 2**63
     assert image_index("negative_12") == 12
-    assert [variant_of(index, record("a", negative_prompt=["b", "c"])) for index in (0, 1, 2, 5)] == [0, 1, 0, 1]
-    assert variant_of(4, record("a")) == 4
+    assert [variant_index(index, record("a", negative_prompt=["b", "c"])) for index in (0, 1, 2, 5)] == [0, 1, 0, 1]
+    assert variant_index(4, record("a")) == 4
     with pytest.raises(OspoError, match="base_0"):
         image_index("negative")
 

@@ -1,14 +1,14 @@
 """The generation engine: images, texts and yes/no answers of a unified model, in batches that change no result."""
 
-from ospo_fast.generation.background import ImageWriter
-from ospo_fast.generation.batching import GenerationError
-from ospo_fast.generation.images import Drawn, ImageGenerator
+from ospo_fast.generation.image_writer import ImageWriter
+from ospo_fast.generation.images import GeneratedBatch, ImageGenerator
+from ospo_fast.generation.requests import GenerationError
 from ospo_fast.generation.text import generate_text
 from ospo_fast.generation.throughput import Throughput
 from ospo_fast.generation.vqa import answer_questions
 
 __all__ = [
-    "Drawn",
+    "GeneratedBatch",
     "GenerationError",
     "ImageGenerator",
     "ImageWriter",

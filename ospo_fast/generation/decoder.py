@@ -27,10 +27,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ospo_fast.errors import OspoError
+from ospo_fast.generation.projections import (
+    FusedProjection,
+    Kind,
+    ModuleProjection,
+    Projection,
+    UnfusedProjection,
+    projection,
+)
 from ospo_fast.generation.varlen import varlen_attention, varlen_runs
-from ospo_fast.generation.weights import Called, Fused, Kind, Projection, Separate, projection
-from ospo_fast.halving import out_of_memory, release, short
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.oom import out_of_memory, release, short
 from ospo_fast.ops.decode_attention import decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
 from ospo_fast.ops.rms_norm import add_rms_norm
@@ -58,7 +65,7 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 class Cache:
     """Keys and values of every layer: 2 × (layers, rows, kv heads, length, head dim), contiguous, never grown."""
 
-    def __init__(self, decoder: LeanDecoder, rows: int, length: int) -> None:
+    def __init__(self, decoder: InferenceDecoder, rows: int, length: int) -> None:
         shape = (len(decoder.layers), rows, decoder.kv_heads, length, decoder.head_dim)
         self.keys = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
         self.values = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
@@ -77,7 +84,7 @@ class Cache:
 class Buffers:
     """What one step of `rows` rows writes: allocated once, so that steps allocate nothing and can be captured."""
 
-    def __init__(self, decoder: LeanDecoder, rows: int) -> None:
+    def __init__(self, decoder: InferenceDecoder, rows: int) -> None:
         def empty(width: int) -> Tensor:
             return torch.empty(rows, width, device=decoder.device, dtype=decoder.dtype)
 
@@ -115,7 +122,7 @@ def _layers(module: Any, kind: Kind) -> list[_Layer]:
     ]
 
 
-class LeanDecoder:
+class InferenceDecoder:
     """The decoder of `model`. Its weights are read when it is made, and again by `refresh`."""
 
     def __init__(self, model: UnifiedModel) -> None:
@@ -142,7 +149,7 @@ class LeanDecoder:
         try:
             self.layers = _layers(module, kind)
         except (RuntimeError, MemoryError) as error:
-            if kind is Separate or not out_of_memory(error):
+            if kind is UnfusedProjection or not out_of_memory(error):
                 raise
             reason = short(error)
         if not self.layers:  # outside the handler: the exception held the copies that were made
@@ -152,12 +159,12 @@ class LeanDecoder:
                 "results may round otherwise than with the copies",
                 reason,
             )
-            kind = Separate
+            kind = UnfusedProjection
             self.layers = _layers(module, kind)
-        self.plain = not any(isinstance(p, Called) for layer in self.layers for p in layer.projections)
+        self.plain = not any(isinstance(p, ModuleProjection) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
         products = [part for layer in self.layers for part in layer.projections]
-        bare = all(isinstance(part, Fused) and part.bias is None for part in products)
+        bare = all(isinstance(part, FusedProjection) and part.bias is None for part in products)
         self._skinny = SKINNY and bare and self.device.type == "cuda" and self.dtype == torch.bfloat16
 
     def _kind(self, module: Any) -> Kind:
@@ -165,10 +172,10 @@ class LeanDecoder:
         size = sum(p.numel() * p.element_size() for p in module.layers.parameters())
         if self.device.type == "cuda":
             room = torch.cuda.get_device_properties(self.device).total_memory
-            return Fused if 2 * size <= 0.8 * room else Separate
+            return FusedProjection if 2 * size <= 0.8 * room else UnfusedProjection
         if size > COPIED_BYTES:
-            return Separate
-        return PackedLinear if self.dtype == torch.float32 and packed_linear_runs() else Fused
+            return UnfusedProjection
+        return PackedLinear if self.dtype == torch.float32 and packed_linear_runs() else FusedProjection
 
     def refresh(self) -> None:
         """Read the model's weights again, into the same memory."""
@@ -187,7 +194,7 @@ class LeanDecoder:
         buffers = 2 * self.width + all_heads + heads + 3 * self.inner
         return tokens * (2 * self.width + buffers + 2 * all_heads + heads) * self.dtype.itemsize
 
-    def filled(self, rows: int, batch_size: int, row_bytes: int, tokens: int = 1) -> int:
+    def pad_rows(self, rows: int, batch_size: int, row_bytes: int, tokens: int = 1) -> int:
         """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch.
 
         tokens: of each row that are run at once.
@@ -199,7 +206,7 @@ class LeanDecoder:
             return -(-rows // tile) * tile
         return max(rows, batch_size)
 
-    def tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def run_padded(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """function(x) for rows x (M, D) of a product that is not packed: filled up to a whole tile on the CPU."""
         missing = -len(x) % ROW_TILE if self.device.type == "cpu" else 0
         return function(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else function(x)
@@ -343,7 +350,7 @@ class LeanDecoder:
     def _run_skinny(self, x: Tensor, attend: Attend, b: Buffers) -> Tensor:
         """`_run` of few rows: norms, gate and sums within the products."""
         for i, layer in enumerate(self.layers):
-            qkv, out, gate_up, down = (part.weight for part in layer.projections if isinstance(part, Fused))
+            qkv, out, gate_up, down = (part.weight for part in layer.projections if isinstance(part, FusedProjection))
             norm, mlp_norm = layer.norm, layer.mlp_norm
             skinny_linear(x, qkv, norm=norm.weight, eps=norm.variance_epsilon, out=b.qkv)
             skinny_linear(attend(i, b.qkv, b.attended), out, add=True, out=x)

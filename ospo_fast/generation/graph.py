@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from ospo_fast.generation.decoder import LeanDecoder
+from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.ops import _dispatch
 
 
-def capturable(decoder: LeanDecoder) -> bool:
+def capturable(decoder: InferenceDecoder) -> bool:
     """Whether steps of a decoder can be captured: on a CUDA device, and nothing in them looks at it from the host.
 
     The twin of the attention looks at lengths, and modules that are called may do anything.
@@ -32,7 +32,7 @@ def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     return graph
 
 
-class Replay:
+class GraphRunner:
     """Runs a step: the first time as it is, then from a graph that is captured once; always as it is without `capture`.
 
     The step comes with each call: held here, it would keep alive what it belongs to.

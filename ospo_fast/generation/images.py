@@ -13,32 +13,32 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation.background import ImageWriter
-from ospo_fast.generation.batching import (
+from ospo_fast.generation.decode_batch import DecodeBatch, Engine, Sampling, signature
+from ospo_fast.generation.image_writer import ImageWriter
+from ospo_fast.generation.jacobi import JacobiDecodeBatch
+from ospo_fast.generation.requests import (
     REMEDY,
     GenerationError,
-    Job,
+    Request,
     check_batch_size,
     check_ids,
     check_window,
-    evaluating,
-    fitting,
+    eval_mode,
     full_batch,
     in_groups,
-    make_jobs,
+    make_requests,
+    max_batch_size,
     run_batches,
 )
-from ospo_fast.generation.canvas import Canvas, Engine, Sampling, signature
-from ospo_fast.generation.jacobi import JacobiCanvas
 from ospo_fast.generation.throughput import Throughput, streamed_bytes
-from ospo_fast.halving import Limit, out_of_memory, short
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.oom import BatchSizeLimit, out_of_memory, short
 
 _OUTPUTS = ("pil", "codes", "pt")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedBatch:
     """What `callback` gets after each batch: which images are finished, and how many of all."""
 
     indices: list[int]  # positions in the output
@@ -89,7 +89,7 @@ class ImageGenerator:
         self.jacobi_window = jacobi_window
         self.throughput: Throughput | None = None
         self._engine: Engine | None = None
-        self._canvas: Canvas | None = None
+        self._canvas: DecodeBatch | None = None
         self._canvas_settings: tuple[bool, int] | None = None
         self._room: int | None = None  # bytes of rows that fit, once more of them have run out of memory
 
@@ -105,7 +105,7 @@ class ImageGenerator:
         top_p: float = 1.0,
         num_images: int = 1,
         output: str = "pil",
-        callback: Callable[[Drawn], None] | None = None,
+        callback: Callable[[GeneratedBatch], None] | None = None,
         progress: bool = True,
         on_error: str = "raise",
         groups: Sequence[Hashable] | None = None,
@@ -123,7 +123,7 @@ class ImageGenerator:
             num_images: images of each prompt.
             output: "pil" (list of images), "codes" ((N, T) int64 tensor on the CPU) or "pt" ((N, 3, H, W) float
                 tensor in [0, 1], on the CPU).
-            callback: called with a `Drawn` after each batch.
+            callback: called with a `GeneratedBatch` after each batch.
             progress: a bar on stderr for what takes more than two seconds.
             on_error: an image whose logits are not finite fails alone. "raise": GenerationError once the others are
                 finished. "skip": None stands in its place (−1 in codes, NaN in "pt").
@@ -142,7 +142,7 @@ class ImageGenerator:
         if num_images < 1:
             raise UsageError(f"num_images: got {num_images}, expected a positive number")
         ids = [i for i in self._ids(prompts) for _ in range(num_images)]
-        jobs = make_jobs(ids, seeds)
+        jobs = make_requests(ids, seeds)
         if groups is not None and len(groups) != len(jobs):
             raise UsageError(f"groups: got {len(groups)} of them, expected {len(jobs)}, one for each image")
         tokens = self.model.grid[0] * self.model.grid[1]
@@ -156,7 +156,7 @@ class ImageGenerator:
         done, seconds, streamed, passes = 0, 0.0, 0, 0
         self.throughput = None
         with (
-            evaluating(self.model),
+            eval_mode(self.model),
             tqdm(total=len(jobs), unit="image", delay=2, disable=not progress) as bar,
             ImageWriter(self.model, save) as finished,
         ):
@@ -182,11 +182,11 @@ class ImageGenerator:
                 self.throughput = Throughput(done, seconds, streamed, done * tokens, passes)
                 bar.set_postfix_str(self.throughput.beside_rate, refresh=False)
                 if callback is not None:
-                    callback(Drawn(indices, drawn[fine], done, len(jobs)))
+                    callback(GeneratedBatch(indices, drawn[fine], done, len(jobs)))
                 begin = time.perf_counter()
         results = codes if output == "codes" else _pictures(images, len(jobs), output)
         if failed and on_error == "raise":
-            raise GenerationError.of("images", results, failed)
+            raise GenerationError.from_failures("images", results, failed)
         return results
 
     def _ids(self, prompts: Sequence[str | Tensor]) -> list[Tensor]:
@@ -214,8 +214,8 @@ class ImageGenerator:
         return found
 
     def _batches(
-        self, jobs: list[Job], sampling: Sampling, groups: Sequence[Hashable] | None
-    ) -> Iterator[tuple[list[Job], tuple[Tensor, list[int], list[int]]]]:
+        self, jobs: list[Request], sampling: Sampling, groups: Sequence[Hashable] | None
+    ) -> Iterator[tuple[list[Request], tuple[Tensor, list[int], list[int]]]]:
         engine = self._current()
         decoder, branches = engine.decoder, sampling.branches
         window = max(1, min(self.jacobi_window, engine.tokens - 1))
@@ -226,36 +226,36 @@ class ImageGenerator:
             self._canvas = None  # before the free memory is asked for
         self._canvas_settings = settings
         row_bytes = branches * decoder.row_bytes(length)
-        free = fitting(decoder, row_bytes, window)
+        free = max_batch_size(decoder, row_bytes, window)
         size = self.batch_size or (free if self._canvas is None else max(free, self._canvas.slots))
         rows = full_batch(decoder, self.batch_size, size, window)
 
-        def work(batch: list[Job], size: int) -> tuple[Tensor, list[int], list[int]]:
+        def work(batch: list[Request], size: int) -> tuple[Tensor, list[int], list[int]]:
             if self._canvas is None or not self._canvas.serves(sampling, len(batch), length):
                 self._canvas = None  # its memory goes before the next one's comes
-                slots, filled = len(batch), decoder.filled(len(batch), rows, row_bytes, window)
+                slots, filled = len(batch), decoder.pad_rows(len(batch), rows, row_bytes, window)
                 if decoder.device.type == "cuda":
                     slots = min(size, -(-len(jobs) // 8) * 8)  # with room for later batches: one graph serves them all
                 given = (engine, filled, slots, length, sampling)
                 if self.jacobi_window:
-                    self._canvas = JacobiCanvas(*given, window=window, capture=self.capture)
+                    self._canvas = JacobiDecodeBatch(*given, window=window, capture=self.capture)
                 else:
-                    self._canvas = Canvas(*given, capture=self.capture)
+                    self._canvas = DecodeBatch(*given, capture=self.capture)
             try:
                 return *self._canvas.draw(batch), self._canvas.steps
             except BaseException:
                 self._canvas = None
                 raise
 
-        limit = Limit(size, "image", REMEDY)
+        limit = BatchSizeLimit(size, "image", REMEDY)
         if self._room is not None:
-            limit.most = max(1, min(size, self._room // row_bytes))
-        batches = in_groups(jobs, range(len(jobs)) if groups is None else groups, limit.most)
+            limit.max_size = max(1, min(size, self._room // row_bytes))
+        batches = in_groups(jobs, range(len(jobs)) if groups is None else groups, limit.max_size)
         try:
             yield from run_batches(batches, work, limit)
         finally:
-            if limit.most < size:
-                self._room = limit.most * row_bytes
+            if limit.max_size < size:
+                self._room = limit.max_size * row_bytes
 
     def _current(self) -> Engine:
         """The engine with the weights that the model has now."""

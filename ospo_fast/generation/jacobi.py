@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ospo_fast.generation.batching import Job
-from ospo_fast.generation.canvas import Canvas, Engine, Sampling
+from ospo_fast.generation.decode_batch import DecodeBatch, Engine, Sampling
 from ospo_fast.generation.decoder import Buffers
+from ospo_fast.generation.requests import Request
 from ospo_fast.ops.sample_codes import draw_codes
 
 
-class JacobiCanvas(Canvas):
-    """A `Canvas` whose steps run the last code of every image and window − 1 drafts behind it.
+class JacobiDecodeBatch(DecodeBatch):
+    """A `DecodeBatch` whose steps run the last code of every image and window − 1 drafts behind it.
 
     Each place of a window is a row of the decoder, and all of an image's and branch's write to one slot of the cache.
     What a wrong draft leaves there is written anew before it is read. Places past the last code, and those of finished
@@ -56,8 +56,8 @@ class JacobiCanvas(Canvas):
         kept, place = torch.arange(window + 1, device=device)[:, None], torch.arange(window, device=device)
         self._next = (kept - 1 + place).clamp(0, window - 1)
 
-    def draw(self, jobs: Sequence[Job]) -> tuple[Tensor, list[int]]:
-        """See `Canvas.draw`."""
+    def draw(self, jobs: Sequence[Request]) -> tuple[Tensor, list[int]]:
+        """See `DecodeBatch.draw`."""
         self._begin(jobs)
         total, count = self._engine.tokens, len(jobs)
         missing = total - 1
@@ -70,7 +70,7 @@ class JacobiCanvas(Canvas):
         first = torch.where(wrong < 0, total, wrong).amin(1).tolist()
         return self._tokens[:count, :total].cpu(), [-1 if step == total else step for step in first]
 
-    def _begin(self, jobs: Sequence[Job]) -> None:
+    def _begin(self, jobs: Sequence[Request]) -> None:
         super()._begin(jobs)
         self._sample()
         rows, total = self._rows, self._engine.tokens

@@ -10,24 +10,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation.batching import (
+from ospo_fast.generation.decoder import Buffers, Cache, InferenceDecoder
+from ospo_fast.generation.graph import GraphRunner, capturable
+from ospo_fast.generation.requests import (
     REMEDY,
     GenerationError,
-    Job,
+    Request,
     check_batch_size,
     check_ids,
     check_sampling,
-    evaluating,
-    fitting,
+    eval_mode,
     full_batch,
     in_groups,
-    make_jobs,
+    make_requests,
+    max_batch_size,
     run_batches,
 )
-from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
-from ospo_fast.generation.graph import Replay, capturable
-from ospo_fast.halving import Limit
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.oom import BatchSizeLimit
 from ospo_fast.ops.sample_codes import draw_codes
 
 
@@ -69,22 +69,22 @@ def generate_text(
     check_batch_size(batch_size)
     for i, ids in enumerate(prompts):
         check_ids(f"prompts[{i}]", ids, model, 1)
-    jobs = make_jobs([ids.cpu().long() for ids in prompts], seeds)
+    jobs = make_requests([ids.cpu().long() for ids in prompts], seeds)
     if not jobs:
         return []
-    decoder = LeanDecoder(model)
+    decoder = InferenceDecoder(model)
     longest = min(max(len(job.ids) for job in jobs) + max_new_tokens, model.max_positions)
     decoder.positions(longest)
-    size = batch_size or fitting(decoder, decoder.row_bytes(longest))
+    size = batch_size or max_batch_size(decoder, decoder.row_bytes(longest))
     rows = full_batch(decoder, batch_size, size)
 
-    def work(batch: list[Job], size: int) -> list[list[int] | None]:
+    def work(batch: list[Request], size: int) -> list[list[int] | None]:
         return write(_Texts(model, decoder, batch, rows, max_new_tokens, temperature, top_p), capture)
 
-    limit = Limit(size, "text", REMEDY)
+    limit = BatchSizeLimit(size, "text", REMEDY)
     texts: list[str | None] = [None] * len(jobs)
     failed: dict[int, str] = {}
-    with evaluating(model), tqdm(total=len(jobs), unit="text", delay=2, disable=not progress) as bar:
+    with eval_mode(model), tqdm(total=len(jobs), unit="text", delay=2, disable=not progress) as bar:
         for batch, written in run_batches(in_groups(jobs, range(len(jobs)), size), work, limit):
             for job, tokens in zip(batch, written, strict=True):
                 if tokens is None:
@@ -93,7 +93,7 @@ def generate_text(
                     texts[job.index] = model.detokenize(tokens)
             bar.update(len(batch))
     if failed:
-        raise GenerationError.of("texts", texts, failed)
+        raise GenerationError.from_failures("texts", texts, failed)
     return [text for text in texts if text is not None]
 
 
@@ -101,7 +101,7 @@ def write(texts: _Texts, capture: bool) -> list[list[int] | None]:
     """The tokens of each text, without its end token; None where the logits were not finite."""
     answers: list[list[int] | None] = [[] for _ in range(texts.count)]
     # A GPU's batches keep their rows to the end.
-    replay = Replay(texts.decoder.device, capture and capturable(texts.decoder))
+    replay = GraphRunner(texts.decoder.device, capture and capturable(texts.decoder))
     while True:
         for job, token, stopped, broken, over in texts.look():
             if over:
@@ -125,8 +125,8 @@ class _Texts:
     def __init__(
         self,
         model: UnifiedModel,
-        decoder: LeanDecoder,
-        jobs: list[Job],
+        decoder: InferenceDecoder,
+        jobs: list[Request],
         full: int,
         max_new_tokens: int,
         temperature: float,
@@ -138,7 +138,7 @@ class _Texts:
         self._model, self.decoder, self._full, self.count = model, decoder, full, count
         self._temperature, self._top_p = temperature, top_p
         self._row_bytes = decoder.row_bytes(longest)
-        rows = decoder.filled(count, full, self._row_bytes)
+        rows = decoder.pad_rows(count, full, self._row_bytes)
         self._cache = Cache(decoder, count + 1, longest)  # the last row is that of the dummies
 
         def per_row(values: list[int], dummy: int) -> Tensor:
@@ -162,7 +162,7 @@ class _Texts:
         self._lengths += self._active
 
     def _draw(self, hidden: Tensor) -> None:
-        logits = self.decoder.tiled(self._model.text_logits, hidden)
+        logits = self.decoder.run_padded(self._model.text_logits, hidden)
         self._bad.fill_(-1)
         draw_codes(
             logits,
@@ -189,7 +189,7 @@ class _Texts:
         # Attention passes over a row that is over.
         self._lengths.masked_fill_(self._finished, -1)
         self._active.masked_fill_(self._finished, 0)
-        fewer = self.decoder.filled(int((~self._finished).sum()), self._full, self._row_bytes)
+        fewer = self.decoder.pad_rows(int((~self._finished).sum()), self._full, self._row_bytes)
         if fewer < len(self._owner):
             keep = self._finished.long().argsort(stable=True)[:fewer].sort().values
             for name in ("owner", "lengths", "active", "seeds", "limits", "steps", "tokens", "bad", "finished"):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ospo_fast.halving import out_of_memory
+from ospo_fast.oom import out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation.batching import by_length, check_batch_size, check_ids, evaluating, fitting, run_batches
-from ospo_fast.generation.decoder import Cache, LeanDecoder
-from ospo_fast.halving import Limit
+from ospo_fast.generation.decoder import Cache, InferenceDecoder
+from ospo_fast.generation.requests import by_length, check_batch_size, check_ids, eval_mode, max_batch_size, run_batches
 from ospo_fast.models.base import Message, UnifiedModel
+from ospo_fast.oom import BatchSizeLimit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,20 +70,20 @@ def answer_questions(
     pictured = [i for i, asked in enumerate(questions) if asked]
     if not pictured:
         return answers
-    decoder = LeanDecoder(model)
+    decoder = InferenceDecoder(model)
     longest = max(len(prefix) + len(rest) for prefix, rest in split.values())
     decoder.positions(longest)
     # The caches of an image and of a question, and beside them half a cache on its way or a pass.
     cached = decoder.row_bytes(longest)
-    size = batch_size or fitting(decoder, 2 * cached + max(cached // 2, decoder.pass_bytes(longest)))
+    size = batch_size or max_batch_size(decoder, 2 * cached + max(cached // 2, decoder.pass_bytes(longest)))
 
     def work(batch: list[int], size: int) -> list[tuple[int, int, float, float]]:
         asked = [(i, j, *split[q]) for i in batch for j, q in enumerate(questions[i])]
         return _answer(model, decoder, images, batch, asked, size)
 
-    limit = Limit(size, "image", "free some, use a smaller dtype or shorter questions")
+    limit = BatchSizeLimit(size, "image", "free some, use a smaller dtype or shorter questions")
     total = sum(len(asked) for asked in questions)
-    with evaluating(model), tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
+    with eval_mode(model), tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
         for _, found in run_batches(by_length(pictured, lambda _: 0, size), work, limit):
             for i, j, p_yes, p_no in found:
                 answer = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
@@ -94,7 +94,7 @@ def answer_questions(
 
 def _answer(
     model: UnifiedModel,
-    decoder: LeanDecoder,
+    decoder: InferenceDecoder,
     images: Sequence[Image],
     batch: list[int],
     asked: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]],
@@ -103,7 +103,7 @@ def _answer(
     """(image, question, p_yes, p_no) of all questions about the images of a batch."""
     device = decoder.device
     longest = max(len(prefix) + len(rest) for _, _, prefix, rest in asked)
-    rows = decoder.filled(len(batch), size, decoder.row_bytes(longest))
+    rows = decoder.pad_rows(len(batch), size, decoder.row_bytes(longest))
     shown = [images[i] for i in batch]
     pixels = model.embed_images(shown + shown[:1] * (rows - len(shown)))  # (rows, T, D)
     place = {i: row for row, i in enumerate(batch)}
@@ -119,13 +119,13 @@ def _answer(
         first = Cache(decoder, rows, start)
         decoder(seen, first, 0)
         for part in by_length(group, lambda job: len(job[2]), size):
-            count = decoder.filled(len(part), size, decoder.row_bytes(longest))
+            count = decoder.pad_rows(len(part), size, decoder.row_bytes(longest))
             full = part + part[:1] * (count - len(part))
             cache = Cache(decoder, count, start + len(part[0][2]))
             cache.copy_rows(first, torch.tensor([place[i] for i, _, _ in full], device=device), start)
             ids = torch.tensor([rest for _, _, rest in full], device=device)
             hidden = decoder(model.embed_tokens(ids), cache, start)[:, -1]
-            probs = decoder.tiled(model.text_logits, hidden).float().softmax(-1)
+            probs = decoder.run_padded(model.text_logits, hidden).float().softmax(-1)
             p_yes, p_no = (probs[:, words].amax(1).tolist() for words in (yes, no))
             found.extend((i, j, p, q) for (i, j, _), p, q in zip(part, p_yes, p_no, strict=False))
     return found

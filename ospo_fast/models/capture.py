@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospo_fast.errors import OpError, OspoError
-from ospo_fast.ops._move import moved
+from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.ops.attention_columns import ColumnRequest
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ class AttentionCapture:
         batch, _, length, _ = q.shape
         if self._columns.dim() == 3 and self._columns.shape[0] != batch:
             raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
-        request = ColumnRequest.of(self._columns, batch, length, rows=self._rows)
+        request = ColumnRequest.from_args(self._columns, batch, length, rows=self._rows)
         if mask is not None:
             request = replace(request, key_start=_first_keys(mask, request))
         return request.to(q.device)
@@ -333,7 +333,7 @@ def _first_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
     (batch, *_), length = request.columns.shape, request.positions
     if mask.dim() not in (2, 4):
         raise OspoError(f"capture: got an attention mask of shape {tuple(mask.shape)}, expected (B, S) or (B, 1, S, S)")
-    start, count = moved((request.row_start, request.row_count), mask.device)
+    start, count = to_device_packed((request.row_start, request.row_count), mask.device)
     last = (start + count - 1).clamp(0, length - 1)
     if mask.dim() == 4:  # (B or 1, 1, S, S), bool or additive
         row = torch.minimum(start[:, None] + torch.arange(max(request.length, 1), device=mask.device), last[:, None])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.halving import Limit
 from ospo_fast.models.base import Message, Offset
+from ospo_fast.oom import BatchSizeLimit
 
 _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template's frame is read off
 _VQ_PIXELS = 16 * 384 * 384  # of images that go through the VQ model at once: about 2 GB of activations in bf16
@@ -58,7 +58,7 @@ class JanusUnifiedModel:
         self._frame = self._read_frame()
         size = processor.image_processor.size
         at_once = max(1, min(64, _VQ_PIXELS // int(size["height"] * size["width"])))
-        self._vq = Limit(at_once, "image", "free some, or draw with a smaller batch_size")
+        self._vq = BatchSizeLimit(at_once, "image", "free some, or draw with a smaller batch_size")
 
     def replaced(self, module: Any, *, name: str) -> JanusUnifiedModel:
         """The same processor around another module, with the template set of this one."""

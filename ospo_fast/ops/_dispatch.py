@@ -12,7 +12,7 @@ import torch
 
 from ospo_fast.errors import OpError
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # op → its compiled backends in the order in which backend="auto" tries them: name → (is it in this version, device).
 # The PyTorch twin, "torch", stands behind them all and runs everywhere.
@@ -34,7 +34,7 @@ _KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
 _BESIDE = {"token_logprobs": "triton"}  # what an op's CUDA kernels need besides
 _KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton", "flash_attn": "flash-attn"}
 # Tags of an op that waits for the GPU to look at numbers: torch.compile then captures no CUDA graph over it.
-WAITS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+HOST_SYNC_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/common.h
 
 
@@ -81,7 +81,7 @@ def triton(name: str) -> ModuleType:
     return importlib.import_module(f"ospo_fast.kernels.{name}")
 
 
-def place(device: torch.device) -> tuple[int, int]:
+def device_and_stream(device: torch.device) -> tuple[int, int]:
     """What a CUDA function of the compiled module needs to know: the device's ordinal and its current stream."""
     stream = torch.cuda.current_stream(device)
     return int(stream.device_index), int(stream.cuda_stream)
@@ -124,4 +124,4 @@ def _native() -> tuple[ModuleType | None, Literal[""]] | tuple[None, str]:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    _log.warning("the PyTorch twins run in place of the compiled operations: %s", reason)
+    logger.warning("the PyTorch twins run in place of the compiled operations: %s", reason)

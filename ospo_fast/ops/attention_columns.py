@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._move import moved
+from ospo_fast.ops._transfer import to_device_packed
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
 
@@ -49,7 +49,7 @@ def attention_columns(
     _check(q, k, lse)
     if not q.device == columns.device:
         raise OpError(f"attention_columns: q is on {q.device}, columns on {columns.device}; move them to one device")
-    request = ColumnRequest.of(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
+    request = ColumnRequest.from_args(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
     return request.run(q, k, scale=scale, lse=lse, causal=causal, out=out, weight=weight, backend=backend)
 
 
@@ -74,7 +74,7 @@ class ColumnRequest:
     kernel: str  # what runs it with backend="auto"
 
     @staticmethod
-    def of(
+    def from_args(
         columns: Tensor,
         batch: int,
         positions: int,
@@ -116,7 +116,7 @@ class ColumnRequest:
     def to(self, device: torch.device) -> ColumnRequest:
         """The same on a device, from the CPU, by one copy that nothing waits for."""
         kernel = _dispatch.resolve("attention_columns", "auto", device.type)
-        columns, start, count, first, last, share = moved([getattr(self, name) for name in _TENSORS], device)
+        columns, start, count, first, last, share = to_device_packed([getattr(self, name) for name in _TENSORS], device)
         return ColumnRequest(columns, start, count, first, last, share, self.length, self.positions, kernel)
 
     def repeated(self, times: int) -> ColumnRequest:
@@ -204,7 +204,7 @@ def attention_columns_reference(
 ) -> Tensor:
     """The float64 twin of `attention_columns`: the whole softmax matrix, item by item, column by column."""
     _check(q, k, None)
-    asked = ColumnRequest.of(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
+    asked = ColumnRequest.from_args(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
     start, count, first, last = asked.row_start, asked.row_count, asked.key_start, asked.key_end
     group, S = q.shape[1] // k.shape[1], q.shape[2]
     scores = q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)

@@ -42,7 +42,7 @@ class PackedLinear:
         weight = torch.cat(tuple(m.weight for m in self._modules))
         _dispatch.native().pack_linear(weight.data_ptr(), self._packed.data_ptr(), self.columns, self.depth)
         if self._bias is not None:
-            torch.cat([bias_of(m) for m in self._modules], out=self._bias)
+            torch.cat([bias_or_zeros(m) for m in self._modules], out=self._bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """X (M, K), rows contiguous → (M, N), into `out` if given."""
@@ -53,7 +53,7 @@ class PackedLinear:
         return out
 
 
-def bias_of(module: nn.Linear) -> Tensor:
+def bias_or_zeros(module: nn.Linear) -> Tensor:
     """The module's bias (N,), zeros where it has none."""
     bias: Tensor | None = module.bias
     return module.weight.new_zeros(module.out_features) if bias is None else bias.detach()

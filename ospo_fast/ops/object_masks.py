@@ -179,7 +179,7 @@ def _cuda(
     if len(x):
         target = 0 if weights is None else weights.data_ptr()
         _dispatch.native().object_masks_cuda(
-            *pointers, *x.shape, scaler, bins, target, *form, *_dispatch.place(x.device)
+            *pointers, *x.shape, scaler, bins, target, *form, *_dispatch.device_and_stream(x.device)
         )
     del kept
     return found

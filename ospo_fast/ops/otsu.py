@@ -52,7 +52,7 @@ def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
     if backend == "cuda":
         if len(x):
             _dispatch.native().otsu_threshold_cuda(
-                x.data_ptr(), thresholds.data_ptr(), *x.shape, bins, *_dispatch.place(x.device)
+                x.data_ptr(), thresholds.data_ptr(), *x.shape, bins, *_dispatch.device_and_stream(x.device)
             )
         return thresholds.reshape(maps.shape[:-2])
     _dispatch.native().otsu_threshold(

@@ -215,7 +215,7 @@ def _native(
         _dispatch.native().draw_codes(*logits, *pointers, torch.get_num_threads())
     else:
         dtype = _dispatch.DTYPES[cond.dtype]
-        place = _dispatch.place(cond.device)
+        place = _dispatch.device_and_stream(cond.device)
         _dispatch.native().draw_codes_cuda(dtype, *logits, cond.stride(0), *pointers, *place)
 
 

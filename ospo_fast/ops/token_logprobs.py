@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._head_chain import Chain, scale_rows
+from ospo_fast.ops._chunked_head import ChunkedHead, scale_rows
 from ospo_fast.ops.head import Head
 
 # Whether addmm's sum may be wider than its factors.
@@ -186,13 +186,13 @@ torch.library.define(
     "ospo_fast::token_logprobs",
     f"(Tensor x, Tensor labels, {_HEAD_ARGS}, {_OPTIONS}, bool check_finite, bool with_unit)"
     " -> (Tensor logps, Tensor unit, Tensor places)",
-    tags=_dispatch.WAITS,
+    tags=_dispatch.HOST_SYNC_TAGS,
 )
 torch.library.define(
     "ospo_fast::token_logprobs_backward",
     f"(Tensor grad, Tensor x, Tensor labels, {_HEAD_ARGS}, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_dispatch.WAITS,
+    tags=_dispatch.HOST_SYNC_TAGS,
 )
 torch.library.define("ospo_fast::scale_rows", "(Tensor unit, Tensor places, Tensor scales, str backend) -> Tensor")
 torch.library.impl("ospo_fast::scale_rows", "CompositeExplicitAutograd")(scale_rows)
@@ -219,7 +219,7 @@ def _token_logprobs(
     labels = labels.contiguous()  # kernels read it from its address on
     rows, count = _active_rows(labels, ignore_index, weight.shape[0])
     active_labels = labels if rows is None else labels.index_select(0, rows)
-    chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
+    chain = ChunkedHead(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
     logps = x.new_empty(count, dtype=_result_dtype(x))
     unit = x.new_empty(x.shape if with_unit else (0, x.shape[1]))
     for begin in range(0, count, chunk_rows):
@@ -256,7 +256,7 @@ def _token_logprobs_backward(
     # Rows without a gradient are left out: they cost nothing, and a NaN in one of them cannot reach the weights.
     labels, grad = torch.where(grad == 0, ignore_index, labels).contiguous(), grad.contiguous()
     rows, count = _active_rows(labels, ignore_index, weight.shape[0])
-    chain = Chain(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
+    chain = ChunkedHead(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
     head = (weight, bias, proj_weight, proj_bias)
     # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
     wide = _result_dtype(x)

@@ -82,7 +82,7 @@ def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blu
     if backend == "cpp":
         _dispatch.native().token_weights(*arguments, torch.get_num_threads())
     elif B:
-        _dispatch.native().token_weights_cuda(*arguments, *_dispatch.place(x.device))
+        _dispatch.native().token_weights_cuda(*arguments, *_dispatch.device_and_stream(x.device))
     return weights
 
 
@@ -110,7 +110,7 @@ def spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None = 
 torch.library.define(
     "ospo_fast::spread_weights",
     "(Tensor weights, Tensor token_mask, Tensor? finite) -> Tensor",
-    tags=_dispatch.WAITS,
+    tags=_dispatch.HOST_SYNC_TAGS,
 )
 
 

@@ -6,12 +6,12 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from ospo_fast.report.load import entries, kind_of, mapping, number, text
 from ospo_fast.report.masks import drawable
-from ospo_fast.report.reading import entries, kind_of, mapping, number, text
 
 if TYPE_CHECKING:
     from ospo_fast.report.images import Album
-    from ospo_fast.report.reading import Record, Run
+    from ospo_fast.report.load import Record, Run
 
 KEPT, DROPPED, UNFINISHED = "kept", "dropped", "unfinished"
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ospo_fast.report.reading import Record
+    from ospo_fast.report.load import Record
 
 SIDES = ("chosen", "rejected")
 PARTS = ("maps", "masks", "union")

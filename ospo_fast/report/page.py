@@ -13,11 +13,11 @@ from markupsafe import Markup
 
 from ospo_fast.errors import UsageError
 from ospo_fast.records import write_atomic
-from ospo_fast.report import figures, inspector
+from ospo_fast.report import inspector, stats
 from ospo_fast.report.charts import short
 from ospo_fast.report.images import Album
+from ospo_fast.report.load import mapping, number, pairs, read_run, text
 from ospo_fast.report.masks import load_masks
-from ospo_fast.report.reading import mapping, number, pairs, read_run, text
 
 HERE = Path(__file__).parent
 ABSENT = "not measured"
@@ -58,7 +58,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         inspector.describe(item, run, album, masks.get(str(item["item_id"])) or load_masks(run.root, item))
         for item in chosen
     ]
-    gallery = figures.gallery(run.gallery, album, gallery_limit)
+    gallery = stats.gallery(run.gallery, album, gallery_limit)
     faults = Counter(album.faults + [reason for reason in masks.values() if isinstance(reason, str)])
     evaluation = mapping(run.summary.get("evaluation"))
     script = (HERE / "report.js").read_text(encoding="utf-8")
@@ -69,21 +69,21 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         script=Markup(script),  # the package's own file
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         summary=run.summary,
-        headline=figures.headline(run.summary),
-        kinds=figures.kinds(run),
-        stages=figures.stages(run),
-        guidance=figures.guidance_tables(evaluation),
+        headline=stats.headline(run.summary),
+        kinds=stats.kinds(run),
+        stages=stats.stages(run),
+        guidance=stats.guidance_tables(evaluation),
         note=text(evaluation.get("note")),
         rule=text(evaluation.get("rule")),
-        curves=figures.curves(run.log),
-        funnel=figures.funnel(run),
-        losses=figures.losses(run),
-        diagnostics=figures.mask_diagnostics((sides for sides in masks.values() if isinstance(sides, dict)), every),
+        curves=stats.curves(run.log),
+        funnel=stats.funnel(run),
+        losses=stats.losses(run),
+        diagnostics=stats.mask_diagnostics((sides for sides in masks.values() if isinstance(sides, dict)), every),
         gallery=gallery,
         sources=album.sources,
         total=len(run.items),
         shown=len(items),
-        statuses=figures.statuses(run),
+        statuses=stats.statuses(run),
         shown_statuses=Counter(item["status"] for item in items),
         item_kinds=sorted({item["kind"] for item in items}),
         reasons=sorted({item["group"] for item in items if item["group"]}),
@@ -144,5 +144,5 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         percent=percent, points=points, signed=signed, duration=duration, short=short, number=number
     )
-    environment.globals.update(error_of=figures.standard_error)
+    environment.globals.update(error_of=stats.standard_error)
     return environment

@@ -25,7 +25,7 @@ _WINDOW = 20
 
 
 @dataclass(frozen=True)
-class Seen:
+class Detection:
     """An object read from an image: `x`, `y` centre in pixels, `mask` (48, 48) bool, `match` in [0, 1]."""
 
     color: str
@@ -37,15 +37,15 @@ class Seen:
     mask: np.ndarray
 
     def __repr__(self) -> str:
-        return f"Seen({self.size} {self.color} {self.shape} at {self.x:.1f},{self.y:.1f}, match {self.match:.2f})"
+        return f"Detection({self.size} {self.color} {self.shape} at {self.x:.1f},{self.y:.1f}, match {self.match:.2f})"
 
 
 @dataclass(frozen=True)
-class Reading:
+class DetectedScene:
     """All that the checker sees in an image."""
 
     background: str
-    objects: tuple[Seen, ...]
+    objects: tuple[Detection, ...]
 
 
 _NAMES = list(COLORS)
@@ -81,7 +81,7 @@ def _match(alpha: np.ndarray, x: float, y: float) -> tuple[str, str, float]:
     return best
 
 
-def read(image: Image.Image | np.ndarray) -> Reading:
+def read(image: Image.Image | np.ndarray) -> DetectedScene:
     """The objects in a 48×48 RGB image (another size is resized to it)."""
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
@@ -112,11 +112,11 @@ def read(image: Image.Image | np.ndarray) -> Reading:
         shape, size, match = _match(own, x, y)
         if match < _MATCH or votes[color] < 0.75 * votes.sum():
             shape = UNKNOWN
-        objects.append(Seen(_NAMES[color], shape, size, float(x), float(y), match, mask))
-    return Reading(_BACK_NAMES[back], tuple(objects))
+        objects.append(Detection(_NAMES[color], shape, size, float(x), float(y), match, mask))
+    return DetectedScene(_BACK_NAMES[back], tuple(objects))
 
 
-def holds(reading: Reading, description: Description) -> bool:
+def holds(reading: DetectedScene, description: Description) -> bool:
     """Whether the picture shows exactly the groups of `description`, related as it says (scenery left aside)."""
     wanted = {(group.color, group.shape): group.count for group in description.groups}
     found: dict[tuple[str, str], int] = {}

@@ -21,7 +21,7 @@ from ospo_fast.shapes.checker import read
 from ospo_fast.shapes.render import CELL, render_array
 from ospo_fast.shapes.scenes import BACKGROUNDS, Scene, random_scene
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 BATCH = 24
 WARM = 300  # steps without quantisation, so that the first codebook stands on features that mean something
 DECAY = 0.99
@@ -151,7 +151,7 @@ def train(
         if step % 100 == 0:
             used = int((book.counts > 0.05).sum()) if book else 0
             values = (error.item(), commitment.item(), used)
-            log.info("codes %d/%d: error %.4f, commitment %.4f, used %d", step, steps, *values)
+            logger.info("codes %d/%d: error %.4f, commitment %.4f, used %d", step, steps, *values)
         if save and (step + 1) % save_every == 0:
             state = {"vq": vq.state_dict(), "optimizer": optimizer.state_dict(), "book": book, "step": step + 1}
             save({**state, "generator": generator.get_state()})
@@ -179,7 +179,7 @@ def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> di
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0:
-            log.info("polish %d/%d: error %.4f", step, steps, error.item())
+            logger.info("polish %d/%d: error %.4f", step, steps, error.item())
     vq.requires_grad_(False)
     return evaluate(model, seed=seed + 1)
 

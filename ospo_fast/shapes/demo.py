@@ -25,7 +25,7 @@ from ospo_fast.config import Config, EvaluateConfig
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import STAGES, Pipeline, read_stage, stage_figures
-from ospo_fast.records import Record, pairs_of, write_atomic, write_json
+from ospo_fast.records import Record, iter_pairs, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import read, satisfies
@@ -33,7 +33,7 @@ from ospo_fast.shapes.evaluate import HEADLINE, Drawings
 from ospo_fast.shapes.scenes import held_out, parse
 from ospo_fast.stages.common import open_image, png
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SEEDS = (
     "evaluation draws with the sampling seeds, evaluate.seeds, whatever the training seed, so that runs are compared "
@@ -209,8 +209,8 @@ def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
 
     A pair whose prompt is no prompt of the Shapes grammar counts as impure.
     """
-    kept = [record for record in pairs_of(records) if record.get("kept")]
-    items = [number for number, record in enumerate(records) for pair in pairs_of([record]) if pair.get("kept")]
+    kept = [record for record in iter_pairs(records) if record.get("kept")]
+    items = [number for number, record in enumerate(records) for pair in iter_pairs([record]) if pair.get("kept")]
     right = [_shows(out / str(record["chosen"]), record["prompt"]) for record in kept]
     wrong = [not _shows(out / str(record["rejected"]), record["prompt"]) for record in kept]
     pure = [r and w for r, w in zip(right, wrong, strict=True)]
@@ -249,7 +249,7 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
     """
     found, ones, items = [], [], []
     for number, item in enumerate(records):
-        for record in pairs_of([item]):
+        for record in iter_pairs([item]):
             if not record.get("mask_path"):
                 continue
             union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)

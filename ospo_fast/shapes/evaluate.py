@@ -26,8 +26,8 @@ from ospo_fast.config import EvaluateConfig
 from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import write_atomic
-from ospo_fast.shapes import language
-from ospo_fast.shapes.checker import Reading, holds, read
+from ospo_fast.shapes import grammar
+from ospo_fast.shapes.checker import DetectedScene, holds, read
 from ospo_fast.shapes.render import render
 from ospo_fast.shapes.scenes import KINDS, Description, parse, prompts, random_scene
 from ospo_fast.stages.templates import load_templates
@@ -200,7 +200,7 @@ def answering(model: UnifiedModel, *, count: int = 200, seed: int = 0, progress:
     """Share of right answers on rendered pictures of fresh random scenes: one question of each kind a scene."""
     rng = np.random.default_rng([seed, 20260102])
     scenes = [random_scene(rng) for _ in range(count)]
-    asked = [[language.ask(scene, kind, rng) for kind in QUESTION_KINDS] for scene in scenes]
+    asked = [[grammar.ask(scene, kind, rng) for kind in QUESTION_KINDS] for scene in scenes]
     answers = _answers(model, [render(scene) for scene in scenes], [[q.text for q in row] for row in asked], progress)
     right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
     for row, answered in zip(asked, answers, strict=True):
@@ -211,12 +211,12 @@ def answering(model: UnifiedModel, *, count: int = 200, seed: int = 0, progress:
     return {"all": float(np.mean(everything)), **figures, "questions": len(everything)}
 
 
-def truth(question: str, reading: Reading) -> bool | None:
+def truth(question: str, reading: DetectedScene) -> bool | None:
     """What the checker answers to a question of the Shapes world about a picture, None where it cannot tell."""
     words = question.rstrip("?").strip()
     seen = [(thing.color, thing.shape) for thing in reading.objects]
-    if words in language.TOTALS:
-        return len(seen) == language.TOTALS[words]
+    if words in grammar.TOTALS:
+        return len(seen) == grammar.TOTALS[words]
     for opening in ("is there ", "are there "):
         if words.startswith(opening):
             description = parse(words.removeprefix(opening).replace("one ", "a ", 1))
@@ -230,7 +230,7 @@ def truth(question: str, reading: Reading) -> bool | None:
     if description is None or description.relation is None:
         return None
     first, second = ((group.color, group.shape) for group in description.groups)
-    return language.related_places(
+    return grammar.related_places(
         [(thing.y, thing.x) for thing in reading.objects if (thing.color, thing.shape) == first],
         description.relation,
         [(thing.y, thing.x) for thing in reading.objects if (thing.color, thing.shape) == second],
@@ -242,7 +242,7 @@ def answering_own(model: UnifiedModel, drawings: Drawings, *, progress: bool = T
     """Share of right answers (by the checker) to the questions that a prompt calls for, on the model's own drawings."""
     per_prompt = len(drawings.seeds)
     images = list(drawings.images)
-    questions = [language.questions_for(_parsed(drawings.prompts[i // per_prompt])) for i in range(len(images))]
+    questions = [grammar.questions_for(_parsed(drawings.prompts[i // per_prompt])) for i in range(len(images))]
     answers = _answers(model, images, questions, progress)
     right = []
     for image, row, answered in zip(images, questions, answers, strict=True):

@@ -1,8 +1,8 @@
 """Makes the checkpoint that ships with the package: `python -m ospo_fast.shapes.pretrain --out DIR`.
 
-Four parts, all from one seed: the VQ model (`codebook.py`); the vision tower (`tower.py`); everything but the VQ model
+Four parts, all from one seed: the VQ model (`codebook.py`); the vision encoder; everything but the VQ model
 on several tasks at once: prompt → codes, picture and question → yes or no or a place, the names in a question → the
-cells that hold them (`Pointer`), picture → caption, and the text tasks of the stages; last the VQ decoder once more,
+cells that hold them, picture → caption, and the text tasks of the stages; last the VQ decoder once more,
 with the codes as they are. Drawing gets few sequences a step on purpose (`Recipe.draw`), so that the model makes the
 mistakes that OSPO is there to mend; nothing else is done to it. Prompts whose meaning is held out
 (`Description.split`) are never drawn and never written. Pictures that are looked at (VQ model, tower, captions,
@@ -31,8 +31,8 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.utils import logging as transformers_logging
 
 from ospo_fast.errors import OspoError
-from ospo_fast.shapes import codebook, language, tower
-from ospo_fast.shapes.build import GRID, build_model, build_processor
+from ospo_fast.shapes import codebook, grammar, vision_encoder
+from ospo_fast.shapes.model import GRID, build_model, build_processor
 from ospo_fast.shapes.render import render_array
 from ospo_fast.shapes.scenes import (
     BOARD,
@@ -48,10 +48,10 @@ from ospo_fast.shapes.scenes import (
 )
 from ospo_fast.stages.templates import load_templates
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 IGNORED = -100
 CAPTION = 0.3  # weight of captions: words for what a picture shows, from which answering is a short way
-POINTING = 1.0  # weight of pointing (`Pointer`)
+POINTING = 1.0  # weight of pointing (`LocalizationHead`)
 POINTING_STATES = -3  # of the hidden states of all layers: two layers are left to compare and to count
 WHERE = 0.4  # share of the questions that ask for a place, or for how two lie: what relations are learnt from
 # How often each kind of prompt is drawn and written, and each kind of question asked.
@@ -142,17 +142,17 @@ class Data:
         if style < 0.75:
             other = self._variant(description, KINDS[kind][1], rng)[1]
             if other is not None:
-                return language.densify(description, other, rng)[int(rng.integers(2))]
-        return language.densify(description, description, rng)[0]
+                return grammar.densify(description, other, rng)[int(rng.integers(2))]
+        return grammar.densify(description, description, rng)[0]
 
     def _variant(
         self, description: Description, sub_category: str, rng: np.random.Generator
     ) -> tuple[str, Description | None]:
         """A method and the near miss that it makes, None where that is held out."""
-        methods = language.METHODS[sub_category]
+        methods = grammar.METHODS[sub_category]
         method = methods[int(rng.integers(len(methods)))]
         for _ in range(8):
-            other = language.contrast(description, method, sub_category, rng)
+            other = grammar.contrast(description, method, sub_category, rng)
             if other.split == "train":
                 return method, other
         return method, None
@@ -197,14 +197,14 @@ class Data:
                 picture = render_array([scene])[0]
             row, position = list(prefix), list(range(len(prefix)))
             block, label, cell = [0] * len(prefix), [IGNORED] * len(prefix), [IGNORED] * len(prefix)
-            answer = [*self.ids(language.caption(scene)), self.eos]
+            answer = [*self.ids(grammar.caption(scene)), self.eos]
             turns = [(self.ids("Prompt:"), answer)]
             for _ in range(self.recipe.questions):
-                place = language.where(scene, rng, pair=rng.random() < 0.6) if rng.random() < WHERE else None
+                place = grammar.where(scene, rng, pair=rng.random() < 0.6) if rng.random() < WHERE else None
                 if place:
                     turns.append((self.ids(place[0]), [*self.ids(place[1])]))
                 else:
-                    asked = language.ask(scene, _choose(rng, QUESTION_SHARES), rng)
+                    asked = grammar.ask(scene, _choose(rng, QUESTION_SHARES), rng)
                     turns.append((self.ids(asked.text), [yes if asked.answer else no]))
             for number, (question, answer) in enumerate(turns, 1):
                 tokens = [*question, self.assistant, *answer[:-1]]
@@ -251,9 +251,9 @@ class Data:
         description = self.train[kind][rng.integers(len(self.train[kind]))]
         task = rng.integers(4)
         if task == 0:
-            stage, variables, answer = "prompts", {"kind": kind}, language.stage1_answer(description)
+            stage, variables, answer = "prompts", {"kind": kind}, grammar.stage1_answer(description)
         elif task == 3:
-            stage, answer = "questions", language.questions_answer(description)
+            stage, answer = "questions", grammar.questions_answer(description)
             variables = {"prompt": description.text}
         else:
             method, other = self._variant(description, sub_category, rng)
@@ -263,7 +263,7 @@ class Data:
                 stage, answer = "perturb", f"Contrastive Prompt: {other.text}"
                 variables = {"method": method, "prompt": description.text}
             else:
-                stage, answer = "densify", language.densify_answer(*language.densify(description, other, rng))
+                stage, answer = "densify", grammar.densify_answer(*grammar.densify(description, other, rng))
                 variables = {"prompt": description.text, "negative_prompt": other.text}
         return self.templates.messages(stage, **variables)[-1]["content"], answer
 
@@ -313,7 +313,7 @@ def answer_logits(
     return model.lm_head(states.last_hidden_state), states.hidden_states[POINTING_STATES]
 
 
-class Pointer(nn.Module):
+class LocalizationHead(nn.Module):
     """Asks the hidden state of a thing's name which cells of the board hold one; thrown away after pretraining.
 
     Yes and no say nothing of where to look, and of two things both must be found before a relation between them can be
@@ -333,7 +333,7 @@ class Pointer(nn.Module):
 
 
 def ask_loss(
-    model: JanusForConditionalGeneration, pointer: Pointer, batch: tuple[Tensor, ...]
+    model: JanusForConditionalGeneration, pointer: LocalizationHead, batch: tuple[Tensor, ...]
 ) -> tuple[Tensor, float, float]:
     """Mean cross-entropy of the answers plus `CAPTION` times the caption's and `POINTING` times what `pointer` says.
 
@@ -364,7 +364,7 @@ def answering(model: JanusForConditionalGeneration, data: Data, *, seed: int, ba
     for batch in range(batches):
         rng = np.random.default_rng([seed, 7, batch])
         scenes = [random_scene(rng) for _ in range(24)]
-        asked = [[language.ask(scene, kind, rng) for kind in QUESTION_SHARES] for scene in scenes]
+        asked = [[grammar.ask(scene, kind, rng) for kind in QUESTION_SHARES] for scene in scenes]
         prefix = [data.bos, data.user, data.boi, *[data.image] * (GRID * GRID), data.eoi]
         for column in range(len(QUESTION_SHARES)):
             rows = [[*prefix, *data.ids(questions[column].text), data.assistant] for questions in asked]
@@ -396,7 +396,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     seconds = _codes(model, out / "codes.pt", recipe)
     state_path, clock = out / "state.pt", time.monotonic()
     if not state_path.exists():
-        log.info("tower: %s", tower.train(model, steps=recipe.tower_steps, seed=recipe.seed))
+        logger.info("tower: %s", vision_encoder.train(model, steps=recipe.tower_steps, seed=recipe.seed))
     data = Data(model, processor, recipe)
     seconds += _tasks(model, data, state_path, recipe, checkpoint_every, clock)
     clock = time.monotonic()
@@ -414,7 +414,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
         "threads": torch.get_num_threads(),
     }
     (folder / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-    log.info("made %s: %s", folder, made)
+    logger.info("made %s: %s", folder, made)
 
 
 def _same_recipe(out: Path, recipe: Recipe) -> None:
@@ -448,14 +448,16 @@ def _codes(model: JanusForConditionalGeneration, path: Path, recipe: Recipe) -> 
         state = {"final": vq.state_dict(), "quality": quality, "seconds": time.monotonic() - clock}
         _save(state, path)
     vq.load_state_dict(state["final"])
-    log.info("codes: %s", state["quality"])
+    logger.info("codes: %s", state["quality"])
     with torch.no_grad():  # the generation embeddings start where the codes lie
         model.model.generation_embeddings.weight.copy_(vq.quantize.embedding.weight)
     vq.requires_grad_(False)
     return float(state["seconds"])
 
 
-def _optimizers(model: JanusForConditionalGeneration, pointer: Pointer, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    model: JanusForConditionalGeneration, pointer: LocalizationHead, recipe: Recipe
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the language model's layers, AdamW for all else.
 
     AdamW's weight decay is on matrices; the vision tower and its aligner, which come trained, have a learning rate of
@@ -502,7 +504,7 @@ def _tasks(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        pointer = Pointer(model.config.text_config.hidden_size)
+        pointer = LocalizationHead(model.config.text_config.hidden_size)
     optimizers = _optimizers(model, pointer, recipe)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
@@ -538,7 +540,7 @@ def _tasks(
         if (step + 1) % 50 == 0:
             means = np.mean(recent, axis=0)
             words = "step %d/%d: draw %.3f, ask %.3f (%.3f right, pointing %.3f), write %.3f"
-            log.info(words, step + 1, recipe.steps, *means)
+            logger.info(words, step + 1, recipe.steps, *means)
             recent.clear()
         if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
             seconds += time.monotonic() - clock
@@ -548,7 +550,7 @@ def _tasks(
             _save({**kept, "step": step + 1, "seconds": seconds}, path)
         if (step + 1) % 1000 == 0:
             model.eval()
-            log.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
+            logger.info("answering after %d: %s", step + 1, answering(model, data, seed=recipe.seed))
             model.train()
     model.eval()
     return seconds

@@ -16,7 +16,7 @@ from torch import Tensor
 from ospo_fast.config import Config, TextConfig
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import Record, write_atomic
-from ospo_fast.stages.objects import nouns_of
+from ospo_fast.stages.object_tokens import extract_nouns
 from ospo_fast.stages.templates import TemplateSet, load_templates
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def templates_of(model: UnifiedModel, config: Config) -> TemplateSet:
+def load_model_templates(model: UnifiedModel, config: Config) -> TemplateSet:
     """The template set of the configuration, or else of the model."""
     return load_templates(config.templates or model.templates)
 
@@ -156,7 +156,7 @@ def read_prompts(path: str | Path) -> list[str]:
     return [prompt for _, prompt in numbered_prompts(path)]
 
 
-def undrawable(model: UnifiedModel, prompt: str) -> str | None:
+def prompt_error(model: UnifiedModel, prompt: str) -> str | None:
     """Why the model cannot draw a prompt: unknown words, control tokens, too long; None for one that it can."""
     try:
         length = len(model.image_prompt(prompt))
@@ -168,8 +168,8 @@ def undrawable(model: UnifiedModel, prompt: str) -> str | None:
 
 def unusable(model: UnifiedModel, prompt: str) -> str | None:
     """Why a user's prompt is refused: the model cannot draw it, or it names no object; None for a good one."""
-    why = undrawable(model, prompt)
-    if why is None and not nouns_of({"prompt": prompt}):
+    why = prompt_error(model, prompt)
+    if why is None and not extract_nouns({"prompt": prompt}):
         return f"prompt: {prompt[:60]!r} names no object; say what is to be seen"
     return why
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from ospo_fast.records import ImageVerdict, Record, pairs_of
+from ospo_fast.records import ImageVerdict, Record, iter_pairs
 
 
 def failure(stage: str, record: Record) -> str | None:
@@ -27,7 +27,7 @@ def failure(stage: str, record: Record) -> str | None:
         verdicts = [verdict for side in cast("tuple[dict[str, ImageVerdict], ...]", sides) for verdict in side.values()]
         return _first([verdict.get("reason") for verdict in verdicts])
     if stage == "masks" and record.get("kept", "chosen" in record):
-        return _first([pair.get("mask_reason") for pair in pairs_of([record])])
+        return _first([pair.get("mask_reason") for pair in iter_pairs([record])])
     return None
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, ImagesConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.records import ImageVerdict, Record, stable_hash, write_atomic
-from ospo_fast.stages.common import chunked, load_codes, open_image, png, save_codes, undrawable
+from ospo_fast.stages.common import chunked, load_codes, open_image, png, prompt_error, save_codes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,7 +123,7 @@ def run(
         for chunk in chunked(records, settings.chunk):
             plans = [drawings(record, config.seed, settings.draws, settings.prompts) for record in chunk]
             todo = [d for plan in plans for d in plan if not finished(folder / d.path, _settings(d, settings))]
-            failed = {d.path: why for d in todo if (why := undrawable(model, d.prompt)) is not None}
+            failed = {d.path: why for d in todo if (why := prompt_error(model, d.prompt)) is not None}
             todo = [drawing for drawing in todo if drawing.path not in failed]
             indices = range(awaited.stop, awaited.stop + len(todo))
             if todo:
@@ -144,9 +144,9 @@ def _draw(
     generator: ImageGenerator, writer: ImageWriter, todo: list[Drawing], indices: range, settings: ImagesConfig
 ) -> list[int]:
     """Draw images and have each written as soon as its batch is finished; which of `indices` failed."""
-    from ospo_fast.generation import Drawn
+    from ospo_fast.generation import GeneratedBatch
 
-    def keep(drawn: Drawn) -> None:
+    def keep(drawn: GeneratedBatch) -> None:
         writer.take([indices[n] for n in drawn.indices], drawn.codes)
 
     codes = generator.generate(

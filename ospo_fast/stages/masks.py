@@ -20,19 +20,19 @@ from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.ops._move import moved
-from ospo_fast.records import FurtherPair, ObjectSpan, Record, locked, pairs_of, write_atomic, write_json
-from ospo_fast.stages.common import chunked, locate, pair_codes, undrawable
-from ospo_fast.stages.forward import Batch, hidden_states, teacher_forced
+from ospo_fast.ops._transfer import to_device_packed
+from ospo_fast.records import FurtherPair, ObjectSpan, Record, iter_pairs, locked, write_atomic, write_json
+from ospo_fast.stages.common import chunked, locate, pair_codes, prompt_error
 from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
-from ospo_fast.stages.objects import nouns_of, object_spans, tokens_by_substring, tokens_of
+from ospo_fast.stages.object_tokens import extract_nouns, find_tokens, object_spans, tokens_by_substring
+from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.models.capture import AttentionCapture
     from ospo_fast.ops import ObjectMasks
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NO_PAIR = "the item has no pair"
 Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
@@ -53,7 +53,7 @@ class Target:
 
 def find_objects(record: Record, model: UnifiedModel, match: str) -> Target | str:
     """The objects of a record's base prompt and their tokens, or why there is none."""
-    nouns = nouns_of(record)
+    nouns = extract_nouns(record)
     if not nouns:
         return "the prompt names no object"
     prompt = record["prompt"]
@@ -73,7 +73,7 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> Target | st
             places = [place for i in found if (place := offsets[i]) is not None]
             own = own or [{"text": noun, "start": start, "end": end} for start, end in places[:1]]
         else:
-            found = tokens_of(noun, prompt, offsets)
+            found = find_tokens(noun, prompt, offsets)
             reason = reason if own else "the prompt does not hold it as a word"
         if found and own:
             spans += own
@@ -127,7 +127,7 @@ def mask_capture(
     *,
     stop_early: bool,
 ) -> AttentionCapture:
-    """The capture whose maps `masks_of` takes: prompts of `lengths` (N,), on the CPU, each followed by the tokens of an
+    """The capture that `compute_masks` reads: prompts of `lengths` (N,), on the CPU, each followed by the tokens of an
     image.
 
     Where the layers are "auto", not found yet, all are captured; with `heads` "auto" their heads are kept apart.
@@ -150,7 +150,7 @@ def mask_capture(
     )
 
 
-def masks_of(
+def compute_masks(
     capture: AttentionCapture, columns: Columns, settings: MasksConfig, features: Tensor | None = None
 ) -> Masks:
     """The masks that a finished capture gives. Where an image has fewer objects than others, they are empty.
@@ -167,7 +167,7 @@ def masks_of(
     L, N, _, H, W = layer_maps.shape
     most, width = _widths(columns)
     table = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
-    [sizes] = moved([table.view(N, most)], layer_maps.device)
+    [sizes] = to_device_packed([table.view(N, most)], layer_maps.device)
     finite = layer_maps.isfinite().movedim(1, 0).flatten(1).all(1)
     layer_maps = torch.where(finite.view(1, N, 1, 1, 1), layer_maps, 0)
     if settings.choose is None:
@@ -200,18 +200,18 @@ def attention_masks(
     batch = teacher_forced(model, [model.image_prompt(prompt) for prompt in prompts], codes)
     with mask_capture(model, columns, batch.lengths, codes.shape[1], settings, stop_early=True) as capture:
         hidden_states(model, batch.embeds)
-    return masks_of(capture, columns, settings, features_of(batch, codes.shape[1], settings))
+    return compute_masks(capture, columns, settings, code_embeddings(batch, codes.shape[1], settings))
 
 
-def features_of(batch: Batch, tokens: int, settings: MasksConfig) -> Tensor | None:
+def code_embeddings(batch: Batch, tokens: int, settings: MasksConfig) -> Tensor | None:
     """The embeddings (N, T, D) of the images' codes, where layers are chosen by them."""
     if settings.choose != "contrast":
         return None
-    [index] = moved([batch.lengths[:, None] + torch.arange(tokens)], batch.embeds.device)
+    [index] = to_device_packed([batch.lengths[:, None] + torch.arange(tokens)], batch.embeds.device)
     return batch.embeds.detach().gather(1, index[..., None].expand(-1, -1, batch.embeds.shape[2])).float()
 
 
-def settle_layers(
+def resolve_auto_layers(
     settings: MasksConfig, records: Iterable[Record], model: UnifiedModel, out: Path | None
 ) -> MasksConfig:
     """The settings with what was found in place of "auto": on some pairs, once for a run folder and its settings.
@@ -237,7 +237,7 @@ def settle_layers(
                 heads = [int(head) for head in kept["heads"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OspoError(f"Cannot read {path}: {error}; remove it to have the layer chosen again.") from error
-    log.info("masks: layers %s%s", layers, "" if heads is None else f", heads {heads}")
+    logger.info("masks: layers %s%s", layers, "" if heads is None else f", heads {heads}")
     return dataclasses.replace(settings, layers=layers, heads=heads, choose=None)
 
 
@@ -304,12 +304,12 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
         return
     if settings.layers == "auto":
         records = list(records)
-        settings = settle_layers(settings, pairs_of(records), model, out)
-    yield from _items(_masked(pairs_of(records), model, settings, out))
+        settings = resolve_auto_layers(settings, iter_pairs(records), model, out)
+    yield from _items(_masked(iter_pairs(records), model, settings, out))
 
 
 def _items(masked: Iterator[Record]) -> Iterator[Record]:
-    """The items again, from their records of `pairs_of`: what was found of a further pair goes into its entry."""
+    """The items again, from their records of `iter_pairs`: what was found of a further pair goes into its entry."""
     for record in masked:
         if record.get("further_pairs"):
             record["further_pairs"] = [_with_mask(pair, next(masked)) for pair in record["further_pairs"]]
@@ -342,7 +342,7 @@ def _masked(records: Iterable[Record], model: UnifiedModel, settings: MasksConfi
             else:
                 reason = target if isinstance(target, str) else str(codes[n])
                 if reason != NO_PAIR:
-                    log.info("%s: no mask: %s", record["item_id"], reason)
+                    logger.info("%s: no mask: %s", record["item_id"], reason)
                 yield {**record, "mask": None, "mask_reason": reason}
 
 
@@ -356,7 +356,7 @@ class _Task:
 def _target(record: Record, model: UnifiedModel, match: str) -> Target | str:
     if not record.get("kept", "chosen" in record):
         return NO_PAIR
-    return undrawable(model, record["prompt"]) or find_objects(record, model, match)
+    return prompt_error(model, record["prompt"]) or find_objects(record, model, match)
 
 
 def _write(tasks: list[_Task], model: UnifiedModel, settings: MasksConfig, out: Path) -> dict[str, Record]:
@@ -421,7 +421,7 @@ def import_official(records: Iterable[Record], folder: Path, out: Path) -> Itera
 
     Raises OspoError for a file that holds something else.
     """
-    pairs = ((pair, record["item_id"]) for record in records for pair in pairs_of([record]))
+    pairs = ((pair, record["item_id"]) for record in records for pair in iter_pairs([record]))
     yield from _items(_imported(pair, item, folder, out) for pair, item in pairs)
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.records import VARIANTS, Record, stable_hash
-from ospo_fast.stages.common import chunked, describe, excluded, prompt_key, sample_text, templates_of, why_silent
+from ospo_fast.stages.common import (
+    chunked,
+    describe,
+    excluded,
+    load_model_templates,
+    prompt_key,
+    sample_text,
+    why_silent,
+)
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -59,7 +67,7 @@ def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: 
     A variant whose answer failed, is empty, does not parse, repeats the prompt or is an excluded prompt (itself or in a
     dense version) is left out: its long prompts are empty strings and `variant_reasons` says why (None for a good one).
     """
-    templates = templates_of(model, config)
+    templates = load_model_templates(model, config)
     banned = excluded(config)
     for chunk in chunked(records, config.perturb.chunk):
         slots = [(record, i) for record in chunk for i in range(VARIANTS)]

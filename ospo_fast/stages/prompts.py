@@ -20,10 +20,10 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import Record, stable_hash
 from ospo_fast.stages.common import (
     excluded,
+    load_model_templates,
     numbered_prompts,
     prompt_key,
     sample_text,
-    templates_of,
     unusable,
     why_silent,
 )
@@ -32,7 +32,7 @@ from ospo_fast.stages.templates import Kind, TemplateSet
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 STOP_WORDS = ("\n", "/", "-", "(", ")", "color", "shape", "texture", "spatial", "numeracy")
 NO_STOP_WORDS = ("non-spatial", "complex")
@@ -150,7 +150,7 @@ def run(
 
     """
     existing = list(records)
-    templates = templates_of(model, config)
+    templates = load_model_templates(model, config)
     if config.prompts.file is not None:
         have = {record["item_id"] for record in existing}
         yield from (record for record in from_file(config, templates, model) if record["item_id"] not in have)
@@ -208,7 +208,7 @@ def _write_kind(
             yield record
         call = calls.stop
     if len(accepted) < counts[kind]:
-        log.warning(
+        logger.warning(
             "%s: %d of %d prompts; given up after %d calls without a new one",
             kind, len(accepted), counts[kind], settings.patience,
         )  # fmt: skip

@@ -16,9 +16,9 @@ from ospo_fast.stages.common import (
     chunked,
     describe,
     image_or_reason,
+    load_model_templates,
     locate,
     sample_text,
-    templates_of,
     why_silent,
 )
 from ospo_fast.stages.templates import TemplateSet
@@ -26,7 +26,7 @@ from ospo_fast.stages.templates import TemplateSet
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _ROLES = re.compile(r"<\|?\s*/?\s*(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE)
 _QUESTION = re.compile(r"[^?\n]+\?")
@@ -46,7 +46,7 @@ def write_questions(
     records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None
 ) -> Iterator[Record]:
     """Every record with `question`; where the list is empty, `question_reason` says why."""
-    templates = templates_of(model, config)
+    templates = load_model_templates(model, config)
     for chunk in chunked(records, config.questions.chunk):
         seeds = [stable_hash(config.seed, "questions", record["item_id"]) for record in chunk]
         asked = [describe(record) for record in chunk]
@@ -71,7 +71,7 @@ def score(
     """
     from ospo_fast.generation import answer_questions
 
-    templates = templates_of(model, config)
+    templates = load_model_templates(model, config)
     for part in chunked(records, config.score.chunk):
         chunk = [_answerable(record, model, templates) for record in part]
         slots = [
@@ -113,7 +113,7 @@ def _answerable(record: Record, model: UnifiedModel, templates: TemplateSet) -> 
         chat = chat_or_reason(model, templates.messages("vqa", question=question), image=True)
         if isinstance(chat, str):
             reasons[question] = chat
-            log.warning("%s: the question %.60r is left out: %s", record["item_id"], question, chat)
+            logger.warning("%s: the question %.60r is left out: %s", record["item_id"], question, chat)
     if not reasons:
         return record
     kept = [question for question in record["question"] if question not in reasons]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ospo_fast.config import Config, SelectConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import FurtherPair, ImageVerdict, Record, image_index, stable_hash, variant_of
+from ospo_fast.records import FurtherPair, ImageVerdict, Record, image_index, stable_hash, variant_index
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -117,7 +117,7 @@ def select_pair(
     negatives = _kept(record["negative_metadata"], lambda verdict: negative_verdict(verdict, rule, settings))
     if rule == "v2":
         return _nearest(bases, negatives, logprobs)
-    shared = {index: variant for index in bases if (variant := variant_of(index, record)) in negatives}
+    shared = {index: variant for index in bases if (variant := variant_index(index, record)) in negatives}
     if not shared:
         return None
     if rule == "random":
@@ -236,7 +236,7 @@ def _pairs(record: Record, settings: SelectConfig, rng: random.Random, logprobs:
         if "negative_prompt" in record:
             images = {**record["negative_metadata"], **record["base_metadata"]}
             index = next(image_index(name) for name, verdict in images.items() if verdict["path"] == pair["rejected"])
-            found["rejected_prompt"] = record["negative_prompt"][variant_of(index, record)]
+            found["rejected_prompt"] = record["negative_prompt"][variant_index(index, record)]
         pairs.append(found)
         left = _without(left, pair)
     return pairs
@@ -287,10 +287,10 @@ def _logprobs_of(prompt: str, model: UnifiedModel, batch_size: int, out: Path | 
     def logprobs(paths: Sequence[str]) -> list[float]:
         import torch
 
-        from ospo_fast.stages.common import image_codes, locate, undrawable
-        from ospo_fast.stages.forward import mean_logprobs
+        from ospo_fast.stages.common import image_codes, locate, prompt_error
+        from ospo_fast.stages.teacher_forcing import mean_logprobs
 
-        if (why := undrawable(model, prompt)) is not None:
+        if (why := prompt_error(model, prompt)) is not None:
             raise _NoLogProbsError(why)
         codes = image_codes(model, [locate(path, out) for path in paths])
         fine = [row for row in codes if not isinstance(row, str)]

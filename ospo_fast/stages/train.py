@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from ospo_fast.config import Config, LossConfig, TrainConfig
 from ospo_fast.errors import OspoError, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
-from ospo_fast.records import Record, append_line, pairs_of, stable_hash, write_atomic, write_json
-from ospo_fast.stages.common import chunked, pair_codes, undrawable
-from ospo_fast.stages.forward import IGNORE, Batch, hidden_states, teacher_forced
+from ospo_fast.records import Record, append_line, iter_pairs, stable_hash, write_atomic, write_json
+from ospo_fast.stages.common import chunked, pair_codes, prompt_error
+from ospo_fast.stages.teacher_forcing import IGNORE, Batch, hidden_states, teacher_forced
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.ops import Head
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Evaluation = Callable[["UnifiedModel", int], dict[str, float]]
 
@@ -48,7 +48,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """What training leaves: steps done, the step of the weights that were kept, and the last logged figures.
 
     `left_out`: item_id → why its pair could not be trained on.
@@ -67,17 +67,17 @@ def loss_config(preset: str, overrides: LossConfig) -> OSPOLossConfig:
     return dataclasses.replace(OSPOLossConfig.preset(preset), **given)
 
 
-def pick(records: Iterable[Record], config: Config) -> list[Record]:
+def select_training_pairs(records: Iterable[Record], config: Config) -> list[Record]:
     """A record for each pair to train on: with a mask, where stored masks count; capped per kind and in all.
 
     The order depends on the ids alone, and so does the choice where there are more than the caps allow.
     """
     settings = config.train
     masked = uses_masks(config) and config.train.masks == "stored"
-    pairs = [r for r in pairs_of(records) if r.get("kept", "chosen" in r) and "chosen" in r]
+    pairs = [r for r in iter_pairs(records) if r.get("kept", "chosen" in r) and "chosen" in r]
     chosen = [r for r in pairs if not masked or r.get("mask_path")]
     if len(chosen) < len(pairs):
-        log.warning("%d of %d pairs have no object mask and are left out", len(pairs) - len(chosen), len(pairs))
+        logger.warning("%d of %d pairs have no object mask and are left out", len(pairs) - len(chosen), len(pairs))
     ranked = sorted(chosen, key=lambda r: (stable_hash(config.seed, "cap", r["item_id"]), r["item_id"]))
     if settings.max_pairs_per_kind is not None:
         seen: Counter[str] = Counter()
@@ -136,7 +136,7 @@ def _example(
     rejected_prompt = record.get("rejected_prompt", "")
     conditional = loss_config(config.preset, config.train.loss).cond_weight > 0
     for prompt in (record["prompt"], *([rejected_prompt] if conditional else [])):
-        if (why := undrawable(model, prompt)) is not None:
+        if (why := prompt_error(model, prompt)) is not None:
             return why
     if isinstance(codes, str):
         return codes
@@ -167,7 +167,7 @@ def make_batch(model: UnifiedModel, examples: list[Example], *, swapped: bool) -
     return batch, torch.stack(masks).to(model.device) if masks else None
 
 
-def partner_states(model: UnifiedModel, examples: list[Example], batch: Batch) -> Tensor:
+def unconditional_hidden_states(model: UnifiedModel, examples: list[Example], batch: Batch) -> Tensor:
     """Hidden states (N, S, D) at the positions of a batch of `make_batch`, each row after its guidance partner.
 
     Rows with the same codes after prompts of one length share their partner, which is run once.
@@ -198,7 +198,7 @@ def unconditional_loss(model: UnifiedModel, examples: list[Example]) -> Tensor:
     return -logps.sum() / (batch.labels != IGNORE).sum()
 
 
-def order(count: int, seed: int, start: int, length: int) -> list[int]:
+def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int]:
     """`length` indices from position `start` of an endless stream of shuffled epochs over `count` examples."""
     indices: list[int] = []
     epoch, offset = divmod(start, count)
@@ -227,7 +227,7 @@ def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
     return get_peft_model(model.module, lora)
 
 
-def optimizer_of(parameters: list[nn.Parameter], settings: TrainConfig) -> tuple[torch.optim.Optimizer, Any]:
+def build_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and its schedule: warm-up, then constant, or a cosine that ends at `min_learning_rate`."""
     from transformers import get_scheduler
 
@@ -258,7 +258,7 @@ class Trainer:
         torch.manual_seed(stable_hash(config.seed, "lora") % 2**31)
         self.peft = add_lora(model, self.settings)
         self.parameters = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
-        self.optimizer, self.schedule = optimizer_of(list(self.parameters.values()), self.settings)
+        self.optimizer, self.schedule = build_optimizer(list(self.parameters.values()), self.settings)
         self.loss = OSPOLoss(loss_config(config.preset, self.settings.loss))
         self.step = 0
         self.best: dict[str, float] = {}
@@ -270,7 +270,7 @@ class Trainer:
         settings, started = self.settings, time.perf_counter()
         size = settings.batch_size
         start = self.step * size * settings.accumulation
-        indices = order(len(self.examples), self.config.seed, start, size * settings.accumulation)
+        indices = shuffled_indices(len(self.examples), self.config.seed, start, size * settings.accumulation)
         sums: defaultdict[str, float] = defaultdict(float)
         for part in range(settings.accumulation):
             chosen = [self.examples[i] for i in indices[part * size : (part + 1) * size]]
@@ -281,7 +281,7 @@ class Trainer:
                 if settings.guidance_scale != 1:
                     from ospo_fast.ops import Head
 
-                    partners = partner_states(self.model, chosen, batch)
+                    partners = unconditional_hidden_states(self.model, chosen, batch)
                     hidden, head = Head.of(head).guided(hidden, partners, settings.guidance_scale)
                 output = self.loss(hidden, batch.labels, head, object_masks=masks)
             (output.loss / settings.accumulation).backward()
@@ -311,14 +311,14 @@ class Trainer:
         columns = [example.columns for example in chosen if example.columns is not None]
         if not columns:
             return hidden_states(self.model, batch.embeds), masks
-        from ospo_fast.stages.masks import features_of, mask_capture, masks_of
+        from ospo_fast.stages.masks import code_embeddings, compute_masks, mask_capture
 
         pairs, tokens = len(columns), chosen[0].codes.shape[1]
         wanted = columns * 2 + [[]] * (len(batch.lengths) - 2 * pairs)  # swapped rows take the chosen's
         settings = self.config.masks
         with mask_capture(self.model, wanted, batch.lengths, tokens, settings, stop_early=False) as capture:
             hidden = hidden_states(self.model, batch.embeds)
-        masks = masks_of(capture, wanted, settings, features_of(batch, tokens, settings)).weights
+        masks = compute_masks(capture, wanted, settings, code_embeddings(batch, tokens, settings)).weights
         return hidden, masks[: 2 * pairs].float()
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
@@ -417,7 +417,7 @@ class Trainer:
         self.step, self.best = progress["step"], progress["best"]
         self.stale, self.stopped = progress["stale"], progress["stopped"]
 
-    def finish(self, metrics: dict[str, float], left_out: dict[str, str]) -> Trained:
+    def finish(self, metrics: dict[str, float], left_out: dict[str, str]) -> TrainResult:
         """The best adapter (or the last), saved, then merged into the model, which is the tuned one from then on."""
         best = self.best.get("step", self.step)
         if best != self.step:
@@ -429,7 +429,7 @@ class Trainer:
         self.model.save(self.folder / "model")
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": left_out}
         write_json(self.folder / "done.json", done)
-        return Trained(self.step, int(best), len(self.examples), metrics, left_out)
+        return TrainResult(self.step, int(best), len(self.examples), metrics, left_out)
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
@@ -461,7 +461,7 @@ def train(
     evaluation: Evaluation | None = None,
     resume: bool = True,
     progress: Callable[[int], None] | None = None,
-) -> Trained:
+) -> TrainResult:
     """Train `model` in place on the pairs of `records`; results lie in `out`/train.
 
     Writes log.jsonl (a line per step, and per evaluation), checkpoints/, adapter/ (peft), model/ (merged) and, at the
@@ -482,15 +482,15 @@ def train(
         OspoError: no pair to train on, a file that cannot be written, a checkpoint that is broken or of another run.
 
     """
-    picked = pick(records, config)
+    picked = select_training_pairs(records, config)
     if uses_masks(config) and config.train.masks == "online":
-        from ospo_fast.stages.masks import settle_layers
+        from ospo_fast.stages.masks import resolve_auto_layers
 
-        config = dataclasses.replace(config, masks=settle_layers(config.masks, picked, model, out))
+        config = dataclasses.replace(config, masks=resolve_auto_layers(config.masks, picked, model, out))
     examples, left_out = load_examples(picked, model, config, out)
     if left_out:
         reasons = [f"{item}: {reason}" for item, reason in left_out.items()]
-        log.warning("train: %s", some_failed("pairs", reasons, len(examples) + len(left_out)))
+        logger.warning("train: %s", some_failed("pairs", reasons, len(examples) + len(left_out)))
     if not examples:
         where = "the warning above" if left_out else "the reasons in select.jsonl"
         raise OspoError(f"train: no pair was left to train on; see {where}.")

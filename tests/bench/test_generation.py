@@ -10,7 +10,7 @@ import generation as bench
 import pytest
 import torch
 
-from ospo_fast.generation.canvas import Canvas
+from ospo_fast.generation.decode_batch import Canvas
 from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 
 

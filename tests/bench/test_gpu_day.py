@@ -424,12 +424,12 @@ def test_the_row_of_the_tests_names_what_failed(tmp_path: Path) -> None:
 
 def test_cases_of_the_parts_are_cases_of_the_benchmarks() -> None:
     import generation
-    import token_logprob
+    import token_logprobs
 
     cases = {f"{size.name}, {count} {kind if count > 1 else kind[:-1]}" for size, kind, count in generation.GPU_CASES}
     wanted = {case for number in (3, 4) for step in _gpu_day.PARTS[number] for case in step.cases if "Janus" in case}
     assert wanted <= cases
-    assert {"7B", "linear 7B", "1B"} <= {shape.name for shape in token_logprob.GPU_SHAPES}
+    assert {"7B", "linear 7B", "1B"} <= {shape.name for shape in token_logprobs.GPU_SHAPES}
     for steps in _gpu_day.PARTS.values():
         assert all((ROOT / "bench" / f"{step.name}.py").exists() for step in steps if step.name != _gpu_day.TESTS)
         assert steps[0].seconds <= _gpu_day.PART_SECONDS

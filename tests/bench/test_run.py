@@ -13,7 +13,7 @@ from ospo_fast.pipeline import STAGES
     [
         ("object_masks", {"ospo_fast", "torch"}),
         ("sample_codes", {"ospo_fast", "torch"}),
-        ("token_logprob", {"ospo_fast", "torch", "eager", "official", "bare GEMMs"}),
+        ("token_logprobs", {"ospo_fast", "torch", "eager", "official", "bare GEMMs"}),
         ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
         ("decode_attention", {"torch", "masked SDPA"}),
         ("skinny_linear", {"torch", "single kernels"}),
@@ -27,14 +27,14 @@ def test_a_quick_run_writes_its_rows(name: str, variants: set[str], tmp_path: Pa
     assert all(row["median_ms"] > 0 for row in rows)
 
 
-def test_cases_of_token_logprob(tmp_path: Path) -> None:
+def test_cases_of_token_logprobs(tmp_path: Path) -> None:
     try:
         for case, rows, chunks in (("quick linear", 1, 0), ("chunk_rows", 1, 1), ("quick", 2, 1)):
-            arguments = ["--only", "token_logprob", "--quick", "--out", str(tmp_path), "--case", case]
+            arguments = ["--only", "token_logprobs", "--quick", "--out", str(tmp_path), "--case", case]
             assert bench.main(arguments) == 0
             written = {path.stem: path.read_text() for path in tmp_path.glob("*/*.jsonl")}
-            assert len({str(json.loads(line)["shapes"]) for line in written["token_logprob"].splitlines()}) == rows
-            assert ("token_logprob_chunks" in written) == bool(chunks)
+            assert len({str(json.loads(line)["shapes"]) for line in written["token_logprobs"].splitlines()}) == rows
+            assert ("token_logprobs_chunks" in written) == bool(chunks)
     finally:
         _measure.only_cases([])
 
@@ -86,10 +86,10 @@ def test_a_benchmark_that_fails_is_named_and_the_others_run(
 
 def test_operations_are_all_but_runs_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bench.names()) > bench.METHOD
-    for name in ("stages", "generation", "sample_codes", "token_logprob"):
+    for name in ("stages", "generation", "sample_codes", "token_logprobs"):
         (tmp_path / f"{name}.py").write_text("")
     monkeypatch.setattr(bench, "HERE", tmp_path)
-    assert bench.operations() == ["generation", "sample_codes", "token_logprob"]
+    assert bench.operations() == ["generation", "sample_codes", "token_logprobs"]
     ran: list[str] = []
     monkeypatch.setattr(bench.importlib, "import_module", lambda name: Recorder(name, ran))
     assert bench.main(["--ops", "--out", str(tmp_path)]) == 0

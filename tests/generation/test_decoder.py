@@ -10,8 +10,14 @@ from transformers import LlamaConfig, LlamaModel
 from ospo_fast.errors import OspoError
 from ospo_fast.generation import decoder as lean
 from ospo_fast.generation import varlen
-from ospo_fast.generation.decoder import ROW_TILE, Cache, LeanDecoder
-from ospo_fast.generation.weights import Called, Fused, PackedHead, Separate, head_projection
+from ospo_fast.generation.decoder import ROW_TILE, Cache, InferenceDecoder
+from ospo_fast.generation.projections import (
+    FusedProjection,
+    ModuleProjection,
+    PackedHead,
+    UnfusedProjection,
+    head_projection,
+)
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
@@ -60,7 +66,7 @@ def llama(**changes: object) -> LlamaModel:
 @torch.no_grad()
 def test_hidden_states_are_transformers(changes: dict) -> None:
     model = llama(**changes)
-    decoder = LeanDecoder(Bare(model))
+    decoder = InferenceDecoder(Bare(model))
     decoder.positions(24)
     x = torch.randn(5, 24, 48)
     expected = model(inputs_embeds=x).last_hidden_state
@@ -82,7 +88,7 @@ def test_prompts_of_any_length_are_run_together_and_step_at_their_own_places(
     monkeypatch.setattr(lean, "PREFILL", piece)
     model, lengths = llama(), [5, 13, 1, 5, 8]
     embeddings = torch.randn(10, 48)
-    decoder = LeanDecoder(Bare(model, embeddings))
+    decoder = InferenceDecoder(Bare(model, embeddings))
     decoder.positions(20)
     whole = [torch.randint(10, (length + 3,)) for length in lengths]
     cache, slots = Cache(decoder, 7, 20), [6, 0, 3, 2, 4]
@@ -116,7 +122,7 @@ def by_sdpa(
 @torch.no_grad()
 def test_prompts_of_all_lengths_at_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, with SDPA in the place of the attention for packed sequences."""
-    decoder = LeanDecoder(Bare(llama(num_key_value_heads=kv_heads), torch.randn(10, 48)))
+    decoder = InferenceDecoder(Bare(llama(num_key_value_heads=kv_heads), torch.randn(10, 48)))
     decoder.positions(20)
     prompts, slots = [torch.randint(10, (length,)) for length in (5, 13, 1, 5, 8)], [6, 0, 3, 2, 4]
     calls: list[int] = []
@@ -185,7 +191,7 @@ def test_the_attention_for_packed_sequences_is_tried_before_it_is_trusted(
 
 @torch.no_grad()
 def test_rows_can_be_copied() -> None:
-    decoder = LeanDecoder(Bare(llama()))
+    decoder = InferenceDecoder(Bare(llama()))
     decoder.positions(12)
     x = torch.randn(4, 12, 48)
     whole = Cache(decoder, 4, 12)
@@ -203,7 +209,7 @@ def test_rows_can_be_copied() -> None:
 @torch.no_grad()
 def test_adapters_and_hooks_stay_in_force_and_trained_weights_are_read_again() -> None:
     model = llama()
-    decoder = LeanDecoder(Bare(model))
+    decoder = InferenceDecoder(Bare(model))
     assert decoder.plain
     decoder.positions(8)
     x = torch.randn(2, 8, 48)
@@ -219,9 +225,9 @@ def test_adapters_and_hooks_stay_in_force_and_trained_weights_are_read_again() -
     torch.testing.assert_close(now(), model(inputs_embeds=x).last_hidden_state, rtol=1e-5, atol=1e-5)
     model.layers[1].self_attn.k_proj.register_forward_hook(lambda _, __, y: y * 3)
     model.layers[0].mlp.down_proj = torch.nn.Sequential(model.layers[0].mlp.down_proj, torch.nn.Tanh())
-    decoder = LeanDecoder(Bare(model))
+    decoder = InferenceDecoder(Bare(model))
     decoder.positions(8)
-    assert isinstance(decoder.layers[1].qkv, Called)
+    assert isinstance(decoder.layers[1].qkv, ModuleProjection)
     assert not decoder.plain
     torch.testing.assert_close(now(), model(inputs_embeds=x).last_hidden_state, rtol=1e-5, atol=1e-5)
 
@@ -233,9 +239,9 @@ def test_half_precision_is_no_worse_than_transformers(dtype: torch.dtype) -> Non
     x = torch.randn(3, 9, 48)
     exact = model.double()(inputs_embeds=x.to(dtype).double()).last_hidden_state
     half = model.to(dtype)
-    decoder = LeanDecoder(Bare(half))
+    decoder = InferenceDecoder(Bare(half))
     decoder.positions(9)
-    assert isinstance(decoder.layers[0].qkv, Fused)
+    assert isinstance(decoder.layers[0].qkv, FusedProjection)
     x = x.to(dtype)
     cache = Cache(decoder, 3, 9)
     found = torch.cat([decoder(x[:, :7], cache, 0)] + [decoder(x[:, i : i + 1], cache, i) for i in (7, 8)], 1)
@@ -244,15 +250,15 @@ def test_half_precision_is_no_worse_than_transformers(dtype: torch.dtype) -> Non
 
 
 def test_batches_are_filled_where_products_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [LeanDecoder(Bare(llama())).filled(n, 7, 1000) for n in (1, 40)] == [1, 40]
+    assert [InferenceDecoder(Bare(llama())).pad_rows(n, 7, 1000) for n in (1, 40)] == [1, 40]
     monkeypatch.setattr(lean, "COPIED_BYTES", 0)
-    decoder = LeanDecoder(Bare(llama()))
-    assert isinstance(decoder.layers[0].qkv, Separate)
-    assert [decoder.filled(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
+    decoder = InferenceDecoder(Bare(llama()))
+    assert isinstance(decoder.layers[0].qkv, UnfusedProjection)
+    assert [decoder.pad_rows(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
     # 32 rows of a large model would not fit beside its weights.
-    assert [decoder.filled(n, 7, 2**30) for n in (1, 7)] == [7, 7]
+    assert [decoder.pad_rows(n, 7, 2**30) for n in (1, 7)] == [7, 7]
     decoder.device = torch.device("cuda")
-    assert [decoder.filled(n, 64, 1000) for n in (1, 64)] == [64, 64]
+    assert [decoder.pad_rows(n, 64, 1000) for n in (1, 64)] == [64, 64]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -261,7 +267,7 @@ def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        decoder = LeanDecoder(tiny)
+        decoder = InferenceDecoder(tiny)
         assert decoder.packed == (products == "packed")
         head = head_projection(tiny.head, decoder.packed)
         decoder.positions(16)
@@ -273,7 +279,7 @@ def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads
             steps += [decoder(x[rows, i : i + 1], cache, i)[:, -1] for i in range(13, 16)]
             hidden = torch.stack(steps, 1)
             last = hidden[:, -1].contiguous()
-            logits = [decoder.tiled(tiny.text_logits, last), head(last)]
+            logits = [decoder.run_padded(tiny.text_logits, last), head(last)]
             return torch.cat((*logits, hidden.flatten(1)), 1)
 
         whole = run(torch.arange(len(x)))
@@ -289,9 +295,9 @@ def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads
 def test_the_head_copies_nothing_that_it_need_not(tiny: JanusUnifiedModel) -> None:
     x = torch.randn(ROW_TILE, tiny.hidden_size)
     logits = torch.randn(ROW_TILE, tiny.num_codes)
-    assert Called([lambda _: logits])(x) is logits
+    assert ModuleProjection([lambda _: logits])(x) is logits
     out = torch.empty_like(logits)
-    assert Called([lambda _: logits])(x, out) is out
+    assert ModuleProjection([lambda _: logits])(x, out) is out
     assert torch.equal(out, logits)
     packed = head_projection(tiny.head, True)
     assert isinstance(packed, PackedHead)
@@ -308,6 +314,6 @@ def test_other_decoders_are_refused() -> None:
     other.layers[0].self_attn = torch.nn.Linear(2, 2)
     other.config = None
     with pytest.raises(OspoError, match="Llama"):
-        LeanDecoder(Bare(other))
+        InferenceDecoder(Bare(other))
     with pytest.raises(OspoError, match="hidden_act is 'gelu', expected 'silu'"):
-        LeanDecoder(Bare(llama(hidden_act="gelu")))
+        InferenceDecoder(Bare(llama(hidden_act="gelu")))

@@ -12,10 +12,10 @@ from PIL import Image
 
 from ospo_fast.generation import ImageGenerator, answer_questions, generate_text
 from ospo_fast.generation import decoder as lean
-from ospo_fast.generation.decoder import Cache, LeanDecoder
+from ospo_fast.generation.decoder import Cache, InferenceDecoder
 from ospo_fast.generation.varlen import varlen_runs
 from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.build import build_model, build_processor
+from ospo_fast.shapes.model import build_model, build_processor
 
 pytestmark = pytest.mark.gpu
 
@@ -139,7 +139,7 @@ def test_packed_prompts_are_run_at_once_as_they_are_length_by_length(
     wide: list[JanusUnifiedModel], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = JanusUnifiedModel(wide[1].module.to(dtype), wide[1].processor, name="wide")
-    decoder = LeanDecoder(model)
+    decoder = InferenceDecoder(model)
     decoder.positions(256)
     assert varlen_runs(decoder.device, dtype, decoder.head_dim)
     prompts = [torch.randint(20, 60, (length,)) for length in (5, 70, 1, 70, 128, 33)]

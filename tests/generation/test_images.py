@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation import Drawn, GenerationError, ImageGenerator, Throughput, canvas, images
+from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, Throughput, decode_batch, images
 from ospo_fast.generation import decoder as lean
 from ospo_fast.models.janus import JanusUnifiedModel
 
@@ -154,7 +154,7 @@ def test_first_codes_follow_the_distribution(tiny: JanusUnifiedModel) -> None:
 
 
 def test_callback_tells_what_is_finished(tiny: JanusUnifiedModel) -> None:
-    heard: list[Drawn] = []
+    heard: list[GeneratedBatch] = []
     found = codes(tiny, PROMPTS * 2, list(range(8)), batch_size=3, callback=heard.append, progress=False)
     assert [drawn.done for drawn in heard] == sorted(drawn.done for drawn in heard)
     assert heard[-1].done == heard[-1].total == 8
@@ -179,14 +179,14 @@ def test_the_progress_bar_counts_every_image(tiny: JanusUnifiedModel, monkeypatc
         def set_postfix_str(self, text: str, *, refresh: bool) -> None:
             self.beside = text
 
-    draw = canvas.Canvas.draw
+    draw = decode_batch.DecodeBatch.draw
 
-    def small(self: canvas.Canvas, jobs: list) -> object:
+    def small(self: decode_batch.DecodeBatch, jobs: list) -> object:
         if len(jobs) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(self, jobs)
 
-    monkeypatch.setattr(canvas.Canvas, "draw", small)
+    monkeypatch.setattr(decode_batch.DecodeBatch, "draw", small)
     monkeypatch.setattr(images, "tqdm", Bar)
     poison(tiny, 1)
     codes(tiny, PROMPTS[:2] * 4, list(range(8)), batch_size=5, on_error="skip")
@@ -237,7 +237,7 @@ def test_nan_logits_fail_one_image_by_name(tiny: JanusUnifiedModel) -> None:
     assert torch.equal(e.value.results[fine], expected[fine])
     assert (e.value.results[2] == -1).all()
     generator = ImageGenerator(tiny)
-    heard: list[Drawn] = []
+    heard: list[GeneratedBatch] = []
     skipped = generator.generate(PROMPTS, seeds=[10, 11, 12, 13], on_error="skip", callback=heard.append)
     assert generator.throughput is not None
     assert generator.throughput.images == 4
@@ -311,9 +311,9 @@ def test_a_batch_that_does_not_fit_is_halved(
 ) -> None:
     prompts, seeds = PROMPTS[:1] * 11, list(range(11))
     expected = codes(tiny, prompts, seeds)
-    draw, sizes = canvas.Canvas.draw, []
+    draw, sizes = decode_batch.DecodeBatch.draw, []
 
-    def small(self: canvas.Canvas, jobs: list) -> object:
+    def small(self: decode_batch.DecodeBatch, jobs: list) -> object:
         sizes.append(len(jobs))
         if len(jobs) > 3:
             # Half-way, as it happens: the batch is drawn again from its beginning.
@@ -321,7 +321,7 @@ def test_a_batch_that_does_not_fit_is_halved(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
         return draw(self, jobs)
 
-    monkeypatch.setattr(canvas.Canvas, "draw", small)
+    monkeypatch.setattr(decode_batch.DecodeBatch, "draw", small)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(codes(tiny, prompts, seeds, batch_size=8), expected)
     # What was learnt holds for the batches after it.
@@ -331,29 +331,29 @@ def test_a_batch_that_does_not_fit_is_halved(
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
 
-    monkeypatch.setattr(canvas.Canvas, "draw", never)
+    monkeypatch.setattr(decode_batch.DecodeBatch, "draw", never)
     with pytest.raises(OspoError, match="not even one image fits"):
         codes(tiny, prompts, seeds, batch_size=4)
 
     def wrong(*_: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(canvas.Canvas, "draw", wrong)
+    monkeypatch.setattr(decode_batch.DecodeBatch, "draw", wrong)
     with pytest.raises(RuntimeError, match="something else"):
         codes(tiny, prompts, seeds)
 
 
 def test_what_fits_is_learnt_once(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A generator that draws chunk after chunk runs out of memory in the first alone."""
-    draw, sizes = canvas.Canvas.draw, []
+    draw, sizes = decode_batch.DecodeBatch.draw, []
 
-    def small(self: canvas.Canvas, jobs: list) -> object:
+    def small(self: decode_batch.DecodeBatch, jobs: list) -> object:
         sizes.append(len(jobs))
         if len(jobs) > 4:
             raise RuntimeError("Triton Error [CUDA]: out of memory")
         return draw(self, jobs)
 
-    monkeypatch.setattr(canvas.Canvas, "draw", small)
+    monkeypatch.setattr(decode_batch.DecodeBatch, "draw", small)
     generator = ImageGenerator(tiny, batch_size=8)
     given = {"seeds": list(range(8)), "output": "codes"}
     expected = generator.generate(PROMPTS * 2, **given)
@@ -370,11 +370,11 @@ def test_weights_that_fit_the_memory_once_are_read_in_place(
     expected = codes(tiny, PROMPTS, SEEDS, temperature=0)
     made: list[object] = []
 
-    def full(modules: list) -> lean.Fused:
+    def full(modules: list) -> lean.FusedProjection:
         made.append(modules)
         if len(made) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB")
-        return lean.Fused(modules)
+        return lean.FusedProjection(modules)
 
     monkeypatch.setattr(lean, "PackedLinear", full)
     monkeypatch.setattr(lean, "packed_linear_runs", lambda: True)
@@ -386,13 +386,13 @@ def test_weights_that_fit_the_memory_once_are_read_in_place(
     def never(*_: object) -> None:
         raise MemoryError("std::bad_alloc")
 
-    monkeypatch.setattr(canvas, "LeanDecoder", never)
+    monkeypatch.setattr(decode_batch, "InferenceDecoder", never)
     with pytest.raises(OspoError, match=r"model: tiny leaves no memory for drawing \(std::bad_alloc\); free some"):
         codes(tiny, PROMPTS, SEEDS)
 
 
 def test_images_of_a_group_share_a_batch(tiny: JanusUnifiedModel) -> None:
-    heard: list[Drawn] = []
+    heard: list[GeneratedBatch] = []
     groups = ["a"] * 3 + ["b"] * 3 + ["c"] * 5 + ["d"]
     prompts, seeds = (PROMPTS * 3)[:12], list(range(12))
     found = codes(tiny, prompts, seeds, batch_size=4, groups=groups, callback=heard.append)
@@ -452,7 +452,7 @@ def test_a_kill_loses_nothing_that_the_callback_kept(tiny: JanusUnifiedModel) ->
     expected = codes(tiny, prompts, seeds)
     kept: dict[int, Tensor] = {}
 
-    def keep(drawn: Drawn) -> None:
+    def keep(drawn: GeneratedBatch) -> None:
         kept.update(zip(drawn.indices, drawn.codes, strict=True))
         if len(kept) == 6:
             raise KeyboardInterrupt

@@ -9,11 +9,11 @@ from torch import Tensor
 
 import ospo_fast
 from ospo_fast.errors import UsageError
-from ospo_fast.generation import Drawn, GenerationError, ImageGenerator
+from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator
 from ospo_fast.generation import decoder as lean
-from ospo_fast.generation.batching import CUDA_ROWS, Job, fitting, full_batch
-from ospo_fast.generation.canvas import Canvas, Engine, Sampling
-from ospo_fast.generation.jacobi import JacobiCanvas
+from ospo_fast.generation.decode_batch import DecodeBatch, Engine, Sampling
+from ospo_fast.generation.jacobi import JacobiDecodeBatch
+from ospo_fast.generation.requests import CUDA_ROWS, Request, full_batch, max_batch_size
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops import _dispatch
 
@@ -61,13 +61,13 @@ def test_products_that_are_not_packed(tiny: JanusUnifiedModel, window: int, monk
     """Batches are filled up until the rows of their windows are whole tiles."""
     monkeypatch.setattr(lean, "packed_linear_runs", bool)
     sizes: list[int] = []
-    init = JacobiCanvas.__init__
+    init = JacobiDecodeBatch.__init__
 
-    def noted(self: JacobiCanvas, engine: Engine, rows: int, *rest: Any, **more: Any) -> None:
+    def noted(self: JacobiDecodeBatch, engine: Engine, rows: int, *rest: Any, **more: Any) -> None:
         sizes.append(rows)
         init(self, engine, rows, *rest, **more)
 
-    monkeypatch.setattr(JacobiCanvas, "__init__", noted)
+    monkeypatch.setattr(JacobiDecodeBatch, "__init__", noted)
     assert torch.equal(codes(tiny, window), codes(tiny, 0))
     assert sizes == [{4: 8, 6: 16}[window]]
 
@@ -93,16 +93,16 @@ def test_a_trained_model_takes_fewer_steps_than_codes(trained: JanusUnifiedModel
     assert drawn.streamed_bytes < single.throughput.streamed_bytes
 
 
-def drawing(model: JanusUnifiedModel, *indices: int) -> list[Job]:
-    return [Job(i, model.image_prompt(PROMPTS[i]), 10 + i) for i in indices]
+def drawing(model: JanusUnifiedModel, *indices: int) -> list[Request]:
+    return [Request(i, model.image_prompt(PROMPTS[i]), 10 + i) for i in indices]
 
 
 def test_dummies_and_what_was_drawn_before_change_nothing(trained: JanusUnifiedModel) -> None:
     sampling = Sampling(1.5, 1.0, 0, 1.0)
     with torch.no_grad():
         engine = Engine(trained)
-        expected, _ = Canvas(engine, 4, 4, 80, sampling, capture=False).draw(drawing(trained, 0, 1, 2, 3))
-        wide = JacobiCanvas(engine, 7, 5, 128, sampling, window=6, capture=False)
+        expected, _ = DecodeBatch(engine, 4, 4, 80, sampling, capture=False).draw(drawing(trained, 0, 1, 2, 3))
+        wide = JacobiDecodeBatch(engine, 7, 5, 128, sampling, window=6, capture=False)
         wide._cache.keys.fill_(torch.nan)
         wide._cache.values.fill_(torch.nan)
         for order in ([3, 1, 0], [2], [0, 1, 2, 3]):
@@ -118,15 +118,15 @@ def test_the_device_is_asked_when_all_could_be_finished(
     trained: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    step = JacobiCanvas._step
+    step = JacobiDecodeBatch._step
 
-    def noted(self: JacobiCanvas) -> None:
+    def noted(self: JacobiDecodeBatch) -> None:
         asked.append("step")
         step(self)
 
-    monkeypatch.setattr(JacobiCanvas, "_step", noted)
+    monkeypatch.setattr(JacobiDecodeBatch, "_step", noted)
     with torch.no_grad():
-        drawn = JacobiCanvas(Engine(trained), 1, 1, 80, Sampling(1.0, 1.0, 0, 1.0), window=5, capture=False)
+        drawn = JacobiDecodeBatch(Engine(trained), 1, 1, 80, Sampling(1.0, 1.0, 0, 1.0), window=5, capture=False)
         drawn.draw(drawing(trained, 0))
     assert len(asked) == drawn.steps[0] - 1  # never one too many
 
@@ -160,13 +160,13 @@ def test_nan_logits_fail_one_image_at_the_step_of_drawing_one_by_one(tiny: Janus
 
 def test_nan_logits_behind_a_wrong_draft_fail_nothing(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[int] = set()
-    step = JacobiCanvas._step
+    step = JacobiDecodeBatch._step
 
-    def noted(self: JacobiCanvas) -> None:
+    def noted(self: JacobiDecodeBatch) -> None:
         seen.update(self._drafts.flatten().tolist())
         step(self)
 
-    monkeypatch.setattr(JacobiCanvas, "_step", noted)
+    monkeypatch.setattr(JacobiDecodeBatch, "_step", noted)
     whole = codes(tiny, 6)
     (code, *_) = seen - set(whole.flatten().tolist())
     spoiled(tiny, code)
@@ -184,9 +184,9 @@ def test_nothing_but_nan_fails_everything_at_its_first_code(tiny: JanusUnifiedMo
 
 def test_a_batch_that_does_not_fit_is_halved(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, heard = codes(tiny, 0), []
-    draw, sizes = JacobiCanvas.draw, []
+    draw, sizes = JacobiDecodeBatch.draw, []
 
-    def small(self: JacobiCanvas, jobs: list) -> object:
+    def small(self: JacobiDecodeBatch, jobs: list) -> object:
         sizes.append(len(jobs))
         if len(jobs) > 2:
             self._begin(jobs)
@@ -194,10 +194,10 @@ def test_a_batch_that_does_not_fit_is_halved(tiny: JanusUnifiedModel, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot")
         return draw(self, jobs)
 
-    def hear(drawn: Drawn) -> None:
+    def hear(drawn: GeneratedBatch) -> None:
         heard.append((drawn.indices, drawn.done, drawn.total))
 
-    monkeypatch.setattr(JacobiCanvas, "draw", small)
+    monkeypatch.setattr(JacobiDecodeBatch, "draw", small)
     assert torch.equal(codes(tiny, 5, callback=hear), expected)
     assert sizes == [4, 2, 2]
     assert heard == [([0, 1], 2, 4), ([2, 3], 4, 4)]
@@ -205,7 +205,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny: JanusUnifiedModel, monkeypatc
 
 def test_windows_take_the_place_of_images(tiny: JanusUnifiedModel) -> None:
     decoder = Engine(tiny).decoder
-    assert [fitting(decoder, 1, tokens) for tokens in (1, 16, 1000)] == [256, 16, 1]
+    assert [max_batch_size(decoder, 1, tokens) for tokens in (1, 16, 1000)] == [256, 16, 1]
     decoder.device = torch.device("cuda")
     assert [full_batch(decoder, None, 1, tokens) for tokens in (1, 16, 100)] == [CUDA_ROWS, CUDA_ROWS // 16, 1]
     assert [full_batch(decoder, size, 1, 16) for size in (1, 7)] == [1, 7]
@@ -221,7 +221,7 @@ def test_a_graph_holds_a_whole_step(trained: JanusUnifiedModel, replays: list[st
     sampling = Sampling(1.0, 1.0, 0, 1.0)
     with torch.no_grad():
         engine = Engine(trained)
-        eager, captured = (JacobiCanvas(engine, 4, 4, 80, sampling, window=6, capture=False) for _ in range(2))
+        eager, captured = (JacobiDecodeBatch(engine, 4, 4, 80, sampling, window=6, capture=False) for _ in range(2))
         captured._replay.capture = True
         for order, warm in (([0, 1, 2, 3], 1), ([3, 1], 0)):
             replays.clear()
@@ -237,11 +237,11 @@ def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: 
     tiny.grid = (1, 4)
     sampling = Sampling(5.0, 0.0, 0, 1.0)
     with torch.no_grad():
-        expected, _ = Canvas(Engine(tiny), 2, 2, 64, sampling, capture=False).draw(drawing(tiny, 0, 1))
+        expected, _ = DecodeBatch(Engine(tiny), 2, 2, 64, sampling, capture=False).draw(drawing(tiny, 0, 1))
         monkeypatch.setattr(lean, "packed_linear_runs", bool)
         for op in ("add_rms_norm", "silu_mul", "decode_attention"):
             monkeypatch.setitem(_dispatch._KERNELS, op, {"triton": (True, "cpu")})
-        drawn = JacobiCanvas(Engine(tiny), 2, 2, 64, sampling, window=2, capture=False)
+        drawn = JacobiDecodeBatch(Engine(tiny), 2, 2, 64, sampling, window=2, capture=False)
         assert torch.equal(drawn.draw(drawing(tiny, 0, 1))[0], expected)
 
 
@@ -272,7 +272,7 @@ def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel
     model = JanusUnifiedModel(on_gpu.module.to(dtype), on_gpu.processor, name="shapes")
     engine, sampling = Engine(model), Sampling(1.5, 1.0, 0, 1.0)
     eager, captured = (
-        JacobiCanvas(engine, 4, 4, 128, sampling, window=8, capture=capture) for capture in (False, True)
+        JacobiDecodeBatch(engine, 4, 4, 128, sampling, window=8, capture=capture) for capture in (False, True)
     )
     for order in ([0, 1, 2, 3], [2, 0], [0, 1, 2, 3]):
         expected, found = eager.draw(drawing(model, *order)), captured.draw(drawing(model, *order))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ospo_fast.errors import UsageError
 from ospo_fast.generation import GenerationError, generate_text
 from ospo_fast.generation import text as writing
-from ospo_fast.generation.decoder import Cache, LeanDecoder
+from ospo_fast.generation.decoder import Cache, InferenceDecoder
 from ospo_fast.models.janus import JanusUnifiedModel
 
 
@@ -67,14 +67,16 @@ def test_attention_passes_over_texts_that_are_over(
     """In products of one size, as on a GPU, where finished rows stay and dummies fill up."""
     expected = generate_text(tiny, prompts[:3], seeds=[0] * 3, max_new_tokens=6, temperature=0)
     tiny.max_positions = max(map(len, prompts[:3])) + 3  # so that they end one by one
-    step, seen = LeanDecoder.step, []
+    step, seen = InferenceDecoder.step, []
 
-    def noting(self: LeanDecoder, x: Tensor, cache: Cache, slots: Tensor, lengths: Tensor, *rest: object) -> Tensor:
+    def noting(
+        self: InferenceDecoder, x: Tensor, cache: Cache, slots: Tensor, lengths: Tensor, *rest: object
+    ) -> Tensor:
         seen.append(lengths.tolist())
         return step(self, x, cache, slots, lengths, *rest)
 
-    monkeypatch.setattr(LeanDecoder, "step", noting)
-    monkeypatch.setattr(LeanDecoder, "filled", lambda self, rows, full, row_bytes: 5)
+    monkeypatch.setattr(InferenceDecoder, "step", noting)
+    monkeypatch.setattr(InferenceDecoder, "pad_rows", lambda self, rows, full, row_bytes: 5)
     found = generate_text(tiny, prompts[:3], seeds=[0] * 3, max_new_tokens=6, temperature=0)
     room = [min(6, tiny.max_positions - len(ids)) for ids in prompts[:3]]
     assert [text.split() for text in found] == [text.split()[:most] for text, most in zip(expected, room, strict=True)]

@@ -10,9 +10,9 @@ from PIL import Image
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation import answer_questions, vqa
-from ospo_fast.generation.decoder import LeanDecoder
+from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.build import build_model, build_processor
+from ospo_fast.shapes.model import build_model, build_processor
 
 QUESTIONS = [
     ["is there a red circle?", "are there two blue squares?", "is there a star?"],
@@ -103,11 +103,11 @@ def test_the_memory_of_an_image_is_not_underestimated(
     model = JanusUnifiedModel(module, build_processor(), name="deep")
     told: list[int] = []
 
-    def fitting(decoder: LeanDecoder, bytes_per_job: int) -> int:
+    def max_batch_size(decoder: InferenceDecoder, bytes_per_job: int) -> int:
         told.append(bytes_per_job)
         return 24
 
-    monkeypatch.setattr(vqa, "fitting", fitting)
+    monkeypatch.setattr(vqa, "max_batch_size", max_batch_size)
     asked = [["is there a red circle?"]] * 24
 
     def run() -> None:
@@ -115,7 +115,7 @@ def test_the_memory_of_an_image_is_not_underestimated(
 
     run()  # what is made once is none of the peak
     with torch.no_grad():
-        used = peak_mb(run) - peak_mb(LeanDecoder, model)
+        used = peak_mb(run) - peak_mb(InferenceDecoder, model)
     assert 0.5 * told[-1] * 24 / 1e6 < used < told[-1] * 24 / 1e6
 
 

@@ -203,7 +203,7 @@ def sweep(bench: Any, names: tuple[str, ...], kernels: Any, run: Callable[[], No
 
 
 def skinny(hidden: int, inner: int, heads_width: int | None = None) -> None:
-    """The four products of a layer, as `LeanDecoder` asks for them."""
+    """The four products of a layer, as `InferenceDecoder` asks for them."""
     stream, norm, width = empty(2, hidden), {"norm": empty(hidden), "eps": 1e-6}, heads_width or hidden
     skinny_linear(stream, empty(3 * width, hidden), **norm, out=empty(2, 3 * width), backend="triton")
     skinny_linear(empty(2, width), empty(hidden, width), add=True, out=stream, backend="triton")

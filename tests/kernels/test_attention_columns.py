@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton'
 
 
 def run(q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, *, lse: Any = None, **options: Any) -> torch.Tensor:
-    asked = ColumnRequest.of(
+    asked = ColumnRequest.from_args(
         columns, *q.shape[::2][:2], rows=options["rows"], key_range=options.get("key_range"), device=q.device
     )
     out = torch.full((len(q), columns.shape[1], asked.length), torch.nan, device=q.device)
@@ -136,7 +136,7 @@ def test_parts_are_summed_and_equal_from_call_to_call(monkeypatch: pytest.Monkey
     """Into an output with strides, of more columns than one launch takes, for several items and groups of queries."""
     q, k = torch.randn(3, 8, 40, 16, device=DEVICE), torch.randn(3, 4, 40, 16, device=DEVICE)
     columns = torch.randint(-1, 40, (3, 5, 8), device=DEVICE)
-    asked = ColumnRequest.of(columns, 3, 40, rows=(0, 40), device=q.device)
+    asked = ColumnRequest.from_args(columns, 3, 40, rows=(0, 40), device=q.device)
     bounds = (asked.row_start, asked.row_count, asked.key_start, asked.key_end)
     found, before = [], torch.randn(3, 40, 5, device=DEVICE).transpose(1, 2)
     for multiprocessors in (132, 132, 8, 1):  # 4 parts, 4, 2, 1

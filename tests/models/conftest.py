@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # fixtures import it: without transformers only the modules t
 
 @pytest.fixture(scope="session")
 def parts() -> tuple[Any, Any]:
-    from ospo_fast.shapes.build import build_model, build_processor
+    from ospo_fast.shapes.model import build_model, build_processor
 
     return build_model(hidden=64, layers=3, intermediate=96, heads=4), build_processor()
 

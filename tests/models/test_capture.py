@@ -14,7 +14,7 @@ from ospo_fast.models.capture import AttentionCapture
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.attention_columns import ColumnRequest
-from ospo_fast.shapes.build import build_model, build_processor
+from ospo_fast.shapes.model import build_model, build_processor
 
 PROMPT, TOKENS = 9, 36
 COLUMNS = [[[3, 4], [5]], [[4]], [[6, 7], []]]

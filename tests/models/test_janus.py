@@ -10,7 +10,7 @@ from PIL import Image
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import UnifiedModel, load_model
 from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.build import build_processor
+from ospo_fast.shapes.model import build_processor
 
 PROMPT = "a red circle and two blue squares"
 WORDS = ["a", "red", "blue", "circle", "squares", "two", ",", ".", "left", "of"]

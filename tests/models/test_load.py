@@ -11,7 +11,7 @@ import torch
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.build import build_model, build_processor
+from ospo_fast.shapes.model import build_model, build_processor
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 // Runs the thread blocks of a CUDA kernel on host threads, one block after the other: enough of CUDA for
-// csrc/object_mask.cu, so that its arithmetic is tested where there is no GPU. Compile with -ffp-contract=off.
+// csrc/object_masks.cu, so that its arithmetic is tested where there is no GPU. Compile with -ffp-contract=off.
 #pragma once
 
 #include <pthread.h>

@@ -12,7 +12,7 @@ from ospo_fast import attention_columns, object_masks
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops import attention_columns as module_function
-from ospo_fast.ops._move import moved
+from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.ops.attention_columns import ColumnRequest, attention_columns_reference
 
 
@@ -142,7 +142,7 @@ def test_large_items_go_one_by_one(monkeypatch: pytest.MonkeyPatch, backend: str
 
 def test_one_request_for_many_layers() -> None:
     columns, rows = torch.randint(-1, 9, (2, 3, 2)), (torch.tensor([1, 4]), torch.tensor([8, 2]))
-    request = ColumnRequest.of(columns, 2, 9, rows=rows)
+    request = ColumnRequest.from_args(columns, 2, 9, rows=rows)
     maps = torch.zeros(2, 3, 8)
     layers = [(torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)) for _ in range(3)]
     for q, k in layers:
@@ -157,7 +157,7 @@ def test_the_backend_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None
     looked: list[Any] = []
     resolve = _dispatch.resolve
     monkeypatch.setattr(_dispatch, "resolve", lambda *a: looked.append(a) or resolve(*a))
-    request = ColumnRequest.of(torch.zeros(2, 1, 1, dtype=torch.int64), 2, 9, rows=(2, 7))
+    request = ColumnRequest.from_args(torch.zeros(2, 1, 1, dtype=torch.int64), 2, 9, rows=(2, 7))
     for _ in range(3):
         request.run(torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8))
     assert looked == [("attention_columns", "auto", "cpu")]
@@ -166,7 +166,7 @@ def test_the_backend_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_small_tensors_move_together(device: str) -> None:
     tensors = [torch.arange(5), torch.rand(3, 1), torch.rand(4, 2).t(), torch.zeros(0, 3), torch.rand(2) > 0.5]
-    result = moved(tensors, torch.device(device))
+    result = to_device_packed(tensors, torch.device(device))
     for ours, tensor in zip(result, tensors, strict=True):
         assert (ours.dtype, ours.shape, ours.device.type) == (tensor.dtype, tensor.shape, device)
         assert ours.is_contiguous()
@@ -368,7 +368,9 @@ def test_cuda_no_worse_than_eager(no_worse: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_cuda_requests_wait_for_nothing() -> None:
-    request = ColumnRequest.of(torch.tensor([[[1, 2], [3, -1]]]), 1, 40, rows=(8, 32), device=torch.device("cuda"))
+    request = ColumnRequest.from_args(
+        torch.tensor([[[1, 2], [3, -1]]]), 1, 40, rows=(8, 32), device=torch.device("cuda")
+    )
     q, k = torch.randn(1, 4, 40, 64).cuda().half(), torch.randn(1, 4, 40, 64).cuda().half()
     request.run(q, k)  # compiles
     torch.cuda.synchronize()

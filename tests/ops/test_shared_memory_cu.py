@@ -76,7 +76,7 @@ def test_the_limit_is_set_once_for_each_kernel_and_device(tmp_path: Path) -> Non
 
 
 def test_every_device_allows_what_python_sends_to_object_mask() -> None:
-    source = (CSRC / "object_mask.cu").read_text()
+    source = (CSRC / "object_masks.cu").read_text()
     found = re.search(r"MOST_ROOM = (\d+) \* 1024;", source)
     assert found is not None
     together = int(found[1]) * 1024

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ospo_fast import Head, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.errors import OpError
-from ospo_fast.ops._head_chain import Chain
+from ospo_fast.ops._chunked_head import ChunkedHead
 from ospo_fast.ops.token_logprobs import _default_chunk_rows, token_logprobs_reference
 from ospo_fast.ops.token_weights import spread_weights
 
@@ -197,9 +197,11 @@ def test_chunks_change_nothing_and_bound_the_logits(
     monkeypatch: pytest.MonkeyPatch, train_head: bool, kind: str
 ) -> None:
     rows: list[int] = []
-    softmax = Chain._softmax
+    softmax = ChunkedHead._softmax
     monkeypatch.setattr(
-        Chain, "_softmax", lambda self, labels, *a, **k: rows.append(len(labels)) or softmax(self, labels, *a, **k)
+        ChunkedHead,
+        "_softmax",
+        lambda self, labels, *a, **k: rows.append(len(labels)) or softmax(self, labels, *a, **k),
     )
     head, labels = make_head(kind, bias=True), some_labels(50)
     head = trainable(head) if train_head else head

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_logprobs
 from ospo_fast.errors import OpError
-from ospo_fast.ops._head_chain import Chain
+from ospo_fast.ops._chunked_head import ChunkedHead
 from ospo_fast.ops.token_logprobs import token_logprobs_reference
 
 pytestmark = pytest.mark.gpu
@@ -257,13 +257,13 @@ def test_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch, trained: bool) -> 
     expected = step(hidden.clone().requires_grad_())
     torch.cuda.synchronize()
     for name in ("project", "_logits"):
-        original = getattr(Chain, name)
+        original = getattr(ChunkedHead, name)
 
         def asleep(*arguments: Any, original: Any = original) -> None:
             torch.cuda._sleep(SLEEP)
             original(*arguments)
 
-        monkeypatch.setattr(Chain, name, asleep)
+        monkeypatch.setattr(ChunkedHead, name, asleep)
     with torch.cuda.stream(torch.cuda.Stream()):
         x = torch.full_like(hidden, torch.nan)
         torch.cuda._sleep(SLEEP)

@@ -9,8 +9,8 @@ import pytest
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.report import write_report
-from ospo_fast.report.figures import funnel, kinds
-from ospo_fast.report.reading import kind_of, read_run
+from ospo_fast.report.load import kind_of, read_run
+from ospo_fast.report.stats import funnel, kinds
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 

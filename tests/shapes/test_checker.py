@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from ospo_fast.shapes import language
+from ospo_fast.shapes import grammar
 from ospo_fast.shapes.checker import UNKNOWN, holds, read, satisfies
 from ospo_fast.shapes.evaluate import truth
 from ospo_fast.shapes.render import CELL, IMAGE_SIZE, object_masks, render, render_array
@@ -65,8 +65,8 @@ def test_prompts_hold_for_their_scenes_and_not_for_variants() -> None:
         for description in prompts(kind, "train")[::40]:
             image = render(sample_scene(description, rng))
             assert satisfies(image, description.text)
-            for method in language.METHODS[sub_category]:
-                other = language.contrast(description, method, sub_category, rng)
+            for method in grammar.METHODS[sub_category]:
+                other = grammar.contrast(description, method, sub_category, rng)
                 assert not satisfies(render(sample_scene(other, rng)), description.text)
 
 
@@ -108,5 +108,5 @@ def test_the_checker_answers_questions_as_the_scene_does() -> None:
         scene = random_scene(rng)
         reading = read(render(scene))
         for kind in ("existence", "count", "total", "relation"):
-            asked = language.ask(scene, kind, rng)
+            asked = grammar.ask(scene, kind, rng)
             assert truth(asked.text, reading) == asked.answer, (asked, scene)

@@ -15,7 +15,7 @@ from ospo_fast.config import load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
-from ospo_fast.records import Record, pairs_of
+from ospo_fast.records import Record, iter_pairs
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import held_out, parse
 
@@ -72,7 +72,7 @@ def test_the_summary_has_every_figure(run_folder: Path) -> None:
         assert 0 <= summary[name] <= 1, name
     assert summary["alignment_std"] >= 0
     records = [record for record in read_stage(run_folder, "select") if record.get("kept")]
-    assert summary["pairs"] == len(list(pairs_of(records))) > len(records)
+    assert summary["pairs"] == len(list(iter_pairs(records))) > len(records)
     assert summary["seconds"] > 0
     assert {"prompts", "perturb", "images", "questions", "score", "select", "masks", "train"} <= set(summary["stages"])
     for figures in summary["stages"].values():

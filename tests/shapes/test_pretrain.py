@@ -8,7 +8,7 @@ import torch
 
 from ospo_fast.errors import OspoError
 from ospo_fast.shapes import codebook, pretrain
-from ospo_fast.shapes.build import build_model, build_processor, vocabulary
+from ospo_fast.shapes.model import build_model, build_processor, vocabulary
 from ospo_fast.shapes.pretrain import Data, Recipe
 from ospo_fast.shapes.scenes import Object, Scene, held_out, parse
 
@@ -178,7 +178,7 @@ def test_names_are_asked_for_their_cells(data: Data) -> None:
 
 
 def test_pointing_is_the_cross_entropy_of_the_named_tokens() -> None:
-    pointer = pretrain.Pointer(16)
+    pointer = pretrain.LocalizationHead(16)
     hidden, cells = torch.randn(2, 3, 16), torch.full((2, 3), pretrain.IGNORED)
     cells[0, 1], cells[1, 2] = 0b101, 0
     held = torch.zeros(2, 9)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ospo_fast.shapes import language
+from ospo_fast.shapes import grammar
 from ospo_fast.shapes.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -94,7 +94,7 @@ def test_splits_are_disjoint_in_meaning() -> None:
     assert all((d.text in texts) == (d.split != "train") for _, d in EVERYTHING)
     rng = np.random.default_rng(0)
     for _, description in EVERYTHING[::50]:
-        dense = language.densify(description, description, rng)[0]
+        dense = grammar.densify(description, description, rng)[0]
         assert (dense.text in texts) == (description.split != "train")
 
 
@@ -108,7 +108,7 @@ def test_a_sampled_scene_holds_what_was_said(item: tuple[str, Description], seed
     assert len({thing.cell for thing in scene.objects}) == len(things)
     if description.relation:
         first, second = ((group.color, group.shape) for group in description.groups)
-        assert language.related(scene, first, description.relation, second)
+        assert grammar.related(scene, first, description.relation, second)
 
 
 @settings(deadline=None)
@@ -116,11 +116,11 @@ def test_a_sampled_scene_holds_what_was_said(item: tuple[str, Description], seed
 def test_variants_change_the_meaning_and_share_the_scenery(item: tuple[str, Description], seed: int) -> None:
     kind, description = item
     rng = np.random.default_rng(seed)
-    for method in language.METHODS[KINDS[kind][1]]:
-        other = language.contrast(description, method, KINDS[kind][1], rng)
+    for method in grammar.METHODS[KINDS[kind][1]]:
+        other = grammar.contrast(description, method, KINDS[kind][1], rng)
         assert other.key != description.key
         assert parse(other.text) == other
-        first, second = language.densify(description, other, rng)
+        first, second = grammar.densify(description, other, rng)
         assert (first.size, first.background) == (second.size, second.background)
         assert first.base == description
         assert second.base == other
@@ -131,12 +131,12 @@ def test_variants_change_the_meaning_and_share_the_scenery(item: tuple[str, Desc
 def test_questions_are_answered_truly(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
     scene = random_scene(rng)
-    asked = language.ask(scene, kind, rng)
+    asked = grammar.ask(scene, kind, rng)
     things = [(thing.color, thing.shape) for thing in scene.objects]
     if asked.kind == "existence":
         expected = tuple(asked.text.removeprefix("is there a ").rstrip("?").split()) in things
     elif asked.kind == "total":
-        expected = language.TOTALS[asked.text.rstrip("?")] == len(things)
+        expected = grammar.TOTALS[asked.text.rstrip("?")] == len(things)
     else:
         return
     assert asked.answer == expected
@@ -149,7 +149,7 @@ def test_places_are_told_truly(seed: int, pair: bool) -> None:
     scene = random_scene(rng)
     things = [(thing.color, thing.shape) for thing in scene.objects]
     once = {thing: o.cell for thing, o in zip(things, scene.objects, strict=True) if things.count(thing) == 1}
-    asked = language.where(scene, rng, pair=pair)
+    asked = grammar.where(scene, rng, pair=pair)
     if asked is None:
         assert len(once) < 1 + pair
         return
@@ -167,13 +167,13 @@ def test_places_are_told_truly(seed: int, pair: bool) -> None:
 def test_both_answers_are_about_as_frequent() -> None:
     rng = np.random.default_rng(0)
     for kind in ("existence", "count", "total", "relation"):
-        answers = [language.ask(random_scene(rng), kind, rng).answer for _ in range(2000)]
+        answers = [grammar.ask(random_scene(rng), kind, rng).answer for _ in range(2000)]
         assert 0.4 < np.mean(answers) < 0.6
 
 
 def test_questions_cover_the_prompt() -> None:
     description = Description((Group(1, "red", "circle"), Group(1, "blue", "square")), relation="left of")
-    assert language.questions_for(description) == [
+    assert grammar.questions_for(description) == [
         "is there a red circle?",
         "is there a blue square?",
         "is the red circle left of the blue square?",
@@ -185,7 +185,7 @@ def test_unknown_kinds_are_named() -> None:
     with pytest.raises(ValueError, match="color9"):
         descriptions("color9")
     with pytest.raises(ValueError, match="colour"):
-        language.ask(random_scene(np.random.default_rng(0)), "colour", np.random.default_rng(0))
+        grammar.ask(random_scene(np.random.default_rng(0)), "colour", np.random.default_rng(0))
 
 
 def test_world_is_as_told() -> None:

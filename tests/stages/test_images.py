@@ -13,7 +13,7 @@ from ospo_fast import generation
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
 from ospo_fast.generation import ImageGenerator, ImageWriter
-from ospo_fast.generation.batching import CUDA_ROWS, in_groups
+from ospo_fast.generation.requests import CUDA_ROWS, in_groups
 from ospo_fast.models import load_model
 from ospo_fast.stages import images as stage
 from ospo_fast.stages.common import image_codes, load_codes, save_codes

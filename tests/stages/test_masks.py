@@ -13,13 +13,13 @@ from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
-from ospo_fast.records import pairs_of
+from ospo_fast.records import iter_pairs
 from ospo_fast.stages import masks as masks_module
 from ospo_fast.stages.common import image_codes
 from ospo_fast.stages.failures import failure
 from ospo_fast.stages.mask_stats import item_stats, map_entropy, run_stats
-from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, run, settle_layers
-from ospo_fast.stages.train import pick, train
+from ospo_fast.stages.masks import attention_masks, find_objects, import_official, load_unions, resolve_auto_layers, run
+from ospo_fast.stages.train import select_training_pairs, train
 
 pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
 
@@ -134,16 +134,20 @@ def test_further_pairs_have_masks_of_their_own(model, made, pairs, tmp_path):
     assert "images/none.png" in one["further_pairs"][1]["mask_reason"]
     assert "images/none.png" in failure("masks", one)
     assert failure("masks", two) is None
-    stats = run_stats(pairs_of([one, two]))
+    stats = run_stats(iter_pairs([one, two]))
     assert (stats["items"], stats["without"]) == (3, 1)
     assert one["further_pairs"][0]["mask_stats"]["iou"] == one["mask_stats"]["iou"]
     assert two["item_id"] == pairs[1]["item_id"]
-    first, second, third, _ = pairs_of([one, two])
+    first, second, third, _ = iter_pairs([one, two])
     assert first is one
     assert (second["rejected_prompt"], second["prompt"]) == ("a blue circle", one["prompt"])
     assert torch.equal(load_unions(second, tmp_path / "a"), load_unions(one, tmp_path / "a").flip(0))
     assert "mask_path" not in third
-    assert [r["item_id"] for r in pick([one, two], config())] == [one["item_id"], second["item_id"], two["item_id"]]
+    assert [r["item_id"] for r in select_training_pairs([one, two], config())] == [
+        one["item_id"],
+        second["item_id"],
+        two["item_id"],
+    ]
 
 
 def test_items_without_pair_or_object_pass_with_a_reason(model, made, pairs, tmp_path):
@@ -322,7 +326,7 @@ def test_stats(model, made, pairs, tmp_path):
 
 def test_the_figures_of_a_run_lie_beside_its_masks(made):
     figures = json.loads((made / "masks" / "diagnostics.json").read_text())
-    assert figures == run_stats(pairs_of(read_stage(made, "masks")))
+    assert figures == run_stats(iter_pairs(read_stage(made, "masks")))
     assert figures["items"] > 5
 
 
@@ -391,16 +395,16 @@ def test_one_layer_for_all_objects(model, made, pairs, tmp_path, monkeypatch, ru
     assert [r.get("mask_stats") for r in done] == [r.get("mask_stats") for r in again]
     other = [1 - expected[0]]
     (tmp_path / "a" / "masks" / "layers.json").write_text(json.dumps({**chosen, "layers": other}))
-    assert settle_layers(settings.masks, [], model, tmp_path / "a").layers == other
+    assert resolve_auto_layers(settings.masks, [], model, tmp_path / "a").layers == other
     # Training that takes its own masks settles the same way.
     online = load_config(
         ["masks.layers=auto", f"masks.choose={rule}", "train.masks=online", "train.steps=1", "train.eval_every=0"]
     )
     train(pairs, load_model(model.name), online, out=tmp_path / "a")
-    assert settle_layers(settings.masks, [], model, tmp_path / "a").layers == other
+    assert resolve_auto_layers(settings.masks, [], model, tmp_path / "a").layers == other
     # Other settings are another choice.
     changed = dataclasses.replace(settings.masks, rows="predicting")
-    assert settle_layers(changed, pairs, model, tmp_path / "a").layers is not None
+    assert resolve_auto_layers(changed, pairs, model, tmp_path / "a").layers is not None
     assert json.loads((tmp_path / "a" / "masks" / "layers.json").read_text())["asked"]["rows"] == "predicting"
 
 
@@ -444,14 +448,14 @@ def test_one_head_for_all_objects(model, made, pairs, tmp_path, monkeypatch):
 def test_no_layer_can_be_chosen(model, made, pairs, tmp_path):
     settings = load_config(["masks.layers=auto"])
     with pytest.raises(OspoError, match=r"no pair with an object.*\[10,12\]"):
-        settle_layers(settings.masks, [], model, tmp_path)
+        resolve_auto_layers(settings.masks, [], model, tmp_path)
     assert not (tmp_path / "masks" / "layers.json").exists()
     with pytest.raises(OspoError, match="run folder"):
-        settle_layers(settings.masks, pairs, model, None)
+        resolve_auto_layers(settings.masks, pairs, model, None)
     (tmp_path / "masks").mkdir(exist_ok=True)
     (tmp_path / "masks" / "layers.json").write_text("{")
     with pytest.raises(OspoError, match=r"layers\.json.*remove it"):
-        settle_layers(settings.masks, pairs, model, tmp_path)
+        resolve_auto_layers(settings.masks, pairs, model, tmp_path)
 
 
 def test_soft_masks(model, made, pairs, tmp_path):

@@ -128,7 +128,7 @@ def failing(bad, reply="Questions: is there a red circle?"):
         texts = [None if bad in model.detokenize(ids) else reply for ids in prompts]
         failed = {n: f"text {n}: the logits are not finite" for n, text in enumerate(texts) if text is None}
         if failed:
-            raise GenerationError.of("texts", texts, failed)
+            raise GenerationError.from_failures("texts", texts, failed)
         return texts
 
     return generate

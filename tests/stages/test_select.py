@@ -8,7 +8,7 @@ import pytest
 
 from ospo_fast.config import SelectConfig, load_config
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import pairs_of
+from ospo_fast.records import iter_pairs
 from ospo_fast.stages import select as select_module
 from ospo_fast.stages.select import base_verdict, negative_verdict, run, select_pair
 
@@ -114,12 +114,12 @@ def test_further_pairs_are_of_other_images():
     drawn = {0: [0.9], 1: [0.7], 2: [0.8], 3: [-0.9], 4: [-0.1], 5: [1.0]}
     record = item(drawn, {0: [-1], 1: [-1], 2: [-1]})
     (done,) = run([record], None, load_config(["select.rejected=own", "select.pairs=4"]))
-    assert [(r["item_id"], r["chosen"], r["rejected"], r["rejected_prompt"]) for r in pairs_of([done])] == [
+    assert [(r["item_id"], r["chosen"], r["rejected"], r["rejected_prompt"]) for r in iter_pairs([done])] == [
         ("0000001", "b5.png", "b3.png", "n0"),
         ("0000001-1", "b0.png", "b4.png", "n1"),
     ]  # b2 and b1 are right, too, but nothing wrong is left
     (done,) = run([record], None, load_config(["select.pairs=2"]))
-    assert [(r["chosen"], r["rejected"]) for r in pairs_of([done])] == [("b5.png", "n2.png"), ("b0.png", "n0.png")]
+    assert [(r["chosen"], r["rejected"]) for r in iter_pairs([done])] == [("b5.png", "n2.png"), ("b0.png", "n0.png")]
     (done,) = run([record], None, load_config(["select.rejected=own"]))
     assert "further_pairs" not in done
     # Near misses stand in for the first pair alone.
@@ -128,7 +128,7 @@ def test_further_pairs_are_of_other_images():
     )
     assert (done["chosen"], done["rejected"], "further_pairs" in done) == ("b0.png", "n0.png", False)
     (done,) = run([record], None, load_config(["select.rule=random", "select.rejected=own", "select.pairs=9"]))
-    assert len(list(pairs_of([done]))) == 3
+    assert len(list(iter_pairs([done]))) == 3
 
 
 @pytest.mark.usefixtures("omegaconf")

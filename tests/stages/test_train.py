@@ -17,16 +17,16 @@ from ospo_fast.pipeline import read_stage
 from ospo_fast.records import read_records
 from ospo_fast.stages import masks as masks_module
 from ospo_fast.stages import train as train_module
-from ospo_fast.stages.forward import hidden_states
+from ospo_fast.stages.teacher_forcing import hidden_states
 from ospo_fast.stages.train import (
     load_examples,
     loss_config,
     make_batch,
-    order,
-    partner_states,
-    pick,
     run,
+    select_training_pairs,
+    shuffled_indices,
     train,
+    unconditional_hidden_states,
     unconditional_loss,
 )
 
@@ -56,11 +56,13 @@ def records(made):
 
 
 def test_order_is_a_stream_of_shuffled_epochs():
-    stream = order(5, 1, 0, 20)
+    stream = shuffled_indices(5, 1, 0, 20)
     assert all(sorted(stream[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
     assert stream[:5] != stream[5:10]
-    assert [order(5, 1, start, 3) for start in range(17)] == [stream[start : start + 3] for start in range(17)]
-    assert order(5, 2, 0, 20) != stream
+    assert [shuffled_indices(5, 1, start, 3) for start in range(17)] == [
+        stream[start : start + 3] for start in range(17)
+    ]
+    assert shuffled_indices(5, 2, 0, 20) != stream
 
 
 def test_loss_config():
@@ -72,20 +74,24 @@ def test_loss_config():
 def test_pick(records, caplog):
     kept = [r["item_id"] for r in records if r["kept"]]
     assert len(kept) > 5
-    assert [r["item_id"] for r in pick(records[::-1], config())] == sorted(kept)
-    few = pick(records, config("train.max_pairs=3"))
-    assert [r["item_id"] for r in few] == [r["item_id"] for r in pick(records[::-1], config("train.max_pairs=3"))]
+    assert [r["item_id"] for r in select_training_pairs(records[::-1], config())] == sorted(kept)
+    few = select_training_pairs(records, config("train.max_pairs=3"))
+    assert [r["item_id"] for r in few] == [
+        r["item_id"] for r in select_training_pairs(records[::-1], config("train.max_pairs=3"))
+    ]
     assert len(few) == 3
-    capped = pick(records, config("train.max_pairs_per_kind=1"))
+    capped = select_training_pairs(records, config("train.max_pairs_per_kind=1"))
     assert len({r["kind"] for r in capped}) == len(capped) == len({r["kind"] for r in records if r["kept"]})
     unmasked = [{k: v for k, v in r.items() if k != "mask_path"} for r in records]
-    assert pick(unmasked, config()) == []
+    assert select_training_pairs(unmasked, config()) == []
     assert "no object mask" in caplog.text
-    assert len(pick(unmasked, config("masks.enabled=false"))) == len(kept)
+    assert len(select_training_pairs(unmasked, config("masks.enabled=false"))) == len(kept)
 
 
 def test_batch_groups(model, records, made):
-    examples, left_out = load_examples(pick(records, config("preset=full")), model, config("preset=full"), made)
+    examples, left_out = load_examples(
+        select_training_pairs(records, config("preset=full")), model, config("preset=full"), made
+    )
     assert not left_out
     examples = examples[:3]
     batch, masks = make_batch(model, examples, swapped=True)
@@ -132,7 +138,7 @@ def test_the_guidance_partner_is_trained_where_wanted(tiny, model, records, run_
     settings = config("train.steps=30", "train.schedule=constant", "train.learning_rate=1e-2")
     settings.train.loss.simpo_weight = settings.train.loss.sft_weight = 0.0
     settings.train.unconditional_weight = 1.0
-    examples, _ = load_examples(pick(records, settings), model, settings, run_folder)
+    examples, _ = load_examples(select_training_pairs(records, settings), model, settings, run_folder)
     with torch.no_grad():
         before = unconditional_loss(model, examples)
         # Of one example, against transformers' own classes: the codes after BOS, padding and begin-of-image.
@@ -151,13 +157,13 @@ def test_the_guidance_partner_is_trained_where_wanted(tiny, model, records, run_
 def test_the_distribution_under_guidance_is_trained_where_wanted(tiny, model, records, run_folder):
     settings = config("train.steps=30", "train.schedule=constant", "train.learning_rate=1e-2", "preset=full")
     settings.train.guidance_scale = 3.0
-    examples = load_examples(pick(records, settings), model, settings, run_folder)[0][:3]
+    examples = load_examples(select_training_pairs(records, settings), model, settings, run_folder)[0][:3]
     longer = examples[2].rejected_prompt + " on a white background"  # a swapped row with a partner of its own
     examples[2] = dataclasses.replace(examples[2], rejected_prompt=longer)
 
     def guided_loss():
         batch, masks = make_batch(model, examples, swapped=True)
-        partners = partner_states(model, examples, batch)
+        partners = unconditional_hidden_states(model, examples, batch)
         hidden, head = Head.of(model.head).guided(hidden_states(model, batch.embeds), partners, 3.0)
         return (
             hidden,
@@ -291,7 +297,7 @@ def test_what_is_missing_is_said(tiny, records, tmp_path, made):
 @pytest.mark.parametrize("preset", ["v3", "full"])
 def test_pairs_that_cannot_be_used_are_left_out(tiny, records, run_folder, preset, caplog):
     settings = config(f"preset={preset}", "train.steps=2")
-    pairs = pick(records, settings)
+    pairs = select_training_pairs(records, settings)
     long = " and a red circle" * 400
     pairs[0] = {**pairs[0], "prompt": pairs[0]["prompt"] + long}
     pairs[1] = {**pairs[1], "rejected_prompt": pairs[1]["rejected_prompt"] + long}
@@ -341,11 +347,11 @@ def test_online_masks_are_those_of_the_masks_stage_before_the_first_step(model, 
     monkeypatch.setattr(
         train_module.OSPOLoss, "forward", lambda self, *a, **k: seen.append(k["object_masks"]) or forward(self, *a, **k)
     )
-    pairs = pick(records, settings)
+    pairs = select_training_pairs(records, settings)
     stored = {e.item_id: e.masks for e in load_examples(pairs, model, config("preset=full"), made)[0]}
     examples, _ = load_examples(pairs, model, settings, made)
     assert all(example.masks is None and example.columns for example in examples)
-    chosen = [examples[i] for i in order(len(examples), settings.seed, 0, 3)]
+    chosen = [examples[i] for i in shuffled_indices(len(examples), settings.seed, 0, 3)]
     train(records, model, settings, out=run_folder)
     expected = torch.stack([stored[example.item_id][side] for side in (0, 1) for example in chosen])
     # The random model's attention is all but uniform: a cell at the threshold may fall on either side.
@@ -358,9 +364,9 @@ def test_online_masks_follow_the_policy(model, records, run_folder, monkeypatch)
     shutil.rmtree(run_folder / "masks")
     bare = [{k: v for k, v in r.items() if not k.startswith("mask")} for r in records]
     maps = []
-    made_of = masks_module.masks_of
+    made_of = masks_module.compute_masks
     monkeypatch.setattr(
-        masks_module, "masks_of", lambda capture, *a: maps.append(capture.maps.clone()) or made_of(capture, *a)
+        masks_module, "compute_masks", lambda capture, *a: maps.append(capture.maps.clone()) or made_of(capture, *a)
     )
     settings = config(ONLINE, "train.max_pairs=2", "train.accumulation=1", "train.learning_rate=1e-2")
     result = train(bare, model, settings, out=run_folder)
@@ -401,11 +407,14 @@ def test_variants_of_the_masks(model, records, run_folder, variant):
     train(records, model, settings, out=run_folder)
     assert len(lines(run_folder)) == 1
     stored = config(*variant, "train.steps=1")
-    assert load_examples(pick(records, stored)[:2], model, stored, run_folder)[0][0].masks is not None
+    assert load_examples(select_training_pairs(records, stored)[:2], model, stored, run_folder)[0][0].masks is not None
 
 
 def test_online_leaves_out_pairs_without_objects(model, records, made):
-    strange = [{**r, "nouns": ["zeppelin"]} if n == 0 else r for n, r in enumerate(pick(records, config(ONLINE)))]
+    strange = [
+        {**r, "nouns": ["zeppelin"]} if n == 0 else r
+        for n, r in enumerate(select_training_pairs(records, config(ONLINE)))
+    ]
     examples, left_out = load_examples(strange, model, config(ONLINE), made)
     assert len(examples) == len(strange) - 1
     assert "'zeppelin'" in left_out[strange[0]["item_id"]]

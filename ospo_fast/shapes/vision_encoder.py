@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration
 
-from ospo_fast.shapes.build import GRID, PATCH
 from ospo_fast.shapes.codebook import to_tensor
+from ospo_fast.shapes.model import GRID, PATCH
 from ospo_fast.shapes.render import CELL, render_array
 from ospo_fast.shapes.scenes import BACKGROUNDS, BOARD, COLORS, SHAPES, SIZES, Scene, random_scene
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 BATCH = 64
 LEARNING_RATE = 1e-3
 _CLASSES = {
@@ -81,5 +81,5 @@ def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dic
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0:
-            log.info("tower %d/%d: loss %.3f, right %s", step, steps, loss.item(), right)
+            logger.info("tower %d/%d: loss %.3f, right %s", step, steps, loss.item(), right)
     return right

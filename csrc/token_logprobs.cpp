@@ -155,7 +155,7 @@ const char* row_of(const void* first, Dtype dtype, int64_t index, int64_t width)
 
 }  // namespace
 
-void token_logprob(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
+void token_logprobs(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
                    float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int threads) {
     const bool in_place = dtype == Dtype::float32 && out == Dtype::float32;
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)

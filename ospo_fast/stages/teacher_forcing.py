@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OspoError
-from ospo_fast.ops._move import moved
+from ospo_fast.ops._transfer import to_device_packed
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -48,7 +48,7 @@ def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor
     for n, prompt in enumerate(prompts):
         ids[n, : len(prompt)] = prompt
         labels[n, len(prompt) : len(prompt) + size] = codes[n]
-    ids, labels, codes = moved((ids, labels, codes), model.device)
+    ids, labels, codes = to_device_packed((ids, labels, codes), model.device)
     text = model.embed_tokens(ids)
     image = model.embed_codes(codes)
     embeds = text.new_zeros(len(prompts), longest, text.shape[-1])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from ospo_fast.errors import OspoError
-from ospo_fast.records import pairs_of
+from ospo_fast.records import iter_pairs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,7 +128,7 @@ def mapping(value: object) -> Record:
 def pairs(record: Record) -> Iterator[Record]:
     """The item, and a record for each further pair of it."""
     further = [pair for pair in entries(record.get("further_pairs")) if isinstance(pair, dict)]
-    yield from cast("Iterator[Record]", pairs_of([cast(Any, {**record, "further_pairs": further})]))
+    yield from cast("Iterator[Record]", iter_pairs([cast(Any, {**record, "further_pairs": further})]))
 
 
 def kind_of(record: Record) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation.batching import Job, check_number, check_sampling
-from ospo_fast.generation.decoder import Buffers, Cache, LeanDecoder
-from ospo_fast.generation.graph import Replay, capturable
-from ospo_fast.generation.weights import Called, head_projection
+from ospo_fast.generation.decoder import Buffers, Cache, InferenceDecoder
+from ospo_fast.generation.graph import GraphRunner, capturable
+from ospo_fast.generation.projections import ModuleProjection, head_projection
+from ospo_fast.generation.requests import Request, check_number, check_sampling
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.sample_codes import draw_codes
 
@@ -45,7 +45,7 @@ class Engine:
         self.model = model
         self.signature = signature(model)
         self.tokens = model.grid[0] * model.grid[1]
-        self.decoder = LeanDecoder(model)
+        self.decoder = InferenceDecoder(model)
         self.decoder.positions(model.max_positions)
         self.head = head_projection(model.head, self.decoder.packed)
         self.table = torch.empty(model.num_codes, model.hidden_size, device=model.device, dtype=model.dtype)
@@ -62,12 +62,12 @@ class Engine:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """Hidden (M, D) → logits (M, V) of the codes, into `out`."""
-        if isinstance(self.head, Called) and self.decoder.device.type == "cpu":
-            return out.copy_(self.decoder.tiled(self.head, hidden))
+        if isinstance(self.head, ModuleProjection) and self.decoder.device.type == "cpu":
+            return out.copy_(self.decoder.run_padded(self.head, hidden))
         return self.head(hidden, out)
 
 
-class Canvas:
+class DecodeBatch:
     """Buffers for up to `slots` images of at most `length` positions; `rows` ≥ slots is how many the products have.
 
     Rows without an image are dummies: of length −1, which attention passes over.
@@ -88,7 +88,7 @@ class Canvas:
         self._where, self._lengths, self._active = torch.zeros(3, all_rows, dtype=torch.long, device=device)
         self._seeds, self._steps, self._codes, self._bad = torch.zeros(4, rows, dtype=torch.long, device=device)
         self._tokens = torch.zeros(rows, engine.tokens, dtype=torch.long, device=device)
-        self._replay = Replay(device, capture and capturable(decoder))
+        self._replay = GraphRunner(device, capture and capturable(decoder))
         self.steps: list[int] = []  # of each image drawn last: passes of the decoder, the prompt's included
 
     def serves(self, sampling: Sampling, images: int, length: int) -> bool:
@@ -96,7 +96,7 @@ class Canvas:
         room = images <= self.slots if self._engine.decoder.device.type == "cuda" else images == self.slots
         return self._sampling == sampling and room and length <= self._length
 
-    def draw(self, jobs: Sequence[Job]) -> tuple[Tensor, list[int]]:
+    def draw(self, jobs: Sequence[Request]) -> tuple[Tensor, list[int]]:
         """Codes (N, T) of the jobs, on the CPU, and for each the step at which its logits were wrong, or −1."""
         self._begin(jobs)
         for _ in range(self._engine.tokens - 1):
@@ -106,7 +106,7 @@ class Canvas:
         self.steps = [self._engine.tokens] * count
         return self._tokens[:count].cpu(), self._bad[:count].tolist()
 
-    def _begin(self, jobs: Sequence[Job]) -> None:
+    def _begin(self, jobs: Sequence[Request]) -> None:
         """Prompts into the cache, state to its start, first logits."""
         rows, slots, decoder = self._rows, self.slots, self._engine.decoder
         guided = self._sampling.branches == 2
@@ -146,7 +146,7 @@ class Canvas:
         if guided:
             blanks = [prompts[first[len(job.ids)]] for job in jobs]
             prompted = torch.tensor([not torch.equal(job.ids, blank) for job, blank in zip(jobs, blanks, strict=True)])
-            check_live(self._logits[: len(jobs)], self._logits[rows : rows + len(jobs)], prompted)
+            check_guidance_has_effect(self._logits[: len(jobs)], self._logits[rows : rows + len(jobs)], prompted)
 
     def _sample(self) -> None:
         sampling, rows = self._sampling, self._rows
@@ -176,7 +176,7 @@ class Canvas:
         self._steps += 1
 
 
-def check_live(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
+def check_guidance_has_effect(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
     """OspoError unless the branches (N, V) differ where prompts do: equal logits mean that no prompt reached the model.
 
     prompted (N,) bool, on the CPU: whether a prompt differs from its unconditional partner. Rows that are not finite

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.report.charts import histogram, line_chart
 from ospo_fast.report.inspector import DROPPED, KEPT, general, margin_of, reason_of, status_of
+from ospo_fast.report.load import STORES, entries, kind_of, mapping, number, pairs, text
 from ospo_fast.report.masks import SIDES, coverage, entropy, overlap
-from ospo_fast.report.reading import STORES, entries, kind_of, mapping, number, pairs, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
     from ospo_fast.report.images import Album
-    from ospo_fast.report.reading import Record, Run
+    from ospo_fast.report.load import Record, Run
 
 CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
     ("alignment", "Alignment", (0, 1)),

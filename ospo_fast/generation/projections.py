@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ospo_fast.ops.linear import PackedLinear, bias_of, gelu_
+from ospo_fast.ops.linear import PackedLinear, bias_or_zeros, gelu_
 
 
 class Projection(Protocol):
@@ -24,7 +24,7 @@ class Projection(Protocol):
 
 
 Kind = Callable[[Sequence[nn.Linear]], Projection]
-"""How plain layers of one input are read: `PackedLinear`, `Fused` or `Separate`."""
+"""How plain layers of one input are read: `PackedLinear`, `FusedProjection` or `UnfusedProjection`."""
 
 
 def is_plain(module: Any) -> bool:
@@ -32,7 +32,7 @@ def is_plain(module: Any) -> bool:
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
-class Fused:
+class FusedProjection:
     """Plain linear layers of one input as one product. A single layer is read in place; several are copied together."""
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
@@ -43,7 +43,7 @@ class Fused:
         else:
             self.weight = first.weight.new_empty(sum(m.out_features for m in modules), first.in_features)
         biased = any(m.bias is not None for m in modules)
-        self.bias = torch.cat([bias_of(m) for m in modules]) if biased else None
+        self.bias = torch.cat([bias_or_zeros(m) for m in modules]) if biased else None
         self.refresh()
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class Fused:
         if len(self._modules) > 1:
             torch.cat(tuple(m.weight for m in self._modules), out=self.weight)
         if self.bias is not None:
-            torch.cat([bias_of(m) for m in self._modules], out=self.bias)
+            torch.cat([bias_or_zeros(m) for m in self._modules], out=self.bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Projection`."""
@@ -60,12 +60,12 @@ class Fused:
         return torch.mm(x, weight, out=out) if self.bias is None else torch.addmm(self.bias, x, weight, out=out)
 
 
-class Separate:
+class UnfusedProjection:
     """Plain linear layers of one input, each read in place: for models whose weights fit the memory only once."""
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
         self._parts: list[tuple[Tensor, Tensor | None]]
-        self._parts = [(m.weight.detach(), None if m.bias is None else bias_of(m)) for m in modules]
+        self._parts = [(m.weight.detach(), None if m.bias is None else bias_or_zeros(m)) for m in modules]
         self._columns = sum(m.out_features for m in modules)
 
     def refresh(self) -> None:
@@ -85,7 +85,7 @@ class Separate:
         return out
 
 
-class Called:
+class ModuleProjection:
     """Modules as they are, adapters and hooks in force."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -106,7 +106,7 @@ def projection(modules: Sequence[nn.Module], kind: Kind) -> Projection:
     """The product of `modules`, which share their input; `kind` says how plain ones are fused."""
     plain = [module for module in modules if isinstance(module, nn.Linear) and is_plain(module)]
     if len(plain) < len(modules):
-        return Called(modules)
+        return ModuleProjection(modules)
     return kind(plain)
 
 
@@ -137,4 +137,4 @@ def head_projection(head: nn.Module, packed: bool) -> Projection:
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
         return PackedHead(first, last)
-    return Called([head])
+    return ModuleProjection([head])

@@ -19,7 +19,7 @@ from ospo_fast.ops import _dispatch
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class Chain:
+class ChunkedHead:
     """Head and buffers of one call; each chunk of at most `rows` rows uses the same buffers."""
 
     def __init__(
@@ -175,10 +175,10 @@ def _softmax_native(
     tensors = z.data_ptr(), numbers[z.dtype], _pointer(bias), labels.data_ptr(), _pointer(scales), logps.data_ptr()
     arguments = *tensors, numbers[dtype], write, *z.shape
     if not z.is_cuda:
-        native.token_logprob(*arguments, torch.get_num_threads())
+        native.token_logprobs(*arguments, torch.get_num_threads())
     else:
         try:
-            native.token_logprob_cuda(*arguments, *_dispatch.place(z.device))
+            native.token_logprobs_cuda(*arguments, *_dispatch.device_and_stream(z.device))
         except RuntimeError as error:
             raise OpError(
                 f"token_logprobs: the CUDA kernel failed on logits of {z.dtype} {tuple(z.shape)} on {z.device}: "

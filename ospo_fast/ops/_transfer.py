@@ -10,7 +10,7 @@ from torch import Tensor
 _ALIGNED = 16  # bytes: what Triton compiles kernels for
 
 
-def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def to_device_packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """CPU tensors on a device, contiguous: packed in pinned memory, so that one copy brings them over."""
     if device.type == "cpu":
         return [tensor.contiguous() for tensor in tensors]

@@ -10,8 +10,8 @@ import torch
 
 from ospo_fast.generation import ImageGenerator, graph
 from ospo_fast.generation import decoder as lean
-from ospo_fast.generation.batching import Job
-from ospo_fast.generation.canvas import Canvas, Engine, Sampling
+from ospo_fast.generation.decode_batch import DecodeBatch, Engine, Sampling
+from ospo_fast.generation.requests import Request
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.skinny_linear import skinny_linear
@@ -20,8 +20,8 @@ PROMPTS = ["a red circle", "two blue squares and a red circle", "a green cross",
 GUIDED, PLAIN = Sampling(5.0, 1.0, 0, 1.0), Sampling(1.0, 0.7, 20, 0.9)
 
 
-def jobs(model: JanusUnifiedModel, *indices: int) -> list[Job]:
-    return [Job(i, model.image_prompt(PROMPTS[i]), 10 + i) for i in indices]
+def jobs(model: JanusUnifiedModel, *indices: int) -> list[Request]:
+    return [Request(i, model.image_prompt(PROMPTS[i]), 10 + i) for i in indices]
 
 
 @pytest.mark.parametrize("sampling", [GUIDED, PLAIN])
@@ -29,10 +29,10 @@ def test_dummies_slots_and_what_was_drawn_before_change_nothing(tiny: JanusUnifi
     """As on a GPU: products of one size, whatever part of it the jobs fill, and memory that was used before."""
     with torch.no_grad():
         engine = Engine(tiny)
-        tight = Canvas(engine, 4, 4, 80, sampling, capture=False)
+        tight = DecodeBatch(engine, 4, 4, 80, sampling, capture=False)
         expected, bad = tight.draw(jobs(tiny, 0, 1, 2, 3))
         assert bad == [-1] * 4
-        wide = Canvas(engine, 16, 5, 128, sampling, capture=False)
+        wide = DecodeBatch(engine, 16, 5, 128, sampling, capture=False)
         wide._cache.keys.fill_(torch.nan)
         wide._cache.values.fill_(torch.nan)
         for order in ([3, 1, 0], [2], [0, 1, 2, 3]):
@@ -49,8 +49,8 @@ def test_a_graph_is_captured_once_and_replayed_for_all_steps_but_one(
 ) -> None:
     with torch.no_grad():
         engine = Engine(tiny)
-        eager = Canvas(engine, 4, 4, 80, GUIDED, capture=False)
-        captured = Canvas(engine, 4, 4, 80, GUIDED, capture=True)
+        eager = DecodeBatch(engine, 4, 4, 80, GUIDED, capture=False)
+        captured = DecodeBatch(engine, 4, 4, 80, GUIDED, capture=True)
         assert not captured._replay.capture  # not on the CPU
         captured._replay.capture = True
         for order in ([0, 1, 2, 3], [3, 1]):
@@ -80,16 +80,16 @@ def test_a_graph_is_captured_on_the_device_and_on_a_stream_of_its_own(monkeypatc
 
 @pytest.mark.usefixtures("interpreter")
 def test_the_path_of_a_gpu_draws_the_same(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused products, Triton kernels by the interpreter, prompts in filled-up pieces."""
+    """FusedProjection products, Triton kernels by the interpreter, prompts in filled-up pieces."""
     tiny.grid = (2, 3)
     sampling = Sampling(5.0, 0.0, 0, 1.0)
     with torch.no_grad():
-        expected, _ = Canvas(Engine(tiny), 3, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+        expected, _ = DecodeBatch(Engine(tiny), 3, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
         assert len(set(expected.flatten().tolist())) > 3
         monkeypatch.setattr(lean, "packed_linear_runs", bool)
         for op in ("add_rms_norm", "silu_mul", "decode_attention"):
             monkeypatch.setitem(_dispatch._KERNELS, op, {"triton": (True, "cpu")})
-        found, _ = Canvas(Engine(tiny), 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+        found, _ = DecodeBatch(Engine(tiny), 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
     assert torch.equal(found, expected)
 
 
@@ -107,14 +107,14 @@ def test_steps_of_few_rows_by_skinny_products_draw_the_same(
         return skinny_linear(x, *given, **more)
 
     with torch.no_grad():
-        expected, _ = Canvas(Engine(tiny), 3, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+        expected, _ = DecodeBatch(Engine(tiny), 3, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
         monkeypatch.setattr(lean, "packed_linear_runs", bool)
         monkeypatch.setattr(lean, "skinny_linear", counted)
         monkeypatch.setitem(_dispatch._KERNELS, "skinny_linear", {"triton": (True, "cpu")})
         engine = Engine(tiny)
         assert not engine.decoder._skinny  # off, and for bfloat16 on a GPU alone
         engine.decoder._skinny = True
-        found, _ = Canvas(engine, 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
+        found, _ = DecodeBatch(engine, 4, 3, 64, sampling, capture=False).draw(jobs(tiny, 0, 1, 2))
     assert torch.equal(found, expected)
     assert calls == [8] * (5 * 2 * 4)  # steps, layers, products; prompts are longer
 
@@ -133,8 +133,8 @@ def on_gpu(parts: tuple[Any, Any]) -> JanusUnifiedModel:
 @torch.no_grad()
 def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel, sampling: Sampling) -> None:
     engine = Engine(on_gpu)
-    eager = Canvas(engine, 64, 4, 128, sampling, capture=False)
-    captured = Canvas(engine, 64, 4, 128, sampling, capture=True)
+    eager = DecodeBatch(engine, 64, 4, 128, sampling, capture=False)
+    captured = DecodeBatch(engine, 64, 4, 128, sampling, capture=True)
     for order in ([0, 1, 2, 3], [2, 0], [0, 1, 2, 3]):  # the first batch captures, the others replay all but one step
         expected, found = eager.draw(jobs(on_gpu, *order)), captured.draw(jobs(on_gpu, *order))
         assert torch.equal(found[0], expected[0])
@@ -145,7 +145,7 @@ def test_a_captured_graph_draws_what_single_steps_draw(on_gpu: JanusUnifiedModel
 @pytest.mark.gpu
 @torch.no_grad()
 def test_capturing_does_nothing_yet_and_a_replay_does_a_step(on_gpu: JanusUnifiedModel) -> None:
-    captured = Canvas(Engine(on_gpu), 64, 4, 128, GUIDED, capture=True)
+    captured = DecodeBatch(Engine(on_gpu), 64, 4, 128, GUIDED, capture=True)
     drawn = jobs(on_gpu, 0, 1, 2)
     prompts = [len(job.ids) for job in drawn]
     captured._begin(drawn)
@@ -202,16 +202,16 @@ def test_nan_logits_fail_one_image_inside_a_graph(on_gpu: JanusUnifiedModel) -> 
 @pytest.mark.gpu
 def test_real_lack_of_memory_halves_the_batch(on_gpu: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes")
-    init = Canvas.__init__
+    init = DecodeBatch.__init__
     slots = []
 
-    def crowded(self: Canvas, engine: Engine, rows: int, count: int, *rest: Any, **more: Any) -> None:
+    def crowded(self: DecodeBatch, engine: Engine, rows: int, count: int, *rest: Any, **more: Any) -> None:
         slots.append(count)
         if count > 2:
             torch.empty(2**50, dtype=torch.uint8, device="cuda")
         init(self, engine, rows, count, *rest, **more)
 
-    monkeypatch.setattr(Canvas, "__init__", crowded)
+    monkeypatch.setattr(DecodeBatch, "__init__", crowded)
     assert torch.equal(ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes"), expected)
     assert slots[-1] == 2
 
@@ -222,19 +222,19 @@ def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
 ) -> None:
     """Memory runs out once a graph holds some: the graph goes, and with it all that the failed attempt had."""
     expected = ImageGenerator(on_gpu).generate(PROMPTS * 2, seeds=range(8), output="codes")
-    init, step, sample = Canvas.__init__, Canvas._step, Canvas._sample
+    init, step, sample = DecodeBatch.__init__, DecodeBatch._step, DecodeBatch._sample
     before: list[int] = []
 
-    def noted(self: Canvas, *given: Any, **more: Any) -> None:
+    def noted(self: DecodeBatch, *given: Any, **more: Any) -> None:
         before.append(torch.cuda.memory_reserved())
         init(self, *given, **more)
 
-    def large(self: Canvas) -> None:
+    def large(self: DecodeBatch) -> None:
         if torch.cuda.is_current_stream_capturing():
             self._large = torch.empty(2**31, dtype=torch.uint8, device="cuda")  # type: ignore[attr-defined]
         step(self)
 
-    def crowded(self: Canvas) -> None:
+    def crowded(self: DecodeBatch) -> None:
         sample(self)
         if self.slots > 2 and self._replay.graph is not None:
             torch.empty(2**50, dtype=torch.uint8, device="cuda")
@@ -243,9 +243,9 @@ def test_the_memory_of_a_graph_is_free_again_before_the_smaller_batch(
     with torch.no_grad():
         generator._current()
     torch.cuda.empty_cache()
-    monkeypatch.setattr(Canvas, "__init__", noted)
-    monkeypatch.setattr(Canvas, "_step", large)
-    monkeypatch.setattr(Canvas, "_sample", crowded)
+    monkeypatch.setattr(DecodeBatch, "__init__", noted)
+    monkeypatch.setattr(DecodeBatch, "_step", large)
+    monkeypatch.setattr(DecodeBatch, "_sample", crowded)
     assert torch.equal(generator.generate(PROMPTS * 2, seeds=range(8), output="codes"), expected)
     assert len(before) == 3  # 8, 4, 2
     # What the first steps allocate for good stays, such as workspaces; it is far less than the 2 GiB of the graph.
@@ -259,8 +259,8 @@ def test_skinny_products_are_captured(on_gpu: JanusUnifiedModel, monkeypatch: py
     monkeypatch.setattr(lean, "SKINNY", True)
     engine = Engine(on_gpu)
     assert engine.decoder._skinny
-    eager = Canvas(engine, 4, 4, 128, GUIDED, capture=False)
-    captured = Canvas(engine, 4, 4, 128, GUIDED, capture=True)
+    eager = DecodeBatch(engine, 4, 4, 128, GUIDED, capture=False)
+    captured = DecodeBatch(engine, 4, 4, 128, GUIDED, capture=True)
     for order in ([0, 1, 2, 3], [2, 0]):
         expected, found = eager.draw(jobs(on_gpu, *order)), captured.draw(jobs(on_gpu, *order))
         assert torch.equal(found[0], expected[0])
@@ -276,7 +276,7 @@ def test_a_step_of_skinny_products_is_as_exact(on_gpu: JanusUnifiedModel, monkey
     found = []
     for model, skinny in ((whole, False), (on_gpu, False), (on_gpu, True)):
         monkeypatch.setattr(lean, "SKINNY", skinny)
-        decoder = lean.LeanDecoder(model)
+        decoder = lean.InferenceDecoder(model)
         assert decoder._skinny == skinny
         decoder.positions(128)
         cache = lean.Cache(decoder, 4, 128)

@@ -1,11 +1,11 @@
 // Object masks and token weights on the GPU: one thread block per image, its objects side by side in one launch, and
 // nothing is waited for. Every float operation that decides a bit of a threshold or mask is spelt as an intrinsic, which
-// the compiler may not contract into FMA: the results are those of object_mask.cpp.
+// the compiler may not contract into FMA: the results are those of object_masks.cpp.
 #include <cfloat>
 #include <cmath>
 
 #include "common.h"
-#include "on_device.h"
+#include "device_guard.h"
 #include "shared_memory.h"
 
 namespace ospo {

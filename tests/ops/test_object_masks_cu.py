@@ -1,4 +1,4 @@
-"""The kernels of csrc/object_mask.cu on host threads: their arithmetic and synchronisation without a GPU.
+"""The kernels of csrc/object_masks.cu on host threads: their arithmetic and synchronisation without a GPU.
 
 Not tested so: what the compiler for the GPU makes of them, and the launch.
 """
@@ -46,11 +46,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C++ compiler and POSIX barriers")
     folder = tmp_path_factory.mktemp("object_mask")
-    source = (CSRC / "object_mask.cu").read_text()
+    source = (CSRC / "object_masks.cu").read_text()
     kernels = source[: source.index("}  // namespace\n\nint otsu_threshold_cuda")].replace(
         "extern __shared__ double room[];", "double* room = shared_room;"
     )
-    kernels = re.sub(r'#include "(on_device|shared_memory)\.h"\n', "", kernels)
+    kernels = re.sub(r'#include "(device_guard|shared_memory)\.h"\n', "", kernels)
     (folder / "kernels.cpp").write_text('#include "cuda_block.h"\n' + kernels + ENTRY)
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-gnu-unique", "-fPIC", "-shared", "-pthread"]
     flags += [f"-I{HERE}", f"-I{CSRC}"]

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ospo_fast.report import figures, inspector, masks
+from ospo_fast.report import inspector, masks, stats
 from ospo_fast.report.images import Album
-from ospo_fast.report.reading import Run, number
+from ospo_fast.report.load import Run, number
 
 
 def run_of(tmp_path, items, **fields):
@@ -45,11 +45,11 @@ def test_funnel_counts(tmp_path):
         item("b", pair=False, negative_prompt=["p", "q", "r"], base_metadata={}, negative_metadata={}),
     ]
     run = run_of(tmp_path, items)
-    steps = {step["name"]: (step["count"], step["of"]) for step in figures.funnel(run)}
+    steps = {step["name"]: (step["count"], step["of"]) for step in stats.funnel(run)}
     assert steps == {
         "prompts": (2, 2), "variants": (5, 6), "images": (4, 10), "base": (1, 2), "negative": (2, 2), "pairs": (1, 2),
     }  # fmt: skip
-    assert dict(figures.losses(run)) == {
+    assert dict(stats.losses(run)) == {
         "Variants left out": [("equals the prompt", 1)],
         "Prompts without a pair": [("no question could be read from the model's answer", 1)],
         "Base images turned down": [("no answer is yes", 1)],
@@ -83,7 +83,7 @@ def test_kinds_join_the_run_and_the_evaluation(tmp_path):
             "evaluation": {"by_kind": {"color1": {"before": 0.2, "after": 0.5, "n": 100}, "other": {"before": 1.0}}}
         },
     )
-    rows = {row["kind"]: row for row in figures.kinds(run)}
+    rows = {row["kind"]: row for row in stats.kinds(run)}
     assert list(rows) == ["color1", "layout", "other"]
     color = rows["color1"]
     assert (color["items"], color["pairs"], color["n"]) == (2, 1, 100)
@@ -107,22 +107,20 @@ def test_kinds_join_the_run_and_the_evaluation(tmp_path):
     ],
 )
 def test_standard_errors_are_found_wherever_they_are_given(summary, expected):
-    assert figures.headline(summary)["errors"]["after"] == expected
+    assert stats.headline(summary)["errors"]["after"] == expected
 
 
 def test_seeds_are_counted_and_their_note_is_said():
     seeds = {"training": [42], "sampling": [0, 1]}
-    assert figures.headline({"seeds": seeds})["seeds"] == "1 training, 2 sampling"
-    assert (
-        figures.headline({"seeds": {**seeds, "note": "as they are"}})["seeds"] == "1 training, 2 sampling; as they are"
-    )
-    assert figures.headline({})["seeds"] == ""
+    assert stats.headline({"seeds": seeds})["seeds"] == "1 training, 2 sampling"
+    assert stats.headline({"seeds": {**seeds, "note": "as they are"}})["seeds"] == "1 training, 2 sampling; as they are"
+    assert stats.headline({})["seeds"] == ""
 
 
 def test_gain_is_after_less_before():
-    assert figures.headline({"alignment_std": 0.02})["errors"]["gain"] == 0.02
-    assert figures.headline({"alignment_before": 0.4, "alignment_after": 0.35})["gain"] == pytest.approx(-0.05)
-    assert figures.headline({"alignment_before": 0.4})["gain"] is None
+    assert stats.headline({"alignment_std": 0.02})["errors"]["gain"] == 0.02
+    assert stats.headline({"alignment_before": 0.4, "alignment_after": 0.35})["gain"] == pytest.approx(-0.05)
+    assert stats.headline({"alignment_before": 0.4})["gain"] is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +171,7 @@ def test_mask_diagnostics():
     half[:2] = 0
     even, point = np.full((1, 4, 4), 0.3, np.float32), np.zeros((1, 4, 4), np.float32)
     point[0, 1, 2] = 1.0
-    found = figures.mask_diagnostics(
+    found = stats.mask_diagnostics(
         [
             {"chosen": {"maps": even, "union": full}, "rejected": {"maps": point, "union": half}},
             {"chosen": {"maps": even, "union": empty}, "rejected": {"maps": point, "union": empty}},
@@ -184,20 +182,20 @@ def test_mask_diagnostics():
     assert (found["chosen"], found["rejected"]) == (0.5, 0.25)
     assert found["overlap"] == 0.5  # two empty masks have no overlap to speak of
     assert found["entropy"] == pytest.approx(0.5)  # 1 for an even map, 0 for a single cell
-    assert figures.mask_diagnostics([]) is None
+    assert stats.mask_diagnostics([]) is None
 
 
 def test_mask_diagnostics_of_records():
     even, full = np.full((1, 4, 4), 0.3, np.float32), np.ones((4, 4), np.uint8)
     sides = {side: {"maps": even, "union": full} for side in ("chosen", "rejected")}
-    stats = {"layers": [5, 6], "chosen": {"entropy": [0.5, 0.25]}, "rejected": {"entropy": [0.7, None]}}
+    of_item = {"layers": [5, 6], "chosen": {"entropy": [0.5, 0.25]}, "rejected": {"entropy": [0.7, None]}}
     records = [
-        {"mask_stats": stats, "unmatched_objects": {"car": "not there"}},
+        {"mask_stats": of_item, "unmatched_objects": {"car": "not there"}},
         {"mask_stats": {"layers": 3}, "unmatched_objects": {"cup": "not there", "hat": "unknown"}},
         {"mask_stats": "none", "unmatched_objects": None},
         {},
     ]
-    found = figures.mask_diagnostics([sides], records)
+    found = stats.mask_diagnostics([sides], records)
     assert found["layers"] == [(5, pytest.approx(0.6)), (6, 0.25)]
     assert found["unmatched"] == [("not there", 2), ("unknown", 1)]
 
@@ -219,12 +217,12 @@ def test_gallery_counts_everything_and_shows_some(tmp_path):
         }
         for index in range(8)
     ]
-    found = figures.gallery(lines, Album(tmp_path), 3)
+    found = stats.gallery(lines, Album(tmp_path), 3)
     assert found is not None
     assert found["counts"] == {"mended": 3, "broken": 1, "right": 1, "wrong": 3}
     assert found["shown"] == {"mended": 1, "right": 1, "wrong": 1}
     assert [card["prompt"] for card in found["cards"]] == ["0", "2", "5"]
-    assert figures.gallery([{"prompt": "no images"}], Album(tmp_path), 3) is None
+    assert stats.gallery([{"prompt": "no images"}], Album(tmp_path), 3) is None
 
 
 def test_curves_take_what_is_finite_and_leave_out_the_rest():
@@ -233,8 +231,8 @@ def test_curves_take_what_is_finite_and_leave_out_the_rest():
         {"step": 2, "loss": float("inf")},
         {"step": 3, "loss": 1.0, "alignment": 0.5, "standard_error": 0.1},
     ]
-    charts = {chart["name"]: chart for chart in figures.curves(log)}
+    charts = {chart["name"]: chart for chart in stats.curves(log)}
     assert set(charts) == {"alignment", "loss"}
     assert charts["loss"]["last"] == 1.0
     assert "whisker" in charts["alignment"]["svg"]
-    assert figures.curves([]) == []
+    assert stats.curves([]) == []

@@ -108,7 +108,7 @@ def step_of(function: Callable[..., torch.Tensor], head: ospo_fast.Head) -> Step
 # ---------------------------------------------------------------- peers
 
 
-def features_of(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
+def code_embeddings(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
     if head.proj_weight is None:
         return hidden
     return F.gelu(F.linear(hidden, head.proj_weight, head.proj_bias))
@@ -117,30 +117,30 @@ def features_of(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
 def liger(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor, reduction: str = "none") -> torch.Tensor:
     module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
     loss = module.LigerFusedLinearCrossEntropyLoss(reduction=reduction)
-    return -loss(head.weight, features_of(hidden, head), labels, head.bias)
+    return -loss(head.weight, code_embeddings(hidden, head), labels, head.bias)
 
 
 def liger_simpo(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     module = importlib.import_module("liger_kernel.chunked_loss.simpo_loss")
     loss = module.LigerFusedLinearSimPOLoss(beta=5.0, gamma=0.5, compute_nll_loss=True)
     pairs = len(hidden) // 1152 if len(hidden) % 1152 == 0 else 1
-    features = features_of(hidden, head).view(2 * pairs, -1, head.weight.shape[1])
+    features = code_embeddings(hidden, head).view(2 * pairs, -1, head.weight.shape[1])
     return loss(head.weight, features, labels.view(2 * pairs, -1), head.bias)[0]
 
 
 def cut_cross_entropy(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     module = importlib.import_module("cut_cross_entropy")
-    return -module.linear_cross_entropy(features_of(hidden, head), head.weight, labels, reduction="none")
+    return -module.linear_cross_entropy(code_embeddings(hidden, head), head.weight, labels, reduction="none")
 
 
 def quack(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     module = importlib.import_module("quack.linear_cross_entropy")
-    return -module.chunked_linear_cross_entropy(features_of(hidden, head), head.weight, labels, reduction="sum")
+    return -module.chunked_linear_cross_entropy(code_embeddings(hidden, head), head.weight, labels, reduction="sum")
 
 
 def torch_linear_cross_entropy(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     options = torch.nn.LinearCrossEntropyOptions()  # by chunks
-    features, given = features_of(hidden, head), {"linear_bias": head.bias, "reduction": "sum", "options": options}
+    features, given = code_embeddings(hidden, head), {"linear_bias": head.bias, "reduction": "sum", "options": options}
     return -F.linear_cross_entropy(features, head.weight, labels, **given)
 
 
@@ -348,10 +348,10 @@ def run(out: Path, quick: bool) -> None:
     for shape in shapes:
         if chosen(shape.name):
             rows += measure(shape, where, dtype, quick)
-            path = write(rows, out, "token_logprob")
+            path = write(rows, out, "token_logprobs")
             plot([json.loads(line) for line in path.read_text().splitlines()], path.with_suffix(".png"))
         if shape is shapes[0] and chosen(f"{shape.name}, chunk_rows"):
             chunks = sweep(shape, where, dtype, quick)
-            write(chunks, out, "token_logprob_chunks")
+            write(chunks, out, "token_logprobs_chunks")
             show(chunks)
     show(rows)

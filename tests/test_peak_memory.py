@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from ospo_fast.memory import PeakMemory, lifetime_peak_mb, resident_mb
+from ospo_fast.peak_memory import PeakMemory, lifetime_peak_mb, resident_mb
 
 MB = 2**20
 
@@ -42,7 +42,7 @@ def test_a_peak_below_an_earlier_one_is_sampled():
 def test_what_was_measured_outside_stays():
     """A process that measures itself tells its parent the same peak as one that does not."""
     code = (
-        "import resource; from ospo_fast.memory import PeakMemory\n"
+        "import resource; from ospo_fast.peak_memory import PeakMemory\n"
         "held = bytearray(500 * 2**20); del held\n"
         "with PeakMemory(): pass\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ospo_fast.generation.background import Background, ImageWriter
+from ospo_fast.generation.image_writer import Background, ImageWriter
 from ospo_fast.models.janus import JanusUnifiedModel
 
 

@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "common.h"
-#include "on_device.h"
+#include "device_guard.h"
 
 namespace ospo {
 namespace {
@@ -305,7 +305,7 @@ void launch(const Arguments& a, int64_t rows, cudaStream_t stream) {
 
 }  // namespace
 
-int token_logprob_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
+int token_logprobs_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
                        float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream) {
     if (rows == 0) return cudaSuccess;
     if (rows > 0x7FFFFFFF || codes > 0x7FFFFFFF - 512 * 8) return cudaErrorInvalidValue;

@@ -34,11 +34,11 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 @dataclass
-class Limit:
+class BatchSizeLimit:
     """How many items fit the memory at once, as far as is known: running out of it lowers `most` for good."""
 
-    most: int
-    what: str  # an item's name
+    max_size: int
+    item_name: str  # an item's name
     remedy: str = "free some, or use a smaller dtype"
 
     def run(self, count: int, work: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
@@ -48,16 +48,16 @@ class Limit:
         """
         begin = 0
         while begin < count:
-            part = slice(begin, min(begin + self.most, count))
+            part = slice(begin, min(begin + self.max_size, count))
             results: list[T] = []
             try:
                 results.append(work(part))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                if self.most == 1:
+                if self.max_size == 1:
                     raise OspoError(
-                        f"not even one {self.what} fits the memory ({short(error)}); {self.remedy}"
+                        f"not even one {self.item_name} fits the memory ({short(error)}); {self.remedy}"
                     ) from error
             if results:
                 yield part, results.pop()
@@ -65,8 +65,10 @@ class Limit:
             else:
                 # Outside the handler: the exception held the tensors of the failed attempt.
                 release()
-                tried, self.most = self.most, max(1, min(self.most, part.stop - begin) // 2)
-                logger.warning("out of memory with %d %ss at once; going on with %d", tried, self.what, self.most)
+                tried, self.max_size = self.max_size, max(1, min(self.max_size, part.stop - begin) // 2)
+                logger.warning(
+                    "out of memory with %d %ss at once; going on with %d", tried, self.item_name, self.max_size
+                )
 
 
 def release() -> None:

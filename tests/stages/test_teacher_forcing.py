@@ -5,7 +5,7 @@ import torch
 
 from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
-from ospo_fast.stages.forward import hidden_states, mean_logprobs, teacher_forced
+from ospo_fast.stages.teacher_forcing import hidden_states, mean_logprobs, teacher_forced
 
 PROMPTS = ["a red circle", "a small red circle left of a large blue square on a gray background"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ospo_fast.errors import OspoError
-from ospo_fast.halving import Limit, out_of_memory
+from ospo_fast.oom import BatchSizeLimit, out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_parts_are_halved_and_later_ones_no_larger(caplog: pytest.LogCaptureFixt
             raise MemoryError
         return list(range(part.start, part.stop))
 
-    limit = Limit(8, "image")
+    limit = BatchSizeLimit(8, "image")
     with caplog.at_level(logging.WARNING):
         found = list(limit.run(11, work))
     assert [i for _, part in found for i in part] == list(range(11))
@@ -82,10 +82,10 @@ def test_an_item_that_does_not_fit_is_an_error_with_a_remedy() -> None:
     with pytest.raises(
         OspoError, match=r"^not even one image fits the memory \(CUDA error: out of memory\); buy some$"
     ):
-        list(Limit(4, "image", "buy some").run(2, never))
+        list(BatchSizeLimit(4, "image", "buy some").run(2, never))
 
     def wrong(part: slice) -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(Limit(4, "image").run(2, wrong))
+        list(BatchSizeLimit(4, "image").run(2, wrong))

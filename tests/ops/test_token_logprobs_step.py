@@ -24,7 +24,7 @@ def in_cpp(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None
 
     bias = None if bias is None else bias.float()
     pointers = [0 if t is None else t.data_ptr() for t in (z, bias, labels, scales, logps)]
-    _C.token_logprob(pointers[0], DTYPES[z.dtype], *pointers[1:], DTYPES[out], True, *z.shape, 2)
+    _C.token_logprobs(pointers[0], DTYPES[z.dtype], *pointers[1:], DTYPES[out], True, *z.shape, 2)
 
 
 def on_gpu(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, out: torch.dtype):
@@ -33,7 +33,7 @@ def on_gpu(z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None
     gpu = [None if t is None else t.cuda() for t in (z, bias, labels, scales, logps)]
     pointers = [0 if t is None else t.data_ptr() for t in gpu]
     arguments = pointers[0], DTYPES[z.dtype], *pointers[1:], DTYPES[out], True, *z.shape
-    _C.token_logprob_cuda(*arguments, 0, torch.cuda.current_stream().cuda_stream)
+    _C.token_logprobs_cuda(*arguments, 0, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     z.copy_(gpu[0])
     logps.copy_(gpu[4])
@@ -45,7 +45,7 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("host")
-    source = (ROOT / "csrc" / "token_logprob.cu").read_text()
+    source = (ROOT / "csrc" / "token_logprobs.cu").read_text()
     source, launches = re.subn(
         r"(row_in_\w+<[^>]*>)<<<grid, (\d+), 0, stream>>>\(a\)", r"launch_on_host(\1, grid, \2, a)", source
     )
@@ -59,15 +59,15 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 extern "C" int run(void* z, int dtype, void* bias, int64_t* labels, float* scales, float* logps, int out, int64_t rows,
                    int64_t codes, bool backwards) {
     host::backwards = backwards;
-    return ospo::token_logprob_cuda(z, ospo::Dtype{dtype}, bias, labels, scales, logps, ospo::Dtype{out}, true, rows,
+    return ospo::token_logprobs_cuda(z, ospo::Dtype{dtype}, bias, labels, scales, logps, ospo::Dtype{out}, true, rows,
                                     codes, 0, nullptr);
 }
 """
-    (folder / "token_logprob.cpp").write_text(source)
+    (folder / "token_logprobs.cpp").write_text(source)
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-gnu-unique", "-DOSPO_CUDA=1", f"-I{ROOT / 'csrc'}"]
     header = Path(__file__).with_name("cuda_on_host.h")
     library = folder / "step.so"
-    subprocess.run([compiler, *flags, "-include", header, folder / "token_logprob.cpp", "-o", library], check=True)
+    subprocess.run([compiler, *flags, "-include", header, folder / "token_logprobs.cpp", "-o", library], check=True)
     return ctypes.CDLL(library)
 
 

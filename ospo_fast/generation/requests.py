@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError, some_failed
-from ospo_fast.generation.decoder import CPU_BYTES, LeanDecoder
-from ospo_fast.halving import Limit
+from ospo_fast.generation.decoder import CPU_BYTES, InferenceDecoder
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.oom import BatchSizeLimit
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,13 +42,13 @@ class GenerationError(OspoError):
         self.failed = failed
 
     @classmethod
-    def of(cls, what: str, results: Any, failed: dict[int, str]) -> GenerationError:
+    def from_failures(cls, what: str, results: Any, failed: dict[int, str]) -> GenerationError:
         """The error for `failed` items of a call; its message names the first three."""
         return cls(some_failed(what, [failed[i] for i in sorted(failed)], len(results)), results, failed)
 
 
 @contextmanager
-def evaluating(model: UnifiedModel) -> Iterator[None]:
+def eval_mode(model: UnifiedModel) -> Iterator[None]:
     """Evaluation mode for the time of the context: a policy in training draws without its dropout."""
     training = [module for module in model.module.modules() if module.training]
     for module in training:
@@ -61,7 +61,7 @@ def evaluating(model: UnifiedModel) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Job:
+class Request:
     """One row to generate: its place in the output, its prompt (S,) and its seed as int64."""
 
     index: int
@@ -69,7 +69,7 @@ class Job:
     seed: int
 
 
-def make_jobs(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[Job]:
+def make_requests(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[Request]:
     """One job per prompt; UsageError unless there is one integer seed each."""
     count = len(prompts)
     if isinstance(seeds, Tensor) and seeds.dim() != 1:
@@ -80,7 +80,7 @@ def make_jobs(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor) -> list[
         raise UsageError(f"seeds: got {seeds!r}, expected {count} of them, one for each image or text") from None
     if len(values) != count:
         raise UsageError(f"seeds: got {len(values)} of them, expected {count}, one for each image or text")
-    return [Job(i, ids, _seed(i, seed)) for i, (ids, seed) in enumerate(zip(prompts, values, strict=True))]
+    return [Request(i, ids, _seed(i, seed)) for i, (ids, seed) in enumerate(zip(prompts, values, strict=True))]
 
 
 def _seed(place: int, value: Any) -> int:
@@ -117,10 +117,10 @@ def by_length(jobs: Sequence[T], length: Callable[[T], int], batch_size: int) ->
     ]
 
 
-def full_batch(decoder: LeanDecoder, batch_size: int | None, size: int, tokens: int = 1) -> int:
+def full_batch(decoder: InferenceDecoder, batch_size: int | None, size: int, tokens: int = 1) -> int:
     """How many jobs products have rows for on a GPU, whatever part of them the memory and the jobs fill.
 
-    tokens: of each job that run in one step, as for `fitting`.
+    tokens: of each job that run in one step, as for `max_batch_size`.
     """
     return max(size, batch_size or (max(1, CUDA_ROWS // tokens) if decoder.device.type == "cuda" else size))
 
@@ -153,7 +153,7 @@ def check_sampling(temperature: float, top_p: float, unit: str) -> None:
         raise UsageError(f"top_p: got {top_p}, expected a number in (0, 1]; 1 keeps all {unit}s")
 
 
-def fitting(decoder: LeanDecoder, bytes_per_job: int, tokens: int = 1) -> int:
+def max_batch_size(decoder: InferenceDecoder, bytes_per_job: int, tokens: int = 1) -> int:
     """How many jobs to run at once: as many as the free memory takes, up to where more of them gain nothing."""
     if decoder.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(decoder.device)
@@ -163,13 +163,13 @@ def fitting(decoder: LeanDecoder, bytes_per_job: int, tokens: int = 1) -> int:
 
 
 def run_batches(
-    batches: Sequence[list[T]], work: Callable[[list[T], int], R], limit: Limit
+    batches: Sequence[list[T]], work: Callable[[list[T], int], R], limit: BatchSizeLimit
 ) -> Iterator[tuple[list[T], R]]:
-    """Yield each batch with work(batch, limit.most); one that does not fit the memory is halved and tried again."""
+    """Yield each batch with work(batch, limit.max_size); one that does not fit the memory is halved and tried again."""
     for batch in batches:
 
         def part_of(part: slice, batch: list[T] = batch) -> R:
-            return work(batch[part], limit.most)
+            return work(batch[part], limit.max_size)
 
         for part, result in limit.run(len(batch), part_of):
             yield batch[part], result

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from ospo_fast.stages import objects
-from ospo_fast.stages.objects import nouns_of, object_spans, spans_of, tokens_by_substring, tokens_of
+from ospo_fast.stages import object_tokens
+from ospo_fast.stages.object_tokens import extract_nouns, find_spans, find_tokens, object_spans, tokens_by_substring
 
 
 def nouns(prompt, concepts="", relation="", **fields):
-    return nouns_of({"prompt": prompt, "concepts_and_relations": concepts, "relation": relation, **fields})
+    return extract_nouns({"prompt": prompt, "concepts_and_relations": concepts, "relation": relation, **fields})
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_given_nouns_win_and_places_are_no_objects():
     ],
 )
 def test_spans(noun, prompt, found):
-    assert [prompt[a:b] for a, b in spans_of(noun, prompt)] == found
+    assert [prompt[a:b] for a, b in find_spans(noun, prompt)] == found
 
 
 def test_object_spans():
@@ -71,9 +71,9 @@ def test_object_spans():
 def test_tokens_by_offsets():
     prompt = "a carpet under a car"
     offsets = [None, (0, 1), (2, 5), (5, 8), (9, 14), (15, 16), (17, 20), None]
-    assert tokens_of("car", prompt, offsets) == [6]
-    assert tokens_of("carpet", prompt, offsets) == [2, 3]
-    assert tokens_of("boat", prompt, offsets) == []
+    assert find_tokens("car", prompt, offsets) == [6]
+    assert find_tokens("carpet", prompt, offsets) == [2, 3]
+    assert find_tokens("boat", prompt, offsets) == []
 
 
 def test_tokens_by_substring_find_too_much():
@@ -91,7 +91,7 @@ def test_spacy_where_it_is_installed(monkeypatch):
     """A stand-in for its pipeline: compounds are one object, and without a noun the rule of words goes on."""
     words = [("a", "DET", ""), ("ceiling", "NOUN", "compound"), ("fan", "NOUN", "pobj"), ("Rex", "PROPN", "")]
     tagged = [Token(*word) for word in words]
-    monkeypatch.setattr(objects, "_spacy", lambda: lambda prompt: tagged if "fan" in prompt else [])
+    monkeypatch.setattr(object_tokens, "_spacy", lambda: lambda prompt: tagged if "fan" in prompt else [])
     assert nouns("a ceiling fan above Rex") == ["ceiling fan", "Rex"]
     assert nouns("a red car") == ["car"]
     # The model's own analysis comes first.
@@ -99,8 +99,8 @@ def test_spacy_where_it_is_installed(monkeypatch):
 
 
 def test_without_spacy(monkeypatch):
-    objects._spacy.cache_clear()
+    object_tokens._spacy.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
-    assert objects._spacy() is None
-    objects._spacy.cache_clear()
+    assert object_tokens._spacy() is None
+    object_tokens._spacy.cache_clear()
     assert nouns("a red car") == ["car"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ospo_fast.records import ObjectSpan, Record
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PLACES = (
     "left right top bottom side row rows column columns front behind range middle center centre corner edge above "
@@ -30,7 +30,7 @@ _WORD_OR_MARK = re.compile(_WORD.pattern + r"|[^\w\s]")
 _LEADING = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|eight|nine|ten)\s+", re.IGNORECASE)
 
 
-def nouns_of(record: Record) -> list[str]:
+def extract_nouns(record: Record) -> list[str]:
     """The objects of an item's prompt, in order.
 
     Where the record has `nouns`, those. Else from the model's own analysis: of each concept the longest ending that a
@@ -43,7 +43,7 @@ def nouns_of(record: Record) -> list[str]:
     else:
         concepts = re.split(r"[,;]", record.get("concepts_and_relations", ""))
         found = [noun for concept in concepts if (noun := _head(concept, _terms(record.get("relation", ""))))]
-        if not any(spans_of(noun, record["prompt"]) for noun in found):
+        if not any(find_spans(noun, record["prompt"]) for noun in found):
             found = _by_spacy(record["prompt"]) or _from_prompt(record["prompt"])
     unique: dict[str, str] = {}
     for noun in found:
@@ -74,7 +74,7 @@ def _spacy() -> Any | None:
 
         return spacy.load("en_core_web_sm", disable=["ner", "lemmatizer"])
     except (ImportError, OSError) as error:
-        log.debug("nouns are found without spaCy: %s", error)
+        logger.debug("nouns are found without spaCy: %s", error)
         return None
 
 
@@ -136,7 +136,7 @@ def _forms(noun: str) -> list[str]:
     return sorted((form for form in forms if len(form) > 1 or form == low), key=len, reverse=True)
 
 
-def spans_of(noun: str, prompt: str) -> list[tuple[int, int]]:
+def find_spans(noun: str, prompt: str) -> list[tuple[int, int]]:
     """Half-open character spans of a noun in the prompt: whole words, any case, singular or plural."""
     if not noun.strip():
         return []
@@ -144,12 +144,12 @@ def spans_of(noun: str, prompt: str) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", prompt, re.IGNORECASE)]
 
 
-def tokens_of(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None]) -> list[int]:
+def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None]) -> list[int]:
     """Indices of the tokens that share a character with one of the noun's spans.
 
     `offsets` gives per token its characters of the prompt, None for tokens of the chat template.
     """
-    spans = spans_of(noun, prompt)
+    spans = find_spans(noun, prompt)
     return [
         i
         for i, token in enumerate(offsets)
@@ -168,5 +168,5 @@ def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[in
 
 def object_spans(nouns: Sequence[str], prompt: str) -> list[ObjectSpan]:
     """The first span of every noun that the prompt holds."""
-    found = [(noun, spans_of(noun, prompt)) for noun in nouns]
+    found = [(noun, find_spans(noun, prompt)) for noun in nouns]
     return [{"text": noun, "start": spans[0][0], "end": spans[0][1]} for noun, spans in found if spans]

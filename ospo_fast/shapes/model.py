@@ -14,7 +14,7 @@ from transformers.models.janus.configuration_janus import JanusVisionConfig, Jan
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from ospo_fast.shapes import language
+from ospo_fast.shapes import grammar
 from ospo_fast.shapes.render import IMAGE_SIZE
 from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, COUNTS, KINDS, PLACES, RELATIONS, SHAPES, SIZES, descriptions
 
@@ -47,7 +47,7 @@ def _splitter() -> Any:
 def vocabulary() -> list[str]:
     """Every token, special ones first: the words of all prompts, questions and templates."""
     texts = [*COLORS, *SHAPES, *BACKGROUNDS, *SIZES, *COUNTS, *RELATIONS, *PLACES, *KINDS, "yes no Yes No none a"]
-    texts += [language.stage1_answer(d) for kind in KINDS for d in descriptions(kind)[-40:]]
+    texts += [grammar.stage1_answer(d) for kind in KINDS for d in descriptions(kind)[-40:]]
     texts += ["prompt replace: swap: drop: dense: questions: / on a background at the in and is are there the where"]
     texts += ["one object? two objects? Contrastive Prompt: Step 2. Prompt 1 Dense: Step 4. Prompt 2 Dense: Questions:"]
     splitter = _splitter()
