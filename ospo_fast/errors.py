@@ -1,10 +1,11 @@
-"""The exceptions that users see: one clear sentence each, saying what was given, what was expected and what helps."""
+"""Errors and failures. Each message says what was wrong, what was given, what is expected and what to do."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class OspoError(Exception):
-    """Something that the user can mend. The command line prints it and exits with code 1."""
+    """An error that the user can fix. The command line prints it and exits with code 1."""
 
 
 class UsageError(OspoError):
@@ -12,7 +13,20 @@ class UsageError(OspoError):
 
 
 class OpError(OspoError, ValueError):
-    """Tensors that an operation cannot take; names the operation, the argument, what it got and what it expects."""
+    """An operation got tensors that it cannot take. Names operation, argument, value and expectation."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one item, image, text or pair could not be processed. Functions return it in place of a result.
+
+    An item that fails does so alone: the others of its batch are processed, and its record keeps the reason.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 def some_failed(what: str, reasons: Sequence[str], total: int) -> str:

@@ -304,7 +304,7 @@ def test_heads_of_one_sequence_are_views() -> None:
 def test_a_pass_asks_once(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns and rows are checked and brought over once, and the backend is looked for once."""
     calls = []
-    for place, name in ((_dispatch, "resolve"), (ColumnRequest, "of"), (ColumnRequest, "to")):
+    for place, name in ((_dispatch, "resolve"), (ColumnRequest, "from_args"), (ColumnRequest, "to")):
         own = getattr(place, name)
         counted = lambda *a, own=own, name=name, **k: calls.append(name) or own(*a, **k)  # noqa: E731
         monkeypatch.setattr(place, name, staticmethod(counted) if name == "of" else counted)
