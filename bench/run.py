@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 METHOD = {"ablations", "demo", "mask_layers", "stages"}  # runs of the whole method on Shapes: up to hours, on the CPU
 
 
-NO_BENCHMARKS = {"run", "figures"}
+NO_BENCHMARKS = {"code_metrics", "figures", "run"}
 
 
 def names() -> list[str]:
