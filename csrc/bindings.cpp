@@ -161,9 +161,9 @@ void token_logprobs_cuda(uintptr_t logits, int dtype, uintptr_t bias, uintptr_t 
 }
 #endif
 
-void scale_rows(uintptr_t unit, uintptr_t places, uintptr_t scales, uintptr_t out, int dtype, int64_t rows,
+void scale_rows(uintptr_t dhidden, uintptr_t packed_row, uintptr_t scales, uintptr_t out, int dtype, int64_t rows,
                 int64_t width, int threads) {
-    ospo::scale_rows(at(unit), at(places), at(scales), at(out), ospo::Dtype{dtype}, rows, width, threads);
+    ospo::scale_rows(at(dhidden), at(packed_row), at(scales), at(out), ospo::Dtype{dtype}, rows, width, threads);
 }
 
 void pack_linear(uintptr_t weight, uintptr_t packed, int64_t columns, int64_t depth) {
@@ -292,7 +292,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("labels"), py::arg("scales"), py::arg("logps"), py::arg("out"), py::arg("write"), py::arg("rows"),
           py::arg("codes"), py::arg("device"), py::arg("stream"), release, "token_logprobs on a CUDA stream.");
 #endif
-    m.def("scale_rows", &scale_rows, py::arg("unit"), py::arg("places"), py::arg("scales"), py::arg("out"),
+    m.def("scale_rows", &scale_rows, py::arg("dhidden"), py::arg("packed_row"), py::arg("scales"), py::arg("out"),
           py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("threads"), release,
-          "out[i] = scales[i] * unit[places[i]], 0 for a negative place.");
+          "out[i] = scales[i] * dhidden[packed_row[i]], 0 for a negative packed_row.");
 }

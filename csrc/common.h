@@ -124,9 +124,9 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
 void token_logprobs(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
                    float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int threads);
 
-// out[i] = scales[i]·unit[places[i]]; zeros where places[i] < 0 or scales[i] is 0, whatever unit holds.
-void scale_rows(const void* unit, const int64_t* places, const float* scales, void* out, Dtype dtype, int64_t rows,
-                int64_t width, int threads);
+// out[i] = scales[i]·dhidden[packed_row[i]]; zeros where packed_row[i] < 0 or scales[i] is 0, even for NaN in dhidden.
+void scale_rows(const void* dhidden, const int64_t* packed_row, const float* scales, void* out, Dtype dtype,
+                int64_t rows, int64_t width, int threads);
 
 // token_logprobs.cu ---------------------------------------------------------------------------------------------------
 

@@ -179,15 +179,15 @@ void token_logprobs(void* logits, Dtype dtype, const float* bias, const int64_t*
     (void)threads;
 }
 
-void scale_rows(const void* unit, const int64_t* places, const float* scales, void* out, Dtype dtype, int64_t rows,
-                int64_t width, int threads) {
+void scale_rows(const void* dhidden, const int64_t* packed_row, const float* scales, void* out, Dtype dtype,
+                int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
     for (int64_t r = 0; r < rows; ++r) {
         char* const to = row_of(out, dtype, r, width);
-        if (places[r] < 0 || scales[r] == 0.0f) {
-            std::memset(to, 0, width * size_of(dtype));  // a row without a gradient is zero, even where its unit is NaN
+        if (packed_row[r] < 0 || scales[r] == 0.0f) {
+            std::memset(to, 0, width * size_of(dtype));  // a row without a gradient is zero, NaN or not
         } else {
-            scale_row(row_of(unit, dtype, places[r], width), scales[r], to, dtype, width);
+            scale_row(row_of(dhidden, dtype, packed_row[r], width), scales[r], to, dtype, width);
         }
     }
     (void)threads;

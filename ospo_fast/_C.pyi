@@ -109,7 +109,7 @@ def token_logprobs_cuda(
     stream: int,
 ) -> None: ...
 def scale_rows(
-    unit: int, places: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int
+    dhidden: int, packed_row: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int
 ) -> None: ...
 def draw_codes(
     cond: int,
