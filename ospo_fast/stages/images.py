@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, ImagesConfig
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import Failure, OspoError
 from ospo_fast.records import ImageVerdict, Record, stable_hash, write_atomic
+from ospo_fast.stages import StageContext
 from ospo_fast.stages.common import chunked, load_codes, open_image, png, prompt_error, save_codes
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def run(
     config: Config,
     *,
     out: Path | None = None,
+    context: StageContext | None = None,
     speed: Callable[[Throughput], None] | None = None,
 ) -> Iterator[Record]:
     """Every record with `base_metadata` and `negative_metadata`, which name the images that were drawn.
@@ -132,6 +134,8 @@ def run(
                 failed |= dict.fromkeys((unwritten.pop(n).path for n in wrong), "the model's logits were not finite")
                 if generator.throughput is not None:
                     fast = generator.throughput if fast is None else fast + generator.throughput
+                    if context is not None:
+                        context.report.drawing = fast.figures()
                     if speed is not None:
                         speed(fast)
             yield from written()
@@ -176,3 +180,10 @@ def _with_images(record: Record, plan: list[Drawing], failed: dict[str, str]) ->
     for variant, reason in bad.items():
         reasons[variant] = reason
     return {**record, "base_metadata": base, "negative_metadata": negative, "variant_reasons": reasons}
+
+
+def failure(record: Record) -> Failure | None:
+    """Return why images of an item are missing that its prompts ask for; None where all were generated."""
+    asked = enumerate(record.get("long_prompt", []))
+    missing = [n for n, prompt in asked if prompt and f"base_{n}" not in record["base_metadata"]]
+    return next((Failure(reason) for n in missing if (reason := record["variant_reasons"][n])), None)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import FurtherPair, ObjectSpan, Record, iter_pairs, locked, write_atomic, write_json
+from ospo_fast.stages import StageContext
 from ospo_fast.stages.common import chunked, locate, pair_codes, prompt_error
 from ospo_fast.stages.mask_stats import SIDES, item_stats, map_entropy
 from ospo_fast.stages.object_tokens import extract_nouns, find_tokens, object_spans, tokens_by_substring
@@ -284,7 +285,14 @@ def _choose_for_all(
     return {**choice, "rule": rule, "scores": mean, "objects": found.shape[1]}
 
 
-def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
+def run(
+    records: Iterable[Record],
+    model: UnifiedModel,
+    config: Config,
+    *,
+    out: Path | None = None,
+    context: StageContext | None = None,
+) -> Iterator[Record]:
     """Every record with `objects`, `mask_path` and `mask_stats`, or with `mask` null and a `mask_reason`.
 
     An item fails alone: one whose prompt is too long for the model or names no object, or whose images cannot be read.
@@ -462,3 +470,11 @@ def _official(path: Path) -> Tensor:
         shape = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise OspoError(f"{path} holds {shape}, expected an (H, W) tensor of 0 and 1")
     return mask.to(torch.uint8).contiguous()
+
+
+def failure(record: Record) -> Failure | None:
+    """Return why a pair of an item has no mask; None where all have one, and for an item without a pair."""
+    if not record.get("kept", "chosen" in record):
+        return None
+    reasons = (pair.get("mask_reason") for pair in iter_pairs([record]))
+    return next((Failure(reason) for reason in reasons if reason), None)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ospo_fast.config import Config
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import Failure, OspoError
 from ospo_fast.records import VARIANTS, Record, stable_hash
+from ospo_fast.stages import StageContext
 from ospo_fast.stages.common import (
     chunked,
     describe,
@@ -61,7 +62,14 @@ def parse_dense(answer: str) -> tuple[str, str]:
     return base, negative
 
 
-def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
+def run(
+    records: Iterable[Record],
+    model: UnifiedModel,
+    config: Config,
+    *,
+    out: Path | None = None,
+    context: StageContext | None = None,
+) -> Iterator[Record]:
     """Every record with `perturbed_method`, `negative_prompt`, `long_prompt`, `negative_long_prompt`, each of three.
 
     A variant whose answer failed, is empty, does not parse, repeats the prompt or is an excluded prompt (itself or in a
@@ -110,3 +118,10 @@ def _objection(prompt: str, negative: str, banned: frozenset[str]) -> str | None
     if prompt_key(negative) in banned:
         return "the variant is on the list of excluded prompts"
     return None
+
+
+def failure(record: Record) -> Failure | None:
+    """Return why no variant of an item could be used; None where one could."""
+    if any(record["long_prompt"]):
+        return None
+    return next((Failure(reason) for reason in record["variant_reasons"] if reason), None)

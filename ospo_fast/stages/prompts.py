@@ -13,11 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, nearest
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.records import Record, stable_hash
+from ospo_fast.stages import StageContext
 from ospo_fast.stages.common import (
     excluded,
     load_model_templates,
@@ -95,6 +96,26 @@ def wanted(templates: TemplateSet, config: Config) -> dict[str, int]:
     return {kind: config.prompts.counts.get(kind, entry.count) for kind, entry in templates.kinds.items()}
 
 
+def plan_counts(model: UnifiedModel, config: Config, shard: Any = None) -> dict[str, int]:
+    """Return how many prompts of each kind a call writes: of all kinds, or of those of a shard.
+
+    Where `prompts.file` takes the place of the stage: check the file and return no kinds.
+
+    Raises:
+        UsageError: a kind that the template set does not have, or a file of prompts that cannot be used.
+
+    """
+    templates = load_model_templates(model, config)
+    if config.prompts.file is not None:
+        if shard is not None:
+            raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
+        from_file(config, templates, model)
+        return {}
+    counts = wanted(templates, config)
+    kinds = list(counts) if shard is None else list(counts)[shard.index :: shard.count]
+    return {kind: counts[kind] for kind in kinds}
+
+
 def _item_id(templates: TemplateSet, counts: dict[str, int], kind: str, index: int) -> str:
     """Category digit and running number; each kind has its own range, so that kinds can be written side by side."""
     category = templates.kinds[kind].category
@@ -130,6 +151,7 @@ def run(
     config: Config,
     *,
     out: Path | None = None,
+    context: StageContext | None = None,
     kinds: Sequence[str] | None = None,
 ) -> Iterator[Record]:
     """New prompts until every kind has as many as wanted.
@@ -139,6 +161,7 @@ def run(
         model: writes the prompts.
         config: section `prompts`.
         out: not used; every stage takes it.
+        context: `shard` selects the kinds to write.
         kinds: the kinds to write; None: all.
 
     Yields:
@@ -159,7 +182,9 @@ def run(
     banned = excluded(config)
     total = len(existing)
     refused: Counter[str] = Counter()
-    for kind in templates.kinds if kinds is None else kinds:
+    if kinds is None:
+        kinds = list(plan_counts(model, config, None if context is None else context.shard))
+    for kind in kinds:
         accepted = [record for record in existing if record.get("kind") == kind]
         for record in _write_kind(accepted, model, config, templates, counts, kind, banned, refused):
             total += 1
@@ -272,3 +297,8 @@ def from_file(config: Config, templates: TemplateSet, model: UnifiedModel) -> li
         }
         for index, prompt in enumerate(unique.values())
     ]
+
+
+def failure(record: Record) -> Failure | None:
+    """Return None: an answer that is not accepted makes no record."""
+    return None

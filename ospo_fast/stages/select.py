@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ospo_fast.config import Config, SelectConfig
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.records import FurtherPair, ImageVerdict, Record, image_index, stable_hash, variant_index
+from ospo_fast.stages import StageContext
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -175,7 +176,12 @@ def _nearest(
 
 
 def run(
-    records: Iterable[Record], model: UnifiedModel | None, config: Config, *, out: Path | None = None
+    records: Iterable[Record],
+    model: UnifiedModel | None,
+    config: Config,
+    *,
+    out: Path | None = None,
+    context: StageContext | None = None,
 ) -> Iterator[Record]:
     """Every record with `kept`, and either the pair (chosen, rejected, scores, rejected_prompt) or a `reason`.
 
@@ -299,3 +305,8 @@ def _logprobs_of(prompt: str, model: UnifiedModel, batch_size: int, out: Path | 
         return mean_logprobs(model, [prompt] * len(paths), torch.stack(fine), batch_size=batch_size)
 
     return logprobs
+
+
+def failure(record: Record) -> Failure | None:
+    """Return None: an item without a pair is a decision, not a failure."""
+    return None

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.config import Config, LossConfig, TrainConfig
-from ospo_fast.errors import OspoError, some_failed
+from ospo_fast.errors import Failure, OspoError, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.records import Record, append_line, iter_pairs, stable_hash, write_atomic, write_json
+from ospo_fast.stages import StageContext
 from ospo_fast.stages.common import chunked, pair_codes, prompt_error
 from ospo_fast.stages.teacher_forcing import IGNORE, Batch, hidden_states, teacher_forced
 
@@ -94,6 +95,11 @@ def select_training_pairs(records: Iterable[Record], config: Config) -> list[Rec
 def uses_masks(config: Config) -> bool:
     """Whether the configured loss weights tokens by object masks."""
     return config.masks.enabled and loss_config(config.preset, config.train.loss).mask_alpha > 0
+
+
+def input_stage(config: Config) -> str:
+    """Return the stage whose records training reads."""
+    return "masks" if uses_masks(config) and config.train.masks == "stored" else "select"
 
 
 def mask_settings(config: Config) -> dict[str, Any]:
@@ -525,10 +531,40 @@ def train(
     return trainer.finish(metrics, left_out)
 
 
-def run(records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path | None = None) -> Iterator[Record]:
-    """Train on the records (see `train`) and hand them on."""
+def run(
+    records: Iterable[Record],
+    model: UnifiedModel,
+    config: Config,
+    *,
+    out: Path | None = None,
+    context: StageContext | None = None,
+) -> Iterator[Record]:
+    """Train on the records and yield nothing; see `train`.
+
+    `context.report` counts the steps of this call, and afterwards holds the steps of the run and the pairs that failed.
+    """
     if out is None:
         raise OspoError("train: got no run folder; give `out`, where the weights go.")
-    kept = list(records)
-    train(kept, model, config, out=out)
-    yield from kept
+    context = StageContext() if context is None else context
+
+    def advance(steps: int) -> None:
+        context.report.items += steps
+        if context.progress is not None:
+            context.progress(steps)
+
+    result = train(
+        records,
+        model,
+        config,
+        out=out,
+        evaluation=context.evaluation,
+        resume=context.resume,
+        progress=advance,
+    )
+    context.report.total, context.report.failed = result.steps, len(result.left_out)
+    yield from ()
+
+
+def failure(record: Record) -> Failure | None:
+    """Return None: the pairs that failed are in the report of the stage."""
+    return None
