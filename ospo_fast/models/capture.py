@@ -1,4 +1,4 @@
-"""Object attention maps from a forward pass that runs anyway, with the attention implementation the model has."""
+"""Object attention maps from a forward pass that runs anyway, with the model's own attention implementation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ospo_fast.errors import OpError, OspoError
 from ospo_fast.ops._transfer import to_device_packed
-from ospo_fast.ops.attention_columns import ColumnRequest
+from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Bounds = tuple["int | Tensor", "int | Tensor"]
-
 _PREFIX = "ospo_capture|"
-# Attention modules under capture. The functions that transformers' registries hold stay there for good, one per
-# implementation; they look here for what to capture, and without an entry they only run the attention.
+# Attention modules under capture, by id. transformers' registries have no way to unregister, so a wrapper stays there
+# once it is registered. It looks up its module here, and without an entry it only runs the attention.
 _ACTIVE: dict[int, AttentionCapture] = {}
-# Operations whose second result is the natural log-sum-exp of the rows, (B, H, S or more); of those marked True the
-# fifth argument says whether to compute it.
-_TELL_LSE = {
+# Operations whose second result is the natural log-sum-exp of the rows, (B, H, at least S). True: the fifth argument
+# says whether to compute it.
+_LSE_OPS = {
     "aten::_scaled_dot_product_flash_attention": False,
     "aten::_scaled_dot_product_flash_attention_for_cpu": False,
     "aten::_scaled_dot_product_fused_attention_overrideable": False,
@@ -38,82 +36,85 @@ _TELL_LSE = {
 
 
 class _StopForward(BaseException):
-    """Ends a forward pass whose rest nobody wants. No error, so it passes by what handles errors."""
+    """Ends a forward pass after the last captured layer. Not an Exception: the model's own handlers must not see it."""
 
     def __init__(self, capture: AttentionCapture) -> None:
         self.capture = capture
 
 
-class _Watch(TorchDispatchMode):
-    """Keeps the log-sum-exp that the attention running inside computes anyway, and the dtype it ran in."""
+class _LseRecorder(TorchDispatchMode):
+    """Records the log-sum-exp and the dtype of the attention that runs inside.
+
+    Fused attentions return the log-sum-exp to autograd but not to their caller, so it is read below autograd, where
+    the operation itself is dispatched.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.lse: Tensor | None = None
+        self._lse: Tensor | None = None
         self.dtype: torch.dtype | None = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        asks = _TELL_LSE.get(func._schema.name)
-        if asks and len(args) > 4:
+        has_flag = _LSE_OPS.get(func._schema.name)
+        if has_flag and len(args) > 4:
             args = (*args[:4], True, *args[5:])
         result = func(*args, **(kwargs or {}))
-        if asks is not None:
-            self.lse, self.dtype = result[1], args[0].dtype
+        if has_flag is not None:
+            self._lse, self.dtype = result[1], args[0].dtype
         return result
 
-    def of(self, q: Tensor) -> Tensor | None:
-        """The log-sum-exp (B, H, S) of these queries; None where the attention told none of that shape."""
-        lse = self.lse
+    def lse_of(self, q: Tensor) -> Tensor | None:
+        """The recorded log-sum-exp (B, H, S) if its shape fits q, else None."""
+        lse = self._lse
         if lse is None:
             return None
-        if lse.dim() == 4 and lse.shape[3] == 1:
+        if lse.dim() == 4 and lse.shape[3] == 1:  # cuDNN's
             lse = lse.squeeze(3)
         fits = lse.dim() == 3 and lse.shape[:2] == q.shape[:2] and lse.shape[2] >= q.shape[2]
         return lse[:, :, : q.shape[2]].detach() if fits else None
 
 
 class AttentionCapture:
-    """Mean attention of query rows on key columns, read off while the decoder runs.
+    """Context manager that captures the mean attention of query rows to key columns while the decoder runs.
 
-    maps[b, o, i] = mean over the layers and heads kept and over columns c of object o of the attention probability
-    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32 (float64 for a float64 decoder); `layer_maps` has
-    each layer's own, `head_maps` each head's. The model's own attention (sdpa, eager, flash …) computes the forward
-    pass; beside it `attention_columns` computes the few probabilities wanted, from the log-sum-exp of that attention
-    where it tells one (torch's fused attentions and flash-attn without padding do), else from its own. A GPU is waited
-    for once a pass where the decoder has an attention mask, to look at it; else not at all, where columns and rows are
-    given on the CPU.
+    maps[b, o, i] = mean over the captured layers and heads and over columns c of object o of the attention probability
+    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32 (float64 for a float64 decoder). `layer_maps` has the
+    maps of each layer. The maps carry no gradient.
+
+    The model's own attention (sdpa, eager, flash …) computes the forward pass, and `attention_columns` the captured
+    probabilities. It uses the log-sum-exp of the attention that ran (torch's fused attentions, and flash-attn without
+    padding); where there is none, it computes its own. With an attention mask a pass synchronizes the GPU once, to
+    inspect the mask. Without one it does not synchronize, provided that columns and rows are on the CPU.
 
         with AttentionCapture(model, columns=columns, rows=(prompt_length, tokens)) as capture:
             model.decoder(inputs_embeds=x, attention_mask=mask, use_cache=False)
         masks = object_masks(capture.maps)
 
-    One capture takes one forward pass over whole sequences (no key-value cache, none packed). Padding on either side is
-    left out by means of the attention mask that the decoder is given; apart from it rows see all keys up to themselves,
-    and another mask is refused. The maps carry no gradient; with gradient
-    checkpointing, leave the context before the backward pass. A decoder under torch.compile is compiled anew for the
-    context, with a graph break at each attention; under fullgraph=True torch refuses.
+    One capture takes one forward pass over whole sequences: no key-value cache, no packed sequences. Padding on either
+    side is excluded by the decoder's attention mask; apart from padding, the mask must be causal. With gradient
+    checkpointing, leave the context before the backward pass. A decoder under torch.compile is recompiled for the
+    context with a graph break at each attention; with fullgraph=True torch raises an error.
 
     Args:
         model: an adapter, or a transformers module with a Llama-like decoder.
         columns: (B, O, C) integers, the key positions of each object's tokens; −1 = none. An object with no column gets
             a map of zeros. Nested lists may be ragged.
         rows: (start, count): the positions of the image tokens; ints or (B,) tensors.
-        layers: which layers to average over, by index (negative from the end); default: all but the first and last
+        layers: indices of the layers to average over (negative from the end); default: all but the first and last
             `skip` where there are more than 2 · `skip` layers, else all.
         skip: 5 as in the official code.
-        heads: which heads to average over in these layers, by index (negative from the end); default: all.
-        by_head: keep the heads apart, for `head_maps`; the maps take as many times the memory.
+        heads: indices of the heads to average over in these layers (negative from the end); default: all.
         grid: (H, W) with H · W = count; default: the adapter's.
-        stop_early: end the forward pass after the last layer kept; it returns nothing then, so the forward call must be
-            the last statement of the context.
+        stop_early: end the forward pass after the last captured layer. The forward call must then be the last statement
+            of the context, because it does not return.
 
     Raises:
-        OspoError: layers or heads that are not there, a model that does not route its attention through transformers'
-            AttentionInterface, an unknown attention implementation, sliding windows and soft caps, attention that is
-            not causal, masks with holes, a decoder that is being captured already, a second forward pass, a grid that
-            does not fit.
+        OspoError: layers or heads out of range; a grid that does not fit; a model that does not route its attention
+            through transformers' AttentionInterface; an unknown attention implementation; sliding windows, soft caps,
+            attention that is not causal, masks with holes; a decoder that is already being captured; a second forward
+            pass.
         OpError: columns or rows outside the sequence.
 
     """
@@ -127,60 +128,46 @@ class AttentionCapture:
         layers: Sequence[int] | None = None,
         skip: int = 5,
         heads: Sequence[int] | None = None,
-        by_head: bool = False,
         grid: tuple[int, int] | None = None,
         stop_early: bool = False,
     ) -> None:
-        self._decoder: Any = _decoder_of(model)
-        self._columns = columns if isinstance(columns, Tensor) else _rectangular(columns)
+        self._decoder: Any = _find_decoder(model)
+        self._columns = columns if isinstance(columns, Tensor) else _pad_columns(columns)
         self._rows = rows
         self._stop_early = stop_early
         self._attention = [layer.self_attn for layer in self._decoder.layers]
-        self.layers = _kept(len(self._attention), layers, skip)
-        self._heads = None if heads is None else _indices("heads", heads, self._head_count())
-        self._by_head = by_head
-        self._grid = _grid_of(model, grid, rows)
+        count = len(self._attention)
+        if layers is None:
+            layers = range(skip, count - skip) if count > 2 * skip else range(count)
+        self.layers = _resolve_indices("layers", layers, count)
+        self._heads = None
+        if heads is not None:  # some configurations have no number of heads
+            self._heads = _resolve_indices("heads", heads, self._decoder.config.num_attention_heads)
+        self._grid = _resolve_grid(model, grid, rows)
         self._seen: set[int] = set()
         self._request: ColumnRequest | None = None
         self._maps: Tensor | None = None
         self._implementation: str | None = None
 
     @property
-    def heads(self) -> tuple[int, ...]:
-        """The heads kept, in ascending order."""
-        return tuple(range(self._head_count())) if self._heads is None else self._heads
-
-    def _head_count(self) -> int:
-        return int(self._decoder.config.num_attention_heads)
-
-    @property
     def maps(self) -> Tensor:
-        """(B, O, H, W), once the forward pass is through the layers kept."""
+        """(B, O, H, W): the mean of `layer_maps`. Raises OspoError before the forward pass."""
         return self.layer_maps.mean(0)
 
     @property
     def layer_maps(self) -> Tensor:
-        """(layers, B, O, H, W), in the order of `layers`; their mean is `maps`."""
-        return self._maps_by_head.mean(1)
+        """(layers, B, O, H, W), in the order of `layers`. Raises OspoError before the forward pass."""
+        maps = self._captured()
+        return maps.view(*maps.shape[:3], *self._grid)
 
-    @property
-    def head_maps(self) -> Tensor:
-        """(layers, heads, B, O, H, W), in the order of `layers` and `heads`; OspoError without `by_head`."""
-        if not self._by_head:
-            raise OspoError("capture: the heads were not kept apart; give by_head=True for head_maps")
-        return self._maps_by_head
-
-    @property
-    def _maps_by_head(self) -> Tensor:
-        """With each head by itself at dimension 1, or the mean over all heads alone."""
+    def _captured(self) -> Tensor:
+        """(layers, B, O, rows)."""
         if self._maps is None or len(self._seen) < len(self.layers):
             raise OspoError(
                 f"capture: {len(self._seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
             )
-        layers, sequences, objects = self._maps.shape[:3]
-        heads = len(self.heads) if self._by_head else 1
-        return self._maps.view(layers, sequences // heads, heads, objects, *self._grid).transpose(1, 2)
+        return self._maps
 
     def __enter__(self) -> Self:
         if any(id(module) in _ACTIVE for module in self._attention):
@@ -204,11 +191,8 @@ class AttentionCapture:
             _ACTIVE.pop(id(module), None)
         return isinstance(error, _StopForward) and error.capture is self
 
-    def _wants(self, module: Any) -> bool:
-        return int(module.layer_idx) in self.layers
-
-    def _take(
-        self, module: Any, q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any], watch: _Watch
+    def _capture_layer(
+        self, module: Any, q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any], recorder: _LseRecorder
     ) -> None:
         index = int(module.layer_idx)
         if index in self._seen:
@@ -218,44 +202,44 @@ class AttentionCapture:
                 f"capture: the decoder was called with {q.shape[2]} queries for {k.shape[2]} keys; "
                 "run whole sequences with use_cache=False"
             )
-        _refuse_unusual(module, options, q.shape[2])
-        dtype = watch.dtype or q.dtype  # autocast may have narrowed what the attention saw
+        _check_attention(module, options, q.shape[2])
+        dtype = recorder.dtype or q.dtype  # autocast may have narrowed what the attention got
         if self._request is None or self._maps is None:
-            # Looked at once: the layers of a pass share the mask, and looking waits for a GPU.
-            self._request = self._ask(q, mask).repeated(len(self.heads) if self._by_head else 1)
+            # Once per pass: the layers share the mask, and inspecting it synchronizes the GPU.
+            self._request = self._build_request(q, mask)
             shape = (len(self.layers), *self._request.columns.shape[:2], self._request.length)
-            kept = torch.float64 if dtype == torch.float64 else torch.float32
-            self._maps = torch.zeros(shape, dtype=kept, device=q.device)
-        q, k, lse = self._of_heads(q.detach().to(dtype), k.detach().to(dtype), watch.of(q))
+            maps_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            self._maps = torch.zeros(shape, dtype=maps_dtype, device=q.device)
+        q, k, lse = self._select_heads(q.detach().to(dtype), k.detach().to(dtype), recorder.lse_of(q))
         self._request.run(q, k, scale=options.get("scaling"), lse=lse, out=self._maps[self.layers.index(index)])
         self._seen.add(index)
+        if self._stop_early and len(self._seen) == len(self.layers):
+            raise _StopForward(self)
 
-    def _of_heads(self, q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The heads kept (B, heads, S, D); by_head as sequences of their own (B·heads, 1, S, D)."""
-        if self._heads is not None or self._by_head:
-            group = q.shape[1] // k.shape[1]
-            q, k = _picked(q, self.heads), _picked(k, [head // group for head in self.heads])
-            lse = None if lse is None else _picked(lse, self.heads)
-        if self._by_head:
-            q, k = _apart(q), _apart(k)
-            lse = None if lse is None else _apart(lse)
-        return q, k, lse
+    def _select_heads(self, q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The captured heads: q and k (B, heads, S, D), lse (B, heads, S)."""
+        if self._heads is None:
+            return q, k, lse
+        group = q.shape[1] // k.shape[1]
+        key_heads = [head // group for head in self._heads]
+        return (
+            _take_heads(q, self._heads),
+            _take_heads(k, key_heads),
+            lse if lse is None else _take_heads(lse, self._heads),
+        )
 
-    def _ask(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
+    def _build_request(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
         batch, _, length, _ = q.shape
         if self._columns.dim() == 3 and self._columns.shape[0] != batch:
             raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
         request = ColumnRequest.from_args(self._columns, batch, length, rows=self._rows)
         if mask is not None:
-            request = replace(request, key_start=_first_keys(mask, request))
+            request = replace(request, key_start=_first_visible_keys(mask, request))
         return request.to(q.device)
-
-    def _finished(self) -> bool:
-        return self._stop_early and len(self._seen) == len(self.layers)
 
 
 def _register(name: str, attention: nn.Module) -> None:
-    """Make `_PREFIX + name` known to transformers: the attention `name`, and the mask that it wants."""
+    """Register `_PREFIX + name` with transformers: the attention `name`, wrapped, and the kind of mask it expects."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -265,46 +249,46 @@ def _register(name: str, attention: nn.Module) -> None:
     if _PREFIX + name in ALL_ATTENTION_FUNCTIONS:
         return
     if name == "eager":
-        # Not in the registry: each model file brings its own.
-        own = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        # Not in the registry: each model file has its own.
+        function = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     else:
-        own = ALL_ATTENTION_FUNCTIONS.get(name)
-    if own is None or name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if function is None or name not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise OspoError(
             f"capture: the attention implementation {name!r} is not in transformers' AttentionInterface; "
             "load the model with attn_implementation='sdpa'"
         )
-    AttentionInterface.register(_PREFIX + name, _wrapper(name, own))
+    AttentionInterface.register(_PREFIX + name, _wrap(name, function))
     AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
-def _wrapper(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function `name` with a capture of modules in `_ACTIVE`."""
+
     @torch.compiler.disable
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         def run() -> Any:
-            # The attention may look up its own name, as transformers' flash attention does.
+            # The function may read its own name from the configuration, as transformers' flash attention does.
             captured, module.config._attn_implementation = module.config._attn_implementation, name
             try:
-                return own(module, query, key, value, mask, **kwargs)
+                return function(module, query, key, value, mask, **kwargs)
             finally:
                 module.config._attn_implementation = captured
 
         capture = _ACTIVE.get(id(module))
-        if capture is None or not capture._wants(module):
+        if capture is None or int(module.layer_idx) not in capture.layers:
             return run()
-        with _Watch() as watch:
+        with _LseRecorder() as recorder:
             result = run()
-        capture._take(module, query, key, mask, kwargs, watch)
-        if capture._finished():
-            raise _StopForward(capture)
+        capture._capture_layer(module, query, key, mask, kwargs, recorder)
         return result
 
     wrapped: Callable[..., Any] = attention
     return wrapped
 
 
-def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
-    """OspoError for attention that is no plain softmax over all earlier keys."""
+def _check_attention(module: Any, options: dict[str, Any], length: int) -> None:
+    """Raise OspoError for attention that is not a plain causal softmax over all earlier keys."""
     window = options.get("sliding_window") or getattr(module, "sliding_window", None)
     if window is not None and window < length:
         raise OspoError(
@@ -314,54 +298,54 @@ def _refuse_unusual(module: Any, options: dict[str, Any], length: int) -> None:
     causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise OspoError(
-            f"capture: layer {module.layer_idx} is not causal (is_causal=False), but maps are of causal attention; "
-            "leave the layer out by layers=, or capture a causal decoder"
+            f"capture: layer {module.layer_idx} is not causal (is_causal=False), expected causal attention; "
+            "exclude the layer by layers=, or capture a causal decoder"
         )
     if options.get("cu_seq_lens_q") is not None:
-        raise OspoError("capture: the decoder runs packed sequences (cu_seq_lens_q); give it padded ones, with a mask")
+        raise OspoError("capture: the decoder runs packed sequences (cu_seq_lens_q); give it padded ones with a mask")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise OspoError(f"capture: layer {module.layer_idx} changes its scores by {name}, which maps do not know")
+            raise OspoError(f"capture: layer {module.layer_idx} changes its scores by {name}, which is not supported")
 
 
-def _first_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
-    """(B,) on the CPU: the first key that the wanted rows may see, from any mask that transformers hands to attention.
+def _first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
+    """(B,) on the CPU: the first key that the captured rows see, from any mask that transformers gives to attention.
 
-    Waits for the device, once. OspoError for rows that see other keys than all from there up to themselves; what rows
-    of padding see is their own affair.
+    Synchronizes the device once. Raises OspoError where a captured row does not see exactly the keys from there up to
+    itself. Rows before that key are padding, and not checked.
     """
-    (batch, *_), length = request.columns.shape, request.positions
+    batch, length = len(request.columns), request.positions
     if mask.dim() not in (2, 4):
         raise OspoError(f"capture: got an attention mask of shape {tuple(mask.shape)}, expected (B, S) or (B, 1, S, S)")
     start, count = to_device_packed((request.row_start, request.row_count), mask.device)
-    last = (start + count - 1).clamp(0, length - 1)
+    last = (start + count - 1).clamp(0, length - 1)[:, None]
+    position = torch.arange(length, device=mask.device)
     if mask.dim() == 4:  # (B or 1, 1, S, S), bool or additive
-        row = torch.minimum(start[:, None] + torch.arange(max(request.length, 1), device=mask.device), last[:, None])
+        row = torch.minimum(start[:, None] + torch.arange(max(request.length, 1), device=mask.device), last)
         index = row[:, None, :, None].expand(-1, 1, -1, length)
         seen = mask[..., :length].expand(batch, -1, -1, -1)[:, :1].gather(2, index)[:, 0]  # (B, rows, S)
         seen = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
-    else:  # (B, S), flash attention's: the same for all rows, beside causality
-        row, seen = last[:, None], mask.expand(batch, -1).bool()[:, None]
-    position = torch.arange(length, device=mask.device)
-    up_to_itself = position <= row[..., None]
-    first = (seen & up_to_itself)[:, -1].long().argmax(1)
-    concerned = ((row >= first[:, None]) & (count > 0)[:, None])[..., None]
-    holes = (seen & up_to_itself) != (up_to_itself & (position >= first[:, None, None]))
-    later = seen & ~up_to_itself if mask.dim() == 4 else torch.zeros_like(seen)
-    *found, has_holes, has_later = torch.cat(
-        [first, *((wrong & concerned).any().long()[None] for wrong in (holes, later))]
-    ).tolist()
+    else:  # (B, S), flash attention's: the same for all rows, which are causal as well, so the last row tells all
+        row = last
+        seen = mask.expand(batch, -1).bool()[:, None] & (position <= row[..., None])
+    causal = position <= row[..., None]
+    first = (seen & causal)[:, -1].long().argmax(1)
+    expected = causal & (position >= first[:, None, None])
+    checked = ((row >= first[:, None]) & (count > 0)[:, None])[..., None]
+    later = (seen & ~causal & checked).any()
+    holes = (((seen & causal) != expected) & checked).any()
+    *first_keys, has_later, has_holes = torch.cat([first, torch.stack([later, holes]).long()]).tolist()
     if has_later:
         raise OspoError(
-            "capture: the attention mask shows wanted rows keys after themselves, but maps are of causal attention; "
+            "capture: the attention mask shows captured rows keys after themselves, expected causal attention; "
             "run the decoder with a causal mask"
         )
     if has_holes:
-        raise OspoError("capture: the attention mask has holes before the wanted rows; pad without gaps")
-    return torch.tensor(found, dtype=torch.long)
+        raise OspoError("capture: the attention mask has holes before the captured rows; pad without gaps")
+    return torch.tensor(first_keys, dtype=torch.long)
 
 
-def _decoder_of(model: Any) -> Any:
+def _find_decoder(model: Any) -> Any:
     decoder = getattr(model, "decoder", None) or model
     if not isinstance(decoder, nn.Module):
         raise OspoError(f"capture: got a {type(model).__name__}, expected a model adapter or a transformers module")
@@ -380,13 +364,8 @@ def _decoder_of(model: Any) -> Any:
     )
 
 
-def _kept(count: int, layers: Sequence[int] | None, skip: int) -> tuple[int, ...]:
-    if layers is None:
-        return tuple(range(skip, count - skip)) if count > 2 * skip else tuple(range(count))
-    return _indices("layers", layers, count)
-
-
-def _indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:
+def _resolve_indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:
+    """Sorted unique indices from 0."""
     if not len(given) or any(not -count <= index < count for index in given):
         raise OspoError(
             f"capture: {name} is {list(given)}, expected indices from {-count} to {count - 1}, at least one"
@@ -394,25 +373,20 @@ def _indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(sorted({index % count for index in given}))
 
 
-def _picked(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Some heads of x (B, H, …): a view of one or of neighbours, else a copy; no index that has to reach a GPU."""
+def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Heads of x (B, H, …) without an index tensor, which would have to be copied to the GPU."""
     first, last = heads[0], heads[-1]
     if list(heads) == list(range(first, last + 1)):
         return x[:, first : last + 1]
     return torch.stack([x[:, head] for head in heads], dim=1)
 
 
-def _apart(x: Tensor) -> Tensor:
-    """(B, H, …) → (B·H, 1, …); a view where B is 1."""
-    return x.flatten(0, 1)[:, None]
-
-
-def _grid_of(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int]:
+def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int]:
     count = int(rows[1].max()) if isinstance(rows[1], Tensor) else int(rows[1])
     if grid is None:
         grid = getattr(model, "grid", None)
     if grid is None:
-        raise OspoError("capture: this model tells no grid; give grid=(rows, columns) of the image tokens")
+        raise OspoError("capture: this model has no grid; give grid=(rows, columns) of the image tokens")
     if grid[0] * grid[1] != count:
         raise OspoError(
             f"capture: rows holds {count} positions, the grid {grid[0]} by {grid[1]}; give the grid= that fits"
@@ -420,12 +394,12 @@ def _grid_of(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[in
     return grid
 
 
-def _rectangular(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Nested lists of any lengths → (B, O, C), filled up with −1."""
+def _pad_columns(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Ragged nested lists → (B, O, C), padded with −1."""
     objects = max((len(item) for item in columns), default=0)
-    longest = max((len(found) for item in columns for found in item), default=0)
+    longest = max((len(tokens) for item in columns for tokens in item), default=0)
     table = torch.full((len(columns), objects, longest), -1, dtype=torch.long)
     for b, item in enumerate(columns):
-        for o, found in enumerate(item):
-            table[b, o, : len(found)] = torch.as_tensor(list(found), dtype=torch.long)
+        for o, tokens in enumerate(item):
+            table[b, o, : len(tokens)] = torch.as_tensor(list(tokens), dtype=torch.long)
     return table

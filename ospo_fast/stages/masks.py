@@ -139,14 +139,18 @@ def mask_capture(
         width = _widths(columns)[1]
         columns = [[[c] for o in item for c in [*o, *[-1] * (width - len(o))]] for item in columns]
     starts = lengths - int(settings.rows == "predicting")
-    return AttentionCapture(
+    capture_type = AttentionCapture
+    if settings.heads == "auto":
+        from ospo_fast.experimental.head_capture import HeadCapture
+
+        capture_type = HeadCapture
+    return capture_type(
         model,
         columns=columns,
         rows=(starts, tokens),
         layers=None if settings.layers == "auto" else settings.layers,
         skip=0 if settings.layers == "auto" else settings.skip_layers,
         heads=None if settings.heads == "auto" else settings.heads,
-        by_head=settings.heads == "auto",
         stop_early=stop_early,
     )
 
@@ -164,7 +168,7 @@ def compute_masks(
 
     layer_maps, picked, scores = capture.layer_maps, None, None
     if settings.heads == "auto":  # each head as if a layer of its own
-        layer_maps = capture.head_maps.flatten(0, 1)
+        layer_maps = capture.head_maps.flatten(0, 1)  # type: ignore[attr-defined]
     L, N, _, H, W = layer_maps.shape
     most, width = _widths(columns)
     table = torch.tensor([[len(o) for o in item] + [0] * (most - len(item)) for item in columns])
