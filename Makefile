@@ -1,8 +1,8 @@
-# Everything from a bare clone: `make demo` and `make test` create .venv, install with the tested versions, and run.
-#   PYTHON=python3.12   the interpreter that .venv is made with (3.10 to 3.13)
-#   DEMO_OUT=demo-out   where the demo writes
-#   ARGS="-k otsu"      further arguments of pytest or of the demo
-#   PART=all            which part of the GPU figures (1 to 4)
+# Run everything from a bare clone. `make demo` and `make test` create .venv and install the tested versions first.
+#   PYTHON=python3.12   interpreter of .venv (3.10 to 3.13)
+#   DEMO_OUT=demo-out   output folder of the demo
+#   ARGS="-k otsu"      more arguments for pytest or the demo
+#   PART=all            part of the GPU benchmark (1 to 4)
 
 PYTHON ?= python3
 DEMO_OUT ?= demo-out
@@ -17,7 +17,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make demo | test | gpu | gpu-wheels | lint | types | wheel | clean | install"
 
-# The editable install sees changes of Python files; changes of what is compiled or required bring it here again.
+# The install is editable: only changes of compiled sources and of requirements install again.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else f"ospo-fast needs Python 3.10 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,7 +32,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# The peers install into .whl for the run alone; without network the run does without those that are not there.
+# Wheels in .whl (from `make gpu-wheels`) are installed for the run alone. Missing peers are skipped.
 gpu: $(STAMP)
 	PYTHON=$(abspath $(BIN))/python bench/gpu.sh $(PART)
 
