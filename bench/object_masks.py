@@ -12,7 +12,7 @@ from _measure import chosen, interleaved, row, show, write
 from skimage.filters import threshold_otsu
 
 import ospo_fast
-from ospo_fast.ops.object_masks import object_masks_reference, object_weights
+from ospo_fast.ops.object_masks import object_masks_reference
 from ospo_fast.ops.otsu import otsu_threshold_reference
 from ospo_fast.ops.token_weights import token_weights_reference
 
@@ -65,10 +65,6 @@ def run(out: Path, quick: bool) -> None:
             "scikit-image": lambda x, _: skimage_masks(x),
             # What a GPU takes for the least of kernels: the floor of one that moves a few hundred kilobytes.
             **({"one launch": lambda _, x: one.zero_()} if device == "cuda" else {}),
-        },
-        "object_weights": {
-            "ospo_fast": lambda _, x: object_weights(x),
-            "in two steps": lambda _, x: ospo_fast.token_weights(ospo_fast.object_masks(x).union),
         },
         "token_weights": {
             "ospo_fast": lambda _, x: ospo_fast.token_weights(x[:, 0] > 0.7),

@@ -1,4 +1,4 @@
-// One new token per row against the keys and values of its slot: rotary embedding, cache write and attention at once.
+// One new token per row: rotary embedding, write to the KV cache, and attention to the positions of its cache slot.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -9,11 +9,10 @@
 namespace ospo {
 namespace {
 
-constexpr int64_t kMostVecs = 16;  // head_dim up to 256
+constexpr int64_t kMaxVecs = 16;  // head_dim up to 256
+constexpr int64_t kPrefetch = 16;  // positions ahead: caches of many rows come from memory
 
-constexpr int64_t kAhead = 16;  // positions: caches of many rows come from memory
-
-// x·cos + shift(x)·sin with x shifted by half its width; the sign of rotate_half is in the sine.
+// x·cos + shift(x)·sin, with x shifted by half its width. The sine holds the sign of rotate_half.
 OSPO_INLINE void rotate(const float* x, const float* cos, const float* sin, float scale, float* out, int64_t width) {
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; ++i) {
@@ -22,18 +21,18 @@ OSPO_INLINE void rotate(const float* x, const float* cos, const float* sin, floa
     }
 }
 
-// softmax(q·K)·V over `count` positions; VECS = head_dim / 16, or 0 for a count that is known at run time alone.
+// softmax(q·K)·V over `count` positions. VECS = head_dim / 16, or 0 to take it from width.
 template <int VECS>
 OSPO_INLINE void attend(const float* q, const float* keys, const float* values, int64_t count, int64_t width,
                         float* scores, float* out) {
     const int64_t vecs = VECS ? VECS : width / kLanes;
-    Vec query[VECS ? VECS : kMostVecs], acc[VECS ? VECS : kMostVecs][2];
+    Vec query[VECS ? VECS : kMaxVecs], acc[VECS ? VECS : kMaxVecs][2];
     for (int64_t i = 0; i < vecs; ++i) query[i] = load(q + i * kLanes);
-    float most = -std::numeric_limits<float>::infinity();
+    float max = -std::numeric_limits<float>::infinity();
     int64_t t = 0;
-    for (; t + 4 <= count; t += 4) {  // four sums at once share the instructions that add up the lanes
+    for (; t + 4 <= count; t += 4) {  // four positions share the instructions that add up the lanes
         Vec product[4];
-        for (int64_t i = 0; i < 4 * vecs; ++i) __builtin_prefetch(keys + (t + kAhead) * width + i * kLanes);
+        for (int64_t i = 0; i < 4 * vecs; ++i) __builtin_prefetch(keys + (t + kPrefetch) * width + i * kLanes);
         for (int64_t j = 0; j < 4; ++j) product[j] = query[0] * load(keys + (t + j) * width);
         for (int64_t i = 1; i < vecs; ++i)
             for (int64_t j = 0; j < 4; ++j) product[j] += query[i] * load(keys + (t + j) * width + i * kLanes);
@@ -45,18 +44,18 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
         for (int64_t i = 1; i < vecs; ++i) product += query[i] * load(keys + t * width + i * kLanes);
         scores[t] = sum(product);
     }
-    for (t = 0; t < count; ++t) most = scores[t] > most ? scores[t] : most;
+    for (t = 0; t < count; ++t) max = scores[t] > max ? scores[t] : max;
     Vec total{};
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     for (t = count; t < padded; ++t) scores[t] = -std::numeric_limits<float>::infinity();
     for (t = 0; t < padded; t += kLanes) {
-        const Vec p = exp(load(scores + t) - most);
+        const Vec p = exp(load(scores + t) - max);
         total += p;
         store(scores + t, p);
     }
     for (int64_t i = 0; i < vecs; ++i) acc[i][0] = acc[i][1] = Vec{};
     for (t = 0; t + 2 <= count; t += 2) {
-        for (int64_t i = 0; i < 2 * vecs; ++i) __builtin_prefetch(values + (t + kAhead) * width + i * kLanes);
+        for (int64_t i = 0; i < 2 * vecs; ++i) __builtin_prefetch(values + (t + kPrefetch) * width + i * kLanes);
         for (int64_t i = 0; i < vecs; ++i) {
             acc[i][0] += scores[t] * load(values + t * width + i * kLanes);
             acc[i][1] += scores[t + 1] * load(values + (t + 1) * width + i * kLanes);
@@ -83,7 +82,7 @@ OSPO_FMA_CLONES void attend_head(const float* q, const float* k, const float* v,
                                  float scale, float* keys, float* values, int64_t position, bool stored,
                                  int64_t queries, int64_t width, float* scores, float* out) {
     if (!stored) write_new(k, v, cos, sin, keys, values, position, width);
-    float query[kMostVecs * kLanes];
+    float query[kMaxVecs * kLanes];
     for (int64_t i = 0; i < queries; ++i) {
         rotate(q + i * width, cos, sin, scale, query, width);
         switch (width / kLanes) {
@@ -102,11 +101,11 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
                       int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
                       bool shared_slots, int threads) {
     const int64_t group = heads / kv_heads, row_width = (heads + 2 * kv_heads) * width;
-    const int64_t longest = *std::max_element(lengths, lengths + rows) + 1;
+    const int64_t max_length = *std::max_element(lengths, lengths + rows) + 1;
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows * kv_heads > 1)
     {
-        std::vector<float> scores(static_cast<size_t>(longest + kLanes));
-        if (shared_slots) {  // a row reads what others store: all of it first
+        std::vector<float> scores(static_cast<size_t>(max_length + kLanes));
+        if (shared_slots) {  // a row reads keys and values of others: store all of them first
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * kv_heads; ++item) {
                 const int64_t row = item / kv_heads, head = item % kv_heads, position = lengths[row];

@@ -1,4 +1,4 @@
-// What the CUDA runtime says of this machine, without creating a context.
+// Versions and error names of the CUDA runtime, without creating a context.
 #include "common.h"
 
 namespace ospo {

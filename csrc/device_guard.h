@@ -1,26 +1,26 @@
-// Which device is current while a kernel is launched. For the CUDA sources alone.
+// The current CUDA device during a launch.
 #pragma once
 
 namespace ospo {
 
-// Makes `device` current, and the one before it again at the end of the scope. Where `status` is an error, nothing was
-// changed and nothing may be launched.
-class OnDevice {
+// Make `device` current until the end of the scope. If `status` is an error, the device was not changed and nothing may
+// be launched.
+class DeviceGuard {
    public:
-    explicit OnDevice(int device) : status(cudaGetDevice(&before_)) {
-        if (status == cudaSuccess && before_ != device) {
+    explicit DeviceGuard(int device) : status(cudaGetDevice(&previous_)) {
+        if (status == cudaSuccess && previous_ != device) {
             status = cudaSetDevice(device);
             changed_ = status == cudaSuccess;
         }
     }
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(before_);
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
     }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
 
    private:
-    int before_ = 0;
+    int previous_ = 0;
     bool changed_ = false;
 
    public:

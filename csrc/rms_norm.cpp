@@ -1,4 +1,4 @@
-// stream += delta, then out = weight · stream / sqrt(mean(stream²) + eps), row by row.
+// residual += delta, then out = weight · residual / sqrt(mean(residual²) + eps), row by row.
 #include <cmath>
 
 #include "common.h"
@@ -7,33 +7,33 @@
 namespace ospo {
 namespace {
 
-OSPO_FMA_CLONES void normalise(const float* delta, float* stream, const float* weight, float* out, int64_t width,
+OSPO_FMA_CLONES void normalize(const float* delta, float* residual, const float* weight, float* out, int64_t width,
                                float eps) {
     Vec squares[4] = {};
-    float rest = 0.0f;
+    float tail = 0.0f;
     int64_t i = 0;
     for (; i + kLanes <= width; i += kLanes) {
-        Vec x = load(stream + i);
-        if (delta) store(stream + i, x += load(delta + i));
+        Vec x = load(residual + i);
+        if (delta) store(residual + i, x += load(delta + i));
         squares[i / kLanes % 4] += x * x;
     }
     for (; i < width; ++i) {
-        if (delta) stream[i] += delta[i];
-        rest += stream[i] * stream[i];
+        if (delta) residual[i] += delta[i];
+        tail += residual[i] * residual[i];
     }
-    const float mean = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / static_cast<float>(width);
+    const float mean = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + tail) / static_cast<float>(width);
     const float scale = 1.0f / std::sqrt(mean + eps);
-    for (i = 0; i + kLanes <= width; i += kLanes) store(out + i, load(weight + i) * (load(stream + i) * scale));
-    for (; i < width; ++i) out[i] = weight[i] * (stream[i] * scale);
+    for (i = 0; i + kLanes <= width; i += kLanes) store(out + i, load(weight + i) * (load(residual + i) * scale));
+    for (; i < width; ++i) out[i] = weight[i] * (residual[i] * scale);
 }
 
 }  // namespace
 
-void add_rms_norm(const float* delta, float* stream, const float* weight, float* out, int64_t rows, int64_t width,
+void add_rms_norm(const float* delta, float* residual, const float* weight, float* out, int64_t rows, int64_t width,
                   float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > 1 << 15)
     for (int64_t row = 0; row < rows; ++row)
-        normalise(delta ? delta + row * width : nullptr, stream + row * width, weight, out + row * width, width, eps);
+        normalize(delta ? delta + row * width : nullptr, residual + row * width, weight, out + row * width, width, eps);
     (void)threads;
 }
 

@@ -1,4 +1,4 @@
-// out = silu(gate) · up for rows that hold gate and up side by side.
+// out = silu(gate) · up, row by row.
 #include "common.h"
 #include "simd.h"
 

@@ -1,4 +1,4 @@
-// Vectors of 16 floats for the CPU kernels of the decoder. The compiler splits them where registers are narrower.
+// Vectors of 16 floats for the CPU kernels of the decoder. The compiler splits them for narrower registers.
 #pragma once
 
 #include <cstdint>
@@ -6,19 +6,18 @@
 
 #include "common.h"
 
-// Versions of a function as OSPO_CLONES (common.h), with FMA: results differ between machines by rounding, but never
-// between the rows of one call, nor with the number of rows or threads.
+// OSPO_CLONES (common.h) with FMA: results differ between machines by rounding, but on one machine they depend neither
+// on the number of rows nor on the number of threads.
 #if defined(__linux__) && defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define OSPO_FMA_CLONES \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("fp-contract=fast")))
-#else  // these names are not known there, and avx2 alone brings no FMA
+#else  // GCC 11 does not know these names, and avx2 alone brings no FMA
 #define OSPO_FMA_CLONES OSPO_CLONES __attribute__((optimize("fp-contract=fast")))
 #endif
 #else
 #define OSPO_FMA_CLONES
 #endif
-#define OSPO_INLINE inline __attribute__((always_inline))
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: all helpers are inlined
@@ -42,8 +41,8 @@ static OSPO_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v;
 #define OSPO_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (Int4{i, j, k, l}))
 #endif
 
-// The lanes folded to four: lane i of the result is the sum of lanes i, i + 4, i + 8 and i + 12.
-static OSPO_INLINE Vec4 folded(Vec v) {
+// Lane i of the result is the sum of lanes i, i + 4, i + 8 and i + 12.
+static OSPO_INLINE Vec4 fold(Vec v) {
     Vec8 a, b;
     std::memcpy(&a, &v, sizeof a);
     std::memcpy(&b, reinterpret_cast<const char*>(&v) + sizeof a, sizeof b);
@@ -55,28 +54,28 @@ static OSPO_INLINE Vec4 folded(Vec v) {
 }
 
 static OSPO_INLINE float sum(Vec v) {
-    const Vec4 c = folded(v);
+    const Vec4 c = fold(v);
     return (c[0] + c[2]) + (c[1] + c[3]);
 }
 
-// The four sums, each with the bits that `sum` gives it.
+// Four sums at once, each with the bits of `sum`.
 static OSPO_INLINE Vec4 sums(Vec v0, Vec v1, Vec v2, Vec v3) {
-    const Vec4 a = folded(v0), b = folded(v1), c = folded(v2), d = folded(v3);
-    // (a0 + a2, a1 + a3, b0 + b2, b1 + b3), and the same of c and d
+    const Vec4 a = fold(v0), b = fold(v1), c = fold(v2), d = fold(v3);
+    // ab = (a0 + a2, a1 + a3, b0 + b2, b1 + b3)
     const Vec4 ab = OSPO_SHUFFLE(a, b, 0, 1, 4, 5) + OSPO_SHUFFLE(a, b, 2, 3, 6, 7);
     const Vec4 cd = OSPO_SHUFFLE(c, d, 0, 1, 4, 5) + OSPO_SHUFFLE(c, d, 2, 3, 6, 7);
     return OSPO_SHUFFLE(ab, cd, 0, 2, 4, 6) + OSPO_SHUFFLE(ab, cd, 1, 3, 5, 7);
 }
 
-// exp to about one unit in the last place, 0 below -87 and infinite beyond 88; NaN stays NaN.
+// exp to about one ULP; 0 below -87, infinite above 88, NaN for NaN.
 static OSPO_INLINE Vec exp(Vec x) {
     const IntVec tiny = x < -87.0f, huge = x > 88.0f;
     x = tiny ? Vec{} - 87.0f : huge ? Vec{} + 88.0f : x;
     const Vec scaled = x * 1.44269504f;
     const IntVec n = __builtin_convertvector(scaled + (scaled > 0.0f ? Vec{} + 0.5f : Vec{} - 0.5f), IntVec);
     const Vec whole = __builtin_convertvector(n, Vec);
-    const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts, the first one exact
-    Vec p = Vec{} + 1.0f / 5040;  // Taylor's series: |r| <= ln 2 / 2
+    const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts; the first product is exact
+    Vec p = Vec{} + 1.0f / 5040;  // Taylor series; |r| <= ln 2 / 2
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;

@@ -1,14 +1,16 @@
-// The softmax step of token_logprobs on the GPU, one block per row. A row of up to 32768 logits of two bytes, or 16384
-// of fp32, is read from memory once and stays in registers. A longer one, or one that cannot be read 16 bytes at a
-// time, is read twice, the second time mostly from the second-level cache. Sums are fp32.
+// The softmax step of token_logprobs on the GPU, one block per row. A row of up to 32768 16-bit or 16384 fp32 logits is
+// read from memory once and stays in registers. A longer row, or one that cannot be read 16 bytes at a time, is read
+// twice, the second time mostly from the L2 cache. Sums are fp32.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "common.h"
-#include "device_guard.h"
+#include "launch.h"
 
 namespace ospo {
 namespace {
+
+constexpr int PER_THREAD = 32;  // logits of a row that a thread keeps in registers
 
 struct Arguments {
     void* logits;
@@ -39,19 +41,19 @@ __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// N values that are moved at once.
+// N values that are loaded or stored at once.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
     T value[N];
 };
 
-// 16 bytes of memory. As words: numbers of two bytes would take a register each, and moves.
+// 16 bytes. As an array of 16-bit numbers they would take a register each, and moves.
 struct alignas(16) Words {
     uint32_t word[4];
 };
 
 template <typename T>
-__device__ Words all(float value) {
+__device__ Words fill(float value) {
     Vector<T, 16 / sizeof(T)> vector;
     for (T& each : vector.value) each = narrow<T>(value);
     Words words;
@@ -64,7 +66,7 @@ __device__ Words load(const T* from) {
     return *reinterpret_cast<const Words*>(from);
 }
 
-// Logits pass through once: they leave the first-level cache to the bias, which every row reads.
+// Logits are read once, so they must not evict the bias, which every row reads, from the L1 cache.
 template <typename T>
 __device__ Words load_once(const T* from) {
     const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from));
@@ -90,30 +92,29 @@ __device__ void widen(const Words& from, float* value) {
     for (int i = 0; i < 4; ++i) widen_word(from.word[i], value + i * (4 / sizeof(T)), T{});
 }
 
-// e^x for x <= 0, 0 where that is below 2^-126: __expf looks for such results and scales them, which takes three more
-// instructions for every value.
+// e^x for x <= 0, and 0 where that is below 2^-126. __expf keeps such results, for three more instructions per value.
 __device__ float exponential(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
     return y;
 }
 
-// A largest value, and the sum of exp(z - most), of a part of a row.
+// Maximum and Σ exp(z − max) of a part of a row.
 struct Part {
-    float most, sum;
+    float max, sum;
 };
 
-// From this point exponents are taken; a part with nothing but -inf has the sum 0, not NaN.
-__device__ float origin(float most) { return most == -INFINITY ? 0.0f : most; }
+// What to subtract before exponentiation. Not -inf, so that the sum of a part with only -inf is 0 and not NaN.
+__device__ float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
 
 struct Merge {
     __device__ Part operator()(Part a, Part b) const {
-        const float most = fmaxf(a.most, b.most), at = origin(most);
-        return {most, a.sum * exponential(a.most - at) + b.sum * exponential(b.most - at)};
+        const float max = fmaxf(a.max, b.max), shift = shift_of(max);
+        return {max, a.sum * exponential(a.max - shift) + b.sum * exponential(b.max - shift)};
     }
 };
 
-struct Larger {
+struct Max {
     __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
@@ -122,11 +123,11 @@ struct Add {
 };
 
 __device__ float from_lane(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
-__device__ Part from_lane(Part part, int mask) { return {from_lane(part.most, mask), from_lane(part.sum, mask)}; }
+__device__ Part from_lane(Part part, int mask) { return {from_lane(part.max, mask), from_lane(part.sum, mask)}; }
 
-// The values of all threads as one, known to all of them. Once per kernel and operation: `shared` is not used again.
+// Reduce the values of all threads, to all threads. Each kernel may call an instance once: `shared` is not reused.
 template <int threads, typename Value, typename Operation>
-__device__ Value over_block(Value value, Operation operation) {
+__device__ Value reduce_block(Value value, Operation operation) {
     constexpr int warps = threads / 32;
     __shared__ Value shared[warps];
     for (int mask = 16; mask > 0; mask /= 2) value = operation(value, from_lane(value, mask));
@@ -137,28 +138,28 @@ __device__ Value over_block(Value value, Operation operation) {
     return value;
 }
 
-// The values of 16 bytes and of their bias, in fp32.
+// 16 bytes of logits plus their bias, in fp32.
 template <typename T>
 __device__ void add(const Words& row, const Words& bias, float* value) {
     constexpr int N = 16 / sizeof(T);
-    float shift[N];
+    float addend[N];
     widen<T>(row, value);
-    widen<T>(bias, shift);
+    widen<T>(bias, addend);
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] += shift[i];
+    for (int i = 0; i < N; ++i) value[i] += addend[i];
 }
 
-// Values first.. of a row with their bias, N of them: 16 bytes or one. `last` says that they are not read again.
+// N logits of a row from `first` on, plus their bias: 16 bytes, or one logit. `last`: they are not read again.
 template <typename T, int N, bool last>
-__device__ void logits_of(const T* row, const T* bias, int first, float* value) {
+__device__ void load_logits(const T* row, const T* bias, int first, float* value) {
     if constexpr (N == 1) {
         *value = widen(row[first]) + (bias ? widen(bias[first]) : 0.0f);
     } else {
-        add<T>(last ? load_once(row + first) : load(row + first), bias ? load(bias + first) : all<T>(0.0f), value);
+        add<T>(last ? load_once(row + first) : load(row + first), bias ? load(bias + first) : fill<T>(0.0f), value);
     }
 }
 
-// factor·exponential, of N values.
+// to = factor · exponential, N values.
 template <typename O, int N>
 __device__ void store(O* to, const float* exponential, float factor) {
     Vector<O, N> out;
@@ -167,11 +168,10 @@ __device__ void store(O* to, const float* exponential, float factor) {
     *reinterpret_cast<Vector<O, N>*>(to) = out;
 }
 
-// codes <= threads·per_thread, a multiple of the 16 / sizeof(T) values that a thread moves at once. 64 registers a
-// thread, so that one block loads while another computes.
-// Threads that a multiprocessor is to hold: at 1024 each has 64 registers, which sm_120 spills 4 bytes of for fp32.
+// Threads that a multiprocessor shall hold. With 1024, one block loads while another computes; each thread then has 64
+// registers, of which sm_120 would spill 4 bytes for fp32.
 template <typename T>
-constexpr int resident() {
+constexpr int resident_threads() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
     return sizeof(T) == 4 ? 512 : 1024;
 #else
@@ -179,24 +179,25 @@ constexpr int resident() {
 #endif
 }
 
-template <typename T, typename O, int threads, int per_thread>
-__global__ void __launch_bounds__(threads, threads < resident<T>() ? resident<T>() / threads : 1)
+// codes <= threads · PER_THREAD, and a multiple of the N values that a thread loads at once.
+template <typename T, typename O, int threads>
+__global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? resident_threads<T>() / threads : 1)
     row_in_registers(const Arguments a) {
-    constexpr int N = 16 / sizeof(T), vectors = per_thread / N, stride = threads * N;
-    const int64_t row = blockIdx.x;  // rows·codes passes 2^31
+    constexpr int N = 16 / sizeof(T), vectors = PER_THREAD / N, stride = threads * N;
+    const int64_t row = blockIdx.x;  // 64 bits: rows · codes exceeds 2^31
     T* const z = static_cast<T*>(a.logits) + row * a.codes;
     const T* const bias = static_cast<const T*>(a.bias);
-    // Vectors of this thread are at first, first + stride, ...; what is left of the row says which are inside.
+    // The vectors of this thread start at first, first + stride, …; those inside the row have an offset below `left`.
     const int first = threadIdx.x * N, left = a.codes - first;
 
     Words raw[vectors];
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-        raw[v] = v * stride < left ? load_once(z + first + v * stride) : all<T>(-INFINITY);
+        raw[v] = v * stride < left ? load_once(z + first + v * stride) : fill<T>(-INFINITY);
     }
-    // After the row's own loads, none of which shall wait for it.
+    // Loaded after the logits, so that their loads do not wait for it.
     const unsigned label = static_cast<unsigned>(a.labels[row]);
-    // One thread writes the label's code, and takes its logit before any is overwritten, which is after both barriers.
+    // One thread writes the label's element. It reads its logit before the barriers, after which logits are overwritten.
     const auto owns_label = [&] { return label / N % threads == threadIdx.x; };
     T target{}, target_bias{};
     const auto take_label = [&] {
@@ -204,26 +205,26 @@ __global__ void __launch_bounds__(threads, threads < resident<T>() ? resident<T>
         if (owns_label() && bias) target_bias = bias[label];
     };
 
-    float value[per_thread];
-    float most = -INFINITY;
+    float value[PER_THREAD];
+    float max = -INFINITY;
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-        add<T>(raw[v], bias && v * stride < left ? load(bias + first + v * stride) : all<T>(0.0f), value + v * N);
-        for (int i = 0; i < N; ++i) most = fmaxf(most, value[v * N + i]);
+        add<T>(raw[v], bias && v * stride < left ? load(bias + first + v * stride) : fill<T>(0.0f), value + v * N);
+        for (int i = 0; i < N; ++i) max = fmaxf(max, value[v * N + i]);
     }
     if constexpr (sizeof(T) == 2) take_label();
-    most = over_block<threads>(most, Larger{});
-    if constexpr (sizeof(T) == 4) take_label();  // fp32 has had no register left for it
+    max = reduce_block<threads>(max, Max{});
+    if constexpr (sizeof(T) == 4) take_label();  // not before: fp32 has no registers left for it
     const float scale = a.scales ? a.scales[row] : 1.0f;
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < per_thread; ++i) {
-        value[i] = exponential(value[i] - most);
+    for (int i = 0; i < PER_THREAD; ++i) {
+        value[i] = exponential(value[i] - max);
         sum += value[i];
     }
-    sum = over_block<threads>(sum, Add{});
+    sum = reduce_block<threads>(sum, Add{});
     const float label_logit = widen(target) + widen(target_bias);
-    if (owns_label()) a.logps[row] = (label_logit - most) - logf(sum);
+    if (owns_label()) a.logps[row] = (label_logit - max) - logf(sum);
     if (!a.write) return;
 
     const float factor = __fdividef(-scale, sum);
@@ -232,10 +233,10 @@ __global__ void __launch_bounds__(threads, threads < resident<T>() ? resident<T>
     for (int v = 0; v < vectors; ++v) {
         if (v * stride < left) store<O, N>(residual + first + v * stride, value + v * N, factor);
     }
-    if (owns_label()) residual[label] = narrow<O>(scale + factor * exponential(label_logit - most));
+    if (owns_label()) residual[label] = narrow<O>(scale + factor * exponential(label_logit - max));
 }
 
-// Any number of codes, a multiple of N. Reads the row again to write.
+// Any multiple of N codes. Reads the row a second time to write it.
 template <typename T, typename O, int N, int threads>
 __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
     const int64_t row = blockIdx.x;
@@ -246,20 +247,20 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
 #pragma unroll 4
     for (int first = threadIdx.x * N; first < a.codes; first += threads * N) {
         float value[N];
-        logits_of<T, N, false>(z, bias, first, value);
-        float most = part.most;
-        for (int i = 0; i < N; ++i) most = fmaxf(most, value[i]);
-        const float at = origin(most);
-        part.sum *= exponential(part.most - at);
-        for (int i = 0; i < N; ++i) part.sum += exponential(value[i] - at);
-        part.most = most;
+        load_logits<T, N, false>(z, bias, first, value);
+        float max = part.max;
+        for (int i = 0; i < N; ++i) max = fmaxf(max, value[i]);
+        const float shift = shift_of(max);
+        part.sum *= exponential(part.max - shift);
+        for (int i = 0; i < N; ++i) part.sum += exponential(value[i] - shift);
+        part.max = max;
     }
     const unsigned label = static_cast<unsigned>(a.labels[row]);
     const bool owns_label = label / N % threads == threadIdx.x;
     float target = 0.0f;
-    if (owns_label) target = widen(z[label]) + (bias ? widen(bias[label]) : 0.0f);  // before any logit is overwritten
-    part = over_block<threads>(part, Merge{});
-    if (owns_label) a.logps[row] = (target - part.most) - logf(part.sum);
+    if (owns_label) target = widen(z[label]) + (bias ? widen(bias[label]) : 0.0f);  // before logits are overwritten
+    part = reduce_block<threads>(part, Merge{});
+    if (owns_label) a.logps[row] = (target - part.max) - logf(part.sum);
     if (!a.write) return;
 
     const float scale = a.scales ? a.scales[row] : 1.0f, factor = __fdividef(-scale, part.sum);
@@ -268,63 +269,45 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
         const int first = begin + threadIdx.x * N;
         float value[N];
         if (first < a.codes) {
-            logits_of<T, N, true>(z, bias, first, value);
-            for (int i = 0; i < N; ++i) value[i] = exponential(value[i] - part.most);
+            load_logits<T, N, true>(z, bias, first, value);
+            for (int i = 0; i < N; ++i) value[i] = exponential(value[i] - part.max);
         }
-        // A narrower result lies over logits that other threads read in this turn; those of later turns are further on.
+        // A narrower result overwrites logits that other threads read in this iteration, but none of later iterations.
         if constexpr (sizeof(O) < sizeof(T)) __syncthreads();
         if (first < a.codes) store<O, N>(residual + first, value, factor);
     }
-    if (owns_label) residual[label] = narrow<O>(scale + factor * exponential(target - part.most));
+    if (owns_label) residual[label] = narrow<O>(scale + factor * exponential(target - part.max));
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename T, typename O>
-void launch(const Arguments& a, int64_t rows, cudaStream_t stream) {
+int dispatch(const Arguments& a, int64_t rows, int device, void* stream) {
     constexpr int N = 16 / sizeof(T);
-    const unsigned grid = static_cast<unsigned>(rows);
     if (a.codes % N != 0 || !aligned(a.logits) || !aligned(a.bias)) {
-        row_in_passes<T, O, 1, 512><<<grid, 512, 0, stream>>>(a);
-    } else if (a.codes <= 4096) {
-        row_in_registers<T, O, 128, 32><<<grid, 128, 0, stream>>>(a);
-    } else if (a.codes <= 8192) {
-        row_in_registers<T, O, 256, 32><<<grid, 256, 0, stream>>>(a);
-    } else if (a.codes <= 16384) {
-        row_in_registers<T, O, 512, 32><<<grid, 512, 0, stream>>>(a);
-    } else {
-        if constexpr (sizeof(T) == 2) {  // with fp32 the 64 registers that 1024 threads have each would not do
-            if (a.codes <= 32768) {
-                row_in_registers<T, O, 1024, 32><<<grid, 1024, 0, stream>>>(a);
-                return;
-            }
-        }
-        row_in_passes<T, O, N, 512><<<grid, 512, 0, stream>>>(a);
+        return launch<row_in_passes<T, O, 1, 512>>(rows, 512, 0, device, stream, a);
     }
+    if (a.codes <= 4096) return launch<row_in_registers<T, O, 128>>(rows, 128, 0, device, stream, a);
+    if (a.codes <= 8192) return launch<row_in_registers<T, O, 256>>(rows, 256, 0, device, stream, a);
+    if (a.codes <= 16384) return launch<row_in_registers<T, O, 512>>(rows, 512, 0, device, stream, a);
+    if constexpr (sizeof(T) == 2) {  // 1024 threads have 64 registers each, too few for fp32
+        if (a.codes <= 32768) return launch<row_in_registers<T, O, 1024>>(rows, 1024, 0, device, stream, a);
+    }
+    return launch<row_in_passes<T, O, N, 512>>(rows, 512, 0, device, stream, a);
 }
 
 }  // namespace
 
 int token_logprobs_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
-                       float* logps, Dtype out, bool write, int64_t rows, int64_t codes, int device, void* stream) {
-    if (rows == 0) return cudaSuccess;
+                        float* logps, Dtype out_dtype, bool write, int64_t rows, int64_t codes, int device,
+                        void* stream) {
     if (rows > 0x7FFFFFFF || codes > 0x7FFFFFFF - 512 * 8) return cudaErrorInvalidValue;
-    const OnDevice current(device);
-    if (current.status != cudaSuccess) return current.status;
     const Arguments a{logits, bias, labels, scales, logps, write, static_cast<int>(codes)};
-    const auto on = static_cast<cudaStream_t>(stream);
-    if (dtype == Dtype::bfloat16) {
-        launch<__nv_bfloat16, __nv_bfloat16>(a, rows, on);
-    } else if (dtype == Dtype::float16) {
-        launch<__half, __half>(a, rows, on);
-    } else if (out == Dtype::bfloat16) {
-        launch<float, __nv_bfloat16>(a, rows, on);
-    } else if (out == Dtype::float16) {
-        launch<float, __half>(a, rows, on);
-    } else {
-        launch<float, float>(a, rows, on);
-    }
-    return cudaGetLastError();
+    if (dtype == Dtype::bfloat16) return dispatch<__nv_bfloat16, __nv_bfloat16>(a, rows, device, stream);
+    if (dtype == Dtype::float16) return dispatch<__half, __half>(a, rows, device, stream);
+    if (out_dtype == Dtype::bfloat16) return dispatch<float, __nv_bfloat16>(a, rows, device, stream);
+    if (out_dtype == Dtype::float16) return dispatch<float, __half>(a, rows, device, stream);
+    return dispatch<float, float>(a, rows, device, stream);
 }
 
 }  // namespace ospo

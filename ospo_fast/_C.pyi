@@ -1,3 +1,5 @@
+# Arguments are those of csrc/common.h: pointers and dtypes as integers, structs as sequences. All are positional.
+# fmt: off
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -11,178 +13,65 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def cuda_versions() -> tuple[int, int] | None: ...
-def otsu_threshold(maps: int, thresholds: int, count: int, cells: int, bins: int, threads: int) -> None: ...
+def otsu_threshold(maps: int, thresholds: int, count: int, cells: int, bins: int, threads: int, /) -> None: ...
 def object_masks(
-    raw: int,
-    valid: int,
-    maps: int,
-    thresholds: int,
-    masks: int,
-    union: int,
-    images: int,
-    objects: int,
-    cells: int,
-    scaler: float,
-    bins: int,
-    threads: int,
+    raw: int, valid: int, maps: int, thresholds: int, masks: int, unions: int, images: int, objects: int, cells: int,
+    scaler: float, bins: int, threads: int, /
 ) -> None: ...
 def token_weights(
-    masks: int,
-    weights: int,
-    images: int,
-    height: int,
-    width: int,
-    alpha: float,
-    gamma: float,
-    blur_size: int,
-    blur_sigma: float,
-    threads: int,
-) -> None: ...
-def otsu_threshold_cuda(
-    maps: int, thresholds: int, count: int, cells: int, bins: int, device: int, stream: int
-) -> None: ...
-def object_masks_cuda(
-    raw: int,
-    valid: int,
-    maps: int,
-    thresholds: int,
-    masks: int,
-    union: int,
-    images: int,
-    objects: int,
-    height: int,
-    width: int,
-    scaler: float,
-    bins: int,
-    weights: int,
-    alpha: float,
-    gamma: float,
-    blur_size: int,
-    blur_sigma: float,
-    device: int,
-    stream: int,
-) -> None: ...
-def token_weights_cuda(
-    masks: int,
-    weights: int,
-    images: int,
-    height: int,
-    width: int,
-    alpha: float,
-    gamma: float,
-    blur_size: int,
-    blur_sigma: float,
-    device: int,
-    stream: int,
+    masks: int, weights: int, images: int, height: int, width: int, alpha: float, gamma: float, blur_size: int,
+    blur_sigma: float, threads: int, /
 ) -> None: ...
 def attention_columns(
-    pointers: Sequence[int], strides: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int
+    tensors: Sequence[int], strides: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int,
+    /
 ) -> None: ...
 def block_columns(
-    pointers: Sequence[int], block: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int
-) -> None: ...
-def token_logprobs(
-    logits: int,
-    dtype: int,
-    bias: int,
-    labels: int,
-    scales: int,
-    logps: int,
-    out: int,
-    write: bool,
-    rows: int,
-    codes: int,
-    threads: int,
-) -> None: ...
-def token_logprobs_cuda(
-    logits: int,
-    dtype: int,
-    bias: int,
-    labels: int,
-    scales: int,
-    logps: int,
-    out: int,
-    write: bool,
-    rows: int,
-    codes: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def scale_rows(
-    dhidden: int, packed_row: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int
-) -> None: ...
-def draw_codes(
-    cond: int,
-    uncond: int,
-    seeds: int,
-    steps: int,
-    tokens: int,
-    token_stride: int,
-    current: int,
-    bad: int,
-    rows: int,
-    codes: int,
-    guidance: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    threads: int,
-) -> None: ...
-def draw_codes_cuda(
-    dtype: int,
-    cond: int,
-    uncond: int,
-    logit_stride: int,
-    seeds: int,
-    steps: int,
-    tokens: int,
-    token_stride: int,
-    current: int,
-    bad: int,
-    rows: int,
-    codes: int,
-    guidance: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    device: int,
-    stream: int,
+    tensors: Sequence[int], block: Sequence[int], sizes: Sequence[int], scale: float, causal: bool, threads: int, /
 ) -> None: ...
 def linear_columns() -> int: ...
-def pack_linear(weight: int, packed: int, columns: int, depth: int) -> None: ...
+def pack_linear(weight: int, packed: int, columns: int, depth: int, /) -> None: ...
 def linear(
-    x: int,
-    ldx: int,
-    packed: int,
-    bias: int,
-    out: int,
-    ldo: int,
-    rows: int,
-    columns: int,
-    depth: int,
-    threads: int,
+    x: int, ldx: int, packed: int, bias: int, out: int, ldo: int, rows: int, columns: int, depth: int, threads: int,
+    /
 ) -> None: ...
-def gelu(x: int, count: int, threads: int) -> None: ...
+def gelu(x: int, count: int, threads: int, /) -> None: ...
 def add_rms_norm(
-    delta: int, stream: int, weight: int, out: int, rows: int, width: int, eps: float, threads: int
+    delta: int, residual: int, weight: int, out: int, rows: int, width: int, eps: float, threads: int, /
 ) -> None: ...
-def silu_mul(gate_up: int, out: int, rows: int, width: int, threads: int) -> None: ...
+def silu_mul(gate_up: int, out: int, rows: int, width: int, threads: int, /) -> None: ...
 def decode_attention(
-    qkv: int,
-    cos: int,
-    sin: int,
-    keys: int,
-    values: int,
-    slots: int,
-    lengths: int,
-    out: int,
-    rows: int,
-    heads: int,
-    kv_heads: int,
-    width: int,
-    slot_stride: int,
-    head_stride: int,
-    scale: float,
-    shared_slots: bool,
-    threads: int,
+    qkv: int, cos: int, sin: int, keys: int, values: int, slots: int, lengths: int, out: int, rows: int, heads: int,
+    kv_heads: int, width: int, slot_stride: int, head_stride: int, scale: float, shared_slots: bool, threads: int, /
+) -> None: ...
+def token_logprobs(
+    logits: int, dtype: int, bias: int, labels: int, scales: int, logps: int, out_dtype: int, write: bool, rows: int,
+    codes: int, threads: int, /
+) -> None: ...
+def scale_rows(
+    dhidden: int, packed_row: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int, /
+) -> None: ...
+def sample_codes(
+    cond: int, uncond: int, seeds: int, steps: int, tokens: int, token_stride: int, current: int, error_steps: int,
+    rows: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, threads: int, /
+) -> None: ...
+def otsu_threshold_cuda(
+    maps: int, thresholds: int, count: int, cells: int, bins: int, device: int, stream: int, /
+) -> None: ...
+def object_masks_cuda(
+    raw: int, valid: int, maps: int, thresholds: int, masks: int, unions: int, images: int, objects: int, cells: int,
+    scaler: float, bins: int, device: int, stream: int, /
+) -> None: ...
+def token_weights_cuda(
+    masks: int, weights: int, images: int, height: int, width: int, alpha: float, gamma: float, blur_size: int,
+    blur_sigma: float, device: int, stream: int, /
+) -> None: ...
+def token_logprobs_cuda(
+    logits: int, dtype: int, bias: int, labels: int, scales: int, logps: int, out_dtype: int, write: bool, rows: int,
+    codes: int, device: int, stream: int, /
+) -> None: ...
+def sample_codes_cuda(
+    dtype: int, cond: int, uncond: int, logit_stride: int, seeds: int, steps: int, tokens: int, token_stride: int,
+    current: int, error_steps: int, rows: int, codes: int, guidance: float, temperature: float, top_k: int,
+    top_p: float, device: int, stream: int, /
 ) -> None: ...

@@ -34,7 +34,7 @@ def codes(
 ) -> torch.Tensor:
     steps, out, bad = (torch.full_like(seeds, value) for value in (5, -7, -1))
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
-    native().draw_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads)
+    native().sample_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads)
     return out
 
 

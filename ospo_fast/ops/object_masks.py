@@ -10,7 +10,6 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.otsu import fits_shared, otsu_threshold, refuse_map
-from ospo_fast.ops.token_weights import BLURRED_CELLS, LONGEST_BLUR, check_weights, token_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,29 +34,6 @@ def object_masks(maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0
     """
     _check(maps, valid, scaler, bins)
     return ObjectMasks(*torch.ops.ospo_fast.object_masks(maps.detach(), valid, float(scaler), bins))
-
-
-def object_weights(
-    maps: Tensor,
-    *,
-    valid: Tensor | None = None,
-    scaler: float = 0.8,
-    bins: int = 256,
-    alpha: float = 1.0,
-    gamma: float = 1.0,
-    blur_size: int = 5,
-    blur_sigma: float = 1.0,
-) -> tuple[ObjectMasks, Tensor]:
-    """`object_masks` and the `token_weights` (B, H·W) of the union; on CUDA both in one launch."""
-    _check(maps, valid, scaler, bins)
-    check_weights(alpha, gamma, blur_size, blur_sigma)
-    if _backend(maps, bins) != "cuda" or blur_size > LONGEST_BLUR or maps.shape[2] * maps.shape[3] > BLURRED_CELLS:
-        found = object_masks(maps, valid=valid, scaler=scaler, bins=bins)
-        return found, token_weights(found.union, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)
-    x = maps.detach().float().contiguous()
-    weights = x.new_empty(len(x), x.shape[2] * x.shape[3])
-    result = _cuda(x, valid, float(scaler), bins, weights, (float(alpha), float(gamma), blur_size, float(blur_sigma)))
-    return ObjectMasks(*result), weights
 
 
 def soft_masks(found: ObjectMasks, *, scaler: float = 0.8, sharpness: float = 100.0) -> Tensor:
@@ -167,19 +143,11 @@ def _outputs(x: Tensor, valid: Tensor | None) -> tuple[Found, tuple[int, ...], T
     return found, (x.data_ptr(), 0 if kept is None else kept.data_ptr(), *(t.data_ptr() for t in found)), kept
 
 
-def _cuda(
-    x: Tensor,
-    valid: Tensor | None,
-    scaler: float,
-    bins: int,
-    weights: Tensor | None = None,
-    form: tuple[float, float, int, float] = (0.0, 1.0, 1, 1.0),
-) -> Found:
+def _cuda(x: Tensor, valid: Tensor | None, scaler: float, bins: int) -> Found:
     found, pointers, kept = _outputs(x, valid)
-    if len(x):
-        target = 0 if weights is None else weights.data_ptr()
-        _dispatch.native().object_masks_cuda(
-            *pointers, *x.shape, scaler, bins, target, *form, *_dispatch.device_and_stream(x.device)
-        )
+    cells = x.shape[2] * x.shape[3]
+    _dispatch.native().object_masks_cuda(
+        *pointers, *x.shape[:2], cells, scaler, bins, *_dispatch.device_and_stream(x.device)
+    )
     del kept
     return found

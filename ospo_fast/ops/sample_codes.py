@@ -212,11 +212,11 @@ def _native(
     ]
     logits = (cond.data_ptr(), 0 if uncond is None else uncond.data_ptr())
     if backend == "cpp":
-        _dispatch.native().draw_codes(*logits, *pointers, torch.get_num_threads())
+        _dispatch.native().sample_codes(*logits, *pointers, torch.get_num_threads())
     else:
         dtype = _dispatch.DTYPES[cond.dtype]
         place = _dispatch.device_and_stream(cond.device)
-        _dispatch.native().draw_codes_cuda(dtype, *logits, cond.stride(0), *pointers, *place)
+        _dispatch.native().sample_codes_cuda(dtype, *logits, cond.stride(0), *pointers, *place)
 
 
 def _logits(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:

@@ -1,0 +1,33 @@
+// The backward of token_logprobs: each row of its unit gradient times the gradient of the row's log-probability.
+#include <cstring>
+
+#include "common.h"
+#include "half.h"
+
+namespace ospo {
+namespace {
+
+OSPO_CLONES void scale_row(const void* from, float factor, void* to, Dtype dtype, int64_t n) {
+    with_type(dtype, [&](auto type) __attribute__((always_inline)) {
+        scale(static_cast<const decltype(type)*>(from), factor, static_cast<decltype(type)*>(to), n);
+    });
+}
+
+}  // namespace
+
+void scale_rows(const void* dhidden, const int64_t* packed_row, const float* scales, void* out, Dtype dtype,
+                int64_t rows, int64_t width, int threads) {
+    const int64_t bytes = width * size_of(dtype);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        char* const to = static_cast<char*>(out) + r * bytes;
+        if (packed_row[r] < 0 || scales[r] == 0.0f) {
+            std::memset(to, 0, bytes);  // not 0 · dhidden, which may be NaN
+        } else {
+            scale_row(static_cast<const char*>(dhidden) + packed_row[r] * bytes, scales[r], to, dtype, width);
+        }
+    }
+    (void)threads;
+}
+
+}  // namespace ospo
