@@ -96,12 +96,12 @@ def interpreter() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _models_on_the_cpu() -> Iterator[None]:
-    """Models lie on the CPU unless a test says otherwise, with a GPU too: figures are those of float32."""
+    """Models are loaded on the CPU unless a test says otherwise, also with a GPU: the tests expect float32."""
     from ospo_fast import models
 
-    chosen = models._device
+    resolve = models._resolve_device
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_device", lambda device: chosen("cpu" if device is None else device))
+        patch.setattr(models, "_resolve_device", lambda device: resolve("cpu" if device is None else device))
         yield
 
 

@@ -1,4 +1,4 @@
-"""Unified models: the protocol that stages are written against, its adapters, and `load_model`."""
+"""Unified models: the protocol that the stages are written against, its adapters, and `load_model`."""
 
 from __future__ import annotations
 
@@ -10,62 +10,63 @@ import torch
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.oom import short
 
 if TYPE_CHECKING:
     from ospo_fast.models.janus import JanusUnifiedModel
 
-__all__ = ["EMBEDDED", "UnifiedModel", "find_model", "load_model"]
+__all__ = ["UnifiedModel", "find_model", "load_model"]
 
-EMBEDDED = "shapes"
-"""The name of the model that ships with the package."""
-_CHECKPOINT = Path(__file__).parent.parent / "shapes" / "checkpoint"
+_EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 
 
 def load_model(
-    name_or_path: str | Path = EMBEDDED,
+    name_or_path: str | Path = "shapes",
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> JanusUnifiedModel:
-    """Load a Janus model, ready for inference.
+    """Load a Janus model for inference.
 
     Args:
         name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, a folder with a LoRA
-            adapter (its base is loaded and the adapter merged into it), or a name on the Hugging Face hub.
-        device: default: CUDA where there is one, else the CPU.
-        dtype: default: bfloat16 on CUDA, float32 on the CPU. A torch dtype or its name.
+            adapter (its base model is loaded and the adapter merged into it), or a name on the Hugging Face hub.
+        device: default: CUDA if available, else the CPU.
+        dtype: a torch dtype or its name; default: bfloat16 on CUDA, float32 on the CPU.
 
     Raises:
-        OspoError: the checkpoint is missing, broken, or not of a known kind.
+        OspoError: the checkpoint is missing, broken, or of an unsupported kind.
         UsageError: unknown device or dtype.
 
     """
-    place = _device(device)
-    number = _dtype(dtype, place)
+    device = _resolve_device(device)
+    dtype = _resolve_dtype(dtype, device)
     name = str(name_or_path)
     folder = find_model(name)
-    if folder is not None and name != EMBEDDED and (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, place, number)
-    return _load(folder, name, place, number)
+    if folder is not None and _is_adapter(folder):
+        return _load_adapter(folder, device, dtype)
+    return _load_checkpoint(folder, name, device, dtype)
 
 
 def find_model(name_or_path: str | Path) -> Path | None:
-    """The folder behind the name of a model, None for a name on the hub; nothing is loaded.
+    """Find the folder of a model without loading it.
 
-    Raises OspoError, as `load_model` would, for a folder that is missing or holds no model of a known kind.
+    Returns:
+        None for a name on the Hugging Face hub.
+
+    Raises:
+        OspoError: the folder is missing or holds no supported model, as in `load_model`.
+
     """
     name = str(name_or_path)
-    if name == EMBEDDED:
-        if not (_CHECKPOINT / "config.json").is_file():
-            raise OspoError(
-                "the embedded checkpoint is not in this installation; install the package again, or make one with "
-                "`python -m ospo_fast.shapes.pretrain --out DIR` and name it: --model DIR/checkpoint"
-            )
-        return _CHECKPOINT
+    if name == "shapes":
+        if not (_EMBEDDED / "config.json").is_file():
+            raise OspoError(f"model: the embedded checkpoint is missing in {_EMBEDDED}; install the package again")
+        return _EMBEDDED
     path = Path(name).expanduser()
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            find_model(_base_of(path))
+        if _is_adapter(path):
+            find_model(_base_model(path))
         else:
             _check_kind(_read_json(path / "config.json"), name)
             if not any(path.glob("*.safetensors")):
@@ -80,25 +81,25 @@ def find_model(name_or_path: str | Path) -> Path | None:
     return None
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        resolved = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device: got {device!r}, expected 'cpu' or 'cuda' with an optional index") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: got {str(place)!r}, but torch sees no CUDA device here; use 'cpu'")
-    return place
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device: got {str(resolved)!r}, but torch finds no CUDA device; use 'cpu'")
+    return resolved
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UsageError(f"dtype: got {dtype!r}, expected a floating-point type such as 'float32' or 'bfloat16'")
-    return found
+    return resolved
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -127,13 +128,16 @@ def _check_kind(config: dict[str, Any], name: str) -> None:
         raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")
 
 
-def _load(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
+def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
     import transformers
     from safetensors import SafetensorError
 
     from ospo_fast.models.janus import JanusUnifiedModel
 
-    source = name if folder is None else str(folder)
+    source = str(folder or name)
+    remedy = "save or download it again"
+    if folder is None:
+        remedy = "check the name and the network, or give the folder of a downloaded copy"
     try:
         if folder is None:
             config, _ = transformers.PreTrainedConfig.get_config_dict(source)
@@ -142,28 +146,20 @@ def _load(folder: Path | None, name: str, device: torch.device, dtype: torch.dty
             source, dtype=dtype, output_loading_info=True
         )
         processor = transformers.JanusProcessor.from_pretrained(source)
-    except OspoError:
-        raise
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OspoError(f"model: {source} is broken ({_line(error)}); save or download it again") from error
-    except OSError as error:
-        remedy = (
-            "check the name and the network, or give the folder of a downloaded copy"
-            if folder is None
-            else "save or download it again"
-        )
-        raise OspoError(f"model: {source} cannot be loaded ({_line(error)}); {remedy}") from error
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise OspoError(
-            f"model: the weights in {source} lack {len(absent)} tensors of the model ({absent[0]}, …); "
-            "save or download it again"
-        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OspoError(f"model: {source} cannot be loaded ({short(error)}); {remedy}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers initializes them at random
+        raise OspoError(f"model: {source} lacks {len(missing)} tensors of the model ({missing[0]}, …); {remedy}")
     return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
 
 
-def _base_of(folder: Path) -> str:
-    """The base model that a LoRA adapter names."""
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _base_model(folder: Path) -> str:
+    """The base model of a LoRA adapter."""
     base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise OspoError(f"model: {folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
@@ -173,20 +169,14 @@ def _base_of(folder: Path) -> str:
 
 
 def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
-    base = _base_of(folder)
+    base = _base_model(folder)
     model = load_model(base, device=device, dtype=dtype)
 
     import peft
     from safetensors import SafetensorError
 
     try:
-        wrapped = peft.PeftModel.from_pretrained(model.module, str(folder))
-        module = wrapped.merge_and_unload()
+        module = peft.PeftModel.from_pretrained(model.module, str(folder)).merge_and_unload()
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-        raise OspoError(f"model: the adapter {folder} does not load on {base} ({_line(error)})") from error
-    return model.replaced(module.eval(), name=str(folder))
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.splitlines()[0].split())[:200]
+        raise OspoError(f"model: the adapter {folder} does not load on {base} ({short(error)})") from error
+    return model.with_module(module.eval(), name=str(folder))

@@ -1,8 +1,8 @@
-"""What a stage may ask of a unified model, and nothing else.
+"""The protocol of a unified model: everything that the stages and the generation engine may ask of it.
 
-A unified model writes text and draws images with one decoder: an image is `grid[0] * grid[1]` codes of a codebook,
-drawn token by token after a begin-of-image token. Stages and the generation engine are written against this protocol;
-an adapter (`models/janus.py`) fills it in for one family of checkpoints.
+A unified model generates text and images with one decoder. An image is `grid[0] * grid[1]` codes of a codebook, which
+are generated one by one after a begin-of-image token. An adapter (`models/janus.py`) implements the protocol for one
+family of checkpoints.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Offset = tuple[int, int]
 
 @runtime_checkable
 class UnifiedModel(Protocol):
-    """A text-and-image model. Ids are int64; tensors lie on `device`, images are PIL images in RGB."""
+    """A text-and-image model. Ids are int64; results are on `device` unless stated otherwise; images are RGB (PIL)."""
 
-    name: str  # what the user asked for: "shapes", a hub name or a folder
+    name: str  # as given by the user: "shapes", a hub name or a folder
     module: nn.Module  # the whole transformers model
     decoder: nn.Module  # the language model without its head (LlamaModel), called with inputs_embeds
     head: nn.Module  # hidden (..., D) → logits (..., num_codes) of the image codes
-    grid: tuple[int, int]  # rows, columns of codes; an image has T = rows * columns of them
+    grid: tuple[int, int]  # rows and columns of codes; an image has T = rows * columns codes
     num_codes: int
     hidden_size: int
     max_positions: int
@@ -40,37 +40,40 @@ class UnifiedModel(Protocol):
     boi_id: int  # begin of image
     eoi_id: int  # end of image
     image_id: int  # placeholder of one embedded image patch
-    eos_ids: tuple[int, ...]  # any of them ends a text
+    eos_ids: tuple[int, ...]  # each of them ends a text
     yes_ids: tuple[int, ...]  # single-token spellings of the answer yes
     no_ids: tuple[int, ...]
     templates: str  # default template set: "shapes" or "janus"
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies, and every tensor that its methods return unless they say otherwise."""
+        """Device of the model's weights."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the model's weights."""
+        """Dtype of the model's weights."""
         ...
 
     def image_prompt(self, prompt: str) -> Tensor:
-        """Ids (S,) on the CPU that make the model draw `prompt`: chat template applied, last id is begin-of-image."""
+        """Ids (S,) on the CPU that make the model generate an image of `prompt`.
+
+        The chat template is applied. The last id is begin-of-image.
+        """
         ...
 
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:
-        """The same ids, and for each the characters of `prompt` it stands for; None for a token of the template."""
+        """The ids of `image_prompt`, and for each its characters of `prompt`; None for a token of the template."""
         ...
 
     def unconditional(self, ids: Tensor) -> Tensor:
-        """The guidance partner of `ids` (S,): same length, BOS, padding in place of the prompt, begin-of-image."""
+        """The unconditional prompt for guidance of ids (S,): same length, with padding in place of the prompt."""
         ...
 
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:
         """Ids (S,) on the CPU, ready to generate the next assistant turn.
 
-        With `image`, begin-of-image, T placeholders and end-of-image stand at the start of the last user message.
+        With `image`, begin-of-image, T placeholders and end-of-image are put before the text of the last user message.
         """
         ...
 
@@ -83,11 +86,11 @@ class UnifiedModel(Protocol):
         ...
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """Image codes (...) → decoder input embeddings (..., D), as used while drawing."""
+        """Image codes (...) → decoder input embeddings (..., D) for image generation."""
         ...
 
     def embed_images(self, images: list[Image]) -> Tensor:
-        """Images → embeddings (N, T, D) of the understanding side, which replace the placeholders of a chat prompt."""
+        """Images → embeddings (N, T, D) for image understanding, which replace the placeholders of a chat prompt."""
         ...
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -103,5 +106,5 @@ class UnifiedModel(Protocol):
         ...
 
     def save(self, path: str | Path) -> None:
-        """Write the weights (safetensors), the configuration and the processor to a folder that load_model reads."""
+        """Write weights (safetensors), configuration and processor to a folder that `load_model` reads."""
         ...

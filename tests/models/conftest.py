@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-if TYPE_CHECKING:  # fixtures import it: without transformers only the modules that need it are skipped
+if TYPE_CHECKING:  # the fixtures import it, so that without transformers only the tests that need it are skipped
     from ospo_fast.models.janus import JanusUnifiedModel
 
 
