@@ -1,25 +1,16 @@
-"""What each part of the method is worth in the Shapes world: variants of one run, the same prompts and seeds for all.
+"""Ablations of the method in the Shapes world, with the same prompts and seeds for all variants.
 
-Every training seed has a run of its own up to the answers (stages 1 to 4); variants share it and differ in selection,
-masks and training. Figures are those of `ospo_fast.shapes.evaluate`, at the base model's best guidance scale, which is
-chosen on validation prompts. `run` measures `TABLE` on test prompts and draws the figure; rows of it alone are measured
-by
+Each training seed has one run of stages 1 to 4, which the variants share. They differ in selection, masks and training.
+Alignment is that of `ospo_fast.shapes.evaluate`, at the guidance scale that is best for the base model on validation
+prompts. `run` measures all variants of `TABLE` on test prompts and plots their gains.
 
-    python bench/ablations.py NAME --table [--seeds 42] [--folder RUNS]
+    python bench/ablations.py NAME --table [--seeds 42] [--folder RUNS]    measure one variant of the table, or all
+    python bench/ablations.py all --plot                                   print and plot the existing rows
+    python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]         try settings on validation prompts
 
-and the figure of the rows there are is drawn anew, without measuring, by
-
-    python bench/ablations.py all --plot
-
-Every row is written when it is measured. What the results hold from the same commit and settings is not measured again,
-so a stopped table goes on where it was.
-
-To try settings, on validation prompts (every trial is added to OUT/shapes/trials.jsonl, with all the settings that it
-was made with):
-
-    python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]
-
-Keys are those of the configuration; those of stages 1 to 4 make runs of their own.
+Each row is written as soon as it is measured. Rows of the same commit and settings are not measured again, so an
+interrupted table resumes. KEY is one of the configuration; settings of stages 1 to 4 need a run of their own. Trials
+are appended to OUT/shapes/trials.jsonl with all their settings.
 """
 
 import argparse
@@ -43,33 +34,45 @@ from safetensors.numpy import load_file, save_file
 from ospo_fast.config import Config, load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.pipeline import STAGES, Pipeline, read_stage
+from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
-from ospo_fast.shapes.scenes import held_out
+from ospo_fast.shapes.scenes import held_out_prompts
+from ospo_fast.stages import STAGES
 
 SEEDS = (42, 43, 44)
 SAMPLING = (0, 1)
-PER_KIND = 150  # test prompts of each headline kind, as far as there are so many
-SHARED = STAGES[: STAGES.index("select")]
-LATER = ("preset", "select", "masks", "train")  # sections of the configuration that variants of one run may differ in
+PER_KIND = 150  # test prompts of each headline kind, or all if there are fewer
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+SHARED = STAGE_NAMES[: STAGE_NAMES.index("select")]
+LATER = ("preset", "select", "masks", "train")  # sections of the configuration that do not affect the shared stages
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, what it sets in the configuration, and the masks it is given in place of the model's."""
+    """One variant of the demo.
+
+    Attributes:
+        name: its name in the rows of the results.
+        settings: what it changes in the configuration.
+        masks: masks in place of the model's: "true" (objects that the checker detects), "ones", or "random" (of the
+            same size).
+        label: its name in tables and plots, if it differs.
+
+    """
 
     name: str
     settings: tuple[str, ...] = ()
-    masks: str | None = None  # "true": those of the objects as the checker sees them; "ones"; "random" of like size
+    masks: str | None = None
+    label: str = ""
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The settings of stages 1 to 4, and of the whole run."""
+        """Return the settings that stages 1 to 4 depend on."""
         return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
 
 
-PUBLISHED = (  # of pairs and of the loss; the optimiser, LoRA and the guidance that pairs are drawn at stay the demo's
+PUBLISHED = (  # settings of pairs and loss; optimiser, LoRA and guidance of the images stay those of the demo
     "images.prompts=dense",
     "images.draws=1",
     "select.rejected=negative",
@@ -79,12 +82,16 @@ PUBLISHED = (  # of pairs and of the loss; the optimiser, LoRA and the guidance 
 TABLE = (
     Variant("demo"),
     Variant("no mask", ("masks.enabled=false",)),
-    Variant("true mask", masks="true"),
-    Variant("mask of ones", masks="ones"),
-    Variant("random mask", masks="random"),
+    Variant("true mask", masks="true", label="ground-truth masks"),
+    Variant("mask of ones", masks="ones", label="masks of ones"),
+    Variant("random mask", masks="random", label="random masks of the same size"),
     Variant("masks of all layers", ("masks.layers=[0,1,2,3,4]",)),
     Variant("masks of the layer of lowest entropy", ("masks.layers=auto", "masks.choose=entropy")),
-    Variant("masks of the head of most contrast", ("masks.layers=auto", "masks.heads=auto")),
+    Variant(
+        "masks of the head of most contrast",
+        ("masks.layers=auto", "masks.heads=auto"),
+        label="masks of the head of highest contrast",
+    ),
     Variant(
         "SimPO alone",
         (
@@ -96,18 +103,26 @@ TABLE = (
     Variant("SFT alone", ("train.loss.simpo_weight=0", "train.loss.cond_weight=0")),
     Variant("no conditional term", ("train.loss.cond_weight=0",)),
     Variant("the prompt's own distribution trained", ("train.guidance_scale=1",)),
-    Variant("that, and the guidance partner", ("train.guidance_scale=1", "train.unconditional_weight=0.5")),
-    Variant("dense prompts drawn", ("images.prompts=dense",)),
-    Variant("one drawing of a variant", ("images.draws=1",)),
-    Variant("one pair of a prompt", ("select.pairs=1",)),
-    Variant("near misses rejected", ("select.rejected=negative",)),
+    Variant("dense prompts drawn", ("images.prompts=dense",), label="images of dense prompts"),
+    Variant("one drawing of a variant", ("images.draws=1",), label="one image per variant"),
+    Variant("one pair of a prompt", ("select.pairs=1",), label="one pair per prompt"),
+    Variant("near misses rejected", ("select.rejected=negative",), label="hard negatives rejected"),
     Variant("preset v3 as published", ("preset=v3", *PUBLISHED)),
     Variant("preset full as published", ("preset=full", *PUBLISHED)),
-    Variant("near misses, no filter", ("select.rule=random", "select.rejected=negative")),
-    Variant("near misses, rule v2", ("select.rule=v2", "select.rejected=negative")),
+    Variant(
+        "near misses, no filter",
+        ("select.rule=random", "select.rejected=negative"),
+        label="hard negatives rejected, no filter",
+    ),
+    Variant(
+        "near misses, rule v2",
+        ("select.rule=v2", "select.rejected=negative"),
+        label="hard negatives rejected, rule v2",
+    ),
     Variant("two iterations", ("iterations=2",)),
     Variant("three iterations", ("iterations=3",)),
 )
+LABELS = {variant.name: variant.label or variant.name for variant in TABLE}
 QUICK = (
     "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
     "train.steps=2",
@@ -117,7 +132,7 @@ QUICK = (
 
 
 class Bench:
-    """Runs of several seeds in `folder`, and the base model's drawings that every variant is compared with."""
+    """Runs of several seeds in `folder`, and the results of the base model that every variant is compared with."""
 
     def __init__(
         self,
@@ -129,15 +144,15 @@ class Bench:
         sampling: tuple[int, ...] = SAMPLING,
     ) -> None:
         self.folder, self.split, self.per_kind, self.extra, self.sampling = folder, split, per_kind, extra, sampling
-        measure.commit()  # now, while the code is that which was loaded
+        measure.commit()  # of the code that is loaded now, before anything changes
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "held_out.txt").write_text("\n".join(held_out()) + "\n", encoding="utf-8")
+        (folder / "held_out.txt").write_text("\n".join(held_out_prompts()) + "\n", encoding="utf-8")
         self.base = load_model("shapes")
         self.scale, self.scales = self._kept(
-            "guidance", lambda: evaluate.best_guidance(self.base, per_kind=per_kind, seeds=SAMPLING, progress=False)
+            "guidance", lambda: evaluate.choose_guidance(self.base, per_kind=per_kind, seeds=SAMPLING, progress=False)
         )
-        self.before = {scale: self.draw(self.base, scale) for scale in sorted({1.0, self.scale})}
-        self.rest: evaluate.Drawings | None = None  # the base model's, drawn when first compared with
+        self.before = {scale: self.evaluate_headline(self.base, scale) for scale in sorted({1.0, self.scale})}
+        self.further_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
 
     def _kept(self, name: str, make: Any) -> Any:
         path = self.folder / f"{name}-{self.per_kind}-{measure.commit()}.json"
@@ -145,9 +160,9 @@ class Bench:
             path.write_text(json.dumps(make()))
         return json.loads(path.read_text())
 
-    def draw(self, model: UnifiedModel, scale: float) -> evaluate.Drawings:
-        """The held-out prompts of the headline kinds."""
-        return evaluate.draw(
+    def evaluate_headline(self, model: UnifiedModel, scale: float) -> evaluate.AlignmentResult:
+        """Evaluate a model on the prompts of the headline kinds."""
+        return evaluate.evaluate_alignment(
             model,
             split=self.split,
             per_kind=self.per_kind,
@@ -157,11 +172,11 @@ class Bench:
             progress=False,
         )
 
-    def draw_rest(self, model: UnifiedModel) -> evaluate.Drawings:
-        """Test prompts that no table was made with before; of two attributes there are no further ones: new seeds."""
+    def evaluate_further(self, model: UnifiedModel) -> evaluate.AlignmentResult:
+        """Evaluate a model on test prompts outside the table, or with new seeds for two attributes, which have none."""
         seeds = tuple(seed + 2 for seed in self.sampling)
         parts = [
-            evaluate.draw(
+            evaluate.evaluate_alignment(
                 model,
                 split=self.split,
                 per_kind=1000 if self.per_kind == PER_KIND else self.per_kind,
@@ -182,75 +197,91 @@ class Bench:
         )
 
     def further(self, model: UnifiedModel) -> dict[str, Any]:
-        """For the demo: each model at its own best guidance, by validation prompts, and the gain on further prompts."""
-        own, scales = evaluate.best_guidance(model, per_kind=self.per_kind, seeds=SAMPLING, progress=False)
-        best = self.draw(model, own)
-        if self.rest is None:
-            self.rest = self.draw_rest(self.base)
-        rest = self.draw_rest(model)
+        """Compare the models each at its own best guidance on validation prompts, and on further test prompts."""
+        own, scales = evaluate.choose_guidance(model, per_kind=self.per_kind, seeds=SAMPLING, progress=False)
+        best = self.evaluate_headline(model, own)
+        if self.further_before is None:
+            self.further_before = self.evaluate_further(self.base)
+        further = self.evaluate_further(model)
         return {
-            "validation_before": {str(scale): figures for scale, figures in self.scales.items()},
-            "validation": {str(scale): figures for scale, figures in scales.items()},
-            "at its own best": _compared(self.before[self.scale], best) | {"guidance_scale": own},
-            "on further prompts": _compared(self.rest, rest) | {"seeds": list(rest.seeds)},
+            "validation_before": {str(scale): headline for scale, headline in self.scales.items()},
+            "validation": {str(scale): headline for scale, headline in scales.items()},
+            "at its own best": _compare(self.before[self.scale], best) | {"guidance_scale": own},
+            "on further prompts": _compare(self.further_before, further) | {"seeds": list(further.seeds)},
         }
 
     def config(self, settings: Sequence[str], seed: int, out: Path) -> Config:
-        """The demo's configuration with `settings` over it."""
+        """Load the configuration of the demo with these settings."""
         fixed = (f"out={out}", f"seed={seed}", f"prompts.exclude={self.folder / 'held_out.txt'}")
         return load_config([*settings, *self.extra, *fixed], family="shapes")
 
     def shared_run(self, variant: Variant, seed: int) -> Path:
-        """The run folder of stages 1 to 4 that the variant starts from."""
+        """Run stages 1 to 4 of a variant, unless another one has; return the run folder."""
         settings = [s for s in variant.shared if not s.startswith("iterations=")]
         folder = self.folder / f"run-{seed}-{stable_hash(measure.commit(), *settings, *self.extra) % 16**6:06x}"
         Pipeline(self.config(settings, seed, folder), progress=False).run(SHARED)
         return folder
 
     def trained(self, variant: Variant, seed: int) -> tuple[Path, UnifiedModel, float]:
-        """A folder with all stages, the tuned model and the seconds that this took after stage 4."""
+        """Run the other stages in a copy; return its folder, the tuned model and the seconds of these stages."""
         shared = self.shared_run(variant, seed)
         folder = self.folder / f"variant-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(shared, folder)
         started = time.perf_counter()
         config = self.config(variant.settings, seed, folder)
-        pipeline = Pipeline(config, progress=False, evaluation=evaluate.watcher(config.evaluate, self.scale))
+        pipeline = Pipeline(config, progress=False, evaluation=evaluate.build_validation(config.evaluate, self.scale))
         for iteration in range(1, config.iterations + 1):
-            for stage in STAGES:
+            for stage in STAGE_NAMES:
                 pipeline.stage(stage, iteration)
                 if stage == "masks" and variant.masks:
                     _replace_masks(pipeline.folder(iteration), variant.masks)
         return folder, pipeline.model(config.iterations + 1), time.perf_counter() - started
 
     def measured(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
-        """Whether `row` is what `measure` would give, as far as the commit and the settings tell."""
+        """Return whether `row` has the commit and the settings that `measure` would have now."""
         commit = measure.commit()
-        known = commit != "unknown" and not commit.endswith("+")  # else what was changed cannot be told
+        known = commit != "unknown" and not commit.endswith("+")  # uncommitted changes are not in the row
         return known and row["commit"] == commit and self.same_settings(variant, seed, row)
 
     def same_settings(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
-        """Whether `row` was measured with what the variant now sets; a setting newer than the row had its default."""
-        wanted = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
-        had = _filled(row["resolved"], json.loads(json.dumps(_resolved(Config()))))
-        return (row["split"], row["masks_given"], had) == (self.split, variant.masks, wanted)
+        """Return whether `row` has the settings of the variant.
+
+        A setting that is newer than the row had its default. A setting that was removed since is ignored.
+        """
+        if (row["split"], row["masks_given"]) != (self.split, variant.masks):
+            return False
+        expected = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
+        defaults = json.loads(json.dumps(_resolved(Config())))
+        had = row["resolved"]
+        for section, value in expected.items():
+            if not isinstance(value, dict):
+                if had[section] != value:
+                    return False
+            elif any(
+                _without_none(had[section].get(name, defaults[section][name])) != _without_none(setting)
+                for name, setting in value.items()
+            ):
+                return False
+        return True
 
     def same_base(self, row: dict[str, Any]) -> bool:
-        """Whether `row` compares with the same drawings of the base model."""
-        before = {f"at {scale:g}": drawings.headline() for scale, drawings in self.before.items()}
-        return all(scale in row and row[scale]["before"] == figures for scale, figures in before.items())
+        """Return whether `row` compares with the same results of the base model."""
+        before = {f"at {scale:g}": result.headline() for scale, result in self.before.items()}
+        return all(scale in row and row[scale]["before"] == headline for scale, headline in before.items())
 
     def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """One variant trained from one seed: its gain at the base model's best guidance, at 1, and what it trained on.
+        """Train a variant with one seed; return a row with its gains and the metrics of its pairs and masks.
 
-        Of the first variant of the table also what `further` tells.
+        The row of the first variant of the table also has the comparisons of `further`.
         """
         folder, model, seconds = self.trained(variant, seed)
-        figures: dict[str, Any] = {
-            f"at {scale:g}": _compared(before, self.draw(model, scale)) for scale, before in self.before.items()
+        compared: dict[str, Any] = {
+            f"at {scale:g}": _compare(before, self.evaluate_headline(model, scale))
+            for scale, before in self.before.items()
         }
         if variant == TABLE[0] and self.split == "test":
-            figures |= self.further(model)
+            compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)
         last = Pipeline(config, progress=False).folder(config.iterations)
         pairs = demo.pair_figures(read_stage(last, "select"), last)
@@ -275,13 +306,13 @@ class Bench:
             guidance_scale=self.scale,
             best_step=done["best_step"],
             watched=watched,
-            **figures,
+            **compared,
             **pairs,
             **masks,
         )
 
 
-def _compared(before: evaluate.Drawings, after: evaluate.Drawings) -> dict[str, Any]:
+def _compare(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) -> dict[str, Any]:
     return {
         "before": before.headline(),
         "after": after.headline(),
@@ -292,21 +323,20 @@ def _compared(before: evaluate.Drawings, after: evaluate.Drawings) -> dict[str, 
 
 
 def _resolved(config: Config) -> dict[str, Any]:
-    """The settings that variants differ in, defaults included."""
+    """The sections that variants differ in, with defaults."""
     sections = ("prompts", "images", "select", "masks", "train", "evaluate")
     found = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
     del found["prompts"]["exclude"]
     return {"preset": config.preset, "iterations": config.iterations, **found}
 
 
-def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given`, and of `defaults` what it lacks."""
-    inner = {key: _filled(given[key], defaults[key]) for key in given if isinstance(defaults.get(key), dict)}
-    return {**defaults, **given, **inner}
+def _without_none(value: Any) -> Any:
+    """A mapping without unset entries; any other value unchanged."""
+    return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
 
 
 def _replace_masks(folder: Path, kind: str) -> None:
-    """Writes other unions into the mask files of a run."""
+    """Replace the unions in the mask files of a run."""
     for record in iter_pairs(read_stage(folder, "masks")):
         if not record.get("mask_path"):
             continue
@@ -317,21 +347,24 @@ def _replace_masks(folder: Path, kind: str) -> None:
             union = tensors[f"{side}_union"]
             if kind == "true":
                 cells = demo.object_cells(Image.open(folder / str(record[side])), union.shape)
-                made = np.zeros_like(union) if cells is None else cells
+                mask = np.zeros_like(union) if cells is None else cells
             elif kind == "ones":
-                made = np.ones_like(union)
+                mask = np.ones_like(union)
             else:
-                made = rng.permutation(union.ravel()).reshape(union.shape)
-            tensors[f"{side}_union"] = np.ascontiguousarray(made, dtype=union.dtype)
+                mask = rng.permutation(union.ravel()).reshape(union.shape)
+            tensors[f"{side}_union"] = np.ascontiguousarray(mask, dtype=union.dtype)
         save_file(tensors, path)
 
 
 def pooled(rows: list[dict[str, Any]], scale: str) -> dict[str, float]:
-    """The mean gain over training seeds and its standard error: of the seeds' spread and of the prompts together."""
+    """Return the mean gain over training seeds, with its standard errors over prompts and over seeds."""
     gains = np.array([row[scale]["gain"]["alignment"] for row in rows])
     prompts = float(np.mean([row[scale]["gain"]["standard_error"] for row in rows]))
-    seeds = float(gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else float("nan")
-    return {"gain": float(gains.mean()), "error_prompts": prompts, "error_seeds": seeds}
+    return {
+        "gain": float(gains.mean()),
+        "error_prompts": prompts,
+        "error_seeds": evaluate.standard_error(gains),
+    }
 
 
 @contextmanager
@@ -350,10 +383,10 @@ def run(out: Path, quick: bool) -> None:
 def _table(
     table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: bool = False, kept: Path | None = None
 ) -> None:
-    """Measures the variants with every seed; their rows take the place of older ones in the results.
+    """Measure the variants with every seed; their rows replace older ones in the results.
 
-    Rows of other variants stay, if they compare with the same drawings of the base model and were measured with what
-    these variants set now. `kept`: see `_folder`.
+    Rows of other variants stay if they compare with the same results of the base model and have the current settings
+    of their variant. `kept` is the folder of the runs; None: a temporary one.
     """
     name = "ablations-quick" if quick else "ablations"
     path = measure.result_path(out, name)
@@ -370,10 +403,10 @@ def _table(
         )
         for variant in table:
             for seed in seeds:
-                same = [row for row in rows if (row["variant"], row["seed"]) == (variant.name, seed)]
-                if any(bench.measured(variant, seed, row) for row in same):
+                older = [row for row in rows if (row["variant"], row["seed"]) == (variant.name, seed)]
+                if any(bench.measured(variant, seed, row) for row in older):
                     continue
-                others = [row for row in rows if row not in same]
+                others = [row for row in rows if row not in older]
                 rows = _in_order([*others, bench.measure(variant, seed)])
                 measure.write(rows, out, name)
     _show(rows)
@@ -381,7 +414,7 @@ def _table(
 
 
 def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of variants of the table, in its order; rows of others go."""
+    """Rows of the table's variants, in its order; rows of other variants are dropped."""
     names = [variant.name for variant in TABLE]
     return sorted(
         (row for row in rows if row["variant"] in names), key=lambda r: (names.index(r["variant"]), r["seed"])
@@ -389,7 +422,7 @@ def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The gain of every variant at the base model's best guidance and at 1, each seed and their mean."""
+    """Plot the gain of each variant at the base model's best guidance and at 1: every seed and the mean."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -399,18 +432,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     best = f"at {rows[0]['guidance_scale']:g}"
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(names)), sharey=True, squeeze=False)
     for axis, scale in zip(axes[0], (best, "at 1"), strict=True):
-        for place, name in enumerate(names):
+        for y, name in enumerate(names):
             mine = [row for row in rows if row["variant"] == name]
             found = pooled(mine, scale)
             color = "#c2410c" if name == TABLE[0].name else "#475569"
-            axis.errorbar(found["gain"], place, xerr=found["error_prompts"], fmt="o", color=color, capsize=3)
+            axis.errorbar(found["gain"], y, xerr=found["error_prompts"], fmt="o", color=color, capsize=3)
             gains = [row[scale]["gain"]["alignment"] for row in mine]
-            axis.plot(gains, [place] * len(gains), "|", color=color, alpha=0.6, markersize=9)
+            axis.plot(gains, [y] * len(gains), "|", color=color, alpha=0.6, markersize=9)
         axis.axvline(0, color="#94a3b8", linewidth=1)
         axis.locator_params(axis="x", nbins=6)
         before = rows[0][scale]["before"]["alignment"]
         axis.set_xlabel(f"gain in alignment at guidance {scale[3:]} (before: {before:.3f})")
-    axes[0][0].set_yticks(range(len(names)), names)
+    axes[0][0].set_yticks(range(len(names)), [LABELS[name] for name in names])
     first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
     figure.suptitle(
         f"{first['device']}, torch {first['versions']['torch']}, {commits}; bars: standard error over prompts"
@@ -424,29 +457,33 @@ def _show(rows: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         compared = [key for key, value in mine[0].items() if isinstance(value, dict) and "gain" in value]
-        for place in (key for key in compared if all(key in row for row in mine)):
-            found = pooled(mine, place)
+        for key in (key for key in compared if all(key in row for row in mine)):
+            found = pooled(mine, key)
             errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
-            print(f"{name:<40} {place:<19} gain {found['gain']:+.3f} {errors}", flush=True)
+            print(f"{LABELS.get(name, name):<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="what the trial is called")
+    parser.add_argument("name", help="name of a variant of the table (or all), or of a trial")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE of the configuration")
-    parser.add_argument("--table", action="store_true", help="NAME of the table, or all of it, on test prompts")
-    parser.add_argument("--plot", action="store_true", help="show and draw the rows that are there; NAME is all")
+    parser.add_argument(
+        "--table", action="store_true", help="measure variant NAME of the table, or all, on test prompts"
+    )
+    parser.add_argument("--plot", action="store_true", help="print and plot the existing rows; NAME is all")
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds: of the table all, of a trial the first")
-    parser.add_argument("--per-kind", type=int, default=100, help="validation prompts of each headline kind")
-    parser.add_argument("--sampling", type=int, help="sampling seeds of a trial, by default 6; the table has two")
-    parser.add_argument("--folder", type=Path, help="keep the runs of stages 1 to 4 here, for further trials")
+    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds (table: 42 43 44, trial: 42)")
+    parser.add_argument(
+        "--per-kind", type=int, default=100, help="validation prompts of each headline kind, for a trial"
+    )
+    parser.add_argument("--sampling", type=int, help="number of sampling seeds of a trial (6); the table has two")
+    parser.add_argument("--folder", type=Path, help="folder to keep the runs of stages 1 to 4 in")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
     if options.plot:
         path = measure.result_path(options.out, "ablations")
         if not path.exists():
-            parser.error(f"--plot: there is no {path}; measure with --table")
+            parser.error(f"--plot: {path} does not exist; measure with --table first")
         rows = _in_order(json.loads(line) for line in path.read_text().splitlines())
         _show(rows)
         plot(rows, path.with_suffix(".png"))

@@ -42,7 +42,7 @@ from ospo_fast.generation.requests import CUDA_ROWS
 from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
-from ospo_fast.shapes.evaluate import held_out_prompts
+from ospo_fast.shapes.evaluate import select_prompts
 from ospo_fast.shapes.model import build_config, build_processor
 
 GUIDANCE = 5.0
@@ -394,7 +394,7 @@ class Cases:
     def drafted(self, count: int, guidance: int) -> None:
         """Codes of `count` images one by one, and by windows of several sizes."""
         model = self.model
-        texts = [description.text for _, description in held_out_prompts("validation", 50)]
+        texts = [description.text for _, description in select_prompts("validation", 50)]
         lengths = make_lengths(count, self.size.prompt)
         drawn: dict[str, list[Throughput]] = {}
 

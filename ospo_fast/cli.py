@@ -178,9 +178,9 @@ def _evaluation(config: Config) -> Evaluation | None:
         return None
     _need_shapes(config)
 
-    from ospo_fast.shapes.evaluate import watcher
+    from ospo_fast.shapes.evaluate import build_validation
 
-    return watcher(config.evaluate, config.images.guidance_scale)
+    return build_validation(config.evaluate, config.images.guidance_scale)
 
 
 def _need_shapes(config: Config) -> None:
@@ -207,10 +207,10 @@ def _hold_out(pipeline: Any, command: str) -> None:
         if command not in ("run", "prompts"):
             return
         from ospo_fast.records import write_atomic
-        from ospo_fast.shapes.scenes import held_out
+        from ospo_fast.shapes.scenes import held_out_prompts
 
         pipeline.prepare()  # a model that does not load leaves nothing behind
-        write_atomic(path, ("\n".join(held_out()) + "\n").encode())
+        write_atomic(path, ("\n".join(held_out_prompts()) + "\n").encode())
     config.prompts.exclude = str(path)
 
 
@@ -314,7 +314,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _need_shapes(config)
     from ospo_fast.models import load_model
     from ospo_fast.records import check_writable, write_json
-    from ospo_fast.shapes.evaluate import answering, draw
+    from ospo_fast.shapes.evaluate import evaluate_alignment, evaluate_answers
 
     _quiet()
     settings, progress = config.evaluate, not args.json
@@ -322,7 +322,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_writable(Path(config.out))
     scales: list[dict[str, Any]] = []
     for scale in settings.guidance_scales:
-        drawings = draw(
+        drawings = evaluate_alignment(
             model,
             split=settings.split,
             per_kind=settings.per_kind,
@@ -333,7 +333,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
         scales.append({"guidance_scale": scale, **drawings.headline(), "kinds": drawings.by_kind()})
     figures: dict[str, Any] = {"model": config.model, "split": settings.split, "seeds": settings.seeds}
-    figures |= {"scales": scales, "answering": answering(model, progress=progress)}
+    figures |= {"scales": scales, "answering": evaluate_answers(model, progress=progress)}
     write_json(Path(config.out) / "evaluate.json", figures)
     lines = [
         f"guidance {row['guidance_scale']:g}: alignment {row['alignment']:.3f} ± {row['standard_error']:.3f}"

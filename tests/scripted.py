@@ -48,7 +48,7 @@ def reply(message: str, seed: int) -> str:
         return grammar.densify_answer(*grammar.densify(first, second, rng))
     if head == "questions:":
         return grammar.questions_answer(parse(rest))
-    return f"Contrastive Prompt: {grammar.contrast(parse(rest), head[:-1], 'attribute2', rng).text}"
+    return f"Contrastive Prompt: {grammar.perturb(parse(rest), head[:-1], 'attribute2', rng).text}"
 
 
 def generate_text(model, prompts, *, seeds, **settings):

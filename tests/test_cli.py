@@ -146,12 +146,12 @@ def test_online_masks_need_no_masks_stage(capsys, tmp_path, tiny, script):
 
 @pytest.mark.usefixtures("omegaconf")
 def test_run_keeps_the_evaluation_prompts_out(capsys, tmp_path, tiny, script):
-    from ospo_fast.shapes.scenes import held_out
+    from ospo_fast.shapes.scenes import held_out_prompts
 
     code, out, err = call(capsys, "run", *SMALL, "--model", tiny, "--out", tmp_path, "--json")
     assert code == 0, err
     assert [stage["stage"] for stage in json.loads(out)["stages"]] == list(cli.STAGE_HELP)
-    held = set(held_out())
+    held = set(held_out_prompts())
     assert set((tmp_path / "held_out.txt").read_text().splitlines()) == held
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert not held & set(prompts)

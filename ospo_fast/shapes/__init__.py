@@ -1,1 +1,1 @@
-"""The Shapes world: scenes, a renderer, a checker and a tiny Janus model, so that all of OSPO runs anywhere."""
+"""The Shapes world: scenes, a renderer, a checker and a small Janus model, to run all of OSPO on a CPU."""

@@ -1,12 +1,17 @@
-"""Reads an image back into objects and decides whether it shows what a prompt says. Knows no model.
+"""Detects the objects of an image and decides whether it satisfies a prompt, without a model.
 
-Background: the palette colour nearest to most pixels. Objects: connected components of what differs from it. Colour:
-the palette colour nearest to the component's core. Shape: the best match among sub-pixel templates. A component
-that no template fits well, or of two colours, is an object of shape `unknown`: it makes every prompt wrong.
+- Background: the palette colour nearest to most pixels.
+- Objects: connected components of the pixels that differ from the background.
+- Colour: the palette colour nearest to the core of the component.
+- Shape: the best match among templates at sub-pixel offsets.
+
+A component that no template fits, or that has two colours, gets the shape `unknown`. An image with one satisfies no
+prompt.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,19 +19,19 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ospo_fast.shapes.render import IMAGE_SIZE, outline
+from ospo_fast.shapes.render import CELL, IMAGE_SIZE, outline
 from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Description, parse
 
 UNKNOWN = "unknown"
-_MIN_PIXELS = 9  # a small cross covers 25; fewer is a speck
-_FOREGROUND = 0.35  # of the way from the background to the nearest object colour
-_MATCH = 0.70  # least overlap (soft intersection over union) with the best template
+_MIN_PIXELS = 9  # a small cross covers 25; smaller components are noise
+_FOREGROUND = 0.35  # least coverage of an object pixel, from background (0) to object colour (1)
+_MATCH = 0.70  # least soft intersection over union with the best template
 _WINDOW = 20
 
 
 @dataclass(frozen=True)
 class Detection:
-    """An object read from an image: `x`, `y` centre in pixels, `mask` (48, 48) bool, `match` in [0, 1]."""
+    """An object detected in an image: `x`, `y` centre in pixels, `match` in [0, 1], `mask` (48, 48) bool."""
 
     color: str
     shape: str
@@ -42,7 +47,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class DetectedScene:
-    """All that the checker sees in an image."""
+    """Everything that the checker detects in an image."""
 
     background: str
     objects: tuple[Detection, ...]
@@ -56,7 +61,7 @@ _BACK_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 
 @cache
 def _template(shape: str, size: str, dx: int, dy: int) -> np.ndarray:
-    """Coverage in a window, centred on the centre of mass; `dx`, `dy` are quarter pixels."""
+    """Coverage of a shape whose centre of mass is `dx`, `dy` quarter pixels from the centre of the window."""
     center = _WINDOW / 2
     cover = outline(shape, SIZES[size], (center + dx / 4, center + dy / 4), _WINDOW)
     y, x = ndimage.center_of_mass(cover)
@@ -64,8 +69,8 @@ def _template(shape: str, size: str, dx: int, dy: int) -> np.ndarray:
     return outline(shape, SIZES[size], (center + dx / 4 + target[0] - x, center + dy / 4 + target[1] - y), _WINDOW)
 
 
-def _match(alpha: np.ndarray, x: float, y: float) -> tuple[str, str, float]:
-    """Best (shape, size, overlap) for the coverage `alpha` (48, 48) whose centre of mass is (x, y)."""
+def _match_template(alpha: np.ndarray, x: float, y: float) -> tuple[str, str, float]:
+    """Best (shape, size, overlap) for a coverage `alpha` (48, 48) with centre of mass (x, y)."""
     half = (_WINDOW - 1) / 2
     left, top = int(np.floor(x - half + 0.5)), int(np.floor(y - half + 0.5))
     dx, dy = round((x - half - left) * 4), round((y - half - top) * 4)
@@ -81,8 +86,8 @@ def _match(alpha: np.ndarray, x: float, y: float) -> tuple[str, str, float]:
     return best
 
 
-def read(image: Image.Image | np.ndarray) -> DetectedScene:
-    """The objects in a 48×48 RGB image (another size is resized to it)."""
+def detect(image: Image.Image | np.ndarray) -> DetectedScene:
+    """Detect the objects of an RGB image. Pillow images of another size are resized to 48×48."""
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
         if image.size != (IMAGE_SIZE, IMAGE_SIZE):
@@ -93,11 +98,12 @@ def read(image: Image.Image | np.ndarray) -> DetectedScene:
     back = int(np.bincount(nearest.ravel(), minlength=len(palette))[: len(_BACK_RGB)].argmax())
     base = np.median(pixels[nearest == back], axis=0) if (nearest == back).any() else _BACK_RGB[back]
 
-    toward = _RGB - base  # (colours, 3): coverage by a colour is the projection on the line from the background to it
+    # The coverage of a pixel by a colour is its projection on the line from the background to that colour.
+    toward = _RGB - base  # (colours, 3)
     cover = ((pixels - base) @ toward.T) / (toward**2).sum(-1)
-    far = ((pixels[:, :, None] - (base + np.clip(cover, 0, 1)[..., None] * toward)) ** 2).sum(-1)
-    line = far.argmin(-1)
-    alpha = np.clip(np.take_along_axis(cover, line[..., None], -1)[..., 0], 0, 1)
+    distance = ((pixels[:, :, None] - (base + np.clip(cover, 0, 1)[..., None] * toward)) ** 2).sum(-1)
+    nearest_line = distance.argmin(-1)
+    alpha = np.clip(np.take_along_axis(cover, nearest_line[..., None], -1)[..., 0], 0, 1)
     labels, count = ndimage.label(alpha > _FOREGROUND)
     objects = []
     for index in range(1, count + 1):
@@ -109,34 +115,31 @@ def read(image: Image.Image | np.ndarray) -> DetectedScene:
         color = int(votes.argmax())
         own = np.clip(cover[..., color], 0, 1) * ndimage.binary_dilation(mask)
         y, x = ndimage.center_of_mass(own)
-        shape, size, match = _match(own, x, y)
+        shape, size, match = _match_template(own, x, y)
         if match < _MATCH or votes[color] < 0.75 * votes.sum():
             shape = UNKNOWN
         objects.append(Detection(_NAMES[color], shape, size, float(x), float(y), match, mask))
     return DetectedScene(_BACK_NAMES[back], tuple(objects))
 
 
-def holds(reading: DetectedScene, description: Description) -> bool:
-    """Whether the picture shows exactly the groups of `description`, related as it says (scenery left aside)."""
-    wanted = {(group.color, group.shape): group.count for group in description.groups}
-    found: dict[tuple[str, str], int] = {}
-    for thing in reading.objects:
-        key = (thing.color, thing.shape)
-        found[key] = found.get(key, 0) + 1
-    if found != wanted:
+def matches(scene: DetectedScene, description: Description) -> bool:
+    """Return whether the scene shows exactly the groups of `description`, in its relation. Scenery is ignored."""
+    expected = {(group.color, group.shape): group.count for group in description.groups}
+    if Counter((obj.color, obj.shape) for obj in scene.objects) != expected:
         return False
     if description.relation is None:
         return True
     first, second = (
-        next(t for t in reading.objects if (t.color, t.shape) == (g.color, g.shape)) for g in description.groups
+        next(obj for obj in scene.objects if (obj.color, obj.shape) == (group.color, group.shape))
+        for group in description.groups
     )
     rows, columns = RELATIONS[description.relation]
-    return (first.y - second.y) * rows + (first.x - second.x) * columns > 8  # half a cell
+    return (first.y - second.y) * rows + (first.x - second.x) * columns > CELL / 2
 
 
 def satisfies(image: Image.Image | np.ndarray, prompt: str) -> bool:
-    """Whether `image` shows what `prompt`, a prompt of the Shapes grammar, says."""
+    """Return whether `image` shows what `prompt` says; ValueError if it is not a prompt of the Shapes world."""
     description = parse(prompt)
     if description is None:
         raise ValueError(f"prompt: got {prompt!r}, expected a prompt of the Shapes world, such as 'a red circle'")
-    return holds(read(image), description)
+    return matches(detect(image), description)

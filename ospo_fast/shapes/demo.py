@@ -28,9 +28,9 @@ from ospo_fast.pipeline import STAGES, Pipeline, read_stage, stage_figures
 from ospo_fast.records import Record, iter_pairs, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
-from ospo_fast.shapes.checker import read, satisfies
-from ospo_fast.shapes.evaluate import HEADLINE, Drawings
-from ospo_fast.shapes.scenes import held_out, parse
+from ospo_fast.shapes.checker import detect, satisfies
+from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
+from ospo_fast.shapes.scenes import held_out_prompts, parse
 from ospo_fast.stages.common import open_image, png
 
 logger = logging.getLogger(__name__)
@@ -65,16 +65,16 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     base = load_model(config.model, device=config.device, dtype=config.dtype)
     pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
     pipeline.prepare()  # what is asked for wrongly is said before anything is drawn or written
-    write_atomic(out / "held_out.txt", ("\n".join(held_out()) + "\n").encode())
+    write_atomic(out / "held_out.txt", ("\n".join(held_out_prompts()) + "\n").encode())
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
     figures = _Figures(out / "evaluation", config.evaluate, resume=resume)
     scale, scales = figures.guidance("base", base, progress)
     before = figures.drawings("base", base, sorted({1.0, scale}), progress)
-    vqa = figures.get("vqa_rendered", base, lambda: evaluate.answering(base, progress=progress))
-    own = figures.get("vqa_own", base, lambda: evaluate.answering_own(base, before[scale], progress=progress))
+    vqa = figures.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))
+    own = figures.get("vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=progress))
 
-    pipeline.evaluation = evaluate.watcher(config.evaluate, scale)
+    pipeline.evaluation = evaluate.build_validation(config.evaluate, scale)
     pipeline.run(STAGES)  # the figures of the masks are wanted even where training takes its own
 
     tuned = pipeline.model(config.iterations + 1)
@@ -153,7 +153,7 @@ class _Figures:
         """The model's best guidance scale on validation prompts, and the headline at each."""
 
         def make() -> list[Any]:
-            best, found = evaluate.best_guidance(
+            best, found = evaluate.choose_guidance(
                 model, per_kind=self.settings.per_kind, seeds=self.settings.seeds, progress=progress
             )
             return [best, {str(scale): figures for scale, figures in found.items()}]
@@ -163,17 +163,17 @@ class _Figures:
 
     def drawings(
         self, name: str, model: UnifiedModel, scales: Sequence[float], progress: bool
-    ) -> dict[float, Drawings]:
+    ) -> dict[float, AlignmentResult]:
         """Test prompts drawn at each guidance scale."""
         found = {}
         for scale in scales:
             path = self._path(f"{name}_{scale}", model, "npz")
             if not path.exists():
                 settings = self.settings
-                evaluate.draw(
+                evaluate.evaluate_alignment(
                     model, per_kind=settings.per_kind, guidance_scale=scale, seeds=settings.seeds, progress=progress
                 ).save(path)
-            found[scale] = Drawings.load(path)
+            found[scale] = AlignmentResult.load(path)
         return found
 
     def add_seconds(self, seconds: float) -> float:
@@ -184,7 +184,7 @@ class _Figures:
         return float(before + seconds)
 
 
-def _by_kind(before: Drawings, after: Drawings) -> dict[str, dict[str, float]]:
+def _by_kind(before: AlignmentResult, after: AlignmentResult) -> dict[str, dict[str, float]]:
     old, new = before.by_kind(), after.by_kind()
     return {
         kind: {
@@ -233,7 +233,7 @@ def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None
     A small object in the middle of its place on the board lies on the corner of four cells and covers a fifth of each,
     so a share of a quarter would leave it without a cell. None where the checker sees no object.
     """
-    seen = [thing.mask for thing in read(image).objects]
+    seen = [thing.mask for thing in detect(image).objects]
     if not seen:
         return None
     pixels = np.any(seen, axis=0)
@@ -274,7 +274,7 @@ def _standard_error(values: Sequence[float], items: Sequence[int]) -> float | No
     return float(np.sqrt((np.bincount(items, away) ** 2).sum()) / len(values))
 
 
-def write_gallery(out: Path, before: Drawings, after: Drawings) -> None:
+def write_gallery(out: Path, before: AlignmentResult, after: AlignmentResult) -> None:
     """evaluation/gallery.jsonl and its images: the first prompts of each kind, first seed, whatever came of them."""
     lines = []
     taken: dict[str, int] = {}

@@ -1,13 +1,14 @@
-"""How well a model draws and answers in the Shapes world, by the checker, on prompts that nothing else may use.
+"""Alignment and answer accuracy of a model in the Shapes world, judged by the checker on held-out prompts.
 
-The rule, fixed before any figure was looked at:
+The rule, fixed before any result was known:
 
-* *Alignment* of a kind is the share of its held-out prompts that are drawn fully right, each prompt drawn once per
-  sampling seed. The headline is the mean over the kinds with at least 20 held-out prompts (`HEADLINE`); the other
-  kinds are shown, but their few prompts make no claim about prompts in general.
-* The guidance scale is chosen on the `validation` prompts, among `GUIDANCE`, for the base model; base and tuned model
-  are then both drawn at it, on the `test` prompts, with the same seeds. Beside it: each at its own best, both at 1.
-* Standard errors are over prompts (the seeds of a prompt are averaged first). For a difference they are paired.
+* *Alignment* of a kind is the share of images that satisfy their prompt, over the held-out prompts of the kind, with
+  one image of each prompt for each sampling seed. The headline is the mean over the kinds with at least 20 held-out
+  prompts (`HEADLINE`). The other kinds have too few prompts for a general statement and are reported only by kind.
+* The guidance scale is the best one of `GUIDANCE` for the base model on `validation` prompts. Base and tuned model are
+  compared at that scale on `test` prompts with the same seeds. Also reported: each model at its own best scale, and
+  both at 1.
+* Standard errors are over prompts, after averaging the seeds of each prompt. Those of differences are paired.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import write_atomic
 from ospo_fast.shapes import grammar
-from ospo_fast.shapes.checker import DetectedScene, holds, read
-from ospo_fast.shapes.render import render
+from ospo_fast.shapes.checker import DetectedScene, detect, matches
+from ospo_fast.shapes.render import CELL, render
 from ospo_fast.shapes.scenes import KINDS, Description, parse, prompts, random_scene
 from ospo_fast.stages.templates import load_templates
 from ospo_fast.stages.train import Evaluation
@@ -39,29 +40,29 @@ QUESTION_KINDS = ("existence", "count", "total", "relation")
 
 
 @dataclass(frozen=True)
-class Drawings:
-    """The held-out prompts that were drawn, what came out, and which drawings are right."""
+class AlignmentResult:
+    """Held-out prompts, the images generated for them, and which images satisfy their prompt."""
 
     split: str
     guidance_scale: float
     seeds: tuple[int, ...]
-    kinds: tuple[str, ...]  # of each prompt
+    kinds: tuple[str, ...]  # one for each prompt
     prompts: tuple[str, ...]
-    images: tuple[Any, ...] = field(repr=False)  # prompt by prompt, seed by seed
+    images: tuple[Any, ...] = field(repr=False)  # (prompts * seeds,), the seeds of a prompt one after the other
     correct: np.ndarray = field(repr=False)  # (prompts, seeds) bool
 
     def by_kind(self) -> dict[str, dict[str, float]]:
-        """For each kind its alignment, standard error and number of prompts."""
+        """Return alignment, standard error and number of prompts of each kind."""
         return {kind: _summary(self._rates(kind)) for kind in dict.fromkeys(self.kinds)}
 
     def headline(self) -> dict[str, float]:
-        """Alignment and standard error of the mean over the headline kinds."""
+        """Return the mean alignment of the headline kinds and its standard error."""
         return _combine([_summary(self._rates(kind)) for kind in HEADLINE])
 
-    def gain(self, base: Drawings) -> dict[str, float]:
-        """Alignment less that of `base`, the same prompts and seeds, with the paired standard error."""
+    def gain(self, base: AlignmentResult) -> dict[str, float]:
+        """Return the headline minus that of `base` (same prompts and seeds), with the paired standard error."""
         if base.prompts != self.prompts or base.seeds != self.seeds:
-            raise ValueError("base: expected drawings of the same prompts with the same seeds")
+            raise ValueError("base: expected a result of the same prompts and the same seeds")
         return _combine([_summary(self._rates(kind) - base._rates(kind)) for kind in HEADLINE])
 
     def _rates(self, kind: str) -> np.ndarray:
@@ -69,7 +70,7 @@ class Drawings:
         return np.asarray(self.correct[rows].mean(axis=1))
 
     def save(self, path: Path) -> None:
-        """Everything, in one npz file."""
+        """Write everything to one npz file."""
         about = {"split": self.split, "guidance_scale": self.guidance_scale, "seeds": self.seeds}
         buffer = io.BytesIO()
         np.savez_compressed(
@@ -83,8 +84,8 @@ class Drawings:
         write_atomic(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> Drawings:
-        """What `save` wrote."""
+    def load(cls, path: Path) -> AlignmentResult:
+        """Read a file of `save`."""
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             return cls(
@@ -98,9 +99,13 @@ class Drawings:
             )
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean of independent values; NaN for fewer than two."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
 def _summary(rates: np.ndarray) -> dict[str, float]:
-    spread = float(rates.std(ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else float("nan")
-    return {"alignment": float(rates.mean()), "standard_error": spread, "prompts": len(rates)}
+    return {"alignment": float(rates.mean()), "standard_error": standard_error(rates), "prompts": len(rates)}
 
 
 def _combine(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -109,19 +114,19 @@ def _combine(parts: list[dict[str, float]]) -> dict[str, float]:
     return {"alignment": mean, "standard_error": error, "prompts": sum(part["prompts"] for part in parts)}
 
 
-def held_out_prompts(
+def select_prompts(
     split: str, per_kind: int, kinds: Sequence[str] = tuple(KINDS), *, skip: int = 0
 ) -> list[tuple[str, Description]]:
-    """Up to `per_kind` prompts of each kind in `split`, after the first `skip`; the same ones at every call."""
-    chosen = []
+    """Select up to `per_kind` prompts of each kind in `split`, after the first `skip` of a fixed random order."""
+    selected = []
     for number, kind in enumerate(kinds):
-        everything = prompts(kind, split)
-        order = np.random.default_rng([number, 20260101]).permutation(len(everything))
-        chosen += [(kind, everything[i]) for i in order[skip : skip + per_kind]]
-    return chosen
+        available = prompts(kind, split)
+        order = np.random.default_rng([number, 20260101]).permutation(len(available))
+        selected += [(kind, available[i]) for i in order[skip : skip + per_kind]]
+    return selected
 
 
-def draw(
+def evaluate_alignment(
     model: UnifiedModel,
     *,
     split: str = "test",
@@ -133,10 +138,13 @@ def draw(
     temperature: float = 1.0,
     batch_size: int | None = None,
     progress: bool = True,
-) -> Drawings:
-    """Draws held-out prompts (as of `held_out_prompts`) and has the checker look at every drawing."""
-    chosen = held_out_prompts(split, per_kind, kinds, skip=skip)
-    texts = [description.text for _, description in chosen]
+) -> AlignmentResult:
+    """Generate images of held-out prompts (`select_prompts`) and check each of them.
+
+    The image seeds depend on `seeds` and the position of the prompt, so that results of two models are paired.
+    """
+    selected = select_prompts(split, per_kind, kinds, skip=skip)
+    texts = [description.text for _, description in selected]
     image_seeds = [int(np.random.default_rng([seed, i]).integers(2**31)) for i in range(len(texts)) for seed in seeds]
     images = ImageGenerator(model, batch_size=batch_size).generate(
         texts,
@@ -146,24 +154,24 @@ def draw(
         temperature=temperature,
         progress=progress,
     )
-    right = [holds(read(image), chosen[i // len(seeds)][1]) for i, image in enumerate(images)]
-    return Drawings(
+    correct = [matches(detect(image), selected[i // len(seeds)][1]) for i, image in enumerate(images)]
+    return AlignmentResult(
         split,
         guidance_scale,
         tuple(seeds),
-        tuple(kind for kind, _ in chosen),
+        tuple(kind for kind, _ in selected),
         tuple(texts),
         tuple(images),
-        np.array(right, bool).reshape(len(texts), len(seeds)),
+        np.array(correct, bool).reshape(len(texts), len(seeds)),
     )
 
 
-def best_guidance(
+def choose_guidance(
     model: UnifiedModel, *, per_kind: int = 50, seeds: Sequence[int] = (0,), progress: bool = True
 ) -> tuple[float, dict[float, dict[str, float]]]:
-    """The guidance scale of `GUIDANCE` with the highest headline on validation prompts, and all of them."""
-    found = {
-        scale: draw(
+    """Return the scale of `GUIDANCE` with the best headline on validation prompts, and the headline at each scale."""
+    headlines = {
+        scale: evaluate_alignment(
             model,
             split="validation",
             per_kind=per_kind,
@@ -174,14 +182,14 @@ def best_guidance(
         ).headline()
         for scale in GUIDANCE
     }
-    return max(found, key=lambda scale: found[scale]["alignment"]), found
+    return max(headlines, key=lambda scale: headlines[scale]["alignment"]), headlines
 
 
-def watcher(settings: EvaluateConfig, guidance_scale: float) -> Evaluation:
-    """What training watches to stop early: the headline on `watch_per_kind` validation prompts of each kind in it."""
+def build_validation(settings: EvaluateConfig, guidance_scale: float) -> Evaluation:
+    """Build the evaluation for early stopping: the headline on `watch_per_kind` validation prompts of each kind."""
 
-    def watch(model: UnifiedModel, _step: int) -> dict[str, float]:
-        drawn = draw(
+    def validate(model: UnifiedModel, _step: int) -> dict[str, float]:
+        result = evaluate_alignment(
             model,
             split="validation",
             per_kind=settings.watch_per_kind,
@@ -191,67 +199,70 @@ def watcher(settings: EvaluateConfig, guidance_scale: float) -> Evaluation:
             batch_size=settings.batch_size,
             progress=False,
         )
-        return {**drawn.headline(), "guidance_scale": guidance_scale}
+        return {**result.headline(), "guidance_scale": guidance_scale}
 
-    return watch
+    return validate
 
 
-def answering(model: UnifiedModel, *, count: int = 200, seed: int = 0, progress: bool = True) -> dict[str, float]:
-    """Share of right answers on rendered pictures of fresh random scenes: one question of each kind a scene."""
+def evaluate_answers(
+    model: UnifiedModel, *, count: int = 200, seed: int = 0, progress: bool = True
+) -> dict[str, float]:
+    """Return the share of correct answers about `count` rendered random scenes, one question of each kind per scene."""
     rng = np.random.default_rng([seed, 20260102])
     scenes = [random_scene(rng) for _ in range(count)]
-    asked = [[grammar.ask(scene, kind, rng) for kind in QUESTION_KINDS] for scene in scenes]
-    answers = _answers(model, [render(scene) for scene in scenes], [[q.text for q in row] for row in asked], progress)
-    right: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
-    for row, answered in zip(asked, answers, strict=True):
+    questions = [[grammar.sample_question(scene, kind, rng) for kind in QUESTION_KINDS] for scene in scenes]
+    texts = [[question.text for question in row] for row in questions]
+    answers = _answers(model, [render(scene) for scene in scenes], texts, progress)
+    correct: dict[str, list[bool]] = {kind: [] for kind in QUESTION_KINDS}
+    for row, answered in zip(questions, answers, strict=True):
         for question, answer in zip(row, answered, strict=True):
-            right[question.kind].append(answer["answer"] == ("yes" if question.answer else "no"))
-    figures = {kind: float(np.mean(values)) for kind, values in right.items()}
-    everything = [value for values in right.values() for value in values]
-    return {"all": float(np.mean(everything)), **figures, "questions": len(everything)}
+            correct[question.kind].append(answer["answer"] == ("yes" if question.answer else "no"))
+    by_kind = {kind: float(np.mean(values)) for kind, values in correct.items()}
+    pooled = [value for values in correct.values() for value in values]
+    return {"all": float(np.mean(pooled)), **by_kind, "questions": len(pooled)}
 
 
-def truth(question: str, reading: DetectedScene) -> bool | None:
-    """What the checker answers to a question of the Shapes world about a picture, None where it cannot tell."""
+def true_answer(question: str, scene: DetectedScene) -> bool | None:
+    """Answer a question from the detected objects; None if it is not a question of the Shapes world."""
     words = question.rstrip("?").strip()
-    seen = [(thing.color, thing.shape) for thing in reading.objects]
+    looks = [(obj.color, obj.shape) for obj in scene.objects]
     if words in grammar.TOTALS:
-        return len(seen) == grammar.TOTALS[words]
+        return len(looks) == grammar.TOTALS[words]
     for opening in ("is there ", "are there "):
         if words.startswith(opening):
             description = parse(words.removeprefix(opening).replace("one ", "a ", 1))
             if description is None or len(description.groups) != 1:
                 return None
             group = description.groups[0]
-            found = seen.count((group.color, group.shape))
+            count = looks.count((group.color, group.shape))
             exact = not words.startswith("is there a ")
-            return found == group.count if exact else found >= 1
+            return count == group.count if exact else count >= 1
     description = parse(words.removeprefix("is ").replace("the ", "a "))
     if description is None or description.relation is None:
         return None
     first, second = ((group.color, group.shape) for group in description.groups)
-    return grammar.related_places(
-        [(thing.y, thing.x) for thing in reading.objects if (thing.color, thing.shape) == first],
+    return grammar.positions_related(
+        [(obj.y, obj.x) for obj in scene.objects if (obj.color, obj.shape) == first],
         description.relation,
-        [(thing.y, thing.x) for thing in reading.objects if (thing.color, thing.shape) == second],
-        least=8.0,
+        [(obj.y, obj.x) for obj in scene.objects if (obj.color, obj.shape) == second],
+        margin=CELL / 2,
     )
 
 
-def answering_own(model: UnifiedModel, drawings: Drawings, *, progress: bool = True) -> dict[str, float]:
-    """Share of right answers (by the checker) to the questions that a prompt calls for, on the model's own drawings."""
-    per_prompt = len(drawings.seeds)
-    images = list(drawings.images)
-    questions = [grammar.questions_for(_parsed(drawings.prompts[i // per_prompt])) for i in range(len(images))]
+def evaluate_own_answers(model: UnifiedModel, generated: AlignmentResult, *, progress: bool = True) -> dict[str, float]:
+    """Return the share of correct answers to the questions of each prompt, about the model's own images of it."""
+    per_prompt = len(generated.seeds)
+    images = list(generated.images)
+    questions = [grammar.questions_for(_parsed(generated.prompts[i // per_prompt])) for i in range(len(images))]
     answers = _answers(model, images, questions, progress)
-    right = []
+    correct = []
     for image, row, answered in zip(images, questions, answers, strict=True):
-        reading = read(image)
+        scene = detect(image)
         for question, answer in zip(row, answered, strict=True):
-            expected = truth(question, reading)
+            expected = true_answer(question, scene)
             if expected is not None:
-                right.append(answer["answer"] == ("yes" if expected else "no"))
-    return {"all": float(np.mean(right)), "questions": len(right)}
+                correct.append(answer["answer"] == ("yes" if expected else "no"))
+    return {"all": float(np.mean(correct)), "questions": len(correct)}
 
 
 def _parsed(text: str) -> Description:

@@ -1,7 +1,7 @@
-"""What the Shapes model is taught to say in each text stage, and the questions that it is taught to answer.
+"""Answers of the text stages, hard negatives, and questions in the Shapes world.
 
-The forms of the answers are those of every template set (`stages/templates`). All choices come from the generator that
-the caller gives; nothing here knows of images beyond the scene that a question is about.
+The answers have the form that the templates of the stages ask for (`stages/templates`). Random choices come from the
+`rng` argument.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
+def _choice(rng: np.random.Generator, choices: Sequence[T]) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -48,9 +48,9 @@ def stage1_answer(description: Description) -> str:
 
 
 def _replacements(description: Description) -> list[Description]:
-    """All descriptions that differ in one word that matters: a colour, a shape, a number, or the opposite relation.
+    """Descriptions that differ in one colour, shape or number, or in the opposite relation.
 
-    Of the other relations one may hold besides (left of and above), so they make no near miss.
+    The other relations are no hard negatives: an object can be both left of and above another one.
     """
     out = []
     for i, group in enumerate(description.groups):
@@ -85,8 +85,8 @@ def _valid(description: Description) -> bool:
     return len(set(kinds)) == len(kinds) and description.total <= len(COUNTS)
 
 
-def contrast(description: Description, method: str, sub_category: str, rng: np.random.Generator) -> Description:
-    """A near miss of `description` by `replace`, `swap` or `drop`; where swapping changes nothing, a replacement."""
+def perturb(description: Description, method: str, sub_category: str, rng: np.random.Generator) -> Description:
+    """Build a hard negative by `replace`, `swap` or `drop`; by `replace` if the method cannot change the meaning."""
     options: list[Description] = []
     if method == "drop" and len(description.groups) == 2:
         options = [replace(description, groups=(group,), relation=None) for group in description.groups]
@@ -100,19 +100,19 @@ def contrast(description: Description, method: str, sub_category: str, rng: np.r
             options = [d for d in options if d.groups[0].shape == group.shape]
         elif sub_category == "attribute1_shape":
             options = [d for d in options if d.groups[0].color == group.color]
-    return _pick(rng, options)
+    return _choice(rng, options)
 
 
-def scenery(description: Description, rng: np.random.Generator) -> dict[str, str | None]:
-    """Size, background and (for a single object) place: what densifying adds to prompt and variant alike."""
-    place = _pick(rng, list(PLACES)) if description.total == 1 and rng.random() < 0.5 else None
-    return {"size": _pick(rng, list(SIZES)), "background": _pick(rng, list(BACKGROUNDS)), "place": place}
+def sample_scenery(description: Description, rng: np.random.Generator) -> dict[str, str | None]:
+    """Sample the scenery of a dense prompt: size, background and, for a single object, place."""
+    place = _choice(rng, list(PLACES)) if description.total == 1 and rng.random() < 0.5 else None
+    return {"size": _choice(rng, list(SIZES)), "background": _choice(rng, list(BACKGROUNDS)), "place": place}
 
 
 def densify(first: Description, second: Description, rng: np.random.Generator) -> tuple[Description, Description]:
-    """Both descriptions in one scenery."""
-    fields = scenery(first if first.total > second.total else second, rng)
-    return replace(first, **fields), replace(second, **fields)  # type: ignore[arg-type]
+    """Add the same scenery to both descriptions."""
+    scenery = sample_scenery(first if first.total > second.total else second, rng)
+    return replace(first, **scenery), replace(second, **scenery)  # type: ignore[arg-type]
 
 
 def densify_answer(first: Description, second: Description) -> str:
@@ -144,7 +144,7 @@ def relation_question(first: tuple[str, str], relation: str, second: tuple[str, 
 
 
 def questions_for(description: Description) -> list[str]:
-    """The questions that together ask whether a picture shows what `description` says."""
+    """List the questions that decide together whether an image satisfies `description`."""
     groups = description.groups
     counted = any(group.count > 1 for group in groups)
     out = [count_question(g) if counted else existence_question(g.color, g.shape) for g in groups]
@@ -159,38 +159,8 @@ def questions_answer(description: Description) -> str:
     return "Questions: " + " ".join(questions_for(description))
 
 
-def where(scene: Scene, rng: np.random.Generator, *, pair: bool) -> tuple[str, str] | None:
-    """`where is the red circle?` and `top left`; of a pair `where is the red circle and the blue square?` and
-    `left of above`, how the first lies from the second.
-
-    Only of things that are there once; None where there are too few.
-    """
-    things = [(thing.color, thing.shape) for thing in scene.objects]
-    once = [thing for thing in scene.objects if things.count((thing.color, thing.shape)) == 1]
-    if len(once) < 1 + pair:
-        return None
-    chosen = [once[int(i)] for i in rng.permutation(len(once))[: 1 + pair]]
-    names = [f"the {thing.color} {thing.shape}" for thing in chosen]
-    if not pair:
-        return f"where is {names[0]}?", _place(chosen[0].cell)
-    places = [[thing.cell] for thing in chosen]
-    found = [relation for relation in RELATIONS if related_places(places[0], relation, places[1])]
-    return f"where is {' and '.join(names)}?", " ".join(found)
-
-
-def _place(cell: tuple[int, int]) -> str:
-    return next(place for place, at in PLACES.items() if at == cell)
-
-
-def caption(scene: Scene) -> str:
-    """All that a picture shows, object by object: `a large red circle at the top left and … on a white background`."""
-    objects = sorted(scene.objects, key=lambda thing: thing.cell)
-    words = [f"a {thing.size} {thing.color} {thing.shape} at the {_place(thing.cell)}" for thing in objects]
-    return f"{' and '.join(words)} on a {scene.background} background"
-
-
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question about a scene with its true answer; `kind` is existence, count, total or relation."""
 
     kind: str
@@ -198,71 +168,71 @@ class Asked:
     answer: bool
 
 
-def related_places(
-    first: Sequence[tuple[float, float]], relation: str, second: Sequence[tuple[float, float]], least: float = 0.0
+def positions_related(
+    first: Sequence[tuple[float, float]], relation: str, second: Sequence[tuple[float, float]], margin: float = 0.0
 ) -> bool:
-    """Whether some place (row, column) of `first` lies `relation` some place of `second`, by more than `least`."""
+    """Return whether `relation` holds by more than `margin` for a position (row, column) of each of the two lists."""
     rows, columns = RELATIONS[relation]
-    return any((a[0] - b[0]) * rows + (a[1] - b[1]) * columns > least for a in first for b in second)
+    return any((a[0] - b[0]) * rows + (a[1] - b[1]) * columns > margin for a in first for b in second)
 
 
-def related(scene: Scene, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
-    """Whether some `first` of the scene lies `relation` some `second`."""
-    places = {thing: [o.cell for o in scene.objects if (o.color, o.shape) == thing] for thing in (first, second)}
-    return related_places(list(places[first]), relation, list(places[second]))
+def looks_related(scene: Scene, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
+    """Return whether `relation` holds for an object of each of two looks (colour, shape)."""
+    cells = {look: [o.cell for o in scene.objects if (o.color, o.shape) == look] for look in (first, second)}
+    return positions_related(list(cells[first]), relation, list(cells[second]))
 
 
-def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Asked:
-    """A question of one kind about `scene`; about half are to be answered yes, and the others are near misses."""
-    things = [(thing.color, thing.shape) for thing in scene.objects]
-    counts = {thing: things.count(thing) for thing in things}
-    thing = things[int(rng.integers(len(things)))]
+def sample_question(scene: Scene, kind: str, rng: np.random.Generator) -> Question:
+    """Sample a question about `scene`: with equal probability a true statement or a perturbed one."""
+    looks = [(obj.color, obj.shape) for obj in scene.objects]
+    counts = {look: looks.count(look) for look in looks}
+    look = looks[int(rng.integers(len(looks)))]
     wrong = rng.random() < 0.5
 
-    def other() -> tuple[str, str]:
-        """Something absent: colours and shapes of the scene wrongly joined, one word changed, or anything."""
+    def absent() -> tuple[str, str]:
+        """A look that the scene lacks: its colours and shapes recombined, one word changed, or any look."""
         style = rng.random()
         for _ in range(20):
-            color, shape = _pick(rng, list(COLORS)), _pick(rng, SHAPES)
+            color, shape = _choice(rng, list(COLORS)), _choice(rng, SHAPES)
             if style < 0.35:
-                color, shape = things[int(rng.integers(len(things)))][0], things[int(rng.integers(len(things)))][1]
+                color, shape = looks[int(rng.integers(len(looks)))][0], looks[int(rng.integers(len(looks)))][1]
             elif style < 0.55:
-                color = thing[0]
+                color = look[0]
             elif style < 0.75:
-                shape = thing[1]
+                shape = look[1]
             if (color, shape) not in counts:
                 return color, shape
             style = rng.random()
         return next((c, s) for c in COLORS for s in SHAPES if (c, s) not in counts)
 
     if kind == "existence":
-        asked = other() if wrong else thing
-        return Asked(kind, existence_question(*asked), asked in counts)
+        asked = absent() if wrong else look
+        return Question(kind, existence_question(*asked), asked in counts)
     if kind == "count":
-        asked, count = thing, counts[thing]
+        asked, count = look, counts[look]
         if wrong:
             if rng.random() < 0.25:
-                asked, count = other(), int(rng.integers(1, 3))
+                asked, count = absent(), int(rng.integers(1, 3))
             else:
                 near = [n for n in (count - 1, count + 1) if 1 <= n <= len(COUNTS)]
                 count = near[int(rng.integers(len(near)))] if rng.random() < 0.7 else int(rng.integers(1, 5))
-        return Asked(kind, count_question(Group(count, *asked)), counts.get(asked, 0) == count)
+        return Question(kind, count_question(Group(count, *asked)), counts.get(asked, 0) == count)
     if kind == "total":
-        total = len(things)
+        total = len(looks)
         if wrong:
             near = [n for n in (total - 1, total + 1) if 1 <= n <= len(COUNTS)]
             total = near[int(rng.integers(len(near)))]
-        return Asked(kind, total_question(total), total == len(things))
+        return Question(kind, total_question(total), total == len(looks))
     if kind == "relation":
         if len(counts) < 2:
-            return ask(scene, "existence", rng)
+            return sample_question(scene, "existence", rng)
         distinct = sorted(counts)
         i, j = rng.permutation(len(distinct))[:2]
         first, second = distinct[i], distinct[j]
-        true = [r for r in RELATIONS if related(scene, first, r, second)]
+        true = [r for r in RELATIONS if looks_related(scene, first, r, second)]
         relations = [r for r in RELATIONS if r not in true] if wrong else true
-        relation = _pick(rng, relations or list(RELATIONS))
+        relation = _choice(rng, relations or list(RELATIONS))
         if wrong and rng.random() < 0.15:
-            second = other()
-        return Asked(kind, relation_question(first, relation, second), related(scene, first, relation, second))
+            second = absent()
+        return Question(kind, relation_question(first, relation, second), looks_related(scene, first, relation, second))
     raise ValueError(f"kind: got {kind!r}, expected existence, count, total or relation")

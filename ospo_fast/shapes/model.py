@@ -1,6 +1,6 @@
-"""The tiny model of the Shapes world: a `JanusForConditionalGeneration` with small numbers, and its processor.
+"""The model of the Shapes world: a `JanusForConditionalGeneration` of small sizes, and its processor.
 
-Nothing is special about it: it is saved with `save_pretrained` and loaded by the code that loads Janus-Pro.
+It is saved by `save_pretrained` and loaded by the code that loads Janus-Pro.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHAT = (
 
 
 def _splitter() -> Any:
-    """Punctuation stands alone; words carry the space before them, so that text comes back as it was."""
+    """Split off punctuation; words keep the space before them, so that decoding restores the text."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[:;,?./\n]"), "isolated"),
@@ -45,7 +45,7 @@ def _splitter() -> Any:
 
 
 def vocabulary() -> list[str]:
-    """Every token, special ones first: the words of all prompts, questions and templates."""
+    """List all tokens: the special ones, then the words of all prompts, questions and templates."""
     texts = [*COLORS, *SHAPES, *BACKGROUNDS, *SIZES, *COUNTS, *RELATIONS, *PLACES, *KINDS, "yes no Yes No none a"]
     texts += [grammar.stage1_answer(d) for kind in KINDS for d in descriptions(kind)[-40:]]
     texts += ["prompt replace: swap: drop: dense: questions: / on a background at the in and is are there the where"]
@@ -56,7 +56,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer."""
+    """Build the word-level tokenizer."""
     tokens = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = _splitter()
@@ -77,7 +77,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> JanusProcessor:
-    """Tokenizer, image processor and chat template."""
+    """Build the processor: tokenizer, image processor and chat template."""
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         min_size=PATCH,
@@ -88,7 +88,7 @@ def build_processor() -> JanusProcessor:
 
 
 def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384, heads: int = 4) -> JanusConfig:
-    """The configuration of the shipped model by default."""
+    """Build a configuration; the defaults are those of the shipped model."""
     tokens = vocabulary()
     ids = {name: tokens.index(f"<{name}>") for name in ("bos", "eos", "pad", "image")}
     text = LlamaConfig(
@@ -99,8 +99,7 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=256,
-        initializer_range=hidden
-        ** -0.5,  # the usual 0.02 is for widths of thousands: here it all but switches layers off
+        initializer_range=hidden**-0.5,  # the usual 0.02 is for widths of thousands
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
@@ -142,7 +141,7 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
 
 
 def build_model(seed: int = 0, **sizes: int) -> JanusForConditionalGeneration:
-    """The model with random weights, in fp32 on the CPU."""
+    """Build a model with random weights, in fp32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = JanusForConditionalGeneration(build_config(**sizes))

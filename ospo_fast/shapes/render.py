@@ -1,4 +1,4 @@
-"""Draws scenes with Pillow: 48×48 pixels, a 16-pixel cell for each place on the board."""
+"""Renders scenes with Pillow: 48×48 pixels, 16×16 for each cell of the board."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IMAGE_SIZE = BOARD * CELL
 _OVERSAMPLE = 16
 
 
-def outline(shape: str, across: float, center: tuple[float, float], canvas: int = CELL) -> np.ndarray:
-    """Coverage in [0, 1] of one shape, (canvas, canvas) float32; `center` is (x, y) in pixels."""
+def outline(shape: str, diameter: float, center: tuple[float, float], side: int = CELL) -> np.ndarray:
+    """Coverage in [0, 1] of one shape, (side, side) float32; `center` is (x, y) in pixels."""
     scale = _OVERSAMPLE
-    picture = Image.new("L", (canvas * scale, canvas * scale), 0)
-    draw = ImageDraw.Draw(picture)
-    x, y, half = center[0] * scale, center[1] * scale, across * scale / 2
+    image = Image.new("L", (side * scale, side * scale), 0)
+    draw = ImageDraw.Draw(image)
+    x, y, half = center[0] * scale, center[1] * scale, diameter * scale / 2
     box = (x - half, y - half, x + half - 1, y + half - 1)
     if shape == "circle":
         draw.ellipse(box, fill=255)
@@ -34,7 +34,7 @@ def outline(shape: str, across: float, center: tuple[float, float], canvas: int 
         draw.rectangle((x - half, y - arm, x + half - 1, y + arm - 1), fill=255)
     else:
         raise ValueError(f"shape: got {shape!r}, expected circle, square, triangle or cross")
-    cells = np.asarray(picture, dtype=np.float32).reshape(canvas, scale, canvas, scale)
+    cells = np.asarray(image, dtype=np.float32).reshape(side, scale, side, scale)
     return np.asarray(cells.mean(axis=(1, 3)) / np.float32(255))
 
 
@@ -45,29 +45,29 @@ def _tile(color: str, shape: str, size: str, background: str) -> np.ndarray:
     return np.asarray(np.rint(mixed), np.uint8)
 
 
-def _slice(thing: Object) -> tuple[slice, slice]:
-    row, column = thing.cell
+def _cell_slices(obj: Object) -> tuple[slice, slice]:
+    row, column = obj.cell
     return slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL)
 
 
 def render_array(scenes: Sequence[Scene]) -> np.ndarray:
-    """(N, 48, 48, 3) uint8."""
+    """Render scenes into (N, 48, 48, 3) uint8."""
     pixels = np.empty((len(scenes), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for picture, scene in zip(pixels, scenes, strict=True):
-        picture[:] = BACKGROUNDS[scene.background]
-        for thing in scene.objects:
-            picture[_slice(thing)] = _tile(thing.color, thing.shape, thing.size, scene.background)
+    for image, scene in zip(pixels, scenes, strict=True):
+        image[:] = BACKGROUNDS[scene.background]
+        for obj in scene.objects:
+            image[_cell_slices(obj)] = _tile(obj.color, obj.shape, obj.size, scene.background)
     return pixels
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene."""
+    """Render a scene into a 48×48 RGB image."""
     return Image.fromarray(render_array([scene])[0])
 
 
 def object_masks(scene: Scene) -> np.ndarray:
-    """(objects, 48, 48) bool: the pixels that each object covers by half or more."""
+    """Return the pixels that each object covers by half or more, (objects, 48, 48) bool."""
     masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)
-    for mask, thing in zip(masks, scene.objects, strict=True):
-        mask[_slice(thing)] = outline(thing.shape, SIZES[thing.size], (CELL / 2, CELL / 2)) >= 0.5
+    for mask, obj in zip(masks, scene.objects, strict=True):
+        mask[_cell_slices(obj)] = outline(obj.shape, SIZES[obj.size], (CELL / 2, CELL / 2)) >= 0.5
     return masks

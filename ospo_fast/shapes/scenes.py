@@ -1,8 +1,7 @@
-"""Scenes of the Shapes world, the grammar of their prompts, and which prompts are held out.
+"""Scenes of the Shapes world, their prompts, and the split into training and held-out prompts.
 
-A scene is one to four objects in the cells of a 3×3 board on a plain background. A `Description` says some of that in
-words; text and description are two forms of the same thing (`Description.text`, `parse`). Nothing here knows of any
-model.
+A scene is one to four objects in the cells of a 3×3 board on a plain background. A `Description` is the parsed form of
+a prompt: `Description.text` writes it, `parse` reads it. This module depends on no model.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ PLACES: dict[str, tuple[int, int]] = {
     for r, row in enumerate(("top", "", "bottom"))
     for c, column in enumerate(("left", "", "right"))
 }
-KINDS: dict[str, tuple[str, str]] = {  # kind → (category, sub-category), the official names
+KINDS: dict[str, tuple[str, str]] = {  # kind → (category, sub-category), official names
     "color1": ("attribute", "attribute1_color"),
     "shape1": ("attribute", "attribute1_shape"),
     "color2": ("attribute", "attribute2"),
@@ -47,7 +46,6 @@ KINDS: dict[str, tuple[str, str]] = {  # kind → (category, sub-category), the 
     "numeracy1": ("layout", "layout2"),
     "numeracy2": ("layout", "layout3"),
 }
-SPLITS = ("train", "validation", "test")
 _PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 _SINGULARS = {plural: shape for shape, plural in _PLURALS.items()}
 
@@ -64,7 +62,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows."""
+    """The content of an image."""
 
     objects: tuple[Object, ...]
     background: str
@@ -79,7 +77,7 @@ class Group:
     shape: str
 
     def text(self, size: str | None = None, *, article: bool = True) -> str:
-        """`a red circle`, `two small red circles`; one object reads `one …` where `article` is false."""
+        """Return `a red circle` or `two small red circles`; without `article`, `one red circle`."""
         number = "a" if self.count == 1 and article else COUNTS[self.count - 1]
         noun = self.shape if self.count == 1 else _PLURALS[self.shape]
         return " ".join(word for word in (number, size, self.color, noun) if word)
@@ -87,9 +85,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Description:
-    """What a prompt says: the groups of objects, nothing else on the picture, and, where given, how they lie and look.
+    """The content of a prompt: groups of objects, and optionally their relation and scenery.
 
-    `noun_first` is the form `a circle in red`; it changes the words, not the meaning.
+    An image satisfies it only if it shows no other object. Scenery is the size, place and background. `noun_first`
+    selects the form `a circle in red`, which has the same meaning.
     """
 
     groups: tuple[Group, ...]
@@ -118,12 +117,12 @@ class Description:
 
     @property
     def base(self) -> Description:
-        """The same objects without scenery."""
+        """The same description without scenery."""
         return replace(self, size=None, place=None, background=None)
 
     @property
     def key(self) -> str:
-        """The meaning: equal for two prompts that every image satisfies or fails alike (scenery left aside)."""
+        """The meaning without scenery: equal for two prompts if the same images satisfy both."""
         groups = [f"{group.count} {group.color} {group.shape}" for group in self.groups]
         if self.relation in ("right of", "below"):  # `a right of b` is `b left of a`
             return f"{groups[1]} {OPPOSITE[self.relation]} {groups[0]}"
@@ -133,13 +132,13 @@ class Description:
 
     @property
     def split(self) -> str:
-        """`test` for 12% of all meanings, `validation` for 8%, else `train`: a hash of the meaning decides."""
+        """The split, by a hash of the meaning: `test` for 12% of all meanings, `validation` for 8%, else `train`."""
         share = int.from_bytes(hashlib.sha256(f"shapes {self.key}".encode()).digest()[:4], "big") / 2**32
         return "test" if share < 0.12 else "validation" if share < 0.20 else "train"
 
     @property
     def total(self) -> int:
-        """How many objects there are."""
+        """The number of objects."""
         return sum(group.count for group in self.groups)
 
 
@@ -153,68 +152,68 @@ _PLACE = re.compile(rf" at the ({'|'.join(sorted(PLACES, key=len, reverse=True))
 
 
 def parse(text: str) -> Description | None:
-    """The description that `text` spells, or None where it is no prompt of this world."""
+    """Parse a prompt; None if `text` is not a prompt of the Shapes world."""
     words = " ".join(text.strip().rstrip(".").split())
-    found: dict[str, Any] = {}
+    scenery: dict[str, Any] = {}
     for name, pattern in (("background", _BACKGROUND), ("place", _PLACE)):
         if match := pattern.search(words):
-            found[name] = match.group(1)
+            scenery[name] = match.group(1)
             words = words[: match.start()]
     if match := _NOUN_FIRST.fullmatch(words):
         size, shape, color = match.groups()
-        return Description((Group(1, color, shape),), noun_first=True, size=size, **found)
-    for joint in (*RELATIONS, "and", None):
-        parts = words.split(f" {joint} ") if joint else [words]
-        if joint and len(parts) != 2:
+        return Description((Group(1, color, shape),), noun_first=True, size=size, **scenery)
+    for connective in (*RELATIONS, "and", None):
+        parts = words.split(f" {connective} ") if connective else [words]
+        if connective and len(parts) != 2:
             continue
-        groups = [_GROUP.fullmatch(part) for part in parts]
-        if not all(groups):
+        matches = [_GROUP.fullmatch(part) for part in parts]
+        if not all(matches):
             return None
-        fields = [group.groups() for group in groups if group]
-        read = [Group(_NUMBER[n], c, _SINGULARS.get(s, s)) for n, _, c, s in fields]
+        fields = [match.groups() for match in matches if match]
+        groups = [Group(_NUMBER[n], c, _SINGULARS.get(s, s)) for n, _, c, s in fields]
         sizes = {size for _, size, _, _ in fields}
         plural = [(s in _SINGULARS) for *_, s in fields]
-        if len(sizes) != 1 or any((group.count > 1) != p for group, p in zip(read, plural, strict=True)):
+        if len(sizes) != 1 or any((group.count > 1) != p for group, p in zip(groups, plural, strict=True)):
             return None
-        relation = joint if joint in RELATIONS else None
-        if sum(g.count for g in read) > len(COUNTS) or (relation and any(g.count > 1 for g in read)):
+        relation = connective if connective in RELATIONS else None
+        if sum(g.count for g in groups) > len(COUNTS) or (relation and any(g.count > 1 for g in groups)):
             return None
-        if len(read) == 2 and (read[0].color, read[0].shape) == (read[1].color, read[1].shape):
+        if len(groups) == 2 and (groups[0].color, groups[0].shape) == (groups[1].color, groups[1].shape):
             return None
-        return Description(tuple(read), relation=relation, size=sizes.pop(), **found)
+        return Description(tuple(groups), relation=relation, size=sizes.pop(), **scenery)
     return None
 
 
 def descriptions(kind: str) -> list[Description]:
-    """Every base prompt of one kind, in a fixed order."""
-    things = [(color, shape) for color in COLORS for shape in SHAPES]
+    """List the base prompts of a kind, in a fixed order."""
+    looks = [(color, shape) for color in COLORS for shape in SHAPES]
     if kind in ("color1", "shape1"):
-        return [Description((Group(1, *thing),), noun_first=kind == "shape1") for thing in things]
+        return [Description((Group(1, *look),), noun_first=kind == "shape1") for look in looks]
     if kind == "numeracy1":
-        return [Description((Group(n, *thing),)) for thing in things for n in range(2, len(COUNTS) + 1)]
-    pairs = list(permutations(things, 2))
+        return [Description((Group(n, *look),)) for look in looks for n in range(2, len(COUNTS) + 1)]
+    pairs = list(permutations(looks, 2))
     if kind == "2D_spatial":
         return [Description((Group(1, *a), Group(1, *b)), relation=r) for a, b in pairs for r in RELATIONS]
     if kind == "numeracy2":
         counts = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
         return [Description((Group(n, *a), Group(m, *b))) for a, b in pairs for n, m in counts]
-    if kind == "color2":  # colours and shapes differ, so that swapping either makes another scene
+    if kind == "color2":  # both colours and shapes differ, so that swapping either changes the scene
         return [Description((Group(1, *a), Group(1, *b))) for a, b in pairs if a[0] != b[0] and a[1] != b[1]]
     raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
 
 
 def prompts(kind: str, split: str) -> list[Description]:
-    """The base prompts of one kind in one split (`train`, `validation`, `test`)."""
+    """List the base prompts of a kind in a split (`train`, `validation` or `test`)."""
     return [description for description in descriptions(kind) if description.split == split]
 
 
-def held_out() -> list[str]:
-    """Every prompt whose meaning is not in the `train` split, with and without scenery: no stage may produce one.
+def held_out_prompts() -> list[str]:
+    """List all validation and test prompts, with and without scenery. No stage may produce one of them.
 
     Base prompts come first, in the order of `descriptions`.
     """
-    things = [(color, shape) for color in COLORS for shape in SHAPES]
-    pairs = [Description((Group(1, *a), Group(1, *b))) for a, b in permutations(things, 2)]  # near misses of color2
+    looks = [(color, shape) for color in COLORS for shape in SHAPES]
+    pairs = [Description((Group(1, *a), Group(1, *b))) for a, b in permutations(looks, 2)]  # hard negatives of color2
     base = [d for d in (*(d for kind in KINDS for d in descriptions(kind)), *pairs) if d.split != "train"]
     dense = [
         replace(description, size=size, place=place, background=background).text
@@ -227,25 +226,25 @@ def held_out() -> list[str]:
 
 
 def sample_scene(description: Description, rng: np.random.Generator) -> Scene:
-    """A scene that satisfies `description`; whatever it leaves open is drawn at random."""
+    """Sample a scene that satisfies `description`; everything that it does not specify is random."""
     cells = [(r, c) for r in range(BOARD) for c in range(BOARD)]
     if description.place:
-        chosen = [PLACES[description.place]]
+        occupied = [PLACES[description.place]]
     elif description.relation:
         rows, columns = RELATIONS[description.relation]
         fits = [(a, b) for a, b in permutations(cells, 2) if (a[0] - b[0]) * rows > 0 or (a[1] - b[1]) * columns > 0]
-        chosen = list(fits[rng.integers(len(fits))])
+        occupied = list(fits[rng.integers(len(fits))])
     else:
-        chosen = [cells[i] for i in rng.permutation(len(cells))[: description.total]]
+        occupied = [cells[i] for i in rng.permutation(len(cells))[: description.total]]
     size = description.size or str(rng.choice(list(SIZES)))
     background = description.background or str(rng.choice(list(BACKGROUNDS)))
-    things = [group for group in description.groups for _ in range(group.count)]
-    objects = [Object(g.color, g.shape, size, cell) for g, cell in zip(things, chosen, strict=True)]
+    groups = [group for group in description.groups for _ in range(group.count)]
+    objects = [Object(g.color, g.shape, size, cell) for g, cell in zip(groups, occupied, strict=True)]
     return Scene(tuple(objects), background)
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """One to four objects of any colours and shapes; two objects of one kind are made likelier than chance."""
+    """Sample a scene of one to four objects. With probability 0.4 an object repeats the look of an earlier one."""
     cells = rng.permutation(BOARD * BOARD)[: rng.integers(1, len(COUNTS) + 1)]
     size, background = str(rng.choice(list(SIZES))), str(rng.choice(list(BACKGROUNDS)))
     objects: list[Object] = []

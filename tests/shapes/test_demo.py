@@ -17,7 +17,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
 from ospo_fast.records import Record, iter_pairs
 from ospo_fast.shapes import demo, evaluate
-from ospo_fast.shapes.scenes import held_out, parse
+from ospo_fast.shapes.scenes import held_out_prompts, parse
 
 FOLDER = Path(demo.__file__).parent / "checkpoint"
 SMALL = [
@@ -44,17 +44,17 @@ def test_the_checkpoint_is_small_and_says_how_it_was_made() -> None:
 
 
 def test_it_answers_questions_on_rendered_pictures(model: UnifiedModel) -> None:
-    answered = evaluate.answering(model, count=120, progress=False)
+    answered = evaluate.evaluate_answers(model, count=120, progress=False)
     for kind in evaluate.QUESTION_KINDS:
         assert answered[kind] >= 0.95, kind
 
 
 def test_it_draws_prompts_that_it_has_never_seen(model: UnifiedModel) -> None:
     """Much worse than it answers: of what it learns in a run, that is the reason."""
-    drawn = evaluate.draw(model, split="validation", per_kind=40, guidance_scale=1.5, progress=False)
+    drawn = evaluate.evaluate_alignment(model, split="validation", per_kind=40, guidance_scale=1.5, progress=False)
     assert 0.35 < drawn.headline()["alignment"] < 0.7
-    assert not set(drawn.prompts) - set(held_out())
-    assert evaluate.answering_own(model, drawn, progress=False)["all"] >= 0.93
+    assert not set(drawn.prompts) - set(held_out_prompts())
+    assert evaluate.evaluate_own_answers(model, drawn, progress=False)["all"] >= 0.93
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_evaluation_draws_alike_whatever_the_seed_of_the_run(
 ) -> None:
     """Base figures of another training seed are the same, so gains are compared drawing by drawing."""
     monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("far enough"))
-    for name in ("answering", "answering_own"):
+    for name in ("evaluate_answers", "evaluate_own_answers"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
     config = load_config([*SMALL, f"out={tmp_path}", "seed=7"], family="shapes")
     with pytest.raises(pytest.fail.Exception, match="far enough"):
@@ -136,23 +136,25 @@ def test_training_watches_the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -
     seen: list[dict[str, Any]] = []
     nobody: Any = None  # the drawings are made up
 
-    def draw(model: object, **settings: Any) -> evaluate.Drawings:
+    def draw(model: object, **settings: Any) -> evaluate.AlignmentResult:
         seen.append(settings)
-        return evaluate.Drawings(settings["split"], 1.0, (0,), evaluate.HEADLINE, ("a",) * 3, (), np.ones((3, 1), bool))
+        return evaluate.AlignmentResult(
+            settings["split"], 1.0, (0,), evaluate.HEADLINE, ("a",) * 3, (), np.ones((3, 1), bool)
+        )
 
-    monkeypatch.setattr(evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "evaluate_alignment", draw)
     config = load_config(["evaluate.watch_per_kind=7", "evaluate.seeds=[3]"], family="shapes")
     for settings in (config, load_config(family="shapes")):
         watch = cli._evaluation(settings)
         assert watch is not None
         watch(nobody, 0)
-        evaluate.watcher(settings.evaluate, settings.images.guidance_scale)(nobody, 0)
+        evaluate.build_validation(settings.evaluate, settings.images.guidance_scale)(nobody, 0)
     assert seen[0] == seen[1]
     assert seen[2] == seen[3]
     assert (seen[0]["per_kind"], seen[0]["seeds"]) == (7, [3])
     assert (seen[2]["per_kind"], seen[2]["split"]) == (200, "validation")
     for kind in evaluate.HEADLINE:
-        assert len(evaluate.held_out_prompts("validation", 200, [kind])) >= 24
+        assert len(evaluate.select_prompts("validation", 200, [kind])) >= 24
 
 
 @pytest.mark.usefixtures("omegaconf")

@@ -1,8 +1,8 @@
-"""Second part of pretraining: the vision tower and its aligner learn to tell what lies in each patch.
+"""Part 2 of pretraining: the vision encoder and its aligner, by classification of each patch.
 
-Janus starts from a vision tower that was trained before (SigLIP); so does the tiny model. Answers of yes and no alone
-carry too little to start from: without this part they stay at chance for thousands of steps. The classifiers that ask
-the features for colour, shape, size, background and place are thrown away.
+Janus starts from a pretrained vision encoder (SigLIP), and so does this model. Without this part the yes-no answers of
+part 3 stay at chance for thousands of steps. The classifiers of colour, shape, size, background, row and column are
+discarded.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import logging
 
 import numpy as np
 import torch
+from codebook import to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration
 
-from ospo_fast.shapes.codebook import to_tensor
 from ospo_fast.shapes.model import GRID, PATCH
 from ospo_fast.shapes.render import CELL, render_array
 from ospo_fast.shapes.scenes import BACKGROUNDS, BOARD, COLORS, SHAPES, SIZES, Scene, random_scene
@@ -34,16 +34,16 @@ _CLASSES = {
 
 
 def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
-    """For each name of `_CLASSES`, (N, patches) int64; where no object is, its colour, shape and size are class 0."""
+    """Return the class of each patch, (N, patches) int64, by name. Colour, shape and size are 0 where no object is."""
     span = CELL // PATCH
     labels = {name: np.zeros((len(scenes), BOARD * span, BOARD * span), np.int64) for name in _CLASSES}
     for number, scene in enumerate(scenes):
-        for thing in scene.objects:
-            row, column = thing.cell
-            place = (number, slice(row * span, (row + 1) * span), slice(column * span, (column + 1) * span))
-            labels["color"][place] = 1 + list(COLORS).index(thing.color)
-            labels["shape"][place] = 1 + SHAPES.index(thing.shape)
-            labels["size"][place] = 1 + list(SIZES).index(thing.size)
+        for obj in scene.objects:
+            row, column = obj.cell
+            patches = (number, slice(row * span, (row + 1) * span), slice(column * span, (column + 1) * span))
+            labels["color"][patches] = 1 + list(COLORS).index(obj.color)
+            labels["shape"][patches] = 1 + SHAPES.index(obj.shape)
+            labels["size"][patches] = 1 + list(SIZES).index(obj.size)
         labels["background"][number] = list(BACKGROUNDS).index(scene.background)
     labels["row"][:] = np.arange(GRID)[None, :, None]
     labels["column"][:] = np.arange(GRID)[None, None, :]
@@ -51,7 +51,7 @@ def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dict[str, float]:
-    """Trains `vision_model` and `aligner` in place; returns the share of patches read rightly at the end, by name."""
+    """Train `vision_model` and `aligner` in place; return the accuracy of each classifier in the last step."""
     inner = model.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dic
         )
     parameters = [*inner.vision_model.parameters(), *inner.aligner.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.02)
-    right: dict[str, float] = {}
+    accuracy: dict[str, float] = {}
     for step in range(steps):
         rng = np.random.default_rng([seed, 8, step])
         for group in optimizer.param_groups:
@@ -69,17 +69,17 @@ def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dic
         labels = patch_labels(scenes)
         features = inner.get_image_features(to_tensor(render_array(scenes))).pooler_output
         loss = features.new_zeros(())
-        right = {}
+        accuracy = {}
         for name, head in heads.items():
             logits = head(features)
             loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[name].flatten())
-            right[name] = (logits.argmax(-1) == labels[name]).float().mean().item()
-        # Features stand beside word embeddings in the language model, so they are kept to a like scale.
+            accuracy[name] = (logits.argmax(-1) == labels[name]).float().mean().item()
+        # Image features and word embeddings are inputs of one language model: keep their scales similar.
         loss = loss + 0.02 * features.square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 0:
-            logger.info("tower %d/%d: loss %.3f, right %s", step, steps, loss.item(), right)
-    return right
+            logger.info("vision encoder %d/%d: loss %.3f, accuracy %s", step, steps, loss.item(), accuracy)
+    return accuracy

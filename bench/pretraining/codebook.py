@@ -1,8 +1,8 @@
-"""First part of pretraining: the VQ model that turns pictures of the Shapes world into codes and back.
+"""Part 1 of pretraining: the VQ model, which encodes images of the Shapes world into codes and decodes them.
 
-`JanusVQVAE.forward` cannot train its encoder (it decodes indices, and with the codebook normalised), so the loop is
-written out: cosine quantisation with straight-through gradients, the codebook kept as moving averages of what it
-stands for, unused codes moved to where the encoder has something to say.
+`JanusVQVAE.forward` cannot train its encoder, because it decodes indices and normalises the codebook. This loop uses
+cosine quantisation with straight-through gradients, updates the codebook by moving averages, and restarts unused
+codes at badly represented vectors.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import JanusForConditionalGeneration
 
-from ospo_fast.shapes.checker import read
+from ospo_fast.shapes.checker import detect
 from ospo_fast.shapes.render import CELL, render_array
 from ospo_fast.shapes.scenes import BACKGROUNDS, Scene, random_scene
 
 logger = logging.getLogger(__name__)
 BATCH = 24
-WARM = 300  # steps without quantisation, so that the first codebook stands on features that mean something
+WARM = 300  # steps without quantisation before the codebook is initialised from the features
 DECAY = 0.99
 COMMITMENT = 0.5
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 → (N, 3, H, W) float32 in [-1, 1]."""
+    """Convert pixels (N, H, W, 3) uint8 to (N, 3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_pixels(values: Tensor) -> np.ndarray:
-    """(N, 3, H, W) float in [-1, 1] → (N, H, W, 3) uint8."""
+    """Convert (N, 3, H, W) float in [-1, 1] to pixels (N, H, W, 3) uint8."""
     scaled = values.add(1).mul(127.5).round().clamp(0, 255)
     return np.asarray(scaled.permute(0, 2, 3, 1).to(torch.uint8))
 
@@ -55,14 +55,14 @@ def _kmeans(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 class Codebook:
-    """The codes' directions with the running sums that they are the means of."""
+    """Unit vectors of the codes, with the running sums and counts that they are means of."""
 
     def __init__(self, centers: Tensor) -> None:
         self.codes = centers
         self.sums, self.counts = centers.clone(), torch.ones(len(centers))
 
     def update(self, vectors: Tensor, nearest: Tensor, generator: torch.Generator) -> None:
-        """Moving averages; a code that stands for nearly nothing restarts at a vector that is badly represented."""
+        """Update the moving averages; unused codes restart at vectors sampled by their quantisation error."""
         used = torch.bincount(nearest, minlength=len(self.codes)).float()
         self.counts.mul_(DECAY).add_(used, alpha=1 - DECAY)
         self.sums.mul_(DECAY).index_add_(0, nearest, vectors, alpha=1 - DECAY)
@@ -70,20 +70,20 @@ class Codebook:
         dead = (self.counts < 0.02).nonzero()[:, 0]
         if len(dead):
             error = (1 - (vectors * self.codes[nearest]).sum(1)).clamp_min(1e-8)
-            taken = torch.multinomial(error, len(dead), generator=generator)
-            self.codes[dead] = vectors[taken]
-            self.sums[dead], self.counts[dead] = vectors[taken] * 0.5, torch.full((len(dead),), 0.5)
+            sampled = torch.multinomial(error, len(dead), generator=generator)
+            self.codes[dead] = vectors[sampled]
+            self.sums[dead], self.counts[dead] = vectors[sampled] * 0.5, torch.full((len(dead),), 0.5)
 
 
 def _batch(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures, weights of their pixels (objects count more), and the background index of each plain patch or -1."""
+    """Images, weights of their pixels (objects count more), and for each patch its background index or -1 (object)."""
     scenes = [random_scene(rng) for _ in range(count)]
     pixels = to_tensor(render_array(scenes))
     back = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in scenes])
     plain = torch.ones(count, pixels.shape[-1], pixels.shape[-1], dtype=torch.bool)
     for row, scene in zip(plain, scenes, strict=True):
-        for thing in scene.objects:
-            r, c = thing.cell
+        for obj in scene.objects:
+            r, c = obj.cell
             row[r * CELL : (r + 1) * CELL, c * CELL : (c + 1) * CELL] = False
     weights = torch.where(plain, 1.0, 8.0)[:, None]
     patches = plain[:, ::8, ::8]
@@ -99,7 +99,10 @@ def train(
     save: Callable[[dict[str, Any]], None] | None = None,
     save_every: int = 500,
 ) -> dict[str, float]:
-    """Trains `model.model.vqmodel` in place; returns what `evaluate` says at the end. `state` resumes, `save` keeps."""
+    """Train `model.model.vqmodel` in place and return its `evaluate`.
+
+    `save` is called with the state of the training every `save_every` steps; `state` resumes from it.
+    """
     vq = model.model.vqmodel
     parameters = [p for name, p in vq.named_parameters() if not name.startswith("quantize")]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -115,9 +118,9 @@ def train(
     vq.train()
     for step in range(start, steps):
         rng = np.random.default_rng([seed, 1, step])
-        left = 1 - step / steps
+        remaining = 1 - step / steps
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 50) * min(1.0, max(left / 0.5, 0.02))
+            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 50) * min(1.0, max(remaining / 0.5, 0.02))
         pixels, weights, plain = _batch(rng, BATCH)
         features = vq.quant_conv(vq.encoder(pixels))
         directions = F.normalize(features, dim=1)
@@ -127,23 +130,24 @@ def train(
             centers = _kmeans(many, vq.quantize.num_embeddings, generator)
             centers[: len(reserved)] = reserved
             book = Codebook(centers)
-        # Plain background has one fixed code for each colour. Left to itself it takes a hundred, one for each
-        # neighbourhood, and drawing becomes guessing which.
-        here = plain.reshape(-1)
-        apart = (flat[here >= 0] - reserved[here[here >= 0]]).square().sum(1).mean()
+        # Plain background has one fixed code for each colour. Otherwise about a hundred codes would stand for it, one
+        # for each neighbourhood, and generating an image would be guessing among them.
+        backgrounds = plain.reshape(-1)
+        is_plain = backgrounds >= 0
+        background_error = (flat[is_plain] - reserved[backgrounds[is_plain]]).square().sum(1).mean()
         quantised, commitment = directions, flat.new_zeros(())
         if book is not None:
             nearest = (flat.detach() @ book.codes.T).argmax(1)
-            nearest = torch.where(here >= 0, here, nearest)
-            chosen = book.codes[nearest]
-            commitment = (flat - chosen).square().sum(1).mean()
-            straight = flat + (chosen - flat).detach()
+            nearest = torch.where(is_plain, backgrounds, nearest)
+            codes = book.codes[nearest]
+            commitment = (flat - codes).square().sum(1).mean()
+            straight = flat + (codes - flat).detach()
             quantised = straight.view(directions.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
             book.update(flat.detach(), nearest, generator)
             book.codes[: len(reserved)] = reserved
         rebuilt = vq.decoder(vq.post_quant_conv(quantised))
         error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
-        loss = error + COMMITMENT * (commitment + apart)
+        loss = error + COMMITMENT * (commitment + background_error)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -162,7 +166,7 @@ def train(
 
 
 def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dict[str, float]:
-    """Trains the decoder alone, on codes as they are read from pictures: every code keeps its meaning."""
+    """Train the decoder only, on encoded images. The codes keep their meaning."""
     vq = model.model.vqmodel
     parameters = [*vq.post_quant_conv.parameters(), *vq.decoder.parameters()]
     for parameter in parameters:
@@ -192,34 +196,34 @@ def _vectors(vq: Any, rng: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def encode(model: JanusForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """(N, 3, H, W) in [-1, 1] → codes (N, cells) int64."""
+    """Encode images (N, 3, H, W) in [-1, 1] into codes (N, cells) int64."""
     codes: Tensor = model.model.vqmodel.encode(pixels).image_tokens.view(len(pixels), -1)
     return codes
 
 
 def decode_with_gradient(model: JanusForConditionalGeneration, codes: Tensor) -> Tensor:
-    """Codes (N, cells) → (N, 3, H, W)."""
+    """Decode codes (N, cells) into images (N, 3, H, W), with gradients."""
     pixels: Tensor = model.model.vqmodel.decode(codes)
     return pixels
 
 
 @torch.no_grad()
 def decode(model: JanusForConditionalGeneration, codes: Tensor) -> Tensor:
-    """Codes (N, cells) → (N, 3, H, W)."""
+    """Decode codes (N, cells) into images (N, 3, H, W)."""
     return decode_with_gradient(model, codes)
 
 
-def same_scene(picture: np.ndarray, scene: Scene) -> bool:
-    """Whether the checker reads from `picture` what `scene` holds, each object in its cell."""
-    seen = {(o.color, o.shape, int(o.y) // CELL, int(o.x) // CELL) for o in read(picture).objects}
-    return seen == {(o.color, o.shape, *o.cell) for o in scene.objects}
+def shows_scene(image: np.ndarray, scene: Scene) -> bool:
+    """Return whether the checker detects the objects of `scene` in `image`, each in its cell."""
+    detected = {(o.color, o.shape, int(o.y) // CELL, int(o.x) // CELL) for o in detect(image).objects}
+    return detected == {(o.color, o.shape, *o.cell) for o in scene.objects}
 
 
 def evaluate(model: JanusForConditionalGeneration, *, seed: int, count: int = 400) -> dict[str, float]:
-    """Share of scenes that the checker reads back whole from their codes, and how many codes they use."""
+    """Return the share of scenes whose objects are all detected after encoding and decoding, and the codes in use."""
     rng = np.random.default_rng([seed, 2])
     scenes = [random_scene(rng) for _ in range(count)]
     codes = encode(model, to_tensor(render_array(scenes)))
-    pictures = to_pixels(decode(model, codes))
-    whole = np.mean([same_scene(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
-    return {"scenes_read_back": float(whole), "codes_used": float(codes.unique().numel())}
+    images = to_pixels(decode(model, codes))
+    shown = np.mean([shows_scene(image, scene) for image, scene in zip(images, scenes, strict=True)])
+    return {"scenes_read_back": float(shown), "codes_used": float(codes.unique().numel())}
