@@ -187,6 +187,6 @@ class BuildPy(build_py):
 
 
 setup(
-    ext_modules=[Extension("ospo_fast._C", sources(".cpp"), depends=sources(".h"))],
+    ext_modules=[Extension("ospo_fast._C", sources(".cpp"), depends=sources(".h") + sources(".cuh"))],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
 )

@@ -19,6 +19,15 @@ struct PhiloxWords {
     uint32_t word[4];
 };
 
+// The upper 32 bits of a · b. A 64-bit product would take more registers on the GPU.
+OSPO_HOST_DEVICE inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return __umulhi(a, b);
+#else
+    return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+#endif
+}
+
 OSPO_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint32_t block, uint64_t step) {
     uint32_t c0 = block, c1 = static_cast<uint32_t>(step), c2 = static_cast<uint32_t>(step >> 32), c3 = 0;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -26,11 +35,12 @@ OSPO_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint32_t block, uint64
 #pragma unroll
 #endif
     for (int round = 0; round < 10; ++round) {
-        const uint64_t low = uint64_t{0xD2511F53} * c0, high = uint64_t{0xCD9E8D57} * c2;
-        c0 = static_cast<uint32_t>(high >> 32) ^ c1 ^ k0;
-        c1 = static_cast<uint32_t>(high);
-        c2 = static_cast<uint32_t>(low >> 32) ^ c3 ^ k1;
-        c3 = static_cast<uint32_t>(low);
+        const uint32_t low = 0xD2511F53u * c0, high = 0xCD9E8D57u * c2;
+        const uint32_t low_carry = multiply_high(0xD2511F53u, c0), high_carry = multiply_high(0xCD9E8D57u, c2);
+        c0 = high_carry ^ c1 ^ k0;
+        c1 = high;
+        c2 = low_carry ^ c3 ^ k1;
+        c3 = low;
         k0 += 0x9E3779B9;
         k1 += 0xBB67AE85;
     }
