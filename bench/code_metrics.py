@@ -6,7 +6,7 @@
 
 banned_words: hits of the words that tests/test_language.py bans, in the text files of the checkout.
 core_lines: lines of ospo_fast/**/*.py without experimental/ and shapes/, and of kernels/*.py.
-config_fields: settings of `ospo_fast.config.Config`, the fields of its sections counted one by one.
+config_fields: fields of `ospo_fast.config.Config` and of its sections. A mapping counts as one field.
 stage_lists: files in ospo_fast and bench with four or more stage names as string literals. A literal of several names
     ("select masks train") counts for each of them; docstrings do not count.
 hops_to_decode_loop: functions of ospo_fast on the call stack below `ImageGenerator.generate`, down to the function with
