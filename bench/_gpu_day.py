@@ -1,20 +1,21 @@
-"""Build for the card that is there, run the GPU tests, measure every GPU figure of the README: what bench/gpu.sh runs.
+"""Build for the installed GPU, run the GPU tests, and measure every GPU metric of the README. Run by bench/gpu.sh.
 
-  bench/gpu.sh 1|2|3|4     one part of at most nine minutes; what it made is in gpu-out/part-N.tar.gz
-  bench/gpu.sh all         the four parts, then the whole table
-  bench/gpu.sh merge DIR   bring the rows of the archives in DIR into bench/results/<device>/
+  bench/gpu.sh 1|2|3|4     run one part, at most nine minutes; the results are in gpu-out/part-N.tar.gz
+  bench/gpu.sh all         run the four parts, then print the whole table
+  bench/gpu.sh merge DIR   merge the rows of the archives in DIR into bench/results/<device>/
 
 Part 1: the gpu-marked tests, object_masks, sample_codes, decode_attention. Part 2: token_logprobs and attention_columns
-with peers. Part 3: Janus-Pro-7B at 64 prompts. Part 4: Janus-Pro-7B at 1 prompt, skinny_linear, Janus-Pro-1B. Every
-part builds first, in the checkout and for this card alone (`make clean install` builds for all of them again); that
-takes no time where it is done already. A step that runs out of time is stopped and keeps the rows it has written; the
-archive is packed again after every step, and every 20 seconds within one.
+with peers. Part 3: Janus-Pro-7B at 64 prompts. Part 4: Janus-Pro-7B at 1 prompt, skinny_linear, Janus-Pro-1B.
 
-Environment: OUT, the folder of the archives (gpu-out); OSPO_FAST_COMMIT, the commit of files that were copied without
-.git; CUDA_HOME, the toolkit (else nvcc on the PATH, or /usr/local/cuda). Wheels in .whl/ are installed for the run
-alone (`make gpu-wheels` fetches the peers and omegaconf).
+Every part first builds the extension in the checkout, for this GPU only, unless it is up to date. (`make clean install`
+builds for all architectures again.) A step that exceeds its time limit is stopped and keeps the rows that it wrote. The
+archive is rewritten after every step and every 20 seconds within a step.
 
-Exit codes: 0 all steps done, 1 a step failed or ran out of time, 2 wrong use, or a machine that cannot run it.
+Environment: OUT, folder of the archives (gpu-out); OSPO_FAST_COMMIT, commit of files that were copied without .git;
+CUDA_HOME, the toolkit (else nvcc on the PATH, or /usr/local/cuda). Wheels in .whl/ are installed for the run only
+(`make gpu-wheels` fetches the peers and omegaconf).
+
+Exit codes: 0 all steps done, 1 a step failed or exceeded its limit, 2 wrong use or an unsuitable machine.
 """
 
 import argparse
@@ -51,14 +52,14 @@ from ospo_fast.records import check_writable, write_atomic
 HERE = Path(__file__).resolve().parent
 ROOT = _source.ROOT
 WHEELS = ROOT / ".whl"
-PART_SECONDS = 505.0  # of nine minutes; the rest is for what comes before, for stopping a step, and for the archive
+PART_SECONDS = 505.0  # of nine minutes; the rest is for checks, stopping a step, and the archive
 PACK_SECONDS = 20.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE = 15.0  # seconds between asking a step to stop and ending it
-LEAST_SECONDS = 10.0  # a step with less time left is not begun
-TEST_SECONDS = 180  # of one test; several compile kernels on a machine that other workers keep busy
+GRACE = 15.0  # seconds between SIGINT and SIGKILL of a step
+LEAST_SECONDS = 10.0  # a step with less time left is not started
+TEST_SECONDS = 180  # limit of one test; several tests compile kernels at once
 LOG_BYTES = 2**20
-SHOWN = 30  # failed tests that a part names at its end
+SHOWN = 30  # failed tests that a part lists at its end
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 TESTS = "gpu_tests"
 MODULES = (
@@ -85,17 +86,17 @@ class Step:
     name: str
     seconds: float
     cases: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ()  # in their place in a rehearsal; none: all of its cases
+    quick: tuple[str, ...] = ()  # cases of a rehearsal; empty: all
 
 
-# Seconds are limits, which are kept free for the steps that follow; what a step leaves is there for all of them.
+# Seconds are limits. A step may use the time that earlier steps left, but not the time of later ones.
 PARTS: dict[int, tuple[Step, ...]] = {
     1: (Step(TESTS, 400), Step("object_masks", 40), Step("sample_codes", 40), Step("decode_attention", 60)),
     2: (
         Step("token_logprobs", 270, ("7B", "1B")),
         Step("attention_columns", 220, ("columns, ", "decoder, ")),
     ),
-    3: (Step("generation", 500, ("Janus-Pro-7B, 64 prompts",)),),
+    3: (Step("generation", 500, ("Janus-Pro-7B, 64 prompts",), ("2 prompts",)),),
     4: (
         Step("generation", 220, ("Janus-Pro-7B, 1 prompt",), ("2 prompts",)),
         Step("skinny_linear", 50, ("4096 hidden, 2 rows, layer",)),
@@ -106,10 +107,10 @@ PARTS: dict[int, tuple[Step, ...]] = {
 
 
 class RefusedError(Exception):
-    """The run cannot begin; the message is one sentence with its remedy."""
+    """The run cannot start; the message is one sentence with its remedy."""
 
 
-# ---------------------------------------------------------------- what the machine has
+# ---------------------------------------------------------------- checks of the machine
 
 PROBE = f"""
 import ctypes, importlib.util, json
@@ -131,12 +132,12 @@ print(json.dumps(found))
 
 @dataclass
 class Machine:
-    """What a run depends on."""
+    """Software and GPU that a run depends on."""
 
     missing: list[str] = field(default_factory=list)  # modules
     torch: str = ""
-    cuda: str | None = None  # that torch was built for
-    driver: int = 0  # newest CUDA version that it runs, such as 13000; 0: no driver
+    cuda: str | None = None  # version that torch was built for
+    driver: int = 0  # newest CUDA version of the driver, such as 13000; 0: no driver
     card: str | None = None
     capability: tuple[int, int] = (0, 0)
     nvcc: str | None = None
@@ -145,36 +146,39 @@ class Machine:
 
     @property
     def arch(self) -> str:
-        """The card's architecture as nvcc and OSPO_FAST_CUDA_ARCHS name it, such as 90."""
+        """Return the architecture of the GPU as in OSPO_FAST_CUDA_ARCHS, such as 90."""
         return "{}{}".format(*self.capability)
 
-    def objection(self, quick: bool) -> str | None:
-        """Return why nothing can be measured here, with what helps; None where it can be."""
+    def check(self, quick: bool) -> None:
+        """Raise RefusedError if this machine cannot run the benchmarks; a rehearsal needs no GPU."""
         if self.missing:
-            return (
+            raise RefusedError(
                 f"{sys.executable} lacks {', '.join(self.missing)}; install the extras pipeline and dev of this package"
             )
         if quick and self.card is None:
-            return None
+            return
         needed = max(_major(self.cuda), _major(self.nvcc_release))
         if self.driver and self.driver // 1000 < needed:
-            return (
+            raise RefusedError(
                 f"the driver runs CUDA {self.driver // 1000}.{self.driver % 1000 // 10} and older, torch {self.torch} "
                 f"and nvcc {self.nvcc_release or 'none'} need {needed}.0; update the driver or use an older toolkit"
             )
         if self.card is None:
             kind = f"CUDA {self.cuda}" if self.cuda else "no CUDA"
-            return f"torch {self.torch}, built for {kind}, finds no GPU; expected an NVIDIA GPU of sm_80 or newer"
+            raise RefusedError(
+                f"torch {self.torch}, built for {kind}, finds no GPU; expected an NVIDIA GPU of sm_80 or newer"
+            )
         if self.capability < (8, 0):
-            return f"{self.card} is of sm_{self.arch}; expected sm_80 (A100) or newer"
+            raise RefusedError(f"{self.card} is of sm_{self.arch}; expected sm_80 (A100) or newer")
         if self.nvcc is None:
-            return "no nvcc was found in CUDA_HOME, on the PATH or in /usr/local/cuda; install the CUDA toolkit"
+            raise RefusedError(
+                "no nvcc was found in CUDA_HOME, on the PATH or in /usr/local/cuda; install the CUDA toolkit"
+            )
         if self.arch not in self.nvcc_archs:
-            return (
+            raise RefusedError(
                 f"{self.nvcc} {self.nvcc_release} cannot compile for sm_{self.arch} of {self.card}; "
                 "install a newer toolkit or set CUDA_HOME"
             )
-        return None
 
 
 def _major(version: str | None) -> int:
@@ -182,28 +186,28 @@ def _major(version: str | None) -> int:
 
 
 def probe(env: dict[str, str]) -> Machine:
-    """Look at the machine; torch in a process of its own, which leaves no context on the card."""
+    """Inspect the machine. torch runs in another process, so that this one has no CUDA context."""
     done = subprocess.run([sys.executable, "-c", PROBE], env=env, cwd=ROOT, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RefusedError(f"torch cannot be imported ({_last(done.stderr)}); install it again")
+        raise RefusedError(f"torch cannot be imported ({_last(done.stderr)}); reinstall it")
     found = json.loads(done.stdout.splitlines()[-1])
     machine = Machine(**{**found, "capability": tuple(found.get("capability", (0, 0)))})
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
-    places = [f"{home}/bin"] if home else [env.get("PATH", ""), "/usr/local/cuda/bin"]  # as setup.py looks for it
+    places = [f"{home}/bin"] if home else [env.get("PATH", ""), "/usr/local/cuda/bin"]  # as in setup.py
     machine.nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if machine.nvcc:
         try:
-            said, known = (
+            version, archs = (
                 subprocess.run([machine.nvcc, option], check=True, capture_output=True, text=True).stdout
                 for option in ("--version", "--list-gpu-code")
             )
         except (OSError, subprocess.CalledProcessError) as error:
             raise RefusedError(
-                f"{machine.nvcc} does not run ({error}); install the CUDA toolkit or set CUDA_HOME"
+                f"{machine.nvcc} does not run ({error}); reinstall the CUDA toolkit or set CUDA_HOME"
             ) from error
-        release = re.search(r"release ([\d.]+)", said)
+        release = re.search(r"release ([\d.]+)", version)
         machine.nvcc_release = release[1] if release else ""
-        machine.nvcc_archs = frozenset(re.findall(r"sm_(\d+)", known))
+        machine.nvcc_archs = frozenset(re.findall(r"sm_(\d+)", archs))
     return machine
 
 
@@ -212,20 +216,20 @@ def _last(text: str) -> str:
 
 
 def commit(quick: bool) -> str:
-    """The commit that the rows will name; RefusedError where there is none, or where `merge` would refuse its rows."""
+    """Return the commit for the rows; RefusedError if it is unknown, or if `merge` would refuse the rows."""
     found = _source.commit()
     if not COMMIT.fullmatch(found.removesuffix("+")):
         raise RefusedError(
-            f"git names no commit of these files, and OSPO_FAST_COMMIT is {os.environ.get('OSPO_FAST_COMMIT', '')!r}; "
+            f"these files are in no git checkout, and OSPO_FAST_COMMIT is {os.environ.get('OSPO_FAST_COMMIT', '')!r}; "
             "expected their commit, 7 to 40 hexadecimal digits"
         )
     if found.endswith("+") and not quick:
-        raise RefusedError(f"files differ from commit {found[:-1]}, and its figures would not be; commit them first")
+        raise RefusedError(f"files differ from commit {found[:-1]}, which the rows would name; commit them first")
     return found
 
 
 def wheels(folder: Path) -> list[Path]:
-    """The wheels in a folder, none where there is no such folder; RefusedError where a package is there twice."""
+    """List the wheels in a folder, if there is one; RefusedError for two versions of a package."""
     if folder.exists() and not folder.is_dir():
         raise RefusedError(f"{folder.name} is a file; expected a folder of wheels, which `make gpu-wheels` makes")
     found = sorted(folder.glob("*.whl"))
@@ -236,7 +240,7 @@ def wheels(folder: Path) -> list[Path]:
 
 
 def install(found: Sequence[Path], site: Path) -> None:
-    """Unpack wheels into a folder for PYTHONPATH; RefusedError where pip cannot."""
+    """Install wheels into a folder for PYTHONPATH; RefusedError if pip fails."""
     options = [
         "--quiet",
         "--no-index",
@@ -262,14 +266,14 @@ _LIBC = ctypes.CDLL(None)  # loaded before a fork
 
 
 def _own_group() -> None:
-    """In a step's process: a group that can be ended as one, and an end with the process that began it (Linux)."""
+    """In the process of a step: start a process group, and (on Linux) die with the parent process."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Part:
-    """One part on its way: its folder, its log, what became of its steps, and the archive of all that."""
+    """A running part: its folder, log, states of its steps, and archive."""
 
     def __init__(self, number: int, out: Path, env: dict[str, str], machine: Machine, quick: bool, source: str) -> None:
         self.number, self.env, self.machine, self.quick, self.source = number, env, machine, quick, source
@@ -281,19 +285,21 @@ class Part:
         self._log = (self.folder / "log.txt").open("w")
 
     def say(self, line: str) -> None:
-        """Print a line, and log it."""
+        """Print and log a line."""
         print(line, flush=True)
         if not self._log.closed:
             self._log.write(line + "\n")
 
     def run(self) -> bool:
-        """Run the steps until they or the time are over; whether all were done."""
+        """Run the steps until the time of the part is over; return whether all are done."""
         steps = PARTS[self.number]
+        if self.quick:  # each benchmark once
+            steps = tuple({step.name: step for step in steps}.values())
         try:
             if all(self._step(name, 180, command) for name, command in self._preparation().items()):
                 for i, step in enumerate(steps):
-                    kept_free = sum(later.seconds for later in steps[i + 1 :])
-                    self._step(step.name, step.seconds, self._command(step), kept_free)
+                    reserved = sum(later.seconds for later in steps[i + 1 :])
+                    self._step(step.name, step.seconds, self._command(step), reserved)
                     if step.name == TESTS and (self.folder / f"{TESTS}.xml").exists():
                         self._step("counts of the tests", 60, self._counts(self.steps[-1]["state"]))
         finally:
@@ -305,18 +311,18 @@ class Part:
         return all(step["state"] == "done" for step in self.steps)
 
     def _preparation(self) -> dict[str, list[str]]:
-        """What has to be done before anything is tested or measured."""
+        """Commands that run before the steps."""
         build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", "build/gpu"]
-        if self.machine.card is None:  # a rehearsal takes what somebody built already, for whichever cards
-            given = list(ROOT.glob("ospo_fast/_C.*.so")) and not (ROOT / "build" / "gpu").exists()
-            return {} if given else {"build": build}
+        if self.machine.card is None:  # a rehearsal uses an existing build, for any architecture
+            built = list(ROOT.glob("ospo_fast/_C.*.so")) and not (ROOT / "build" / "gpu").exists()
+            return {} if built else {"build": build}
         return {"build": build, "kernels": [sys.executable, "-c", "import _gpu_day; _gpu_day.check_kernels()"]}
 
     def _command(self, step: Step) -> list[str]:
         if step.name == TESTS:
             workers = max(1, min(8, (os.cpu_count() or 1) // 2))
             options = ["-m", "gpu", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider"]
-            # By a thread, which ends the worker: a kernel that hangs returns to no signal handler.
+            # The timeout runs in a thread and ends the worker: during a hanging kernel no signal handler runs.
             options += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
             options += [f"--junitxml={self.folder / TESTS}.xml", "-o", "junit_logging=no"]
             return [sys.executable, "-m", "pytest", *options]
@@ -325,17 +331,17 @@ class Part:
         return [sys.executable, "bench/run.py", "--only", step.name, "--out", str(self.results), *options]
 
     def _counts(self, state: str) -> list[str]:
-        complete = state in ("done", "failed with 1")  # pytest's exit codes of a run that came to its end
+        complete = state in ("done", "failed with 1")  # exit codes of a complete pytest run
         code = "import sys, _gpu_day; _gpu_day.record_tests(*sys.argv[1:])"
         flags = [str(int(flag)) for flag in (self.quick, complete)]
         return [sys.executable, "-c", code, f"{self.folder / TESTS}.xml", str(self.results), *flags]
 
-    def _step(self, name: str, seconds: float, command: list[str], kept_free: float = 0.0) -> bool:
+    def _step(self, name: str, seconds: float, command: list[str], reserved: float = 0.0) -> bool:
         left = PART_SECONDS - GRACE - (time.monotonic() - self._begin)
-        limit = min(seconds, max(left - kept_free, LEAST_SECONDS), left)
+        limit = min(seconds, max(left - reserved, LEAST_SECONDS), left)
         if limit < LEAST_SECONDS:
-            self.say(f"== {name}: not begun, the time of part {self.number} is over")
-            self.steps.append({"name": name, "state": "not begun", "seconds": 0.0})
+            self.say(f"== {name}: not started, the time of part {self.number} is over")
+            self.steps.append({"name": name, "state": "not started", "seconds": 0.0})
             return False
         self.say(f"== {name}: at most {limit:.0f} s: {shlex.join(command)}")
         begin = time.monotonic()
@@ -347,7 +353,7 @@ class Part:
         return state == "done"
 
     def _watch(self, command: list[str], limit: float) -> str:
-        """Run a command with its output shown and logged; end it, and all that it started, at the limit."""
+        """Run a command and log its output; at the limit, end it and its child processes."""
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", preexec_fn=_own_group,  # noqa: PLW1509 - no other thread runs between two steps
@@ -364,7 +370,7 @@ class Part:
             while process.poll() is None and time.monotonic() < end:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(min(PACK_SECONDS, max(end - time.monotonic(), 0.0)))
-                self.pack()  # rows are written as they are measured: what ends this process costs none of them
+                self.pack()  # keeps the rows so far, even if this process is killed
             code = process.poll()
         finally:
             self._end(process)
@@ -373,9 +379,9 @@ class Part:
 
     @staticmethod
     def _end(process: "subprocess.Popen[str]") -> None:
-        """End a step and all that it started; first by SIGINT, on which pytest writes its report.
+        """End a step and its child processes, first by SIGINT, on which pytest writes its report.
 
-        Nothing interrupts this: what is left of a step would hold the card.
+        Signals are ignored meanwhile, because a process that is left would occupy the GPU.
         """
         before = {sign: signal.signal(sign, signal.SIG_IGN) for sign in SIGNALS}
         try:
@@ -391,7 +397,7 @@ class Part:
                 signal.signal(sign, handler)
 
     def pack(self) -> None:
-        """Write the archive with all that there is so far, whole or not at all."""
+        """Write the archive of all files so far, atomically."""
         if not self._log.closed:
             self._log.flush()
         manifest = {
@@ -402,7 +408,7 @@ class Part:
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             _add(archive, "manifest.json", json.dumps(manifest, indent=2).encode())
-            for path in self.made():
+            for path in self.files():
                 data = path.read_bytes()
                 if path.name == "log.txt" and len(data) > LOG_BYTES:
                     data = data[: LOG_BYTES // 4] + b"\n...\n" + data[-LOG_BYTES // 4 * 3 :]
@@ -411,10 +417,10 @@ class Part:
                 _add(archive, path.name, data)
         write_atomic(self.archive, packed.getvalue())
 
-    def made(self) -> list[Path]:
-        """The files so far: log, report of the tests, rows and plots."""
-        found = [*self.folder.glob("*.txt"), *self.folder.glob("*.xml")]
-        return found + sorted(path for path in self.results.glob("*/*") if path.suffix in (".jsonl", ".png"))
+    def files(self) -> list[Path]:
+        """List the files so far: log, test report, rows and plots."""
+        files = [*self.folder.glob("*.txt"), *self.folder.glob("*.xml")]
+        return files + sorted(path for path in self.results.glob("*/*") if path.suffix in (".jsonl", ".png"))
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -424,33 +430,33 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def check_kernels() -> None:
-    """Exit with the reason where an operation would run without its kernel: its figure would be PyTorch's."""
+    """Exit with 1 if an operation would run without its kernel, since PyTorch would be measured in its place."""
     from ospo_fast.ops._dispatch import backends
 
-    if wrong := without_kernel(backends("cuda")):
-        sys.exit("\n".join(wrong))
-    print("every operation has its kernel")
+    if missing := without_kernel(backends("cuda")):
+        sys.exit("\n".join(missing))
+    print("all kernels are available")
 
 
 def without_kernel(table: dict[str, list[tuple[str, bool, str]]]) -> list[str]:
-    """Of a table of backends, the reasons of each operation that has a kernel for CUDA and cannot run it."""
-    found = []
+    """Return why operations cannot run their CUDA or Triton kernels, from a table of backends."""
+    missing = []
     for op, rows in table.items():
         reasons = {name: reason for name, _, reason in rows if name in ("cuda", "triton")}
         if reasons and not any(available for name, available, _ in rows if name in reasons):
-            found.append(f"{op}: {'; '.join(reasons.values())}")
-    return found
+            missing.append(f"{op}: {'; '.join(reasons.values())}")
+    return missing
 
 
 def record_tests(xml: str, out: str, quick: str, complete: str) -> None:
-    """Write the row of the tests from pytest's report: how many passed, failed and were skipped, and which failed."""
+    """Write the row of the tests from pytest's report: counts by outcome, and the names of failed tests."""
     import _measure
 
     _measure.rehearse(bool(int(quick)))
     cases = list(ET.parse(xml).getroot().iter("testcase"))
 
     def named(*kinds: str) -> list[str]:
-        """By name: a test whose worker ends with it is there twice."""
+        """List tests once: a test that ends its worker is reported twice."""
         found = (f"{c.get('classname')}::{c.get('name')}" for c in cases if any(c.find(k) is not None for k in kinds))
         return list(dict.fromkeys(found))
 
@@ -465,7 +471,7 @@ def record_tests(xml: str, out: str, quick: str, complete: str) -> None:
 
 
 def run_parts(numbers: Sequence[int], quick: bool) -> int:
-    """Run parts one after the other; the exit code."""
+    """Run parts one after the other; return the exit code."""
     source, found = commit(quick), wheels(WHEELS)
     out = Path(os.environ.get("OUT") or ROOT / "gpu-out").resolve()
     with tempfile.TemporaryDirectory(prefix="ospo-fast-wheels-") as site:
@@ -473,10 +479,9 @@ def run_parts(numbers: Sequence[int], quick: bool) -> int:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
         env["OSPO_FAST_COMMIT"] = source
         if quick:
-            env.setdefault("OMP_NUM_THREADS", "1")  # on a CPU threads cost small sizes more than they gain
+            env.setdefault("OMP_NUM_THREADS", "1")  # threads slow down small sizes on a CPU
         machine = probe(env)
-        if reason := machine.objection(quick):
-            raise RefusedError(reason)
+        machine.check(quick)
         if found:
             install(found, Path(site))
         try:
@@ -493,15 +498,15 @@ def run_parts(numbers: Sequence[int], quick: bool) -> int:
             part = Part(number, out, env, machine, quick, source)
             print(f"== part {number} on {machine.card or 'the CPU'}, commit {source}", flush=True)
             done = part.run() and done
-            print(_ending(part), flush=True)
+            print(_summary(part), flush=True)
         if len(numbers) > 1:
             rows = [row for n in numbers for row in read_archive(out / f"part-{n}.tar.gz").rows]
             print(figures.text(figures.Results(rows)), flush=True)
     return 0 if done else 1
 
 
-def _ending(part: Part) -> str:
-    """What a part prints last: what failed, its archive, and its figures at the very end."""
+def _summary(part: Part) -> str:
+    """Return what a part prints last: failures, archive, and its metrics."""
     rows = read_archive(part.archive).rows
     failed = [name for row in rows if row["op"] == TESTS for name in row["failures"]]
     lines = [f"failed: {name}" for name in failed[:SHOWN]]
@@ -516,7 +521,7 @@ def _ending(part: Part) -> str:
 
 @dataclass(frozen=True)
 class Archive:
-    """What came back of a part: rows by the file that holds them, and plots."""
+    """The archive of a part: rows by file name, and plots."""
 
     path: Path
     manifest: dict[str, Any]
@@ -525,15 +530,15 @@ class Archive:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows."""
+        """Return all rows."""
         return [row for rows in self.files.values() for row in rows]
 
 
 def read_archive(path: Path) -> Archive:
-    """Read an archive of a part, without unpacking it; RefusedError where it is none."""
+    """Read an archive of a part; RefusedError if it is not one."""
     manifest, files, plots = None, {}, {}
     try:
-        # Whole, with its checksum: tarfile alone takes what it can read of a damaged file.
+        # Decompress all of it to verify the checksum; tarfile alone accepts some damaged files.
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(path.read_bytes()))) as archive:
             for entry in archive:
                 name, data = entry.name, archive.extractfile(entry)
@@ -542,23 +547,23 @@ def read_archive(path: Path) -> Archive:
                 if name == "manifest.json":
                     manifest = json.load(data)
                 elif name.endswith(".jsonl"):
-                    files[name] = figures.rows_of(name, data.read().decode())
+                    files[name] = figures.parse_rows(name, data.read().decode())
                 elif name.endswith(".png"):
                     plots[name] = data.read()
         if not isinstance(manifest, dict):
             raise ValueError("it has no manifest.json")
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise RefusedError(f"{path} cannot be read ({error}); expected an archive that bench/gpu.sh made") from error
+        raise RefusedError(f"{path} cannot be read ({error}); expected an archive of bench/gpu.sh") from error
     return Archive(path, manifest, files, plots)
 
 
 def _group(row: dict[str, Any]) -> str:
-    """What is measured together, and replaced together: figures compare within one run."""
+    """Key of the rows that are measured and replaced together, since ratios compare rows of one run."""
     return json.dumps([row["op"], row["shapes"], row["dtype"]], sort_keys=True)
 
 
 def merge_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of both, and how many of the old ones went: of what was measured twice the later run stays."""
+    """Merge rows; of two runs of a group the later one stays. Returns the rows and the number of old rows removed."""
 
     def latest(rows: list[dict[str, Any]]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -568,56 +573,58 @@ def merge_rows(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> tuple[li
 
     before, after = latest(old), latest(new)
     kept = [row for row in old if before[_group(row)] > after.get(_group(row), "")]
-    came = [row for row in new if after[_group(row)] >= before.get(_group(row), "")]
-    return [*kept, *came], len(old) - len(kept)
+    added = [row for row in new if after[_group(row)] >= before.get(_group(row), "")]
+    return [*kept, *added], len(old) - len(kept)
 
 
 def merge(folder: Path, results: Path = HERE / "results") -> int:
-    """Bring the rows of the archives in a folder into the results; all of them, or none where one is refused."""
+    """Merge the rows of all archives in a folder into the results, or none if one archive is refused."""
     archives = [read_archive(path) for path in sorted(folder.glob("*.tar.gz"))]
     if not archives:
-        raise RefusedError(f"{folder} has no archive (part-N.tar.gz); expected the folder that bench/gpu.sh wrote to")
+        raise RefusedError(f"{folder} has no archive (part-N.tar.gz); expected the output folder of bench/gpu.sh")
     for archive in archives:
         for row in archive.rows:
             if row.get("quick") or not row.get("driver"):
-                raise RefusedError(f"{archive.path} is of a rehearsal; expected rows that were measured on a GPU")
+                raise RefusedError(f"{archive.path} is of a rehearsal; expected rows of a run on a GPU")
             if not COMMIT.fullmatch(row["commit"]):
                 raise RefusedError(
-                    f"{archive.path} was measured on files of commit {row['commit']!r}; expected committed files: "
+                    f"{archive.path} has rows of commit {row['commit']!r}; expected a commit without changes: "
                     "commit and measure again"
                 )
             if _source.device_folder(results, row["device"]) == results:
                 raise RefusedError(f"{archive.path}: a row's device is {row['device']!r}; expected the name of a GPU")
     written: dict[Path, bytes] = {}
-    now: dict[Path, list[dict[str, Any]]] = {}
-    said = []
+    current: dict[Path, list[dict[str, Any]]] = {}
+    messages = []
     for archive in sorted(archives, key=lambda archive: max((row["date"] for row in archive.rows), default="")):
         for name, device in sorted({(name, row["device"]) for name, rows in archive.files.items() for row in rows}):
             path = _source.device_folder(results, device) / name
-            if path not in now:
+            if path not in current:
                 try:
-                    now[path] = figures.rows_of(str(path), path.read_text()) if path.exists() else []
+                    current[path] = figures.parse_rows(str(path), path.read_text()) if path.exists() else []
                 except ValueError as error:
                     raise RefusedError(f"{error}; fix or delete the line, then merge again") from error
-            merged, gone = merge_rows(now[path], [row for row in archive.files[name] if row["device"] == device])
-            if merged == now[path]:
-                said.append(f"{path}: nothing new in {archive.path.name}")
+            merged, removed = merge_rows(current[path], [row for row in archive.files[name] if row["device"] == device])
+            if merged == current[path]:
+                messages.append(f"{path}: nothing new in {archive.path.name}")
                 continue
-            said.append(f"{path}: {len(merged) - len(now[path]) + gone} rows came, {gone} of earlier runs went")
-            now[path] = merged
+            messages.append(
+                f"{path}: {len(merged) - len(current[path]) + removed} rows added, {removed} of earlier runs removed"
+            )
+            current[path] = merged
             written[path] = "".join(json.dumps(row) + "\n" for row in merged).encode()
             plot = archive.plots.get(f"{path.stem}.png")
             if plot is not None and max(merged, key=lambda row: str(row["date"])) in archive.files[name]:
                 written[path.with_suffix(".png")] = plot
     for path, data in written.items():
         write_atomic(path, data)
-    print("\n".join(said))
-    print("`python bench/figures.py` writes the README's table from them")
+    print("\n".join(messages))
+    print("run python bench/figures.py to update the table in README.md")
     return 0
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage above it."""
+    """Prints errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -625,19 +632,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit code."""
+    """Parse the command line and run it; return the exit code."""
     parser = Parser(prog="bench/gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what", metavar="PART", choices=[*map(str, PARTS), "all", "merge"], help="1, 2, 3, 4, all, merge"
     )
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="of the archives to merge")
-    parser.add_argument("--quick", action="store_true", help="a rehearsal with small sizes, also without a GPU")
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="folder of the archives to merge")
+    parser.add_argument("--quick", action="store_true", help="rehearse with small sizes, also without a GPU")
     options = parser.parse_args(arguments)
     if (options.what == "merge") != (options.folder is not None):
-        parser.error("expected a folder with merge, and with nothing else")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever started this may have had ignored
+        parser.error("expected a folder with merge, and only with merge")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have it ignored
     for sign in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, lambda number, _: sys.exit(128 + number))  # as an exception: the step's processes end too
+        signal.signal(
+            sign, lambda number, _: sys.exit(128 + number)
+        )  # an exception, so that the processes of the step end too
     try:
         if options.what == "merge":
             return merge(options.folder)
@@ -649,7 +658,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu.sh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gpu.sh: interrupted; the archive holds what was measured", file=sys.stderr)
+        print("gpu.sh: interrupted; the archive holds the rows so far", file=sys.stderr)
         return 130
 
 

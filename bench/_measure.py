@@ -1,4 +1,4 @@
-"""How everything here is measured: interleaved medians, peak memory above the inputs, rows that say what ran where."""
+"""Shared by all benchmarks: interleaved timing, peak memory above the inputs, and rows with device and versions."""
 
 import datetime as dt
 import functools
@@ -18,15 +18,15 @@ import torch
 from ospo_fast import env
 from ospo_fast.records import write_atomic
 
-L2_BYTES = 256 * 2**20  # more than the second-level cache of any GPU here
-LEAD = 2_000_000  # clock cycles, about a millisecond, that a GPU is kept waiting while a run is being launched
+L2_BYTES = 256 * 2**20  # larger than the L2 cache of the supported GPUs
+LEAD = 2_000_000  # clock cycles (about 1 ms) that a GPU sleeps while the host launches a run
 _cases: list[str] = []
 _rehearsal = [False]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one variant: the median and the 20th and 80th percentile of its repeats."""
+    """Times of one variant in milliseconds: median, 20th and 80th percentile of its repeats."""
 
     median_ms: float
     p20_ms: float
@@ -40,23 +40,28 @@ def interleaved(
     *,
     seconds: float = 0.1,
     warmup: int = 2,
-    most: int = 1000,
+    max_turns: int = 1000,
     cold: bool = False,
 ) -> dict[str, Timing]:
-    """Times the variants in turns, so that all of them see the same noise, until each has run for `seconds`.
+    """Time the variants in turns, so that all of them see the same noise, until each has run for `seconds`.
 
-    No more than `most` turns are taken: a variant that is far faster than the others would keep them running.
-    On a GPU it is the GPU's time: the first millisecond of launching passes while it is kept waiting, since what a
-    kernel needs could not be told from what its launch needs otherwise. A run that waits for the GPU in its midst is
-    seen with what it launches afterwards.
-    inputs() makes the arguments of one turn, outside the time: fresh random values, because zeros run faster.
-    cold=True empties the GPU's second-level cache before every run.
+    On a GPU this is GPU time: the GPU sleeps for about a millisecond while the host launches the run, so that the time
+    of the kernels is not hidden by the time of their launches. After a synchronization within a run, launches count.
+
+    Args:
+        variants: functions to time, by name.
+        inputs: makes the arguments of one turn, outside the timing. They should be random, because zeros run faster.
+        seconds: time that each variant runs for in total.
+        warmup: turns that are not timed.
+        max_turns: limit of timed turns, for variants that are far faster than the others.
+        cold: flush the L2 cache of the GPU before every run.
+
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if cold and device == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in variants}
     turn = 0
-    while turn < warmup + 3 or (turn < warmup + most and min(map(sum, times.values())) < seconds * 1e3):
+    while turn < warmup + 3 or (turn < warmup + max_turns and min(map(sum, times.values())) < seconds * 1e3):
         arguments = inputs()
         for name, run in variants.items():
             if flush is not None:
@@ -90,28 +95,28 @@ def _timing(values: list[float]) -> Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device can do: bytes per second of a copy, FLOP per second of a matrix product."""
+    """Measured limits of this device for the roofline."""
 
-    bandwidth: float  # bytes read plus bytes written
-    product: float  # bf16 on a GPU, fp32 on a CPU
+    bandwidth: float  # bytes read plus bytes written per second, of a copy
+    product: float  # FLOP per second of a matrix product, bf16 on a GPU, fp32 on a CPU
 
     def floor_ms(self, *, bytes_moved: float = 0.0, flop: float = 0.0) -> float:
-        """Return the milliseconds that moving these bytes, or these operations, take at least."""
+        """Return the least milliseconds for moving these bytes and for these operations."""
         return 1e3 * max(bytes_moved / self.bandwidth, flop / self.product)
 
     def metrics(self, floor_ms: float, timing: Timing) -> dict[str, float]:
-        """Return what a row says of its floor: floor_ms, share = floor / median, and the two ceilings."""
-        found = {"floor_ms": floor_ms, "share": floor_ms / timing.median_ms}
-        found |= {"copy_gb_s": self.bandwidth / 1e9, "product_tflop_s": self.product / 1e12}
-        return {name: float(f"{value:.6g}") for name, value in found.items()}
+        """Return the metrics of a row: floor_ms, share = floor / median, and both limits."""
+        metrics = {"floor_ms": floor_ms, "share": floor_ms / timing.median_ms}
+        metrics |= {"copy_gb_s": self.bandwidth / 1e9, "product_tflop_s": self.product / 1e12}
+        return {name: float(f"{value:.6g}") for name, value in metrics.items()}
 
 
 @functools.cache
 def ceilings() -> Ceilings:
-    """Measure the ceilings of this device, once per process, so that they belong to the run that uses them.
+    """Measure the limits of this device, once per process, so that they belong to the run that uses them.
 
-    A copy of 1 GiB and a product of 8192 × 8192 matrices on a GPU; 64 MiB and 1024 on a CPU. Random data: zeros run
-    faster. The 20th percentile of the times, because a ceiling is what the device reaches undisturbed.
+    A copy of 1 GiB and a product of 8192 × 8192 matrices on a GPU, of 64 MiB and 1024 × 1024 on a CPU. The data is
+    random, because zeros run faster. The 20th percentile excludes disturbances.
     """
     cuda = torch.cuda.is_available()
     kind, dtype, size, side = ("cuda", torch.bfloat16, 2**30, 8192) if cuda else ("cpu", torch.float32, 2**26, 1024)
@@ -125,7 +130,7 @@ def ceilings() -> Ceilings:
 
 
 def peak_mb(run: Callable[..., object], *arguments: Any) -> float:
-    """The most that torch's allocators held during run(*arguments) above what they held before, in 10⁶ bytes."""
+    """Return the peak of torch's allocations during run(*arguments) minus those before it, in 10⁶ bytes."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -136,47 +141,47 @@ def peak_mb(run: Callable[..., object], *arguments: Any) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = run(*arguments)
     del kept
-    held = most = 0
+    allocated = peak = 0
     events = profile.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most / 1e6
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak / 1e6
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """fp32, bf16, fp16 or fp64."""
+    """Return fp32, bf16, fp16 or fp64."""
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}[str(dtype)[6:]]
 
 
 def device() -> str:
-    """The name of what is measured: the GPU where there is one, else the processor."""
+    """Return the name of the GPU, or of the processor where there is no GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else str(env.collect()["system"]["cpu"])
 
 
-@functools.cache  # of the code that runs, whatever is committed meanwhile
+@functools.cache  # the commit of the code that was loaded, even if the checkout changes during the run
 def commit() -> str:
-    """`_source.commit()`, as it was when it was first asked for."""
+    """Return `_source.commit()` of the first call."""
     return _source.commit()
 
 
 def rehearse(quick: bool) -> None:
-    """Mark the rows to come as those of small sizes, which are no results."""
+    """Mark the rows that follow as those of a rehearsal with small sizes."""
     _rehearsal[:] = [quick]
 
 
 def only_cases(names: list[str]) -> None:
-    """Have `chosen` leave out the cases whose names hold none of these; none given: no case is left out."""
+    """Measure only the cases whose names contain one of these; an empty list selects all."""
     _cases[:] = names
 
 
 def chosen(case: str) -> bool:
-    """Whether this case of a benchmark is to be measured."""
+    """Return whether to measure this case of a benchmark (`only_cases`)."""
     return not _cases or any(name in case for name in _cases)
 
 
-def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **figures: Any) -> dict[str, Any]:
-    """One result: what was measured, on what, with which versions; `figures` such as peak_mb, gb_s, share."""
+def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **metrics: Any) -> dict[str, Any]:
+    """Build a row: times, `metrics` such as peak_mb, gb_s and share, device and versions."""
     info = env.collect()
     return {
         "op": op,
@@ -187,7 +192,7 @@ def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Ti
         "p20_ms": round(timing.p20_ms, 6),
         "p80_ms": round(timing.p80_ms, 6),
         "repeats": timing.repeats,
-        **figures,
+        **metrics,
         **({"quick": True} if _rehearsal[0] else {}),
         "device": device(),
         "threads": torch.get_num_threads(),
@@ -210,15 +215,15 @@ def _driver() -> str | None:
 
 
 def result_path(out: Path, name: str) -> Path:
-    """out/<device>/<name>.jsonl, where rows measured here go."""
+    """Return out/<device>/<name>.jsonl."""
     return _source.device_folder(out, device()) / f"{name}.jsonl"
 
 
 def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
-    """Writes the rows, one JSON object a line, to `result_path(out, name)` in the place of an earlier run's.
+    """Replace the rows in `result_path(out, name)` by these, one JSON object per line.
 
-    Where not all cases are measured (`only_cases`), rows of the same commit stay that are of another op or shape.
-    A benchmark calls this after every case, so that a run that is stopped keeps what it measured.
+    After `only_cases`, existing rows of the same commit and of another op, shape or dtype stay. Benchmarks call this
+    after every case, so that an interrupted run keeps the rows that it measured.
     """
     path = result_path(out, name)
     if _cases and path.exists():
@@ -231,7 +236,7 @@ def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints the rows as a table."""
+    """Print the rows as a table."""
     for line in rows:
         shapes = " ".join(f"{name}={size}" for name, size in line["shapes"].items())
         spread = f"({line['p20_ms']:.3f} to {line['p80_ms']:.3f})"

@@ -1,4 +1,4 @@
-"""Which files are measured, and where their results go. Needs nothing but Python."""
+"""The commit that is measured, and the folder of its results. Needs only the standard library."""
 
 import os
 import re
@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # every benchmark imports this module first: a checkout need not be installed
+if str(ROOT) not in sys.path:  # every benchmark imports this module first, so the package need not be installed
     sys.path.insert(0, str(ROOT))
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit of the checkout, with "+" when tracked files but results differ from it.
+    """Return the commit of the checkout, with "+" if tracked files other than results differ from it.
 
-    Outside of a checkout what OSPO_FAST_COMMIT says (whoever copied the files knows), else "unknown".
+    Outside a checkout: OSPO_FAST_COMMIT, which is set where the files were copied, or "unknown".
     """
 
     def git(*arguments: str) -> str:
@@ -23,13 +23,13 @@ def commit(root: Path = ROOT) -> str:
     copied = os.environ.get("OSPO_FAST_COMMIT") or "unknown"
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return copied  # inside of another project's checkout
+            return copied  # inside the checkout of another project
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+    except (OSError, subprocess.CalledProcessError):  # no git or no checkout
         return copied
 
 
 def device_folder(results: Path, device: str) -> Path:
-    """Where rows of this device go: its name in lower case, letters and digits alone."""
+    """Return the folder of a device: its name in lower case, only letters, digits and hyphens."""
     return results / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

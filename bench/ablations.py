@@ -45,7 +45,7 @@ SAMPLING = (0, 1)
 PER_KIND = 150  # test prompts of each headline kind, or all if there are fewer
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 SHARED = STAGE_NAMES[: STAGE_NAMES.index("select")]
-LATER = ("preset", "select", "masks", "train")  # sections of the configuration that do not affect the shared stages
+LATER = ("preset", *STAGE_NAMES[len(SHARED) :])  # sections of the configuration that do not affect the shared stages
 
 
 @dataclass(frozen=True)
@@ -247,14 +247,16 @@ class Bench:
     def same_settings(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
         """Return whether `row` has the settings of the variant.
 
-        A setting that is newer than the row had its default. A setting that was removed since is ignored.
+        A setting that is newer than the row had its default. Ignored are settings that were removed since, and sections
+        that the row lacks.
         """
         if (row["split"], row["masks_given"]) != (self.split, variant.masks):
             return False
         expected = json.loads(json.dumps(_resolved(self.config(variant.settings, seed, self.folder))))
         defaults = json.loads(json.dumps(_resolved(Config())))
         had = row["resolved"]
-        for section, value in expected.items():
+        for section in had.keys() & expected.keys():
+            value = expected[section]
             if not isinstance(value, dict):
                 if had[section] != value:
                     return False
@@ -324,10 +326,9 @@ def _compare(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) 
 
 def _resolved(config: Config) -> dict[str, Any]:
     """The sections that variants differ in, with defaults."""
-    sections = ("prompts", "images", "select", "masks", "train", "evaluate")
-    found = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
-    del found["prompts"]["exclude"]
-    return {"preset": config.preset, "iterations": config.iterations, **found}
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in (*STAGE_NAMES, "evaluate")}
+    del sections["prompts"]["exclude"]
+    return {"preset": config.preset, "iterations": config.iterations, **sections}
 
 
 def _without_none(value: Any) -> Any:

@@ -1,10 +1,12 @@
-"""attention_columns over the layers of a decoder, against what it replaces; and AttentionCapture on a whole decoder.
+"""attention_columns over the layers of a decoder, and AttentionCapture on a whole decoder, compared with peers.
 
-Peers are written out here as they work, without what else they do: eager `output_attentions` keeps the matrices of all
-layers; hooks in the manner of DAAM let eager attention run and take the wanted columns of each matrix; a window
-recompute in the manner of kvpress takes the softmax of the image's rows over all keys, once more beside the attention.
-The official mask path is the first of them and then, on the host, scikit-image's Otsu of each object; that it encodes
-each image anew is left out, since random weights have no image to encode.
+The peers are reimplemented here without their other features:
+
+- `output_attentions` with eager attention keeps the matrices of all layers.
+- DAAM-style hooks run eager attention and gather the columns of each matrix.
+- kvpress-style recomputation takes the softmax of the image's rows over all keys, in addition to the attention.
+- The official mask path is `output_attentions`, then scikit-image's Otsu of each object on the host. It also encodes
+  each image again, which is skipped here, because a model with random weights has no image to encode.
 
 Cases: "columns, N in a batch" and "decoder, N in a batch".
 """
@@ -33,58 +35,58 @@ QUICK_SHAPES = [(2, 2, 2, 16, 16)]
 CPU_MODEL = (4, 512, 8, 1376, 24, (1, 4))
 GPU_MODEL = (30, 4096, 32, 11008, 24, (1, 16))  # Janus-Pro-7B
 QUICK_MODEL = (2, 32, 2, 48, 4, (2,))
-STEPS = 20  # training steps timed of each kind: the masks are a few per cent of one
-WHOLE_TURNS = 10  # on a GPU, of the ways that go image by image or keep all matrices: seconds a turn
-COLUMNS = [[[5], [9, 10]], [[6, 7], [12]]]  # of two prompts, in turns: two objects of one or two tokens
+STEPS = 20  # timed training steps of each kind; the masks take a few percent of a step
+SLOW_TURNS = 10  # limit on a GPU for variants that run image by image or keep all matrices (seconds per turn)
+COLUMNS = [[[5], [9, 10]], [[6, 7], [12]]]  # of two prompts that alternate: two objects of one or two tokens each
 
 
-def columns_of(batch: int) -> Tensor:
+def make_columns(batch: int) -> Tensor:
     table = torch.full((batch, 2, 2), -1)
     for b in range(batch):
-        for o, found in enumerate(COLUMNS[b % 2]):
-            table[b, o, : len(found)] = torch.tensor(found)
+        for o, columns in enumerate(COLUMNS[b % 2]):
+            table[b, o, : len(columns)] = torch.tensor(columns)
     return table
 
 
 def mean_of_columns(probs: Tensor, columns: Tensor) -> Tensor:
-    """(B, rows, keys) → (B, O, rows): mean over each object's columns."""
+    """Average the columns of each object, (B, rows, keys) → (B, O, rows)."""
     used = (columns >= 0).to(probs.dtype)
     index = columns.clamp(min=0).flatten(1)[:, None].expand(-1, probs.shape[1], -1)
-    taken = probs.gather(2, index).view(*probs.shape[:2], *columns.shape[1:])
-    return ((taken * used[:, None]).sum(-1) / used.sum(-1)[:, None]).transpose(1, 2).float()
+    gathered = probs.gather(2, index).view(*probs.shape[:2], *columns.shape[1:])
+    return ((gathered * used[:, None]).sum(-1) / used.sum(-1)[:, None]).transpose(1, 2).float()
 
 
 def probabilities(q: Tensor, k: Tensor, start: int) -> Tensor:
-    """(B, H, rows, S): the softmax of the rows from `start` on, as eager attention takes it."""
+    """Return the eager attention probabilities of the rows from `start` on, (B, H, rows, S)."""
     S = q.shape[2]
     hidden = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)[start:]
     scores = (q[:, :, start:] @ k.transpose(2, 3) * q.shape[3] ** -0.5).masked_fill(hidden, -torch.inf)
     return scores.float().softmax(-1).to(q.dtype)
 
 
-def most(device: str) -> int:
-    """Turns at most: on a GPU a variant that is far faster than the others would keep them running."""
+def max_turns(device: str) -> int:
+    """Return the limit of turns; on a GPU some variants are far slower than the fastest one."""
     return 30 if device == "cuda" else 1000
 
 
 def ops(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each shape."""
+    """Yield the rows of each shape."""
     for L, B, H, D, T in QUICK_SHAPES if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES:
         if not chosen(f"columns, {B} in a batch"):
             continue
-        S, columns = PROMPT + T, columns_of(B).to(device)
+        S, columns = PROMPT + T, make_columns(B).to(device)
         request = ColumnRequest.from_args(columns, B, S, rows=(PROMPT, T), device=columns.device)
 
         def inputs(L: int = L, B: int = B, H: int = H, S: int = S, D: int = D) -> tuple[Any, ...]:
             q, k = (torch.randn(L, B, H, S, D, device=device).to(dtype) for _ in range(2))
-            lse = torch.stack([probabilities_lse(*layer) for layer in zip(q, k, strict=True)])
+            lse = torch.stack([log_sum_exp(*layer) for layer in zip(q, k, strict=True)])
             return q, k, lse
 
         def ours(q: Tensor, k: Tensor, lse: Tensor | None, request: ColumnRequest = request, **options: Any) -> Tensor:
             maps = torch.zeros(*request.columns.shape[:2], request.length, device=device)
             for n in range(len(q)):
-                told = None if lse is None else lse[n]
-                request.run(q[n], k[n], lse=told, out=maps, weight=1 / len(q), **options)
+                given = None if lse is None else lse[n]
+                request.run(q[n], k[n], lse=given, out=maps, weight=1 / len(q), **options)
             return maps
 
         def eager(q: Tensor, k: Tensor, start: int, columns: Tensor = columns) -> Tensor:
@@ -102,15 +104,15 @@ def ops(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str,
             "kvpress-style": lambda q, k, _, run=eager: run(q, k, PROMPT),
         }
         if device == "cuda" and B > 1:
-            del variants["torch, own LSE"]  # seconds a turn
+            del variants["torch, own LSE"]  # seconds per turn
         arguments = inputs()
         exact = [
             attention_columns_reference(*layer, columns, rows=(PROMPT, T)) for layer in zip(*arguments[:2], strict=True)
         ]
         gate(variants, arguments, torch.stack(exact).mean(0))
-        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.5, most=most(device))
+        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.5, max_turns=max_turns(device))
         shapes, limits = {"L": L, "B": B, "H": H, "S": S, "D": D}, ceilings()
-        # With the log-sum-exp given: the image's queries once; wanted keys, norms and maps are a hundredth of them.
+        # Given the log-sum-exp, the queries of the image are read once; keys, norms and maps are about 1% of them.
         floor = limits.floor_ms(bytes_moved=L * B * H * T * D * dtype.itemsize)
         rows = []
         for name, time in times.items():
@@ -119,7 +121,7 @@ def ops(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str,
         yield rows
 
 
-def probabilities_lse(q: Tensor, k: Tensor) -> Tensor:
+def log_sum_exp(q: Tensor, k: Tensor) -> Tensor:
     S = q.shape[2]
     hidden = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
     scores = q.float() @ k.float().transpose(2, 3) * q.shape[3] ** -0.5
@@ -127,7 +129,7 @@ def probabilities_lse(q: Tensor, k: Tensor) -> Tensor:
 
 
 def gate(variants: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...], exact: Tensor) -> None:
-    """No variant of ours is further from float64 than twice eager attention's error and a few roundings."""
+    """Check that our error against float64 is at most twice that of eager attention, plus a few roundings."""
     error = {name: float((run(*arguments).double() - exact).abs().max()) for name, run in variants.items()}
     bound = 2 * error["eager"] + 8 * torch.finfo(torch.float32).eps * float(exact.max())
     for name in ("LSE given", "own LSE"):
@@ -135,7 +137,7 @@ def gate(variants: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...],
 
 
 def decoders(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each batch and group of variants."""
+    """Yield the rows of each batch and group of variants."""
     L, hidden, H, inner, side, batches = QUICK_MODEL if quick else GPU_MODEL if device == "cuda" else CPU_MODEL
     batches = [B for B in batches if chosen(f"decoder, {B} in a batch")]
     if not batches:
@@ -153,8 +155,8 @@ def decoders(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict
 def decoder(
     model: LlamaModel, L: int, B: int, side: int, device: str, dtype: torch.dtype, quick: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each group of variants, which take turns."""
-    T, columns = side * side, columns_of(B)
+    """Yield the rows of each group of variants. The variants of a group are interleaved."""
+    T, columns = side * side, make_columns(B)
     skip = 5 if L > 10 else 1 if L > 2 else 0
     kept = range(skip, L - skip)
     grid = {"rows": (PROMPT, T), "grid": (side, side), "skip": skip}
@@ -168,21 +170,21 @@ def decoder(
 
     @torch.no_grad()
     def capture(x: Tensor, *, stop_early: bool = False) -> Tensor:
-        with ospo_fast.AttentionCapture(model, columns=columns, stop_early=stop_early, **grid) as found:
+        with ospo_fast.AttentionCapture(model, columns=columns, stop_early=stop_early, **grid) as captured:
             model(inputs_embeds=x, use_cache=False)
-        return found.maps
+        return captured.maps
 
     def masks(x: Tensor) -> Tensor:
         return ospo_fast.object_masks(capture(x, stop_early=True)).union
 
     @torch.no_grad()
     def output_attentions(x: Tensor) -> Tensor:
-        """Image by image, as the official code does: all matrices of all layers, then the few columns."""
+        """Keep the matrices of all layers and gather the columns, image by image, as the official code does."""
         model.set_attn_implementation("eager")
         maps = []
         for b in range(B):
-            found = model(inputs_embeds=x[b : b + 1], use_cache=False, output_attentions=True).attentions
-            probs = torch.stack([found[layer] for layer in kept]).float().mean((0, 2))
+            attentions = model(inputs_embeds=x[b : b + 1], use_cache=False, output_attentions=True).attentions
+            probs = torch.stack([attentions[layer] for layer in kept]).float().mean((0, 2))
             maps.append(mean_of_columns(probs[:, PROMPT:], columns[b : b + 1].to(device)))
         model.set_attn_implementation("sdpa")
         return torch.cat(maps).view(B, -1, side, side)
@@ -192,14 +194,14 @@ def decoder(
 
     @torch.no_grad()
     def hooks(x: Tensor) -> Tensor:
-        """The whole batch with eager attention; a hook on each layer takes the columns and lets the matrix go."""
+        """Run the whole batch with eager attention; a hook on each layer gathers the columns and drops the matrix."""
         model.set_attn_implementation("eager")
         maps: list[Tensor] = []
 
-        def take(_module: Any, _inputs: Any, output: Any) -> None:
+        def gather(_module: Any, _inputs: Any, output: Any) -> None:
             maps.append(mean_of_columns(output[1].float().mean(1)[:, PROMPT:], columns.to(device)))
 
-        handles = [model.layers[layer].self_attn.register_forward_hook(take) for layer in kept]
+        handles = [model.layers[layer].self_attn.register_forward_hook(gather) for layer in kept]
         model(inputs_embeds=x, use_cache=False)
         for handle in handles:
             handle.remove()
@@ -207,21 +209,21 @@ def decoder(
         return torch.stack(maps).mean(0).view(B, -1, side, side)
 
     def step(x: Tensor, *, online: bool) -> Tensor:
-        """Forward and backward, as a training step runs them, with and without the masks of the policy."""
+        """Run forward and backward of a training step, with or without masks of the current policy."""
         x = x.requires_grad_()
         if online:
-            with ospo_fast.AttentionCapture(model, columns=columns, **grid) as found:
+            with ospo_fast.AttentionCapture(model, columns=columns, **grid) as captured:
                 output = model(inputs_embeds=x, use_cache=False).last_hidden_state
-            ospo_fast.object_masks(found.maps)
+            ospo_fast.object_masks(captured.maps)
         else:
             output = model(inputs_embeds=x, use_cache=False).last_hidden_state
         (grad,) = torch.autograd.grad(output.float().square().mean(), x)
         return grad
 
     x = inputs()[0]
-    wanted = output_attentions(x)
+    expected = output_attentions(x)
     for maps in (capture(x), capture(x, stop_early=True), hooks(x)):
-        torch.testing.assert_close(maps, wanted, rtol=2 ** (-5 if dtype == torch.bfloat16 else -10), atol=1e-5)
+        torch.testing.assert_close(maps, expected, rtol=2 ** (-5 if dtype == torch.bfloat16 else -10), atol=1e-5)
     model.requires_grad_(False)
     groups: list[dict[str, Callable[[Tensor], Tensor]]] = [
         {"forward": plain, "forward with capture": capture},
@@ -236,16 +238,18 @@ def decoder(
     shapes = {"L": L, "B": B, "H": model.config.num_attention_heads, "D": model.config.hidden_size, "T": T}
     for variants in groups:
         rows = []
-        steps = "online masks" in variants and not quick
-        whole = WHOLE_TURNS if "output_attentions" in variants and device == "cuda" else most(device)
-        turns, seconds = (STEPS, math.inf) if steps else (whole, 0.02 if quick else 1.0)
-        times = interleaved(variants, inputs, seconds=seconds, most=turns)
+        if "online masks" in variants and not quick:
+            turns, seconds = STEPS, math.inf
+        else:
+            slow = "output_attentions" in variants and device == "cuda"
+            turns, seconds = SLOW_TURNS if slow else max_turns(device), 0.02 if quick else 1.0
+        times = interleaved(variants, inputs, seconds=seconds, max_turns=turns)
         first: Timing = next(iter(times.values()))
         for name, time in times.items():
-            figures = {"ms_per_image": round(time.median_ms / B, 4)}
-            figures["to_first"] = round(time.median_ms / first.median_ms, 4)
+            metrics = {"ms_per_image": round(time.median_ms / B, 4)}
+            metrics["to_first"] = round(time.median_ms / first.median_ms, 4)
             memory = round(peak_mb(variants[name], inputs()[0]), 3)
-            rows.append(row("AttentionCapture", name, shapes, dtype_name(dtype), time, peak_mb=memory, **figures))
+            rows.append(row("AttentionCapture", name, shapes, dtype_name(dtype), time, peak_mb=memory, **metrics))
         yield rows
 
 
@@ -254,5 +258,5 @@ def run(out: Path, quick: bool) -> None:
     rows: list[dict[str, Any]] = []
     for part in chain(ops(device, dtype, quick), decoders(device, dtype, quick)):
         rows += part
-        write(rows, out, "attention_columns")  # what is measured stays when a later shape fails
+        write(rows, out, "attention_columns")  # keeps the rows when a later shape fails
     show(rows)

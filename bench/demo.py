@@ -1,7 +1,7 @@
-"""The whole demo, as a user runs it: seconds, peak memory, and the figures of its summary.
+"""The demo as a user runs it: seconds, peak memory and the metrics of its summary.
 
-A single run, not a median: compare it with others of the same machine only. `quick` runs a small one, to see that it
-works; its figures say nothing of the method.
+This is one run and no median, so compare it only with runs of the same machine. `quick` runs a small demo to check that
+it works.
 """
 
 import json
@@ -21,7 +21,7 @@ QUICK = (
     "train.eval_every=0",
     "evaluate.per_kind=2",
 )
-FIGURES = (
+METRICS = (
     "alignment_before",
     "alignment_after",
     "alignment_gain",
@@ -48,12 +48,12 @@ def run(out: Path, quick: bool) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
+    peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6  # KiB on Linux
     once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
-    figures = {name: summary.get(name) for name in FIGURES}
+    metrics = {name: summary.get(name) for name in METRICS}
     shapes = {"pairs": summary["pairs"]}
     variant = "quick" if quick else "shapes"
-    dtype = "bf16" if torch.cuda.is_available() else "fp32"  # as models are loaded by default
-    line = measure.row("demo", variant, shapes, dtype, once, peak_mb=round(peak_mb, 1), **figures)
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"  # the default of load_model
+    line = measure.row("demo", variant, shapes, dtype, once, peak_mb=round(peak_mb, 1), **metrics)
     measure.write([line], out, "demo")
     measure.show([line])

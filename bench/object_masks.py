@@ -1,5 +1,7 @@
-"""object_masks and token_weights against their PyTorch twins and what they replace: for each object min-max,
-scikit-image's Otsu and a threshold; for each image a convolution.
+"""object_masks, token_weights and otsu_threshold, compared with their PyTorch references and the official computation.
+
+The official computation is, for each object, min-max normalization, scikit-image's Otsu and a threshold; for the
+weights of each image, a convolution.
 """
 
 from functools import partial
@@ -50,7 +52,7 @@ def run(out: Path, quick: bool) -> None:
     assert np.array_equal(ospo_fast.otsu_threshold(check.to(device)).flatten().cpu().numpy(), skimage_thresholds(check))
 
     union = ospo_fast.object_masks(check.to(device)).union
-    expected = conv2d_weights(union.cpu())  # on a GPU convolutions may round to TF32
+    expected = conv2d_weights(union.cpu())  # on the CPU: a GPU may round convolutions to TF32
     torch.testing.assert_close(ospo_fast.token_weights(union).cpu(), expected, rtol=2e-6, atol=0)
 
     def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +65,7 @@ def run(out: Path, quick: bool) -> None:
             "ospo_fast": lambda _, x: ospo_fast.object_masks(x),
             "torch": lambda _, x: object_masks_reference(x),
             "scikit-image": lambda x, _: skimage_masks(x),
-            # What a GPU takes for the least of kernels: the floor of one that moves a few hundred kilobytes.
+            # The time of an empty kernel is the floor of kernels that move a few hundred kilobytes.
             **({"one launch": lambda _, x: one.zero_()} if device == "cuda" else {}),
         },
         "token_weights": {
@@ -79,9 +81,9 @@ def run(out: Path, quick: bool) -> None:
     }.items():
         if not chosen(op):
             continue
-        # On a GPU no more turns than give a median: what runs on the host takes a thousand times as long.
-        turns = 100 if device == "cuda" else 1000
-        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.3, most=turns)
+        # scikit-image takes a thousand times as long as a GPU kernel: limit its turns.
+        max_turns = 100 if device == "cuda" else 1000
+        times = interleaved(variants, inputs, seconds=0.02 if quick else 0.3, max_turns=max_turns)
         floor = times["one launch"].median_ms if "one launch" in times else None
         for name, time in times.items():
             more = {} if floor is None else {"floor_ms": floor, "share": round(floor / time.median_ms, 4)}

@@ -1,7 +1,7 @@
-"""Runs benchmarks: python bench/run.py --all, --ops or --only NAME; results go to bench/results/<device>/NAME.jsonl.
+"""Runs benchmarks: python bench/run.py --all, --ops or --only NAME. Results: bench/results/<device>/NAME.jsonl.
 
-A benchmark is a module in this folder with run(out, quick), which measures, writes and shows its rows; quick=True takes
-small sizes, to see that it works.
+A benchmark is a module in this folder with run(out, quick), which measures, writes and prints its rows. quick=True uses
+small sizes, to check that it works.
 """
 
 import argparse
@@ -11,9 +11,7 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-METHOD = {"ablations", "demo", "mask_layers", "stages"}  # runs of the whole method on Shapes: up to hours, on the CPU
-
-
+METHOD = {"ablations", "demo", "mask_layers", "stages"}  # runs of the whole method on Shapes, up to hours on a CPU
 NO_BENCHMARKS = {"code_metrics", "figures", "run"}
 
 
@@ -23,7 +21,7 @@ def names() -> list[str]:
 
 
 def operations() -> list[str]:
-    """Those with figures of a GPU; the engine's first, which a run that is cut short would miss most."""
+    """List the benchmarks of operations and engine. The engine is first, in case the run is interrupted."""
     return sorted((name for name in names() if name not in METHOD), key=lambda name: name != "generation")
 
 
@@ -34,27 +32,27 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument(
         "--ops",
         action="store_true",
-        help="those of operations and engine; on a GPU an hour: bench/gpu.sh takes parts of nine minutes",
+        help="benchmarks of operations and engine; an hour on a GPU: bench/gpu.sh runs parts of nine minutes",
     )
-    which.add_argument("--only", action="append", choices=names(), help="one of them; may be given again")
-    which.add_argument("--list", action="store_true", help="say which there are")
-    parser.add_argument("--out", type=Path, help="folder of the results; by default bench/results")
-    parser.add_argument("--quick", action="store_true", help="small sizes, whose rows are no results: needs --out")
+    which.add_argument("--only", action="append", choices=names(), help="one benchmark; repeatable")
+    which.add_argument("--list", action="store_true", help="list the benchmarks")
+    parser.add_argument("--out", type=Path, help="folder of the results (bench/results)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, whose rows are not results; requires --out")
     parser.add_argument(
         "--case",
         action="append",
         default=[],
-        help="cases whose names hold this text, where a benchmark has several; may be given again",
+        help="only the cases whose names contain this text; repeatable",
     )
     options = parser.parse_args(arguments)
     if options.list:
         print("\n".join(names()))
         return 0
     if options.quick and options.out is None:
-        parser.error("--quick: expected --out with it, because rows of small sizes are no results")
+        parser.error("--quick: expected --out with it, because rows of small sizes are not results")
     options.out = options.out or HERE / "results"
     sys.path.insert(0, str(HERE))
-    measure = importlib.import_module("_measure")  # first: it finds the package in a checkout
+    measure = importlib.import_module("_measure")  # first, because it puts the checkout on sys.path
     from ospo_fast.errors import OspoError
     from ospo_fast.records import check_writable
 

@@ -1,5 +1,6 @@
-"""sample_codes against the same draw in PyTorch, and against the softmax and multinomial of the official loop; with
-top-k and top-p against their usual form, a sort.
+"""sample_codes, compared with the same sampling in PyTorch and with the softmax and multinomial of the official loop.
+
+With top-k and top-p it is compared with the usual implementation by a sort.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from ospo_fast.ops.sample_codes import _truncate, gumbel_noise, sample_codes_ref
 
 OPTIONS = {"guidance_scale": 5.0, "step": 7}
 TOP_P = 0.9
-Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Sampler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,7 @@ def gumbel_max(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, to
 
 
 def sort(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Truncation by topk and sort in PyTorch before the kernel draws."""
+    """Truncate by topk and sort in PyTorch, then sample with the kernel."""
     z = guided(cond, uncond)
     if top_k:
         z = z.masked_fill(z < z.topk(top_k, dim=1).values[:, -1:], -torch.inf)
@@ -43,8 +44,8 @@ def sort(cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, top_k: i
     return ospo_fast.sample_codes(ordered.gather(1, order.argsort(1)), seeds=seeds, step=7)
 
 
-def variants(top_k: int | None) -> dict[str, Draw]:
-    """What is compared: all codes where top_k is None, else the top_k likeliest (0: all), then those of TOP_P."""
+def variants(top_k: int | None) -> dict[str, Sampler]:
+    """Return the samplers to compare: without truncation if top_k is None, else with top_k (0: all codes) and TOP_P."""
     if top_k is None:
         return {
             "ospo_fast": lambda c, u, s: ospo_fast.sample_codes(c, u, seeds=s, **OPTIONS),
@@ -68,7 +69,7 @@ def run(out: Path, quick: bool) -> None:
         (16, 16384, 0),
         (16, 16384, 1000),
         (128, 16384, 1000),
-        (16, 102400, 0),  # a text's tokens
+        (16, 102400, 0),  # a text vocabulary
     ]
     rows = []
     for B, V, top_k in [(4, 256, None), (4, 256, 20)] if quick else cases:
@@ -77,20 +78,20 @@ def run(out: Path, quick: bool) -> None:
         def inputs(B=B, logits=logits) -> tuple[torch.Tensor, ...]:
             return logits(), logits(), torch.randint(2**62, (B,), device=device)
 
-        draws, arguments = variants(top_k), inputs()
-        shapes, figures = {"B": B, "V": V}, {}
+        samplers, arguments = variants(top_k), inputs()
+        shapes, options = {"B": B, "V": V}, {}
         if top_k is None:
             cond, uncond, seeds = (x[:2].cpu() for x in arguments)
             expected = sample_codes_reference(cond, uncond, seeds=seeds.tolist(), **OPTIONS)
-            assert torch.equal(draws["ospo_fast"](*arguments)[:2].cpu(), expected)
+            assert torch.equal(samplers["ospo_fast"](*arguments)[:2].cpu(), expected)
         else:
-            shapes["top_k"], figures["top_p"] = top_k, TOP_P
-            codes = draws["ospo_fast"](*arguments)
-            assert all(torch.equal(draw(*arguments), codes) for draw in draws.values())
+            shapes["top_k"], options["top_p"] = top_k, TOP_P
+            codes = samplers["ospo_fast"](*arguments)
+            assert all(torch.equal(sampler(*arguments), codes) for sampler in samplers.values())
         limits = ceilings()
-        floor = limits.floor_ms(bytes_moved=2 * arguments[0].nbytes)  # both rows of logits once
-        for name, time in interleaved(draws, inputs, seconds=0.02 if quick else 0.3).items():
-            more = {"peak_mb": round(peak_mb(draws[name], *arguments), 3), **limits.metrics(floor, time)}
-            rows.append(row("sample_codes", name, shapes, "fp32", time, **figures, **more))
+        floor = limits.floor_ms(bytes_moved=2 * arguments[0].nbytes)  # reads both rows of logits once
+        for name, time in interleaved(samplers, inputs, seconds=0.02 if quick else 0.3).items():
+            more = {"peak_mb": round(peak_mb(samplers[name], *arguments), 3), **limits.metrics(floor, time)}
+            rows.append(row("sample_codes", name, shapes, "fp32", time, **options, **more))
         write(rows, out, "sample_codes")
     show(rows)

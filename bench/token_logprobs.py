@@ -1,16 +1,18 @@
-"""token_logprobs with a frozen head, forward and backward, beside what else computes it, in one run.
+"""token_logprobs with a frozen head, forward and backward, compared with other implementations in one run.
 
-eager: all logits of the image tokens, fp32 log-softmax, gather; the same under torch.compile; official: the usual
-training code, logits of all positions with the text between the images, then shifted, log-softmax, gather and mask; the
-bare GEMMs of this chain, which no implementation with gradients can do without; on a GPU Liger, cut-cross-entropy,
-quack and torch's linear_cross_entropy where they are installed. These take a linear head: the projection and GELU of
-Janus' head stand in PyTorch before them, cut-cross-entropy and quack go without the output bias, and Liger's SimPO and
-sum and quack know no weight for each token. Errors are the largest of 64 rows against float64, over the largest exact
-value, at logits of the usual size and up to 50; those of peers are shown, not judged, cut-cross-entropy's with a head
-without bias. `share` is the floor, the products over the ceiling of this device, over the time.
+- eager: all logits of the image tokens, fp32 log-softmax, gather; also under torch.compile.
+- official: the usual training code, with logits of all positions (text included), shift, log-softmax, gather and mask.
+- bare GEMMs: the matrix products that every implementation with gradients needs.
+- On a GPU, if installed: Liger, cut-cross-entropy, quack and torch's linear_cross_entropy. They take a linear head, so
+  the projection and GELU of Janus' head run in PyTorch before them. cut-cross-entropy and quack have no output bias.
+  Liger's SimPO and sum, and quack, have no weight per token.
 
-A plot comes with the rows; and a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, linear 7B, 1B,
-text head, Shapes, and on CPU 2 pairs, Shapes; the sweep has the name of its shape and "chunk_rows".
+Errors are those of 64 rows against float64, relative to the largest exact value, at logits of the usual size and up to
+50. Errors of peers are shown but not checked; that of cut-cross-entropy is for a head without bias. `share` is the
+floor (the products at the measured limit of this device) over the time.
+
+The rows come with a plot, and with a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, linear 7B,
+1B, text head, Shapes, and on a CPU 2 pairs and Shapes. The sweep has the name of its shape and "chunk_rows".
 """
 
 import functools
@@ -33,23 +35,23 @@ Step = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows (pairs × 2 × image tokens), width, codes; whether the head is Janus' Linear-GELU-Linear."""
+    """Rows N (pairs × 2 × image tokens), width D, codes V; `mlp`: the head is Janus' Linear-GELU-Linear."""
 
     name: str
     N: int
     D: int
     V: int
     mlp: bool = True
-    tokens: int = 576  # of an image; 0: no images, and no text between them
+    tokens: int = 576  # per image; 0: no images and no text between them
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What a row of results shows; `linear` where the head is one layer and not Janus' two."""
+        """Return the shapes of a row; `linear` marks a head of one layer."""
         return {"N": self.N, "D": self.D, "V": self.V} | ({} if self.mlp else {"linear": 1})
 
     @property
     def tflop(self) -> float:
-        """Of the GEMMs forward and backward to the hidden states."""
+        """Return the TFLOP of the GEMMs, forward and backward to the hidden states."""
         return 4 * self.N * self.D * (self.V + self.D * self.mlp) / 1e12
 
 
@@ -62,16 +64,16 @@ GPU_SHAPES = [
     Shape("Shapes", 1152, 128, 256),  # the world of shapes
 ]
 QUICK_SHAPES = [Shape("quick", 64, 16, 97, tokens=32), Shape("quick linear", 40, 16, 64, mlp=False, tokens=0)]
-# Tried at the first shape: little memory, about a third of its rows, full waves of tiles on 132 SMs, half of its rows.
+# For the first shape: little memory, about a third of its rows, full waves of tiles on 132 SMs, half of its rows.
 GPU_CHUNKS = (2304, 6144, 6272, 7296, 8448, 9216)
 
 
-def usual(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
+def eager(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(head(hidden).float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def official(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    """Of sequences (G, S, D) with labels (G, S), -100 on text: as training code has it that knows nothing of heads."""
+    """Return log-probabilities of sequences (G, S, D) with labels (G, S), -100 on text, as usual training code does."""
     targets = labels[:, 1:]
     logits = head(hidden).float()[:, :-1]
     logps = F.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -79,7 +81,7 @@ def official(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -
 
 
 def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head, rows: int) -> torch.Tensor:
-    """The GEMMs of the chain over chunks of that many rows, in buffers that are used again."""
+    """Run the GEMMs over chunks of `rows`, in reused buffers."""
     hidden, out = hidden.detach(), torch.empty_like(hidden)
     weight, proj = head.weight, head.proj_weight
     logits, features, gradient = (
@@ -95,8 +97,8 @@ def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head, rows: int) -> torch.T
     return out
 
 
-def step_of(function: Callable[..., torch.Tensor], head: ospo_fast.Head) -> Step:
-    """Training's part: from hidden states, labels and a weight for each token to the gradient of the hidden states."""
+def make_step(function: Callable[..., torch.Tensor], head: ospo_fast.Head) -> Step:
+    """Make a step from hidden states, labels and token weights to the gradient of the hidden states."""
 
     def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         (grad,) = torch.autograd.grad((function(hidden, head, labels) * scale).sum(), hidden)
@@ -154,24 +156,24 @@ PEERS = {
 }
 PER_TOKEN = {"Liger", "cut-cross-entropy"}
 NOTES = {
-    "Liger": "reduction='none' computes logits twice: the gradients wait for the backward",
-    "Liger, sum": "no weight for each token; gradients are made in the forward",
-    "Liger SimPO": "no weight for each token",
-    "cut-cross-entropy": "without output bias; filter_eps='high', its default, leaves small gradients out",
-    "quack": "without output bias; no weight for each token",
-    "torch linear_cross_entropy": "no weight for each token; gradients are made in the forward; needs torch 2.13",
+    "Liger": "reduction='none' computes logits twice: gradients are computed in the backward",
+    "Liger, sum": "no weight per token; gradients are computed in the forward",
+    "Liger SimPO": "no weight per token",
+    "cut-cross-entropy": "without output bias; filter_eps='high', its default, skips small gradients",
+    "quack": "without output bias; no weight per token",
+    "torch linear_cross_entropy": "no weight per token; gradients are computed in the forward; needs torch 2.13",
 }
 
 
 def working_peers(head: ospo_fast.Head, arguments: tuple[torch.Tensor, ...]) -> dict[str, Step]:
-    """Those that are installed and take this shape; of the others the reason is printed."""
+    """Return the peers that are installed and support this shape; print why the others are skipped."""
     steps = {}
     for name, function in PEERS.items():
-        step = step_of(function, head)
+        step = make_step(function, head)
         try:
             step(*arguments)
-        except Exception as error:  # whatever a peer fails with, the others are measured
-            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        except Exception as error:  # an error of a peer does not stop the benchmark
+            print(f"{name} is skipped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         else:
             steps[name] = step
     return steps
@@ -187,7 +189,7 @@ def make_head(shape: Shape, where: str, dtype: torch.dtype) -> ospo_fast.Head:
 
 
 def errors(function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments, largest: float | None):
-    """Errors of values and gradients against float64, over the largest exact one; logits up to `largest`."""
+    """Return relative errors of values and gradients against float64, with logits scaled up to `largest`."""
     hidden, labels, scale = (x[:64].detach() for x in arguments[:3])
     if largest is not None:
         factor = largest / float(head(hidden).abs().max())
@@ -201,12 +203,12 @@ def errors(function: Callable[..., torch.Tensor], head: ospo_fast.Head, argument
         return values.detach().double(), x.grad.double()
 
     return [
-        float((mine - best).abs().max() / best.abs().max())
-        for mine, best in zip(both(function), both(token_logprobs_reference), strict=True)
+        float((actual - exact).abs().max() / exact.abs().max())
+        for actual, exact in zip(both(function), both(token_logprobs_reference), strict=True)
     ]
 
 
-def error_figures(
+def error_metrics(
     name: str, function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments
 ) -> dict[str, float]:
     if name == "cut-cross-entropy":
@@ -216,12 +218,12 @@ def error_figures(
     return {name: float(f"{value:.3g}") for name, value in zip(names, (*usual_size, *to_50), strict=True)}
 
 
-def check(ours: dict[str, float], eager: dict[str, float], dtype: torch.dtype) -> None:
-    """Nothing is timed that is less exact than twice the eager computation's error."""
+def check(ours: dict[str, float], reference: dict[str, float], dtype: torch.dtype) -> None:
+    """Check that our error is at most twice that of the eager computation, plus rounding."""
     rounding = 4 * torch.finfo(torch.float32).eps
     for name, error in ours.items():
         floor = torch.finfo(dtype).eps if "gradients" in name else rounding
-        assert error <= 2 * eager[name] + floor, (name, ours, eager)
+        assert error <= 2 * reference[name] + floor, (name, ours, reference)
 
 
 def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
@@ -229,8 +231,8 @@ def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
     return module._default_chunk_rows(shape.V, torch.finfo(dtype).bits // 8, where)
 
 
-def inputs_of(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Makes hidden states, labels and weights of the image tokens; where there is text, also of all positions."""
+def make_inputs(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Return a function that makes hidden states, labels and weights: of image tokens, then (with text) of all."""
 
     def inputs() -> tuple[torch.Tensor, ...]:
         hidden = torch.randn(shape.N, shape.D, device=where).to(dtype).requires_grad_()
@@ -248,57 +250,58 @@ def inputs_of(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tupl
 
 
 def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
-    limits, head, inputs = ceilings(), make_head(shape, where, dtype), inputs_of(shape, where, dtype)
+    limits, head, inputs = ceilings(), make_head(shape, where, dtype), make_inputs(shape, where, dtype)
     arguments = inputs()
     functions = {
         "ospo_fast": ospo_fast.token_logprobs,
         "torch": functools.partial(ospo_fast.token_logprobs, backend="torch"),
-        "eager": usual,
+        "eager": eager,
     }
     if not quick:
-        torch.compiler.reset()  # every shape has its own code, and none reaches the limit of recompilations
-        functions["compiled eager"] = torch.compile(usual, dynamic=False)
-    variants = {name: step_of(function, head) for name, function in functions.items()}
+        torch.compiler.reset()  # compile each shape for itself, below the limit of recompilations
+        functions["compiled eager"] = torch.compile(eager, dynamic=False)
+    variants = {name: make_step(function, head) for name, function in functions.items()}
     if shape.tokens:
-        of_all = step_of(official, head)
-        variants["official"] = lambda *arguments: of_all(*arguments[3:])
+        official_step = make_step(official, head)
+        variants["official"] = lambda *arguments: official_step(*arguments[3:])
     if where == "cuda":
         peers = working_peers(head, arguments)
         variants |= peers
         functions |= {name: PEERS[name] for name in peers if name in PER_TOKEN}
-    figures = {name: error_figures(name, function, head, arguments) for name, function in functions.items()}
-    check(figures["ospo_fast"], figures["eager"], dtype)
+    metrics = {name: error_metrics(name, function, head, arguments) for name, function in functions.items()}
+    check(metrics["ospo_fast"], metrics["eager"], dtype)
 
-    # The same chunks, and all rows at once, which a GEMM may like better.
+    # In the same chunks, and with all rows at once, where a GEMM can be faster.
     for name, size in (("bare GEMMs", default_rows(shape, dtype, where)), ("bare GEMMs, one chunk", shape.N)):
         variants[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
-    # On a GPU large shapes take 50 turns, half a second of the fastest variant and a minute of all.
-    seconds, most = (0.02, 300) if quick else (5.0, 300) if where == "cpu" else (1.0, 50 if shape.tflop > 0.1 else 300)
-    times = interleaved(variants, inputs, seconds=seconds, most=most)
+    # On a GPU, 50 turns of a large shape take half a second for the fastest variant and a minute for all.
+    turns = 50 if where == "cuda" and shape.tflop > 0.1 else 300
+    seconds = 0.02 if quick else 5.0 if where == "cpu" else 1.0
+    times = interleaved(variants, inputs, seconds=seconds, max_turns=turns)
     rows = []
     for name, time in times.items():
         speed = shape.tflop / time.median_ms * 1e3
         more = {"peak_mb": round(peak_mb(variants[name], *arguments), 3), "tflop_s": round(speed, 4)}
-        for other, figure in (("eager", "eager_over_this"), ("official", "official_over_this")):
+        for other, key in (("eager", "eager_over_this"), ("official", "official_over_this")):
             if other in times:
-                more[figure] = round(times[other].median_ms / time.median_ms, 4)
+                more[key] = round(times[other].median_ms / time.median_ms, 4)
         more["over_bare_gemms"] = round(time.median_ms / times["bare GEMMs"].median_ms, 4)
         more |= limits.metrics(limits.floor_ms(flop=shape.tflop * 1e12), time)
         more |= {"note": NOTES[name]} if name in NOTES else {}
-        rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), time, **more, **figures.get(name, {})))
+        rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), time, **more, **metrics.get(name, {})))
     return rows
 
 
 def sweep(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
-    """Times and peaks by chunk_rows; the default is among them."""
+    """Measure time and peak memory for several chunk_rows, including the default."""
     head, default = make_head(shape, where, dtype), default_rows(shape, dtype, where)
     tried = [int(default * factor) for factor in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 4)]
     if where == "cuda":
         tried = [*GPU_CHUNKS, default, shape.N]
     sizes = sorted({min(size, shape.N) for size in tried})
-    steps = {size: step_of(functools.partial(ospo_fast.token_logprobs, chunk_rows=size), head) for size in sizes}
-    inputs = inputs_of(shape, where, dtype)
-    times, arguments = interleaved(steps, inputs, seconds=0.02 if quick else 1.0, most=100), inputs()
+    steps = {size: make_step(functools.partial(ospo_fast.token_logprobs, chunk_rows=size), head) for size in sizes}
+    inputs = make_inputs(shape, where, dtype)
+    times, arguments = interleaved(steps, inputs, seconds=0.02 if quick else 1.0, max_turns=100), inputs()
     return [
         row(
             "token_logprobs",
@@ -314,7 +317,7 @@ def sweep(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dic
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time and memory of every variant, one line of panels for each shape."""
+    """Plot time and memory of every variant, one row of panels per shape."""
     import matplotlib as mpl
 
     mpl.use("Agg")

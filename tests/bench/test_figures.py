@@ -1,4 +1,4 @@
-"""The README's table of GPU figures: written from the results, and never anything else."""
+"""The GPU table of the README is written from the results."""
 
 from pathlib import Path
 from typing import Any
@@ -44,17 +44,17 @@ ROWS = [
 ]  # fmt: skip
 EXPECTED = {
     "gpu-marked tests": "500 passed, 1 failed, 3 skipped; goal missed",
-    "`object_masks`, 32 × 4 maps of 24 × 24": "15 µs; floor 3 µs, 20.0% of it",
-    "`sample_codes`, 64 × 16384": "10 µs; floor 1 µs, 10.0% of it",
-    "decode attention, 128 rows × 32 heads × 640 positions": "2400 GB/s; floor 3000 GB/s, 80.0% of it; goal missed",
-    "`token_logprobs`, forward and backward, 18432 × 4096 × 16384, two-layer head": "9 ms; floor 8 ms, 88.9% of it",
+    "`object_masks`, 32 × 4 maps of 24 × 24": "15 µs; floor 3 µs (20.0%)",
+    "`sample_codes`, 64 × 16384": "10 µs; floor 1 µs (10.0%)",
+    "decode attention, 128 rows × 32 heads × 640 positions": "2400 GB/s; roofline 3000 GB/s (80.0%); goal missed",
+    "`token_logprobs`, forward and backward, 18432 × 4096 × 16384, two-layer head": "9 ms; floor 8 ms (88.9%)",
     "the same, against the official computation": "2×",
     "the same, memory above the inputs": "0.48 GB",
     "linear head of that size, against Liger": "1.1×; goal missed",
     "the same, against `linear_cross_entropy` of torch 2.13": "not measured",
-    "`attention_columns`, a layer of 16 sequences of 600, log-sum-exp given": "40 µs; floor 20 µs, 50.0% of it",
+    "`attention_columns`, a layer of 16 sequences of 600, log-sum-exp given": "40 µs; floor 20 µs (50.0%)",
     "`AttentionCapture` in a 7B forward, 16 sequences of 600": "+0.60%",
-    "Janus-Pro-7B, 64 prompts, guidance": "10.6 images/s; floor 13.95 images/s, 76.0% of it",
+    "Janus-Pro-7B, 64 prompts, guidance": "10.6 images/s; roofline 13.95 images/s (76.0%)",
     "the same, against transformers' `generate`": "3.167×",
     "Janus-Pro-7B, 1 prompt": "not measured",
 }
@@ -62,11 +62,11 @@ EXPECTED = {
 
 def cells(table: str) -> dict[str, str]:
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
-    assert lines[0] == ["figure", "goal", CARD]
+    assert lines[0] == ["metric", "goal", CARD]
     return {line[0]: line[2] for line in lines[2:]}
 
 
-def test_figures_are_read_from_rows_with_goal_floor_and_share() -> None:
+def test_metrics_have_value_bound_and_share() -> None:
     found = cells(figures.markdown({CARD: figures.Results(ROWS)}))
     assert {name: found[name] for name in EXPECTED} == EXPECTED
     rest = {name for name in found if name not in EXPECTED}
@@ -76,11 +76,11 @@ def test_figures_are_read_from_rows_with_goal_floor_and_share() -> None:
     assert "Janus-Pro-7B, 64" not in text
     line = next(line for line in text.splitlines() if line.startswith("`token_logprobs`"))
     assert [cell.strip() for cell in line.split("  ") if cell.strip()][1:] == [
-        "9 ms", "≤ 1.15× the floor", "8 ms", "88.9%", "yes",
+        "9 ms", "≤ 1.15× floor", "floor 8 ms", "88.9%", "yes",
     ]  # fmt: skip
 
 
-def test_figures_compare_rows_of_one_run_alone() -> None:
+def test_ratios_compare_rows_of_one_commit() -> None:
     older = [{**ROWS[5], "commit": "ba9876543210"}, ROWS[4]]
     found = cells(figures.markdown({CARD: figures.Results(older)}))
     assert found["the same, against the official computation"] == "not measured"
@@ -89,22 +89,22 @@ def test_figures_compare_rows_of_one_run_alone() -> None:
     assert found["`object_masks`, 32 × 4 maps of 24 × 24"].startswith("30 µs")
 
 
-def test_rows_of_a_rehearsal_or_of_other_sizes_are_no_figures() -> None:
+def test_rows_of_a_rehearsal_or_of_other_shapes_are_ignored() -> None:
     rows = [{**one, "quick": True} for one in ROWS]
     rows.append({**ROWS[2], "shapes": {"B": 64, "V": 16384, "top_k": 7}})
     found = cells(figures.markdown({CARD: figures.Results(rows)}))
     assert set(found.values()) == {"not measured"}
 
 
-def test_every_figure_is_measured_by_a_part_of_the_gpu_day() -> None:
+def test_every_metric_is_measured_by_a_part_of_the_gpu_day() -> None:
     import _gpu_day
 
-    assert {figure.part for figure in figures.FIGURES} == set(_gpu_day.PARTS)
-    names = [figure.name for figure in figures.FIGURES if not figure.name.startswith("the same")]
+    assert {metric.part for metric in figures.METRICS} == set(_gpu_day.PARTS)
+    names = [metric.name for metric in figures.METRICS if not metric.name.startswith("the same")]
     assert len(names) == len(set(names))
 
 
-def test_the_readme_says_what_the_results_say() -> None:
+def test_the_readme_is_up_to_date() -> None:
     """`python bench/figures.py` after a merge."""
     readme = (ROOT / "README.md").read_text()
     table = figures.markdown(figures.load(ROOT / "bench" / "results"))
@@ -139,7 +139,7 @@ def test_the_table_is_written_and_checked(tmp_path: Path, capsys: pytest.Capture
     assert readme.read_text() == "no marks"
 
 
-def test_a_goal_is_judged_by_the_digits_that_are_shown() -> None:
+def test_goals_are_compared_with_the_rounded_value() -> None:
     def found(name: str, rows: list[dict[str, Any]]) -> str:
         return cells(figures.markdown({CARD: figures.Results(rows)}))[name]
 
@@ -148,20 +148,20 @@ def test_a_goal_is_judged_by_the_digits_that_are_shown() -> None:
     assert found(memory, [{**logps, "peak_mb": 500.0}]) == "0.5 GB"
     assert found(memory, [{**logps, "peak_mb": 500.4}]) == "0.5004 GB; goal missed"
     janus = ROWS[-2]
-    assert found(share, [{**janus, "share": 0.7496}]).endswith(", 75.0% of it")
-    assert found(share, [{**janus, "share": 0.7494}]).endswith(", 74.9% of it; goal missed")
+    assert found(share, [{**janus, "share": 0.7496}]).endswith(" (75.0%)")
+    assert found(share, [{**janus, "share": 0.7494}]).endswith(" (74.9%); goal missed")
     skinny = {"rows": 2, "depth": 4096, "columns": 49408}
     pair = [row("skinny_linear", "triton", skinny), row("skinny_linear", "single kernels", skinny, median_ms=1.01)]
     assert found("`skinny_linear`, a layer of 7B, 2 rows, against single kernels", pair) == "1.01×; goal missed"
 
 
-def test_tests_that_were_stopped_reach_no_goal() -> None:
+def test_a_stopped_test_run_misses_its_goal() -> None:
     stopped = {**ROWS[0], "failed": 0, "complete": False}
     found = cells(figures.markdown({CARD: figures.Results([stopped])}))["gpu-marked tests"]
     assert found == "500 passed, 0 failed, 3 skipped, stopped before the end; goal missed"
 
 
-def test_a_broken_line_of_results_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_names_the_invalid_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme, path = tmp_path / "README.md", tmp_path / "results" / "card" / "op.jsonl"
     path.parent.mkdir(parents=True)
     readme.write_bytes(f"a\r\n{figures.BEGIN}\r\n{figures.END}\r\nb\r\n".encode())

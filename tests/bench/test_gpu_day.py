@@ -1,10 +1,11 @@
-"""The GPU day: what it refuses, what it keeps of a part, what it merges, and a rehearsal of all of it."""
+"""The GPU day: refusals, parts with their archives, merging, and a rehearsal of everything."""
 
 import contextlib
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,12 +34,11 @@ def changed(**more: Any) -> Machine:
     return Machine(**{**H100.__dict__, **more})
 
 
-# ---------------------------------------------------------------- what cannot be measured
+# ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("machine", "words"),
-    [
+def test_unsuitable_machines_are_refused() -> None:
+    for machine, message in (
         (
             changed(card=None, cuda=None, torch="2.13.0+cpu", driver=0),
             "built for no CUDA, finds no GPU; expected an NVIDIA",
@@ -48,23 +48,21 @@ def changed(**more: Any) -> Machine:
         (changed(card="Tesla V100", capability=(7, 0)), "Tesla V100 is of sm_70; expected sm_80"),
         (changed(driver=12040), "the driver runs CUDA 12.4 and older, torch 2.11.0+cu130 and nvcc 13.0 need 13.0"),
         (changed(driver=12040, card=None), "update the driver or use an older toolkit"),  # torch sees no GPU then
-        (changed(driver=12040, cuda="12.8"), "need 13.0"),  # for the sake of nvcc
+        (changed(driver=12040, cuda="12.8"), "need 13.0"),  # because of nvcc
         (changed(capability=(12, 0)), "cannot compile for sm_120"),
         (changed(missing=["xdist"]), "lacks xdist; install the extras"),
-    ],
-)
-def test_a_machine_that_cannot_run_it(machine: Machine, words: str) -> None:
-    reason = machine.objection(quick=False)
-    assert reason is not None
-    assert words in reason
-    assert "\n" not in reason
+    ):
+        with pytest.raises(RefusedError) as refusal:
+            machine.check(quick=False)
+        assert message in str(refusal.value)
+        assert "\n" not in str(refusal.value)
 
 
-def test_a_machine_that_can_run_it() -> None:
-    assert H100.objection(quick=False) is None
-    assert changed(driver=13010).objection(quick=False) is None
-    assert changed(driver=13000, nvcc_release="13.2").objection(quick=False) is None  # minor versions are compatible
-    assert changed(card=None, nvcc=None, driver=0).objection(quick=True) is None
+def test_suitable_machines() -> None:
+    H100.check(quick=False)
+    changed(driver=13010).check(quick=False)
+    changed(driver=13000, nvcc_release="13.2").check(quick=False)  # minor versions are compatible
+    changed(card=None, nvcc=None, driver=0).check(quick=True)
 
 
 def gpu_sh(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -74,86 +72,89 @@ def gpu_sh(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.Complete
     return subprocess.run(command, check=False, cwd=cwd, env=clean | given, capture_output=True, text=True)
 
 
-def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
-    """Exit code 2, and one sentence."""
+def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    """Check for exit code 2 and a message of one line."""
     assert done.returncode == 2, done.stdout + done.stderr
-    assert words in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("gpu.sh: ")
     assert done.stdout == ""
 
 
 @pytest.fixture
-def torch_says(tmp_path: Path) -> Any:
-    """A torch that claims a card, and a driver of that version: environment for gpu.sh."""
+def fake_torch(tmp_path: Path) -> Any:
+    """Makes an environment for gpu.sh with a torch that reports this GPU."""
 
-    def make(card: str | None, capability: tuple[int, int], driver: int) -> dict[str, str]:
-        package, library = tmp_path / "stub" / "torch", tmp_path / "lib" / "libcuda.so.1"
-        package.mkdir(parents=True)
-        library.parent.mkdir()
+    def make(card: str | None, capability: tuple[int, int] = (0, 0)) -> dict[str, str]:
+        package = tmp_path / "stub" / "torch"
+        package.mkdir(parents=True, exist_ok=True)
         (package / "__init__.py").write_text(
             "import types\n__version__ = '2.11.0+cu130'\nversion = types.SimpleNamespace(cuda='13.0')\n"
             f"cuda = types.SimpleNamespace(is_available=lambda: {card is not None},\n"
             f"    get_device_name=lambda _: {card!r}, get_device_capability=lambda _: {capability})\n"
         )
-        source = f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {driver}; return 0; }}\n'
-        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
-        subprocess.run(command, input=source, text=True, check=True)
-        return {"PYTHONPATH": str(package.parent), "LD_LIBRARY_PATH": str(library.parent), "OUT": str(tmp_path / "out")}
+        return {"PYTHONPATH": str(package.parent), "OUT": str(tmp_path / "out")}
 
     return make
 
 
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The sources, without .git and without built files."""
+    folder = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    for name in ("bench", "csrc", "kernels", "ospo_fast", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize(
-    ("card", "capability", "driver", "words"),
-    [
-        ("Tesla V100", (7, 0), 13000, "sm_70; expected sm_80 (A100) or newer"),
-        (None, (0, 0), 12020, "the driver runs CUDA 12.2 and older"),
-        (None, (0, 0), 13000, "finds no GPU"),
-        (CARD, (9, 0), 13000, "no nvcc was found"),
-    ],
-)
-def test_a_card_that_cannot_run_it_gets_one_sentence_and_nothing_is_written(
-    copy: Path, torch_says: Any, card: str | None, capability: tuple[int, int], driver: int, words: str, tmp_path: Path
-) -> None:
-    env = torch_says(card, capability, driver) | {"CUDA_HOME": str(tmp_path / "none")}
-    refused(gpu_sh("1", cwd=copy, **env), words)
+def test_a_refused_machine_gets_one_sentence_and_no_output(copy: Path, fake_torch: Any, tmp_path: Path) -> None:
+    library = tmp_path / "lib" / "libcuda.so.1"
+    library.parent.mkdir()
+
+    def run(card: str | None, capability: tuple[int, int], driver: int) -> subprocess.CompletedProcess[str]:
+        source = f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {driver}; return 0; }}\n'
+        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        subprocess.run(command, input=source, text=True, check=True)
+        env = {"CUDA_HOME": str(tmp_path / "cuda"), "LD_LIBRARY_PATH": str(library.parent)}
+        return gpu_sh("1", cwd=copy, **env, **fake_torch(card, capability))
+
+    refused(run("Tesla V100", (7, 0), 13000), "sm_70; expected sm_80 (A100) or newer")
+    refused(run(None, (0, 0), 12020), "the driver runs CUDA 12.2 and older")
+    refused(run(None, (0, 0), 13000), "finds no GPU")
+    refused(run(CARD, (9, 0), 13000), "no nvcc was found")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    for text in ("no program", "#!/bin/sh\nexit 3\n"):
+        nvcc.write_text(text)
+        nvcc.chmod(0o755)
+        refused(run(CARD, (9, 0), 13000), "does not run")
+    nvcc.write_text("#!/bin/sh\necho sm_80 release 13.0\n")
+    refused(run(CARD, (9, 0), 13000), "cannot compile for sm_90")
     assert not (tmp_path / "out").exists()
 
 
-def test_no_gpu(copy: Path, tmp_path: Path) -> None:
-    refused(gpu_sh("2", cwd=copy, OUT=str(tmp_path / "out"), CUDA_VISIBLE_DEVICES=""), "finds no GPU")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_wrong_use(tmp_path: Path) -> None:
+    for arguments, message in (
         (("5",), "invalid choice: '5'"),
         ((), "the following arguments are required: PART"),
         (("merge",), "expected a folder with merge"),
-        (("1", "folder"), "expected a folder with merge, and with nothing else"),
+        (("1", "folder"), "expected a folder with merge, and only with merge"),
         (("merge", "/nowhere"), "/nowhere has no archive"),
         (("1", "--fast"), "unrecognized arguments: --fast"),
-    ],
-)
-def test_wrong_calls(arguments: tuple[str, ...], words: str) -> None:
-    refused(gpu_sh(*arguments), words)
-
-
-def test_no_interpreter() -> None:
-    refused(gpu_sh("1", PYTHON="/nowhere/python"), "got no interpreter /nowhere/python")
-
-
-def test_an_interpreter_that_is_too_old(tmp_path: Path) -> None:
+    ):
+        refused(gpu_sh(*arguments), message)
+    refused(gpu_sh("1", PYTHON="/nowhere/python"), "interpreter /nowhere/python was not found")
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\ncase $1 in --version) echo Python 3.9.18;; *) exit 1;; esac\n")
     old.chmod(0o755)
     refused(gpu_sh("1", PYTHON=str(old)), "got Python 3.9.18; expected Python 3.10 or newer")
 
 
-def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_caller(tmp_path: Path) -> None:
     archive(tmp_path / "came" / "part-1.tar.gz", {"a.jsonl": [result("a", quick=True)]})
     (tmp_path / "python").symlink_to(sys.executable)
     (tmp_path / "gpu.sh").symlink_to(ROOT / "bench" / "gpu.sh")
@@ -164,61 +165,38 @@ def test_paths_are_those_of_the_caller(tmp_path: Path) -> None:
         refused(done, "came/part-1.tar.gz is of a rehearsal")
 
 
-def test_a_toolkit_that_does_not_run(copy: Path, torch_says: Any, tmp_path: Path) -> None:
-    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
-    nvcc.parent.mkdir(parents=True)
-    env = torch_says(CARD, (9, 0), 13000) | {"CUDA_HOME": str(tmp_path / "cuda")}
-    for text in ("no program", "#!/bin/sh\nexit 3\n"):
-        nvcc.write_text(text)
-        nvcc.chmod(0o755)
-        refused(gpu_sh("1", cwd=copy, **env), "does not run")
-    nvcc.write_text("#!/bin/sh\necho sm_80 release 13.0\n")
-    refused(gpu_sh("1", cwd=copy, **env), "cannot compile for sm_90")
-
-
-def test_files_that_were_changed_since_their_commit(copy: Path) -> None:
-    """`merge` would refuse their rows; better before they are measured."""
+def test_uncommitted_changes_are_refused(copy: Path, fake_torch: Any) -> None:
+    """`merge` would refuse their rows after the measurement."""
 
     def git(*arguments: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         subprocess.run(["git", *identity, *arguments], cwd=copy, check=True, capture_output=True)
 
     git("init", "-q")
-    git("add", ".")
+    git("add", "setup.py", "bench/gpu.sh")
     git("commit", "-qm", "first")
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OSPO_FAST_COMMIT": ""}
-    refused(gpu_sh("1", cwd=copy, **hidden), "finds no GPU")
+    env = fake_torch(None) | {"OSPO_FAST_COMMIT": ""}
+    refused(gpu_sh("1", cwd=copy, **env), "finds no GPU")
     (copy / "setup.py").write_text("# changed")
-    refused(gpu_sh("1", cwd=copy, **hidden), "commit them first")
+    refused(gpu_sh("1", cwd=copy, **env), "commit them first")
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The sources alone, without .git and without anything built."""
-    folder = tmp_path / "copy"
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
-    for name in ("bench", "csrc", "kernels", "ospo_fast", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "README.md"):
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def test_files_without_a_commit_and_wheels_of_two_versions(copy: Path) -> None:
+def test_unknown_commits_wrong_wheels_and_blocked_folders_are_refused(copy: Path, fake_torch: Any) -> None:
+    env = fake_torch(None)
     for wrong in ("", "main", "0123456789abcdefg"):
-        refused(gpu_sh("--quick", "1", cwd=copy, OSPO_FAST_COMMIT=wrong), "expected their commit")
+        refused(gpu_sh("--quick", "1", cwd=copy, **env | {"OSPO_FAST_COMMIT": wrong}), "expected their commit")
     (copy / ".whl").mkdir()
     for name in ("liger_kernel-0.8.5", "liger_kernel-0.8.4", "omegaconf-2.4.0"):
         (copy / ".whl" / f"{name}-py3-none-any.whl").touch()
-    refused(gpu_sh("--quick", "1", cwd=copy), ".whl/ has several versions of liger-kernel")
+    refused(gpu_sh("--quick", "1", cwd=copy, **env), ".whl/ has several versions of liger-kernel")
     (copy / ".whl" / "liger_kernel-0.8.4-py3-none-any.whl").unlink()
-    refused(gpu_sh("--quick", "1", cwd=copy), "pip cannot install the wheels of .whl/")  # they are no wheels
+    refused(gpu_sh("--quick", "1", cwd=copy, **env), "pip cannot install the wheels of .whl/")  # the files are empty
     (copy / "blocked").touch()
     shutil.rmtree(copy / ".whl")
     (copy / ".whl").touch()
-    refused(gpu_sh("--quick", "1", cwd=copy), ".whl is a file; expected a folder")
+    refused(gpu_sh("--quick", "1", cwd=copy, **env), ".whl is a file; expected a folder")
     (copy / ".whl").unlink()
-    refused(gpu_sh("--quick", "1", cwd=copy, OUT=str(copy / "blocked")), "OUT: Cannot write")
+    refused(gpu_sh("--quick", "1", cwd=copy, **env | {"OUT": str(copy / "blocked")}), "OUT: Cannot write")
     assert not (copy / "gpu-out").exists()
     assert not (copy / "build").exists()
 
@@ -228,7 +206,7 @@ def test_files_without_a_commit_and_wheels_of_two_versions(copy: Path) -> None:
 
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Part 9 with these steps, each a line of Python; RESULTS stands for the folder of its rows."""
+    """Makes part 9 with these steps, each a line of Python; RESULTS is replaced by the folder of its rows."""
 
     def make(*steps: tuple[str, float, str]) -> Part:
         made = Part(9, tmp_path, dict(os.environ), H100, False, COMMIT)
@@ -251,12 +229,12 @@ def files(archive: Path) -> dict[str, bytes]:
 WRITE = "import pathlib; p = pathlib.Path(RESULTS, 'card'); p.mkdir(parents=True); (p / 'op.jsonl').write_text('1')"
 
 
-def test_a_step_that_runs_out_of_time_keeps_what_it_wrote_and_the_next_one_runs(part: Any, tmp_path: Path) -> None:
+def test_a_stopped_step_keeps_its_rows_and_the_next_one_runs(part: Any, tmp_path: Path) -> None:
     child = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); " + WRITE + "; time.sleep(60)"
     made = part(("slow", 2.0, child), ("next", 5.0, "print('here')"), ("wrong", 5.0, "raise ValueError('no')"))
     begin = time.monotonic()
     assert not made.run()
-    assert time.monotonic() - begin < 55  # and not the minute that the step would take
+    assert time.monotonic() - begin < 55  # the step would take a minute
     states = {step["name"]: step["state"] for step in made.steps}
     assert states == {"build": "done", "slow": "stopped after 2 s", "next": "done", "wrong": "failed with 1"}
     found = files(tmp_path / "part-9.tar.gz")
@@ -267,25 +245,25 @@ def test_a_step_that_runs_out_of_time_keeps_what_it_wrote_and_the_next_one_runs(
     assert not made.folder.exists()
 
 
-def test_what_there_is_no_time_for_is_not_begun(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_time_is_not_started(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = part(("late", 60.0, "import time; time.sleep(60)"), ("later", 60.0, "pass"))
     monkeypatch.setattr(_gpu_day, "PART_SECONDS", 4.0)
     monkeypatch.setattr(made, "_preparation", dict)
-    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 1.5)  # once the first step is over, too little is left
+    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 1.5)  # too little is left after the first step
     assert not made.run()
-    assert [step["state"] for step in made.steps] == ["stopped after 2 s", "not begun"]
+    assert [step["state"] for step in made.steps] == ["stopped after 2 s", "not started"]
 
 
-def test_time_is_kept_free_for_the_steps_that_follow(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gpu_day, "PART_SECONDS", 12.0)
+def test_time_is_reserved_for_later_steps(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_day, "PART_SECONDS", 9.0)
     made = part(("long", 60.0, "import time; time.sleep(60)"), ("late", 6.0, "print('here')"))
     assert not made.run()
     assert [step["state"] == "done" for step in made.steps] == [True, False, True]
 
 
-def test_rows_are_in_the_archive_while_a_step_runs(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_archived_while_a_step_runs(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_day, "PACK_SECONDS", 0.3)
-    made, seen = part(("slow", 20.0, WRITE + "; import time; time.sleep(3)")), []
+    made, seen = part(("slow", 20.0, WRITE + "; import time; time.sleep(2)")), []
     pack = made.pack
 
     def watched() -> None:
@@ -316,12 +294,10 @@ sys.exit(_gpu_day.main(["1"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(
-    "signs", [["INT"], ["TERM"], ["HUP"], ["INT", "INT"], ["TERM", "TERM"], ["KILL"]], ids="-".join
-)
-def test_whatever_ends_a_part_ends_its_step(signs: list[str], tmp_path: Path) -> None:
-    """Started as in the background of a script, where SIGINT is ignored. What is left of a step would hold the card."""
-    seconds = f"61.{random.SystemRandom().randrange(10**9)}"  # tells these processes from all others
+@pytest.mark.parametrize("signs", [["INT"], ["HUP"], ["TERM", "TERM"], ["KILL"]], ids="-".join)
+def test_the_step_ends_with_its_part(signs: list[str], tmp_path: Path) -> None:
+    """Started as in the background of a script, where SIGINT is ignored. A process that is left occupies the GPU."""
+    seconds = f"61.{random.SystemRandom().randrange(10**9)}"  # identifies these processes
     process = subprocess.Popen(
         ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-c", SLEEPER, str(tmp_path), seconds],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")])}, stdout=subprocess.DEVNULL,
@@ -331,12 +307,12 @@ def test_whatever_ends_a_part_ends_its_step(signs: list[str], tmp_path: Path) ->
             assert process.poll() is None
             time.sleep(0.05)
         step = [pid for pid in running(seconds) if pid != process.pid]
-        assert len(step) == 2  # the step, and what it began
+        assert len(step) == 2  # the step and its child
         for name in signs:
             process.send_signal(getattr(signal, f"SIG{name}"))
             time.sleep(0.2)
         assert process.wait(20) == {"INT": 130, "TERM": 143, "HUP": 129, "KILL": -9}[signs[0]]
-        if signs == ["KILL"]:  # the step goes with its parent; what it began is its own matter
+        if signs == ["KILL"]:  # the step dies with its parent; its child may remain
             time.sleep(0.5)
             assert [command.split()[0] for command in running(seconds).values()] in ([], ["sleep"])
         else:
@@ -358,7 +334,7 @@ def running(word: str) -> dict[int, str]:
     return found
 
 
-def test_no_operation_is_measured_by_pytorch_where_its_kernel_cannot_run() -> None:
+def test_operations_without_their_kernel_are_reported() -> None:
     table = {
         "object_masks": [
             ("cuda", False, "ospo_fast._C was built without CUDA"),
@@ -371,7 +347,7 @@ def test_no_operation_is_measured_by_pytorch_where_its_kernel_cannot_run() -> No
     assert _gpu_day.without_kernel(table) == ["object_masks: ospo_fast._C was built without CUDA"]
 
 
-def test_nothing_is_measured_where_the_build_fails(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_after_a_failed_build(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = part(("measured", 5.0, "pass"))
     broken = [sys.executable, "-c", "raise SystemExit('ptxas: out of order')"]
     monkeypatch.setattr(made, "_preparation", lambda: {"build": broken})
@@ -379,7 +355,7 @@ def test_nothing_is_measured_where_the_build_fails(part: Any, monkeypatch: pytes
     assert [step["state"] for step in made.steps] == ["failed with 1"]
 
 
-def test_an_archive_stays_small_and_names_no_host(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_are_small_and_without_host_name(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_day, "LOG_BYTES", 4000)
     made = part(("loud", 20.0, "import random\nfor _ in range(999): print(random.random())"))
     (made.folder / "gpu_tests.xml").write_text('<testsuites><testsuite hostname="secret" tests="0"/></testsuites>')
@@ -390,19 +366,19 @@ def test_an_archive_stays_small_and_names_no_host(part: Any, tmp_path: Path, mon
     assert (tmp_path / "part-9.tar.gz").stat().st_size < 4 * 2**20
 
 
-def test_a_part_ends_with_its_figures_and_names_what_failed(part: Any) -> None:
+def test_a_part_ends_with_failed_tests_and_metrics(part: Any) -> None:
     failures = [f"tests.a::test_{i}" for i in range(40)]
     row = result("gpu_tests", "pytest -m gpu", passed=1, failed=40, skipped=0, complete=True, failures=failures)
     made = part(("tests", 20.0, WRITE.replace("op.jsonl", "gpu_tests.jsonl").replace("'1'", repr(json.dumps(row)))))
     assert made.run()
-    made.number = 1  # whose figures they are
-    lines = _gpu_day._ending(made).splitlines()
+    made.number = 1  # the part with metrics of tests
+    lines = _gpu_day._summary(made).splitlines()
     assert lines[:30] == [f"failed: {name}" for name in failures[:30]]
     assert lines[30] == "and 10 more, in the archive"
     assert lines[-1].startswith("decode attention")
 
 
-def test_the_row_of_the_tests_names_what_failed(tmp_path: Path) -> None:
+def test_the_row_of_the_tests_lists_failed_tests(tmp_path: Path) -> None:
     path = tmp_path / "gpu_tests.xml"
     path.write_text(
         '<testsuites><testsuite><testcase classname="tests.a" name="one" time="1.5"/>'
@@ -422,13 +398,13 @@ def test_the_row_of_the_tests_names_what_failed(tmp_path: Path) -> None:
     assert json.loads(written.read_text())["complete"] is False
 
 
-def test_cases_of_the_parts_are_cases_of_the_benchmarks() -> None:
+def test_cases_of_the_parts_exist_in_the_benchmarks() -> None:
     import generation
     import token_logprobs
 
     cases = {f"{size.name}, {count} {kind if count > 1 else kind[:-1]}" for size, kind, count in generation.GPU_CASES}
-    wanted = {case for number in (3, 4) for step in _gpu_day.PARTS[number] for case in step.cases if "Janus" in case}
-    assert wanted <= cases
+    used = {case for number in (3, 4) for step in _gpu_day.PARTS[number] for case in step.cases if "Janus" in case}
+    assert used <= cases
     assert {"7B", "linear 7B", "1B"} <= {shape.name for shape in token_logprobs.GPU_SHAPES}
     for steps in _gpu_day.PARTS.values():
         assert all((ROOT / "bench" / f"{step.name}.py").exists() for step in steps if step.name != _gpu_day.TESTS)
@@ -461,7 +437,7 @@ def rows_in(results: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (results / "nvidia-h100-80gb-hbm3" / name).read_text().splitlines()]
 
 
-def test_rows_come_into_the_folder_of_their_card(tmp_path: Path) -> None:
+def test_rows_are_merged_into_the_folder_of_their_device(tmp_path: Path) -> None:
     came, results = tmp_path / "came", tmp_path / "results"
     first = [result("a"), result("a", "peer"), result("b")]
     archive(came / "part-1.tar.gz", {"a.jsonl": first}, ("a.png",))
@@ -471,30 +447,30 @@ def test_rows_come_into_the_folder_of_their_card(tmp_path: Path) -> None:
     assert rows_in(results, "d.jsonl") == [result("d")]
     assert (results / "nvidia-h100-80gb-hbm3" / "a.png").read_bytes() == b"\x89PNG"
     before = {path: path.read_bytes() for path in results.rglob("*.*")}
-    assert _gpu_day.merge(came, results) == 0  # again: nothing new
+    assert _gpu_day.merge(came, results) == 0  # a second time: nothing new
     assert {path: path.read_bytes() for path in results.rglob("*.*")} == before
 
 
-def test_a_later_run_replaces_what_it_measured_again_and_an_earlier_one_nothing(tmp_path: Path) -> None:
+def test_only_a_later_run_replaces_rows(tmp_path: Path) -> None:
     came, results = tmp_path / "came", tmp_path / "results"
     archive(came / "part-1.tar.gz", {"a.jsonl": [result("a"), result("a", "peer"), result("b")]})
     _gpu_day.merge(came, results)
     later = result("a", date="2026-11-27T10:00:00", commit="ba9876543210")
     archive(came / "part-1.tar.gz", {"a.jsonl": [later]})
     _gpu_day.merge(came, results)
-    # The peer of the other run went: figures compare within one.
+    # The row of the peer is removed, since ratios compare rows of one run.
     assert rows_in(results, "a.jsonl") == [result("b"), later]
     archive(came / "part-1.tar.gz", {"a.jsonl": [result("a", date="2026-11-25T10:00:00")]})
     _gpu_day.merge(came, results)
     assert rows_in(results, "a.jsonl") == [result("b"), later]
 
 
-@pytest.mark.parametrize(
-    ("rows", "extra", "words"),
-    [
+def test_refused_archives_change_nothing(tmp_path: Path) -> None:
+    came, results = tmp_path / "came", tmp_path / "results"
+    for rows, extra, message in (
         ([result("a", quick=True)], {}, "is of a rehearsal"),
-        ([result("a", driver=None)], {}, "expected rows that were measured on a GPU"),
-        ([result("a", commit="unknown")], {}, "commit 'unknown'; expected committed files"),
+        ([result("a", driver=None)], {}, "expected rows of a run on a GPU"),
+        ([result("a", commit="unknown")], {}, "commit 'unknown'; expected a commit without changes"),
         ([result("a", commit=f"{COMMIT}+")], {}, "commit and measure again"),
         ([{"op": "a"}], {}, "line 1 of a.jsonl lacks"),
         ([result("a"), result("a", device=7)], {}, "line 2 of a.jsonl lacks"),
@@ -503,26 +479,21 @@ def test_a_later_run_replaces_what_it_measured_again_and_an_earlier_one_nothing(
         ([result("a", device="../..")], {}, "expected the name of a GPU"),
         ([], {"../evil.jsonl": b""}, "holds '../evil.jsonl'"),
         ([], {"/evil.jsonl": b""}, "holds '/evil.jsonl'"),
-        ([], {"b.jsonl": b"not JSON"}, "line 1 of b.jsonl is no JSON"),
+        ([], {"b.jsonl": b"not JSON"}, "line 1 of b.jsonl is not JSON"),
         ([], {"manifest.json": b"[]"}, "it has no manifest.json"),
-    ],
-)
-def test_archives_that_are_refused_change_nothing(
-    rows: list[Any], extra: dict[str, bytes], words: str, tmp_path: Path
-) -> None:
-    came, results = tmp_path / "came", tmp_path / "results"
-    archive(came / "part-1.tar.gz", {"c.jsonl": [result("c")]})
-    archive(came / "part-2.tar.gz", {"a.jsonl": rows}, **extra)
-    with pytest.raises(RefusedError, match=words.replace("[", r"\[")):
-        _gpu_day.merge(came, results)
-    assert not results.exists()
+    ):
+        archive(came / "part-1.tar.gz", {"c.jsonl": [result("c")]})
+        archive(came / "part-2.tar.gz", {"a.jsonl": rows}, **extra)
+        with pytest.raises(RefusedError, match=re.escape(message)):
+            _gpu_day.merge(came, results)
+        assert not results.exists()
 
 
-def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
-    whole = archive(tmp_path / "came" / "part-1.tar.gz", {"a.jsonl": [result("a")]}).read_bytes()
-    broken = [b"", b"text", whole[: len(whole) // 2]]
-    for seed in range(60):  # one byte changed: of the file's header, of compressed data, of their check
-        data = bytearray(whole)
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    intact = archive(tmp_path / "came" / "part-1.tar.gz", {"a.jsonl": [result("a")]}).read_bytes()
+    broken = [b"", b"text", intact[: len(intact) // 2]]
+    for seed in range(60):  # one byte changed: in the header, the data or the checksum
+        data = bytearray(intact)
         data[random.Random(seed).randrange(len(data))] ^= 0x55
         broken.append(bytes(data))
     refusals = []
@@ -533,12 +504,12 @@ def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
         except RefusedError as error:
             refusals.append(str(error))
         else:
-            assert rows_in(tmp_path / "results", "a.jsonl") == [result("a")]  # a byte of gzip's header
+            assert rows_in(tmp_path / "results", "a.jsonl") == [result("a")]  # a byte of the gzip header
     assert all("part-1.tar.gz cannot be read" in reason for reason in refusals)
     assert len(refusals) > 50
 
 
-def test_a_broken_line_among_the_results_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_an_invalid_line_in_the_results_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     came, folder = tmp_path / "came", tmp_path / "results" / "nvidia-h100-80gb-hbm3"
     archive(came / "part-1.tar.gz", {"a.jsonl": [result("a")], "b.jsonl": [result("b")]})
     folder.mkdir(parents=True)
@@ -548,7 +519,7 @@ def test_a_broken_line_among_the_results_is_named_and_nothing_is_written(tmp_pat
     assert [path.name for path in folder.iterdir()] == ["b.jsonl"]
 
 
-def test_a_plot_is_that_of_the_latest_rows(tmp_path: Path) -> None:
+def test_the_plot_belongs_to_the_latest_rows(tmp_path: Path) -> None:
     came, results = tmp_path / "came", tmp_path / "results"
     archive(came / "part-9.tar.gz", {"a.jsonl": [result("old"), result("more")]}, **{"a.png": b"old"})
     archive(came / "part-1.tar.gz", {"a.jsonl": [result("new", date="2026-11-27T10:00:00")]}, **{"a.png": b"new"})
@@ -565,7 +536,7 @@ def test_a_plot_is_that_of_the_latest_rows(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bare_python(tmp_path: Path) -> Path:
-    """An interpreter with the packages of this one, but without omegaconf and without this project installed."""
+    """An interpreter with the packages of this one, except omegaconf and this project."""
     folder = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -582,10 +553,11 @@ def bare_python(tmp_path: Path) -> Path:
 
 
 def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, tmp_path: Path) -> None:
-    """Small sizes, no GPU, no .git, no omegaconf, nothing installed: everything but the figures."""
+    """Small sizes, without GPU, .git, omegaconf and an installed package."""
     out, begin = tmp_path / "out", time.monotonic()
-    # With a card the tests would run for real, for as long as the first part of a GPU day.
-    done = gpu_sh("--quick", "all", cwd=copy, PYTHON=str(bare_python), OUT=str(out), CUDA_VISIBLE_DEVICES="")
+    # Without visible devices the gpu-marked tests are skipped. -O0 shortens the build.
+    env = {"CUDA_VISIBLE_DEVICES": "", "CXXFLAGS": "-O0"}
+    done = gpu_sh("--quick", "all", cwd=copy, PYTHON=str(bare_python), OUT=str(out), **env)
     print(f"{time.monotonic() - begin:.0f} s")
     assert done.returncode == 0, done.stdout + done.stderr
     archives = sorted(out.iterdir())
@@ -599,7 +571,7 @@ def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, 
         assert all(row["quick"] and row["commit"] == COMMIT for row in found.rows)
         ops[number] = {row["op"] for row in found.rows}
     assert "gpu_tests.xml" in files(archives[0])
-    assert "--timeout=180 --timeout-method=thread" in done.stdout  # for each test, in workers
+    assert "--timeout=180 --timeout-method=thread" in done.stdout  # of each test
     assert " -m gpu -n " in done.stdout
     assert ops[1] >= {"gpu_tests", "object_masks", "sample_codes", "decode_attention"}
     assert ops[2] == {"token_logprobs", "attention_columns", "AttentionCapture"}
@@ -608,11 +580,11 @@ def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, 
     (tests,) = (row for row in _gpu_day.read_archive(archives[0]).rows if row["op"] == "gpu_tests")
     assert tests["skipped"] > 300
     assert tests["failed"] == tests["passed"] == 0
-    assert all(figure.name in done.stdout for figure in figures.FIGURES)
+    assert all(metric.name in done.stdout for metric in figures.METRICS)
     assert "not measured" in done.stdout
     refused(gpu_sh("merge", str(out), cwd=copy, PYTHON=str(bare_python)), "is of a rehearsal")
     assert not (copy / "bench" / "results").exists()
-    # What was built in place is found without gpu.sh, too.
+    # The build is also found without gpu.sh.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command in (
         [bare_python, "bench/run.py", "--only", "object_masks", "--quick", "--out", tmp_path / "plain"],
@@ -624,7 +596,7 @@ def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, 
             "gpu",
             "--collect-only",
             "-q",
-            "tests/ops",
+            "tests/ops/test_token_logprobs_gpu.py",
         ],
     ):
         done = subprocess.run(command, check=False, cwd=copy, env=env, capture_output=True, text=True)

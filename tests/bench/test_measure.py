@@ -10,7 +10,7 @@ import pytest
 import torch
 
 
-def test_variants_take_turns_on_the_same_fresh_inputs() -> None:
+def test_variants_are_interleaved_on_the_same_inputs() -> None:
     calls: list[tuple[str, float]] = []
     values = iter(range(10**6))
 
@@ -30,17 +30,17 @@ def test_variants_take_turns_on_the_same_fresh_inputs() -> None:
     assert times["a"].median_ms >= 2 > times["b"].median_ms
 
 
-def test_every_variant_runs_for_the_asked_time() -> None:
+def test_every_variant_runs_for_the_given_time() -> None:
     times = _measure.interleaved({"a": lambda: time.sleep(0.001)}, lambda: (), seconds=0.03)
     assert times["a"].repeats * times["a"].p80_ms >= 20
 
 
-def test_no_more_turns_than_asked() -> None:
-    times = _measure.interleaved({"a": lambda: None}, lambda: (), seconds=10.0, warmup=1, most=5)
+def test_max_turns() -> None:
+    times = _measure.interleaved({"a": lambda: None}, lambda: (), seconds=10.0, warmup=1, max_turns=5)
     assert times["a"].repeats == 5
 
 
-def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_marks_changes_outside_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         return subprocess.run(
@@ -53,7 +53,7 @@ def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkey
         return _source.commit(tmp_path)
 
     assert commit() == "unknown"
-    monkeypatch.setenv("OSPO_FAST_COMMIT", "0123456789ab")  # of files that were copied without their history
+    monkeypatch.setenv("OSPO_FAST_COMMIT", "0123456789ab")  # for files that were copied without .git
     assert commit() == "0123456789ab"
     git("init", "-q")
     (tmp_path / "bench" / "results").mkdir(parents=True)
@@ -67,15 +67,15 @@ def test_the_commit_says_what_was_changed_but_for_results(tmp_path: Path, monkey
     assert commit() == head
     (tmp_path / "code.py").write_text("2")
     assert commit() == f"{head}+"
-    # A copy without history inside another project's checkout is not of that project's commit.
+    # A copy inside the checkout of another project does not have the commit of that project.
     copy = tmp_path / "vendor" / "copy"
     copy.mkdir(parents=True)
     assert _source.commit(copy) == "0123456789ab"
 
 
-def test_peak_memory_is_above_the_inputs() -> None:
+def test_peak_memory_excludes_the_inputs() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.zeros(250_000, device=device)  # 1 MB, and no part of the peak
+    x = torch.zeros(250_000, device=device)  # 1 MB, not part of the peak
 
     def two_at_once(x: torch.Tensor) -> None:
         first = x + 1
@@ -87,7 +87,7 @@ def test_peak_memory_is_above_the_inputs() -> None:
     assert _measure.peak_mb(two_at_once, x) == pytest.approx(2.0, abs=0.01 if device == "cpu" else 0.2)
 
 
-def test_a_row_says_what_ran_where(tmp_path: Path) -> None:
+def test_rows_name_device_and_versions(tmp_path: Path) -> None:
     timing = _measure.Timing(1.0, 0.9, 1.2, 7)
     row = _measure.row("otsu_threshold", "torch", {"B": 2}, "fp32", timing, peak_mb=3.0)
     assert {"op", "variant", "shapes", "dtype", "device", "driver", "versions", "commit", "date", "peak_mb"} <= set(row)
@@ -99,7 +99,7 @@ def test_a_row_says_what_ran_where(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["otsu_threshold.jsonl"]
 
 
-def test_cases_one_after_the_other_end_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_cases_are_merged_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = _measure.Timing(1.0, 0.9, 1.1, 5)
 
     def rows(*sizes: int) -> list[dict[str, Any]]:
@@ -121,14 +121,14 @@ def test_cases_one_after_the_other_end_in_one_file(tmp_path: Path, monkeypatch: 
         assert kept() == [1, 2, 3, 3]  # of another op
         monkeypatch.setattr(_measure, "commit", lambda: "ba9876543210")
         _measure.write(rows(3), tmp_path, "op")
-        assert kept() == [3]  # those of another commit are no part of this measurement
+        assert kept() == [3]  # rows of another commit are removed
     finally:
         _measure.only_cases([])
     _measure.write(rows(1), tmp_path, "op")
     assert kept() == [1]
 
 
-def test_ceilings_are_measured_once_and_what_a_row_says_of_its_floor() -> None:
+def test_device_limits_and_floors() -> None:
     limits = _measure.ceilings()
     assert limits is _measure.ceilings()
     assert limits.bandwidth > 1e8
@@ -141,7 +141,7 @@ def test_ceilings_are_measured_once_and_what_a_row_says_of_its_floor() -> None:
     }  # fmt: skip
 
 
-def test_rows_of_a_rehearsal_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_rehearsal_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_measure, "_rehearsal", [False])
     timing = _measure.Timing(1.0, 0.9, 1.1, 5)
     assert "quick" not in _measure.row("op", "variant", {}, "fp32", timing)
