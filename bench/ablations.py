@@ -72,7 +72,7 @@ class Variant:
         return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
 
 
-PUBLISHED = (  # settings of pairs and loss; optimiser, LoRA and guidance of the images stay those of the demo
+PUBLISHED = (  # settings of pairs and loss; optimizer, LoRA and guidance of the images stay those of the demo
     "images.prompts=dense",
     "images.draws=1",
     "select.rejected=negative",

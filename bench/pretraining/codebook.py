@@ -1,7 +1,7 @@
 """Part 1 of pretraining: the VQ model, which encodes images of the Shapes world into codes and decodes them.
 
-`JanusVQVAE.forward` cannot train its encoder, because it decodes indices and normalises the codebook. This loop uses
-cosine quantisation with straight-through gradients, updates the codebook by moving averages, and restarts unused
+`JanusVQVAE.forward` cannot train its encoder, because it decodes indices and normalizes the codebook. This loop uses
+cosine quantization with straight-through gradients, updates the codebook by moving averages, and restarts unused
 codes at badly represented vectors.
 """
 
@@ -23,7 +23,7 @@ from ospo_fast.shapes.scenes import BACKGROUNDS, Scene, random_scene
 
 logger = logging.getLogger(__name__)
 BATCH = 24
-WARM = 300  # steps without quantisation before the codebook is initialised from the features
+WARM = 300  # steps without quantization before the codebook is initialized from the features
 DECAY = 0.99
 COMMITMENT = 0.5
 
@@ -62,7 +62,7 @@ class Codebook:
         self.sums, self.counts = centers.clone(), torch.ones(len(centers))
 
     def update(self, vectors: Tensor, nearest: Tensor, generator: torch.Generator) -> None:
-        """Update the moving averages; unused codes restart at vectors sampled by their quantisation error."""
+        """Update the moving averages; unused codes restart at vectors sampled by their quantization error."""
         used = torch.bincount(nearest, minlength=len(self.codes)).float()
         self.counts.mul_(DECAY).add_(used, alpha=1 - DECAY)
         self.sums.mul_(DECAY).index_add_(0, nearest, vectors, alpha=1 - DECAY)
@@ -130,22 +130,22 @@ def train(
             centers = _kmeans(many, vq.quantize.num_embeddings, generator)
             centers[: len(reserved)] = reserved
             book = Codebook(centers)
-        # Plain background has one fixed code for each colour. Otherwise about a hundred codes would stand for it, one
-        # for each neighbourhood, and generating an image would be guessing among them.
+        # Plain background has one fixed code for each color. Otherwise about a hundred codes would stand for it, one
+        # for each neighborhood, and generating an image would be guessing among them.
         backgrounds = plain.reshape(-1)
         is_plain = backgrounds >= 0
         background_error = (flat[is_plain] - reserved[backgrounds[is_plain]]).square().sum(1).mean()
-        quantised, commitment = directions, flat.new_zeros(())
+        quantized, commitment = directions, flat.new_zeros(())
         if book is not None:
             nearest = (flat.detach() @ book.codes.T).argmax(1)
             nearest = torch.where(is_plain, backgrounds, nearest)
             codes = book.codes[nearest]
             commitment = (flat - codes).square().sum(1).mean()
             straight = flat + (codes - flat).detach()
-            quantised = straight.view(directions.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+            quantized = straight.view(directions.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
             book.update(flat.detach(), nearest, generator)
             book.codes[: len(reserved)] = reserved
-        rebuilt = vq.decoder(vq.post_quant_conv(quantised))
+        rebuilt = vq.decoder(vq.post_quant_conv(quantized))
         error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
         loss = error + COMMITMENT * (commitment + background_error)
         optimizer.zero_grad(set_to_none=True)

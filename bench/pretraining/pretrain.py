@@ -132,7 +132,7 @@ def _build_optimizers(
     ):
         groups.append({"params": [p for p in parameters if p.dim() > 1], "lr": lr, "weight_decay": 0.02})
         groups.append({"params": [p for p in parameters if p.dim() <= 1], "lr": lr, "weight_decay": 0.0})
-    # With Muon, existence questions are learnt in half the steps that AdamW alone needs.
+    # With Muon, existence questions are learned in half the steps that AdamW alone needs.
     muon = torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     optimizers: list[torch.optim.Optimizer] = [muon, torch.optim.AdamW(groups, betas=(0.9, 0.99))]
     for optimizer in optimizers:

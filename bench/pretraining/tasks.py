@@ -41,7 +41,7 @@ IGNORE_INDEX = -100
 CAPTION_WEIGHT = 0.3
 LOCALIZATION_WEIGHT = 1.0
 LOCALIZATION_LAYER = -3  # of the hidden states: two layers remain to compare and to count
-LOCATION_SHARE = 0.4  # of the questions ask for a location or a relation in words, from which relations are learnt
+LOCATION_SHARE = 0.4  # of the questions ask for a location or a relation in words, from which relations are learned
 PROMPT_SHARES = {
     "color1": 0.08,
     "shape1": 0.06,
@@ -340,7 +340,7 @@ class LocalizationHead(nn.Module):
     """Predicts from the hidden state of a name which cells of the board hold such an object. Used in pretraining only.
 
     A yes or no carries no signal about locations, and a relation needs the locations of two objects. Without this
-    loss, relations are learnt after thousands of steps or not at all.
+    loss, relations are learned after thousands of steps or not at all.
     """
 
     def __init__(self, width: int) -> None:

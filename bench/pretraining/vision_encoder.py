@@ -1,7 +1,7 @@
 """Part 2 of pretraining: the vision encoder and its aligner, by classification of each patch.
 
 Janus starts from a pretrained vision encoder (SigLIP), and so does this model. Without this part the yes-no answers of
-part 3 stay at chance for thousands of steps. The classifiers of colour, shape, size, background, row and column are
+part 3 stay at chance for thousands of steps. The classifiers of color, shape, size, background, row and column are
 discarded.
 """
 
@@ -34,7 +34,7 @@ _CLASSES = {
 
 
 def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Return the class of each patch, (N, patches) int64, by name. Colour, shape and size are 0 where no object is."""
+    """Return the class of each patch, (N, patches) int64, by name. Color, shape and size are 0 where no object is."""
     span = CELL // PATCH
     labels = {name: np.zeros((len(scenes), BOARD * span, BOARD * span), np.int64) for name in _CLASSES}
     for number, scene in enumerate(scenes):

@@ -1,11 +1,11 @@
 """Detects the objects of an image and decides whether it satisfies a prompt, without a model.
 
-- Background: the palette colour nearest to most pixels.
+- Background: the palette color nearest to most pixels.
 - Objects: connected components of the pixels that differ from the background.
-- Colour: the palette colour nearest to the core of the component.
+- Color: the palette color nearest to the core of the component.
 - Shape: the best match among templates at sub-pixel offsets.
 
-A component that no template fits, or that has two colours, gets the shape `unknown`. An image with one satisfies no
+A component that no template fits, or that has two colors, gets the shape `unknown`. An image with one satisfies no
 prompt.
 """
 
@@ -24,14 +24,14 @@ from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZE
 
 UNKNOWN = "unknown"
 _MIN_PIXELS = 9  # a small cross covers 25; smaller components are noise
-_FOREGROUND = 0.35  # least coverage of an object pixel, from background (0) to object colour (1)
+_FOREGROUND = 0.35  # least coverage of an object pixel, from background (0) to object color (1)
 _MATCH = 0.70  # least soft intersection over union with the best template
 _WINDOW = 20
 
 
 @dataclass(frozen=True)
 class Detection:
-    """An object detected in an image: `x`, `y` centre in pixels, `match` in [0, 1], `mask` (48, 48) bool."""
+    """An object detected in an image: `x`, `y` center in pixels, `match` in [0, 1], `mask` (48, 48) bool."""
 
     color: str
     shape: str
@@ -61,7 +61,7 @@ _BACK_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 
 @cache
 def _template(shape: str, size: str, dx: int, dy: int) -> np.ndarray:
-    """Coverage of a shape whose centre of mass is `dx`, `dy` quarter pixels from the centre of the window."""
+    """Coverage of a shape whose center of mass is `dx`, `dy` quarter pixels from the center of the window."""
     center = _WINDOW / 2
     cover = outline(shape, SIZES[size], (center + dx / 4, center + dy / 4), _WINDOW)
     y, x = ndimage.center_of_mass(cover)
@@ -70,7 +70,7 @@ def _template(shape: str, size: str, dx: int, dy: int) -> np.ndarray:
 
 
 def _match_template(alpha: np.ndarray, x: float, y: float) -> tuple[str, str, float]:
-    """Best (shape, size, overlap) for a coverage `alpha` (48, 48) with centre of mass (x, y)."""
+    """Best (shape, size, overlap) for a coverage `alpha` (48, 48) with center of mass (x, y)."""
     half = (_WINDOW - 1) / 2
     left, top = int(np.floor(x - half + 0.5)), int(np.floor(y - half + 0.5))
     dx, dy = round((x - half - left) * 4), round((y - half - top) * 4)
@@ -98,8 +98,8 @@ def detect(image: Image.Image | np.ndarray) -> DetectedScene:
     back = int(np.bincount(nearest.ravel(), minlength=len(palette))[: len(_BACK_RGB)].argmax())
     base = np.median(pixels[nearest == back], axis=0) if (nearest == back).any() else _BACK_RGB[back]
 
-    # The coverage of a pixel by a colour is its projection on the line from the background to that colour.
-    toward = _RGB - base  # (colours, 3)
+    # The coverage of a pixel by a color is its projection on the line from the background to that color.
+    toward = _RGB - base  # (colors, 3)
     cover = ((pixels - base) @ toward.T) / (toward**2).sum(-1)
     distance = ((pixels[:, :, None] - (base + np.clip(cover, 0, 1)[..., None] * toward)) ** 2).sum(-1)
     nearest_line = distance.argmin(-1)

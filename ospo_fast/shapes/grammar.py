@@ -48,7 +48,7 @@ def stage1_answer(description: Description) -> str:
 
 
 def _replacements(description: Description) -> list[Description]:
-    """Descriptions that differ in one colour, shape or number, or in the opposite relation.
+    """Descriptions that differ in one color, shape or number, or in the opposite relation.
 
     The other relations are no hard negatives: an object can be both left of and above another one.
     """
@@ -177,7 +177,7 @@ def positions_related(
 
 
 def looks_related(scene: Scene, first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
-    """Return whether `relation` holds for an object of each of two looks (colour, shape)."""
+    """Return whether `relation` holds for an object of each of two looks (color, shape)."""
     cells = {look: [o.cell for o in scene.objects if (o.color, o.shape) == look] for look in (first, second)}
     return positions_related(list(cells[first]), relation, list(cells[second]))
 
@@ -190,7 +190,7 @@ def sample_question(scene: Scene, kind: str, rng: np.random.Generator) -> Questi
     wrong = rng.random() < 0.5
 
     def absent() -> tuple[str, str]:
-        """A look that the scene lacks: its colours and shapes recombined, one word changed, or any look."""
+        """A look that the scene lacks: its colors and shapes recombined, one word changed, or any look."""
         style = rng.random()
         for _ in range(20):
             color, shape = _choice(rng, list(COLORS)), _choice(rng, SHAPES)

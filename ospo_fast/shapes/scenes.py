@@ -70,7 +70,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one colour and shape."""
+    """`count` objects of one color and shape."""
 
     count: int
     color: str
@@ -197,7 +197,7 @@ def descriptions(kind: str) -> list[Description]:
     if kind == "numeracy2":
         counts = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
         return [Description((Group(n, *a), Group(m, *b))) for a, b in pairs for n, m in counts]
-    if kind == "color2":  # both colours and shapes differ, so that swapping either changes the scene
+    if kind == "color2":  # both colors and shapes differ, so that swapping either changes the scene
         return [Description((Group(1, *a), Group(1, *b))) for a, b in pairs if a[0] != b[0] and a[1] != b[1]]
     raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
 

@@ -157,5 +157,5 @@ def test_questions_cover_the_prompt() -> None:
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="color9"):
         descriptions("color9")
-    with pytest.raises(ValueError, match="colour"):
-        grammar.sample_question(random_scene(np.random.default_rng(0)), "colour", np.random.default_rng(0))
+    with pytest.raises(ValueError, match="color"):
+        grammar.sample_question(random_scene(np.random.default_rng(0)), "color", np.random.default_rng(0))
