@@ -325,7 +325,7 @@ def _first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
         index = row[:, None, :, None].expand(-1, 1, -1, length)
         seen = mask[..., :length].expand(batch, -1, -1, -1)[:, :1].gather(2, index)[:, 0]  # (B, rows, S)
         seen = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
-    else:  # (B, S), flash attention's: the same for all rows, which are causal as well, so the last row tells all
+    else:  # (B, S), flash attention's, which is causal in addition: the last row sees what all rows together see
         row = last
         seen = mask.expand(batch, -1).bool()[:, None] & (position <= row[..., None])
     causal = position <= row[..., None]

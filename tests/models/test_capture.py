@@ -78,7 +78,7 @@ def test_maps_equal_eager_attention(tiny: JanusUnifiedModel, implementation: str
 
 @pytest.mark.parametrize("heads", [[2], [1, 2], [0, -1]])
 def test_selected_heads_of_grouped_queries(heads: list[int]) -> None:
-    """One head, neighbours of two groups, and heads that are not neighbours."""
+    """One head, adjacent heads of two groups, and heads that are not adjacent."""
     model = deep(2)
     ids, mask = torch.randint(0, 20, (2, 16)), torch.ones(2, 16, dtype=torch.long)
     mask[1, :2] = 0

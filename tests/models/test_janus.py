@@ -16,7 +16,7 @@ PROMPT = "a red circle and two blue squares"
 WORDS = ["a", "red", "blue", "circle", "squares", "two", ",", ".", "left", "of"]
 
 
-def picture(seed: int, size: tuple[int, int] = (48, 48), mode: str = "RGB") -> Image.Image:
+def random_image(seed: int, size: tuple[int, int] = (48, 48), mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
 
@@ -83,7 +83,7 @@ def test_bad_prompts(tiny: JanusUnifiedModel) -> None:
 def test_chat_with_an_image_equals_the_processors(tiny: JanusUnifiedModel) -> None:
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a red circle?"}]}]
     text = tiny.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    expected = tiny.processor(text=text, images=[picture(0)], return_tensors="pt")["input_ids"][0]
+    expected = tiny.processor(text=text, images=[random_image(0)], return_tensors="pt")["input_ids"][0]
     ids = tiny.chat(turn("is there a red circle?"), image=True)
     assert ids.tolist() == expected.tolist()
     assert int((ids == tiny.image_id).sum()) == tiny.grid[0] * tiny.grid[1]
@@ -130,7 +130,7 @@ def test_embeddings_and_logits(tiny: JanusUnifiedModel) -> None:
 
 @torch.no_grad()
 def test_embedded_images_of_any_size(tiny: JanusUnifiedModel) -> None:
-    images = [picture(0), picture(1, (96, 60)), picture(2, mode="L"), picture(3, (20, 48), "RGBA")]
+    images = [random_image(0), random_image(1, (96, 60)), random_image(2, mode="L"), random_image(3, (20, 48), "RGBA")]
     pixels = tiny.processor.image_processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
     expected = tiny.module.model.get_image_features(torch.as_tensor(pixels)).pooler_output
     embedded = tiny.embed_images(images)
@@ -196,7 +196,7 @@ def test_bad_codes(tiny: JanusUnifiedModel) -> None:
 @torch.no_grad()
 def test_encode_images_finds_the_largest_cosine(tiny: JanusUnifiedModel) -> None:
     vq = tiny.module.model.vqmodel
-    images = [picture(i) for i in range(3)]
+    images = [random_image(i) for i in range(3)]
     table = vq.quantize.embedding.weight
     # In a codebook of unit vectors the nearest one, which transformers finds, has the largest cosine.
     unit = torch.nn.functional.normalize(table, dim=-1)
