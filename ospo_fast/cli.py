@@ -248,7 +248,7 @@ def _run(args: argparse.Namespace) -> int:
     pipeline = _pipeline(args)
     reports = []
     for iteration in range(1, pipeline.config.iterations + 1):
-        for stage in pipeline.needed:
+        for stage in pipeline.default_stages:
             report = pipeline.stage(stage, iteration)
             reports.append(dataclasses.asdict(report))
             if not args.json:

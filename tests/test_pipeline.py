@@ -11,9 +11,10 @@ import pytest
 import ospo_fast.stages
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.pipeline import STAGES, Pipeline, Shard, read_stage, stage_figures
+from ospo_fast.pipeline import Pipeline, Shard, read_stage, stage_metrics
 from ospo_fast.records import Store, read_records
 from ospo_fast.shapes.scenes import descriptions
+from ospo_fast.stages import STAGE_NAMES as STAGES
 
 pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
 
@@ -61,7 +62,7 @@ def test_every_item_goes_through_every_stage(whole):
     for stage in WRITERS:
         assert [r["item_id"] for r in read_records(whole / f"{stage}.jsonl")] == ids
     assert sum(r["kept"] for r in read_records(whole / "select.jsonl")) >= 3
-    figures = stage_figures(whole)
+    figures = stage_metrics(whole)
     assert list(figures) == list(STAGES)
     assert {name: row["items"] for name, row in figures.items()} == {**dict.fromkeys(WRITERS, 12), "train": 3}
     speed = {row["stage"]: row.get("drawing") for row in json.loads((whole / "stages.json").read_text())}
@@ -184,13 +185,13 @@ def test_other_settings_are_refused_and_fresh_starts_drop_what_follows(tiny, scr
         UsageError, match=r"images was made with images\.temperature=1\.0, now images\.temperature=0\.5"
     ):
         pipeline(tiny, tmp_path, "images.temperature=0.5").stage("images")
-    pipeline(tiny, tmp_path, "images.chunk=2").stage("images")  # speed is free
+    pipeline(tiny, tmp_path, "images.batch_size=2").stage("images")  # affects speed only
     report = pipeline(tiny, tmp_path, "images.temperature=0.5", resume=False).stage("images")
     assert report.items == report.total == 12
     assert (tmp_path / "perturb.jsonl").exists()
     left = {path.name for path in tmp_path.iterdir()}
     assert not left & {"questions.jsonl", "score.jsonl", "select.jsonl", "masks.jsonl", "masks", "train"}
-    assert set(stage_figures(tmp_path)) == {"prompts", "perturb", "images"}
+    assert set(stage_metrics(tmp_path)) == {"prompts", "perturb", "images"}
 
 
 def test_wrong_calls_leave_nothing_behind(tiny, tmp_path):
@@ -246,7 +247,7 @@ def test_shards_of_other_settings_are_refused(tiny, script, tmp_path):
         pipeline(tiny, tmp_path, shard=Shard(0, 3)).stage("perturb")
     # Gathered shards are not made anew one by one.
     before = (tmp_path / "perturb.jsonl").read_bytes()
-    with pytest.raises(UsageError, match=r"gathered in .*perturb\.jsonl already.*without --shard"):
+    with pytest.raises(UsageError, match=r"merged into .*perturb\.jsonl.*without --shard"):
         pipeline(tiny, tmp_path, *other, shard=Shard(0, 2), resume=False).stage("perturb")
     assert (tmp_path / "perturb.jsonl").read_bytes() == before
 
@@ -358,7 +359,7 @@ def test_failed_items_are_counted_and_named(whole, tiny, script, tmp_path, caplo
     report = run.stage("score")
     assert (report.items, report.failed) == (12, 1)
     assert f"score: 1 of 12 items failed: {first['item_id']}: Cannot read the image {path}" in caplog.text
-    assert stage_figures(tmp_path / "run")["score"]["failed"] == 1
+    assert stage_metrics(tmp_path / "run")["score"]["failed"] == 1
     run = pipeline(tiny, tmp_path / "run")
     assert [run.stage(stage).failed for stage in ("score", "select", "masks", "train")] == [0, 0, 0, 0]
 
@@ -366,20 +367,20 @@ def test_failed_items_are_counted_and_named(whole, tiny, script, tmp_path, caplo
 def test_the_peak_of_a_stage_is_its_own(whole, tiny, script, tmp_path, monkeypatch):
     """What an earlier stage held does not count for a later one."""
     shutil.copytree(whole, tmp_path / "run")
-    from ospo_fast.stages import questions
+    from ospo_fast.stages import score as module
 
-    original = questions.score
+    original = module.run
 
-    def greedy(records, model, settings, *, out=None):
+    def greedy(records, model, settings, **rest):
         held = bytearray(600 * 2**20)
-        yield from original(records, model, settings, out=out)
+        yield from original(records, model, settings, **rest)
         del held
 
-    monkeypatch.setattr(questions, "score", greedy)
+    monkeypatch.setattr(module, "run", greedy)
     run = pipeline(tiny, tmp_path / "run", resume=False)
     score, select = run.stage("score"), run.stage("select")
     assert score.peak_mb > 600
     assert select.peak_mb < score.peak_mb - 500
-    figures = stage_figures(tmp_path / "run")
+    figures = stage_metrics(tmp_path / "run")
     assert figures["score"]["peak_mb"] == score.peak_mb
     assert figures["select"]["peak_mb"] == select.peak_mb

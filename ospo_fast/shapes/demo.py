@@ -24,13 +24,14 @@ from ospo_fast._version import __version__
 from ospo_fast.config import Config, EvaluateConfig
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.pipeline import STAGES, Pipeline, read_stage, stage_figures
+from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
 from ospo_fast.records import Record, iter_pairs, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
 from ospo_fast.shapes.scenes import held_out_prompts, parse
+from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.common import open_image, png
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     own = figures.get("vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=progress))
 
     pipeline.evaluation = evaluate.build_validation(config.evaluate, scale)
-    pipeline.run(STAGES)  # the figures of the masks are wanted even where training takes its own
+    pipeline.run(STAGE_NAMES)  # the figures of the masks are wanted even where training takes its own
 
     tuned = pipeline.model(config.iterations + 1)
     own_scale, own_scales = figures.guidance("tuned", tuned, progress)
@@ -83,7 +84,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     base_own = before[scale]
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
     iterations = [
-        {"iteration": n, **stage_outcome(folder, masks=config.masks.enabled), "stages": stage_figures(folder)}
+        {"iteration": n, **stage_outcome(folder, masks=config.masks.enabled), "stages": stage_metrics(folder)}
         for n, folder in enumerate(folders, 1)
     ]
     summary = {
@@ -114,7 +115,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
             },
             "by_kind": _by_kind(before[scale], after[scale]),
         },
-        "stages": stage_figures(*folders),
+        "stages": stage_metrics(*folders),
         "versions": _versions(),
     }
     write_gallery(out, before[scale], after[scale])

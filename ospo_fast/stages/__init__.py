@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ospo_fast.config import nearest
+from ospo_fast.errors import UsageError
+from ospo_fast.records import stable_hash, write_json
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ospo_fast.config import Config
     from ospo_fast.errors import Failure
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.records import Record
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` of a stage's items, assigned by a hash of their ids."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Parse `"0/4"`, the first of four. Raises UsageError for anything else."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise UsageError(f"--shard should be i/n with i from 0 to n-1, got {text!r}.")
+        return cls(int(index), int(count))
+
+    def holds(self, item_id: str) -> bool:
+        """Return whether an item belongs to this shard."""
+        return stable_hash(item_id) % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.count}"
 
 
 @dataclass
@@ -24,12 +54,12 @@ class StageReport:
         stage: name of the stage.
         iteration: iteration of self-improvement, from 1.
         items: items processed in this call (training: optimizer steps).
-        total: items in the store afterwards.
-        failed: items of this call that failed, wholly or in part; their records hold the reasons.
+        total: items in the store afterwards (training: steps of the whole training).
+        failed: items of this call that failed, wholly or in part (training: pairs). Their records hold the reasons.
         seconds: wall-clock time.
         peak_mb: peak resident memory of the process.
-        cuda_peak_mb: peak allocation on the GPU; None without one.
-        drawing: throughput of image generation (`Throughput.figures`); None for other stages.
+        cuda_peak_mb: peak allocation on the GPU. None without a GPU.
+        drawing: throughput of image generation (`Throughput.figures`). None for other stages.
 
     """
 
@@ -46,66 +76,191 @@ class StageReport:
 
 @dataclass
 class StageContext:
-    """What the pipeline gives to a stage besides its records. The defaults are those of a call from a script.
+    """What the pipeline gives to a stage in addition to its records. The defaults are those of a call from a script.
 
     Attributes:
         report: filled in by the stage where it knows more than the number of its records.
-        shard: the part of the items to process (`ospo_fast.pipeline.Shard`); None: all of them.
-        resume: continue from files of an earlier call; False starts over.
+        shard: the part of the items to process. None: all of them.
+        resume: continue from files of an earlier call. False starts over.
         evaluation: called during training (`ospo_fast.stages.train.Evaluation`).
         progress: called with the number of steps done, by stages that count steps.
 
     """
 
     report: StageReport = field(default_factory=lambda: StageReport(""))
-    shard: Any = None
+    shard: Shard | None = None
     resume: bool = True
     evaluation: Any = None
-    progress: Callable[[int], None] | None = None
+    progress: Callable[[int], object] | None = None
+
+
+def _always(value: T) -> Callable[[Config], T]:
+    return lambda config: value
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline.
+    """One stage of the pipeline. `ospo_fast/stages/<name>.py` holds its `run` and `failure`.
 
     Attributes:
-        name: its command, its section of the configuration, its module here, and the stem of its store.
-        inputs: the stage whose records it reads; None for the first.
+        name: its command, its section of the configuration, its module, and the stem of its store.
         help: one line for the command line.
+        inputs: returns the stage whose records it reads. None: it reads none, so it is finished when a call returns.
         folder: folder in the run folder that it writes files to, if any.
-        speed_only: settings of its section that change how fast it runs, and not what it makes.
+        speed_only: settings of its section that change how fast it runs, and not its results.
+        options: options of its command, apart from those of every stage.
+        sharded: whether it can process a part of the items.
+        counts_steps: its work is steps, not items. It keeps its state in `folder`, with done.json at the end, and no
+            store.
+        enabled: whether it does anything under a configuration.
+        in_run: whether a run of all stages includes it.
+        needs_model: whether it runs the model.
+        plan: checks a request before anything is written, and returns the number of items it will hold (0: unknown).
+            Called for stages without inputs, with (model, config, shard).
+        edit_settings: changes the settings that identify its results; see `result_settings`.
+        finish: called with the run folder and all records of the stage after it has run.
 
     """
 
     name: str
-    inputs: str | None
     help: str
+    inputs: Callable[[Config], str | None]
     folder: str | None = None
     speed_only: frozenset[str] = frozenset({"batch_size"})
+    options: tuple[str, ...] = ()
+    sharded: bool = True
+    counts_steps: bool = False
+    enabled: Callable[[Config], bool] = lambda config: True
+    in_run: Callable[[Config], bool] = lambda config: True
+    needs_model: Callable[[Config], bool] = lambda config: True
+    plan: Callable[[UnifiedModel, Config, Shard | None], int] = lambda model, config, shard: 0
+    edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
+    finish: Callable[[Path, list[Record]], None] | None = None
+
+    @property
+    def unit(self) -> str:
+        """What its report counts."""
+        return "step" if self.counts_steps else "item"
 
     def run(
         self, records: Iterable[Record], model: UnifiedModel | None, config: Config, out: Path, context: StageContext
     ) -> Iterator[Record]:
-        """Process records; see `run` of the stage's module."""
-        module: Any = importlib.import_module(f"ospo_fast.stages.{self.name}")
-        result: Iterator[Record] = module.run(records, model, config, out=out, context=context)
+        """Process records. See `run` of the stage's module."""
+        result: Iterator[Record] = self._module().run(records, model, config, out=out, context=context)
         return result
 
     def failure(self, record: Record) -> Failure | None:
-        """Return why the stage failed on an item, wholly or in part; None where it did not."""
-        module: Any = importlib.import_module(f"ospo_fast.stages.{self.name}")
-        result: Failure | None = module.failure(record)
+        """Return why the stage failed on an item, wholly or in part. None: it did not."""
+        result: Failure | None = self._module().failure(record)
         return result
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"ospo_fast.stages.{self.name}")
+
+    def result_settings(self, config: Config) -> dict[str, Any]:
+        """Return the settings that its results depend on, apart from its inputs. Files count by their content."""
+        section = dataclasses.asdict(getattr(config, self.name))
+        settings = {f"{self.name}.{key}": value for key, value in section.items() if key not in self.speed_only}
+        return self.edit_settings(config, settings)
+
+
+def file_digest(path: str) -> str:
+    """Return a hash of a user's file. Raises UsageError when it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _plan_prompts(model: UnifiedModel, config: Config, shard: Shard | None) -> int:
+    from ospo_fast.stages.prompts import plan_counts
+
+    return sum(plan_counts(model, config, shard).values())
+
+
+def _prompts_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    from ospo_fast.stages.common import excluded
+
+    file, exclude = config.prompts.file, config.prompts.exclude
+    if file is not None:  # its prompts take the place of the model's
+        settings = {"prompts.file": file_digest(file), "prompts.file_kind": config.prompts.file_kind}
+    return settings | {"prompts.exclude": None if exclude is None else f"{stable_hash(*sorted(excluded(config))):x}"}
+
+
+def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
+    from ospo_fast.records import iter_pairs
+    from ospo_fast.stages.mask_stats import run_stats
+
+    write_json(out / "masks" / "diagnostics.json", run_stats(iter_pairs(records)))
+
+
+def _train_inputs(config: Config) -> str:
+    from ospo_fast.stages.train import input_stage
+
+    return input_stage(config)
+
+
+def _train_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    from ospo_fast.stages.train import mask_settings
+
+    settings = {**settings, "preset": config.preset, **mask_settings(config)}
+    if config.train.eval_every:  # early stopping selects by the evaluation
+        settings |= {f"evaluate.{key}": getattr(config.evaluate, key) for key in ("watch_per_kind", "seeds")}
+    return settings
 
 
 # The only place that lists the stages.
 STAGES: tuple[Stage, ...] = (
-    Stage("prompts", None, "stage 1: the model writes prompts"),
-    Stage("perturb", "prompts", "stage 2: hard negatives of the prompts, and dense prompts"),
-    Stage("images", "perturb", "stage 3: images of prompts and hard negatives", folder="images"),
-    Stage("questions", "images", "stage 4: questions about each prompt"),
-    Stage("score", "questions", "stage 4: answers of the model to its questions about each image"),
-    Stage("select", "score", "stage 5: preference pairs of a chosen and a rejected image"),
-    Stage("masks", "select", "stage 5: object masks of the pairs", folder="masks"),
-    Stage("train", "masks", "stage 5: LoRA training on the pairs", folder="train"),
+    Stage(
+        "prompts",
+        "stage 1: the model writes prompts",
+        inputs=_always(None),
+        options=("prompts",),
+        plan=_plan_prompts,
+        edit_settings=_prompts_settings,
+    ),
+    Stage("perturb", "stage 2: hard negatives of the prompts, and dense prompts", inputs=_always("prompts")),
+    Stage(
+        "images",
+        "stage 3: images of prompts and hard negatives",
+        inputs=_always("perturb"),
+        folder="images",
+        speed_only=frozenset({"batch_size", "jacobi_window"}),
+    ),
+    Stage("questions", "stage 4: questions about each prompt", inputs=_always("images")),
+    Stage("score", "stage 4: answers of the model to its questions about each image", inputs=_always("questions")),
+    Stage(
+        "select",
+        "stage 5: preference pairs of a chosen and a rejected image",
+        inputs=_always("score"),
+        needs_model=lambda config: config.select.rule == "v2",
+    ),
+    Stage(
+        "masks",
+        "stage 5: object masks of the pairs",
+        inputs=_always("select"),
+        folder="masks",
+        enabled=lambda config: config.masks.enabled,
+        in_run=lambda config: config.train.masks == "stored",
+        finish=_write_mask_diagnostics,
+    ),
+    Stage(
+        "train",
+        "stage 5: LoRA training on the pairs",
+        inputs=_train_inputs,
+        folder="train",
+        speed_only=frozenset({"gradient_checkpointing", "save_every"}),
+        options=("masks",),
+        sharded=False,
+        counts_steps=True,
+        edit_settings=_train_settings,
+    ),
 )
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def find_stage(name: str) -> Stage:
+    """Return the stage of a name. Raises UsageError for an unknown one."""
+    if name not in STAGE_NAMES:
+        raise UsageError(f"There is no stage {name!r}; {nearest(name, STAGE_NAMES)}.")
+    return STAGES[STAGE_NAMES.index(name)]

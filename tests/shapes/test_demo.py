@@ -14,7 +14,7 @@ from ospo_fast import cli
 from ospo_fast.config import load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.pipeline import Pipeline, read_stage, stage_figures
+from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
 from ospo_fast.records import Record, iter_pairs
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import held_out_prompts, parse
@@ -107,7 +107,7 @@ def test_every_iteration_is_reported(run_folder: Path, tmp_path: Path) -> None:
     for name, value in demo.stage_outcome(second, masks=True).items():
         assert after["iterations"][1][name] == after[name] == value
     assert after["pairs"] == before["pairs"] - 1
-    assert after["iterations"][1]["stages"] == stage_figures(second)
+    assert after["iterations"][1]["stages"] == stage_metrics(second)
     for name, row in after["stages"].items():
         assert row["items"] == 2 * before["stages"][name]["items"]
 

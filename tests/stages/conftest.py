@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from ospo_fast.config import load_config
-from ospo_fast.pipeline import STAGES, Pipeline
+from ospo_fast.pipeline import Pipeline
+from ospo_fast.stages import STAGE_NAMES
 
 COUNTS = "prompts.counts={color1: 3, shape1: 1, color2: 4, 2D_spatial: 4, numeracy1: 1, numeracy2: 3}"
 
@@ -18,7 +19,7 @@ def made(omegaconf, scripted, tiny, tmp_path_factory):
         settings = [COUNTS, "images.draws=1", "select.pairs=1", "masks.layers=[0]"]
         config = load_config([*settings, f"model={tiny}", f"out={folder}"], family="shapes")
         pipeline = Pipeline(config, progress=False)
-        for stage in STAGES[:-1]:
+        for stage in STAGE_NAMES[:-1]:
             pipeline.stage(stage)
     return folder
 
