@@ -38,12 +38,11 @@ from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import held_out_prompts
-from ospo_fast.stages import STAGES
+from ospo_fast.stages import STAGE_NAMES
 
 SEEDS = (42, 43, 44)
 SAMPLING = (0, 1)
 PER_KIND = 150  # test prompts of each headline kind, or all if there are fewer
-STAGE_NAMES = tuple(stage.name for stage in STAGES)
 SHARED = STAGE_NAMES[: STAGE_NAMES.index("select")]
 LATER = ("preset", *STAGE_NAMES[len(SHARED) :])  # sections of the configuration that do not affect the shared stages
 
