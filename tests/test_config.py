@@ -1,6 +1,5 @@
-"""Layers of the configuration and what it says to wrong keys and values."""
+"""Layers of the configuration, and errors for wrong keys and values."""
 
-import dataclasses
 import re
 
 import pytest
@@ -10,7 +9,7 @@ from ospo_fast.errors import UsageError
 from ospo_fast.loss import OSPOLossConfig
 from ospo_fast.stages.train import loss_config
 
-pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+pytestmark = pytest.mark.usefixtures("omegaconf")
 
 
 def test_defaults_are_the_published_ones():
@@ -23,14 +22,17 @@ def test_defaults_are_the_published_ones():
     assert (config.select.rule, config.select.threshold, config.masks.scaler) == ("v3", 0.6, 0.8)
 
 
-def test_layers(tmp_path):
+def test_later_layers_win(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("images: {guidance_scale: 3}\ntrain: {steps: 7}\n")
-    config = load_config(["train.steps=9", "prompts.counts.color1=3"], file=file, family="shapes")
+    file.write_text("images: {guidance_scale: 3}\ntrain: {steps: 7, loss: {beta: 2, mask_blur: 1}}\n")
+    overrides = ["train.steps=9", "prompts.counts.color1=3", "train.loss.beta=3"]
+    config = load_config(overrides, file=file, family="shapes")
     assert config.images.guidance_scale == 3
     assert config.train.steps == 9
     assert config.prompts.counts == {"color1": 3}
     assert config.train.lora_rank == load_config(family="shapes").train.lora_rank != 64
+    assert config.train.loss == {**load_config(family="shapes").train.loss, "beta": 3.0, "mask_blur": 1}
+    assert type(config.train.loss["beta"]) is float
 
 
 @pytest.mark.parametrize("family", MODEL_FILES)
@@ -39,11 +41,11 @@ def test_model_files_are_valid(family):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_have_a_loss_and_all_settle_the_same(preset):
-    OSPOLossConfig.preset(preset)
+def test_presets_set_the_same_keys(preset):
     keys = {section: set(values) for section, values in PRESETS[preset].items()}
     assert keys["train"] == set(PRESETS["v3"]["train"])
-    assert load_config([f"preset={preset}"]).preset == preset
+    config = load_config([f"preset={preset}"])
+    assert loss_config(config.preset, config.train.loss) == OSPOLossConfig.preset(preset)
 
 
 def test_v2():
@@ -52,7 +54,7 @@ def test_v2():
     assert not config.masks.enabled
 
 
-def test_a_saved_run_keeps_its_values_and_takes_another_preset(tmp_path):
+def test_saved_run_keeps_its_values_and_takes_another_preset(tmp_path):
     saved = tmp_path / "config.yaml"
     first = load_config(["train.steps=7", "images.guidance_scale=2"], family="shapes")
     saved.write_text(dump_config(first))
@@ -66,11 +68,10 @@ def test_a_saved_run_keeps_its_values_and_takes_another_preset(tmp_path):
     assert changed == load_config(["images.guidance_scale=2"])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("where", ["command line", "file", "saved run", "saved run of the preset"])
-def test_a_named_preset_has_its_own_weights(tmp_path, preset, where):
-    """Neither the model family's weights nor those of the run so far count, but those named beside the preset do."""
-    file, saved = tmp_path / "mine.yaml", tmp_path / "config.yaml"
+def test_named_preset_brings_its_own_loss(tmp_path, where):
+    """The loss of the model family and of the run so far do not count, but values given with the preset do."""
+    preset, file, saved = "v2", tmp_path / "mine.yaml", tmp_path / "config.yaml"
     file.write_text(f"preset: {preset}\n")
     before = ["train.loss.simpo_weight=0.7", "train.steps=7"]
     saved.write_text(
@@ -79,41 +80,66 @@ def test_a_named_preset_has_its_own_weights(tmp_path, preset, where):
     settings = {"family": "shapes", "file": file if where == "file" else None}
     settings["saved"] = saved if where.startswith("saved") else None
     named = [] if where == "file" else [f"preset={preset}"]
-    config = load_config(named, **settings)
-    assert loss_config(config.preset, config.train.loss) == OSPOLossConfig.preset(preset)
-    config = load_config([*named, "train.loss.simpo_weight=0.3"], **settings)
-    expected = dataclasses.replace(OSPOLossConfig.preset(preset), simpo_weight=0.3)
-    assert loss_config(config.preset, config.train.loss) == expected
+    assert load_config(named, **settings).train.loss == {}
+    assert load_config([*named, "train.loss.simpo_weight=0.3"], **settings).train.loss == {"simpo_weight": 0.3}
 
 
-def test_without_a_named_preset_the_family_and_the_run_settle_the_weights(tmp_path):
-    assert load_config(family="shapes").train.loss.simpo_weight == 0.25
+def test_without_a_named_preset_family_and_run_set_the_loss(tmp_path):
+    assert load_config(family="shapes").train.loss["simpo_weight"] == 0.25
     saved = tmp_path / "config.yaml"
     saved.write_text(dump_config(load_config(["train.loss.simpo_weight=0.7"], family="shapes")))
-    assert load_config(saved=saved, family="shapes").train.loss.simpo_weight == 0.7
+    assert load_config(saved=saved, family="shapes").train.loss["simpo_weight"] == 0.7
+
+
+def test_config_of_an_older_run_loads(tmp_path):
+    """Null values of the loss mean the preset's. Removed fields are ignored where they changed nothing."""
+    saved, new = tmp_path / "config.yaml", dump_config(load_config(["train.loss.beta=3"], family="shapes"))
+    old = new.replace("    beta: 3.0\n", "    beta: 3.0\n    sft_weight: null\n    normalize: null\n")
+    old = old.replace("prompts:\n", "prompts:\n  chunk: 64\n  calls_per_batch: 8\n", 1).replace(
+        "score:\n", "score:\n  chunk: 64\n"
+    )
+    old = old.replace("masks:\n", "masks:\n  reduce: max\n", 1).replace(
+        "train:\n", "train:\n  unconditional_weight: 0.0\n"
+    )
+    saved.write_text(old)
+    assert load_config(saved=saved) == load_config(["train.loss.beta=3"], family="shapes")
+    for before, after in (("reduce: max", "reduce: mean"), ("unconditional_weight: 0.0", "unconditional_weight: 0.5")):
+        saved.write_text(old.replace(before, after))
+        key, value = after.split(": ")
+        with pytest.raises(UsageError, match=rf"config\.yaml: \w+\.{key} has been removed, got '?{value}'?, expected"):
+            load_config(saved=saved)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("images.guidence=2", "unknown configuration key 'images.guidence'; nearest: images.guidance_scale"),
+        (
+            "images.guidence=2",
+            "command line: unknown configuration key 'images.guidence'; nearest: images.guidance_scale",
+        ),
         ("simpo_weight=2", "nearest: .*train.loss.simpo_weight"),
+        ("train.loss.betta=2", "unknown configuration key 'train.loss.betta'; nearest: .*train.loss.beta"),
+        ("train.loss.beta.x=2", "unknown configuration key 'train.loss.beta.x'"),
+        ("train.loss.beta=abc", "train.loss.beta is 'abc', expected a finite number"),
+        ("train.loss.beta=0", "train.loss.beta is 0.0, expected a positive number"),
+        ("train.loss.mask_blur=2", "train.loss.mask_blur is 2, expected an odd number"),
+        ("train.loss=3", "command line: .*train.loss"),
+        ("images.chunk=2", "unknown configuration key 'images.chunk'"),
         ("images.top_k=abc", "could not be converted to Integer .*images.top_k"),
         ("images=3", "command line"),
         ("preset=v9", "preset should be one of v1, v2, v3, full, got 'v9'"),
+        ("iterations=0", "^iterations should be 1 or more, got 0"),
         ("select.rule=v4", "select.rule should be one of v3, v2, random, got 'v4'"),
-        ("select.rejected=other", "select.rejected should be one of negative, own, got 'other'"),
         ("masks.layers=best", "masks.layers should be a list of integers, or auto, got 'best'"),
         ("masks.layers=[1,x]", "masks.layers should be a list of integers, or auto"),
         ("masks.heads=[]", "masks.heads should be a list of integers, or auto, got"),
         ("masks.heads=auto", r"masks.heads=auto: got masks.layers=None, expected auto; or name the heads, as in \[3\]"),
         ("masks.choose=best", "masks.choose should be one of entropy, separability, contrast, got 'best'"),
-        ("masks.rows=text", "masks.rows should be one of image, predicting, got 'text'"),
-        ("train.guidance_scale=0.5", "train.guidance_scale should be 1 or more, got 0.5"),
         ("images.jacobi_window=1", r"images.jacobi_window should be 0 \(off\), or 2 or more, got 1"),
         ("images.top_p=0", r"images.top_p should be in \(0, 1\], got 0"),
+        ("perturb.temperature=-1", "perturb.temperature should be 0 or more, got -1"),
         ("train.betas=[1]", "train.betas should be two numbers"),
-        ("train.steps=0", "train.steps should be 1 or more, got 0"),
+        ("evaluate.seeds=[]", "evaluate.seeds should be a list of at least one number"),
         ("prompts.counts.color1=many", "could not be converted"),
         ("noequals", "key=value"),
     ],
@@ -125,7 +151,10 @@ def test_wrong_overrides(override, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["images: [", "- a\n- b", "imagse: {top_k: 1}", "train: {steps: x}"])
+@pytest.mark.parametrize(
+    "text",
+    ["images: [", "- a\n- b", "imagse: {top_k: 1}", "train: {steps: x}", "train: {loss: {betta: 1}}"],
+)
 def test_wrong_files(tmp_path, text):
     file = tmp_path / "c.yaml"
     file.write_text(text)

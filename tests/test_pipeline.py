@@ -19,8 +19,8 @@ from ospo_fast.stages import STAGE_NAMES as STAGES
 pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
 
 COUNTS = "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numeracy1: 1, numeracy2: 2}"
-SMALL = [COUNTS, "train.steps=3", "train.batch_size=2", "train.save_every=1", "train.eval_every=0", "images.chunk=4"]
-SMALL += ["perturb.chunk=5", "questions.chunk=3", "score.chunk=4", "masks.batch_size=3", "masks.layers=[0]"]
+SMALL = [COUNTS, "train.steps=3", "train.batch_size=2", "train.save_every=1", "train.eval_every=0"]
+SMALL += ["masks.batch_size=3", "masks.layers=[0]"]
 WRITERS = STAGES[:-1]
 SHIPPED = Path(ospo_fast.stages.__file__).with_name("templates") / "shapes.yaml"
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "negative")
 
+CHUNK = 32  # items between two writes to the store; of six images each, they fill two batches on a GPU
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -122,7 +124,7 @@ def run(
             writer.wait(lambda: unwritten.keys().isdisjoint(awaited))
             return ready
 
-        for chunk in chunked(records, settings.chunk):
+        for chunk in chunked(records, CHUNK):
             plans = [drawings(record, config.seed, settings.draws, settings.prompts) for record in chunk]
             todo = [d for plan in plans for d in plan if not finished(folder / d.path, _settings(d, settings))]
             failed = {d.path: why for d in todo if (why := prompt_error(model, d.prompt)) is not None}

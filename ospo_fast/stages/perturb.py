@@ -41,6 +41,8 @@ _CONTRAST = re.compile(r"Contrastive Prompt:[ \t]*([^\n]*)", re.IGNORECASE)
 _END = r"(?=\s*;?\s*Step\s*\d+\s*[.:]|\n|$)"
 _DENSE = tuple(re.compile(rf"Prompt {n} Dense:\s*(.*?){_END}", re.IGNORECASE) for n in (1, 2))
 
+CHUNK = 64  # items between two writes to the store
+
 
 def methods_for(sub_category: str) -> tuple[str, ...]:
     """The perturbation of each of the three variants; OspoError for a sub-category that is not one of the nine."""
@@ -77,7 +79,7 @@ def run(
     """
     templates = load_model_templates(model, config)
     banned = excluded(config)
-    for chunk in chunked(records, config.perturb.chunk):
+    for chunk in chunked(records, CHUNK):
         slots = [(record, i) for record in chunk for i in range(VARIANTS)]
         asked = [describe(r) | {"method": methods_for(r["sub_category"])[i]} for r, i in slots]
         seeds = [stable_hash(config.seed, "perturb", record["item_id"], i) for record, i in slots]

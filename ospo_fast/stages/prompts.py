@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CALLS_PER_BATCH = 8  # calls sampled together; the answers do not depend on it
 STOP_WORDS = ("\n", "/", "-", "(", ")", "color", "shape", "texture", "spatial", "numeracy")
 NO_STOP_WORDS = ("non-spatial", "complex")
 COUNTED = ("layout2", "layout3")
@@ -210,7 +211,7 @@ def _write_kind(
     call = fruitful = max((record["source"]["call"] for record in accepted), default=0)
     while len(accepted) < counts[kind] and call - fruitful < settings.patience:
         block, offset = divmod(call, settings.refresh_every)
-        calls = range(call, call + min(settings.calls_per_batch, settings.refresh_every - offset))
+        calls = range(call, call + min(CALLS_PER_BATCH, settings.refresh_every - offset))
         plan = [(c, s) for c in calls for s in range(settings.samples_per_call)]
         examples = _examples(templates, config, kind, block, accepted)
         variables = {"kind": kind, "category": entry.category, "sub_category": entry.sub_category, "examples": examples}

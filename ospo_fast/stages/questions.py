@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _ROLES = re.compile(r"<\|?\s*/?\s*(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE)
 _QUESTION = re.compile(r"[^?\n]+\?")
 
+CHUNK = 64  # items between two writes to the store
+
 
 def parse_questions(answer: str) -> list[str]:
     """The questions of an answer, each once, in their order; those that hold a role marker are dropped."""
@@ -40,7 +42,7 @@ def run(
 ) -> Iterator[Record]:
     """Every record with `question`; where the list is empty, `question_reason` says why."""
     templates = load_model_templates(model, config)
-    for chunk in chunked(records, config.questions.chunk):
+    for chunk in chunked(records, CHUNK):
         seeds = [stable_hash(config.seed, "questions", record["item_id"]) for record in chunk]
         asked = [describe(record) for record in chunk]
         answers = sample_text(model, templates, "questions", config.questions, asked, seeds)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
 
 logger = logging.getLogger(__name__)
+CHUNK = 64  # items between two writes to the store
 
 
 def run(
@@ -38,7 +39,7 @@ def run(
     from ospo_fast.generation import answer_questions
 
     templates = load_model_templates(model, config)
-    for part in chunked(records, config.score.chunk):
+    for part in chunked(records, CHUNK):
         chunk = [_answerable(record, model, templates) for record in part]
         slots = [
             (record, side, name, verdict)

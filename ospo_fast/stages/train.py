@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ospo_fast.config import Config, LossConfig, TrainConfig
+from ospo_fast.config import Config, TrainConfig
 from ospo_fast.errors import Failure, OspoError, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.records import Record, append_line, iter_pairs, stable_hash, write_atomic, write_json
@@ -62,10 +62,9 @@ class TrainResult:
     left_out: dict[str, str]
 
 
-def loss_config(preset: str, overrides: LossConfig) -> OSPOLossConfig:
+def loss_config(preset: str, overrides: dict[str, Any]) -> OSPOLossConfig:
     """The preset's loss with the values that the configuration sets."""
-    given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
-    return dataclasses.replace(OSPOLossConfig.preset(preset), **given)
+    return dataclasses.replace(OSPOLossConfig.preset(preset), **overrides)
 
 
 def select_training_pairs(records: Iterable[Record], config: Config) -> list[Record]:
@@ -291,11 +290,6 @@ class Trainer:
                     hidden, head = Head.of(head).guided(hidden, partners, settings.guidance_scale)
                 output = self.loss(hidden, batch.labels, head, object_masks=masks)
             (output.loss / settings.accumulation).backward()
-            if settings.unconditional_weight:
-                with _autocast(self.model):
-                    unconditional = unconditional_loss(self.model, chosen)
-                (settings.unconditional_weight * unconditional / settings.accumulation).backward()
-                output.metrics["unconditional"] = unconditional.detach()
             if masks is not None and settings.masks == "online":
                 output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
             # Read once all is under way: each figure waits for the device.

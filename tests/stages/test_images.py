@@ -118,10 +118,11 @@ def test_plain_prompts_are_drawn_where_wanted(model, tmp_path):
         drawings(item(1), 42, prompts="plain")
 
 
-def test_images_do_not_depend_on_order_or_chunk(model, tmp_path):
+def test_images_do_not_depend_on_order_or_chunk(model, tmp_path, monkeypatch):
     items = [item(n) for n in range(3)]
     list(run(items, model, config(), out=tmp_path / "a"))
-    list(run(items[::-1], model, config("images.chunk=1", "images.batch_size=5"), out=tmp_path / "b"))
+    monkeypatch.setattr(stage, "CHUNK", 1)
+    list(run(items[::-1], model, config("images.batch_size=5"), out=tmp_path / "b"))
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -147,9 +148,10 @@ def test_images_are_written_while_the_next_chunk_is_drawn(model, tmp_path, monke
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
     monkeypatch.setattr(stage, "write_atomic", slow)
+    monkeypatch.setattr(stage, "CHUNK", 1)
     monkeypatch.setattr(generation, "ImageWriter", counted)
     speeds = []
-    for n, done in enumerate(run([item(n) for n in range(3)], model, config("images.chunk=1"), out=tmp_path,
+    for n, done in enumerate(run([item(n) for n in range(3)], model, config(), out=tmp_path,
                                  speed=speeds.append)):  # fmt: skip
         assert done["item_id"] == f"000000{n}"
         assert len(files(tmp_path / "images" / done["item_id"])) == 12
@@ -166,13 +168,14 @@ def test_a_disk_that_is_full_ends_the_stage(model, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(stage, "write_atomic", full)
+    monkeypatch.setattr(stage, "CHUNK", 1)
     with pytest.raises(OSError, match="no space left"):
-        list(run([item(n) for n in range(3)], model, config("images.chunk=1"), out=tmp_path))
+        list(run([item(n) for n in range(3)], model, config(), out=tmp_path))
 
 
 def test_chunks_of_items_fill_the_batches_of_a_gpu():
     """Of three variants each, with their near misses: no batch has room left, and no item is in two of them."""
-    plan = [d for n in range(config().images.chunk) for d in drawings(item(n), 42)]
+    plan = [d for n in range(stage.CHUNK) for d in drawings(item(n), 42)]
     batches = in_groups(plan, [d.path.rsplit("/", 1)[0] for d in plan], CUDA_ROWS)
     assert {len(batch) for batch in batches} == {CUDA_ROWS}
     assert len(batches) == 2

@@ -127,9 +127,10 @@ def test_excluded_dense_prompt(asked, tmp_path, dense):
 
 
 @pytest.mark.usefixtures("omegaconf")
-def test_seeds_do_not_depend_on_the_order(asked):
+def test_seeds_do_not_depend_on_the_order(asked, monkeypatch):
     items = [record(str(n)) for n in range(5)]
-    settings = load_config(["perturb.chunk=2"])
+    monkeypatch.setattr(perturb, "CHUNK", 2)
+    settings = load_config()
     forward = list(run(items, MODEL, settings))
     first = {(v["prompt"], s) for stage, values, seeds in asked for v, s in zip(values, seeds, strict=True)}
     asked.clear()

@@ -144,7 +144,8 @@ def test_few_shot_examples_become_the_models_own(monkeypatch):
 @pytest.mark.parametrize("stop", [0, 1, 7, 8, 9, 15, 22])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_resume_equals_an_unbroken_run(monkeypatch, stop, batch):
-    settings = config(f"prompts.calls_per_batch={batch}", "prompts.refresh_every=3", color1=10, shape2=13)
+    monkeypatch.setattr(prompts, "CALLS_PER_BATCH", batch)
+    settings = config("prompts.refresh_every=3", color1=10, shape2=13)
     Writer(monkeypatch, lambda kind, seed: answer(f"{kind[:3]} cup {seed % 50}") if seed % 4 == 0 else "no")
     whole = list(run([], MODEL, config("prompts.refresh_every=3", color1=10, shape2=13)))
     assert len(whole) == 23

@@ -41,8 +41,9 @@ def test_write(monkeypatch):
         ]
 
     monkeypatch.setattr(questions, "sample_text", sample)
+    monkeypatch.setattr(questions, "CHUNK", 1)
     items = [{"item_id": str(n), "prompt": p} for n, p in enumerate(["a cup", "a hat"])]
-    done = list(write_questions(items, SimpleNamespace(templates="janus"), load_config(["questions.chunk=1"])))
+    done = list(write_questions(items, SimpleNamespace(templates="janus"), load_config()))
     assert [r["question"] for r in done] == [["is there a cup?"], []]
     assert done[1]["question_reason"] == "no question could be read from the model's answer"
     assert len(set(seeds)) == 2
@@ -75,7 +76,7 @@ def test_score(tmp_path, tiny, script):
         image_item(tmp_path, "b", ["base_1", "negative_1"], []),
         image_item(tmp_path, "c", [], ["is there a red circle?"]),
     ]
-    done = list(score(items, load_model(tiny), load_config(["score.chunk=2"]), out=tmp_path))
+    done = list(score(items, load_model(tiny), load_config(), out=tmp_path))
     assert list(done[0]["base_metadata"]) == ["base_0", "base_2"]
     for verdict in [*done[0]["base_metadata"].values(), *done[0]["negative_metadata"].values()]:
         assert len(verdict["answer_metadata"]) == 2
