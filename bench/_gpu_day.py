@@ -624,7 +624,7 @@ def merge(folder: Path, results: Path = HERE / "results") -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints errors in one line, without the usage."""
+    """Argument parser that prints errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""

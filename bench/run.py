@@ -1,4 +1,4 @@
-"""Runs benchmarks: python bench/run.py --all, --ops or --only NAME. Results: bench/results/<device>/NAME.jsonl.
+"""Run benchmarks: python bench/run.py --all, --ops or --only NAME. Results: bench/results/<device>/NAME.jsonl.
 
 A benchmark is a module in this folder with run(out, quick), which measures, writes and prints its rows. quick=True uses
 small sizes, to check that it works.

@@ -1,4 +1,6 @@
-"""Makes the checkpoint that ships with the package: `python bench/pretraining/pretrain.py --out DIR`.
+"""Pretrain the model of the Shapes world that ships with the package.
+
+    python bench/pretraining/pretrain.py --out DIR
 
 Three parts, all from one seed:
 

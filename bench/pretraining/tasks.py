@@ -337,7 +337,7 @@ def answer_logits(
 
 
 class LocalizationHead(nn.Module):
-    """Predicts from the hidden state of a name which cells of the board hold such an object. Used in pretraining only.
+    """Head that predicts the cells of an object from the hidden state of its name. Used in pretraining only.
 
     A yes or no carries no signal about locations, and a relation needs the locations of two objects. Without this
     loss, relations are learned after thousands of steps or not at all.

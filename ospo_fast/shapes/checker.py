@@ -1,4 +1,4 @@
-"""Detects the objects of an image and decides whether it satisfies a prompt, without a model.
+"""Detect the objects of an image and decide whether it satisfies a prompt, without a model.
 
 - Background: the palette color nearest to most pixels.
 - Objects: connected components of the pixels that differ from the background.

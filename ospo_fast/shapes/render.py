@@ -1,4 +1,4 @@
-"""Renders scenes with Pillow: 48×48 pixels, 16×16 for each cell of the board."""
+"""Render scenes with Pillow: 48×48 pixels, 16×16 for each cell of the board."""
 
 from __future__ import annotations
 

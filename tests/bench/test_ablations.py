@@ -12,6 +12,7 @@ from PIL import Image
 
 from ospo_fast.config import load_config
 
+PLOT = ablations.plot
 RESULTS = Path(ablations.__file__).parent / "results" / "amd-epyc"
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -57,6 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     Fake.calls, Fake.fail_at = [], -1
     monkeypatch.setattr(ablations, "Bench", Fake)
     monkeypatch.setattr(_measure, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(ablations, "plot", lambda *_: None)
     return Fake.calls
 
 
@@ -73,6 +75,7 @@ def test_an_interrupted_table_resumes(calls: list[tuple[str, int]], tmp_path: Pa
     assert calls == expected
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["variant"], row["seed"]) for row in rows] == expected
+    PLOT(rows, path.with_suffix(".png"))
     with Image.open(path.with_suffix(".png")) as figure:
         assert len(np.unique(np.asarray(figure.convert("L")))) > 10
 
