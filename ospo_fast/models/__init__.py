@@ -105,10 +105,8 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OspoError(f"model: {path.parent} holds no {path.name}; is it the folder of a saved model?") from None
     except (OSError, ValueError) as error:
-        raise OspoError(f"model: {path} cannot be read ({error}); save or download the model again") from error
+        raise OspoError(f"model: cannot read {path} ({error}); give the folder of a saved model") from error
     if not isinstance(content, dict):
         raise OspoError(f"model: {path} holds no JSON object; save or download the model again")
     return content

@@ -48,63 +48,49 @@ class UnifiedModel(Protocol):
     @property
     def device(self) -> torch.device:
         """Device of the model's weights."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the model's weights."""
-        ...
 
     def image_prompt(self, prompt: str) -> Tensor:
         """Ids (S,) on the CPU that make the model generate an image of `prompt`.
 
         The chat template is applied. The last id is begin-of-image.
         """
-        ...
 
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:
         """The ids of `image_prompt`, and for each its characters of `prompt`; None for a token of the template."""
-        ...
 
     def unconditional(self, ids: Tensor) -> Tensor:
         """The unconditional prompt for guidance of ids (S,): same length, with padding in place of the prompt."""
-        ...
 
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:
         """Ids (S,) on the CPU, ready to generate the next assistant turn.
 
         With `image`, begin-of-image, T placeholders and end-of-image are put before the text of the last user message.
         """
-        ...
 
     def detokenize(self, ids: Tensor | Sequence[int]) -> str:
         """The text of ids (S,), without special tokens."""
-        ...
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Text ids (...) → embeddings (..., D)."""
-        ...
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Image codes (...) → decoder input embeddings (..., D) for image generation."""
-        ...
 
     def embed_images(self, images: list[Image]) -> Tensor:
         """Images → embeddings (N, T, D) for image understanding, which replace the placeholders of a chat prompt."""
-        ...
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) → logits (..., V) over the text vocabulary."""
-        ...
 
     def decode_codes(self, codes: Tensor) -> list[Image]:
         """Codes (N, T) → images."""
-        ...
 
     def encode_images(self, images: list[Image]) -> Tensor:
         """Images → codes (N, T) int64."""
-        ...
 
     def save(self, path: str | Path) -> None:
         """Write weights (safetensors), configuration and processor to a folder that `load_model` reads."""
-        ...

@@ -290,22 +290,22 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _check_attention(module: Any, options: dict[str, Any], length: int) -> None:
     """Raise OspoError for attention that is not a plain causal softmax over all earlier keys."""
     window = options.get("sliding_window") or getattr(module, "sliding_window", None)
-    if window is not None and window < length:
-        raise OspoError(
-            f"capture: layer {module.layer_idx} has a sliding window of {window} for {length} positions; "
-            "give layers= without windows"
-        )
     causal = options.get("is_causal")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise OspoError(
-            f"capture: layer {module.layer_idx} is not causal (is_causal=False), expected causal attention; "
-            "exclude the layer by layers=, or capture a causal decoder"
-        )
+    changed = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if options.get("cu_seq_lens_q") is not None:
-        raise OspoError("capture: the decoder runs packed sequences (cu_seq_lens_q); give it padded ones with a mask")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise OspoError(f"capture: layer {module.layer_idx} changes its scores by {name}, which is not supported")
+        reason = "runs packed sequences (cu_seq_lens_q)"
+    elif window is not None and window < length:
+        reason = f"has a sliding window of {window} for {length} positions"
+    elif not (getattr(module, "is_causal", True) if causal is None else causal):
+        reason = "is not causal (is_causal=False)"
+    elif changed:
+        reason = f"changes its scores by {changed[0]}"
+    else:
+        return
+    raise OspoError(
+        f"capture: layer {module.layer_idx} {reason}, expected a causal softmax over all earlier keys of a sequence; "
+        "exclude the layer by layers=, or pad sequences instead of packing them"
+    )
 
 
 def _first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
@@ -335,13 +335,9 @@ def _first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
     later = (seen & ~causal & checked).any()
     holes = (((seen & causal) != expected) & checked).any()
     *first_keys, has_later, has_holes = torch.cat([first, torch.stack([later, holes]).long()]).tolist()
-    if has_later:
-        raise OspoError(
-            "capture: the attention mask shows captured rows keys after themselves, expected causal attention; "
-            "run the decoder with a causal mask"
-        )
-    if has_holes:
-        raise OspoError("capture: the attention mask has holes before the captured rows; pad without gaps")
+    if has_later or has_holes:
+        reason = "shows captured rows keys after themselves" if has_later else "has holes before the captured rows"
+        raise OspoError(f"capture: the attention mask {reason}, expected a causal mask with padding at the ends only")
     return torch.tensor(first_keys, dtype=torch.long)
 
 
@@ -397,9 +393,9 @@ def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tup
 def _pad_columns(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     """Ragged nested lists → (B, O, C), padded with −1."""
     objects = max((len(item) for item in columns), default=0)
-    longest = max((len(tokens) for item in columns for tokens in item), default=0)
-    table = torch.full((len(columns), objects, longest), -1, dtype=torch.long)
+    width = max((len(tokens) for item in columns for tokens in item), default=0)
+    table = torch.full((len(columns), objects, width), -1, dtype=torch.long)
     for b, item in enumerate(columns):
         for o, tokens in enumerate(item):
-            table[b, o, : len(tokens)] = torch.as_tensor(list(tokens), dtype=torch.long)
+            table[b, o, : len(tokens)] = torch.tensor(list(tokens), dtype=torch.long)
     return table
