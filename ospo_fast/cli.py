@@ -1,6 +1,6 @@
-"""The command line, `ospo-fast`. Exit codes: 0 done, 1 failed, 2 wrong use; errors are one sentence on stderr.
+"""The command line, `ospo-fast`. Exit codes: 0 done, 1 failed, 2 wrong use. An error is one sentence on stderr.
 
-Nothing heavier than the standard library is imported here: a command's function imports what it needs.
+This module imports only light modules. The function of a command imports what it needs.
 """
 
 from __future__ import annotations
@@ -13,36 +13,25 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
+    from ospo_fast.pipeline import Pipeline
     from ospo_fast.stages.train import Evaluation
 
-STAGE_HELP = {
-    "prompts": "stage 1: the model writes prompts",
-    "perturb": "stage 2: near misses and dense prompts",
-    "images": "stage 3: images of prompts and near misses",
-    "questions": "stage 4: questions about each prompt",
-    "score": "stage 4: the model answers its questions about each image",
-    "select": "stage 5: pairs of a chosen and a rejected image",
-    "masks": "stage 5: object masks of the pairs",
-    "train": "stage 5: LoRA training on the pairs",
-}
-_EXTRAS = ("accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "psutil", "safetensors", "scipy")
-EXTRAS = (*_EXTRAS, "tokenizers", "tqdm", "transformers", "yaml")
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
-_FLAGS = ("--json", "--debug", "--resume", "--no-resume", "--help")
+# Import names of the packages of the extra `pipeline`.
+EXTRAS = (
+    "accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "psutil", "safetensors", "scipy", "tokenizers",
+    "tqdm", "transformers", "yaml",
+)  # fmt: skip
+_SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 DEFAULT_OUT = "ospo-out"
-
-
-SEED_HELP = (
-    "seed of the stages, of training and of generate (default: 42); evaluation draws with evaluate.seeds whatever it "
-    "is, so that runs are compared drawing by drawing"
-)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,118 +39,70 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.rstrip('.')}; see {self.prog} --help.")
 
 
-def _common() -> _Parser:
+def _option(*flags: str, **settings: Any) -> _Parser:
     parser = _Parser(add_help=False)
-    parser.add_argument("--model", help="embedded model 'shapes' (default), a folder, a LoRA folder or a hub name")
-    parser.add_argument("--config", type=Path, help="YAML file of settings")
-    parser.add_argument("--out", type=Path, help=f"run folder (default: {DEFAULT_OUT})")
-    parser.add_argument("--seed", type=int, help=SEED_HELP)
-    parser.add_argument("--json", action="store_true", help="print results as JSON, no progress bars")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    parser.add_argument(*flags, **settings)
     return parser
 
 
-_GO_ON = "go on where a run stopped (default); --no-resume starts the stage and those after it afresh"
-
-
-def _with_resume(parser: argparse.ArgumentParser, text: str = _GO_ON) -> None:
-    parser.add_argument(
+_SHARED = (
+    _option("--model", help="embedded model 'shapes' (default), a folder, a LoRA folder or a hub name"),
+    _option("--config", type=Path, help="YAML file of settings"),
+    _option("--out", type=Path, help=f"run folder (default: {DEFAULT_OUT})"),
+    _option(
+        "--seed",
+        type=int,
+        help="seed of the stages, of training and of generate (default: 42); evaluation uses evaluate.seeds, so that "
+        "runs of different seeds are compared image by image",
+    ),
+    _option("--json", action="store_true", help="print results as JSON, without progress bars"),
+    _option("--debug", action="store_true", help="print the traceback of an error"),
+)
+_OPTIONS = {
+    "resume": _option(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help=text,
-    )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = _Parser(
-        prog="ospo-fast",
-        description="Object-centric self-improving preference optimisation for text-to-image models.",
-        epilog="Settings are changed by section.key=value anywhere after the command, e.g. images.guidance_scale=2.",
-    )
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
-    common = [_common()]
-
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text.capitalize() + ".", parents=common)
-
-    _with_resume(add("demo", "all stages on the embedded Shapes world, measured before and after"))
-    run = add("run", "all stages, one after another")
-    _with_resume(run)
-    for name, text in STAGE_HELP.items():
-        stage = add(name, text)
-        _with_resume(stage)
-        stage.add_argument("--iteration", type=int, default=1, help="iteration of self-improvement (default: 1)")
-        if name == "prompts":
-            _add_prompts(stage)
-        if name == "train":
-            _add_masks(stage)
-        else:
-            stage.add_argument("--shard", metavar="i/n", help="do part i of n of the items, i from 0")
-    _add_prompts(run)
-    _add_masks(run)
-    generate = add("generate", "images of a prompt, and a contact sheet")
-    _with_resume(generate, "keep finished images of the same settings (default); --no-resume draws all anew")
-    generate.add_argument("prompt", nargs="?", help="what to draw")
-    generate.add_argument("--num", type=int, default=4, help="images of each prompt (default: 4)")
-    _add_prompts(generate)
-    add("evaluate", "alignment on held-out prompts of the Shapes world")
-    report = add("report", "the HTML report of a run folder")
-    report.add_argument("run", nargs="?", type=Path, help="the run folder (default: --out)")
-    # No options of its own: all of them are those of bench/run.py.
-    about = "benchmarks of a source checkout; the arguments go to bench/run.py"
-    commands.add_parser("bench", help=about, description=about.capitalize() + ".")
-    add("env", "versions, devices, and the backend of every operation")
-    return parser
-
-
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prompts", "--from-file", dest="prompts_file", type=Path, metavar="FILE", help="your prompts, one a line"
-    )
-
-
-def _add_masks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+        help="keep finished work of the same settings and continue (default); with --no-resume a command starts over, "
+        "and a stage deletes what the stages after it have made",
+    ),
+    "iteration": _option("--iteration", type=int, default=1, help="iteration of self-improvement (default: 1)"),
+    "shard": _option("--shard", metavar="i/n", help="process part i of n of the items, i from 0"),
+    "prompts": _option(
+        "--prompts", "--from-file", dest="prompts_file", type=Path, metavar="FILE", help="your prompts, one per line"
+    ),
+    "masks": _option(
         "--masks",
         choices=("stored", "online"),
-        help="object masks of the masks stage (stored, the default) or of the policy as it trains (online)",
-    )
+        help="object masks of the masks stage (stored, the default) or of the policy during training (online)",
+    ),
+    "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
+}
 
 
 def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
-    """The configuration that the arguments ask for; values of an existing run folder stay unless they are changed."""
+    """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name."""
     from ospo_fast.config import load_config, model_family
+    from ospo_fast.models import find_model
 
-    overrides = list(args.overrides)
-    first = load_config(overrides, file=args.config)
-    given = any(override.startswith("out=") for override in overrides) or args.config is not None
-    out = args.out or Path(first.out if given else DEFAULT_OUT)
+    named = load_config(args.settings, file=args.config)
+    out = args.out or Path(named.out)
     folder = out / "config.yaml" if saved else None
-    name = args.model or (first.model if first.model != "shapes" else None)
-    asked = name or load_config(overrides, file=args.config, saved=folder).model
-    config = load_config(overrides, file=args.config, saved=folder, family=model_family(asked))
-    changes: dict[str, Any] = {"out": str(out), "model": asked}
+    model = args.model or load_config(args.settings, file=args.config, saved=folder).model
+    config = load_config(args.settings, file=args.config, saved=folder, family=model_family(model))
+    config = dataclasses.replace(config, out=str(out), model=model)
     if args.seed is not None:
-        changes["seed"] = args.seed
-    config = dataclasses.replace(config, **changes)
-    if name is not None:
-        from ospo_fast.models import find_model
-
-        find_model(name)
+        config.seed = args.seed
+    if args.model is not None or named.model != "shapes":  # the model of a saved run may be missing until it is needed
+        find_model(model)
     if getattr(args, "masks", None) is not None:
         config.train.masks = args.masks
     if getattr(args, "prompts_file", None) is not None:
-        from ospo_fast.stages.common import read_prompts
-
-        read_prompts(args.prompts_file)
         config.prompts.file = str(args.prompts_file)
     return config
 
 
-def _quiet() -> None:
-    """Leave the terminal to our own bars."""
+def _silence_libraries() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -173,83 +114,81 @@ def _show(value: Any, as_json: bool, text: str) -> None:
 
 
 def _evaluation(config: Config) -> Evaluation | None:
-    """What training watches: alignment on the validation prompts of the Shapes world, where steps for it are set."""
+    """Return what training evaluates: alignment on the validation prompts of the Shapes world, if it is to evaluate."""
     if not config.train.eval_every:
         return None
-    _need_shapes(config)
-
+    _require_shapes(config)
     from ospo_fast.shapes.evaluate import build_validation
 
     return build_validation(config.evaluate, config.images.guidance_scale)
 
 
-def _need_shapes(config: Config) -> None:
+def _require_shapes(config: Config) -> None:
     from ospo_fast.config import model_family
     from ospo_fast.models import find_model
 
     find_model(config.model)
     if model_family(config.model) != "shapes":
         raise UsageError(
-            f"Drawings can be checked in the Shapes world only, and {config.model!r} is not a model of it; draw with "
-            "`ospo-fast generate --prompts FILE` and use the benchmark's own scorer."
+            f"Images can be checked in the Shapes world only, and {config.model!r} is not a model of it; generate them "
+            "with `ospo-fast generate --prompts FILE` and use the scorer of your benchmark."
         )
 
 
-def _hold_out(pipeline: Any, command: str) -> None:
-    """Keep the evaluation prompts of the Shapes world out of a run on it."""
+def _exclude_evaluation_prompts(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
+    """Keep a run on the Shapes world from using the evaluation prompts. Those that write prompts save the list."""
     from ospo_fast.config import model_family
+    from ospo_fast.records import write_atomic
 
     config = pipeline.config
     if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
         return
     path = Path(config.out) / "held_out.txt"
     if not path.exists():
-        if command not in ("run", "prompts"):
+        if all(stage.inputs(config) is not None for stage in stages):
             return
-        from ospo_fast.records import write_atomic
         from ospo_fast.shapes.scenes import held_out_prompts
 
-        pipeline.prepare()  # a model that does not load leaves nothing behind
+        pipeline.prepare()  # raises, before anything is written, where the model does not load
         write_atomic(path, ("\n".join(held_out_prompts()) + "\n").encode())
     config.prompts.exclude = str(path)
 
 
-def _pipeline(args: argparse.Namespace) -> Any:
-    from ospo_fast.pipeline import Pipeline, Shard
+def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
+    from ospo_fast.pipeline import Pipeline
 
     shard = getattr(args, "shard", None)
     shard = None if shard is None else Shard.parse(shard)
     if getattr(args, "iteration", 1) < 1:
         raise UsageError(f"--iteration should be 1 or more, got {args.iteration}.")
     config = _settings(args)
-    evaluation = _evaluation(config) if args.command in ("run", "train") else None
-    _quiet()
+    evaluation = _evaluation(config) if any(stage.counts_steps for stage in stages) else None
+    _silence_libraries()
     pipeline = Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
-    _hold_out(pipeline, args.command)
+    _exclude_evaluation_prompts(pipeline, stages)
     return pipeline
 
 
-def _line(report: Any) -> str:
-    unit = "steps" if report.stage == "train" else "items"
+def _line(report: StageReport) -> str:
     failed = f", {report.failed} failed" if report.failed else ""
-    line = f"{report.stage}: {report.items} {unit} in {report.seconds:.1f} s, {report.total} in all{failed}"
-    return line + _speed(report.drawing)
+    items = f"{report.items} {find_stage(report.stage).unit}s in {report.seconds:.1f} s"
+    return f"{report.stage}: {items}, {report.total} in all{failed}{_throughput(report.drawing)}"
 
 
-def _speed(drawing: dict[str, float] | None) -> str:
-    """How fast images were drawn, as the end of a line."""
+def _throughput(drawing: dict[str, float] | None) -> str:
+    """Return the throughput of image generation as the end of a line."""
     if drawing is None:
         return ""
-    codes = f", {drawing['codes_step']:.2f} codes a step" if "codes_step" in drawing else ""
-    return f"; drawn at {drawing['images_s']:.2f} images/s, {drawing['gb_s']:.1f} GB/s{codes}"
+    codes = f", {drawing['codes_step']:.2f} codes per step" if "codes_step" in drawing else ""
+    return f"; generated at {drawing['images_s']:.2f} images/s, {drawing['gb_s']:.1f} GB/s{codes}"
 
 
 def _run(args: argparse.Namespace) -> int:
-    pipeline = _pipeline(args)
+    pipeline = _pipeline(args, STAGES)
     reports = []
     for iteration in range(1, pipeline.config.iterations + 1):
-        for stage in pipeline.default_stages:
-            report = pipeline.stage(stage, iteration)
+        for name in pipeline.default_stages:
+            report = pipeline.stage(name, iteration)
             reports.append(dataclasses.asdict(report))
             if not args.json:
                 print(_line(report), flush=True)
@@ -258,43 +197,44 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stage(args: argparse.Namespace) -> int:
-    report = _pipeline(args).stage(args.command, args.iteration)
+    stage = find_stage(args.command)
+    report = _pipeline(args, [stage]).stage(stage.name, args.iteration)
     _show(dataclasses.asdict(report), args.json, _line(report))
-    # As with `generate`, items that fail are no failure of the command while others do not. (Of training, which counts
-    # steps, no pair at all is an error of its own.)
-    return 1 if args.command != "train" and report.failed and report.failed == report.items else 0
+    # The command fails when every item does. A stage that counts steps raises an error where nothing could be done.
+    return 1 if not stage.counts_steps and report.failed and report.failed == report.items else 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     args.out = args.out or Path("demo-out")
     config = _settings(args)
-    _need_shapes(config)
+    _require_shapes(config)
     from ospo_fast.shapes import demo
 
-    _quiet()
+    _silence_libraries()
     result = demo.run(config, resume=args.resume, progress=not args.json)
-    lines = [f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"]
-    _show(result, args.json, "\n".join([*lines, f"report: {Path(config.out) / 'report' / 'index.html'}"]))
+    gain = f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"
+    _show(result, args.json, f"{gain}\nreport: {Path(config.out) / 'report' / 'index.html'}")
     return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
-    if (args.prompt is None) == (args.prompts_file is None):
+    if (args.operand is None) == (args.prompts_file is None):
         raise UsageError("generate takes one prompt in quotes, or --prompts FILE.")
     if args.num < 1:
         raise UsageError(f"--num should be 1 or more, got {args.num}.")
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
-    from ospo_fast.stages.common import numbered_prompts, unusable
     from ospo_fast.stages.generate import generate
+    from ospo_fast.stages.prompt_files import check_prompt, numbered_prompts
 
-    _quiet()
+    _silence_libraries()
     file = args.prompts_file
-    prompts = [(None, args.prompt)] if file is None else numbered_prompts(file)
+    prompts = [(None, args.operand)] if file is None else numbered_prompts(file)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     for line, prompt in prompts:
-        if (why := unusable(model, prompt)) is not None:
-            raise UsageError((why if line is None else f"{file}:{line}: {why}").rstrip(".") + ".")
+        if (failure := check_prompt(model, prompt)) is not None:
+            place = "" if line is None else f"{file}:{line}: "
+            raise UsageError(f"{place}{str(failure).rstrip('.')}.")
     result = generate(
         model,
         [prompt for _, prompt in prompts],
@@ -305,46 +245,32 @@ def _generate(args: argparse.Namespace) -> int:
         progress=not args.json,
     )
     made = sum(image["path"] is not None for image in result["images"])
-    _show(result, args.json, f"{made} images and {result['sheet']}{_speed(result['drawing'])}")
+    _show(result, args.json, f"{made} images and {result['sheet']}{_throughput(result['drawing'])}")
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     config = _settings(args, saved=False)
-    _need_shapes(config)
+    _require_shapes(config)
     from ospo_fast.models import load_model
     from ospo_fast.records import check_writable, write_json
-    from ospo_fast.shapes.evaluate import evaluate_alignment, evaluate_answers
+    from ospo_fast.shapes.evaluate import evaluate_model
 
-    _quiet()
-    settings, progress = config.evaluate, not args.json
+    _silence_libraries()
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     check_writable(Path(config.out))
-    scales: list[dict[str, Any]] = []
-    for scale in settings.guidance_scales:
-        drawings = evaluate_alignment(
-            model,
-            split=settings.split,
-            per_kind=settings.per_kind,
-            guidance_scale=scale,
-            seeds=settings.seeds,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-        scales.append({"guidance_scale": scale, **drawings.headline(), "kinds": drawings.by_kind()})
-    figures: dict[str, Any] = {"model": config.model, "split": settings.split, "seeds": settings.seeds}
-    figures |= {"scales": scales, "answering": evaluate_answers(model, progress=progress)}
-    write_json(Path(config.out) / "evaluate.json", figures)
+    metrics = {"model": config.model, **evaluate_model(model, config.evaluate, progress=not args.json)}
+    write_json(Path(config.out) / "evaluate.json", metrics)
     lines = [
         f"guidance {row['guidance_scale']:g}: alignment {row['alignment']:.3f} ± {row['standard_error']:.3f}"
-        for row in scales
+        for row in metrics["scales"]
     ]
-    _show(figures, args.json, "\n".join([*lines, f"answering: {figures['answering']['all']:.3f}"]))
+    _show(metrics, args.json, "\n".join([*lines, f"answering: {metrics['answering']['all']:.3f}"]))
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    folder = args.run or args.out or Path(DEFAULT_OUT)
+    folder = Path(args.operand or args.out or DEFAULT_OUT)
     if not folder.is_dir():
         raise UsageError(f"There is no run folder {folder}; make one with `ospo-fast run --out {folder}`.")
     from ospo_fast.report import write_report
@@ -359,9 +285,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     script = Path(__file__).resolve().parents[1] / "bench" / "run.py"
     if not script.is_file():
-        raise UsageError(
-            "The benchmarks come with the source, not with the wheel; run this in a clone of the repository."
-        )
+        raise UsageError("The benchmarks are not part of the wheel; run this command in a clone of the repository.")
     return subprocess.call([sys.executable, str(script), *(args.rest or ["--all"])])
 
 
@@ -373,59 +297,90 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "demo": _demo,
-    "run": _run,
-    **dict.fromkeys(STAGE_HELP, _stage),
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "report": _report,
-    "bench": _bench,
-    "env": _env,
+@dataclass(frozen=True)
+class _Command:
+    """A command: its function, options and operand, and whether it takes settings."""
+
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    options: tuple[str, ...] = ()
+    operand: str | None = None
+    takes_settings: bool = True
+
+
+_RUN_OPTIONS = tuple(option for stage in STAGES for option in stage.options)
+_COMMANDS = {
+    "demo": _Command(_demo, "all stages on the embedded Shapes world, measured before and after", ("resume",)),
+    "run": _Command(_run, "all stages, one after another", ("resume", *_RUN_OPTIONS)),
+    **{
+        stage.name: _Command(
+            _stage, stage.help, ("resume", "iteration", *(["shard"] if stage.sharded else []), *stage.options)
+        )
+        for stage in STAGES
+    },
+    "generate": _Command(_generate, "images of a prompt, and a contact sheet", ("resume", "prompts", "num"), "PROMPT"),
+    "evaluate": _Command(_evaluate, "alignment on held-out prompts of the Shapes world"),
+    "report": _Command(_report, "the HTML report of a run folder", operand="FOLDER", takes_settings=False),
+    "bench": _Command(_bench, "benchmarks of a source checkout; the arguments go to bench/run.py"),
+    "env": _Command(_env, "versions, devices, and the backend of every operation", takes_settings=False),
 }
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = _Parser(
+        prog="ospo-fast",
+        description="Object-centric self-improving preference optimization for text-to-image models.",
+        epilog="Settings are changed by section.key=value anywhere after the command, e.g. images.guidance_scale=2.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
+    for name, command in _COMMANDS.items():
+        options = [] if command.run is _bench else [*_SHARED, *(_OPTIONS[option] for option in command.options)]
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        sub = commands.add_parser(name, help=command.help, description=description, parents=options)
+        if options:
+            sub.add_argument("words", nargs="*", metavar=command.operand or "section.key=value")
+    return parser
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command is not None and command not in _COMMANDS and "-h" not in arguments:
+    """Parse arguments. `settings` holds the key=value words, `operand` the other one, `rest` those of bench/run.py."""
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name is not None and name not in _COMMANDS and "-h" not in arguments:
         from ospo_fast.config import nearest
 
-        raise UsageError(f"There is no command {command!r}; {nearest(command, list(_COMMANDS))}.")
-    # Settings may stand anywhere, so they are taken out before the positional arguments are counted.
-    settings = [] if command == "bench" else _settings_in(arguments)
-    others = [argument for n, argument in enumerate(arguments) if n not in settings]
-    args, extra = build_parser().parse_known_args(others)
-    args.overrides = [arguments[n] for n in settings]
-    args.overrides += [argument for argument in extra if _OVERRIDE.fullmatch(argument)]
-    args.rest = [argument for argument in extra if argument not in args.overrides]
-    if args.overrides and args.command in ("report", "env"):
-        raise UsageError(f"{args.command} takes no settings, got {args.overrides[0]!r}.")
-    if args.rest and args.command != "bench":
+        raise UsageError(f"There is no command {name!r}; {nearest(name, list(_COMMANDS))}.")
+    args, rest = build_parser().parse_known_args(arguments)
+    args.rest = rest
+    command = _COMMANDS[args.command]
+    if command.run is _bench:
+        return args
+    # argparse returns the words that follow the first option as unknown arguments.
+    words = [*args.words, *rest]
+    args.settings = [word for word in words if _is_setting(word)]
+    others = [word for word in words if not _is_setting(word)]
+    args.operand = others.pop(0) if command.operand and others and not others[0].startswith("-") else None
+    if others:
         raise UsageError(
-            f"Unknown argument {args.rest[0]!r}; see ospo-fast {args.command} --help, settings read section.key=value."
+            f"Unknown argument {others[0]!r}; see ospo-fast {args.command} --help, settings read section.key=value."
         )
+    if args.settings and not command.takes_settings:
+        raise UsageError(f"{args.command} takes no settings, got {args.settings[0]!r}.")
     return args
 
 
-def _settings_in(arguments: list[str]) -> list[int]:
-    """Where settings stand: key=value, no option's value, and no prompt (words around an equals sign)."""
-    found = []
-    for n, argument in enumerate(arguments):
-        before = arguments[n - 1] if n else ""
-        value = before.startswith("--") and "=" not in before and before not in _FLAGS
-        key = argument.split("=", 1)[0]
-        if _OVERRIDE.fullmatch(argument) and not value and ("." in key or " " not in argument):
-            found.append(n)
-    return found
+def _is_setting(word: str) -> bool:
+    """Return whether a word is key=value, and not a prompt that holds an equals sign."""
+    return _SETTING.fullmatch(word) is not None and ("." in word.split("=", 1)[0] or " " not in word)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code."""
+    """Run a command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         args = _parse(given)
-        return _COMMANDS[args.command](args)
+        return _COMMANDS[args.command].run(args)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
             raise
@@ -434,15 +389,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    """What the user is told of an error."""
+    """Return an error as one sentence for the user."""
     if isinstance(error, OspoError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "Stopped; the same command goes on from here."
+        return "Stopped; run the same command again to resume."
     if isinstance(error, ModuleNotFoundError):
         root = (error.name or "").split(".")[0]
         if root in EXTRAS:
             return f"{root} is not installed; run: pip install 'ospo-fast[pipeline]'."
-        return f"{error}; the installation is not complete."
+        return f"{error}; the installation is incomplete."
     words = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {words[:300]} (--debug shows the traceback)."

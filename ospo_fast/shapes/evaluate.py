@@ -265,6 +265,24 @@ def evaluate_own_answers(model: UnifiedModel, generated: AlignmentResult, *, pro
     return {"all": float(np.mean(correct)), "questions": len(correct)}
 
 
+def evaluate_model(model: UnifiedModel, settings: EvaluateConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Return what `ospo-fast evaluate` reports: alignment at every guidance scale, and answer accuracy."""
+    scales = []
+    for scale in settings.guidance_scales:
+        result = evaluate_alignment(
+            model,
+            split=settings.split,
+            per_kind=settings.per_kind,
+            guidance_scale=scale,
+            seeds=settings.seeds,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        scales.append({"guidance_scale": scale, **result.headline(), "kinds": result.by_kind()})
+    answering = evaluate_answers(model, progress=progress)
+    return {"split": settings.split, "seeds": settings.seeds, "scales": scales, "answering": answering}
+
+
 def _parsed(text: str) -> Description:
     description = parse(text)
     if description is None:
