@@ -337,16 +337,16 @@ def _without_none(value: Any) -> Any:
 
 def _replace_masks(folder: Path, kind: str) -> None:
     """Replace the unions in the mask files of a run."""
-    for record in iter_pairs(read_stage(folder, "masks")):
-        if not record.get("mask_path"):
+    for pair_id, _, pair in iter_pairs(read_stage(folder, "masks")):
+        if not pair.get("mask_path"):
             continue
-        path = folder / str(record["mask_path"])
+        path = folder / pair["mask_path"]
         tensors = load_file(path)
-        rng = np.random.default_rng(stable_hash(record["item_id"]))
+        rng = np.random.default_rng(stable_hash(pair_id))
         for side in ("chosen", "rejected"):
             union = tensors[f"{side}_union"]
             if kind == "true":
-                cells = demo.object_cells(Image.open(folder / str(record[side])), union.shape)
+                cells = demo.object_cells(Image.open(folder / str(pair[side])), union.shape)
                 mask = np.zeros_like(union) if cells is None else cells
             elif kind == "ones":
                 mask = np.ones_like(union)

@@ -1,7 +1,13 @@
 """Errors and failures. Each message says what was wrong, what was given, what is expected and what to do."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class OspoError(Exception):
@@ -27,6 +33,14 @@ class Failure:
 
     def __str__(self) -> str:
         return self.reason
+
+
+def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Failure:
+    """Call `function`; an OspoError that it raises becomes a Failure."""
+    try:
+        return function(*args, **kwargs)
+    except OspoError as error:
+        return Failure(str(error))
 
 
 def some_failed(what: str, reasons: Sequence[str], total: int) -> str:

@@ -1,9 +1,12 @@
-"""Records and the JSONL store that every stage reads and appends to.
+"""Records and the JSONL stores that stages read and write.
 
-A record is one JSON object per item. The field names are those of the official implementation, so that its published
-training set and VQA files load as they are; a stage only ever adds fields. A store holds one record a line. A line is
-appended whole, flushed and synced, so that a stop at any point leaves at most one torn line, the last, which the next
-writer cuts off.
+A record is one JSON object per item, under the field names of the official implementation, so that its published
+training set and VQA files load as they are. A stage only adds fields. In memory the preference pairs of an item are the
+list `pairs`. On disk the first pair has its fields at the top level, as in the official files, and `further_pairs`
+holds the others: `to_official` and `from_official` convert.
+
+A store holds one record per line. Each line is appended whole, flushed and synced: an interrupted process leaves at
+most one torn line, the last, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -11,25 +14,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypedDict, cast, final
+from typing import Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast, final
 
 from ospo_fast.errors import OspoError
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = 3
+T = TypeVar("T")
+
+VARIANTS = 3  # hard negatives of a prompt
+SIDES = ("chosen", "rejected")  # the images of a pair
+ROLES = ("base", "negative")  # whose image: the prompt's, or its hard negative's
 
 
 class Answer(TypedDict):
-    """One question put to one image: probabilities in [0, 1] and `"yes"`, `"no"` or `"tie"`."""
+    """Answer to one question about one image: probabilities in [0, 1] and `"yes"`, `"no"` or `"tie"`."""
 
     p_yes: float
     p_no: float
@@ -37,11 +45,10 @@ class Answer(TypedDict):
 
 
 class ImageVerdict(TypedDict, total=False):
-    """What is known of one image; the value of `base_metadata["base_0"]` and its like.
+    """One image and its scores: a value of `base_metadata` or `negative_metadata`, with keys such as `base_0`.
 
-    `path`, relative to the folder that holds the store, and the `prompt` that was drawn are written by the image stage,
-    `kept` and `reason` by the selection stage (`reason` by the scoring stage for an image without a score), the rest by
-    the scoring stage.
+    The images stage writes `path` (relative to the folder of the store) and `prompt`, the score stage `local_score`,
+    `answer_metadata`, and `reason` for an image without a score. The select stage writes `kept` and `reason`.
     """
 
     path: str
@@ -53,15 +60,15 @@ class ImageVerdict(TypedDict, total=False):
 
 
 class ObjectSpan(TypedDict):
-    """An object of the prompt: its text and the half-open character span inside the prompt."""
+    """An object of the prompt: its text and its half-open character span in the prompt."""
 
     text: str
     start: int
     end: int
 
 
-class FurtherPair(TypedDict, total=False):
-    """A pair of an item after its first. `iter_pairs` makes a record of it."""
+class Pair(TypedDict, total=False):
+    """A preference pair: the paths of its images and their scores (select stage), and their masks (masks stage)."""
 
     chosen: str
     rejected: str
@@ -69,13 +76,14 @@ class FurtherPair(TypedDict, total=False):
     rejected_score: float
     rejected_prompt: str
     mask_path: str
-    mask_reason: str
-    mask_stats: dict[str, Any]
+    mask_reason: str  # why the pair has no mask
+    mask_stats: dict[str, Any]  # see stages/mask_stats.py
 
 
 class Record(TypedDict, total=False):
-    """One item. Stage by stage: prompts, perturb, images, questions, score, select, masks."""
+    """One item."""
 
+    # prompts
     item_id: str
     t2i_category: str
     sub_category: str
@@ -84,7 +92,7 @@ class Record(TypedDict, total=False):
     relation: str
     kind: str
     source: dict[str, int]
-    # perturb: one entry per variant; an empty string where the variant was left out, with the reason beside it
+    # perturb: one entry per variant; the prompts of a variant that failed are empty strings, and it has a reason
     perturbed_method: list[str]
     negative_prompt: list[str]
     long_prompt: list[str]
@@ -95,69 +103,140 @@ class Record(TypedDict, total=False):
     question_reason: str
     base_metadata: dict[str, ImageVerdict]
     negative_metadata: dict[str, ImageVerdict]
-    # select
-    chosen: str
-    rejected: str
-    chosen_score: float
-    rejected_score: float
-    rejected_prompt: str
-    further_pairs: list[FurtherPair]  # of other images, where more than one pair of an item was wanted
+    # select: `pairs` where `kept`, else `reason`
     kept: bool
     reason: str
-    # masks
+    pairs: list[Pair]
+    # masks; an item without a pair has `mask` None and a `mask_reason`
     nouns: list[str]
     objects: list[ObjectSpan]
-    mask_path: str
+    unmatched_objects: dict[str, str]  # nouns without a token, and why
     mask: None
     mask_reason: str
-    unmatched_objects: dict[str, str]  # nouns without a token, and why
-    mask_stats: dict[str, Any]  # see stages/mask_stats.py
 
 
-_TEXTS = ("t2i_category", "sub_category", "prompt", "concepts_and_relations", "relation", "kind", "chosen", "rejected")
-_STRINGS = (*_TEXTS, "rejected_prompt", "question_reason", "mask_path", "reason", "mask_reason")
-_STRING_LISTS = ("perturbed_method", "negative_prompt", "long_prompt", "negative_long_prompt", "question", "nouns")
+class ItemPair(NamedTuple):
+    """A pair and its item."""
+
+    pair_id: str  # the item's id for its first pair, then 0000012-1, 0000012-2, …
+    record: Record
+    pair: Pair
 
 
-def validate(record: object, where: str) -> Record:
-    """The record itself when its fields have the documented types.
+def iter_pairs(records: Iterable[Record]) -> Iterator[ItemPair]:
+    """Yield every pair of every item, in order."""
+    for record in records:
+        for number, pair in enumerate(record.get("pairs", ())):
+            yield ItemPair(record["item_id"] + (f"-{number}" if number else ""), record, pair)
 
-    Fields that are not known are left alone. Raises OspoError that starts with `where` and names the field, what it
-    holds and what it should hold.
-    """
-    if not isinstance(record, dict):
-        raise OspoError(f"{where}: a record is a JSON object, got {type(record).__name__}.")
-    if not isinstance(record.get("item_id"), str) or not record["item_id"]:
-        raise OspoError(f"{where}: `item_id` should be a non-empty string, got {record.get('item_id')!r}.")
-    for name in _STRINGS:
-        if record.get(name) is not None and not isinstance(record[name], str):
-            raise OspoError(f"{where}: `{name}` should be a string, got {record[name]!r}.")
-    for name in _STRING_LISTS:
-        value = record.get(name)
-        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise OspoError(f"{where}: `{name}` should be a list of strings, got {value!r}.")
-    further = record.get("further_pairs")
-    if further is not None and not (isinstance(further, list) and all(map(_is_pair, further))):
-        raise OspoError(f"{where}: `further_pairs` should be objects with chosen and rejected, got {further!r}.")
-    for name in ("base_metadata", "negative_metadata"):
-        value = record.get(name)
-        if value is not None and not (isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())):
-            raise OspoError(f"{where}: `{name}` should map image names to objects, got {value!r}.")
+
+def image_verdicts(record: Record) -> Iterator[tuple[str, str, ImageVerdict]]:
+    """Yield (role, name, entry) of every image of an item; see `ROLES`."""
+    metadata: Mapping[str, Any] = record
+    for role in ROLES:
+        for name, verdict in metadata.get(f"{role}_metadata", {}).items():
+            yield role, name, verdict
+
+
+def map_images(record: Record, change: Callable[[str, str, ImageVerdict], ImageVerdict | None]) -> Record:
+    """Return the record with `change(role, name, entry)` for the entry of every image; None removes the entry."""
+    metadata: dict[str, dict[str, ImageVerdict]] = {f"{role}_metadata": {} for role in ROLES}
+    for role, name, verdict in image_verdicts(record):
+        if (changed := change(role, name, verdict)) is not None:
+            metadata[f"{role}_metadata"][name] = changed
+    return cast(Record, {**record, **metadata})
+
+
+# An official record has these fields last.
+_MASK_FIELDS = ("mask", "mask_path", "mask_reason", "mask_stats", "unmatched_objects")
+
+
+def to_official(record: Record) -> dict[str, Any]:
+    """Return the flat form of a record, as stores and the official files hold it."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if name != "pairs":
+            flat[name] = value
+        elif record["pairs"]:
+            first, *further = record["pairs"]
+            flat |= first | ({"further_pairs": further} if further else {})
+            if "mask_reason" in first:
+                flat["mask"] = None
+    masks = {name: flat.pop(name) for name in _MASK_FIELDS if name in flat}
+    return flat | masks
+
+
+def from_official(flat: Mapping[str, Any]) -> Record:
+    """Return the record of a flat form. It has pairs if both images are given and `kept` is not false."""
+    if flat.get("kept") is False or any(flat.get(side) is None for side in SIDES):
+        return cast(Record, dict(flat))
+    first = {name: flat[name] for name in Pair.__annotations__ if name in flat}
+    further = flat.get("further_pairs")
+    moved = {*first, "further_pairs", *(["mask"] if "mask_reason" in first else [])}
+    record: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name == "chosen":
+            record["pairs"] = [first, *(pair for pair in further or () if isinstance(pair, dict))]
+        elif name not in moved:
+            record[name] = value
     return cast(Record, record)
 
 
-def _is_pair(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(side), str) for side in ("chosen", "rejected"))
+def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(side), str) for side in SIDES)
+
+
+def _is_metadata(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
+_STRINGS = (
+    "t2i_category sub_category prompt concepts_and_relations relation kind chosen rejected rejected_prompt "
+    "question_reason mask_path reason mask_reason"
+)
+_STRING_LISTS = "perturbed_method negative_prompt long_prompt negative_long_prompt question nouns"
+_FIELD_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_STRINGS.split(), (_is_string, "a string")),
+    **dict.fromkeys(_STRING_LISTS.split(), (_is_list_of(_is_string), "a list of strings")),
+    "further_pairs": (_is_list_of(_is_pair), "objects with chosen and rejected"),
+    "base_metadata": (_is_metadata, "an object that maps image names to objects"),
+    "negative_metadata": (_is_metadata, "an object that maps image names to objects"),
+}
+
+
+def validate(flat: object, where: str) -> dict[str, Any]:
+    """Return `flat` if the fields that are known have the documented types; other fields are not checked.
+
+    Raises:
+        OspoError: starts with `where` and names the field, its value and the expected type.
+
+    """
+    if not isinstance(flat, dict):
+        raise OspoError(f"{where}: a record is a JSON object, got {type(flat).__name__}.")
+    if not (isinstance(flat.get("item_id"), str) and flat["item_id"]):
+        raise OspoError(f"{where}: `item_id` should be a non-empty string, got {flat.get('item_id')!r}.")
+    for name, (is_valid, expected) in _FIELD_CHECKS.items():
+        if flat.get(name) is not None and not is_valid(flat[name]):
+            raise OspoError(f"{where}: `{name}` should be {expected}, got {flat[name]!r}.")
+    return flat
 
 
 def stable_hash(*parts: object) -> int:
-    """A 63-bit integer that depends on the parts alone: the same in every process, order and shard."""
+    """Return a 63-bit integer that depends on the parts alone: the same in every process, order and shard."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def image_index(name: str) -> int:
-    """The number in an image name such as `base_2`; `variant_index` tells whose image it is."""
+    """Return the number in an image name such as `base_2`; see `variant_index`."""
     match = re.search(r"(\d+)$", name)
     if match is None:
         raise OspoError(f"The image name {name!r} should end in its number, as in base_0.")
@@ -165,60 +244,60 @@ def image_index(name: str) -> int:
 
 
 def variant_index(index: int, record: Mapping[str, Any]) -> int:
-    """The variant of image `index` of an item. Of V variants, the k-th further image of variant i has index i + k·V."""
+    """Return the variant of image `index` of an item: of V variants, image i + k·V is the k-th further one of i."""
     variants = len(record.get("negative_prompt", ()))
     return index % variants if variants else index
 
 
-# What an item's record says of its first pair, or of the item for all of its pairs, once.
-_OF_ONE_PAIR = frozenset(FurtherPair.__annotations__) | {"further_pairs", "mask", "unmatched_objects"}
+def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
 
 
-def iter_pairs(records: Iterable[Record]) -> Iterator[Record]:
-    """A record for each pair: the items themselves, each followed by its further pairs with ids such as 0000012-1."""
-    for record in records:
-        yield record
-        item = {name: value for name, value in record.items() if name not in _OF_ONE_PAIR}
-        for number, pair in enumerate(record.get("further_pairs") or (), 1):
-            yield cast(Record, {**item, **pair, "item_id": f"{record['item_id']}-{number}"})
+@contextlib.contextmanager
+def os_errors(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into an OspoError that says that one cannot `action` (read, write) `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OspoError(f"Cannot {action} {path}: {error.strerror or error}.") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file in the same folder, synced, then renamed over `path`."""
+    """Write a file whole or not at all: a temporary file in the same folder, synced, then renamed to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OspoError(f"Cannot write {path}: {error.strerror or error}.") from error
+        with os_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
-    """OspoError unless files can be made in the folder; leaves nothing behind but the folder itself."""
+    """Raise OspoError if no file can be created in `folder`, which is created if missing."""
     probe = folder / f".probe.{os.getpid()}.tmp"
-    try:
+    with os_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise OspoError(f"Cannot write {folder}: {error.strerror or error}.") from error
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically; numbers that are not finite become null, as JSON has none."""
+    """Write `value` as indented JSON, atomically; numbers that are not finite become null."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """The value with None in place of every float that is not finite, at any depth."""
+    """Replace every float that is not finite by None, at any depth: JSON has neither NaN nor infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -228,16 +307,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _parse(line: bytes, where: str) -> Record:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise OspoError(f"{where}: the line is not valid JSON ({error}); mend or delete it.") from error
-    return validate(value, where)
-
-
-def _complete(line: bytes) -> bool:
-    """Whether a line without its line end is nevertheless a whole object (a file edited by hand)."""
+def _is_complete(line: bytes) -> bool:
+    """Whether a line without its line end is a whole object, as in a file that was edited by hand."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
@@ -245,67 +316,67 @@ def _complete(line: bytes) -> bool:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
-    """The records of a JSONL store, or of an official JSON array, in file order.
+    """Yield the records of a JSONL store, or of an official JSON array, in file order.
 
-    A torn last line (no line end, not parsable) is skipped with a warning: it belongs to a writer that was stopped.
-    Raises OspoError that names file and line for a missing or unreadable file, any other broken line, a record whose
-    fields have wrong types and an `item_id` that occurs twice.
+    A torn last line (no line end, not valid JSON) is skipped with a warning: its writer was interrupted.
+
+    Raises:
+        OspoError: names file and line of a missing or unreadable file, any other invalid line, a field of a wrong type
+            or an `item_id` that occurs twice.
+
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            yield from _read(file, path)
-    except OSError as error:
-        raise OspoError(f"Cannot read {path}: {error.strerror or error}.") from error
+    with os_errors("read", path), path.open("rb") as file:
+        is_array = file.read(1) == b"["
+        file.seek(0)
+        seen: dict[str, str] = {}
+        for where, value in _read_array(file, path) if is_array else _read_lines(file, path):
+            item = validate(value, where)["item_id"]
+            if item in seen:
+                raise OspoError(f"{where}: item {item!r} occurs already at {seen[item]}; delete one of the two.")
+            seen[item] = where
+            yield from_official(value)
 
 
-def _read(file: BinaryIO, path: Path) -> Iterator[Record]:
-    first = file.read(1)
-    file.seek(0)
-    seen: dict[str, int] = {}
-    for number, record in _array(file, path) if first == b"[" else _lines(file, path):
-        item = record["item_id"]
-        if item in seen:
-            raise OspoError(f"{path}:{number}: item {item!r} is already there at {seen[item]}; delete one of the two.")
-        seen[item] = number
-        yield record
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, Record]]:
+def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
-        if not line.endswith(b"\n") and not _complete(line):
-            logger.warning("%s:%d: the last line is torn and is left out", path, number)
+        if not line.endswith(b"\n") and not _is_complete(line):
+            logger.warning("%s:%d: skipping the torn last line", path, number)
             return
-        yield number, _parse(line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        try:
+            yield where, json.loads(line)
+        except ValueError as error:
+            raise OspoError(f"{where}: the line is not valid JSON ({error}); fix or delete it.") from error
 
 
-def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Record]]:
+def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         values = json.load(file)
     except ValueError as error:
         raise OspoError(f"{path}: not valid JSON ({error}).") from error
     for number, value in enumerate(values, 1):
-        yield number, validate(value, f"{path}, entry {number}")
+        yield f"{path}, entry {number}", value
 
 
 @final
 class Store:
-    """The one writer of a JSONL store; a context manager.
+    """The only writer of a JSONL store; a context manager.
 
-    Opening creates the file and its folder, takes an exclusive lock, cuts off a torn last line and reads the ids that
-    are there. Raises OspoError when the path cannot be written, when another process is writing it, or when a line
-    other than the last is broken.
+    Opening creates the file and its folder, locks it, removes a torn last line and reads the ids that it holds.
+
+    Raises:
+        OspoError: the path cannot be written, another process writes it, or a line other than the last is invalid.
+
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
+        with os_errors("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise OspoError(f"Cannot write {self.path}: {error.strerror or error}.") from error
         try:
             self._lock()
             self._repair()
@@ -325,18 +396,11 @@ class Store:
     def _repair(self) -> None:
         data = self.path.read_bytes()
         tail = data[data.rfind(b"\n") + 1 :]
-        if not tail:
-            return
-        if _complete(tail):
+        if tail and _is_complete(tail):
             self._write(b"\n")
-        else:
-            logger.warning("%s: cutting off a torn last line of %d bytes", self.path, len(tail))
+        elif tail:
+            logger.warning("%s: removing a torn last line of %d bytes", self.path, len(tail))
             self._truncate(len(data) - len(tail))
-
-    @property
-    def ids(self) -> frozenset[str]:
-        """The ids of the items that are in the store."""
-        return frozenset(self._ids)
 
     def __contains__(self, item_id: object) -> bool:
         return item_id in self._ids
@@ -345,44 +409,44 @@ class Store:
         return len(self._ids)
 
     def append(self, record: Record) -> None:
-        """Append one record as one whole line and wait until it is on disk.
+        """Append one record and return once it is on disk.
 
-        Raises OspoError for a record of wrong types, an item that is already there, or a write that failed (the store
-        is then as it was before).
+        Raises:
+            OspoError: a field of a wrong type, an item that the store holds already, or a failed write, after which
+                the store is as it was before.
+
         """
-        validate(record, f"{self.path}: the record to append")
-        item = record["item_id"]
+        flat = validate(to_official(record), f"{self.path}: the record to append")
+        item = flat["item_id"]
         if item in self._ids:
-            raise OspoError(f"{self.path}: item {item!r} is already there; a store holds each item once.")
-        self._write(json.dumps(finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            raise OspoError(f"{self.path}: item {item!r} is in the store already; a store holds each item once.")
+        self._write(json.dumps(finite(flat), ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._ids.add(item)
 
-    def extend(self, records: Iterable[Record]) -> int:
-        """Append every record; the number appended."""
-        count = 0
+    def extend(self, records: Iterable[Record]) -> None:
+        """Append every record."""
         for record in records:
             self.append(record)
-            count += 1
-        return count
 
     def _write(self, data: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)
         rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._truncate(end)
-            raise OspoError(f"Cannot write {self.path}: {error.strerror or error}.") from error
+        with os_errors("write", self.path):
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._truncate(end)
+                raise
 
     def _truncate(self, size: int) -> None:
         os.ftruncate(self._file.fileno(), size)
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file and give up the lock."""
+        """Close the file and release the lock."""
         self._file.close()
 
     def __enter__(self) -> Store:
@@ -395,23 +459,19 @@ class Store:
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON object to a log file (no ids, no lock), flushed."""
-    try:
+    """Append one JSON object to a log file, without lock or sync."""
+    with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(value), allow_nan=False) + "\n")
-    except OSError as error:
-        raise OspoError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path` (made if missing); waits for other processes."""
-    try:
+    """Hold an exclusive lock on the file `path`, created if missing; blocks until other processes release it."""
+    with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
-    except OSError as error:
-        raise OspoError(f"Cannot write {path}: {error.strerror or error}.") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

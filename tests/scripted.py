@@ -1,7 +1,7 @@
-"""A tiny random Janus whose texts and answers follow a script, so that every stage has something to work on.
+"""A tiny random Janus with scripted texts and answers, so that every stage has something to process.
 
-The script speaks the Shapes world's forms: it reads the last user message, answers as a well-taught model would, and
-now and then says something useless. Images are the random model's own.
+The script answers the last user message in the forms of the Shapes world, and one time in ten with an answer that does
+not parse. Images are the random model's own.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from ospo_fast.shapes.scenes import descriptions, parse
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
-    """A random tiny model in `folder`, as `load_model` reads it.
+    """Save a random tiny model for `load_model`.
 
-    Its weights are larger than those of a fresh model, so that what it draws and attends to depends on the prompt.
+    Its weights are larger than at initialization, so that images and attention depend on the prompt.
     """
     import torch
 
@@ -35,7 +35,7 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 
 
 def reply(message: str, seed: int) -> str:
-    """What the script says to the last user message."""
+    """Answer the last user message."""
     head, _, rest = message.partition(" ")
     rng = np.random.default_rng(seed % 2**32)
     if rng.random() < 0.1:
@@ -70,8 +70,29 @@ def answer_questions(model, images, questions, *, template, **settings):
 
 
 def install(setattr_=setattr) -> None:
-    """Put the script in place of the model's own texts and answers."""
+    """Replace the model's own texts and answers by the script."""
     import ospo_fast.generation
 
     setattr_(ospo_fast.generation, "generate_text", generate_text)
     setattr_(ospo_fast.generation, "answer_questions", answer_questions)
+
+
+def eager_maps(model, prompt, codes, columns, layers, before=0, heads=None):
+    """Mean over layers, heads and columns of the full attention matrices of the unmodified model."""
+    import torch
+
+    module = model.module
+    ids = model.image_prompt(prompt)
+    own = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    try:
+        embeds = torch.cat([model.embed_tokens(ids), model.embed_codes(codes)])[None]
+        with torch.no_grad():
+            out = model.decoder(inputs_embeds=embeds, use_cache=False, output_attentions=True)
+    finally:
+        module.set_attn_implementation(own)
+    stack = torch.stack([out.attentions[layer][0] for layer in layers])
+    stack = (stack if heads is None else stack[:, heads]).mean((0, 1))
+    return torch.stack([stack[len(ids) - before : len(stack) - before, found].mean(-1) for found in columns]).reshape(
+        -1, *model.grid
+    )

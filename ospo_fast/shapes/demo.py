@@ -32,7 +32,7 @@ from ospo_fast.shapes.checker import detect, satisfies
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
 from ospo_fast.shapes.scenes import held_out_prompts, parse
 from ospo_fast.stages import STAGE_NAMES
-from ospo_fast.stages.common import open_image, png
+from ospo_fast.stages.image_files import encode_png, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -210,10 +210,10 @@ def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
 
     A pair whose prompt is no prompt of the Shapes grammar counts as impure.
     """
-    kept = [record for record in iter_pairs(records) if record.get("kept")]
-    items = [number for number, record in enumerate(records) for pair in iter_pairs([record]) if pair.get("kept")]
-    right = [_shows(out / str(record["chosen"]), record["prompt"]) for record in kept]
-    wrong = [not _shows(out / str(record["rejected"]), record["prompt"]) for record in kept]
+    kept = list(iter_pairs(records))
+    items = [number for number, record in enumerate(records) for _ in iter_pairs([record])]
+    right = [_shows(out / item.pair["chosen"], item.record["prompt"]) for item in kept]
+    wrong = [not _shows(out / item.pair["rejected"], item.record["prompt"]) for item in kept]
     pure = [r and w for r, w in zip(right, wrong, strict=True)]
     return {
         "pairs": len(kept),
@@ -250,11 +250,11 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
     """
     found, ones, items = [], [], []
     for number, item in enumerate(records):
-        for record in iter_pairs([item]):
-            if not record.get("mask_path"):
+        for _, _, pair in iter_pairs([item]):
+            if not pair.get("mask_path"):
                 continue
-            union = load_file(out / str(record["mask_path"]))["chosen_union"].astype(bool)
-            cells = object_cells(open_image(out / str(record["chosen"])), union.shape)
+            union = load_file(out / pair["mask_path"])["chosen_union"].astype(bool)
+            cells = object_cells(open_image(out / pair["chosen"]), union.shape)
             if cells is None:
                 continue
             found.append((union & cells).sum() / max((union | cells).sum(), 1))
@@ -286,7 +286,7 @@ def write_gallery(out: Path, before: AlignmentResult, after: AlignmentResult) ->
         line: dict[str, Any] = {"prompt": prompt, "kind": kind}
         for name, drawn in (("before", before), ("after", after)):
             path = f"evaluation/images/{index:04d}_{name}.png"
-            write_atomic(out / path, png(drawn.images[index * len(drawn.seeds)]))
+            write_atomic(out / path, encode_png(drawn.images[index * len(drawn.seeds)]))
             line[name] = {"path": path, "correct": bool(drawn.correct[index, 0])}
         lines.append(json.dumps(line))
     write_atomic(out / "evaluation" / "gallery.jsonl", ("\n".join(lines) + "\n").encode())

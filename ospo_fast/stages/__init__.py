@@ -179,19 +179,19 @@ def _plan_prompts(model: UnifiedModel, config: Config, shard: Shard | None) -> i
 
 
 def _prompts_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    from ospo_fast.stages.common import excluded
+    from ospo_fast.stages.prompt_files import excluded_prompts
 
     file, exclude = config.prompts.file, config.prompts.exclude
     if file is not None:  # its prompts take the place of the model's
         settings = {"prompts.file": file_digest(file), "prompts.file_kind": config.prompts.file_kind}
-    return settings | {"prompts.exclude": None if exclude is None else f"{stable_hash(*sorted(excluded(config))):x}"}
+    digest = None if exclude is None else f"{stable_hash(*sorted(excluded_prompts(config))):x}"
+    return settings | {"prompts.exclude": digest}
 
 
 def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
-    from ospo_fast.records import iter_pairs
     from ospo_fast.stages.mask_stats import run_stats
 
-    write_json(out / "masks" / "diagnostics.json", run_stats(iter_pairs(records)))
+    write_json(out / "masks" / "diagnostics.json", run_stats(records))
 
 
 def _train_inputs(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Images of a user's prompts: PNGs with codes and settings beside them, and a contact sheet."""
+"""Images of a user's prompts: PNGs with codes and settings next to them, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch import Tensor
 
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
+from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import check_writable, stable_hash, write_atomic, write_json
-from ospo_fast.stages.common import open_image, png, save_codes
-from ospo_fast.stages.images import finished
+from ospo_fast.stages.image_files import encode_png, is_finished, open_image, save_image
+from ospo_fast.stages.images import sampling_settings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ospo_fast.models.base import UnifiedModel
-
 
 def contact_sheet(images: Sequence[Image], columns: int) -> Image:
-    """The images in rows of `columns`, all at the size of the first, 4 pixels apart on white."""
+    """Paste images into rows of `columns`, at the positions of images of the first one's size, 4 pixels apart."""
     import PIL.Image
 
     width, height = images[0].size
@@ -35,7 +34,7 @@ def contact_sheet(images: Sequence[Image], columns: int) -> Image:
 
 
 def _fingerprint(model: UnifiedModel) -> str:
-    """What tells weights apart: a folder's name stays when its model is trained anew."""
+    """Identify the weights: a folder keeps its name when its model is trained again."""
     sums = [float(weight.detach().sum(dtype=torch.float32)) for weight in model.module.parameters()]
     return f"{stable_hash(*sums):x}"
 
@@ -50,20 +49,28 @@ def generate(
     resume: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """`num` images of each prompt in `out`: <prompt>_<n>.png, .npz beside each, sheet.png and sheet.json.
+    """Generate `num` images of each prompt: <prompt>_<n>.png with an .npz each, sheet.png and sheet.json.
 
-    Image n of every prompt has seed config.seed + n. With `resume`, images that lie there with the same prompt, seed,
-    settings and weights are not drawn again. Returns what sheet.json holds: model, settings, and per image its path,
-    prompt and seed; and as `drawing` how fast images were drawn (`Throughput.figures`), None where none was.
+    Args:
+        model: generates the images.
+        prompts: texts that `check_prompt` accepts.
+        config: section `images`; image n of every prompt has seed `config.seed` + n.
+        num: images per prompt.
+        out: folder of the files.
+        resume: keep the images that exist with the same prompt, seed, settings and weights.
+        progress: show a bar on stderr.
+
+    Returns:
+        The content of sheet.json (model, settings, and the path, prompt and seed of each image) and `drawing`, the
+        throughput (`Throughput.figures`), None if no image was generated.
 
     Raises:
-        OspoError: `out` cannot be written; nothing has been drawn then.
+        OspoError: `out` cannot be written (checked first), or no image could be generated.
 
     """
     from ospo_fast.generation import ImageGenerator, ImageWriter
 
-    settings = config.images
-    sampling = {name: getattr(settings, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    sampling = sampling_settings(config.images)
     weights = _fingerprint(model)
     plan = [
         (out / f"{i:04d}_{n}.png", {"prompt": prompt, "seed": config.seed + n, **sampling, "weights": weights})
@@ -71,37 +78,35 @@ def generate(
         for n in range(num)
     ]
     check_writable(out)
-    todo = [(path, values) for path, values in plan if not (resume and finished(path, values))]
+    todo = [(path, settings) for path, settings in plan if not (resume and is_finished(path, settings))]
     failed = {path for path, _ in todo}
 
     def save(index: int, codes: Tensor, image: Image) -> None:
-        path, values = todo[index]
-        write_atomic(path, png(image))
-        save_codes(path.with_suffix(".npz"), codes, **values)
+        path, settings = todo[index]
+        save_image(path, image, codes, settings)
         failed.discard(path)
 
-    generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
+    generator = ImageGenerator(model, batch_size=config.images.batch_size, jacobi_window=config.images.jacobi_window)
     with ImageWriter(model, save) as writer:
         generator.generate(
-            [values["prompt"] for _, values in todo],
-            seeds=[values["seed"] for _, values in todo],
+            [settings["prompt"] for _, settings in todo],
+            seeds=[settings["seed"] for _, settings in todo],
             output="codes",
-            callback=lambda drawn: writer.take(drawn.indices, drawn.codes),
+            callback=lambda batch: writer.take(batch.indices, batch.codes),
             progress=progress,
             on_error="skip",
             **sampling,
         )
-    drawn = [path for path, _ in plan if path not in failed]
-    if not drawn:
-        raise OspoError("No image could be drawn: the model's logits were not finite; are its weights whole?")
+    reason = "the model's logits were not finite"
+    existing = [path for path, _ in plan if path not in failed]
+    if not existing:
+        raise OspoError(f"No image could be generated: {reason}; check its weights.")
     entries: list[dict[str, Any]] = []
-    for path, values in plan:
-        entry = {"path": path.name, "prompt": values["prompt"], "seed": values["seed"]}
-        if path in failed:
-            entry |= {"path": None, "reason": "the model's logits were not finite"}
-        entries.append(entry)
+    for path, settings in plan:
+        entry = {"path": path.name, "prompt": settings["prompt"], "seed": settings["seed"]}
+        entries.append(entry | ({"path": None, "reason": reason} if path in failed else {}))
     sheet = out / "sheet.png"
-    write_atomic(sheet, png(contact_sheet([open_image(path) for path in drawn[:256]], min(num, 8))))
+    write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **sampling, "images": entries}
     write_json(out / "sheet.json", result)
     return {**result, "drawing": None if generator.throughput is None else generator.throughput.figures()}

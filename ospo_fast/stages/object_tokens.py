@@ -1,4 +1,4 @@
-"""Objects of a prompt: their nouns, where they stand in the prompt, and which tokens they are."""
+"""Objects of a prompt: their nouns, their spans in the prompt, and their tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from ospo_fast.errors import Failure, attempt
+from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ObjectSpan, Record
 
 logger = logging.getLogger(__name__)
@@ -17,34 +20,96 @@ _PLACES = (
     "below background foreground"
 )
 PLACE_WORDS = frozenset(_PLACES.split())
-# Words that end a noun phrase when there is nothing but the prompt to go by.
-_CLOSED = (
+# Words that end a noun phrase where only the prompt is known.
+_CLOSED_CLASS = (
     "a an the this that these those some its his her their my your our and or but with without of in on at to from by "
     "for into onto off over under above below behind beside near next between against around along inside outside "
     "through across as while is are was were be being has have it they he she there up down out who which each other "
     "one two three four five six seven eight nine ten left right front hidden"
 )
-_BREAKS = frozenset(_CLOSED.split())
+_CLOSED_CLASS_WORDS = frozenset(_CLOSED_CLASS.split())
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _WORD_OR_MARK = re.compile(_WORD.pattern + r"|[^\w\s]")
-_LEADING = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|eight|nine|ten)\s+", re.IGNORECASE)
+_DETERMINER = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|eight|nine|ten)\s+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ObjectTokens:
+    """The objects of an item that have tokens in its prompt."""
+
+    nouns: list[str]  # all nouns of the item
+    spans: list[ObjectSpan]  # of each object
+    columns: list[list[int]]  # of each object: the indices of its tokens in the prompt's ids
+    unmatched: dict[str, str]  # nouns without a token, and why
+
+
+def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectTokens | Failure:
+    """Find the objects of a record's prompt and their tokens.
+
+    Args:
+        record: see `extract_nouns`.
+        model: its tokenizer decides.
+        match: "offsets" aligns tokens by character offsets; "substring" is the official match (`tokens_by_substring`).
+
+    Returns:
+        A Failure if the model cannot tokenize the prompt or no object has a token.
+
+    """
+    prompt, nouns = record["prompt"], extract_nouns(record)
+    if not nouns:
+        return Failure("the prompt names no object")
+    tokenized = attempt(model.image_prompt_offsets, prompt)
+    if isinstance(tokenized, Failure):
+        return tokenized
+    ids, offsets = tokenized
+    found = ObjectTokens(nouns, [], [], {})
+    tokens = [model.detokenize([i]) for i in ids.tolist()] if match == "substring" else []
+    for noun in nouns:
+        spans, reason = find_spans(noun, prompt), Failure("no token of the prompt stands for it")
+        if match == "substring":  # which needs no whole word of the prompt
+            pieces = attempt(_pieces, noun, model)
+            if isinstance(pieces, Failure):
+                columns, reason = [], pieces
+            else:
+                columns = tokens_by_substring(pieces, tokens)
+            spans = spans or [span for i in columns if (span := offsets[i]) is not None]
+        else:
+            columns = find_tokens(noun, prompt, offsets)
+            reason = reason if spans else Failure("the prompt does not hold it as a word")
+        if columns and spans:
+            found.spans.append({"text": noun, "start": spans[0][0], "end": spans[0][1]})
+            found.columns.append(columns)
+        else:
+            found.unmatched[noun] = reason.reason
+    if not found.columns:
+        return Failure(f"no token of the prompt matches {', '.join(repr(noun) for noun in nouns)}")
+    return found
+
+
+def _pieces(noun: str, model: UnifiedModel) -> list[str]:
+    """The texts of a noun's own tokens, in lower case."""
+    ids, offsets = model.image_prompt_offsets(noun.lower())
+    return [model.detokenize([i]) for i, offset in zip(ids.tolist(), offsets, strict=True) if offset is not None]
 
 
 def extract_nouns(record: Record) -> list[str]:
-    """The objects of an item's prompt, in order.
+    """Return the objects of an item's prompt, in order, without words of place.
 
-    Where the record has `nouns`, those. Else from the model's own analysis: of each concept the longest ending that a
-    relation names as one of its terms ("red ceiling fan", "(ceiling fan, red)" → "ceiling fan"), or its last word. Else
-    from the prompt alone: its nouns as spaCy tags them, where spaCy and a model of it are installed, or the last word
-    of each run of words between articles, prepositions, numbers and the like. Words of place are no objects.
+    The first of these sources that applies:
+
+    1. `nouns` of the record.
+    2. The model's own analysis: of each concept the longest ending that is a term of a relation, or its last word. From
+       "red ceiling fan" and "(ceiling fan, red)" comes "ceiling fan".
+    3. The nouns that spaCy finds in the prompt, if spaCy and its small English pipeline are installed.
+    4. The last word of each run of words between articles, prepositions, numbers and similar words of the prompt.
     """
     if record.get("nouns"):
         found = list(record["nouns"])
     else:
-        concepts = re.split(r"[,;]", record.get("concepts_and_relations", ""))
-        found = [noun for concept in concepts if (noun := _head(concept, _terms(record.get("relation", ""))))]
+        concepts, terms = record.get("concepts_and_relations", ""), _terms(record.get("relation", ""))
+        found = [noun for concept in re.split(r"[,;]", concepts) if (noun := _concept_noun(concept, terms))]
         if not any(find_spans(noun, record["prompt"]) for noun in found):
-            found = _by_spacy(record["prompt"]) or _from_prompt(record["prompt"])
+            found = _nouns_by_spacy(record["prompt"]) or _nouns_by_runs(record["prompt"])
     unique: dict[str, str] = {}
     for noun in found:
         unique.setdefault(noun.casefold(), noun)
@@ -53,22 +118,20 @@ def extract_nouns(record: Record) -> list[str]:
 
 def _terms(relation: str) -> set[str]:
     groups = re.findall(r"\(([^()]*)\)", relation)
-    return {_LEADING.sub("", term.strip()).casefold() for group in groups for term in group.split(",")}
+    return {_DETERMINER.sub("", term.strip()).casefold() for group in groups for term in group.split(",")}
 
 
-def _head(concept: str, terms: set[str]) -> str:
+def _concept_noun(concept: str, terms: set[str]) -> str:
     words: list[str] = _WORD.findall(concept)
     if not words or any(word.casefold() in ("is", "are", "was", "were") for word in words):
         return ""
-    for start in range(1 if len(words) > 1 else 0, len(words)):
-        if " ".join(words[start:]).casefold() in terms:
-            return " ".join(words[start:])
-    return words[-1]
+    endings = (" ".join(words[start:]) for start in range(1 if len(words) > 1 else 0, len(words)))
+    return next((ending for ending in endings if ending.casefold() in terms), words[-1])
 
 
 @functools.cache
 def _spacy() -> Any | None:
-    """The small English pipeline; None where spaCy or the pipeline is missing."""
+    """The small English pipeline; None if spaCy or the pipeline is not installed."""
     try:
         import spacy
 
@@ -78,27 +141,23 @@ def _spacy() -> Any | None:
         return None
 
 
-def _by_spacy(prompt: str) -> list[str]:
-    """The nouns of a prompt with those compounded to them ("ceiling fan"), by spaCy's tags."""
+def _nouns_by_spacy(prompt: str) -> list[str]:
+    """The nouns of a prompt, each with those compounded to it ("ceiling fan")."""
     pipeline = _spacy()
-    if pipeline is None:
-        return []
     found, run = [], ""
-    for token in pipeline(prompt):
-        if token.pos_ not in ("NOUN", "PROPN"):
-            continue
-        run = f"{run} {token.text}".strip()
-        if token.dep_ != "compound":
-            found.append(run)
-            run = ""
+    for token in pipeline(prompt) if pipeline is not None else ():
+        if token.pos_ in ("NOUN", "PROPN"):
+            run = f"{run} {token.text}".strip()
+            if token.dep_ != "compound":
+                found.append(run)
+                run = ""
     return [*found, run] if run else found
 
 
-def _from_prompt(prompt: str) -> list[str]:
+def _nouns_by_runs(prompt: str) -> list[str]:
     found, run = [], ""
-    for match in _WORD_OR_MARK.finditer(prompt):
-        word = match.group()
-        if word.casefold() in _BREAKS or not word[0].isalpha():
+    for word in _WORD_OR_MARK.findall(prompt):
+        if word.casefold() in _CLOSED_CLASS_WORDS or not word[0].isalpha():
             found.append(run)
             run = ""
         elif not (run and word.casefold().endswith("ing")):
@@ -106,38 +165,27 @@ def _from_prompt(prompt: str) -> list[str]:
     return [noun for noun in [*found, run] if noun]
 
 
-_IRREGULAR = (
-    ("man", "men"), ("child", "children"), ("person", "people"), ("mouse", "mice"), ("goose", "geese"),
-    ("foot", "feet"), ("tooth", "teeth"), ("ox", "oxen"),
+# (singular, plural) endings. The irregular ones are endings too, as in "policeman": a form that is no word of the
+# language does not occur in a prompt either.
+_ENDINGS = (
+    ("", "s"), ("", "es"), ("y", "ies"), ("f", "ves"), ("fe", "ves"), ("man", "men"), ("child", "children"),
+    ("person", "people"), ("mouse", "mice"), ("goose", "geese"), ("foot", "feet"), ("tooth", "teeth"), ("ox", "oxen"),
 )  # fmt: skip
 
 
 def _forms(noun: str) -> list[str]:
-    """The noun and its plural and singular, regular or one of the common irregular ones."""
-    low = noun.casefold()
-    forms = [low, low + "s", low + "es"]
-    if low.endswith("y"):
-        forms.append(low[:-1] + "ies")
-    if low.endswith("ies"):
-        forms.append(low[:-3] + "y")
-    if low.endswith("f"):
-        forms.append(low[:-1] + "ves")
-    if low.endswith("fe"):
-        forms.append(low[:-2] + "ves")
-    if low.endswith("ves"):
-        forms += [low[:-3] + "f", low[:-3] + "fe"]
-    if low.endswith("es"):
-        forms.append(low[:-2])
-    if low.endswith("s") and not low.endswith("ss"):
-        forms.append(low[:-1])
-    # As endings ("policeman"): a form that is no word of the language is none of the prompt either.
-    for one, many in _IRREGULAR:
-        forms += [low[: -len(a)] + b for a, b in ((one, many), (many, one)) if low.endswith(a)]
-    return sorted((form for form in forms if len(form) > 1 or form == low), key=len, reverse=True)
+    """Return a noun with its possible plurals and singulars, the longest first."""
+    noun = noun.casefold()
+    forms = {noun}
+    for singular, plural in _ENDINGS:
+        for old, new in ((singular, plural), (plural, singular)):
+            if noun.endswith(old) and not (old == "s" and noun.endswith("ss")):
+                forms.add(noun.removesuffix(old) + new)
+    return sorted((form for form in forms if len(form) > 1 or form == noun), key=lambda form: (-len(form), form))
 
 
 def find_spans(noun: str, prompt: str) -> list[tuple[int, int]]:
-    """Half-open character spans of a noun in the prompt: whole words, any case, singular or plural."""
+    """Find the half-open character spans of a noun in the prompt: whole words, any case, singular or plural."""
     if not noun.strip():
         return []
     pattern = "|".join(re.escape(form).replace(r"\ ", r"\s+") for form in _forms(noun.strip()))
@@ -145,9 +193,16 @@ def find_spans(noun: str, prompt: str) -> list[tuple[int, int]]:
 
 
 def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None]) -> list[int]:
-    """Indices of the tokens that share a character with one of the noun's spans.
+    """Find the tokens that share a character with a span of the noun.
 
-    `offsets` gives per token its characters of the prompt, None for tokens of the chat template.
+    Args:
+        noun: see `find_spans`.
+        prompt: the prompt.
+        offsets: of each token its characters in the prompt; None for tokens of the chat template.
+
+    Returns:
+        Indices into `offsets`.
+
     """
     spans = find_spans(noun, prompt)
     return [
@@ -158,15 +213,15 @@ def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None
 
 
 def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[int]:
-    """The official match, kept for parity: the tokens that hold any token of the noun, so that "car" finds "carpet".
+    """Find the tokens that contain any token of the noun: the official match, by which "car" finds "carpet".
 
-    `pieces` are the texts of the noun's own tokens, in lower case; `tokens` those of the whole sequence.
+    Args:
+        pieces: the texts of the noun's own tokens, in lower case.
+        tokens: the texts of the prompt's tokens.
+
+    Returns:
+        Indices into `tokens`.
+
     """
     parts = [piece.strip().lower() for piece in pieces if piece.strip()]
     return [i for i, token in enumerate(tokens) if any(part in token for part in parts)]
-
-
-def object_spans(nouns: Sequence[str], prompt: str) -> list[ObjectSpan]:
-    """The first span of every noun that the prompt holds."""
-    found = [(noun, find_spans(noun, prompt)) for noun in nouns]
-    return [{"text": noun, "start": spans[0][0], "end": spans[0][1]} for noun, spans in found if spans]

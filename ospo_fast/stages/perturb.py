@@ -1,28 +1,20 @@
-"""Stage 2: three near misses of every prompt, and dense versions of prompt and near miss that share their scene."""
+"""Stage 2: three hard negatives of every prompt, and dense versions of both prompts that share their scene."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError
-from ospo_fast.records import VARIANTS, Record, stable_hash
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.records import VARIANTS, Record, chunked, stable_hash
 from ospo_fast.stages import StageContext
-from ospo_fast.stages.common import (
-    chunked,
-    describe,
-    excluded,
-    load_model_templates,
-    prompt_key,
-    sample_text,
-    why_silent,
-)
+from ospo_fast.stages.prompt_files import excluded_prompts, prompt_key
+from ospo_fast.stages.text_sampling import load_model_templates, sample_text, template_variables
 
-if TYPE_CHECKING:
-    from ospo_fast.models.base import UnifiedModel
+CHUNK = 64  # items between two writes to the store
 
 _MIXED = ("replace", "swap", "drop")
 _SAME = ("replace", "replace", "replace")
@@ -41,24 +33,22 @@ _CONTRAST = re.compile(r"Contrastive Prompt:[ \t]*([^\n]*)", re.IGNORECASE)
 _END = r"(?=\s*;?\s*Step\s*\d+\s*[.:]|\n|$)"
 _DENSE = tuple(re.compile(rf"Prompt {n} Dense:\s*(.*?){_END}", re.IGNORECASE) for n in (1, 2))
 
-CHUNK = 64  # items between two writes to the store
-
 
 def methods_for(sub_category: str) -> tuple[str, ...]:
-    """The perturbation of each of the three variants; OspoError for a sub-category that is not one of the nine."""
+    """Return the perturbation of each variant; OspoError for an unknown sub-category."""
     if sub_category not in METHODS:
         raise OspoError(f"No perturbation is known for the sub-category {sub_category!r}; known: {', '.join(METHODS)}.")
     return METHODS[sub_category]
 
 
 def parse_contrast(answer: str) -> str:
-    """The last contrastive prompt of an answer, or the empty string."""
+    """Return the last contrastive prompt of an answer, or the empty string."""
     found = _CONTRAST.findall(answer)
     return found[-1].strip().strip("\"'").strip(" ;") if found else ""
 
 
 def parse_dense(answer: str) -> tuple[str, str]:
-    """(dense prompt, dense variant) of an answer; the empty string for one that is missing."""
+    """Return (dense prompt, dense hard negative) of an answer; the empty string for one that is missing."""
     found = [pattern.search(answer) for pattern in _DENSE]
     base, negative = (match.group(1).strip(" ;\t") if match else "" for match in found)
     return base, negative
@@ -72,54 +62,63 @@ def run(
     out: Path | None = None,
     context: StageContext | None = None,
 ) -> Iterator[Record]:
-    """Every record with `perturbed_method`, `negative_prompt`, `long_prompt`, `negative_long_prompt`, each of three.
+    """Add `perturbed_method`, `negative_prompt`, `long_prompt` and `negative_long_prompt`, a list of three each.
 
-    A variant whose answer failed, is empty, does not parse, repeats the prompt or is an excluded prompt (itself or in a
-    dense version) is left out: its long prompts are empty strings and `variant_reasons` says why (None for a good one).
+    A variant fails if an answer fails or does not parse, repeats the prompt, or gives an excluded prompt. Its long
+    prompts are then empty strings, and its entry of `variant_reasons` says why. The entries of other variants are None.
     """
-    templates = load_model_templates(model, config)
-    banned = excluded(config)
+    templates, excluded = load_model_templates(model, config), excluded_prompts(config)
     for chunk in chunked(records, CHUNK):
-        slots = [(record, i) for record in chunk for i in range(VARIANTS)]
-        asked = [describe(r) | {"method": methods_for(r["sub_category"])[i]} for r, i in slots]
-        seeds = [stable_hash(config.seed, "perturb", record["item_id"], i) for record, i in slots]
-        answers = sample_text(model, templates, "perturb", config.perturb, asked, seeds)
-        negatives = [parse_contrast(answer) for answer in answers]
-        reasons = [
-            why_silent(answer) or _objection(record["prompt"], negative, banned)
+        slots = [(record, variant) for record in chunk for variant in range(VARIANTS)]
+        variables = [template_variables(r) | {"method": methods_for(r["sub_category"])[v]} for r, v in slots]
+        seeds = [stable_hash(config.seed, "perturb", record["item_id"], variant) for record, variant in slots]
+        answers = sample_text(model, templates, "perturb", config.perturb, variables, seeds)
+        negatives = ["" if isinstance(answer, Failure) else parse_contrast(answer) for answer in answers]
+        failures = [
+            answer if isinstance(answer, Failure) else _check_negative(record["prompt"], negative, excluded)
             for (record, _), answer, negative in zip(slots, answers, negatives, strict=True)
         ]
-        good = [n for n, reason in enumerate(reasons) if reason is None]
-        asked = [{"prompt": slots[n][0]["prompt"], "negative_prompt": negatives[n]} for n in good]
-        seeds = [stable_hash(config.seed, "densify", slots[n][0]["item_id"], slots[n][1]) for n in good]
-        answers = sample_text(model, templates, "densify", config.perturb, asked, seeds)
-        dense = dict(zip(good, map(parse_dense, answers), strict=True))
-        for n, answer in zip(good, answers, strict=True):
-            if not all(dense[n]):
-                reasons[n] = why_silent(answer) or "no dense prompts in the answer"
-            elif any(prompt_key(text) in banned for text in dense[n]):
-                reasons[n] = "a dense prompt is on the list of excluded prompts"
+        rows = [n for n, failed in enumerate(failures) if failed is None]
+        variables = [{"prompt": slots[n][0]["prompt"], "negative_prompt": negatives[n]} for n in rows]
+        seeds = [stable_hash(config.seed, "densify", slots[n][0]["item_id"], slots[n][1]) for n in rows]
+        dense = [("", "")] * len(slots)
+        for n, answer in zip(
+            rows, sample_text(model, templates, "densify", config.perturb, variables, seeds), strict=True
+        ):
+            prompts = answer if isinstance(answer, Failure) else _accept_dense(answer, excluded)
+            if isinstance(prompts, Failure):
+                failures[n] = prompts
+            else:
+                dense[n] = prompts
         for position, record in enumerate(chunk):
-            rows = range(position * VARIANTS, (position + 1) * VARIANTS)
-            pairs = [("", "") if reasons[n] else dense[n] for n in rows]
+            rows_of_item = slice(position * VARIANTS, (position + 1) * VARIANTS)
             yield {
                 **record,
                 "perturbed_method": list(methods_for(record["sub_category"])),
-                "negative_prompt": [negatives[n] for n in rows],
-                "long_prompt": [base for base, _ in pairs],
-                "negative_long_prompt": [negative for _, negative in pairs],
-                "variant_reasons": [reasons[n] for n in rows],
+                "negative_prompt": negatives[rows_of_item],
+                "long_prompt": [base for base, _ in dense[rows_of_item]],
+                "negative_long_prompt": [negative for _, negative in dense[rows_of_item]],
+                "variant_reasons": [failed.reason if failed else None for failed in failures[rows_of_item]],
             }
 
 
-def _objection(prompt: str, negative: str, banned: frozenset[str]) -> str | None:
+def _check_negative(prompt: str, negative: str, excluded: frozenset[str]) -> Failure | None:
     if not negative:
-        return "no contrastive prompt in the answer"
+        return Failure("no contrastive prompt in the answer")
     if prompt_key(negative) == prompt_key(prompt):
-        return "the variant is the prompt itself"
-    if prompt_key(negative) in banned:
-        return "the variant is on the list of excluded prompts"
+        return Failure("the variant is the prompt itself")
+    if prompt_key(negative) in excluded:
+        return Failure("the variant is on the list of excluded prompts")
     return None
+
+
+def _accept_dense(answer: str, excluded: frozenset[str]) -> tuple[str, str] | Failure:
+    prompts = parse_dense(answer)
+    if not all(prompts):
+        return Failure("no dense prompts in the answer")
+    if any(prompt_key(prompt) in excluded for prompt in prompts):
+        return Failure("a dense prompt is on the list of excluded prompts")
+    return prompts
 
 
 def failure(record: Record) -> Failure | None:

@@ -1,24 +1,26 @@
-"""Stage 4, second part: the model judges every image by its own questions."""
+"""Stage 4, second part: the model answers its questions about each of its images."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure
-from ospo_fast.records import Answer, ImageVerdict, Record
+from ospo_fast.errors import Failure, attempt
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.records import Answer, ImageVerdict, Record, chunked, image_verdicts, map_images
 from ospo_fast.stages import StageContext
-from ospo_fast.stages.common import chat_or_reason, chunked, image_or_reason, load_model_templates, locate
-from ospo_fast.stages.templates import TemplateSet
-
-if TYPE_CHECKING:
-    from ospo_fast.models.base import UnifiedModel
+from ospo_fast.stages.image_files import locate, open_image
+from ospo_fast.stages.text_sampling import chat_ids, load_model_templates
 
 logger = logging.getLogger(__name__)
+
 CHUNK = 64  # items between two writes to the store
 
 
@@ -30,73 +32,62 @@ def run(
     out: Path | None = None,
     context: StageContext | None = None,
 ) -> Iterator[Record]:
-    """Every record with the answers and the local score of each of its images.
+    """Add answers and local score to each image of an item.
 
-    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. Questions that the model has no room for are
-    taken out. An item without questions keeps its images without a score, and so does an image that cannot be read or
-    whose answers are not finite (its `reason` says so); the selection drops them.
+    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. Questions too long for the model are removed.
+    An item without questions has images without a score. So has an image that cannot be read or whose answers are not
+    finite: its `reason` says so. The select stage drops both.
     """
     from ospo_fast.generation import answer_questions
 
     templates = load_model_templates(model, config)
     for part in chunked(records, CHUNK):
-        chunk = [_answerable(record, model, templates) for record in part]
-        slots = [
-            (record, side, name, verdict)
-            for record in chunk
-            if record.get("question")
-            for side in ("base_metadata", "negative_metadata")
-            for name, verdict in cast("dict[str, ImageVerdict]", record.get(side, {})).items()
-        ]
-        judged: dict[tuple[str, str, str], ImageVerdict] = {}
-        asked, images = [], []
-        for slot in slots:
-            record, side, name, verdict = slot
-            image = image_or_reason(locate(verdict["path"], out))
-            if isinstance(image, str):
-                judged[record["item_id"], side, name] = {**verdict, "reason": image}
-            else:
-                images.append(image)
-                asked.append(slot)
-        if asked:
+        questions = dict.fromkeys(question for record in part for question in record.get("question", []))
+        chats = {q: chat_ids(model, templates.messages("vqa", question=q), image=True) for q in questions}
+        chunk = [_remove_long_questions(record, chats) for record in part]
+        scored: dict[tuple[str, str, str], ImageVerdict] = {}
+        slots, images = [], []
+        for record in chunk:
+            for role, name, verdict in image_verdicts(record) if record.get("question") else ():
+                image = attempt(open_image, locate(verdict["path"], out))
+                if isinstance(image, Failure):
+                    scored[record["item_id"], role, name] = {**verdict, "reason": image.reason}
+                else:
+                    slots.append((record, role, name, verdict))
+                    images.append(image)
+        if images:
             results = answer_questions(
                 model,
                 images,
-                [record["question"] for record, _, _, _ in asked],
-                template=lambda question: templates.messages("vqa", question=question),
+                [record["question"] for record, *_ in slots],
+                template=cast("dict[str, Tensor]", chats).__getitem__,
                 batch_size=config.score.batch_size,
                 progress=False,
             )
-            for (record, side, name, verdict), answers in zip(asked, results, strict=True):
-                judged[record["item_id"], side, name] = with_answers(verdict, cast("list[Answer]", answers))
+            for (record, role, name, verdict), answers in zip(slots, results, strict=True):
+                scored[record["item_id"], role, name] = with_answers(verdict, cast("list[Answer]", answers))
         for record in chunk:
-            yield _scored(record, judged)
+            yield map_images(record, partial(_look_up, scored, record["item_id"]))
 
 
-def _answerable(record: Record, model: UnifiedModel, templates: TemplateSet) -> Record:
-    """The record without the questions that cannot be put to the model."""
-    reasons: dict[str, str] = {}
-    for question in record.get("question", []):
-        chat = chat_or_reason(model, templates.messages("vqa", question=question), image=True)
-        if isinstance(chat, str):
-            reasons[question] = chat
-            logger.warning("%s: the question %.60r is left out: %s", record["item_id"], question, chat)
-    if not reasons:
+def _look_up(
+    scored: dict[tuple[str, str, str], ImageVerdict], item_id: str, role: str, name: str, verdict: ImageVerdict
+) -> ImageVerdict:
+    return scored.get((item_id, role, name), verdict)
+
+
+def _remove_long_questions(record: Record, chats: dict[str, Tensor | Failure]) -> Record:
+    failures = {q: chat for q in record.get("question", []) if isinstance(chat := chats[q], Failure)}
+    if not failures:
         return record
-    kept = [question for question in record["question"] if question not in reasons]
-    return {**record, "question": kept, "question_reason": "; ".join(dict.fromkeys(reasons.values()))}
-
-
-def _scored(record: Record, judged: dict[tuple[str, str, str], ImageVerdict]) -> Record:
-    sides = {}
-    for side in ("base_metadata", "negative_metadata"):
-        verdicts = cast("dict[str, ImageVerdict]", record.get(side, {}))
-        sides[side] = {name: judged.get((record["item_id"], side, name), found) for name, found in verdicts.items()}
-    return cast(Record, {**record, **sides})
+    for question, failed in failures.items():
+        logger.warning("%s: skipping the question %.60r: %s", record["item_id"], question, failed)
+    reason = "; ".join(dict.fromkeys(failed.reason for failed in failures.values()))
+    return {**record, "question": [q for q in record["question"] if q not in failures], "question_reason": reason}
 
 
 def with_answers(verdict: ImageVerdict, answers: list[Answer]) -> ImageVerdict:
-    """A verdict with its answers and their mean margin, or with a `reason` where the answers are not finite."""
+    """Add answers and their mean margin to an image's entry, or a `reason` if an answer is not finite."""
     if not all(math.isfinite(answer["p_yes"]) and math.isfinite(answer["p_no"]) for answer in answers):
         return {**verdict, "reason": "the answers are not finite"}
     margin = sum(answer["p_yes"] - answer["p_no"] for answer in answers) / len(answers)
@@ -104,11 +95,9 @@ def with_answers(verdict: ImageVerdict, answers: list[Answer]) -> ImageVerdict:
 
 
 def failure(record: Record) -> Failure | None:
-    """Return why images of an item have no score; None where all have one."""
+    """Return why an image of an item has no score; None where all have one, or where there is no image."""
     if not record.get("base_metadata"):
         return None
     if not record.get("question"):
         return Failure(record.get("question_reason") or "the item has no question")
-    sides = (record["base_metadata"], record.get("negative_metadata", {}))
-    reasons = (verdict.get("reason") for side in sides for verdict in side.values())
-    return next((Failure(reason) for reason in reasons if reason), None)
+    return next((Failure(verdict["reason"]) for *_, verdict in image_verdicts(record) if verdict.get("reason")), None)

@@ -15,7 +15,7 @@ import yaml
 
 from ospo_fast.errors import UsageError
 
-STAGES = ("prompts", "perturb", "densify", "questions", "vqa")
+TEMPLATE_NAMES = ("prompts", "perturb", "densify", "questions", "vqa")
 _FOLDER = Path(__file__).with_name("templates")
 _JINJA = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
 
@@ -69,9 +69,9 @@ def load_templates(name_or_path: str) -> TemplateSet:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         kinds = {kind: Kind(**fields) for kind, fields in data["kinds"].items()}
-        stages = {stage: data[stage] for stage in STAGES}
+        stages = {stage: data[stage] for stage in TEMPLATE_NAMES}
         few_shot = {kind: int(data.get("few_shot", {}).get(kind, 0)) for kind in kinds}
-        for stage in STAGES:
+        for stage in TEMPLATE_NAMES:
             for message in stages[stage]["messages"]:
                 _JINJA.parse(message["content"])
                 if message["role"] not in ("system", "user", "assistant"):

@@ -19,8 +19,8 @@ def made(omegaconf, scripted, tiny, tmp_path_factory):
         settings = [COUNTS, "images.draws=1", "select.pairs=1", "masks.layers=[0]"]
         config = load_config([*settings, f"model={tiny}", f"out={folder}"], family="shapes")
         pipeline = Pipeline(config, progress=False)
-        for stage in STAGE_NAMES[:-1]:
-            pipeline.stage(stage)
+        for name in STAGE_NAMES[:-1]:
+            pipeline.stage(name)
     return folder
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ospo_fast.stages.perturb import METHODS, parse_contrast, parse_dense
-from ospo_fast.stages.prompts import objection, parse_answer
+from ospo_fast.stages.prompts import check_wording, parse_answer
 from ospo_fast.stages.questions import parse_questions
 from ospo_fast.stages.templates import load_templates
 
@@ -27,7 +27,7 @@ def test_prompts(kind):
     assert len(examples) == SET.few_shot[kind]
     for example in examples:
         prompt, _, _ = parse_answer(example)
-        assert objection(prompt, entry.sub_category) is None
+        assert check_wording(prompt, entry.sub_category) is None
     chat = SET.messages(
         "prompts", kind=kind, category=entry.category, sub_category=entry.sub_category, examples=examples
     )

@@ -1,11 +1,14 @@
-"""Objects of a prompt: nouns, spans, tokens."""
+"""Objects of a prompt: nouns, spans and tokens."""
 
+import re
 import sys
 
 import pytest
+import torch
 
+from ospo_fast.errors import UsageError
 from ospo_fast.stages import object_tokens
-from ospo_fast.stages.object_tokens import extract_nouns, find_spans, find_tokens, object_spans, tokens_by_substring
+from ospo_fast.stages.object_tokens import extract_nouns, find_objects, find_spans, find_tokens, tokens_by_substring
 
 
 def nouns(prompt, concepts="", relation="", **fields):
@@ -19,11 +22,11 @@ def nouns(prompt, concepts="", relation="", **fields):
         # The relation says that "ceiling fan" is one thing.
         ("a round ceiling fan", "round ceiling fan", "(ceiling fan, round)", ["ceiling fan"]),
         ("three owls", "three owls", "(owls, three)", ["owls"]),
-        # A whole sentence among the concepts is a relation, no object.
+        # A sentence among the concepts is a relation, no object.
         ("a cup left of a hat", "a cup, a hat, a cup is left of a hat", "(cup, left of, hat)", ["cup", "hat"]),
         ("a red circle above a blue square", "red circle, blue square", "above", ["circle", "square"]),
         ("a cup, a hat, a cup", "cup, hat, Cup", "", ["cup", "hat"]),
-        # Nothing of the analysis stands in the prompt: the prompt decides.
+        # No noun of the analysis occurs in the prompt: the prompt decides.
         ("a dog", "a cat", "(cat, black)", ["dog"]),
         ("a red car behind the small house", "", "", ["car", "house"]),
         ("A chef holding a sharp knife, and a pan", "", "", ["chef", "knife", "pan"]),
@@ -35,7 +38,7 @@ def test_nouns(prompt, concepts, relation, expected):
     assert nouns(prompt, concepts, relation) == expected
 
 
-def test_given_nouns_win_and_places_are_no_objects():
+def test_given_nouns_come_first_and_places_are_no_objects():
     assert nouns("a cup and a hat in a row", "red cup", "", nouns=["hat", "row", "Hat"]) == ["hat"]
 
 
@@ -64,10 +67,6 @@ def test_spans(noun, prompt, found):
     assert [prompt[a:b] for a, b in find_spans(noun, prompt)] == found
 
 
-def test_object_spans():
-    assert object_spans(["hat", "cup"], "a cup and a cup") == [{"text": "cup", "start": 2, "end": 5}]
-
-
 def test_tokens_by_offsets():
     prompt = "a carpet under a car"
     offsets = [None, (0, 1), (2, 5), (5, 8), (9, 14), (15, 16), (17, 20), None]
@@ -76,10 +75,56 @@ def test_tokens_by_offsets():
     assert find_tokens("boat", prompt, offsets) == []
 
 
-def test_tokens_by_substring_find_too_much():
+def test_tokens_by_substring_match_other_words():
     assert tokens_by_substring([" car"], ["", "a", " car", "pet", " under", " a", " car"]) == [2, 6]
     assert tokens_by_substring(["car"], ["carpet", "car", "Scar"]) == [0, 1, 2]
     assert tokens_by_substring([""], ["carpet"]) == []
+
+
+class Syllables:
+    """A tokenizer of pieces of three letters between two tokens of a template."""
+
+    def __init__(self):
+        self.vocabulary = ["<s>", "<img>"]
+
+    def image_prompt_offsets(self, prompt):
+        if "zeppelin" in prompt:
+            raise UsageError("the model does not know zeppelins")
+        found = list(re.finditer(r" ?(\w{1,3})", prompt))
+        self.vocabulary += [m[0] for m in found if m[0] not in self.vocabulary]
+        ids = [0, *(self.vocabulary.index(m[0]) for m in found), 1]
+        return torch.tensor(ids), [None, *(m.span(1) for m in found), None]
+
+    def detokenize(self, ids):
+        return self.vocabulary[ids[0]]
+
+
+def test_the_official_match_finds_more():
+    """The official match takes "car", a piece of "carpet", for the object."""
+    model = Syllables()
+    record = {"prompt": "a carpet under a car", "nouns": ["car", "zeppelin"]}
+    ours, official = (find_objects(record, model, match) for match in ("offsets", "substring"))
+    assert (ours.columns, official.columns) == ([[7]], [[2, 7]])
+    assert ours.spans == official.spans == [{"text": "car", "start": 17, "end": 20}]
+    assert ours.unmatched == {"zeppelin": "the prompt does not hold it as a word"}
+    assert official.unmatched == {"zeppelin": "the model does not know zeppelins"}
+
+
+def test_the_official_match_needs_no_whole_word():
+    model = Syllables()
+    record = {"prompt": "a carpet", "nouns": ["car", "dog"]}
+    assert find_objects(record, model, "offsets").reason == "no token of the prompt matches 'car', 'dog'"
+    found = find_objects(record, model, "substring")
+    assert (found.columns, found.spans) == ([[2]], [{"text": "car", "start": 2, "end": 5}])
+    assert found.unmatched == {"dog": "no token of the prompt stands for it"}
+    # A token of the template alone has no place in the prompt.
+    model.vocabulary[1] = "<dog>"
+    assert find_objects({"prompt": "a cup", "nouns": ["dog"]}, model, "substring").reason.startswith("no token")
+
+
+def test_prompts_without_objects_fail():
+    assert "no object" in find_objects({"prompt": "on the left"}, Syllables(), "offsets").reason
+    assert "zeppelins" in find_objects({"prompt": "a zeppelin"}, Syllables(), "offsets").reason
 
 
 class Token:
@@ -87,8 +132,8 @@ class Token:
         self.text, self.pos_, self.dep_ = text, pos, dep
 
 
-def test_spacy_where_it_is_installed(monkeypatch):
-    """A stand-in for its pipeline: compounds are one object, and without a noun the rule of words goes on."""
+def test_with_spacy(monkeypatch):
+    """With a fake pipeline: compounds are one object, and without a noun the rule of words applies."""
     words = [("a", "DET", ""), ("ceiling", "NOUN", "compound"), ("fan", "NOUN", "pobj"), ("Rex", "PROPN", "")]
     tagged = [Token(*word) for word in words]
     monkeypatch.setattr(object_tokens, "_spacy", lambda: lambda prompt: tagged if "fan" in prompt else [])

@@ -1,4 +1,4 @@
-"""Stage 2: methods by sub-category, answers parsed, bad variants left out with a reason."""
+"""Stage 2: methods by sub-category, answers parsed, and a reason for each variant that fails."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,9 @@ import pytest
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
 from ospo_fast.stages import perturb
-from ospo_fast.stages.perturb import METHODS, methods_for, parse_contrast, parse_dense, run
+from ospo_fast.stages.perturb import METHODS, failure, methods_for, parse_contrast, parse_dense, run
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
 
 MODEL = SimpleNamespace(templates="janus")
 
@@ -18,7 +20,7 @@ def record(item="0000001", sub="attribute2", prompt="a red cup and a blue hat"):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Answers by a table: what the variant is depends on the method; remembers the calls."""
+    """Answers that depend on the method only; keeps the calls."""
     calls = []
 
     def sample(model, templates, stage, settings, variables, seeds):
@@ -82,8 +84,7 @@ def test_methods():
         methods_for("attribute3")
 
 
-@pytest.mark.usefixtures("omegaconf")
-def test_bad_variants_are_left_out_with_a_reason(asked):
+def test_a_variant_that_fails_has_a_reason(asked):
     (done,) = run([record()], MODEL, load_config())
     assert done["perturbed_method"] == ["replace", "swap", "drop"]
     assert done["negative_prompt"] == ["a green cup and a blue hat", "A red cup and a blue hat.", ""]
@@ -92,10 +93,10 @@ def test_bad_variants_are_left_out_with_a_reason(asked):
     assert done["variant_reasons"][0] is None
     assert "prompt itself" in done["variant_reasons"][1]
     assert "no contrastive prompt" in done["variant_reasons"][2]
+    assert failure(done) is None
     assert [(stage, len(values)) for stage, values, _ in asked] == [("perturb", 3), ("densify", 1)]
 
 
-@pytest.mark.usefixtures("omegaconf")
 def test_no_dense_answer(monkeypatch):
     replies = {"perturb": "Contrastive Prompt: other", "densify": "Step 2. Prompt 1 Dense: a"}
     monkeypatch.setattr(
@@ -103,35 +104,31 @@ def test_no_dense_answer(monkeypatch):
     )
     (done,) = run([record()], MODEL, load_config())
     assert done["long_prompt"] == done["negative_long_prompt"] == [""] * 3
+    assert failure(done).reason == "no dense prompts in the answer"
     assert done["variant_reasons"] == ["no dense prompts in the answer"] * 3
 
 
-@pytest.mark.usefixtures("omegaconf")
-def test_excluded_variant(asked, tmp_path):
+@pytest.mark.parametrize(
+    ("excluded", "reason"),
+    [
+        ("a green cup and a blue hat", "the variant is on the list of excluded prompts"),
+        ("long a red cup and a blue hat", "a dense prompt is on the list of excluded prompts"),
+        ("Long a green cup and a blue hat.", "a dense prompt is on the list of excluded prompts"),
+    ],
+)
+def test_excluded_prompts(asked, tmp_path, excluded, reason):
     file = tmp_path / "held.txt"
-    file.write_text("a green cup and a blue hat\n")
+    file.write_text(excluded + "\n")
     (done,) = run([record()], MODEL, load_config([f"prompts.exclude={file}"]))
-    assert "excluded" in done["variant_reasons"][0]
-    assert not any(done["long_prompt"])
+    assert done["variant_reasons"][0] == reason
+    assert not any(done["long_prompt"] + done["negative_long_prompt"])
 
 
-@pytest.mark.usefixtures("omegaconf")
-@pytest.mark.parametrize("dense", ["long a red cup and a blue hat", "Long a green cup and a blue hat."])
-def test_excluded_dense_prompt(asked, tmp_path, dense):
-    file = tmp_path / "held.txt"
-    file.write_text(dense + "\n")
-    (done,) = run([record()], MODEL, load_config([f"prompts.exclude={file}"]))
-    assert done["variant_reasons"][0] == "a dense prompt is on the list of excluded prompts"
-    assert not any(done["long_prompt"])
-    assert not any(done["negative_long_prompt"])
-
-
-@pytest.mark.usefixtures("omegaconf")
 def test_seeds_do_not_depend_on_the_order(asked, monkeypatch):
     items = [record(str(n)) for n in range(5)]
-    monkeypatch.setattr(perturb, "CHUNK", 2)
-    settings = load_config()
-    forward = list(run(items, MODEL, settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(perturb, "CHUNK", 2)
+        forward = list(run(items, MODEL, load_config()))
     first = {(v["prompt"], s) for stage, values, seeds in asked for v, s in zip(values, seeds, strict=True)}
     asked.clear()
     backward = list(run(items[::-1], MODEL, load_config()))

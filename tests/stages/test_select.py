@@ -1,4 +1,4 @@
-"""Selection: the official figures, each rule by hand, and what the stage writes."""
+"""Selection: the official results, each rule by hand, and the records that the stage writes."""
 
 import json
 import random
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ospo_fast.config import SelectConfig, load_config
-from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.records import iter_pairs
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.stages import select as select_module
 from ospo_fast.stages.select import base_verdict, negative_verdict, run, select_pair
 
@@ -36,13 +35,10 @@ def item(bases, negatives, **fields):
     }
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["input"]["item_id"])
-def test_official_figures(case):
-    assert select_pair(case["input"]) == case["expect"]
-
-
-def test_golden_has_both_outcomes():
+def test_official_results():
     assert {case["expect"] is None for case in GOLDEN} == {True, False}
+    for case in GOLDEN:
+        assert select_pair(case["input"]) == case["expect"], case["input"]["item_id"]
 
 
 def test_v3_shares_the_index_and_takes_the_first_of_equals():
@@ -54,12 +50,13 @@ def test_v3_shares_the_index_and_takes_the_first_of_equals():
 
 
 def test_v3_threshold_and_ties():
-    assert base_verdict(verdict("b", 0.6))[0]
-    assert not base_verdict(verdict("b", 0.599))[0]
-    assert not base_verdict({"local_score": 0.9, "answer_metadata": [{"p_yes": 1, "p_no": 0, "answer": "no"}]})[0]
-    assert not base_verdict({"local_score": float("nan"), "answer_metadata": [{"answer": "yes"}]})[0]
-    assert negative_verdict(verdict("n", 0.9, 0))[0]
-    assert not negative_verdict(verdict("n", 0.9, 0.1))[0]
+    assert base_verdict(verdict("b", 0.6)) == "local score 0.60"
+    assert base_verdict(verdict("b", 0.599)) == Failure("local score 0.60 below 0.6")
+    wrong = {"local_score": 0.9, "answer_metadata": [{"p_yes": 1, "p_no": 0, "answer": "no"}]}
+    nan = {"local_score": float("nan"), "answer_metadata": [{"answer": "yes"}]}
+    assert all(isinstance(base_verdict(image), Failure) for image in (wrong, nan, {}))
+    assert negative_verdict(verdict("n", 0.9, 0)) == "1 of 2 answers are not yes"
+    assert negative_verdict(verdict("n", 0.9, 0.1)) == Failure("0 of 2 answers are not yes")
 
 
 def test_v2():
@@ -81,85 +78,80 @@ def test_v2():
 
 
 @pytest.mark.parametrize("rule", ["v3", "v2"])
-def test_rejected_is_an_own_drawing_where_wanted(rule):
+def test_the_rejected_image_is_another_base_image(rule):
     own = SelectConfig(rule=rule, rejected="own")
     record = item({0: [-0.2, 0.9], 1: [0.9, 0.9], 2: [-0.8, 0.1]}, {0: [-1], 1: [-1]})
     pair = select_pair(record, rule, settings=own, logprobs=lambda paths: [0.0] * len(paths))
     assert (pair["chosen"], pair["rejected"]) == ("b1.png", "b2.png")
-    # None of the others is wrong: a near miss after all. The chosen itself is never rejected.
+    # If no other base image is wrong, the hard negative is rejected. The chosen image itself never is.
     assert select_pair(item({0: [0.9], 1: [0.8]}, {0: [-1]}), rule, settings=own)["rejected"] == "n0.png"
     assert select_pair(item({0: [0.9, 0.9, 0.9, -0.1]}, {1: [1]}), rule, settings=own) is None
     assert select_pair(item({0: [-0.9]}, {0: [-1]}), rule, settings=own) is None
 
 
-@pytest.mark.usefixtures("omegaconf")
-def test_an_own_drawings_variant_gives_the_rejected_prompt():
-    record = item({0: [0.9], 2: [-0.9]}, {0: [-1], 1: [-1], 2: [-1]})
-    (done,) = run([record], None, load_config(["select.rejected=own"]))
-    assert (done["rejected"], done["rejected_prompt"]) == ("b2.png", "n2")
+def images(record):
+    return [(pair["chosen"], pair["rejected"], pair["rejected_prompt"]) for pair in record.get("pairs", ())]
 
 
 @pytest.mark.usefixtures("omegaconf")
-def test_further_drawings_of_a_variant():
-    """Of three variants, base_5 is the second drawing of the last, and has no near miss beside it."""
-    record = item({0: [0.7], 2: [-0.2], 3: [-0.9], 5: [0.9]}, {0: [-1], 2: [-1]})
-    (done,) = run([record], None, load_config(["select.rejected=own"]))
-    assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b5.png", "b3.png", "n0")
-    (done,) = run([record], None, load_config())  # the near miss of its variant
-    assert (done["chosen"], done["rejected"], done["rejected_prompt"]) == ("b5.png", "n2.png", "n2")
+@pytest.mark.parametrize(
+    ("bases", "settings", "expected"),
+    [
+        ({0: [0.7], 2: [0.9]}, [], ("b2.png", "n2.png", "n2")),
+        ({0: [0.9], 2: [-0.9]}, ["select.rejected=own"], ("b0.png", "b2.png", "n2")),
+        # Of three variants, base_5 is the second image of the last one, which has one hard negative.
+        ({0: [0.7], 2: [-0.2], 3: [-0.9], 5: [0.9]}, ["select.rejected=own"], ("b5.png", "b3.png", "n0")),
+        ({0: [0.7], 2: [-0.2], 3: [-0.9], 5: [0.9]}, [], ("b5.png", "n2.png", "n2")),
+    ],
+)
+def test_the_rejected_prompt_is_that_of_the_variant(bases, settings, expected):
+    (done,) = run([item(bases, {0: [-1], 1: [-1], 2: [-1]})], None, load_config(settings))
+    assert images(done) == [expected]
 
 
 @pytest.mark.usefixtures("omegaconf")
-def test_further_pairs_are_of_other_images():
-    drawn = {0: [0.9], 1: [0.7], 2: [0.8], 3: [-0.9], 4: [-0.1], 5: [1.0]}
-    record = item(drawn, {0: [-1], 1: [-1], 2: [-1]})
+def test_more_pairs_have_other_images():
+    bases = {0: [0.9], 1: [0.7], 2: [0.8], 3: [-0.9], 4: [-0.1], 5: [1.0]}
+    record = item(bases, {0: [-1], 1: [-1], 2: [-1]})
     (done,) = run([record], None, load_config(["select.rejected=own", "select.pairs=4"]))
-    assert [(r["item_id"], r["chosen"], r["rejected"], r["rejected_prompt"]) for r in iter_pairs([done])] == [
-        ("0000001", "b5.png", "b3.png", "n0"),
-        ("0000001-1", "b0.png", "b4.png", "n1"),
-    ]  # b2 and b1 are right, too, but nothing wrong is left
+    # b2 and b1 are right too, but no wrong image is left.
+    assert images(done) == [("b5.png", "b3.png", "n0"), ("b0.png", "b4.png", "n1")]
     (done,) = run([record], None, load_config(["select.pairs=2"]))
-    assert [(r["chosen"], r["rejected"]) for r in iter_pairs([done])] == [("b5.png", "n2.png"), ("b0.png", "n0.png")]
-    (done,) = run([record], None, load_config(["select.rejected=own"]))
-    assert "further_pairs" not in done
-    # Near misses stand in for the first pair alone.
-    (done,) = run(
-        [item({0: [0.9], 1: [0.7]}, {0: [-1], 1: [-1]})], None, load_config(["select.rejected=own", "select.pairs=2"])
-    )
-    assert (done["chosen"], done["rejected"], "further_pairs" in done) == ("b0.png", "n0.png", False)
+    assert images(done) == [("b5.png", "n2.png", "n2"), ("b0.png", "n0.png", "n0")]
+    # With own images, only the first pair may have a hard negative.
+    two = item({0: [0.9], 1: [0.7]}, {0: [-1], 1: [-1]})
+    (done,) = run([two], None, load_config(["select.rejected=own", "select.pairs=2"]))
+    assert images(done) == [("b0.png", "n0.png", "n0")]
     (done,) = run([record], None, load_config(["select.rule=random", "select.rejected=own", "select.pairs=9"]))
-    assert len(list(iter_pairs([done]))) == 3
+    assert len(images(done)) == 3
 
 
 @pytest.mark.usefixtures("omegaconf")
-def test_a_further_pair_that_cannot_be_had_costs_no_other(monkeypatch):
-    asked = []
+def test_a_failed_further_pair_leaves_the_others(monkeypatch):
+    calls = []
 
-    def logprobs_of(prompt, model, batch_size, out):
-        def logprobs(paths):
-            asked.append(paths)
-            if len(asked) > 1:
-                raise select_module._NoLogProbsError("an image cannot be read")
-            return [0.0] * len(paths)
+    def logprobs(prompt, model, batch_size, out, paths):
+        calls.append(paths)
+        return [0.0] * len(paths) if len(calls) == 1 else Failure("an image cannot be read")
 
-        return logprobs
-
-    monkeypatch.setattr(select_module, "_logprobs_of", logprobs_of)
+    monkeypatch.setattr(select_module, "_logprobs", logprobs)
     record = item({0: [0.9], 1: [0.8], 2: [-0.9]}, {0: [-1], 1: [-1], 2: [-1]})
     (done,) = run([record], object(), load_config(["select.rule=v2", "select.pairs=2"]))
-    assert (done["chosen"], "further_pairs" in done, len(asked)) == ("b0.png", False, 2)
-    asked.clear()
+    assert (images(done), len(calls)) == ([("b0.png", "n0.png", "n0")], 2)
+    (done,) = run([record], object(), load_config(["select.rule=v2"]))
+    assert (done["kept"], done["reason"]) == (False, "an image cannot be read")
+    calls.clear()
     (done,) = run([record], object(), load_config(["select.rule=v2", "select.pairs=2", "select.rejected=own"]))
-    assert (done["chosen"], done["rejected"], asked) == ("b0.png", "b2.png", [])  # nothing asked of the model for it
+    assert (images(done), calls) == ([("b0.png", "b2.png", "n2")], [])  # needs no log-probabilities
 
 
 def test_random_is_unfiltered_and_seeded():
     record = item({0: [-1], 1: [-1], 2: [-1]}, {0: [1], 1: [1], 2: [1]})
-    drawn = {select_pair(record, "random", seed)["chosen"] for seed in range(40)}
-    assert drawn == {"b0.png", "b1.png", "b2.png"}
+    chosen = {select_pair(record, "random", seed)["chosen"] for seed in range(40)}
+    assert chosen == {"b0.png", "b1.png", "b2.png"}
     assert select_pair(record, "random", random.Random(5)) == select_pair(record, "random", 5)
     own = select_pair(record, "random", 5, settings=SelectConfig(rule="random", rejected="own"))
-    assert own == select_pair(record, "random", 5)  # which drawing is wrong is not known without judging
+    assert own == select_pair(record, "random", 5)  # which image is wrong is unknown without answers
 
 
 def test_wrong_rule_and_wrong_names():
@@ -170,7 +162,7 @@ def test_wrong_rule_and_wrong_names():
 
 
 @pytest.mark.usefixtures("omegaconf")
-def test_stage_writes_every_item_with_reasons():
+def test_every_item_comes_out_with_pairs_or_a_reason():
     records = [
         item({0: [0.9], 1: [0.1]}, {0: [-1], 1: [1]}),
         item({0: [0.1]}, {0: [-1]}),
@@ -180,17 +172,11 @@ def test_stage_writes_every_item_with_reasons():
     ]
     done = list(run(records, None, load_config()))
     assert [r["kept"] for r in done] == [True, False, False, False, False]
-    assert done[0]["rejected_prompt"] == "n0"
-    assert done[0]["chosen_score"] == pytest.approx(0.9)
+    assert done[0]["pairs"][0]["chosen_score"] == pytest.approx(0.9)
+    assert all("pairs" not in record for record in done[1:])
     assert [v["kept"] for v in done[0]["base_metadata"].values()] == [True, False]
     assert "local score 0.10 below 0.6" in done[1]["reason"]
     assert "no negative image" in done[2]["reason"]
     assert "no contrastive prompt" in done[3]["reason"]
     assert "no question" in done[4]["reason"]
     assert "kept" not in records[0]
-
-
-@pytest.mark.usefixtures("omegaconf")
-def test_rejected_prompt_is_that_of_the_variant():
-    (done,) = run([item({0: [0.7], 2: [0.9]}, {0: [-1], 2: [-1]})], None, load_config())
-    assert done["rejected_prompt"] == "n2"

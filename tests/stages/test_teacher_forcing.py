@@ -1,4 +1,4 @@
-"""Teacher-forced sequences: labels at the codes' own places, padding without effect."""
+"""Teacher-forced sequences: labels at the positions of the codes, padding without effect."""
 
 import pytest
 import torch
@@ -35,10 +35,10 @@ def test_labels(model, codes):
 
 @torch.no_grad()
 def test_mean_logprobs_against_the_full_logits(model, codes):
-    found = mean_logprobs(model, PROMPTS, codes, batch_size=2)
-    assert found == pytest.approx(mean_logprobs(model, PROMPTS, codes, batch_size=1), rel=1e-5)
-    for n, prompt in enumerate(PROMPTS):
-        ids = model.image_prompt(prompt)
+    prompts = [model.image_prompt(prompt) for prompt in PROMPTS]
+    found = mean_logprobs(model, prompts, codes, batch_size=2)
+    assert found == pytest.approx(mean_logprobs(model, prompts, codes, batch_size=1), rel=1e-5)
+    for n, ids in enumerate(prompts):
         embeds = torch.cat([model.embed_tokens(ids), model.embed_codes(codes[n])])[None]
         logits = model.head(hidden_states(model, embeds)[0, len(ids) - 1 : -1])
         expected = logits.log_softmax(-1).gather(-1, codes[n][:, None]).mean()

@@ -1,0 +1,60 @@
+"""Image prompts from users and stages: files of them, when two are the same, and whether a model can take one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ospo_fast.config import Config
+from ospo_fast.errors import Failure, UsageError, attempt
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.stages.object_tokens import extract_nouns
+
+
+def prompt_key(prompt: str) -> str:
+    """Return what identifies a prompt: its text without case, repeated spaces and full stop."""
+    return " ".join(prompt.casefold().split()).rstrip(" .")
+
+
+def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
+    """Read (line number, prompt) from a text file with one prompt per line; blank lines are skipped.
+
+    Raises:
+        UsageError: a missing or empty file.
+
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}.") from error
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UsageError(f"The prompt file {path} holds no prompt; write one prompt per line.")
+    return prompts
+
+
+def excluded_prompts(config: Config) -> frozenset[str]:
+    """Return the keys of the prompts that must never be produced (`prompts.exclude`)."""
+    if config.prompts.exclude is None:
+        return frozenset()
+    return frozenset(prompt_key(prompt) for _, prompt in numbered_prompts(config.prompts.exclude))
+
+
+def image_prompt_ids(model: UnifiedModel, prompt: str) -> Tensor | Failure:
+    """Tokenize an image prompt to ids (S,); a Failure for unknown words, control tokens or too many tokens."""
+    ids = attempt(model.image_prompt, prompt)
+    limit = model.max_positions - model.grid[0] * model.grid[1]
+    if not isinstance(ids, Failure) and len(ids) > limit:
+        return Failure(f"prompt: {prompt[:60]!r} has {len(ids)} tokens, at most {limit} fit; shorten it")
+    return ids
+
+
+def check_prompt(model: UnifiedModel, prompt: str) -> Failure | None:
+    """Return why a user's prompt is refused: the model cannot take it, or it names no object. None: it is accepted."""
+    ids = image_prompt_ids(model, prompt)
+    if isinstance(ids, Failure):
+        return ids
+    if not extract_nouns({"prompt": prompt}):
+        return Failure(f"prompt: {prompt[:60]!r} names no object; name what the image should show")
+    return None

@@ -1,0 +1,80 @@
+"""Sampling of texts from the chat templates of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ospo_fast.config import Config, TextConfig
+from ospo_fast.errors import Failure, attempt
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.records import Record
+from ospo_fast.stages.templates import TemplateSet, load_templates
+
+
+def load_model_templates(model: UnifiedModel, config: Config) -> TemplateSet:
+    """Load the template set that the configuration names, or else that of the model."""
+    return load_templates(config.templates or model.templates)
+
+
+def template_variables(record: Record) -> dict[str, str]:
+    """Return the template variables that a record gives."""
+    return {
+        "prompt": record["prompt"],
+        "kind": record.get("kind", ""),
+        "sub_category": record.get("sub_category", ""),
+        "concepts": record.get("concepts_and_relations", ""),
+        "relation": record.get("relation", ""),
+    }
+
+
+def chat_ids(model: UnifiedModel, messages: list[Any], *, image: bool = False) -> Tensor | Failure:
+    """Tokenize a chat to ids (S,); a Failure if it holds control tokens or leaves no position for an answer."""
+    ids = attempt(model.chat, messages, image=image)
+    if not isinstance(ids, Failure) and len(ids) >= model.max_positions:
+        return Failure(f"{len(ids)} tokens leave no room for an answer in the model's {model.max_positions} positions")
+    return ids
+
+
+def sample_text(
+    model: UnifiedModel,
+    templates: TemplateSet,
+    stage: str,
+    settings: TextConfig,
+    variables: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+) -> list[str | Failure]:
+    """Sample one answer for each dict of template variables.
+
+    Args:
+        model: the model that answers.
+        templates: source of the chat messages and of the default sampling settings.
+        stage: name of the template.
+        settings: its fields that are not None override the sampling settings of the template.
+        variables: one dict per answer.
+        seeds: one integer per answer.
+
+    Returns:
+        The answers. One is a Failure if its chat cannot be tokenized or its logits are not finite.
+
+    """
+    from ospo_fast.generation import generate_text
+
+    sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 512} | templates.sampling(stage)
+    sampling |= {name: value for name in sampling if (value := getattr(settings, name, None)) is not None}
+    answers: list[Any] = [chat_ids(model, templates.messages(stage, **values)) for values in variables]
+    rows = [n for n, chat in enumerate(answers) if not isinstance(chat, Failure)]
+    texts = generate_text(
+        model,
+        [answers[n] for n in rows],
+        seeds=[seeds[n] for n in rows],
+        batch_size=settings.batch_size,
+        progress=False,
+        on_error="skip",
+        **sampling,
+    )
+    for n, text in zip(rows, texts, strict=True):
+        answers[n] = text
+    return answers

@@ -1,0 +1,69 @@
+"""PNG and .npz files: codes are read back or encoded, and damaged files are reported one by one."""
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from ospo_fast.errors import Failure
+from ospo_fast.models import load_model
+from ospo_fast.stages.image_files import image_codes, load_codes, pair_codes, save_codes, save_image
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load_model(tiny)
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    path = tmp_path / "base_0.png"
+    codes = torch.randint(model.num_codes, (36,), generator=torch.Generator().manual_seed(0))
+    save_image(path, model.decode_codes(codes[None])[0], codes, {"prompt": "a red circle", "seed": 3})
+    return path
+
+
+def test_codes_are_read_back_or_encoded(model, path):
+    stored = load_codes(path.with_suffix(".npz"))
+    assert (stored["prompt"], stored["seed"], stored["codes"].dtype) == ("a red circle", 3, torch.int64)
+    assert torch.equal(image_codes(model, [path])[0], stored["codes"])
+    path.with_suffix(".npz").unlink()
+    (encoded,) = image_codes(model, [path])
+    assert torch.equal(encoded, model.encode_images([Image.open(path).convert("RGB")])[0].cpu())
+
+
+def test_codes_of_a_pair(model, path):
+    pair = {"chosen": path.name, "rejected": path.name}
+    codes, missing = pair_codes(model, [pair, {**pair, "rejected": "none.png"}], path.parent)
+    assert torch.equal(codes, load_codes(path.with_suffix(".npz"))["codes"].expand(2, -1))
+    assert "none.png" in missing.reason
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(35), torch.full((36,), 9999), torch.zeros(0)], ids=["35", "9999", "0"])
+def test_codes_of_another_model(model, path, codes):
+    save_codes(path.with_suffix(".npz"), codes.long())
+    assert "another model" in image_codes(model, [path])[0].reason
+
+
+def test_damaged_files_fail_alone(model, path):
+    """A cut or a changed byte in an image or its codes gives a Failure, and the other images their codes."""
+    (codes,) = image_codes(model, [path])
+    rng = random.Random(0)
+    paths = [path]
+    for n in range(60):
+        for suffix in (".png", ".npz"):
+            data = bytearray(path.with_suffix(suffix).read_bytes())
+            if n % 2:
+                del data[rng.randrange(len(data)) :]
+            else:
+                data[rng.randrange(len(data))] ^= 0xFF
+            damaged = path.with_name(f"{n}{suffix[1]}.png")
+            damaged.write_bytes(path.read_bytes())
+            damaged.with_suffix(suffix).write_bytes(data)
+            paths.append(damaged)
+    first, *others = image_codes(model, paths)
+    assert torch.equal(first, codes)
+    reasons = [found.reason for found in others if isinstance(found, Failure)]
+    assert len(reasons) > 90
+    assert all(reason.startswith("Cannot read the ") or "another model" in reason for reason in reasons)

@@ -1,0 +1,107 @@
+"""Stage 4, second part: scores from answers, and images and questions that fail alone."""
+
+import pytest
+from PIL import Image
+
+from ospo_fast.config import load_config
+from ospo_fast.models import load_model
+from ospo_fast.stages import score, select
+from ospo_fast.stages.score import failure, run, with_answers
+
+pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load_model(tiny)
+
+
+def image_item(folder, item, names, questions):
+    for name in names:
+        (folder / item).mkdir(exist_ok=True)
+        Image.new("RGB", (48, 48), (len(name), 7, ord(item[0]))).save(folder / item / f"{name}.png")
+    images = {name: {"path": f"{item}/{name}.png"} for name in names}
+    roles = {role: {k: v for k, v in images.items() if k.startswith(role)} for role in ("base", "negative")}
+    return {"item_id": item, "question": questions, **{f"{role}_metadata": found for role, found in roles.items()}}
+
+
+def test_local_score():
+    verdict = with_answers(
+        {"path": "x"}, [{"p_yes": 0.9, "p_no": 0.1, "answer": "yes"}, {"p_yes": 0, "p_no": 1, "answer": "no"}]
+    )
+    assert verdict["local_score"] == pytest.approx((0.8 - 1) / 2)
+
+
+def test_scores_of_all_images(tmp_path, model, script, monkeypatch):
+    names = ["base_0", "negative_0", "base_2", "negative_2"]
+    items = [
+        image_item(tmp_path, "a", names, ["is there a red circle?", "is there one object?"]),
+        image_item(tmp_path, "b", ["base_1", "negative_1"], []),
+        image_item(tmp_path, "c", [], ["is there a red circle?"]),
+    ]
+    monkeypatch.setattr(score, "CHUNK", 2)
+    done = list(run(items, model, load_config(), out=tmp_path))
+    assert list(done[0]["base_metadata"]) == ["base_0", "base_2"]
+    for verdict in [*done[0]["base_metadata"].values(), *done[0]["negative_metadata"].values()]:
+        margins = [answer["p_yes"] - answer["p_no"] for answer in verdict["answer_metadata"]]
+        assert len(margins) == 2
+        assert verdict["local_score"] == pytest.approx(sum(margins) / 2)
+    assert done[1]["base_metadata"] == items[1]["base_metadata"]
+    assert done[2]["base_metadata"] == {}
+    assert [failure(record) for record in (done[0], done[2])] == [None, None]
+    assert "no question" in failure(done[1]).reason
+
+
+def test_an_untrained_model_gives_probabilities(model, tmp_path):
+    (scored,) = run(
+        [image_item(tmp_path, "a", ["base_0", "negative_0"], ["is there a red circle?"])],
+        model,
+        load_config(),
+        out=tmp_path,
+    )
+    answer = scored["base_metadata"]["base_0"]["answer_metadata"][0]
+    assert 0 <= answer["p_yes"] <= 1
+    assert 0 <= answer["p_no"] <= 1
+    assert answer["answer"] in ("yes", "no", "tie")
+
+
+def test_an_image_that_cannot_be_read_fails_alone(tmp_path, model, script):
+    names = ["base_0", "negative_0", "base_1", "negative_1"]
+    items = [image_item(tmp_path, item, names, ["is there a red circle?"]) for item in "abc"]
+    (whole,) = run(items[:1], model, load_config(), out=tmp_path)
+    torn = tmp_path / "b" / "base_1.png"
+    torn.write_bytes(torn.read_bytes()[:60])
+    for name in names:
+        (tmp_path / "c" / f"{name}.png").unlink()
+    first, second, third = run(items, model, load_config(), out=tmp_path)
+    assert first == whole
+    assert "local_score" in second["base_metadata"]["base_0"]
+    broken = second["base_metadata"]["base_1"]
+    assert "local_score" not in broken
+    assert f"Cannot read the image {torn}" in broken["reason"]
+    assert "No such file" in third["base_metadata"]["base_0"]["reason"]
+    assert failure(first) is None
+    assert failure(second).reason == broken["reason"]
+    selected = list(select.run([second, third], None, load_config(["select.threshold=-1"])))
+    assert selected[0]["base_metadata"]["base_1"]["reason"] == broken["reason"]
+    assert not selected[1]["kept"]
+    assert "No such file" in selected[1]["reason"]
+
+
+def test_questions_that_are_too_long_and_answers_that_are_not_finite(model, tmp_path, script, monkeypatch):
+    long = "is there a red " + "red " * 400 + "circle?"
+    items = [
+        image_item(tmp_path, "a", ["base_0", "negative_0"], [long, "is there a red circle?"]),
+        image_item(tmp_path, "b", ["base_0", "negative_0"], [long]),
+    ]
+    one, other = run(items, model, load_config(), out=tmp_path)
+    assert one["question"] == ["is there a red circle?"]
+    assert len(one["base_metadata"]["base_0"]["answer_metadata"]) == 1
+    assert other["question"] == []
+    (dropped,) = select.run([other], None, load_config())
+    assert "no room for an answer" in dropped["reason"]
+    nothing = [[{"p_yes": float("nan"), "p_no": float("nan"), "answer": "tie"}]] * 2
+    monkeypatch.setattr("ospo_fast.generation.answer_questions", lambda *_, **__: nothing)
+    (scored,) = run(items[:1], model, load_config(), out=tmp_path)
+    (dropped,) = select.run([scored], None, load_config())
+    assert dropped["reason"] == "no base image passed: the answers are not finite"
