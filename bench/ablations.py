@@ -39,6 +39,7 @@ from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import held_out_prompts
 from ospo_fast.stages import STAGE_NAMES
+from ospo_fast.stats import standard_error
 
 SEEDS = (42, 43, 44)
 SAMPLING = (0, 1)
@@ -360,11 +361,7 @@ def pooled(rows: list[dict[str, Any]], scale: str) -> dict[str, float]:
     """Return the mean gain over training seeds, with its standard errors over prompts and over seeds."""
     gains = np.array([row[scale]["gain"]["alignment"] for row in rows])
     prompts = float(np.mean([row[scale]["gain"]["standard_error"] for row in rows]))
-    return {
-        "gain": float(gains.mean()),
-        "error_prompts": prompts,
-        "error_seeds": evaluate.standard_error(gains),
-    }
+    return {"gain": float(gains.mean()), "error_prompts": prompts, "error_seeds": standard_error(gains)}
 
 
 @contextmanager

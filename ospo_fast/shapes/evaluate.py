@@ -33,6 +33,7 @@ from ospo_fast.shapes.render import CELL, render
 from ospo_fast.shapes.scenes import KINDS, Description, parse, prompts, random_scene
 from ospo_fast.stages.templates import load_templates
 from ospo_fast.stages.train import Evaluation
+from ospo_fast.stats import standard_error
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 HEADLINE = ("color2", "2D_spatial", "numeracy2")
@@ -97,11 +98,6 @@ class AlignmentResult:
                 tuple(Image.fromarray(image) for image in file["images"]),
                 file["correct"],
             )
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Return the standard error of the mean of independent values; NaN for fewer than two."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def _summary(rates: np.ndarray) -> dict[str, float]:
