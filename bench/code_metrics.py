@@ -7,8 +7,10 @@
 banned_words: hits of the words that tests/test_language.py bans, in the text files of the checkout.
 core_lines: lines of ospo_fast/**/*.py without experimental/ and shapes/, and of kernels/*.py.
 config_fields: fields of `ospo_fast.config.Config` and of its sections. A mapping counts as one field.
-stage_lists: files in ospo_fast and bench with four or more stage names as string literals. A literal of several names
-    ("select masks train") counts for each of them; docstrings do not count.
+stage_lists: files in ospo_fast and bench with a statement that has four or more stage names as string literals. A chain
+    of if and elif is one statement. A literal of several names ("select masks train") counts for each of them.
+stage_name_files: files with four or more stage names as string literals anywhere. Some are names of other things, such
+    as fields of a record.
 hops_to_decode_loop: functions of ospo_fast on the call stack below `ImageGenerator.generate`, down to the function with
     the decode loop, which is counted too. The loop is the innermost frame that is still there when
     `InferenceDecoder.step` is called for the second time.
@@ -71,23 +73,26 @@ def stage_names() -> set[str]:
     return {getattr(stage, "name", stage) for stage in STAGES}
 
 
-def listed_stages(source: str, names: set[str]) -> set[str]:
-    """Return the stage names that are string literals of a module."""
-    tree = ast.parse(source)
-    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    listed: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in statements:
-            words = set(re.findall(r"[^\s,|]+", node.value))
-            if words <= names:
-                listed |= words
-    return listed
+def named_stages(node: ast.AST, names: set[str]) -> set[str]:
+    """Return the stage names that are string literals in a syntax tree."""
+    literals = [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
+    words = [re.findall(r"[^\s,|]+", literal) for literal in literals if isinstance(literal, str)]
+    return {word for found in words if names.issuperset(found) for word in found}
 
 
-def stage_lists(root: Path) -> list[str]:
+def stage_files(root: Path) -> dict[str, list[str]]:
     names = stage_names()
-    paths = sorted([*(root / "ospo_fast").rglob("*.py"), *(root / "bench").rglob("*.py")])
-    return [str(p.relative_to(root)) for p in paths if len(listed_stages(p.read_text("utf-8"), names)) >= 4]
+    blocks = (ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.With, ast.Try)
+    lists, files = [], []
+    for path in sorted([*(root / "ospo_fast").rglob("*.py"), *(root / "bench").rglob("*.py")]):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if len(named_stages(tree, names)) < 4:
+            continue
+        files.append(str(path.relative_to(root)))
+        statements = (node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not isinstance(node, blocks))
+        if any(len(named_stages(statement, names)) >= 4 for statement in statements):
+            lists.append(files[-1])
+    return {"stage_lists": lists, "stage_name_files": files}
 
 
 def stacks_of_steps(root: Path, count: int) -> list[list[FrameType]]:
@@ -152,13 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     root = options.root.resolve()
     sys.path.insert(0, str(root))
-    lists = stage_lists(root)
     metrics: dict[str, Any] = {
         "banned_words": banned_words(root),
         "core_lines": core_lines(root),
         "config_fields": config_fields(),
-        "stage_lists": len(lists),
-        "stage_list_files": lists,
+        **stage_files(root),
         **hops(root),
     }
     if options.tests:
@@ -167,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(metrics))
     else:
         for name, value in metrics.items():
-            print(f"{name:20} {', '.join(value) if isinstance(value, list) else value}")
+            listed = f"{len(value)}: {', '.join(value)}" if isinstance(value, list) else value
+            print(f"{name:20} {listed}")
     return 0
 
 
