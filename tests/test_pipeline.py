@@ -12,7 +12,7 @@ import ospo_fast.stages
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage, stage_metrics
-from ospo_fast.records import Store, read_records
+from ospo_fast.records import Store, iter_pairs, read_records
 from ospo_fast.shapes.scenes import descriptions
 from ospo_fast.stages import STAGE_NAMES as STAGES
 
@@ -315,9 +315,9 @@ def test_rule_v2(tiny, script, tmp_path):
         run.stage(stage)
     kept = [r for r in read_stage(tmp_path, "select") if r["kept"]]
     assert kept
-    for record in kept:
-        name = next(k for k, v in record["negative_metadata"].items() if v["path"] == record["rejected"])
-        assert record["rejected_prompt"] == record["negative_prompt"][int(name[-1])]
+    for _, record, pair in iter_pairs(kept):
+        name = next(k for k, v in record["negative_metadata"].items() if v["path"] == pair["rejected"])
+        assert pair["rejected_prompt"] == record["negative_prompt"][int(name[-1])]
 
 
 def test_v2_goes_on_without_the_items_that_fail(tiny, script, tmp_path):
@@ -335,7 +335,7 @@ def test_v2_goes_on_without_the_items_that_fail(tiny, script, tmp_path):
     assert len(several) >= 3
     before = {record["item_id"]: record for record in read_stage(tmp_path, "select")}
     long, torn = several[0]["item_id"], several[1]["item_id"]
-    (tmp_path / several[1]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
+    (tmp_path / several[1]["pairs"][0]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
     lines = [json.loads(line) for line in (tmp_path / "score.jsonl").read_text().splitlines()]
     for line in lines:
         if line["item_id"] == long:

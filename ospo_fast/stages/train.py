@@ -509,11 +509,18 @@ def run(
 ) -> Iterator[Record]:
     """Train on the records and yield nothing; see `train`.
 
-    Sets `context.report.total` to the steps of the run and `context.report.failed` to the number of pairs that failed.
+    `context.report` counts the steps of this call in `items`, the steps of the run in `total`, and in `failed` the pairs
+    that could not be trained on.
     """
     if out is None:
         raise OspoError("train: got no run folder; give `out`, where the weights go.")
     context = context or StageContext()
+
+    def advance(steps: int) -> None:
+        context.report.items += steps
+        if context.progress is not None:
+            context.progress(steps)
+
     result = train(
         records,
         model,
@@ -521,7 +528,7 @@ def run(
         out=out,
         evaluation=context.evaluation,
         resume=context.resume,
-        progress=context.progress,
+        progress=advance,
     )
     context.report.total, context.report.failed = result.steps, len(result.failures)
     yield from ()

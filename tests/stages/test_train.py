@@ -317,7 +317,8 @@ def test_pairs_that_fail_are_reported(tiny, records, run_folder, preset, caplog)
     expected |= {item_ids[1]: "tokens, at most"} if preset == "full" else {}
     assert failed.keys() == expected.keys()
     assert all(words in failed[item] for item, words in expected.items())
-    assert (context.report.total, context.report.failed, steps) == (1, len(expected), [1])
+    report = context.report
+    assert (report.items, report.total, report.failed, steps) == (1, 1, len(expected), [1])
     assert f"train: {len(expected)} of {len(kept)} pairs failed: " in caplog.text
 
 
