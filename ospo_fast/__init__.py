@@ -1,7 +1,7 @@
-"""Object-centric self-improving preference optimisation (OSPO) for text-to-image models, made fast.
+"""Object-centric self-improving preference optimization (OSPO) for text-to-image models.
 
-The public names, each imported from its module on first use, so that `import ospo_fast` costs nothing and the
-operations need torch and numpy only.
+Each public name is imported from its module on first use, so that `import ospo_fast` imports nothing and the
+operations need only torch and numpy.
 """
 
 import importlib
@@ -46,29 +46,22 @@ __all__ = [
     "token_weights",
 ]
 
-_HOME = {
-    "AttentionCapture": "ospo_fast.models.capture",
-    "Head": "ospo_fast.ops",
-    "ImageGenerator": "ospo_fast.generation",
-    "OSPOLoss": "ospo_fast.loss",
-    "OSPOLossConfig": "ospo_fast.loss",
-    "attention_columns": "ospo_fast.ops",
-    "load_model": "ospo_fast.models",
-    "object_masks": "ospo_fast.ops",
-    "otsu_threshold": "ospo_fast.ops",
-    "preference_loss": "ospo_fast.ops",
-    "sample_codes": "ospo_fast.ops",
-    "select_pair": "ospo_fast.stages.select",
-    "sequence_logprobs": "ospo_fast.ops",
-    "token_logprobs": "ospo_fast.ops",
-    "token_weights": "ospo_fast.ops",
+# Modules of the public names that are not in `ospo_fast.ops`.
+_MODULES = {
+    "AttentionCapture": "models.capture",
+    "ImageGenerator": "generation",
+    "OSPOLoss": "loss",
+    "OSPOLossConfig": "loss",
+    "load_model": "models",
+    "select_pair": "stages.select",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(_HOME[name]), name)
+    module = importlib.import_module(f"ospo_fast.{_MODULES.get(name, 'ops')}")
+    value: object = getattr(module, name)
     globals()[name] = value
     return value
 

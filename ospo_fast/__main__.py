@@ -1,4 +1,4 @@
-"""`python -m ospo_fast`: the command line."""
+"""Run the command line by `python -m ospo_fast`."""
 
 import sys
 

@@ -83,7 +83,6 @@ _OPTIONS = {
 def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name."""
     from ospo_fast.config import load_config, model_family
-    from ospo_fast.models import find_model
 
     named = load_config(args.settings, file=args.config)
     out = args.out or Path(named.out)
@@ -94,6 +93,8 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     if args.seed is not None:
         config.seed = args.seed
     if args.model is not None or named.model != "shapes":  # the model of a saved run may be missing until it is needed
+        from ospo_fast.models import find_model
+
         find_model(model)
     if getattr(args, "masks", None) is not None:
         config.train.masks = args.masks

@@ -55,25 +55,12 @@ _REMOVED = {
 }
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The values that a field accepts. `text` completes "KEY should be …"."""
-
-    text: str
-    accepts: Callable[[Any], bool]
-
-    def check(self, key: str, value: object) -> None:
-        """Raise UsageError unless the value is accepted."""
-        if not self.accepts(value):
-            raise UsageError(f"{key} should be {self.text}, got {value!r}.")
+def expect(text: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
+    """Return the metadata of a field that accepts only some values. `text` completes "KEY should be …"."""
+    return {"expected": text, "accepts": accepts}
 
 
-def expect(text: str, accepts: Callable[[Any], bool]) -> dict[str, Expected]:
-    """Return the metadata of a field that accepts only some values."""
-    return {"expected": Expected(text, accepts)}
-
-
-def one_of(*choices: str) -> dict[str, Expected]:
+def one_of(*choices: str) -> dict[str, Any]:
     """Return the metadata of a field that accepts only some words."""
     return expect("one of " + ", ".join(choices), choices.__contains__)
 
@@ -88,18 +75,18 @@ INDICES = expect(
     "a list of integers, or auto",
     lambda value: value == "auto" or (isinstance(value, list) and bool(value) and all(type(i) is int for i in value)),
 )
-PRESET = one_of(*PRESETS)
 
 
 class Section:
-    """A section of the configuration. Raises UsageError for a value that a field does not accept (None: no value)."""
+    """A section of the configuration. Raises UsageError for a value that a field does not accept."""
 
     def __post_init__(self) -> None:
         section = type(self).__name__.removesuffix("Config").lower()
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, item.name)
-            if "expected" in item.metadata and value is not None:
-                item.metadata["expected"].check(f"{section}.{item.name}".lstrip("."), value)
+            accepts, value = item.metadata.get("accepts"), getattr(self, item.name)
+            if accepts is not None and value is not None and not accepts(value):
+                key = f"{section}.{item.name}".lstrip(".")
+                raise UsageError(f"{key} should be {item.metadata['expected']}, got {value!r}.")
 
 
 @dataclass
@@ -301,7 +288,7 @@ class Config(Section):
     device: str | None = None
     dtype: str | None = None
     templates: str | None = None  # a template set's name or file; None: the model's own
-    preset: str = field(default="v3", metadata=PRESET)
+    preset: str = field(default="v3", metadata=one_of(*PRESETS))
     iterations: int = field(default=1, metadata=AT_LEAST_1)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
@@ -333,12 +320,6 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"known: {', '.join(sections)}"
 
 
-def _known_keys() -> list[str]:
-    from ospo_fast.loss import OSPOLossConfig  # imports torch
-
-    return [*_keys(Config), *_keys(OSPOLossConfig, "train.loss.")]
-
-
 def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a layer whose names are fixed: not those of `prompts.counts`, which name kinds."""
     if not isinstance(value, dict) or prefix == "prompts.counts.":
@@ -353,10 +334,13 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    fields = {item.name for item in dataclasses.fields(Config)}
-    for key in _leaves(OmegaConf.to_container(layer)):
-        if key not in fields and key not in (known := _known_keys()):
-            raise UsageError(f"{source}: unknown configuration key {key!r}; {nearest(key, known)}.")
+    known = {*_keys(Config), *(item.name for item in dataclasses.fields(Config))}
+    if others := [key for key in _leaves(OmegaConf.to_container(layer)) if key not in known]:
+        from ospo_fast.loss import OSPOLossConfig  # imports torch
+
+        every = [*_keys(Config), *_keys(OSPOLossConfig, "train.loss.")]
+        if unknown := next((key for key in others if key not in every), None):
+            raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
         return OmegaConf.merge(base, layer)
     except OmegaConfBaseException as error:
@@ -381,7 +365,7 @@ def _load_file(path: Path) -> Any:
 
 def _load_saved(path: Path) -> Any:
     """Load a run folder's config.yaml: its paths as seen from here, without fields that have been removed."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
     layer = _load_file(path)
     for key in ("out", *_PATHS):
@@ -390,7 +374,8 @@ def _load_saved(path: Path) -> Any:
             OmegaConf.update(layer, key, str(path.parent / value))
     for key, equal in _REMOVED.items():
         section, name = key.split(".")
-        value = layer[section].pop(name, equal) if section in layer else equal
+        values = layer.get(section)
+        value = values.pop(name, equal) if isinstance(values, DictConfig) else equal
         if equal is not None and value != equal:
             raise UsageError(
                 f"{path}: {key} has been removed, got {value!r}, expected {equal!r}; use another --out, or the version "
@@ -433,7 +418,7 @@ def load_config(
         user.insert(0, (str(file), _load_file(Path(file))))
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
     if named is not None:
-        PRESET["expected"].check("preset", named)
+        Config(preset=named)  # raises for an unknown one
     config = OmegaConf.structured(Config)
     kept = None
     if saved is not None and saved.exists():

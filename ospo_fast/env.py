@@ -1,4 +1,4 @@
-"""What `ospo-fast env` tells: versions, machine, devices, the native module, and which backend runs each operation."""
+"""The report of `ospo-fast env`: versions, system, devices, the native module, and the backend of each operation."""
 
 import ctypes.util
 import importlib
@@ -13,29 +13,21 @@ from typing import Any
 from ospo_fast._version import __version__
 
 PACKAGES = (
-    "torch",
-    "numpy",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "peft",
-    "accelerate",
-    "flash-attn",
-    "xformers",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "scikit-image",
-)
+    "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "flash-attn",
+    "xformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "scikit-image",
+)  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
-    """Everything as plain values, ready for JSON. A probe that fails says so in its place; the others go on.
+    """Collect the report as plain values, ready for JSON. A probe that fails leaves its error in place of its values.
 
-    versions: package → version, None where it is not installed. system: os, machine, cpu, cores, threads, memory_gb.
-    cuda: torch's CUDA version, driver, devices. native: `ospo_fast._C.build_info()`, or the reason why it is missing.
-    ops: op → device type → {"backend": the one taken by "auto", "others": {backend: why not}}.
+    Returns:
+        versions: package → version, None where it is not installed.
+        system: os, machine, cpu, cores, threads, memory_gb.
+        cuda: torch's CUDA version, driver, devices.
+        native: `ospo_fast._C.build_info()`.
+        ops: operation → device type → {"backend": the one that "auto" takes, "others": {backend: why not}}.
+
     """
     return {
         "versions": {"ospo-fast": __version__, "python": platform.python_version()}
@@ -48,16 +40,12 @@ def collect() -> dict[str, Any]:
 
 
 def render(info: dict[str, Any]) -> str:
-    """The text form of `collect()`."""
+    """Return `collect()` as text."""
     lines: list[str] = []
     for title, part in info.items():
-        lines.append(title)
-        if title == "ops" and "error" not in part:
-            lines += _render_ops(part)
-        else:
-            width = max(map(len, part), default=0)
-            lines += [f"  {name:<{width}}  {_text(value)}" for name, value in part.items()]
-        lines.append("")
+        rows = _op_rows(part) if title == "ops" and "error" not in part else [(n, _text(v)) for n, v in part.items()]
+        width = max((len(name) for name, _ in rows), default=0)
+        lines += [title, *(f"  {name:<{width}}  {text}".rstrip() for name, text in rows), ""]
     return "\n".join(lines)
 
 
@@ -73,21 +61,19 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _render_ops(ops: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    width = max(map(len, ops), default=0)
-    lines = []
+def _op_rows(ops: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, str]]:
+    rows = []
     for op, devices in ops.items():
         for device, choice in devices.items():
             others = "; ".join(f"{name}: {reason}" for name, reason in choice["others"].items())
-            lines.append(f"  {op:<{width}}  {device:<4}  {choice['backend']:<6}  {others}".rstrip())
-    return lines
+            rows.append((op, f"{device:<4}  {choice['backend']:<6}  {others}"))
+    return rows
 
 
 def _probe(read: Callable[[], Any]) -> Any:
-    # Broad by intent: a broken driver or package must not keep the report from being printed.
     try:
         return read()
-    except Exception as error:
+    except Exception as error:  # a broken driver or package must not prevent the report
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -104,14 +90,6 @@ def _cpu() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or "unknown"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _memory_gb() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-
-
 def _threads() -> int:
     import torch
 
@@ -122,25 +100,23 @@ _SYSTEM: dict[str, Callable[[], Any]] = {
     "os": platform.platform,
     "machine": platform.machine,
     "cpu": _cpu,
-    "cores": _cores,
+    "cores": lambda: len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
     "threads": _threads,
-    "memory_gb": _memory_gb,
+    "memory_gb": lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
 }
 
 
 def _cuda() -> dict[str, Any]:
     import torch
 
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gb": round(properties.total_memory / 1e9, 1),
-            }
-        )
+    devices = [
+        {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+        }
+        for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
     return {
         "torch built for": torch.version.cuda or "CPU only",
         "libcuda": ctypes.util.find_library("cuda") or "not found",
@@ -150,19 +126,16 @@ def _cuda() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    importlib.import_module("torch")  # first, so that its OpenMP runtime is the one that is loaded
-
+    importlib.import_module("torch")  # first, so that the process loads torch's OpenMP runtime
     native = importlib.import_module("ospo_fast._C")
     info: dict[str, Any] = {**native.build_info()}
     info["nvcc"] = info["nvcc"] or "built without"
     info["openmp"] = info["openmp"] or "built without"
     if info["cuda"]:
-        info["driver"], info["runtime"] = (_dotted(version) for version in native.cuda_versions())
+        info["driver"], info["runtime"] = (
+            f"{version // 1000}.{version % 1000 // 10}" if version else "none" for version in native.cuda_versions()
+        )
     return info
-
-
-def _dotted(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
 
 
 def _ops() -> dict[str, dict[str, dict[str, Any]]]:
@@ -174,6 +147,6 @@ def _ops() -> dict[str, dict[str, dict[str, Any]]]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op, rows in backends(device).items():
             chosen = next(name for name, available, _ in rows if available)
-            others = {name: reason or "stands behind it" for name, _, reason in rows if name != chosen}
+            others = {name: reason or "lower priority" for name, _, reason in rows if name != chosen}
             table.setdefault(op, {})[device] = {"backend": chosen, "others": others}
     return table

@@ -1,4 +1,4 @@
-"""The most memory that a part of a process held: on the host, and on the GPU where there is one."""
+"""Peak memory of a block of code: of the process on the host, and of torch on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ import resource
 import sys
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import psutil
     from typing_extensions import Self
 
-_MARK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
+_HIGH_WATER_MARK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 _INTERVAL = 0.02  # seconds between two samples
 
 
-def resident_mb(process: psutil.Process | None = None) -> float:
-    """What a process, by default this one, holds now, in MB."""
+def resident_mb() -> float:
+    """Return the resident memory of the process in MB."""
     import psutil
 
-    return round(float((process or psutil.Process()).memory_info().rss) / 2**20, 1)
+    return round(float(psutil.Process().memory_info().rss) / 2**20, 1)
 
 
 def lifetime_peak_mb() -> float:
-    """The most that the process ever held, in MB, by the kernel's high-water mark."""
+    """Return the peak resident memory of the process since its start in MB, from the kernel's high-water mark."""
     try:
-        # Not getrusage, whose figure a child process inherits from its parent.
-        found = _MARK.search(Path("/proc/self/status").read_text(encoding="utf-8"))
+        # Not getrusage, because a child process inherits the value of its parent.
+        found = _HIGH_WATER_MARK.search(Path("/proc/self/status").read_text(encoding="utf-8"))
     except OSError:
         found = None
     if found is not None:
@@ -39,24 +37,26 @@ def lifetime_peak_mb() -> float:
 
 
 class PeakMemory:
-    """A context; `mb` is the most that the process held resident while it was open, `cuda_mb` what torch allocated.
+    """Measure peak memory inside a `with` block.
 
-    Exact where it is more than the process held ever before, since the kernel's high-water mark rises then. Else the
-    largest of 50 samples a second, which can miss a short peak. The mark is not reset, which would be exact always:
-    whoever measures the process as a whole (`time -v`, a batch system) reads the same mark. `cuda_mb` is exact, and
-    None without a GPU.
+    The kernel's high-water mark gives an exact `mb` when the block exceeds every earlier peak of the process. Otherwise
+    `mb` is the maximum of 50 samples per second, and a short peak may be missed. The mark is not reset, because tools
+    that measure the whole process (`time -v`, batch systems) read it too.
+
+    Attributes:
+        mb: peak resident memory of the process.
+        cuda_mb: peak memory allocated by torch, exact. None without a GPU.
+
     """
 
     mb: float
     cuda_mb: float | None = None
 
     def __enter__(self) -> Self:
-        import psutil
         import torch
 
-        self._process = psutil.Process()
         self._before = lifetime_peak_mb()
-        self.mb = resident_mb(self._process)
+        self.mb = resident_mb()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._ended = threading.Event()
@@ -66,16 +66,14 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._ended.wait(_INTERVAL):
-            self.mb = max(self.mb, resident_mb(self._process))
+            self.mb = max(self.mb, resident_mb())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         import torch
 
         self._ended.set()
         self._sampler.join()
-        self.mb = max(self.mb, resident_mb(self._process))
+        self.mb = max(self.mb, resident_mb())
         if (peak := lifetime_peak_mb()) > self._before:
             self.mb = peak
         if torch.cuda.is_available():

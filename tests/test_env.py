@@ -6,10 +6,10 @@ import torch
 from ospo_fast import env
 
 
-def test_everything_is_there_and_is_plain_json() -> None:
+def test_report_is_plain_json() -> None:
     info = env.collect()
     assert json.loads(json.dumps(info)) == info
-    # CUDA builds have a local part, "+cu130", which the registry's metadata leaves out.
+    # CUDA builds have a local part, "+cu130", that the registry's metadata does not have.
     assert info["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["system"]["threads"] == torch.get_num_threads()
     assert info["cuda"]["available"] == torch.cuda.is_available()
@@ -26,7 +26,7 @@ def test_every_operation_has_a_backend_on_every_device() -> None:
             assert all(choice["others"].values()), op
 
 
-def test_the_native_module_says_how_it_was_built() -> None:
+def test_native_module_reports_its_build() -> None:
     native = env.collect()["native"]
     assert native["compiler"].startswith(("gcc", "clang"))
     assert native["simd"] in {"baseline", "avx2", "avx512f"}
@@ -34,7 +34,7 @@ def test_the_native_module_says_how_it_was_built() -> None:
 
 
 @pytest.mark.parametrize("probe", ["_cuda", "_native", "_ops"])
-def test_a_broken_probe_spoils_nothing_else(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_probe_changes_nothing_else(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("driver is gone")
 
@@ -46,7 +46,7 @@ def test_a_broken_probe_spoils_nothing_else(probe: str, monkeypatch: pytest.Monk
     assert "driver is gone" in env.render(info)
 
 
-def test_a_broken_system_probe_stands_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_system_probe_is_shown_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise OSError("no such file")
 
@@ -56,7 +56,7 @@ def test_a_broken_system_probe_stands_in_its_line(monkeypatch: pytest.MonkeyPatc
     assert any("cpu" in line and "no such file" in line for line in env.render(info).splitlines())
 
 
-def test_the_text_names_every_operation_and_what_is_missing() -> None:
+def test_text_names_every_operation_and_missing_packages() -> None:
     info = env.collect()
     info["versions"]["xformers"] = None
     lines = env.render(info).splitlines()

@@ -11,7 +11,8 @@ import ospo_fast
 
 PACKAGE = Path(ospo_fast.__file__).parent
 
-# architecture.md's order, from the top down: a unit imports its own layer and those below it.
+# From the top down: a unit imports its own layer and those below it. `experimental` is outside: nothing imports it but
+# functions that an option asks for.
 LAYERS = [
     {"__main__"},
     {"cli"},
@@ -20,13 +21,13 @@ LAYERS = [
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "oom", "peak_memory", "_version"},
+    {"errors", "oom", "peak_memory", "stats", "_version"},
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 
 
 def modules_after(code: str) -> set[str]:
-    """The modules that a fresh interpreter holds after running the code."""
+    """Return the modules that a new interpreter has loaded after running the code."""
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], check=True, capture_output=True, text=True
     )
@@ -46,13 +47,13 @@ def test_the_operations_need_torch_and_numpy_only() -> None:
     assert not loaded & {"transformers", "peft", "accelerate", "PIL", "matplotlib", "omegaconf", "skimage", "scipy"}
 
 
-@pytest.mark.parametrize("name", ospo_fast.__all__)
-def test_every_public_name_is_there(name: str) -> None:
-    assert getattr(ospo_fast, name) is getattr(ospo_fast, name)
-    assert name in dir(ospo_fast)
+def test_public_names_exist() -> None:
+    for name in ospo_fast.__all__:
+        assert getattr(ospo_fast, name) is getattr(ospo_fast, name)
+        assert name in dir(ospo_fast)
 
 
-# Positional arguments, then those by keyword, as other projects call them.
+# Positional arguments, then keyword arguments, as other projects call them.
 SIGNATURES = {
     "token_logprobs": ("hidden head labels", "ignore_index chunk_rows logits_dtype backend"),
     "Head": ("weight bias proj_weight proj_bias", ""),
@@ -78,13 +79,13 @@ PRESET_FIELDS = (
 )
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_public_names_keep_their_arguments(name: str) -> None:
-    positional, keyword = (words.split() for words in SIGNATURES[name])
-    parameters = inspect.signature(getattr(ospo_fast, name)).parameters
-    assert list(parameters)[: len(positional)] == positional
-    assert all(parameters[word].kind is not inspect.Parameter.KEYWORD_ONLY for word in positional)
-    assert set(keyword) <= set(parameters)
+def test_public_names_keep_their_arguments() -> None:
+    for name, words in SIGNATURES.items():
+        positional, keyword = (text.split() for text in words)
+        parameters = inspect.signature(getattr(ospo_fast, name)).parameters
+        assert list(parameters)[: len(positional)] == positional, name
+        assert all(parameters[word].kind is not inspect.Parameter.KEYWORD_ONLY for word in positional), name
+        assert set(keyword) <= set(parameters), name
 
 
 def test_public_methods_and_fields() -> None:
@@ -101,7 +102,7 @@ def test_public_methods_and_fields() -> None:
     assert set(SIGNATURES) | {"OSPOLossConfig"} <= set(ospo_fast.__all__)
 
 
-def test_a_name_is_the_one_of_its_module() -> None:
+def test_public_name_is_that_of_its_module() -> None:
     ops = importlib.import_module("ospo_fast.ops")
     assert ospo_fast.token_logprobs is ops.token_logprobs
     wrong = "token_logprob"
@@ -109,42 +110,54 @@ def test_a_name_is_the_one_of_its_module() -> None:
         getattr(ospo_fast, wrong)
 
 
-def imports(path: Path) -> set[str]:
-    """The units of ospo_fast that a module imports, anywhere in it."""
+def units(path: Path) -> set[str]:
+    """Return the units of ospo_fast that a module imports, anywhere in it."""
     return {name.split(".")[1] for name in names(path) if name.startswith("ospo_fast.")} & set(RANK)
 
 
-def names(path: Path) -> set[str]:
-    """The dotted names that a module imports, anywhere in it."""
+def names(path: Path, *, inside_functions: bool = True) -> set[str]:
+    """Return the dotted names that a module imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting += ast.iter_child_nodes(node)
     return found
 
 
-@pytest.mark.parametrize("unit", sorted(set(RANK) - {"_C", "_version"}))
-def test_no_unit_imports_a_higher_one(unit: str) -> None:
-    paths = [*PACKAGE.glob(f"{unit}.py"), *(PACKAGE / unit).rglob("*.py")]
-    assert paths
-    higher = {
-        (str(path.relative_to(PACKAGE)), other) for path in paths for other in imports(path) if RANK[other] > RANK[unit]
-    }
-    assert not higher
+def files(unit: str) -> list[Path]:
+    return [*PACKAGE.glob(f"{unit}.py"), *(PACKAGE / unit).rglob("*.py")]
 
 
-def test_the_stages_never_see_the_scenes() -> None:
-    """Nothing that makes, judges or trains on images knows the Shapes world; only commands reach its evaluation."""
-    units = [unit for layer in LAYERS[2:] for unit in layer]
-    paths = [path for unit in units for path in (*PACKAGE.glob(f"{unit}.py"), *(PACKAGE / unit).rglob("*.py"))]
+def test_no_unit_imports_a_higher_one() -> None:
+    for unit in set(RANK) - {"_C", "_version"}:
+        assert files(unit), unit
+        higher = {(path.name, other) for path in files(unit) for other in units(path) if RANK[other] > RANK[unit]}
+        assert not higher, unit
+
+
+def test_core_imports_experimental_only_inside_functions() -> None:
+    paths = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "experimental"]
+    assert len(paths) > 60
+    for path in paths:
+        found = names(path, inside_functions=False)
+        assert not [name for name in found if name.startswith("ospo_fast.experimental")], path
+
+
+def test_stages_do_not_import_the_scenes() -> None:
+    """Nothing that generates, judges or trains on images knows the Shapes world. Only commands use its evaluation."""
+    paths = [path for layer in LAYERS[2:] for unit in layer for path in files(unit)]
     assert len(paths) > 40
     assert not [path.name for path in paths if any(name.startswith("ospo_fast.shapes") for name in names(path))]
 
 
-def test_the_checker_never_sees_a_model() -> None:
-    """It reads images by what it knows of rendering, not by anything learnt."""
+def test_checker_does_not_import_a_model() -> None:
+    """The checker reads images by the rules of rendering alone."""
     known = {name for name in names(PACKAGE / "shapes" / "checker.py") if name.startswith(("ospo_fast", "torch"))}
     assert known
     assert {name.rsplit(".", 1)[0] for name in known} <= {"ospo_fast.shapes.render", "ospo_fast.shapes.scenes"}

@@ -1,4 +1,4 @@
-"""Peak memory of a part of the process: its own, whatever was held before, and no one else's figure spoilt."""
+"""Peak memory of a block: not that of earlier code, and without resetting the mark that other tools read."""
 
 import gc
 import mmap
@@ -15,13 +15,13 @@ MB = 2**20
 
 
 def resident(size: int) -> mmap.mmap:
-    """Pages of our own, every one touched: the allocator may hand out resident pages that somebody freed."""
+    """Map new pages and touch every one. The allocator may hand out freed pages that are resident already."""
     held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     held[:: mmap.PAGESIZE] = b"\1" * len(range(0, size, mmap.PAGESIZE))
     return held
 
 
-def test_a_new_peak_is_exact_however_short():
+def test_new_peak_is_exact():
     rise = int((lifetime_peak_mb() - resident_mb() + 300) * MB)
     with PeakMemory() as peak:
         resident(rise).close()
@@ -29,7 +29,7 @@ def test_a_new_peak_is_exact_however_short():
     assert peak.mb > resident_mb() + 250
 
 
-def test_a_peak_below_an_earlier_one_is_sampled():
+def test_peak_below_an_earlier_one_is_sampled():
     resident(400 * MB).close()
     before = resident_mb()
     with PeakMemory() as peak:
@@ -39,8 +39,8 @@ def test_a_peak_below_an_earlier_one_is_sampled():
     assert before + 90 < peak.mb < before + 200 < lifetime_peak_mb()
 
 
-def test_what_was_measured_outside_stays():
-    """A process that measures itself tells its parent the same peak as one that does not."""
+def test_high_water_mark_is_not_reset():
+    """The parent of a process that measures itself reads the same peak as without the measurement."""
     code = (
         "import resource; from ospo_fast.peak_memory import PeakMemory\n"
         "held = bytearray(500 * 2**20); del held\n"
@@ -51,7 +51,7 @@ def test_what_was_measured_outside_stays():
     assert int(done.stdout) * (1 if sys.platform == "darwin" else 1024) > 500 * MB
 
 
-def test_an_error_ends_the_measurement():
+def test_error_ends_the_measurement():
     with pytest.raises(ValueError, match="stop"), PeakMemory() as peak:
         raise ValueError("stop")
     assert not peak._sampler.is_alive()
@@ -60,7 +60,7 @@ def test_an_error_ends_the_measurement():
 
 
 @pytest.mark.gpu
-def test_the_gpu_peak_is_that_of_the_context():
+def test_gpu_peak_is_that_of_the_block():
     torch.empty(256 * MB, dtype=torch.uint8, device="cuda")
     gc.collect()  # tensors of earlier tests that only a later collection would free
     before = torch.cuda.memory_allocated() / MB

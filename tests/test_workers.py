@@ -1,4 +1,4 @@
-"""A test that loses the GPU context costs its worker, and no other test."""
+"""A test that loses the GPU context ends its worker, and fails no other test."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_later(n):
 """
 
 
-def test_an_illegal_access_costs_one_worker(tmp_path: Path) -> None:
+def test_illegal_access_ends_one_worker(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_kernels.py").write_text(TESTS)
     command = [
