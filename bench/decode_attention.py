@@ -5,6 +5,7 @@ kernel's constants are swept besides; a cache that its second-level cache could 
 finds it after the weights have passed.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,27 @@ def masked(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, 
     mask = torch.arange(keys.shape[2], device=qkv.device) <= lengths[:, None]
     y = F.scaled_dot_product_attention(rotate(q, c, s)[:, :, None], keys, values, attn_mask=mask[:, None, None])
     return y.flatten(1)
+
+
+def flash_attn(heads: int, scale: float) -> Callable[..., Tensor]:
+    """flash_attn_with_kvcache, as a peer."""
+    from flash_attn import flash_attn_with_kvcache
+
+    def run(
+        qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor
+    ) -> Tensor:
+        width = keys.shape[3]
+        q, k, v = qkv.view(len(qkv), 1, -1, width).split((heads, keys.shape[1], keys.shape[1]), 2)
+        y = flash_attn_with_kvcache(
+            q, keys.transpose(1, 2), values.transpose(1, 2), k, v,
+            rotary_cos=cos[:, : width // 2].contiguous(),
+            rotary_sin=sin[:, width // 2 :].contiguous(),  # the half without the sign of rotate_half
+            cache_seqlens=lengths.int(), cache_batch_idx=slots.int(), softmax_scale=scale, causal=True,
+            rotary_interleaved=False, num_splits=-(-keys.shape[2] // 128),
+        )  # fmt: skip
+        return y.flatten(1)
+
+    return run
 
 
 def tuned(constants: tuple[int, int, int], **given: Any) -> Callable[..., Tensor]:
@@ -67,6 +89,8 @@ def run(out: Path, quick: bool) -> None:
         for name, available, _ in _dispatch.backends(device)["decode_attention"]:
             if available:
                 variants[name] = partial(decode_attention, heads=H, scale=D**-0.5, backend=name)
+        if device == "cuda" and importlib.util.find_spec("flash_attn"):
+            variants["flash_attn"] = flash_attn(H, D**-0.5)
         if "triton" in variants and not quick:
             variants |= {
                 "triton, split {}, block {}, {} warps".format(*constants): tuned(constants, heads=H, scale=D**-0.5)

@@ -1,4 +1,4 @@
-"""The OSPO loss on hidden states: object-weighted SimPO, conditional preference and SFT, without logits in memory."""
+"""OSPO loss on hidden states: object-weighted SimPO, conditional preference and SFT, without logits in memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, UsageError
-from ospo_fast.ops import Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
+from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.ops.token_weights import spread_weights
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
 class OSPOLossConfig:
-    """Numbers of the loss; `preset` gives the published ones. The default is "v3" (CVPR 2026).
+    """Coefficients of the loss; `preset` gives the published ones. The default is "v3" (CVPR 2026).
 
-    beta, gamma_beta_ratio: β and ρ of the preference between images; *_cond: of that between prompts, None = the same.
-    simpo_weight, cond_weight, sft_weight: λ of the three terms. label_smoothing: 0 to 0.5.
-    mask_alpha, mask_gamma: token weights 1 + alpha·m̃^gamma; alpha 0 leaves the masks out.
-    normalize: "weights" divides by Σw (official code), "length" by |y| (paper). mask_blur: taps of the masks' blur, odd
-    (5: official code, 1: none, as in the paper).
-    Raises UsageError: a field of the wrong type or out of range.
+    Args:
+        beta: β of the preference between images.
+        gamma_beta_ratio: its margin ρ = γ/β.
+        beta_cond: β of the preference between prompts; None = the same.
+        gamma_beta_ratio_cond: its ρ; None = the same.
+        simpo_weight: λ of the preference between images.
+        cond_weight: λ of the preference between prompts.
+        sft_weight: λ of the SFT term.
+        label_smoothing: 0 to 0.5.
+        mask_alpha: token weights are 1 + alpha·m̃^gamma; 0 ignores the masks.
+        mask_gamma: see mask_alpha.
+        normalize: "weights" divides by Σw (official code), "length" by |y| (paper).
+        mask_blur: taps of the blur of the masks, odd: 5 in the official code, 1 (no blur) in the paper.
+
+    Raises:
+        UsageError: a field of the wrong type or out of range.
+
     """
 
     beta: float = 5.0
@@ -47,32 +56,36 @@ class OSPOLossConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "normalize":
-                if value not in ("weights", "length"):
-                    raise UsageError(f"OSPOLossConfig: normalize is {value!r}, expected 'weights' or 'length'")
-                continue
-            if value is None and field.name.endswith("_cond"):
-                continue
-            if field.name == "mask_blur":
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
-                    raise UsageError(f"OSPOLossConfig: mask_blur is {value!r}, expected an odd number (1: no blur)")
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UsageError(f"OSPOLossConfig: {field.name} is {value!r}, expected a finite number")
-            if field.name in ("beta", "beta_cond") and value <= 0:
-                raise UsageError(f"OSPOLossConfig: {field.name} is {value}, expected a positive number")
-            if field.name.endswith(("_weight", "_alpha", "_gamma")) and value < 0:
-                raise UsageError(f"OSPOLossConfig: {field.name} is {value}, expected a number >= 0")
-        if not 0 <= self.label_smoothing <= 0.5:
-            raise UsageError(f"OSPOLossConfig: label_smoothing is {self.label_smoothing}, expected 0 to 0.5")
+            name, value = field.name, getattr(self, field.name)
+            if expected := _unmet(name, value):
+                raise UsageError(f"OSPOLossConfig: {name} is {value!r}, expected {expected}")
 
     @classmethod
     def preset(cls, name: str) -> OSPOLossConfig:
-        """The numbers of a published version, "v1", "v2" or "v3", or "full": v3 with v2's conditional term."""
+        """Return the coefficients of version "v1", "v2" or "v3", or of "full": v3 with v2's conditional term."""
         if name not in _PRESETS:
             raise UsageError(f"OSPOLossConfig: preset {name!r} is unknown, expected one of {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name])
+
+
+def _unmet(name: str, value: Any) -> str:
+    """What a field of `OSPOLossConfig` must be, if this value is not; else empty."""
+    if name == "normalize":
+        return "" if value in ("weights", "length") else "'weights' or 'length'"
+    if name == "mask_blur":
+        odd = isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 2 == 1
+        return "" if odd else "an odd number (1: no blur)"
+    if value is None and name.endswith("_cond"):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "a finite number"
+    if name in ("beta", "beta_cond") and value <= 0:
+        return "a positive number"
+    if name.endswith(("_weight", "_alpha", "_gamma")) and value < 0:
+        return "a number >= 0"
+    if name == "label_smoothing" and not 0 <= value <= 0.5:
+        return "0 to 0.5"
+    return ""
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -95,7 +108,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, eq=False)
 class OSPOLossOutput:
-    """What `OSPOLoss` returns: the loss and its terms, unweighted means; `metrics` are detached and for logs."""
+    """Result of `OSPOLoss`. The terms are unweighted means; `metrics` are detached."""
 
     loss: Tensor  # simpo_weight·simpo + cond_weight·conditional + sft_weight·sft
     simpo: Tensor
@@ -105,13 +118,18 @@ class OSPOLossOutput:
 
 
 class OSPOLoss(nn.Module):
-    """loss = mean over pairs of (λ_simpo·SimPO + λ_cond·conditional) + λ_sft·SFT.
+    """Compute mean over pairs of (λ_simpo·SimPO + λ_cond·conditional) + λ_sft·SFT.
 
-    SimPO compares the chosen with the rejected image, the conditional term (v2) the chosen image under its own with
-    the same under the rejected prompt, SFT is the unweighted mean of −ℓ over all chosen image tokens.
+    SimPO compares the chosen with the rejected image. The conditional term (v2) compares the chosen image under its own
+    prompt with the same image under the rejected prompt. SFT is the unweighted mean of −ℓ over all chosen image tokens.
 
-    chunk_rows, logits_dtype: of `token_logprobs`. check_finite: refuse log-probabilities and float masks that are not
-    finite; without it NaN or infinity, in a hidden state that is read or in a mask, makes the loss NaN.
+    Args:
+        config: the coefficients; None = preset "v3".
+        chunk_rows: see `token_logprobs`.
+        logits_dtype: see `token_logprobs`.
+        check_finite: refuse log-probabilities and float masks that are not finite. Otherwise NaN or infinity in a mask,
+            or in a hidden state that predicts an image token, makes the loss NaN.
+
     """
 
     def __init__(
@@ -130,27 +148,35 @@ class OSPOLoss(nn.Module):
     def forward(
         self, hidden: Tensor, labels: Tensor, head: Head | nn.Module, *, object_masks: Tensor | None = None
     ) -> OSPOLossOutput:
-        """Loss of B pairs, as G groups of B rows one after another: chosen, rejected and, if cond_weight > 0, swapped.
+        """Compute the loss of B pairs, given as groups of B rows: chosen, rejected and, if cond_weight > 0, swapped.
 
-        hidden (G·B, S, D) float, labels (G·B, S) int64, unshifted: the token AT each position, -100 for text and
-        padding (labels[:, 1:] are predicted from hidden[:, :-1] here); head: as in `token_logprobs`.
-        object_masks (2·B, H, W): of the chosen and of the rejected images, on the grid of their tokens; swapped rows
-        use the chosen's. None: every token weighs 1. A row without image tokens has log-probability 0.
-        metrics: loss, simpo, sft, accuracy, margin, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
-        and, with the conditional term, conditional, swapped_logps.
-        Raises OpError: shapes or devices that do not fit, too few groups, masks of another grid or, if asked for, that
-        are not finite, at the first call also swapped rows that would be taken for pairs (cond_weight 0, no masks), and
-        what `token_logprobs` raises.
+        Args:
+            hidden: (G·B, S, D) float.
+            labels: (G·B, S) int64, unshifted: the token AT each position, -100 for text and padding. labels[:, 1:] are
+                predicted from hidden[:, :-1] here. A row without image tokens has log-probability 0.
+            head: see `token_logprobs`.
+            object_masks: (2·B, H, W) of the chosen, then the rejected images, on the grid of their tokens. Swapped rows
+                use those of the chosen. None: every token has weight 1.
+
+        Returns:
+            The loss, its terms, and metrics: loss, simpo, sft, accuracy, margin, chosen_rewards, rejected_rewards,
+            chosen_logps, rejected_logps, and with the conditional term conditional and swapped_logps.
+
+        Raises:
+            OpError: wrong shapes or devices, too few groups, masks of another grid or (`check_finite`) not finite, at
+                the first call swapped rows that would be read as pairs (cond_weight 0, no masks), and the errors of
+                `token_logprobs`.
+
         """
         config = self.config
-        pairs = self._pairs(hidden, labels, object_masks)
+        pairs = self._count_pairs(hidden, labels, object_masks)
         if not self._grouping_checked and not torch.compiler.is_compiling():
             self._check_grouping(labels, pairs)
         rows = pairs * (3 if config.cond_weight > 0 else 2)
-        # The labels are shifted, not the hidden states: these stay contiguous, and no copy is made.
-        targets = F.pad(labels[:rows, 1:], (0, 1), value=IGNORE)
-        present = targets != IGNORE
-        # Before the chain of GEMMs: on a GPU their checks wait for what was launched until then.
+        # Shift the labels, not the hidden states: these stay contiguous and are not copied.
+        targets = F.pad(labels[:rows, 1:], (0, 1), value=IGNORE_INDEX)
+        present = targets != IGNORE_INDEX
+        # Before the GEMMs: on a GPU the checks of the weights synchronize with all work launched until then.
         weights = None
         if object_masks is not None and config.mask_alpha > 0:
             weights = self._weights(object_masks, pairs, present)
@@ -170,12 +196,7 @@ class OSPOLoss(nn.Module):
         simpo = terms.simpo.mean()
         sft = -logps[:pairs].sum() / present[:pairs].sum().clamp(min=1)
         loss = config.simpo_weight * simpo + config.sft_weight * sft
-        conditional = None
-        if terms.conditional is not None:
-            conditional = terms.conditional.mean()
-            loss = loss + config.cond_weight * conditional
         metrics = {
-            "loss": loss,
             "simpo": simpo,
             "sft": sft,
             "accuracy": terms.accuracy.mean(),
@@ -185,29 +206,29 @@ class OSPOLoss(nn.Module):
             "chosen_logps": chosen.mean(),
             "rejected_logps": rejected.mean(),
         }
-        if conditional is not None:
+        conditional = None
+        if terms.conditional is not None:
+            conditional = terms.conditional.mean()
+            loss = loss + config.cond_weight * conditional
             metrics |= {"conditional": conditional, "swapped_logps": swapped[0].mean()}
-        return OSPOLossOutput(loss, simpo, conditional, sft, {name: value.detach() for name, value in metrics.items()})
+        metrics = {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
+        return OSPOLossOutput(loss, simpo, conditional, sft, metrics)
 
     def _logps(self, hidden: Tensor, head: Head | nn.Module, targets: Tensor, pairs: int) -> Tensor:
         """Log-probabilities (rows, S) of the targets."""
         run = partial(
-            token_logprobs,
-            ignore_index=IGNORE,
-            chunk_rows=self.chunk_rows,
-            logits_dtype=self.logits_dtype,
-            check_finite=self.check_finite,
+            token_logprobs, chunk_rows=self.chunk_rows, logits_dtype=self.logits_dtype, check_finite=self.check_finite
         )
         if self.config.simpo_weight > 0 or not torch.is_grad_enabled():
             return run(hidden, head, targets)
-        # Nothing but metrics comes from the rejected: no gradient is computed for them.
-        parts = [slice(0, pairs), slice(pairs, 2 * pairs), slice(2 * pairs, None)]
+        # Without a SimPO term, rejected rows are read by metrics only: compute no gradient for them.
+        rejected = slice(pairs, 2 * pairs)
         with torch.no_grad():
-            rejected = run(hidden[parts[1]], head, targets[parts[1]])
-        trained = targets.clone()
-        trained[parts[1]] = IGNORE
-        logps = run(hidden, head, trained)
-        return torch.cat([logps[parts[0]], rejected, logps[parts[2]]])
+            rejected_logps = run(hidden[rejected], head, targets[rejected])
+        targets = targets.clone()
+        targets[rejected] = IGNORE_INDEX
+        logps = run(hidden, head, targets)
+        return torch.cat([logps[:pairs], rejected_logps, logps[2 * pairs :]])
 
     def _weights(self, object_masks: Tensor, pairs: int, present: Tensor) -> Tensor:
         """Weights (rows, S) of the tokens that are `present`; swapped rows have those of the chosen images."""
@@ -223,21 +244,20 @@ class OSPOLoss(nn.Module):
         return spread_weights(weights, present, finite)
 
     def _check_grouping(self, labels: Tensor, pairs: int) -> None:
-        """Refuse swapped rows that would be taken for pairs; looked for once, because looking waits for a GPU."""
+        """Raise OpError for swapped rows that would be read as pairs, at the first call only: it synchronizes."""
         self._grouping_checked = True
-        third, left = divmod(labels.shape[0], 3)
-        if left:
+        third, remainder = divmod(labels.shape[0], 3)
+        if remainder or pairs == third:
             return
-        chosen, last = (part[part != IGNORE] for part in (labels[:third], labels[2 * third :]))
-        same = chosen.numel() > 0 and torch.equal(chosen, last)
-        if same and pairs != third:
+        chosen, last = (part[part != IGNORE_INDEX] for part in (labels[:third], labels[2 * third :]))
+        if chosen.numel() > 0 and torch.equal(chosen, last):
             raise OpError(
                 f"OSPOLoss: the last {third} of {labels.shape[0]} rows hold the codes of the first {third}, as swapped "
-                "rows do, but cond_weight is 0; leave the swapped rows out or set cond_weight above 0"
+                "rows do, but cond_weight is 0; remove the swapped rows or set cond_weight above 0"
             )
 
-    def _pairs(self, hidden: Tensor, labels: Tensor, object_masks: Tensor | None) -> int:
-        """B, the number of pairs, after a check of the shapes."""
+    def _count_pairs(self, hidden: Tensor, labels: Tensor, object_masks: Tensor | None) -> int:
+        """Check the shapes; return B."""
         if hidden.dim() != 3:
             raise OpError(f"OSPOLoss: hidden has shape {tuple(hidden.shape)}, expected (G·B, S, D)")
         if labels.shape != hidden.shape[:2]:
@@ -248,27 +268,24 @@ class OSPOLoss(nn.Module):
             if tensor is not None and tensor.device != hidden.device:
                 raise OpError(
                     f"OSPOLoss: {name} are on {tensor.device}, hidden is on {hidden.device}; "
-                    f"give {name}.to(hidden.device)"
+                    f"use {name}.to(hidden.device)"
                 )
-        rows, groups = hidden.shape[0], 3 if self.config.cond_weight > 0 else 2
-        needed = "chosen, rejected, swapped (for cond_weight > 0)" if groups == 3 else "chosen, rejected"
-        if object_masks is not None:
-            if object_masks.dim() != 3 or object_masks.shape[0] % 2:
-                raise OpError(
-                    f"OSPOLoss: object_masks have shape {tuple(object_masks.shape)}, expected (2·B, H, W): "
-                    "the chosen's, then the rejected's"
-                )
-            pairs = object_masks.shape[0] // 2
-            if rows not in (groups * pairs, 3 * pairs):
-                raise OpError(
-                    f"OSPOLoss: hidden has {rows} rows for object_masks of {pairs} pairs, expected "
-                    f"{groups * pairs}: the groups {needed}"
-                    + ("; add the swapped rows or set cond_weight=0" if groups == 3 else "")
-                )
-            return pairs
-        if rows == 0 or rows % groups:
+        rows, groups, needed, remedy = hidden.shape[0], 2, "chosen, rejected", ""
+        if self.config.cond_weight > 0:
+            groups, needed = 3, "chosen, rejected, swapped (for cond_weight > 0)"
+            remedy = "; add the swapped rows or set cond_weight=0"
+        if object_masks is None:
+            if rows == 0 or rows % groups:
+                expected = f"a positive multiple of {groups}: the groups {needed}{remedy}"
+                raise OpError(f"OSPOLoss: hidden has {rows} rows, expected {expected}")
+            return rows // groups
+        if object_masks.dim() != 3 or object_masks.shape[0] % 2:
             raise OpError(
-                f"OSPOLoss: hidden has {rows} rows, expected a positive multiple of {groups}: the groups {needed}"
-                + ("; add the swapped rows or set cond_weight=0" if groups == 3 else "")
+                f"OSPOLoss: object_masks have shape {tuple(object_masks.shape)}, expected (2·B, H, W): "
+                "the chosen's, then the rejected's"
             )
-        return rows // groups
+        pairs = object_masks.shape[0] // 2
+        if rows not in (groups * pairs, 3 * pairs):
+            expected = f"{groups * pairs}: the groups {needed}{remedy}"
+            raise OpError(f"OSPOLoss: hidden has {rows} rows for object_masks of {pairs} pairs, expected {expected}")
+        return pairs

@@ -19,7 +19,7 @@ GRID, TOKENS, LENGTH, WIDTH, CODES = (3, 4), 12, 20, 8, 11
 
 
 def make_batch(pairs: int, groups: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Head, Tensor]:
-    """Hidden states and labels of prompts of several lengths, padded on either side; a head; object masks."""
+    """Hidden states and labels of prompts of several lengths, padded on both sides; a head; object masks."""
     rows = pairs * groups
     labels = torch.full((rows, LENGTH), -100)
     for row in range(rows):
@@ -29,22 +29,22 @@ def make_batch(pairs: int, groups: int, dtype: torch.dtype = torch.float32) -> t
     return torch.randn(rows, LENGTH, WIDTH).to(dtype), labels, head, torch.rand(2 * pairs, *GRID) < 0.4
 
 
-def by_hand(
+def definition(
     config: OSPOLossConfig, hidden: Tensor, labels: Tensor, head: Head, masks: Tensor | None
 ) -> dict[str, Tensor]:
-    """The loss as method.md states it, in float64, row by row."""
+    """The loss by its definition, in float64, row by row."""
     groups = 3 if config.cond_weight else 2
     pairs = len(hidden) // groups
     logps = F.log_softmax(head.to(torch.float64)(hidden.double()), -1)
     scores, chosen = [], []
     for row in range(len(hidden)):
-        places = (labels[row] != -100).nonzero().flatten()
-        tokens = torch.stack([logps[row, t - 1, labels[row, t]] for t in places])
-        weights = torch.ones(len(places), dtype=torch.float64)
+        positions = (labels[row] != -100).nonzero().flatten()
+        tokens = torch.stack([logps[row, t - 1, labels[row, t]] for t in positions])
+        weights = torch.ones(len(positions), dtype=torch.float64)
         if masks is not None:
             mask = masks[row if row < 2 * pairs else row - 2 * pairs]
             weights = token_weights(mask[None].double(), alpha=config.mask_alpha, gamma=config.mask_gamma)[0]
-        norm = weights.sum() if config.normalize == "weights" else len(places)
+        norm = weights.sum() if config.normalize == "weights" else len(positions)
         scores.append((weights * tokens).sum() / norm)
         if row < pairs:
             chosen.append(tokens)
@@ -64,7 +64,7 @@ def by_hand(
 
 
 def test_masks_without_blur() -> None:
-    """A blur of one tap leaves the mask's own weights, 1 and 2."""
+    """A blur of one tap gives weights 1 and 2."""
     hidden, head = torch.randn(2, 10, 6), torch.nn.Linear(6, 7)
     labels = torch.randint(7, (2, 10))
     labels[:, 0] = -100
@@ -125,7 +125,7 @@ def test_against_the_definition(preset: str, masked: bool, normalize: Any) -> No
     hidden.requires_grad_()
     given_masks = masks if masked else None
     output = OSPOLoss(config)(hidden, labels, head, object_masks=given_masks)
-    expected = by_hand(config, hidden, labels, head, given_masks)
+    expected = definition(config, hidden, labels, head, given_masks)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(output, name).double(), value, rtol=2e-6, atol=0)
         assert output.metrics[name] == getattr(output, name)
@@ -145,11 +145,11 @@ def test_any_batch(data: st.DataObject) -> None:
     hidden, labels, head, masks = make_batch(data.draw(st.integers(1, 4)), 3 if config.cond_weight else 2)
     output = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
     torch.testing.assert_close(
-        output.loss.double(), by_hand(config, hidden, labels, head, masks)["loss"], rtol=1e-5, atol=0
+        output.loss.double(), definition(config, hidden, labels, head, masks)["loss"], rtol=1e-5, atol=0
     )
 
 
-def test_third_group_is_left_out_without_a_conditional_term() -> None:
+def test_third_group_is_ignored_without_a_conditional_term() -> None:
     hidden, labels, head, masks = make_batch(2, 3)
     loss = OSPOLoss(OSPOLossConfig.preset("v3"))
     three = loss(hidden, labels, head, object_masks=masks)
@@ -157,9 +157,7 @@ def test_third_group_is_left_out_without_a_conditional_term() -> None:
 
 
 @pytest.mark.parametrize("preset", ["v3", "full"])
-def test_the_rejected_take_no_backward_where_only_metrics_read_them(
-    preset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_backward_for_the_rejected_without_a_simpo_term(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(OSPOLossConfig.preset(preset), simpo_weight=0.0)
     groups = 3 if config.cond_weight else 2
     hidden, labels, head, masks = make_batch(2, groups, torch.float64)
@@ -173,12 +171,12 @@ def test_the_rejected_take_no_backward_where_only_metrics_read_them(
     monkeypatch.setattr(loss_module, "token_logprobs", spy)
     found = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
     assert calls == [(False, [True] * 2), (True, [True, True, False, False, True, True][: 2 * groups])]
-    expected = by_hand(config, hidden, labels, head, masks)
+    expected = definition(config, hidden, labels, head, masks)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(found, name).double(), value)
-    (wanted,) = torch.autograd.grad(expected["loss"], hidden)
+    (best,) = torch.autograd.grad(expected["loss"], hidden)
     (mine,) = torch.autograd.grad(found.loss, hidden)
-    torch.testing.assert_close(mine, wanted)
+    torch.testing.assert_close(mine, best)
     assert not mine[2:4].any()
     with torch.no_grad():
         again = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
@@ -203,7 +201,7 @@ def test_rows_without_image() -> None:
     assert (hidden.grad == 0).all()
 
 
-def test_hidden_states_that_nobody_reads_have_no_part() -> None:
+def test_unread_hidden_states_reach_no_result() -> None:
     hidden, labels, head, masks = make_batch(2, 2)
     loss = OSPOLoss()
     plain = loss(hidden, labels, head, object_masks=masks)
@@ -224,8 +222,7 @@ def test_gradcheck_and_half_precision() -> None:
     assert loss(hidden, labels, head, object_masks=masks).loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("backend", "trained"), [("inductor", False), ("aot_eager", True)])
 def test_compiles_to_one_graph(backend: str, trained: bool) -> None:
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
@@ -260,17 +257,16 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = loss(hidden, labels, head, object_masks=masks)
     output.loss.backward()
-    by_cast = loss(half, labels, head.to(torch.bfloat16), object_masks=masks)
-    by_cast.loss.backward()
+    converted = loss(half, labels, head.to(torch.bfloat16), object_masks=masks)
+    converted.loss.backward()
     assert output.loss.dtype == hidden.grad.dtype == torch.float32
-    assert torch.equal(output.loss, by_cast.loss)
+    assert torch.equal(output.loss, converted.loss)
     assert torch.equal(hidden.grad, half.grad.float())
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
-@pytest.mark.parametrize("deep", [False, True], ids=["linear", "linear-gelu-linear"])
-def test_training_follows_the_usual_computation(deep: bool, trained: bool) -> None:
-    """50 steps of a small body under the fused loss and under the same loss on plain logits: the same losses."""
+@pytest.mark.parametrize(("deep", "trained"), [(False, True), (True, False)])
+def test_training_follows_the_definition(deep: bool, trained: bool) -> None:
+    """50 steps of a small model with the fused loss and with the definition give the same losses."""
     config = OSPOLossConfig.preset("full")
     inputs, labels, _, masks = make_batch(2, 3)
 
@@ -291,7 +287,7 @@ def test_training_follows_the_usual_computation(deep: bool, trained: bool) -> No
 
     module = OSPOLoss(config)
     fused = losses(lambda x, head: module(x, labels, head, object_masks=masks).loss)
-    assert fused == pytest.approx(losses(lambda x, head: by_hand(config, x, labels, head, masks)["loss"]), rel=1e-3)
+    assert fused == pytest.approx(losses(lambda x, head: definition(config, x, labels, head, masks)["loss"]), rel=1e-3)
     assert fused[-1] < 0.7 * fused[0]
 
 
@@ -312,11 +308,11 @@ def test_training_follows_the_usual_computation(deep: bool, trained: bool) -> No
         ({"labels": torch.full((6, LENGTH), CODES)}, "is 11, expected 0 <= label < 11"),
         (
             {"labels": torch.zeros(6, LENGTH, dtype=torch.int64, device="meta")},
-            "labels are on meta, hidden is on cpu; give",
+            "labels are on meta, hidden is on cpu; use",
         ),
         (
             {"object_masks": torch.rand(4, 3, 4, device="meta")},
-            r"object_masks are on meta, hidden is on cpu; give object_masks.to\(hidden.device\)",
+            r"object_masks are on meta, hidden is on cpu; use object_masks.to\(hidden.device\)",
         ),
         ({"head": nn.Linear(WIDTH + 1, CODES)}, r"hidden has shape \(6, 20, 8\), expected \(..., 9\)"),
     ],
@@ -334,15 +330,14 @@ def test_swapped_rows_are_not_taken_for_pairs() -> None:
     hidden, head = torch.randn(6, 9, 8, generator=generator), torch.nn.Linear(8, 11).requires_grad_(False)
     labels = torch.randint(0, 11, (6, 9), generator=generator)
     loss = OSPOLoss(OSPOLossConfig.preset("v1"))
-    loss(hidden, labels, head)  # three pairs: nothing says otherwise
+    loss(hidden, labels, head)  # three pairs
     labels[4:] = labels[:2]
-    with pytest.raises(OpError, match="leave the swapped rows out"):
+    with pytest.raises(OpError, match="remove the swapped rows or set cond_weight above 0"):
         OSPOLoss(OSPOLossConfig.preset("v1"))(hidden, labels, head)
     assert OSPOLoss(OSPOLossConfig.preset("full"))(hidden, labels, head).conditional is not None
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("blur", [1, 5])
+@pytest.mark.parametrize(("value", "blur"), [(math.nan, 1), (math.inf, 5)])
 def test_masks_that_are_not_finite(value: float, blur: int) -> None:
     hidden, labels, head, masks = make_batch(2, 3)
     config = replace(OSPOLossConfig.preset("full"), mask_blur=blur)
@@ -355,12 +350,12 @@ def test_masks_that_are_not_finite(value: float, blur: int) -> None:
     assert plain(hidden, labels, head, object_masks=soft).loss.isnan()
     with pytest.raises(OpError, match="object mask of row 3 holds NaN or infinity, one of 1 rows; expected finite"):
         checked(hidden, labels, head, object_masks=soft)
-    soft[1, 0, 0] = value  # of a chosen image, and so of a swapped row
+    soft[1, 0, 0] = value  # of a chosen image: also of a swapped row
     with pytest.raises(OpError, match="object mask of row 1 holds NaN or infinity, one of 3 rows"):
         checked(hidden, labels, head, object_masks=soft)
 
 
-def test_options_reach_the_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_token_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, labels, head, masks = make_batch(2, 2)
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(
@@ -375,8 +370,8 @@ def test_options_reach_the_log_probabilities(monkeypatch: pytest.MonkeyPatch) ->
         OSPOLoss(check_finite=True)(hidden, labels, head, object_masks=masks)
 
 
-def test_weights_are_made_before_the_gemms() -> None:
-    """Their check waits for the GPU: after the GEMMs' launch it would wait for these."""
+def test_weights_are_computed_before_the_gemms() -> None:
+    """Their check synchronizes: after the launch of the GEMMs it would wait for these."""
     hidden, labels, head, masks = make_batch(2, 2)
     order: list[str] = []
 

@@ -85,7 +85,7 @@ def main(rank: int, store: str) -> None:
 
     head = nn.Linear(WIDTH, CODES)
     fully_shard(head, mesh=mesh)
-    with pytest.raises(OpError, match="leave the head out of fully_shard"):
+    with pytest.raises(OpError, match="exclude the head from fully_shard"):
         token_logprobs(batch[0], head, labels)
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The operations: one file each, with contract, checks and PyTorch twin. They know no model and no stage."""
+"""Operations, one per file: contract, checks, PyTorch reference, dispatch. They know no model and no stage."""
 
 from .attention_columns import attention_columns
 from .head import Head
@@ -7,10 +7,11 @@ from .otsu import otsu_threshold
 from .preference_loss import PreferenceLoss, preference_loss
 from .sample_codes import sample_codes
 from .sequence_logprobs import sequence_logprobs
-from .token_logprobs import token_logprobs
+from .token_logprobs import IGNORE_INDEX, token_logprobs
 from .token_weights import token_weights
 
 __all__ = [
+    "IGNORE_INDEX",
     "Head",
     "ObjectMasks",
     "PreferenceLoss",

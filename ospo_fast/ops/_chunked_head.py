@@ -1,11 +1,11 @@
-"""The head's chain of GEMMs over chunks of rows, and the softmax step between them: what `token_logprobs` consists of.
+"""GEMMs of the head over chunks of rows, and the softmax step between them: the core of `token_logprobs`.
 
-The softmax step of n rows, on each backend, takes logits z (n, V) without their bias, which it destroys, and
+The softmax step takes the logits z (n, V) of a chunk without their bias, destroys them, and computes
 
-    logps = log softmax(z + bias)[labels]                      (n,) fp32, into a given tensor
-    residual = scales · (onehot(labels) − softmax(z + bias))   (n, V) in the dtype of the weights; if `write`
+    logps = log softmax(z + bias)[labels]                           (n,) fp32, into a given tensor
+    dlogits = scales · (onehot(labels) − softmax(z + bias))         (n, V) in the weights' dtype, on request
 
-The compiled steps write the residual in the place of the logits.
+Compiled steps write dlogits in place, over the logits.
 """
 
 from __future__ import annotations
@@ -16,89 +16,98 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 class ChunkedHead:
-    """Head and buffers of one call; each chunk of at most `rows` rows uses the same buffers."""
+    """Head weights and the buffers of one call. All chunks, of up to `chunk_rows` rows, share the buffers."""
 
     def __init__(
         self,
         weight: Tensor,  # (V, F)
-        bias: Tensor | None,
+        bias: Tensor | None,  # (V,)
         proj_weight: Tensor | None,  # (F, D)
-        proj_bias: Tensor | None,
-        rows: int,
+        proj_bias: Tensor | None,  # (F,)
+        chunk_rows: int,
         fp32_logits: bool,
         backend: str,
     ) -> None:
         self.weight, self.proj_weight = weight, proj_weight
         self.proj_bias = None if proj_bias is None else proj_bias.contiguous()
-        self.backend, self.dtype = backend, weight.dtype
-        work = torch.float32 if fp32_logits else weight.dtype
+        self.chunk_rows, self.backend = chunk_rows, backend
+        logits_dtype = torch.float32 if fp32_logits else weight.dtype
         # cuBLAS writes fp32 logits from half-precision factors; elsewhere the factors have to be fp32.
-        self.out_weight = weight if weight.is_cuda else weight.to(work)
-        self.logits = weight.new_empty(rows, weight.shape[0], dtype=work)
+        self.logits_weight = weight if weight.is_cuda else weight.to(logits_dtype)
+        self.logits = weight.new_empty(chunk_rows, weight.shape[0], dtype=logits_dtype)
         if bias is not None:
-            bias = bias.to(work if backend == "cuda" else torch.promote_types(work, torch.float32)).contiguous()
+            # The CUDA step reads the bias in the dtype of the logits, the others in fp32 or fp64.
+            wide = torch.promote_types(logits_dtype, torch.float32)
+            bias = bias.to(logits_dtype if backend == "cuda" else wide).contiguous()
         self.bias = bias
-        self.features = None if proj_weight is None else weight.new_empty(rows, proj_weight.shape[0])
-        self.spare: dict[str, Tensor] = {}
+        self.features = None if proj_weight is None else weight.new_empty(chunk_rows, proj_weight.shape[0])
+        self.buffers: dict[str, Tensor] = {}
 
     def forward(
-        self, x: Tensor, rows: Tensor | slice, labels: Tensor, logps: Tensor, unit: Tensor | None = None
+        self, x: Tensor, rows: Tensor | slice, labels: Tensor, logps: Tensor, dhidden: Tensor | None = None
     ) -> None:
-        """ℓ of x[rows], into logps, and their U, into unit (n, D) where one is given.
+        """Write the log-probabilities of x[rows] to `logps` and, if given, ∂logps/∂x to `dhidden` (n, D).
 
-        Until U is known, `unit` is one of the buffers: of the GELU's input where that has its width, else of x[rows].
+        Buffers are shared between values that are never needed at the same time. With a projection:
+
+            step                          reads             writes           in the buffer
+            gather_rows                   x                 inputs           features if F = D, else dhidden
+            project, GEMM                 inputs            pre              dhidden if F = D, else "pre"
+            project, GELU                 pre               features         features: inputs are dead
+            GEMM, softmax step            features          logits, dlogits  logits: dlogits replace them
+            GEMM                          dlogits           dfeatures        features: dead after the logits
+            gelu_backward                 dfeatures, pre    dpre             features: in place
+            GEMM                          dpre              dhidden          dhidden: pre or inputs are dead
+
+        So dhidden, which the caller keeps anyway, saves a buffer of (n, F) or (n, D).
         """
-        n, width = len(logps), x.shape[1]
-        features = None if self.features is None else self.features[:n]
-        square = features is not None and features.shape[1] == width
-        if isinstance(rows, slice):
-            inputs = x[rows]
-        else:
-            room = self._buffer("inputs", n, width) if unit is None else features if square else unit
-            inputs = torch.index_select(x, 0, rows, out=room)
-        if features is None:
-            self._logits(inputs, n)
-            residual = self._softmax(labels, None, logps, write=unit is not None)
-            if residual is not None:
-                torch.mm(residual, self.weight, out=unit)
+        if self.features is None:
+            inputs = self.gather_rows(x, rows, out=dhidden)  # dead when dhidden is written
+            dlogits = self._logps(inputs, labels, None, logps, needs_grad=dhidden is not None)
+            if dlogits is not None:
+                torch.mm(dlogits, self.weight, out=dhidden)
             return
-        # Without a backward the GELU is taken in place.
-        pre = features if unit is None else unit if square else self._buffer("pre", n, features.shape[1])
+        features = self.features[: len(logps)]
+        square = features.shape[1] == x.shape[1]
+        if dhidden is None:
+            inputs, pre = self.gather_rows(x, rows), features  # without a backward the GELU runs in place
+        elif square:
+            inputs, pre = self.gather_rows(x, rows, out=features), dhidden
+        else:
+            inputs, pre = self.gather_rows(x, rows, out=dhidden), self._buffer("pre", *features.shape)
         self.project(inputs, pre, features)
-        self._logits(features, n)
-        residual = self._softmax(labels, None, logps, write=unit is not None)
-        if residual is not None:
+        dlogits = self._logps(features, labels, None, logps, needs_grad=dhidden is not None)
+        if dlogits is not None:
             assert self.proj_weight is not None
-            dpre = torch.mm(residual, self.weight, out=features)
+            dpre = torch.mm(dlogits, self.weight, out=features)
             self.gelu_backward(dpre, pre)
-            torch.mm(dpre, self.proj_weight, out=unit)
+            torch.mm(dpre, self.proj_weight, out=dhidden)
 
-    def take(self, x: Tensor, rows: Tensor | slice) -> Tensor:
-        """x[rows]: a slice as it is, the rows of an index in a buffer."""
+    def gather_rows(self, x: Tensor, rows: Tensor | slice, out: Tensor | None = None) -> Tensor:
+        """Return x[rows]: a view for a slice; for an index a copy, in `out` or in the buffer "inputs"."""
         if isinstance(rows, slice):
             return x[rows]
-        return torch.index_select(x, 0, rows, out=self._buffer("inputs", len(rows), x.shape[1]))
+        out = self._buffer("inputs", len(rows), x.shape[1]) if out is None else out
+        return torch.index_select(x, 0, rows, out=out)
 
-    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers with what `gelu_backward` needs of the rows x, and with their features."""
+    def project_into_buffers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Project rows x (n, D); return the buffers (n, F) of the GELU's input, for `gelu_backward`, and its output."""
         assert self.features is not None
-        pre, features = self._buffer("pre", len(x), self.features.shape[1]), self.features[: len(x)]
+        features = self.features[: len(x)]
+        pre = self._buffer("pre", *features.shape)
         self.project(x, pre, features)
         return pre, features
 
-    def residual(self, features: Tensor, labels: Tensor, scales: Tensor) -> Tensor:
-        """Scales · (onehot − softmax) of the rows of `features`: with ∂L/∂ℓ as scales, ∂L/∂logits."""
-        self._logits(features, len(features))
-        residual = self._softmax(labels, scales, scales.new_empty(len(features)), write=True)
-        assert residual is not None
-        return residual
+    def logits_grad(self, features: Tensor, labels: Tensor, dlogps: Tensor) -> Tensor:
+        """Recompute the logits of `features` (n, F) and return ∂L/∂logits (n, V) for ∂L/∂logps (n,), in a buffer."""
+        dlogits = self._logps(features, labels, dlogps, dlogps.new_empty(len(features)), needs_grad=True)
+        assert dlogits is not None
+        return dlogits
 
     def project(self, x: Tensor, pre: Tensor, features: Tensor) -> None:
-        """Computes features = gelu(proj_weight·x + proj_bias) and keeps in `pre` what `gelu_backward` needs."""
+        """Compute features = gelu(proj_weight·x + proj_bias), and `pre`, which is what `gelu_backward` reads."""
         assert self.proj_weight is not None
         if self.backend == "cuda":
             torch.mm(x, self.proj_weight.t(), out=pre)
@@ -111,50 +120,47 @@ class ChunkedHead:
         torch.ops.aten.gelu.out(pre, out=features)
 
     def gelu_backward(self, grad: Tensor, pre: Tensor) -> None:
-        """In place, grad ← grad · gelu′."""
+        """Multiply `grad` by the GELU's derivative, in place."""
         if self.backend == "cuda":
             _dispatch.triton("gelu").gelu_backward(grad, pre, self.proj_bias)
         else:
             torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
 
     def _buffer(self, name: str, rows: int, width: int) -> Tensor:
-        """Room (rows, width) in the dtype of the weights, the same for each chunk."""
-        if name not in self.spare:
-            self.spare[name] = self.weight.new_empty(len(self.logits), width)
-        return self.spare[name][:rows]
+        if name not in self.buffers:
+            self.buffers[name] = self.weight.new_empty(self.chunk_rows, width)
+        return self.buffers[name][:rows]
 
-    def _logits(self, features: Tensor, rows: int) -> None:
-        self.rows = rows
-        z, weight = self.logits[:rows], self.out_weight.t()
-        if z.dtype == weight.dtype:
-            torch.mm(features.to(z.dtype), weight, out=z)
-        else:
-            torch.ops.aten.mm.dtype_out(features, weight, z.dtype, out=z)
-
-    def _softmax(self, labels: Tensor, scales: Tensor | None, logps: Tensor, *, write: bool) -> Tensor | None:
+    def _logps(
+        self, features: Tensor, labels: Tensor, scales: Tensor | None, logps: Tensor, *, needs_grad: bool
+    ) -> Tensor | None:
+        """Compute logits and softmax step; return dlogits if asked for."""
+        z = self._logits(features)
         step = _softmax_torch if self.backend == "torch" else _softmax_native
-        return step(self.logits[: self.rows], self.bias, labels, scales, logps, self.dtype, write)
+        return step(z, self.bias, labels, scales, logps, self.weight.dtype if needs_grad else None)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        z, weight = self.logits[: len(features)], self.logits_weight.t()
+        if z.dtype == weight.dtype:
+            return torch.mm(features.to(z.dtype), weight, out=z)
+        torch.ops.aten.mm.dtype_out(features, weight, z.dtype, out=z)
+        return z
 
 
 def _softmax_torch(
-    z: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scales: Tensor | None,
-    logps: Tensor,
-    dtype: torch.dtype,
-    write: bool,
+    z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, dtype: torch.dtype | None
 ) -> Tensor | None:
-    p = z.float() if z.dtype in _HALF else z
+    """Softmax step in PyTorch; `dtype` is that of dlogits, None for no dlogits."""
+    p = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
     if bias is not None:
         p.add_(bias)
-    # Subtracting the maximum first keeps the error of ℓ that of |z − max|, as log_softmax does.
+    # Subtracting the maximum first keeps the error of logps that of |z − max|, as log_softmax does.
     p.sub_(p.amax(dim=1, keepdim=True))
     labels = labels.unsqueeze(1)
     target = p.gather(1, labels)
     total = p.exp_().sum(dim=1, keepdim=True)
     torch.sub(target.squeeze(1), total.log().squeeze(1), out=logps)
-    if not write:
+    if dtype is None:
         return None
     p.div_(total.neg_()).scatter_add_(1, labels, torch.ones_like(target))
     if scales is not None:
@@ -163,55 +169,22 @@ def _softmax_torch(
 
 
 def _softmax_native(
-    z: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scales: Tensor | None,
-    logps: Tensor,
-    dtype: torch.dtype,
-    write: bool,
+    z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, dtype: torch.dtype | None
 ) -> Tensor | None:
-    native, numbers = _dispatch.native(), _dispatch.DTYPES
-    tensors = z.data_ptr(), numbers[z.dtype], _pointer(bias), labels.data_ptr(), _pointer(scales), logps.data_ptr()
-    arguments = *tensors, numbers[dtype], write, *z.shape
-    if not z.is_cuda:
-        native.token_logprobs(*arguments, torch.get_num_threads())
-    else:
+    native, pointer, numbers = _dispatch.native(), _dispatch.pointer, _dispatch.DTYPES
+    arguments = (
+        z.data_ptr(), numbers[z.dtype], pointer(bias), labels.data_ptr(), pointer(scales), logps.data_ptr(),
+        numbers[dtype or z.dtype], dtype is not None, *z.shape,
+    )  # fmt: skip
+    if z.is_cuda:
         try:
             native.token_logprobs_cuda(*arguments, *_dispatch.device_and_stream(z.device))
         except RuntimeError as error:
             raise OpError(
                 f"token_logprobs: the CUDA kernel failed on logits of {z.dtype} {tuple(z.shape)} on {z.device}: "
-                f"{error}; backend='torch' does without it"
+                f"{error}; use backend='torch'"
             ) from error
-    return z.view(dtype)[:, : z.shape[1]] if write else None
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def scale_rows(unit: Tensor, places: Tensor, scales: Tensor, backend: str) -> Tensor:
-    """out[i] = scales[i]·unit[places[i]]; 0 where places[i] < 0 or scales[i] is 0, even of a NaN. A new tensor.
-
-    unit (N, D), places (N,) int64, scales (N,) fp32 (fp64 with fp64) → (N, D) in unit's dtype.
-    """
-    unit, places, scales = unit.contiguous(), places.contiguous(), scales.contiguous()
-    out = torch.empty_like(unit)
-    if backend == "cuda":
-        _dispatch.triton("scale_rows").scale_rows(unit, places, scales, out)
-        return out
-    if backend == "torch":
-        silent = ((places < 0) | (scales == 0)).unsqueeze(1)
-        rows = unit.index_select(0, places.clamp(min=0)) if len(unit) else unit
-        return torch.mul(rows, scales.unsqueeze(1), out=out).masked_fill_(silent, 0)
-    _dispatch.native().scale_rows(
-        unit.data_ptr(),
-        places.data_ptr(),
-        scales.data_ptr(),
-        out.data_ptr(),
-        _dispatch.DTYPES[unit.dtype],
-        *unit.shape,
-        torch.get_num_threads(),
-    )
-    return out
+    else:
+        native.token_logprobs(*arguments, torch.get_num_threads())
+    # dlogits in half precision fill the first half of each row of fp32 logits.
+    return None if dtype is None else z.view(dtype)[:, : z.shape[1]]

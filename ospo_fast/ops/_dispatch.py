@@ -1,127 +1,172 @@
-"""Which backend runs an op: the one place where that is decided, and the table that `ospo-fast env` shows."""
+"""Backend selection of every op, and the table of backends that `ospo-fast env` prints."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ospo_fast.errors import OpError
 
 logger = logging.getLogger(__name__)
+Op = TypeVar("Op", bound=Callable[..., Any])
 
-# op → its compiled backends in the order in which backend="auto" tries them: name → (is it in this version, device).
-# The PyTorch twin, "torch", stands behind them all and runs everywhere.
-_KERNELS: dict[str, dict[str, tuple[bool, str]]] = {
-    "token_logprobs": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
-    "token_weights": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
+# op → its compiled backends and the device type each one runs on, in the order in which backend="auto" tries them.
+# The PyTorch reference, "torch", comes last for every op and runs on every device.
+_KERNELS: dict[str, dict[str, str]] = {
+    "token_logprobs": {"cuda": "cuda", "cpp": "cpu"},
+    "token_weights": {"cuda": "cuda", "cpp": "cpu"},
     "sequence_logprobs": {},
     "preference_loss": {},
-    "attention_columns": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
-    "otsu_threshold": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
-    "object_masks": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
-    "sample_codes": {"cuda": (True, "cuda"), "cpp": (True, "cpu")},
-    "linear": {"cpp": (True, "cpu")},
-    "skinny_linear": {"triton": (True, "cuda")},
-    "add_rms_norm": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
-    "silu_mul": {"triton": (True, "cuda"), "cpp": (True, "cpu")},
-    "decode_attention": {"triton": (True, "cuda"), "flash_attn": (True, "cuda"), "cpp": (True, "cpu")},
+    "attention_columns": {"triton": "cuda", "cpp": "cpu"},
+    "otsu_threshold": {"cuda": "cuda", "cpp": "cpu"},
+    "object_masks": {"cuda": "cuda", "cpp": "cpu"},
+    "sample_codes": {"cuda": "cuda", "cpp": "cpu"},
+    "linear": {"cpp": "cpu"},
+    "skinny_linear": {"triton": "cuda"},
+    "add_rms_norm": {"triton": "cuda", "cpp": "cpu"},
+    "silu_mul": {"triton": "cuda", "cpp": "cpu"},
+    "decode_attention": {"triton": "cuda", "cpp": "cpu"},
 }
-_BESIDE = {"token_logprobs": "triton"}  # what an op's CUDA kernels need besides
-_KINDS = {"cuda": "CUDA", "cpp": "C++", "triton": "Triton", "flash_attn": "flash-attn"}
-# Tags of an op that waits for the GPU to look at numbers: torch.compile then captures no CUDA graph over it.
+# Tags of ops that synchronize with the host: torch.compile then captures no CUDA graph over them.
 HOST_SYNC_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/common.h
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.h
 
 
 def backends(device: str = "cpu") -> dict[str, list[tuple[str, bool, str]]]:
-    """For every op its backends for tensors on that type of device: (name, available, reason), best first.
+    """List the backends of every op for tensors on a device type: (name, available, reason if not), best first.
 
-    `auto` takes the first available one; the reason of one that is not available says what is missing.
+    `auto` takes the first available one.
     """
     table = {}
     for op, kernels in _KERNELS.items():
-        missing = [(name, _missing(op, name, device)) for name in kernels]
-        table[op] = [*((name, not reason, reason) for name, reason in missing), ("torch", True, "")]
+        reasons = [(name, _why_unavailable(op, name, device)) for name in kernels]
+        table[op] = [*((name, not reason, reason) for name, reason in reasons), ("torch", True, "")]
     return table
 
 
-def resolve(op: str, backend: str, device: str) -> str:
-    """The backend that runs `op`. An explicit name is taken as it is or refused, never replaced by another."""
-    if backend == "torch":
-        return backend
+def resolve(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str:
+    """Choose the backend that runs `op` on a device type and, where compiled kernels read the inputs, a dtype.
+
+    "auto" takes the first backend that can run, an explicit name is never replaced: OpError if it cannot run.
+    """
+    kernels, supported = _KERNELS[op], dtype is None or dtype in DTYPES
     if backend == "auto":
-        for name, (exists, runs_on) in _KERNELS[op].items():
-            if exists and runs_on == device:
-                if not (reason := _missing(op, name, device)):
+        for name, runs_on in kernels.items():
+            if runs_on == device and supported:
+                if not (reason := _why_unavailable(op, name, device)):
                     return name
                 _warn_once(reason)
         return "torch"
-    if backend not in _KERNELS[op]:
-        expected = ", ".join(repr(name) for name in ("auto", "torch", *_KERNELS[op]))
-        raise OpError(f"{op}: backend={backend!r} is unknown, expected one of {expected}")
-    if reason := _missing(op, backend, device):
-        raise OpError(f"{op}: backend={backend!r} cannot run here: {reason}; use 'auto' or 'torch'")
+    if backend != "torch":
+        if backend not in kernels:
+            expected = ", ".join(repr(name) for name in ("auto", "torch", *kernels))
+            raise OpError(f"{op}: backend={backend!r} is unknown, expected one of {expected}")
+        reason = _why_unavailable(op, backend, device)
+        if not supported:
+            reason = f"got {dtype}, expected float32, float16 or bfloat16"
+        if reason:
+            raise OpError(f"{op}: backend={backend!r} cannot run here: {reason}; use 'auto' or 'torch'")
     return backend
 
 
+# What torch.compiler.assume_constant_result sets. That function would import torch._dynamo, which takes a second.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def register_op(schema: str, *, fake: Callable[..., Any], synchronizes: bool = False) -> Callable[[Op], Op]:
+    """Replace a function by the registered op torch.ops.ospo_fast.<name>, an opaque call for torch.compile.
+
+    Args:
+        schema: "name(arguments) -> results".
+        fake: computes empty results of the right shapes and dtypes from the arguments.
+        synchronizes: the op reads values on the host.
+
+    """
+
+    def register(function: Op) -> Op:
+        name, arguments = schema.split("(", 1)
+        torch.library.define(f"ospo_fast::{name}", f"({arguments}", tags=HOST_SYNC_TAGS if synchronizes else ())
+        torch.library.impl(f"ospo_fast::{name}", "CompositeExplicitAutograd")(function)
+        torch.library.register_fake(f"ospo_fast::{name}")(fake)
+        op: Op = getattr(torch.ops.ospo_fast, name)
+        return op
+
+    return register
+
+
 def native() -> ModuleType:
-    """The compiled module, where `resolve` has answered "cpp"."""
+    """Return the compiled module; to be called only after `resolve` has answered "cpp" or "cuda"."""
     module = _native()[0]
     assert module is not None
     return module
 
 
 def triton(name: str) -> ModuleType:
-    """The Triton kernels of kernels/<name>.py."""
+    """Import the Triton kernels of kernels/<name>.py."""
     return importlib.import_module(f"ospo_fast.kernels.{name}")
 
 
+def pointer(tensor: Tensor | None) -> int:
+    """Return the address of a tensor for the compiled module, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def device_and_stream(device: torch.device) -> tuple[int, int]:
-    """What a CUDA function of the compiled module needs to know: the device's ordinal and its current stream."""
+    """Return the ordinal and the current stream of a CUDA device: the last arguments of the compiled CUDA functions."""
     stream = torch.cuda.current_stream(device)
     return int(stream.device_index), int(stream.cuda_stream)
 
 
-def _missing(op: str, name: str, device: str) -> str:
-    exists, runs_on = _KERNELS[op][name]
-    if not exists:
-        return f"this version has no {_KINDS[name]} kernel for it"
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of results: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def describe(tensor: Tensor) -> str:
+    """Return dtype and shape of a tensor, for error messages."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _why_unavailable(op: str, name: str, device: str) -> str:
+    """Why a backend cannot run on a device type; empty if it can."""
+    runs_on = _KERNELS[op][name]
     if device != runs_on:
-        return f"its {_KINDS[name]} kernel takes tensors on {runs_on}, not on {device}"
-    if name in ("triton", "flash_attn"):
-        return _package(name)
+        return f"{name!r} takes tensors on {runs_on}, not on {device}"
+    if name == "triton":
+        return _triton_error()
     module, reason = _native()
-    if module is not None and name == "cuda":
-        if not module.build_info()["cuda"]:
-            return "ospo_fast._C was built without CUDA; install the package again where nvcc is found"
-        if op in _BESIDE:
-            return _package(_BESIDE[op])
-    return reason
+    if module is None or name == "cpp":
+        return reason
+    if not module.build_info()["cuda"]:
+        return "ospo_fast._C was built without CUDA; reinstall the package where nvcc is found"
+    # GELU and the backward of token_logprobs are Triton kernels.
+    return _triton_error() if op == "token_logprobs" else ""
 
 
 @functools.cache
-def _package(name: str) -> str:
-    """Empty, or why a package that kernels need cannot be had."""
+def _triton_error() -> str:
     try:
-        importlib.import_module(name)
+        importlib.import_module("triton")
     except ImportError as error:
-        return f"{name} cannot be imported ({error}); install {name.replace('_', '-')}"
+        return f"triton cannot be imported ({error}); install triton"
     return ""
 
 
 @functools.cache
-def _native() -> tuple[ModuleType | None, Literal[""]] | tuple[None, str]:
+def _native() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("ospo_fast._C"), ""
     except ImportError as error:
-        return None, f"ospo_fast._C cannot be imported ({error}); reinstall the package with a C++ compiler at hand"
+        return None, f"ospo_fast._C cannot be imported ({error}); reinstall the package where a C++ compiler is found"
 
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    logger.warning("the PyTorch twins run in place of the compiled operations: %s", reason)
+    logger.warning("PyTorch references run in place of the compiled ops: %s", reason)

@@ -1,7 +1,7 @@
-"""Products of few rows with a weight that stays: x·Wᵀ + b on the CPU, from a packed copy of W.
+"""Linear layers on the CPU with a packed copy of the weight: x·Wᵀ + b.
 
-BLAS libraries change kernels with the number of rows, and with them a row's last bits. Here every sum runs over k in
-the same order, so a row gives the same bits in any batch and with any number of threads.
+BLAS libraries choose kernels by the number of rows, and with them the last bits of each row. Here every sum runs over k
+in the same order, so a row has the same bits in any batch and with any number of threads.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._dispatch import pointer
 
 
 class PackedLinear:
-    """x (M, K) fp32 → x·Wᵀ + b (M, N), with W the modules' weights stacked, and their biases.
+    """Map x (M, K) fp32 to x·Wᵀ + b (M, N), with W and b the stacked weights and biases of the modules.
 
-    Raises OpError: the compiled module is missing, or the modules are not float32 on the CPU.
+    Raises OpError: no compiled module, or modules that are not float32 on the CPU.
     """
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
@@ -29,44 +30,44 @@ class PackedLinear:
         self._modules = list(modules)
         self.columns = sum(m.out_features for m in modules)
         self.depth = modules[0].in_features
-        width = _dispatch.native().linear_columns()
-        self._packed = torch.empty(-(-self.columns // width) * width * self.depth)
+        panel = _dispatch.native().linear_columns()
+        self._packed = torch.empty(-(-self.columns // panel) * panel * self.depth)
         self._bias = torch.zeros(self.columns) if any(m.bias is not None for m in modules) else None
-        self._pointers = self._packed.data_ptr(), 0 if self._bias is None else self._bias.data_ptr()
+        self._pointers = pointer(self._packed), pointer(self._bias)
         self._run = _dispatch.native().linear
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Read the modules' weights again: they may have been trained since."""
+        """Copy the modules' weights again, after an update."""
         weight = torch.cat(tuple(m.weight for m in self._modules))
         _dispatch.native().pack_linear(weight.data_ptr(), self._packed.data_ptr(), self.columns, self.depth)
         if self._bias is not None:
             torch.cat([bias_or_zeros(m) for m in self._modules], out=self._bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """X (M, K), rows contiguous → (M, N), into `out` if given."""
+        """Compute (M, N), into `out` if given, of x (M, K) with contiguous rows."""
         rows, threads = x.shape[0], torch.get_num_threads()
         out = torch.empty(rows, self.columns) if out is None else out
-        place, step = out.data_ptr(), out.stride(0)
-        self._run(x.data_ptr(), x.stride(0), *self._pointers, place, step, rows, self.columns, self.depth, threads)
+        target = out.data_ptr(), out.stride(0)
+        self._run(x.data_ptr(), x.stride(0), *self._pointers, *target, rows, self.columns, self.depth, threads)
         return out
 
 
 def bias_or_zeros(module: nn.Linear) -> Tensor:
-    """The module's bias (N,), zeros where it has none."""
+    """Return the module's bias (N,), or zeros."""
     bias: Tensor | None = module.bias
     return module.weight.new_zeros(module.out_features) if bias is None else bias.detach()
 
 
 def packed_linear_runs() -> bool:
-    """Whether this processor has the vector instructions that make `PackedLinear` worth its copy."""
-    if any(name == "cpp" and not available for name, available, _ in _dispatch.backends()["linear"]):
+    """Whether the compiled module and its vector instructions are there, without which `PackedLinear` is no gain."""
+    if _dispatch.resolve("linear", "auto", "cpu") != "cpp":
         return False
     return bool(_dispatch.native().build_info()["simd"] != "baseline")
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """In place, x · Φ(x): fp32 on the CPU and contiguous; element by element, so that no bit depends on the place."""
+    """Compute x · Φ(x) in place: contiguous fp32 on the CPU, with the same bits at any position."""
     _dispatch.native().gelu(x.data_ptr(), x.numel(), torch.get_num_threads())
     return x

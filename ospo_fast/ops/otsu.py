@@ -1,120 +1,110 @@
-"""Otsu's threshold, equal to scikit-image's to the last bit."""
+"""Otsu's threshold, bitwise equal to scikit-image."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._dispatch import describe, register_op, result_dtype
 
-SHARED_FLOATS = 24576  # what the CUDA kernels keep of one map and its histogram
+SHARED_FLOATS = 24576  # shared memory that the CUDA kernels use for one map and its histogram
 
 
 def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
-    """The centre of the first histogram bin that maximises w1·w2·(m1 − m2)²; of a constant map its value.
+    """Compute Otsu's threshold: the center of the first histogram bin that maximizes w1·w2·(m1 − m2)².
 
-    maps (..., H, W) float → (...) fp32 (float64 for float64 maps; half precision is widened first). Bins as numpy's
-    histogram over [min, max] (last bin closed), sums in bin order in fp32, as scikit-image's threshold_otsu.
-    float32 maps run in C++ on CPU, in one launch that waits for nothing on CUDA: there a map with a value that is not
-    finite, or a range too small for that many bins, has the threshold NaN. `otsu_threshold_reference` is the twin; it
-    takes float64, and maps that are too large for the CUDA kernel, too.
-    Raises OpError: not floating, no cells; elsewhere than in the CUDA kernel such a map.
-    Source: Otsu 1979; paper section on object masks.
+    Bins are those of numpy.histogram over [min, max] (last bin closed), summed in order in fp32 like scikit-image's
+    threshold_otsu. Runs in C++ on CPU and as one CUDA launch without host synchronization; float64 and maps too large
+    for the CUDA kernel run in PyTorch (`otsu_threshold_reference`).
+
+    Args:
+        maps: (..., H, W) float. Half precision is widened.
+        bins: histogram bins.
+
+    Returns:
+        (...) fp32 (float64 for float64 maps); of a constant map its value.
+
+    Raises:
+        OpError: maps that are not floating or have no cells, a map with NaN or infinity, or with a range that is too
+            small for `bins`. On CUDA such a map raises nothing: its threshold is NaN, as a check would synchronize.
+
+    Source: Otsu 1979; OSPO paper, object masks.
+
     """
     if maps.dim() < 2 or not maps.is_floating_point() or 0 in maps.shape[-2:]:
-        raise OpError(f"otsu_threshold: maps are {maps.dtype} {tuple(maps.shape)}, expected float (..., H, W)")
+        raise OpError(f"otsu_threshold: maps are {describe(maps)}, expected float (..., H, W)")
     if bins < 1:
         raise OpError(f"otsu_threshold: bins is {bins}, expected a positive number")
-    result: Tensor = torch.ops.ospo_fast.otsu_threshold(maps.detach(), bins)
-    return result
+    return _otsu_threshold(maps.detach(), bins)
 
 
 def otsu_threshold_reference(maps: Tensor, *, bins: int = 256) -> Tensor:
-    """The PyTorch twin of `otsu_threshold`: the same bits, for fp32 and for float64 maps, on any device."""
-    return _twin(_rows(maps), bins).reshape(maps.shape[:-2])
+    """Compute `otsu_threshold` in PyTorch, with the same bits on any device; in float64 for float64 maps."""
+    x = _flatten(maps)
+    _check_maps(x, x.isfinite().all(1), bins)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    constant, value = low == high, low
+    # A constant map gets any histogram here; its value replaces the threshold at the end.
+    x, low, high = torch.where(constant, 0, x), torch.where(constant, 0, low), torch.where(constant, 1, high)
+    edges = _edges(low, high, bins)
+    _check_maps(x, (edges[:, 1:] > edges[:, :-1]).all(1), bins)
+    counts = _histogram(x, low, high, edges)
+    centers = (edges[:, :-1] + edges[:, 1:]) / 2
+    thresholds = centers.gather(1, _best_bin(counts, centers))
+    return torch.where(constant, value, thresholds).reshape(maps.shape[:-2])
 
 
-torch.library.define("ospo_fast::otsu_threshold", "(Tensor maps, int bins) -> Tensor")
-
-
-@torch.library.impl("ospo_fast::otsu_threshold", "CompositeExplicitAutograd")
+@register_op(
+    "otsu_threshold(Tensor maps, int bins) -> Tensor",
+    fake=lambda maps, bins: maps.new_empty(maps.shape[:-2], dtype=result_dtype(maps)),
+)
 def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
-    x = _rows(maps)
-    backend = "torch"
-    if x.dtype == torch.float32:
-        backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type)
-    if backend == "torch" or (backend == "cuda" and not fits_shared(x.shape[1], bins)):
-        return _twin(x, bins).reshape(maps.shape[:-2])
-    x, thresholds = x.contiguous(), x.new_empty(len(x))
+    x = _flatten(maps).contiguous()
+    backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type, x.dtype)
+    if backend == "torch" or (backend == "cuda" and not fits_shared_memory(x.shape[1], bins)):
+        return otsu_threshold_reference(maps, bins=bins)
+    thresholds = x.new_empty(len(x))
+    arguments = (x.data_ptr(), thresholds.data_ptr(), *x.shape, bins)
     if backend == "cuda":
-        if len(x):
-            _dispatch.native().otsu_threshold_cuda(
-                x.data_ptr(), thresholds.data_ptr(), *x.shape, bins, *_dispatch.device_and_stream(x.device)
-            )
-        return thresholds.reshape(maps.shape[:-2])
-    _dispatch.native().otsu_threshold(
-        x.data_ptr(), thresholds.data_ptr(), len(x), x.shape[1], bins, torch.get_num_threads()
-    )
-    if bool(thresholds.isnan().any()):
-        row = int(thresholds.isnan().nonzero()[0])
-        refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
+        _dispatch.native().otsu_threshold_cuda(*arguments, *_dispatch.device_and_stream(x.device))
+    else:
+        _dispatch.native().otsu_threshold(*arguments, torch.get_num_threads())
+        _check_maps(x, ~thresholds.isnan(), bins)
     return thresholds.reshape(maps.shape[:-2])
 
 
-def fits_shared(cells: int, bins: int) -> bool:
-    """Whether the CUDA kernels can take maps of so many cells."""
+def fits_shared_memory(cells: int, bins: int) -> bool:
+    """Whether the CUDA kernels take maps of `cells` cells."""
     return cells + 5 * bins + 1 <= SHARED_FLOATS
 
 
-def _rows(maps: Tensor) -> Tensor:
-    return maps.reshape(-1, maps.shape[-2] * maps.shape[-1]).to(_result_dtype(maps))
-
-
-def refuse_map(op: str, cells: Tensor, name: str, bins: int) -> NoReturn:
-    """OpError: why Otsu's threshold of this map cannot be had."""
+def map_error(op: str, cells: Tensor, name: str, bins: int) -> str:
+    """Describe why a map has no threshold, and the remedy."""
     if not bool(cells.isfinite().all()):
-        raise OpError(f"{op}: {name} holds NaN or infinity, expected finite values")
-    raise OpError(
-        f"{op}: {name} reaches from {float(cells.min())} to {float(cells.max())}, too little "
-        f"or too much for {bins} bins in {cells.dtype}; min-max normalise the map first"
+        return f"{op}: {name} holds NaN or infinity, expected finite values; check what computed it"
+    return (
+        f"{op}: {name} has values from {float(cells.min())} to {float(cells.max())}, expected a range that {bins} bins "
+        f"divide in {cells.dtype}; min-max normalize the map first"
     )
 
 
-def _twin(x: Tensor, bins: int) -> Tensor:
-    if not bool(x.isfinite().all()):
-        row = int((~x.isfinite().all(1)).nonzero()[0])
-        refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    constant, value = low == high, low
-    # Any histogram does for a constant map: its value is put in at the end.
-    x, low, high = torch.where(constant, 0, x), torch.where(constant, 0, low), torch.where(constant, 1, high)
-    edges = _edges(low, high, bins)
-    unsuited = ~(edges[:, 1:] > edges[:, :-1]).all(1)
-    if bool(unsuited.any()):
-        row = int(unsuited.nonzero()[0])
-        refuse_map("otsu_threshold", x[row], f"map {row} (flattened)", bins)
-    counts = _histogram(x, low, high, edges)
-    centres = (edges[:, :-1] + edges[:, 1:]) / 2
-    threshold = centres.gather(1, _best_bin(counts, centres))
-    return torch.where(constant, value, threshold)
+def _flatten(maps: Tensor) -> Tensor:
+    return maps.reshape(-1, maps.shape[-2] * maps.shape[-1]).to(result_dtype(maps))
 
 
-@torch.library.register_fake("ospo_fast::otsu_threshold")
-def _(maps: Tensor, bins: int) -> Tensor:
-    return maps.new_empty(maps.shape[:-2], dtype=_result_dtype(maps))
-
-
-def _result_dtype(maps: Tensor) -> torch.dtype:
-    return torch.float64 if maps.dtype == torch.float64 else torch.float32
+def _check_maps(x: Tensor, usable: Tensor, bins: int) -> None:
+    """Raise OpError for the first map of x (n, cells) that `usable` (n,) excludes."""
+    if not bool(usable.all()):
+        row = int((~usable).nonzero()[0])
+        raise OpError(map_error("otsu_threshold", x[row], f"map {row} (flattened)", bins))
 
 
 def _edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
     """numpy.linspace(low, high, bins + 1) of each row, each operation rounded in the maps' dtype."""
     delta, ramp = high - low, torch.arange(bins + 1, dtype=low.dtype, device=low.device)
-    parts = delta.new_full((), bins)  # a tensor: by a number, CUDA would multiply with its rounded reciprocal
+    parts = delta.new_full((), bins)  # a tensor: CUDA would multiply by the rounded reciprocal of a number
     step = delta / parts
     ramp = torch.where(step == 0, ramp / parts * delta, ramp * step)
     edges = ramp + low
@@ -123,7 +113,7 @@ def _edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def _histogram(x: Tensor, low: Tensor, high: Tensor, edges: Tensor) -> Tensor:
-    """Counts (n, bins) by numpy's rule: a a guess by division, then a step to the bin whose edges hold the value."""
+    """Counts (n, bins) by numpy's rule: guess the bin by division, then correct it by its edges."""
     bins = edges.shape[1] - 1
     index = ((x - low) / (high - low) * bins).long()
     index -= (index == bins).long()
@@ -132,14 +122,14 @@ def _histogram(x: Tensor, low: Tensor, high: Tensor, edges: Tensor) -> Tensor:
     return torch.zeros_like(edges[:, :-1]).scatter_add_(1, index, torch.ones_like(x))
 
 
-def _best_bin(counts: Tensor, centres: Tensor) -> Tensor:
-    """First argmax of the variance between the classes, (n, 1), with the roundings of scikit-image."""
-    weights = counts.float()  # scikit-image counts in fp32 whatever the maps are
+def _best_bin(counts: Tensor, centers: Tensor) -> Tensor:
+    """First argmax of the variance between the classes, (n, 1), rounded as scikit-image does."""
+    weights = counts.float()  # scikit-image counts in fp32 for maps of any dtype
     weight1, weight2 = weights.cumsum(1), weights.flip(1).cumsum(1).flip(1)
-    mass = counts * centres
+    mass = counts * centers
     sums = torch.stack([mass, mass.flip(1)], -1)
     running, total = [], torch.zeros_like(sums[:, 0])
-    for part in sums.unbind(1):  # one by one: torch.cumsum keeps a wider accumulator, and the last bits decide ties
+    for part in sums.unbind(1):  # torch.cumsum accumulates in a wider dtype, and the last bits decide ties
         total = total + part
         running.append(total)
     mean1, mean2 = torch.stack(running, 1).unbind(-1)

@@ -1,32 +1,32 @@
-"""The preference terms of the loss: SimPO between two images, and between two prompts of one image."""
+"""Preference terms of the loss: SimPO between two images, and between two prompts of one image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.errors import OpError
+from ospo_fast.ops._dispatch import describe, result_dtype
 
 
 @dataclass(frozen=True, eq=False)
 class PreferenceLoss:
-    """Per pair, (B,) each; the last four are detached and never carry a gradient."""
+    """Result of `preference_loss`, (B,) each. The last four are detached."""
 
     simpo: Tensor
     conditional: Tensor | None
-    chosen_rewards: Tensor  # β·s(chosen)
-    rejected_rewards: Tensor  # β·s(rejected)
+    chosen_rewards: Tensor  # β·chosen
+    rejected_rewards: Tensor  # β·rejected
     accuracy: Tensor  # 1 where chosen > rejected, else 0
     margin: Tensor  # chosen_rewards − rejected_rewards
 
 
 def preference_loss(
-    chosen: Tensor,  # (B,)
-    rejected: Tensor,  # (B,)
-    swapped: Tensor | None = None,  # (B,)
+    chosen: Tensor,
+    rejected: Tensor,
+    swapped: Tensor | None = None,
     *,
     beta: float,
     gamma_beta_ratio: float,
@@ -34,20 +34,31 @@ def preference_loss(
     gamma_beta_ratio_cond: float | None = None,
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
-    """The terms simpo = −log σ(β·(chosen − rejected − ρ)) and conditional = −log σ(β_c·(chosen − swapped − ρ_c)).
+    """Compute simpo = f(β·(chosen − rejected − ρ)) and conditional = f(β_c·(chosen − swapped − ρ_c)).
 
-    chosen, rejected, swapped (B,) float: sequence log-probabilities of the chosen image, the rejected image, and the
-    chosen image under the rejected prompt. ρ is gamma_beta_ratio; β_c, ρ_c = beta_cond, gamma_beta_ratio_cond, by
-    default β, ρ. label_smoothing ε in [0, 0.5] mixes in −log σ of the negated argument: (1−ε)·f(x) + ε·f(−x).
-    Results fp32 (float64 for float64 inputs); conditional is None without `swapped`.
-    Raises OpError: shapes that differ, beta not positive, label_smoothing out of range.
+    With f(x) = −(1−ε)·log σ(x) − ε·log σ(−x).
+
+    Args:
+        chosen: (B,) float, sequence log-probabilities of the chosen images.
+        rejected: (B,) float, of the rejected images.
+        swapped: (B,) float or None, of the chosen images under the rejected prompts.
+        beta: β.
+        gamma_beta_ratio: ρ.
+        beta_cond: β_c; None = β.
+        gamma_beta_ratio_cond: ρ_c; None = ρ.
+        label_smoothing: ε, 0 to 0.5.
+
+    Returns:
+        Terms in fp32 (float64 for float64 inputs); `conditional` is None without `swapped`.
+
+    Raises:
+        OpError: shapes that differ, a beta that is not positive, label_smoothing out of range.
+
     """
     for name, other in (("chosen", chosen), ("rejected", rejected), ("swapped", swapped)):
         if other is not None and (other.dim() != 1 or other.shape != chosen.shape or not other.is_floating_point()):
-            raise OpError(
-                f"preference_loss: {name} is {other.dtype} {tuple(other.shape)}, "
-                f"expected float (B,), as chosen {tuple(chosen.shape)}"
-            )
+            expected = f"float (B,) as chosen, {tuple(chosen.shape)}"
+            raise OpError(f"preference_loss: {name} is {describe(other)}, expected {expected}")
     beta_cond = beta if beta_cond is None else beta_cond
     ratio_cond = gamma_beta_ratio if gamma_beta_ratio_cond is None else gamma_beta_ratio_cond
     for name, value in (("beta", beta), ("beta_cond", beta_cond)):
@@ -56,21 +67,21 @@ def preference_loss(
     if not 0 <= label_smoothing <= 0.5:
         raise OpError(f"preference_loss: label_smoothing is {label_smoothing}, expected 0 to 0.5")
 
-    # B numbers cost nothing in float64, and a confident pair's loss, exp(−x), shows every rounding of x.
-    result = torch.float64 if chosen.dtype == torch.float64 else torch.float32
+    # float64 costs nothing for B numbers, and the loss of a confident pair, exp(−x), amplifies each rounding of x.
+    dtype = result_dtype(chosen)
     chosen, rejected = chosen.double(), rejected.double()
     simpo = _smoothed(beta * (chosen - rejected - gamma_beta_ratio), label_smoothing)
     conditional = None
     if swapped is not None:
-        conditional = _smoothed(beta_cond * (chosen - swapped.double() - ratio_cond), label_smoothing).to(result)
-    rewards = beta * chosen.detach(), beta * rejected.detach()
+        conditional = _smoothed(beta_cond * (chosen - swapped.double() - ratio_cond), label_smoothing).to(dtype)
+    chosen_rewards, rejected_rewards = beta * chosen.detach(), beta * rejected.detach()
     return PreferenceLoss(
-        simpo=simpo.to(result),
+        simpo=simpo.to(dtype),
         conditional=conditional,
-        chosen_rewards=rewards[0].to(result),
-        rejected_rewards=rewards[1].to(result),
-        accuracy=(rewards[0] > rewards[1]).to(result),
-        margin=(rewards[0] - rewards[1]).to(result),
+        chosen_rewards=chosen_rewards.to(dtype),
+        rejected_rewards=rejected_rewards.to(dtype),
+        accuracy=(chosen_rewards > rejected_rewards).to(dtype),
+        margin=(chosen_rewards - rejected_rewards).to(dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""The residual sum and the RMS norm after it, in one pass over each row."""
+"""Residual sum and the RMS norm after it, in one pass over each row."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import torch
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._dispatch import pointer
 
 
 def add_rms_norm(
-    delta: Tensor | None,  # (M, D)
-    stream: Tensor,  # (M, D)
+    delta: Tensor | None,  # (M, D); None adds nothing
+    residual: Tensor,  # (M, D), updated in place
     weight: Tensor,  # (D,)
     eps: float,
     *,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """After `stream += delta`, in place: weight · stream / sqrt(mean(stream², -1) + eps) → (M, D), into `out` if given.
+    """Add residual += delta, then compute weight · residual / sqrt(mean(residual², -1) + eps), into `out` if given.
 
-    All contiguous and of one dtype; the norm is taken in fp32 and rounded to that dtype before the weight comes in, as
-    transformers' LlamaRMSNorm does it. delta None adds nothing. Not differentiable.
+    All tensors are contiguous and of one dtype. The norm is computed in fp32 and rounded to that dtype before the
+    multiplication by the weight, like transformers' LlamaRMSNorm. No gradient.
     """
-    out = torch.empty_like(stream) if out is None else out
-    chosen = _dispatch.resolve("add_rms_norm", backend, stream.device.type)
-    if chosen == "triton":
-        _dispatch.triton("rms_norm").add_rms_norm(delta, stream, weight, eps, out)
-    elif chosen == "cpp" and stream.dtype == torch.float32:
+    out = torch.empty_like(residual) if out is None else out
+    backend = _dispatch.resolve("add_rms_norm", backend, residual.device.type)
+    if backend == "triton":
+        _dispatch.triton("rms_norm").add_rms_norm(delta, residual, weight, eps, out)
+    elif backend == "cpp" and residual.dtype == torch.float32:
         _dispatch.native().add_rms_norm(
-            0 if delta is None else delta.data_ptr(), stream.data_ptr(), weight.data_ptr(), out.data_ptr(),
-            *stream.shape, eps, torch.get_num_threads(),
+            pointer(delta), pointer(residual), pointer(weight), pointer(out), *residual.shape, eps,
+            torch.get_num_threads(),
         )  # fmt: skip
     else:
         if delta is not None:
-            stream += delta
-        wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
+            residual += delta
+        wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        torch.mul(weight, normed.to(stream.dtype), out=out)
+        torch.mul(weight, normed.to(residual.dtype), out=out)
     return out

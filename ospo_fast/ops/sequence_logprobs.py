@@ -1,4 +1,4 @@
-"""Per-token log-probabilities → one number per sequence."""
+"""Reduce per-token log-probabilities to one number per sequence."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OpError
+from ospo_fast.ops._dispatch import describe, result_dtype
 
 
 def sequence_logprobs(
-    logps: Tensor,  # (B, T)
-    token_mask: Tensor,  # (B, T)
-    weights: Tensor | None = None,  # (B, T)
+    logps: Tensor,
+    token_mask: Tensor,
+    weights: Tensor | None = None,
     *,
     normalize: Literal["weights", "length"] = "weights",
 ) -> Tensor:
-    """Mean of ℓ over the tokens in the mask, Σ w·ℓ / max(Σ w, 1) ("weights", official code) or Σ w·ℓ / max(|y|, 1)
-    ("length", paper).
+    """Compute the weighted mean Σ w·ℓ / max(N, 1) over the tokens in the mask.
 
-    logps (B, T) float, token_mask (B, T) bool, weights (B, T) or None for ones → (B,) fp32 (float64 for float64 logps).
-    What stands outside the mask, NaN included, has no part; a row without tokens gives 0 and zero gradients.
-    Raises OpError: shapes that differ, a mask that is not bool, an unknown `normalize`.
+    Args:
+        logps: (B, T) float, ℓ.
+        token_mask: (B, T) bool. Values outside the mask, NaN included, reach no result.
+        weights: (B, T) or None for ones, w.
+        normalize: "weights", N = Σ w (official code), or "length", N = number of tokens (paper).
+
+    Returns:
+        (B,) fp32 (float64 for float64 logps). A row without tokens gives 0 and zero gradients.
+
+    Raises:
+        OpError: shapes that differ, a mask that is not bool, an unknown `normalize`.
+
     """
     if normalize not in ("weights", "length"):
         raise OpError(f"sequence_logprobs: normalize is {normalize!r}, expected 'weights' or 'length'")
     if logps.dim() != 2 or not logps.is_floating_point():
-        raise OpError(f"sequence_logprobs: logps is {logps.dtype} {tuple(logps.shape)}, expected float (B, T)")
+        raise OpError(f"sequence_logprobs: logps is {describe(logps)}, expected float (B, T)")
     if token_mask.shape != logps.shape or token_mask.dtype != torch.bool:
-        raise OpError(
-            f"sequence_logprobs: token_mask is {token_mask.dtype} {tuple(token_mask.shape)}, "
-            f"expected bool {tuple(logps.shape)} as logps"
-        )
+        raise OpError(f"sequence_logprobs: token_mask is {describe(token_mask)}, expected bool {tuple(logps.shape)}")
     if weights is not None and weights.shape != logps.shape:
-        raise OpError(
-            f"sequence_logprobs: weights have shape {tuple(weights.shape)}, expected {tuple(logps.shape)} as logps"
-        )
-    dtype = logps.dtype if logps.dtype == torch.float64 else torch.float32
+        raise OpError(f"sequence_logprobs: weights are {describe(weights)}, expected shape {tuple(logps.shape)}")
+    dtype = result_dtype(logps)
     zero = logps.new_zeros((), dtype=dtype)
     w = token_mask.to(dtype) if weights is None else torch.where(token_mask, weights.to(dtype), zero)
     total = (w * torch.where(token_mask, logps.to(dtype), zero)).sum(1)

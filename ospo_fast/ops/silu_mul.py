@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU block: silu(gate) · up."""
+"""Gate of a SwiGLU block: silu(gate) · up."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ospo_fast.ops import _dispatch
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """silu(gate) · up → (M, I), into `out` if given; gate_up (M, 2·I) is contiguous, gate first. Not differentiable."""
+    """Compute silu(gate) · up (M, I), into `out` if given, of contiguous gate_up (M, 2·I), gate first. No gradient."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width) if out is None else out
-    chosen = _dispatch.resolve("silu_mul", backend, gate_up.device.type)
-    if chosen == "triton":
+    backend = _dispatch.resolve("silu_mul", backend, gate_up.device.type)
+    if backend == "triton":
         _dispatch.triton("silu_mul").silu_mul(gate_up, out)
-    elif chosen == "cpp" and gate_up.dtype == torch.float32:
+    elif backend == "cpp" and gate_up.dtype == torch.float32:
         _dispatch.native().silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
     else:
         torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)

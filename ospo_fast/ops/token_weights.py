@@ -1,4 +1,4 @@
-"""Object masks → token weights of the preference loss."""
+"""Compute the token weights of the preference loss from object masks."""
 
 from __future__ import annotations
 
@@ -10,49 +10,37 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._dispatch import register_op, result_dtype
 
-LONGEST_BLUR = 31  # taps, of the compiled kernels
-BLURRED_CELLS = 6144  # what the CUDA kernel can keep of one mask
+MAX_BLUR_SIZE = 31  # taps, of the compiled kernels
+MAX_BLURRED_CELLS = 6144  # of one mask, in the shared memory of the CUDA kernel
 
 
 def token_weights(
-    mask: Tensor,  # (B, H, W)
-    *,
-    alpha: float = 1.0,
-    gamma: float = 1.0,
-    blur_size: int = 5,
-    blur_sigma: float = 1.0,
+    mask: Tensor, *, alpha: float = 1.0, gamma: float = 1.0, blur_size: int = 5, blur_sigma: float = 1.0
 ) -> Tensor:
-    """Weights 1 + alpha · m̃^gamma, with m̃ the mask after a Gaussian blur with zero padding and
-    (x − min)/(max − min + 1e-8).
+    """Compute weights 1 + alpha · m̃^gamma, with m̃ the blurred mask after (x − min)/(max − min + 1e-8).
 
-    mask (B, H, W) bool, integer or float → (B, H·W) fp32 (float64 for float64 masks), rows first. An all-zero mask
-    gives ones; an all-one mask does not: the blur dims its border. blur_size=1 leaves the mask as it is (the paper's
-    form has no blur). Computed in float64, in C++ on CPU and in one launch on CUDA; `token_weights_reference` is the
-    PyTorch twin. Raises OpError: another number of dimensions, an even blur, negative alpha or gamma.
+    The blur is Gaussian with zero padding. So an all-zero mask gives ones, but an all-one mask does not: the blur
+    lowers its border. Computed in float64: in C++ on CPU, in one launch on CUDA, in PyTorch for float64 masks and for
+    sizes that the kernels do not take (`token_weights_reference`).
+
+    Args:
+        mask: (B, H, W) bool, integer or float.
+        alpha: height of the weights above 1.
+        gamma: exponent.
+        blur_size: taps of the blur, odd; 1 = no blur, as in the paper.
+        blur_sigma: its standard deviation in cells.
+
+    Returns:
+        (B, H·W) fp32 (float64 for float64 masks), row by row.
+
+    Raises:
+        OpError: a wrong shape, an even blur_size, blur_sigma not positive, a negative alpha or gamma.
+
     """
     if mask.dim() != 3 or 0 in mask.shape[1:]:
         raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
-    check_weights(alpha, gamma, blur_size, blur_sigma)
-    result: Tensor = torch.ops.ospo_fast.token_weights(
-        mask.detach(), float(alpha), float(gamma), blur_size, float(blur_sigma)
-    )
-    return result
-
-
-def token_weights_reference(
-    mask: Tensor, *, alpha: float = 1.0, gamma: float = 1.0, blur_size: int = 5, blur_sigma: float = 1.0
-) -> Tensor:
-    """The PyTorch twin of `token_weights`, on any device."""
-    # In float64: equal cells must stay equal through the min-max, else a gamma below 1 blows their rounding up.
-    blurred = _blur(mask.double(), blur_size, blur_sigma).flatten(1)
-    low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
-    normalised = ((blurred - low) / (high - low + 1e-8)).clamp(0, 1)
-    return (1 + alpha * normalised.pow(gamma)).to(_result_dtype(mask))
-
-
-def check_weights(alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> None:
-    """OpError for an even or empty blur, and for a negative alpha or gamma."""
     if blur_size < 1 or blur_size % 2 == 0 or not blur_sigma > 0:
         raise OpError(
             f"token_weights: blur_size is {blur_size}, blur_sigma {blur_sigma}; "
@@ -60,89 +48,41 @@ def check_weights(alpha: float, gamma: float, blur_size: int, blur_sigma: float)
         )
     if not (alpha >= 0 and gamma >= 0):
         raise OpError(f"token_weights: alpha is {alpha}, gamma {gamma}; expected numbers >= 0")
+    return _token_weights(mask.detach(), float(alpha), float(gamma), blur_size, float(blur_sigma))
 
 
-torch.library.define(
-    "ospo_fast::token_weights",
-    "(Tensor mask, float alpha, float gamma, int blur_size, float blur_sigma) -> Tensor",
+def token_weights_reference(
+    mask: Tensor, *, alpha: float = 1.0, gamma: float = 1.0, blur_size: int = 5, blur_sigma: float = 1.0
+) -> Tensor:
+    """Compute `token_weights` in PyTorch, on any device."""
+    # In float64: equal cells must stay equal through the min-max; a gamma below 1 would amplify their rounding.
+    blurred = _blur(mask.double(), blur_size, blur_sigma).flatten(1)
+    low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
+    normalized = ((blurred - low) / (high - low + 1e-8)).clamp(0, 1)
+    return (1 + alpha * normalized.pow(gamma)).to(result_dtype(mask))
+
+
+@register_op(
+    "token_weights(Tensor mask, float alpha, float gamma, int blur_size, float blur_sigma) -> Tensor",
+    fake=lambda mask, *_: mask.new_empty((mask.shape[0], mask.shape[1] * mask.shape[2]), dtype=result_dtype(mask)),
 )
-
-
-@torch.library.impl("ospo_fast::token_weights", "CompositeExplicitAutograd")
 def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> Tensor:
     B, H, W = mask.shape
-    backend = _dispatch.resolve("token_weights", "auto", mask.device.type)
-    if mask.dtype == torch.float64 or blur_size > LONGEST_BLUR or (backend == "cuda" and H * W > BLURRED_CELLS):
-        backend = "torch"
-    if backend == "torch":
+    backend = _dispatch.resolve("token_weights", "auto", mask.device.type, result_dtype(mask))
+    if backend == "torch" or blur_size > MAX_BLUR_SIZE or (backend == "cuda" and H * W > MAX_BLURRED_CELLS):
         return token_weights_reference(mask, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)
     x = mask.float().contiguous()
     weights = x.new_empty(B, H * W)
     arguments = (x.data_ptr(), weights.data_ptr(), B, H, W, alpha, gamma, blur_size, blur_sigma)
-    if backend == "cpp":
-        _dispatch.native().token_weights(*arguments, torch.get_num_threads())
-    elif B:
+    if backend == "cuda":
         _dispatch.native().token_weights_cuda(*arguments, *_dispatch.device_and_stream(x.device))
+    else:
+        _dispatch.native().token_weights(*arguments, torch.get_num_threads())
     return weights
 
 
-@torch.library.register_fake("ospo_fast::token_weights")
-def _(mask: Tensor, alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> Tensor:
-    return mask.new_empty((mask.shape[0], mask.shape[1] * mask.shape[2]), dtype=_result_dtype(mask))
-
-
-def _result_dtype(mask: Tensor) -> torch.dtype:
-    return torch.float64 if mask.dtype == torch.float64 else torch.float32
-
-
-def spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None = None) -> Tensor:
-    """The weights of each row's image, in order, at the places of its image tokens; 0 elsewhere.
-
-    weights (B, N), token_mask (B, S) bool → (B, S) of weights' dtype. A row has N tokens in its mask, or none.
-    finite (B,) bool, or None: false refuses a row with image tokens, whose mask holds NaN or infinity.
-    Raises OpError: a row with another number of image tokens, a row that is refused.
-    """
-    result: Tensor = torch.ops.ospo_fast.spread_weights(weights.detach(), token_mask, finite)
-    return result
-
-
-# An op, because its check looks at values: torch.compile(fullgraph=True) keeps it as one call.
-torch.library.define(
-    "ospo_fast::spread_weights",
-    "(Tensor weights, Tensor token_mask, Tensor? finite) -> Tensor",
-    tags=_dispatch.HOST_SYNC_TAGS,
-)
-
-
-@torch.library.impl("ospo_fast::spread_weights", "CompositeExplicitAutograd")
-def _spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None) -> Tensor:
-    order = token_mask.long().cumsum(1)
-    counts = order[:, -1] if order.shape[1] else order.sum(1)
-    miscounted = (counts != weights.shape[1]) & (counts != 0)
-    wrong = miscounted if finite is None else miscounted | (~finite & (counts != 0))
-    rows = wrong.nonzero()
-    if len(rows):
-        row = int(rows[0])
-        if miscounted[row]:
-            raise OpError(
-                f"token_weights: row {row} has {int(counts[row])} image tokens, the object masks {weights.shape[1]} "
-                "cells; expected one cell for each image token: make the masks on the model's grid"
-            )
-        raise OpError(
-            f"token_weights: the object mask of row {row} holds NaN or infinity, one of {len(rows)} rows; expected "
-            "finite numbers: look at what made the masks, or leave this item out"
-        )
-    spread = weights.gather(1, (order - 1).clamp(0, max(weights.shape[1] - 1, 0)))
-    return torch.where(token_mask, spread, 0)
-
-
-@torch.library.register_fake("ospo_fast::spread_weights")
-def _(weights: Tensor, token_mask: Tensor, finite: Tensor | None) -> Tensor:
-    return weights.new_empty(token_mask.shape)
-
-
 def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
-    """One axis after the other; cells at the same distance are added first: mirrored maps give mirrored bits."""
+    """Blur one axis, then the other. Cells at the same distance are added first: mirrored maps give mirrored bits."""
     taps = [math.exp(-0.5 * (t / sigma) ** 2) for t in range(size // 2 + 1)]
     total = sum((2 if t else 1) * tap for t, tap in enumerate(taps))
     for _ in range(2):
@@ -155,3 +95,49 @@ def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
             result = result + (before + after) * (tap / total)
         maps = result
     return maps
+
+
+def spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None = None) -> Tensor:
+    """Put the weights of each row's image, in order, at the positions of its image tokens; 0 elsewhere.
+
+    Args:
+        weights: (B, N), one weight per cell.
+        token_mask: (B, S) bool, the image tokens: N or none in each row.
+        finite: (B,) bool or None; False: the mask of that row holds NaN or infinity.
+
+    Returns:
+        (B, S) in the dtype of the weights.
+
+    Raises:
+        OpError: a row with another number of image tokens, or one with tokens that is not `finite`.
+
+    """
+    return _spread_weights(weights.detach(), token_mask, finite)
+
+
+# An op, because its check reads values: torch.compile(fullgraph=True) keeps it as one call.
+@register_op(
+    "spread_weights(Tensor weights, Tensor token_mask, Tensor? finite) -> Tensor",
+    fake=lambda weights, token_mask, _: weights.new_empty(token_mask.shape),
+    synchronizes=True,
+)
+def _spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None) -> Tensor:
+    cells = weights.shape[1]
+    order = token_mask.long().cumsum(1)
+    counts = token_mask.sum(1)
+    miscounted = (counts != cells) & (counts != 0)
+    invalid = miscounted if finite is None else miscounted | (~finite & (counts != 0))
+    rows = invalid.nonzero()
+    if len(rows):
+        row = int(rows[0])
+        if miscounted[row]:
+            raise OpError(
+                f"token_weights: row {row} has {int(counts[row])} image tokens, the object masks {cells} cells; "
+                "expected one cell per image token: compute the masks on the model's grid"
+            )
+        raise OpError(
+            f"token_weights: the object mask of row {row} holds NaN or infinity, one of {len(rows)} rows; expected "
+            "finite values: check what computed the masks, or skip this item"
+        )
+    spread = weights.gather(1, (order - 1).clamp(0, max(cells - 1, 0)))
+    return torch.where(token_mask, spread, 0)

@@ -1,4 +1,4 @@
-"""Golden figures (tests/golden/README.md) and the criterion of error that the ops are held to."""
+"""Golden values (tests/golden/README.md) and the error bound of the ops."""
 
 import ctypes
 import functools
@@ -24,7 +24,7 @@ C_TYPES |= {"float": ctypes.c_float, "double": ctypes.c_double}
 
 @pytest.fixture
 def golden() -> Callable[[str], Any]:
-    """Load a file of golden figures by name: arrays of an .npz as a dict, a .json as it is."""
+    """Load a file of golden values by name: the arrays of an .npz as a dict, or the contents of a .json."""
 
     def load(name: str) -> Any:
         if name.endswith(".json"):
@@ -50,9 +50,9 @@ def no_worse() -> Callable[..., None]:
 
 @pytest.fixture
 def poisoned() -> Any:
-    """Memory that torch hands out uninitialised holds NaN (or the largest integer) instead."""
+    """Fill memory that torch allocates uninitialized with NaN, or with the largest integer."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)  # of the algorithms themselves nothing is asked
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the filling needs this mode
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield

@@ -13,8 +13,8 @@ from ospo_fast.ops import _dispatch
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_op_has_a_backend_and_reasons(device: str) -> None:
     table = _dispatch.backends(device)
-    inside = {"linear", "skinny_linear", "add_rms_norm", "silu_mul", "decode_attention"}  # of the decoder, not public
-    assert set(table) - inside <= set(ospo_fast.__all__)
+    internal = {"linear", "skinny_linear", "add_rms_norm", "silu_mul", "decode_attention"}  # of the decoder
+    assert set(table) - internal <= set(ospo_fast.__all__)
     for op, rows in table.items():
         assert rows[-1] == ("torch", True, "")
         assert all(bool(reason) != available for _, available, reason in rows)
@@ -25,21 +25,21 @@ def test_every_op_has_a_backend_and_reasons(device: str) -> None:
 def test_explicit_backends_are_never_replaced() -> None:
     assert _dispatch.resolve("otsu_threshold", "torch", "cpu") == "torch"
     assert _dispatch.resolve("otsu_threshold", "cpp", "cpu") == "cpp"
-    with pytest.raises(OpError, match=r"its C\+\+ kernel takes tensors on cpu, not on cuda; use 'auto' or 'torch'"):
+    with pytest.raises(OpError, match=r"'cpp' takes tensors on cpu, not on cuda; use 'auto' or 'torch'"):
         _dispatch.resolve("otsu_threshold", "cpp", "cuda")
     with pytest.raises(OpError, match="backend='mps' is unknown, expected one of 'auto', 'torch', 'cuda', 'cpp'"):
         _dispatch.resolve("otsu_threshold", "mps", "cpu")
 
 
-def test_without_what_a_cuda_kernel_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_of_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason() -> str:
         return {name: why for name, _, why in _dispatch.backends("cuda")["token_logprobs"]}["cuda"]
 
     monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": True}), ""))
-    monkeypatch.setattr(_dispatch, "_package", lambda name: f"{name} is not installed")
+    monkeypatch.setattr(_dispatch, "_triton_error", lambda: "triton is not installed")
     assert reason() == "triton is not installed"
     monkeypatch.setattr(_dispatch, "_native", lambda: (SimpleNamespace(build_info=lambda: {"cuda": False}), ""))
-    assert "built without CUDA; install the package again where nvcc is found" in reason()
+    assert "built without CUDA; reinstall the package where nvcc is found" in reason()
 
 
 def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -52,7 +52,7 @@ def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch, caplog: py
         assert torch.equal(otsu_threshold(maps), expected)
         assert torch.equal(otsu_threshold(maps), expected)
     assert [r.getMessage() for r in caplog.records] == [
-        "the PyTorch twins run in place of the compiled operations: ospo_fast._C cannot be imported (gone)"
+        "PyTorch references run in place of the compiled ops: ospo_fast._C cannot be imported (gone)"
     ]
     with pytest.raises(OpError, match=r"backend='cpp' cannot run here: .* cannot be imported"):
         _dispatch.resolve("otsu_threshold", "cpp", "cpu")

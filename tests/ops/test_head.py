@@ -64,7 +64,7 @@ def lora_head(**options: Any) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).base_model.model["head"]
 
 
-class Quantised(nn.Linear):
+class Quantized(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).round()
 
@@ -78,7 +78,7 @@ def sharded() -> nn.Linear:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (lora_head(target_modules=["head"]), "carries a LoRA adapter.*merge_and_unload"),
+        (lora_head(target_modules=["head"]), "has a LoRA adapter.*merge_and_unload"),
         (lora_head(target_modules=["body"], modules_to_save=["head"]), "pass the active copy"),
         (
             nn.Sequential(nn.Linear(6, 8), nn.GELU("tanh"), nn.Linear(8, 5)),
@@ -88,7 +88,7 @@ def sharded() -> nn.Linear:
         (DeepSeekHead(nn.GELU("tanh")), "expected the exact erf"),
         (nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8)), "output layer is LayerNorm, expected nn.Linear"),
         (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), "Sequential is not a known head"),
-        (Quantised(6, 5), "its head is Quantised, expected nn.Linear"),
+        (Quantized(6, 5), "its head is Quantized, expected nn.Linear"),
         (sharded(), "weight has no elements.*gather it first"),
         (nn.Linear(6, 5, device="meta"), "meta device.*load the head"),
         (torch.randn(5, 6), "got Tensor, expected nn.Linear"),
@@ -122,7 +122,7 @@ def test_distributed_tensor_is_refused(tmp_path: Any) -> None:
         ((torch.ones(5, 6).long(),), "weight is torch.int64, expected a floating dtype"),
         ((torch.randn(5, 6), torch.randn(6)), "bias has 6 elements, expected 5"),
         ((torch.randn(5, 6), torch.randn(5).double()), "bias is torch.float64 on cpu, weight is torch.float32"),
-        ((torch.randn(5, 6), None, torch.randn(8, 4)), r"weight \(5, 6\) does not follow proj_weight \(8, 4\)"),
+        ((torch.randn(5, 6), None, torch.randn(8, 4)), r"weight \(5, 6\) does not match proj_weight \(8, 4\)"),
         ((torch.randn(5, 6), None, torch.randn(6, 4), torch.randn(4)), "proj_bias has 4 elements, expected 6"),
         ((torch.randn(5, 6), None, None, torch.randn(6)), "proj_bias was given without proj_weight"),
     ],

@@ -14,14 +14,14 @@ def layers(depth: int, *columns: int, bias: bool = True) -> list[nn.Linear]:
     ("rows", "depth", "columns"),
     [
         (32, 256, (64, 64, 64)),  # query, key and value
-        (13, 67, (31, 33)),  # primes: neither panels, blocks of rows nor blocks of k are whole
+        (13, 67, (31, 33)),  # primes: partial panels, blocks of rows and blocks of k
         (1, 1, (1,)),
         (7, 200, (96,)),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_products_are_as_exact_as_those_of_torch(rows: int, depth: int, columns: tuple[int, ...], bias: bool) -> None:
+def test_error_is_at_most_twice_that_of_torch(rows: int, depth: int, columns: tuple[int, ...], bias: bool) -> None:
     modules, x = layers(depth, *columns, bias=bias), torch.randn(rows, depth)
     packed = PackedLinear(modules)
     out = torch.full((rows, sum(columns)), torch.nan)
@@ -33,7 +33,7 @@ def test_products_are_as_exact_as_those_of_torch(rows: int, depth: int, columns:
 
 
 @torch.no_grad()
-def test_a_rows_bits_depend_on_the_row_alone() -> None:
+def test_bits_of_a_row_depend_on_that_row_only() -> None:
     packed, x = PackedLinear(layers(130, 97)), torch.randn(50, 130)
     whole = packed(x)
     for rows in (1, 2, 5, 6, 7, 11, 12, 13, 25, 49):
@@ -51,7 +51,7 @@ def test_a_rows_bits_depend_on_the_row_alone() -> None:
 
 
 @torch.no_grad()
-def test_a_row_of_nan_stays_alone_and_trained_weights_are_read_again() -> None:
+def test_nan_stays_in_its_row_and_refresh_reads_the_weights() -> None:
     modules, x = layers(40, 20), torch.randn(9, 40)
     packed = PackedLinear(modules)
     expected = packed(x)
@@ -65,7 +65,7 @@ def test_a_row_of_nan_stays_alone_and_trained_weights_are_read_again() -> None:
     torch.testing.assert_close(packed(x), modules[0](x))
 
 
-def test_other_weights_are_refused() -> None:
+def test_unsupported_weights_are_refused() -> None:
     with pytest.raises(OpError, match=r"torch\.float64 on cpu; expected float32"):
         PackedLinear([nn.Linear(2, 2).double()])
 

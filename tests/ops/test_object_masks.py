@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ospo_fast import object_masks, token_weights
+from ospo_fast import object_masks
 from ospo_fast.errors import OpError
-from ospo_fast.ops.object_masks import object_masks_reference, soft_masks
+from ospo_fast.ops.object_masks import mask_iou, object_masks_reference, soft_masks, spatial_entropy
 from ospo_fast.ops.otsu import SHARED_FLOATS
 
 FIELDS = ("maps", "thresholds", "masks", "union")
@@ -21,7 +21,7 @@ FIELDS = ("maps", "thresholds", "masks", "union")
 def test_golden(golden: Any, index: int) -> None:
     figures = golden(f"attention_masks_{index}.npz")
     scaler = float(figures["scaler"])
-    for factor, error in ((1, 0), (3e-3, 4e-6)):  # normalised: the same bits; raw: what 1e-8 is of their range
+    for factor, error in ((1, 0), (3e-3, 4e-6)):  # normalized: the same bits; raw: 1e-8 relative to their range
         result = object_masks(torch.tensor(figures["maps"] * factor)[None], scaler=scaler)
         np.testing.assert_allclose(result.maps[0], figures["maps"], rtol=error, atol=0)
         np.testing.assert_allclose(result.thresholds[0], figures["otsu"], rtol=error, atol=0)
@@ -79,7 +79,7 @@ def test_special_maps() -> None:
 
 
 def hard_maps() -> torch.Tensor:
-    """Maps whose thresholds hang on the last bit: empty bins, ties, tiny and huge ranges, a constant one."""
+    """Maps whose thresholds depend on the last bit: empty bins, ties, tiny and huge ranges, a constant one."""
     maps = torch.rand(3, 6, 24, 24) ** 2
     maps[:, 0] = (maps[:, 0] * 6).round()
     maps[:, 1] = (maps[:, 1] < 0.5).float() * 3 - 1
@@ -90,11 +90,30 @@ def hard_maps() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bins", [256, 7, 1])
-def test_the_twin_has_the_same_bits(bins: int) -> None:
+def test_reference_has_the_same_bits(bins: int) -> None:
     maps, valid = hard_maps(), torch.rand(3, 6) < 0.8
-    ours, twin = (f(maps, valid=valid, bins=bins) for f in (object_masks, object_masks_reference))
+    ours, reference = (f(maps, valid=valid, bins=bins) for f in (object_masks, object_masks_reference))
     for name in FIELDS:
-        assert torch.equal(getattr(ours, name), getattr(twin, name)), name
+        assert torch.equal(getattr(ours, name), getattr(reference, name)), name
+
+
+def test_spatial_entropy() -> None:
+    uniform, peak = torch.full((4, 4), 0.3), torch.zeros(4, 4)
+    peak[1, 2] = 5
+    entropy = spatial_entropy(torch.stack([uniform, peak, torch.zeros(4, 4), -uniform]))
+    assert entropy.dtype == torch.float64
+    assert entropy.tolist() == pytest.approx([1, 0, 0, 0])
+    shares = torch.rand(3, 5).double()
+    p = (shares / shares.sum()).flatten()
+    assert float(spatial_entropy(shares)) == pytest.approx(float(-(p * p.log()).sum() / np.log(15)))
+
+
+def test_mask_iou() -> None:
+    first, second = torch.tensor([[1, 1, 0]]), torch.tensor([[0, 0.5, 2]])
+    assert mask_iou(first, second) == 1 / 3
+    assert mask_iou(first, first.bool()) == 1
+    assert mask_iou(first, 1 - first) == 0
+    assert mask_iou(first * 0, second * 0) is None
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -136,9 +155,10 @@ def test_cuda_has_the_same_bits(shape: tuple[int, ...], bins: int) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_on_hard_maps_and_golden_figures(golden: Any) -> None:
+def test_cuda_on_hard_maps_and_golden_values(golden: Any) -> None:
+    maps = hard_maps()
     for bins in (256, 7, 1):
-        ours, expected = (object_masks(maps, bins=bins) for maps in (hard_maps_on("cuda"), hard_maps_on("cpu")))
+        ours, expected = object_masks(maps.cuda(), bins=bins), object_masks(maps, bins=bins)
         for name in FIELDS:
             assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
     for index in range(2):
@@ -149,70 +169,41 @@ def test_cuda_on_hard_maps_and_golden_figures(golden: Any) -> None:
         np.testing.assert_array_equal(result.union[0].cpu(), figures["union"])
 
 
-def hard_maps_on(device: str) -> torch.Tensor:
-    torch.manual_seed(0)
-    return hard_maps().to(device)
-
-
-@pytest.mark.gpu
-def test_cuda_weights_that_fill_the_shared_memory_of_a_kernel() -> None:
-    masks = torch.rand(2, 48, 64).cuda() > 0.7  # 48 KB of dynamic shared memory, to which the static comes
-    torch.testing.assert_close(token_weights(masks).cpu(), token_weights(masks.cpu()))
-
-
-def kernels(trace: dict[str, Any]) -> list[str]:
-    """Names of the kernels of a Chrome trace, without fills, copies, calls of the runtime and the profiler's own."""
-    return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "kernel"]
-
-
-def test_kernels_of_a_trace() -> None:
-    events = [
-        {"ph": "X", "cat": "cpu_op", "name": "ospo_fast::object_masks"},
-        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel"},
-        {"ph": "X", "cat": "gpu_memset", "name": "Memset (Device)"},
-        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD (Pageable -> Device)"},
-        {"ph": "X", "cat": "kernel", "name": "void ospo::object_masks_kernel<256>(float const*)"},
-        {"ph": "X", "cat": "gpu_user_annotation", "name": "kernel"},
-        {"ph": "X", "cat": "overhead", "name": "Activity Buffer Request"},
-        {"ph": "i", "name": "Record Window End"},
-    ]
-    assert kernels({"traceEvents": events}) == ["void ospo::object_masks_kernel<256>(float const*)"]
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 def test_cuda_launches_one_kernel(tmp_path: Path) -> None:
     maps = torch.rand(5, 3, 24, 24).cuda()
     object_masks(maps)
-    torch.use_deterministic_algorithms(False)  # which fills new tensors with poison, by kernels of its own
+    torch.use_deterministic_algorithms(False)  # else new tensors are filled by kernels too
     with torch.profiler.profile() as profile:
         object_masks(maps)
         torch.cuda.synchronize()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
-    launched = kernels(json.loads((tmp_path / "trace.json").read_text()))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    launched = [event["name"] for event in events if event.get("cat") == "kernel"]
     assert ["object_masks_kernel" in name for name in launched] == [True], launched
 
 
 @pytest.mark.gpu
-def test_cuda_waits_for_nothing_and_marks_what_is_not_finite() -> None:
+def test_cuda_does_not_synchronize_and_marks_maps_that_are_not_finite() -> None:
     maps = torch.rand(2, 3, 6, 6).cuda()
     maps[1, 2, 3, 3] = torch.nan
     maps[0, 0, 0, 0] = torch.inf
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = object_masks(maps.transpose(2, 3))  # a copy, too, waits for nothing
+        result = object_masks(maps.transpose(2, 3))  # the copy does not synchronize either
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    wrong = torch.zeros(2, 3, dtype=torch.bool)
-    wrong[1, 2] = wrong[0, 0] = True
-    assert torch.equal(result.thresholds.isnan().cpu(), wrong)
-    assert not result.masks[wrong.cuda()].any()
+    unusable = torch.zeros(2, 3, dtype=torch.bool)
+    unusable[1, 2] = unusable[0, 0] = True
+    assert torch.equal(result.thresholds.isnan().cpu(), unusable)
+    assert not result.masks[unusable.cuda()].any()
     assert torch.equal(result.union, result.masks.amax(1))
 
 
 @pytest.mark.gpu
-def test_cuda_leaves_large_maps_and_float64_to_the_twin() -> None:
+def test_cuda_uses_the_reference_for_large_maps_and_float64() -> None:
     for maps in (torch.rand(1, 1, 160, 160), torch.rand(2, 2, 9, 9).double()):
         assert maps[0, 0].numel() > SHARED_FLOATS or maps.dtype == torch.float64
         for name in FIELDS:
@@ -234,9 +225,9 @@ def test_cuda_leaves_large_maps_and_float64_to_the_twin() -> None:
         (torch.rand(1, 2, 6, 6), {"valid": torch.ones(1, 2).bool().to("meta")}, "valid is on meta, maps on cpu"),
         (torch.rand(1, 2, 6, 6), {"scaler": -0.1}, "scaler is -0.1"),
         (torch.rand(1, 2, 6, 6), {"bins": 0}, "bins is 0"),
-        (torch.tensor([[[[-3e38, 3e38]]]]), {}, r"maps\[0, 0\] reaches from .* min-max normalise"),
+        (torch.tensor([[[[-3e38, 3e38]]]]), {}, r"maps\[0, 0\] has values from .* min-max normalize"),
         (torch.rand(2, 2, 6, 6).index_fill(1, torch.tensor([1]), torch.nan), {}, r"maps\[0, 1\] holds NaN or infinity"),
-        (torch.full((1, 1, 2, 2), torch.inf), {}, "mark it False in `valid` to leave it out"),
+        (torch.full((1, 1, 2, 2), torch.inf), {}, "or mark it False in `valid`"),
     ],
 )
 def test_wrong_arguments(maps: Tensor, options: dict[str, Any], message: str) -> None:

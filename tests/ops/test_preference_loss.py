@@ -23,7 +23,7 @@ def test_golden(golden: Any) -> None:
             np.testing.assert_allclose(group.grad, case[f"grad_{name}"], rtol=2e-6)
 
 
-def test_figures_for_logs() -> None:
+def test_metrics() -> None:
     chosen, rejected = torch.tensor([-1.0, -3.0], requires_grad=True), torch.tensor([-2.0, -2.0])
     terms = preference_loss(chosen, rejected, beta=5, gamma_beta_ratio=0.5)
     assert terms.conditional is None
@@ -37,7 +37,7 @@ def test_figures_for_logs() -> None:
     assert terms.simpo[0].item() == pytest.approx(math.log1p(math.exp(-2.5)))
 
 
-def test_conditional_defaults_to_the_other_numbers() -> None:
+def test_conditional_coefficients_default_to_the_others() -> None:
     x, y = torch.randn(3), torch.randn(3)
     terms = preference_loss(x, y, y, beta=2, gamma_beta_ratio=0.3, label_smoothing=0.1)
     assert torch.equal(terms.simpo, terms.conditional)
@@ -69,7 +69,7 @@ def test_extremes_stay_finite_and_gradcheck() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rejected": torch.zeros(3)}, r"rejected is torch.float32 \(3,\), expected float \(B,\), as chosen \(2,\)"),
+        ({"rejected": torch.zeros(3)}, r"rejected is torch.float32 \(3,\), expected float \(B,\) as chosen, \(2,\)"),
         ({"swapped": torch.zeros(1)}, r"swapped is torch.float32 \(1,\)"),
         ({"chosen": torch.zeros(2, 1)}, r"chosen is torch.float32 \(2, 1\)"),
         ({"rejected": torch.zeros(2).int()}, "rejected is torch.int32"),

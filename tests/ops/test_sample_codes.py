@@ -11,7 +11,7 @@ from torch import Tensor
 from ospo_fast import sample_codes
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.sample_codes import _truncate, _weights, _words, draw_codes, philox4x32, sample_codes_reference
+from ospo_fast.ops.sample_codes import _truncate, _weights, philox4x32, sample_codes_into
 
 # Known answers of the Random123 distribution: counter, key → words.
 KNOWN = [
@@ -25,9 +25,36 @@ KNOWN = [
 ]
 
 
+def oracle(
+    cond: Tensor, uncond: Tensor | None, *, guidance_scale: float, temperature: float, seeds: list[int], step: int
+) -> list[int]:
+    """`sample_codes` without truncation, in Python integers and floats, code by code."""
+    codes = []
+    for row, seed in enumerate(seeds):
+        z = cond[row].double()
+        if uncond is not None:
+            z = uncond[row].double() + guidance_scale * (z - uncond[row].double())
+        if temperature:
+            words = [random_words(v // 4, step, seed)[v % 4] for v in range(len(z))]
+            z = z / temperature - torch.tensor([math.log(-math.log((w + 0.5) / 2**32)) for w in words]).double()
+        codes.append(int(z.argmax()))
+    return codes
+
+
+def random_words(block: int, step: int, seed: int) -> list[int]:
+    """Philox4x32-10, from its definition."""
+    low32 = 0xFFFFFFFF
+    c, k = [block, step & low32, step >> 32 & low32, 0], [seed & low32, seed >> 32 & low32]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [b >> 32 ^ c[1] ^ k[0], b & low32, a >> 32 ^ c[3] ^ k[1], a & low32]
+        k = [k[0] + 0x9E3779B9 & low32, k[1] + 0xBB67AE85 & low32]
+    return c
+
+
 @pytest.fixture(params=["auto", "torch"])
 def backend(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test of draws runs on what `auto` takes and on the PyTorch twin."""
+    """Run the test with the compiled kernel and with the PyTorch reference."""
     if request.param == "torch":
         monkeypatch.setitem(_dispatch._KERNELS, "sample_codes", {})
     return request.param
@@ -44,19 +71,9 @@ def test_philox_known_answers(counter: list[int], key: list[int], words: list[in
     assert [int(word) for word in result] == words
 
 
-def test_philox_layout() -> None:
-    seed, step = 0x299F31D0A4093822, 0x13198A2E85A308D3
-    block = 0x243F6A88
-    expected = philox4x32(
-        tuple(torch.tensor([v]) for v in (block, step & 0xFFFFFFFF, step >> 32, 0)),
-        tuple(torch.tensor([v]) for v in (seed & 0xFFFFFFFF, seed >> 32)),
-    )
-    assert _words(block, step, seed) == [int(word) for word in expected]
-
-
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_against_the_twin(data: st.DataObject) -> None:
+def test_against_the_definition(data: st.DataObject) -> None:
     B, V = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 21))
     cond, uncond = torch.randn(B, V) * 3, torch.randn(B, V) * 3 if data.draw(st.booleans()) else None
     options = {
@@ -67,23 +84,22 @@ def test_against_the_twin(data: st.DataObject) -> None:
     }
     codes = sample_codes(cond, uncond, **options)
     assert codes.dtype == torch.int64
-    expected = sample_codes_reference(cond, uncond, **options)
-    assert codes.tolist() == expected.tolist()
+    assert codes.tolist() == oracle(cond, uncond, **options)
 
 
-def test_both_backends_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_sample_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     cond, uncond = torch.randn(64, 1021), torch.randn(64, 1021)
     options: list[dict[str, Any]] = [{}, {"top_k": 50}, {"top_p": 0.8, "temperature": 0.9}, {"temperature": 0}]
-    draws = [sample_codes(cond, uncond, guidance_scale=5, seeds=range(64), step=3, **o) for o in options]
+    found = [sample_codes(cond, uncond, guidance_scale=5, seeds=range(64), step=3, **o) for o in options]
     monkeypatch.setitem(_dispatch._KERNELS, "sample_codes", {})
-    for mine, o in zip(draws, options, strict=True):
+    for mine, o in zip(found, options, strict=True):
         assert torch.equal(sample_codes(cond, uncond, guidance_scale=5, seeds=range(64), step=3, **o), mine)
 
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_both_backends_truncate_alike(data: st.DataObject) -> None:
-    """Few values, hence many equal logits, and enough seeds for every row to see which codes are left."""
+def test_backends_truncate_the_same(data: st.DataObject) -> None:
+    """Few values give many equal logits, and many seeds show which codes of a row are kept."""
     V = data.draw(st.integers(1, 60))
     values = [*data.draw(st.lists(st.floats(-40, 40, width=16), min_size=1, max_size=5)), 0.0, -0.0, -torch.inf]
     logits = torch.tensor(values)[torch.randint(len(values), (2, 6, V))]
@@ -103,9 +119,8 @@ def test_both_backends_truncate_alike(data: st.DataObject) -> None:
         assert torch.equal(sample_codes(cond, uncond, **options), codes)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
-@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.9999])
-def test_the_fewest_that_reach_top_p_stay(top_p: float, scale: float) -> None:
+@pytest.mark.parametrize(("top_p", "scale"), [(0.05, 4.0), (0.5, 0.01), (0.9, 1.0), (0.9999, 4.0)])
+def test_top_p_keeps_the_fewest_codes(top_p: float, scale: float) -> None:
     z = torch.randn(20, 3001) * scale
     z[::2] = z[::2].bfloat16().float()
     kept = _truncate(z, 0, top_p).isfinite()
@@ -128,18 +143,18 @@ def test_weights_are_exponentials() -> None:
 
 @pytest.mark.usefixtures("backend")
 def test_distribution(chisquare: Any) -> None:
-    draws, V = 100_000, 12
+    samples, V = 100_000, 12
     logits = torch.randn(V) * 1.5
-    codes = sample_codes(logits.expand(draws, V), seeds=torch.arange(draws), step=7)
-    assert chisquare(torch.bincount(codes, minlength=V), (logits.double().softmax(0) * draws)).pvalue > 1e-4
+    codes = sample_codes(logits.expand(samples, V), seeds=torch.arange(samples), step=7)
+    assert chisquare(torch.bincount(codes, minlength=V), (logits.double().softmax(0) * samples)).pvalue > 1e-4
     # The steps of one seed are as independent as the seeds of one step.
-    codes = sample_codes(logits.expand(draws, V), seeds=[5] * draws, step=torch.arange(draws))
-    assert chisquare(torch.bincount(codes, minlength=V), (logits.double().softmax(0) * draws)).pvalue > 1e-4
+    codes = sample_codes(logits.expand(samples, V), seeds=[5] * samples, step=torch.arange(samples))
+    assert chisquare(torch.bincount(codes, minlength=V), (logits.double().softmax(0) * samples)).pvalue > 1e-4
 
 
 @pytest.mark.usefixtures("backend")
-def test_distribution_of_guided_and_truncated_draws(chisquare: Any) -> None:
-    draws, V = 100_000, 10
+def test_distribution_with_guidance_and_truncation(chisquare: Any) -> None:
+    samples, V = 100_000, 10
     cond, uncond = torch.randn(V), torch.randn(V)
     logits = (uncond + 2.0 * (cond - uncond)).double() / 1.5
     order = logits.argsort(descending=True)
@@ -149,23 +164,23 @@ def test_distribution_of_guided_and_truncated_draws(chisquare: Any) -> None:
     reached = probs[order].cumsum(0)
     kept[order[int((reached < 0.8).sum()) + 1 :]] = -torch.inf  # then the fewest that reach top-p
     codes = sample_codes(
-        cond.expand(draws, V),
-        uncond.expand(draws, V),
+        cond.expand(samples, V),
+        uncond.expand(samples, V),
         guidance_scale=2.0,
         temperature=1.5,
         top_k=6,
         top_p=0.8,
-        seeds=torch.arange(draws),
+        seeds=torch.arange(samples),
         step=0,
     )
-    counts, expected = torch.bincount(codes, minlength=V), kept.softmax(0) * draws
+    counts, expected = torch.bincount(codes, minlength=V), kept.softmax(0) * samples
     assert (counts[expected == 0] == 0).all()
     assert 1 < int((expected > 0).sum()) < 6
     assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-4
 
 
 @pytest.mark.usefixtures("backend")
-def test_a_code_depends_on_its_seed_and_step_alone() -> None:
+def test_codes_depend_on_seed_and_step_only() -> None:
     cond, uncond, seeds = torch.randn(37, 333), torch.randn(37, 333), torch.randint(2**62, (37,))
     options: dict[str, Any] = {"guidance_scale": 3.0, "top_k": 100, "top_p": 0.95}
     whole = sample_codes(cond, uncond, seeds=seeds, step=4, **options)
@@ -199,15 +214,13 @@ def test_guidance_and_greedy() -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_wrong_logits_name_their_rows(value: float, options: dict[str, Any]) -> None:
-    cond = torch.randn(4, 8)
-    cond[1, 7] = value
-    cond[3] = -torch.inf
-    with pytest.raises(OpError, match=r"rows \[1, 3\] hold NaN, \+inf or only -inf"):
-        sample_codes(cond, seeds=range(4), step=0, **options)
-    with pytest.raises(OpError, match=r"rows \[1, 3\]"):
-        sample_codes(torch.randn(4, 8), cond, guidance_scale=2, seeds=range(4), step=0, **options)
+def test_invalid_logits_name_their_rows(options: dict[str, Any]) -> None:
+    cond = torch.randn(5, 8)
+    cond[1, 7], cond[2, 0], cond[4] = torch.nan, torch.inf, -torch.inf
+    with pytest.raises(OpError, match=r"rows \[1, 2, 4\] hold NaN, \+inf or only -inf"):
+        sample_codes(cond, seeds=range(5), step=0, **options)
+    with pytest.raises(OpError, match=r"rows \[1, 2, 4\]"):
+        sample_codes(torch.randn(5, 8), cond, guidance_scale=2, seeds=range(5), step=0, **options)
 
 
 def test_opcheck() -> None:
@@ -247,25 +260,32 @@ def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.usefixtures("backend")
-def test_codes_are_drawn_into_their_column_and_wrong_rows_are_marked_once() -> None:
+def test_sampling_into_tokens_keeps_the_first_invalid_step() -> None:
     logits, seeds, steps = torch.randn(2, 5, 40), torch.arange(5), torch.tensor([0, 3, 1, 2, 0])
     options: dict[str, Any] = {"guidance_scale": 3.0, "temperature": 0.8}
     expected = sample_codes(*logits, seeds=seeds, step=steps, **options)
     logits[0, 1, 7] = torch.nan
     logits[1, 3, 2] = torch.inf
     codes, tokens, bad = torch.full((5,), -7), torch.full((5, 4), -7), torch.tensor([-1, -1, -1, 1, -1])
-    draw_codes(*logits, **options, seeds=seeds, steps=steps, codes=codes, bad=bad, tokens=tokens)
+    sample_codes_into(*logits, **options, seeds=seeds, steps=steps, codes=codes, bad=bad, tokens=tokens)
     expected[[1, 3]] = 0
     assert torch.equal(codes, expected)
-    assert bad.tolist() == [-1, 3, -1, 1, -1]  # a row keeps the first step at which it was wrong
-    wanted = torch.full((5, 4), -7).scatter(1, steps[:, None], expected[:, None])
-    assert torch.equal(tokens, wanted)
+    assert bad.tolist() == [-1, 3, -1, 1, -1]
+    assert torch.equal(tokens, torch.full((5, 4), -7).scatter(1, steps[:, None], expected[:, None]))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("V", [102400, 16384, 1021, 3])  # the first with keys that no block has room for
-def test_the_gpu_draws_what_the_cpu_draws(V: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("V", "dtype"),
+    [
+        (102400, torch.bfloat16),  # more keys than a block can hold
+        (102400, torch.float32),
+        (16384, torch.float16),
+        (1021, torch.bfloat16),
+        (3, torch.float32),
+    ],
+)
+def test_cuda_samples_the_same(V: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(2, 64, V) * 3).to(dtype)
     logits[:, 50:] = logits[:, 50:].round()  # ties
     logits[:, 40:50, ::3] = -torch.inf
@@ -288,14 +308,14 @@ def test_the_gpu_draws_what_the_cpu_draws(V: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"top_k": 9}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.5}])
-def test_wrong_rows_on_a_gpu_leave_the_others_alone(options: dict[str, Any]) -> None:
+def test_cuda_invalid_rows_do_not_change_others(options: dict[str, Any]) -> None:
     logits = torch.randn(5, 601)
     logits[1, 600], logits[2, 3], logits[3] = torch.nan, torch.inf, -torch.inf
     found = []
     for device in ("cpu", "cuda"):
         seeds, steps, codes = (torch.arange(5, device=device) for _ in range(3))
         bad = torch.full_like(codes, -1)
-        draw_codes(logits.to(device), seeds=seeds, steps=steps, codes=codes, bad=bad, **options)
+        sample_codes_into(logits.to(device), seeds=seeds, steps=steps, codes=codes, bad=bad, **options)
         found.append((codes.tolist(), bad.tolist()))
     assert found[0] == found[1]
     assert found[0][1] == [-1, 1, 2, 3, -1]
@@ -303,7 +323,7 @@ def test_wrong_rows_on_a_gpu_leave_the_others_alone(options: dict[str, Any]) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("V", [333, 16384, 102400])
-def test_drawing_can_be_captured(V: int) -> None:
+def test_cuda_graph_capture(V: int) -> None:
     logits, seeds = torch.randn(2, 8, V, device="cuda"), torch.arange(8, device="cuda")
     for options in ({}, {"top_k": 50, "top_p": 0.9}):
         codes, bad, steps = torch.zeros(8).long().cuda(), torch.full((8,), -1).cuda(), torch.zeros(8).long().cuda()
@@ -311,11 +331,11 @@ def test_drawing_can_be_captured(V: int) -> None:
         given: dict[str, Any] = {"seeds": seeds, "steps": steps, "codes": codes, "bad": bad, "tokens": tokens}
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            draw_codes(*logits, guidance_scale=5.0, **options, **given)
+            sample_codes_into(*logits, guidance_scale=5.0, **options, **given)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            draw_codes(*logits, guidance_scale=5.0, **options, **given)
+            sample_codes_into(*logits, guidance_scale=5.0, **options, **given)
             steps += 1
         steps.zero_()
         for _ in range(5):

@@ -29,7 +29,7 @@ def test_formula(batch: int, tokens: int, density: float, weighted: bool, normal
         assert float(result[row]) == pytest.approx(total / norm, rel=1e-5, abs=1e-6)
 
 
-def test_outside_the_mask_nothing_counts() -> None:
+def test_values_outside_the_mask_reach_no_result() -> None:
     logps = torch.tensor([[-1.0, torch.nan, -3.0], [torch.nan] * 3], requires_grad=True)
     weights = torch.tensor([[1.0, torch.nan, 3.0], [torch.nan] * 3])
     mask = torch.tensor([[True, False, True], [False] * 3])
@@ -54,7 +54,7 @@ def test_dtypes_and_gradcheck() -> None:
         ({"logps": torch.zeros(3)}, r"logps is torch.float32 \(3,\), expected float \(B, T\)"),
         ({"token_mask": torch.ones(2, 3).bool()}, r"token_mask is torch.bool \(2, 3\), expected bool \(2, 4\)"),
         ({"token_mask": torch.ones(2, 4)}, "token_mask is torch.float32"),
-        ({"weights": torch.ones(4)}, r"weights have shape \(4,\), expected \(2, 4\)"),
+        ({"weights": torch.ones(4)}, r"weights are torch.float32 \(4,\), expected shape \(2, 4\)"),
         ({"normalize": "sum"}, "normalize is 'sum', expected 'weights' or 'length'"),
     ],
 )

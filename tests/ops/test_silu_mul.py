@@ -11,8 +11,8 @@ from ospo_fast.ops.silu_mul import silu_mul
 def test_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     rows, width = shape
     device = "cuda" if backend == "triton" else "cpu"
-    worst = torch.zeros(3, dtype=torch.float64, device=device)  # error, error of PyTorch, size of the result
-    for _ in range(16 if shape == (1, 1) else 1):  # the error of a single number is chance
+    largest = torch.zeros(3, dtype=torch.float64, device=device)  # error, error of PyTorch, result
+    for _ in range(16 if shape == (1, 1) else 1):  # the error of a single number is random
         both = (torch.randn(rows, 2 * width, device=device) * 4).to(dtype)
         gate, up = both.split(width, 1)
         exact = F.silu(gate.double()) * up.double()
@@ -21,8 +21,8 @@ def test_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtyp
         if rows:
             found = torch.stack([x.abs().max() for x in (out - exact, F.silu(gate) * up - exact, exact)])
             assert found.isfinite().all()
-            worst = torch.maximum(worst, found)
-    assert worst[0] <= 2 * worst[1] + torch.finfo(torch.float32).eps * worst[2]
+            largest = torch.maximum(largest, found)
+    assert largest[0] <= 2 * largest[1] + torch.finfo(torch.float32).eps * largest[2]
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])

@@ -1,6 +1,7 @@
-"""token_logprobs on a GPU: what only shows there. The rest is tested on the CPU, with the same code."""
+"""token_logprobs on a GPU: its kernels, streams, graphs and memory. The CPU tests cover the shared code."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_logprobs
 from ospo_fast.errors import OpError
 from ospo_fast.ops._chunked_head import ChunkedHead
-from ospo_fast.ops.token_logprobs import token_logprobs_reference
+from ospo_fast.ops.token_logprobs import TokenLogprobsOptions, token_logprobs_reference
 
 pytestmark = pytest.mark.gpu
 SLEEP = 20_000_000  # clock cycles, about ten milliseconds
@@ -41,49 +42,41 @@ def run(
     return [logps.detach(), x.grad, *grads]
 
 
-# Janus' codes with text rows between; a row that is too long for registers; one code less than Janus', in rows that no
-# vector is aligned with; an odd number of codes; one row.
+# Rows, width, codes, chunk_rows. Janus' codes; a row that is too long for registers; one code less than Janus', so that
+# rows are not aligned for vectors; an odd number of codes; one row, repeated, as its error is random.
+SHAPES = [(500, 256, 16384, 200), (70, 64, 40000, None), (130, 64, 16383, 50), (33, 40, 1021, 7), (1, 8, 5, None)]
+
+
 @pytest.mark.parametrize(
-    ("rows", "width", "codes", "chunk"),
-    [(500, 256, 16384, 200), (70, 64, 40000, None), (130, 64, 16383, 50), (33, 40, 1021, 7), (1, 8, 5, None)],
+    ("backend", "dtype"),
+    [("cuda", torch.bfloat16), ("cuda", torch.float16), ("cuda", torch.float32), ("torch", torch.bfloat16)],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("train_head", [False, True])
 @pytest.mark.parametrize("mlp", [False, True])
-@pytest.mark.parametrize("backend", ["cuda", "torch"])
-def test_values_and_gradients(
-    no_worse: Any,
-    backend: str,
-    mlp: bool,
-    train_head: bool,
-    dtype: torch.dtype,
-    rows: int,
-    width: int,
-    codes: int,
-    chunk: Any,
-) -> None:
-    results = []
-    for _ in range(16 if rows == 1 else 1):  # the error of a single row is chance
-        head = make_head(width, codes, dtype, mlp=mlp, bias=codes != 40000)
-        head = Head(*(None if t is None else t.requires_grad_(train_head) for t in head.tensors))
-        hidden, upstream = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(rows, device="cuda")
-        labels = torch.randint(codes, (rows,), device="cuda")
-        if rows > 1:
-            labels[torch.rand(rows, device="cuda") < 0.3] = -100
-        arguments = hidden, head, labels, upstream
-        ours = run(lambda *a: token_logprobs(*a, chunk_rows=chunk, backend=backend), *arguments, dtype)
-        usual, exact = run(eager, *arguments, dtype), run(token_logprobs_reference, *arguments, torch.float64)
-        assert (ours[0][labels == -100] == 0).all()
-        assert (ours[1][labels == -100] == 0).all()
-        results.append(list(zip(ours, usual, exact, strict=True)))
-    for draws in zip(*results, strict=True):
-        mine, theirs, best = (torch.stack(tensors) for tensors in zip(*draws, strict=True))
-        no_worse(mine, theirs, best.double())
+def test_values_and_gradients(no_worse: Any, backend: str, mlp: bool, train_head: bool, dtype: torch.dtype) -> None:
+    for rows, width, codes, chunk in SHAPES:
+        ours, results = partial(token_logprobs, chunk_rows=chunk, backend=backend), []
+        for _ in range(16 if rows == 1 else 1):
+            head = make_head(width, codes, dtype, mlp=mlp, bias=codes != 40000)
+            head = Head(*(None if t is None else t.requires_grad_(train_head) for t in head.tensors))
+            hidden, upstream = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(rows, device="cuda")
+            labels = torch.randint(codes, (rows,), device="cuda")
+            if rows > 1:
+                labels[torch.rand(rows, device="cuda") < 0.3] = -100
+            arguments = hidden, head, labels, upstream
+            found = run(ours, *arguments, dtype)
+            usual, exact = run(eager, *arguments, dtype), run(token_logprobs_reference, *arguments, torch.float64)
+            assert (found[0][labels == -100] == 0).all()
+            assert (found[1][labels == -100] == 0).all()
+            results.append(list(zip(found, usual, exact, strict=True)))
+        for repeats in zip(*results, strict=True):
+            mine, theirs, best = (torch.stack(tensors) for tensors in zip(*repeats, strict=True))
+            no_worse(mine, theirs, best.double())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("mlp", "dtype"), [(False, torch.bfloat16), (True, torch.float16)], ids=str)
 @pytest.mark.parametrize("train_head", [False, True])
-@pytest.mark.parametrize("mlp", [False, True])
 def test_logits_up_to_50_and_fp32_logits(no_worse: Any, mlp: bool, train_head: bool, dtype: torch.dtype) -> None:
     head, hidden = make_head(128, 4096, torch.float32, mlp=mlp, bias=True), torch.randn(300, 128, device="cuda")
     factor = 50 / head(hidden).abs().max()
@@ -97,13 +90,13 @@ def test_logits_up_to_50_and_fp32_logits(no_worse: Any, mlp: bool, train_head: b
     for results in (ours, wide):
         for mine, theirs, best in zip(results, usual, exact, strict=True):
             no_worse(mine, theirs, best)
-    if not mlp:  # there the features are rounded to half precision too
+    if not mlp:  # with a projection the features are rounded to half precision too
         assert (wide[0] - exact[0]).abs().max() < 0.2 * (ours[0] - exact[0]).abs().max()
 
 
 @pytest.fixture
 def returned() -> Iterator[None]:
-    """The memory of a large test goes back to the card, which other test processes may share."""
+    """Return the memory of a large test to the GPU, which other test processes may share."""
     yield
     torch.cuda.empty_cache()
 
@@ -111,7 +104,7 @@ def returned() -> Iterator[None]:
 @pytest.mark.usefixtures("returned")
 @pytest.mark.parametrize("mlp", [False, True])
 def test_more_than_2_to_31_logits(no_worse: Any, mlp: bool) -> None:
-    """The last rows' residuals are written past 2³¹ numbers, and their gradients are made of them."""
+    """dlogits of the last rows have offsets above 2³¹; their gradients are computed from them."""
     rows, codes = 140_000, 16384
     if torch.cuda.mem_get_info()[0] < 16e9:
         pytest.skip("needs 16 GB of free GPU memory")
@@ -158,7 +151,7 @@ def results_of(logps: Tensor, x: Tensor, head: Head) -> list[Tensor]:
 
 @pytest.mark.parametrize("train_head", [False, True])
 def test_strided_hidden_states_and_labels(train_head: bool) -> None:
-    """No row is ignored: nothing else makes a copy of the labels."""
+    """No row is ignored: then nothing else copies the labels."""
     plain, codes = make_head(32, 16384, torch.bfloat16, mlp=True, bias=True), torch.randint(16384, (6, 5, 3)).cuda()
     hidden = torch.randn(6, 5, 32, device="cuda").bfloat16()
     strided = torch.empty(5, 6, 64, dtype=torch.bfloat16, device="cuda").transpose(0, 1)[..., ::2].copy_(hidden)
@@ -205,8 +198,7 @@ def test_autocast(train_head: bool) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("train_head", [False, True])
-@pytest.mark.parametrize("logits_dtype", [None, "fp32"])
-@pytest.mark.parametrize("codes", [16384, 16383, 40000])
+@pytest.mark.parametrize(("codes", "logits_dtype"), [(16384, None), (16384, "fp32"), (16383, None), (40000, "fp32")])
 def test_poisoned_memory(codes: int, logits_dtype: str | None, train_head: bool) -> None:
     head = trainable(make_head(64, codes, torch.bfloat16, mlp=True, bias=True), train_head)
     hidden = torch.randn(40, 64, device="cuda").bfloat16().requires_grad_()
@@ -221,14 +213,14 @@ def test_opcheck(mlp: bool) -> None:
     head = make_head(16, 64, torch.bfloat16, mlp=mlp, bias=True)
     hidden, labels = torch.randn(7, 16, device="cuda").bfloat16(), torch.randint(64, (7, 2), device="cuda")[:, 1]
     labels[2] = -100
-    options, ops = (-100, 3, False, "cuda"), torch.ops.ospo_fast
-    for with_unit in (True, False):
-        torch.library.opcheck(ops.token_logprobs, (hidden, labels, *head.tensors, *options, False, with_unit))
-    wanted = [True, True, True, mlp, mlp]
+    options, ops = TokenLogprobsOptions(-100, 3, False, "cuda", False).flat(), torch.ops.ospo_fast
+    for needs_dhidden in (True, False):
+        torch.library.opcheck(ops.token_logprobs, (needs_dhidden, hidden, labels, *head.tensors, *options))
+    needs_grad = [True, True, True, mlp, mlp]
     grad = torch.randn(7, device="cuda")
-    torch.library.opcheck(ops.token_logprobs_backward, (grad, hidden, labels, *head.tensors, *options, wanted))
-    places = torch.tensor([0, 1, -1, 2, 3, -1, 4], device="cuda")
-    torch.library.opcheck(ops.scale_rows, (hidden, places, grad, "cuda"))
+    torch.library.opcheck(ops.token_logprobs_backward, (needs_grad, grad, hidden, labels, *head.tensors, *options))
+    packed_row = torch.tensor([0, 1, -1, 2, 3, -1, 4], device="cuda")
+    torch.library.opcheck(ops.scale_rows, (hidden, packed_row, grad, "cuda"))
 
 
 def pairs_of_images() -> tuple[torch.nn.Module, OSPOLoss, Tensor, Tensor, Tensor]:
@@ -240,9 +232,10 @@ def pairs_of_images() -> tuple[torch.nn.Module, OSPOLoss, Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
-    """What is launched elsewhere does not wait for the side stream, which sleeps before its inputs are there, before
-    each product, and before the backward.
+def test_side_stream(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    """The stream sleeps before its inputs are written, before each GEMM and before the backward.
+
+    Work that is launched on another stream would run too early.
     """
     head, loss, hidden, labels, masks = pairs_of_images()
     head.requires_grad_(trained)
@@ -259,11 +252,11 @@ def test_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch, trained: bool) -> 
     for name in ("project", "_logits"):
         original = getattr(ChunkedHead, name)
 
-        def asleep(*arguments: Any, original: Any = original) -> None:
+        def delayed(*arguments: Any, original: Any = original) -> Any:
             torch.cuda._sleep(SLEEP)
-            original(*arguments)
+            return original(*arguments)
 
-        monkeypatch.setattr(ChunkedHead, name, asleep)
+        monkeypatch.setattr(ChunkedHead, name, delayed)
     with torch.cuda.stream(torch.cuda.Stream()):
         x = torch.full_like(hidden, torch.nan)
         torch.cuda._sleep(SLEEP)
@@ -281,27 +274,25 @@ def test_compiled(trained: bool, mode: str | None) -> None:
     for function in (loss, compiled, compiled, compiled):
         torch.compiler.cudagraph_mark_step_begin()
         x = hidden.clone().requires_grad_()
-        # A gradient may be memory of the last replay: adding to it would read what this replay has written over.
+        # A gradient may be in memory of the last replay, which this replay overwrites: do not add to it.
         head.zero_grad(set_to_none=True)
         output = function(x, labels, head, object_masks=masks)
         output.loss.backward()
         grads = [x.grad, *(p.grad for p in head.parameters() if trained)]
-        results.append([tensor.detach().clone() for tensor in (output.loss, *grads)])  # the next replay writes over it
+        results.append([tensor.detach().clone() for tensor in (output.loss, *grads)])  # the next replay overwrites them
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
 
 
 @pytest.mark.usefixtures("returned")
 def test_memory_of_16_pairs() -> None:
-    """Half a gigabyte above the inputs, forward and backward and cuBLAS's workspace, where the logits alone would be
-    604 MB.
-    """
+    """The peak above the inputs, cuBLAS's workspace included, is below 0.5 GB. All logits would be 604 MB."""
     if torch.cuda.mem_get_info()[0] < 4e9:
         pytest.skip("needs 4 GB of free GPU memory")
     head = make_head(4096, 16384, torch.bfloat16, mlp=True, bias=True)
     hidden = torch.randn(18432, 4096, device="cuda").bfloat16().requires_grad_()
     labels, peaks = torch.randint(16384, (18432,), device="cuda"), []
-    for _ in range(2):  # the first one includes what Triton sets up
+    for _ in range(2):  # the first one includes Triton's setup
         hidden.grad = None
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.synchronize()
