@@ -1,8 +1,8 @@
-"""Products of few rows with what stands around them in a decoder layer, against cuBLAS and kernels of their own.
+"""skinny_linear: products of few rows with the norm, gate and sum around them, against cuBLAS and one kernel for each.
 
-`layer` is all four of a layer one after the other, attention left out. Weights come from memory: the second-level cache
-is emptied before every run, and `share` is their bytes over time and the bandwidth of a copy. The kernel's constants
-are swept. Needs a GPU.
+`layer` is all four products of a layer one after the other, without attention. Weights come from memory: the L2 cache
+is emptied before every run, and `share` is their bytes over time and the bandwidth of a copy. The constants of the
+kernel are swept. Needs a GPU.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from _measure import ceilings, chosen, dtype_name, interleaved, row, show, write
 from torch import Tensor
 
+from ospo_fast.experimental.skinny_linear import skinny_linear
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
-from ospo_fast.ops.skinny_linear import skinny_linear
 
 # hidden, intermediate: Janus-Pro-7B and 1B
 SIZES = [(4096, 11008), (2048, 5632)]
@@ -29,13 +29,13 @@ Layer = dict[str, Tensor]
 
 
 def single(kind: str, x: Tensor, stream: Tensor, w: Layer) -> None:
-    """With a kernel for each part, as a decoder runs it without `skinny_linear`."""
+    """One kernel for each part, as in a decoder without `skinny_linear`."""
     if kind in ("qkv", "layer"):
         h = F.linear(add_rms_norm(None, stream, w["norm"], 1e-6), w["qkv"])
     if kind in ("out", "layer"):
         delta = F.linear(h[:, : len(w["out"])].contiguous() if kind == "layer" else x, w["out"])
     if kind in ("gate_up", "layer"):
-        # The sum before comes with the norm; alone, "out" and "down" are without theirs.
+        # The sum is fused with the norm behind it; "out" and "down" by themselves run without it.
         h = add_rms_norm(delta if kind == "layer" else None, stream, w["norm"], 1e-6)
         h = silu_mul(F.linear(h, w["gate_up"]))
     if kind in ("down", "layer"):
@@ -55,8 +55,8 @@ def fused(kind: str, x: Tensor, stream: Tensor, w: Layer, *, backend: str = "aut
 
 
 def tuned(constants: tuple[int, ...], run: Callable[..., None]) -> Callable[..., None]:
-    """With other constants than the kernel's own."""
-    from ospo_fast.kernels import skinny_linear as kernels
+    """Run with other constants of the kernel."""
+    from ospo_fast.experimental import _skinny_linear_kernel as kernels
 
     def changed(*arguments: Any) -> None:
         before = [getattr(kernels, name) for name in NAMES]
@@ -72,14 +72,14 @@ def tuned(constants: tuple[int, ...], run: Callable[..., None]) -> Callable[...,
 
 
 def check(rows: int, w: Layer, make: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Against float64: no more than twice the error of single modules."""
+    """The error against float64 is at most twice that of single modules."""
     x, stream = make()
     found = []
     for kind, backend in ((torch.float64, "torch"), (x.dtype, "torch"), (x.dtype, "auto")):
         given = {"norm": w["norm"].to(kind), "eps": 1e-6, "gated": True, "backend": backend}
         found.append(skinny_linear(stream.to(kind), w["gate_up"].to(kind), **given).double())
-    exact, twin, mine = found
-    bound = 2 * (twin - exact).abs().max() + torch.finfo(x.dtype).eps * exact.abs().max()
+    exact, plain, mine = found
+    bound = 2 * (plain - exact).abs().max() + torch.finfo(x.dtype).eps * exact.abs().max()
     assert (mine - exact).abs().max() <= bound, rows
 
 

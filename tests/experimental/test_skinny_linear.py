@@ -1,4 +1,4 @@
-"""Products of few rows against float64 and the twin: on the CPU by Triton's interpreter."""
+"""skinny_linear against float64 and the PyTorch reference: on a GPU, or in Triton's interpreter."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ import torch
 pytest.importorskip("triton", reason="Triton is only there on Linux")
 
 from ospo_fast.errors import OpError
-from ospo_fast.kernels import skinny_linear as kernels
+from ospo_fast.experimental import _skinny_linear_kernel as kernels
+from ospo_fast.experimental.skinny_linear import ROWS, skinny_linear
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.skinny_linear import ROWS, skinny_linear
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else [pytest.mark.usefixtures("interpreter")]
 # The interpreter truncates to bfloat16 where a GPU rounds to nearest.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-# rows, columns, depth: a multiple of all blocks, and primes
-SHAPES = [(2, 64, 512), (16, 37, 67), (1, 1, 1), (3, 128, 300)]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._KERNELS, "skinny_linear", {"triton": (True, DEVICE)})
+    monkeypatch.setitem(_dispatch._KERNELS, "skinny_linear", {"triton": DEVICE})
 
 
 def arguments(rows: int, columns: int, depth: int, gated: bool, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -31,15 +31,22 @@ def arguments(rows: int, columns: int, depth: int, gated: bool, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("normed", "gated", "add"), [(False, False, False), (True, False, False), (False, False, True), (True, True, True)]
+    ("shape", "normed", "gated", "add"),  # shape: rows, columns, depth
+    [
+        ((2, 64, 512), False, False, False),  # multiples of all blocks
+        ((2, 64, 512), True, True, True),
+        ((16, 37, 67), True, False, False),  # primes
+        ((16, 37, 67), False, False, True),
+        ((3, 128, 300), True, True, True),
+        ((1, 1, 1), True, True, True),
+    ],
 )
-def test_error_is_at_most_twice_that_of_single_modules(
+def test_error_is_at_most_twice_that_of_separate_modules(
     shape: tuple[int, int, int], normed: bool, gated: bool, add: bool, dtype: torch.dtype
 ) -> None:
     def run(kind: torch.dtype, backend: str) -> torch.Tensor:
-        out = stream.to(kind, copy=True) if add else torch.full_like(stream, torch.nan, dtype=kind)
+        out = residual.to(kind, copy=True) if add else torch.full_like(residual, torch.nan, dtype=kind)
         factor = norm.to(kind) if normed else None
         found = skinny_linear(
             x.to(kind), weight.to(kind), norm=factor, eps=1e-6, gated=gated, add=add, out=out, backend=backend
@@ -48,26 +55,26 @@ def test_error_is_at_most_twice_that_of_single_modules(
         return out.double()
 
     results = []
-    for _ in range(16 if shape == (1, 1, 1) else 1):  # the error of a single number is chance
+    for _ in range(16 if shape == (1, 1, 1) else 1):  # the error of a single number is random
         x, weight, norm = arguments(*shape, gated, dtype)
-        stream = torch.randn(shape[0], shape[1], device=DEVICE).to(dtype)
+        residual = torch.randn(shape[0], shape[1], device=DEVICE).to(dtype)
         results.append([run(torch.float64, "torch"), run(dtype, "torch"), run(dtype, "triton")])
-    exact, twin, mine = (torch.stack(found) for found in zip(*results, strict=True))
+    exact, reference, ours = (torch.stack(found) for found in zip(*results, strict=True))
     rounding = 2 * torch.finfo(dtype).eps * exact.abs().max()
-    assert (mine - exact).abs().max() <= 2 * (twin - exact).abs().max() + rounding
+    assert (ours - exact).abs().max() <= 2 * (reference - exact).abs().max() + rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_rows_bits_depend_on_the_row_alone(gated: bool, dtype: torch.dtype) -> None:
+def test_bits_of_a_row_depend_on_that_row_only(gated: bool, dtype: torch.dtype) -> None:
     x, weight, norm = arguments(ROWS, 40, 300, gated, dtype)
     whole = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=gated)
     for rows in ([3], [15, 0], [5, 4, 3, 2, 1]):
         part = x[rows].contiguous()
         assert torch.equal(skinny_linear(part, weight, norm=norm, eps=1e-6, gated=gated), whole[rows])
     x[7] = torch.nan
-    again = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=gated)
-    assert again.isnan().all(1).tolist() == [row == 7 for row in range(ROWS)]
+    with_nan = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=gated)
+    assert with_nan.isnan().all(1).tolist() == [row == 7 for row in range(ROWS)]
 
 
 @pytest.mark.parametrize("tuning", [{"COLUMNS": 16}, {"DEPTH": 64, "STAGES": 6, "WARPS": 2}])
@@ -75,15 +82,15 @@ def test_other_constants(tuning: dict[str, int], monkeypatch: pytest.MonkeyPatch
     x, weight, norm = arguments(5, 50, 200, True, torch.float32)
     options: dict[str, Any] = {"eps": 1e-6, "gated": True}
     exact = skinny_linear(x.double(), weight.double(), norm=norm.double(), backend="torch", **options)
-    usual = skinny_linear(x, weight, norm=norm, backend="torch", **options)
+    reference = skinny_linear(x, weight, norm=norm, backend="torch", **options)
     for name, value in tuning.items():
         monkeypatch.setattr(kernels, name, value)
-    mine = skinny_linear(x, weight, norm=norm, **options)
+    ours = skinny_linear(x, weight, norm=norm, **options)
     rounding = 2 * torch.finfo(torch.float32).eps * exact.abs().max()
-    assert (mine - exact).abs().max() <= 2 * (usual - exact).abs().max() + rounding
+    assert (ours - exact).abs().max() <= 2 * (reference - exact).abs().max() + rounding
 
 
-def test_nothing_is_nothing_and_wrong_use_is_said() -> None:
+def test_empty_input_and_wrong_arguments() -> None:
     x, weight, _ = arguments(3, 8, 16, False, torch.float32)
     assert skinny_linear(x[:0], weight).shape == (0, 8)
     with pytest.raises(OpError, match="x has 17 rows, expected at most 16"):

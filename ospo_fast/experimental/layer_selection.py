@@ -1,6 +1,4 @@
-"""One layer per object in place of the mean over layers: the sharpest, the one that splits best, or the one whose
-mask parts what the picture shows best.
-"""
+"""Select one attention layer per object, or for a model, in place of the mean over layers."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OpError
+from ospo_fast.ops.object_masks import normalized_entropy
 from ospo_fast.ops.otsu import otsu_threshold
 
 RULES = ("entropy", "separability", "contrast")
@@ -18,34 +17,43 @@ REDUCTIONS = ("mean", "max")
 
 @dataclass(frozen=True, eq=False)
 class LayerChoice:
-    """What `choose_layers` returns."""
+    """Result of `choose_layers`."""
 
-    maps: Tensor  # (B, O, H, W): of the chosen layers, in [0, 1]
-    layers: Tensor  # (B, O) int64, indices into the layers given
+    maps: Tensor  # (B, O, H, W), of the chosen layers, in [0, 1]
+    layers: Tensor  # (B, O) int64, indices into the given layers
     scores: Tensor  # (L, B, O): entropy (the lowest is chosen), separability or contrast (the highest)
 
 
 def choose_layers(
-    maps: Tensor,
-    used: Tensor,
+    maps: Tensor,  # (L, B, O, C, H, W)
+    used: Tensor,  # (B, O, C)
     *,
     rule: str = "entropy",
     reduce: str = "max",
     temperature: float = 0.8,
-    features: Tensor | None = None,
+    features: Tensor | None = None,  # (B, H, W, E)
 ) -> LayerChoice:
-    """The layer of each object by a rule on its map m in each layer.
+    """Choose the layer of each object by its map m in each layer; the first of equal layers.
 
-    maps (L, B, O, C, H, W): attention on each of an object's C tokens; used (B, O, C) bool: which of them there are.
-    In each layer x = (x − min)/(max − min + 1e-8) over tokens and cells, then m = max or mean over the tokens.
-    "entropy": the lowest −Σ p log p / log(H·W) of p = softmax(m / temperature) over the cells. "separability": the
-    highest variance between the classes, w·(1 − w)·(m1 − m0)², on either side of Otsu's threshold. "contrast": the
-    highest share of the variance of the cells' `features` that lies between the same two classes,
-    (n1·|f1 − f|² + n0·|f0 − f|²) / Σ|f_i − f|². The first of equal layers. An object without tokens has a map of zeros
-    and layer 0.
-    features (B, H, W, E) float, for "contrast" alone: what each cell of the image shows, such as its code's embedding.
-    Raises OpError: shapes that do not fit, unknown rules, values that are not finite.
-    Source: the official implementation's variants; "contrast" is not from there.
+    In each layer, x = (x − min)/(max − min + 1e-8) over tokens and cells, then m = max or mean over tokens. Rules:
+
+    * "entropy": the lowest −Σ p log p / log(H·W) of p = softmax(m / temperature) over cells.
+    * "separability": the highest variance between the classes on either side of Otsu's threshold,
+      w·(1 − w)·(m1 − m0)².
+    * "contrast": the highest share of the variance of `features` between the same classes,
+      (n1·|f1 − f|² + n0·|f0 − f|²) / Σ|f_i − f|². Not in the official code.
+
+    Args:
+        maps: (L, B, O, C, H, W) float, attention on each of an object's C tokens.
+        used: (B, O, C) bool, the tokens that exist. An object without tokens gets a map of zeros and layer 0.
+        rule: one of RULES.
+        reduce: one of REDUCTIONS.
+        temperature: of the softmax of "entropy".
+        features: (B, H, W, E) float, what each cell of the image shows, such as its code's embedding; for "contrast".
+
+    Raises:
+        OpError: wrong shapes, unknown rules, values that are not finite.
+
     """
     if maps.dim() != 6 or not maps.is_floating_point() or 0 in (maps.shape[0], *maps.shape[4:]):
         raise OpError(f"choose_layers: maps are {maps.dtype} {tuple(maps.shape)}, expected float (L, B, O, C, H, W)")
@@ -58,7 +66,6 @@ def choose_layers(
             f"choose_layers: rule is {rule!r}, reduce {reduce!r}, temperature {temperature}; expected one of "
             f"{', '.join(RULES)}, one of {', '.join(REDUCTIONS)}, and a positive number"
         )
-    some = used[..., None, None]  # (B, O, C, 1, 1)
     if (rule == "contrast") != (features is not None) or (features is not None and not _fit(features, maps)):
         got = "None" if features is None else f"{features.dtype} {tuple(features.shape)}"
         batch, height, width = maps.shape[1], *maps.shape[4:]
@@ -66,14 +73,14 @@ def choose_layers(
             f"choose_layers: features are {got} for rule {rule!r}, expected float ({batch}, {height}, {width}, E) for "
             "'contrast', else none"
         )
-    if not bool(torch.where(some, maps, 0).isfinite().all()):
+    used = used[..., None, None]  # (B, O, C, 1, 1)
+    if not bool(torch.where(used, maps, 0).isfinite().all()):
         raise OpError("choose_layers: maps hold NaN or infinity, expected finite attention")
     if features is not None and not bool(features.isfinite().all()):
         raise OpError("choose_layers: features hold NaN or infinity, expected finite values")
-    fused = _fused(maps.detach().float(), some, reduce)
+    fused = _fuse_tokens(maps.detach().float(), used, reduce)
     if rule == "entropy":
-        p = (fused.flatten(3) / temperature).softmax(-1)
-        scores = torch.special.entr(p).sum(-1) / torch.tensor(max(p.shape[-1], 2)).log()
+        scores = normalized_entropy((fused.flatten(3) / temperature).softmax(-1))
         layers = scores.argmin(0)
     else:
         scores = _separability(fused) if features is None else _contrast(fused, features)
@@ -83,10 +90,17 @@ def choose_layers(
 
 
 def best_layers(scores: Tensor, valid: Tensor, *, rule: str = "entropy", count: int = 1) -> list[int]:
-    """The `count` layers that are best on the average of many objects, in ascending order: one choice for a model.
+    """Return the `count` layers with the best mean score over many objects, in ascending order: a choice for a model.
 
-    scores (L, B, O) as of `choose_layers` with the same rule, valid (B, O) bool: which objects there are.
-    Raises OpError: shapes that do not fit, an unknown rule, no object at all, more layers than there are.
+    Args:
+        scores: (L, B, O), of `choose_layers` with the same rule.
+        valid: (B, O) bool, the objects that exist.
+        rule: one of RULES.
+        count: number of layers.
+
+    Raises:
+        OpError: wrong shapes, an unknown rule, no object, more layers than there are.
+
     """
     if scores.dim() != 3 or valid.dtype != torch.bool or valid.shape != scores.shape[1:] or not bool(valid.any()):
         raise OpError(
@@ -102,14 +116,14 @@ def best_layers(scores: Tensor, valid: Tensor, *, rule: str = "entropy", count: 
     return sorted(order[:count].tolist())
 
 
-def _fused(maps: Tensor, some: Tensor, reduce: str) -> Tensor:
-    """(L, B, O, H, W): tokens min-max normalised together, then reduced."""
+def _fuse_tokens(maps: Tensor, used: Tensor, reduce: str) -> Tensor:
+    """(L, B, O, H, W): tokens min-max normalized together, then reduced."""
     if maps.shape[3] == 0:
         return maps.sum(3)
-    low = torch.where(some, maps, torch.inf).amin((3, 4, 5), keepdim=True)
-    high = torch.where(some, maps, -torch.inf).amax((3, 4, 5), keepdim=True)
-    scaled = torch.where(some, (maps - low) / (high - low + 1e-8), 0)
-    return scaled.amax(3) if reduce == "max" else scaled.sum(3) / some.sum(2).clamp(min=1)
+    low = torch.where(used, maps, torch.inf).amin((3, 4, 5), keepdim=True)
+    high = torch.where(used, maps, -torch.inf).amax((3, 4, 5), keepdim=True)
+    scaled = torch.where(used, (maps - low) / (high - low + 1e-8), 0)
+    return scaled.amax(3) if reduce == "max" else scaled.sum(3) / used.sum(2).clamp(min=1)
 
 
 def _separability(maps: Tensor) -> Tensor:
@@ -127,9 +141,9 @@ def _fit(features: Tensor, maps: Tensor) -> bool:
 
 def _contrast(maps: Tensor, features: Tensor) -> Tensor:
     above = (maps > otsu_threshold(maps)[..., None, None]).flatten(3).float()  # (L, B, O, cells)
-    shown = features.detach().to(maps).flatten(1, 2)  # (B, cells, E)
-    shown = shown - shown.mean(1, keepdim=True)
-    products = shown @ shown.mT  # |sum over the cells of a mask|² without an (L, B, O, E) in memory
+    centered = features.detach().to(maps).flatten(1, 2)  # (B, cells, E)
+    centered = centered - centered.mean(1, keepdim=True)
+    products = centered @ centered.mT  # |sum over the cells of a mask|² without an (L, B, O, E) in memory
     inside = torch.einsum("lboi,bij,lboj->lbo", above, products, above)
     count, cells = above.sum(-1), above.shape[-1]
     between = inside * cells / (count * (cells - count)).clamp(min=1)

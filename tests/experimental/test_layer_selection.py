@@ -1,5 +1,6 @@
-"""The layer of each object, against the official variants' figures."""
+"""Layer selection, against values of the official variants."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,16 +9,18 @@ import torch
 
 from ospo_fast import object_masks, otsu_threshold
 from ospo_fast.errors import OpError
+from ospo_fast.experimental.layer_selection import RULES, best_layers, choose_layers
 from ospo_fast.ops.attention_columns import attention_columns_reference
-from ospo_fast.ops.layer_choice import RULES, best_layers, choose_layers
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("rule", ["entropy", "separability"])
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("index", range(2))
-def test_golden(golden: Any, index: int, rule: str, reduce: str) -> None:
-    """The official code chooses for the last object; its mask has the threshold as it is."""
-    figures = golden(f"attention_masks_{index}.npz")
+def test_golden(index: int, rule: str, reduce: str) -> None:
+    """The official code chooses for the last object; its mask uses the unscaled threshold."""
+    figures = np.load(GOLDEN / f"attention_masks_{index}.npz")
     span = torch.tensor(figures["spans"][-int(figures["span_len"][-1]) :])
     rows = (int(figures["prompt_len"]), 576)
     layers = [layer for layer in range(len(figures["q"])) if layer not in figures["skip"]]
@@ -37,11 +40,11 @@ def test_golden(golden: Any, index: int, rule: str, reduce: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_object_alone(rule: str) -> None:
+def test_objects_are_independent(rule: str) -> None:
     features = torch.randn(2, 5, 6, 7) if rule == "contrast" else None
     maps, used = torch.rand(4, 2, 3, 2, 5, 6) ** 3, torch.tensor([[[1, 1], [1, 0], [0, 0]]] * 2).bool()
     maps[:, :, 2] = torch.nan
-    maps[:, :, 1, 1] = torch.inf  # a place without a token
+    maps[:, :, 1, 1] = torch.inf  # no token there
     together = choose_layers(maps, used, rule=rule, features=features)
     assert together.scores.shape == (4, 2, 3)
     assert (together.maps[:, 2] == 0).all()
@@ -55,10 +58,10 @@ def test_each_object_alone(rule: str) -> None:
     assert choose_layers(maps[:, :, :0], used[:, :0], rule=rule, features=features).maps.shape == (2, 0, 5, 6)
 
 
-def test_the_sharpest_layer_and_the_cleanest_split() -> None:
+def test_separability_takes_the_layer_with_two_classes() -> None:
     maps = torch.rand(3, 1, 1, 1, 8, 8)
     maps[1] = maps[1] * 0.1
-    maps[1, ..., 2:6, 2:6] += 0.9  # two plain classes
+    maps[1, ..., 2:6, 2:6] += 0.9
     assert int(choose_layers(maps, torch.ones(1, 1, 1).bool(), rule="separability").layers) == 1
 
 
@@ -76,8 +79,8 @@ def test_contrast_is_the_share_of_variance_between_the_classes() -> None:
     assert torch.equal(found.layers, found.scores.argmax(0))
 
 
-def test_the_mask_that_follows_the_picture() -> None:
-    """An object of a code of its own: the layer that marks it is taken, not one that is sharper somewhere else."""
+def test_contrast_takes_the_layer_whose_mask_follows_the_features() -> None:
+    """The object has features of its own: contrast takes the layer that marks it, not one that is sharper elsewhere."""
     maps, features = torch.rand(3, 1, 1, 1, 8, 8) * 0.1, torch.zeros(1, 8, 8, 4)
     features[:, 2:6, 2:6, 1] = 1
     maps[1, ..., 2:6, 2:6] += 0.5
@@ -89,11 +92,11 @@ def test_the_mask_that_follows_the_picture() -> None:
     found = choose_layers(maps, used, rule="contrast", features=features)
     assert int(found.layers) == 1
     assert float(found.scores[1]) > 0.9
-    # Of one colour all over: nothing to tell layers apart by.
+    # Uniform features do not distinguish layers.
     assert choose_layers(maps, used, rule="contrast", features=torch.ones(1, 8, 8, 4)).scores.count_nonzero() == 0
 
 
-def test_the_best_layers_of_a_model() -> None:
+def test_best_layers() -> None:
     scores, valid = torch.rand(5, 4, 3), torch.rand(4, 3) < 0.7
     scores[3], scores[1] = scores[3] - 1, scores[1] + 1
     scores[4, ~valid] = -100.0

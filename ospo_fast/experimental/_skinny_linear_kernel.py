@@ -1,8 +1,9 @@
-"""Products of up to ROWS rows with a large weight, as fast as its bytes come: out = f(x)·Wᵀ, once through W.
+# mypy: ignore-errors
+"""Triton kernel of `skinny_linear`: out = f(x)·Wᵀ for up to ROWS rows, reading W once, bound by that read.
 
-A program owns COLUMNS columns and runs along the whole depth, so no partial sum leaves it and a row's bits depend on
-neither the other rows nor their number. What stands around the products of a decoder layer is done on the way: the RMS
-norm before (its scale is one number a row, and comes in at the end), SwiGLU's gate and the residual sum after.
+A program computes COLUMNS columns over the whole depth. So no partial sum leaves it, and the bits of a row depend on
+neither the other rows nor their number. It fuses what surrounds the products in a decoder layer: the RMS norm before
+(its scale is one number per row, applied at the end), SwiGLU's gate and the residual sum after.
 """
 
 import torch
@@ -10,17 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # the least that tensor cores take
-# What bench/skinny_linear.py sweeps: columns of a program, how much of their depth is read at once, and how far ahead.
+ROWS = 16  # the minimum of tensor cores
+# Swept by bench/skinny_linear.py: columns per program, depth per iteration, pipeline stages.
 COLUMNS = 32
 DEPTH = 256
 STAGES = 4
 WARPS = 4
-UNEVEN_DEPTH = 64  # where masks stand in the way of the pipeline, whose reads are then held in registers
-MOST_REGISTERS = 255  # of a thread: left to itself the assembler spills for more blocks than shared memory holds
+UNEVEN_DEPTH = 64  # with masks the pipeline's reads are held in registers
+MAX_REGISTERS = 255  # per thread; by default the assembler spills, for more blocks than shared memory allows
 
 
-@triton.jit(do_not_specialize=["rows"])  # one kernel for all counts, so that a row's bits are those of any
+@triton.jit(do_not_specialize=["rows"])  # one kernel for all counts, so that the bits of a row do not depend on it
 def skinny_linear_kernel(
     x,  # (M, K), contiguous
     weight,  # (N, K), contiguous; (2·N, K) where GATED, gate first
@@ -42,7 +43,7 @@ def skinny_linear_kernel(
     m = tl.arange(0, ROWS)
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_row, is_column = m < rows, n < width
-    # Element indices of a weight of 2 GiB and more pass 2³¹.
+    # Element offsets of a large weight exceed 2³¹.
     x_row = x + m[:, None] * depth
     w_row = weight + n[:, None].to(tl.int64) * depth
     second = tl.cast(width, tl.int64) * depth  # a width of 1 is a constant, which has no .to
@@ -74,16 +75,16 @@ def skinny_linear_kernel(
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, depth * 1.0) + eps))[:, None]
         acc *= scale
         acc_up *= scale
-    # Rounded where a model of single modules rounds: products, gate, sum.
+    # Round where separate modules round: products, gate, sum.
     dtype = out.dtype.element_ty
     y = acc.to(dtype).to(tl.float32)
     if GATED:
         y = tl.div_rn(y, 1.0 + tl.exp(-y)).to(dtype).to(tl.float32) * acc_up.to(dtype).to(tl.float32)
-    place = out + m[:, None] * width + n[None, :]
+    target = out + m[:, None] * width + n[None, :]
     mask = is_row[:, None] & is_column[None, :]
     if ADD:
-        y = y.to(dtype).to(tl.float32) + tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, y.to(dtype), mask=mask)
+        y = y.to(dtype).to(tl.float32) + tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, y.to(dtype), mask=mask)
 
 
 def skinny_linear(
@@ -95,7 +96,7 @@ def skinny_linear(
     add: bool,
     out: Tensor,  # (M, N)
 ) -> None:
-    """The kernel on contiguous tensors of one dtype."""
+    """Launch the kernel on contiguous tensors of one dtype."""
     rows, depth = x.shape
     width = out.shape[1]
     if not out.numel():
@@ -106,5 +107,5 @@ def skinny_linear(
         skinny_linear_kernel[(triton.cdiv(width, columns),)](
             x, weight, x if norm is None else norm, out, rows, width, depth, eps,
             NORM=norm is not None, GATED=gated, ADD=add, EVEN=even, ROWS=ROWS, COLUMNS=columns,
-            DEPTH=DEPTH if even else UNEVEN_DEPTH, STAGES=STAGES, num_warps=WARPS, maxnreg=MOST_REGISTERS,
+            DEPTH=DEPTH if even else UNEVEN_DEPTH, STAGES=STAGES, num_warps=WARPS, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
