@@ -1,9 +1,9 @@
-"""Which layer's attention shows where the objects lie: IoU of masks with the true objects of the Shapes world.
+"""IoU of the masks of each attention layer and head with the true objects of the Shapes world.
 
-Pairs of one run on training prompts. For the rows of the image's own tokens and for those that predict them: the masks
-of every layer alone, of every head alone, of the mean of all layers, of the layer that a rule without ground truth
-chooses for each object, and of the layer or head that `masks.layers=auto` (and `masks.heads=auto`) chooses for all;
-beside them a mask of ones and random masks of like size.
+The pairs are of one run on training prompts. For the rows of the image tokens and for the rows that predict them, it
+measures the masks of every layer, of every head, of the mean of all layers, of the layer that a rule chooses for each
+object without ground truth, and of the layer or head that `masks.layers=auto` (and `masks.heads=auto`) chooses for all
+objects. Baselines are a mask of ones and random masks of the same size.
 """
 
 import dataclasses
@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ospo_fast.config import Config, MasksConfig, load_config
+from ospo_fast.config import Config, load_config
+from ospo_fast.experimental.layer_selection import RULES
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.ops.layer_choice import RULES
-from ospo_fast.pipeline import STAGES, Pipeline, read_stage
-from ospo_fast.records import iter_pairs
+from ospo_fast.pipeline import Pipeline, read_stage
+from ospo_fast.records import SIDES, chunked, iter_pairs
 from ospo_fast.shapes import demo
-from ospo_fast.stages.common import chunked, pair_codes
-from ospo_fast.stages.masks import SIDES, attention_masks, find_objects, resolve_auto_layers
+from ospo_fast.stages import STAGE_NAMES
+from ospo_fast.stages.masks import MaskExtractor, MaskTask, build_extractor, extract_masks, mask_tasks
+from ospo_fast.stats import standard_error
 
 PAIRS = 300
 QUICK = "prompts.counts={color1: 2, shape1: 2, color2: 6, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}"
@@ -37,59 +38,55 @@ def _variants(layers: int, heads: int) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"layer {layer}", {"layers": [layer]}
         for head in range(heads):
             yield f"layer {layer}, head {head}", {"layers": [layer], "heads": [head]}
-    everything = list(range(layers))
-    yield "mean of all layers", {"layers": everything}
+    all_layers = list(range(layers))
+    yield "mean of all layers", {"layers": all_layers}
     for rule in RULES:
-        yield f"a layer for each object, by {rule}", {"layers": everything, "choose": rule}
+        yield f"a layer for each object, by {rule}", {"layers": all_layers, "choose": rule}
         yield f"auto, by {rule}", {"layers": "auto", "choose": rule}
         yield f"auto, heads too, by {rule}", {"layers": "auto", "heads": "auto", "choose": rule}
 
 
 class Pairs:
-    """The kept pairs of a run: prompts, codes and columns of chosen and rejected, and where their objects truly lie."""
+    """Kept pairs of a run, with the true cells of the objects in both images."""
 
-    def __init__(self, model: UnifiedModel, config: Config, most: int) -> None:
+    def __init__(self, model: UnifiedModel, config: Config, limit: int) -> None:
         self.model, self.config, self.out = model, config, Path(config.out)
-        self.records = [record for record in iter_pairs(read_stage(self.out, "select")) if record["kept"]]
-        # A spread over all kinds; the store is in their order.
-        spread = np.linspace(0, len(self.records) - 1, min(most, len(self.records))).round().astype(int)
-        self.records = [self.records[n] for n in spread]
+        self.pairs = list(iter_pairs(read_stage(self.out, "select")))
+        # Evenly spaced, to include all kinds: the records are ordered by kind.
+        indices = np.linspace(0, len(self.pairs) - 1, min(limit, len(self.pairs))).round().astype(int)
+        self.pairs = [self.pairs[n] for n in indices]
         self.truth: list[np.ndarray | None] = []
-        for record in self.records:
-            for side in SIDES:
-                self.truth.append(demo.object_cells(Image.open(self.out / str(record[side])), model.grid))
+        for item in self.pairs:
+            for path in (item.pair["chosen"], item.pair["rejected"]):
+                self.truth.append(demo.object_cells(Image.open(self.out / path), model.grid))
 
-    def ious(self, settings: MasksConfig) -> np.ndarray:
-        """IoU of each image in which the checker sees an object."""
-        found: list[np.ndarray] = []
-        for part in chunked(self.records, 32):
-            codes = torch.cat(
-                [pair for pair in pair_codes(self.model, part, self.out) if isinstance(pair, torch.Tensor)]
-            )
-            columns = []
-            for record in part:
-                target = find_objects(record, self.model, settings.match)
-                assert not isinstance(target, str), target
-                columns += [target.columns] * 2
-            prompts = [record["prompt"] for record in part for _ in SIDES]
-            masks = attention_masks(self.model, prompts, codes, columns, settings)
-            found += list(masks.found.union.bool().cpu().numpy())
-        return self.compare(found)
+    def ious(self, extractor: MaskExtractor) -> np.ndarray:
+        """Return the IoU of each image in which the checker detects an object."""
+        unions: list[np.ndarray] = []
+        for part in chunked(self.pairs, 32):
+            tasks = mask_tasks(part, self.model, extractor.settings.match, self.out)
+            ready = [task for task in tasks if isinstance(task, MaskTask)]
+            assert len(ready) == len(part), tasks
+            codes = torch.cat([task.codes for task in ready])
+            columns = [task.objects.columns for task in ready for _ in SIDES]
+            masks = extract_masks(extractor, self.model, [task.ids for task in ready for _ in SIDES], codes, columns)
+            unions += list(masks.found.union.bool().cpu().numpy())
+        return self.compare(unions)
 
-    def compare(self, found: list[np.ndarray]) -> np.ndarray:
-        """IoU of masks of all images, with those that the checker sees."""
-        pairs = [(mask, cells) for mask, cells in zip(found, self.truth, strict=True) if cells is not None]
+    def compare(self, masks: list[np.ndarray]) -> np.ndarray:
+        """Return the IoU of one mask per image with the objects that the checker detects."""
+        pairs = [(mask, cells) for mask, cells in zip(masks, self.truth, strict=True) if cells is not None]
         return np.array([(mask & cells).sum() / max((mask | cells).sum(), 1) for mask, cells in pairs])
 
     def ones(self) -> np.ndarray:
-        """Of the whole image."""
+        """Return the IoU of masks of ones."""
         return self.compare([np.ones(self.model.grid, bool)] * len(self.truth))
 
     def random(self) -> np.ndarray:
-        """Of as many cells as are true."""
+        """Return the IoU of random masks with the size of the true ones."""
         rng = np.random.default_rng(0)
-        none = np.zeros(self.model.grid, bool)
-        shuffled = [rng.permutation((none if cells is None else cells).ravel()) for cells in self.truth]
+        empty = np.zeros(self.model.grid, bool)
+        shuffled = [rng.permutation((empty if cells is None else cells).ravel()) for cells in self.truth]
         return self.compare([cells.reshape(self.model.grid) for cells in shuffled])
 
 
@@ -98,7 +95,7 @@ def run(out: Path, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = load_config([f"out={folder}", *([QUICK] if quick else [])], family="shapes")
         model = load_model("shapes")
-        Pipeline(config, progress=False, model=model).run(STAGES[: STAGES.index("masks")])
+        Pipeline(config, progress=False, model=model).run(STAGE_NAMES[: STAGE_NAMES.index("masks")])
         pairs = Pairs(model, config, PAIRS)
         measured: list[tuple[str, str, np.ndarray, float, dict[str, Any]]] = [
             ("none", "mask of ones", pairs.ones(), 0.0, {}),
@@ -110,15 +107,15 @@ def run(out: Path, quick: bool) -> None:
                 settings = dataclasses.replace(config.masks, rows=attention, **changes)
                 started = time.perf_counter()
                 (pairs.out / "masks" / "layers.json").unlink(missing_ok=True)
-                settings = resolve_auto_layers(settings, pairs.records, model, pairs.out)
-                chosen = {"layers": settings.layers, "heads": settings.heads}
-                measured.append((attention, name, pairs.ious(settings), time.perf_counter() - started, chosen))
+                extractor = build_extractor(settings, pairs.pairs, model, pairs.out)
+                chosen = {"layers": extractor.settings.layers, "heads": extractor.settings.heads}
+                measured.append((attention, name, pairs.ious(extractor), time.perf_counter() - started, chosen))
         dtype = measure.dtype_name(model.dtype)
         for attention, name, ious, seconds, chosen in measured:
             once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
-            error = float(ious.std() / np.sqrt(len(ious)))
-            figures = {"rows": attention, "iou": round(float(ious.mean()), 4), "iou_std": round(error, 4)}
-            rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **figures, **chosen))
-            found = " ".join(f"{key} {value}" for key, value in chosen.items() if value)
-            print(f"{attention:<11} {name:<42} {ious.mean():.3f} ± {error:.3f}  {found}", flush=True)
+            error = standard_error(ious)
+            metrics = {"rows": attention, "iou": round(float(ious.mean()), 4), "iou_std": round(error, 4)}
+            rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **metrics, **chosen))
+            layers = " ".join(f"{key} {value}" for key, value in chosen.items() if value)
+            print(f"{attention:<11} {name:<42} {ious.mean():.3f} ± {error:.3f}  {layers}", flush=True)
     measure.write(rows, out, "mask_layers")
