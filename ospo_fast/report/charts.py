@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG; colours are CSS classes, so that light and dark schemes apply."""
+"""Line charts and histograms as inline SVG. Colors are CSS classes, so that light and dark schemes apply."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    Place = Callable[[float, float], tuple[float, float]]
+    Projection = Callable[[float, float], tuple[float, float]]  # value to position in the SVG
 
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
 
 
-def short(value: float) -> str:
-    """A number in at most three significant digits: 0.42, 12.5, 1,234, 2e-05."""
+def format_number(value: float) -> str:
+    """A number with at most three significant digits: 0.42, 12.5, 1,234, 2e-05."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -27,7 +27,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that lie in [low, high], about `count` of them."""
+    """About `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -38,20 +38,17 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = 480) -> list[tuple[float, float]]:
-    """At most `limit` points: means of neighbours in groups of equal size."""
+    """At most `limit` points: the means of equal groups of neighbors."""
     size = math.ceil(len(points) / limit) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving mean; at both ends the window is cut, not padded."""
+    """Centered moving average. At both ends the window is cut, not padded."""
     half = window // 2
-    means = []
-    for index in range(len(values)):
-        part = values[max(0, index - half) : index + half + 1]
-        means.append(sum(part) / len(part))
-    return means
+    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [sum(part) / len(part) for part in windows]
 
 
 def line_chart(
@@ -65,46 +62,56 @@ def line_chart(
 ) -> Markup:
     """One series over training steps, as an <svg> element.
 
-    points (step, value), finite, by ascending step; errors: half-length of the error bar of each point; bounds: limits
-    that the value axis never passes (an accuracy has none above 1). More than 30 points of a noisy series without
-    markers are drawn pale, with their moving mean over them.
+    Args:
+        points: (step, value), finite, by ascending step.
+        label: for screen readers.
+        errors: half of the length of each point's error bar; only with markers.
+        markers: show each point as a dot.
+        noisy: show more than 30 points without markers as a pale line with its moving average.
+        bounds: limits of the value axis, such as (0, 1) for an accuracy.
+
     """
     if not markers:
         points, errors = thin(points), None
     xs, ys = [x for x, _ in points], [y for _, y in points]
     spread = [error or 0.0 for error in errors] if errors else [0.0] * len(ys)
-    low, high = _range(
-        [y - e for y, e in zip(ys, spread, strict=True)], [y + e for y, e in zip(ys, spread, strict=True)], bounds
-    )
+    ends = list(zip(ys, spread, strict=True))
+    low, high = _range(min(y - e for y, e in ends), max(y + e for y, e in ends), bounds)
     first, last = min(xs), max(xs)
 
-    def at(x: float, y: float) -> tuple[float, float]:
+    def project(x: float, y: float) -> tuple[float, float]:
         across = (x - first) / (last - first) if last > first else 0.5
         up = (min(max(y, low), high) - low) / (high - low)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_axes(low, high, first, last, at)]
-    places = [at(x, y) for x, y in points]
+    parts = [_axes(low, high, first, last, project)]
+    positions = [project(x, y) for x, y in points]
     if markers:
-        parts.append(_path(places, "line"))
-        for (x, y), (_, value), error in zip(places, points, spread, strict=True):
+        parts.append(_path(positions, "line"))
+        for (x, y), (_, value), error in zip(positions, points, spread, strict=True):
             if error:
                 parts.append(
-                    f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{at(first, value - error)[1]:.1f}" '
-                    f'y2="{at(first, value + error)[1]:.1f}"/>'
+                    f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{project(first, value - error)[1]:.1f}" '
+                    f'y2="{project(first, value + error)[1]:.1f}"/>'
                 )
             parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>')
     elif noisy and len(points) > 30:
         mean = smooth(ys, max(3, len(ys) // 20) | 1)
-        parts += [_path(places, "line pale"), _path([at(x, y) for x, y in zip(xs, mean, strict=True)], "line")]
+        parts += [
+            _path(positions, "line pale"),
+            _path([project(*point) for point in zip(xs, mean, strict=True)], "line"),
+        ]
     else:
-        parts.append(_path(places, "line"))
+        parts.append(_path(positions, "line"))
     parts.append('<g class="cursor" hidden><line/><circle r="3.4"/></g>')
-    return _svg(parts, label, f' data-points="{_readings(points, places)}"')
+    readings = (  # for the value under the pointer
+        f"{x:.1f} {y:.1f} {step:.6g} {value:.4g}" for (x, y), (step, value) in zip(positions, points, strict=True)
+    )
+    return _svg(parts, label, f' data-points="{";".join(readings)}"')
 
 
 def histogram(values: Sequence[float], *, label: str, bins: int = 20) -> Markup:
-    """How often values in [0, 1] fall into each of `bins` equal parts, as an <svg> element."""
+    """The number of values in each of `bins` equal parts of [0, 1], as an <svg> element."""
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, max(0, int(value * bins)))] += 1
@@ -120,47 +127,38 @@ def histogram(values: Sequence[float], *, label: str, bins: int = 20) -> Markup:
     return _svg(parts, label, "")
 
 
-def _readings(points: Sequence[tuple[float, float]], places: Sequence[tuple[float, float]]) -> str:
-    return ";".join(
-        f"{x:.1f} {y:.1f} {step:.6g} {value:.4g}" for (x, y), (step, value) in zip(places, points, strict=True)
-    )
-
-
-def _range(
-    lows: Sequence[float], highs: Sequence[float], bounds: tuple[float | None, float | None]
-) -> tuple[float, float]:
-    low, high = min(lows), max(highs)
+def _range(low: float, high: float, bounds: tuple[float | None, float | None]) -> tuple[float, float]:
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - pad, high + pad
-    if bounds[0] is not None:
-        low = max(low, bounds[0])
-    if bounds[1] is not None:
-        high = min(high, bounds[1])
+    low = low if bounds[0] is None else max(low, bounds[0])
+    high = high if bounds[1] is None else min(high, bounds[1])
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def _axes(low: float, high: float, first: float, last: float, at: Place, *, whole: bool = False) -> str:
+def _axes(low: float, high: float, first: float, last: float, project: Projection, *, whole: bool = False) -> str:
     parts = []
     for value in ticks(low, high, 3 if whole else 5):
         if whole and value != int(value):
             continue
-        y = at(first, value)[1]
+        y = project(first, value)[1]
         parts.append(
             f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{format_number(value)}</text>'
         )
     for value in ticks(first, last, 4):
-        x = at(value, low)[0]
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{short(value)}</text>')
+        x = project(value, low)[0]
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{format_number(value)}</text>'
+        )
     return "".join(parts)
 
 
-def _path(places: Sequence[tuple[float, float]], name: str) -> str:
-    return f'<path class="{name}" d="M{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+def _path(positions: Sequence[tuple[float, float]], name: str) -> str:
+    return f'<path class="{name}" d="M{" ".join(f"{x:.1f},{y:.1f}" for x, y in positions)}"/>'
 
 
 def _svg(parts: Sequence[str], label: str, attributes: str) -> Markup:
-    return Markup(  # every part is made here from numbers; the label is escaped
+    return Markup(  # all parts are made from numbers in this module; the label is escaped
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}"{attributes}>'
         f"{''.join(parts)}</svg>"
     )

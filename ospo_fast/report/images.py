@@ -1,4 +1,4 @@
-"""Images of a run as data URIs: pixel art as it is, larger images scaled down; each file is embedded once."""
+"""The images of a page as data URIs. Each file is embedded once; pixel art stays as it is, photos are scaled down."""
 
 from __future__ import annotations
 
@@ -7,52 +7,62 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-PIXEL_ART = 96  # px; images of at most this side are kept whole, as PNG, and shown with hard pixels
-PHOTO_SIDE = 224  # px; larger ones are scaled down to this side and kept as JPEG, a sixth of the PNG's weight
+from ospo_fast.errors import Failure, OspoError
+from ospo_fast.stages.image_files import open_image
+
+PIXEL_ART = 96  # px; images of at most this side stay PNG and are shown without smoothing
+PHOTO_SIDE = 224  # px; larger images are scaled down to this side and become JPEG, a sixth of the size of PNG
 JPEG_QUALITY = 84
 
 
 @dataclass
 class Album:
-    """The images of one page. `sources` are data URIs; what could not be read is counted in `faults`."""
+    """The images of one page.
+
+    Attributes:
+        root: the run folder.
+        sources: data URIs.
+        failures: files that could not be embedded.
+        pixelated: whether all of them are pixel art.
+
+    """
 
     root: Path
     sources: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     pixelated: bool = True
-    _known: dict[Path, int] = field(default_factory=dict)
+    _index: dict[Path, int] = field(default_factory=dict)
 
-    def add(self, path: object, *fallbacks: Path) -> int | str:
-        """The index of the image in `sources`, or a short reason why there is none.
+    def add(self, path: str | None, *fallbacks: Path) -> int | Failure:
+        """Return the index of the image in `sources`.
 
-        path: as a record holds it: absolute, or relative to the run folder. A run folder may have been moved since:
-        where `path` is not there, `fallbacks` are tried.
+        `path` is absolute or relative to the run folder. If it does not exist, because the run folder was moved,
+        `fallbacks` are tried.
         """
-        candidates = ([self.root / path] if isinstance(path, str) and path else []) + list(fallbacks)
+        candidates = [*([self.root / path] if path else []), *fallbacks]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            return self._fault(f"{candidates[0].name if candidates else 'image'} is missing")
-        if found not in self._known:
+            return self._fail(f"{candidates[0].name if candidates else 'image'} is missing")
+        if found not in self._index:
             try:
                 uri, pixelated = data_uri(found)
-            except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
-                return self._fault(f"{found.name} cannot be read as an image")
-            self._known[found] = len(self.sources)
+            except OspoError:
+                return self._fail(f"{found.name} cannot be read as an image")
+            self._index[found] = len(self.sources)
             self.sources.append(uri)
             self.pixelated = self.pixelated and pixelated
-        return self._known[found]
+        return self._index[found]
 
-    def _fault(self, reason: str) -> str:
-        self.faults.append(reason)
-        return reason
+    def _fail(self, reason: str) -> Failure:
+        self.failures.append(Failure(reason))
+        return self.failures[-1]
 
 
 def data_uri(path: Path) -> tuple[str, bool]:
-    """The image as a data URI, re-encoded (metadata dropped), and whether it is pixel art."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    """The image as a data URI, encoded again without metadata, and whether it is pixel art."""
+    image = open_image(path)
     stream = io.BytesIO()
     pixelated = max(image.size) <= PIXEL_ART
     if pixelated:

@@ -1,201 +1,157 @@
-"""Reads a run folder as it is found: whatever is absent stays absent, whatever is unreadable is named in `notes`."""
+"""Load a run folder. Files that are missing stay empty; broken lines are skipped and named in `notes`."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any
 
-from ospo_fast.errors import OspoError
-from ospo_fast.records import iter_pairs
+from ospo_fast.errors import Failure, OspoError
+from ospo_fast.pipeline import stage_metrics, store_paths
+from ospo_fast.records import Record, from_official, validate
+from ospo_fast.stages import STAGES
 
-if TYPE_CHECKING:
-    from pathlib import Path
+KEPT, DROPPED, UNFINISHED = "kept", "dropped", "unfinished"
 
-Record = dict[str, Any]
 
-STORES = ("prompts", "perturb", "images", "questions", "score", "select", "masks")
+@dataclass(frozen=True)
+class Item:
+    """One prompt of the run: its record, merged from all stores, and the last stage that processed it."""
+
+    record: Record
+    stage: str
+
+    @property
+    def kind(self) -> str:
+        """The kind of prompt. Records of the official implementation have a category only."""
+        names = (self.record.get(name) for name in ("kind", "t2i_category", "sub_category"))
+        return next((str(name) for name in names if name), "unknown")
+
+    @property
+    def status(self) -> str:
+        """kept: the item has a pair; dropped: selection found none; unfinished: selection has not processed it yet."""
+        if self.record.get("pairs"):
+            return KEPT
+        return DROPPED if self.record.get("kept") is False else UNFINISHED
+
+    @property
+    def reason(self) -> str:
+        """Why the item has no pair; empty for a kept one."""
+        if self.status == KEPT:
+            return ""
+        default = "no reason recorded" if self.status == DROPPED else f"reached the {self.stage} stage only"
+        return self.record.get("reason") or default
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
-
-    `items` has one merged record for each item_id, in the order of its first appearance; `reached[item_id]` names the
-    last store that holds the item. `present` names the stores that exist.
-    """
+    """The contents of a run folder. `stages` has the metrics of each stage, in order; `items` are in file order."""
 
     root: Path
-    summary: Record = field(default_factory=dict)
-    stages: dict[str, Record] = field(default_factory=dict)
-    items: list[Record] = field(default_factory=list)
-    reached: dict[str, str] = field(default_factory=dict)
-    present: tuple[str, ...] = ()
-    log: list[Record] = field(default_factory=list)
-    gallery: list[Record] = field(default_factory=list)
-    config: str | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    gallery: list[dict[str, Any]] = field(default_factory=list)
+    config: str = ""
     notes: list[str] = field(default_factory=list)
 
 
-def read_run(root: Path) -> Run:
-    """Reads everything that the report shows, but for images and masks.
+def load_run(root: Path) -> Run:
+    """Load everything that the report shows, except images and masks.
 
-    Raises OspoError where the folder is missing, holds nothing to report, or summary.json or stages.json is broken.
-    A line of a store that is no JSON object is left out and counted in `notes`.
+    Raises:
+        OspoError: the folder is missing or holds nothing to report, or summary.json or stages.json is broken.
+
     """
     if not root.is_dir():
-        raise OspoError(f"run folder {str(root)!r} is not there; give the folder that `ospo-fast run --out` wrote")
+        raise OspoError(f"run folder {str(root)!r} does not exist; give the folder that `ospo-fast run --out` wrote")
     notes: list[str] = []
-    summary = mapping(_json(root / "summary.json", dict))
-    merged: dict[str, Record] = {}
+    summary = _read_summary(root / "summary.json")
+    merged: dict[str, dict[str, Any]] = {}
     reached: dict[str, str] = {}
-    present = []
-    for store in STORES:
-        # A stage that ran in shards has left one store for each.
-        for path in (root / f"{store}.jsonl", *sorted(root.glob(f"{store}.*-of-*.jsonl"))):
-            if not path.is_file():
-                continue
-            present.append(store)
-            nameless = 0
-            for record in _lines(path, notes):
-                if "item_id" not in record:
-                    nameless += 1
-                    continue
-                item_id = str(record["item_id"])
-                merged.setdefault(item_id, {}).update(record)
-                reached[item_id] = store
-            if nameless:
-                notes.append(f"{path.name}: {nameless} record(s) without item_id left out")
-    log = _lines(root / "train" / "log.jsonl", notes)
-    later = sorted(path.name for path in root.glob("iter*") if path.is_dir())
-    if later:
-        notes.append(
-            "the items below are those of the first iteration, the figures of pairs and masks those of the last; later "
-            f"iterations have reports of their own: `ospo-fast report` on {', '.join(later)} writes them"
-        )
-    gallery = _lines(root / "evaluation" / "gallery.jsonl", notes)
+    for stage in STAGES:
+        for path in store_paths(root, stage.name):
+            for record in _read_lines(path, notes, validate):
+                merged.setdefault(record["item_id"], {}).update(record)
+                reached[record["item_id"]] = stage.name
+    log = _read_lines(root / "train" / "log.jsonl", notes)
+    gallery = _read_lines(root / "evaluation" / "gallery.jsonl", notes)
     if not (summary or merged or log or gallery):
         raise OspoError(
-            f"run folder {str(root)!r} holds nothing to report: no summary.json, no record in any of "
-            f"{', '.join(f'{store}.jsonl' for store in STORES)}, no training log; run a stage with --out {root} first"
+            f"run folder {str(root)!r} holds nothing to report (no summary, records or training log); "
+            f"run a stage with --out {root} first"
         )
+    iterations = sorted(path.name for path in root.glob("iter*") if path.is_dir())
+    if iterations:
+        notes.append(
+            "the prompts below are those of the first iteration, the metrics of pairs and masks those of the last; "
+            f"`ospo-fast report` on {', '.join(iterations)} writes reports of the later iterations"
+        )
+    metrics = {**stage_metrics(root), **mapping(summary, "stages")}
+    names = [*(stage.name for stage in STAGES if stage.name in metrics), *metrics]
+    config = root / "config.yaml"
     return Run(
         root=root,
         summary=summary,
-        stages=_stages(_json(root / "stages.json", (dict, list)), summary.get("stages")),
-        items=list(merged.values()),
-        reached=reached,
-        present=tuple(present),
+        stages={name: mapping(metrics, name) for name in names},
+        items=[Item(from_official(record), reached[item_id]) for item_id, record in merged.items()],
         log=log,
         gallery=gallery,
-        config=_text(root / "config.yaml"),
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         notes=notes,
     )
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite float, or None; of an object its mean, value or alignment. Booleans are no numbers."""
-    if isinstance(value, dict):
-        value = next((value[name] for name in ("mean", "value", "alignment") if name in value), None)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """`value` as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value)
 
 
-def text(value: object) -> str:
-    """A field of a record as text; lists are joined by commas, None is empty."""
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(text(entry) for entry in value)
-    return str(value)
-
-
-def entries(value: object) -> list[Any]:
-    """A field that holds one value per variant as a list; a single value becomes a list of one."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def mapping(value: object) -> Record:
-    """`value` where it is an object, else an empty one."""
+def mapping(value: object, *keys: str) -> dict[str, Any]:
+    """The object at value[key][key]…; empty if there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
 
-def pairs(record: Record) -> Iterator[Record]:
-    """The item, and a record for each further pair of it."""
-    further = [pair for pair in entries(record.get("further_pairs")) if isinstance(pair, dict)]
-    yield from cast("Iterator[Record]", iter_pairs([cast(Any, {**record, "further_pairs": further})]))
-
-
-def kind_of(record: Record) -> str:
-    """The kind of an item; records of the official implementation name it by category alone."""
-    return next(
-        (text(record[name]) for name in ("kind", "t2i_category", "sub_category") if record.get(name)), "unknown"
-    )
-
-
-def _json(path: Path, kinds: type | tuple[type, ...]) -> Any:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OspoError(f"{str(path)!r} cannot be read as JSON ({error}); mend it or take it away") from error
-    if not isinstance(value, kinds):
-        raise OspoError(f"{str(path)!r} holds a JSON {type(value).__name__}, not what a run writes; take it away")
+def _expect_object(value: object, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise OspoError(f"{where}: got {type(value).__name__}, expected a JSON object")
     return value
 
 
-def _lines(path: Path, notes: list[str]) -> list[Record]:
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary: dict[str, Any] = _expect_object(json.loads(path.read_text(encoding="utf-8")), path.name)
+    except (OSError, ValueError, OspoError) as error:
+        raise OspoError(f"{str(path)!r} cannot be read ({error}); fix or delete the file") from error
+    return summary
+
+
+def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any] = _expect_object) -> list[Any]:
+    """The lines of a JSONL file that pass `check`. The others are counted in `notes`, with the first error."""
     if not path.is_file():
         return []
+    lines = enumerate(path.read_bytes().splitlines(), 1)
+    values = [_parse_line(line, f"line {number}", check) for number, line in lines if line.strip()]
+    failures = [value for value in values if isinstance(value, Failure)]
+    if failures:
+        notes.append(f"{path.name}: skipped {len(failures)} broken line(s), the first at {failures[0]}")
+    return [value for value in values if not isinstance(value, Failure)]
+
+
+def _parse_line(line: bytes, where: str, check: Callable[[object, str], Any]) -> Any:
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise OspoError(f"{str(path)!r} cannot be read ({error})") from error
-    records, broken = [], 0
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            broken += 1
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            broken += 1
-    if broken:
-        notes.append(f"{path.name}: {broken} line(s) are no JSON objects and were left out")
-    return records
-
-
-def _stages(own: object, from_summary: object) -> dict[str, Record]:
-    """Figures of each stage: those of stages.json, one entry for each time a stage ran, under those of the summary."""
-    stages: dict[str, Record] = {}
-    for entry in own if isinstance(own, list) else ():
-        if not isinstance(entry, dict) or "stage" not in entry:
-            continue
-        row = stages.setdefault(str(entry["stage"]), {})
-        for name, join in (("seconds", sum), ("items", sum), ("peak_mb", max)):
-            values = [value for value in (number(row.get(name)), number(entry.get(name))) if value is not None]
-            if values:
-                row[name] = join(values)
-    for source in (mapping(own), mapping(from_summary)):
-        for name, value in source.items():
-            stages[str(name)] = {**stages.get(str(name), {}), **mapping(value)}
-    return {name: figures for name, figures in stages.items() if figures}
-
-
-def _text(path: Path, limit: int = 20_000) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")[:limit]
-    except OSError:
-        return None
+        return check(json.loads(line), where)
+    except OspoError as error:
+        return Failure(str(error))
+    except ValueError as error:
+        return Failure(f"{where}: {error}")

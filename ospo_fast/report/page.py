@@ -1,39 +1,48 @@
-"""Puts the page together and writes it: one file, no request to anywhere, the same bytes for the same run."""
+"""Build and write the page: one file that requests nothing, with the same bytes for the same run."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from ospo_fast.errors import UsageError
-from ospo_fast.records import write_atomic
+from ospo_fast.errors import Failure, UsageError
+from ospo_fast.records import iter_pairs, write_atomic
 from ospo_fast.report import inspector, stats
-from ospo_fast.report.charts import short
+from ospo_fast.report.charts import format_number
 from ospo_fast.report.images import Album
-from ospo_fast.report.load import mapping, number, pairs, read_run, text
+from ospo_fast.report.load import load_run, mapping, number
 from ospo_fast.report.masks import load_masks
 
 HERE = Path(__file__).parent
-ABSENT = "not measured"
 
 
 def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, gallery_limit: int = 24) -> Path:
-    """Writes the report of a run as one self-contained HTML page and returns its path.
+    """Write the report of a run as one self-contained HTML page.
 
-    run_dir: a run folder, finished or not; what it lacks reads "not measured" or is left out. out: the page's file, or
-    a folder for its index.html; None is run_dir/report/index.html. limit, gallery_limit: at most this many items in
-    the pair inspector and cards in the before/after gallery; the page says how many it leaves out. The page appears
-    whole or not at all.
+    Broken images, masks and records are named on the page. The page is written atomically.
 
-    Raises OspoError for a folder that is missing or holds nothing to report, for a broken summary.json or stages.json
-    and for an output that cannot be written; UsageError for a limit below 1. Broken images and masks become
-    placeholders that say so.
+    Args:
+        run_dir: a run folder, finished or not. Sections without data are omitted, missing values are "not measured".
+        out: the file, or a folder for index.html; default: run_dir/report/index.html.
+        limit: maximum number of prompts in the pair inspector. The page states how many it omits.
+        gallery_limit: maximum number of cards in the before/after gallery.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OspoError: the folder is missing or holds nothing to report, summary.json or stages.json is broken, or the page
+            cannot be written.
+        UsageError: a limit below 1.
+
     """
     for name, value in (("limit", limit), ("gallery_limit", gallery_limit)):
         if value < 1:
@@ -43,97 +52,95 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
     if target.is_dir() or (out is not None and target.suffix.lower() not in {".html", ".htm"}):
         target /= "index.html"
     html = render(run_dir, limit=limit, gallery_limit=gallery_limit)
-    write_atomic(target, html.encode("utf-8", "replace"))  # a record may hold half a surrogate pair
+    write_atomic(target, html.encode("utf-8", "replace"))  # a record may hold a lone surrogate
     return target
 
 
 def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
-    """The page of a run folder as text."""
-    run = read_run(run_dir)
+    """The page of a run folder."""
+    run = load_run(run_dir)
     album = Album(run.root)
-    chosen = inspector.sample(run, limit)
-    every = [pair for item in run.items for pair in pairs(item)]
-    masks = {str(pair["item_id"]): load_masks(run.root, pair) for pair in every if "mask_path" in pair}
+    records = [item.record for item in run.items]
+    pairs = list(iter_pairs(records))
+    masks = {pair.pair_id: load_masks(run.root, pair.pair) for pair in pairs}
     items = [
-        inspector.describe(item, run, album, masks.get(str(item["item_id"])) or load_masks(run.root, item))
-        for item in chosen
+        inspector.describe(item, run, album, masks.get(item.record["item_id"]))
+        for item in inspector.sample(run.items, limit)
     ]
     gallery = stats.gallery(run.gallery, album, gallery_limit)
-    faults = Counter(album.faults + [reason for reason in masks.values() if isinstance(reason, str)])
-    evaluation = mapping(run.summary.get("evaluation"))
+    with_path = (masks[pair.pair_id] for pair in pairs if pair.pair.get("mask_path"))
+    failures = Counter(map(str, [*album.failures, *(result for result in with_path if isinstance(result, Failure))]))
     script = (HERE / "report.js").read_text(encoding="utf-8")
-    environment = _environment()
-    return environment.get_template("template.html").render(
+    return _template().render(
         title=run.root.resolve().name,
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),  # the package's own file
         script=Markup(script),  # the package's own file
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         summary=run.summary,
         headline=stats.headline(run.summary),
-        kinds=stats.kinds(run),
-        stages=stats.stages(run),
-        guidance=stats.guidance_tables(evaluation),
-        note=text(evaluation.get("note")),
-        rule=text(evaluation.get("rule")),
+        kinds=stats.kind_rows(run),
+        stages=stats.stage_rows(run),
+        guidance=stats.guidance_tables(mapping(run.summary, "evaluation")),
+        rule=mapping(run.summary, "evaluation").get("rule"),
         curves=stats.curves(run.log),
         funnel=stats.funnel(run),
-        losses=stats.losses(run),
-        diagnostics=stats.mask_diagnostics((sides for sides in masks.values() if isinstance(sides, dict)), every),
+        drop_reasons=stats.drop_reasons(run),
+        diagnostics=stats.mask_diagnostics([m for m in masks.values() if not isinstance(m, Failure)], records),
         gallery=gallery,
-        sources=album.sources,
         total=len(run.items),
         shown=len(items),
-        statuses=stats.statuses(run),
+        statuses=stats.status_counts(run.items),
         shown_statuses=Counter(item["status"] for item in items),
         item_kinds=sorted({item["kind"] for item in items}),
         reasons=sorted({item["group"] for item in items if item["group"]}),
-        data=script_json({"items": items, "sources": album.sources, "pixelated": album.pixelated}),
+        data=script_json({"items": items, "sources": album.sources}),
         pixelated=album.pixelated,
-        versions=run.summary.get("versions"),
+        versions=mapping(run.summary, "versions"),
         config=run.config,
-        notes=[
-            *run.notes,
-            *(f"{reason}" + (f" ({count} times)" if count > 1 else "") for reason, count in faults.items()),
-        ],
+        notes=[*run.notes, *(f"{text} ({n} times)" if n > 1 else text for text, n in failures.items())],
     )
 
 
 def script_json(value: object) -> Markup:
-    """JSON that is safe inside a <script> element: no `<`, `>`, `&` or line separator appears in it."""
+    """JSON that is safe inside a <script> element: without `<`, `>`, `&` and line separators."""
     dumped = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         dumped = dumped.replace(character, f"\\u{ord(character):04x}")
     return Markup(dumped)
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float) -> str:
     """A share as a percentage."""
-    return ABSENT if value is None else f"{100 * value:.{digits}f}%"
+    return f"{100 * value:.1f}%"
 
 
-def points(value: float | None, digits: int = 1) -> str:
+def points(value: float) -> str:
     """A difference of two shares in percentage points, signed."""
-    return ABSENT if value is None else f"{100 * value:+.{digits}f}".replace("-", "\u2212")
+    return f"{100 * value:+.1f}".replace("-", "\u2212")
 
 
-def signed(value: float | None, digits: int = 2) -> str:
-    """A signed number with a true minus sign."""
-    return "" if value is None else f"{value:+.{digits}f}".replace("-", "\u2212")
+def signed(value: float) -> str:
+    """A number with two decimals, signed."""
+    return f"{value:+.2f}".replace("-", "\u2212")
 
 
-def duration(value: float | None) -> str:
+def integer(value: float) -> str:
+    """A whole number with thousands separators."""
+    return f"{value:,.0f}"
+
+
+def duration(value: float) -> str:
     """Seconds as 48.2 s, 5 min 12 s or 2 h 03 min."""
-    if value is None:
-        return ABSENT
     if value < 60:
         return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    seconds = round(value)
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def _environment() -> jinja2.Environment:
+@functools.cache  # compiling the template takes longer than rendering a small run
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -141,8 +148,11 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        percent=percent, points=points, signed=signed, duration=duration, short=short, number=number
-    )
-    environment.globals.update(error_of=stats.standard_error)
-    return environment
+    environment.filters["number"] = number
+    for function in (percent, points, signed, integer, duration, format_number):
+        environment.filters[function.__name__] = _skip_none(function)
+    return environment.get_template("template.html")
+
+
+def _skip_none(function: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: "" if value is None else function(value)

@@ -1,5 +1,5 @@
 "use strict";
-// Text of records only ever reaches the page through textContent, never as markup.
+// Text of records reaches the page through textContent only, never as markup.
 (() => {
   const $ = (id) => document.getElementById(id);
   const SVG = document.querySelector("svg").namespaceURI;
@@ -33,16 +33,16 @@
     chart.addEventListener("pointermove", (event) => {
       const box = chart.getBoundingClientRect();
       const x = ((event.clientX - box.left) / box.width) * chart.viewBox.baseVal.width;
-      const near = readings.reduce((best, one) => (Math.abs(one[0] - x) < Math.abs(best[0] - x) ? one : best));
+      const nearest = readings.reduce((best, one) => (Math.abs(one[0] - x) < Math.abs(best[0] - x) ? one : best));
       cursor.removeAttribute("hidden");
       const line = cursor.firstElementChild;
-      line.setAttribute("x1", near[0]);
-      line.setAttribute("x2", near[0]);
+      line.setAttribute("x1", nearest[0]);
+      line.setAttribute("x2", nearest[0]);
       line.setAttribute("y1", 10);
       line.setAttribute("y2", chart.viewBox.baseVal.height - 24);
-      cursor.lastElementChild.setAttribute("cx", near[0]);
-      cursor.lastElementChild.setAttribute("cy", near[1]);
-      output.textContent = `step ${near[2]}: ${near[3]}`;
+      cursor.lastElementChild.setAttribute("cx", nearest[0]);
+      cursor.lastElementChild.setAttribute("cy", nearest[1]);
+      output.textContent = `step ${nearest[2]}: ${nearest[3]}`;
     });
     chart.addEventListener("pointerleave", () => {
       cursor.setAttribute("hidden", "");
@@ -59,7 +59,7 @@
     const update = () => {
       const kind = $("gallery-kind").value;
       for (const card of cards) {
-        card.hidden = (outcome && card.dataset.outcome !== outcome) || (kind && card.dataset.kind !== kind) ? true : false;
+        card.hidden = Boolean((outcome && card.dataset.outcome !== outcome) || (kind && card.dataset.kind !== kind));
       }
       $("gallery-nothing").hidden = cards.some((card) => !card.hidden);
     };
@@ -88,26 +88,28 @@
       .toLowerCase();
   });
 
+  // "base 2, image 3" for base_7 of three hard negatives: its third image of the second one.
   const name = (key, item) => {
-    const [side, index] = key.split("_");
-    const count = item.variants.length || Number(index) + 1;
-    const drawing = Math.floor(index / count);
-    return `${side === "base" ? "base" : "variant"} ${(index % count) + 1}${drawing ? `, drawing ${drawing + 1}` : ""}`;
+    const [, side, index] = /^(base|negative)_(\d+)$/.exec(key) || [];
+    if (!side) return key;
+    const count = item.variants.length;
+    const image = Math.floor(index / count);
+    return `${side} ${(index % count) + 1}${image ? `, image ${image + 1}` : ""}`;
   };
 
-  function picture(image, alt, marked) {
+  function imageNode(image, alt, marked) {
     if (!image) return el("span", { class: "missing", role: "img", "aria-label": "no image" }, "no image");
-    if (image.source === null) return el("span", { class: "missing", role: "img", "aria-label": image.fault }, image.fault);
+    if (image.source === null) return el("span", { class: "missing", role: "img", "aria-label": image.failure }, image.failure);
     return el("img", { class: "pic" + (marked ? " selected" : ""), src: sources[image.source], alt, decoding: "async" });
   }
 
   function row(item) {
-    const keys = [item.chosen || "base_0", item.rejected || "negative_0"];
+    const keys = item.pairs[0] || ["base_0", "negative_0"];
     const margin = item.margin === null ? null : el("span", { class: "num" }, signed(item.margin));
     return el(
       "li",
       { role: "option", id: `item-${item.index}`, "aria-selected": "false" },
-      el("div", { class: "thumbs" }, keys.map((key) => picture(item.images[key], ""))),
+      el("div", { class: "thumbs" }, keys.map((key) => imageNode(item.images[key], ""))),
       el(
         "div",
         {},
@@ -183,9 +185,9 @@
       button.addEventListener("click", () => move(distance));
       return button;
     };
-    const says = {
+    const verdict = {
       kept: () =>
-        `Kept: ${name(item.chosen, item)} (score ${signed(item.chosenScore)}) over ${name(item.rejected, item)} (score ${signed(item.rejectedScore)})` +
+        `Kept: ${name(item.pairs[0][0], item)} (score ${signed(item.chosenScore)}) over ${name(item.pairs[0][1], item)} (score ${signed(item.rejectedScore)})` +
         (item.margin === null ? "." : `, a margin of ${item.margin.toFixed(2).replace("-", "\u2212")}.`),
       dropped: () => `Dropped: ${item.reason}.`,
       unfinished: () => `Not selected yet: ${item.reason}.`,
@@ -193,7 +195,7 @@
     const terms = [
       ["Concepts", item.concepts],
       ["Relation", item.relation],
-      ["Rejected for", item.status === "kept" ? item.rejectedPrompt : ""],
+      ["Rejected prompt", item.rejectedPrompt],
     ].filter(([, value]) => value);
     return el(
       "header",
@@ -206,7 +208,7 @@
         step("Next prompt", "↓", 1, place >= visible.length - 1),
       ),
       el("h3", {}, item.prompt || "(no prompt)"),
-      el("p", { class: `judgement ${item.status}` }, says.replace(/\.\.$/, ".")),
+      el("p", { class: `judgement ${item.status}` }, verdict.replace(/\.\.$/, ".")),
       terms.length
         ? el("p", { class: "terms" }, terms.flatMap(([label, value], index) => [index ? "  ·  " : "", `${label}: `, el("b", {}, value)]))
         : null,
@@ -224,12 +226,12 @@
     return [1, 2, 3, 4].map((part) => a[part] + t * (b[part] - a[part]));
   }
 
-  function canvas(name, grid, colour) {
+  function canvas(name, grid, color) {
     const node = el("canvas", { class: name, width: grid[1], height: grid[0], "aria-hidden": "true" });
     const context = node.getContext("2d");
     const pixels = context.createImageData(grid[1], grid[0]);
     for (let cell = 0; cell < grid[0] * grid[1]; cell++) {
-      const [red, green, blue, alpha] = colour(cell);
+      const [red, green, blue, alpha] = color(cell);
       pixels.data.set([red, green, blue, 255 * alpha], 4 * cell);
     }
     context.putImageData(pixels, 0, 0);
@@ -258,21 +260,21 @@
     if (item.status !== "kept") return null;
     const masks = item.masks;
     const sides = [
-      ["chosen", item.chosen, item.chosenScore],
-      ["rejected", item.rejected, item.rejectedScore],
+      ["chosen", item.pairs[0][0], item.chosenScore],
+      ["rejected", item.pairs[0][1], item.rejectedScore],
     ];
-    const drawn = masks && masks.grid;
-    const columns = drawn ? masks.objects.length + 3 : 2;
+    const masked = masks && masks.grid;
+    const columns = masked ? masks.objects.length + 3 : 2;
     const tiles = [];
     tiles.push(el("span"), el("span", { class: "head" }, "image"));
-    if (drawn) tiles.push(...masks.objects.map((object) => el("span", { class: "head" }, object)), el("span", { class: "head" }, "all objects"));
+    if (masked) tiles.push(...masks.objects.map((object) => el("span", { class: "head" }, object)), el("span", { class: "head" }, "all objects"));
     for (const [side, key, score] of sides) {
       const image = item.images[key];
       const alt = `${side} image of: ${item.prompt}`;
-      const cover = drawn ? el("span", {}, `${percent(masks[side].coverage)} masked`) : null;
+      const cover = masked ? el("span", {}, `${percent(masks[side].coverage)} masked`) : null;
       tiles.push(el("div", { class: "who" }, el("b", {}, side), el("span", {}, name(key, item)), el("span", {}, `score ${signed(score)}`), cover));
-      tiles.push(el("div", { class: "frame" }, picture(image, alt)));
-      if (!drawn) continue;
+      tiles.push(el("div", { class: "frame" }, imageNode(image, alt)));
+      if (!masked) continue;
       masks.objects.forEach((object, index) => {
         const map = unpack(masks[side].maps[index]);
         const mask = unpack(masks[side].masks[index]);
@@ -280,7 +282,7 @@
           el(
             "div",
             { class: "frame object", role: "img", "aria-label": `attention to ${object} and its mask over the ${side} image` },
-            picture(image, ""),
+            imageNode(image, ""),
             canvas("heat", masks.grid, (cell) => ramp(map[cell] / 255)),
             dim(mask, masks.grid),
             outline(mask, masks.grid),
@@ -289,7 +291,7 @@
       });
       const union = unpack(masks[side].union);
       tiles.push(
-        el("div", { class: "frame union", role: "img", "aria-label": `mask of all objects over the ${side} image` }, picture(image, ""), dim(union, masks.grid), outline(union, masks.grid)),
+        el("div", { class: "frame union", role: "img", "aria-label": `mask of all objects over the ${side} image` }, imageNode(image, ""), dim(union, masks.grid), outline(union, masks.grid)),
       );
     }
     const grid = el("div", { class: columns > 5 ? "grid many" : "grid" }, tiles);
@@ -304,12 +306,12 @@
       return button;
     });
     block.append(
-      el("div", { class: "blockhead" }, el("h4", {}, "The pair"), drawn ? el("div", { class: "segmented inline", role: "group", "aria-label": "Overlay" }, modes) : null),
+      el("div", { class: "blockhead" }, el("h4", {}, "The pair"), masked ? el("div", { class: "segmented inline", role: "group", "aria-label": "Overlay" }, modes) : null),
       el("div", { class: "overlays" }, grid),
-      drawn
-        ? el("p", { class: "legend" }, `Attention of the image's tokens to each object's words, dark to bright; outlined: the mask. Chosen and rejected masks overlap by ${percent(masks.iou)} (IoU).`)
+      masked
+        ? el("p", { class: "legend" }, `Attention of the image tokens to the tokens of each object, dark to bright; outline: the mask. IoU of the chosen and rejected masks: ${percent(masks.iou)}.`)
         : el("p", { class: "legend" }, masks ? `No mask: ${masks.reason}.` : "No mask."),
-      ...(masks && masks.notes.length ? [el("p", { class: "legend" }, `Mind: ${masks.notes.join("; ")}.`)] : []),
+      ...(masks && masks.notes.length ? [el("p", { class: "legend" }, `Note: ${masks.notes.join("; ")}.`)] : []),
     );
     return block;
   }
@@ -341,47 +343,50 @@
   function variants(item) {
     if (!item.variants.length) return null;
     const roles = {};
-    [[item.chosen, item.rejected], ...item.further].forEach(([chosen, rejected], number) => {
+    item.pairs.forEach(([chosen, rejected], number) => {
       const which = number ? ` in pair ${number + 1}` : "";
       Object.assign(roles, { [chosen]: `, chosen${which}`, [rejected]: `, rejected${which}` });
     });
     const blocks = item.variants.map((variant, index) => {
-      const figure = (key, label) => {
+      const figure = (side, key) => {
+        if (!key) return el("figure", {}, imageNode(null), el("figcaption", {}, side, el("br"), "not generated"));
         const image = item.images[key];
-        if (!image) return el("figure", {}, picture(null), el("figcaption", {}, label, el("br"), "not drawn"));
-        const marked = item.status === "kept" && roles[key];
+        const label = name(key, item).replace(/ \d+/, "");
+        const role = roles[key] || "";
         const verdict =
           image.kept === null ? null : el("span", { class: `verdict ${image.kept ? "yes" : "no"}` }, image.kept ? "✓ " : "✕ ");
         return el(
           "figure",
           {},
-          picture(image, `${label}: ${item.prompt}`, marked),
-          el("figcaption", {}, verdict, el("b", {}, label + (marked || "")), image.score === null ? "" : ` ${signed(image.score)}`, image.reason ? el("br") : null, image.reason),
+          imageNode(image, `${label}: ${item.prompt}`, role),
+          el("figcaption", {}, verdict, el("b", {}, label + role), image.score === null ? "" : ` ${signed(image.score)}`, image.reason ? el("br") : null, image.reason),
         );
       };
-      const left = variant.reason ? el("p", { class: "small muted" }, `Left out: ${variant.reason}.`) : null;
+      const skipped = variant.reason ? el("p", { class: "small muted" }, `Skipped: ${variant.reason}.`) : null;
       const texts = [
-        ["Variant of the prompt", variant.prompt ? difference(variant.prompt, item.prompt) : null],
-        ["Drawn for the base image", variant.dense],
-        ["Drawn for the variant image", variant.denseNegative ? difference(variant.denseNegative, variant.dense || item.prompt) : null],
+        ["Hard negative", variant.prompt ? difference(variant.prompt, item.prompt) : null],
+        ["Prompt of the base image", variant.dense],
+        ["Prompt of the negative image", variant.denseNegative ? difference(variant.denseNegative, variant.dense || item.prompt) : null],
       ].filter(([, value]) => value && value.length);
+      const [base, ...more] = variant.base;
       return el(
         "div",
         { class: "variant" },
-        el("p", { class: "method" }, el("b", {}, `Variant ${index + 1}`), variant.method ? `, ${variant.method}` : ""),
-        left,
-        el("div", { class: "two" }, figure(`base_${index}`, "base"), figure(`negative_${index}`, "variant"), variant.again.map((key, n) => figure(key, `base, drawing ${n + 2}`))),
+        el("p", { class: "method" }, el("b", {}, `Hard negative ${index + 1}`), variant.method ? `, ${variant.method}` : ""),
+        skipped,
+        el("div", { class: "two" }, figure("base", base), figure("negative", variant.negative[0]), more.map((key) => figure("base", key))),
         el("dl", { class: "texts" }, texts.flatMap(([label, value]) => [el("dt", {}, label), el("dd", {}, value)])),
       );
     });
-    return el("section", {}, el("div", { class: "blockhead" }, el("h4", {}, "Variants and images")), el("div", { class: "variants" }, blocks));
+    return el("section", {}, el("div", { class: "blockhead" }, el("h4", {}, "Hard negatives and images")), el("div", { class: "variants" }, blocks));
   }
 
   function answers(item) {
     const keys = Object.keys(item.images);
     if (!item.questions.length || !keys.length) return null;
-    const kinds = (key) =>
-      [key.startsWith("negative") && !keys[keys.indexOf(key) - 1]?.startsWith("negative") ? "cut" : "", item.status === "kept" && [item.chosen, item.rejected, ...item.further.flat()].includes(key) ? "selected" : ""].filter(Boolean).join(" ");
+    const firstNegative = keys.find((key) => key.startsWith("negative"));
+    const ofPairs = new Set(item.pairs.flat());
+    const classes = (key) => [key === firstNegative ? "cut" : "", ofPairs.has(key) ? "selected" : ""].join(" ").trim();
     const bar = (value, side, lead) => {
       const track = el("i", { class: side });
       track.style.setProperty("--p", `${100 * (value || 0)}%`);
@@ -389,11 +394,11 @@
     };
     const cell = (key, question) => {
       const answer = item.images[key].answers[question];
-      if (!answer) return el("td", { class: kinds(key) }, el("span", { class: "muted" }, "–"));
+      if (!answer) return el("td", { class: classes(key) }, el("span", { class: "muted" }, "–"));
       const [yes, no, word] = answer;
       return el(
         "td",
-        { class: kinds(key), title: `${name(key, item)}: yes ${yes === null ? "–" : yes.toFixed(4)}, no ${no === null ? "–" : no.toFixed(4)}${word ? `, answer ${word}` : ""}` },
+        { class: classes(key), title: `${name(key, item)}: yes ${yes === null ? "–" : yes.toFixed(4)}, no ${no === null ? "–" : no.toFixed(4)}${word ? `, answer ${word}` : ""}` },
         el("div", { class: "prob" }, bar(yes, "yes", word === "yes"), bar(no, "no", word === "no")),
       );
     };
@@ -407,9 +412,9 @@
         el(
           "table",
           {},
-          el("thead", {}, el("tr", {}, el("td"), keys.map((key) => el("th", { scope: "col", class: kinds(key) }, picture(item.images[key], ""), name(key, item))))),
+          el("thead", {}, el("tr", {}, el("td"), keys.map((key) => el("th", { scope: "col", class: classes(key) }, imageNode(item.images[key], ""), name(key, item))))),
           el("tbody", {}, item.questions.map((question, index) => el("tr", {}, el("th", { scope: "row" }, question), keys.map((key) => cell(key, index))))),
-          el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "Score"), keys.map((key) => el("td", { class: kinds(key) }, signed(item.images[key].score))))),
+          el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "Score"), keys.map((key) => el("td", { class: classes(key) }, signed(item.images[key].score))))),
         ),
       ),
     );

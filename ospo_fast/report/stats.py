@@ -1,4 +1,4 @@
-"""The figures of the page's static part: headline, tables, funnel, curves, mask diagnostics, gallery."""
+"""The numbers of the page: headline, tables, funnel, curves, mask diagnostics, gallery."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from collections import Counter, defaultdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ospo_fast.errors import Failure
+from ospo_fast.ops.object_masks import spatial_entropy
+from ospo_fast.records import ROLES, SIDES, image_verdicts, iter_pairs
 from ospo_fast.report.charts import histogram, line_chart
-from ospo_fast.report.inspector import DROPPED, KEPT, general, margin_of, reason_of, status_of
-from ospo_fast.report.load import STORES, entries, kind_of, mapping, number, pairs, text
-from ospo_fast.report.masks import SIDES, coverage, entropy, overlap
+from ospo_fast.report.inspector import margin, reason_group
+from ospo_fast.report.load import DROPPED, KEPT, UNFINISHED, Item, Run, mapping, number
+from ospo_fast.report.masks import coverage, union_iou
+from ospo_fast.stages.mask_stats import run_stats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from markupsafe import Markup
-
+    from ospo_fast.records import Pair, Record
     from ospo_fast.report.images import Album
-    from ospo_fast.report.load import Record, Run
+    from ospo_fast.report.masks import Arrays
 
 CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
     ("alignment", "Alignment", (0, 1)),
@@ -28,177 +33,125 @@ CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
     ("sft", "SFT term", (None, None)),
     ("accuracy", "Pair accuracy", (0, 1)),
     ("margin", "Reward margin", (None, None)),
-    ("mask_coverage", "Share of the image under online masks", (0, 1)),
+    ("mask_coverage", "Online mask coverage", (0, 1)),
     ("lr", "Learning rate", (0, None)),
     ("grad_norm", "Gradient norm", (0, None)),
 )
+OUTCOMES = ("fixed", "broken", "correct", "wrong", "unjudged")
 
 
-def headline(summary: Record) -> dict[str, Any]:
-    """Before, after, gain, their standard errors and the seeds; None for each that summary.json does not give.
-
-    Errors of before and after are looked for in `evaluation` too, at its `guidance_scale`. `alignment_std` is the
-    standard error of the gain.
-    """
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """Alignment before and after training and its gain, with standard errors; None where summary.json has no value."""
     before, after = number(summary.get("alignment_before")), number(summary.get("alignment_after"))
-    evaluation = mapping(summary.get("evaluation"))
-    errors = {side: standard_error(summary, f"alignment_{side}") for side in ("before", "after", "gain")}
-    scale = str(evaluation.get("guidance_scale"))
-    for side in ("before", "after"):
-        if errors[side] is None:
-            errors[side] = standard_error(mapping(evaluation.get(side)), scale)
-    if errors["gain"] is None:
-        errors["gain"] = number(summary.get("alignment_std"))
     return {
         "before": before,
         "after": after,
-        "gain": None if before is None or after is None else after - before,
-        "seeds": _seeds(summary.get("seeds")),
-        "errors": errors,
+        "gain": _difference(after, before),
+        "errors": {
+            "before": number(summary.get("alignment_before_std")),
+            "after": number(summary.get("alignment_after_std")),
+            "gain": number(summary.get("alignment_std")),
+        },
+        "seeds": _describe_seeds(mapping(summary, "seeds")),
     }
 
 
-def standard_error(record: Record, name: str) -> float | None:
-    """The standard error that a record gives for its figure `name`, as `<name>_std` or inside the figure, or None."""
-    inside = mapping(record.get(name))
-    candidates = [record.get(f"{name}_{ending}") for ending in ("std", "se", "standard_error")]
-    candidates += [inside.get(key) for key in ("standard_error", "se", "std")]
-    return next((error for error in map(number, candidates) if error is not None), None)
-
-
-def kinds(run: Run) -> list[dict[str, Any]]:
-    """Per kind: items, pairs, mean margin of the run; alignment before and after with standard errors, where given.
-
-    A missing standard error of a share p over n drawings is √(p(1−p)/n).
-    """
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in run.items:
-        groups[kind_of(record)].append(record)
-    measured = mapping(mapping(run.summary.get("evaluation")).get("by_kind"))
+def kind_rows(run: Run) -> list[dict[str, Any]]:
+    """Per kind of prompt: items, pairs and mean margin of the run; alignment before and after, with standard errors."""
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in run.items:
+        groups[item.kind].append(item)
+    evaluated = mapping(run.summary, "evaluation", "by_kind")
     rows = []
-    for kind in [*groups, *(str(kind) for kind in measured if kind not in groups)]:
-        records = groups.get(kind, [])
-        kept = [record for record in records if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
-        found = [pair for record in kept for pair in pairs(record)]
-        margins = [margin for margin in map(margin_of, found) if margin is not None]
-        entry = mapping(measured.get(kind))
-        count = number(entry.get("n"))
-        before, after = number(entry.get("before")), number(entry.get("after"))
+    for kind in dict.fromkeys([*groups, *evaluated]):
+        pairs = _pairs(groups[kind])
+        margins = [value for value in map(margin, pairs) if value is not None]
+        metrics = {name: number(value) for name, value in mapping(evaluated, kind).items()}
+        before, after = metrics.get("before"), metrics.get("after")
         rows.append(
             {
                 "kind": kind,
-                "items": len(records),
-                "pairs": len(found),
+                "items": len(groups[kind]),
+                "pairs": len(pairs),
                 "margin": fmean(margins) if margins else None,
                 "before": before,
                 "after": after,
-                "before_error": _share_error(standard_error(entry, "before"), before, count),
-                "after_error": _share_error(standard_error(entry, "after"), after, count),
-                "change": None if before is None or after is None else after - before,
-                "n": int(count) if count is not None else None,
+                "before_error": metrics.get("before_std"),
+                "after_error": metrics.get("after_std"),
+                "change": _difference(after, before),
+                "prompts": metrics.get("n"),
             }
         )
     return rows
 
 
-def stages(run: Run) -> list[dict[str, Any]]:
-    """Per stage: seconds, items, items a second, peak MB; stages in the order in which they run."""
-    order = {name: place for place, name in enumerate(STORES)}
-    longest = max((number(entry.get("seconds")) or 0.0 for entry in run.stages.values()), default=0.0)
+def stage_rows(run: Run) -> list[dict[str, Any]]:
+    """Per stage: seconds, items, items per second, peak MB, and its share of the time of the longest stage."""
+    longest = max((number(metrics.get("seconds")) or 0.0 for metrics in run.stages.values()), default=0.0)
     rows = []
-    for name, entry in sorted(run.stages.items(), key=lambda pair: order.get(pair[0], len(order))):
-        seconds, items = number(entry.get("seconds")), number(entry.get("items"))
+    for name, metrics in run.stages.items():
+        seconds, items, peak_mb = (number(metrics.get(key)) for key in ("seconds", "items", "peak_mb"))
+        rate = items / seconds if items and seconds else None
+        share = seconds / longest if seconds else 0.0
         rows.append(
-            {
-                "name": name,
-                "seconds": seconds,
-                "items": items,
-                "share": (seconds or 0.0) / longest if longest else 0.0,
-                "rate": items / seconds if items and seconds else None,
-                "peak_mb": number(entry.get("peak_mb")),
-            }
+            {"name": name, "seconds": seconds, "share": share, "items": items, "rate": rate, "peak_mb": peak_mb}
         )
     return rows
 
 
 def funnel(run: Run) -> list[dict[str, Any]]:
-    """From prompts to masked pairs: at each step how many there are, out of how many there could be."""
-    items = run.items
-    if not items:
+    """The steps from prompts to pairs with masks, each with its count and the maximum of it."""
+    records = [item.record for item in run.items]
+    if not records:
         return []
-    variants = sum(1 for record in items for variant in entries(record.get("negative_prompt")) if variant)
-    per_item = max((len(entries(record.get("negative_prompt"))) for record in items), default=0)
-    images: dict[str, list[Record]] = {side: [] for side in ("base", "negative")}
-    for record in items:
-        for side, found in images.items():
-            metadata = record.get(f"{side}_metadata")
-            found += (
-                [entry for entry in metadata.values() if isinstance(entry, dict)] if isinstance(metadata, dict) else []
-            )
-    drawn = sum(map(len, images.values()))
-    kept = [record for record in items if status_of(record, run.reached[str(record["item_id"])]) == KEPT]
-    found = [pair for record in kept for pair in pairs(record)]
-    steps: list[tuple[str, str, int, int]] = [("prompts", "Prompts written", len(items), len(items))]
+    steps: list[tuple[str, str, int, int]] = [("prompts", "Prompts", len(records), len(records))]
+    negatives = [record.get("negative_prompt") or [] for record in records]
+    per_item, variants = max(map(len, negatives)), sum(1 for prompts in negatives for prompt in prompts if prompt)
     if per_item:
-        steps.append(("variants", "Near-miss variants", variants, per_item * len(items)))
-    if drawn:
-        most = max(len(mapping(record.get("base_metadata"))) for record in items)
-        draws = max(1, math.ceil(most / (per_item or most or 1)))
-        steps.append(("images", "Images drawn", drawn, max((draws + 1) * variants, drawn)))
-    for side, label in (("base", "Base images judged right"), ("negative", "Variant images judged wrong")):
-        judged = [entry for entry in images[side] if isinstance(entry.get("kept"), bool)]
-        if judged:
-            steps.append((side, label, sum(entry["kept"] for entry in judged), len(judged)))
-    if {"select", "masks"} & set(run.present):
-        steps.append(("pairs", "Prompts with a pair", len(kept), len(items)))
-    if "masks" in run.present:
+        steps.append(("variants", "Hard negatives", variants, per_item * len(records)))
+    images = [list(image_verdicts(record)) for record in records]
+    generated = sum(map(len, images))
+    if generated:
+        max_base = max(sum(role == "base" for role, *_ in own) for own in images)
+        per_variant = 1 + max(1, math.ceil(max_base / (per_item or max_base or 1)))
+        steps.append(("images", "Images generated", generated, max(per_variant * variants, generated)))
+    for role, label in zip(ROLES, ("Base images judged correct", "Negative images judged wrong"), strict=True):
+        kept = [verdict["kept"] for own in images for key, _, verdict in own if key == role and "kept" in verdict]
+        if kept:
+            steps.append((role, label, sum(kept), len(kept)))
+    if any(item.status != UNFINISHED for item in run.items):
+        steps.append(("pairs", "Prompts with a pair", sum(item.status == KEPT for item in run.items), len(records)))
+    pairs = _pairs(run.items)
+    if any("mask_path" in pair or "mask_reason" in pair for pair in pairs):
         steps.append(
-            ("masks", "Pairs with object masks", sum(bool(pair.get("mask_path")) for pair in found), len(found))
+            ("masks", "Pairs with object masks", sum(bool(pair.get("mask_path")) for pair in pairs), len(pairs))
         )
     return [{"name": name, "label": label, "count": count, "of": of} for name, label, count, of in steps]
 
 
-def losses(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Why things fell out, counted: (what, [(reason, count), …]), the most frequent first."""
-    dropped: Counter[str] = Counter()
-    verdicts: dict[str, Counter[str]] = {"base": Counter(), "negative": Counter()}
-    variants: Counter[str] = Counter()
-    unmasked: Counter[str] = Counter()
-    for record in run.items:
-        reached = run.reached[str(record["item_id"])]
-        status = status_of(record, reached)
-        if status != KEPT:
-            dropped[general(reason_of(record, reached))] += 1
-        elif "masks" in run.present:
-            bare = (text(pair.get("mask_reason")) for pair in pairs(record) if not pair.get("mask_path"))
-            unmasked.update(general(reason or "no reason recorded") for reason in bare)
-        variants.update(general(text(reason)) for reason in entries(record.get("variant_reasons")) if reason)
-        for side, counter in verdicts.items():
-            metadata = record.get(f"{side}_metadata")
-            for entry in metadata.values() if isinstance(metadata, dict) else ():
-                if isinstance(entry, dict) and entry.get("kept") is False:
-                    counter[general(text(entry.get("reason")) or "no reason recorded")] += 1
-    earlier = [
-        (f"Left out by the {name} stage", _counts(entry.get("dropped")))
-        for name, entry in run.stages.items()
-        if isinstance(entry.get("dropped"), dict)
-    ]
-    tables = [
-        *earlier,
-        ("Variants left out", variants.most_common()),
-        ("Prompts without a pair", dropped.most_common()),
-        ("Base images turned down", verdicts["base"].most_common()),
-        ("Variant images turned down", verdicts["negative"].most_common()),
-        ("Pairs without masks", unmasked.most_common()),
-    ]
-    return [(label, counts) for label, counts in tables if counts]
+def drop_reasons(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Why hard negatives, prompts, images and masks were dropped: (what, [(reason, count), …]), most frequent first."""
+    records = [item.record for item in run.items]
+    reasons: dict[str, Iterable[str | None]] = {
+        "Hard negatives skipped": (reason for record in records for reason in record.get("variant_reasons") or []),
+        "Prompts without a pair": (item.reason for item in run.items),
+        "Base images not judged correct": _dropped_images(records, "base"),
+        "Negative images not judged wrong": _dropped_images(records, "negative"),
+        "Pairs without masks": (pair.get("mask_reason") for pair in _pairs(run.items)),
+    }
+    counts = {label: Counter(reason_group(reason) for reason in given if reason) for label, given in reasons.items()}
+    return [(label, counter.most_common()) for label, counter in counts.items() if counter]
 
 
-def curves(log: list[Record]) -> list[dict[str, Any]]:
+def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One chart for each quantity of the training log that has at least one finite value."""
     charts = []
     for name, label, bounds in CURVES:
-        rows = [(step, value, _error(line, name)) for line in log for step, value in _reading(line, name)]
+        rows = [
+            (step, value, number(line.get("standard_error")))
+            for line in log
+            if (step := number(line.get("step"))) is not None and (value := number(line.get(name))) is not None
+        ]
         rows.sort(key=lambda row: row[0])
         if not rows or (name == "conditional" and not any(value for _, value, _ in rows)):
             continue
@@ -216,164 +169,113 @@ def curves(log: list[Record]) -> list[dict[str, Any]]:
     return charts
 
 
-def mask_diagnostics(found: Iterable[dict[str, Any]], records: Iterable[Record] = ()) -> dict[str, Any] | None:
-    """Coverage, entropy, overlap and alarms over the masks that load_masks gives; None where there are none.
+def mask_diagnostics(masks: list[Arrays], records: list[Record]) -> dict[str, Any] | None:
+    """Means of coverage, entropy and IoU over the masks of all pairs, and counts of empty and full masks.
 
-    Of the records, `mask_stats` give the mean entropy of the attention of each layer, and `unmatched_objects` the
-    objects that have no mask of their own, counted by reason.
+    From the records: mean entropy per layer, and counts of objects without a mask by reason. None without masks.
     """
-    covers: dict[str, list[float]] = {side: [] for side in SIDES}
-    entropies, overlaps = [], []
-    for sides in found:
-        for side in SIDES:
-            covers[side].append(coverage(sides[side]["union"]))
-            entropies += [value for value in map(entropy, sides[side]["maps"]) if value is not None]
-        value = overlap(sides["chosen"]["union"], sides["rejected"]["union"])
-        overlaps += [] if value is None else [value]
-    every = [*covers["chosen"], *covers["rejected"]]
-    if not every:
+    if not masks:
         return None
-    chart: Markup = histogram(every, label=f"Share of the grid covered by each of {len(every)} masks")
+    covered = {side: [coverage(arrays[side]["union"]) for arrays in masks] for side in SIDES}
+    maps = [torch.from_numpy(arrays[side]["maps"]) for arrays in masks for side in SIDES]
+    entropies = [value for part in maps for value in spatial_entropy(part[part.sum((1, 2)) > 0]).tolist()]
+    ious = [iou for iou in map(union_iou, masks) if iou is not None]
+    shares = [share for side in SIDES for share in covered[side]]
+    unmatched = Counter(reason for record in records for reason in (record.get("unmatched_objects") or {}).values())
     return {
-        "items": len(covers["chosen"]),
-        "chosen": fmean(covers["chosen"]),
-        "rejected": fmean(covers["rejected"]),
+        "items": len(masks),
+        **{side: fmean(covered[side]) for side in SIDES},
         "entropy": fmean(entropies) if entropies else None,
-        "overlap": fmean(overlaps) if overlaps else None,
-        "empty": sum(value == 0 for value in every),
-        "full": sum(value == 1 for value in every),
-        "chart": chart,
-        **_mask_records(records),
-    }
-
-
-def _mask_records(records: Iterable[Record]) -> dict[str, Any]:
-    layers: dict[int, list[float]] = defaultdict(list)
-    unmatched: Counter[str] = Counter()
-    for record in records:
-        unmatched.update(text(reason) for reason in mapping(record.get("unmatched_objects")).values())
-        stats = mapping(record.get("mask_stats"))
-        for side in SIDES:
-            for layer, value in zip(
-                entries(stats.get("layers")), entries(mapping(stats.get(side)).get("entropy")), strict=False
-            ):
-                reading = number(value)
-                if isinstance(layer, int) and reading is not None:
-                    layers[layer].append(reading)
-    return {
-        "layers": [(layer, fmean(values)) for layer, values in sorted(layers.items())],
+        "iou": fmean(ious) if ious else None,
+        "empty": shares.count(0),
+        "full": shares.count(1),
+        "chart": histogram(shares, label=f"Share of the grid covered by each of {len(shares)} masks"),
+        "layers": run_stats(records)["entropy"],
         "unmatched": unmatched.most_common(),
     }
 
 
-def gallery(lines: list[Record], album: Album, limit: int) -> dict[str, Any] | None:
-    """Drawings of the same prompts and seeds before and after training, `limit` of them spread evenly over the file."""
-    known = [line for line in lines if isinstance(line.get("before"), dict) and isinstance(line.get("after"), dict)]
-    if not known:
+def gallery(lines: list[dict[str, Any]], album: Album, limit: int) -> dict[str, Any] | None:
+    """Images of the same prompts and seeds before and after training, `limit` of them spaced evenly over the file."""
+    lines = [line for line in lines if mapping(line, "before") and mapping(line, "after")]
+    if not lines:
         return None
-    counts = Counter(_outcome(line) for line in known)
-    size = min(limit, len(known))
-    cards = [
-        {
-            "prompt": text(line.get("prompt")),
-            "kind": text(line.get("kind")) or "unknown",
-            "outcome": _outcome(line),
-            "sides": [
-                {"name": side, "image": album.add(line[side].get("path")), "correct": line[side].get("correct")}
-                for side in ("before", "after")
-            ],
-        }
-        for line in (known[index * len(known) // size] for index in range(size))
-    ]
-    outcomes = ("mended", "broken", "right", "wrong", "unjudged")
-    shown = Counter(card["outcome"] for card in cards)
+    size = min(limit, len(lines))
+    cards = []
+    for line in (lines[index * len(lines) // size] for index in range(size)):
+        sides = []
+        for side in ("before", "after"):
+            image = album.add(line[side].get("path"))
+            source, failure = (None, image.reason) if isinstance(image, Failure) else (album.sources[image], "")
+            sides.append({"name": side, "source": source, "failure": failure, "correct": line[side].get("correct")})
+        cards.append(
+            {
+                "prompt": str(line.get("prompt", "")),
+                "kind": str(line.get("kind", "unknown")),
+                "outcome": _outcome(line),
+                "sides": sides,
+            }
+        )
+    counts, shown = Counter(map(_outcome, lines)), Counter(card["outcome"] for card in cards)
     return {
         "cards": cards,
-        "counts": {name: counts[name] for name in outcomes if counts[name]},
-        "shown": {name: shown[name] for name in outcomes if shown[name]},
-        "total": len(known),
+        "counts": {name: counts[name] for name in OUTCOMES if counts[name]},
+        "shown": {name: shown[name] for name in OUTCOMES if shown[name]},
+        "total": len(lines),
         "kinds": sorted({card["kind"] for card in cards}),
     }
 
 
-def guidance_tables(evaluation: object) -> list[dict[str, Any]]:
-    """Alignment before and after at each guidance scale, on test and on validation prompts: title and rows of each."""
-    given = mapping(evaluation)
-    own = mapping(given.get("each_at_its_best"))
+def guidance_tables(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Alignment before and after at each guidance scale, of test and validation prompts: title and rows of each."""
     tables = []
-    for title, source in (("Test prompts", given), ("Validation prompts", mapping(given.get("validation")))):
-        sides = {side: mapping(source.get(side)) for side in ("before", "after")}
-        rows = [
-            {
-                "name": scale,
-                "chosen": scale == str(given.get("guidance_scale")),
-                **{side: number(found.get(scale)) for side, found in sides.items()},
-                **{f"{side}_error": standard_error(found, scale) for side, found in sides.items()},
-            }
-            for scale in sorted({scale for found in sides.values() for scale in found}, key=_scale)
-        ]
-        if rows and source is given and own:
-            name = f"each its best ({text(own.get('guidance_before'))}, {text(own.get('guidance_after'))})"
-            best = {side: number(own.get(side)) for side in ("before", "after")}
-            rows.append({"name": name, "chosen": False, **best, "before_error": None, "after_error": None})
+    for title, source in (("Test prompts", evaluation), ("Validation prompts", mapping(evaluation, "validation"))):
+        rows = []
+        for scale in sorted({*mapping(source, "before"), *mapping(source, "after")}, key=float):
+            row: dict[str, Any] = {"name": scale, "chosen": scale == str(evaluation.get("guidance_scale"))}
+            for side in ("before", "after"):
+                metrics = mapping(source, side, scale)
+                row |= {side: number(metrics.get("alignment")), f"{side}_error": number(metrics.get("standard_error"))}
+            rows.append(row)
+        best = mapping(source, "each_at_its_best")
+        if best:
+            name = f"best of each ({best.get('guidance_before')}, {best.get('guidance_after')})"
+            values = {side: number(best.get(side)) for side in ("before", "after")}
+            rows.append({"name": name, "chosen": False, **values, "before_error": None, "after_error": None})
         if rows:
             tables.append({"title": title, "rows": rows})
     return tables
 
 
-def statuses(run: Run) -> dict[str, int]:
+def status_counts(items: list[Item]) -> dict[str, int]:
     """How many items are kept, dropped and unfinished."""
-    counts = Counter(status_of(record, run.reached[str(record["item_id"])]) for record in run.items)
-    return {name: counts[name] for name in (KEPT, DROPPED, "unfinished") if counts[name]}
+    counts = Counter(item.status for item in items)
+    return {name: counts[name] for name in (KEPT, DROPPED, UNFINISHED) if counts[name]}
 
 
-def _outcome(line: Record) -> str:
+def _pairs(items: list[Item]) -> list[Pair]:
+    return [pair.pair for pair in iter_pairs(item.record for item in items)]
+
+
+def _dropped_images(records: list[Record], role: str) -> Iterable[str]:
+    images = (verdict for record in records for key, _, verdict in image_verdicts(record) if key == role)
+    return (image.get("reason") or "no reason recorded" for image in images if image.get("kept") is False)
+
+
+def _outcome(line: dict[str, Any]) -> str:
     before, after = line["before"].get("correct"), line["after"].get("correct")
     if not isinstance(before, bool) or not isinstance(after, bool):
         return "unjudged"
     if before == after:
-        return "right" if after else "wrong"
-    return "mended" if after else "broken"
+        return "correct" if after else "wrong"
+    return "fixed" if after else "broken"
 
 
-def _reading(line: Record, name: str) -> list[tuple[float, float]]:
-    step, value = number(line.get("step")), number(line.get(name))
-    return [] if step is None or value is None else [(step, value)]
+def _difference(value: float | None, base: float | None) -> float | None:
+    return None if value is None or base is None else value - base
 
 
-def _error(line: Record, name: str) -> float | None:
-    given = standard_error(line, name)
-    return number(line.get("standard_error")) if given is None and name == "alignment" else given
-
-
-def _scale(name: str) -> tuple[float, str]:
-    try:
-        return float(name), name
-    except ValueError:
-        return math.inf, name
-
-
-def _share_error(given: float | None, share: float | None, count: float | None) -> float | None:
-    if given is not None or share is None or not count or not 0 <= share <= 1:
-        return given
-    return math.sqrt(share * (1 - share) / count)
-
-
-def _counts(value: object) -> list[tuple[str, int]]:
-    if not isinstance(value, dict):
-        return []
-    counts = Counter({str(reason): int(count) for reason, count in value.items() if number(count)})
-    return counts.most_common()
-
-
-def _seeds(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        counts = ", ".join(f"{_count(entry)} {key}" for key, entry in value.items() if key != "note")
-        return f"{counts}; {text(value['note'])}" if "note" in value else counts
-    return _count(value)
-
-
-def _count(value: object) -> str:
-    return str(len(value)) if isinstance(value, (list, tuple)) else text(value)
+def _describe_seeds(seeds: dict[str, Any]) -> str:
+    """Format the seeds, for example "1 training, 2 sampling; note"."""
+    counts = ", ".join(f"{len(values)} {name}" for name, values in seeds.items() if isinstance(values, list))
+    return "; ".join(part for part in (counts, seeds.get("note")) if part)

@@ -1,4 +1,4 @@
-"""A run folder as the stages leave it, made without any model: drawn shapes, made-up answers and masks."""
+"""A run folder like that of the stages, made without a model: simple shapes, random answers and masks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from PIL import Image  # and what else is optional is imported by functions, so that this file always loads
+    from PIL import Image  # optional packages are imported by functions, so that this file can always be imported
 
-COLOURS = {
+COLORS = {
     "red": "#d64545",
     "blue": "#3b6fd4",
     "green": "#3f9d5a",
@@ -31,19 +31,18 @@ KINDS = (
 )  # fmt: skip
 BEFORE = (0.91, 0.33, 0.72, 0.18, 0.64, 0.22)
 GAINS = (0.02, 0.19, 0.09, 0.14, -0.03, 0.12)
-NOTE = "Both models at the base model's best guidance, chosen on validation prompts; test prompts untouched."
-Thing = tuple[str, str, int, int]  # colour, shape, row and column of a 3×3 board
+Thing = tuple[str, str, int, int]  # color, shape, row and column on a 3×3 board
 
 
-def draw(things: Iterable[Thing], ground: str, side: int) -> Image.Image:
+def render(things: Iterable[Thing], background: str, side: int) -> Image.Image:
     from PIL import Image, ImageDraw
 
-    image = Image.new("RGB", (side, side), ground)
+    image = Image.new("RGB", (side, side), background)
     pen = ImageDraw.Draw(image)
     cell = side / 3
-    for colour, shape, row, column in things:
+    for color, shape, row, column in things:
         x, y, r = (column + 0.5) * cell, (row + 0.5) * cell, cell * 0.36
-        fill = COLOURS[colour]
+        fill = COLORS[color]
         if shape == "circle":
             pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
         elif shape == "square":
@@ -62,7 +61,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def make_run(root: Path, *, items: int = 14, steps: int = 60, side: int = 48, grid: int = 6, gallery: int = 6) -> Path:
-    """Writes a finished run of `items` prompts, about two thirds of them with a pair, and returns `root`."""
+    """Write a finished run of `items` prompts, about two thirds of them with a pair, and return `root`."""
     rng = random.Random(7)
     records = [_item(root, index, rng, side, grid) for index in range(items)]
     select = [
@@ -84,7 +83,7 @@ def make_run(root: Path, *, items: int = 14, steps: int = 60, side: int = 48, gr
         )
     }  # fmt: skip
 
-    def figure(value: float) -> dict[str, float]:
+    def metrics(value: float) -> dict[str, float]:
         return {"alignment": value, "standard_error": 0.016, "prompts": 96}
 
     by_kind = {
@@ -93,21 +92,23 @@ def make_run(root: Path, *, items: int = 14, steps: int = 60, side: int = 48, gr
     }
     summary = {
         "alignment_before": 0.462, "alignment_after": 0.571, "alignment_std": 0.019, "alignment_gain": 0.109,
+        "alignment_before_std": 0.016, "alignment_after_std": 0.016,
         "seeds": {"training": [42], "sampling": [0, 1]}, "vqa_accuracy": 0.958, "vqa_accuracy_own_drawings": 0.931,
         "pairs": pairs, "pair_purity": 0.874, "pair_purity_std": 0.012, "chosen_right": 0.881, "rejected_wrong": 0.99,
         "mask_iou": 0.413, "mask_iou_std": 0.009, "mask_iou_all_ones": 0.201,
         "evaluation": {
-            "rule": "Alignment is the share of held-out prompts that are drawn fully right.", "guidance_scale": 1.5,
-            "before": {"1.0": figure(0.41), "1.5": figure(0.462)}, "after": {"1.0": figure(0.54), "1.5": figure(0.571)},
-            "validation": {"before": {"1.0": figure(0.42), "1.5": figure(0.46)}, "after": {"1.5": figure(0.58)}},
+            "rule": "Alignment is the share of held-out prompts whose images are fully correct.", "guidance_scale": 1.5,
+            "before": {"1.0": metrics(0.41), "1.5": metrics(0.462)},
+            "after": {"1.0": metrics(0.54), "1.5": metrics(0.571)},
+            "validation": {"before": {"1.0": metrics(0.42), "1.5": metrics(0.46)}, "after": {"1.5": metrics(0.58)}},
             "each_at_its_best": {"guidance_before": 1.5, "guidance_after": 2.0, "before": 0.462, "after": 0.574},
-            "by_kind": by_kind, "note": NOTE,
+            "by_kind": by_kind,
         },
         "stages": stages, "seconds": 291.6,
         "versions": {"ospo_fast": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
     }  # fmt: skip
     (root / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    entries = [{"stage": name, "iteration": 1, **figures} for name, figures in stages.items()]
+    entries = [{"stage": name, "iteration": 1, **metrics} for name, metrics in stages.items()]
     (root / "stages.json").write_text(json.dumps(entries), encoding="utf-8")
     (root / "config.yaml").write_text(
         "seed: 0\nimages:\n  guidance_scale: 1.0\nselect:\n  rule: v3\n", encoding="utf-8"
@@ -116,7 +117,7 @@ def make_run(root: Path, *, items: int = 14, steps: int = 60, side: int = 48, gr
 
 
 def _things(rng: random.Random, kind: str) -> tuple[list[Thing], str, list[str]]:
-    (one, two), (first, second) = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+    (one, two), (first, second) = rng.sample(list(COLORS), 2), rng.sample(SHAPES, 2)
     row = rng.randrange(3)
     if kind in {"color1", "shape1"}:
         return [(one, first, row, rng.randrange(3))], f"a {one} {first}", [f"{one} {first}"]
@@ -137,8 +138,8 @@ def _things(rng: random.Random, kind: str) -> tuple[list[Thing], str, list[str]]
 
 def _wrong(rng: random.Random, things: list[Thing]) -> list[Thing]:
     place = rng.randrange(len(things))
-    colour, shape, row, column = things[place]
-    changed = (rng.choice([name for name in COLOURS if name != colour]), shape, row, column)
+    color, shape, row, column = things[place]
+    changed = (rng.choice([name for name in COLORS if name != color]), shape, row, column)
     return [changed if index == place else thing for index, thing in enumerate(things)]
 
 
@@ -154,28 +155,27 @@ def _item(root: Path, index: int, rng: random.Random, side: int, grid: int) -> d
         if sub.startswith("attribute1") or sub == "layout2"
         else ["replace", "swap", "drop"]
     )
-    ground = rng.choice(["#f3efe4", "#20242c", "#dfe8ef"])
+    background = rng.choice(["#f3efe4", "#20242c", "#dfe8ef"])
     record: dict[str, Any] = {
         "item_id": item_id, "t2i_category": kind, "sub_category": sub, "prompt": prompt,
         "concepts_and_relations": ", ".join(objects), "relation": "left of" if kind == "2D_spatial" else "none",
         "perturbed_method": methods, "negative_prompt": [], "long_prompt": [], "negative_long_prompt": [],
         "question": questions, "base_metadata": {}, "negative_metadata": {},
     }  # fmt: skip
-    drawn: dict[str, list[Thing]] = {}
+    shown: dict[str, list[Thing]] = {}
     for variant in range(3):
         wrong = _wrong(rng, things)
-        colour = next(b[0] for a, b in zip(things, wrong, strict=True) if a != b)
-        negative = prompt.replace(next(a[0] for a, b in zip(things, wrong, strict=True) if a != b), colour, 1)
+        color = next(b[0] for a, b in zip(things, wrong, strict=True) if a != b)
+        negative = prompt.replace(next(a[0] for a, b in zip(things, wrong, strict=True) if a != b), color, 1)
         record["negative_prompt"].append(negative)
-        record["long_prompt"].append(f"{prompt} on a plain ground, small, near the middle")
-        record["negative_long_prompt"].append(f"{negative} on a plain ground, small, near the middle")
+        record["long_prompt"].append(f"{prompt} on a plain background")
+        record["negative_long_prompt"].append(f"{negative} on a plain background")
         for key, scene, slip in ((f"base_{variant}", things, 0.35), (f"negative_{variant}", wrong, 0.1)):
             right = (rng.random() > slip) == key.startswith("base")
-            shown = things if right else (_wrong(rng, things) if scene is things else scene)
-            drawn[key] = shown
+            shown[key] = things if right else (_wrong(rng, things) if scene is things else scene)
             path = root / "images" / item_id / f"{key}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw(shown, ground, side).save(path)
+            render(shown[key], background, side).save(path)
             answers = [_answer(rng, right) for _ in questions]
             score = sum(answer["p_yes"] - answer["p_no"] for answer in answers) / len(answers)
             yes = [answer["answer"] == "yes" for answer in answers]
@@ -220,7 +220,7 @@ def _item(root: Path, index: int, rng: random.Random, side: int, grid: int) -> d
     record["mask_path"] = f"masks/{item_id}.safetensors"
     arrays: dict[str, Any] = {}
     for name, key in (("chosen", f"base_{best}"), ("rejected", f"negative_{best}")):
-        maps = np.stack([_map(rng, [drawn[key][min(place, len(things) - 1)]], grid) for place in range(len(objects))])
+        maps = np.stack([_map(rng, [shown[key][min(place, len(things) - 1)]], grid) for place in range(len(objects))])
         masks = (maps > 0.45).astype(np.uint8)
         arrays |= {f"{name}_maps": maps, f"{name}_masks": masks, f"{name}_union": masks.max(axis=0)}
     (root / "masks").mkdir(exist_ok=True)
@@ -264,7 +264,9 @@ def _log(steps: int, rng: random.Random) -> list[dict[str, Any]]:
             "grad_norm": 1.2 - 0.5 * done + abs(rng.gauss(0, 0.1)), "seconds": 0.4,
         })  # fmt: skip
         if step % (steps // 6) == 0:
-            lines.append({"step": step, "alignment": 0.462 + 0.11 * done + rng.gauss(0, 0.008), "alignment_se": 0.016})
+            lines.append(
+                {"step": step, "alignment": 0.462 + 0.11 * done + rng.gauss(0, 0.008), "standard_error": 0.016}
+            )
     return lines
 
 
@@ -275,7 +277,7 @@ def _card(root: Path, index: int, rng: random.Random, side: int) -> dict[str, An
     for name, correct in (("before", index % 3 == 1), ("after", index % 6 != 5)):
         path = root / "evaluation" / "images" / f"{index}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(things if correct else _wrong(rng, things), "#f3efe4", side).save(path)
+        render(things if correct else _wrong(rng, things), "#f3efe4", side).save(path)
         card[name] = {"path": str(path.relative_to(root)), "correct": correct}
     return card
 
@@ -287,5 +289,5 @@ def make() -> Callable[..., Path]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A small run of its own, which a test may change."""
+    """A small run that a test may change."""
     return make_run(tmp_path / "run", items=7, steps=12, gallery=2)
