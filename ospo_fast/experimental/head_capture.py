@@ -12,9 +12,9 @@ from ospo_fast.ops.attention_columns import ColumnRequest
 
 
 class HeadCapture(AttentionCapture):
-    """`AttentionCapture` that also keeps the maps of each head. They take as many times the memory as there are heads.
+    """`AttentionCapture` that also keeps the maps of each head, at as many times the memory.
 
-    Each head is given to `attention_columns` as a sequence of its own with one head.
+    Each head is passed to `attention_columns` as a separate sequence with one head.
     """
 
     def __init__(self, model: Any, **arguments: Any) -> None:

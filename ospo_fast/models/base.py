@@ -40,7 +40,7 @@ class UnifiedModel(Protocol):
     boi_id: int  # begin of image
     eoi_id: int  # end of image
     image_id: int  # placeholder of one embedded image patch
-    eos_ids: tuple[int, ...]  # each of them ends a text
+    eos_ids: tuple[int, ...]  # end-of-text tokens
     yes_ids: tuple[int, ...]  # single-token spellings of the answer yes
     no_ids: tuple[int, ...]
     templates: str  # default template set: "shapes" or "janus"
@@ -60,7 +60,7 @@ class UnifiedModel(Protocol):
         """
 
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:
-        """The ids of `image_prompt`, and for each its characters of `prompt`; None for a token of the template."""
+        """The ids of `image_prompt`, and the character span of each in `prompt`; None for tokens of the template."""
 
     def unconditional(self, ids: Tensor) -> Tensor:
         """The unconditional prompt for guidance of ids (S,): same length, with padding in place of the prompt."""

@@ -23,8 +23,8 @@ _PREFIX = "ospo_capture|"
 # Attention modules under capture, by id. transformers' registries have no way to unregister, so a wrapper stays there
 # once it is registered. It looks up its module here, and without an entry it only runs the attention.
 _ACTIVE: dict[int, AttentionCapture] = {}
-# Operations whose second result is the natural log-sum-exp of the rows, (B, H, at least S). True: the fifth argument
-# says whether to compute it.
+# Operations whose second result is the natural log-sum-exp of the rows, (B, H, at least S). True: it is only computed
+# if the fifth argument says so.
 _LSE_OPS = {
     "aten::_scaled_dot_product_flash_attention": False,
     "aten::_scaled_dot_product_flash_attention_for_cpu": False,
@@ -325,7 +325,7 @@ def _first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
         index = row[:, None, :, None].expand(-1, 1, -1, length)
         seen = mask[..., :length].expand(batch, -1, -1, -1)[:, :1].gather(2, index)[:, 0]  # (B, rows, S)
         seen = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
-    else:  # (B, S), flash attention's, which is causal in addition: the last row sees what all rows together see
+    else:  # (B, S), flash attention's, which is causal in addition, so the last row determines the mask
         row = last
         seen = mask.expand(batch, -1).bool()[:, None] & (position <= row[..., None])
     causal = position <= row[..., None]
@@ -370,7 +370,7 @@ def _resolve_indices(name: str, given: Sequence[int], count: int) -> tuple[int, 
 
 
 def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Heads of x (B, H, …) without an index tensor, which would have to be copied to the GPU."""
+    """Select heads of x (B, H, …) without an index tensor, which would be copied to the GPU."""
     first, last = heads[0], heads[-1]
     if list(heads) == list(range(first, last + 1)):
         return x[:, first : last + 1]
