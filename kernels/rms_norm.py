@@ -1,4 +1,4 @@
-"""stream += delta, out = weight · stream / sqrt(mean(stream²) + eps): one read and one write of each row."""
+"""residual += delta, out = weight · residual / sqrt(mean(residual²) + eps): one read and one write of each row."""
 
 import torch
 import triton
@@ -8,8 +8,8 @@ from torch import Tensor
 
 @triton.jit
 def add_rms_norm_kernel(
-    delta,  # (M, D), contiguous; not read where ADD is false
-    stream,  # (M, D), contiguous
+    delta,  # (M, D), contiguous; not read unless ADD
+    residual,  # (M, D), contiguous
     weight,  # (D,)
     out,  # (M, D), contiguous
     width,
@@ -20,32 +20,28 @@ def add_rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    place = row * width + columns
-    x = tl.load(stream + place, mask=inside, other=0.0)
+    offsets = row * width + columns
+    x = tl.load(residual + offsets, mask=inside, other=0.0)
     if ADD:
-        # Rounded to the stream's type before it is squared, as the model's own sum would be.
-        x = (x.to(tl.float32) + tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(stream + place, x, mask=inside)
+        # Rounded to the dtype of the model before it is squared, as the model does.
+        x = (x.to(tl.float32) + tl.load(delta + offsets, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(residual + offsets, x, mask=inside)
     values = x.to(tl.float32)
-    # Rounded as the twin's: "/" and sqrt would be approximations.
+    # IEEE rounding, as in the reference: "/" and sqrt are approximate.
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(values * values, 0), width * 1.0) + eps))
     factor = tl.load(weight + columns, mask=inside, other=0.0)
     normed = (values * scale).to(x.dtype).to(tl.float32) * factor.to(tl.float32)
-    tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, normed.to(out.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm(delta: Tensor | None, stream: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """The kernel on delta (M, D) or None, stream (M, D), weight (D,), out (M, D), contiguous and of one dtype."""
-    rows, width = stream.shape
-    if not stream.numel():
+def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+    """Run the kernel on delta (M, D) or None, residual (M, D), weight (D,), out (M, D), contiguous, of one dtype."""
+    rows, width = residual.shape
+    if not residual.numel():
         return
     block = triton.next_power_of_2(width)
-    with torch.cuda.device_of(stream):
+    with torch.cuda.device_of(residual):
         add_rms_norm_kernel[(rows,)](
-            stream if delta is None else delta, stream, weight, out, width, eps,
-            ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+            residual if delta is None else delta, residual, weight, out, width, eps,
+            ADD=delta is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
-
-
-def _warps(block: int) -> int:
-    return min(16, max(1, block // 512))
