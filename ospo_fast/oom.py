@@ -1,33 +1,35 @@
-"""Work in parts that fit the memory: one that does not is halved and tried again."""
+"""Back-off for batches that do not fit the memory: halve them and try again."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ospo_fast.errors import OspoError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+R = TypeVar("R")
+B = TypeVar("B", bound="Sequence[Any] | Tensor")
 
-# How Triton, CUDA's runtime, cuBLAS, cuDNN, the compiled module and torch's allocator of the CPU say it.
-_SIGNS = re.compile(
+# Messages of Triton, the CUDA runtime, cuBLAS, cuDNN, the compiled module and torch's CPU allocator.
+_MESSAGES = re.compile(
     "out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|can't allocate memory|not enough memory",
     re.IGNORECASE,
 )
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory ran out, or one does on top of which it was raised."""
+    """Whether an error, or one that it was raised from, reports exhausted memory."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
-        if isinstance(error, RuntimeError) and _SIGNS.search(str(error)):
+        if isinstance(error, RuntimeError) and _MESSAGES.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -35,48 +37,56 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @dataclass
 class BatchSizeLimit:
-    """How many items fit the memory at once, as far as is known: running out of it lowers `most` for good."""
+    """The largest batch that fits the memory, as far as is known.
+
+    Attributes:
+        max_size: items per batch. Every out-of-memory error lowers it for good.
+        item_name: singular noun for messages, such as "image".
+        remedy: what the user can do if a single item does not fit.
+
+    """
 
     max_size: int
-    item_name: str  # an item's name
+    item_name: str
     remedy: str = "free some, or use a smaller dtype"
 
-    def run(self, count: int, work: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
-        """Yield each part of `count` items, of at most `most`, with work(part).
+    def run(self, batches: Iterable[B], function: Callable[[B], R]) -> Iterator[tuple[B, R]]:
+        """Yield each batch with function(batch).
 
-        A part that runs out of memory is halved and tried again; OspoError where it was allowed no more than one item.
+        A batch of more than `max_size` items is split. A batch that runs out of memory is halved and tried again.
+        Raises OspoError if a batch of one item does not fit.
         """
-        begin = 0
-        while begin < count:
-            part = slice(begin, min(begin + self.max_size, count))
-            results: list[T] = []
-            try:
-                results.append(work(part))
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                if self.max_size == 1:
-                    raise OspoError(
-                        f"not even one {self.item_name} fits the memory ({short(error)}); {self.remedy}"
-                    ) from error
-            if results:
-                yield part, results.pop()
-                begin = part.stop
-            else:
-                # Outside the handler: the exception held the tensors of the failed attempt.
+        for batch in batches:
+            begin = 0
+            while begin < len(batch):
+                part: Any = batch[begin : begin + self.max_size]
+                try:
+                    result = function(part)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    if self.max_size == 1:
+                        raise OspoError(
+                            f"not even one {self.item_name} fits the memory ({short(error)}); {self.remedy}"
+                        ) from error
+                else:
+                    yield part, result
+                    begin += len(part)
+                    continue
+                # Not in the except clause: there the exception keeps the tensors of the failed attempt alive.
                 release()
-                tried, self.max_size = self.max_size, max(1, min(self.max_size, part.stop - begin) // 2)
+                tried, self.max_size = self.max_size, max(1, len(part) // 2)
                 logger.warning(
-                    "out of memory with %d %ss at once; going on with %d", tried, self.item_name, self.max_size
+                    "out of memory with %d %ss per batch; continuing with %d", tried, self.item_name, self.max_size
                 )
 
 
 def release() -> None:
-    """Give the GPU back what torch's allocator keeps and nobody uses."""
+    """Return the unused memory of torch's allocator to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def short(error: BaseException) -> str:
-    """The beginning of an error's first line."""
+    """Return the first line of an error, cut to 160 characters."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,4 +1,4 @@
-"""Out of memory in all its forms, and parts that become smaller until they fit."""
+"""Recognizing out-of-memory errors, and halving batches until they fit."""
 
 import logging
 
@@ -17,13 +17,13 @@ from ospo_fast.oom import BatchSizeLimit, out_of_memory
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError("draw_codes: cudaErrorMemoryAllocation"),
+        RuntimeError("sample_codes: cudaErrorMemoryAllocation"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         MemoryError("std::bad_alloc"),
         MemoryError(),
     ],
 )
-def test_every_form_of_it_is_recognised(error: Exception) -> None:
+def test_out_of_memory_errors_are_recognized(error: Exception) -> None:
     assert out_of_memory(error)
 
 
@@ -35,12 +35,12 @@ def test_every_form_of_it_is_recognised(error: Exception) -> None:
         RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"),
     ],
 )
-def test_other_errors_are_not(error: Exception) -> None:
+def test_other_errors_are_not_recognized(error: Exception) -> None:
     assert not out_of_memory(error)
 
 
-def test_an_error_on_top_of_it_counts() -> None:
-    """As the end of a capture fails where memory ran out in its midst."""
+def test_an_error_raised_from_one_is_recognized() -> None:
+    """A capture in which memory runs out fails with another error at its end."""
 
     def capture() -> None:
         try:
@@ -53,39 +53,36 @@ def test_an_error_on_top_of_it_counts() -> None:
     assert out_of_memory(caught.value)
 
 
-def test_parts_are_halved_and_later_ones_no_larger(caplog: pytest.LogCaptureFixture) -> None:
-    tried: list[tuple[int, int]] = []
+def test_batches_are_halved_and_later_ones_no_larger(caplog: pytest.LogCaptureFixture) -> None:
+    tried: list[int] = []
 
-    def work(part: slice) -> list[int]:
-        tried.append((part.start, part.stop))
-        if part.stop - part.start > 3:
+    def function(batch: list[int]) -> int:
+        tried.append(len(batch))
+        if len(batch) > 3:
             raise MemoryError
-        return list(range(part.start, part.stop))
+        return sum(batch)
 
     limit = BatchSizeLimit(8, "image")
     with caplog.at_level(logging.WARNING):
-        found = list(limit.run(11, work))
-    assert [i for _, part in found for i in part] == list(range(11))
-    assert [part for part, _ in found] == [slice(i, min(i + 2, 11)) for i in range(0, 11, 2)]
-    assert tried[:3] == [(0, 8), (0, 4), (0, 2)]
-    assert "out of memory with 8 images at once; going on with 4" in caplog.text
-    del tried[:]
-    assert list(limit.run(3, work)) == [(slice(0, 2), [0, 1]), (slice(2, 3), [2])]
-    assert len(tried) == 2
-    assert list(limit.run(0, work)) == []
+        found = list(limit.run([list(range(11)), [20, 21, 22], []], function))
+    batches = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10], [20, 21], [22]]
+    assert found == [(batch, sum(batch)) for batch in batches]
+    assert tried[:3] == [8, 4, 2]
+    assert "out of memory with 8 images per batch; continuing with 4" in caplog.text
+    assert limit.max_size == 2
 
 
 def test_an_item_that_does_not_fit_is_an_error_with_a_remedy() -> None:
-    def never(part: slice) -> None:
+    def never(batch: list[int]) -> None:
         raise RuntimeError("CUDA error: out of memory\nand more lines")
 
     with pytest.raises(
         OspoError, match=r"^not even one image fits the memory \(CUDA error: out of memory\); buy some$"
     ):
-        list(BatchSizeLimit(4, "image", "buy some").run(2, never))
+        list(BatchSizeLimit(4, "image", "buy some").run([[1, 2]], never))
 
-    def wrong(part: slice) -> None:
+    def wrong(batch: list[int]) -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(BatchSizeLimit(4, "image").run(2, wrong))
+        list(BatchSizeLimit(4, "image").run([[1, 2]], wrong))

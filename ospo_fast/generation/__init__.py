@@ -1,4 +1,4 @@
-"""The generation engine: images, texts and yes/no answers of a unified model, in batches that change no result."""
+"""The generation engine: images, texts and yes/no answers of a unified model, bitwise independent of the batch."""
 
 from ospo_fast.generation.image_writer import ImageWriter
 from ospo_fast.generation.images import GeneratedBatch, ImageGenerator

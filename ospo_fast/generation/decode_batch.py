@@ -1,205 +1,170 @@
-"""A batch of images being drawn: all its state on the device, one step at a time, on a GPU as one captured graph."""
+"""A batch of images or texts that is decoded token by token, with all of its state on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation.decoder import Buffers, Cache, InferenceDecoder
+from ospo_fast.errors import Failure
+from ospo_fast.generation.decoder import Buffers, Cache
 from ospo_fast.generation.graph import GraphRunner, capturable
-from ospo_fast.generation.projections import ModuleProjection, head_projection
-from ospo_fast.generation.requests import Request, check_number, check_sampling
-from ospo_fast.models.base import UnifiedModel
-from ospo_fast.ops.sample_codes import draw_codes
+from ospo_fast.generation.requests import Completion, Request
+from ospo_fast.generation.sampling import Sampling
+from ospo_fast.generation.validation import check_guidance_has_effect
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn from logits; see `ImageGenerator.generate`."""
-
-    guidance_scale: float
-    temperature: float
-    top_k: int
-    top_p: float
-
-    def __post_init__(self) -> None:
-        check_number("guidance_scale", self.guidance_scale, "a number >= 0; 1 draws without guidance")
-        check_sampling(self.temperature, self.top_p, "code")
-        if self.top_k < 0:
-            raise UsageError(f"top_k: got {self.top_k}, expected an integer >= 0; 0 keeps all codes")
-
-    @property
-    def branches(self) -> int:
-        """Rows of the decoder for each image."""
-        return 1 if self.guidance_scale == 1 else 2
-
-
-class Engine:
-    """What all batches of a model share: its decoder, its head, and the input embedding of every code."""
-
-    def __init__(self, model: UnifiedModel) -> None:
-        self.model = model
-        self.signature = signature(model)
-        self.tokens = model.grid[0] * model.grid[1]
-        self.decoder = InferenceDecoder(model)
-        self.decoder.positions(model.max_positions)
-        self.head = head_projection(model.head, self.decoder.packed)
-        self.table = torch.empty(model.num_codes, model.hidden_size, device=model.device, dtype=model.dtype)
-        self._embed()
-
-    def refresh(self) -> None:
-        """Read the model's weights again, into the same memory: captured graphs stay valid."""
-        self.decoder.refresh()
-        self.head.refresh()
-        self._embed()
-
-    def _embed(self) -> None:
-        self.table.copy_(self.model.embed_codes(torch.arange(self.model.num_codes, device=self.model.device)))
-
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """Hidden (M, D) → logits (M, V) of the codes, into `out`."""
-        if isinstance(self.head, ModuleProjection) and self.decoder.device.type == "cpu":
-            return out.copy_(self.decoder.run_padded(self.head, hidden))
-        return self.head(hidden, out)
+if TYPE_CHECKING:
+    from ospo_fast.generation.engine import Engine
 
 
 class DecodeBatch:
-    """Buffers for up to `slots` images of at most `length` positions; `rows` ≥ slots is how many the products have.
+    """Buffers and state of up to `slots` requests.
 
-    Rows without an image are dummies: of length −1, which attention passes over.
-    With `capture` the steps of a CUDA device are replayed from a graph, captured at the first batch.
+    A decoder step runs `branches · rows` rows: those with the prompt, then with guidance those without it. `rows` may
+    exceed the requests, so that matrix products have the same number of rows in every batch and results are bitwise
+    independent of the batch. Padding rows have length −1: attention writes zeros for them and skips the cache.
+
+    Row i of branch b uses row b·slots + i of the cache. Padding rows use one spare cache row after all others. So the
+    cache row of branch 0 identifies the request, also after rows were removed.
+
+    Requests end at their `max_tokens` or at a stop token. Without stop tokens all of them end together, and no step
+    tests for it. With stop tokens, rows that end become padding rows, and are removed where `pad_rows` allows it.
     """
 
     def __init__(
-        self, engine: Engine, rows: int, slots: int, length: int, sampling: Sampling, *, capture: bool
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        *,
+        slots: int,
+        length: int,
+        max_tokens: int,
+        pad_rows: Callable[[int], int],
+        capture: bool,
     ) -> None:
-        self._engine, self._sampling = engine, sampling
-        self._rows, self.slots, self._length = rows, slots, length
-        decoder = engine.decoder
-        device, all_rows = decoder.device, sampling.branches * rows
-        self._cache = Cache(decoder, sampling.branches * slots + 1, length)
-        self._buffers = Buffers(decoder, all_rows)
-        self._x = torch.empty(all_rows, decoder.width, device=device, dtype=decoder.dtype)
-        self._logits = torch.empty(all_rows, engine.model.num_codes, device=device, dtype=decoder.dtype)
-        self._where, self._lengths, self._active = torch.zeros(3, all_rows, dtype=torch.long, device=device)
-        self._seeds, self._steps, self._codes, self._bad = torch.zeros(4, rows, dtype=torch.long, device=device)
-        self._tokens = torch.zeros(rows, engine.tokens, dtype=torch.long, device=device)
-        self._replay = GraphRunner(device, capture and capturable(decoder))
-        self.steps: list[int] = []  # of each image drawn last: passes of the decoder, the prompt's included
+        self._engine, self.sampling, self._pad_rows = engine, sampling, pad_rows
+        self.slots, self.length, self.max_tokens, self.rows = slots, length, max_tokens, 0
+        self.cache = Cache(engine.decoder, sampling.branches * slots + 1, length)
+        self._stop_ids = torch.tensor(engine.stop_ids, device=engine.decoder.device) if engine.stop_ids else None
+        self.runner = GraphRunner(engine.decoder.device, capture and capturable(engine.decoder))
+        self._requests: Sequence[Request] = ()
+        self._completions: dict[int, Completion] = {}
 
-    def serves(self, sampling: Sampling, images: int, length: int) -> bool:
-        """Whether it can draw so many images of at most `length` positions: on the CPU without a row too many."""
-        room = images <= self.slots if self._engine.decoder.device.type == "cuda" else images == self.slots
-        return self._sampling == sampling and room and length <= self._length
+    def _set_rows(self, state: Tensor, tokens: Tensor) -> None:
+        """Set the state of all rows (2·branches + 6, rows) and their tokens, and allocate the buffers of a step."""
+        decoder, branches, self.rows = self._engine.decoder, self.sampling.branches, len(tokens)
+        self._state, self.tokens = state, tokens
+        self.cache_rows, self.lengths = state[:branches], state[branches : 2 * branches]
+        # active: 1 while the request generates. codes: sampled last. bad: the first step with invalid logits, or −1.
+        self.active, self.seeds, self.steps, self.limits, self.codes, self.bad = state[2 * branches :]
+        self.x = torch.empty(branches * self.rows, decoder.width, device=decoder.device, dtype=decoder.dtype)
+        self._buffers = Buffers(decoder, branches * self.rows)
 
-    def draw(self, jobs: Sequence[Request]) -> tuple[Tensor, list[int]]:
-        """Codes (N, T) of the jobs, on the CPU, and for each the step at which its logits were wrong, or −1."""
-        self._begin(jobs)
-        for _ in range(self._engine.tokens - 1):
-            self._replay(self._step)
-        self._sample()
-        count = len(jobs)
-        self.steps = [self._engine.tokens] * count
-        return self._tokens[:count].cpu(), self._bad[:count].tolist()
+    def prefill(self, requests: Sequence[Request]) -> None:
+        """Run the prompts of up to `slots` requests, and sample the first token of each."""
+        count, branches, device = len(requests), self.sampling.branches, self._engine.decoder.device
+        rows = self._pad_rows(count)
+        # On a GPU the rows are allocated once, since `pad_rows` is constant: a captured step needs fixed addresses.
+        if rows != self.rows:
+            # One more column than tokens, for the samples of finished rows.
+            tokens = torch.zeros(rows, self.max_tokens + 1, dtype=torch.long, device=device)
+            self._set_rows(torch.zeros(2 * branches + 6, rows, dtype=torch.long, device=device), tokens)
+        self._requests, self._completions = requests, {}
+        self._state.zero_()
+        self.bad.fill_(-1)
+        self.lengths.fill_(-1)
+        self.cache_rows.fill_(branches * self.slots)
+        columns = torch.tensor([(len(r.ids), r.seed, r.max_tokens, 1, i) for i, r in enumerate(requests)]).T.to(device)
+        self.lengths[:, :count], self.seeds[:count], self.limits[:count], self.active[:count] = columns[:4]
+        self.cache_rows[:, :count] = columns[4] + self.slots * torch.arange(branches, device=device)[:, None]
+        self._sample(self._run_prompts(requests))
 
-    def _begin(self, jobs: Sequence[Request]) -> None:
-        """Prompts into the cache, state to its start, first logits."""
-        rows, slots, decoder = self._rows, self.slots, self._engine.decoder
-        guided = self._sampling.branches == 2
-        lengths = torch.tensor([len(job.ids) for job in jobs])
-        spare = self._sampling.branches * slots
-        self._where.fill_(spare)
-        self._lengths.fill_(-1)
-        self._active.zero_()
-        for branch in range(self._sampling.branches):
-            part = slice(branch * rows, branch * rows + len(jobs))
-            self._where[part] = torch.arange(branch * slots, branch * slots + len(jobs), device=decoder.device)
-            self._lengths[part] = lengths.to(decoder.device)
-            self._active[part] = 1
-        self._seeds.zero_()
-        self._seeds[: len(jobs)] = torch.tensor([job.seed for job in jobs], device=decoder.device)
-        self._steps.zero_()
-        self._bad.fill_(-1)
+    def _run_prompts(self, requests: Sequence[Request]) -> Tensor:
+        """Fill the cache, and return the logits (branches · rows, V) of the first token."""
+        engine, count = self._engine, len(requests)
+        prompts, cache_rows = [r.ids for r in requests], list(range(count))
+        # An unconditional prompt depends on the length alone: one of each length is computed and copied.
+        by_length: dict[int, list[int]] = {}
+        if self.sampling.branches == 2:
+            for i, request in enumerate(requests):
+                by_length.setdefault(len(request.ids), []).append(i)
+        for first, *_ in by_length.values():
+            prompts.append(engine.model.unconditional(requests[first].ids))
+            cache_rows.append(self.slots + first)
+        last = engine.decoder.prefill(prompts, self.cache, cache_rows)
+        hidden = last.new_zeros(len(self.x), engine.decoder.width)
+        hidden[:count] = last[:count]
+        has_prompt = torch.ones(count, dtype=torch.bool)
+        for n, (length, same) in enumerate(by_length.items(), count):
+            computed = slice(cache_rows[n], cache_rows[n] + 1)
+            self.cache.copy([self.slots + i for i in same], self.cache, computed, length)
+            hidden[[self.rows + i for i in same]] = last[n]
+            has_prompt[same] = torch.tensor([not torch.equal(prompts[i], prompts[n]) for i in same])
+        logits = engine.logits(hidden)
+        if by_length:
+            check_guidance_has_effect(logits[:count], logits[self.rows : self.rows + count], has_prompt)
+        return logits
 
-        prompts = [job.ids for job in jobs]
-        places = list(range(len(jobs)))
-        first: dict[int, int] = {}
-        if guided:
-            # An unconditional prompt depends on the length alone: one of each length is computed and copied.
-            for i, ids in enumerate(prompts[: len(jobs)]):
-                if len(ids) not in first:
-                    first[len(ids)] = len(prompts)
-                    prompts.append(self._engine.model.unconditional(ids))
-                    places.append(slots + i)
-        last = decoder.prefill(prompts, self._cache, places)
-        hidden = last.new_zeros(len(self._x), decoder.width)
-        hidden[: len(jobs)] = last[: len(jobs)]
-        for length, n in first.items():
-            same = [i for i, job in enumerate(jobs) if len(job.ids) == length]
-            self._cache.repeat_row(places[n], [slots + i for i in same], length)
-            hidden[[rows + i for i in same]] = last[n]
-        self._engine.logits(hidden, self._logits)
-        if guided:
-            blanks = [prompts[first[len(job.ids)]] for job in jobs]
-            prompted = torch.tensor([not torch.equal(job.ids, blank) for job, blank in zip(jobs, blanks, strict=True)])
-            check_guidance_has_effect(self._logits[: len(jobs)], self._logits[rows : rows + len(jobs)], prompted)
+    def step(self) -> None:
+        """Run the tokens sampled last through the decoder, and sample the next ones.
 
-    def _sample(self) -> None:
-        sampling, rows = self._sampling, self._rows
-        draw_codes(
-            self._logits[:rows],
-            self._logits[rows:] if sampling.branches == 2 else None,
-            guidance_scale=sampling.guidance_scale,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seeds=self._seeds,
-            steps=self._steps,
-            codes=self._codes,
-            bad=self._bad,
-            tokens=self._tokens,
+        On a GPU this is captured in a CUDA graph. All it reads and writes stays on the device at fixed addresses, and
+        nothing in it waits for the device.
+        """
+        self._engine.embed(self.codes, self.x[: self.rows])
+        if self.sampling.branches == 2:
+            self.x[self.rows :] = self.x[: self.rows]
+        hidden = self._engine.decoder.step(
+            self.x, self.cache, self.cache_rows.view(-1), self.lengths.view(-1), self._buffers
         )
+        self.lengths += self.active
+        self._sample(self._engine.logits(hidden))
 
-    def _step(self) -> None:
-        """Draw a code from the logits, run it through the decoder, leave the next logits."""
-        self._sample()
-        torch.index_select(self._engine.table, 0, self._codes, out=self._x[: self._rows])
-        if self._sampling.branches == 2:
-            self._x[self._rows :] = self._x[: self._rows]
-        hidden = self._engine.decoder.step(self._x, self._cache, self._where, self._lengths, self._buffers)
-        self._engine.logits(hidden, self._logits)
-        self._lengths += self._active
-        self._steps += 1
-
-
-def check_guidance_has_effect(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
-    """OspoError unless the branches (N, V) differ where prompts do: equal logits mean that no prompt reached the model.
-
-    prompted (N,) bool, on the CPU: whether a prompt differs from its unconditional partner. Rows that are not finite
-    are left out.
-    """
-    rounding = max(1e-4, 2 * torch.finfo(cond.dtype).eps)
-    kept = prompted.to(cond.device) & (cond.isfinite() & uncond.isfinite()).all(1)
-    cond, uncond = cond[kept].float(), uncond[kept].float()
-    if not len(cond):
-        return
-    spread = float(cond.max() - cond.min())
-    if spread > 0 and float((cond - uncond).abs().max()) <= rounding * spread:
-        raise OspoError(
-            "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
-            "is the model trained, and are its weights whole? guidance_scale=1 draws without it"
+    def _sample(self, logits: Tensor) -> None:
+        """Sample one token per row into `codes` and column `steps` of `tokens`, and end requests."""
+        self.sampling.sample(
+            logits, seeds=self.seeds, steps=self.steps, codes=self.codes, bad=self.bad, tokens=self.tokens
         )
+        # A finished row keeps its `steps`, so its later samples overwrite one unused column.
+        self.steps += self.active
+        if self._stop_ids is not None:
+            stopped = (self.codes[:, None] == self._stop_ids).any(1)
+            ended = stopped | (self.bad >= 0) | (self.steps >= self.limits)
+            self.active.masked_fill_(ended, 0)
+            self.lengths.masked_fill_(ended, -1)
 
+    def steps_left(self) -> int:
+        """Return a number of steps that some request needs at least; 0 once all have ended.
 
-def signature(model: UnifiedModel) -> tuple[object, ...]:
-    """What an `Engine` holds on to: it is made anew where a module, a hook or a weight's place changed."""
-    found: list[object] = []
-    for root in (model.decoder, model.head):
-        for module in root.modules():
-            found += [type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
-            found += [(p.data_ptr(), p.shape, p.dtype) for p in module.parameters(recurse=False)]
-    return tuple(found)
+        This synchronizes with the device: once per step with stop tokens, else once per batch.
+        """
+        missing = int(((self.limits - self.steps) * self.active).max())
+        if missing == 0 or self._stop_ids is None:
+            return missing
+        if self._state.device.type == "cpu":
+            rows = self._pad_rows(int(self.active.sum()))
+            if rows < self.rows:
+                order = self.active.argsort(descending=True, stable=True)  # rows that generate come first
+                self._complete(order[rows:])
+                self._set_rows(self._state.index_select(1, order[:rows]), self.tokens[order[:rows]])
+        return 1
+
+    def completions(self) -> list[Completion]:
+        """Return the result of each request, once all have ended."""
+        self._complete(torch.arange(self.rows, device=self._state.device))
+        return [self._completions[i] for i in range(len(self._requests))]
+
+    def _complete(self, rows: Tensor) -> None:
+        """Read the results of rows from the device."""
+        requests, steps, bad = (vector[rows].tolist() for vector in (self.cache_rows[0], self.steps, self.bad))
+        for request, n, bad_step, tokens in zip(requests, steps, bad, self.tokens[rows].cpu(), strict=True):
+            if request >= len(self._requests):
+                continue  # a padding row
+            # A finished row keeps running. Invalid logits in it, which have step n, are ignored.
+            if 0 <= bad_step < n:
+                result: Tensor | Failure = Failure(f"the logits are not finite at token {bad_step}")
+            else:
+                result = tokens[: n - (int(tokens[n - 1]) in self._engine.stop_ids)]
+            self._completions[request] = Completion(result, n)

@@ -1,24 +1,23 @@
-"""A lean forward pass of a loaded Llama decoder, with a cache that is written in place.
+"""Forward pass of a loaded Llama decoder, with a cache that is written in place.
 
-Every row of the cache starts at position 0 and knows its own length, so no padding, no mask and no position bookkeeping
-exist. Plain layers are fused (`weights`): query, key and value in one product, gate and up in another, where the
-memory takes a copy of them; layers with adapters or hooks are called as they are.
+Each row of the cache starts at position 0 and has its own length, so there is no padding, no mask and no position
+bookkeeping. Plain layers are fused (`projections`): query, key and value in one product, gate and up in another.
 
-Bits. A row's result must not depend on its batch-mates. Norms, gates and attention work row by row. Products do not
-have to: BLAS libraries switch kernels with the number of rows. So on a CPU with vector instructions float32 products
-run on packed weights (`ops.linear`), which have no such switch. Elsewhere on the CPU, products of at least `ROW_TILE`
-rows were found to agree bit for bit in every row (tests/generation/test_decoder.py looks again on each machine), and
-batches are filled up to multiples of it. On a GPU, and for models of which so many rows do not fit, every batch is
-filled up to the full batch size, and prompts pass in pieces of `PREFILL` tokens.
+Bitwise independence. The bits of a row must not depend on the rest of its batch. Norms, gates and attention work row
+by row. Matrix products do not: BLAS libraries switch kernels with the number of rows. Therefore:
+
+* On a CPU with vector instructions, float32 products run on packed weights (`ops.linear`), which use one kernel.
+* Other products on a CPU run a multiple of `ROW_TILE` rows. With as many rows or more, all rows were measured to agree
+  bit for bit; tests/generation/test_decoder.py checks it on each machine.
+* On a GPU, and for models of which `ROW_TILE` rows do not fit, every batch is padded to the full batch size, and
+  prompts run in pieces of `PREFILL` tokens.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +30,8 @@ from ospo_fast.generation.projections import (
     FusedProjection,
     Kind,
     ModuleProjection,
-    Projection,
     UnfusedProjection,
-    projection,
+    build_projection,
 )
 from ospo_fast.generation.varlen import varlen_attention, varlen_runs
 from ospo_fast.models.base import UnifiedModel
@@ -42,47 +40,36 @@ from ospo_fast.ops.decode_attention import decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
-from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
-from ospo_fast.ops.skinny_linear import skinny_linear
 
 logger = logging.getLogger(__name__)
 
 ROW_TILE = 32
 PREFILL = 1024
-CPU_BYTES = 512 * 2**20  # of caches
-# On a GPU: the first splits no row's keys by the size of the batch; cuDNN's would plan anew for every length.
-_PREFILL = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-VARLEN = True  # on a GPU: prompts of all lengths in one launch a layer; False runs them length by length
-# On a GPU, of bfloat16: steps of few rows by `skinny_linear`, six launches a layer for nine. Off until a measurement
-# shows it ahead (bench/skinny_linear.py, bench/generation.py). Read when a decoder is made.
-SKINNY = False
-COPIED_BYTES = 2 * 2**30  # on the CPU larger models keep the one copy of their weights
+CPU_BYTES = 512 * 2**20  # limit of the caches on a CPU
+COPIED_BYTES = 2 * 2**30  # on a CPU, weights beyond this size are not copied
+# Attention of prompts on a GPU. The first does not split keys by the batch size; cuDNN's plans again for every length.
+_PREFILL_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """attend(layer, qkv (M, (H + 2·Hkv)·D), out (M, H·D)) → (M, H·D)."""
 
 
 class Cache:
-    """Keys and values of every layer: 2 × (layers, rows, kv heads, length, head dim), contiguous, never grown."""
+    """Keys and values of every layer: 2 × (layers, rows, kv heads, length, head dim), contiguous, of fixed size."""
 
     def __init__(self, decoder: InferenceDecoder, rows: int, length: int) -> None:
         shape = (len(decoder.layers), rows, decoder.kv_heads, length, decoder.head_dim)
         self.keys = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
         self.values = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
 
-    def copy_rows(self, source: Cache, rows: Tensor | slice, length: int) -> None:
-        """Take the first `length` positions of `source`'s `rows` (or of its single row, for all) into this cache."""
-        self.keys[..., :length, :] = source.keys[:, rows, :, :length]
-        self.values[..., :length, :] = source.values[:, rows, :, :length]
-
-    def repeat_row(self, row: int, rows: Sequence[int], length: int) -> None:
-        """Copy the first `length` positions of one row to others."""
-        for cache in (self.keys, self.values):
-            cache[:, rows, :, :length] = cache[:, row : row + 1, :, :length]
+    def copy(self, rows: Any, source: Cache, source_rows: Any, length: int) -> None:
+        """Copy the first `length` positions of `source_rows` (as many, or one for all) to `rows`."""
+        self.keys[:, rows, :, :length] = source.keys[:, source_rows, :, :length]
+        self.values[:, rows, :, :length] = source.values[:, source_rows, :, :length]
 
 
 class Buffers:
-    """What one step of `rows` rows writes: allocated once, so that steps allocate nothing and can be captured."""
+    """Intermediate results of a step of `rows` rows, allocated once: a captured step must find them where they were."""
 
     def __init__(self, decoder: InferenceDecoder, rows: int) -> None:
         def empty(width: int) -> Tensor:
@@ -94,36 +81,21 @@ class Buffers:
         self.gate_up, self.gated = empty(2 * decoder.inner), empty(decoder.inner)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    norm: Any  # before attention
-    qkv: Projection
-    out: Projection
-    mlp_norm: Any
-    gate_up: Projection
-    down: Projection
+class Layer:
+    """One decoder layer of transformers, with its matrix products of one `kind` where they are plain."""
 
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
-
-
-def _layers(module: Any, kind: Kind) -> list[_Layer]:
-    return [
-        _Layer(
-            layer.input_layernorm,
-            projection([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], kind),
-            projection([layer.self_attn.o_proj], kind),
-            layer.post_attention_layernorm,
-            projection([layer.mlp.gate_proj, layer.mlp.up_proj], kind),
-            projection([layer.mlp.down_proj], kind),
-        )
-        for layer in module.layers
-    ]
+    def __init__(self, module: Any, kind: Kind) -> None:
+        attention, mlp = module.self_attn, module.mlp
+        self.norm, self.mlp_norm = module.input_layernorm, module.post_attention_layernorm
+        self.qkv = build_projection([attention.q_proj, attention.k_proj, attention.v_proj], kind)
+        self.out = build_projection([attention.o_proj], kind)
+        self.gate_up = build_projection([mlp.gate_proj, mlp.up_proj], kind)
+        self.down = build_projection([mlp.down_proj], kind)
+        self.projections = (self.qkv, self.out, self.gate_up, self.down)
 
 
 class InferenceDecoder:
-    """The decoder of `model`. Its weights are read when it is made, and again by `refresh`."""
+    """The decoder of `model`. Its weights are read at construction and reloaded by `refresh`."""
 
     def __init__(self, model: UnifiedModel) -> None:
         module: Any = model.decoder
@@ -140,105 +112,98 @@ class InferenceDecoder:
         self.kv_heads = int(config.num_key_value_heads)
         self.head_dim = int(first.head_dim)
         self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
-        self._rotary = module.rotary_emb
         self._norm = module.norm
         self._scale = float(first.scaling)
-        self._angles: tuple[Tensor, Tensor] | None = None
-        kind = self._kind(module)
-        self.layers: list[_Layer] = []
+        self._cos, self._sin = self._rotary_tables(module.rotary_emb)
+        kind = self._projection_kind(module)
+        self.layers: list[Layer] = []
         try:
-            self.layers = _layers(module, kind)
+            self.layers = [Layer(layer, kind) for layer in module.layers]
         except (RuntimeError, MemoryError) as error:
             if kind is UnfusedProjection or not out_of_memory(error):
                 raise
-            reason = short(error)
-        if not self.layers:  # outside the handler: the exception held the copies that were made
-            release()
             logger.warning(
-                "no memory for fused copies of the decoder's weights (%s): going on with the weights as they are; "
-                "results may round otherwise than with the copies",
-                reason,
+                "no memory for fused copies of the decoder's weights (%s): reading the weights in place; "
+                "results may round differently",
+                short(error),
             )
+        if not self.layers:  # not in the except clause: there the exception keeps the copies alive
+            release()
             kind = UnfusedProjection
-            self.layers = _layers(module, kind)
+            self.layers = [Layer(layer, kind) for layer in module.layers]
         self.plain = not any(isinstance(p, ModuleProjection) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
-        products = [part for layer in self.layers for part in layer.projections]
-        bare = all(isinstance(part, FusedProjection) and part.bias is None for part in products)
-        self._skinny = SKINNY and bare and self.device.type == "cuda" and self.dtype == torch.bfloat16
 
-    def _kind(self, module: Any) -> Kind:
-        """How plain layers are read: by what the device has in all, so that the choice is the same in every run."""
+    def _projection_kind(self, module: Any) -> Kind:
+        """Choose by the total memory of the device, not by the free memory, so that every run computes the same."""
         size = sum(p.numel() * p.element_size() for p in module.layers.parameters())
         if self.device.type == "cuda":
-            room = torch.cuda.get_device_properties(self.device).total_memory
-            return FusedProjection if 2 * size <= 0.8 * room else UnfusedProjection
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            return FusedProjection if 2 * size <= 0.8 * total else UnfusedProjection
         if size > COPIED_BYTES:
             return UnfusedProjection
         return PackedLinear if self.dtype == torch.float32 and packed_linear_runs() else FusedProjection
 
+    def _rotary_tables(self, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (P, D) of all positions."""
+        index = torch.arange(self.model.max_positions, device=self.device)[None]
+        cos, sin = rotary(torch.empty(0, device=self.device, dtype=self.dtype), index)
+        # `rotate` shifts without a sign: the sine carries the sign of rotate_half.
+        half = self.head_dim // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        return cos[0].contiguous(), sin[0].contiguous()
+
     def refresh(self) -> None:
-        """Read the model's weights again, into the same memory."""
+        """Reload the model's weights into the same buffers, so that captured graphs stay valid."""
         for layer in self.layers:
             for part in layer.projections:
                 part.refresh()
 
     def row_bytes(self, length: int) -> int:
-        """Bytes of cache that one row of `length` positions takes."""
+        """Return the bytes of one cache row of `length` positions."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim * length * self.dtype.itemsize
 
     def pass_bytes(self, tokens: int) -> int:
-        """Bytes that a pass over so many tokens takes beside the cache: embeddings, `Buffers` and attention's own."""
+        """Return the bytes of a pass over `tokens` tokens without the cache: embeddings, `Buffers`, attention."""
         heads = self.heads * self.head_dim
         all_heads = heads + 2 * self.kv_heads * self.head_dim
         buffers = 2 * self.width + all_heads + heads + 3 * self.inner
         return tokens * (2 * self.width + buffers + 2 * all_heads + heads) * self.dtype.itemsize
 
-    def pad_rows(self, rows: int, batch_size: int, row_bytes: int, tokens: int = 1) -> int:
-        """How many rows to run for `rows` wanted ones: with dummies, so that a row's bits are the same in any batch.
+    def pad_rows(self, rows: int, batch_size: int, row_bytes: int) -> int:
+        """Round up to the padded batch size, so that results are bitwise independent of the batch.
 
-        tokens: of each row that are run at once.
+        batch_size: a full batch. row_bytes: cache of a row.
         """
         if self.packed:
             return rows
         if self.device.type == "cpu" and ROW_TILE * row_bytes <= CPU_BYTES:
-            tile = ROW_TILE // math.gcd(ROW_TILE, tokens)
-            return -(-rows // tile) * tile
+            return -(-rows // ROW_TILE) * ROW_TILE
         return max(rows, batch_size)
 
     def run_padded(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x) for rows x (M, D) of a product that is not packed: filled up to a whole tile on the CPU."""
+        """Return function(x) for a product of rows x (M, D) that is not packed: on a CPU, run whole tiles."""
         missing = -len(x) % ROW_TILE if self.device.type == "cpu" else 0
         return function(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else function(x)
 
-    def positions(self, length: int) -> None:
-        """Prepare the rotary angles of positions 0 … length−1, which all later calls use."""
-        index = torch.arange(length, device=self.device)[None]
-        cos, sin = self._rotary(torch.empty(0, device=self.device, dtype=self.dtype), index)
-        half = self.head_dim // 2
-        # rotate_half as a plain shift: its sign goes into the sine.
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        self._angles = (cos[0].contiguous(), sin[0].contiguous())
-
     def __call__(self, x: Tensor, cache: Cache, start: int) -> Tensor:
-        """Embeddings x (B, S, D) at positions start … start+S−1 of the cache's B rows → hidden (B, S, D).
+        """Run embeddings x (B, S, D) at positions start … start+S−1 of the cache's B rows → hidden states (B, S, D).
 
-        Attention reaches the first `start` positions of `cache`, and x itself causally; x's keys and values are stored.
+        Attention covers the first `start` positions of `cache`, and x causally. The keys and values of x are stored.
         """
         rows, steps, _ = x.shape
-        index = torch.arange(rows, device=x.device)
         if steps == 1:
             lengths = torch.full((rows,), start, device=x.device)
-            return self.step(x[:, 0].clone(), cache, index, lengths)[:, None]
+            return self.step(x[:, 0].clone(), cache, torch.arange(rows, device=x.device), lengths)[:, None]
         mask = torch.ones(steps, start + steps, dtype=torch.bool, device=x.device).tril(start) if start else None
 
         def attend(i: int, qkv: Tensor, _: Tensor) -> Tensor:
-            return self._attend_run(qkv, cache, i, slice(0, rows), start, steps, mask)
+            return self._attend_equal_lengths(qkv, cache, i, slice(0, rows), start, steps, mask)
 
-        return self._run(x.reshape(rows * steps, -1).clone(), attend).view(rows, steps, -1)
+        return self._run_layers(x.reshape(rows * steps, -1).clone(), attend).view(rows, steps, -1)
 
-    def prefill(self, prompts: Sequence[Tensor], cache: Cache, slots: Sequence[int]) -> Tensor:
-        """Run prompts (S,) of any lengths, packed, into the rows `slots` of an empty cache → last hidden (N, D)."""
+    def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
+        """Run prompts (S,) of any lengths into `cache_rows` → the last hidden state of each (N, D)."""
         last = torch.empty(len(prompts), self.width, device=self.device, dtype=self.dtype)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         piece: list[int] = []
@@ -246,36 +211,36 @@ class InferenceDecoder:
             piece.append(i)
             following = len(prompts[order[n + 1]]) if n + 1 < len(order) else PREFILL
             if sum(len(prompts[j]) for j in piece) + following > PREFILL:
-                last[piece] = self._prefill_piece([prompts[j] for j in piece], cache, [slots[j] for j in piece])
+                last[piece] = self._prefill_piece([prompts[j] for j in piece], cache, [cache_rows[j] for j in piece])
                 piece = []
         return last
 
-    def _prefill_piece(self, prompts: list[Tensor], cache: Cache, slots: list[int]) -> Tensor:
+    def _prefill_piece(self, prompts: list[Tensor], cache: Cache, cache_rows: list[int]) -> Tensor:
+        """Run prompts of ascending lengths, one behind the other, as the rows of one pass."""
         lengths = [len(ids) for ids in prompts]
         total = sum(lengths)
         x = self.model.embed_tokens(torch.cat(prompts).to(self.device))
         tile = 1 if self.packed else ROW_TILE if self.device.type == "cpu" else PREFILL
-        # A pad on top of a copy: the layers add to x in place.
+        # Padded or cloned: the layers add to x in place.
         x = F.pad(x, (0, 0, 0, -total % tile)) if total % tile else x.clone()
         counts = torch.tensor(lengths, device=self.device)
         ends = counts.cumsum(0)
-        if VARLEN and varlen_runs(self.device, self.dtype, self.head_dim):
+        if varlen_runs(self.device, self.dtype, self.head_dim):
             bounds = F.pad(ends, (1, 0)).int()
-            # Of every token: its row of the cache, and its place in it.
-            rows = torch.tensor(slots, device=self.device).repeat_interleave(counts, output_size=total)
+            rows = torch.tensor(cache_rows, device=self.device).repeat_interleave(counts, output_size=total)
             starts = bounds[:-1].repeat_interleave(counts, output_size=total)
-            places = torch.arange(total, device=self.device) - starts
-            attend = self._packed_attention(cache, rows, places, bounds, max(lengths))
+            positions = torch.arange(total, device=self.device) - starts
+            attend = self._attend_packed(cache, rows, positions, bounds, max(lengths))
         else:
-            attend = self._attention_by_length(cache, slots, lengths)
-        return self._run(x, attend)[ends - 1]
+            attend = self._attend_by_length(cache, cache_rows, lengths)
+        return self._run_layers(x, attend)[ends - 1]
 
-    def _attention_by_length(self, cache: Cache, slots: Sequence[int], lengths: Sequence[int]) -> Attend:
-        """Of packed prompts of rising lengths into rows `slots`: all those of one length at once."""
-        runs, total = [], sum(lengths)  # (first token, rows of the cache, length)
+    def _attend_by_length(self, cache: Cache, cache_rows: Sequence[int], lengths: Sequence[int]) -> Attend:
+        """Attention of packed prompts of ascending lengths: one call for all prompts of a length."""
+        runs, total = [], sum(lengths)  # (first token, cache rows, length)
         begin = 0
         for length in sorted(set(lengths)):
-            rows = [slot for slot, own in zip(slots, lengths, strict=True) if own == length]
+            rows = [row for row, own in zip(cache_rows, lengths, strict=True) if own == length]
             runs.append((begin, torch.tensor(rows, device=self.device), length))
             begin += len(rows) * length
 
@@ -283,23 +248,22 @@ class InferenceDecoder:
             y[total:] = 0
             for begin, rows, length in runs:
                 part = slice(begin, begin + len(rows) * length)
-                y[part] = self._attend_run(qkv[part], cache, i, rows, 0, length, None)
+                y[part] = self._attend_equal_lengths(qkv[part], cache, i, rows, 0, length, None)
             return y
 
         return attend
 
-    def _packed_attention(self, cache: Cache, rows: Tensor, places: Tensor, bounds: Tensor, longest: int) -> Attend:
-        """Of packed prompts all at once, whatever their lengths; token t goes to places[t] of rows[t]."""
-        assert self._angles is not None
-        cos, sin = (angle[places][:, None] for angle in self._angles)
-        total, turned, group = len(rows), self.heads + self.kv_heads, self.heads // self.kv_heads
+    def _attend_packed(self, cache: Cache, rows: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Attend:
+        """Attention of packed prompts in one call. Token t is stored at positions[t] of cache row rows[t]."""
+        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        total, rotated, group = len(rows), self.heads + self.kv_heads, self.heads // self.kv_heads
 
         def attend(i: int, qkv: Tensor, y: Tensor) -> Tensor:
             parts = qkv[:total].view(total, -1, self.head_dim)
-            q, k = rotate(parts[:, :turned], cos, sin).split((self.heads, self.kv_heads), 1)
-            v = parts[:, turned:]
+            q, k = rotate(parts[:, :rotated], cos, sin).split((self.heads, self.kv_heads), 1)
+            v = parts[:, rotated:]
             for stored, new in ((cache.keys[i], k), (cache.values[i], v)):
-                stored.transpose(1, 2)[rows, places] = new
+                stored.transpose(1, 2)[rows, positions] = new
             if group > 1:
                 k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             y[:total] = varlen_attention(q, k, v, bounds, longest, self._scale).flatten(1)
@@ -308,63 +272,12 @@ class InferenceDecoder:
 
         return attend
 
-    def step(
-        self,
-        x: Tensor,  # (M, D), overwritten
-        cache: Cache,
-        slots: Tensor,  # (M,) int64: a row of the cache for each
-        lengths: Tensor,  # (M,) int64: how many positions of it are filled; −1 for a row without a token
-        buffers: Buffers | None = None,
-        *,
-        shared_slots: bool = False,
-    ) -> Tensor:
-        """One new token for each row, with embeddings x → hidden (M, D); its keys and values are stored.
-
-        With `buffers` the result is overwritten by the next step. shared_slots: as of `decode_attention`.
-        """
-        assert self._angles is not None
-        cos, sin = self._angles
-
-        def attend(i: int, qkv: Tensor, out: Tensor) -> Tensor:
-            return decode_attention(
-                qkv, cos, sin, cache.keys[i], cache.values[i], slots, lengths,
-                heads=self.heads, scale=self._scale, out=out, shared_slots=shared_slots,
-            )  # fmt: skip
-
-        return self._run(x, attend, buffers)
-
-    def _run(self, x: Tensor, attend: Attend, buffers: Buffers | None = None) -> Tensor:
-        """The layers over rows x (M, D), which becomes the residual stream; attend(layer, qkv, out) → (M, H·D)."""
-        b = buffers or Buffers(self, x.shape[0])
-        if self._skinny and x.shape[0] <= SKINNY_ROWS:
-            return self._run_skinny(x, attend, b)
-        following = [layer.norm for layer in self.layers[1:]] + [self._norm]
-        h = _normed(None, x, self.layers[0].norm, b.normed)
-        for i, (layer, norm) in enumerate(zip(self.layers, following, strict=True)):
-            y = attend(i, layer.qkv(h, b.qkv), b.attended)
-            h = _normed(layer.out(y, b.delta), x, layer.mlp_norm, b.normed)
-            y = silu_mul(layer.gate_up(h, b.gate_up), out=b.gated)
-            h = _normed(layer.down(y, b.delta), x, norm, b.normed)
-        return h
-
-    def _run_skinny(self, x: Tensor, attend: Attend, b: Buffers) -> Tensor:
-        """`_run` of few rows: norms, gate and sums within the products."""
-        for i, layer in enumerate(self.layers):
-            qkv, out, gate_up, down = (part.weight for part in layer.projections if isinstance(part, FusedProjection))
-            norm, mlp_norm = layer.norm, layer.mlp_norm
-            skinny_linear(x, qkv, norm=norm.weight, eps=norm.variance_epsilon, out=b.qkv)
-            skinny_linear(attend(i, b.qkv, b.attended), out, add=True, out=x)
-            skinny_linear(x, gate_up, norm=mlp_norm.weight, eps=mlp_norm.variance_epsilon, gated=True, out=b.gated)
-            skinny_linear(b.gated, down, add=True, out=x)
-        return _normed(None, x, self._norm, b.normed)
-
-    def _attend_run(
+    def _attend_equal_lengths(
         self, qkv: Tensor, cache: Cache, i: int, rows: Tensor | slice, start: int, steps: int, mask: Tensor | None
     ) -> Tensor:
-        """Attention of qkv, whole rows of `steps` positions from `start` on, in rows `rows` of the cache → (…, H·D)."""
-        assert self._angles is not None
+        """Attention of `steps` positions from `start` on, of each of the cache rows `rows`: qkv (M, …) → (M, H·D)."""
         end = start + steps
-        cos, sin = (angle[start:end] for angle in self._angles)
+        cos, sin = self._cos[start:end], self._sin[start:end]
         parts = qkv.view(-1, steps, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
         q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), 1)
         k = rotate(k, cos, sin)
@@ -372,9 +285,9 @@ class InferenceDecoder:
         if start:
             k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
         grouped = self.heads != self.kv_heads
-        if k.is_cuda and grouped:  # the first of `_PREFILL` takes no groups
+        if k.is_cuda and grouped:  # the first of the backends takes no groups
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
-        with sdpa_kernel(_PREFILL, set_priority=True) if k.is_cuda else nullcontext():
+        with sdpa_kernel(_PREFILL_BACKENDS, set_priority=True) if k.is_cuda else nullcontext():
             y = F.scaled_dot_product_attention(
                 rotate(q, cos, sin),
                 k,
@@ -386,6 +299,42 @@ class InferenceDecoder:
             )
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
+    def step(
+        self,
+        x: Tensor,  # (M, D), overwritten
+        cache: Cache,
+        cache_rows: Tensor,  # (M,) int64
+        lengths: Tensor,  # (M,) int64: filled positions of each cache row; −1 for a padding row
+        buffers: Buffers | None = None,
+        *,
+        shared_slots: bool = False,
+    ) -> Tensor:
+        """Run one token per row, with embeddings x → hidden states (M, D). Its keys and values are stored.
 
-def _normed(delta: Tensor | None, x: Tensor, norm: Any, out: Tensor) -> Tensor:
+        With `buffers` the next step overwrites the result. shared_slots: see `decode_attention`.
+        """
+
+        def attend(i: int, qkv: Tensor, out: Tensor) -> Tensor:
+            return decode_attention(
+                qkv, self._cos, self._sin, cache.keys[i], cache.values[i], cache_rows, lengths,
+                heads=self.heads, scale=self._scale, out=out, shared_slots=shared_slots,
+            )  # fmt: skip
+
+        return self._run_layers(x, attend, buffers)
+
+    def _run_layers(self, x: Tensor, attend: Attend, buffers: Buffers | None = None) -> Tensor:
+        """Run all layers over rows x (M, D), which becomes the residual stream."""
+        b = buffers or Buffers(self, x.shape[0])
+        # Each sum of the residual stream is fused with the norm behind it, which may be that of the next layer.
+        next_norms = [layer.norm for layer in self.layers[1:]] + [self._norm]
+        h = _add_norm(None, x, self.layers[0].norm, b.normed)
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            y = attend(i, layer.qkv(h, b.qkv), b.attended)
+            h = _add_norm(layer.out(y, b.delta), x, layer.mlp_norm, b.normed)
+            y = silu_mul(layer.gate_up(h, b.gate_up), out=b.gated)
+            h = _add_norm(layer.down(y, b.delta), x, next_norm, b.normed)
+        return h
+
+
+def _add_norm(delta: Tensor | None, x: Tensor, norm: Any, out: Tensor) -> Tensor:
     return add_rms_norm(delta, x, norm.weight, norm.variance_epsilon, out=out)

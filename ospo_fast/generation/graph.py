@@ -1,4 +1,4 @@
-"""CUDA graphs of steps that keep all their state on the device."""
+"""CUDA graphs of decoding steps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ospo_fast.ops import _dispatch
 
 
 def capturable(decoder: InferenceDecoder) -> bool:
-    """Whether steps of a decoder can be captured: on a CUDA device, and nothing in them looks at it from the host.
+    """Whether steps can be captured: on a CUDA device, with no host synchronization in them.
 
-    The twin of the attention looks at lengths, and modules that are called may do anything.
+    The reference of `decode_attention` reads lengths on the host, and modules with adapters or hooks may synchronize.
     """
     kind = decoder.device.type
     return kind == "cuda" and decoder.plain and _dispatch.resolve("decode_attention", "auto", kind) != "torch"
 
 
-def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """The graph of a step that has run before, which warmed up what it needs."""
+def capture_graph(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Capture a step that has run before, so that its kernels are compiled and its workspaces allocated."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads decode and write finished images meanwhile.
+    # thread_local: other threads decode and write finished images during the capture.
     with (
         torch.cuda.device(device),
         torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
@@ -33,9 +33,9 @@ def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
 
 
 class GraphRunner:
-    """Runs a step: the first time as it is, then from a graph that is captured once; always as it is without `capture`.
+    """Run `step` eagerly once, then capture and replay a CUDA graph. Without `capture` every run is eager.
 
-    The step comes with each call: held here, it would keep alive what it belongs to.
+    `step` is a call argument so that this object keeps no reference to its owner.
     """
 
     def __init__(self, device: torch.device, capture: bool) -> None:
@@ -44,9 +44,9 @@ class GraphRunner:
         self._device, self._warm = device, False
 
     def __call__(self, step: Callable[[], None]) -> None:
-        """Run the step, which is the same one at every call."""
+        """Run the step, the same one in every call."""
         if self.capture and self._warm and self.graph is None:
-            self.graph = captured(step, self._device)
+            self.graph = capture_graph(step, self._device)
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -54,7 +54,7 @@ class GraphRunner:
             self._warm = True
 
 
-@functools.cache  # every stream gets workspaces that stay
+@functools.cache  # a stream keeps its workspaces for good
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One that no other thread gets: streams come from pools, one for each priority, and others take the usual one."""
+    """A stream for captures alone. Other threads take theirs from the pool of the default priority."""
     return torch.cuda.Stream(device, priority=-1)

@@ -1,4 +1,4 @@
-"""The matrix products of a decoder: fused and packed where its layers are plain, called as they are where not."""
+"""Matrix products of a decoder: fused or packed where its layers are plain, by the modules themselves elsewhere."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ class Projection(Protocol):
     """x (M, K) → (M, N), into `out` if given."""
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Apply it."""
+        """Compute the product."""
         ...
 
     def refresh(self) -> None:
-        """Read the model's weights again: they may have been trained since."""
+        """Reload the model's weights, which may have been trained."""
         ...
 
 
 Kind = Callable[[Sequence[nn.Linear]], Projection]
-"""How plain layers of one input are read: `PackedLinear`, `FusedProjection` or `UnfusedProjection`."""
+"""`PackedLinear`, `FusedProjection` or `UnfusedProjection`: how plain layers with the same input are computed."""
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a module is nn.Linear and nothing more: no adapter, quantisation, parametrisation or hook."""
+    """Whether a module is nn.Linear without adapter, quantization, parametrization or hook."""
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class FusedProjection:
-    """Plain linear layers of one input as one product. A single layer is read in place; several are copied together."""
+    """Plain layers with the same input as one product. One layer is read in place, several are copied together."""
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
         self._modules = list(modules)
@@ -61,32 +61,27 @@ class FusedProjection:
 
 
 class UnfusedProjection:
-    """Plain linear layers of one input, each read in place: for models whose weights fit the memory only once."""
+    """Plain layers with the same input, each read in place: for weights that fit the memory only once."""
 
     def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        self._parts: list[tuple[Tensor, Tensor | None]]
-        self._parts = [(m.weight.detach(), None if m.bias is None else bias_or_zeros(m)) for m in modules]
-        self._columns = sum(m.out_features for m in modules)
+        self._parts = [FusedProjection([module]) for module in modules]
+        self._sizes = [module.out_features for module in modules]
 
     def refresh(self) -> None:
-        """See `Projection`: nothing was copied."""
+        """See `Projection`."""
+        for part in self._parts:
+            part.refresh()
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Projection`."""
-        out = x.new_empty(x.shape[0], self._columns) if out is None else out
-        begin = 0
-        for weight, bias in self._parts:
-            part = out[:, begin : begin + weight.shape[0]]
-            begin += weight.shape[0]
-            if bias is None:
-                torch.mm(x, weight.t(), out=part)
-            else:
-                torch.addmm(bias, x, weight.t(), out=part)
+        out = x.new_empty(x.shape[0], sum(self._sizes)) if out is None else out
+        for part, columns in zip(self._parts, out.split(self._sizes, 1), strict=True):
+            part(x, columns)
         return out
 
 
 class ModuleProjection:
-    """Modules as they are, adapters and hooks in force."""
+    """Modules with the same input, called as they are: adapters and hooks stay in force."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
@@ -96,18 +91,16 @@ class ModuleProjection:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Projection`."""
-        found: list[Tensor] = [module(x) for module in self._modules]
-        if len(found) == 1:
-            return found[0] if out is None else out.copy_(found[0])
-        return torch.cat(found, -1, out=out)
+        results: list[Tensor] = [module(x) for module in self._modules]
+        if len(results) > 1:
+            return torch.cat(results, -1, out=out)
+        return results[0] if out is None else out.copy_(results[0])
 
 
-def projection(modules: Sequence[nn.Module], kind: Kind) -> Projection:
-    """The product of `modules`, which share their input; `kind` says how plain ones are fused."""
+def build_projection(modules: Sequence[nn.Module], kind: Kind) -> Projection:
+    """Return the product of modules with the same input, of `kind` if all of them are plain."""
     plain = [module for module in modules if isinstance(module, nn.Linear) and is_plain(module)]
-    if len(plain) < len(modules):
-        return ModuleProjection(modules)
-    return kind(plain)
+    return kind(plain) if len(plain) == len(modules) else ModuleProjection(modules)
 
 
 class PackedHead:
@@ -115,7 +108,6 @@ class PackedHead:
 
     def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
         self._first, self._last = PackedLinear([first]), PackedLinear([last])
-        self._inner: Tensor | None = None  # the hidden layer of as many rows as last time
 
     def refresh(self) -> None:
         """See `Projection`."""
@@ -123,14 +115,12 @@ class PackedHead:
         self._last.refresh()
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hidden (M, D) → logits (M, V)."""
-        if self._inner is None or len(self._inner) != len(x):
-            self._inner = x.new_empty(len(x), self._first.columns)
-        return self._last(gelu_(self._first(x, self._inner)), out)
+        """Hidden states (M, D) → logits (M, V)."""
+        return self._last(gelu_(self._first(x)), out)
 
 
 def head_projection(head: nn.Module, packed: bool) -> Projection:
-    """The head of image codes: packed where that is wanted and it is transformers' plain one, else called."""
+    """Return the head of image codes: packed if `packed` and it is transformers' own, else the module itself."""
     first, last = getattr(head, "proj_out", None), getattr(head, "vision_head", None)
     plain = is_plain(first) and is_plain(last) and not head._forward_hooks and not head._forward_pre_hooks
     if packed and plain and type(getattr(head, "activation_fn", None)).__name__ == "GELUActivation":

@@ -1,10 +1,10 @@
-"""Yes/no answers about images: one pass per image, then a short one per question on top of it."""
+"""Yes/no answers about images: one pass per image, then a short one per question behind it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,13 +12,16 @@ from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.decoder import Cache, InferenceDecoder
-from ospo_fast.generation.requests import by_length, check_batch_size, check_ids, eval_mode, max_batch_size, run_batches
+from ospo_fast.generation.engine import eval_mode
+from ospo_fast.generation.requests import max_batch_size, plan_batches
+from ospo_fast.generation.validation import check_batch_size, check_ids
 from ospo_fast.models.base import Message, UnifiedModel
 from ospo_fast.oom import BatchSizeLimit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
 Answer = dict[str, Any]
 """{"p_yes": float, "p_no": float, "answer": "yes" | "no" | "tie"}"""
 
@@ -29,110 +32,113 @@ def answer_questions(
     images: Sequence[Image],
     questions: Sequence[Sequence[str]],
     *,
-    template: Callable[[str], list[Message]],
+    template: Callable[[str], list[Message] | Tensor],
     batch_size: int | None = None,
     progress: bool = True,
 ) -> list[list[Answer]]:
-    """What the model answers to each image's questions.
+    """Answer yes/no questions about each image.
 
-    p_yes = the largest probability, under the softmax over the whole text vocabulary at the last position, of the
-    spellings in `model.yes_ids`; p_no likewise. answer: the larger one, "tie" where they are equal or not finite.
+    p_yes is the largest probability among the spellings in `model.yes_ids`, under the softmax over the whole text
+    vocabulary at the last position; p_no that of `model.no_ids`. answer is the larger one, "tie" if they are equal or
+    not finite.
 
     Args:
         model: from `load_model`.
         images: N images.
-        questions: N lists of questions, empty ones allowed.
-        template: question → chat messages; the image goes to the start of the last user message.
-        batch_size: images, and then questions, run at once; by default as many as are useful and fit the memory.
-        progress: a bar on stderr for what takes more than two seconds.
+        questions: N lists of questions; they may be empty.
+        template: question → chat messages, where the image goes to the start of the last user message; or the token
+            ids that `model.chat(messages, image=True)` returned for them.
+        batch_size: images per batch, and questions per batch; by default as many as are useful and fit the memory.
+        progress: show a bar on stderr if it takes more than two seconds.
 
     Returns:
         N lists of {"p_yes", "p_no", "answer"}, in the order of the questions.
 
     Raises:
-        UsageError: other numbers of images and question lists, a question too long for the model.
+        UsageError: the numbers of images and lists differ, or a question is empty or too long for the model.
+        OspoError: not even one image fits the memory.
 
     """
     if len(images) != len(questions):
         raise UsageError(f"questions: got {len(questions)} lists for {len(images)} images, expected one list per image")
     check_batch_size(batch_size)
-    # Ids up to the end of the image, and the rest: all questions with the same beginning share an image's first pass.
     split: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for question in dict.fromkeys(q for asked in questions for q in asked):
+    for question in dict.fromkeys(q for group in questions for q in group):
         if not question.strip():
             raise UsageError("questions: got an empty question")
-        ids = model.chat(template(question), image=True)
+        chat = template(question)
+        ids = chat if isinstance(chat, Tensor) else model.chat(chat, image=True)
         check_ids(f"question {question[:60]!r}", ids, model, 1)
-        plain = ids.tolist()
-        cut = len(plain) - plain[::-1].index(model.image_id)
-        split[question] = (tuple(plain[:cut]), tuple(plain[cut:]))
-    answers: list[list[Answer]] = [[{} for _ in asked] for asked in questions]
-    pictured = [i for i, asked in enumerate(questions) if asked]
-    if not pictured:
+        numbers = ids.tolist()
+        cut = len(numbers) - numbers[::-1].index(model.image_id)
+        split[question] = tuple(numbers[:cut]), tuple(numbers[cut:])
+    answers: list[list[Answer]] = [[{} for _ in group] for group in questions]
+    if not split:
         return answers
     decoder = InferenceDecoder(model)
     longest = max(len(prefix) + len(rest) for prefix, rest in split.values())
-    decoder.positions(longest)
-    # The caches of an image and of a question, and beside them half a cache on its way or a pass.
-    cached = decoder.row_bytes(longest)
-    size = batch_size or max_batch_size(decoder, 2 * cached + max(cached // 2, decoder.pass_bytes(longest)))
+    # Caches of an image and of a question; and half a cache that is being copied, or a pass.
+    row_bytes = decoder.row_bytes(longest)
+    item_bytes = 2 * row_bytes + max(row_bytes // 2, decoder.pass_bytes(longest))
+    limit = BatchSizeLimit(
+        batch_size or max_batch_size(decoder, item_bytes),
+        "image",
+        "free some, use a smaller dtype or shorter questions",
+    )
 
-    def work(batch: list[int], size: int) -> list[tuple[int, int, float, float]]:
-        asked = [(i, j, *split[q]) for i in batch for j, q in enumerate(questions[i])]
-        return _answer(model, decoder, images, batch, asked, size)
+    def padded(items: list[T]) -> list[T]:
+        return items + items[:1] * (decoder.pad_rows(len(items), limit.max_size, row_bytes) - len(items))
 
-    limit = BatchSizeLimit(size, "image", "free some, use a smaller dtype or shorter questions")
-    total = sum(len(asked) for asked in questions)
+    def answer_batch(batch: list[int]) -> None:
+        pixels = model.embed_images(padded([images[i] for i in batch]))
+        asked = [
+            (*split[question], row, answer)
+            for row, i in enumerate(batch)
+            for question, answer in zip(questions[i], answers[i], strict=True)
+        ]
+        # All questions with one prefix share the passes over the images. Their batches have rests of one length, the
+        # longest first: if memory runs out, it does so early.
+        asked.sort(key=lambda item: (item[0], len(item[1])), reverse=True)
+        for prefix, same_prefix in itertools.groupby(asked, lambda item: item[0]):
+            image_cache = _image_pass(model, decoder, prefix, pixels)
+            for _, same_length in itertools.groupby(same_prefix, lambda item: len(item[1])):
+                for part in plan_batches(list(same_length), None, limit.max_size):
+                    _, rests, rows, found = zip(*padded(part), strict=True)
+                    for answer, p_yes, p_no in zip(
+                        found, *_probabilities(model, decoder, image_cache, rows, rests), strict=True
+                    ):
+                        word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
+                        answer.update(p_yes=p_yes, p_no=p_no, answer=word)
+
+    batches = [[i for i, group in enumerate(questions) if group]]
+    total = sum(map(len, questions))
     with eval_mode(model), tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
-        for _, found in run_batches(by_length(pictured, lambda _: 0, size), work, limit):
-            for i, j, p_yes, p_no in found:
-                answer = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
-                answers[i][j] = {"p_yes": p_yes, "p_no": p_no, "answer": answer}
-            bar.update(len(found))
+        for batch, _ in limit.run(batches, answer_batch):
+            bar.update(sum(len(questions[i]) for i in batch))
     return answers
 
 
-def _answer(
+def _image_pass(model: UnifiedModel, decoder: InferenceDecoder, prefix: Sequence[int], pixels: Tensor) -> Cache:
+    """Run a prefix with embedded images (N, T, D) in place of its image tokens → the cache of N rows."""
+    ids = torch.tensor(prefix, device=decoder.device)
+    x = model.embed_tokens(ids).expand(len(pixels), -1, -1).clone()
+    x[:, ids == model.image_id] = pixels.to(x.dtype)
+    cache = Cache(decoder, len(pixels), len(prefix))
+    decoder(x, cache, 0)
+    return cache
+
+
+def _probabilities(
     model: UnifiedModel,
     decoder: InferenceDecoder,
-    images: Sequence[Image],
-    batch: list[int],
-    asked: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]],
-    size: int,
-) -> list[tuple[int, int, float, float]]:
-    """(image, question, p_yes, p_no) of all questions about the images of a batch."""
-    device = decoder.device
-    longest = max(len(prefix) + len(rest) for _, _, prefix, rest in asked)
-    rows = decoder.pad_rows(len(batch), size, decoder.row_bytes(longest))
-    shown = [images[i] for i in batch]
-    pixels = model.embed_images(shown + shown[:1] * (rows - len(shown)))  # (rows, T, D)
-    place = {i: row for row, i in enumerate(batch)}
-    yes, no = (torch.tensor(ids, device=device) for ids in (model.yes_ids, model.no_ids))
-    found: list[tuple[int, int, float, float]] = []
-
-    by_prefix: dict[tuple[int, ...], list[tuple[int, int, tuple[int, ...]]]] = defaultdict(list)
-    for i, j, prefix, rest in asked:
-        by_prefix[prefix].append((i, j, rest))
-    for prefix, group in by_prefix.items():
-        start = len(prefix)
-        seen = _with_images(model, torch.tensor(prefix, device=device), pixels)
-        first = Cache(decoder, rows, start)
-        decoder(seen, first, 0)
-        for part in by_length(group, lambda job: len(job[2]), size):
-            count = decoder.pad_rows(len(part), size, decoder.row_bytes(longest))
-            full = part + part[:1] * (count - len(part))
-            cache = Cache(decoder, count, start + len(part[0][2]))
-            cache.copy_rows(first, torch.tensor([place[i] for i, _, _ in full], device=device), start)
-            ids = torch.tensor([rest for _, _, rest in full], device=device)
-            hidden = decoder(model.embed_tokens(ids), cache, start)[:, -1]
-            probs = decoder.run_padded(model.text_logits, hidden).float().softmax(-1)
-            p_yes, p_no = (probs[:, words].amax(1).tolist() for words in (yes, no))
-            found.extend((i, j, p, q) for (i, j, _), p, q in zip(part, p_yes, p_no, strict=False))
-    return found
-
-
-def _with_images(model: UnifiedModel, prefix: Tensor, pixels: Tensor) -> Tensor:
-    """Embeddings (N, S, D) of a prefix with one image in it, for N images."""
-    x = model.embed_tokens(prefix).expand(len(pixels), -1, -1).clone()
-    x[:, prefix == model.image_id] = pixels.to(x.dtype)
-    return x
+    image_cache: Cache,
+    rows: Sequence[int],
+    rests: Sequence[Sequence[int]],
+) -> tuple[list[float], list[float]]:
+    """Run the rests of questions, of one length, behind rows of the image cache → p_yes and p_no of each."""
+    start = image_cache.keys.shape[3]
+    cache = Cache(decoder, len(rows), start + len(rests[0]))
+    cache.copy(slice(None), image_cache, torch.tensor(rows, device=decoder.device), start)
+    hidden = decoder(model.embed_tokens(torch.tensor(rests, device=decoder.device)), cache, start)[:, -1]
+    probs = decoder.run_padded(model.text_logits, hidden).float().softmax(-1)
+    return probs[:, list(model.yes_ids)].amax(1).tolist(), probs[:, list(model.no_ids)].amax(1).tolist()

@@ -1,4 +1,4 @@
-"""A small Janus model with random weights, strong enough that greedy codes vary."""
+"""A small Janus model with random weights, and what the tests of the engine share."""
 
 from __future__ import annotations
 
@@ -11,32 +11,89 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # fixtures import it: without transformers only the modules that need it are skipped
+    from ospo_fast.generation.decode_batch import DecodeBatch
+    from ospo_fast.generation.requests import Completion, Request
     from ospo_fast.models.janus import JanusUnifiedModel
 
+PROMPTS = ["a red circle", "two blue squares and a red circle", "a green cross", "a yellow cross"]
 
-@pytest.fixture(scope="session")
-def parts() -> tuple[Any, Any]:
+
+def build_tiny(**sizes: int) -> JanusUnifiedModel:
+    """A random model with weights so large that greedy codes vary."""
+    from ospo_fast.models.janus import JanusUnifiedModel
     from ospo_fast.shapes.model import build_model, build_processor
 
-    module = build_model(hidden=64, layers=2, intermediate=96, heads=4)
+    module = build_model(**sizes)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return module, build_processor()
+    return JanusUnifiedModel(module, build_processor(), name="tiny")
+
+
+def copy_to(model: JanusUnifiedModel, *to: Any) -> JanusUnifiedModel:
+    """A copy on another device or of another dtype."""
+    return type(model)(copy.deepcopy(model.module).to(*to), model.processor, name=model.name)
+
+
+@pytest.fixture(scope="session")
+def original() -> JanusUnifiedModel:
+    return build_tiny(hidden=64, layers=2, intermediate=96, heads=4)
 
 
 @pytest.fixture
-def tiny(parts: tuple[Any, Any]) -> JanusUnifiedModel:
-    from ospo_fast.models.janus import JanusUnifiedModel
+def tiny(original: JanusUnifiedModel) -> JanusUnifiedModel:
+    return copy_to(original)
 
-    module, processor = parts
-    return JanusUnifiedModel(copy.deepcopy(module), processor, name="tiny")
+
+@pytest.fixture
+def on_gpu(original: JanusUnifiedModel) -> JanusUnifiedModel:
+    """The tiny model in bfloat16 on the GPU."""
+    return copy_to(original, "cuda", torch.bfloat16)
+
+
+@pytest.fixture
+def both(original: JanusUnifiedModel) -> list[JanusUnifiedModel]:
+    """The tiny model in float32 on the CPU and on the GPU."""
+    return [copy_to(original, device) for device in ("cpu", "cuda")]
+
+
+@pytest.fixture
+def wide() -> list[JanusUnifiedModel]:
+    """A model with heads of 128 in float32 on the CPU and on the GPU."""
+    model = build_tiny(hidden=256, layers=2, intermediate=384, heads=2)
+    return [copy_to(model, device) for device in ("cpu", "cuda")]
+
+
+@pytest.fixture
+def image_requests() -> Callable[..., list[Request]]:
+    """image_requests(model, *indices): requests for these prompts of PROMPTS."""
+    from ospo_fast.generation.requests import Request
+
+    def make(model: JanusUnifiedModel, *indices: int) -> list[Request]:
+        codes = model.grid[0] * model.grid[1]
+        return [Request(i, model.image_prompt(PROMPTS[i]), 10 + i, codes) for i in indices]
+
+    return make
+
+
+@pytest.fixture
+def decode() -> Callable[[DecodeBatch, list[Request]], list[Completion]]:
+    """decode(batch, requests): the loop of the engine."""
+
+    def run(batch: DecodeBatch, requests: list[Request]) -> list[Completion]:
+        batch.prefill(requests)
+        while count := batch.steps_left():
+            for _ in range(count):
+                batch.runner(batch.step)
+        return batch.completions()
+
+    return run
 
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """For where there is no GPU: graphs that run the step when they are replayed. What was done, in its order."""
+    """Graphs for machines without a GPU, which run the step when they are replayed. The calls, in order."""
     from ospo_fast.generation import graph
 
     calls: list[str] = []
@@ -50,7 +107,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             calls.append("replay")
             self._step()
 
-    monkeypatch.setattr(graph, "captured", Graph)
+    monkeypatch.setattr(graph, "capture_graph", Graph)
     return calls
 
 

@@ -1,14 +1,15 @@
-"""The lean forward pass against transformers', and the promise that a row's bits do not depend on its batch."""
+"""InferenceDecoder against transformers, and the bitwise independence of its rows."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaModel
 
 from ospo_fast.errors import OspoError
-from ospo_fast.generation import decoder as lean
+from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation import varlen
 from ospo_fast.generation.decoder import ROW_TILE, Cache, InferenceDecoder
 from ospo_fast.generation.projections import (
@@ -18,33 +19,38 @@ from ospo_fast.generation.projections import (
     UnfusedProjection,
     head_projection,
 )
-from ospo_fast.models.janus import JanusUnifiedModel
+
+if TYPE_CHECKING:
+    from ospo_fast.models.janus import JanusUnifiedModel
 
 
 class Bare:
-    """As much of a unified model as the decoder looks at."""
+    """The part of a unified model that the decoder uses."""
 
     def __init__(self, decoder: torch.nn.Module, embeddings: torch.Tensor | None = None) -> None:
         self.decoder = decoder
         self.device = torch.device("cpu")
-        self.dtype = decoder.dtype if isinstance(decoder, LlamaModel) else torch.float32
+        self.dtype = getattr(decoder, "dtype", torch.float32)
+        self.max_positions = 64
         self.embeddings = embeddings
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embeddings[ids]
 
 
-@pytest.fixture(params=["packed", "fused", "separate"])
+@pytest.fixture
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs on packed weights, on fused ones as a GPU has them, and as a model of many gigabytes does."""
+    """Packed weights, fused ones as on a GPU, or weights read in place as of a large model."""
     if request.param == "fused":
-        monkeypatch.setattr(lean, "packed_linear_runs", bool)
-    if request.param == "separate":
-        monkeypatch.setattr(lean, "COPIED_BYTES", 0)
-    return request.param
+        monkeypatch.setattr(decoder_module, "packed_linear_runs", bool)
+    if request.param == "unfused":
+        monkeypatch.setattr(decoder_module, "COPIED_BYTES", 0)
+    return str(request.param)
 
 
-def llama(**changes: object) -> LlamaModel:
+def llama(**changes: object) -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
     sizes = {
         "vocab_size": 10, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 64, **changes,
@@ -52,25 +58,32 @@ def llama(**changes: object) -> LlamaModel:
     return LlamaModel(LlamaConfig(**sizes)).eval()
 
 
+GROUPED = {"num_key_value_heads": 2}
+WIDE_HEADS = {"head_dim": 16}  # wider than hidden / heads
+BIASES = {"attention_bias": True, "mlp_bias": True}
+SCALED_ROTARY = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("products", "changes"),
     [
-        {},
-        {"num_key_value_heads": 2},  # grouped queries
-        {"head_dim": 16},  # heads wider than hidden / heads
-        {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+        ("packed", GROUPED),
+        ("packed", BIASES | WIDE_HEADS),
+        ("fused", {}),
+        ("fused", GROUPED | BIASES),
+        ("unfused", SCALED_ROTARY),
+        ("unfused", BIASES),
     ],
+    indirect=["products"],
 )
 @pytest.mark.usefixtures("products")
 @torch.no_grad()
 def test_hidden_states_are_transformers(changes: dict) -> None:
     model = llama(**changes)
     decoder = InferenceDecoder(Bare(model))
-    decoder.positions(24)
     x = torch.randn(5, 24, 48)
     expected = model(inputs_embeds=x).last_hidden_state
-    # A prompt, a longer suffix on top of it, then single steps: the three ways in which the engine calls it.
+    # A prompt, a longer suffix behind it, then single steps: the three ways in which the engine calls it.
     cache = Cache(decoder, 5, 24)
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
@@ -80,25 +93,28 @@ def test_hidden_states_are_transformers(changes: dict) -> None:
 
 
 @pytest.mark.usefixtures("products")
-@pytest.mark.parametrize("piece", [1024, 12])  # all prompts at once, and in several pieces, one longer than a piece
+@pytest.mark.parametrize(
+    ("products", "piece"),
+    [("packed", 1024), ("packed", 12), ("fused", 12)],  # all prompts in one piece; in several, one prompt longer
+    indirect=["products"],
+)
 @torch.no_grad()
-def test_prompts_of_any_length_are_run_together_and_step_at_their_own_places(
+def test_prompts_of_any_length_run_together_and_step_at_their_own_positions(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lean, "PREFILL", piece)
+    monkeypatch.setattr(decoder_module, "PREFILL", piece)
     model, lengths = llama(), [5, 13, 1, 5, 8]
     embeddings = torch.randn(10, 48)
     decoder = InferenceDecoder(Bare(model, embeddings))
-    decoder.positions(20)
     whole = [torch.randint(10, (length + 3,)) for length in lengths]
     cache, slots = Cache(decoder, 7, 20), [6, 0, 3, 2, 4]
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     found = [decoder.prefill([ids[:n] for ids, n in zip(whole, lengths, strict=True)], cache, slots)]
-    places, filled = torch.tensor(slots), torch.tensor(lengths)
+    rows, filled = torch.tensor(slots), torch.tensor(lengths)
     for i in range(3):
         x = torch.stack([embeddings[ids[n + i]] for ids, n in zip(whole, lengths, strict=True)])
-        found.append(decoder.step(x, cache, places, filled + i))
+        found.append(decoder.step(x, cache, rows, filled + i))
     for row, (ids, n) in enumerate(zip(whole, lengths, strict=True)):
         expected = model(inputs_embeds=embeddings[ids][None]).last_hidden_state[0, n - 1 :]
         torch.testing.assert_close(torch.stack([h[row] for h in found]), expected, rtol=1e-5, atol=1e-5)
@@ -107,7 +123,7 @@ def test_prompts_of_any_length_are_run_together_and_step_at_their_own_places(
 def by_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
 ) -> torch.Tensor:
-    """The attention for packed sequences, one after the other."""
+    """Attention over packed sequences, one after the other."""
     assert q.shape == k.shape == v.shape
     lengths = bounds.diff().tolist()
     assert max(lengths) == longest
@@ -118,12 +134,10 @@ def by_sdpa(
     return torch.cat([y[0].transpose(0, 1) for y in found])
 
 
-@pytest.mark.parametrize("kv_heads", [6, 2])
 @torch.no_grad()
-def test_prompts_of_all_lengths_at_once(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, with SDPA in the place of the attention for packed sequences."""
-    decoder = InferenceDecoder(Bare(llama(num_key_value_heads=kv_heads), torch.randn(10, 48)))
-    decoder.positions(20)
+def test_packed_attention_runs_all_lengths_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with SDPA in place of torch's kernel for packed sequences."""
+    decoder = InferenceDecoder(Bare(llama(**GROUPED), torch.randn(10, 48)))
     prompts, slots = [torch.randint(10, (length,)) for length in (5, 13, 1, 5, 8)], [6, 0, 3, 2, 4]
     calls: list[int] = []
 
@@ -139,8 +153,8 @@ def test_prompts_of_all_lengths_at_once(kv_heads: int, monkeypatch: pytest.Monke
 
     expected, stored = run()
     assert not calls
-    monkeypatch.setattr(lean, "varlen_runs", lambda *_: True)
-    monkeypatch.setattr(lean, "varlen_attention", attention)
+    monkeypatch.setattr(decoder_module, "varlen_runs", lambda *_: True)
+    monkeypatch.setattr(decoder_module, "varlen_attention", attention)
     found, cache = run()
     assert calls == [13, 13]  # once a layer
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -149,11 +163,11 @@ def test_prompts_of_all_lengths_at_once(kv_heads: int, monkeypatch: pytest.Monke
         torch.testing.assert_close(mine.nan_to_num(), theirs.nan_to_num(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_attention_for_packed_sequences_is_tried_before_it_is_trusted(
+def test_packed_attention_is_tested_before_it_is_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
-        """All tokens to all: not what was meant."""
+    def unmasked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+        """Attention of all tokens to all."""
         y = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
         return y[0].transpose(0, 1)
 
@@ -171,28 +185,27 @@ def test_the_attention_for_packed_sequences_is_tried_before_it_is_trusted(
     assert not varlen.varlen_runs(device, torch.float32, 8)
     for attention, reason in (
         (by_sdpa, ""),
-        (whole, "it is off by"),
+        (unmasked, "its error is"),
         (missing, "(no such operation)"),
         (gone, "has no attribute '_no_such_operator'"),
     ):
         caplog.clear()
         monkeypatch.setattr(varlen, "varlen_attention", attention)
-        assert varlen._works.__wrapped__(device, torch.bfloat16, 8) == (not reason)
+        assert varlen._matches_sdpa.__wrapped__(device, torch.bfloat16, 8) == (not reason)
         assert reason in caplog.text
-    # Memory that ran out is no verdict.
+    # Running out of memory is no verdict.
     monkeypatch.setattr(varlen, "varlen_attention", full)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
-            varlen._works(device, torch.bfloat16, 8)
+            varlen._matches_sdpa(device, torch.bfloat16, 8)
     monkeypatch.setattr(varlen, "varlen_attention", by_sdpa)
-    assert varlen._works(device, torch.bfloat16, 8)
-    varlen._works.cache_clear()
+    assert varlen._matches_sdpa(device, torch.bfloat16, 8)
+    varlen._matches_sdpa.cache_clear()
 
 
 @torch.no_grad()
-def test_rows_can_be_copied() -> None:
+def test_cache_rows_can_be_copied() -> None:
     decoder = InferenceDecoder(Bare(llama()))
-    decoder.positions(12)
     x = torch.randn(4, 12, 48)
     whole = Cache(decoder, 4, 12)
     expected = decoder(x, whole, 0)[:, 11]
@@ -200,18 +213,17 @@ def test_rows_can_be_copied() -> None:
     decoder(x[:, :11], first, 0)
     moved = Cache(decoder, 3, 12)
     order = torch.tensor([2, 0, 3])
-    moved.copy_rows(first, order, 11)
+    moved.copy(slice(None), first, order, 11)
     torch.testing.assert_close(decoder(x[order, 11:], moved, 11)[:, 0], expected[order])
-    first.repeat_row(1, [0, 3], 11)
+    first.copy([0, 3], first, slice(1, 2), 11)
     assert torch.equal(first.keys[:, [0, 1, 3]], first.keys[:, 1:2].expand(-1, 3, -1, -1, -1))
 
 
 @torch.no_grad()
-def test_adapters_and_hooks_stay_in_force_and_trained_weights_are_read_again() -> None:
+def test_adapters_and_hooks_stay_in_force_and_refresh_reads_trained_weights() -> None:
     model = llama()
     decoder = InferenceDecoder(Bare(model))
     assert decoder.plain
-    decoder.positions(8)
     x = torch.randn(2, 8, 48)
 
     def now() -> torch.Tensor:
@@ -226,7 +238,6 @@ def test_adapters_and_hooks_stay_in_force_and_trained_weights_are_read_again() -
     model.layers[1].self_attn.k_proj.register_forward_hook(lambda _, __, y: y * 3)
     model.layers[0].mlp.down_proj = torch.nn.Sequential(model.layers[0].mlp.down_proj, torch.nn.Tanh())
     decoder = InferenceDecoder(Bare(model))
-    decoder.positions(8)
     assert isinstance(decoder.layers[1].qkv, ModuleProjection)
     assert not decoder.plain
     torch.testing.assert_close(now(), model(inputs_embeds=x).last_hidden_state, rtol=1e-5, atol=1e-5)
@@ -240,7 +251,6 @@ def test_half_precision_is_no_worse_than_transformers(dtype: torch.dtype) -> Non
     exact = model.double()(inputs_embeds=x.to(dtype).double()).last_hidden_state
     half = model.to(dtype)
     decoder = InferenceDecoder(Bare(half))
-    decoder.positions(9)
     assert isinstance(decoder.layers[0].qkv, FusedProjection)
     x = x.to(dtype)
     cache = Cache(decoder, 3, 9)
@@ -249,28 +259,29 @@ def test_half_precision_is_no_worse_than_transformers(dtype: torch.dtype) -> Non
     assert (found.double() - exact).abs().max() <= 2 * error
 
 
-def test_batches_are_filled_where_products_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_padded_where_products_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [InferenceDecoder(Bare(llama())).pad_rows(n, 7, 1000) for n in (1, 40)] == [1, 40]
-    monkeypatch.setattr(lean, "COPIED_BYTES", 0)
+    monkeypatch.setattr(decoder_module, "COPIED_BYTES", 0)
     decoder = InferenceDecoder(Bare(llama()))
     assert isinstance(decoder.layers[0].qkv, UnfusedProjection)
     assert [decoder.pad_rows(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
-    # 32 rows of a large model would not fit beside its weights.
+    # 32 rows of a large model would not fit the memory.
     assert [decoder.pad_rows(n, 7, 2**30) for n in (1, 7)] == [7, 7]
     decoder.device = torch.device("cuda")
     assert [decoder.pad_rows(n, 64, 1000) for n in (1, 64)] == [64, 64]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("products", "threads"), [("packed", 1), ("packed", 2), ("fused", 2), ("unfused", 2)], indirect=["products"]
+)
 @torch.no_grad()
-def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads: int, products: str) -> None:
+def test_the_bits_of_a_row_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, products: str, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         decoder = InferenceDecoder(tiny)
         assert decoder.packed == (products == "packed")
         head = head_projection(tiny.head, decoder.packed)
-        decoder.positions(16)
         x = torch.randn(8 * ROW_TILE, 16, tiny.hidden_size)
 
         def run(rows: torch.Tensor) -> torch.Tensor:
@@ -292,20 +303,15 @@ def test_a_rows_bits_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, threads
 
 
 @torch.no_grad()
-def test_the_head_copies_nothing_that_it_need_not(tiny: JanusUnifiedModel) -> None:
+def test_a_packed_head_is_the_head_and_modules_write_into_out(tiny: JanusUnifiedModel) -> None:
     x = torch.randn(ROW_TILE, tiny.hidden_size)
-    logits = torch.randn(ROW_TILE, tiny.num_codes)
-    assert ModuleProjection([lambda _: logits])(x) is logits
-    out = torch.empty_like(logits)
-    assert ModuleProjection([lambda _: logits])(x, out) is out
-    assert torch.equal(out, logits)
     packed = head_projection(tiny.head, True)
     assert isinstance(packed, PackedHead)
-    first = packed(x)
-    inner = packed._inner
-    assert torch.equal(packed(x.clone()), first)
-    assert packed._inner is inner  # one hidden layer for all steps
-    assert torch.equal(packed(x[:3].contiguous()), first[:3])
+    torch.testing.assert_close(packed(x), tiny.head(x), rtol=1e-5, atol=1e-5)
+    module = ModuleProjection([tiny.head])
+    out = torch.empty(ROW_TILE, tiny.num_codes)
+    assert module(x, out) is out
+    assert torch.equal(out, module(x))
 
 
 def test_other_decoders_are_refused() -> None:

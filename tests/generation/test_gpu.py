@@ -1,9 +1,10 @@
-"""The engine on a GPU: pixels beside the drawing, texts, answers, and heads as wide as Janus-Pro's."""
+"""The engine on a GPU: pixels in the background, texts, answers, and heads as wide as those of Janus-Pro."""
 
-import copy
+from __future__ import annotations
+
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -11,25 +12,17 @@ import torch
 from PIL import Image
 
 from ospo_fast.generation import ImageGenerator, answer_questions, generate_text
-from ospo_fast.generation import decoder as lean
+from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation.decoder import Cache, InferenceDecoder
 from ospo_fast.generation.varlen import varlen_runs
-from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.model import build_model, build_processor
+
+if TYPE_CHECKING:
+    from ospo_fast.models.janus import JanusUnifiedModel
 
 pytestmark = pytest.mark.gpu
 
 PROMPTS = ["a red circle", "two blue squares and a red circle", "a green cross", "a yellow cross"]
 QUESTIONS = [["is there a red circle?", "is there a star?"], [], ["is there a star?"], ["are there two blue squares?"]]
-
-
-def loud(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights strong enough that greedy codes vary."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -38,34 +31,20 @@ def _whole_floats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture
-def both(parts: tuple[Any, Any]) -> list[JanusUnifiedModel]:
-    """The same model in float32 on the CPU and on the GPU."""
-    module, processor = parts
-    return [JanusUnifiedModel(copy.deepcopy(module).to(d), processor, name="tiny") for d in ("cpu", "cuda")]
-
-
-@pytest.fixture
-def wide() -> list[JanusUnifiedModel]:
-    """As `both`, with heads of 128."""
-    module = loud(build_model(hidden=256, layers=2, intermediate=384, heads=2))
-    return [JanusUnifiedModel(copy.deepcopy(module).to(d), build_processor(), name="wide") for d in ("cpu", "cuda")]
-
-
-def test_pixels_are_decoded_beside_the_drawing(both: list[JanusUnifiedModel]) -> None:
-    """On a stream of its own, while a graph is captured and replayed: the images are those of the codes."""
+def test_pixels_are_decoded_during_the_steps(both: list[JanusUnifiedModel]) -> None:
+    """On a separate stream, while a graph is captured and replayed: the images are those of the codes."""
     prompts, seeds = PROMPTS * 6, list(range(24))
     generator = ImageGenerator(both[1], batch_size=4)
     given: dict[str, Any] = {"seeds": seeds, "progress": False}
     codes = generator.generate(prompts, output="codes", **given)
-    fresh = ImageGenerator(both[1], batch_size=4)  # whose first batch captures, and whose later ones only replay
-    pictures = fresh.generate(prompts, output="pil", **given)
+    fresh = ImageGenerator(both[1], batch_size=4)  # its first batch captures, later ones only replay
+    images = fresh.generate(prompts, output="pil", **given)
     tensors = fresh.generate(prompts, output="pt", **given)
-    for picture, tensor, wanted in zip(pictures, tensors, both[1].decode_codes(codes), strict=True):
-        assert isinstance(picture, Image.Image)
+    for image, tensor, expected in zip(images, tensors, both[1].decode_codes(codes), strict=True):
+        assert isinstance(image, Image.Image)
         # Convolutions of other batches may round to the next level.
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(wanted)).max() <= 1
-        assert np.array_equal((tensor * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(picture))
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+        assert np.array_equal((tensor * 255).round().byte().permute(1, 2, 0).numpy(), np.asarray(image))
 
 
 def greedy_tokens(model: JanusUnifiedModel, chats: list[torch.Tensor]) -> list[list[int]]:
@@ -101,22 +80,22 @@ def test_texts_do_not_depend_on_their_batch(both: list[JanusUnifiedModel]) -> No
 
 def test_answers_are_those_of_the_cpu(both: list[JanusUnifiedModel]) -> None:
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in QUESTIONS]
+    images = [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in QUESTIONS]
 
     def template(question: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": question}]
 
     expected, found = (
-        answer_questions(m, pictures, QUESTIONS, template=template, batch_size=4, progress=False) for m in both
+        answer_questions(m, images, QUESTIONS, template=template, batch_size=4, progress=False) for m in both
     )
     assert [len(answers) for answers in found] == [2, 0, 1, 1]
-    for mine, wanted in zip(chain(*found), chain(*expected), strict=True):
-        assert mine["answer"] == wanted["answer"]  # on the CPU one is a hundred times as likely as the other
-        assert mine["p_yes"] == pytest.approx(wanted["p_yes"], rel=1e-3, abs=1e-9)
-        assert mine["p_no"] == pytest.approx(wanted["p_no"], rel=1e-3, abs=1e-9)
+    for mine, theirs in zip(chain(*found), chain(*expected), strict=True):
+        assert mine["answer"] == theirs["answer"]  # on the CPU one is a hundred times as likely as the other
+        assert mine["p_yes"] == pytest.approx(theirs["p_yes"], rel=1e-3, abs=1e-9)
+        assert mine["p_no"] == pytest.approx(theirs["p_no"], rel=1e-3, abs=1e-9)
 
 
-def test_heads_of_128_draw_what_the_cpu_draws(
+def test_heads_of_128_give_the_codes_of_the_cpu(
     wide: list[JanusUnifiedModel], greedy_rows_agree: Callable[..., None]
 ) -> None:
     given: dict[str, Any] = {"output": "codes", "progress": False}
@@ -124,7 +103,7 @@ def test_heads_of_128_draw_what_the_cpu_draws(
         ImageGenerator(m).generate(PROMPTS, seeds=[0] * 4, temperature=0, guidance_scale=1.5, **given) for m in wide
     ]
     greedy_rows_agree(wide[0], PROMPTS, *greedy, guidance_scale=1.5)
-    half = JanusUnifiedModel(wide[1].module.to(torch.bfloat16), wide[1].processor, name="wide")
+    half = type(wide[1])(wide[1].module.to(torch.bfloat16), wide[1].processor, name="wide")
     captured, eager = (
         ImageGenerator(half, capture=capture).generate(PROMPTS, seeds=[1, 2, 3, 4], **given)
         for capture in (True, False)
@@ -135,12 +114,11 @@ def test_heads_of_128_draw_what_the_cpu_draws(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_packed_prompts_are_run_at_once_as_they_are_length_by_length(
+def test_packed_prompts_match_prompts_that_run_length_by_length(
     wide: list[JanusUnifiedModel], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = JanusUnifiedModel(wide[1].module.to(dtype), wide[1].processor, name="wide")
+    model = type(wide[1])(wide[1].module.to(dtype), wide[1].processor, name="wide")
     decoder = InferenceDecoder(model)
-    decoder.positions(256)
     assert varlen_runs(decoder.device, dtype, decoder.head_dim)
     prompts = [torch.randint(20, 60, (length,)) for length in (5, 70, 1, 70, 128, 33)]
 
@@ -151,13 +129,13 @@ def test_packed_prompts_are_run_at_once_as_they_are_length_by_length(
         return decoder.prefill([prompts[n] for n in chosen], cache, chosen), cache
 
     last, cache = run([0, 1, 2, 3, 4, 5])
-    # Alone, or in other company, a prompt has the same bits.
+    # Alone or with other prompts, a prompt has the same bits.
     for chosen in ([4], [3, 0]):
         again, other = run(chosen)
         assert torch.equal(again, last[chosen])
         for n in chosen:
             assert torch.equal(other.keys[:, n, :, : len(prompts[n])], cache.keys[:, n, :, : len(prompts[n])])
-    monkeypatch.setattr(lean, "VARLEN", False)
+    monkeypatch.setattr(decoder_module, "varlen_runs", lambda *_: False)
     by_length, stored = run([0, 1, 2, 3, 4, 5])
     for mine, theirs in ((last, by_length), (cache.keys, stored.keys), (cache.values, stored.values)):
         assert torch.equal(mine.isnan(), theirs.isnan())  # nothing else was written

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor
 
-from ospo_fast.errors import UsageError
-from ospo_fast.generation import GenerationError, generate_text
-from ospo_fast.generation import text as writing
+from ospo_fast.errors import Failure, UsageError
+from ospo_fast.generation import GenerationError, decode_batch, generate_text
 from ospo_fast.generation.decoder import Cache, InferenceDecoder
-from ospo_fast.models.janus import JanusUnifiedModel
+
+if TYPE_CHECKING:
+    from ospo_fast.models.janus import JanusUnifiedModel
 
 
 def ask(model: JanusUnifiedModel, text: str) -> Tensor:
@@ -35,7 +38,7 @@ def test_greedy_texts_are_transformers(tiny: JanusUnifiedModel, prompts: list[Te
     assert len({word for text in found for word in text.split()}) > 3
 
 
-def test_a_text_depends_on_its_own_prompt_and_seed_alone(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
+def test_a_text_depends_on_prompt_and_seed_only(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
     many, seeds = (prompts * 30)[:100], [int(s) for s in torch.randint(0, 2**62, (100,))]
     # A hot distribution with a likely end token: rows finish at very different times.
     with torch.no_grad():
@@ -52,7 +55,7 @@ def test_a_text_depends_on_its_own_prompt_and_seed_alone(tiny: JanusUnifiedModel
     assert generate_text(tiny, many[:1], seeds=seeds[:1], **given) == found[:1]
 
 
-def test_an_end_token_ends_a_text_and_is_not_part_of_it(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
+def test_a_stop_token_ends_a_text_and_is_not_part_of_it(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
     plain = generate_text(tiny, prompts[:1], seeds=[0], max_new_tokens=12, temperature=0)[0].split()
     stop = plain[5]
     cut = plain.index(stop)
@@ -61,30 +64,30 @@ def test_an_end_token_ends_a_text_and_is_not_part_of_it(tiny: JanusUnifiedModel,
     assert generate_text(tiny, prompts[:1], seeds=[0], max_new_tokens=12, temperature=0)[0].split() == plain[:cut]
 
 
-def test_attention_passes_over_texts_that_are_over(
+def test_attention_skips_texts_that_have_ended(
     tiny: JanusUnifiedModel, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In products of one size, as on a GPU, where finished rows stay and dummies fill up."""
+    """With products of one size, as on a GPU, where such rows stay and padding rows are added."""
     expected = generate_text(tiny, prompts[:3], seeds=[0] * 3, max_new_tokens=6, temperature=0)
     tiny.max_positions = max(map(len, prompts[:3])) + 3  # so that they end one by one
     step, seen = InferenceDecoder.step, []
 
     def noting(
-        self: InferenceDecoder, x: Tensor, cache: Cache, slots: Tensor, lengths: Tensor, *rest: object
+        self: InferenceDecoder, x: Tensor, cache: Cache, cache_rows: Tensor, lengths: Tensor, *rest: object
     ) -> Tensor:
         seen.append(lengths.tolist())
-        return step(self, x, cache, slots, lengths, *rest)
+        return step(self, x, cache, cache_rows, lengths, *rest)
 
     monkeypatch.setattr(InferenceDecoder, "step", noting)
-    monkeypatch.setattr(InferenceDecoder, "pad_rows", lambda self, rows, full, row_bytes: 5)
+    monkeypatch.setattr(InferenceDecoder, "pad_rows", lambda self, rows, batch_size, row_bytes: 5)
     found = generate_text(tiny, prompts[:3], seeds=[0] * 3, max_new_tokens=6, temperature=0)
-    room = [min(6, tiny.max_positions - len(ids)) for ids in prompts[:3]]
-    assert [text.split() for text in found] == [text.split()[:most] for text, most in zip(expected, room, strict=True)]
-    assert len(set(room)) > 1
+    limits = [min(6, tiny.max_positions - len(ids)) for ids in prompts[:3]]
+    assert [text.split() for text in found] == [text.split()[:n] for text, n in zip(expected, limits, strict=True)]
+    assert len(set(limits)) > 1
     for n, lengths in enumerate(seen, 1):
         assert lengths[3:] == [-1, -1]
-        live = [len(ids) + n - 1 if most > n else -1 for ids, most in zip(prompts, room, strict=False)]
-        assert lengths[:3] == live
+        running = [len(ids) + n - 1 if limit > n else -1 for ids, limit in zip(prompts, limits, strict=False)]
+        assert lengths[:3] == running
 
 
 def test_steps_are_captured_once_and_replayed(
@@ -93,7 +96,7 @@ def test_steps_are_captured_once_and_replayed(
     given = {"seeds": [3, 4, 5, 6], "max_new_tokens": 9, "temperature": 3.0, "progress": False}
     expected = generate_text(tiny, prompts, **given)
     assert not replays  # not on the CPU
-    monkeypatch.setattr(writing, "capturable", lambda decoder: True)
+    monkeypatch.setattr(decode_batch, "capturable", lambda decoder: True)
     assert generate_text(tiny, prompts, **given) == expected
     assert replays == ["capture on cpu"] + ["replay"] * 7  # the first token is the prompt's, the next step warms up
     assert generate_text(tiny, prompts, capture=False, **given) == expected
@@ -122,28 +125,32 @@ def test_nan_logits_fail_one_text(
     embed, calls = tiny.embed_tokens, []
 
     def spoiled(ids: Tensor) -> Tensor:
-        # One token of one prompt alone: behind the prompts, which come first, the model may say it too.
+        # In the prompts only, which come first: the model may generate the token too.
         calls.append(ids)
         return embed(ids).masked_fill((ids == tiny.eoi_id)[..., None] & (len(calls) == 1), torch.nan)
 
     monkeypatch.setattr(tiny, "embed_tokens", spoiled)
-    with pytest.raises(GenerationError, match="1 of 4 texts failed: text 1") as caught:
-        generate_text(tiny, [prompts[0], rare, *prompts[2:]], seeds=[0] * 4, max_new_tokens=8, temperature=0)
+    given = {"seeds": [0] * 4, "max_new_tokens": 8, "temperature": 0}
+    message = r"1 of 4 texts failed: text 1 \(seed 0\): the logits are not finite at token 0"
+    with pytest.raises(GenerationError, match=message) as caught:
+        generate_text(tiny, [prompts[0], rare, *prompts[2:]], **given)
     assert caught.value.results == [expected[0], None, *expected[2:]]
     assert list(caught.value.failed) == [1]
+    calls.clear()
+    skipped = generate_text(tiny, [prompts[0], rare, *prompts[2:]], on_error="skip", **given)
+    assert skipped == [expected[0], Failure("the logits are not finite at token 0"), *expected[2:]]
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
         ({"seeds": [1]}, "seeds"),
-        ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"batch_size": 0}, "batch_size"),
+        ({"on_error": "ignore"}, "on_error"),
         ({"prompts": [torch.tensor([], dtype=torch.long)] * 4}, "no token"),
-        ({"prompts": [torch.tensor([[1]])] * 4}, "1-D"),
         ({"prompts": [torch.tensor([-1])] * 4}, "vocabulary"),
     ],
 )

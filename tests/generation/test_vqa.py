@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from PIL import Image
 from ospo_fast.errors import UsageError
 from ospo_fast.generation import answer_questions, vqa
 from ospo_fast.generation.decoder import InferenceDecoder
-from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.model import build_model, build_processor
+
+if TYPE_CHECKING:
+    from ospo_fast.models.janus import JanusUnifiedModel
 
 QUESTIONS = [
     ["is there a red circle?", "are there two blue squares?", "is there a star?"],
@@ -27,26 +30,26 @@ def template(question: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in QUESTIONS]
 
 
 @torch.no_grad()
-def plain(model: JanusUnifiedModel, picture: Image.Image, messages: list[dict[str, str]]) -> tuple[float, float]:
+def plain(model: JanusUnifiedModel, image: Image.Image, messages: list[dict[str, str]]) -> tuple[float, float]:
     ids = model.chat(messages, image=True)[None]
-    pixels = torch.as_tensor(model.processor.image_processor([picture], return_tensors="pt")["pixel_values"])
+    pixels = torch.as_tensor(model.processor.image_processor([image], return_tensors="pt")["pixel_values"])
     probs = model.module(input_ids=ids, pixel_values=pixels).logits[0, -1].softmax(-1)
     return max(probs[list(model.yes_ids)].tolist()), max(probs[list(model.no_ids)].tolist())
 
 
-def test_answers_are_those_of_a_plain_forward(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
-    found = answer_questions(tiny, pictures, QUESTIONS, template=template)
+def test_answers_are_those_of_a_plain_forward_pass(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+    found = answer_questions(tiny, images, QUESTIONS, template=template)
     assert [len(answers) for answers in found] == [len(asked) for asked in QUESTIONS]
     seen = set()
-    for picture, asked, answers in zip(pictures, QUESTIONS, found, strict=True):
+    for image, asked, answers in zip(images, QUESTIONS, found, strict=True):
         for question, answer in zip(asked, answers, strict=True):
-            yes, no = plain(tiny, picture, template(question))
+            yes, no = plain(tiny, image, template(question))
             assert answer["p_yes"] == pytest.approx(yes, rel=1e-4, abs=1e-9)
             assert answer["p_no"] == pytest.approx(no, rel=1e-4, abs=1e-9)
             assert answer["answer"] == ("yes" if yes > no else "no")
@@ -55,90 +58,91 @@ def test_answers_are_those_of_a_plain_forward(tiny: JanusUnifiedModel, pictures:
     assert found[3][0] == found[3][1]
 
 
-def test_templates_may_put_the_question_before_the_image(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+def test_templates_may_put_the_question_before_the_image(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     def early(question: str) -> list[dict[str, str]]:
         return [*template(question), {"role": "assistant", "content": "yes"}, *template("is there?")]
 
-    found = answer_questions(tiny, pictures, QUESTIONS, template=early)
-    for picture, asked, answers in zip(pictures, QUESTIONS, found, strict=True):
+    # The token ids of a chat may take the place of its messages.
+    found = answer_questions(tiny, images, QUESTIONS, template=lambda question: tiny.chat(early(question), image=True))
+    for image, asked, answers in zip(images, QUESTIONS, found, strict=True):
         for question, answer in zip(asked, answers, strict=True):
-            yes, no = plain(tiny, picture, early(question))
+            yes, no = plain(tiny, image, early(question))
             assert (answer["p_yes"], answer["p_no"]) == pytest.approx((yes, no), rel=1e-4, abs=1e-9)
 
 
-def test_an_answer_depends_on_its_own_image_and_question_alone(
-    tiny: JanusUnifiedModel, pictures: list[Image.Image]
-) -> None:
-    found = answer_questions(tiny, pictures * 12, QUESTIONS * 12, template=template)
+def test_an_answer_depends_on_image_and_question_only(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+    found = answer_questions(tiny, images * 12, QUESTIONS * 12, template=template)
     assert found == found[:4] * 12
     order = [3, 0, 2, 1]
     for size in (None, 1, 7):
         moved = answer_questions(
-            tiny, [pictures[i] for i in order], [QUESTIONS[i] for i in order], template=template, batch_size=size
+            tiny, [images[i] for i in order], [QUESTIONS[i] for i in order], template=template, batch_size=size
         )
         assert moved == [found[i] for i in order], size
 
 
 def test_images_are_embedded_once_each(
-    tiny: JanusUnifiedModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    tiny: JanusUnifiedModel, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded = []
     embed = tiny.embed_images
 
-    def noting(images: list[Image.Image]) -> torch.Tensor:
-        embedded.append([id(image) for image in images])
-        return embed(images)
+    def noting(given: list[Image.Image]) -> torch.Tensor:
+        embedded.append([id(image) for image in given])
+        return embed(given)
 
     monkeypatch.setattr(tiny, "embed_images", noting)
-    answer_questions(tiny, pictures, QUESTIONS, template=template)
+    answer_questions(tiny, images, QUESTIONS, template=template)
     assert len(embedded) == 1
-    assert set(embedded[0]) == {id(pictures[i]) for i in (0, 2, 3)}
+    assert set(embedded[0]) == {id(images[i]) for i in (0, 2, 3)}
 
 
 def test_the_memory_of_an_image_is_not_underestimated(
-    pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    tiny: JanusUnifiedModel, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What batches are sized by against what the allocator sees beyond the weights' copies."""
-    module = build_model(hidden=128, layers=8, intermediate=352, heads=4)
-    model = JanusUnifiedModel(module, build_processor(), name="deep")
-    told: list[int] = []
+    """The estimate that sizes batches against the peak of the allocator, without copies of the weights."""
+    from ospo_fast.shapes.model import build_model
 
-    def max_batch_size(decoder: InferenceDecoder, bytes_per_job: int) -> int:
-        told.append(bytes_per_job)
+    module = build_model(hidden=128, layers=8, intermediate=352, heads=4)
+    model = type(tiny)(module, tiny.processor, name="deep")
+    estimates: list[int] = []
+
+    def max_batch_size(decoder: InferenceDecoder, item_bytes: int) -> int:
+        estimates.append(item_bytes)
         return 24
 
     monkeypatch.setattr(vqa, "max_batch_size", max_batch_size)
     asked = [["is there a red circle?"]] * 24
 
     def run() -> None:
-        answer_questions(model, pictures[:1] * 24, asked, template=template, progress=False)
+        answer_questions(model, images[:1] * 24, asked, template=template, progress=False)
 
-    run()  # what is made once is none of the peak
+    run()  # for what is allocated once
     with torch.no_grad():
         used = peak_mb(run) - peak_mb(InferenceDecoder, model)
-    assert 0.5 * told[-1] * 24 / 1e6 < used < told[-1] * 24 / 1e6
+    assert 0.5 * estimates[-1] * 24 / 1e6 < used < estimates[-1] * 24 / 1e6
 
 
-def test_equal_probabilities_are_a_tie(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+def test_equal_probabilities_are_a_tie(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     with torch.no_grad():
         tiny.module.lm_head.weight.zero_()
-    for answers in answer_questions(tiny, pictures, QUESTIONS, template=template):
+    for answers in answer_questions(tiny, images, QUESTIONS, template=template):
         for answer in answers:
             assert answer["answer"] == "tie"
             assert answer["p_yes"] == answer["p_no"] == pytest.approx(1 / tiny.module.lm_head.out_features)
 
 
-def test_nothing_to_ask(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+def test_nothing_to_ask(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     assert answer_questions(tiny, [], [], template=template) == []
-    assert answer_questions(tiny, pictures, [[]] * 4, template=template) == [[]] * 4
+    assert answer_questions(tiny, images, [[]] * 4, template=template) == [[]] * 4
 
 
-def test_bad_arguments(tiny: JanusUnifiedModel, pictures: list[Image.Image]) -> None:
+def test_bad_arguments(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     with pytest.raises(UsageError, match="4 lists for 3 images"):
-        answer_questions(tiny, pictures[:3], QUESTIONS, template=template)
+        answer_questions(tiny, images[:3], QUESTIONS, template=template)
     with pytest.raises(UsageError, match="empty question"):
-        answer_questions(tiny, pictures[:1], [[" "]], template=template)
+        answer_questions(tiny, images[:1], [[" "]], template=template)
     with pytest.raises(UsageError, match="positions"):
-        answer_questions(tiny, pictures[:1], [["is there a star? " * 60]], template=template)
+        answer_questions(tiny, images[:1], [["is there a star? " * 60]], template=template)
     with pytest.raises(UsageError, match="batch_size"):
-        answer_questions(tiny, pictures, QUESTIONS, template=template, batch_size=0)
+        answer_questions(tiny, images, QUESTIONS, template=template, batch_size=0)

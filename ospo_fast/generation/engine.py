@@ -1,0 +1,168 @@
+"""The engine: plans batches for the free memory, and decodes images and texts in one loop."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ospo_fast.generation.decode_batch import DecodeBatch
+from ospo_fast.generation.decoder import InferenceDecoder
+from ospo_fast.generation.projections import PackedHead, head_projection
+from ospo_fast.generation.requests import CUDA_ROWS, Completion, Request, max_batch_size, plan_batches
+from ospo_fast.generation.sampling import Sampling
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.oom import BatchSizeLimit
+
+
+class Engine:
+    """Decodes requests of one model. It holds what batches share: decoder, embeddings, head, buffers, memory limits.
+
+    Args:
+        model: from `load_model`.
+        text: decode text tokens, not image codes.
+        batch_size: requests per batch; None for as many as are useful and fit the free memory.
+        capture: on a GPU replay the steps from a CUDA graph.
+        jacobi_window: image codes per step, see `ospo_fast.experimental.jacobi`; 0 for one.
+        decoder: a decoder of the model in place of its `InferenceDecoder`.
+
+    """
+
+    def __init__(
+        self,
+        model: UnifiedModel,
+        *,
+        text: bool = False,
+        batch_size: int | None = None,
+        capture: bool = True,
+        jacobi_window: int = 0,
+        decoder: InferenceDecoder | None = None,
+    ) -> None:
+        self.model, self.signature = model, signature(model)
+        self.decoder = decoder or InferenceDecoder(model)
+        self._batch_size, self._capture, self._item_name = batch_size, capture, "text" if text else "image"
+        self.stop_ids = tuple(model.eos_ids) if text else ()  # an image ends after its last code
+        # Of image codes: the head, and the embedding of every code. Text tokens use the model's own modules.
+        self._head = None if text else head_projection(model.head, self.decoder.packed)
+        self._table = torch.empty(
+            0 if text else model.num_codes, model.hidden_size, device=model.device, dtype=model.dtype
+        )
+        self._window = max(1, min(jacobi_window, model.grid[0] * model.grid[1] - 1))
+        self._batch_class: Callable[..., DecodeBatch] = DecodeBatch
+        if self._window > 1:
+            from ospo_fast.experimental.jacobi import JacobiDecodeBatch
+
+            self._batch_class = functools.partial(JacobiDecodeBatch, window=self._window)
+        self._batch: DecodeBatch | None = None  # kept for the next batch: its graph is captured
+        self._max_cache_bytes: int | None = None  # known once a batch has run out of memory
+        self._embed_codes()
+
+    def refresh(self) -> None:
+        """Reload the model's weights into the same buffers, so that captured graphs stay valid."""
+        self.decoder.refresh()
+        if self._head is not None:
+            self._head.refresh()
+        self._embed_codes()
+
+    def _embed_codes(self) -> None:
+        if len(self._table):
+            self._table.copy_(self.model.embed_codes(torch.arange(len(self._table), device=self.model.device)))
+
+    def embed(self, ids: Tensor, out: Tensor) -> None:
+        """Write the embeddings of tokens (M,) into `out` (M, D)."""
+        if self._head is None:
+            out.copy_(self.model.embed_tokens(ids))
+        else:
+            torch.index_select(self._table, 0, ids, out=out)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (M, D) → logits (M, V), rows contiguous."""
+        if isinstance(self._head, PackedHead):
+            return self._head(hidden)
+        return self.decoder.run_padded(self._head or self.model.text_logits, hidden)
+
+    def decode(
+        self, requests: Sequence[Request], sampling: Sampling, groups: Sequence[Hashable] | None = None
+    ) -> Iterator[tuple[list[Request], list[Completion]]]:
+        """Yield batches of requests with their results.
+
+        A batch that runs out of memory is halved and decoded again, and no later batch is larger.
+        groups: see `plan_batches`.
+        """
+        # Rounded up, so that later calls with longer prompts can reuse the buffers and the graph.
+        length = -(-max(len(r.ids) + r.max_tokens for r in requests) // 64) * 64
+        if self._batch is not None and (self._batch.sampling != sampling or self._batch.length < length):
+            self._batch = None  # before the free memory is measured
+        row_bytes = sampling.branches * self.decoder.row_bytes(length)
+        max_size = self._batch_size or max(
+            max_batch_size(self.decoder, row_bytes, self._window), self._batch.slots if self._batch is not None else 0
+        )
+        # Not the size that fits: results must not depend on the free memory.
+        useful = max(1, CUDA_ROWS // self._window) if self.decoder.device.type == "cuda" else max_size
+        pad_rows = functools.partial(self.decoder.pad_rows, batch_size=self._batch_size or useful, row_bytes=row_bytes)
+        if self._max_cache_bytes is not None:
+            max_size = max(1, min(max_size, self._max_cache_bytes // row_bytes))
+        limit = BatchSizeLimit(
+            min(max_size, len(requests)),
+            self._item_name,
+            "free some, use a smaller dtype or shorter prompts",
+        )
+        make_batch = functools.partial(
+            self._batch_class,
+            weakref.proxy(self),  # a cycle would keep the memory of both until the next garbage collection
+            sampling,
+            length=length,
+            max_tokens=max(r.max_tokens for r in requests),
+            pad_rows=pad_rows,
+            capture=self._capture,
+        )
+        planned = limit.max_size
+        batches = plan_batches(requests, groups, planned)
+        try:
+            yield from limit.run(batches, functools.partial(self._decode_batch, make_batch, limit))
+        finally:
+            if limit.max_size < planned:
+                self._max_cache_bytes = limit.max_size * row_bytes
+
+    def _decode_batch(
+        self, make_batch: Callable[..., DecodeBatch], limit: BatchSizeLimit, requests: list[Request]
+    ) -> list[Completion]:
+        if self._batch is not None and len(requests) > self._batch.slots:
+            self._batch = None  # its memory is freed first
+        try:
+            self._batch = batch = self._batch or make_batch(slots=limit.max_size)
+            batch.prefill(requests)
+            while count := batch.steps_left():
+                for _ in range(count):
+                    batch.runner(batch.step)
+            return batch.completions()
+        except BaseException:
+            self._batch = None  # free buffers and graph before a smaller batch is tried
+            raise
+
+
+@contextmanager
+def eval_mode(model: UnifiedModel) -> Iterator[None]:
+    """Switch the model to evaluation mode inside the context: a model in training generates without dropout."""
+    training = [module for module in model.module.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def signature(model: UnifiedModel) -> tuple[object, ...]:
+    """Return a signature of modules, hooks and weight addresses. A change requires a new `Engine`."""
+    found: list[object] = []
+    for root in (model.decoder, model.head):
+        for module in root.modules():
+            found += [type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+            found += [(p.data_ptr(), p.shape, p.dtype) for p in module.parameters(recurse=False)]
+    return tuple(found)

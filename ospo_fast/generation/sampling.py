@@ -1,0 +1,47 @@
+"""Settings of sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ospo_fast.errors import UsageError
+from ospo_fast.generation.validation import check_number
+from ospo_fast.ops.sample_codes import sample_codes_into
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are sampled from logits, checked at construction; see `ImageGenerator.generate`."""
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("guidance_scale", self.guidance_scale, "a number >= 0; 1 turns guidance off")
+        check_number("temperature", self.temperature, "a number >= 0; 0 takes the most likely token")
+        if self.top_k < 0:
+            raise UsageError(f"top_k: got {self.top_k}, expected an integer >= 0; 0 keeps all tokens")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p: got {self.top_p}, expected a number in (0, 1]; 1 keeps all tokens")
+
+    @property
+    def branches(self) -> int:
+        """Decoder rows per request: with guidance one with the prompt and one without."""
+        return 1 if self.guidance_scale == 1 else 2
+
+    def sample(self, logits: Tensor, **vectors: Tensor) -> None:
+        """Sample from logits (branches · rows, V), branch by branch, into `vectors`; see `sample_codes_into`."""
+        rows = len(logits) // self.branches
+        sample_codes_into(
+            logits[:rows],
+            logits[rows:] if self.branches == 2 else None,
+            guidance_scale=self.guidance_scale,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            **vectors,
+        )

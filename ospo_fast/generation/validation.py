@@ -1,0 +1,84 @@
+"""Checks of arguments. Each raises UsageError, or OspoError where the model is at fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.models.base import UnifiedModel
+
+
+def check_positive(name: str, value: int, hint: str = "") -> None:
+    """Require an integer of 1 or more."""
+    if value < 1:
+        raise UsageError(f"{name}: got {value}, expected a positive number{hint}")
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Require None or a positive number."""
+    if batch_size is not None:
+        check_positive("batch_size", batch_size, ", or None to fit the memory")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Require one of the choices."""
+    if value not in choices:
+        raise UsageError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value: float, expected: str) -> None:
+    """Require a finite number of 0 or more."""
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(f"{name}: got {value}, expected {expected}")
+
+
+def check_window(jacobi_window: int) -> None:
+    """Require 0, or an integer of 2 or more."""
+    if type(jacobi_window) is not int or jacobi_window < 0 or jacobi_window == 1:
+        raise UsageError(
+            f"jacobi_window: got {jacobi_window!r}, expected an integer of 2 or more, the codes per step, "
+            "or 0 to generate them one by one"
+        )
+
+
+def check_ids(name: str, ids: Tensor, model: UnifiedModel, new_tokens: int) -> None:
+    """Require a 1-D integer prompt that leaves `new_tokens` of the model's positions free."""
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise UsageError(f"{name}: got {ids.dtype} {tuple(ids.shape)}, expected a 1-D tensor of token ids")
+    if len(ids) == 0:
+        raise UsageError(f"{name}: got no token, expected at least one")
+    embeddings: Any = model.decoder.embed_tokens
+    if int(ids.min()) < 0 or int(ids.max()) >= embeddings.num_embeddings:
+        raise UsageError(
+            f"{name}: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to "
+            f"{embeddings.num_embeddings - 1}, the vocabulary of {model.name}"
+        )
+    if len(ids) + new_tokens > model.max_positions:
+        raise UsageError(
+            f"{name}: got {len(ids)} tokens, expected at most {model.max_positions - new_tokens} "
+            f"({model.name} has {model.max_positions} positions and needs {new_tokens} for the answer); shorten it"
+        )
+
+
+def check_guidance_has_effect(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
+    """Require that logits (N, V) with and without the prompt differ. Equal ones mean that the prompt has no effect.
+
+    prompted (N,) bool on the CPU: rows whose prompt differs from the unconditional prompt. Other rows, and rows that
+    are not finite, are skipped.
+    """
+    rounding = max(1e-4, 2 * torch.finfo(cond.dtype).eps)
+    kept = prompted.to(cond.device) & (cond.isfinite() & uncond.isfinite()).all(1)
+    cond, uncond = cond[kept].float(), uncond[kept].float()
+    if not len(cond):
+        return
+    spread = float(cond.max() - cond.min())
+    if spread > 0 and float((cond - uncond).abs().max()) <= rounding * spread:
+        raise OspoError(
+            "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
+            "check that the model is trained and its weights are complete, or pass guidance_scale=1"
+        )
