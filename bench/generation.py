@@ -1,18 +1,17 @@
-"""Codes of images by the engine, against the official loop, transformers' generate and the same compiled.
+"""Codes, texts and answers by the engine, against the official loop, transformers' generate and its compiled form.
 
-All run on one model with random weights, guided (5.0), sampled (no top-k), on prompts of the same lengths in all turns:
-random ids. Prompts of the peers are padded on the left, as theirs are. The floor of a batch is max(weights once a step,
-products) + keys and values, over the ceilings of this device; `share` is floor / time. "images" are two batches with
-their pixels, decoded during the steps of the next batch. Texts and answers to questions about images follow, against
-transformers.
+All variants run one model with random weights, guidance 5, sampling without top-k, and prompts of the same lengths:
+random ids. Prompts of the other implementations are padded on the left, as theirs are. The floor of a batch is
+max(weights once per step, products) + keys and values, over the ceilings of this device; `share` is floor / time.
+"images" are two batches with their pixels, decoded during the steps of the next batch.
 
-"drafted images" are drawn with `jacobi_window` and without, on the CPU the same ones in a turn. How many codes a step
-draws (`codes_step`) depends on the model: of random weights it says nothing about trained ones, and `step_ms`, of one
-image, is what counts. The Shapes model is trained; its images are of 36 codes in few colours, which are easy to guess.
+"drafted images" are generated with `jacobi_window` and without, on the CPU the same ones. The codes per step
+(`codes_step`) depend on the model: those of random weights say nothing about trained ones, where `step_ms` of one image
+counts. The Shapes model is trained; its images have 36 codes in few colors, which are easy to predict.
 
-On the CPU the variants take turns. On a GPU a turn of a large model takes half a minute: there they come one after the
-other, each with a first run that does not count, and every row is written as it is measured. `peak_mb` is what a
-variant holds beside the model: its first run's caches, graph and copies of weights included.
+On the CPU the variants take turns. On a GPU a run of a large model takes half a minute: the variants run one after the
+other, each with a first run that does not count, and every row is written as soon as it is measured. `peak_mb` is the
+memory of a variant without the model: caches, graph and copies of weights of its first run included.
 """
 
 import gc
@@ -35,18 +34,18 @@ from transformers import logging as transformers_logging
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from ospo_fast import load_model
-from ospo_fast.generation import ImageGenerator, Throughput, answer_questions, generate_text
-from ospo_fast.generation import decoder as lean
-from ospo_fast.generation.images import GeneratedBatch
+from ospo_fast.experimental.skinny_decoder import SkinnyDecoder
+from ospo_fast.experimental.skinny_linear import ROWS as SKINNY_ROWS
+from ospo_fast.generation import GeneratedBatch, ImageGenerator, Throughput, answer_questions, generate_text
+from ospo_fast.generation.engine import Engine
 from ospo_fast.generation.requests import CUDA_ROWS
 from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.ops.skinny_linear import ROWS as SKINNY_ROWS
 from ospo_fast.shapes.evaluate import select_prompts
 from ospo_fast.shapes.model import build_config, build_processor
 
 GUIDANCE = 5.0
-PATIENCE = 20.0  # seconds of a peer's turn on a GPU beyond which one is enough
+PATIENCE = 20.0  # seconds: on a GPU, other implementations with longer runs are timed once
 QUESTIONS = ["is there a red circle?", "is there a blue square?", "are there two green stars?"]
 WINDOWS = (4, 8, 16)
 Variant = Callable[[Any, Any], object]
@@ -113,12 +112,12 @@ def build(size: Size, device: str, dtype: torch.dtype) -> JanusUnifiedModel:
 
 
 def make_lengths(count: int, around: int) -> list[int]:
-    """Lengths of prompts, `around` on average: of a single one, where a cache of them is just larger than a bucket."""
+    """Lengths of prompts, `around` on average."""
     return torch.linspace(around * 3 // 4, around * 5 // 4, count).long().tolist() if count > 1 else [around]
 
 
 def make_prompts(model: JanusUnifiedModel, lengths: list[int]) -> list[Tensor]:
-    """Random ids, as chat prompts end: in begin-of-image."""
+    """Random ids that end in begin-of-image."""
     bos, boi = torch.tensor([model.bos_id]), torch.tensor([model.boi_id])
     vocabulary = model.decoder.config.vocab_size
     return [torch.cat((bos, torch.randint(20, vocabulary, (length - 2,)), boi)) for length in lengths]
@@ -137,8 +136,8 @@ def padded(model: JanusUnifiedModel, prompts: list[Tensor]) -> tuple[Tensor, Ten
 
 @torch.inference_mode()
 def official(model: JanusUnifiedModel, prompts: list[Tensor], *, greedy: bool = False) -> Tensor:
-    """The loop of the official code: rows (conditional, unconditional), a cache that grows by copying, a mask that
-    grows by one column a step, softmax and multinomial.
+    """The loop of the official code: rows (conditional, unconditional), softmax and multinomial; cache and mask grow by
+    copying.
     """
     core = model.module.model
     ids, mask = padded(model, prompts)
@@ -152,15 +151,15 @@ def official(model: JanusUnifiedModel, prompts: list[Tensor], *, greedy: bool = 
         logits = model.head(found.last_hidden_state[:, -1])
         cond, uncond = logits[0::2], logits[1::2]
         probs = (uncond + GUIDANCE * (cond - uncond)).softmax(-1)
-        drawn = probs.argmax(-1) if greedy else torch.multinomial(probs.float(), 1)[:, 0]
-        tokens[:, step] = drawn
-        x = model.embed_codes(drawn.repeat_interleave(2))[:, None]
+        sampled = probs.argmax(-1) if greedy else torch.multinomial(probs.float(), 1)[:, 0]
+        tokens[:, step] = sampled
+        x = model.embed_codes(sampled.repeat_interleave(2))[:, None]
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
     return tokens
 
 
 def static_cache(model: JanusUnifiedModel, length: int) -> StaticCache:
-    """Of our own making: in some versions of transformers generate() fails where it makes one for images."""
+    """Made here, since some versions of transformers fail to make one for images."""
     return StaticCache(config=model.module.config.get_text_config(decoder=True), max_cache_len=length)
 
 
@@ -176,10 +175,10 @@ def transformers_generate(model: JanusUnifiedModel, prompts: list[Tensor], cache
 
 
 def compiled(**options: Any) -> Variant:
-    """The same with the steps of the decoder under torch.compile, which generate itself does not arrange.
+    """The same with decoder steps under torch.compile; generate() does not compile them.
 
-    One cache for all turns: compiled code holds on to its address. The prompt's pass is not compiled, as transformers'
-    own text generation leaves it.
+    All runs share one cache, since compiled code relies on its address. Prefill is not compiled, as in transformers'
+    own text generation.
     """
     fast: list[Any] = []
     caches: list[StaticCache] = []
@@ -206,19 +205,22 @@ def compiled(**options: Any) -> Variant:
 
 
 class TooLargeError(Exception):
-    """The card's memory does not hold the batch: a smaller one, which the engine would take, is another case."""
+    """The memory does not hold the batch. The engine would run a smaller one, which is another case."""
 
 
-def engine(batches: int = 1, output: str = "codes", **given: Any) -> Variant:
-    made: list[ImageGenerator] = []  # one for all turns: its graph serves them
+def engine(batches: int = 1, output: str = "codes", *, skinny: bool = False, **given: Any) -> Variant:
+    """The engine; with `skinny` by `skinny_linear` in place of its fused products and the kernels around them."""
+    made: list[ImageGenerator] = []  # one for all runs: its graph serves them
 
     def run(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
-        def whole(drawn: GeneratedBatch) -> None:
-            if len(drawn.indices) < len(prompts):
-                raise TooLargeError(f"the memory holds {len(drawn.indices)} images at once, not {len(prompts)}")
+        def whole(batch: GeneratedBatch) -> None:
+            if len(batch.indices) < len(prompts):
+                raise TooLargeError(f"the memory holds {len(batch.indices)} images per batch, not {len(prompts)}")
 
         if not made:
             made.append(ImageGenerator(model, **given))
+            if skinny:
+                made[0]._engine = Engine(model, decoder=SkinnyDecoder(model), **given)
         seeds = torch.randint(2**62, (batches * len(prompts),))
         return made[0].generate(
             prompts * batches, seeds=seeds, guidance_scale=GUIDANCE, output=output, progress=False, callback=whole
@@ -227,22 +229,8 @@ def engine(batches: int = 1, output: str = "codes", **given: Any) -> Variant:
     return run
 
 
-def skinny(**given: Any) -> Variant:
-    """The engine with `skinny_linear` in place of its fused products and the kernels around them."""
-    run = engine(**given)
-
-    def switched(model: JanusUnifiedModel, prompts: list[Tensor]) -> object:
-        lean.SKINNY = True
-        try:
-            return run(model, prompts)
-        finally:
-            lean.SKINNY = False
-
-    return switched
-
-
 def check(device: str) -> None:
-    """Greedy codes in fp32 agree with the official loop's at the beginning; later rounding may part them for good."""
+    """The first greedy codes in fp32 agree with the official loop. Later ones may differ by rounding."""
     model = build(TINY, device, torch.float32)
     prompts = make_prompts(model, make_lengths(8, TINY.prompt))
     mine = ImageGenerator(model).generate(
@@ -253,17 +241,17 @@ def check(device: str) -> None:
 
 
 def check_captured(model: JanusUnifiedModel, around: int) -> None:
-    """The graph draws what the steps draw one by one, with the model that is timed."""
+    """Captured and eager steps give the same codes, with the model that is timed."""
     prompts, given = make_prompts(model, make_lengths(2, around)), {"seeds": [1, 2], "output": "codes"}
     captured, eager = (
         ImageGenerator(model, batch_size=2, capture=capture).generate(prompts, progress=False, **given)
         for capture in (True, False)
     )
-    assert torch.equal(captured, eager), "captured and single steps draw different codes"
+    assert torch.equal(captured, eager), "captured and eager steps give different codes"
 
 
 def floor_ms(model: JanusUnifiedModel, lengths: list[int], branches: int) -> float:
-    """Return the milliseconds that no batch beats: max(weights once a step, products of every code) + keys and values.
+    """Return the floor of a batch in milliseconds: max(weights once per step, products) + keys and values.
 
     lengths: of the prompts; branches: rows of each, two with guidance.
     """
@@ -275,17 +263,17 @@ def floor_ms(model: JanusUnifiedModel, lengths: list[int], branches: int) -> flo
 
 
 def in_turns(makers: Makers, inputs: Callable[[], tuple[Any, ...]], seconds: float, keep: Callable[..., None]) -> None:
-    """keep(name, timing, peak_mb) for every variant, timed in turns."""
+    """Call keep(name, timing, peak_mb) for every variant, timed in turns."""
     times = interleaved({name: make() for name, make in makers.items()}, inputs, seconds=seconds, warmup=1)
     for name, timing in times.items():
         keep(name, timing, peak_mb(makers[name](), *inputs()))
 
 
 def one_by_one(makers: Makers, inputs: Callable[[], tuple[Any, ...]], keep: Callable[..., None]) -> list[str]:
-    """keep(name, timing, peak_mb) for each variant as soon as it is measured; the names of those that failed.
+    """Call keep(name, timing, peak_mb) for each variant once it is measured; return the names of those that failed.
 
-    Each has the GPU to itself, and what it holds between its runs counts to its peak. Of the engine three runs are
-    timed, of the others one or two.
+    Each has the GPU for itself, and memory that it holds between its runs counts to its peak. Three runs of the engine
+    are timed, and one or two of the others.
     """
     failed = []
     for name, make in makers.items():
@@ -294,7 +282,7 @@ def one_by_one(makers: Makers, inputs: Callable[[], tuple[Any, ...]], keep: Call
         try:
             keep(name, *_alone(make(), inputs, name.startswith("ospo_fast"), before))
         except TooLargeError as error:
-            print(f"{name}: left out, {error}", flush=True)
+            print(f"{name}: skipped, {error}", flush=True)
         except Exception:
             traceback.print_exc()
             failed.append(name)
@@ -321,7 +309,7 @@ def _alone(run: Variant, inputs: Callable[[], tuple[Any, ...]], ours: bool, befo
 
 
 class Cases:
-    """The cases of one model: what is measured, and the rows of it, which are written as they come."""
+    """The cases of one model. Rows are written as they are measured."""
 
     def __init__(self, size: Size, out: Path, rows: list[dict[str, Any]], quick: bool) -> None:
         self.device, self.dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -333,7 +321,7 @@ class Cases:
 
     @property
     def model(self) -> JanusUnifiedModel:
-        """Built, and its graph compared with single steps, when the first case needs it."""
+        """Built, and its graph compared with eager steps, when the first case needs it."""
         if self._model is None:
             self._model = build(self.size, self.device, self.dtype)
             if self.device == "cuda":
@@ -344,7 +332,7 @@ class Cases:
         self, makers: Makers, inputs: Callable[[], tuple[Any, ...]], shapes: dict[str, int],
         figures: Callable[[str, Timing], tuple[dict[str, int], dict[str, float]]],
     ) -> None:  # fmt: skip
-        """Rows of all variants; figures(variant, timing) are the shapes that differ from `shapes`, and the figures."""
+        """Write rows of all variants; figures(variant, timing) returns shapes other than `shapes`, and metrics."""
 
         def keep(name: str, timing: Timing, peak: float) -> None:
             own, found = figures(name, timing)
@@ -364,11 +352,11 @@ class Cases:
         """Codes for `count` prompts, and images with their pixels."""
         model, cuda = self.model, self.device == "cuda"
         lengths = make_lengths(count, self.size.prompt)
-        # What the goals are about comes first, should time run out: ours, the peers, then what explains the figures.
+        # In case time runs out: first the variants that the goals compare, then those that explain the result.
         makers: dict[str, Callable[[], Variant]] = {"ospo_fast": lambda: engine(batch_size=count)}
         if cuda and 2 * count <= SKINNY_ROWS:
-            makers["ospo_fast, skinny products"] = lambda: skinny(batch_size=count)
-        if count != CUDA_ROWS:  # the engine's own optimum: peers are measured at the other sizes
+            makers["ospo_fast, skinny products"] = lambda: engine(batch_size=count, skinny=True)
+        if count != CUDA_ROWS:  # the size where the engine saturates: others are measured at the other sizes
             makers |= {"official": lambda: official, "transformers": lambda: transformers_generate}
         makers["ospo_fast, images"] = lambda: engine(2, "pil", batch_size=count)
         if not self.quick and count != CUDA_ROWS:
@@ -376,7 +364,7 @@ class Cases:
             if cuda and count == 1:
                 makers["compiled, CUDA graphs"] = lambda: compiled(mode="reduce-overhead")
         if cuda and count < CUDA_ROWS:
-            # What it costs that an image does not depend on the size of its batch.
+            # The cost of bitwise independence from the batch size.
             makers[f"ospo_fast, {CUDA_ROWS} rows"] = engine
             makers["ospo_fast, eager"] = lambda: engine(batch_size=count, capture=False)
         streamed, limits = streamed_bytes(model, lengths, 2), ceilings()
@@ -392,11 +380,11 @@ class Cases:
         self.measure(makers, lambda: (model, make_prompts(model, lengths)), shapes, figures)
 
     def drafted(self, count: int, guidance: int) -> None:
-        """Codes of `count` images one by one, and by windows of several sizes."""
+        """Codes of `count` images by single steps, and by windows of several sizes."""
         model = self.model
         texts = [description.text for _, description in select_prompts("validation", 50)]
         lengths = make_lengths(count, self.size.prompt)
-        drawn: dict[str, list[Throughput]] = {}
+        speeds: dict[str, list[Throughput]] = {}
 
         def maker(name: str, window: int) -> Callable[[], Variant]:
             def make() -> Variant:
@@ -407,7 +395,7 @@ class Cases:
                         prompts, seeds=seeds, guidance_scale=guidance, output="codes", progress=False
                     )
                     assert generator.throughput is not None
-                    drawn.setdefault(name, []).append(generator.throughput)
+                    speeds.setdefault(name, []).append(generator.throughput)
                     return codes
 
                 return run
@@ -423,24 +411,22 @@ class Cases:
         if self.device == "cpu":
             given = inputs()
             one, *several = (make()(*given) for make in makers.values())
-            assert all(torch.equal(codes, one) for codes in several), "windows draw other codes"
-            drawn.clear()
+            assert all(torch.equal(codes, one) for codes in several), "windows give other codes"
+            speeds.clear()
 
         def figures(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
             found = {"images_s": count / timing.median_ms * 1e3}
-            all_of = drawn[name][0]
-            for one in drawn[name][1:]:
-                all_of += one
-            found["codes_step"] = all_of.codes_per_step
-            if count == 1:  # the median leaves out the first run, which compiles and captures
-                found["step_ms"] = statistics.median(one.seconds / one.steps for one in drawn[name]) * 1e3
+            total = sum(speeds[name][1:], speeds[name][0])
+            found["codes_step"] = total.codes_per_step
+            if count == 1:  # the median is not affected by the first run, which compiles and captures
+                found["step_ms"] = statistics.median(one.seconds / one.steps for one in speeds[name]) * 1e3
             return {}, found
 
         shapes = {"drafted": count, "tokens": self.size.side**2, "guidance": guidance}
         self.measure(makers, inputs, shapes, figures)
 
     def texts(self, count: int, tokens: int) -> None:
-        """Texts of `tokens` tokens each, which no end token cuts short."""
+        """Texts of `tokens` tokens each, without stop tokens."""
         model = self.model
         settings, ends = model.module.generation_config, (model.eos_ids, model.module.generation_config.eos_token_id)
         lengths = make_lengths(count, self.size.prompt)
@@ -481,7 +467,7 @@ class Cases:
 
         @torch.inference_mode()
         def theirs(model: JanusUnifiedModel, images: list[Image.Image]) -> object:
-            """A batch of images for each question, and the last position's logits alone."""
+            """One batch of images per question, with the logits of the last position only."""
             pixels, answers = model._pixels(images), []
             for question in QUESTIONS:
                 ids = model.chat(template(question), image=True).to(model.device).expand(len(images), -1)
@@ -503,16 +489,16 @@ class Cases:
 
 
 def said(line: dict[str, Any]) -> str:
-    """What a row says of speed, in one line."""
+    """The speed of a row in one line."""
     shapes = ", ".join(f"{size} {name}" for name, size in line["shapes"].items() if name not in ("hidden", "layers"))
     units = {"images_s": "images/s", "texts_s": "texts/s", "answers_s": "answers/s", "gb_s": "GB/s"}
-    units |= {"codes_step": "codes a step", "step_ms": "ms a step"}
+    units |= {"codes_step": "codes per step", "step_ms": "ms per step"}
     speed = ", ".join(f"{line[key]:.2f} {unit}" for key, unit in units.items() if key in line)
     share = f", {line['share']:.0%} of the floor" if "share" in line else ""
     return f"{shapes}, {line['variant']}: {speed}{share}, {line['peak_mb']:.0f} MB"
 
 
-# In the order in which they are wanted, should time run out: (model, kind, how many).
+# (model, kind, count), the most important first in case time runs out.
 GPU_CASES = [
     (PRO_7B, "prompts", 64),
     (PRO_7B, "prompts", 1),
@@ -546,20 +532,20 @@ def run(out: Path, quick: bool) -> None:
     "shapes, 4 drafted images".
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = []
+    selected = []
     for size, kind, count in QUICK_CASES if quick else GPU_CASES if device == "cuda" else CPU_CASES:
         if chosen(f"{size.name}, {count} {kind if count > 1 else kind[:-1]}"):
-            wanted.append((size, kind, count))
-    if not wanted:
+            selected.append((size, kind, count))
+    if not selected:
         return
     transformers_logging.set_verbosity_error()  # else it explains its defaults in every turn
     check(device)
-    ceilings()  # while the memory is free
+    ceilings()  # before the memory is taken
     rows: list[dict[str, Any]] = []
     failed, cases = [], None
-    for size, kind, count in wanted:
+    for size, kind, count in selected:
         if cases is None or cases.size is not size:
-            cases = None  # its model goes before the next one's comes
+            cases = None  # its model is freed first
             if device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()

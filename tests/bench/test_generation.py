@@ -10,7 +10,7 @@ import generation as bench
 import pytest
 import torch
 
-from ospo_fast.generation.decode_batch import Canvas
+from ospo_fast.generation.decode_batch import DecodeBatch
 from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 
 
@@ -93,18 +93,18 @@ def test_a_chosen_case_is_measured_alone_and_others_stay(tmp_path: Path) -> None
     assert all(row["codes_step"] >= 1 and row["images_s"] > 0 for row in drafted.values())
 
 
-def test_a_batch_that_the_memory_does_not_hold_is_left_out_and_not_measured_as_a_smaller_one(
+def test_a_batch_that_does_not_fit_is_skipped_and_not_measured_as_a_smaller_one(
     fake_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = bench.build(bench.QUICK, "cpu", torch.float32)
-    init = Canvas.__init__
+    prefill = DecodeBatch.prefill
 
-    def crowded(self: Canvas, engine: Any, rows: int, count: int, *rest: Any, **more: Any) -> None:
-        if count > 2:
+    def limited(self: DecodeBatch, requests: list[Any]) -> None:
+        if len(requests) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        init(self, engine, rows, count, *rest, **more)
+        prefill(self, requests)
 
-    monkeypatch.setattr(Canvas, "__init__", crowded)
+    monkeypatch.setattr(DecodeBatch, "prefill", limited)
     kept: list[str] = []
     makers = {"four": lambda: bench.engine(batch_size=4), "two": lambda: bench.engine(batch_size=2)}
     for name, count in (("four", 4), ("two", 2)):
@@ -114,7 +114,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_left_out_and_not_measured_as_a
         )
         assert failed == []
     assert kept == ["two"]
-    assert "four: left out, the memory holds 2 images at once, not 4" in capsys.readouterr().out
+    assert "four: skipped, the memory holds 2 images per batch, not 4" in capsys.readouterr().out
 
 
 def test_the_floor_is_the_weights_or_the_products_and_then_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
