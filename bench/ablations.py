@@ -286,8 +286,8 @@ class Bench:
             compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)
         last = Pipeline(config, progress=False).folder(config.iterations)
-        pairs = demo.pair_figures(read_stage(last, "select"), last)
-        masks = demo.mask_figures(read_stage(last, "masks"), last) if (last / "masks.jsonl").exists() else {}
+        pairs = demo.pair_metrics(read_stage(last, "select"), last)
+        masks = demo.mask_metrics(read_stage(last, "masks"), last) if (last / "masks.jsonl").exists() else {}
         done = json.loads((last / "train" / "done.json").read_text())
         log = [json.loads(line) for line in (last / "train" / "log.jsonl").read_text().splitlines()]
         watched = [[line["step"], round(line["alignment"], 4)] for line in log if "alignment" in line]

@@ -1,14 +1,13 @@
-"""`ospo-fast demo`: all of OSPO in the Shapes world, measured before and after by the rule of `evaluate.py`.
+"""`ospo-fast demo`: all of OSPO in the Shapes world, evaluated before and after by the rule of `evaluate.py`.
 
-The stages are those of any other run, through `pipeline`; this module evaluates around them and sums up. Whatever is
-finished is kept in the run folder, so a stopped demo goes on where it was.
+The stages run through `pipeline`, as in any other run. This module evaluates the model before and after them and writes
+the summary. Finished work is kept in the run folder, so that an interrupted demo resumes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -33,29 +32,29 @@ from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
 from ospo_fast.shapes.scenes import held_out_prompts, parse
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.image_files import encode_png, open_image
+from ospo_fast.stats import standard_error
 
-logger = logging.getLogger(__name__)
-
-SEEDS = (
-    "evaluation draws with the sampling seeds, evaluate.seeds, whatever the training seed, so that runs are compared "
-    "drawing by drawing"
+SEEDS_NOTE = (
+    "evaluation uses the sampling seeds, evaluate.seeds, and never the training seed, so that runs of different seeds "
+    "are compared image by image"
 )
-GALLERY = 6  # drawings of each headline kind shown before and after
+GALLERY = 6  # prompts of each headline kind in the gallery
 
 
 def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[str, Any]:
-    """Base evaluation, the stages, tuned evaluation; writes summary.json and report/, returns the summary.
+    """Evaluate the base model, run the stages, evaluate the tuned model. Writes summary.json and report/.
 
-    `alignment_std` is the standard error of the gain; those of before and after stand beside them. `iterations` has the
-    figures of pairs, masks and stages of every iteration; those of pairs and masks at the top are the last one's, those
-    of the stages the sums (of memory, the largest) over all. Evaluation draws with `evaluate.seeds` whatever the seed
-    of the run is.
+    `alignment_std` is the standard error of the gain. `iterations` has the metrics of pairs, masks and stages of every
+    iteration. At the top level, metrics of pairs and masks are those of the last iteration, and those of the stages are
+    sums over all iterations (maxima of memory).
 
     Args:
-        config: of a run; `model` must be one of the Shapes world. `prompts.exclude` is set to the held-out prompts, in
-            place.
-        resume: go on with what the run folder holds.
-        progress: bars on stderr.
+        config: of a run on a model of the Shapes world. `prompts.exclude` is set, in place, to the held-out prompts.
+        resume: continue from the content of the run folder.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The content of summary.json.
 
     Raises:
         OspoError, UsageError: as the stages do.
@@ -65,36 +64,36 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     out = Path(config.out)
     base = load_model(config.model, device=config.device, dtype=config.dtype)
     pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
-    pipeline.prepare()  # what is asked for wrongly is said before anything is drawn or written
+    pipeline.prepare()  # a wrong request fails before anything is written
     write_atomic(out / "held_out.txt", ("\n".join(held_out_prompts()) + "\n").encode())
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
-    figures = _Figures(out / "evaluation", config.evaluate, resume=resume)
-    scale, scales = figures.guidance("base", base, progress)
-    before = figures.drawings("base", base, sorted({1.0, scale}), progress)
-    vqa = figures.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))
-    own = figures.get("vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=progress))
+    results = _Evaluations(out / "evaluation", config.evaluate, resume=resume, progress=progress)
+    scale, scales = results.guidance("base", base)
+    before = results.alignment("base", base, sorted({1.0, scale}))
+    vqa = results.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))
+    own = results.get("vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=progress))
 
     pipeline.evaluation = evaluate.build_validation(config.evaluate, scale)
-    pipeline.run(STAGE_NAMES)  # the figures of the masks are wanted even where training takes its own
+    pipeline.run(STAGE_NAMES)  # masks are measured even where training uses those of the policy
 
     tuned = pipeline.model(config.iterations + 1)
-    own_scale, own_scales = figures.guidance("tuned", tuned, progress)
-    after = figures.drawings("tuned", tuned, sorted({1.0, scale, own_scale}), progress)
-    base_own = before[scale]
+    own_scale, own_scales = results.guidance("tuned", tuned)
+    after = results.alignment("tuned", tuned, sorted({1.0, scale, own_scale}))
+    old, new, gain = before[scale].headline(), after[scale].headline(), after[scale].gain(before[scale])
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
     iterations = [
         {"iteration": n, **stage_outcome(folder, masks=config.masks.enabled), "stages": stage_metrics(folder)}
         for n, folder in enumerate(folders, 1)
     ]
     summary = {
-        "alignment_before": before[scale].headline()["alignment"],
-        "alignment_after": after[scale].headline()["alignment"],
-        "alignment_std": after[scale].gain(before[scale])["standard_error"],
-        "alignment_gain": after[scale].gain(before[scale])["alignment"],
-        "alignment_before_std": before[scale].headline()["standard_error"],
-        "alignment_after_std": after[scale].headline()["standard_error"],
-        "seeds": {"training": [config.seed], "sampling": list(config.evaluate.seeds), "note": SEEDS},
+        "alignment_before": old["alignment"],
+        "alignment_after": new["alignment"],
+        "alignment_std": gain["standard_error"],
+        "alignment_gain": gain["alignment"],
+        "alignment_before_std": old["standard_error"],
+        "alignment_after_std": new["standard_error"],
+        "seeds": {"training": [config.seed], "sampling": list(config.evaluate.seeds), "note": SEEDS_NOTE},
         "vqa_accuracy": vqa["all"],
         "vqa_by_kind": {kind: vqa[kind] for kind in evaluate.QUESTION_KINDS},
         "vqa_accuracy_own_drawings": own["all"],
@@ -105,12 +104,12 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
             "headline_kinds": list(HEADLINE),
             "guidance_scale": scale,
             "validation": {"before": scales, "after": own_scales},
-            "before": {str(s): d.headline() for s, d in before.items()},
-            "after": {str(s): d.headline() for s, d in after.items()},
+            "before": {str(s): result.headline() for s, result in before.items()},
+            "after": {str(s): result.headline() for s, result in after.items()},
             "each_at_its_best": {
                 "guidance_before": scale,
                 "guidance_after": own_scale,
-                "before": base_own.headline()["alignment"],
+                "before": old["alignment"],
                 "after": after[own_scale].headline()["alignment"],
             },
             "by_kind": _by_kind(before[scale], after[scale]),
@@ -119,66 +118,58 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         "versions": _versions(),
     }
     write_gallery(out, before[scale], after[scale])
-    summary["seconds"] = round(figures.add_seconds(time.perf_counter() - started), 1)
+    summary["seconds"] = round(results.add_seconds(time.perf_counter() - started), 1)
     write_json(out / "summary.json", summary)
     write_report(out)
     return summary
 
 
-class _Figures:
-    """Results of evaluations, kept in a folder so that a resumed demo does not draw again.
+class _Evaluations:
+    """Results of evaluations, kept in a folder so that a resumed demo does not compute them again.
 
-    A file's name ends in a digest of the weights and of the settings, so that it is used for nothing else.
+    The name of a file ends in a digest of the weights and settings that it belongs to.
     """
 
-    def __init__(self, folder: Path, settings: EvaluateConfig, *, resume: bool) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: EvaluateConfig, *, resume: bool, progress: bool) -> None:
+        self.folder = folder
+        self.options: dict[str, Any] = {
+            "per_kind": settings.per_kind, "seeds": list(settings.seeds), "progress": progress
+        }  # fmt: skip
         if not resume:
             for path in folder.glob("*.*"):
                 path.unlink()
 
     def _path(self, name: str, model: UnifiedModel, ending: str) -> Path:
-        digest = hashlib.sha256(repr((self.settings.per_kind, list(self.settings.seeds))).encode())
+        digest = hashlib.sha256(repr((self.options["per_kind"], self.options["seeds"])).encode())
         for key, tensor in sorted(model.module.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return self.folder / f"{name}-{digest.hexdigest()[:12]}.{ending}"
 
-    def get(self, name: str, model: UnifiedModel, make: Callable[[], Any]) -> Any:
+    def get(self, name: str, model: UnifiedModel, compute: Callable[[], Any]) -> Any:
+        """Return a result that JSON can hold."""
         path = self._path(name, model, "json")
         if not path.exists():
-            write_json(path, make())
+            write_json(path, compute())
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def guidance(self, name: str, model: UnifiedModel, progress: bool) -> tuple[float, dict[str, dict[str, float]]]:
-        """The model's best guidance scale on validation prompts, and the headline at each."""
-
-        def make() -> list[Any]:
-            best, found = evaluate.choose_guidance(
-                model, per_kind=self.settings.per_kind, seeds=self.settings.seeds, progress=progress
-            )
-            return [best, {str(scale): figures for scale, figures in found.items()}]
-
-        best, found = self.get(f"{name}_guidance", model, make)
+    def guidance(self, name: str, model: UnifiedModel) -> tuple[float, dict[str, dict[str, float]]]:
+        """Return the model's best guidance scale on validation prompts, and the headline at every scale."""
+        best, found = self.get(f"{name}_guidance", model, lambda: evaluate.choose_guidance(model, **self.options))
         return best, found
 
-    def drawings(
-        self, name: str, model: UnifiedModel, scales: Sequence[float], progress: bool
-    ) -> dict[float, AlignmentResult]:
-        """Test prompts drawn at each guidance scale."""
+    def alignment(self, name: str, model: UnifiedModel, scales: Sequence[float]) -> dict[float, AlignmentResult]:
+        """Return the results on test prompts at each guidance scale."""
         found = {}
         for scale in scales:
             path = self._path(f"{name}_{scale}", model, "npz")
             if not path.exists():
-                settings = self.settings
-                evaluate.evaluate_alignment(
-                    model, per_kind=settings.per_kind, guidance_scale=scale, seeds=settings.seeds, progress=progress
-                ).save(path)
+                evaluate.evaluate_alignment(model, guidance_scale=scale, **self.options).save(path)
             found[scale] = AlignmentResult.load(path)
         return found
 
     def add_seconds(self, seconds: float) -> float:
-        """The seconds of this call and of those before it."""
+        """Return the seconds of this call and of those before it."""
         path = self.folder / "seconds.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0.0
         write_json(path, before + seconds)
@@ -200,55 +191,55 @@ def _by_kind(before: AlignmentResult, after: AlignmentResult) -> dict[str, dict[
 
 
 def stage_outcome(folder: Path, *, masks: bool) -> dict[str, Any]:
-    """The figures of the pairs and of the masks that lie in the folder of an iteration."""
-    pairs = pair_figures(read_stage(folder, "select"), folder)
-    return pairs | (mask_figures(read_stage(folder, "masks"), folder) if masks else {"mask_iou": None})
+    """Return the metrics of the pairs and masks of an iteration's folder."""
+    pairs = pair_metrics(read_stage(folder, "select"), folder)
+    return pairs | (mask_metrics(read_stage(folder, "masks"), folder) if masks else {"mask_iou": None})
 
 
-def pair_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
-    """`pairs`; `pair_purity`: chosen right and rejected wrong, by the checker; the shares of either by itself.
+def pair_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
+    """Return the number of pairs, and the shares of them that the checker finds right.
 
-    A pair whose prompt is no prompt of the Shapes grammar counts as impure.
+    `pair_purity`: chosen right and rejected wrong. A prompt that is not of the Shapes grammar counts as impure.
     """
-    kept = list(iter_pairs(records))
-    items = [number for number, record in enumerate(records) for _ in iter_pairs([record])]
-    right = [_shows(out / item.pair["chosen"], item.record["prompt"]) for item in kept]
-    wrong = [not _shows(out / item.pair["rejected"], item.record["prompt"]) for item in kept]
-    pure = [r and w for r, w in zip(right, wrong, strict=True)]
+    pairs = [(number, pair) for number, record in enumerate(records) for pair in iter_pairs([record])]
+    right = [_satisfied(out / pair["chosen"], record["prompt"]) for _, (_, record, pair) in pairs]
+    wrong = [not _satisfied(out / pair["rejected"], record["prompt"]) for _, (_, record, pair) in pairs]
+    pure, items = [r and w for r, w in zip(right, wrong, strict=True)], [number for number, _ in pairs]
     return {
-        "pairs": len(kept),
-        "pair_purity": float(np.mean(pure)) if kept else None,
-        "pair_purity_std": _standard_error(pure, items),
-        "chosen_right": float(np.mean(right)) if kept else None,
-        "rejected_wrong": float(np.mean(wrong)) if kept else None,
+        "pairs": len(pairs),
+        "pair_purity": _mean(pure),
+        "pair_purity_std": standard_error(pure, items) if pure else None,
+        "chosen_right": _mean(right),
+        "rejected_wrong": _mean(wrong),
     }
 
 
-def _shows(path: Path, prompt: str) -> bool:
+def _satisfied(path: Path, prompt: str) -> bool:
     return parse(prompt) is not None and satisfies(open_image(path), prompt)
 
 
-def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None:
-    """The cells of `grid` (rows, columns) that objects, as the checker sees them, cover to an eighth or more, (H, W).
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
-    A small object in the middle of its place on the board lies on the corner of four cells and covers a fifth of each,
-    so a share of a quarter would leave it without a cell. None where the checker sees no object.
+
+def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None:
+    """Return the cells (H, W) of `grid` (rows, columns) that detected objects cover to an eighth or more, or None.
+
+    A small object in the middle of its board position is on the corner of four cells and covers a fifth of each. With a
+    limit of a quarter it would have no cell.
     """
-    seen = [thing.mask for thing in detect(image).objects]
-    if not seen:
+    masks = [thing.mask for thing in detect(image).objects]
+    if not masks:
         return None
-    pixels = np.any(seen, axis=0)
+    pixels = np.any(masks, axis=0)
     (rows, columns), (height, width) = grid, pixels.shape
     covered: np.ndarray = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.125
     return covered
 
 
-def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
-    """`mask_iou`: mean overlap of the chosen images' masks with the true objects (`object_cells`).
-
-    `mask_iou_all_ones` is what a mask of the whole image would have.
-    """
-    found, ones, items = [], [], []
+def mask_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
+    """Return the mean IoU of the chosen images' masks with the true objects, and that of masks of the whole image."""
+    ious, ones, items = [], [], []
     for number, item in enumerate(records):
         for _, _, pair in iter_pairs([item]):
             if not pair.get("mask_path"):
@@ -257,26 +248,18 @@ def mask_figures(records: Sequence[Record], out: Path) -> dict[str, Any]:
             cells = object_cells(open_image(out / pair["chosen"]), union.shape)
             if cells is None:
                 continue
-            found.append((union & cells).sum() / max((union | cells).sum(), 1))
+            ious.append((union & cells).sum() / max((union | cells).sum(), 1))
             ones.append(cells.mean())
             items.append(number)
     return {
-        "mask_iou": float(np.mean(found)) if found else None,
-        "mask_iou_std": _standard_error(found, items),
-        "mask_iou_all_ones": float(np.mean(ones)) if ones else None,
+        "mask_iou": _mean(ious),
+        "mask_iou_std": standard_error(ious, items) if ious else None,
+        "mask_iou_all_ones": _mean(ones),
     }
 
 
-def _standard_error(values: Sequence[float], items: Sequence[int]) -> float | None:
-    """Of the mean of `values`, where those of one item are no independent ones; None of nothing."""
-    if not len(values):
-        return None
-    away = np.asarray(values, float) - np.mean(values)
-    return float(np.sqrt((np.bincount(items, away) ** 2).sum()) / len(values))
-
-
 def write_gallery(out: Path, before: AlignmentResult, after: AlignmentResult) -> None:
-    """evaluation/gallery.jsonl and its images: the first prompts of each kind, first seed, whatever came of them."""
+    """Write evaluation/gallery.jsonl and its images: the first prompts of each kind, with the first seed."""
     lines = []
     taken: dict[str, int] = {}
     for index, (kind, prompt) in enumerate(zip(before.kinds, before.prompts, strict=True)):
@@ -284,10 +267,10 @@ def write_gallery(out: Path, before: AlignmentResult, after: AlignmentResult) ->
         if taken[kind] > (GALLERY if kind in HEADLINE else 2):
             continue
         line: dict[str, Any] = {"prompt": prompt, "kind": kind}
-        for name, drawn in (("before", before), ("after", after)):
+        for name, result in (("before", before), ("after", after)):
             path = f"evaluation/images/{index:04d}_{name}.png"
-            write_atomic(out / path, encode_png(drawn.images[index * len(drawn.seeds)]))
-            line[name] = {"path": path, "correct": bool(drawn.correct[index, 0])}
+            write_atomic(out / path, encode_png(result.images[index * len(result.seeds)]))
+            line[name] = {"path": path, "correct": bool(result.correct[index, 0])}
         lines.append(json.dumps(line))
     write_atomic(out / "evaluation" / "gallery.jsonl", ("\n".join(lines) + "\n").encode())
 
