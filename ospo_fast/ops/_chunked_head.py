@@ -10,6 +10,9 @@ Compiled steps write dlogits in place, over the logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,16 +23,9 @@ from ospo_fast.ops import _dispatch
 class ChunkedHead:
     """Head weights and the buffers of one call. All chunks, of up to `chunk_rows` rows, share the buffers."""
 
-    def __init__(
-        self,
-        weight: Tensor,  # (V, F)
-        bias: Tensor | None,  # (V,)
-        proj_weight: Tensor | None,  # (F, D)
-        proj_bias: Tensor | None,  # (F,)
-        chunk_rows: int,
-        fp32_logits: bool,
-        backend: str,
-    ) -> None:
+    def __init__(self, head: Sequence[Any], chunk_rows: int, fp32_logits: bool, backend: str) -> None:
+        weight: Tensor = head[0]
+        _, bias, proj_weight, proj_bias = head  # the tensors of a `Head`
         self.weight, self.proj_weight = weight, proj_weight
         self.proj_bias = None if proj_bias is None else proj_bias.contiguous()
         self.chunk_rows, self.backend = chunk_rows, backend
@@ -80,7 +76,6 @@ class ChunkedHead:
         self.project(inputs, pre, features)
         dlogits = self._logps(features, labels, None, logps, needs_grad=dhidden is not None)
         if dlogits is not None:
-            assert self.proj_weight is not None
             dpre = torch.mm(dlogits, self.weight, out=features)
             self.gelu_backward(dpre, pre)
             torch.mm(dpre, self.proj_weight, out=dhidden)
@@ -108,7 +103,6 @@ class ChunkedHead:
 
     def project(self, x: Tensor, pre: Tensor, features: Tensor) -> None:
         """Compute features = gelu(proj_weight·x + proj_bias), and `pre`, which is what `gelu_backward` reads."""
-        assert self.proj_weight is not None
         if self.backend == "cuda":
             torch.mm(x, self.proj_weight.t(), out=pre)
             _dispatch.triton("gelu").gelu(pre, self.proj_bias, features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ def attention_columns_reference(
     r = ColumnRequest.from_args(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
     maps = q.new_zeros(*columns.shape[:2], r.length, dtype=torch.float64)
     share = weight / (q.shape[1] * (r.columns >= 0).sum(-1).clamp(min=1).double())
-    request = (share, r.columns, r.row_start, r.row_count, r.key_start, r.key_end)
+    request = (share, *r.tensors[1:])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if maps.numel() and columns.shape[2]:
         _compute_torch(maps, q.double(), k.double(), None, request, scale, causal)
@@ -109,6 +110,11 @@ class ColumnRequest:
     length: int  # rows of the result
     positions: int  # S
     backend: str  # that "auto" resolves to
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """share, columns, row_start, row_count, key_start, key_end."""
+        return self.share, self.columns, self.row_start, self.row_count, self.key_start, self.key_end
 
     @staticmethod
     def from_args(
@@ -147,8 +153,7 @@ class ColumnRequest:
 
     def to(self, device: torch.device) -> ColumnRequest:
         """Move a request from the CPU to a device, in one transfer that does not synchronize."""
-        tensors = (self.columns, self.row_start, self.row_count, self.key_start, self.key_end, self.share)
-        columns, start, count, first, end, share = to_device_packed(tensors, device)
+        share, columns, start, count, first, end = to_device_packed(self.tensors, device)
         backend = _dispatch.resolve("attention_columns", "auto", device.type)
         return ColumnRequest(columns, start, count, first, end, share, self.length, self.positions, backend)
 
@@ -178,11 +183,12 @@ class ColumnRequest:
             raise OpError(f"attention_columns: out is {got}, expected {dtype} {expected} on {q.device}")
         with torch.no_grad():
             target = q.new_empty(expected, dtype=dtype) if out is None else out
+            scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+            backend = self._resolve(q, backend)
+            accumulate = out is not None
             _attention_columns(
-                target, q.detach(), k.detach(), self.share, self.columns, self.row_start, self.row_count,
-                self.key_start, self.key_end, lse, q.shape[-1] ** -0.5 if scale is None else float(scale), causal,
-                float(weight), out is not None, self._resolve(q, backend),
-            )  # fmt: skip
+                target, q.detach(), k.detach(), self.tensors, lse, scale, causal, float(weight), accumulate, backend
+            )
         return target
 
     def _resolve(self, q: Tensor, backend: str) -> str:
@@ -231,25 +237,18 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
 
 
 _BLOCK_BYTES = 4 * 2**20  # of scores per block: the fastest size on CPU, where they stay in the cache
-Request = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # as of the op, from share to key_end
 
 
 @register_op(
-    "attention_columns_(Tensor(a!) out, Tensor q, Tensor k, Tensor share, Tensor columns, Tensor row_start,"
-    " Tensor row_count, Tensor key_start, Tensor key_end, Tensor? lse, float scale, bool causal, float weight,"
-    " bool accumulate, str backend) -> ()",
+    "attention_columns_(Tensor(a!) out, Tensor q, Tensor k, Tensor[] request, Tensor? lse, float scale, bool causal,"
+    " float weight, bool accumulate, str backend) -> ()",
     fake=lambda out, *_: None,
 )
 def _attention_columns(
     out: Tensor,
     q: Tensor,
     k: Tensor,
-    share: Tensor,
-    columns: Tensor,
-    row_start: Tensor,
-    row_count: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    request: Sequence[Tensor],  # `ColumnRequest.tensors`
     lse: Tensor | None,
     scale: float,
     causal: bool,
@@ -257,11 +256,11 @@ def _attention_columns(
     accumulate: bool,
     backend: str,
 ) -> None:
+    share, columns, *bounds = request
     if out.numel() == 0 or columns.shape[2] == 0:
         if not accumulate:
             out.zero_()
         return
-    bounds = (row_start, row_count, key_start, key_end)
     if backend == "triton":
         kernels = _dispatch.triton("attention_columns")
         kernels.attention_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)
@@ -276,7 +275,7 @@ def _attention_columns(
 
 
 def _compute_native(
-    maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Request, scale: float, causal: bool
+    maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Sequence[Tensor], scale: float, causal: bool
 ) -> None:
     """Write the mean probabilities to maps (B, O, length), which holds zeros."""
     q, k = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k))
@@ -312,7 +311,7 @@ def _compute_native(
 
 
 def _compute_torch(
-    maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Request, scale: float, causal: bool
+    maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Sequence[Tensor], scale: float, causal: bool
 ) -> None:
     share, columns, row_start, row_count, key_start, key_end = request
     (B, heads, S, D), kv, (_, objects, length), dtype = q.shape, k.shape[1], maps.shape, maps.dtype

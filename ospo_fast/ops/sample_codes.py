@@ -260,6 +260,3 @@ def _check(
     if not 0 < top_p <= 1:
         raise OpError(f"sample_codes: top_p is {top_p}, expected 0 < top_p <= 1 (1 = all codes)")
     return cond.shape[0]
-
-
-draw_codes = sample_codes_into  # until the engine imports the new name

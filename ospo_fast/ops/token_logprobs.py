@@ -11,6 +11,7 @@ GEMMs, so its backward recomputes the logits of each chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,14 +98,14 @@ def token_logprobs(
         chunk_rows = _default_chunk_rows(head.num_codes, 4 if fp32_logits else hidden.element_size(), device)
     backend = _dispatch.resolve("token_logprobs", backend, device, hidden.dtype)
     options = TokenLogprobsOptions(ignore_index, chunk_rows, fp32_logits, backend, check_finite)
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long(), *head.tensors)
+    x, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     with torch.autocast(device, enabled=False):
         logps: Tensor
         if torch.is_grad_enabled() and (head.trainable or hidden.requires_grad):
             function: Any = _TrainableHead if head.trainable else _FrozenHead
-            logps = function.apply(options, *tensors)
+            logps = function.apply(options, x, flat_labels, *head.tensors)
         else:
-            logps = _token_logprobs(False, *tensors, *options.flat())[0]
+            logps = _token_logprobs(False, x, flat_labels, head.tensors, *options.flat())[0]
     return logps.reshape(labels.shape)
 
 
@@ -161,7 +162,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: TokenLogprobsOptions, x: Tensor, labels: Tensor, *head: Any) -> Tensor:
-        logps, dhidden, packed_row = _token_logprobs(True, x, labels, *head, *options.flat())
+        logps, dhidden, packed_row = _token_logprobs(True, x, labels, head, *options.flat())
         ctx.save_for_backward(dhidden, packed_row)
         ctx.backend = options.backend
         return logps
@@ -181,7 +182,7 @@ class _TrainableHead(torch.autograd.Function):
     def forward(ctx: Any, options: TokenLogprobsOptions, x: Tensor, labels: Tensor, *head: Any) -> Tensor:
         ctx.save_for_backward(x, labels, *head)
         ctx.options = options
-        return _token_logprobs(False, x, labels, *head, *options.flat())[0]
+        return _token_logprobs(False, x, labels, head, *options.flat())[0]
 
     @staticmethod
     @once_differentiable
@@ -189,14 +190,14 @@ class _TrainableHead(torch.autograd.Function):
         x, labels, *head = ctx.saved_tensors
         _, x_needs_grad, _, *head_needs_grad = ctx.needs_input_grad
         needs_grad = [x_needs_grad, *head_needs_grad]
-        grads = _token_logprobs_backward(needs_grad, grad, x, labels, *head, *ctx.options.flat())
+        grads = _token_logprobs_backward(needs_grad, grad, x, labels, head, *ctx.options.flat())
         dx, *dhead = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
         return None, dx, None, *dhead
 
 
 # ---------------------------------------------------------------- the ops
 
-_INPUTS = "Tensor x, Tensor labels, Tensor weight, Tensor? bias, Tensor? proj_weight, Tensor? proj_bias"
+_INPUTS = "Tensor x, Tensor labels, Tensor?[] head"  # of `Head.tensors`
 
 
 def _new_results(needs_dhidden: bool, x: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,10 +217,7 @@ def _token_logprobs(
     needs_dhidden: bool,
     x: Tensor,  # (N, D)
     labels: Tensor,  # (N,)
-    weight: Tensor,  # (V, F)
-    bias: Tensor | None,
-    proj_weight: Tensor | None,  # (F, D)
-    proj_bias: Tensor | None,
+    head: Sequence[Any],
     ignore_index: int,
     chunk_rows: int,
     fp32_logits: bool,
@@ -232,15 +230,15 @@ def _token_logprobs(
     them. packed_row (N,) is the row of dhidden that belongs to each row of x, -1 for an ignored one.
     """
     labels = labels.contiguous()  # kernels read it by address
-    rows, count = _active_rows(labels, ignore_index, weight.shape[0])
+    rows, count = _active_rows(labels, ignore_index, len(head[0]))
     active_labels = labels if rows is None else labels.index_select(0, rows)
-    head = ChunkedHead(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
+    chunked = ChunkedHead(head, min(chunk_rows, count), fp32_logits, backend)
     logps = x.new_empty(count, dtype=result_dtype(x))
     dhidden = x.new_empty(x.shape if needs_dhidden else (0, x.shape[1]))
     for begin in range(0, count, chunk_rows):
         chunk = slice(begin, min(begin + chunk_rows, count))
         rows_of_x = chunk if rows is None else rows[chunk]
-        head.forward(x, rows_of_x, active_labels[chunk], logps[chunk], dhidden[chunk] if needs_dhidden else None)
+        chunked.forward(x, rows_of_x, active_labels[chunk], logps[chunk], dhidden[chunk] if needs_dhidden else None)
     dhidden[count:].zero_()
     if rows is not None:
         logps = logps.new_zeros(len(labels)).index_copy_(0, rows, logps)
@@ -256,7 +254,7 @@ def _token_logprobs(
 @register_op(
     f"token_logprobs_backward(bool[] needs_grad, Tensor grad, {_INPUTS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda needs_grad, _, x, labels, *args: _new_grads(x, args[:4], needs_grad, (x.dtype,) * 5),
+    fake=lambda needs_grad, grad, x, labels, head, *_: _new_grads(x, head, needs_grad, (x.dtype,) * 5),
     synchronizes=True,
 )
 def _token_logprobs_backward(
@@ -264,10 +262,7 @@ def _token_logprobs_backward(
     grad: Tensor,  # (N,)
     x: Tensor,
     labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_bias: Tensor | None,
+    head: Sequence[Any],
     ignore_index: int,
     chunk_rows: int,
     fp32_logits: bool,
@@ -276,27 +271,27 @@ def _token_logprobs_backward(
 ) -> tuple[Tensor, ...]:
     # Rows without a gradient are ignored too: they cost nothing, and a NaN in one of them cannot reach the weights.
     labels, grad = torch.where(grad == 0, ignore_index, labels).contiguous(), grad.contiguous()
-    rows, count = _active_rows(labels, ignore_index, weight.shape[0])
-    head = ChunkedHead(weight, bias, proj_weight, proj_bias, min(chunk_rows, count), fp32_logits, backend)
+    rows, count = _active_rows(labels, ignore_index, len(head[0]))
+    chunked = ChunkedHead(head, min(chunk_rows, count), fp32_logits, backend)
+    weight, proj_weight = chunked.weight, chunked.proj_weight
     # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
     wide = result_dtype(x)
     weights_dtype = x.dtype if count <= chunk_rows else wide
-    dtypes = (x.dtype, weights_dtype, wide, weights_dtype, wide)
-    grads = _new_grads(x, (weight, bias, proj_weight, proj_bias), needs_grad, dtypes)
+    grads = _new_grads(x, head, needs_grad, (x.dtype, weights_dtype, wide, weights_dtype, wide))
     dx, dweight, dbias, dproj_weight, dproj_bias = grads
     with torch.autocast(x.device.type, enabled=False):
         for begin in range(0, count, chunk_rows):
             chunk = slice(begin, min(begin + chunk_rows, count))
             rows_of_x = chunk if rows is None else rows[chunk]
-            inputs = head.gather_rows(x, rows_of_x)
-            pre, features = (inputs, inputs) if proj_weight is None else head.project_into_buffers(inputs)
-            dlogits = head.logits_grad(features, labels[rows_of_x], grad[rows_of_x])
+            inputs = chunked.gather_rows(x, rows_of_x)
+            pre, features = (inputs, inputs) if proj_weight is None else chunked.project_into_buffers(inputs)
+            dlogits = chunked.logits_grad(features, labels[rows_of_x], grad[rows_of_x])
             _accumulate(dweight, dbias, needs_grad[1:3], dlogits, features)
             # Products go into buffers that are not read again: dpre into features, dinputs into inputs.
             dlast, last_weight = dlogits, weight
             if proj_weight is not None and (needs_grad[0] or needs_grad[3] or needs_grad[4]):
                 dlast, last_weight = torch.mm(dlogits, weight, out=features), proj_weight
-                head.gelu_backward(dlast, pre)
+                chunked.gelu_backward(dlast, pre)
                 _accumulate(dproj_weight, dproj_bias, needs_grad[3:5], dlast, inputs)
             if needs_grad[0]:
                 # A slice is a view of x itself, which must survive: its gradient goes straight to dx.
@@ -322,7 +317,7 @@ def _accumulate(dweight: Tensor, dbias: Tensor, needs_grad: list[bool], grad: Te
 
 
 def _new_grads(
-    x: Tensor, head: tuple[Tensor | None, ...], needs_grad: list[bool], dtypes: tuple[torch.dtype, ...]
+    x: Tensor, head: Sequence[Any], needs_grad: list[bool], dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor, ...]:
     """Zeros for each needed gradient of x and of the head's tensors; an empty tensor for each other."""
     return tuple(

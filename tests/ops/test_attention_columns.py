@@ -283,7 +283,7 @@ def test_poisoned_memory(backend: str) -> None:
 def test_opcheck() -> None:
     q, k, columns = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randint(-1, 9, (2, 3, 2))
     bounds = [torch.tensor(v) for v in ([1, 4], [5, 2], [0, 1], [9, 9])]
-    inputs = (q, k, torch.rand(2, 3), columns, *bounds)
+    inputs = (q, k, [torch.rand(2, 3), columns, *bounds])
     for lse in (None, full_lse(q, k)):
         for accumulate, backend in ((False, "cpp"), (True, "torch")):
             options = (lse, 0.5, True, 2.0, accumulate, backend)

@@ -260,13 +260,13 @@ def test_strided_arguments_of_the_ops(backend: str) -> None:
     for labels in (torch.tensor(3).expand(6), torch.randint(23, (6, 2))[:, 1]):
         for needs_dhidden in (True, False):
             mine, best = (
-                torch.ops.ospo_fast.token_logprobs(needs_dhidden, x, y, *head.tensors, *options)
+                torch.ops.ospo_fast.token_logprobs(needs_dhidden, x, y, head.tensors, *options)
                 for x, y in ((hidden, labels), (plain(hidden), plain(labels)))
             )
             torch.testing.assert_close(mine, best)
         for grad in (torch.randn(6, 2)[:, 1], torch.tensor(2.0).expand(6)):
             mine, best = (
-                torch.ops.ospo_fast.token_logprobs_backward([True] * 5, g, x, y, *head.tensors, *options)
+                torch.ops.ospo_fast.token_logprobs_backward([True] * 5, g, x, y, head.tensors, *options)
                 for g, x, y in ((grad, hidden, labels), (plain(grad), plain(hidden), plain(labels)))
             )
             torch.testing.assert_close(mine, best)
@@ -304,7 +304,7 @@ def test_chunks_of_a_trained_head_share_their_buffers(kind: str, all_active: boo
         options = TokenLogprobsOptions(-100, chunk, False, "cpp", False).flat()
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            arguments = [True] * 5, torch.ones(24), hidden, labels, *head.tensors, *options
+            arguments = [True] * 5, torch.ones(24), hidden, labels, head.tensors, *options
             torch.ops.ospo_fast.token_logprobs_backward(*arguments)
         events = profile.profiler.kineto_results.events()
         matrices = [e for e in events if e.name() == "[memory]" and e.nbytes() >= 2 * 64 * 4]
@@ -398,7 +398,7 @@ def test_no_grad_keeps_no_dhidden() -> None:
     with torch.no_grad():
         assert not token_logprobs(hidden.requires_grad_(), trainable(head), labels).requires_grad
     options = TokenLogprobsOptions(-100, 3, False, "torch", False).flat()
-    logps, dhidden, _ = torch.ops.ospo_fast.token_logprobs(False, hidden.detach(), labels, *head.tensors, *options)
+    logps, dhidden, _ = torch.ops.ospo_fast.token_logprobs(False, hidden.detach(), labels, head.tensors, *options)
     assert dhidden.numel() == 0
     torch.testing.assert_close(logps, token_logprobs(hidden, head, labels).detach())
 
@@ -478,11 +478,11 @@ def test_opcheck(backend: str) -> None:
     head, hidden, labels = make_head(MLP, bias=True), torch.randn(7, 16), some_labels(7)
     options = TokenLogprobsOptions(-100, 3, False, backend, False).flat()
     for needs_dhidden in (True, False):
-        arguments = needs_dhidden, hidden, labels, *head.tensors, *options
+        arguments = needs_dhidden, hidden, labels, head.tensors, *options
         torch.library.opcheck(torch.ops.ospo_fast.token_logprobs, arguments)
     linear = make_head(LINEAR, bias=False)
     for weights, needs_grad in ((head, [True, True, True, True, False]), (linear, [True, True, False, False, False])):
-        arguments = needs_grad, torch.randn(7), hidden, labels, *weights.tensors, *options
+        arguments = needs_grad, torch.randn(7), hidden, labels, weights.tensors, *options
         torch.library.opcheck(torch.ops.ospo_fast.token_logprobs_backward, arguments)
     packed_row = torch.tensor([0, 1, -1, 2, 3, -1, 4])
     torch.library.opcheck(torch.ops.ospo_fast.scale_rows, (hidden, packed_row, torch.randn(7), backend))

@@ -215,10 +215,10 @@ def test_opcheck(mlp: bool) -> None:
     labels[2] = -100
     options, ops = TokenLogprobsOptions(-100, 3, False, "cuda", False).flat(), torch.ops.ospo_fast
     for needs_dhidden in (True, False):
-        torch.library.opcheck(ops.token_logprobs, (needs_dhidden, hidden, labels, *head.tensors, *options))
+        torch.library.opcheck(ops.token_logprobs, (needs_dhidden, hidden, labels, head.tensors, *options))
     needs_grad = [True, True, True, mlp, mlp]
     grad = torch.randn(7, device="cuda")
-    torch.library.opcheck(ops.token_logprobs_backward, (needs_grad, grad, hidden, labels, *head.tensors, *options))
+    torch.library.opcheck(ops.token_logprobs_backward, (needs_grad, grad, hidden, labels, head.tensors, *options))
     packed_row = torch.tensor([0, 1, -1, 2, 3, -1, 4], device="cuda")
     torch.library.opcheck(ops.scale_rows, (hidden, packed_row, grad, "cuda"))
 
