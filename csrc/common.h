@@ -77,7 +77,7 @@ struct BlockTensors {
 void block_columns(const BlockTensors& tensors, const ScoreBlock& block, const ColumnSizes& sizes, float scale,
                    bool causal, int threads);
 
-// linear, gelu, rms_norm, silu_mul, decode_attention: one step of a Llama decoder in float32 ---------------------------
+// linear, gelu, rms_norm, silu_mul, decode_attention: one step of a Llama decoder in float32 --------------------------
 
 // Weights (columns, depth) are packed in panels of linear_columns() columns: (panel, depth, column), zero-padded.
 int64_t linear_columns();
@@ -96,9 +96,9 @@ void add_rms_norm(const float* delta, float* residual, const float* weight, floa
 // out (rows, width) = silu(gate) · up; a row of gate_up is gate (width), then up (width).
 void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t width, int threads);
 
-// One new token per row of qkv (q heads, k heads, v heads), at position lengths[row] of cache slot slots[row]: rotates q
+// One new token per row of qkv (q, k, v heads), at position lengths[row] of cache slot slots[row]. Rotates q
 // and k by that row of cos and sin (positions, width), writes k and v to the cache, and attends to positions
-// 0 … lengths[row]. A row of length -1 gets zeros and leaves its slot unchanged. width is a multiple of 16, at most 256.
+// 0 … lengths[row]. A row of length -1 gets zeros and leaves its slot unchanged. width: a multiple of 16, at most 256.
 // shared_slots: rows may share a slot at different lengths; all keys and values are written before any is read.
 void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
                       const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,

@@ -98,7 +98,9 @@ void pack_linear(const float* weight, float* packed, int64_t columns, int64_t de
         for (int64_t c = 0; c < width; ++c) {
             const int64_t column = p * width + c;
             float* target = packed + p * depth * width + c;
-            for (int64_t k = 0; k < depth; ++k) target[k * width] = column < columns ? weight[column * depth + k] : 0.0f;
+            for (int64_t k = 0; k < depth; ++k) {
+                target[k * width] = column < columns ? weight[column * depth + k] : 0.0f;
+            }
         }
 }
 

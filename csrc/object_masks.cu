@@ -1,4 +1,4 @@
-// Object masks on the GPU: one block per image, whose objects are computed side by side by teams of warps. Float
+// Object masks on the GPU: one block per image, in which teams of warps compute several objects at once. Float
 // operations that decide a bit of a mask are intrinsics, as in otsu.cuh: the results are those of object_masks.cpp.
 #include "common.h"
 #include "launch.h"

@@ -25,10 +25,12 @@ struct OtsuBuffers {
     int* counts;   // (bins)
     __device__ OtsuBuffers(float* start, int cells, int bins)
         : map(start), edges(map + cells), sums(edges + bins + 1), counts(reinterpret_cast<int*>(sums + 3 * bins)) {}
-    __host__ __device__ static constexpr size_t bytes(size_t cells, size_t bins) { return (cells + 5 * bins + 1) * sizeof(float); }
+    __host__ __device__ static constexpr size_t bytes(size_t cells, size_t bins) {
+        return (cells + 5 * bins + 1) * sizeof(float);
+    }
 };
 
-// The first bin with the maximum variance, in all threads of the team.
+// The first bin with the maximum variance, in every thread of the team.
 template <class Team>
 __device__ int first_argmax(const Team& team, float variance, int bin, OtsuScratch& scratch) {
     const auto take_better = [&](float other, int other_bin) {
@@ -84,7 +86,7 @@ __device__ inline void prefix_sums(float* values, int count) {
     for (; from < count; ++from) sum = values[from] = __fadd_rn(sum, values[from]);
 }
 
-// Otsu's threshold of the map in the buffers, whose extrema are low and high, in all threads of the team. NaN if the
+// Otsu's threshold of the map in the buffers, which reaches from low to high, in every thread of the team. NaN if the
 // range is too small for the bins.
 template <class Team>
 __device__ float otsu(const Team& team, const OtsuBuffers& buffers, int cells, float low, float high, int bins,

@@ -108,7 +108,7 @@ struct Cut {
     uint64_t missing;  // `need` minus the weight of the entries above it
 };
 
-// Radix selection, 11 bits of the keys per pass. Without weights each entry weighs 1. 0 < need <= the sum of the weights.
+// Radix selection, 11 bits of the keys per pass. Without weights each entry weighs 1. 0 < need <= sum of the weights.
 Cut find_cut(const uint32_t* keys, const uint64_t* weights, int64_t count, uint64_t need, std::vector<uint64_t>& sums) {
     uint32_t prefix = 0;
     for (int shift = 22; shift >= 0; shift -= 11) {

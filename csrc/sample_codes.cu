@@ -1,5 +1,5 @@
-// sample_codes on the GPU, one block per row, with the codes of sample_codes.cpp for equal logits. Without truncation, a
-// row is read once. With truncation, its keys are kept in shared memory if they fit, and radix selection finds the cuts.
+// sample_codes on the GPU, one block per row. Equal logits give the codes of sample_codes.cpp. Without truncation a row
+// is read once. With truncation its keys stay in shared memory if they fit, and radix selection finds the cuts.
 // Float operations that decide a code are intrinsics, which nvcc does not contract to FMA.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -267,7 +267,7 @@ struct Cut {
     uint64_t mass;     // the weight of the codes with this key
 };
 
-// Radix selection among the codes in ascending order(code, key), 8 bits per pass, in all threads. Codes weigh
+// Radix selection among the codes in ascending order(code, key), 8 bits per pass, in every thread. Codes weigh
 // weight(key); 0 < need(sum of the weights) <= that sum.
 template <class Keys, class Order, class Weight, class Need>
 __device__ Cut find_cut(const Keys& keys, Order order, Weight weight, Need need, Sums& sums) {
@@ -307,7 +307,7 @@ __device__ Cut find_cut(const Keys& keys, Order order, Weight weight, Need need,
     return cut;
 }
 
-// `sample` from the codes that top_k and top_p keep. One block per multiprocessor: with more, sm_80 would spill registers.
+// `sample` from the codes that top_k and top_p keep. One block per multiprocessor: with more, sm_80 spills registers.
 template <class T, bool staged>
 __global__ void __launch_bounds__(kThreads, 1) sample_truncated(Arguments a) {
     extern __shared__ __align__(16) uint32_t shared[];

@@ -7,9 +7,9 @@
 
 namespace ospo {
 
-// Raise the limit of `kernel` on the current `device` to what the device allows in addition to the kernel's static
-// shared memory, and set `max_bytes` to it. The limit belongs to the kernel, not to a launch: if each launch set its own
-// size, it could fall below that of a launch in another thread. So it is set once, to the maximum.
+// Set the limit of `kernel` on the current `device` to the maximum, once, and return it in `max_bytes`: what the device
+// allows minus the kernel's static shared memory. A limit per launch could fall below that of a concurrent launch,
+// because it belongs to the kernel.
 template <auto kernel>
 cudaError_t raise_shared_limit(int device, size_t& max_bytes) {
     static std::mutex mutex;

@@ -6,7 +6,7 @@ namespace ospo {
 constexpr int MAX_THREADS = 256;  // per block
 constexpr int MAX_WARPS = MAX_THREADS / 32;
 
-// A whole block, or a power of two of neighboring warps with a named barrier of their own.
+// A whole block, or a power of two of neighboring warps. Each such team has its named barrier.
 template <bool WHOLE_BLOCK>
 struct ThreadTeam {
     int threads, index, thread, warp;
@@ -30,7 +30,7 @@ struct ExtremaScratch {
     T low[MAX_WARPS], high[MAX_WARPS];
 };
 
-// The minimum of low and the maximum of high over the team, in all its threads.
+// The minimum of low and the maximum of high over the team, in each of its threads.
 template <class T, class Team>
 __device__ void reduce_extrema(const Team& team, T& low, T& high, ExtremaScratch<T>& scratch) {
     for (int step = 16; step; step >>= 1) {

@@ -1,4 +1,4 @@
-// The softmax step of token_logprobs between its GEMMs, in place on the logits. One thread computes a whole row, so that
+// The softmax step of token_logprobs between its GEMMs, in place on the logits. One thread computes a whole row, so
 // results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? res
     }
     // Loaded after the logits, so that their loads do not wait for it.
     const unsigned label = static_cast<unsigned>(a.labels[row]);
-    // One thread writes the label's element. It reads its logit before the barriers, after which logits are overwritten.
+    // One thread writes the label's element. It reads the logit before the barriers, after them logits are overwritten.
     const auto owns_label = [&] { return label / N % threads == threadIdx.x; };
     T target{}, target_bias{};
     const auto take_label = [&] {

@@ -158,7 +158,7 @@ def split_kernel(
     for member in tl.static_range(GROUP):
         head = kv_head * GROUP + member
         q = rotate(qkv + (row * (GROUP + 2) * kv_heads + head) * WIDTH, c, s, d, inside, WIDTH)
-        # Rounded to the dtype of the model, as the model does. log2(e) makes exp2 the exponential.
+        # Round to the dtype of the model, as the model does. log2(e) makes exp2 the exponential.
         q = q.to(qkv.dtype.element_ty).to(tl.float32) * (scale * 1.4426950408889634)
         maximum = tl.full((LANES,), float("-inf"), tl.float32)
         total = tl.zeros((LANES,), tl.float32)

@@ -13,7 +13,7 @@ def load_input(pre, bias, width, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets and mask of the program's part of a row, pre + bias there, and its normal CDF, in fp32."""
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    offsets = tl.program_id(0).to(tl.int64) * width + columns  # N·F exceeds 2³¹
+    offsets = tl.program_id(0).to(tl.int64) * width + columns  # N·F can exceed 2³¹
     x = tl.load(pre + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
@@ -49,7 +49,7 @@ def gelu_backward_kernel(
 
 
 def gelu(pre: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write GELU of pre + bias to out: pre, out (N, F) contiguous float, bias (F,) or None; out may be pre."""
+    """Write GELU(pre + bias) to out. pre, out (N, F): contiguous float. bias: (F,) or None. out may be pre."""
     rows, width = pre.shape
     if pre.numel():
         with torch.cuda.device_of(pre):
@@ -57,7 +57,7 @@ def gelu(pre: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def gelu_backward(grad: Tensor, pre: Tensor, bias: Tensor | None) -> None:
-    """Multiply grad in place by gelu′(pre + bias): grad, pre (N, F) contiguous float, bias (F,) or None."""
+    """Multiply grad in place by gelu′(pre + bias). grad, pre (N, F): contiguous float. bias: (F,) or None."""
     rows, width = pre.shape
     if pre.numel():
         with torch.cuda.device_of(pre):

@@ -23,11 +23,11 @@ def add_rms_norm_kernel(
     offsets = row * width + columns
     x = tl.load(residual + offsets, mask=inside, other=0.0)
     if ADD:
-        # Rounded to the dtype of the model before it is squared, as the model does.
+        # Round the sum to its dtype before squaring it, as the model does.
         x = (x.to(tl.float32) + tl.load(delta + offsets, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(residual + offsets, x, mask=inside)
     values = x.to(tl.float32)
-    # IEEE rounding, as in the reference: "/" and sqrt are approximate.
+    # div_rn and sqrt_rn round like the reference; "/" and sqrt are approximate.
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(values * values, 0), width * 1.0) + eps))
     factor = tl.load(weight + columns, mask=inside, other=0.0)
     normed = (values * scale).to(x.dtype).to(tl.float32) * factor.to(tl.float32)
@@ -35,7 +35,7 @@ def add_rms_norm_kernel(
 
 
 def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    """Run the kernel on delta (M, D) or None, residual (M, D), weight (D,), out (M, D), contiguous, of one dtype."""
+    """Run the kernel. delta (M, D) or None, residual (M, D), weight (D,), out (M, D): contiguous, one dtype."""
     rows, width = residual.shape
     if not residual.numel():
         return

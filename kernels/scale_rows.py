@@ -17,7 +17,7 @@ def scale_rows_kernel(
     width,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # N·D exceeds 2³¹
+    row = tl.program_id(0).to(tl.int64)  # N·D can exceed 2³¹
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source, scale = tl.load(packed_row + row), tl.load(scales + row)
     # A row without a gradient is zero. Its dhidden may be NaN, so it is not read.

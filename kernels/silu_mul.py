@@ -21,13 +21,13 @@ def silu_mul_kernel(
     gate = tl.load(gate_up + 2 * row * width + columns, mask=inside, other=0.0)
     up = tl.load(gate_up + (2 * row + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
     x = gate.to(tl.float32)
-    # silu is rounded to the dtype of the model before it is multiplied, as the model does. "/" is approximate.
+    # Round silu to the dtype of the model before the multiplication, as the model does. "/" is approximate.
     silu = tl.div_rn(x, 1.0 + tl.exp(-x)).to(gate.dtype).to(tl.float32)
     tl.store(out + row * width + columns, (silu * up).to(out.dtype.element_ty), mask=inside)
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> None:
-    """Run the kernel on gate_up (M, 2·I) and out (M, I), contiguous and of one dtype."""
+    """Run the kernel. gate_up (M, 2·I), out (M, I): contiguous, one dtype."""
     rows, width = out.shape
     if out.numel():
         with torch.cuda.device_of(out):

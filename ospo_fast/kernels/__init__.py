@@ -1,7 +1,7 @@
 """The Triton kernels, one file per operation.
 
-The sources lie in `kernels/` at the root of the repository and are installed into this package. In a checkout, and in
-an editable install, this package looks for them at the root.
+The sources are in `kernels/` at the root of the repository and are installed into this package. In a checkout and in an
+editable install, this package finds them at the root.
 """
 
 from pathlib import Path

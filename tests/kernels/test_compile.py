@@ -34,7 +34,7 @@ def check(arch: int, lines: list[str], summary: str) -> None:
 
 
 def test_every_kernel_compiles_as_it_is_launched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # In processes of their own, because this one may run kernels in the interpreter.
+    # In other processes, because this one may run kernels in the interpreter.
     path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)}
     commands = [[sys.executable, str(SCRIPT), *map(str, archs)] for archs in ARCHS]

@@ -71,7 +71,7 @@ def test_rows_of_own_slots(
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 32), (3, 1, 24)])
 def test_rows_that_share_a_slot(heads: int, kv_heads: int, width: int) -> None:
-    """A window across a split, its last row first, a row with a slot of its own, and a row without a token."""
+    """A window across a split, its last row first, a row that shares nothing, and a row without a token."""
     lengths = torch.tensor([SPLIT + 1, SPLIT, SPLIT - 1, 5, -1], device=DEVICE)
     slots = torch.tensor([1, 1, 1, 0, 2], device=DEVICE)
     filled = torch.full((2, 3, kv_heads, 2 * SPLIT, width), torch.nan, device=DEVICE)

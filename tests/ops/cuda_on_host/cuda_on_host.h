@@ -1,6 +1,6 @@
-// The part of CUDA that the kernels of csrc/ use, on the host: their arithmetic and synchronization are tested without a
-// GPU. Every thread of a block is a fiber. It runs to its next barrier or shuffle and waits there for its block, warp or
-// team. Compile with -ffp-contract=off.
+// The part of CUDA that the kernels of csrc/ use, on the host, to test their arithmetic and synchronization without a
+// GPU. Every thread of a block is a fiber. It runs to its next barrier or shuffle and waits there for its block, warp
+// or team. Compile with -ffp-contract=off.
 #pragma once
 
 #include <math.h>
