@@ -180,7 +180,7 @@ class Pipeline:
         Raises:
             UsageError: an unknown stage, a missing input, a shard of training, or settings other than those that the
                 store was made with.
-            OspoError: whatever the stage raises, or a folder that cannot be written.
+            OspoError: an error of the stage, or a folder that cannot be written.
 
         """
         stage, out = find_stage(name), self.folder(iteration)
