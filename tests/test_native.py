@@ -8,7 +8,7 @@ from ospo_fast.ops._dispatch import DTYPES
 
 
 def native() -> types.ModuleType:
-    """The compiled module. Imported by each test: without it these tests fail, and the run continues."""
+    """The compiled module. Imported by each test: without it these tests fail, but collection does not."""
     return importlib.import_module("ospo_fast._C")
 
 
@@ -29,12 +29,14 @@ def masks(maps: torch.Tensor, threads: int) -> list[torch.Tensor]:
     return [*out, weights]
 
 
-def codes(
+def sampled(
     cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads: int, top_k: int = 0, top_p: float = 1.0
 ) -> torch.Tensor:
-    steps, out, bad = (torch.full_like(seeds, value) for value in (5, -7, -1))
+    steps, out, errors = (torch.full_like(seeds, value) for value in (5, -7, -1))
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
-    native().sample_codes(*pointers, 0, 0, out.data_ptr(), bad.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads)
+    native().sample_codes(
+        *pointers, 0, 0, out.data_ptr(), errors.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads
+    )
     return out
 
 
@@ -47,10 +49,10 @@ def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tu
     return logits, logps
 
 
-def scaled(unit: torch.Tensor, places: torch.Tensor, scales: torch.Tensor, threads: int = 1) -> torch.Tensor:
-    out = torch.full_like(unit, torch.nan)
-    pointers = (tensor.data_ptr() for tensor in (unit, places, scales, out))
-    native().scale_rows(*pointers, DTYPES[unit.dtype], *unit.shape, threads)
+def scaled(dhidden: torch.Tensor, scales: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    out, packed_row = torch.full_like(dhidden, torch.nan), torch.arange(len(dhidden))
+    pointers = (tensor.data_ptr() for tensor in (dhidden, packed_row, scales, out))
+    native().scale_rows(*pointers, DTYPES[dhidden.dtype], *dhidden.shape, threads)
     return out
 
 
@@ -60,34 +62,34 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     maps = torch.rand(7, 3, 23, 29)
     assert all(torch.equal(one, three) for one, three in zip(masks(maps, 1), masks(maps, 3), strict=True))
     cond, uncond, seeds = torch.randn(37, 1021), torch.randn(37, 1021), torch.randint(2**62, (37,))
-    assert torch.equal(codes(cond, uncond, seeds, 1), codes(cond, uncond, seeds, 3))
-    assert torch.equal(codes(cond, uncond, seeds, 1, 99, 0.9), codes(cond, uncond, seeds, 3, 99, 0.9))
+    assert torch.equal(sampled(cond, uncond, seeds, 1), sampled(cond, uncond, seeds, 3))
+    assert torch.equal(sampled(cond, uncond, seeds, 1, 99, 0.9), sampled(cond, uncond, seeds, 3, 99, 0.9))
     labels, scales = torch.randint(1021, (37,)), torch.randn(37)
     for one, three in zip(softmax_step(cond, labels, 1), softmax_step(cond, labels, 3), strict=True):
         assert torch.equal(one, three)
-    assert torch.equal(scaled(cond, torch.arange(37), scales, 1), scaled(cond, torch.arange(37), scales, 3))
+    assert torch.equal(scaled(cond, scales, 1), scaled(cond, scales, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.3, -7.7, 2.0**-20, 1e30])
-def test_numbers_of_two_bytes_are_read_and_rounded_as_torch_does(dtype: torch.dtype, scale: float) -> None:
+def test_16_bit_conversions_equal_those_of_torch(dtype: torch.dtype, scale: float) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
-    out = scaled(every, torch.arange(64), torch.full((64,), scale))
+    out = scaled(every, torch.full((64,), scale))
     torch.testing.assert_close(out, (every.float() * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_exponentials_of_the_softmax_step() -> None:
-    # A row of 0 and x, with a sum that is known: the residual of x is -exp(x) / (1 + exp(x)).
+    # The gradient of x in a row (0, x) is -exp(x) / (1 + exp(x)).
     x = -torch.cat([torch.rand(20_000) * 87, torch.tensor([0.0, 1e-30, 86.9, 88.0, 100.0, 1e30, torch.inf])])
     rows = torch.stack([torch.zeros_like(x), x], 1)
-    residual, _ = softmax_step(rows, torch.zeros(len(x), dtype=torch.int64), 1)
+    grad, _ = softmax_step(rows, torch.zeros(len(x), dtype=torch.int64), 1)
     exact = -x.double().exp() / (1 + x.double().exp())
-    error = (residual[:, 1].double() - exact).abs() / exact.abs().clamp(min=2.0**-126)
+    error = (grad[:, 1].double() - exact).abs() / exact.abs().clamp(min=2.0**-126)
     assert error[x > -86.9].max() < 4e-7
-    assert error.max() <= 1  # below the normal numbers: zero
+    assert error.max() <= 1  # 0 in place of a subnormal number
 
 
-def test_a_map_without_threshold_leaves_the_others_alone() -> None:
+def test_maps_without_a_threshold_do_not_change_others() -> None:
     maps = torch.rand(6, 8, 8)
     maps[0, 3, 3] = torch.nan
     maps[1, 7, 7] = torch.inf
