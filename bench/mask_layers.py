@@ -69,7 +69,8 @@ class Pairs:
             assert len(ready) == len(part), tasks
             codes = torch.cat([task.codes for task in ready])
             columns = [task.objects.columns for task in ready for _ in SIDES]
-            masks = extract_masks(extractor, self.model, [task.ids for task in ready for _ in SIDES], codes, columns)
+            prompts = [task.objects.ids for task in ready for _ in SIDES]
+            masks = extract_masks(extractor, self.model, prompts, codes, columns)
             unions += list(masks.found.union.bool().cpu().numpy())
         return self.compare(unions)
 

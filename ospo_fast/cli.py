@@ -226,7 +226,8 @@ def _generate(args: argparse.Namespace) -> int:
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
     from ospo_fast.stages.generate import generate
-    from ospo_fast.stages.prompt_files import check_prompt, numbered_prompts
+    from ospo_fast.stages.object_tokens import check_prompt
+    from ospo_fast.stages.prompt_files import numbered_prompts
 
     _silence_libraries()
     file = args.prompts_file

@@ -22,8 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast, final
+from typing import Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError
 
@@ -182,34 +181,11 @@ def from_official(flat: Mapping[str, Any]) -> Record:
     return cast(Record, record)
 
 
-def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_valid, value))
-
-
-def _is_string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(side), str) for side in SIDES)
-
-
-def _is_metadata(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
-
-
 _STRINGS = (
     "t2i_category sub_category prompt concepts_and_relations relation kind chosen rejected rejected_prompt "
     "question_reason mask_path reason mask_reason"
 )
 _STRING_LISTS = "perturbed_method negative_prompt long_prompt negative_long_prompt question nouns"
-_FIELD_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(_STRINGS.split(), (_is_string, "a string")),
-    **dict.fromkeys(_STRING_LISTS.split(), (_is_list_of(_is_string), "a list of strings")),
-    "further_pairs": (_is_list_of(_is_pair), "objects with chosen and rejected"),
-    "base_metadata": (_is_metadata, "an object that maps image names to objects"),
-    "negative_metadata": (_is_metadata, "an object that maps image names to objects"),
-}
 
 
 def validate(flat: object, where: str) -> dict[str, Any]:
@@ -221,12 +197,28 @@ def validate(flat: object, where: str) -> dict[str, Any]:
     """
     if not isinstance(flat, dict):
         raise OspoError(f"{where}: a record is a JSON object, got {type(flat).__name__}.")
+
+    def check(names: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
+        for name in names.split():
+            if flat.get(name) is not None and not is_valid(flat[name]):
+                raise OspoError(f"{where}: `{name}` should be {expected}, got {flat[name]!r}.")
+
     if not (isinstance(flat.get("item_id"), str) and flat["item_id"]):
         raise OspoError(f"{where}: `item_id` should be a non-empty string, got {flat.get('item_id')!r}.")
-    for name, (is_valid, expected) in _FIELD_CHECKS.items():
-        if flat.get(name) is not None and not is_valid(flat[name]):
-            raise OspoError(f"{where}: `{name}` should be {expected}, got {flat[name]!r}.")
+    check(_STRINGS, "a string", lambda value: isinstance(value, str))
+    check(_STRING_LISTS, "a list of strings", lambda value: isinstance(value, list) and _all_are(str, value))
+    check("further_pairs", "a list of pairs", lambda value: isinstance(value, list) and all(map(_is_pair, value)))
+    metadata = "base_metadata negative_metadata"
+    check(metadata, "an object of objects", lambda value: isinstance(value, dict) and _all_are(dict, value.values()))
     return flat
+
+
+def _all_are(kind: type, values: Iterable[object]) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, dict) and _all_are(str, map(value.get, SIDES))
 
 
 def stable_hash(*parts: object) -> int:
@@ -361,8 +353,7 @@ def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, entry {number}", value
 
 
-@final
-class Store:
+class Store(contextlib.AbstractContextManager["Store"]):
     """The only writer of a JSONL store; a context manager.
 
     Opening creates the file and its folder, locks it, removes a torn last line and reads the ids that it holds.
@@ -445,17 +436,8 @@ class Store:
         os.ftruncate(self._file.fileno(), size)
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Close the file and release the lock."""
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

@@ -101,14 +101,8 @@ def resolve_auto_layers(
 ) -> MasksConfig:
     """Return the settings with the layers and heads that replace "auto".
 
-    They are selected once for a run folder and kept in `out`/masks/layers.json, with the mean score of every layer, or
-    of every head as "layer.head".
-
-    Args:
-        settings: `layers` is "auto"; `choose` names the rule, "contrast" by default.
-        pairs: the pairs of the run.
-        model: the model whose attention is compared.
-        out: the run folder.
+    They are selected once for a run folder, by the rule `choose` ("contrast" by default), and kept in
+    `out`/masks/layers.json with the mean score of every layer, or of every head as "layer.head".
 
     Raises:
         OspoError: no run folder, no pair with an object, or a file that cannot be read.
@@ -142,7 +136,7 @@ def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedMode
     search = LayerSearch(dataclasses.replace(settings, **changes), by_head=by_head)
     scores: list[Tensor] = []
     for tasks in chunked(_select_tasks(pairs, model, settings, out), settings.batch_size):
-        prompts = [task.ids for task in tasks for _ in range(2)]
+        prompts = [task.objects.ids for task in tasks for _ in range(2)]
         columns = [task.objects.columns for task in tasks for _ in range(2)]
         masks = extract_masks(search, model, prompts, torch.cat([task.codes for task in tasks]), columns).cpu()
         assert masks.scores is not None

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import check_writable, stable_hash, write_atomic, write_json
-from ospo_fast.stages.image_files import encode_png, is_finished, open_image, save_image
-from ospo_fast.stages.images import sampling_settings
+from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,45 +66,27 @@ def generate(
         OspoError: `out` cannot be written (checked first), or no image could be generated.
 
     """
-    from ospo_fast.generation import ImageGenerator, ImageWriter
-
-    sampling = sampling_settings(config.images)
-    weights = _fingerprint(model)
-    plan = [
-        (out / f"{i:04d}_{n}.png", {"prompt": prompt, "seed": config.seed + n, **sampling, "weights": weights})
+    files, weights = ImageFiles(model, config.images), _fingerprint(model)
+    plan = {
+        out / f"{i:04d}_{n}.png": {"prompt": prompt, "seed": config.seed + n, **files.sampling, "weights": weights}
         for i, prompt in enumerate(prompts)
         for n in range(num)
-    ]
+    }
     check_writable(out)
-    todo = [(path, settings) for path, settings in plan if not (resume and is_finished(path, settings))]
-    failed = {path for path, _ in todo}
-
-    def save(index: int, codes: Tensor, image: Image) -> None:
-        path, settings = todo[index]
-        save_image(path, image, codes, settings)
-        failed.discard(path)
-
-    generator = ImageGenerator(model, batch_size=config.images.batch_size, jacobi_window=config.images.jacobi_window)
-    with ImageWriter(model, save) as writer:
-        generator.generate(
-            [settings["prompt"] for _, settings in todo],
-            seeds=[settings["seed"] for _, settings in todo],
-            output="codes",
-            callback=lambda batch: writer.take(batch.indices, batch.codes),
-            progress=progress,
-            on_error="skip",
-            **sampling,
-        )
+    todo = {path: settings for path, settings in plan.items() if not (resume and is_finished(path, settings))}
+    with files:
+        ids = [model.image_prompt(settings["prompt"]) for settings in todo.values()]
+        failed = files.generate(ids, todo, progress=progress)
     reason = "the model's logits were not finite"
-    existing = [path for path, _ in plan if path not in failed]
+    existing = [path for path in plan if path not in failed]
     if not existing:
         raise OspoError(f"No image could be generated: {reason}; check its weights.")
     entries: list[dict[str, Any]] = []
-    for path, settings in plan:
+    for path, settings in plan.items():
         entry = {"path": path.name, "prompt": settings["prompt"], "seed": settings["seed"]}
         entries.append(entry | ({"path": None, "reason": reason} if path in failed else {}))
     sheet = out / "sheet.png"
     write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
-    result = {"model": config.model, "sheet": str(sheet), **sampling, "images": entries}
+    result = {"model": config.model, "sheet": str(sheet), **files.sampling, "images": entries}
     write_json(out / "sheet.json", result)
-    return {**result, "drawing": None if generator.throughput is None else generator.throughput.figures()}
+    return {**result, "drawing": None if files.throughput is None else files.throughput.figures()}

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ospo_fast.config import ImagesConfig
 from ospo_fast.errors import Failure, OspoError, attempt
+from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import Pair, write_atomic
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # What zipfile raises for a damaged archive: a wrong checksum, another compression, a flag that says "encrypted".
 _BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
@@ -77,6 +82,60 @@ def is_finished(path: Path, settings: dict[str, Any]) -> bool:
         return False
     stored = attempt(load_codes, codes)
     return not isinstance(stored, Failure) and all(stored.get(name) == value for name, value in settings.items())
+
+
+class ImageFiles(ImageWriter):
+    """Generates images and writes their files in the background; leaving the context waits for the files."""
+
+    def __init__(self, model: UnifiedModel, settings: ImagesConfig) -> None:
+        super().__init__(model, self._save_numbered)
+        names = ("guidance_scale", "temperature", "top_k", "top_p")
+        self.sampling = {name: getattr(settings, name) for name in names}
+        self.throughput: Throughput | None = None  # of all images so far
+        self._generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
+        self._paths: list[Path] = []  # by the numbers that the writer gets
+        self._unwritten: dict[Path, dict[str, Any]] = {}
+
+    def _save_numbered(self, number: int, codes: Tensor, image: Image) -> None:
+        path = self._paths[number]
+        save_image(path, image, codes, self._unwritten[path])
+        del self._unwritten[path]
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        files: dict[Path, dict[str, Any]],
+        *,
+        groups: Sequence[Hashable] | None = None,
+        progress: bool = False,
+    ) -> set[Path]:
+        """Generate one image for each prompt, ids (S,), and file: path → settings with its `seed`; return what failed.
+
+        See `ImageGenerator.generate`.
+        """
+        first = len(self._paths)
+        self._paths += files
+        self._unwritten |= files
+        codes = self._generator.generate(
+            prompts,
+            seeds=[settings["seed"] for settings in files.values()],
+            output="codes",
+            callback=lambda batch: self.take([first + n for n in batch.indices], batch.codes),
+            progress=progress,
+            on_error="skip",
+            groups=groups,
+            **self.sampling,
+        )
+        if (new := self._generator.throughput) is not None:
+            self.throughput = new if self.throughput is None else self.throughput + new
+        failed = {self._paths[first + n] for n in (codes < 0).any(1).nonzero().flatten().tolist()}
+        for path in failed:
+            del self._unwritten[path]
+        return failed
+
+    def wait_for(self, paths: Iterable[Path]) -> None:
+        """Block until these files are written."""
+        self.wait(lambda: self._unwritten.keys().isdisjoint(paths))
 
 
 def image_codes(model: UnifiedModel, paths: Sequence[Path]) -> list[Tensor | Failure]:

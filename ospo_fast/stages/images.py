@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ospo_fast.config import Config, ImagesConfig
+from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ROLES, ImageVerdict, Record, chunked, stable_hash
 from ospo_fast.stages import StageContext
-from ospo_fast.stages.image_files import is_finished, save_image
+from ospo_fast.stages.image_files import ImageFiles, is_finished
 from ospo_fast.stages.prompt_files import image_prompt_ids
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from ospo_fast.generation import Throughput
 
 CHUNK = 32  # items between two writes to the store; of six images each, they fill two batches on a GPU
 
@@ -33,6 +27,10 @@ class PlannedImage:
     path: str
     prompt: str
     seed: int
+
+    def settings(self, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Return everything that the image depends on, apart from the model."""
+        return {"prompt": self.prompt, "seed": self.seed, **sampling}
 
 
 def plan_images(record: Record, seed: int, draws: int = 1, prompts: str = "dense") -> list[PlannedImage]:
@@ -59,11 +57,6 @@ def plan_images(record: Record, seed: int, draws: int = 1, prompts: str = "dense
     return plan
 
 
-def sampling_settings(config: ImagesConfig) -> dict[str, Any]:
-    """Return the settings that an image depends on besides its prompt and seed."""
-    return {name: getattr(config, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
-
-
 def run(
     records: Iterable[Record],
     model: UnifiedModel,
@@ -76,77 +69,39 @@ def run(
 
     Each PNG has an .npz next to it with `codes` (T,), prompt, seed and sampling settings. Finished images are not
     generated again. Images are written in the background while the next chunk is generated, so records come out one
-    chunk late, once their images are on disk.
-
-    Args:
-        records: with `long_prompt` and `negative_long_prompt`.
-        model: generates the images.
-        config: section `images`.
-        out: the run folder.
-        context: `report.drawing` is set after each chunk to the throughput of all images so far.
+    chunk late, once their images are on disk. `context.report.drawing` is the throughput of all images so far.
 
     Raises:
         OspoError: no run folder was given, or it cannot be written.
 
     """
-    from ospo_fast.generation import GeneratedBatch, ImageGenerator, ImageWriter
-
     if out is None:
         raise OspoError("images: got no run folder; give `out`, where the images go.")
-    folder, settings, context = out, config.images, context or StageContext()
-    sampling = sampling_settings(settings)
-    generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
-    throughput: Throughput | None = None
-    unwritten: dict[int, PlannedImage] = {}  # by running number
-    finished: list[Record] = []  # of the chunk before, whose images have the numbers `awaited`
-    awaited = range(0)
-
-    def npz_settings(image: PlannedImage) -> dict[str, Any]:
-        return {"prompt": image.prompt, "seed": image.seed, **sampling}
-
-    def save(number: int, codes: Tensor, image: Image) -> None:
-        planned = unwritten[number]
-        save_image(folder / planned.path, image, codes, npz_settings(planned))
-        del unwritten[number]
-
-    with ImageWriter(model, save) as writer:
-
-        def when_written(finished: list[Record], numbers: range) -> list[Record]:
-            writer.wait(lambda: unwritten.keys().isdisjoint(numbers))
-            return finished
-
+    settings, context = config.images, context or StageContext()
+    previous: list[Record] = []  # the records of the chunk before
+    awaited: list[Path] = []  # the files that they need
+    with ImageFiles(model, settings) as files:
         for chunk in chunked(records, CHUNK):
             plans = [plan_images(record, config.seed, settings.draws, settings.prompts) for record in chunk]
-            todo = [image for plan in plans for image in plan if not is_finished(out / image.path, npz_settings(image))]
-            ids: dict[str, Any] = {prompt: image_prompt_ids(model, prompt) for prompt in {i.prompt for i in todo}}
-            failures = {i.path: ids[i.prompt] for i in todo if isinstance(ids[i.prompt], Failure)}
-            todo = [image for image in todo if image.path not in failures]
-            numbers = range(awaited.stop, awaited.stop + len(todo))
-            unwritten.update(zip(numbers, todo, strict=True))
-
-            def take(batch: GeneratedBatch, numbers: range = numbers) -> None:
-                writer.take([numbers[n] for n in batch.indices], batch.codes)
-
-            if todo:
-                codes = generator.generate(
-                    [ids[image.prompt] for image in todo],
-                    seeds=[image.seed for image in todo],
-                    output="codes",
-                    callback=take,
-                    progress=False,
-                    on_error="skip",
-                    groups=[image.path.rsplit("/", 1)[0] for image in todo],  # the images of an item
-                    **sampling,
-                )
-                for n in (codes < 0).any(1).nonzero().flatten().tolist():
-                    failures[unwritten.pop(numbers[n]).path] = Failure("the model's logits were not finite")
-                if generator.throughput is not None:
-                    throughput = generator.throughput if throughput is None else throughput + generator.throughput
-                    context.report.drawing = throughput.figures()
-            yield from when_written(finished, awaited)
-            finished = [_add_images(record, plan, failures) for record, plan in zip(chunk, plans, strict=True)]
-            awaited = numbers
-        yield from when_written(finished, awaited)
+            planned = [(image, image.settings(files.sampling)) for plan in plans for image in plan]
+            missing = [image for image, values in planned if not is_finished(out / image.path, values)]
+            ids: dict[str, Any] = {p: image_prompt_ids(model, p) for p in {image.prompt for image in missing}}
+            failures = {i.path: ids[i.prompt] for i in missing if isinstance(ids[i.prompt], Failure)}
+            todo = {out / image.path: image for image in missing if image.path not in failures}
+            failed = files.generate(
+                [ids[image.prompt] for image in todo.values()],
+                {path: image.settings(files.sampling) for path, image in todo.items()},
+                groups=[path.parent for path in todo],  # the images of an item
+            )
+            failures |= {todo[path].path: Failure("the model's logits were not finite") for path in failed}
+            if files.throughput is not None:
+                context.report.drawing = files.throughput.figures()
+            files.wait_for(awaited)
+            yield from previous
+            previous = [_add_images(record, plan, failures) for record, plan in zip(chunk, plans, strict=True)]
+            awaited = list(todo)
+        files.wait_for(awaited)
+        yield from previous
 
 
 def _add_images(record: Record, plan: list[PlannedImage], failures: dict[str, Failure]) -> Record:

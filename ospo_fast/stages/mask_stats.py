@@ -14,18 +14,16 @@ from ospo_fast.records import SIDES, Record
 
 
 def pair_stats(unions: Tensor, entropies: Tensor, layers: list[int], selected: Tensor | None) -> dict[str, Any]:
-    """Return `mask_stats` of a pair.
+    """Return `mask_stats` of a pair from its unions (2, H, W) and the entropies (L, 2, O) of its attention maps.
 
-    Args:
-        unions: (2, H, W), of chosen and rejected.
-        entropies: (L, 2, O) of the attention maps of each layer.
-        layers: the L layers.
-        selected: (2, O) indices into `layers`, where one was selected for each object.
+    selected (2, O): indices into the L `layers`, where one was selected for each object.
 
     Returns:
-        {"layers", "iou": of the two masks, None if both are empty, "alarms": ["chosen: empty", …], "chosen" and
-        "rejected": {"coverage": share of cells in the mask, "entropy": of each layer the mean over the objects,
-        "picked": the selected layers}}.
+        "layers": the L layers.
+        "iou": of the two masks; None if both are empty.
+        "alarms": such as "chosen: empty".
+        "chosen", "rejected": "coverage" (share of cells in the mask), "entropy" (per layer, mean over the objects) and
+        "picked" (the selected layers).
 
     """
     iou = mask_iou(unions[0], unions[1])
@@ -44,10 +42,8 @@ def pair_stats(unions: Tensor, entropies: Tensor, layers: list[int], selected: T
 def run_stats(records: Iterable[Record]) -> dict[str, Any]:
     """Return the statistics of a run, from the records of its masks stage.
 
-    Returns:
-        Pairs with and without masks (an item without a pair counts once), the reasons of the latter, nouns without a
-        token, alarms, and the means of coverage, overlap and entropy per layer; a mean of nothing is None.
-
+    They count pairs with and without masks (an item without a pair counts once), the reasons of the latter, alarms and
+    nouns without a token, and hold the means of coverage, overlap and entropy per layer; a mean of nothing is None.
     """
     masked: list[dict[str, Any]] = []
     reasons, unmatched = Counter[str](), 0

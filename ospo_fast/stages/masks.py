@@ -26,7 +26,6 @@ from ospo_fast.stages import StageContext
 from ospo_fast.stages.image_files import locate, pair_codes
 from ospo_fast.stages.mask_stats import pair_stats
 from ospo_fast.stages.object_tokens import ObjectTokens, find_objects
-from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 
 if TYPE_CHECKING:
@@ -74,15 +73,7 @@ class MaskExtractor:
         self.settings = settings
 
     def capture(self, model: UnifiedModel, columns: Columns, batch: Batch, *, stop_early: bool) -> AttentionCapture:
-        """Return the context manager for the forward pass of a batch.
-
-        Args:
-            model: the model that runs.
-            columns: of each sequence of the batch, see `Columns`.
-            batch: from `teacher_forced`.
-            stop_early: end the pass after the last layer that is captured.
-
-        """
+        """Return the context manager for the forward pass of a batch from `teacher_forced`; see `AttentionCapture`."""
         settings = self.settings
         return self.capture_type(
             model,
@@ -146,16 +137,7 @@ def build_extractor(
 def extract_masks(
     extractor: MaskExtractor, model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, columns: Columns
 ) -> Masks:
-    """Compute the masks of N images in one forward pass.
-
-    Args:
-        extractor: see `build_extractor`.
-        model: the model whose attention is read.
-        prompts: N prompts, ids (S,).
-        codes: (N, T).
-        columns: see `Columns`.
-
-    """
+    """Compute the masks of N images in one forward pass; prompts: N × ids (S,), codes (N, T)."""
     batch = teacher_forced(model, prompts, codes)
     with extractor.capture(model, columns, batch, stop_early=True) as capture:
         hidden_states(model, batch.embeds)
@@ -167,7 +149,6 @@ class MaskTask:
     """A pair to compute masks of."""
 
     item: ItemPair
-    ids: Tensor  # (S,) of the prompt
     objects: ObjectTokens
     codes: Tensor  # (2, T): chosen, rejected
 
@@ -175,18 +156,14 @@ class MaskTask:
 def mask_tasks(
     pairs: Sequence[ItemPair], model: UnifiedModel, match: str, out: Path | None
 ) -> list[MaskTask | Failure]:
-    """Tokenize the prompts, find their objects and read the codes of the images."""
+    """Find the objects of the prompts and read the codes of the images."""
     tasks: list[MaskTask | Failure] = []
     for item, codes in zip(pairs, pair_codes(model, [item.pair for item in pairs], out), strict=True):
-        ids = image_prompt_ids(model, item.record["prompt"])
-        objects = ids if isinstance(ids, Failure) else find_objects(item.record, model, match)
-        if isinstance(objects, Failure):
-            tasks.append(objects)
-        elif isinstance(codes, Failure):
-            tasks.append(codes)
+        objects = find_objects(item.record, model, match)
+        if isinstance(objects, Failure) or isinstance(codes, Failure):
+            tasks.append(objects if isinstance(objects, Failure) else cast(Failure, codes))
         else:
-            assert isinstance(ids, Tensor)
-            tasks.append(MaskTask(item, ids, objects, codes))
+            tasks.append(MaskTask(item, objects, codes))
     return tasks
 
 
@@ -198,7 +175,7 @@ def run(
     out: Path | None = None,
     context: StageContext | None = None,
 ) -> Iterator[Record]:
-    """Add `objects` and, to each pair, `mask_path` and `mask_stats`, or the `mask_reason` for no mask.
+    """Add `objects`, and to each pair `mask_path` and `mask_stats`, or `mask_reason` if it has no mask.
 
     A pair fails if the model cannot tokenize its prompt, if no object has a token, or if its images cannot be read.
     The file of a pair holds for chosen and rejected: `*_maps` (O, H, W) f32 in [0, 1], `*_thresholds` (O,) f32,
@@ -226,7 +203,7 @@ def run(
         yield cast(Record, {**record, "pairs": pairs, **found[0][1]})  # the objects are those of the first pair
 
 
-# What a pair gets, and what its item gets if it is the first.
+# The fields to add to a pair, and those to add to its item if the pair is its first.
 _Result = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -239,13 +216,13 @@ def _compute_masks(
     records: Sequence[Record], model: UnifiedModel, extractor: MaskExtractor, out: Path
 ) -> Iterator[_Result]:
     settings = extractor.settings
-    # An item without a pair takes a place too: the last bits of a map depend on the pairs of its batch, and these
-    # should not depend on how many items before have none.
+    # Windows count items without a pair, too. The last bits of a map depend on its batch, and this way the window of a
+    # pair depends only on its position in the store.
     entries = (pair for record in records for pair in (*iter_pairs([record]), *([] if record.get("pairs") else [None])))
     for window in chunked(entries, settings.batch_size * WINDOW):
         pairs = [pair for pair in window if pair is not None]
         tasks = mask_tasks(pairs, model, settings.match, out)
-        ready = sorted((task for task in tasks if isinstance(task, MaskTask)), key=lambda task: len(task.ids))
+        ready = sorted((task for task in tasks if isinstance(task, MaskTask)), key=lambda task: len(task.objects.ids))
         results: dict[str, _Result] = {}
         for batch in chunked(ready, settings.batch_size):
             results |= _write_masks(batch, model, extractor, out)
@@ -258,7 +235,7 @@ def _write_masks(tasks: list[MaskTask], model: UnifiedModel, extractor: MaskExtr
 
     columns = [task.objects.columns for task in tasks] * 2
     codes = torch.stack([task.codes for task in tasks], dim=1).flatten(0, 1)
-    result = extract_masks(extractor, model, [task.ids for task in tasks] * 2, codes, columns).cpu()
+    result = extract_masks(extractor, model, [task.objects.ids for task in tasks] * 2, codes, columns).cpu()
     masks = result.found
     results: dict[str, _Result] = {}
     for n, task in enumerate(tasks):

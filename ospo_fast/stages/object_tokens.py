@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from torch import Tensor
 
 from ospo_fast.errors import Failure, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ObjectSpan, Record
-
-logger = logging.getLogger(__name__)
+from ospo_fast.stages.prompt_files import check_length, image_prompt_ids
 
 _PLACES = (
     "left right top bottom side row rows column columns front behind range middle center centre corner edge above "
@@ -35,25 +33,19 @@ _DETERMINER = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|ei
 
 @dataclass(frozen=True)
 class ObjectTokens:
-    """The objects of an item that have tokens in its prompt."""
+    """A tokenized prompt and its objects."""
 
+    ids: Tensor  # (S,) of the prompt
     nouns: list[str]  # all nouns of the item
-    spans: list[ObjectSpan]  # of each object
-    columns: list[list[int]]  # of each object: the indices of its tokens in the prompt's ids
+    spans: list[ObjectSpan]  # of each object that has tokens
+    columns: list[list[int]]  # of each such object: the indices of its tokens in `ids`
     unmatched: dict[str, str]  # nouns without a token, and why
 
 
 def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectTokens | Failure:
-    """Find the objects of a record's prompt and their tokens.
+    """Find the objects of a record's prompt (`extract_nouns`) and their tokens.
 
-    Args:
-        record: see `extract_nouns`.
-        model: its tokenizer decides.
-        match: "offsets" aligns tokens by character offsets; "substring" is the official match (`tokens_by_substring`).
-
-    Returns:
-        A Failure if the model cannot tokenize the prompt or no object has a token.
-
+    match: "offsets" aligns tokens by character offsets, "substring" is the official match (`tokens_by_substring`).
     """
     prompt, nouns = record["prompt"], extract_nouns(record)
     if not nouns:
@@ -62,25 +54,25 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectToken
     if isinstance(tokenized, Failure):
         return tokenized
     ids, offsets = tokenized
-    found = ObjectTokens(nouns, [], [], {})
+    if (failure := check_length(model, prompt, ids)) is not None:
+        return failure
+    found = ObjectTokens(ids, nouns, [], [], {})
     tokens = [model.detokenize([i]) for i in ids.tolist()] if match == "substring" else []
     for noun in nouns:
-        spans, reason = find_spans(noun, prompt), Failure("no token of the prompt stands for it")
-        if match == "substring":  # which needs no whole word of the prompt
-            pieces = attempt(_pieces, noun, model)
-            if isinstance(pieces, Failure):
-                columns, reason = [], pieces
-            else:
-                columns = tokens_by_substring(pieces, tokens)
-            spans = spans or [span for i in columns if (span := offsets[i]) is not None]
-        else:
+        spans, columns, reason = find_spans(noun, prompt), [], "no token of the prompt stands for it"
+        if match == "offsets":
             columns = find_tokens(noun, prompt, offsets)
-            reason = reason if spans else Failure("the prompt does not hold it as a word")
+            reason = reason if spans else "the prompt does not hold it as a word"
+        elif isinstance(pieces := attempt(_pieces, noun, model), Failure):
+            reason = pieces.reason
+        else:  # needs no whole word of the prompt
+            columns = tokens_by_substring(pieces, tokens)
+            spans = spans or [span for i in columns if (span := offsets[i]) is not None]
         if columns and spans:
             found.spans.append({"text": noun, "start": spans[0][0], "end": spans[0][1]})
             found.columns.append(columns)
         else:
-            found.unmatched[noun] = reason.reason
+            found.unmatched[noun] = reason
     if not found.columns:
         return Failure(f"no token of the prompt matches {', '.join(repr(noun) for noun in nouns)}")
     return found
@@ -100,8 +92,7 @@ def extract_nouns(record: Record) -> list[str]:
     1. `nouns` of the record.
     2. The model's own analysis: of each concept the longest ending that is a term of a relation, or its last word. From
        "red ceiling fan" and "(ceiling fan, red)" comes "ceiling fan".
-    3. The nouns that spaCy finds in the prompt, if spaCy and its small English pipeline are installed.
-    4. The last word of each run of words between articles, prepositions, numbers and similar words of the prompt.
+    3. The last word of each run of words between articles, prepositions, numbers and similar words of the prompt.
     """
     if record.get("nouns"):
         found = list(record["nouns"])
@@ -109,7 +100,7 @@ def extract_nouns(record: Record) -> list[str]:
         concepts, terms = record.get("concepts_and_relations", ""), _terms(record.get("relation", ""))
         found = [noun for concept in re.split(r"[,;]", concepts) if (noun := _concept_noun(concept, terms))]
         if not any(find_spans(noun, record["prompt"]) for noun in found):
-            found = _nouns_by_spacy(record["prompt"]) or _nouns_by_runs(record["prompt"])
+            found = _nouns_by_runs(record["prompt"])
     unique: dict[str, str] = {}
     for noun in found:
         unique.setdefault(noun.casefold(), noun)
@@ -129,31 +120,6 @@ def _concept_noun(concept: str, terms: set[str]) -> str:
     return next((ending for ending in endings if ending.casefold() in terms), words[-1])
 
 
-@functools.cache
-def _spacy() -> Any | None:
-    """The small English pipeline; None if spaCy or the pipeline is not installed."""
-    try:
-        import spacy
-
-        return spacy.load("en_core_web_sm", disable=["ner", "lemmatizer"])
-    except (ImportError, OSError) as error:
-        logger.debug("nouns are found without spaCy: %s", error)
-        return None
-
-
-def _nouns_by_spacy(prompt: str) -> list[str]:
-    """The nouns of a prompt, each with those compounded to it ("ceiling fan")."""
-    pipeline = _spacy()
-    found, run = [], ""
-    for token in pipeline(prompt) if pipeline is not None else ():
-        if token.pos_ in ("NOUN", "PROPN"):
-            run = f"{run} {token.text}".strip()
-            if token.dep_ != "compound":
-                found.append(run)
-                run = ""
-    return [*found, run] if run else found
-
-
 def _nouns_by_runs(prompt: str) -> list[str]:
     found, run = [], ""
     for word in _WORD_OR_MARK.findall(prompt):
@@ -165,8 +131,8 @@ def _nouns_by_runs(prompt: str) -> list[str]:
     return [noun for noun in [*found, run] if noun]
 
 
-# (singular, plural) endings. The irregular ones are endings too, as in "policeman": a form that is no word of the
-# language does not occur in a prompt either.
+# (singular, plural) endings; irregular plurals are matched as endings, too ("policeman"). A form that is not a word
+# matches nothing.
 _ENDINGS = (
     ("", "s"), ("", "es"), ("y", "ies"), ("f", "ves"), ("fe", "ves"), ("man", "men"), ("child", "children"),
     ("person", "people"), ("mouse", "mice"), ("goose", "geese"), ("foot", "feet"), ("tooth", "teeth"), ("ox", "oxen"),
@@ -193,16 +159,9 @@ def find_spans(noun: str, prompt: str) -> list[tuple[int, int]]:
 
 
 def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None]) -> list[int]:
-    """Find the tokens that share a character with a span of the noun.
+    """Find the indices of the tokens that share a character with a span of the noun.
 
-    Args:
-        noun: see `find_spans`.
-        prompt: the prompt.
-        offsets: of each token its characters in the prompt; None for tokens of the chat template.
-
-    Returns:
-        Indices into `offsets`.
-
+    offsets: of each token its characters in the prompt; None for tokens of the chat template.
     """
     spans = find_spans(noun, prompt)
     return [
@@ -213,15 +172,18 @@ def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None
 
 
 def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[int]:
-    """Find the tokens that contain any token of the noun: the official match, by which "car" finds "carpet".
+    """Find the indices of the tokens that contain any piece of the noun: the official match.
 
-    Args:
-        pieces: the texts of the noun's own tokens, in lower case.
-        tokens: the texts of the prompt's tokens.
-
-    Returns:
-        Indices into `tokens`.
-
+    By it "car" finds "carpet". The pieces are the texts of the noun's own tokens, in lower case.
     """
     parts = [piece.strip().lower() for piece in pieces if piece.strip()]
     return [i for i, token in enumerate(tokens) if any(part in token for part in parts)]
+
+
+def check_prompt(model: UnifiedModel, prompt: str) -> Failure | None:
+    """Return why a user's prompt is refused: the model cannot take it, or it names no object. None: it is accepted."""
+    if isinstance(ids := image_prompt_ids(model, prompt), Failure):
+        return ids
+    if not extract_nouns({"prompt": prompt}):
+        return Failure(f"prompt: {prompt[:60]!r} names no object; name what the image should show")
+    return None

@@ -1,4 +1,4 @@
-"""Image prompts from users and stages: files of them, when two are the same, and whether a model can take one."""
+"""Image prompts: files of them, when two are the same, and whether a model can take one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.stages.object_tokens import extract_nouns
 
 
 def prompt_key(prompt: str) -> str:
@@ -44,17 +43,12 @@ def excluded_prompts(config: Config) -> frozenset[str]:
 def image_prompt_ids(model: UnifiedModel, prompt: str) -> Tensor | Failure:
     """Tokenize an image prompt to ids (S,); a Failure for unknown words, control tokens or too many tokens."""
     ids = attempt(model.image_prompt, prompt)
+    return ids if isinstance(ids, Failure) else check_length(model, prompt, ids) or ids
+
+
+def check_length(model: UnifiedModel, prompt: str, ids: Tensor) -> Failure | None:
+    """Return a Failure if the ids (S,) of an image prompt leave no positions for an image."""
     limit = model.max_positions - model.grid[0] * model.grid[1]
-    if not isinstance(ids, Failure) and len(ids) > limit:
-        return Failure(f"prompt: {prompt[:60]!r} has {len(ids)} tokens, at most {limit} fit; shorten it")
-    return ids
-
-
-def check_prompt(model: UnifiedModel, prompt: str) -> Failure | None:
-    """Return why a user's prompt is refused: the model cannot take it, or it names no object. None: it is accepted."""
-    ids = image_prompt_ids(model, prompt)
-    if isinstance(ids, Failure):
-        return ids
-    if not extract_nouns({"prompt": prompt}):
-        return Failure(f"prompt: {prompt[:60]!r} names no object; name what the image should show")
-    return None
+    if len(ids) <= limit:
+        return None
+    return Failure(f"prompt: {prompt[:60]!r} has {len(ids)} tokens, at most {limit} fit; shorten it")

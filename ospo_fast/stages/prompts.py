@@ -19,7 +19,8 @@ from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import Record, stable_hash
 from ospo_fast.stages import Shard, StageContext
-from ospo_fast.stages.prompt_files import check_prompt, excluded_prompts, numbered_prompts, prompt_key
+from ospo_fast.stages.object_tokens import check_prompt
+from ospo_fast.stages.prompt_files import excluded_prompts, numbered_prompts, prompt_key
 from ospo_fast.stages.templates import Kind, TemplateSet
 from ospo_fast.stages.text_sampling import load_model_templates, sample_text
 
@@ -51,9 +52,8 @@ _FIRST_PROMPT = re.compile(r"\bPrompt:[ \t]*[^\s;]", re.IGNORECASE)
 def parse_answer(answer: str) -> tuple[str, str, str] | Failure:
     """Parse the first prompt of an answer: `Prompt: …; Concepts and relations: …; Relation: …`.
 
-    Line ends separate the parts as well as semicolons. The prompt is one line without semicolons, prompt and concepts
-    hold a word each, and no part holds the label of another. Text before the first label and after the last part is
-    ignored.
+    Parts are separated by semicolons or line ends. The prompt is one line without semicolons, prompt and concepts
+    contain a word each, and no part contains the label of another. Other text before and after is ignored.
 
     Returns:
         (prompt, concepts and relations, relation).
@@ -124,18 +124,10 @@ def run(
     out: Path | None = None,
     context: StageContext | None = None,
 ) -> Iterator[Record]:
-    """Write prompts until every kind has the requested number.
+    """Write prompts until every kind, or every kind of the shard, has the requested number.
 
-    Args:
-        records: the prompts that exist already.
-        model: writes the prompts.
-        config: section `prompts`.
-        out: not used.
-        context: `shard` selects the kinds to write.
-
-    Yields:
-        New records with `item_id`, `t2i_category`, `sub_category`, `prompt`, `concepts_and_relations`, `relation`,
-        `kind` and `source` (call and sample).
+    `records` are the prompts that exist already. The new ones have `item_id`, `t2i_category`, `sub_category`, `prompt`,
+    `concepts_and_relations`, `relation`, `kind` and `source` (call and sample).
 
     Raises:
         UsageError: see `plan_counts`.

@@ -20,16 +20,13 @@ LogProbs = Callable[[Sequence[str]], "Sequence[float] | Failure"]
 
 
 def base_verdict(verdict: Verdict, rule: str = "v3", settings: SelectConfig | None = None) -> str | Failure:
-    """Return why a base image may be chosen, or a Failure that says why not.
+    """Decide whether a base image may be chosen. Returns the reason, as a Failure if not.
 
     v3: at least one answer is yes and local_score ≥ threshold. v2: no answer is no and every p_yes − p_no > margin.
     random: always. By v3 and v2 an image without answers may not be chosen.
     """
-    settings = settings or SelectConfig()
-    if rule == "random":
-        return "no filter"
-    answers = _answers(verdict)
-    if isinstance(answers, Failure):
+    settings, answers = settings or SelectConfig(), _answers(verdict, rule)
+    if not isinstance(answers, list):
         return answers
     if rule == "v2":
         if "no" in answers:
@@ -38,27 +35,20 @@ def base_verdict(verdict: Verdict, rule: str = "v3", settings: SelectConfig | No
         if not margin > settings.margin:
             return Failure(f"a margin of {margin:.2f}, not above {settings.margin:g}")
         return "every answer is a clear yes"
-    score = verdict["local_score"]
     if "yes" not in answers:
         return Failure("no answer is yes")
-    return (
-        f"local score {score:.2f}"
-        if score >= settings.threshold
-        else Failure(f"local score {score:.2f} below {settings.threshold:g}")
-    )
+    reason = f"local score {verdict['local_score']:.2f}"
+    return reason if verdict["local_score"] >= settings.threshold else Failure(f"{reason} below {settings.threshold:g}")
 
 
 def negative_verdict(verdict: Verdict, rule: str = "v3", settings: SelectConfig | None = None) -> str | Failure:
-    """Return why an image of a hard negative may be rejected, or a Failure that says why not.
+    """Decide whether an image of a hard negative may be rejected. Returns the reason, as a Failure if not.
 
     v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. random: always. By v3 and v2
     an image without answers may not be rejected.
     """
-    settings = settings or SelectConfig()
-    if rule == "random":
-        return "no filter"
-    answers = _answers(verdict)
-    if isinstance(answers, Failure):
+    settings, answers = settings or SelectConfig(), _answers(verdict, rule)
+    if not isinstance(answers, list):
         return answers
     if rule == "v2":
         margin = max(answer["p_no"] - answer["p_yes"] for answer in verdict["answer_metadata"])
@@ -69,7 +59,10 @@ def negative_verdict(verdict: Verdict, rule: str = "v3", settings: SelectConfig 
     return reason if wrong else Failure(reason)
 
 
-def _answers(verdict: Verdict) -> list[str] | Failure:
+def _answers(verdict: Verdict, rule: str) -> list[str] | str | Failure:
+    """Return the answers that decide, or else the decision."""
+    if rule == "random":
+        return "no filter"
     answers = [str(answer["answer"]).strip().lower() for answer in verdict.get("answer_metadata", [])]
     return answers or Failure(verdict.get("reason") or "no question was answered")
 
@@ -219,7 +212,7 @@ def _judge(settings: SelectConfig, role: str, name: str, image: ImageVerdict) ->
 def _select_pairs(
     record: Record, settings: SelectConfig, rng: random.Random, logprobs: LogProbs | None
 ) -> list[Pair] | Failure:
-    """Up to `settings.pairs` pairs of different images, with the prompts of the rejected ones; why there is none."""
+    """Return up to `settings.pairs` pairs of different images, or a Failure if there is none."""
     pairs: list[Pair] = []
     rest = record  # the images in no pair yet
     while len(pairs) < settings.pairs:

@@ -28,12 +28,7 @@ class Batch:
 
 
 def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Batch:
-    """Embed N prompts, ids (L_n,), each followed by the codes (T,) of its image.
-
-    Args:
-        model: embeds tokens and codes.
-        prompts: N prompts that end in begin-of-image.
-        codes: (N, T) int64.
+    """Embed N prompts, ids (L_n,) that end in begin-of-image, each followed by its row of the codes (N, T).
 
     Raises:
         OspoError: a sequence is longer than the model's positions.
@@ -72,12 +67,7 @@ def hidden_states(model: UnifiedModel, embeds: Tensor) -> Tensor:
 def mean_logprobs(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, *, batch_size: int) -> list[float]:
     """Return the mean over the image tokens of log p(code | prompt, codes before), for each of N images.
 
-    Args:
-        model: gives the probabilities.
-        prompts: N prompts, ids (L_n,).
-        codes: (N, T) int64.
-        batch_size: images per forward pass.
-
+    prompts: N × ids (L_n,). codes: (N, T). batch_size: images per forward pass.
     """
     from ospo_fast.ops import token_logprobs
 

@@ -42,7 +42,7 @@ class TemplateSet:
     def messages(self, stage: str, **variables: Any) -> list[dict[str, str]]:
         """Chat messages (`role`, `content`) of `stage`: prompts, perturb, densify, questions or vqa.
 
-        A message that renders to nothing is left out.
+        Messages that render to an empty string are omitted.
         """
         rendered = [
             (message["role"], _JINJA.from_string(message["content"]).render(**variables).strip())
@@ -55,7 +55,7 @@ class TemplateSet:
         return dict(self._stages[stage].get("sampling", {}))
 
     def examples(self, kind: str) -> list[str]:
-        """The answers that serve as few-shot examples of `kind` before the model has given any of its own."""
+        """Return the few-shot examples of `kind` for the time before the model has accepted answers."""
         return list(self._examples.get(kind, []))
 
 

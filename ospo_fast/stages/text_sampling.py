@@ -34,7 +34,9 @@ def chat_ids(model: UnifiedModel, messages: list[Any], *, image: bool = False) -
     """Tokenize a chat to ids (S,); a Failure if it holds control tokens or leaves no position for an answer."""
     ids = attempt(model.chat, messages, image=image)
     if not isinstance(ids, Failure) and len(ids) >= model.max_positions:
-        return Failure(f"{len(ids)} tokens leave no room for an answer in the model's {model.max_positions} positions")
+        return Failure(
+            f"{len(ids)} tokens leave no position for an answer in the model's {model.max_positions} positions"
+        )
     return ids
 
 
@@ -46,19 +48,10 @@ def sample_text(
     variables: Sequence[dict[str, Any]],
     seeds: Sequence[int],
 ) -> list[str | Failure]:
-    """Sample one answer for each dict of template variables.
+    """Sample one answer to the template `stage` for each dict of variables and its seed.
 
-    Args:
-        model: the model that answers.
-        templates: source of the chat messages and of the default sampling settings.
-        stage: name of the template.
-        settings: its fields that are not None override the sampling settings of the template.
-        variables: one dict per answer.
-        seeds: one integer per answer.
-
-    Returns:
-        The answers. One is a Failure if its chat cannot be tokenized or its logits are not finite.
-
+    Fields of `settings` that are not None override the sampling settings of the template. An answer is a Failure if its
+    chat cannot be tokenized or its logits are not finite.
     """
     from ospo_fast.generation import generate_text
 

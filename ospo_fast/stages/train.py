@@ -6,12 +6,14 @@ import dataclasses
 import json
 import logging
 import math
+import pickle
 import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +96,9 @@ def mask_settings(config: Config) -> dict[str, Any]:
 
 
 def select_training_pairs(records: Iterable[Record], config: Config) -> list[ItemPair]:
-    """Return the pairs to train on: those with a mask if stored masks count, up to the limits per kind and in all.
+    """Return the pairs to train on: those with a mask if the loss uses stored masks.
 
-    Order and choice depend only on the ids.
+    `max_pairs_per_kind` and `max_pairs` limit them. Order and choice depend only on the ids.
     """
     settings = config.train
     pairs = list(iter_pairs(records))
@@ -310,54 +312,44 @@ class Trainer:
         self.peft.train()
         name = self.settings.early_stopping
         if name is not None:
+            from safetensors.torch import save
+
             if name not in metrics:
                 raise OspoError(f"train.early_stopping={name!r} is no metric of the evaluation: {sorted(metrics)}.")
             if not self.best or metrics[name] > self.best["value"]:
                 self.best, self.stale = {"step": self.step, "value": metrics[name]}, 0
-                self._save_tensors(self.folder / "best.safetensors")
+                write_atomic(self.folder / "best.safetensors", save(self._adapter()))
             else:
                 self.stale += 1
             self.stopped = self.stale >= self.settings.patience
         return {"step": self.step, **metrics}
 
-    def _save_tensors(self, path: Path) -> None:
-        from safetensors.torch import save
+    def _adapter(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
 
-        write_atomic(path, save({name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}))
-
-    def _load_tensors(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise OspoError(f"Cannot read the checkpoint {path}: {error}; {_START_OVER}.") from error
-        if {n: t.shape for n, t in tensors.items()} != {n: p.shape for n, p in self.parameters.items()}:
-            raise OspoError(f"{path} has another LoRA configuration; train into another --out, or with --no-resume.")
+    def _load_adapter(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on, then remove the one before it."""
-        name = f"step-{self.step:06d}"
-        root = self.folder / "checkpoints"
-        temporary = root / f".{name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with os_errors("write the checkpoint", root / name):
-            temporary.mkdir(parents=True)
-            self._save_tensors(temporary / "adapter.safetensors")
-            rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-            state = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "rng": rng}
-            torch.save(state, temporary / "state.pt")
-            progress = {"step": self.step, "best": self.best, "stale": self.stale, "stopped": self.stopped}
-            write_json(temporary / "progress.json", progress | {"digest": self._digest()})
-            shutil.rmtree(root / name, ignore_errors=True)
-            temporary.rename(root / name)
-        for older in root.glob("step-*"):
-            if older.name != name:
-                shutil.rmtree(older, ignore_errors=True)
+        """Write a checkpoint of everything that the next step depends on, then delete the one before it."""
+        path = self.folder / "checkpoints" / f"step-{self.step:06d}.pt"
+        state = {
+            "digest": self._digest(),
+            "adapter": self._adapter(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "progress": {name: getattr(self, name) for name in ("step", "best", "stale", "stopped")},
+        }
+        with os_errors("write the checkpoint", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, path.with_name(f".{path.name}"))
+            path.with_name(f".{path.name}").replace(path)
+            for older in path.parent.glob("step-*"):
+                if older != path:
+                    older.unlink()
 
     def _digest(self) -> str:
         """Identify the settings and pairs, which must not change when a run is resumed."""
@@ -373,28 +365,27 @@ class Trainer:
         found = sorted((self.folder / "checkpoints").glob("step-*"))
         if not found:
             return
-        path = found[-1]
-        try:
-            progress = json.loads((path / "progress.json").read_text())
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError, EOFError) as error:
-            raise OspoError(f"Cannot read the checkpoint {path}: {error}; {_START_OVER}.") from error
-        if progress["digest"] != self._digest():
-            raise OspoError(f"{path} has other settings or other pairs; train into another --out, or with --no-resume.")
-        self._load_tensors(path / "adapter.safetensors")
+        state = _read(found[-1], partial(torch.load, map_location="cpu", weights_only=True))
+        if state["digest"] != self._digest():
+            raise OspoError(
+                f"{found[-1]} has other settings or other pairs; train into another --out, or with --no-resume."
+            )
+        self._load_adapter(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        self.step, self.best = progress["step"], progress["best"]
-        self.stale, self.stopped = progress["stale"], progress["stopped"]
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
 
     def finish(self, metrics: dict[str, float], failures: dict[str, Failure]) -> TrainResult:
         """Save the best adapter, or else the last, and merge it into the model."""
         best = int(self.best.get("step", self.step))
         if best != self.step:
-            self._load_tensors(self.folder / "best.safetensors")
+            from safetensors.torch import load_file
+
+            self._load_adapter(_read(self.folder / "best.safetensors", load_file))
         self.peft.eval()
         self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
         self.peft.merge_and_unload()
@@ -406,7 +397,13 @@ class Trainer:
         return TrainResult(self.step, best, len(self.examples), metrics, failures)
 
 
-_START_OVER = "remove its folder to start over"
+def _read(path: Path, load: Callable[[Path], Any]) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return load(path)
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise OspoError(f"Cannot read the checkpoint {path}: {error}; use --no-resume to start over.") from error
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
@@ -509,8 +506,7 @@ def run(
 ) -> Iterator[Record]:
     """Train on the records and yield nothing; see `train`.
 
-    `context.report` counts the steps of this call in `items`, the steps of the run in `total`, and in `failed` the pairs
-    that could not be trained on.
+    Sets in `context.report` the steps of this call (`items`), those of the run (`total`) and the pairs that `failed`.
     """
     if out is None:
         raise OspoError("train: got no run folder; give `out`, where the weights go.")

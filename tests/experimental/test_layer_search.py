@@ -24,9 +24,14 @@ pytestmark = pytest.mark.usefixtures("omegaconf")
 PROMPTS = ["a red circle", "a blue square left of a red circle", "two green triangles", "a small red cross"]
 
 
+@pytest.fixture(scope="module")
+def saved(scripted, tmp_path_factory):
+    return scripted.save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
-def model(tiny):
-    return load_model(tiny)
+def model(saved):
+    return load_model(saved)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ospo_fast import generation
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
 from ospo_fast.generation import ImageGenerator, ImageWriter
@@ -134,20 +133,17 @@ def test_images_are_written_while_the_next_chunk_is_generated(model, tmp_path, m
             assert begun.wait(60)  # the first chunk's images wait until the second is being generated
         write(path, data)
 
-    def count(*arguments):
-        writers.append(ImageWriter(*arguments))
-        return writers[-1]
-
     monkeypatch.setattr(ImageGenerator, "generate", generate)
     monkeypatch.setattr(image_files, "write_atomic", slow)
-    monkeypatch.setattr(generation, "ImageWriter", count)
+    enter = ImageWriter.__enter__
+    monkeypatch.setattr(ImageWriter, "__enter__", lambda self: writers.append(self) or enter(self))
     monkeypatch.setattr(stage, "CHUNK", 1)
     context, items = StageContext(), [item(n) for n in range(3)]
     for n, done in enumerate(run(items, model, config(), out=tmp_path, context=context)):
         assert done["item_id"] == f"000000{n}"
         assert len(files(tmp_path / "images" / done["item_id"])) == 12
         assert len(calls) == min(n + 2, 3)
-    assert len(writers) == 1
+    assert sum(isinstance(writer, image_files.ImageFiles) for writer in writers) == 1
     assert context.report.drawing["images"] == 18
     again = StageContext()
     list(run(items, model, config(), out=tmp_path, context=again))
@@ -236,7 +232,7 @@ def test_a_variant_with_a_failed_image_has_no_image(model, tmp_path, monkeypatch
     assert not (tmp_path / "images/0000001/base_1.png").exists()
 
 
-def test_a_variant_with_an_unusable_prompt_has_no_image(model, tmp_path):
+def test_a_variant_with_an_invalid_prompt_has_no_image(model, tmp_path):
     record = item(1)
     record["long_prompt"][0] = "a red zebra"
     record["negative_long_prompt"][2] = "a blue circle " * 200

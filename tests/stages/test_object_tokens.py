@@ -1,13 +1,11 @@
 """Objects of a prompt: nouns, spans and tokens."""
 
 import re
-import sys
 
 import pytest
 import torch
 
 from ospo_fast.errors import UsageError
-from ospo_fast.stages import object_tokens
 from ospo_fast.stages.object_tokens import extract_nouns, find_objects, find_spans, find_tokens, tokens_by_substring
 
 
@@ -84,6 +82,8 @@ def test_tokens_by_substring_match_other_words():
 class Syllables:
     """A tokenizer of pieces of three letters between two tokens of a template."""
 
+    max_positions, grid = 20, (2, 2)
+
     def __init__(self):
         self.vocabulary = ["<s>", "<img>"]
 
@@ -125,27 +125,4 @@ def test_the_official_match_needs_no_whole_word():
 def test_prompts_without_objects_fail():
     assert "no object" in find_objects({"prompt": "on the left"}, Syllables(), "offsets").reason
     assert "zeppelins" in find_objects({"prompt": "a zeppelin"}, Syllables(), "offsets").reason
-
-
-class Token:
-    def __init__(self, text, pos, dep):
-        self.text, self.pos_, self.dep_ = text, pos, dep
-
-
-def test_with_spacy(monkeypatch):
-    """With a fake pipeline: compounds are one object, and without a noun the rule of words applies."""
-    words = [("a", "DET", ""), ("ceiling", "NOUN", "compound"), ("fan", "NOUN", "pobj"), ("Rex", "PROPN", "")]
-    tagged = [Token(*word) for word in words]
-    monkeypatch.setattr(object_tokens, "_spacy", lambda: lambda prompt: tagged if "fan" in prompt else [])
-    assert nouns("a ceiling fan above Rex") == ["ceiling fan", "Rex"]
-    assert nouns("a red car") == ["car"]
-    # The model's own analysis comes first.
-    assert nouns("a ceiling fan", "round ceiling fan", "(fan, round)") == ["fan"]
-
-
-def test_without_spacy(monkeypatch):
-    object_tokens._spacy.cache_clear()
-    monkeypatch.setitem(sys.modules, "spacy", None)
-    assert object_tokens._spacy() is None
-    object_tokens._spacy.cache_clear()
-    assert nouns("a red car") == ["car"]
+    assert "at most 16 fit" in find_objects({"prompt": "a cup " * 9}, Syllables(), "offsets").reason

@@ -157,7 +157,7 @@ def test_resume_equals_an_uninterrupted_run(monkeypatch, batch):
         assert whole[:stop] + list(run(whole[:stop], MODEL, settings)) == whole
 
 
-def test_shards_write_kinds_of_their_own(monkeypatch):
+def test_each_shard_writes_its_kinds(monkeypatch):
     Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
     settings = config(color1=3, color2=3)
     shards = [Shard(0, 2), Shard(1, 2)]

@@ -71,7 +71,7 @@ def test_items_fail_one_by_one(tiny, monkeypatch):
     done = list(run(items, load_model(tiny), load_config()))
     assert [len(r["question"]) for r in done] == [1, 0, 0, 0, 1]
     reasons = [r.get("question_reason", "") for r in done]
-    for reason, words in zip(reasons[1:4], ("not finite", "no room for an answer", "<image>"), strict=True):
+    for reason, words in zip(reasons[1:4], ("not finite", "no position for an answer", "<image>"), strict=True):
         assert words in reason
     judged = [{**r, "base_metadata": {"base_0": {"path": "x"}}} for r in done[1:4]]
     assert [r["reason"] for r in select.run(judged, None, load_config())] == reasons[1:4]

@@ -99,7 +99,7 @@ def test_questions_that_are_too_long_and_answers_that_are_not_finite(model, tmp_
     assert len(one["base_metadata"]["base_0"]["answer_metadata"]) == 1
     assert other["question"] == []
     (dropped,) = select.run([other], None, load_config())
-    assert "no room for an answer" in dropped["reason"]
+    assert "no position for an answer" in dropped["reason"]
     nothing = [[{"p_yes": float("nan"), "p_no": float("nan"), "answer": "tie"}]] * 2
     monkeypatch.setattr("ospo_fast.generation.answer_questions", lambda *_, **__: nothing)
     (scored,) = run(items[:1], model, load_config(), out=tmp_path)
