@@ -1,4 +1,4 @@
-"""A run folder: resumption after a stop at any point, shards, iterations, and what is refused."""
+"""A run folder: resumption after a stop at any point, shards, iterations, and refused requests."""
 
 import json
 import shutil
@@ -12,16 +12,16 @@ import ospo_fast.stages
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage, stage_metrics
-from ospo_fast.records import Store, iter_pairs, read_records
+from ospo_fast.records import Store, read_records
 from ospo_fast.shapes.scenes import descriptions
-from ospo_fast.stages import STAGE_NAMES as STAGES
+from ospo_fast.stages import STAGE_NAMES
 
-pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
+pytestmark = pytest.mark.usefixtures("omegaconf")
 
 COUNTS = "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numeracy1: 1, numeracy2: 2}"
 SMALL = [COUNTS, "train.steps=3", "train.batch_size=2", "train.save_every=1", "train.eval_every=0"]
 SMALL += ["masks.batch_size=3", "masks.layers=[0]"]
-WRITERS = STAGES[:-1]
+WRITERS = STAGE_NAMES[:-1]
 SHIPPED = Path(ospo_fast.stages.__file__).with_name("templates") / "shapes.yaml"
 
 
@@ -34,7 +34,7 @@ def pipeline(tiny, out, *overrides, **settings):
 
 
 def contents(out):
-    """Every file but for those that hold times or paths of this run."""
+    """Every file that holds no times and no paths of this run."""
     found = {}
     for path in sorted(Path(out).rglob("*")):
         name = str(path.relative_to(out))
@@ -48,7 +48,7 @@ def contents(out):
 
 @pytest.fixture(scope="module")
 def whole(scripted, tiny, tmp_path_factory):
-    """An unbroken run."""
+    """A run without interruption."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         scripted.install(patch.setattr)
@@ -62,29 +62,29 @@ def test_every_item_goes_through_every_stage(whole):
     for stage in WRITERS:
         assert [r["item_id"] for r in read_records(whole / f"{stage}.jsonl")] == ids
     assert sum(r["kept"] for r in read_records(whole / "select.jsonl")) >= 3
-    figures = stage_metrics(whole)
-    assert list(figures) == list(STAGES)
-    assert {name: row["items"] for name, row in figures.items()} == {**dict.fromkeys(WRITERS, 12), "train": 3}
-    speed = {row["stage"]: row.get("drawing") for row in json.loads((whole / "stages.json").read_text())}
-    assert speed["images"]["images"] == sum(1 for _ in (whole / "images").rglob("*.png"))
-    assert speed["images"]["images_s"] > 0
-    assert speed["score"] is None
-    assert all(row["seconds"] > 0 and row["peak_mb"] > 50 and row["failed"] >= 0 for row in figures.values())
+    metrics = stage_metrics(whole)
+    assert list(metrics) == list(STAGE_NAMES)
+    assert {name: row["items"] for name, row in metrics.items()} == {**dict.fromkeys(WRITERS, 12), "train": 3}
+    drawing = {row["stage"]: row.get("drawing") for row in json.loads((whole / "stages.json").read_text())}
+    assert drawing["images"]["images"] == sum(1 for _ in (whole / "images").rglob("*.png"))
+    assert drawing["images"]["images_s"] > 0
+    assert drawing["score"] is None
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 50 and row["failed"] >= 0 for row in metrics.values())
     assert load_config(saved=whole / "config.yaml", family="shapes") == config(
         load_config(saved=whole / "config.yaml").model, whole
     )
 
 
-def test_a_second_run_does_nothing(whole, tiny, monkeypatch):
+def test_second_run_does_nothing(whole, tiny, monkeypatch):
     before = contents(whole)
-    monkeypatch.setattr(Pipeline, "model", lambda *_: pytest.fail("the model was loaded for nothing"))
-    assert [report.items for report in pipeline(tiny, whole).run()] == [0] * len(STAGES)
+    monkeypatch.setattr(Pipeline, "model", lambda *_: pytest.fail("the model was loaded"))
+    assert [report.items for report in pipeline(tiny, whole).run()] == [0] * len(STAGE_NAMES)
     assert contents(whole) == before
 
 
-@pytest.mark.parametrize("stop", [0, 5, 12, 29, 47, 80])
-def test_stopped_anywhere_and_resumed(whole, tiny, script, tmp_path, monkeypatch, stop):
-    """A stop after any number of appended records (12 an item store): the result is that of the unbroken run."""
+@pytest.mark.parametrize("stop", [5, 12, 29, 80])
+def test_resume_after_a_stop(whole, tiny, script, tmp_path, monkeypatch, stop):
+    """Stop inside a store, or between two (12 records each): the result is that of the run without interruption."""
     left = stop
     append = Store.append
 
@@ -125,10 +125,9 @@ Pipeline(load_config({overrides!r}, family="shapes"), progress=False).run()
 """
 
 
-@pytest.mark.parametrize("stop", [30, 62])
-def test_killed_in_the_middle_of_a_line(whole, tiny, script, tmp_path, stop):
+def test_resume_after_a_kill_inside_a_line(whole, tiny, script, tmp_path):
     overrides = [*SMALL, f"model={tiny}", f"out={tmp_path}"]
-    code = KILLED.format(tests=str(Path(__file__).parent), stop=stop, overrides=overrides)
+    code = KILLED.format(tests=str(Path(__file__).parent), stop=62, overrides=overrides)
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == -9
     torn = [path for path in tmp_path.glob("*.jsonl") if not path.read_bytes().endswith(b"\n")]
     assert len(torn) == 1
@@ -149,7 +148,7 @@ def test_shards_give_the_same_records(whole, tiny, script, tmp_path):
         assert one == other
     with pytest.raises(UsageError, match="not sharded"):
         pipeline(tiny, tmp_path, shard=Shard(0, 2)).stage("train")
-    # An unsharded run gathers the parts, makes nothing anew, and trains to the same weights.
+    # A run without shards merges them, processes no item again, and trains to the same weights.
     reports = pipeline(tiny, tmp_path).run()
     assert [report.items for report in reports] == [0] * len(WRITERS) + [3]
     assert not list(tmp_path.glob("*-of-*"))
@@ -159,7 +158,7 @@ def test_shards_give_the_same_records(whole, tiny, script, tmp_path):
 
 def test_two_iterations(tiny, script, tmp_path):
     reports = pipeline(tiny, tmp_path, "iterations=2").run()
-    assert [(r.stage, r.iteration) for r in reports] == [(s, i) for i in (1, 2) for s in STAGES]
+    assert [(r.stage, r.iteration) for r in reports] == [(s, i) for i in (1, 2) for s in STAGE_NAMES]
     assert (tmp_path / "iter2" / "train" / "model" / "config.json").exists()
     saved = json.loads((tmp_path / "iter2" / "settings.json").read_text())
     assert saved["images"]["settings"]["model"] == "./train/model"
@@ -169,18 +168,21 @@ def test_two_iterations(tiny, script, tmp_path):
         pipeline(tiny, tmp_path / "iter2").stage("prompts", 3)
 
 
-def test_a_setting_newer_than_the_folder_had_its_default(tiny, script, tmp_path):
-    pipeline(tiny, tmp_path).run(("prompts", "perturb", "images"))
+def test_setting_that_the_folder_does_not_name_had_its_default(whole, tiny, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     saved = json.loads((tmp_path / "settings.json").read_text())
     del saved["images"]["settings"]["images.temperature"]
+    # Older versions wrote null for each number of the loss that the preset decides.
+    saved["train"]["settings"]["train.loss"] |= {"sft_weight": None}
     (tmp_path / "settings.json").write_text(json.dumps(saved))
     pipeline(tiny, tmp_path).stage("images")
+    pipeline(tiny, tmp_path).stage("train")
     with pytest.raises(UsageError, match=r"images was made with images\.temperature=1\.0, now .*=0\.5"):
         pipeline(tiny, tmp_path, "images.temperature=0.5").stage("images")
 
 
-def test_other_settings_are_refused_and_fresh_starts_drop_what_follows(tiny, script, tmp_path):
-    pipeline(tiny, tmp_path).run()
+def test_other_settings_are_refused_and_a_restart_deletes_later_stages(whole, tiny, script, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     with pytest.raises(
         UsageError, match=r"images was made with images\.temperature=1\.0, now images\.temperature=0\.5"
     ):
@@ -194,7 +196,7 @@ def test_other_settings_are_refused_and_fresh_starts_drop_what_follows(tiny, scr
     assert set(stage_metrics(tmp_path)) == {"prompts", "perturb", "images"}
 
 
-def test_wrong_calls_leave_nothing_behind(tiny, tmp_path):
+def test_wrong_request_leaves_nothing_behind(tiny, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=r"There is no prompts\.jsonl in .*run `ospo-fast prompts"):
         pipeline(tiny, out).stage("perturb")
@@ -207,15 +209,15 @@ def test_wrong_calls_leave_nothing_behind(tiny, tmp_path):
     assert not out.exists()
 
 
-def test_a_broken_store_is_named(whole, tiny, tmp_path):
+def test_broken_store_is_named(whole, tiny, tmp_path):
     lines = (whole / "prompts.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "prompts.jsonl").write_text(lines[0] + "{oops\n" + lines[1])
     with pytest.raises(OspoError, match=r"prompts\.jsonl:2"):
         pipeline(tiny, tmp_path).stage("perturb")
 
 
-def test_a_model_that_writes_noise(tiny, tmp_path):
-    """Without the script the random model writes no prompt at all."""
+def test_model_that_writes_no_prompt(tiny, tmp_path):
+    """Without the script the answers of the random model do not parse."""
     with pytest.raises(OspoError, match="wrote no prompt that could be used: the answer does not parse"):
         pipeline(tiny, tmp_path, "prompts.patience=2").run()
 
@@ -239,20 +241,20 @@ def test_shards_of_other_settings_are_refused(tiny, script, tmp_path):
             pipeline(tiny, tmp_path, *other, shard=shard).stage("perturb")
     with pytest.raises(UsageError, match=r"perturb\.0-of-2 was made with"):
         pipeline(tiny, tmp_path, *other, shard=Shard(1, 2), resume=False).stage("perturb")
-    # The only shard there is may start afresh.
+    # The only shard may start over.
     assert pipeline(tiny, tmp_path, *other, shard=Shard(0, 2), resume=False).stage("perturb").items
     pipeline(tiny, tmp_path, *other, shard=Shard(1, 2)).stage("perturb")
     pipeline(tiny, tmp_path, *other).stage("perturb")
     with pytest.raises(UsageError, match=r"perturb\S* was made with perturb\.temperature=0\.5, now .*=None"):
         pipeline(tiny, tmp_path, shard=Shard(0, 3)).stage("perturb")
-    # Gathered shards are not made anew one by one.
+    # Merged shards are not made again one by one.
     before = (tmp_path / "perturb.jsonl").read_bytes()
     with pytest.raises(UsageError, match=r"merged into .*perturb\.jsonl.*without --shard"):
         pipeline(tiny, tmp_path, *other, shard=Shard(0, 2), resume=False).stage("perturb")
     assert (tmp_path / "perturb.jsonl").read_bytes() == before
 
 
-def test_edited_files_are_noticed(tiny, script, tmp_path):
+def test_edited_files_are_refused(tiny, script, tmp_path):
     file, held, templates = tmp_path / "mine.txt", tmp_path / "held.txt", tmp_path / "own.yaml"
     shutil.copy(SHIPPED, templates)
     texts = [description.text for description in descriptions("numeracy2")[:3]]
@@ -269,7 +271,7 @@ def test_edited_files_are_noticed(tiny, script, tmp_path):
         path.write_text(content)
 
 
-def test_a_moved_run_goes_on_from_anywhere(tiny, script, tmp_path, monkeypatch):
+def test_moved_run_resumes(tiny, script, tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there" / "deep"
     there.mkdir(parents=True)
     (here / "run").mkdir(parents=True)
@@ -292,8 +294,8 @@ def test_a_moved_run_goes_on_from_anywhere(tiny, script, tmp_path, monkeypatch):
     assert [report.items for report in reports] == [0, 0, 0, 12, 12, 12, 12, 3]
 
 
-@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "1/0", "/"])
-def test_wrong_shards(text):
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2"])
+def test_shard_that_does_not_parse(text):
     with pytest.raises(UsageError, match="i/n"):
         Shard.parse(text)
 
@@ -309,31 +311,21 @@ def test_without_masks(tiny, script, tmp_path):
     assert (tmp_path / "train" / "done.json").exists()
 
 
-def test_rule_v2(tiny, script, tmp_path):
-    run = pipeline(tiny, tmp_path, "preset=v2", "select.margin=0.9", "select.rejected=negative")
-    for stage in STAGES[: STAGES.index("select") + 1]:
-        run.stage(stage)
-    kept = [r for r in read_stage(tmp_path, "select") if r["kept"]]
+def test_rule_v2(whole, tiny, script, tmp_path):
+    """A prompt that is too long and codes that cannot be read cost their item the pair, and change no other item."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    settings = ["preset=v2", "select.margin=0.9", "select.rejected=negative"]
+    pipeline(tiny, tmp_path, *settings, resume=False).stage("select")
+    before = {record["item_id"]: record for record in read_stage(tmp_path, "select")}
+    kept = [record for record in before.values() if record["kept"]]
     assert kept
-    for _, record, pair in iter_pairs(kept):
+    for record in kept:
+        pair = record["pairs"][0]
         name = next(k for k, v in record["negative_metadata"].items() if v["path"] == pair["rejected"])
         assert pair["rejected_prompt"] == record["negative_prompt"][int(name[-1])]
-
-
-def test_v2_goes_on_without_the_items_that_fail(tiny, script, tmp_path):
-    """A prompt that is too long and codes that cannot be read cost their item the pair, and no more."""
-    settings = ["preset=v2", "select.margin=0.9", "select.rejected=negative"]
-    whole = pipeline(tiny, tmp_path, *settings)
-    for stage in STAGES[: STAGES.index("select") + 1]:
-        whole.stage(stage)
-    # Only where several near misses are left do log-probabilities decide.
-    several = [
-        record
-        for record in read_stage(tmp_path, "select")
-        if record["kept"] and sum(verdict["kept"] for verdict in record["negative_metadata"].values()) > 1
-    ]
+    # Log-probabilities decide only where several hard negatives are left.
+    several = [record for record in kept if sum(v["kept"] for v in record["negative_metadata"].values()) > 1]
     assert len(several) >= 3
-    before = {record["item_id"]: record for record in read_stage(tmp_path, "select")}
     long, torn = several[0]["item_id"], several[1]["item_id"]
     (tmp_path / several[1]["pairs"][0]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
     lines = [json.loads(line) for line in (tmp_path / "score.jsonl").read_text().splitlines()]
@@ -344,7 +336,7 @@ def test_v2_goes_on_without_the_items_that_fail(tiny, script, tmp_path):
     assert pipeline(tiny, tmp_path, *settings, resume=False).stage("select").items == 12
     after = {record["item_id"]: record for record in read_stage(tmp_path, "select")}
     assert not after[long]["kept"]
-    assert "tokens, at most" in after[long]["reason"]
+    assert "tokens" in after[long]["reason"]
     assert not after[torn]["kept"]
     assert "Cannot read the codes" in after[torn]["reason"]
     assert all(after[item] == before[item] for item in before if item not in (long, torn))
@@ -364,23 +356,23 @@ def test_failed_items_are_counted_and_named(whole, tiny, script, tmp_path, caplo
     assert [run.stage(stage).failed for stage in ("score", "select", "masks", "train")] == [0, 0, 0, 0]
 
 
-def test_the_peak_of_a_stage_is_its_own(whole, tiny, script, tmp_path, monkeypatch):
-    """What an earlier stage held does not count for a later one."""
+def test_peak_memory_of_a_stage_is_its_own(whole, tiny, script, tmp_path, monkeypatch):
+    """Memory that an earlier stage used and freed does not count for a later one."""
     shutil.copytree(whole, tmp_path / "run")
     from ospo_fast.stages import score as module
 
     original = module.run
 
-    def greedy(records, model, settings, **rest):
+    def wasteful(records, model, settings, **rest):
         held = bytearray(600 * 2**20)
         yield from original(records, model, settings, **rest)
         del held
 
-    monkeypatch.setattr(module, "run", greedy)
+    monkeypatch.setattr(module, "run", wasteful)
     run = pipeline(tiny, tmp_path / "run", resume=False)
     score, select = run.stage("score"), run.stage("select")
     assert score.peak_mb > 600
     assert select.peak_mb < score.peak_mb - 500
-    figures = stage_metrics(tmp_path / "run")
-    assert figures["score"]["peak_mb"] == score.peak_mb
-    assert figures["select"]["peak_mb"] == select.peak_mb
+    metrics = stage_metrics(tmp_path / "run")
+    assert metrics["score"]["peak_mb"] == score.peak_mb
+    assert metrics["select"]["peak_mb"] == select.peak_mb
