@@ -1,4 +1,4 @@
-"""The fixtures of tests/generation."""
+"""Fixtures of tests/generation. Its `tiny` is `small` here: `tiny` is a folder, see tests/conftest.py."""
 
 import importlib.util
 from pathlib import Path
@@ -11,5 +11,5 @@ assert _spec.loader is not None
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
-copy_to, original, tiny, on_gpu = _module.copy_to, _module.original, _module.tiny, _module.on_gpu
+original, small, on_gpu = _module.original, _module.tiny, _module.on_gpu
 image_requests, decode, replays = _module.image_requests, _module.decode, _module.replays

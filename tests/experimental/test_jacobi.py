@@ -68,26 +68,26 @@ def trained() -> JanusUnifiedModel:
     ("window", "sampling"),
     [(2, "guided"), (5, "truncated"), (16, "unguided"), (100, "greedy")],  # the last is longer than an image
 )
-def test_codes_are_those_of_single_steps(tiny: JanusUnifiedModel, window: int, sampling: str) -> None:
-    assert len({len(tiny.image_prompt(prompt)) for prompt in PROMPTS}) > 1
-    expected = codes(tiny, 0, **SAMPLINGS[sampling])
+def test_codes_are_those_of_single_steps(small: JanusUnifiedModel, window: int, sampling: str) -> None:
+    assert len({len(small.image_prompt(prompt)) for prompt in PROMPTS}) > 1
+    expected = codes(small, 0, **SAMPLINGS[sampling])
     assert len(set(expected.flatten().tolist())) > 10
-    assert torch.equal(codes(tiny, window, **SAMPLINGS[sampling]), expected)
+    assert torch.equal(codes(small, window, **SAMPLINGS[sampling]), expected)
     # In batches that are not full, and alone.
-    assert torch.equal(codes(tiny, window, batch_size=3, **SAMPLINGS[sampling]), expected)
-    assert torch.equal(codes(tiny, window, PROMPTS[1:2], SEEDS[1:2], **SAMPLINGS[sampling])[0], expected[1])
+    assert torch.equal(codes(small, window, batch_size=3, **SAMPLINGS[sampling]), expected)
+    assert torch.equal(codes(small, window, PROMPTS[1:2], SEEDS[1:2], **SAMPLINGS[sampling])[0], expected[1])
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])
-def test_images_of_few_codes(tiny: JanusUnifiedModel, side: int) -> None:
-    tiny.grid = (1, side)
-    assert torch.equal(codes(tiny, 4), codes(tiny, 0))
+def test_images_of_few_codes(small: JanusUnifiedModel, side: int) -> None:
+    small.grid = (1, side)
+    assert torch.equal(codes(small, 4), codes(small, 0))
 
 
-def test_products_that_are_not_packed(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_are_not_packed(small: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a step are whole tiles."""
     monkeypatch.setattr(decoder_module, "packed_linear_runs", bool)
-    assert torch.equal(codes(tiny, 6), codes(tiny, 0))
+    assert torch.equal(codes(small, 6), codes(small, 0))
 
 
 @pytest.mark.parametrize("sampling", ["guided", "truncated"])
@@ -155,22 +155,24 @@ def spoil(model: JanusUnifiedModel, code: int) -> None:
     model.embed_codes = spoiled  # type: ignore[method-assign]
 
 
-def test_nan_logits_fail_one_image_at_the_step_of_single_steps(tiny: JanusUnifiedModel) -> None:
-    whole = codes(tiny, 0)
+def test_nan_logits_fail_one_image_at_the_step_of_single_steps(small: JanusUnifiedModel) -> None:
+    whole = codes(small, 0)
     row, others = whole[2, 3:-1].tolist(), set(whole[[0, 1, 3]].flatten().tolist())
     code = next(code for code in row if code not in others)
     step = whole[2].tolist().index(code) + 1
-    spoil(tiny, code)
+    spoil(small, code)
     for window in (0, 7):
         message = rf"1 of 4 images failed.*'a green cross'.*not finite at token {step}$"
         with pytest.raises(GenerationError, match=message):
-            codes(tiny, window)
-    found = codes(tiny, 7, on_error="skip")
+            codes(small, window)
+    found = codes(small, 7, on_error="skip")
     assert torch.equal(found[[0, 1, 3]], whole[[0, 1, 3]])
     assert (found[2] == -1).all()
 
 
-def test_nan_logits_behind_a_wrong_draft_fail_nothing(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_behind_a_wrong_draft_fail_nothing(
+    small: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drafts: set[int] = set()
     step = JacobiDecodeBatch.step
 
@@ -179,30 +181,30 @@ def test_nan_logits_behind_a_wrong_draft_fail_nothing(tiny: JanusUnifiedModel, m
         step(self)
 
     monkeypatch.setattr(JacobiDecodeBatch, "step", noted)
-    whole = codes(tiny, 6)
+    whole = codes(small, 6)
     (code, *_) = drafts - set(whole.flatten().tolist())
-    spoil(tiny, code)
+    spoil(small, code)
     drafts.clear()
-    assert torch.equal(codes(tiny, 6), whole)
+    assert torch.equal(codes(small, 6), whole)
     assert code in drafts
 
 
-def test_bad_weights_fail_every_image_at_its_first_code(tiny: JanusUnifiedModel) -> None:
+def test_bad_weights_fail_every_image_at_its_first_code(small: JanusUnifiedModel) -> None:
     with torch.no_grad():
-        tiny.head.vision_head.bias.fill_(torch.nan)
+        small.head.vision_head.bias.fill_(torch.nan)
     with pytest.raises(GenerationError, match=r"4 of 4 images.*not finite at token 0"):
-        codes(tiny, 4)
+        codes(small, 4)
 
 
-def test_a_batch_has_fewer_images_by_the_size_of_the_window(tiny: JanusUnifiedModel) -> None:
-    decoder = Engine(tiny).decoder
+def test_a_batch_has_fewer_images_by_the_size_of_the_window(small: JanusUnifiedModel) -> None:
+    decoder = Engine(small).decoder
     assert [max_batch_size(decoder, 1, window) for window in (1, 16, 1000)] == [256, 16, 1]
 
 
 @pytest.mark.parametrize("window", [1, 2.0, True])
-def test_bad_windows(tiny: JanusUnifiedModel, window: Any) -> None:
+def test_bad_windows(small: JanusUnifiedModel, window: Any) -> None:
     with pytest.raises(UsageError, match=r"jacobi_window: got .*, expected an integer of 2 or more"):
-        ImageGenerator(tiny, jacobi_window=window)
+        ImageGenerator(small, jacobi_window=window)
 
 
 @torch.no_grad()
@@ -224,15 +226,15 @@ def test_a_graph_holds_a_whole_step(
 @pytest.mark.usefixtures("interpreter")
 @torch.no_grad()
 def test_the_attention_of_a_gpu_gives_the_same_codes(
-    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, image_requests: MakeRequests, decode: Decode
+    small: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, image_requests: MakeRequests, decode: Decode
 ) -> None:
     """The Triton kernel with shared slots, by the interpreter."""
-    tiny.grid = (1, 3)
+    small.grid = (1, 3)
     greedy = Sampling(5.0, temperature=0)
-    expected = codes_of(decode(make_batch(Engine(tiny), greedy, 1, 1), image_requests(tiny, 1)))
+    expected = codes_of(decode(make_batch(Engine(small), greedy, 1, 1), image_requests(small, 1)))
     monkeypatch.setattr(decoder_module, "packed_linear_runs", bool)
     monkeypatch.setitem(_dispatch._KERNELS, "decode_attention", {"triton": "cpu"})
-    found = decode(make_batch(Engine(tiny), greedy, 1, 1, window=2, length=64), image_requests(tiny, 1))
+    found = decode(make_batch(Engine(small), greedy, 1, 1, window=2, length=64), image_requests(small, 1))
     assert torch.equal(codes_of(found), expected)
 
 

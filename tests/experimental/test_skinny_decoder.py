@@ -33,10 +33,10 @@ def decoded(engine: Engine, requests: list[Request], sampling: Sampling) -> torc
 @pytest.mark.usefixtures("interpreter")
 @torch.no_grad()
 def test_steps_of_few_rows_give_the_same_codes(
-    tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, image_requests: MakeRequests
+    small: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, image_requests: MakeRequests
 ) -> None:
-    tiny.grid = (1, 4)
-    requests, greedy = image_requests(tiny, 0, 1), Sampling(5.0, temperature=0)
+    small.grid = (1, 4)
+    requests, greedy = image_requests(small, 0, 1), Sampling(5.0, temperature=0)
     calls: list[int] = []
     skinny_linear = skinny_decoder.skinny_linear
 
@@ -44,15 +44,15 @@ def test_steps_of_few_rows_give_the_same_codes(
         calls.append(len(x))
         return skinny_linear(x, *given, **more)
 
-    expected = decoded(Engine(tiny), requests, greedy)
+    expected = decoded(Engine(small), requests, greedy)
     monkeypatch.setattr(decoder_module, "packed_linear_runs", bool)
     monkeypatch.setattr(decoder_module, "ROW_TILE", 4)
     monkeypatch.setattr(skinny_decoder, "skinny_linear", counted)
     monkeypatch.setitem(_dispatch._KERNELS, "skinny_linear", {"triton": "cpu"})
-    decoder = SkinnyDecoder(tiny)
+    decoder = SkinnyDecoder(small)
     assert not decoder.skinny  # for bfloat16 on a GPU only
     decoder.skinny = True
-    assert torch.equal(decoded(Engine(tiny, decoder=decoder), requests, greedy), expected)
+    assert torch.equal(decoded(Engine(small, decoder=decoder), requests, greedy), expected)
     assert calls == [8] * (3 * 2 * 4)  # steps, layers, products; prompts have more rows
 
 
@@ -70,7 +70,7 @@ def test_steps_are_captured(on_gpu: JanusUnifiedModel, image_requests: MakeReque
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_step_is_as_precise(on_gpu: JanusUnifiedModel, image_requests: MakeRequests) -> None:
-    whole = type(on_gpu)(copy.deepcopy(on_gpu.module).float(), on_gpu.processor, name="tiny")
+    whole = type(on_gpu)(copy.deepcopy(on_gpu.module).float(), on_gpu.processor, name="small")
     prompts = [request.ids for request in image_requests(on_gpu, 0, 1, 2, 3)]
     codes = torch.tensor([1, 2, 3, 4], device="cuda")
     found = []
