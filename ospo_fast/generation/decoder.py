@@ -15,6 +15,7 @@ by row. Matrix products do not: BLAS libraries switch kernels with the number of
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -52,6 +53,9 @@ _PREFILL_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION,
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """attend(layer, qkv (M, (H + 2·Hkv)·D), out (M, H·D)) → (M, H·D)."""
+
+Run = tuple[slice, Tensor | slice, int]
+"""Packed sequences of one length: their tokens, their rows of the cache, the length."""
 
 
 class Cache:
@@ -191,28 +195,23 @@ class InferenceDecoder:
 
         Attention covers the first `start` positions of `cache`, and x causally. The keys and values of x are stored.
         """
-        rows, steps, _ = x.shape
-        if steps == 1:
+        rows, length, _ = x.shape
+        if length == 1:  # the bits of SDPA would depend on the number of rows
             lengths = torch.full((rows,), start, device=x.device)
             return self.step(x[:, 0].clone(), cache, torch.arange(rows, device=x.device), lengths)[:, None]
-        mask = torch.ones(steps, start + steps, dtype=torch.bool, device=x.device).tril(start) if start else None
-
-        def attend(i: int, qkv: Tensor, _: Tensor) -> Tensor:
-            return self._attend_equal_lengths(qkv, cache, i, slice(0, rows), start, steps, mask)
-
-        return self._run_layers(x.reshape(rows * steps, -1).clone(), attend).view(rows, steps, -1)
+        attend = self._attend_runs(cache, [(slice(0, rows * length), slice(0, rows), length)], start)
+        return self._run_layers(x.reshape(rows * length, -1).clone(), attend).view(rows, length, -1)
 
     def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
         """Run prompts (S,) of any lengths into `cache_rows` → the last hidden state of each (N, D)."""
         last = torch.empty(len(prompts), self.width, device=self.device, dtype=self.dtype)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        piece: list[int] = []
-        for n, i in enumerate(order):
-            piece.append(i)
-            following = len(prompts[order[n + 1]]) if n + 1 < len(order) else PREFILL
-            if sum(len(prompts[j]) for j in piece) + following > PREFILL:
-                last[piece] = self._prefill_piece([prompts[j] for j in piece], cache, [cache_rows[j] for j in piece])
-                piece = []
+        pieces: list[list[int]] = [[]]
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+            if pieces[-1] and sum(len(prompts[j]) for j in (*pieces[-1], i)) > PREFILL:
+                pieces.append([])
+            pieces[-1].append(i)
+        for piece in pieces:
+            last[piece] = self._prefill_piece([prompts[j] for j in piece], cache, [cache_rows[j] for j in piece])
         return last
 
     def _prefill_piece(self, prompts: list[Tensor], cache: Cache, cache_rows: list[int]) -> Tensor:
@@ -232,23 +231,46 @@ class InferenceDecoder:
             positions = torch.arange(total, device=self.device) - starts
             attend = self._attend_packed(cache, rows, positions, bounds, max(lengths))
         else:
-            attend = self._attend_by_length(cache, cache_rows, lengths)
+            runs: list[Run] = []
+            begin = 0
+            for length, same in itertools.groupby(zip(lengths, cache_rows, strict=True), lambda pair: pair[0]):
+                row_list = [row for _, row in same]
+                end = begin + length * len(row_list)
+                runs.append((slice(begin, end), torch.tensor(row_list, device=self.device), length))
+                begin = end
+            attend = self._attend_runs(cache, runs)
         return self._run_layers(x, attend)[ends - 1]
 
-    def _attend_by_length(self, cache: Cache, cache_rows: Sequence[int], lengths: Sequence[int]) -> Attend:
-        """Attention of packed prompts of ascending lengths: one call for all prompts of a length."""
-        runs, total = [], sum(lengths)  # (first token, cache rows, length)
-        begin = 0
-        for length in sorted(set(lengths)):
-            rows = [row for row, own in zip(cache_rows, lengths, strict=True) if own == length]
-            runs.append((begin, torch.tensor(rows, device=self.device), length))
-            begin += len(rows) * length
+    def _attend_runs(self, cache: Cache, runs: Sequence[Run], start: int = 0) -> Attend:
+        """Attention of sequences that begin at position `start`, one call for each run of sequences of one length."""
+        total, grouped = runs[-1][0].stop, self.heads != self.kv_heads
 
         def attend(i: int, qkv: Tensor, y: Tensor) -> Tensor:
             y[total:] = 0
-            for begin, rows, length in runs:
-                part = slice(begin, begin + len(rows) * length)
-                y[part] = self._attend_equal_lengths(qkv[part], cache, i, rows, 0, length, None)
+            for tokens, rows, length in runs:
+                end = start + length
+                cos, sin = self._cos[start:end], self._sin[start:end]
+                parts = qkv[tokens].view(-1, length, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
+                q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), 1)
+                k = rotate(k, cos, sin)
+                cache.keys[i][rows, :, start:end], cache.values[i][rows, :, start:end] = k, v
+                mask = None
+                if start:
+                    k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
+                    mask = torch.ones(length, end, dtype=torch.bool, device=k.device).tril(start)
+                if k.is_cuda and grouped:  # the first of the backends takes no groups
+                    k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+                with sdpa_kernel(_PREFILL_BACKENDS, set_priority=True) if k.is_cuda else nullcontext():
+                    attended = F.scaled_dot_product_attention(
+                        rotate(q, cos, sin),
+                        k,
+                        v,
+                        attn_mask=mask,
+                        is_causal=mask is None,
+                        scale=self._scale,
+                        enable_gqa=grouped and not k.is_cuda,
+                    )
+                y[tokens] = attended.transpose(1, 2).flatten(2).flatten(0, 1)
             return y
 
         return attend
@@ -271,33 +293,6 @@ class InferenceDecoder:
             return y
 
         return attend
-
-    def _attend_equal_lengths(
-        self, qkv: Tensor, cache: Cache, i: int, rows: Tensor | slice, start: int, steps: int, mask: Tensor | None
-    ) -> Tensor:
-        """Attention of `steps` positions from `start` on, of each of the cache rows `rows`: qkv (M, …) → (M, H·D)."""
-        end = start + steps
-        cos, sin = self._cos[start:end], self._sin[start:end]
-        parts = qkv.view(-1, steps, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), 1)
-        k = rotate(k, cos, sin)
-        cache.keys[i][rows, :, start:end], cache.values[i][rows, :, start:end] = k, v
-        if start:
-            k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
-        grouped = self.heads != self.kv_heads
-        if k.is_cuda and grouped:  # the first of the backends takes no groups
-            k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
-        with sdpa_kernel(_PREFILL_BACKENDS, set_priority=True) if k.is_cuda else nullcontext():
-            y = F.scaled_dot_product_attention(
-                rotate(q, cos, sin),
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=start == 0,
-                scale=self._scale,
-                enable_gqa=grouped and not k.is_cuda,
-            )
-        return y.transpose(1, 2).reshape(len(qkv), -1)
 
     def step(
         self,

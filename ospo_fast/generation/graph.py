@@ -41,17 +41,16 @@ class GraphRunner:
     def __init__(self, device: torch.device, capture: bool) -> None:
         self.capture = capture
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._device, self._warm = device, False
+        self._device = device
 
     def __call__(self, step: Callable[[], None]) -> None:
         """Run the step, the same one in every call."""
-        if self.capture and self._warm and self.graph is None:
-            self.graph = capture_graph(step, self._device)
         if self.graph is not None:
             self.graph.replay()
-        else:
-            step()
-            self._warm = True
+            return
+        step()
+        if self.capture:
+            self.graph = capture_graph(step, self._device)
 
 
 @functools.cache  # a stream keeps its workspaces for good

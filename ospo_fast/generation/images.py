@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -177,23 +178,17 @@ class ImageGenerator:
         if isinstance(prompts, (str, Tensor)):
             raise UsageError("prompts: got a single prompt, expected a list of them")
         tokens = self.model.grid[0] * self.model.grid[1]
-        known: dict[str, Tensor] = {}
+        tokenize = functools.cache(self.model.image_prompt)
         result = []
         for i, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                if not prompt.strip():
-                    raise UsageError(f"prompts[{i}]: got an empty string, expected a description of an image")
-                if prompt not in known:
-                    known[prompt] = self.model.image_prompt(prompt)
-                ids = known[prompt]
-            else:
-                ids = prompt.cpu()
-                if ids.dim() == 1 and (len(ids) == 0 or int(ids[-1]) != self.model.boi_id):
-                    raise UsageError(
-                        f"prompts[{i}]: token ids must end in begin-of-image ({self.model.boi_id}), "
-                        f"got {ids[-1:].tolist() or 'none'}"
-                    )
+            if isinstance(prompt, str) and not prompt.strip():
+                raise UsageError(f"prompts[{i}]: got an empty string, expected a description of an image")
+            ids = tokenize(prompt) if isinstance(prompt, str) else prompt.cpu()
             check_ids(f"prompts[{i}]", ids, self.model, tokens)
+            if int(ids[-1]) != self.model.boi_id:
+                raise UsageError(
+                    f"prompts[{i}]: token ids must end in begin-of-image ({self.model.boi_id}), got {int(ids[-1])}"
+                )
             result.append(ids.long())
         return result
 

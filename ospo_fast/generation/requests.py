@@ -63,14 +63,12 @@ class Completion:
 def make_requests(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor, max_tokens: Sequence[int]) -> list[Request]:
     """Return one request per prompt; UsageError unless there is one integer seed for each."""
     count = len(prompts)
-    if isinstance(seeds, Tensor) and seeds.dim() != 1:
-        raise UsageError(f"seeds: got a tensor of shape {tuple(seeds.shape)}, expected ({count},), one for each prompt")
     try:
         values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
+        if len(values) != count:
+            raise UsageError(f"seeds: got {len(values)} of them, expected {count}, one for each image or text")
     except TypeError:
         raise UsageError(f"seeds: got {seeds!r}, expected {count} of them, one for each image or text") from None
-    if len(values) != count:
-        raise UsageError(f"seeds: got {len(values)} of them, expected {count}, one for each image or text")
     seeds = [_as_int64(i, seed) for i, seed in enumerate(values)]
     return list(map(Request, range(count), prompts, seeds, max_tokens))
 
