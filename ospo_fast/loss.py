@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -22,37 +20,21 @@ from ospo_fast.ops.token_weights import spread_weights
 class OSPOLossConfig:
     """Coefficients of the loss; `preset` gives the published ones. The default is "v3" (CVPR 2026).
 
-    Args:
-        beta: β of the preference between images.
-        gamma_beta_ratio: its margin ρ = γ/β.
-        beta_cond: β of the preference between prompts; None = the same.
-        gamma_beta_ratio_cond: its ρ; None = the same.
-        simpo_weight: λ of the preference between images.
-        cond_weight: λ of the preference between prompts.
-        sft_weight: λ of the SFT term.
-        label_smoothing: 0 to 0.5.
-        mask_alpha: token weights are 1 + alpha·m̃^gamma; 0 ignores the masks.
-        mask_gamma: see mask_alpha.
-        normalize: "weights" divides by Σw (official code), "length" by |y| (paper).
-        mask_blur: taps of the blur of the masks, odd: 5 in the official code, 1 (no blur) in the paper.
-
-    Raises:
-        UsageError: a field of the wrong type or out of range.
-
+    Raises UsageError for a field of the wrong type or out of range.
     """
 
-    beta: float = 5.0
-    gamma_beta_ratio: float = 0.5
-    beta_cond: float | None = None
+    beta: float = 5.0  # β of the preference between images
+    gamma_beta_ratio: float = 0.5  # its margin, γ/β
+    beta_cond: float | None = None  # of the preference between prompts; None: as between images
     gamma_beta_ratio_cond: float | None = None
-    simpo_weight: float = 1.0
-    cond_weight: float = 0.0
-    sft_weight: float = 2.0
-    label_smoothing: float = 0.0
-    mask_alpha: float = 1.0
+    simpo_weight: float = 1.0  # λ of the preference between images
+    cond_weight: float = 0.0  # λ of the preference between prompts
+    sft_weight: float = 2.0  # λ of the SFT term
+    label_smoothing: float = 0.0  # 0 to 0.5
+    mask_alpha: float = 1.0  # token weights are 1 + alpha·m̃^gamma; 0 ignores the masks
     mask_gamma: float = 1.0
-    normalize: Literal["weights", "length"] = "weights"
-    mask_blur: int = 5
+    normalize: Literal["weights", "length"] = "weights"  # divide by Σw (official code) or by |y| (paper)
+    mask_blur: int = 5  # taps of the blur of the masks, odd: 5 in the official code, 1 (no blur) in the paper
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -88,22 +70,20 @@ def _unmet(name: str, value: Any) -> str:
     return ""
 
 
-_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "v1": {"mask_alpha": 0.0},
-        "v2": {
-            "beta": 3.0,
-            "beta_cond": 5.0,
-            "gamma_beta_ratio_cond": 0.5,
-            "simpo_weight": 0.8,
-            "cond_weight": 0.5,
-            "sft_weight": 1.5,
-            "mask_alpha": 0.0,
-        },
-        "v3": {},
-        "full": {"beta_cond": 5.0, "gamma_beta_ratio_cond": 0.5, "cond_weight": 0.5},
-    }
-)
+_PRESETS: dict[str, dict[str, Any]] = {
+    "v1": {"mask_alpha": 0.0},
+    "v2": {
+        "beta": 3.0,
+        "beta_cond": 5.0,
+        "gamma_beta_ratio_cond": 0.5,
+        "simpo_weight": 0.8,
+        "cond_weight": 0.5,
+        "sft_weight": 1.5,
+        "mask_alpha": 0.0,
+    },
+    "v3": {},
+    "full": {"beta_cond": 5.0, "gamma_beta_ratio_cond": 0.5, "cond_weight": 0.5},
+}
 
 
 @dataclass(frozen=True, eq=False)

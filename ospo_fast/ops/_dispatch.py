@@ -81,13 +81,10 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def register_op(schema: str, *, fake: Callable[..., Any], synchronizes: bool = False) -> Callable[[Op], Op]:
-    """Replace a function by the registered op torch.ops.ospo_fast.<name>, an opaque call for torch.compile.
+    """Replace a function by the registered op torch.ops.ospo_fast.<name>, one opaque call for torch.compile.
 
-    Args:
-        schema: "name(arguments) -> results".
-        fake: computes empty results of the right shapes and dtypes from the arguments.
-        synchronizes: the op reads values on the host.
-
+    schema: "name(arguments) -> results". fake: computes empty results from the arguments. synchronizes: the op reads
+    values on the host.
     """
 
     def register(function: Op) -> Op:

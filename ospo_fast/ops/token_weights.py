@@ -97,31 +97,17 @@ def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
     return maps
 
 
-def spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None = None) -> Tensor:
-    """Put the weights of each row's image, in order, at the positions of its image tokens; 0 elsewhere.
-
-    Args:
-        weights: (B, N), one weight per cell.
-        token_mask: (B, S) bool, the image tokens: N or none in each row.
-        finite: (B,) bool or None; False: the mask of that row holds NaN or infinity.
-
-    Returns:
-        (B, S) in the dtype of the weights.
-
-    Raises:
-        OpError: a row with another number of image tokens, or one with tokens that is not `finite`.
-
-    """
-    return _spread_weights(weights.detach(), token_mask, finite)
-
-
 # An op, because its check reads values: torch.compile(fullgraph=True) keeps it as one call.
 @register_op(
-    "spread_weights(Tensor weights, Tensor token_mask, Tensor? finite) -> Tensor",
-    fake=lambda weights, token_mask, _: weights.new_empty(token_mask.shape),
+    "spread_weights(Tensor weights, Tensor token_mask, Tensor? finite=None) -> Tensor",
+    fake=lambda weights, token_mask, finite=None: weights.new_empty(token_mask.shape),
     synchronizes=True,
 )
-def _spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None) -> Tensor:
+def spread_weights(weights: Tensor, token_mask: Tensor, finite: Tensor | None = None) -> Tensor:
+    """Put weights (B, N) of each row, in order, at its tokens in token_mask (B, S) bool; 0 elsewhere → (B, S).
+
+    Raises OpError for a row that has tokens but not N, or that has tokens and is not `finite` (B,) bool. No gradient.
+    """
     cells = weights.shape[1]
     order = token_mask.long().cumsum(1)
     counts = token_mask.sum(1)
