@@ -1,8 +1,8 @@
-"""decode_attention, rotary embedding and cache write included, against SDPA on the same cache and a mask.
+"""decode_attention with rotary embedding and cache write, against SDPA with a mask on the same cache.
 
 `gb_s` counts the keys and values that must be read, and `share` is that over the bandwidth of a copy. On a GPU the
-kernel's constants are swept besides; a cache that its second-level cache could hold is measured from memory, as a step
-finds it after the weights have passed.
+constants of the kernel are swept, and a cache that fits the L2 cache is read from memory, as in a step, where the
+weights have replaced it.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ SWEEP = [(128, 64, 4), (128, 32, 4), (128, 32, 2), (256, 64, 4), (256, 128, 8)]
 
 
 def masked(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor):
-    """As transformers does it with a static cache: the whole cache is read, and a mask hides what is not there yet."""
+    """As transformers with a static cache: the whole cache is read, and a mask hides positions that are not filled."""
     q, k, v = qkv.view(len(qkv), 3, -1, keys.shape[3]).unbind(1)
     c, s = cos[lengths, None], sin[lengths, None]
     keys[slots, :, lengths], values[slots, :, lengths] = rotate(k, c, s), v
@@ -58,7 +58,7 @@ def flash_attn(heads: int, scale: float) -> Callable[..., Tensor]:
 
 
 def tuned(constants: tuple[int, int, int], **given: Any) -> Callable[..., Tensor]:
-    """The Triton kernel with other constants than its own."""
+    """The Triton kernel with other constants."""
     from ospo_fast.kernels import decode_attention as kernels
 
     names = ("SPLIT", "BLOCK", "WARPS")

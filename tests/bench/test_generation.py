@@ -1,4 +1,4 @@
-"""How the engine is measured on a GPU, with stand-ins for it: one variant after the other, each row at once."""
+"""Measuring the engine on a GPU that is simulated: one variant after the other, every row written at once."""
 
 import json
 import types
@@ -16,7 +16,7 @@ from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """A clock that stands unless a run moves it (seconds), and memory (bytes) held and at its peak."""
+    """A clock (seconds) that only runs advance, and memory (bytes): held now, and its peak."""
     state = {"now": 0, "held": 0, "peak": 0}
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: state["now"]))
     for name, value in (
@@ -30,7 +30,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return state
 
 
-def test_every_variant_has_a_run_that_does_not_count_and_keeps_what_it_holds(fake_gpu: dict[str, int]) -> None:
+def test_the_first_run_does_not_count_and_memory_that_stays_allocated_does(fake_gpu: dict[str, int]) -> None:
     runs: list[str] = []
 
     def maker(name: str, seconds: int, held: int) -> Any:
@@ -67,21 +67,17 @@ def test_every_variant_has_a_run_that_does_not_count_and_keeps_what_it_holds(fak
     assert [peak for _, peak in kept.values()] == [6.0, 1.0, 1.0]  # held + peak of the timed runs
 
 
-def test_prompts_have_the_same_lengths_in_all_turns_and_a_single_one_fills_its_bucket() -> None:
+def test_prompts_have_the_same_lengths_in_all_runs() -> None:
     assert bench.make_lengths(5, 60) == [45, 52, 60, 67, 75]
     assert bench.make_lengths(1, 60) == [60]
 
 
-def test_a_chosen_case_is_measured_alone_and_others_stay(tmp_path: Path) -> None:
+def test_only_chosen_cases_are_measured_and_other_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "check", lambda device: None)  # tests/bench/test_run.py runs it
     try:
-        _measure.only_cases(["2 texts"])
-        bench.run(tmp_path, quick=True)
-        _measure.only_cases(["2 questions"])
-        bench.run(tmp_path, quick=True)
-        _measure.only_cases(["2 drafted images"])
-        bench.run(tmp_path, quick=True)
-        _measure.only_cases(["7B"])
-        bench.run(tmp_path, quick=True)
+        for case in ("2 texts", "2 questions", "2 drafted images", "7B"):
+            _measure.only_cases([case])
+            bench.run(tmp_path, quick=True)
     finally:
         _measure.only_cases([])
     (path,) = tmp_path.glob("*/generation.jsonl")
