@@ -101,7 +101,7 @@ class JacobiDecodeBatch(DecodeBatch):
             seeds=self._window_seeds.view(-1),
             steps=steps.view(-1),
             codes=sampled.view(-1),
-            bad=self._window_bad.view(-1),
+            error_steps=self._window_bad.view(-1),
         )
         # Codes behind a wrong draft are wrong too; later steps overwrite them.
         self.tokens.scatter_(1, steps, sampled)

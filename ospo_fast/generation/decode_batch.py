@@ -125,7 +125,7 @@ class DecodeBatch:
     def _sample(self, logits: Tensor) -> None:
         """Sample one token per row into `codes` and column `steps` of `tokens`, and end requests."""
         self.sampling.sample(
-            logits, seeds=self.seeds, steps=self.steps, codes=self.codes, bad=self.bad, tokens=self.tokens
+            logits, seeds=self.seeds, steps=self.steps, codes=self.codes, error_steps=self.bad, tokens=self.tokens
         )
         # A finished row keeps its `steps`, so its later samples overwrite one unused column.
         self.steps += self.active

@@ -84,13 +84,13 @@ def sample_codes_into(
     seeds: Tensor,  # (B,) int64
     steps: Tensor,  # (B,) int64
     codes: Tensor,  # (B,) int64, written
-    bad: Tensor,  # (B,) int64, written; negative: no invalid logits so far
+    error_steps: Tensor,  # (B,) int64, written; negative: no invalid logits so far
     tokens: Tensor | None = None,  # (B, T) int64, written at steps
 ) -> None:
     """Run `sample_codes` without checks and without host synchronization, as a CUDA graph needs it.
 
     Writes the codes to `codes`, and to column steps[b] of row b of `tokens`. A row with NaN, +inf or only -inf gets
-    code 0, and bad[b] = steps[b] if bad[b] was negative: read `bad` once, at the end.
+    code 0, and error_steps[b] = steps[b] if error_steps[b] was negative: read `error_steps` once, at the end.
     """
     if top_k >= cond.shape[1]:
         top_k = 0
@@ -101,7 +101,7 @@ def sample_codes_into(
             seeds=seeds, steps=steps,
         )  # fmt: skip
         codes.copy_(sampled)
-        bad.copy_(torch.where(invalid & (bad < 0), steps, bad))
+        error_steps.copy_(torch.where(invalid & (error_steps < 0), steps, error_steps))
         if tokens is not None:
             tokens.scatter_(1, steps[:, None], codes[:, None])
         return
@@ -111,7 +111,7 @@ def sample_codes_into(
     seeds, steps = seeds.contiguous(), steps.contiguous()
     arguments = (
         seeds.data_ptr(), steps.data_ptr(), pointer(tokens), 0 if tokens is None else tokens.stride(0),
-        codes.data_ptr(), bad.data_ptr(), *cond.shape, guidance_scale, temperature, top_k, top_p,
+        codes.data_ptr(), error_steps.data_ptr(), *cond.shape, guidance_scale, temperature, top_k, top_p,
     )  # fmt: skip
     logits = (cond.data_ptr(), pointer(uncond))
     if backend == "cuda":
@@ -164,12 +164,12 @@ def _sample_codes(
 ) -> Tensor:
     untouched = torch.iinfo(torch.int64).min  # steps may be any other number
     codes = torch.zeros(len(cond), dtype=torch.int64, device=cond.device)
-    bad = torch.full_like(codes, untouched)
+    error_steps = torch.full_like(codes, untouched)
     sample_codes_into(
         cond, uncond, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
-        seeds=seeds, steps=steps, codes=codes, bad=bad,
+        seeds=seeds, steps=steps, codes=codes, error_steps=error_steps,
     )  # fmt: skip
-    invalid = bad != untouched
+    invalid = error_steps != untouched
     if bool(invalid.any()):
         rows = invalid.nonzero().flatten().tolist()
         raise OpError(f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits")

@@ -266,11 +266,11 @@ def test_sampling_into_tokens_keeps_the_first_invalid_step() -> None:
     expected = sample_codes(*logits, seeds=seeds, step=steps, **options)
     logits[0, 1, 7] = torch.nan
     logits[1, 3, 2] = torch.inf
-    codes, tokens, bad = torch.full((5,), -7), torch.full((5, 4), -7), torch.tensor([-1, -1, -1, 1, -1])
-    sample_codes_into(*logits, **options, seeds=seeds, steps=steps, codes=codes, bad=bad, tokens=tokens)
+    codes, tokens, error_steps = torch.full((5,), -7), torch.full((5, 4), -7), torch.tensor([-1, -1, -1, 1, -1])
+    sample_codes_into(*logits, **options, seeds=seeds, steps=steps, codes=codes, error_steps=error_steps, tokens=tokens)
     expected[[1, 3]] = 0
     assert torch.equal(codes, expected)
-    assert bad.tolist() == [-1, 3, -1, 1, -1]
+    assert error_steps.tolist() == [-1, 3, -1, 1, -1]
     assert torch.equal(tokens, torch.full((5, 4), -7).scatter(1, steps[:, None], expected[:, None]))
 
 
@@ -314,9 +314,9 @@ def test_cuda_invalid_rows_do_not_change_others(options: dict[str, Any]) -> None
     found = []
     for device in ("cpu", "cuda"):
         seeds, steps, codes = (torch.arange(5, device=device) for _ in range(3))
-        bad = torch.full_like(codes, -1)
-        sample_codes_into(logits.to(device), seeds=seeds, steps=steps, codes=codes, bad=bad, **options)
-        found.append((codes.tolist(), bad.tolist()))
+        error_steps = torch.full_like(codes, -1)
+        sample_codes_into(logits.to(device), seeds=seeds, steps=steps, codes=codes, error_steps=error_steps, **options)
+        found.append((codes.tolist(), error_steps.tolist()))
     assert found[0] == found[1]
     assert found[0][1] == [-1, 1, 2, 3, -1]
 
@@ -326,9 +326,19 @@ def test_cuda_invalid_rows_do_not_change_others(options: dict[str, Any]) -> None
 def test_cuda_graph_capture(V: int) -> None:
     logits, seeds = torch.randn(2, 8, V, device="cuda"), torch.arange(8, device="cuda")
     for options in ({}, {"top_k": 50, "top_p": 0.9}):
-        codes, bad, steps = torch.zeros(8).long().cuda(), torch.full((8,), -1).cuda(), torch.zeros(8).long().cuda()
+        codes, error_steps, steps = (
+            torch.zeros(8).long().cuda(),
+            torch.full((8,), -1).cuda(),
+            torch.zeros(8).long().cuda(),
+        )
         tokens = torch.zeros(8, 5).long().cuda()
-        given: dict[str, Any] = {"seeds": seeds, "steps": steps, "codes": codes, "bad": bad, "tokens": tokens}
+        given: dict[str, Any] = {
+            "seeds": seeds,
+            "steps": steps,
+            "codes": codes,
+            "error_steps": error_steps,
+            "tokens": tokens,
+        }
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             sample_codes_into(*logits, guidance_scale=5.0, **options, **given)
@@ -343,4 +353,4 @@ def test_cuda_graph_capture(V: int) -> None:
         for step in range(5):
             expected = sample_codes(*logits, guidance_scale=5.0, seeds=seeds, step=step, **options)  # type: ignore[arg-type]
             assert torch.equal(tokens[:, step], expected)
-        assert (bad == -1).all()
+        assert (error_steps == -1).all()
