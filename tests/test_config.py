@@ -45,7 +45,7 @@ def test_presets_set_the_same_keys(preset):
     keys = {section: set(values) for section, values in PRESETS[preset].items()}
     assert keys["train"] == set(PRESETS["v3"]["train"])
     config = load_config([f"preset={preset}"])
-    assert loss_config(config.preset, config.train.loss) == OSPOLossConfig.preset(preset)
+    assert loss_config(config) == OSPOLossConfig.preset(preset)
 
 
 def test_v2():

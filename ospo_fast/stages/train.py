@@ -62,17 +62,6 @@ class Example:
     columns: list[list[int]] | None = None  # of each object its tokens, for masks of the policy itself
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a training run."""
-
-    steps: int
-    best_step: int  # the step whose weights were kept
-    pairs: int
-    metrics: dict[str, float]  # of the last step
-    failures: dict[str, Failure]  # pairs that could not be trained on
-
-
 def loss_config(config: Config) -> OSPOLossConfig:
     """Return the loss of the preset with the values that `train.loss` sets."""
     return dataclasses.replace(OSPOLossConfig.preset(config.preset), **config.train.loss)
@@ -379,7 +368,7 @@ class Trainer:
         for name, value in state["progress"].items():
             setattr(self, name, value)
 
-    def finish(self, metrics: dict[str, float], failures: dict[str, Failure]) -> TrainResult:
+    def finish(self, failures: dict[str, Failure]) -> None:
         """Save the best adapter, or else the last, and merge it into the model."""
         best = int(self.best.get("step", self.step))
         if best != self.step:
@@ -394,7 +383,6 @@ class Trainer:
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
         write_json(self.folder / "done.json", done)
-        return TrainResult(self.step, best, len(self.examples), metrics, failures)
 
 
 def _read(path: Path, load: Callable[[Path], Any]) -> Any:
@@ -425,15 +413,8 @@ def _line_step(line: str) -> float:
 
 
 def train(
-    records: Iterable[Record],
-    model: UnifiedModel,
-    config: Config,
-    *,
-    out: Path,
-    evaluation: Evaluation | None = None,
-    resume: bool = True,
-    progress: Callable[[int], object] | None = None,
-) -> TrainResult:
+    records: Iterable[Record], model: UnifiedModel, config: Config, *, out: Path, context: StageContext | None = None
+) -> None:
     """Train `model` in place on the pairs of `records`, and write the results to `out`/train.
 
     Writes log.jsonl (a line per step and per evaluation), checkpoints/, adapter/ (peft), model/ (merged) and finally
@@ -445,14 +426,14 @@ def train(
         model: changed in place; afterwards it is the trained model.
         config: sections `train` and `masks`, `preset`, `seed`.
         out: the run folder.
-        evaluation: (model, step) → metrics; called before the first step and every `train.eval_every` steps.
-        resume: resume from the newest checkpoint.
-        progress: called after each step with 1.
+        context: `evaluation` is called before the first step and every `train.eval_every` steps. `report` gets the
+            steps of this call (`items`), those of the run (`total`) and the number of pairs that `failed`.
 
     Raises:
         OspoError: no pair to train on, a file that cannot be written, or a checkpoint that is broken or of another run.
 
     """
+    context = context or StageContext()
     pairs = select_training_pairs(records, config)
     extractor = None
     if uses_masks(config) and config.train.masks == "online":
@@ -466,34 +447,33 @@ def train(
         where = "the warning above" if failures else "the reasons in select.jsonl"
         raise OspoError(f"train: no pair to train on; see {where}.")
     settings, folder = config.train, out / "train"
-    if not resume:
+    if not context.resume:
         shutil.rmtree(folder, ignore_errors=True)
     trainer = Trainer(model, examples, config, folder, extractor)
     trainer.resume()
     logfile = folder / "log.jsonl"
     _trim_log(logfile, trainer.step or -1)
-    metrics: dict[str, float] = {}
     trainer.peft.train()
     module: Any = model.module  # of transformers, which torch's type does not know
     if settings.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not settings.eval_every:
-        evaluation = None
+    evaluation = context.evaluation if settings.eval_every else None
     if evaluation is not None and trainer.step == 0:
         append_line(logfile, trainer.evaluate(evaluation))
     while trainer.step < settings.steps and not trainer.stopped:
-        metrics = trainer.train_step()
-        append_line(logfile, metrics)
+        append_line(logfile, trainer.train_step())
         last = trainer.step == settings.steps
         if evaluation is not None and (trainer.step % settings.eval_every == 0 or last):
             append_line(logfile, trainer.evaluate(evaluation))
         if trainer.step % settings.save_every == 0 or last or trainer.stopped:
             trainer.save()
-        if progress is not None:
-            progress(1)
+        context.report.items += 1
+        if context.progress is not None:
+            context.progress(1)
     if settings.gradient_checkpointing:
         module.gradient_checkpointing_disable()
-    return trainer.finish(metrics, failures)
+    trainer.finish(failures)
+    context.report.total, context.report.failed = trainer.step, len(failures)
 
 
 def run(
@@ -504,29 +484,10 @@ def run(
     out: Path | None = None,
     context: StageContext | None = None,
 ) -> Iterator[Record]:
-    """Train on the records and yield nothing; see `train`.
-
-    Sets in `context.report` the steps of this call (`items`), those of the run (`total`) and the pairs that `failed`.
-    """
+    """Train on the records and yield nothing; see `train`."""
     if out is None:
         raise OspoError("train: got no run folder; give `out`, where the weights go.")
-    context = context or StageContext()
-
-    def advance(steps: int) -> None:
-        context.report.items += steps
-        if context.progress is not None:
-            context.progress(steps)
-
-    result = train(
-        records,
-        model,
-        config,
-        out=out,
-        evaluation=context.evaluation,
-        resume=context.resume,
-        progress=advance,
-    )
-    context.report.total, context.report.failed = result.steps, len(result.failures)
+    train(records, model, config, out=out, context=context)
     yield from ()
 
 

@@ -26,7 +26,6 @@ from ospo_fast.stages.train import (
     run,
     select_training_pairs,
     shuffled_indices,
-    train,
     unconditional_hidden_states,
 )
 
@@ -37,6 +36,17 @@ def config(*overrides):
     small = ["train.steps=6", "train.batch_size=2", "train.save_every=2", "train.lora_rank=4", "train.lora_alpha=8"]
     small += ["train.accumulation=2", "train.learning_rate=1e-3", "train.eval_every=0", "masks.layers=[0]"]
     return load_config([*small, *overrides])
+
+
+def train(records, model, settings, out, **context):
+    """Train, and return the report."""
+    context = StageContext(**context)
+    train_module.train(records, model, settings, out=out, context=context)
+    return context.report
+
+
+def done(folder):
+    return json.loads((folder / "train" / "done.json").read_text())
 
 
 def lines(folder):
@@ -118,7 +128,7 @@ def test_batch_groups(model, records, made):
 
 def test_only_the_language_models_projections_change(model, tiny, records, run_folder):
     result = train(records, model, config(), out=run_folder)
-    assert result.steps == 6
+    assert (result.items, result.total, result.failed) == (6, 6, 0)
     before, after = load_model(tiny).module.state_dict(), model.module.state_dict()
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -241,7 +251,7 @@ def test_early_stopping_keeps_the_best(tiny, records, run_folder):
     model = load_model(tiny)
     result = train(records, model, settings, out=run_folder, evaluation=evaluation)
     assert seen == [0, 2, 4, 6]
-    assert (result.steps, result.best_step) == (6, 2)
+    assert (result.total, done(run_folder)["best_step"]) == (6, 2)
     assert [row["alignment"] for row in lines(run_folder) if "alignment" in row] == [0.1, 0.5, 0.3, 0.2]
     best = load_file(run_folder / "train" / "best.safetensors")
     kept = load_file(run_folder / "train" / "adapter" / "adapter_model.safetensors")
@@ -278,7 +288,7 @@ def test_official_training_set(tiny, made, records, tmp_path):
     out = tmp_path / "out"
     settings = config("preset=full", "masks.enabled=false", "train.steps=1")
     result = train(read_records(tmp_path / "train.json"), load_model(tiny), settings, out=out)
-    assert result.pairs == 3
+    assert (result.total, result.failed) == (1, 0)
     assert lines(out)[0]["conditional"] > 0
 
 
@@ -306,7 +316,7 @@ def test_pairs_that_fail_are_reported(tiny, records, run_folder, preset, caplog)
     context, steps = StageContext(), []
     context.progress = steps.append
     assert list(run(kept, load_model(tiny), settings, out=run_folder, context=context)) == []
-    failed = json.loads((run_folder / "train" / "done.json").read_text())["left_out"]
+    failed = done(run_folder)["left_out"]
     item_ids = [record["item_id"] for record in kept]
     # Only the conditional term reads the rejected prompt.
     expected = {
@@ -356,7 +366,7 @@ def test_online_masks_follow_the_policy(model, records, run_folder, monkeypatch)
     )
     settings = config(ONLINE, "train.max_pairs=2", "train.accumulation=1", "train.learning_rate=1e-2")
     result = train(bare, model, settings, out=run_folder)
-    assert result.steps == len(maps) == 6
+    assert result.total == len(maps) == 6
     assert all(0 < row["mask_coverage"] < 1 for row in lines(run_folder))
     assert not torch.allclose(maps[0].sort(0).values, maps[-1].sort(0).values)
     assert all(m.isfinite().all() for m in maps)
