@@ -3,11 +3,15 @@
 #   DEMO_OUT=demo-out   output folder of the demo
 #   ARGS="-k otsu"      more arguments for pytest or the demo
 #   PART=all            part of the GPU benchmark (1 to 4)
+#   WORKERS=2           processes of the tests
+#   THREADS=1           threads of each process of the tests
 
 PYTHON ?= python3
 DEMO_OUT ?= demo-out
 ARGS ?=
 PART ?= all
+WORKERS ?= 2
+THREADS ?= 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -30,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/ospo-fast demo --out $(DEMO_OUT) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 # Wheels in .whl (from `make gpu-wheels`) are installed for the run alone. Missing peers are skipped.
 gpu: $(STAMP)

@@ -173,15 +173,15 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
 def _line(report: StageReport) -> str:
     failed = f", {report.failed} failed" if report.failed else ""
     items = f"{report.items} {find_stage(report.stage).unit}s in {report.seconds:.1f} s"
-    return f"{report.stage}: {items}, {report.total} in all{failed}{_throughput(report.drawing)}"
+    return f"{report.stage}: {items}, {report.total} total{failed}{_throughput(report.drawing)}"
 
 
-def _throughput(drawing: dict[str, float] | None) -> str:
+def _throughput(throughput: dict[str, float] | None) -> str:
     """Return the throughput of image generation as the end of a line."""
-    if drawing is None:
+    if throughput is None:
         return ""
-    codes = f", {drawing['codes_step']:.2f} codes per step" if "codes_step" in drawing else ""
-    return f"; generated at {drawing['images_s']:.2f} images/s, {drawing['gb_s']:.1f} GB/s{codes}"
+    codes = f", {throughput['codes_step']:.2f} codes per step" if "codes_step" in throughput else ""
+    return f"; generated at {throughput['images_s']:.2f} images/s, {throughput['gb_s']:.1f} GB/s{codes}"
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -156,7 +156,7 @@ class SelectConfig(Section):
 
     `threshold`: lowest local score of a chosen image (v3). `margin`: lowest margin of an answer (v2).
     `rejected`: "negative" rejects the image of a hard negative. "own" rejects the worst of the base images that have a
-    wrong answer, and falls back to a hard negative where there is none, or by rule "random", which judges no image.
+    wrong answer. It falls back to a hard negative if there is no such image, and under rule "random".
     `pairs`: maximum number of pairs of an item, all of different images. With "own" only the first has a hard negative.
     """
 
@@ -321,7 +321,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a layer whose names are fixed: not those of `prompts.counts`, which name kinds."""
+    """Yield the dotted keys of a layer, without those inside `prompts.counts`, which are names of kinds."""
     if not isinstance(value, dict) or prefix == "prompts.counts.":
         yield prefix[:-1]
         return
@@ -397,7 +397,7 @@ def load_config(
         overrides: dotted `key=value` strings.
         file: the user's YAML file.
         saved: `config.yaml` of a run folder, where it exists. It replaces the layers below it.
-        family: the model family whose file of values applies (a key of `MODEL_FILES`), or None.
+        family: the model family, a key of `MODEL_FILES`: its file of values applies. None: no file.
 
     Raises:
         UsageError: an unknown key (with the nearest ones), a value of a wrong type or out of range, a file that cannot
@@ -438,7 +438,7 @@ def load_config(
 
 
 def model_family(name: str) -> str | None:
-    """Return the family whose file of values applies to a model.
+    """Return the model family of a model, or None.
 
     Args:
         name: an embedded model, a hub name, a model folder, or a LoRA folder, which has the family of its base model.

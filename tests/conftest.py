@@ -1,4 +1,4 @@
-"""What all tests share: no network, one seed, and `gpu` tests that are skipped, and counted, where there is no GPU."""
+"""Shared by all tests: no network, one seed, and `gpu` tests are skipped without a GPU."""
 
 import importlib.util
 import os
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports Triton, which reads it as kernels are defined
+if not torch.cuda.is_available():  # before Triton is imported, because it reads the variable when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Import names of what the extras `pipeline` and `dev` bring; the core has none of them.
+# Import names of packages of the extras `pipeline` and `dev`. The core imports none of them.
 OPTIONAL = {
     "PIL", "accelerate", "hypothesis", "jinja2", "matplotlib", "omegaconf", "peft", "psutil", "safetensors", "scipy",
     "selenium", "skimage", "tokenizers", "tqdm", "transformers", "triton", "yaml",
@@ -27,7 +27,7 @@ OPTIONAL = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         for item in items:
-            # Kernels are compiled for the GPU here and interpreted elsewhere. Compiling ahead of time needs no GPU.
+            # Kernels run on the GPU here and in the interpreter elsewhere. Compiling ahead of time needs no GPU.
             if item.path.parent.name == "kernels" and item.path.stem != "test_compile":
                 item.add_marker(pytest.mark.gpu)
         return
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Skip a module or folder whose import needs an optional package that is not installed; the run continues."""
+    """Skip a module or folder whose import needs an optional package that is not installed."""
     report = yield
     if report.outcome == "failed" and (package := missing_package(report.call.excinfo.value)):
         report.outcome = "skipped"
@@ -51,9 +51,9 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """End a worker whose GPU context is lost once the test is reported: xdist starts another one for the rest.
+    """End a worker whose GPU context is lost, once the test is reported. xdist starts another one for the other tests.
 
-    After an illegal access every later call of the process fails, and so would every later test of the worker.
+    After an illegal access every later CUDA call of the process fails, and with it every later test of the worker.
     """
     result = yield
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
@@ -65,31 +65,31 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 def missing_package(error: BaseException | None) -> str | None:
-    """The optional package whose absence an error stems from, or None."""
+    """Return the optional package whose absence caused an error, or None."""
     while error is not None:
-        # A module missing *inside* a package has a dot in its name: the package is there, and that is an error.
+        # A module that is missing inside a package has a dot in its name. Then the package is installed.
         if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
             return error.name
-        # What an error was raised from; not what was being handled as it came up, which may be another matter.
+        # Follow __cause__, not __context__: the context can be an unrelated error.
         error = getattr(error, "cause", None) or error.__cause__
     return None
 
 
 @pytest.fixture(scope="session")
 def omegaconf() -> None:
-    """Skip where OmegaConf is not installed: `ospo_fast.config` and all commands read configurations with it."""
+    """Skip where OmegaConf is not installed, because configurations and most commands need it."""
     pytest.importorskip("omegaconf", reason="configurations need omegaconf, from the extra `pipeline`")
 
 
 @pytest.fixture(scope="session")
 def interpreter() -> None:
-    """Skips, with the reason, where Triton's interpreter cannot run kernels on the CPU."""
-    triton = pytest.importorskip("triton", reason="Triton is only there on Linux")
+    """Skip where Triton's interpreter cannot run kernels on the CPU."""
+    triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
     try:
         int(np.ones(1))
-    except TypeError:  # from NumPy 2.4 on; Triton's interpreter did so until 3.6
+    except TypeError:  # since NumPy 2.4; Triton's interpreter converts arrays like this up to 3.6
         if torch.torch_version.TorchVersion(triton.__version__) < "3.7":
             pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with NumPy {np.__version__}")
 
@@ -112,7 +112,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def scripted() -> types.ModuleType:
-    """tests/scripted.py: a tiny model whose texts and answers follow a script."""
+    """Load tests/scripted.py: a tiny model whose texts and answers follow a script."""
     spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -123,12 +123,12 @@ def scripted() -> types.ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny(scripted: types.ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random tiny model of the Shapes world."""
+    """Save a random tiny model of the Shapes world and return its folder."""
     return scripted.save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def script(scripted: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Texts and answers of every model follow the script."""
+    """Make texts and answers of every model follow the script."""
     scripted.install(monkeypatch.setattr)
     return scripted

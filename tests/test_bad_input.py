@@ -14,7 +14,7 @@ from ospo_fast.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
-COMMANDS = ("demo", "run", "images", "train", "generate", "evaluate")  # each loads a model in a way of its own
+COMMANDS = ("demo", "run", "images", "train", "generate", "evaluate")  # the ways in which commands load a model
 COUNTS = "prompts.counts={color1: 2, shape1: 0, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 2}"
 SMALL = [COUNTS, "train.steps=2", "train.batch_size=2", "train.eval_every=0", "masks.layers=[0]"]
 
@@ -172,7 +172,7 @@ def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, sc
     assert (report["failed"], report["items"]) == (1, 10)
     shutil.rmtree(out / "images")
     assert main(["score", "--out", str(out), "--no-resume"]) == 1
-    assert "10 in all, 10 failed" in capsys.readouterr().out
+    assert "10 total, 10 failed" in capsys.readouterr().out
 
 
 def test_benchmarks_into_a_folder_that_cannot_be_made(tmp_path):

@@ -113,7 +113,7 @@ def test_stages_one_by_one(capsys, tmp_path, tiny, script):
         assert report["items"] == (2 if stage == "train" else 10)
     code, out, _ = call(capsys, "run", *where)
     assert code == 0
-    assert "images: 0 items in 0.0 s, 10 in all" in out
+    assert "images: 0 items in 0.0 s, 10 total" in out
     code, _, err = call(capsys, "images", *where, "images.temperature=0.5")
     assert code == 2
     assert "--no-resume" in err
@@ -224,7 +224,9 @@ def test_generate_skips_an_image_that_fails(capsys, tmp_path, tiny, monkeypatch)
             keep = [n for n, index in enumerate(batch.indices) if index != 1]
             callback(dataclasses.replace(batch, indices=[batch.indices[n] for n in keep], codes=batch.codes[keep]))
 
-        return original(self, prompts, callback=partly, **settings)
+        codes = original(self, prompts, callback=partly, **settings)
+        codes[1] = -1
+        return codes
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
     arguments = ["images.guidance_scale=1", "a red circle", "--model", tiny, "--out", tmp_path, "--num", 3]
@@ -271,7 +273,7 @@ def test_a_stage_fails_when_every_item_does(capsys, tmp_path, tiny, monkeypatch,
     monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", lambda *_: report)
     got, out, _ = call(capsys, command, "--model", tiny, "--out", tmp_path, "train.eval_every=0")
     assert got == code
-    assert out.endswith(f"9 in all, {failed} failed\n")
+    assert out.endswith(f"9 total, {failed} failed\n")
 
 
 def test_images_reports_its_throughput(capsys, tmp_path, tiny, monkeypatch):
@@ -280,7 +282,7 @@ def test_images_reports_its_throughput(capsys, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", lambda *_: report)
     code, out, _ = call(capsys, "images", "--model", tiny, "--out", tmp_path)
     assert code == 0
-    assert out.endswith("9 in all; generated at 10.52 images/s, 2345.6 GB/s\n")
+    assert out.endswith("9 total; generated at 10.52 images/s, 2345.6 GB/s\n")
     drawing["codes_step"] = 2.3091
     assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("2345.6 GB/s, 2.31 codes per step\n")
 

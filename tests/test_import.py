@@ -11,8 +11,8 @@ import ospo_fast
 
 PACKAGE = Path(ospo_fast.__file__).parent
 
-# From the top down: a unit imports its own layer and those below it. `experimental` is outside: nothing imports it but
-# functions that an option asks for.
+# Layers from top to bottom: a unit imports its own layer and those below it. `experimental` is outside of them: it is
+# imported only inside functions, when an option asks for it.
 LAYERS = [
     {"__main__"},
     {"cli"},
@@ -157,7 +157,7 @@ def test_stages_do_not_import_the_scenes() -> None:
 
 
 def test_checker_does_not_import_a_model() -> None:
-    """The checker reads images by the rules of rendering alone."""
+    """The checker has no learned parts."""
     known = {name for name in names(PACKAGE / "shapes" / "checker.py") if name.startswith(("ospo_fast", "torch"))}
     assert known
     assert {name.rsplit(".", 1)[0] for name in known} <= {"ospo_fast.shapes.render", "ospo_fast.shapes.scenes"}

@@ -1,4 +1,4 @@
-"""Peak memory of a block: not that of earlier code, and without resetting the mark that other tools read."""
+"""Peak memory of a block: independent of earlier allocations, without resetting the process's high-water mark."""
 
 import gc
 import mmap
@@ -15,7 +15,7 @@ MB = 2**20
 
 
 def resident(size: int) -> mmap.mmap:
-    """Map new pages and touch every one. The allocator may hand out freed pages that are resident already."""
+    """Map new pages and touch each of them, since the allocator may reuse resident ones."""
     held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     held[:: mmap.PAGESIZE] = b"\1" * len(range(0, size, mmap.PAGESIZE))
     return held

@@ -48,7 +48,7 @@ def contents(out):
 
 @pytest.fixture(scope="module")
 def whole(scripted, tiny, tmp_path_factory):
-    """A run without interruption."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         scripted.install(patch.setattr)
@@ -84,7 +84,7 @@ def test_second_run_does_nothing(whole, tiny, monkeypatch):
 
 @pytest.mark.parametrize("stop", [5, 12, 29, 80])
 def test_resume_after_a_stop(whole, tiny, script, tmp_path, monkeypatch, stop):
-    """Stop inside a store, or between two (12 records each): the result is that of the run without interruption."""
+    """Stop after some records, of 12 per store. The resumed run equals the uninterrupted one."""
     left = stop
     append = Store.append
 
@@ -312,7 +312,7 @@ def test_without_masks(tiny, script, tmp_path):
 
 
 def test_rule_v2(whole, tiny, script, tmp_path):
-    """A prompt that is too long and codes that cannot be read cost their item the pair, and change no other item."""
+    """An item with a prompt that is too long, or with unreadable codes, has no pair. Other items are unaffected."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     settings = ["preset=v2", "select.margin=0.9", "select.rejected=negative"]
     pipeline(tiny, tmp_path, *settings, resume=False).stage("select")
