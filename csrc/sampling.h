@@ -31,7 +31,7 @@ OSPO_HOST_DEVICE inline uint32_t multiply_high(uint32_t a, uint32_t b) {
 OSPO_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint32_t block, uint64_t step) {
     uint32_t c0 = block, c1 = static_cast<uint32_t>(step), c2 = static_cast<uint32_t>(step >> 32), c3 = 0;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
     for (int round = 0; round < 10; ++round) {
