@@ -48,11 +48,11 @@ def products(
     return result
 
 
-# Values and alignments that change from batch to batch do not compile a kernel again.
-BOUNDS = ["row_start", "row_count", "key_start", "key_end"]
+# Not specialized, like all that changes from batch to batch: other values and alignments compile no other kernel.
+BOUND_NAMES = ["row_start", "row_count", "key_start", "key_end"]
 
 
-@triton.jit(do_not_specialize=[*BOUNDS, "length"])
+@triton.jit(do_not_specialize=[*BOUND_NAMES, "length"])
 def row_lse_kernel(
     q,  # (B, Hq, S, D)
     k,  # (B, Hkv, S, D)
@@ -109,8 +109,8 @@ def row_lse_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *BOUNDS, "columns", "share", "lse_item", "lse_head", "out_part", "out_item", "out_object", "heads", "objects",
-        "per_object", "begin", "length", "lse_offset", "accumulate",
+        *BOUND_NAMES, "columns", "share", "lse_item", "lse_head", "out_part", "out_item", "out_object", "heads",
+        "objects", "per_object", "begin", "length", "lse_offset", "accumulate",
     ]
 )  # fmt: skip
 def columns_kernel(
