@@ -14,6 +14,8 @@ other, each with a first run that does not count, and every row is written as so
 memory of a variant without the model: caches, graph and copies of weights of its first run included.
 """
 
+from __future__ import annotations
+
 import gc
 import random
 import statistics
@@ -22,27 +24,26 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from _measure import Timing, ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, JanusForConditionalGeneration, StaticCache
-from transformers import logging as transformers_logging
-from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from ospo_fast import load_model
 from ospo_fast.experimental.skinny_decoder import SkinnyDecoder
 from ospo_fast.experimental.skinny_linear import ROWS as SKINNY_ROWS
 from ospo_fast.generation import GeneratedBatch, ImageGenerator, Throughput, answer_questions, generate_text
-from ospo_fast.generation.engine import Engine
 from ospo_fast.generation.requests import CUDA_ROWS
 from ospo_fast.generation.throughput import streamed_bytes, weight_bytes
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.evaluate import select_prompts
 from ospo_fast.shapes.model import build_config, build_processor
+
+if TYPE_CHECKING:
+    from transformers import StaticCache
 
 GUIDANCE = 5.0
 PATIENCE = 20.0  # seconds: on a GPU, other implementations with longer runs are timed once
@@ -87,6 +88,8 @@ def build(size: Size, device: str, dtype: torch.dtype) -> JanusUnifiedModel:
     if size.real:
         config.text_config.vocab_size = 102400
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        from transformers import JanusVisionConfig, JanusVQVAEConfig
+
         config.vision_config = JanusVisionConfig(projection_dim=size.hidden)
         config.vq_config = JanusVQVAEConfig(
             num_patches=size.side, projection_dim=size.hidden, image_token_embed_dim=size.hidden
@@ -94,6 +97,8 @@ def build(size: Size, device: str, dtype: torch.dtype) -> JanusUnifiedModel:
     else:
         config.vq_config.num_embeddings, config.vq_config.num_patches = size.codes, size.side
         config.vision_config.num_image_tokens, config.vision_config.image_size = size.side**2, 8 * size.side
+    from transformers import JanusForConditionalGeneration
+
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -139,6 +144,8 @@ def official(model: JanusUnifiedModel, prompts: list[Tensor], *, greedy: bool = 
     """The loop of the official code: rows (conditional, unconditional), softmax and multinomial; cache and mask grow by
     copying.
     """
+    from transformers import DynamicCache
+
     core = model.module.model
     ids, mask = padded(model, prompts)
     blank = torch.where((mask == 1) & (ids != model.bos_id) & (ids != model.boi_id), model.pad_id, ids)
@@ -160,6 +167,8 @@ def official(model: JanusUnifiedModel, prompts: list[Tensor], *, greedy: bool = 
 
 def static_cache(model: JanusUnifiedModel, length: int) -> StaticCache:
     """Made here, since some versions of transformers fail to make one for images."""
+    from transformers import StaticCache
+
     return StaticCache(config=model.module.config.get_text_config(decoder=True), max_cache_len=length)
 
 
@@ -220,7 +229,7 @@ def engine(batches: int = 1, output: str = "codes", *, skinny: bool = False, **g
         if not made:
             made.append(ImageGenerator(model, **given))
             if skinny:
-                made[0]._engine = Engine(model, decoder=SkinnyDecoder(model), **given)
+                made[0]._options["decoder"] = SkinnyDecoder(model)
         seeds = torch.randint(2**62, (batches * len(prompts),))
         return made[0].generate(
             prompts * batches, seeds=seeds, guidance_scale=GUIDANCE, output=output, progress=False, callback=whole
@@ -538,6 +547,8 @@ def run(out: Path, quick: bool) -> None:
             selected.append((size, kind, count))
     if not selected:
         return
+    from transformers import logging as transformers_logging
+
     transformers_logging.set_verbosity_error()  # else it explains its defaults in every turn
     check(device)
     ceilings()  # before the memory is taken

@@ -140,16 +140,16 @@ class DecodeBatch:
 
         This synchronizes with the device: once per step with stop tokens, else once per batch.
         """
-        missing = int(((self.limits - self.steps) * self.active).max())
-        if missing == 0 or self._stop_ids is None:
-            return missing
-        if self._state.device.type == "cpu":
-            rows = self._pad_rows(int(self.active.sum()))
+        if self._stop_ids is None:
+            return int((self.limits - self.steps).max())
+        running = int(self.active.sum())
+        if running and self._state.device.type == "cpu":
+            rows = self._pad_rows(running)
             if rows < self.rows:
                 order = self.active.argsort(descending=True, stable=True)  # rows that generate come first
                 self._complete(order[rows:])
                 self._set_rows(self._state.index_select(1, order[:rows]), self.tokens[order[:rows]])
-        return 1
+        return min(running, 1)
 
     def completions(self) -> list[Completion]:
         """Return the result of each request, once all have ended."""

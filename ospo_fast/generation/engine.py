@@ -42,7 +42,7 @@ class Engine:
         jacobi_window: int = 0,
         decoder: InferenceDecoder | None = None,
     ) -> None:
-        self.model, self.signature = model, signature(model)
+        self.model = model
         self.decoder = decoder or InferenceDecoder(model)
         self._batch_size, self._capture, self._item_name = batch_size, capture, "text" if text else "image"
         self.stop_ids = tuple(model.eos_ids) if text else ()  # an image ends after its last code

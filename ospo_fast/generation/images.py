@@ -77,6 +77,7 @@ class ImageGenerator:
             "jacobi_window": jacobi_window,
         }
         self._engine: Engine | None = None
+        self._signature: tuple[object, ...] = ()
 
     @torch.no_grad()
     def generate(
@@ -194,10 +195,11 @@ class ImageGenerator:
 
     def _current_engine(self) -> Engine:
         """The engine, with the weights that the model has now."""
-        if self._engine is not None and self._engine.signature == signature(self.model):
+        found = signature(self.model)
+        if self._engine is not None and self._signature == found:
             self._engine.refresh()
             return self._engine
-        self._engine = None  # its memory is freed first
+        self._engine, self._signature = None, found  # the memory of the old one is freed first
         try:
             self._engine = Engine(self.model, **self._options)
         except (RuntimeError, MemoryError) as error:
