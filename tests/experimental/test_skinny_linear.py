@@ -64,8 +64,7 @@ def test_error_is_at_most_twice_that_of_separate_modules(
     assert (ours - exact).abs().max() <= 2 * (reference - exact).abs().max() + rounding
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("gated", "dtype"), [(False, torch.float32), *((True, dtype) for dtype in DTYPES[1:])])
 def test_bits_of_a_row_depend_on_that_row_only(gated: bool, dtype: torch.dtype) -> None:
     x, weight, norm = arguments(ROWS, 40, 300, gated, dtype)
     whole = skinny_linear(x, weight, norm=norm, eps=1e-6, gated=gated)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,18 +32,18 @@ def janus_head() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "module",
+    "build",
     [
-        nn.Linear(6, 5),
-        nn.Linear(6, 5, bias=False),
-        nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)),
-        nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 5, bias=False)),
-        DeepSeekHead(),
-        janus_head(),
+        lambda: nn.Linear(6, 5),
+        lambda: nn.Linear(6, 5, bias=False),
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)),
+        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.GELU(), nn.Linear(8, 5, bias=False)),
+        DeepSeekHead,
+        janus_head,
     ],
-    ids=lambda m: type(m).__name__,
 )
-def test_known_heads(module: nn.Module) -> None:
+def test_known_heads(build: Callable[[], nn.Module]) -> None:
+    module = build()
     head, x = Head.of(module), torch.randn(2, 3, 6)
     assert torch.equal(head(x), module(x))
     assert (head.width, head.num_codes) == (6, 5)
