@@ -98,19 +98,18 @@ class Engine:
         if self._batch is not None and (self._batch.sampling != sampling or self._batch.length < length):
             self._batch = None  # before the free memory is measured
         row_bytes = sampling.branches * self.decoder.row_bytes(length)
-        max_size = self._batch_size or max(
-            max_batch_size(self.decoder, row_bytes, self._window), self._batch.slots if self._batch is not None else 0
+        kept = self._batch.slots if self._batch is not None else 0  # these do not count as free memory
+        max_size = self._batch_size or max(kept, max_batch_size(self.decoder, row_bytes, self._window))
+        # A GPU pads every batch to the size where throughput saturates. The size that fits would make results depend on
+        # the free memory.
+        full_size = max(1, CUDA_ROWS // self._window) if self.decoder.device.type == "cuda" else max_size
+        pad_rows = functools.partial(
+            self.decoder.pad_rows, batch_size=self._batch_size or full_size, row_bytes=row_bytes
         )
-        # Not the size that fits: results must not depend on the free memory.
-        useful = max(1, CUDA_ROWS // self._window) if self.decoder.device.type == "cuda" else max_size
-        pad_rows = functools.partial(self.decoder.pad_rows, batch_size=self._batch_size or useful, row_bytes=row_bytes)
         if self._max_cache_bytes is not None:
             max_size = max(1, min(max_size, self._max_cache_bytes // row_bytes))
-        limit = BatchSizeLimit(
-            min(max_size, len(requests)),
-            self._item_name,
-            "free some, use a smaller dtype or shorter prompts",
-        )
+        planned = min(max_size, len(requests))
+        limit = BatchSizeLimit(planned, self._item_name, "free some, use a smaller dtype or shorter prompts")
         make_batch = functools.partial(
             self._batch_class,
             weakref.proxy(self),  # a cycle would keep the memory of both until the next garbage collection
@@ -120,7 +119,6 @@ class Engine:
             pad_rows=pad_rows,
             capture=self._capture,
         )
-        planned = limit.max_size
         batches = plan_batches(requests, groups, planned)
         try:
             yield from limit.run(batches, functools.partial(self._decode_batch, make_batch, limit))

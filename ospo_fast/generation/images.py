@@ -57,12 +57,7 @@ class ImageGenerator:
     """
 
     def __init__(
-        self,
-        model: UnifiedModel,
-        *,
-        batch_size: int | None = None,
-        capture: bool = True,
-        jacobi_window: int = 0,
+        self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True, jacobi_window: int = 0
     ) -> None:
         check_batch_size(batch_size)
         check_window(jacobi_window)
@@ -71,11 +66,8 @@ class ImageGenerator:
                 raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
         self.model = model
         self.throughput: Throughput | None = None
-        self._options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "capture": capture,
-            "jacobi_window": jacobi_window,
-        }
+        self._options: dict[str, Any]
+        self._options = {"batch_size": batch_size, "capture": capture, "jacobi_window": jacobi_window}
         self._engine: Engine | None = None
         self._signature: tuple[object, ...] = ()
 
@@ -156,9 +148,8 @@ class ImageGenerator:
                     if isinstance(completion.tokens, Failure):
                         prompt = prompts[request.index // num_images]
                         name = repr(prompt[:60]) if isinstance(prompt, str) else f"{len(prompt)} token ids"
-                        failed[request.index] = (
-                            f"image {request.index} ({name}, seed {request.seed}): {completion.tokens}"
-                        )
+                        reason = f"image {request.index} ({name}, seed {request.seed}): {completion.tokens}"
+                        failed[request.index] = reason
                     else:
                         codes[request.index] = completion.tokens
                         finished.append(request.index)

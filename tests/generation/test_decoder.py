@@ -271,9 +271,7 @@ def test_batches_are_padded_where_products_depend_on_their_size(monkeypatch: pyt
     assert [decoder.pad_rows(n, 64, 1000) for n in (1, 64)] == [64, 64]
 
 
-@pytest.mark.parametrize(
-    ("products", "threads"), [("packed", 1), ("packed", 2), ("fused", 2), ("unfused", 2)], indirect=["products"]
-)
+@pytest.mark.parametrize(("products", "threads"), [("packed", 1), ("packed", 2), ("fused", 2)], indirect=["products"])
 @torch.no_grad()
 def test_the_bits_of_a_row_do_not_depend_on_its_batch(tiny: JanusUnifiedModel, products: str, threads: int) -> None:
     before = torch.get_num_threads()
