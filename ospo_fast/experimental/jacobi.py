@@ -50,13 +50,13 @@ class JacobiDecodeBatch(DecodeBatch):
         self._window_buffers = Buffers(self._engine.decoder, len(self._window_x))
         self._window_cache_rows, self._window_lengths = integers(2, branches, rows, window)
         # drafts: the code at each position; the first is known. window_steps, window_seeds, sampled: step, seed and
-        # value of the code that is sampled from it. window_bad: its step if the logits were invalid, else −1.
-        self._drafts, self._window_steps, self._window_seeds, self._sampled, self._window_bad = integers(
+        # value of the code that is sampled from it. window_error_steps: that step if the logits were invalid, or −1.
+        self._drafts, self._window_steps, self._window_seeds, self._sampled, self._window_error_steps = integers(
             5, rows, window
         )
-        # By step: the length of the row that samples it, its code, and its value of `_window_bad`. Windows reach past
-        # the last step.
-        self._length_at, self.tokens, self._bad_at = integers(3, rows, self.max_tokens + window)
+        # By step: the length of the row that samples it, its code, and its `window_error_steps`. Windows reach past the
+        # last step.
+        self._length_at, self.tokens, self._error_step_at = integers(3, rows, self.max_tokens + window)
         self._passes = integers(rows)
         # Row n: if n codes are kept, the positions of the next drafts in the window. Behind its end the last one is
         # repeated, since neighboring codes are often equal.
@@ -72,8 +72,8 @@ class JacobiDecodeBatch(DecodeBatch):
         self._length_at.copy_(torch.where((prompts < 0) | (steps >= total), -1, prompts + steps - 1))
         self._window_steps.copy_(torch.where(prompts < 0, total, 1) + steps[: self._window])
         self._passes.fill_(1)  # prefill
-        self._bad_at.fill_(-1)
-        self._bad_at[:, 0] = self.bad
+        self._error_step_at.fill_(-1)
+        self._error_step_at[:, 0] = self.error_steps
         self._drafts.copy_(self.codes[:, None].expand_as(self._drafts))
         self._window_seeds.copy_(self.seeds[:, None].expand_as(self._drafts))
         self._window_cache_rows.copy_(self.cache_rows[..., None].expand_as(self._window_cache_rows))
@@ -95,17 +95,17 @@ class JacobiDecodeBatch(DecodeBatch):
             self._window_buffers, shared_slots=True,
         )  # fmt: skip
         logits = self._engine.logits(hidden)
-        self._window_bad.fill_(-1)
+        self._window_error_steps.fill_(-1)
         self.sampling.sample(
             logits,
             seeds=self._window_seeds.view(-1),
             steps=steps.view(-1),
             codes=sampled.view(-1),
-            error_steps=self._window_bad.view(-1),
+            error_steps=self._window_error_steps.view(-1),
         )
         # Codes behind a wrong draft are wrong too; later steps overwrite them.
         self.tokens.scatter_(1, steps, sampled)
-        self._bad_at.scatter_(1, steps, self._window_bad)
+        self._error_step_at.scatter_(1, steps, self._window_error_steps)
         right = lengths >= 0
         self._passes += right[:, 0]
         right[:, 1:] &= self._drafts[:, 1:] == sampled[:, :-1]
@@ -120,9 +120,9 @@ class JacobiDecodeBatch(DecodeBatch):
 
     def completions(self) -> list[Completion]:
         """See `DecodeBatch`."""
-        bad = self._bad_at[:, : self.max_tokens]
-        first = torch.where(bad < 0, self.max_tokens, bad).amin(1)
-        self.bad.copy_(torch.where(first < self.max_tokens, first, -1))
+        errors = self._error_step_at[:, : self.max_tokens]
+        first = torch.where(errors < 0, self.max_tokens, errors).amin(1)
+        self.error_steps.copy_(torch.where(first < self.max_tokens, first, -1))
         self.steps.copy_(self.limits)
         passes = self._passes.tolist()
         return [replace(result, steps=passes[i]) for i, result in enumerate(super().completions())]

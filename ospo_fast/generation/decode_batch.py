@@ -57,8 +57,8 @@ class DecodeBatch:
         decoder, branches, self.rows = self._engine.decoder, self.sampling.branches, len(tokens)
         self._state, self.tokens = state, tokens
         self.cache_rows, self.lengths = state[:branches], state[branches : 2 * branches]
-        # active: 1 while the request generates. codes: sampled last. bad: the first step with invalid logits, or −1.
-        self.active, self.seeds, self.steps, self.limits, self.codes, self.bad = state[2 * branches :]
+        # active: 1 while the request generates. codes: sampled last. error_steps: first step with bad logits, or −1.
+        self.active, self.seeds, self.steps, self.limits, self.codes, self.error_steps = state[2 * branches :]
         self.x = torch.empty(branches * self.rows, decoder.width, device=decoder.device, dtype=decoder.dtype)
         self._buffers = Buffers(decoder, branches * self.rows)
 
@@ -73,7 +73,7 @@ class DecodeBatch:
             self._set_rows(torch.zeros(2 * branches + 6, rows, dtype=torch.long, device=device), tokens)
         self._requests, self._completions = requests, {}
         self._state.zero_()
-        self.bad.fill_(-1)
+        self.error_steps.fill_(-1)
         self.lengths.fill_(-1)
         self.cache_rows.fill_(branches * self.slots)
         columns = torch.tensor([(len(r.ids), r.seed, r.max_tokens, 1, i) for i, r in enumerate(requests)]).T.to(device)
@@ -124,14 +124,13 @@ class DecodeBatch:
 
     def _sample(self, logits: Tensor) -> None:
         """Sample one token per row into `codes` and column `steps` of `tokens`, and end requests."""
-        self.sampling.sample(
-            logits, seeds=self.seeds, steps=self.steps, codes=self.codes, error_steps=self.bad, tokens=self.tokens
-        )
+        state = {"seeds": self.seeds, "steps": self.steps, "codes": self.codes, "error_steps": self.error_steps}
+        self.sampling.sample(logits, **state, tokens=self.tokens)
         # A finished row keeps its `steps`, so its later samples overwrite one unused column.
         self.steps += self.active
         if self._stop_ids is not None:
             stopped = (self.codes[:, None] == self._stop_ids).any(1)
-            ended = stopped | (self.bad >= 0) | (self.steps >= self.limits)
+            ended = stopped | (self.error_steps >= 0) | (self.steps >= self.limits)
             self.active.masked_fill_(ended, 0)
             self.lengths.masked_fill_(ended, -1)
 
@@ -158,13 +157,13 @@ class DecodeBatch:
 
     def _complete(self, rows: Tensor) -> None:
         """Read the results of rows from the device."""
-        requests, steps, bad = (vector[rows].tolist() for vector in (self.cache_rows[0], self.steps, self.bad))
-        for request, n, bad_step, tokens in zip(requests, steps, bad, self.tokens[rows].cpu(), strict=True):
+        vectors = (vector[rows].tolist() for vector in (self.cache_rows[0], self.steps, self.error_steps))
+        for request, n, error_step, tokens in zip(*vectors, self.tokens[rows].cpu(), strict=True):
             if request >= len(self._requests):
                 continue  # a padding row
             # A finished row keeps running. Invalid logits in it, which have step n, are ignored.
-            if 0 <= bad_step < n:
-                result: Tensor | Failure = Failure(f"the logits are not finite at token {bad_step}")
+            if 0 <= error_step < n:
+                result: Tensor | Failure = Failure(f"the logits are not finite at token {error_step}")
             else:
                 result = tokens[: n - (int(tokens[n - 1]) in self._engine.stop_ids)]
             self._completions[request] = Completion(result, n)

@@ -22,14 +22,8 @@ from ospo_fast.oom import BatchSizeLimit
 class Engine:
     """Decodes requests of one model. It holds what batches share: decoder, embeddings, head, buffers, memory limits.
 
-    Args:
-        model: from `load_model`.
-        text: decode text tokens, not image codes.
-        batch_size: requests per batch; None for as many as are useful and fit the free memory.
-        capture: on a GPU replay the steps from a CUDA graph.
-        jacobi_window: image codes per step, see `ospo_fast.experimental.jacobi`; 0 for one.
-        decoder: a decoder of the model in place of its `InferenceDecoder`.
-
+    text: decode text tokens, not image codes. decoder: a decoder in place of the model's `InferenceDecoder`. Other
+    arguments: see `ImageGenerator`.
     """
 
     def __init__(

@@ -63,14 +63,9 @@ def weight_bytes(model: UnifiedModel) -> int:
 def streamed_bytes(
     model: UnifiedModel, lengths: Sequence[int], branches: int, steps: Sequence[int] | None = None
 ) -> int:
-    """Return the bytes that one batch of images has to read.
+    """Return the bytes that one batch of images has to read, for prompts of these lengths.
 
-    Args:
-        model: the model that generates.
-        lengths: of the prompts.
-        branches: rows per image: 2 with guidance, else 1.
-        steps: decoder passes per image, prefill included; by default one per code.
-
+    branches: rows per image. steps: decoder passes per image, prefill included; by default one per code.
     """
     config: Any = model.decoder.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

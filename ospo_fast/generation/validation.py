@@ -68,8 +68,8 @@ def check_ids(name: str, ids: Tensor, model: UnifiedModel, new_tokens: int) -> N
 def check_guidance_has_effect(cond: Tensor, uncond: Tensor, prompted: Tensor) -> None:
     """Require that logits (N, V) with and without the prompt differ. Equal ones mean that the prompt has no effect.
 
-    prompted (N,) bool on the CPU: rows whose prompt differs from the unconditional prompt. Other rows, and rows that
-    are not finite, are skipped.
+    prompted (N,) bool on the CPU: rows with another prompt than the unconditional one. Other rows, and rows that are
+    not finite, are skipped.
     """
     rounding = max(1e-4, 2 * torch.finfo(cond.dtype).eps)
     kept = prompted.to(cond.device) & (cond.isfinite() & uncond.isfinite()).all(1)
