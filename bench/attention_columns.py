@@ -11,20 +11,24 @@ The peers are reimplemented here without their other features:
 Cases: "columns, N in a batch" and "decoder, N in a batch".
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from _measure import Timing, ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
 from object_masks import skimage_masks
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
 
 import ospo_fast
 from ospo_fast.ops.attention_columns import ColumnRequest, attention_columns_reference
+
+if TYPE_CHECKING:
+    from transformers import LlamaModel
 
 PROMPT = 24
 # layers, batch, heads, head width, image tokens
@@ -142,6 +146,8 @@ def decoders(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict
     batches = [B for B in batches if chosen(f"decoder, {B} in a batch")]
     if not batches:
         return
+    from transformers import LlamaConfig, LlamaModel
+
     config = LlamaConfig(
         vocab_size=8, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=L, num_attention_heads=H,
         num_key_value_heads=H, max_position_embeddings=1024,

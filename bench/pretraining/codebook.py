@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import JanusForConditionalGeneration
 
 from ospo_fast.shapes.checker import detect
 from ospo_fast.shapes.render import CELL, render_array
 from ospo_fast.shapes.scenes import BACKGROUNDS, Scene, random_scene
+
+if TYPE_CHECKING:
+    from transformers import JanusForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 BATCH = 24

@@ -21,18 +21,19 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import codebook
 import numpy as np
 import torch
 import vision_encoder
 from tasks import LocalizationHead, Recipe, TrainingData, answer_accuracy, image_loss, question_loss, text_loss
-from transformers import JanusForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
 from ospo_fast.errors import OspoError
 from ospo_fast.shapes.model import build_model, build_processor
+
+if TYPE_CHECKING:
+    from transformers import JanusForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     Raises OspoError if `out` holds a run with another recipe, or cannot be written.
     """
     _check_recipe(out, recipe)
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.set_verbosity_error()
     model, processor = build_model(recipe.seed), build_processor()
     seconds = _train_codes(model, out / "codes.pt", recipe)

@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import codebook
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import JanusForConditionalGeneration, JanusProcessor
 
+from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.shapes import grammar
 from ospo_fast.shapes.model import GRID
 from ospo_fast.shapes.render import render_array
@@ -37,7 +38,9 @@ from ospo_fast.shapes.scenes import (
 )
 from ospo_fast.stages.templates import load_templates
 
-IGNORE_INDEX = -100
+if TYPE_CHECKING:
+    from transformers import JanusForConditionalGeneration, JanusProcessor
+
 CAPTION_WEIGHT = 0.3
 LOCALIZATION_WEIGHT = 1.0
 LOCALIZATION_LAYER = -3  # of the hidden states: two layers remain to compare and to count

@@ -8,17 +8,20 @@ discarded.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from codebook import to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import JanusForConditionalGeneration
 
 from ospo_fast.shapes.model import GRID, PATCH
 from ospo_fast.shapes.render import CELL, render_array
 from ospo_fast.shapes.scenes import BACKGROUNDS, BOARD, COLORS, SHAPES, SIZES, Scene, random_scene
+
+if TYPE_CHECKING:
+    from transformers import JanusForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 BATCH = 64

@@ -5,18 +5,17 @@ It is saved by `save_pretrained` and loaded by the code that loads Janus-Pro.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
-from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
-from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
-from transformers.models.llama.configuration_llama import LlamaConfig
 
 from ospo_fast.shapes import grammar
 from ospo_fast.shapes.render import IMAGE_SIZE
 from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, COUNTS, KINDS, PLACES, RELATIONS, SHAPES, SIZES, descriptions
+
+if TYPE_CHECKING:
+    from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<boi>", "<eoi>", "<|User|>", "<|Assistant|>")
 PATCH = 8
@@ -57,6 +56,8 @@ def vocabulary() -> list[str]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
     tokens = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = _splitter()
@@ -78,6 +79,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> JanusProcessor:
     """Build the processor: tokenizer, image processor and chat template."""
+    from transformers import JanusImageProcessorPil, JanusProcessor
+
     image_processor = JanusImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         min_size=PATCH,
@@ -89,6 +92,8 @@ def build_processor() -> JanusProcessor:
 
 def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384, heads: int = 4) -> JanusConfig:
     """Build a configuration; the defaults are those of the shipped model."""
+    from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
     tokens = vocabulary()
     ids = {name: tokens.index(f"<{name}>") for name in ("bos", "eos", "pad", "image")}
     text = LlamaConfig(
@@ -142,6 +147,8 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
 
 def build_model(seed: int = 0, **sizes: int) -> JanusForConditionalGeneration:
     """Build a model with random weights, in fp32 on the CPU."""
+    from transformers import JanusForConditionalGeneration
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = JanusForConditionalGeneration(build_config(**sizes))
