@@ -50,6 +50,18 @@ def pytest_make_collect_report(
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skip a test that needs an optional package that is not installed."""
+    report = yield
+    if report.failed and call.excinfo is not None and (package := missing_package(call.excinfo.value)):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), 0, f"Skipped: {package} is not installed")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """End a worker whose GPU context is lost, once the test is reported. xdist starts another one for the other tests.
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import Message, Offset
@@ -133,6 +132,8 @@ class JanusUnifiedModel:
             users[-1]["content"].insert(0, {"type": "image"})
         text: str = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         if self.processor.use_default_system_prompt and messages[0]["role"] != "system":
+            from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
+
             text = DEFAULT_SYSTEM_PROMPT + text
         token = self._tokenizer.image_token
         if text.count(token) != int(image):

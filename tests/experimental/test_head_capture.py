@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ospo_fast.experimental.head_capture import HeadCapture
 from ospo_fast.ops.attention_columns import ColumnRequest
@@ -12,6 +11,8 @@ from ospo_fast.ops.attention_columns import ColumnRequest
 @pytest.mark.parametrize("heads", [None, [0, -1]])
 def test_head_maps(batch: int, heads: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four heads of two groups; the last sequence is padded on the left."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=20, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,

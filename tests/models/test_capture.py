@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from ospo_fast.errors import OpError, OspoError
 from ospo_fast.models.capture import AttentionCapture
@@ -24,7 +23,7 @@ def inputs(model: JanusUnifiedModel, batch: int = 3, length: int = PROMPT + TOKE
 
 
 def reference(
-    decoder: LlamaModel, x: Tensor, mask: Tensor | None, layers: list[int], heads: list[int] | None = None
+    decoder: torch.nn.Module, x: Tensor, mask: Tensor | None, layers: list[int], heads: list[int] | None = None
 ) -> Tensor:
     """(B, S, S): mean over layers and heads of the attention probabilities of the eager implementation."""
     before = decoder.config._attn_implementation
@@ -98,8 +97,10 @@ def test_start_rows_per_sequence(tiny: JanusUnifiedModel) -> None:
     compare(capture.maps, reference(tiny.decoder, x, None, [0, 1, 2]), COLUMNS, start.tolist())
 
 
-def deep(layers: int) -> LlamaForCausalLM:
+def deep(layers: int) -> torch.nn.Module:
     """Grouped queries, and no adapter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=20, hidden_size=32, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
