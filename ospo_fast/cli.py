@@ -23,7 +23,6 @@ from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 if TYPE_CHECKING:
     from ospo_fast.config import Config
     from ospo_fast.pipeline import Pipeline
-    from ospo_fast.stages.train import Evaluation
 
 # Import names of the packages of the extra `pipeline`.
 EXTRAS = (
@@ -114,59 +113,19 @@ def _show(value: Any, as_json: bool, text: str) -> None:
     print(json.dumps(value) if as_json else text)
 
 
-def _evaluation(config: Config) -> Evaluation | None:
-    """Return what training evaluates: alignment on the validation prompts of the Shapes world, if it is to evaluate."""
-    if not config.train.eval_every:
-        return None
-    _require_shapes(config)
-    from ospo_fast.shapes.evaluate import build_validation
-
-    return build_validation(config.evaluate, config.images.guidance_scale)
-
-
-def _require_shapes(config: Config) -> None:
-    from ospo_fast.config import model_family
-    from ospo_fast.models import find_model
-
-    find_model(config.model)
-    if model_family(config.model) != "shapes":
-        raise UsageError(
-            f"Images can be checked in the Shapes world only, and {config.model!r} is not a model of it; generate them "
-            "with `ospo-fast generate --prompts FILE` and use the scorer of your benchmark."
-        )
-
-
-def _exclude_evaluation_prompts(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
-    """Keep a run on the Shapes world from using the evaluation prompts. Those that write prompts save the list."""
-    from ospo_fast.config import model_family
-    from ospo_fast.records import write_atomic
-
-    config = pipeline.config
-    if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
-        return
-    path = Path(config.out) / "held_out.txt"
-    if not path.exists():
-        if all(stage.inputs(config) is not None for stage in stages):
-            return
-        from ospo_fast.shapes.scenes import held_out_prompts
-
-        pipeline.prepare()  # raises, before anything is written, where the model does not load
-        write_atomic(path, ("\n".join(held_out_prompts()) + "\n").encode())
-    config.prompts.exclude = str(path)
-
-
 def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
     from ospo_fast.pipeline import Pipeline
+    from ospo_fast.shapes.commands import build_evaluation, exclude_held_out_prompts
 
     shard = getattr(args, "shard", None)
     shard = None if shard is None else Shard.parse(shard)
     if getattr(args, "iteration", 1) < 1:
         raise UsageError(f"--iteration should be 1 or more, got {args.iteration}.")
     config = _settings(args)
-    evaluation = _evaluation(config) if any(stage.counts_steps for stage in stages) else None
+    evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
     _silence_libraries()
     pipeline = Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
-    _exclude_evaluation_prompts(pipeline, stages)
+    exclude_held_out_prompts(pipeline, writes_prompts=any(stage.inputs(config) is None for stage in stages))
     return pipeline
 
 
@@ -186,13 +145,8 @@ def _throughput(throughput: dict[str, float] | None) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     pipeline = _pipeline(args, STAGES)
-    reports = []
-    for iteration in range(1, pipeline.config.iterations + 1):
-        for name in pipeline.default_stages:
-            report = pipeline.stage(name, iteration)
-            reports.append(dataclasses.asdict(report))
-            if not args.json:
-                print(_line(report), flush=True)
+    show = None if args.json else lambda report: print(_line(report), flush=True)
+    reports = [dataclasses.asdict(report) for report in pipeline.run(on_report=show)]
     _show({"out": pipeline.config.out, "stages": reports}, args.json, f"done: {pipeline.config.out}")
     return 0
 
@@ -208,8 +162,9 @@ def _stage(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     args.out = args.out or Path("demo-out")
     config = _settings(args)
-    _require_shapes(config)
-    from ospo_fast.shapes import demo
+    from ospo_fast.shapes import commands, demo
+
+    commands.require_shapes(config)
 
     _silence_libraries()
     result = demo.run(config, resume=args.resume, progress=not args.json)
@@ -253,10 +208,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     config = _settings(args, saved=False)
-    _require_shapes(config)
     from ospo_fast.models import load_model
     from ospo_fast.records import check_writable, write_json
+    from ospo_fast.shapes.commands import require_shapes
     from ospo_fast.shapes.evaluate import evaluate_model
+
+    require_shapes(config)
 
     _silence_libraries()
     model = load_model(config.model, device=config.device, dtype=config.dtype)

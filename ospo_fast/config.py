@@ -29,14 +29,11 @@ _OFFICIAL_TRAINING = {
     "schedule": "cosine",
     "warmup_ratio": 0.05,
 }
-_V2_TRAINING = _OFFICIAL_TRAINING | {"lora_rank": 32, "steps": 500, "schedule": "constant", "warmup_ratio": 0.0}
+_V1_TRAINING = _OFFICIAL_TRAINING | {"warmup_ratio": 0.0}
+_V2_TRAINING = _V1_TRAINING | {"lora_rank": 32, "steps": 500, "schedule": "constant"}
 # What a preset sets apart from the loss. Every preset sets the same keys, so that one can replace another.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "v1": {
-        "select": {"rule": "v3"},
-        "masks": {"enabled": False},
-        "train": _OFFICIAL_TRAINING | {"warmup_ratio": 0.0},
-    },
+    "v1": {"select": {"rule": "v3"}, "masks": {"enabled": False}, "train": _V1_TRAINING},
     "v2": {"select": {"rule": "v2"}, "masks": {"enabled": False}, "train": _V2_TRAINING},
     "v3": {"select": {"rule": "v3"}, "masks": {"enabled": True}, "train": _OFFICIAL_TRAINING},
     "full": {"select": {"rule": "v3"}, "masks": {"enabled": True}, "train": _OFFICIAL_TRAINING},
@@ -71,6 +68,8 @@ ABOVE_0 = expect("above 0", lambda value: value > 0)
 BELOW_1 = expect("in [0, 1)", lambda value: 0 <= value < 1)
 PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
 NOT_EMPTY = expect("a list of at least one number", bool)
+TWO_NUMBERS = expect("two numbers", lambda value: len(value) == 2)
+WINDOW = expect("0 (off), or 2 or more", lambda value: value == 0 or value >= 2)
 INDICES = expect(
     "a list of integers, or auto",
     lambda value: value == "auto" or (isinstance(value, list) and bool(value) and all(type(i) is int for i in value)),
@@ -133,9 +132,7 @@ class ImagesConfig(Section):
     top_p: float = field(default=1.0, metadata=PROBABILITY)
     batch_size: int | None = None  # images at once; None: as many as fit
     # Codes per image that a step of Jacobi decoding may accept; 0: one code per step. Pays for a few images at once.
-    jacobi_window: int = field(
-        default=0, metadata=expect("0 (off), or 2 or more", lambda value: value == 0 or value >= 2)
-    )
+    jacobi_window: int = field(default=0, metadata=WINDOW)
 
 
 @dataclass
@@ -189,9 +186,7 @@ class MasksConfig(Section):
     choose: str | None = field(default=None, metadata=one_of("entropy", "separability", "contrast"))
     soft: bool = False
     scaler: float = field(default=0.8, metadata=ABOVE_0)  # of Otsu's threshold; the paper has 1.0
-    match: str = field(
-        default="offsets", metadata=one_of("offsets", "substring")
-    )  # "substring" is the official token match
+    match: str = field(default="offsets", metadata=one_of("offsets", "substring"))  # the official one: "substring"
     official: str | None = None  # mask folder of the official implementation, to use in place of own masks
     batch_size: int = field(default=8, metadata=AT_LEAST_1)  # pairs at once
 
@@ -225,38 +220,31 @@ class TrainConfig(Section):
     min_learning_rate: float = 1e-7  # end of the cosine schedule
     schedule: str = field(default="cosine", metadata=one_of("cosine", "constant"))
     warmup_ratio: float = field(default=0.05, metadata=BELOW_1)
-    betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.95], metadata=expect("two numbers", lambda value: len(value) == 2)
-    )
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=TWO_NUMBERS)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
-    guidance_scale: float = field(
-        default=1.0, metadata=AT_LEAST_1
-    )  # of the distribution that is trained; 1: that of the prompt alone
+    guidance_scale: float = field(default=1.0, metadata=AT_LEAST_1)  # of the distribution that is trained; 1: none
     gradient_checkpointing: bool = True
     save_every: int = field(default=100, metadata=AT_LEAST_1)
     eval_every: int = 0  # steps between calls of the evaluation callback; 0: none
     early_stopping: str | None = None  # the metric of the evaluation that decides, the higher the better
-    patience: int = field(
-        default=3, metadata=AT_LEAST_1
-    )  # evaluations without a better value after which training stops
+    patience: int = field(default=3, metadata=AT_LEAST_1)  # evaluations without a better value before training stops
     max_pairs: int | None = None
     max_pairs_per_kind: int | None = None
     loss: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.loss = {name: value for name, value in self.loss.items() if value is not None}
-        if self.loss:
-            self._check_loss()
+        self.loss = {
+            name: float(value) if type(value) is int and name != "mask_blur" else value  # 5 is the same setting as 5.0
+            for name, value in self.loss.items()
+            if value is not None
+        }
+        if not self.loss:
+            return
+        from ospo_fast.loss import OSPOLossConfig  # imports torch
 
-    def _check_loss(self) -> None:
-        from ospo_fast.loss import OSPOLossConfig
-
-        for name, value in self.loss.items():
-            if type(value) is int and name != "mask_blur":
-                self.loss[name] = float(value)  # 5 and 5.0 are the same setting of a run
         try:
             OSPOLossConfig(**self.loss)
         except UsageError as error:

@@ -162,15 +162,24 @@ class Pipeline:
         """Load the model and check the request to the first stage. Writes nothing."""
         STAGES[0].plan(self.model(iteration), self.config, self.shard)
 
-    @property
-    def default_stages(self) -> tuple[str, ...]:
-        """Names of the stages that a run includes."""
-        return tuple(stage.name for stage in STAGES if stage.in_run(self.config))
+    def run(
+        self, stages: Sequence[str] | None = None, *, on_report: Callable[[StageReport], object] | None = None
+    ) -> list[StageReport]:
+        """Run stages of all iterations, in order. Complete ones do nothing.
 
-    def run(self, stages: Sequence[str] | None = None) -> list[StageReport]:
-        """Run stages (`default_stages` by default) of all iterations, in order. Complete ones do nothing."""
-        names = self.default_stages if stages is None else stages
-        return [self.stage(name, iteration) for iteration in range(1, self.config.iterations + 1) for name in names]
+        Args:
+            stages: their names; None: those that a whole run includes.
+            on_report: called after each stage.
+
+        """
+        names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else stages
+        reports = []
+        for iteration in range(1, self.config.iterations + 1):
+            for name in names:
+                reports.append(self.stage(name, iteration))
+                if on_report is not None:
+                    on_report(reports[-1])
+        return reports
 
     def stage(self, name: str, iteration: int = 1) -> StageReport:
         """Run one stage of one iteration.

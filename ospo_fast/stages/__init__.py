@@ -48,50 +48,28 @@ class Shard:
 
 @dataclass
 class StageReport:
-    """What a stage did in one call.
-
-    Attributes:
-        stage: name of the stage.
-        iteration: iteration of self-improvement, from 1.
-        items: items processed in this call (training: optimizer steps).
-        total: items in the store afterwards (training: steps of the whole training).
-        failed: items of this call that failed, wholly or in part (training: pairs). Their records hold the reasons.
-        seconds: wall-clock time.
-        peak_mb: peak resident memory of the process.
-        cuda_peak_mb: peak allocation on the GPU. None without a GPU.
-        drawing: throughput of image generation (`Throughput.figures`). None for other stages.
-
-    """
+    """What a stage did in one call."""
 
     stage: str
-    iteration: int = 1
-    items: int = 0
-    total: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-    peak_mb: float = 0.0
-    cuda_peak_mb: float | None = None
-    drawing: dict[str, float] | None = None
+    iteration: int = 1  # of self-improvement, from 1
+    items: int = 0  # processed in this call (training: optimizer steps)
+    total: int = 0  # in the store afterwards (training: steps of the whole training)
+    failed: int = 0  # items of this call that failed, wholly or in part (training: pairs)
+    seconds: float = 0.0  # wall-clock time
+    peak_mb: float = 0.0  # peak resident memory of the process
+    cuda_peak_mb: float | None = None  # peak allocation on the GPU; None without a GPU
+    drawing: dict[str, float] | None = None  # of the images stage: `Throughput.figures`
 
 
 @dataclass
 class StageContext:
-    """What the pipeline gives to a stage in addition to its records. The defaults are those of a call from a script.
+    """What the pipeline gives to a stage in addition to its records. The defaults are those of a call from a script."""
 
-    Attributes:
-        report: filled in by the stage where it knows more than the number of its records.
-        shard: the part of the items to process. None: all of them.
-        resume: continue from files of an earlier call. False starts over.
-        evaluation: called during training (`ospo_fast.stages.train.Evaluation`).
-        progress: called with the number of steps done, by stages that count steps.
-
-    """
-
-    report: StageReport = field(default_factory=lambda: StageReport(""))
-    shard: Shard | None = None
-    resume: bool = True
-    evaluation: Any = None
-    progress: Callable[[int], object] | None = None
+    report: StageReport = field(default_factory=lambda: StageReport(""))  # filled in where the stage knows more
+    shard: Shard | None = None  # the part of the items to process; None: all of them
+    resume: bool = True  # continue from files of an earlier call; False: start over
+    evaluation: Any = None  # called during training (`ospo_fast.stages.train.Evaluation`)
+    progress: Callable[[int], object] | None = None  # called with the number of steps just done
 
 
 def _always(value: T) -> Callable[[Config], T]:
@@ -100,41 +78,24 @@ def _always(value: T) -> Callable[[Config], T]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline. `ospo_fast/stages/<name>.py` holds its `run` and `failure`.
+    """One stage of the pipeline. `ospo_fast/stages/<name>.py` holds its `run` and `failure`."""
 
-    Attributes:
-        name: its command, its section of the configuration, its module, and the stem of its store.
-        help: one line for the command line.
-        inputs: returns the stage whose records it reads. None: it reads none, so it is finished when a call returns.
-        folder: folder in the run folder that it writes files to, if any.
-        speed_only: settings of its section that change how fast it runs, and not its results.
-        options: options of its command, apart from those of every stage.
-        sharded: whether it can process a part of the items.
-        counts_steps: its work is steps, not items. It keeps its state in `folder`, with done.json at the end, and no
-            store.
-        enabled: whether it does anything under a configuration.
-        in_run: whether a run of all stages includes it.
-        needs_model: whether it runs the model.
-        plan: checks a request before anything is written, and returns the number of items it will hold (0: unknown).
-            Called for stages without inputs, with (model, config, shard).
-        edit_settings: changes the settings that identify its results; see `result_settings`.
-        finish: called with the run folder and all records of the stage after it has run.
-
-    """
-
-    name: str
+    name: str  # its command, its section of the configuration, its module, and the stem of its store
     help: str
-    inputs: Callable[[Config], str | None]
-    folder: str | None = None
-    speed_only: frozenset[str] = frozenset({"batch_size"})
-    options: tuple[str, ...] = ()
-    sharded: bool = True
-    counts_steps: bool = False
-    enabled: Callable[[Config], bool] = lambda config: True
-    in_run: Callable[[Config], bool] = lambda config: True
+    inputs: Callable[[Config], str | None]  # the stage whose records it reads; None for the first stage
+    folder: str | None = None  # folder in the run folder that it writes files to
+    speed_only: frozenset[str] = frozenset({"batch_size"})  # settings that change its speed, and not its results
+    options: tuple[str, ...] = ()  # options of its command, apart from those of every stage
+    sharded: bool = True  # it can process a part of the items
+    counts_steps: bool = False  # its work is steps: it has no store, and its folder has done.json at the end
+    enabled: Callable[[Config], bool] = lambda config: True  # it does something under a configuration
+    in_run: Callable[[Config], bool] = lambda config: True  # a run of all stages includes it
     needs_model: Callable[[Config], bool] = lambda config: True
+    # Of the first stage: check a request before anything is written, and return the expected number of items.
     plan: Callable[[UnifiedModel, Config, Shard | None], int] = lambda model, config, shard: 0
+    # Change the settings that identify its results, see `result_settings`.
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
+    # Called with the run folder and all records of the stage after it has run.
     finish: Callable[[Path, list[Record]], None] | None = None
 
     @property

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ospo_fast import cli
 from ospo_fast.config import load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
 from ospo_fast.records import Pair, Record, iter_pairs
-from ospo_fast.shapes import demo, evaluate
+from ospo_fast.shapes import commands, demo, evaluate
 from ospo_fast.shapes.render import render
 from ospo_fast.shapes.scenes import SHAPES, SIZES, Object, Scene, held_out_prompts, parse
 from ospo_fast.stages import STAGE_NAMES
@@ -144,7 +143,7 @@ def test_demo_and_train_validate_on_the_same_prompts(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(evaluate, "evaluate_alignment", evaluate_alignment)
     config = load_config(["evaluate.watch_per_kind=7", "evaluate.seeds=[3]"], family="shapes")
     for settings in (config, load_config(family="shapes")):
-        validation = cli._evaluation(settings)
+        validation = commands.build_evaluation(settings)
         assert validation is not None
         validation(model, 0)
         evaluate.build_validation(settings.evaluate, settings.images.guidance_scale)(model, 0)

@@ -1,0 +1,50 @@
+"""What the command line does for models of the Shapes world only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ospo_fast.config import Config, model_family
+from ospo_fast.errors import UsageError
+from ospo_fast.models import find_model
+from ospo_fast.records import write_atomic
+
+if TYPE_CHECKING:
+    from ospo_fast.pipeline import Pipeline
+    from ospo_fast.stages.train import Evaluation
+
+
+def require_shapes(config: Config) -> None:
+    """Raise UsageError unless the model is one of the Shapes world."""
+    find_model(config.model)
+    if model_family(config.model) != "shapes":
+        raise UsageError(
+            f"Images can be checked in the Shapes world only, and {config.model!r} is not a model of it; generate them "
+            "with `ospo-fast generate --prompts FILE` and use the scorer of your benchmark."
+        )
+
+
+def build_evaluation(config: Config) -> Evaluation | None:
+    """Return the evaluation of training: alignment on validation prompts. None if training is not to evaluate."""
+    if not config.train.eval_every:
+        return None
+    require_shapes(config)
+    from ospo_fast.shapes.evaluate import build_validation
+
+    return build_validation(config.evaluate, config.images.guidance_scale)
+
+
+def exclude_held_out_prompts(pipeline: Pipeline, *, writes_prompts: bool) -> None:
+    """Keep a run on the Shapes world from using the evaluation prompts. A run that writes prompts saves their list."""
+    config = pipeline.config
+    if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
+        return
+    path = Path(config.out) / "held_out.txt"
+    if writes_prompts and not path.exists():
+        from ospo_fast.shapes.scenes import held_out_prompts
+
+        pipeline.prepare()  # raises, before anything is written, where the model does not load
+        write_atomic(path, ("\n".join(held_out_prompts()) + "\n").encode())
+    if path.exists():
+        config.prompts.exclude = str(path)
