@@ -114,7 +114,8 @@ def resolve_auto_layers(
     with locked(out / ".lock"):
         try:
             kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if kept.get("asked") != asked:
+            # Ignore settings of older versions: config.py refuses values of them that would change the selection.
+            if {name: kept.get("asked", {}).get(name, ...) for name in asked} != asked:
                 kept = {"asked": asked, **_search(settings, list(pairs), model, out)}
                 write_json(path, kept)
             layers = [int(layer) for layer in kept["layers"]]

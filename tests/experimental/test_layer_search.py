@@ -99,6 +99,9 @@ def test_one_layer_for_all_objects(scripted, model, items, tmp_path, monkeypatch
     online = load_config(["masks.layers=auto", f"masks.choose={rule}", "train.masks=online", "train.steps=1"])
     train(items, load_model(model.name), online, out=tmp_path)
     assert resolve_auto_layers(settings.masks, [], model, tmp_path).layers == other
+    # It is also kept if an older version made it, which wrote a setting that has been removed.
+    file.write_text(json.dumps({**selected, "asked": {**selected["asked"], "reduce": "max"}, "layers": other}))
+    assert resolve_auto_layers(settings.masks, [], model, tmp_path).layers == other
     # Other settings need another selection.
     changed = dataclasses.replace(settings.masks, rows="predicting")
     assert resolve_auto_layers(changed, iter_pairs(items), model, tmp_path).layers is not None
