@@ -306,7 +306,8 @@ class Trainer:
             if name not in metrics:
                 raise OspoError(f"train.early_stopping={name!r} is no metric of the evaluation: {sorted(metrics)}.")
             if not self.best or metrics[name] > self.best["value"]:
-                self.best, self.stale = {"step": self.step, "value": metrics[name]}, 0
+                # A float of numpy could be saved, but not loaded with `weights_only`.
+                self.best, self.stale = {"step": self.step, "value": float(metrics[name])}, 0
                 write_atomic(self.folder / "best.safetensors", save(self._adapter()))
             else:
                 self.stale += 1

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -260,6 +261,18 @@ def test_early_stopping_keeps_the_best(tiny, records, run_folder):
     bad = config("train.eval_every=1", "train.early_stopping=accuracy")
     with pytest.raises(OspoError, match="no metric of the evaluation"):
         train(records, load_model(tiny), bad, out=run_folder, evaluation=lambda m, s: {"alignment": 1}, resume=False)
+
+
+def test_resume_after_metrics_of_numpy(tiny, records, run_folder):
+    settings = config("train.steps=3", "train.save_every=1", "train.eval_every=1", "train.early_stopping=alignment")
+
+    def evaluation(model, step):
+        return {"alignment": np.float64(step)}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(records, load_model(tiny), settings, out=run_folder, evaluation=evaluation, progress=interrupt_after(2))
+    train(records, load_model(tiny), settings, out=run_folder, evaluation=evaluation)
+    assert done(run_folder)["best_step"] == 3
 
 
 def test_gradient_checkpointing_changes_nothing(tiny, made, records, tmp_path):
