@@ -77,14 +77,14 @@ def generate(
     with files:
         ids = [model.image_prompt(settings["prompt"]) for settings in todo.values()]
         failed = files.generate(ids, todo, progress=progress)
-    reason = "the model's logits were not finite"
     existing = [path for path in plan if path not in failed]
     if not existing:
-        raise OspoError(f"No image could be generated: {reason}; check its weights.")
+        reasons = [f"{reason}; check the weights of the model" for reason in failed.values()]
+        raise OspoError(f"No image could be generated: {(reasons or ['there is no prompt'])[0]}.")
     entries: list[dict[str, Any]] = []
     for path, settings in plan.items():
         entry = {"path": path.name, "prompt": settings["prompt"], "seed": settings["seed"]}
-        entries.append(entry | ({"path": None, "reason": reason} if path in failed else {}))
+        entries.append(entry | ({"path": None, "reason": failed[path].reason} if path in failed else {}))
     sheet = out / "sheet.png"
     write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **files.sampling, "images": entries}

@@ -85,7 +85,7 @@ def is_finished(path: Path, settings: dict[str, Any]) -> bool:
 
 
 class ImageFiles(ImageWriter):
-    """Generates images and writes their files in the background; leaving the context waits for the files."""
+    """Image generation with files written in the background; leaving the context waits for the files."""
 
     def __init__(self, model: UnifiedModel, settings: ImagesConfig) -> None:
         super().__init__(model, self._save_numbered)
@@ -108,7 +108,7 @@ class ImageFiles(ImageWriter):
         *,
         groups: Sequence[Hashable] | None = None,
         progress: bool = False,
-    ) -> set[Path]:
+    ) -> dict[Path, Failure]:
         """Generate one image for each prompt, ids (S,), and file: path → settings with its `seed`; return what failed.
 
         See `ImageGenerator.generate`.
@@ -128,10 +128,10 @@ class ImageFiles(ImageWriter):
         )
         if (new := self._generator.throughput) is not None:
             self.throughput = new if self.throughput is None else self.throughput + new
-        failed = {self._paths[first + n] for n in (codes < 0).any(1).nonzero().flatten().tolist()}
+        failed = [self._paths[first + n] for n in (codes < 0).any(1).nonzero().flatten().tolist()]
         for path in failed:
             del self._unwritten[path]
-        return failed
+        return dict.fromkeys(failed, Failure("the model's logits were not finite"))
 
     def wait_for(self, paths: Iterable[Path]) -> None:
         """Block until these files are written."""

@@ -93,7 +93,7 @@ def run(
                 {path: image.settings(files.sampling) for path, image in todo.items()},
                 groups=[path.parent for path in todo],  # the images of an item
             )
-            failures |= {todo[path].path: Failure("the model's logits were not finite") for path in failed}
+            failures |= {todo[path].path: reason for path, reason in failed.items()}
             if files.throughput is not None:
                 context.report.drawing = files.throughput.figures()
             files.wait_for(awaited)
