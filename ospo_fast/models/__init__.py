@@ -160,9 +160,9 @@ def _base_model(folder: Path) -> str:
     """The base model of a LoRA adapter."""
     base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
-        raise OspoError(f"model: {folder / 'adapter_config.json'} names no base model (base_model_name_or_path)")
+        raise OspoError(f"model: {folder / 'adapter_config.json'} has no base_model_name_or_path; add the base model")
     if str(base) in (str(folder), folder.name):
-        raise OspoError(f"model: the adapter {folder} names itself as its base model")
+        raise OspoError(f"model: the adapter {folder} names itself as its base model; fix its base_model_name_or_path")
     return str(base)
 
 
@@ -176,5 +176,7 @@ def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> Jan
     try:
         module = peft.PeftModel.from_pretrained(model.module, str(folder)).merge_and_unload()
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-        raise OspoError(f"model: the adapter {folder} does not load on {base} ({short(error)})") from error
+        raise OspoError(
+            f"model: the adapter {folder} does not load on {base} ({short(error)}); check its base_model_name_or_path"
+        ) from error
     return model.with_module(module.eval(), name=str(folder))

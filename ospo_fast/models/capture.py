@@ -36,14 +36,14 @@ _LSE_OPS = {
 
 
 class _StopForward(BaseException):
-    """Ends a forward pass after the last captured layer. Not an Exception: the model's own handlers must not see it."""
+    """End of a forward pass after the last captured layer. Not an Exception: no handler of the model must see it."""
 
     def __init__(self, capture: AttentionCapture) -> None:
         self.capture = capture
 
 
 class _LseRecorder(TorchDispatchMode):
-    """Records the log-sum-exp and the dtype of the attention that runs inside.
+    """Recorder of the log-sum-exp and the dtype of the attention that runs inside.
 
     Fused attentions return the log-sum-exp to autograd but not to their caller, so it is read below autograd, where
     the operation itself is dispatched.
@@ -245,7 +245,9 @@ def _register(name: str, attention: nn.Module) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if name.startswith(_PREFIX):
-        raise OspoError("capture: another decoder that shares this configuration is being captured")
+        raise OspoError(
+            "capture: another decoder with the same configuration is being captured; leave that `with` block first"
+        )
     if _PREFIX + name in ALL_ATTENTION_FUNCTIONS:
         return
     if name == "eager":

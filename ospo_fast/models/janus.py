@@ -271,5 +271,5 @@ class JanusUnifiedModel:
 
 
 def _at_least_two(batch: Tensor) -> Tensor:
-    """A batch of one doubled: the convolution of one image uses another kernel, which rounds differently."""
+    """Double a batch of one: the convolution of one image uses another kernel, which rounds differently."""
     return torch.cat((batch, batch)) if len(batch) == 1 else batch
