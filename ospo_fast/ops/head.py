@@ -99,7 +99,17 @@ class Head:
         = u + scale · (c − u), because the last layer is affine. So `token_logprobs(features, head, labels)` are
         log-probabilities under the guided distribution. Gradients reach both hidden states.
 
-        Raises OpError: shapes that differ.
+        Args:
+            conditional: (..., D) float, hidden states under the prompt.
+            unconditional: (..., D) float, of the same positions under the unconditional prompt.
+            scale: guidance scale; 1 gives the logits of `conditional`.
+
+        Returns:
+            Features (..., F) and a head on them with `weight` and `bias`.
+
+        Raises:
+            OpError: shapes that differ.
+
         """
         if conditional.shape != unconditional.shape:
             raise OpError(
