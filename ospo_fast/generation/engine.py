@@ -20,7 +20,7 @@ from ospo_fast.oom import BatchSizeLimit
 
 
 class Engine:
-    """Decodes requests of one model. It holds what batches share: decoder, embeddings, head, buffers, memory limits.
+    """Decoding of requests of one model, with what batches share: decoder, embeddings, head, buffers, memory limits.
 
     text: decode text tokens, not image codes. decoder: a decoder in place of the model's `InferenceDecoder`. Other
     arguments: see `ImageGenerator`.

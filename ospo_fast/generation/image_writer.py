@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ImageWriter:
-    """Calls save(index, codes (T,), image) for finished images, in order, in a background thread.
+    """Background thread that calls save(index, codes (T,), image) for finished images, in order.
 
     A context manager: leaving it waits for all images, also if it is left by an error. An error of `save` is raised by
     the next call of `take` or `wait`, or at the end; images after it are not saved.

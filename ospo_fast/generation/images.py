@@ -35,7 +35,7 @@ class GeneratedBatch:
 
 
 class ImageGenerator:
-    """Generates images with a unified model.
+    """Image generation with a unified model.
 
     The codes of an image depend on the model, its prompt, its seed and the sampling settings alone. On one machine they
     are the same in any batch and at any place in it. On a GPU this takes matrix products of one size: batches are
@@ -66,8 +66,7 @@ class ImageGenerator:
                 raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
         self.model = model
         self.throughput: Throughput | None = None
-        self._options: dict[str, Any]
-        self._options = {"batch_size": batch_size, "capture": capture, "jacobi_window": jacobi_window}
+        self._options: dict[str, Any] = {"batch_size": batch_size, "capture": capture, "jacobi_window": jacobi_window}
         self._engine: Engine | None = None
         self._signature: tuple[object, ...] = ()
 

@@ -65,7 +65,7 @@ def _to_cpu(values: Any) -> Any:
 
 
 class MaskExtractor:
-    """Computes masks from the attention of a forward pass: capture around the pass, then `compute`."""
+    """Masks from the attention of a forward pass: `capture` around the pass, then `compute`."""
 
     capture_type: type[AttentionCapture] = AttentionCapture
 
