@@ -246,8 +246,6 @@ def attention_columns(
     accumulate: bool,
 ) -> None:
     """Write out (B, O, length) = or += weight · mean of the probabilities, for checked arguments of the op."""
-    if q.shape[-1] > 256:
-        raise ValueError(f"attention_columns: q has head_dim {q.shape[-1]}, the Triton kernel takes at most 256")
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, heads, _, D), kv, (_, objects, C), length = q.shape, k.shape[1], columns.shape, out.shape[2]
     block_d, is_half, computes_lse = max(16, triton.next_power_of_2(D)), q.element_size() == 2, lse is None
