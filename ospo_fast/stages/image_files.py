@@ -162,9 +162,9 @@ def pair_codes(model: UnifiedModel, pairs: Sequence[Pair], out: Path | None) -> 
 def stack_codes(codes: Sequence[Tensor | Failure]) -> Tensor | Failure:
     """Stack the codes (T,) of N images to (N, T); a Failure with all reasons if one has none."""
     reasons = [entry.reason for entry in codes if isinstance(entry, Failure)]
-    return (
-        Failure("; ".join(reasons)) if reasons else torch.stack([entry for entry in codes if isinstance(entry, Tensor)])
-    )
+    if reasons:
+        return Failure("; ".join(reasons))
+    return torch.stack([entry for entry in codes if isinstance(entry, Tensor)])
 
 
 def _stored_codes(path: Path, model: UnifiedModel) -> Tensor | Failure:

@@ -160,8 +160,10 @@ def mask_tasks(
     tasks: list[MaskTask | Failure] = []
     for item, codes in zip(pairs, pair_codes(model, [item.pair for item in pairs], out), strict=True):
         objects = find_objects(item.record, model, match)
-        if isinstance(objects, Failure) or isinstance(codes, Failure):
-            tasks.append(objects if isinstance(objects, Failure) else cast(Failure, codes))
+        if isinstance(objects, Failure):
+            tasks.append(objects)
+        elif isinstance(codes, Failure):
+            tasks.append(codes)
         else:
             tasks.append(MaskTask(item, objects, codes))
     return tasks

@@ -246,9 +246,9 @@ def _logprobs(
     if isinstance(ids, Failure):
         return ids
     codes = stack_codes(image_codes(model, [locate(path, out) for path in paths]))
-    return (
-        codes if isinstance(codes, Failure) else mean_logprobs(model, [ids] * len(codes), codes, batch_size=batch_size)
-    )
+    if isinstance(codes, Failure):
+        return codes
+    return mean_logprobs(model, [ids] * len(codes), codes, batch_size=batch_size)
 
 
 def failure(record: Record) -> Failure | None:
