@@ -133,7 +133,7 @@ def image_verdicts(record: Record) -> Iterator[tuple[str, str, ImageVerdict]]:
     """Yield (role, name, entry) of every image of an item; see `ROLES`."""
     metadata: Mapping[str, Any] = record
     for role in ROLES:
-        for name, verdict in metadata.get(f"{role}_metadata", {}).items():
+        for name, verdict in (metadata.get(f"{role}_metadata") or {}).items():
             yield role, name, verdict
 
 
@@ -207,9 +207,9 @@ def validate(flat: object, where: str) -> dict[str, Any]:
         raise OspoError(f"{where}: `item_id` should be a non-empty string, got {flat.get('item_id')!r}.")
     check(_STRINGS, "a string", lambda value: isinstance(value, str))
     check(_STRING_LISTS, "a list of strings", lambda value: isinstance(value, list) and _all_are(str, value))
-    check("further_pairs", "a list of pairs", lambda value: isinstance(value, list) and all(map(_is_pair, value)))
-    metadata = "base_metadata negative_metadata"
-    check(metadata, "an object of objects", lambda value: isinstance(value, dict) and _all_are(dict, value.values()))
+    check("variant_reasons", "a list of strings and nulls", _is_list_of(lambda value: isinstance(value, str | None)))
+    check("further_pairs", "a list of pairs", _is_list_of(_is_pair))
+    check("base_metadata negative_metadata", "an object of images", _is_image_metadata)
     return flat
 
 
@@ -217,8 +217,26 @@ def _all_are(kind: type, values: Iterable[object]) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 
+def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+
+
 def _is_pair(value: object) -> bool:
     return isinstance(value, dict) and _all_are(str, map(value.get, SIDES))
+
+
+def _is_image_metadata(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_image, value.values()))
+
+
+def _is_image(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    strings = all(isinstance(value.get(name), str | None) for name in ("path", "prompt", "reason"))
+    answers = value.get("answer_metadata") or []
+    return (
+        strings and isinstance(value.get("kept"), bool | None) and isinstance(answers, list) and _all_are(dict, answers)
+    )
 
 
 def stable_hash(*parts: object) -> int:
@@ -237,7 +255,7 @@ def image_index(name: str) -> int:
 
 def variant_index(index: int, record: Mapping[str, Any]) -> int:
     """Return the variant of image `index` of an item: of V variants, image i + k·V is the k-th further one of i."""
-    variants = len(record.get("negative_prompt", ()))
+    variants = len(record.get("negative_prompt") or ())
     return index % variants if variants else index
 
 

@@ -116,7 +116,8 @@ def funnel(run: Run) -> list[dict[str, Any]]:
         per_variant = 1 + max(1, math.ceil(max_base / (per_item or max_base or 1)))
         steps.append(("images", "Images generated", generated, max(per_variant * variants, generated)))
     for role, label in zip(ROLES, ("Base images judged correct", "Negative images judged wrong"), strict=True):
-        kept = [verdict["kept"] for own in images for key, _, verdict in own if key == role and "kept" in verdict]
+        found = [verdict.get("kept") for own in images for key, _, verdict in own if key == role]
+        kept = [value for value in found if value is not None]
         if kept:
             steps.append((role, label, sum(kept), len(kept)))
     if any(item.status != UNFINISHED for item in run.items):

@@ -48,7 +48,7 @@ def run_stats(records: Iterable[Record]) -> dict[str, Any]:
     masked: list[dict[str, Any]] = []
     reasons, unmatched = Counter[str](), 0
     for record in records:
-        unmatched += len(record.get("unmatched_objects", ()))
+        unmatched += len(record.get("unmatched_objects") or ())
         entries: list[Any] = [*record.get("pairs", ())] or [record]
         for entry in entries:
             if entry.get("mask_stats"):

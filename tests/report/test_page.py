@@ -359,6 +359,25 @@ def test_broken_lines_and_records_are_skipped(run_dir):
     assert "select.jsonl: skipped 4 broken line(s), the first at line 8" in page.text("about")
 
 
+def test_nulls_are_missing_values(run_dir):
+    def change(record):
+        names = ("negative_prompt", "variant_reasons", "question", "nouns", "objects", "unmatched_objects")
+        record.update(dict.fromkeys(names))
+        record["negative_metadata"] = None
+        for image in (record.get("base_metadata") or {}).values():
+            image.update(dict.fromkeys(("path", "prompt", "kept", "reason", "answer_metadata", "local_score")))
+
+    edit(run_dir, "masks.jsonl", change)
+    assert len(page_of(write_report(run_dir)).data()["items"]) == 7
+
+
+def test_images_with_values_of_other_types_are_skipped(run_dir):
+    with (run_dir / "select.jsonl").open("a") as stream:
+        for image in ({"path": 5}, {"reason": ["x"]}, {"kept": "yes"}, {"answer_metadata": "yes"}):
+            stream.write(json.dumps({"item_id": "x", "base_metadata": {"base_0": image}}) + "\n")
+    assert "select.jsonl: skipped 4 broken line(s)" in page_of(write_report(run_dir)).text("about")
+
+
 def test_summary_with_values_of_other_types(run_dir):
     summary = {"alignment_before": "high", "seeds": None, "stages": [], "versions": "x", "evaluation": 3}
     (run_dir / "summary.json").write_text(json.dumps(summary))
