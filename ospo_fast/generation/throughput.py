@@ -39,7 +39,7 @@ class Throughput:
         """Sum of two, one after the other."""
         return Throughput(*map(operator.add, astuple(self), astuple(other)))
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return images, images_s, gb_s, and codes_step unless it is 1."""
         metrics = {"images": self.images, "images_s": self.images_per_second, "gb_s": self.gb_per_second}
         if self.codes_per_step != 1:

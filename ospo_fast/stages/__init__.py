@@ -58,7 +58,7 @@ class StageReport:
     seconds: float = 0.0  # wall-clock time
     peak_mb: float = 0.0  # peak resident memory of the process
     cuda_peak_mb: float | None = None  # peak allocation on the GPU; None without a GPU
-    drawing: dict[str, float] | None = None  # of the images stage: `Throughput.figures`
+    drawing: dict[str, float] | None = None  # of the images stage: `Throughput.metrics`
 
 
 @dataclass

@@ -60,7 +60,7 @@ def generate(
 
     Returns:
         The content of sheet.json (model, settings, and the path, prompt and seed of each image) and `drawing`, the
-        throughput (`Throughput.figures`), None if no image was generated.
+        throughput (`Throughput.metrics`), None if no image was generated.
 
     Raises:
         OspoError: `out` cannot be written (checked first), or no image could be generated.
@@ -89,4 +89,4 @@ def generate(
     write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
     result = {"model": config.model, "sheet": str(sheet), **files.sampling, "images": entries}
     write_json(out / "sheet.json", result)
-    return {**result, "drawing": None if files.throughput is None else files.throughput.figures()}
+    return {**result, "drawing": None if files.throughput is None else files.throughput.metrics()}

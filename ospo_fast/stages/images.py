@@ -95,7 +95,7 @@ def run(
             )
             failures |= {todo[path].path: reason for path, reason in failed.items()}
             if files.throughput is not None:
-                context.report.drawing = files.throughput.figures()
+                context.report.drawing = files.throughput.metrics()
             files.wait_for(awaited)
             yield from previous
             previous = [_add_images(record, plan, failures) for record, plan in zip(chunk, plans, strict=True)]

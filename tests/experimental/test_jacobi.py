@@ -102,7 +102,7 @@ def test_a_trained_model_takes_fewer_steps_than_codes(trained: JanusUnifiedModel
     assert speed.steps < speed.codes / 1.5
     assert speed.codes_per_step == pytest.approx(speed.codes / speed.steps)
     assert speed.bandwidth.endswith(f" GB/s, {speed.codes_per_step:.2f} codes per step")
-    assert speed.figures()["codes_step"] == round(speed.codes_per_step, 4)
+    assert speed.metrics()["codes_step"] == round(speed.codes_per_step, 4)
     assert (speed + speed).codes_per_step == speed.codes_per_step
     single = ImageGenerator(trained)
     single.generate(prompts, seeds=seeds, output="codes", progress=False)

@@ -224,7 +224,7 @@ def test_throughput_of_the_last_call(tiny: JanusUnifiedModel) -> None:
     assert found.gb_per_second == pytest.approx(read / found.seconds / 1e9)
     both = found + Throughput(2, 1.0, 10**9)
     assert (both.images, both.seconds, both.streamed_bytes) == (6, found.seconds + 1, read + 10**9)
-    assert set(both.figures()) == {"images", "images_s", "gb_s"}
+    assert set(both.metrics()) == {"images", "images_s", "gb_s"}
     generator.generate([], seeds=[], **given)
     assert generator.throughput is None
     assert Throughput(4, 2.0, 10**9).bandwidth == "0.5 GB/s"
