@@ -18,13 +18,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.mark.parametrize("index", range(2))
 def test_golden(index: int) -> None:
     """The official code chooses for the last object; its mask uses the unscaled threshold."""
-    figures = np.load(GOLDEN / f"attention_masks_{index}.npz")
-    span = torch.tensor(figures["spans"][-int(figures["span_len"][-1]) :])
-    rows = (int(figures["prompt_len"]), 576)
-    layers = [layer for layer in range(len(figures["q"])) if layer not in figures["skip"]]
+    data = np.load(GOLDEN / f"attention_masks_{index}.npz")
+    span = torch.tensor(data["spans"][-int(data["span_len"][-1]) :])
+    rows = (int(data["prompt_len"]), 576)
+    layers = [layer for layer in range(len(data["q"])) if layer not in data["skip"]]
     maps = torch.stack([
         attention_columns_reference(
-            *(torch.tensor(figures[name][layer : layer + 1]) for name in "qk"), span[None, :, None], rows=rows
+            *(torch.tensor(data[name][layer : layer + 1]) for name in "qk"), span[None, :, None], rows=rows
         )
         for layer in layers
     ])  # fmt: skip
@@ -32,10 +32,10 @@ def test_golden(index: int) -> None:
     for rule, name in (("entropy", "entropy"), ("separability", "otsu")):
         for reduce in ("max", "mean"):
             found, official = choose_layers(maps, used, rule=rule, reduce=reduce), f"select_{name}_{reduce}"
-            assert int(found.layers) == int(figures[f"{official}_layer"])
-            np.testing.assert_allclose(found.maps.flatten(), figures[f"{official}_map"], atol=2e-6)
+            assert int(found.layers) == int(data[f"{official}_layer"])
+            np.testing.assert_allclose(found.maps.flatten(), data[f"{official}_map"], atol=2e-6)
             masks = object_masks(found.maps, scaler=1.0)
-            np.testing.assert_array_equal(masks.union[0], figures[f"{official}_mask"])
+            np.testing.assert_array_equal(masks.union[0], data[f"{official}_mask"])
 
 
 @pytest.mark.parametrize("rule", RULES)

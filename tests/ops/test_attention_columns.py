@@ -61,23 +61,23 @@ def full_lse(q: Tensor, k: Tensor, *, causal: bool = True, key_range: Any = None
 @pytest.mark.parametrize("given_lse", [False, True])
 @pytest.mark.parametrize("index", range(2))
 def test_golden(golden: Any, index: int, given_lse: bool) -> None:
-    figures = golden(f"attention_masks_{index}.npz")
-    spans = np.split(figures["spans"], np.cumsum(figures["span_len"])[:-1])
+    data = golden(f"attention_masks_{index}.npz")
+    spans = np.split(data["spans"], np.cumsum(data["span_len"])[:-1])
     columns = torch.full((1, len(spans), max(map(len, spans))), -1)
     for row, span in zip(columns[0], spans, strict=True):
         row[: len(span)] = torch.tensor(span)
-    layers = [layer for layer in range(len(figures["q"])) if layer not in figures["skip"]]
+    layers = [layer for layer in range(len(data["q"])) if layer not in data["skip"]]
     maps = torch.zeros(1, len(spans), 576)
     for layer in layers:
-        q, k = (torch.tensor(figures[name][layer : layer + 1]) for name in ("q", "k"))
+        q, k = (torch.tensor(data[name][layer : layer + 1]) for name in ("q", "k"))
         lse = full_lse(q, k) if given_lse else None
-        rows = int(figures["prompt_len"]), 576
+        rows = int(data["prompt_len"]), 576
         assert attention_columns(q, k, columns, rows=rows, lse=lse, out=maps, weight=1 / len(layers)) is maps
-    result = object_masks(maps.view(1, -1, 24, 24), scaler=float(figures["scaler"]))
-    np.testing.assert_allclose(result.maps[0], figures["maps"], atol=2e-6)
-    np.testing.assert_array_equal(result.thresholds[0], figures["otsu"])
-    np.testing.assert_array_equal(result.masks[0], figures["masks"])
-    np.testing.assert_array_equal(result.union[0], figures["union"])
+    result = object_masks(maps.view(1, -1, 24, 24), scaler=float(data["scaler"]))
+    np.testing.assert_allclose(result.maps[0], data["maps"], atol=2e-6)
+    np.testing.assert_array_equal(result.thresholds[0], data["otsu"])
+    np.testing.assert_array_equal(result.masks[0], data["masks"])
+    np.testing.assert_array_equal(result.union[0], data["union"])
 
 
 def test_any_shape() -> None:

@@ -17,16 +17,16 @@ FIELDS = ("maps", "thresholds", "masks", "union")
 
 @pytest.mark.parametrize("index", range(2))
 def test_golden(golden: Any, index: int) -> None:
-    figures = golden(f"attention_masks_{index}.npz")
-    scaler = float(figures["scaler"])
+    data = golden(f"attention_masks_{index}.npz")
+    scaler = float(data["scaler"])
     for factor, error in ((1, 0), (3e-3, 4e-6)):  # normalized: the same bits; raw: 1e-8 relative to their range
-        result = object_masks(torch.tensor(figures["maps"] * factor)[None], scaler=scaler)
-        np.testing.assert_allclose(result.maps[0], figures["maps"], rtol=error, atol=0)
-        np.testing.assert_allclose(result.thresholds[0], figures["otsu"], rtol=error, atol=0)
-        np.testing.assert_array_equal(result.masks[0], figures["masks"])
-        np.testing.assert_array_equal(result.union[0], figures["union"])
+        result = object_masks(torch.tensor(data["maps"] * factor)[None], scaler=scaler)
+        np.testing.assert_allclose(result.maps[0], data["maps"], rtol=error, atol=0)
+        np.testing.assert_allclose(result.thresholds[0], data["otsu"], rtol=error, atol=0)
+        np.testing.assert_array_equal(result.masks[0], data["masks"])
+        np.testing.assert_array_equal(result.union[0], data["union"])
         soft = soft_masks(result, scaler=scaler)
-        np.testing.assert_allclose(soft[0], figures["soft"], rtol=100 * error + 2e-6)
+        np.testing.assert_allclose(soft[0], data["soft"], rtol=100 * error + 2e-6)
 
 
 @pytest.mark.parametrize("scaler", [0.8, 1.0, 0.0])
@@ -157,11 +157,11 @@ def test_cuda_on_hard_maps_and_golden_values(golden: Any) -> None:
         for name in FIELDS:
             assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
     for index in range(2):
-        figures = golden(f"attention_masks_{index}.npz")
-        result = object_masks(torch.tensor(figures["maps"])[None].cuda(), scaler=float(figures["scaler"]))
-        np.testing.assert_array_equal(result.thresholds[0].cpu(), figures["otsu"])
-        np.testing.assert_array_equal(result.masks[0].cpu(), figures["masks"])
-        np.testing.assert_array_equal(result.union[0].cpu(), figures["union"])
+        data = golden(f"attention_masks_{index}.npz")
+        result = object_masks(torch.tensor(data["maps"])[None].cuda(), scaler=float(data["scaler"]))
+        np.testing.assert_array_equal(result.thresholds[0].cpu(), data["otsu"])
+        np.testing.assert_array_equal(result.masks[0].cpu(), data["masks"])
+        np.testing.assert_array_equal(result.union[0].cpu(), data["union"])
 
 
 @pytest.mark.gpu

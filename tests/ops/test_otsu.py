@@ -15,11 +15,11 @@ BOTH = pytest.mark.parametrize("function", [otsu_threshold, otsu_threshold_refer
 
 @BOTH
 def test_golden(golden: Any, function: Callable[..., Tensor]) -> None:
-    figures = golden("otsu.npz")
-    thresholds = function(torch.tensor(figures["maps"]))
+    data = golden("otsu.npz")
+    thresholds = function(torch.tensor(data["maps"]))
     assert thresholds.dtype == torch.float32
-    np.testing.assert_array_equal(thresholds, figures["threshold"])
-    maps = torch.tensor(figures["maps"]).view(4, 10, 24, 24)
+    np.testing.assert_array_equal(thresholds, data["threshold"])
+    maps = torch.tensor(data["maps"]).view(4, 10, 24, 24)
     assert torch.equal(function(maps), thresholds.view(4, 10))
     assert torch.equal(function(maps.transpose(2, 3)), thresholds.view(4, 10))
 
@@ -107,9 +107,9 @@ def test_ranges_without_distinct_bins(function: Callable[..., Tensor]) -> None:
 
 @pytest.mark.gpu
 def test_cuda_has_the_same_bits(golden: Any) -> None:
-    figures = golden("otsu.npz")
-    maps = torch.tensor(figures["maps"])
-    np.testing.assert_array_equal(otsu_threshold(maps.cuda()).cpu(), figures["threshold"])
+    data = golden("otsu.npz")
+    maps = torch.tensor(data["maps"])
+    np.testing.assert_array_equal(otsu_threshold(maps.cuda()).cpu(), data["threshold"])
     hard = torch.rand(40, 5, 24, 24) ** 2
     hard[:, 0] = (hard[:, 0] * 6).round()
     hard[:, 1] = (hard[:, 1] < 0.5).float() * 3 - 1

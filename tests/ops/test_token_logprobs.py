@@ -50,20 +50,18 @@ def some_labels(*shape: int, codes: int = 23) -> Tensor:
 
 @pytest.mark.parametrize("index", range(3))
 def test_golden(golden: Any, index: int) -> None:
-    figures = golden(f"masked_logprob_{index}.npz")
-    logits = torch.tensor(figures["logits"], requires_grad=True)
-    targets = F.pad(torch.tensor(figures["labels"])[:, 1:], (0, 1), value=-100)
+    data = golden(f"masked_logprob_{index}.npz")
+    logits = torch.tensor(data["logits"], requires_grad=True)
+    targets = F.pad(torch.tensor(data["labels"])[:, 1:], (0, 1), value=-100)
     # An identity as head, so that the hidden states are the logits.
     logps = token_logprobs(logits, Head(torch.eye(logits.shape[-1])), targets, chunk_rows=200)
     present = targets != -100
-    weights = token_weights(
-        torch.tensor(figures["masks"]), alpha=float(figures["alpha"]), gamma=float(figures["gamma"])
-    )
+    weights = token_weights(torch.tensor(data["masks"]), alpha=float(data["alpha"]), gamma=float(data["gamma"]))
     sequences = sequence_logprobs(logps, present, spread_weights(weights, present))
-    (sequences * torch.tensor(figures["grad_coef"])).sum().backward()
-    np.testing.assert_allclose(sequences.detach(), figures["logps"], rtol=2e-6)
-    np.testing.assert_allclose(sequence_logprobs(logps, present).detach(), figures["logps_unmasked"], rtol=2e-6)
-    np.testing.assert_allclose(logits.grad, figures["grad_logits"], rtol=2e-6)
+    (sequences * torch.tensor(data["grad_coef"])).sum().backward()
+    np.testing.assert_allclose(sequences.detach(), data["logps"], rtol=2e-6)
+    np.testing.assert_allclose(sequence_logprobs(logps, present).detach(), data["logps_unmasked"], rtol=2e-6)
+    np.testing.assert_allclose(logits.grad, data["grad_logits"], rtol=2e-6)
 
 
 @pytest.fixture(params=["auto", "torch"])

@@ -10,8 +10,8 @@ from ospo_fast.ops.token_weights import MAX_BLUR_SIZE, spread_weights, token_wei
 
 
 def test_golden(golden: Any) -> None:
-    figures = golden("token_weights.npz")
-    for mask, alpha, gamma, weights in zip(*(figures[k] for k in ("masks", "alpha", "gamma", "weights")), strict=True):
+    data = golden("token_weights.npz")
+    for mask, alpha, gamma, weights in zip(*(data[k] for k in ("masks", "alpha", "gamma", "weights")), strict=True):
         result = token_weights(torch.tensor(mask)[None], alpha=float(alpha), gamma=float(gamma))
         assert result.dtype == torch.float32
         np.testing.assert_allclose(result[0], weights, rtol=2e-6)
@@ -100,8 +100,8 @@ def test_cuda_against_the_reference(options: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 def test_cuda_golden(golden: Any) -> None:
-    figures = golden("token_weights.npz")
-    for mask, alpha, gamma, weights in zip(*(figures[k] for k in ("masks", "alpha", "gamma", "weights")), strict=True):
+    data = golden("token_weights.npz")
+    for mask, alpha, gamma, weights in zip(*(data[k] for k in ("masks", "alpha", "gamma", "weights")), strict=True):
         result = token_weights(torch.tensor(mask)[None].cuda(), alpha=float(alpha), gamma=float(gamma))
         np.testing.assert_allclose(result[0].cpu(), weights, rtol=2e-6)
 
