@@ -6,6 +6,7 @@ the model family's own file, the run folder's `config.yaml`, the user's `--confi
 only the `train.loss` values of these two layers count.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -236,19 +237,19 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.loss = {
-            name: float(value) if type(value) is int and name != "mask_blur" else value  # 5 is the same setting as 5.0
-            for name, value in self.loss.items()
-            if value is not None
-        }
+        self.loss = {name: value for name, value in self.loss.items() if value is not None}
         if not self.loss:
             return
         from ospo_fast.loss import OSPOLossConfig  # imports torch
 
+        for name, value in self.loss.items():
+            if type(value) in (int, str) and name != "normalize":
+                with contextlib.suppress(ValueError):  # 5, 5.0 and "5" are the same setting
+                    self.loss[name] = int(value) if name == "mask_blur" else float(value)
         try:
             OSPOLossConfig(**self.loss)
         except UsageError as error:
-            raise UsageError(str(error).replace("OSPOLossConfig: ", "train.loss.")) from error
+            raise UsageError(str(error).replace("OSPOLossConfig: ", "train.loss.") + ".") from error
 
 
 @dataclass
@@ -331,8 +332,8 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
         return OmegaConf.merge(base, layer)
-    except OmegaConfBaseException as error:
-        at = f" (key {error.full_key})" if error.full_key else ""
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of a mapping
+        at = f" (key {key})" if (key := getattr(error, "full_key", None)) else ""
         raise UsageError(f"{source}: {str(error).splitlines()[0].rstrip('.')}{at}.") from error
 
 

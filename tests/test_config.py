@@ -33,6 +33,8 @@ def test_later_layers_win(tmp_path):
     assert config.train.lora_rank == load_config(family="shapes").train.lora_rank != 64
     assert config.train.loss == {**load_config(family="shapes").train.loss, "beta": 3.0, "mask_blur": 1}
     assert type(config.train.loss["beta"]) is float
+    texts = load_config(["train.loss.beta='3'", "train.loss.mask_blur='1'"])  # as the values of other sections
+    assert texts.train.loss == {"beta": 3.0, "mask_blur": 1}
 
 
 @pytest.mark.parametrize("family", MODEL_FILES)
@@ -124,6 +126,7 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("train.loss.beta=0", "train.loss.beta is 0.0, expected a positive number"),
         ("train.loss.mask_blur=2", "train.loss.mask_blur is 2, expected an odd number"),
         ("train.loss=3", "command line: .*train.loss"),
+        ("train.loss=[]", "command line: Cannot merge"),
         ("images.chunk=2", "unknown configuration key 'images.chunk'"),
         ("images.top_k=abc", "could not be converted to Integer .*images.top_k"),
         ("images=3", "command line"),
