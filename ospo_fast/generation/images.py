@@ -52,6 +52,7 @@ class ImageGenerator:
             `ospo_fast.experimental.jacobi` and the README for measurements.
 
     Attributes:
+        batch_size, capture, jacobi_window: the arguments; changes apply to the next call.
         throughput: speed of the last call of `generate`; None if it generated nothing.
 
     """
@@ -66,7 +67,7 @@ class ImageGenerator:
                 raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
         self.model = model
         self.throughput: Throughput | None = None
-        self._options: dict[str, Any] = {"batch_size": batch_size, "capture": capture, "jacobi_window": jacobi_window}
+        self.batch_size, self.capture, self.jacobi_window = batch_size, capture, jacobi_window
         self._engine: Engine | None = None
         self._signature: tuple[object, ...] = ()
 
@@ -184,14 +185,19 @@ class ImageGenerator:
         return result
 
     def _current_engine(self) -> Engine:
-        """The engine, with the weights that the model has now."""
-        found = signature(self.model)
+        """The engine, with the weights that the model has now, and the options that the generator has now."""
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "capture": self.capture,
+            "jacobi_window": self.jacobi_window,
+        }
+        found = (*signature(self.model), *options.values())
         if self._engine is not None and self._signature == found:
             self._engine.refresh()
             return self._engine
         self._engine, self._signature = None, found  # the memory of the old one is freed first
         try:
-            self._engine = Engine(self.model, **self._options)
+            self._engine = Engine(self.model, **options)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

@@ -312,6 +312,20 @@ def test_a_bad_batch_size(tiny: JanusUnifiedModel) -> None:
         ImageGenerator(tiny, batch_size=0)
 
 
+def test_a_changed_batch_size_applies_to_the_next_call(tiny: JanusUnifiedModel) -> None:
+    generator, batches = ImageGenerator(tiny), []
+    for size in (None, 1, 3):
+        generator.batch_size = size
+        batches.append(0)
+
+        def count(batch: GeneratedBatch) -> None:
+            batches[-1] += 1
+
+        generator.generate(PROMPTS, seeds=SEEDS, output="codes", callback=count)
+    assert batches == [1, 4, 2]
+    assert (generator.batch_size, generator.capture, generator.jacobi_window) == (3, True, 0)
+
+
 def test_a_batch_that_does_not_fit_is_halved(
     tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
