@@ -297,7 +297,8 @@ def build_parser() -> argparse.ArgumentParser:
         options = [] if command.run is _bench else [*_SHARED, *(_OPTIONS[option] for option in command.options)]
         description = f"{command.help[0].upper()}{command.help[1:]}."
         sub = commands.add_parser(name, help=command.help, description=description, parents=options)
-        if options:
+        sub.set_defaults(words=[])
+        if (command.takes_settings and options) or command.operand:
             sub.add_argument("words", nargs="*", metavar=command.operand or "section.key=value")
     return parser
 

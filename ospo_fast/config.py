@@ -329,6 +329,8 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
 
         every = [*_keys(Config), *_keys(OSPOLossConfig, "train.loss.")]
         if unknown := next((key for key in others if key not in every), None):
+            if unknown in _REMOVED:
+                raise UsageError(f"{source}: the configuration key {unknown!r} has been removed; delete it.")
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
         return OmegaConf.merge(base, layer)

@@ -210,6 +210,7 @@ def validate(flat: object, where: str) -> dict[str, Any]:
     check("variant_reasons", "a list of strings and nulls", _is_list_of(lambda value: isinstance(value, str | None)))
     check("further_pairs", "a list of pairs", _is_list_of(_is_pair))
     check("base_metadata negative_metadata", "an object of images", _is_image_metadata)
+    check("mask_stats", "an object as the masks stage writes it", _is_mask_stats)
     return flat
 
 
@@ -237,6 +238,13 @@ def _is_image(value: object) -> bool:
     return (
         strings and isinstance(value.get("kept"), bool | None) and isinstance(answers, list) and _all_are(dict, answers)
     )
+
+
+def _is_mask_stats(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(layers := value.get("layers"), list):
+        return False
+    sides = [side.get("entropy") if isinstance(side := value.get(name), dict) else None for name in SIDES]
+    return all(isinstance(entropy, list) and len(entropy) == len(layers) for entropy in sides)
 
 
 def stable_hash(*parts: object) -> int:

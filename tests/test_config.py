@@ -127,7 +127,7 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("train.loss.mask_blur=2", "train.loss.mask_blur is 2, expected an odd number"),
         ("train.loss=3", "command line: .*train.loss"),
         ("train.loss=[]", "command line: Cannot merge"),
-        ("images.chunk=2", "unknown configuration key 'images.chunk'"),
+        ("images.chunk=2", "the configuration key 'images.chunk' has been removed; delete it"),
         ("images.top_k=abc", "could not be converted to Integer .*images.top_k"),
         ("images=3", "command line"),
         ("preset=v9", "preset should be one of v1, v2, v3, full, got 'v9'"),

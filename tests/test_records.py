@@ -160,7 +160,8 @@ def test_wrong_types(value, words):
 FLAT = {
     "item_id": "7", "prompt": "a red cup", "kept": True, "chosen": "c.png", "rejected": "r.png", "chosen_score": 0.9,
     "rejected_prompt": "a blue cup", "further_pairs": [{"chosen": "c1.png", "rejected": "r1.png", "mask_reason": "x"}],
-    "nouns": ["cup"], "objects": [], "mask_path": "masks/7.safetensors", "mask_stats": {"iou": 1}, "other": 3,
+    "nouns": ["cup"], "objects": [], "mask_path": "masks/7.safetensors",
+    "mask_stats": {"layers": [], "chosen": {"entropy": []}, "rejected": {"entropy": []}}, "other": 3,
     "unmatched_objects": {"hat": "?"},
 }  # fmt: skip
 

@@ -26,6 +26,8 @@ def load_masks(root: Path, pair: Pair) -> Arrays | Failure:
     if not pair.get("mask_path"):
         return Failure(pair.get("mask_reason") or "this pair has no masks")
     path = root / pair["mask_path"]
+    if not path.is_file():  # a path of another machine
+        path = root / "masks" / path.name
     if not path.is_file():
         return Failure(f"{path.name} is missing")
     from safetensors import SafetensorError

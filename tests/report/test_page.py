@@ -359,6 +359,12 @@ def test_broken_lines_and_records_are_skipped(run_dir):
     assert "select.jsonl: skipped 4 broken line(s), the first at line 8" in page.text("about")
 
 
+def test_malformed_mask_stats_are_named(run_dir):
+    with (run_dir / "masks.jsonl").open("a") as stream:
+        stream.write('{"item_id": "x", "mask_stats": {"layers": [1]}}\n')
+    assert "masks.jsonl: skipped 1 broken line(s)" in page_of(write_report(run_dir)).text("about")
+
+
 def test_nulls_are_missing_values(run_dir):
     def change(record):
         names = ("negative_prompt", "variant_reasons", "question", "nouns", "objects", "unmatched_objects")
