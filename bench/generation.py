@@ -229,7 +229,7 @@ def engine(batches: int = 1, output: str = "codes", *, skinny: bool = False, **g
         if not made:
             made.append(ImageGenerator(model, **given))
             if skinny:
-                made[0]._options["decoder"] = SkinnyDecoder(model)
+                made[0].decoder_class = SkinnyDecoder
         seeds = torch.randint(2**62, (batches * len(prompts),))
         return made[0].generate(
             prompts * batches, seeds=seeds, guidance_scale=GUIDANCE, output=output, progress=False, callback=whole

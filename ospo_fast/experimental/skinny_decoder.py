@@ -1,6 +1,7 @@
 """Decoder steps of few rows by `skinny_linear`: six launches per layer in place of nine.
 
-    Engine(model, decoder=SkinnyDecoder(model))
+    generator = ImageGenerator(model)
+    generator.decoder_class = SkinnyDecoder
 
 Core does not use it until a measurement shows a gain (bench/skinny_linear.py, bench/generation.py).
 """

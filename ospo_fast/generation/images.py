@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import Failure, OspoError, UsageError
+from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.generation.engine import Engine, eval_mode, signature
 from ospo_fast.generation.image_writer import ImageWriter
 from ospo_fast.generation.requests import GenerationError, make_requests
@@ -54,8 +55,11 @@ class ImageGenerator:
     Attributes:
         batch_size, capture, jacobi_window: the arguments; changes apply to the next call.
         throughput: speed of the last call of `generate`; None if it generated nothing.
+        decoder_class: builds the decoder from the model; `ospo_fast.experimental` has another one.
 
     """
+
+    decoder_class: type[InferenceDecoder] = InferenceDecoder
 
     def __init__(
         self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True, jacobi_window: int = 0
@@ -191,13 +195,13 @@ class ImageGenerator:
             "capture": self.capture,
             "jacobi_window": self.jacobi_window,
         }
-        found = (*signature(self.model), *options.values())
+        found = (*signature(self.model), self.decoder_class, *options.values())
         if self._engine is not None and self._signature == found:
             self._engine.refresh()
             return self._engine
         self._engine, self._signature = None, found  # the memory of the old one is freed first
         try:
-            self._engine = Engine(self.model, **options)
+            self._engine = Engine(self.model, decoder=self.decoder_class(self.model), **options)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

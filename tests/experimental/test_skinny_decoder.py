@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is only there on Linux")
 
 from ospo_fast.experimental import skinny_decoder
 from ospo_fast.experimental.skinny_decoder import SkinnyDecoder
+from ospo_fast.generation import ImageGenerator
 from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation.decoder import Cache, InferenceDecoder
 from ospo_fast.generation.engine import Engine
@@ -54,6 +55,21 @@ def test_steps_of_few_rows_give_the_same_codes(
     decoder.skinny = True
     assert torch.equal(decoded(Engine(small, decoder=decoder), requests, greedy), expected)
     assert calls == [8] * (3 * 2 * 4)  # steps, layers, products; prompts have more rows
+
+
+def test_an_image_generator_takes_another_decoder(small: JanusUnifiedModel) -> None:
+    built: list[SkinnyDecoder] = []
+
+    class Noted(SkinnyDecoder):
+        def __init__(self, model: JanusUnifiedModel) -> None:
+            super().__init__(model)
+            built.append(self)
+
+    generator, given = ImageGenerator(small), {"seeds": [1], "output": "codes", "progress": False}
+    expected = generator.generate(["a red circle"], **given)
+    generator.decoder_class = Noted
+    assert torch.equal(generator.generate(["a red circle"], **given), expected)
+    assert len(built) == 1
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, Throughput, engine, images
+from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, Throughput, images
 from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation.decode_batch import DecodeBatch
 from ospo_fast.generation.requests import Request
@@ -383,7 +383,7 @@ def test_weights_are_read_in_place_where_copies_do_not_fit(
     def never(*_: object) -> None:
         raise MemoryError("std::bad_alloc")
 
-    monkeypatch.setattr(engine, "InferenceDecoder", never)
+    monkeypatch.setattr(ImageGenerator, "decoder_class", never)
     with pytest.raises(OspoError, match=r"model: tiny leaves no memory for generation \(std::bad_alloc\); free some"):
         codes(tiny, PROMPTS, SEEDS)
 
