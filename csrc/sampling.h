@@ -19,12 +19,16 @@ struct PhiloxWords {
     uint32_t word[4];
 };
 
-// The upper 32 bits of a · b. A 64-bit product would take more registers on the GPU.
-OSPO_HOST_DEVICE inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+// Both halves of the product of 32-bit numbers. On the GPU two multiplications take fewer registers than one of 64 bits,
+// on the CPU one takes less time.
+OSPO_HOST_DEVICE inline void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 #ifdef __CUDA_ARCH__
-    return __umulhi(a, b);
+    high = __umulhi(a, b);
+    low = a * b;
 #else
-    return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+    const uint64_t product = uint64_t{a} * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
 #endif
 }
 
@@ -35,12 +39,13 @@ OSPO_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint32_t block, uint64
 #pragma unroll
 #endif
     for (int round = 0; round < 10; ++round) {
-        const uint32_t low = 0xD2511F53u * c0, high = 0xCD9E8D57u * c2;
-        const uint32_t low_carry = multiply_high(0xD2511F53u, c0), high_carry = multiply_high(0xCD9E8D57u, c2);
-        c0 = high_carry ^ c1 ^ k0;
-        c1 = high;
-        c2 = low_carry ^ c3 ^ k1;
-        c3 = low;
+        uint32_t high0, low0, high2, low2;
+        multiply(0xD2511F53u, c0, high0, low0);
+        multiply(0xCD9E8D57u, c2, high2, low2);
+        c0 = high2 ^ c1 ^ k0;
+        c1 = low2;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
         k0 += 0x9E3779B9;
         k1 += 0xBB67AE85;
     }
