@@ -334,7 +334,12 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
         return OmegaConf.merge(base, layer)
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of a mapping
+    except TypeError as error:
+        raise UsageError(
+            f"{source}: got a list where a section or a mapping is expected: "
+            f"{OmegaConf.to_yaml(layer).strip()!r}; write section.key=value."
+        ) from error
+    except OmegaConfBaseException as error:
         at = f" (key {key})" if (key := getattr(error, "full_key", None)) else ""
         raise UsageError(f"{source}: {str(error).splitlines()[0].rstrip('.')}{at}.") from error
 

@@ -126,7 +126,7 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("train.loss.beta=0", "train.loss.beta is 0.0, expected a positive number"),
         ("train.loss.mask_blur=2", "train.loss.mask_blur is 2, expected an odd number"),
         ("train.loss=3", "command line: .*train.loss"),
-        ("train.loss=[]", "command line: Cannot merge"),
+        ("train.loss=[]", "command line: got a list where a section or a mapping is expected"),
         ("images.chunk=2", "the configuration key 'images.chunk' has been removed; delete it"),
         ("images.top_k=abc", "could not be converted to Integer .*images.top_k"),
         ("images=3", "command line"),
