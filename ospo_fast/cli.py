@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Import names of the packages of the extra `pipeline`.
 EXTRAS = (
-    "accelerate", "jinja2", "matplotlib", "omegaconf", "peft", "PIL", "psutil", "safetensors", "scipy", "tokenizers",
-    "tqdm", "transformers", "yaml",
+    "accelerate", "jinja2", "omegaconf", "peft", "PIL", "psutil", "safetensors", "scipy", "tokenizers", "tqdm",
+    "transformers", "yaml",
 )  # fmt: skip
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 DEFAULT_OUT = "ospo-out"

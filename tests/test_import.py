@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import ospo_fast
+from ospo_fast.cli import EXTRAS
 
 PACKAGE = Path(ospo_fast.__file__).parent
 
@@ -45,6 +46,19 @@ def test_the_operations_need_torch_and_numpy_only() -> None:
     loaded = modules_after(f"from ospo_fast import {names}")
     assert "torch" in loaded
     assert not loaded & {"transformers", "peft", "accelerate", "PIL", "matplotlib", "omegaconf", "skimage", "scipy"}
+
+
+def test_the_extra_is_what_the_stages_import() -> None:
+    """A package that nothing imports is not installed for users. peft itself requires accelerate."""
+    imported = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(str(node.module).split(".")[0])
+    core = {"torch", "numpy", "triton", "ospo_fast", "typing_extensions", "markupsafe"}  # the latter with torch, jinja2
+    assert imported - sys.stdlib_module_names - core == set(EXTRAS) - {"accelerate"}
 
 
 def test_public_names_exist() -> None:
