@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -51,15 +51,19 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, bool, str]]]:
     return table
 
 
-def resolve(op: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str:
+def resolve(
+    op: str, backend: str, device: str, dtype: torch.dtype | None = None, *, refused: Mapping[str, str] | None = None
+) -> str:
     """Choose the backend that runs `op` on a device type and, where compiled kernels read the inputs, a dtype.
 
     "auto" takes the first backend that can run, an explicit name is never replaced: OpError if it cannot run.
+
+    refused: backend → why it does not take these inputs; the limits of the op's own kernels.
     """
-    kernels, supported = _KERNELS[op], dtype is None or dtype in DTYPES
+    kernels, supported, refused = _KERNELS[op], dtype is None or dtype in DTYPES, refused or {}
     if backend == "auto":
         for name, runs_on in kernels.items():
-            if runs_on == device and supported:
+            if runs_on == device and supported and name not in refused:
                 if not (reason := _why_unavailable(op, name, device)):
                     return name
                 _warn_once(reason)
@@ -71,6 +75,7 @@ def resolve(op: str, backend: str, device: str, dtype: torch.dtype | None = None
         reason = _why_unavailable(op, backend, device)
         if not supported:
             reason = f"got {dtype}, expected float32, float16 or bfloat16"
+        reason = reason or refused.get(backend, "")
         if reason:
             raise OpError(f"{op}: backend={backend!r} cannot run here: {reason}; use 'auto' or 'torch'")
     return backend
@@ -96,6 +101,11 @@ def register_op(schema: str, *, fake: Callable[..., Any], synchronizes: bool = F
         return op
 
     return register
+
+
+def fp32_only(dtype: torch.dtype) -> dict[str, str]:
+    """Return what C++ kernels for float32 alone refuse of a dtype; see `resolve`."""
+    return {} if dtype == torch.float32 else {"cpp": f"got {dtype}, expected float32"}
 
 
 def native() -> ModuleType:

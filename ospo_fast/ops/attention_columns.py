@@ -192,17 +192,12 @@ class ColumnRequest:
         return target
 
     def _resolve(self, q: Tensor, backend: str) -> str:
-        too_wide = q.shape[-1] > MAX_TRITON_WIDTH
+        refused, width = {}, q.shape[-1]
+        if width > MAX_TRITON_WIDTH:
+            refused = {"triton": f"the heads have width {width}, expected at most {MAX_TRITON_WIDTH}"}
         if backend == "auto":
-            fits = q.dtype in _dispatch.DTYPES and not (self.backend == "triton" and too_wide)
-            return self.backend if fits else "torch"
-        backend = _dispatch.resolve("attention_columns", backend, q.device.type, q.dtype)
-        if backend == "triton" and too_wide:
-            raise OpError(
-                f"attention_columns: the heads have width {q.shape[-1]}, backend='triton' takes at most "
-                f"{MAX_TRITON_WIDTH}; use 'auto' or 'torch'"
-            )
-        return backend
+            return self.backend if q.dtype in _dispatch.DTYPES and self.backend not in refused else "torch"
+        return _dispatch.resolve("attention_columns", backend, q.device.type, q.dtype, refused=refused)
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
@@ -225,7 +220,7 @@ def _check(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
 
 
 def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
-    """Both bounds as (B,) int64 on the CPU."""
+    """Return both bounds as (B,) int64 on the CPU."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise OpError(f"attention_columns: {name} is {pair!r}, expected a pair of ints or (B,) integer tensors")
     tensors = [torch.as_tensor(value).cpu() for value in pair]

@@ -53,13 +53,16 @@ def decode_attention(
     """
     rows, (_, kv_heads, _, width) = qkv.shape[0], keys.shape
     out = qkv.new_empty(rows, heads * width) if out is None else out
-    backend = _dispatch.resolve("decode_attention", backend, qkv.device.type)
+    refused = _dispatch.fp32_only(qkv.dtype)
+    if width % 16 or width > 256:
+        refused = {"cpp": f"the heads have width {width}, expected a multiple of 16 up to 256"}
+    backend = _dispatch.resolve("decode_attention", backend, qkv.device.type, refused=refused)
     if not rows:
         return out
     arguments = (qkv, cos, sin, keys, values, slots, lengths, heads, scale, out)
     if backend == "triton":
         _dispatch.triton("decode_attention").decode_attention(*arguments, shared_slots)
-    elif backend == "cpp" and qkv.dtype == torch.float32 and width % 16 == 0 and width <= 256:
+    elif backend == "cpp":
         pointers = map(pointer, (qkv, cos, sin, keys, values, slots, lengths, out))
         sizes = (rows, heads, kv_heads, width, *keys.stride()[:2])
         _dispatch.native().decode_attention(*pointers, *sizes, scale, shared_slots, torch.get_num_threads())

@@ -24,10 +24,12 @@ def add_rms_norm(
     multiplication by the weight, like transformers' LlamaRMSNorm. No gradient.
     """
     out = torch.empty_like(residual) if out is None else out
-    backend = _dispatch.resolve("add_rms_norm", backend, residual.device.type)
+    backend = _dispatch.resolve(
+        "add_rms_norm", backend, residual.device.type, refused=_dispatch.fp32_only(residual.dtype)
+    )
     if backend == "triton":
         _dispatch.triton("rms_norm").add_rms_norm(delta, residual, weight, eps, out)
-    elif backend == "cpp" and residual.dtype == torch.float32:
+    elif backend == "cpp":
         _dispatch.native().add_rms_norm(
             pointer(delta), pointer(residual), pointer(weight), pointer(out), *residual.shape, eps,
             torch.get_num_threads(),

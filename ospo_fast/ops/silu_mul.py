@@ -13,10 +13,10 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: str = "auto
     """Compute silu(gate) · up (M, I), into `out` if given, of contiguous gate_up (M, 2·I), gate first. No gradient."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width) if out is None else out
-    backend = _dispatch.resolve("silu_mul", backend, gate_up.device.type)
+    backend = _dispatch.resolve("silu_mul", backend, gate_up.device.type, refused=_dispatch.fp32_only(gate_up.dtype))
     if backend == "triton":
         _dispatch.triton("silu_mul").silu_mul(gate_up, out)
-    elif backend == "cpp" and gate_up.dtype == torch.float32:
+    elif backend == "cpp":
         _dispatch.native().silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
     else:
         torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)

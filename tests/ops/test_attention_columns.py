@@ -394,7 +394,7 @@ def test_cuda_heads_wider_than_the_kernel() -> None:
     columns = torch.tensor([[[1]]], device="cuda")
     exact = attention_columns_reference(q, k, columns, rows=(2, 7))
     torch.testing.assert_close(attention_columns(q, k, columns, rows=(2, 7)).double(), exact, atol=1e-5, rtol=0)
-    with pytest.raises(OpError, match="width 264, backend='triton' takes at most 256"):
+    with pytest.raises(OpError, match="cannot run here: the heads have width 264, expected at most 256"):
         attention_columns(q, k, columns, rows=(2, 7), backend="triton")
 
 

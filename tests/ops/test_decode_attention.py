@@ -47,7 +47,7 @@ def exact(given: dict[str, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]
     return torch.stack(rows), torch.stack(new_keys), torch.stack(new_values)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch", TRITON])
+@pytest.mark.parametrize("backend", ["auto", "torch", TRITON])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(backend: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
@@ -121,7 +121,7 @@ def windows(heads: int, kv_heads: int, width: int, device: str) -> dict[str, Ten
 
 
 @pytest.mark.parametrize(
-    ("backend", "threads"), [("cpp", 1), ("cpp", 2), ("torch", 1), pytest.param("triton", 1, marks=pytest.mark.gpu)]
+    ("backend", "threads"), [("auto", 1), ("auto", 2), ("torch", 1), pytest.param("triton", 1, marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 def test_rows_that_share_a_slot_have_the_bits_of_single_calls(

@@ -8,6 +8,9 @@ import ospo_fast
 from ospo_fast import otsu_threshold
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops.decode_attention import decode_attention
+from ospo_fast.ops.rms_norm import add_rms_norm
+from ospo_fast.ops.silu_mul import silu_mul
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -29,6 +32,35 @@ def test_explicit_backends_are_never_replaced() -> None:
         _dispatch.resolve("otsu_threshold", "cpp", "cuda")
     with pytest.raises(OpError, match="backend='mps' is unknown, expected one of 'auto', 'torch', 'cuda', 'cpp'"):
         _dispatch.resolve("otsu_threshold", "mps", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "reason"),
+    [
+        (16, torch.bfloat16, r"got torch\.bfloat16, expected float32"),
+        (16, torch.float64, r"got torch\.float64, expected float32"),
+        (24, torch.float32, "the heads have width 24, expected a multiple of 16 up to 256"),
+        (272, torch.float32, "the heads have width 272"),
+    ],
+)
+def test_limits_of_the_kernels_of_the_decoder(width: int, dtype: torch.dtype, reason: str) -> None:
+    x, slots = torch.randn(2, 3 * width, dtype=dtype), torch.tensor([0, 1])
+    cache = torch.zeros(2, 1, 4, width, dtype=dtype)
+    calls = {
+        "decode_attention": lambda backend: decode_attention(
+            x, *torch.ones(2, 4, width, dtype=dtype), cache, cache.clone(), slots, slots, heads=1, scale=1.0,
+            backend=backend,
+        ),
+        "add_rms_norm": lambda backend: add_rms_norm(None, x.clone(), x[0], 1e-6, backend=backend),
+        "silu_mul": lambda backend: silu_mul(x[:, : 2 * width].contiguous(), backend=backend),
+    }  # fmt: skip
+    for name, call in calls.items():
+        if dtype == torch.float32 and name != "decode_attention":  # its width does not matter
+            assert torch.equal(call("auto"), call("cpp"))
+            continue
+        assert torch.equal(call("auto"), call("torch"))
+        with pytest.raises(OpError, match=f"{name}: backend='cpp' cannot run here: {reason}"):
+            call("cpp")
 
 
 def test_missing_requirements_of_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ def exact(delta: Tensor | None, residual: Tensor, weight: Tensor) -> Tensor:
     return weight.double() * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(32, 256), (3, 4099), (5, 7), (1, 1)])  # odd widths end in a partial vector
 @pytest.mark.parametrize(("dtype", "add"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
 def test_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtype, add: bool) -> None:

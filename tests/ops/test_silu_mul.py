@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ospo_fast.ops.silu_mul import silu_mul
 
 
-@pytest.mark.parametrize("backend", ["cpp", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [(32, 768), (3, 1031), (5, 7), (1, 1), (0, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_against_float64(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
