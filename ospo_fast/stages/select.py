@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ospo_fast.config import Config, SelectConfig
 from ospo_fast.errors import Failure, UsageError
@@ -15,56 +15,65 @@ from ospo_fast.records import ImageVerdict, Pair, Record, image_index, map_image
 from ospo_fast.stages import StageContext
 
 RULES = ("v3", "v2", "random")
-Verdict = Mapping[str, Any]  # an entry of base_metadata or negative_metadata
+Image = Mapping[str, Any]  # an entry of base_metadata or negative_metadata
 LogProbs = Callable[[Sequence[str]], "Sequence[float] | Failure"]
 
 
-def base_verdict(verdict: Verdict, rule: str = "v3", settings: SelectConfig | None = None) -> str | Failure:
-    """Decide whether a base image may be chosen. Returns the reason, as a Failure if not.
+class Verdict(NamedTuple):
+    """Whether an image may be in a pair, and why."""
+
+    kept: bool
+    reason: str
+
+
+def base_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None = None) -> Verdict:
+    """Decide whether a base image may be chosen.
 
     v3: at least one answer is yes and local_score ≥ threshold. v2: no answer is no and every p_yes − p_no > margin.
     random: always. By v3 and v2 an image without answers may not be chosen.
     """
-    settings, answers = settings or SelectConfig(), _answers(verdict, rule)
-    if not isinstance(answers, list):
-        return answers
+    if rule == "random":
+        return Verdict(True, "no filter")
+    settings, answers = settings or SelectConfig(), _answers(image)
+    if not answers:
+        return _unanswered(image)
     if rule == "v2":
         if "no" in answers:
-            return Failure("an answer is no")
-        margin = min(answer["p_yes"] - answer["p_no"] for answer in verdict["answer_metadata"])
+            return Verdict(False, "an answer is no")
+        margin = min(answer["p_yes"] - answer["p_no"] for answer in image["answer_metadata"])
         if not margin > settings.margin:
-            return Failure(f"a margin of {margin:.2f}, not above {settings.margin:g}")
-        return "every answer is a clear yes"
+            return Verdict(False, f"a margin of {margin:.2f}, not above {settings.margin:g}")
+        return Verdict(True, "every answer is a clear yes")
     if "yes" not in answers:
-        return Failure("no answer is yes")
-    reason = f"local score {verdict['local_score']:.2f}"
-    return reason if verdict["local_score"] >= settings.threshold else Failure(f"{reason} below {settings.threshold:g}")
+        return Verdict(False, "no answer is yes")
+    kept, reason = image["local_score"] >= settings.threshold, f"local score {image['local_score']:.2f}"
+    return Verdict(kept, reason if kept else f"{reason} below {settings.threshold:g}")
 
 
-def negative_verdict(verdict: Verdict, rule: str = "v3", settings: SelectConfig | None = None) -> str | Failure:
-    """Decide whether an image of a hard negative may be rejected. Returns the reason, as a Failure if not.
+def negative_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None = None) -> Verdict:
+    """Decide whether an image of a hard negative may be rejected.
 
     v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. random: always. By v3 and v2
     an image without answers may not be rejected.
     """
-    settings, answers = settings or SelectConfig(), _answers(verdict, rule)
-    if not isinstance(answers, list):
-        return answers
-    if rule == "v2":
-        margin = max(answer["p_no"] - answer["p_yes"] for answer in verdict["answer_metadata"])
-        reason = f"clearest no has a margin of {margin:.2f}"
-        return reason if margin > settings.margin else Failure(reason)
-    wrong = sum(answer != "yes" for answer in answers)
-    reason = f"{wrong} of {len(answers)} answers are not yes"
-    return reason if wrong else Failure(reason)
-
-
-def _answers(verdict: Verdict, rule: str) -> list[str] | str | Failure:
-    """Return the answers that decide, or else the decision."""
     if rule == "random":
-        return "no filter"
-    answers = [str(answer["answer"]).strip().lower() for answer in verdict.get("answer_metadata", [])]
-    return answers or Failure(verdict.get("reason") or "no question was answered")
+        return Verdict(True, "no filter")
+    settings, answers = settings or SelectConfig(), _answers(image)
+    if not answers:
+        return _unanswered(image)
+    if rule == "v2":
+        margin = max(answer["p_no"] - answer["p_yes"] for answer in image["answer_metadata"])
+        return Verdict(margin > settings.margin, f"clearest no has a margin of {margin:.2f}")
+    wrong = sum(answer != "yes" for answer in answers)
+    return Verdict(wrong > 0, f"{wrong} of {len(answers)} answers are not yes")
+
+
+def _answers(image: Image) -> list[str]:
+    return [str(answer["answer"]).strip().lower() for answer in image.get("answer_metadata", [])]
+
+
+def _unanswered(image: Image) -> Verdict:
+    return Verdict(False, image.get("reason") or "no question was answered")
 
 
 def select_pair(
@@ -112,7 +121,7 @@ def _select(
     bases = _passing(record["base_metadata"], partial(base_verdict, rule=rule, settings=settings))
     negatives = _passing(record["negative_metadata"], partial(negative_verdict, rule=rule, settings=settings))
     if not bases:
-        reasons = [str(base_verdict(verdict, rule, settings)) for verdict in record["base_metadata"].values()]
+        reasons = [base_verdict(image, rule, settings).reason for image in record["base_metadata"].values()]
         return Failure("no base image passed: " + "; ".join(dict.fromkeys(reasons)))
     if not negatives:
         return Failure("no negative image shows a difference")
@@ -128,11 +137,11 @@ def _select(
     return _pair(bases[index], negatives[shared[index]])
 
 
-def _passing(images: Mapping[str, Verdict], judge: Callable[[Verdict], str | Failure]) -> dict[int, Verdict]:
-    return {image_index(name): image for name, image in images.items() if not isinstance(judge(image), Failure)}
+def _passing(images: Mapping[str, Image], judge: Callable[[Image], Verdict]) -> dict[int, Image]:
+    return {image_index(name): image for name, image in images.items() if judge(image).kept}
 
 
-def _best(images: Mapping[int, Verdict]) -> Verdict:
+def _best(images: Mapping[int, Image]) -> Image:
     return max(images.values(), key=lambda image: float(image["local_score"]))
 
 
@@ -149,7 +158,7 @@ def _own_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> P
     return _pair(best, min(others, key=lambda image: float(image["local_score"])))
 
 
-def _nearest_pair(chosen: Verdict, negatives: list[Verdict], logprobs: LogProbs | None) -> Pair | Failure:
+def _nearest_pair(chosen: Image, negatives: list[Image], logprobs: LogProbs | None) -> Pair | Failure:
     """The negative of nearest log-probability, by the rule v2."""
     if len(negatives) == 1:
         return _pair(chosen, negatives[0])
@@ -162,7 +171,7 @@ def _nearest_pair(chosen: Verdict, negatives: list[Verdict], logprobs: LogProbs 
     return _pair(chosen, negatives[gaps.index(min(gaps))])
 
 
-def _pair(chosen: Verdict, rejected: Verdict) -> Pair:
+def _pair(chosen: Image, rejected: Image) -> Pair:
     return {
         "chosen": chosen["path"],
         "rejected": rejected["path"],
@@ -191,7 +200,7 @@ def run(
             reason = "no image: " + ("; ".join(reasons) or "no variant was generated")
             yield {**record, "kept": False, "reason": reason}
         elif not record.get("question") and settings.rule != "random":
-            reason = record.get("question_reason") or "no question could be read from the model's answer"
+            reason = record.get("question_reason") or "the item has no question"
             yield {**record, "kept": False, "reason": reason}
         else:
             logprobs = None if model is None else partial(_logprobs, record["prompt"], model, settings.batch_size, out)
@@ -205,8 +214,8 @@ def run(
 
 
 def _judge(settings: SelectConfig, role: str, name: str, image: ImageVerdict) -> ImageVerdict:
-    result = (base_verdict if role == "base" else negative_verdict)(image, settings.rule, settings)
-    return {**image, "kept": not isinstance(result, Failure), "reason": str(result)}
+    kept, reason = (base_verdict if role == "base" else negative_verdict)(image, settings.rule, settings)
+    return {**image, "kept": kept, "reason": reason}
 
 
 def _select_pairs(

@@ -50,16 +50,18 @@ def test_v3_shares_the_index_and_takes_the_first_of_equals():
 
 
 def test_v3_threshold_and_ties():
-    assert base_verdict(verdict("b", 0.6)) == "local score 0.60"
-    assert base_verdict(verdict("b", 0.599)) == Failure("local score 0.60 below 0.6")
+    assert base_verdict(verdict("b", 0.6)) == (True, "local score 0.60")
+    assert base_verdict(verdict("b", 0.599)) == (False, "local score 0.60 below 0.6")
     wrong = {"local_score": 0.9, "answer_metadata": [{"p_yes": 1, "p_no": 0, "answer": "no"}]}
     nan = {"local_score": float("nan"), "answer_metadata": [{"answer": "yes"}]}
-    assert all(isinstance(base_verdict(image), Failure) for image in (wrong, nan, {}))
-    assert negative_verdict(verdict("n", 0.9, 0)) == "1 of 2 answers are not yes"
-    assert negative_verdict(verdict("n", 0.9, 0.1)) == Failure("0 of 2 answers are not yes")
+    assert not any(base_verdict(image).kept for image in (wrong, nan, {}))
+    assert base_verdict({}) == (False, "no question was answered")
+    assert base_verdict({"answer_metadata": [{}]}, "random") == (True, "no filter")  # reads no answer
+    assert negative_verdict(verdict("n", 0.9, 0)) == (True, "1 of 2 answers are not yes")
+    assert negative_verdict(verdict("n", 0.9, 0.1)) == (False, "0 of 2 answers are not yes")
 
 
-def test_v2():
+def test_v2_chooses_the_rejected_image_by_log_probability():
     record = item({0: [0.9, 0.6], 1: [0.95, 0.45]}, {0: [-0.6, 1], 1: [-0.5], 2: [-0.9]})
     scores = {"b0.png": -3.0, "n0.png": -5.0, "n2.png": -2.5}
     asked = []
