@@ -55,6 +55,7 @@ class ImageGenerator:
     Attributes:
         batch_size, capture, jacobi_window: the arguments; changes apply to the next call.
         throughput: speed of the last call of `generate`; None if it generated nothing.
+        failures: of the last call of `generate`: position of each image that failed → why.
         decoder_class: builds the decoder from the model; `ospo_fast.experimental` has another one.
 
     """
@@ -71,6 +72,7 @@ class ImageGenerator:
                 raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
         self.model = model
         self.throughput: Throughput | None = None
+        self.failures: dict[int, Failure] = {}
         self.batch_size, self.capture, self.jacobi_window = batch_size, capture, jacobi_window
         self._engine: Engine | None = None
         self._signature: tuple[object, ...] = ()
@@ -108,7 +110,7 @@ class ImageGenerator:
             callback: called with a `GeneratedBatch` after each batch.
             progress: show a bar on stderr if it takes more than two seconds.
             on_error: an image fails by itself if its logits are not finite. "raise": GenerationError once the others
-                are finished. "skip": the result is None (−1 in codes, NaN in "pt").
+                are finished. "skip": the result is None (−1 in codes, NaN in "pt"), and `failures` holds the reason.
             groups: one value per image. Neighbors of one group, such as the images of an item, share a batch if they
                 fit one.
 
@@ -133,8 +135,7 @@ class ImageGenerator:
             raise UsageError(f"groups: got {len(groups)} of them, expected {total}, one for each image")
         codes = torch.full((total, tokens), -1, dtype=torch.long)
         images: dict[int, Any] = {}
-        failed: dict[int, str] = {}
-        self.throughput = None
+        self.throughput, self.failures = None, {}
         with (
             eval_mode(self.model),
             tqdm(total=total, unit="image", delay=2, disable=not progress) as bar,
@@ -150,10 +151,7 @@ class ImageGenerator:
                 finished = []
                 for request, completion in zip(batch, completions, strict=True):
                     if isinstance(completion.tokens, Failure):
-                        prompt = prompts[request.index // num_images]
-                        name = repr(prompt[:60]) if isinstance(prompt, str) else f"{len(prompt)} token ids"
-                        reason = f"image {request.index} ({name}, seed {request.seed}): {completion.tokens}"
-                        failed[request.index] = reason
+                        self.failures[request.index] = completion.tokens
                     else:
                         codes[request.index] = completion.tokens
                         finished.append(request.index)
@@ -165,7 +163,12 @@ class ImageGenerator:
                     callback(GeneratedBatch(finished, codes[finished], speed.images, total))
                 begin = time.perf_counter()
         results = codes if output == "codes" else _collect_images(images, total, output)
-        if failed and on_error == "raise":
+        if self.failures and on_error == "raise":
+            failed = {}
+            for n, failure in self.failures.items():
+                prompt = prompts[n // num_images]
+                name = repr(prompt[:60]) if isinstance(prompt, str) else f"{len(prompt)} token ids"
+                failed[n] = f"image {n} ({name}, seed {requests[n].seed}): {failure}"
             raise GenerationError.from_failures("images", results, failed)
         return results
 

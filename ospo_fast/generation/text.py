@@ -30,7 +30,7 @@ def generate_text(
     progress: bool = True,
     capture: bool = True,
     on_error: str = "raise",
-) -> list[Any]:
+) -> list[str | Failure]:
     """Generate the model's answer to each prompt, in input order.
 
     Args:
@@ -47,7 +47,7 @@ def generate_text(
             finished. "skip": the result is a `Failure`.
 
     Returns:
-        One text (str) per prompt, without special tokens.
+        One text per prompt, without special tokens; with on_error="skip" a `Failure` for one that failed.
 
     Raises:
         UsageError: an invalid argument.
@@ -65,7 +65,7 @@ def generate_text(
     requests = make_requests([ids.cpu().long() for ids in prompts], seeds, max_tokens)
     if not requests:
         return []
-    texts: list[str | Failure | None] = [None] * len(requests)
+    texts: list[Any] = [None] * len(requests)
     failed: dict[int, str] = {}
     with eval_mode(model), tqdm(total=len(requests), unit="text", delay=2, disable=not progress) as bar:
         engine = Engine(model, text=True, batch_size=batch_size, capture=capture)

@@ -109,9 +109,17 @@ class ImageFiles(ImageWriter):
         groups: Sequence[Hashable] | None = None,
         progress: bool = False,
     ) -> dict[Path, Failure]:
-        """Generate one image for each prompt, ids (S,), and file: path → settings with its `seed`; return what failed.
+        """Generate one image per prompt, and write each to its file in the background.
 
-        See `ImageGenerator.generate`.
+        Args:
+            prompts: ids (S,) of each image.
+            files: path → settings of each image, with its `seed`.
+            groups: see `ImageGenerator.generate`.
+            progress: show a bar on stderr.
+
+        Returns:
+            The images that failed: path → why.
+
         """
         first = len(self._paths)
         self._paths += files
@@ -128,10 +136,12 @@ class ImageFiles(ImageWriter):
         )
         if (new := self._generator.throughput) is not None:
             self.throughput = new if self.throughput is None else self.throughput + new
-        failed = [self._paths[first + n] for n in (codes < 0).any(1).nonzero().flatten().tolist()]
-        for path in failed:
+        unknown = Failure("the model's logits were not finite")
+        failed = (codes < 0).any(1).nonzero().flatten().tolist()
+        failures = {self._paths[first + n]: self._generator.failures.get(n, unknown) for n in failed}
+        for path in failures:
             del self._unwritten[path]
-        return dict.fromkeys(failed, Failure("the model's logits were not finite"))
+        return failures
 
     def wait_for(self, paths: Iterable[Path]) -> None:
         """Block until these files are written."""

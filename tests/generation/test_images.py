@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, Throughput, images
 from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation.decode_batch import DecodeBatch
@@ -57,7 +57,7 @@ def greedy(model: JanusUnifiedModel, ids: Tensor, guidance: float) -> list[int]:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_greedy_codes_are_transformers(tiny: JanusUnifiedModel, guidance: float) -> None:
+def test_greedy_codes_equal_those_of_transformers(tiny: JanusUnifiedModel, guidance: float) -> None:
     prompts = PROMPTS[:3]
     found = codes(tiny, prompts, SEEDS[:3], temperature=0, guidance_scale=guidance)
     assert found.shape == (3, 36)
@@ -98,7 +98,7 @@ def test_prompts_may_be_texts_or_ids(tiny: JanusUnifiedModel) -> None:
     assert torch.equal(codes(tiny, ids, SEEDS), codes(tiny, PROMPTS, SEEDS))
 
 
-def test_output_forms(tiny: JanusUnifiedModel) -> None:
+def test_images_and_tensors_are_the_decoded_codes(tiny: JanusUnifiedModel) -> None:
     generator = ImageGenerator(tiny)
     found = generator.generate(PROMPTS, seeds=SEEDS, output="codes")
     as_images = generator.generate(PROMPTS, seeds=SEEDS)
@@ -211,7 +211,7 @@ def test_the_progress_bar_counts_every_image(tiny: JanusUnifiedModel, monkeypatc
     assert re.fullmatch(r"[\d.]+ GB/s", bars[0].postfix)
 
 
-def test_throughput_of_the_last_call(tiny: JanusUnifiedModel) -> None:
+def test_throughput_counts_the_images_and_bytes_of_the_last_call(tiny: JanusUnifiedModel) -> None:
     generator = ImageGenerator(tiny)
     given = {"output": "codes", "progress": False}
     generator.generate(PROMPTS, seeds=SEEDS, **given)
@@ -259,6 +259,7 @@ def test_nan_logits_fail_one_image_by_name(tiny: JanusUnifiedModel) -> None:
     assert generator.throughput.images == 4
     assert generator.throughput.gb_per_second > 0
     assert [image is None for image in skipped] == [False, False, True, False]
+    assert generator.failures == {2: Failure("the logits are not finite at token 0")}
     assert [i for batch in batches for i in batch.indices] == fine
     tensors = generator.generate(PROMPTS, seeds=[10, 11, 12, 13], on_error="skip", output="pt")
     assert tensors.isnan().flatten(1).any(1).tolist() == [False, False, True, False]
@@ -297,7 +298,7 @@ def test_bad_weights_fail_every_image(tiny: JanusUnifiedModel) -> None:
         ({"groups": [1, 2]}, "groups: got 2 of them, expected 1"),
     ],
 )
-def test_bad_arguments(tiny: JanusUnifiedModel, given: dict, match: str) -> None:
+def test_bad_arguments_are_refused(tiny: JanusUnifiedModel, given: dict, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         ImageGenerator(tiny).generate(**{"prompts": ["a red circle"], "seeds": [1], **given})
 
@@ -307,7 +308,7 @@ def test_a_bare_model_of_transformers_is_refused(tiny: JanusUnifiedModel) -> Non
         ImageGenerator(tiny.decoder)  # type: ignore[arg-type]
 
 
-def test_a_bad_batch_size(tiny: JanusUnifiedModel) -> None:
+def test_a_bad_batch_size_is_refused(tiny: JanusUnifiedModel) -> None:
     with pytest.raises(UsageError, match=r"batch_size: got 0, expected a positive number, or None"):
         ImageGenerator(tiny, batch_size=0)
 
@@ -337,7 +338,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]  # later batches are no larger
     assert "continuing with 2" in caplog.text
     limit_memory(monkeypatch, 0)
-    with pytest.raises(OspoError, match="not even one image fits"):
+    with pytest.raises(OspoError, match="one image does not fit"):
         codes(tiny, prompts, seeds, batch_size=4)
 
     def wrong(*_: object) -> None:

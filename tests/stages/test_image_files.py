@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ospo_fast.config import ImagesConfig
 from ospo_fast.errors import Failure
 from ospo_fast.models import load_model
-from ospo_fast.stages.image_files import image_codes, load_codes, pair_codes, save_codes, save_image
+from ospo_fast.stages.image_files import ImageFiles, image_codes, load_codes, pair_codes, save_codes, save_image
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,19 @@ def path(model, tmp_path):
     codes = torch.randint(model.num_codes, (36,), generator=torch.Generator().manual_seed(0))
     save_image(path, model.decode_codes(codes[None])[0], codes, {"prompt": "a red circle", "seed": 3})
     return path
+
+
+def test_a_failed_image_has_the_reason_of_the_engine(model, tmp_path):
+    hook = model.head.register_forward_hook(lambda module, inputs, logits: logits * torch.nan)
+    path = tmp_path / "a.png"
+    try:
+        with ImageFiles(model, ImagesConfig()) as files:
+            failed = files.generate([model.image_prompt("a red circle")], {path: {"seed": 1}})
+            files.wait_for([path])
+    finally:
+        hook.remove()
+    assert failed == {path: Failure("the logits are not finite at token 0")}
+    assert not path.exists()
 
 
 def test_codes_are_read_back_or_encoded(model, path):
