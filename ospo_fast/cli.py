@@ -175,7 +175,8 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     if (args.operand is None) == (args.prompts_file is None):
-        raise UsageError("generate takes one prompt in quotes, or --prompts FILE.")
+        found = "neither" if args.operand is None else "both"
+        raise UsageError(f"generate: got {found}, expected one prompt in quotes or --prompts FILE.")
     if args.num < 1:
         raise UsageError(f"--num should be 1 or more, got {args.num}.")
     config = _settings(args, saved=False)

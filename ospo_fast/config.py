@@ -355,7 +355,10 @@ def _load_file(path: Path) -> Any:
     except (YAMLError, ValueError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(layer, DictConfig):
-        raise UsageError(f"{path}: a configuration file is a mapping of keys to values.")
+        found = type(OmegaConf.to_container(layer)).__name__
+        raise UsageError(
+            f"{path}: got a {found}, expected a mapping of keys to values; write `section: {{key: value}}`."
+        )
     return layer
 
 

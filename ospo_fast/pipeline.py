@@ -133,7 +133,7 @@ class Pipeline:
         return str(trained)
 
     def model(self, iteration: int = 1) -> UnifiedModel:
-        """Load the model that an iteration starts from. Raises UsageError when it lacks layers that `masks` names."""
+        """Load the model that an iteration starts from. Raises UsageError for layers or heads that it lacks."""
         from ospo_fast.models import load_model
 
         name = self.model_name(iteration)

@@ -52,7 +52,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
     """Find the folder of a model without loading it.
 
     Returns:
-        None for a name on the Hugging Face hub.
+        The folder; None for a name on the Hugging Face hub.
 
     Raises:
         OspoError: the folder is missing or holds no supported model, as in `load_model`.

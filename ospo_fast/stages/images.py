@@ -47,7 +47,10 @@ def plan_images(record: Record, seed: int, draws: int = 1, prompts: str = "dense
             continue
         if prompts == "plain":
             if "negative_prompt" not in record:
-                raise OspoError(f"Item {record['item_id']} has no negative_prompt, which images.prompts=plain needs.")
+                raise OspoError(
+                    f"Item {record['item_id']} has no negative_prompt, which images.prompts=plain needs; use records "
+                    "of the stage perturb, or images.prompts=dense."
+                )
             pair = record["prompt"], record["negative_prompt"][variant]
         image_seed = stable_hash(seed, "images", record["item_id"], index)
         for role, prompt in zip(ROLES, pair, strict=True):

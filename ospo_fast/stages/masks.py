@@ -281,7 +281,7 @@ def load_unions(pair: Pair, out: Path | None) -> Tensor:
         kind = "soft" if "chosen_soft" in tensors else "union"
         return torch.stack([tensors[f"{side}_{kind}"] for side in SIDES]).float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise OspoError(f"Cannot read the masks {path}: {error}.") from error
+        raise OspoError(f"Cannot read the masks {path}: {error}; run the stage masks with --no-resume.") from error
 
 
 def _import_masks(item: ItemPair, folder: Path, out: Path) -> _Result:
@@ -318,10 +318,12 @@ def _load_official(path: Path) -> Tensor:
     try:
         mask = torch.load(path, map_location="cpu", weights_only=True)  # unpickles nothing but tensors
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise OspoError(f"{path} is no mask of the official implementation: {str(error).splitlines()[0]}") from error
+        raise OspoError(
+            f"{path} is no mask of the official implementation ({str(error).splitlines()[0]}); correct masks.official."
+        ) from error
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
         found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise OspoError(f"{path} holds {found}, expected an (H, W) tensor of 0 and 1")
+        raise OspoError(f"{path} holds {found}, expected an (H, W) tensor of 0 and 1; correct masks.official.")
     return mask.to(torch.uint8).contiguous()
 
 

@@ -133,7 +133,10 @@ def _load_example(
     loaded: dict[str, Any] = {"ids": image_prompt_ids(model, item.record["prompt"]), "rejected_ids": None}
     if loss_config(config).cond_weight > 0:
         if not item.pair.get("rejected_prompt"):
-            raise OspoError(f"Item {item.pair_id} has no rejected_prompt, which the conditional term needs.")
+            raise OspoError(
+                f"Item {item.pair_id} has no rejected_prompt, which the conditional term needs; use records of the "
+                "stage perturb, or set train.loss.cond_weight=0."
+            )
         loaded["rejected_ids"] = image_prompt_ids(model, item.pair["rejected_prompt"])
     loaded |= {"codes": codes, "masks": None}
     if uses_masks(config) and config.train.masks == "online":
@@ -190,7 +193,7 @@ def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
 
     prefix = next((name for name, module in model.module.named_modules() if module is model.decoder), None)
     if prefix is None:
-        raise OspoError("train: the model's decoder is not a submodule of its module; the model's adapter is wrong.")
+        raise OspoError(f"train: `decoder` of {model.name} should be a submodule of `module`; correct the model class.")
     names = "|".join(settings.lora_targets)
     lora = LoraConfig(
         r=settings.lora_rank,
@@ -304,7 +307,8 @@ class Trainer:
             from safetensors.torch import save
 
             if name not in metrics:
-                raise OspoError(f"train.early_stopping={name!r} is no metric of the evaluation: {sorted(metrics)}.")
+                known = ", ".join(sorted(metrics))
+                raise OspoError(f"train.early_stopping: got {name!r}, expected a metric of the evaluation: {known}.")
             if not self.best or metrics[name] > self.best["value"]:
                 # A float of numpy could be saved, but not loaded with `weights_only`.
                 self.best, self.stale = {"step": self.step, "value": float(metrics[name])}, 0
@@ -419,7 +423,8 @@ def train(
     """Train `model` in place on the pairs of `records`, and write the results to `out`/train.
 
     Writes log.jsonl (a line per step and per evaluation), checkpoints/, adapter/ (peft), model/ (merged) and finally
-    done.json. If `train.early_stopping` names a metric, the weights are those of the best evaluation, else the last.
+    done.json. If `train.early_stopping` names a metric, the weights are those of the best evaluation, which
+    best.safetensors holds, else the last.
     Uses bf16 autocast on CUDA, the model's own dtype on the CPU.
 
     Args:
@@ -445,7 +450,7 @@ def train(
         reasons = [f"{pair_id}: {failed}" for pair_id, failed in failures.items()]
         logger.warning("train: %s", some_failed("pairs", reasons, len(pairs)))
     if not examples:
-        where = "the warning above" if failures else "the reasons in select.jsonl"
+        where = "the warning above" if failures else f"the reasons in {input_stage(config)}.jsonl"
         raise OspoError(f"train: no pair to train on; see {where}.")
     settings, folder = config.train, out / "train"
     if not context.resume:

@@ -76,7 +76,7 @@ def test_order_is_a_stream_of_shuffled_epochs():
     assert shuffled_indices(5, 2, 0, 20) != stream
 
 
-def test_loss_config():
+def test_overrides_change_the_loss_of_the_preset():
     loss = loss_config(load_config(["preset=v2", "train.loss.simpo_weight=0.1"]))
     assert (loss.simpo_weight, loss.cond_weight, loss.beta, loss.mask_alpha) == (0.1, 0.5, 3.0, 0.0)
 
@@ -85,7 +85,7 @@ def ids(pairs):
     return [item.pair_id for item in pairs]
 
 
-def test_training_pairs(records, caplog):
+def test_training_pairs_do_not_depend_on_the_order_and_obey_limits(records, caplog):
     kept = [r["item_id"] for r in records if r["kept"]]
     assert len(kept) > 5
     assert ids(select_training_pairs(records[::-1], config())) == sorted(kept)
@@ -106,7 +106,7 @@ def change_pair(record, **fields):
     return {**record, "pairs": [{**pair, **fields} for pair in record.get("pairs", [])]}
 
 
-def test_batch_groups(model, records, made):
+def test_batches_hold_chosen_rejected_and_swapped_rows(model, records, made):
     settings = config("preset=full")
     pairs = select_training_pairs(records, settings)
     examples, failures = load_examples(pairs, model, settings, made)
@@ -143,7 +143,7 @@ def test_only_the_language_models_projections_change(model, tiny, records, run_f
             torch.testing.assert_close(loaded[name], after[name], rtol=1e-4, atol=1e-6)
 
 
-def test_learns_the_pairs(model, records, run_folder):
+def test_training_lowers_the_loss(model, records, run_folder):
     settings = ["train.steps=30", "train.schedule=constant", "train.learning_rate=1e-2"]
     settings = config(*settings, "train.batch_size=4", "train.accumulation=1")
     train(records, model, settings, out=run_folder)
@@ -186,7 +186,7 @@ def test_training_of_the_guided_distribution(model, records, run_folder):
         assert guided_loss()[2].loss < 0.98 * before.loss
 
 
-def test_schedule(model, records, run_folder):
+def test_learning_rate_warms_up_and_decays(model, records, run_folder):
     settings = config("train.warmup_ratio=0.34", "train.min_learning_rate=1e-4")
     train(records, model, settings, out=run_folder)
     rates = [row["lr"] for row in lines(run_folder)]
@@ -222,7 +222,7 @@ def test_resume_is_exact(tiny, made, records, tmp_path):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_broken_and_foreign_checkpoints(tiny, records, run_folder):
+def test_broken_and_foreign_checkpoints_are_refused(tiny, records, run_folder):
     def start(*overrides, **arguments):
         train(records, load_model(tiny), config("train.steps=3", *overrides), out=run_folder, **arguments)
 
@@ -259,7 +259,7 @@ def test_early_stopping_keeps_the_best(tiny, records, run_folder):
     assert {name.replace(".default", "") for name in best} == set(kept)
     assert all(torch.equal(tensor, kept[name.replace(".default", "")]) for name, tensor in best.items())
     bad = config("train.eval_every=1", "train.early_stopping=accuracy")
-    with pytest.raises(OspoError, match="no metric of the evaluation"):
+    with pytest.raises(OspoError, match="expected a metric of the evaluation: alignment"):
         train(records, load_model(tiny), bad, out=run_folder, evaluation=lambda m, s: {"alignment": 1}, resume=False)
 
 
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_changes_nothing(tiny, made, records, tmp_path):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
-def test_official_training_set(tiny, made, records, tmp_path):
+def test_official_training_set_can_be_trained_on(tiny, made, records, tmp_path):
     """A JSON array with the published fields and absolute image paths, without codes and masks."""
     fields = ("item_id", "t2i_category", "sub_category", "prompt", "chosen", "rejected", "rejected_prompt")
     official = []
@@ -305,7 +305,7 @@ def test_official_training_set(tiny, made, records, tmp_path):
     assert lines(out)[0]["conditional"] > 0
 
 
-def test_missing_inputs(tiny, records, tmp_path, made):
+def test_missing_inputs_are_errors(tiny, records, tmp_path, made):
     model = load_model(tiny)
     with pytest.raises(OspoError, match="no pair to train on"):
         train([], model, config(), out=tmp_path)
@@ -401,12 +401,12 @@ def test_metrics_are_read_after_the_backward_pass(model, records, run_folder, mo
 
 
 @pytest.mark.parametrize("variant", ["masks.heads=[1]", "masks.soft=true", "train.loss.mask_blur=1"])
-def test_variants_of_the_masks(model, records, run_folder, variant):
+def test_online_masks_train_with_variants_of_the_masks(model, records, run_folder, variant):
     train(records, model, config(ONLINE, variant, "train.steps=1"), out=run_folder)
     assert len(lines(run_folder)) == 1
 
 
-def test_online_masks_need_objects(model, records, made):
+def test_pairs_without_objects_fail_for_online_masks(model, records, made):
     kept = [record for record in records if record["kept"]]
     odd = [{**kept[0], "nouns": ["zeppelin"]}, *kept[1:]]
     examples, failures = load_examples(list(iter_pairs(odd)), model, config(ONLINE), made)
@@ -416,7 +416,7 @@ def test_online_masks_need_objects(model, records, made):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_cuda_online_masks(model, records, run_folder, checkpointing):
+def test_online_masks_train_on_a_gpu_under_autocast(model, records, run_folder, checkpointing):
     """Under bf16 autocast, with and without gradient checkpointing."""
     moved = load_model(model.name, device="cuda", dtype="float32")
     settings = config(ONLINE, f"train.gradient_checkpointing={checkpointing}".lower(), "train.steps=3")
