@@ -103,7 +103,7 @@ def line_chart(
         ]
     else:
         parts.append(_path(positions, "line"))
-    parts.append('<g class="cursor" hidden><line/><circle r="3.4"/></g>')
+    parts.append(f'<g class="cursor" hidden><line y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><circle r="3.4"/></g>')
     readings = (  # for the value under the pointer
         f"{x:.1f} {y:.1f} {step:.6g} {value:.4g}" for (x, y), (step, value) in zip(positions, points, strict=True)
     )

@@ -38,8 +38,6 @@
       const line = cursor.firstElementChild;
       line.setAttribute("x1", nearest[0]);
       line.setAttribute("x2", nearest[0]);
-      line.setAttribute("y1", 10);
-      line.setAttribute("y2", chart.viewBox.baseVal.height - 24);
       cursor.lastElementChild.setAttribute("cx", nearest[0]);
       cursor.lastElementChild.setAttribute("cy", nearest[1]);
       output.textContent = `step ${nearest[2]}: ${nearest[3]}`;
