@@ -54,7 +54,7 @@ _PREFILL_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION,
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """attend(layer, qkv (M, (H + 2·Hkv)·D), out (M, H·D)) → (M, H·D)."""
 
-Run = tuple[slice, Tensor | slice, int]
+LengthRun = tuple[slice, Tensor | slice, int]
 """Packed sequences of one length: their tokens, their rows of the cache, the length."""
 
 
@@ -231,7 +231,7 @@ class InferenceDecoder:
             positions = torch.arange(total, device=self.device) - starts
             attend = self._attend_packed(cache, rows, positions, bounds, max(lengths))
         else:
-            runs: list[Run] = []
+            runs: list[LengthRun] = []
             begin = 0
             for length, same in itertools.groupby(zip(lengths, cache_rows, strict=True), lambda pair: pair[0]):
                 row_list = [row for _, row in same]
@@ -241,7 +241,7 @@ class InferenceDecoder:
             attend = self._attend_runs(cache, runs)
         return self._run_layers(x, attend)[ends - 1]
 
-    def _attend_runs(self, cache: Cache, runs: Sequence[Run], start: int = 0) -> Attend:
+    def _attend_runs(self, cache: Cache, runs: Sequence[LengthRun], start: int = 0) -> Attend:
         """Attention of sequences that begin at position `start`, one call for each run of sequences of one length."""
         total, grouped = runs[-1][0].stop, self.heads != self.kv_heads
 

@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    Projection = Callable[[float, float], tuple[float, float]]  # value to position in the SVG
+    ToPosition = Callable[[float, float], tuple[float, float]]  # value to position in the SVG
 
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
@@ -135,7 +135,7 @@ def _range(low: float, high: float, bounds: tuple[float | None, float | None]) -
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def _axes(low: float, high: float, first: float, last: float, project: Projection, *, whole: bool = False) -> str:
+def _axes(low: float, high: float, first: float, last: float, project: ToPosition, *, whole: bool = False) -> str:
     parts = []
     for value in ticks(low, high, 3 if whole else 5):
         if whole and value != int(value):
