@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ospo_fast.errors import Failure, OspoError, UsageError, some_failed
 from ospo_fast.generation.decoder import CPU_BYTES, InferenceDecoder
+from ospo_fast.ops.sample_codes import wrap_int64
 
 T = TypeVar("T")
 
@@ -74,9 +75,8 @@ def make_requests(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor, max_
 
 
 def _as_int64(index: int, seed: Any) -> int:
-    """A seed as int64. Unsigned ones of 64 bits, such as hashes, are taken modulo 2^64."""
     try:
-        return (operator.index(seed) + 2**63) % 2**64 - 2**63
+        return wrap_int64(operator.index(seed))
     except TypeError:
         raise UsageError(f"seeds[{index}]: got {seed!r}, expected an integer") from None
 

@@ -217,7 +217,7 @@ def _truncate(z: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _weights(z: Tensor, maximum: Tensor) -> Tensor:
-    """exp(z − maximum) rounded to units of 2^-40, as int64. Up to 2^22 of them can be summed.
+    """Compute exp(z − maximum) rounded to units of 2^-40, as int64. Up to 2^22 of them can be summed.
 
     exp is 2^n times a Taylor series (error 2^-46), because additions and products round the same on every device.
     """
@@ -230,12 +230,16 @@ def _weights(z: Tensor, maximum: Tensor) -> Tensor:
     return (p * (n.long() + 1023 + 40 << 52).view(torch.float64)).round().long()
 
 
+def wrap_int64(value: int) -> int:
+    """Return an integer modulo 2^64 as int64. A seed may be an unsigned one of 64 bits, such as a hash."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
 def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: torch.device) -> Tensor:
-    # A Python int may be a full unsigned 64-bit seed: taken modulo 2^64.
     if isinstance(value, int):
         value = [value] * B
     if not isinstance(value, Tensor):
-        value = torch.tensor([(int(v) + 2**63) % 2**64 - 2**63 for v in value], dtype=torch.int64)
+        value = torch.tensor([wrap_int64(int(v)) for v in value], dtype=torch.int64)
     if tuple(value.shape) != (B,) or value.is_floating_point() or value.dtype == torch.bool:
         raise OpError(f"sample_codes: {name} is {describe(value)}, expected ({B},) int64")
     return value.to(device, torch.int64)
