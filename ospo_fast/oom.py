@@ -67,7 +67,7 @@ class BatchSizeLimit:
                         raise
                     if self.max_size == 1:
                         raise OspoError(
-                            f"not even one {self.item_name} fits the memory ({short(error)}); {self.remedy}"
+                            f"one {self.item_name} does not fit the memory ({short(error)}); {self.remedy}"
                         ) from error
                 else:
                     yield part, result

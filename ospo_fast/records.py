@@ -374,7 +374,7 @@ def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     try:
         values = json.load(file)
     except ValueError as error:
-        raise OspoError(f"{path}: not valid JSON ({error}).") from error
+        raise OspoError(f"{path}: not valid JSON ({error}); fix or delete the file.") from error
     for number, value in enumerate(values, 1):
         yield f"{path}, entry {number}", value
 

@@ -76,9 +76,7 @@ def test_an_item_that_does_not_fit_is_an_error_with_a_remedy() -> None:
     def never(batch: list[int]) -> None:
         raise RuntimeError("CUDA error: out of memory\nand more lines")
 
-    with pytest.raises(
-        OspoError, match=r"^not even one image fits the memory \(CUDA error: out of memory\); buy some$"
-    ):
+    with pytest.raises(OspoError, match=r"^one image does not fit the memory \(CUDA error: out of memory\); buy some$"):
         list(BatchSizeLimit(4, "image", "buy some").run([[1, 2]], never))
 
     def wrong(batch: list[int]) -> None:

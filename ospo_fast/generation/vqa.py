@@ -56,7 +56,7 @@ def answer_questions(
 
     Raises:
         UsageError: the numbers of images and lists differ, or a question is empty or too long for the model.
-        OspoError: not even one image fits the memory.
+        OspoError: one image does not fit the memory.
 
     """
     if len(images) != len(questions):
