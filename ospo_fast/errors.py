@@ -24,7 +24,7 @@ class OpError(OspoError, ValueError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one item, image, text or pair could not be processed. Functions return it in place of a result.
+    """Reason why one item, image, text or pair could not be processed. Functions return it in place of a result.
 
     An item that fails does so alone: the others of its batch are processed, and its record keeps the reason.
     """
@@ -44,5 +44,5 @@ def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | 
 
 
 def some_failed(what: str, reasons: Sequence[str], total: int) -> str:
-    """`2 of 10 images failed: …`, with the first three reasons."""
+    """Format `2 of 10 images failed: …`, with the first three reasons."""
     return f"{len(reasons)} of {total} {what} failed: " + "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")

@@ -25,7 +25,7 @@ _MESSAGES = re.compile(
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, reports exhausted memory."""
+    """Return whether an error, or one that it was raised from, reports exhausted memory."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
@@ -37,7 +37,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @dataclass
 class BatchSizeLimit:
-    """The largest batch that fits the memory, as far as is known.
+    """Largest batch size that fits the memory, halved when memory runs out.
 
     Attributes:
         max_size: items per batch. Every out-of-memory error lowers it for good.

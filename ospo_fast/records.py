@@ -326,7 +326,7 @@ def finite(value: Any) -> Any:
 
 
 def _is_complete(line: bytes) -> bool:
-    """Whether a line without its line end is a whole object, as in a file that was edited by hand."""
+    """Return whether a line without its line end is a whole object, as in a file that was edited by hand."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DecodeBatch:
     """Buffers and state of up to `slots` requests.
 
-    A decoder step runs `branches · rows` rows: those with the prompt, then with guidance those without it. `rows` may
+    A decoder step runs `branches · rows` rows: conditional rows, then, with guidance, unconditional rows. `rows` may
     exceed the requests, so that matrix products have the same number of rows in every batch and results are bitwise
     independent of the batch. Padding rows have length −1: attention writes zeros for them and skips the cache.
 
@@ -111,7 +111,7 @@ class DecodeBatch:
         """Run the tokens sampled last through the decoder, and sample the next ones.
 
         On a GPU this is captured in a CUDA graph. All it reads and writes stays on the device at fixed addresses, and
-        nothing in it waits for the device.
+        nothing in it synchronizes with the device.
         """
         self._engine.embed(self.codes, self.x[: self.rows])
         if self.sampling.branches == 2:
@@ -135,7 +135,7 @@ class DecodeBatch:
             self.lengths.masked_fill_(ended, -1)
 
     def steps_left(self) -> int:
-        """Return a number of steps that some request needs at least; 0 once all have ended.
+        """Return how many steps to run before checking again; 0 once all requests have ended.
 
         This synchronizes with the device: once per step with stop tokens, else once per batch.
         """

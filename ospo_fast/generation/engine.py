@@ -74,7 +74,7 @@ class Engine:
             torch.index_select(self._table, 0, ids, out=out)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (M, D) → logits (M, V), rows contiguous."""
+        """Compute logits (M, V), rows contiguous, of hidden states (M, D)."""
         if isinstance(self._head, PackedHead):
             return self._head(hidden)
         return self.decoder.run_padded(self._head or self.model.text_logits, hidden)

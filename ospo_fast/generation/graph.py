@@ -12,7 +12,7 @@ from ospo_fast.ops import _dispatch
 
 
 def capturable(decoder: InferenceDecoder) -> bool:
-    """Whether steps can be captured: on a CUDA device, with no host synchronization in them.
+    """Return whether steps can be captured: on a CUDA device, with no host synchronization in them.
 
     The reference of `decode_attention` reads lengths on the host, and modules with adapters or hooks may synchronize.
     """
@@ -55,5 +55,5 @@ class GraphRunner:
 
 @functools.cache  # a stream keeps its workspaces for good
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream for captures alone. Other threads take theirs from the pool of the default priority."""
+    """Return a stream for captures alone. Other threads take theirs from the pool of the default priority."""
     return torch.cuda.Stream(device, priority=-1)

@@ -12,7 +12,7 @@ from ospo_fast.ops.linear import PackedLinear, bias_or_zeros, gelu_
 
 
 class Projection(Protocol):
-    """x (M, K) → (M, N), into `out` if given."""
+    """Matrix product x (M, K) → (M, N), into `out` if given."""
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute the product."""
@@ -28,7 +28,7 @@ Kind = Callable[[Sequence[nn.Linear]], Projection]
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a module is nn.Linear without adapter, quantization, parametrization or hook."""
+    """Return whether a module is nn.Linear without adapter, quantization, parametrization or hook."""
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
@@ -115,7 +115,7 @@ class PackedHead:
         self._last.refresh()
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Hidden states (M, D) → logits (M, V)."""
+        """Compute logits (M, V) of hidden states (M, D)."""
         return self._last(gelu_(self._first(x)), out)
 
 

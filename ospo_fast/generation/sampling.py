@@ -1,4 +1,4 @@
-"""Settings of sampling."""
+"""Token sampling from logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ospo_fast.ops.sample_codes import sample_codes_into
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled from logits, checked at construction; see `ImageGenerator.generate`."""
+    """Settings of token sampling, checked at construction; see `ImageGenerator.generate`."""
 
     guidance_scale: float = 1.0
     temperature: float = 1.0

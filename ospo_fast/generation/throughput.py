@@ -12,7 +12,7 @@ from ospo_fast.models.base import UnifiedModel
 
 @dataclass(frozen=True)
 class Throughput:
-    """How fast codes were generated, without the decoding of pixels."""
+    """Speed of code generation, without the decoding of pixels."""
 
     images: int
     seconds: float
@@ -48,7 +48,7 @@ class Throughput:
 
     @property
     def bandwidth(self) -> str:
-        """`2345.6 GB/s, 2.31 codes per step`: what a progress bar does not show by itself."""
+        """Return the bandwidth, and codes per step unless 1, for a progress bar."""
         text = f"{self.gb_per_second:.1f} GB/s"
         return text if self.codes_per_step == 1 else f"{text}, {self.codes_per_step:.2f} codes per step"
 

@@ -22,7 +22,7 @@ def varlen_attention(
     longest: int,
     scale: float,
 ) -> Tensor:
-    """softmax(scale · q·Kᵀ)·V of each token over those of its sequence up to itself → (T, H, D), contiguous; CUDA."""
+    """Compute softmax(scale · q·Kᵀ)·V of each token over its sequence up to itself → (T, H, D), contiguous; CUDA."""
     mask = 1  # causal, aligned at the top left
     y: Tensor = torch.ops.aten._efficient_attention_forward(
         q[None], k[None], v[None], None, bounds, bounds, longest, longest, 0.0, mask, False, scale=scale
@@ -31,7 +31,10 @@ def varlen_attention(
 
 
 def varlen_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether `varlen_attention` works for heads of this width. torch may change the operator, so it is tested once."""
+    """Return whether `varlen_attention` works for heads of this width.
+
+    torch may change the operator, so it is tested once.
+    """
     return device.type == "cuda" and _matches_sdpa(device, dtype, width)
 
 

@@ -61,7 +61,7 @@ def bias_or_zeros(module: nn.Linear) -> Tensor:
 
 
 def packed_linear_runs() -> bool:
-    """Whether the compiled module and its vector instructions are there, without which `PackedLinear` is no gain."""
+    """Return whether the compiled module has vector instructions, without which `PackedLinear` is no gain."""
     if _dispatch.resolve("linear", "auto", "cpu") != "cpp":
         return False
     return bool(_dispatch.native().build_info()["simd"] != "baseline")

@@ -17,7 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
 
 
 def format_number(value: float) -> str:
-    """A number with at most three significant digits: 0.42, 12.5, 1,234, 2e-05."""
+    """Format a number with at most three significant digits: 0.42, 12.5, 1,234, 2e-05."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -27,7 +27,7 @@ def format_number(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
+    """Return about `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -38,7 +38,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = 480) -> list[tuple[float, float]]:
-    """At most `limit` points: the means of equal groups of neighbors."""
+    """Return at most `limit` points: the means of equal groups of neighbors."""
     size = math.ceil(len(points) / limit) if points else 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]

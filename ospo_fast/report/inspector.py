@@ -35,7 +35,7 @@ def margin(pair: Pair) -> float | None:
 
 
 def sample(items: list[Item], limit: int) -> list[Item]:
-    """At most `limit` items in their order, balanced over status and kind and evenly spaced within each group."""
+    """Return at most `limit` items in their order, balanced over status and kind, evenly spaced in each group."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[item.status, item.kind].append(index)

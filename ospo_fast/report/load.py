@@ -32,14 +32,14 @@ class Item:
 
     @property
     def status(self) -> str:
-        """kept: the item has a pair; dropped: selection found none; unfinished: selection has not processed it yet."""
+        """Status: kept (has a pair), dropped (selection found none), or unfinished (selection has not processed it)."""
         if self.record.get("pairs"):
             return KEPT
         return DROPPED if self.record.get("kept") is False else UNFINISHED
 
     @property
     def reason(self) -> str:
-        """Why the item has no pair; empty for a kept one."""
+        """Reason why the item has no pair; empty for a kept one."""
         if self.status == KEPT:
             return ""
         default = "no reason recorded" if self.status == DROPPED else f"reached the {self.stage} stage only"
@@ -107,14 +107,14 @@ def load_run(root: Path) -> Run:
 
 
 def number(value: object) -> float | None:
-    """`value` as a float if it is a finite number, else None."""
+    """Return `value` as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def mapping(value: object, *keys: str) -> dict[str, Any]:
-    """The object at value[key][key]…; empty if there is none."""
+    """Return the object at value[key][key]…; empty if there is none."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}

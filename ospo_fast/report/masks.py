@@ -66,7 +66,7 @@ def encode_masks(arrays: Arrays) -> dict[str, Any]:
 
 
 def scale(array: NDArray[Any]) -> NDArray[np.float64]:
-    """(x − min) / (max − min); zeros for a constant map."""
+    """Compute (x − min) / (max − min); zeros for a constant map."""
     values = array.astype(np.float64)
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else np.zeros(values.shape)

@@ -102,7 +102,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
 
 
 def script_json(value: object) -> Markup:
-    """JSON that is safe inside a <script> element: without `<`, `>`, `&` and line separators."""
+    """Encode JSON that is safe inside a <script> element: without `<`, `>`, `&` and line separators."""
     dumped = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         dumped = dumped.replace(character, f"\\u{ord(character):04x}")
@@ -110,27 +110,27 @@ def script_json(value: object) -> Markup:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage."""
+    """Format a share as a percentage."""
     return f"{100 * value:.1f}%"
 
 
 def points(value: float) -> str:
-    """A difference of two shares in percentage points, signed."""
+    """Format a difference of two shares in percentage points, signed."""
     return f"{100 * value:+.1f}".replace("-", "\u2212")
 
 
 def signed(value: float) -> str:
-    """A number with two decimals, signed."""
+    """Format a number with two decimals, signed."""
     return f"{value:+.2f}".replace("-", "\u2212")
 
 
 def integer(value: float) -> str:
-    """A whole number with thousands separators."""
+    """Format a whole number with thousands separators."""
     return f"{value:,.0f}"
 
 
 def duration(value: float) -> str:
-    """Seconds as 48.2 s, 5 min 12 s or 2 h 03 min."""
+    """Format seconds as 48.2 s, 5 min 12 s or 2 h 03 min."""
     if value < 60:
         return f"{value:.1f} s"
     seconds = round(value)

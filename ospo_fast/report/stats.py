@@ -57,7 +57,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_rows(run: Run) -> list[dict[str, Any]]:
-    """Per kind of prompt: items, pairs and mean margin of the run; alignment before and after, with standard errors."""
+    """Items, pairs and mean margin of each kind of prompt; alignment before and after, with standard errors."""
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in run.items:
         groups[item.kind].append(item)
@@ -86,7 +86,7 @@ def kind_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:
-    """Per stage: seconds, items, items per second, peak MB, and its share of the time of the longest stage."""
+    """Seconds, items, items per second and peak MB of each stage, and its share of the time of the longest stage."""
     longest = max((number(metrics.get("seconds")) or 0.0 for metrics in run.stages.values()), default=0.0)
     rows = []
     for name, metrics in run.stages.items():
@@ -131,7 +131,12 @@ def funnel(run: Run) -> list[dict[str, Any]]:
 
 
 def drop_reasons(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Why hard negatives, prompts, images and masks were dropped: (what, [(reason, count), …]), most frequent first."""
+    """Count the reasons why hard negatives, prompts, images and masks were dropped.
+
+    Returns:
+        (what, [(reason, count), …]) of each, most frequent first.
+
+    """
     records = [item.record for item in run.items]
     reasons: dict[str, Iterable[str | None]] = {
         "Hard negatives skipped": (reason for record in records for reason in record.get("variant_reasons") or []),
@@ -249,7 +254,7 @@ def guidance_tables(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def status_counts(items: list[Item]) -> dict[str, int]:
-    """How many items are kept, dropped and unfinished."""
+    """Count the kept, dropped and unfinished items."""
     counts = Counter(item.status for item in items)
     return {name: counts[name] for name in (KEPT, DROPPED, UNFINISHED) if counts[name]}
 
