@@ -50,7 +50,7 @@ def test_presets_set_the_same_keys(preset):
     assert loss_config(config) == OSPOLossConfig.preset(preset)
 
 
-def test_v2():
+def test_preset_v2_has_its_own_rule_and_schedule_and_no_masks():
     config = load_config(["preset=v2"])
     assert (config.select.rule, config.train.schedule, config.train.steps) == ("v2", "constant", 500)
     assert not config.masks.enabled
@@ -147,7 +147,7 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("noequals", "key=value"),
     ],
 )
-def test_wrong_overrides(override, words):
+def test_wrong_overrides_are_named_in_one_line(override, words):
     with pytest.raises(UsageError) as caught:
         load_config([override])
     assert re.search(words, str(caught.value))
@@ -158,19 +158,19 @@ def test_wrong_overrides(override, words):
     "text",
     ["images: [", "- a\n- b", "imagse: {top_k: 1}", "train: {steps: x}", "train: {loss: {betta: 1}}"],
 )
-def test_wrong_files(tmp_path, text):
+def test_wrong_files_are_named(tmp_path, text):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"c\.yaml"):
         load_config(file=file)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"Cannot read the configuration file .*none\.yaml"):
         load_config(file=tmp_path / "none.yaml")
 
 
-def test_model_family(tmp_path, tiny):
+def test_family_is_that_of_the_model_or_of_its_base(tmp_path, tiny):
     assert model_family("shapes") == "shapes"
     assert model_family(str(tiny)) == "shapes"
     assert model_family("deepseek-community/Janus-Pro-1B") is None

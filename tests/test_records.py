@@ -30,7 +30,7 @@ def record(item, **fields):
     return {"item_id": item, "prompt": "a red circle", **fields}
 
 
-def test_append_and_read(tmp_path):
+def test_appended_records_are_read_in_order(tmp_path):
     path = tmp_path / "a" / "prompts.jsonl"
     with Store(path) as store:
         store.extend([record("1"), record("2", prompt="ein grüner Kreis ✓")])
@@ -77,7 +77,7 @@ def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path):
         Store(path)
 
 
-def test_an_item_twice(tmp_path):
+def test_duplicate_item_is_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     with Store(path) as store:
         store.append(record("1"))
@@ -88,7 +88,7 @@ def test_an_item_twice(tmp_path):
         list(read_records(path))
 
 
-def test_two_writers(tmp_path):
+def test_a_second_writer_is_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     code = f"from ospo_fast.records import Store; Store({str(path)!r}).append({record('other')!r})"
     with Store(path) as store:
@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     assert len(list(read_records(path))) == 2
 
 
-def test_unwritable(tmp_path):
+def test_paths_that_cannot_be_written_or_read_are_errors(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(OspoError, match="Cannot write"):
@@ -152,7 +152,7 @@ def test_write_atomic_leaves_no_temporary_file(tmp_path):
         (record("1", further_pairs={"chosen": "a.png"}), "`further_pairs`"),
     ],
 )
-def test_wrong_types(value, words):
+def test_wrong_types_are_named(value, words):
     with pytest.raises(OspoError, match=f"here: .*{words}"):
         validate(value, "here")
 
@@ -215,11 +215,11 @@ def test_official_files_load(tmp_path):
     assert list(read_records(path)) == [vqa]
 
 
-def test_chunked():
+def test_chunks_are_full_except_the_last():
     assert list(chunked(iter(range(5)), 2)) == [[0, 1], [2, 3], [4]]
 
 
-def test_stable_hash_and_image_numbers():
+def test_hashes_are_stable_and_image_numbers_are_read_from_names():
     assert stable_hash(42, "images", "0000001", 0) == stable_hash(42, "images", "0000001", 0)
     assert stable_hash(1, 23) != stable_hash(12, 3)
     assert 0 <= stable_hash("x") < 2**63

@@ -78,7 +78,7 @@ SCALED_ROTARY = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope
 )
 @pytest.mark.usefixtures("products")
 @torch.no_grad()
-def test_hidden_states_are_transformers(changes: dict) -> None:
+def test_hidden_states_equal_those_of_transformers(changes: dict) -> None:
     model = llama(**changes)
     decoder = InferenceDecoder(Bare(model))
     x = torch.randn(5, 24, 48)

@@ -28,7 +28,7 @@ def prompts(tiny: JanusUnifiedModel) -> list[Tensor]:
     return [ask(tiny, text) for text in ASKED]
 
 
-def test_greedy_texts_are_transformers(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
+def test_greedy_texts_equal_those_of_transformers(tiny: JanusUnifiedModel, prompts: list[Tensor]) -> None:
     found = generate_text(tiny, prompts, seeds=[0] * 4, max_new_tokens=20, temperature=0)
     for text, ids in zip(found, prompts, strict=True):
         whole = tiny.module.generate(
@@ -154,6 +154,6 @@ def test_nan_logits_fail_one_text(
         ({"prompts": [torch.tensor([-1])] * 4}, "vocabulary"),
     ],
 )
-def test_bad_arguments(tiny: JanusUnifiedModel, prompts: list[Tensor], given: dict, match: str) -> None:
+def test_bad_arguments_are_refused(tiny: JanusUnifiedModel, prompts: list[Tensor], given: dict, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         generate_text(tiny, **{"prompts": prompts, "seeds": [0] * 4, "max_new_tokens": 4, **given})

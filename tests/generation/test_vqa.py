@@ -132,12 +132,12 @@ def test_equal_probabilities_are_a_tie(tiny: JanusUnifiedModel, images: list[Ima
             assert answer["p_yes"] == answer["p_no"] == pytest.approx(1 / tiny.module.lm_head.out_features)
 
 
-def test_nothing_to_ask(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+def test_empty_question_lists_give_empty_answers(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     assert answer_questions(tiny, [], [], template=template) == []
     assert answer_questions(tiny, images, [[]] * 4, template=template) == [[]] * 4
 
 
-def test_bad_arguments(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+def test_bad_arguments_are_refused(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     with pytest.raises(UsageError, match="4 lists for 3 images"):
         answer_questions(tiny, images[:3], QUESTIONS, template=template)
     with pytest.raises(UsageError, match="empty question"):

@@ -68,7 +68,7 @@ def pixels(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=float)
 
 
-def test_color_schemes(opened):
+def test_background_follows_the_color_scheme(opened):
     for scheme in ("light", "dark"):
         emulate(opened, scheme)
         screenshot = pixels(opened.get_screenshot_as_png())
@@ -84,7 +84,7 @@ def test_no_errors_and_no_requests(opened, page):
     assert all(opened.execute_script("return [...document.images].map((image) => image.naturalWidth > 0)"))
 
 
-def test_filters(opened):
+def test_status_and_search_filter_the_list(opened):
     everything = titles(opened)
     assert len(everything) == 24
     css(opened, "[data-status=dropped]")[0].click()
@@ -102,7 +102,7 @@ def test_filters(opened):
     assert "No prompt fits these filters." in opened.find_element("id", "detail").text
 
 
-def test_kind_and_reason_filters_and_sort(opened):
+def test_kind_and_reason_filter_the_list_and_margin_sorts_it(opened):
     from selenium.webdriver.support.select import Select
 
     def choose(name, index):
@@ -121,7 +121,7 @@ def test_kind_and_reason_filters_and_sort(opened):
     assert margins == sorted(margins, reverse=True)
 
 
-def test_overlays(opened):
+def test_attention_and_masks_are_drawn_over_the_images(opened):
     css(opened, "[data-status=kept]")[0].click()
     item = next(
         element
@@ -150,7 +150,7 @@ def test_overlays(opened):
         assert np.abs(one - other).mean() > 10
 
 
-def test_arrow_keys(opened):
+def test_keys_and_buttons_select_the_item(opened):
     from selenium.webdriver.common.keys import Keys
 
     names = titles(opened)
@@ -176,7 +176,7 @@ def test_arrow_keys(opened):
     assert heading() == names[-2]
 
 
-def test_gallery_filters(opened):
+def test_outcome_filters_the_gallery(opened):
     cards = css(opened, "#gallery .cards li")
     css(opened, "#gallery [data-outcome=fixed]")[0].click()
     shown = [card for card in cards if card.is_displayed()]

@@ -58,7 +58,7 @@ def test_line_spans_the_chart():
     assert all(charts.TOP <= y <= charts.HEIGHT - charts.BOTTOM for y in heights)
 
 
-def test_error_bars():
+def test_only_points_with_an_error_have_a_bar():
     svg = charts.line_chart([(0, 0.4), (10, 0.5)], label="alignment", errors=[0.1, None], markers=True)
     whiskers = [line for line in elements(svg, "line") if line.get("class") == "whisker"]
     dots = [dot for dot in elements(svg, "circle") if dot.get("class") == "dot"]
@@ -69,7 +69,7 @@ def test_error_bars():
     assert float(dots[1]["cy"]) == pytest.approx(high, abs=0.11)  # 0.4 + 0.1 is the second point
 
 
-def test_constant_and_single_values():
+def test_constant_and_single_values_give_finite_positions():
     for points in ([(1, 0.0)], [(1, 5.0), (2, 5.0)], [(0, 1.0), (1, 1.0)]):
         assert not re.search(r"nan|inf", str(charts.line_chart(points, label="flat", bounds=(0, 1))))
 

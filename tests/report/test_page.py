@@ -69,7 +69,7 @@ def edit(run_dir, name, change):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def test_all_sections(run_dir):
+def test_a_whole_run_has_all_sections(run_dir):
     path = write_report(run_dir)
     assert path == run_dir / "report" / "index.html"
     page = page_of(path)
@@ -94,7 +94,7 @@ def test_all_sections(run_dir):
     assert "guidance_scale: 1.0" in page.text("about")
 
 
-def test_several_images_and_pairs_per_hard_negative(run_dir):
+def test_images_and_pairs_are_grouped_by_hard_negative(run_dir):
     path = run_dir / "select.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     record = next(record for record in records if record["kept"])
@@ -122,7 +122,7 @@ def test_several_images_and_pairs_per_hard_negative(run_dir):
     assert row["pairs"] == sum(other["kept"] and other["t2i_category"] == kind for other in records) + 1
 
 
-def test_data_of_the_inspector(run_dir):
+def test_the_inspector_has_the_data_of_every_item(run_dir):
     lines = (run_dir / "masks.jsonl").read_text(encoding="utf-8").splitlines()
     page = page_of(write_report(run_dir))
     data = page.data()
@@ -216,7 +216,7 @@ def test_moved_run_gives_same_bytes(run_dir, tmp_path):
     assert write_report(moved, tmp_path / "two.html").read_bytes() == first
 
 
-def test_absolute_paths_of_another_machine(run_dir):
+def test_images_are_found_despite_absolute_paths_of_another_machine(run_dir):
     def make_absolute(record):
         for entry in (*record["base_metadata"].values(), *record["negative_metadata"].values()):
             entry["path"] = "/another/machine/" + entry["path"]
@@ -227,7 +227,7 @@ def test_absolute_paths_of_another_machine(run_dir):
     assert all(image["source"] is not None for image in images.values())
 
 
-def test_missing_metrics(run_dir):
+def test_missing_metrics_are_not_measured(run_dir):
     (run_dir / "summary.json").write_text("{}")
     (run_dir / "stages.json").unlink()
     page = page_of(write_report(run_dir))
@@ -255,7 +255,7 @@ def test_sections_without_data_are_omitted(run_dir):
     assert {"funnel", "pairs"} <= set(ids)
 
 
-def test_stages_without_a_summary(run_dir):
+def test_stages_are_shown_without_a_summary(run_dir):
     (run_dir / "summary.json").unlink()
     entries = json.loads((run_dir / "stages.json").read_text())
     entries.append({"stage": "images", "iteration": 1, "seconds": 100, "items": 3, "peak_mb": 99.0})
@@ -264,7 +264,7 @@ def test_stages_without_a_summary(run_dir):
     assert "images3 min 08 s100.0532612" in stages  # 188 s, 7 + 3 items, their rate, the larger peak
 
 
-def test_shards_and_later_iterations(run_dir, tmp_path):
+def test_shards_are_merged_and_later_iterations_named(run_dir, tmp_path):
     whole = page_of(write_report(run_dir)).data()
     lines = (run_dir / "select.jsonl").read_text().splitlines(keepends=True)
     for index in range(2):
@@ -276,7 +276,7 @@ def test_shards_and_later_iterations(run_dir, tmp_path):
     assert "`ospo-fast report` on iter2" in page.text("about")
 
 
-def test_run_with_prompts_only(run_dir):
+def test_items_are_unfinished_in_a_run_with_prompts_only(run_dir):
     for path in run_dir.iterdir():
         if path.name != "prompts.jsonl":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -290,14 +290,14 @@ def test_run_with_prompts_only(run_dir):
     assert data["items"][0]["reason"] == "reached the prompts stage only"
 
 
-def test_run_with_a_summary_only(tmp_path):
+def test_a_summary_alone_gives_a_page_without_pairs(tmp_path):
     (tmp_path / "summary.json").write_text('{"alignment_before": 0.5}')
     page = page_of(write_report(tmp_path))
     assert "pairs-title" not in page.ids()
     assert page.text("alignment_before") == "Before50.0%"
 
 
-def test_limits_of_the_page(make, tmp_path):
+def test_the_page_says_how_many_items_it_omits(make, tmp_path):
     run = make(tmp_path / "run", items=20, steps=12, gallery=5)
     page = page_of(write_report(run, limit=8, gallery_limit=2))
     assert len(page.data()["items"]) == 8
@@ -384,13 +384,13 @@ def test_images_with_values_of_other_types_are_skipped(run_dir):
     assert "select.jsonl: skipped 4 broken line(s)" in page_of(write_report(run_dir)).text("about")
 
 
-def test_summary_with_values_of_other_types(run_dir):
+def test_values_of_other_types_in_a_summary_are_not_measured(run_dir):
     summary = {"alignment_before": "high", "seeds": None, "stages": [], "versions": "x", "evaluation": 3}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     assert "not measured" in page_of(write_report(run_dir)).text("alignment_before")
 
 
-def test_missing_and_empty_run_folders(tmp_path):
+def test_missing_and_empty_run_folders_are_refused(tmp_path):
     with pytest.raises(OspoError, match="does not exist"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(OspoError, match="holds nothing to report"):
@@ -414,7 +414,7 @@ def test_broken_summaries_are_named_and_the_old_page_stays(run_dir, name, conten
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
 
 
-def test_output_that_cannot_be_written(run_dir, tmp_path):
+def test_output_that_cannot_be_written_is_an_error(run_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OspoError, match="Cannot write"):
         write_report(run_dir, tmp_path / "file" / "page.html")

@@ -18,7 +18,7 @@ def item(item_id, kind="color1", *, pair=True, **fields):
     return Item({"item_id": item_id, "kind": kind, "prompt": item_id, **outcome, **fields}, "select")
 
 
-def test_funnel_counts(tmp_path):
+def test_the_funnel_counts_what_each_step_keeps(tmp_path):
     verdict = {"path": "x.png", "kept": True}
     refused = {"path": "x.png", "kept": False, "reason": "no answer is yes"}
     items = [
@@ -51,7 +51,7 @@ def test_reasons_are_grouped_without_their_numbers():
     assert group("no base image passed: no answer is yes") != group("no answer is yes")
 
 
-def test_kind_rows(tmp_path):
+def test_kind_rows_join_items_and_evaluation(tmp_path):
     evaluated = {"color1": {"before": 0.2, "after": 0.5, "before_std": 0.04, "n": 100}, "other": {"before": 1.0}}
     items = [item("a"), item("b", pair=False), item("c", "layout")]
     run = run_of(tmp_path, items, summary={"evaluation": {"by_kind": evaluated}})
@@ -66,7 +66,7 @@ def test_kind_rows(tmp_path):
     assert rows["other"]["change"] is None
 
 
-def test_headline():
+def test_headline_has_the_gain_only_with_both_alignments():
     found = stats.headline({"alignment_before": 0.4, "alignment_after": 0.35, "alignment_std": 0.02})
     assert found["gain"] == pytest.approx(-0.05)
     assert found["errors"] == {"before": None, "after": None, "gain": 0.02}
@@ -76,7 +76,7 @@ def test_headline():
     assert stats.headline({"seeds": {**seeds, "note": "note"}})["seeds"] == "1 training, 2 sampling; note"
 
 
-def test_values_of_json():
+def test_values_of_other_types_are_missing():
     values = [1, True, "1", float("inf"), float("nan"), {}, None]
     assert [number(value) for value in values] == [1.0, *[None] * 6]
     assert mapping({"a": {"b": {"c": 1}}}, "a", "b") == {"c": 1}
@@ -95,7 +95,7 @@ def test_sample_is_balanced_and_ordered():
     assert len(inspector.sample(items, 1000)) == 202
 
 
-def test_status():
+def test_status_and_reason_follow_the_selection():
     assert (item("a").status, item("a").reason) == ("kept", "")
     assert (item("a", pair=False).status, item("a", pair=False).reason) == ("dropped", "no question")
     assert Item({"item_id": "a", "kept": False}, "select").reason == "no reason recorded"
@@ -103,13 +103,13 @@ def test_status():
     assert (unfinished.status, unfinished.reason) == ("unfinished", "reached the images stage only")
 
 
-def test_image_names():
+def test_image_names_are_read_from_paths():
     assert inspector.image_name("images/base_9/base_1.png") == "base_1"
     assert inspector.image_name("/data/negative_2.png") == "negative_2"
     assert inspector.image_name("x.png") == "x.png"
 
 
-def test_mask_diagnostics():
+def test_mask_diagnostics_are_means_over_pairs_with_masks():
     full, empty = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
     half = full.copy()
     half[:2] = 0

@@ -14,7 +14,7 @@ def said(messages):
     return [message["content"] for message in messages if message["role"] == "assistant"]
 
 
-def test_official_kinds_and_sizes():
+def test_kinds_and_sizes_are_the_official_ones():
     assert len(SET.kinds) == 12
     assert sum(kind.count for kind in SET.kinds.values()) == 16002
     assert {kind.sub_category for kind in SET.kinds.values()} == set(METHODS)
@@ -22,7 +22,7 @@ def test_official_kinds_and_sizes():
 
 
 @pytest.mark.parametrize("kind", SET.kinds)
-def test_prompts(kind):
+def test_examples_of_prompts_are_accepted_answers(kind):
     entry, examples = SET.kinds[kind], SET.examples(kind)
     assert len(examples) == SET.few_shot[kind]
     for example in examples:
@@ -38,7 +38,7 @@ def test_prompts(kind):
 
 
 @pytest.mark.parametrize("sub_category", METHODS)
-def test_perturb_and_questions(sub_category):
+def test_examples_of_perturb_and_questions_are_accepted_answers(sub_category):
     values = {"prompt": "P.", "kind": "", "sub_category": sub_category, "concepts": "", "relation": ""}
     chat = SET.messages("perturb", method="swap", **values)
     assert chat[-1]["content"] == "Description: P.\nChange: <swap>"
@@ -52,7 +52,7 @@ def test_perturb_and_questions(sub_category):
     assert SET.sampling("questions") == {"temperature": 1.2, "top_p": 0.5, "max_new_tokens": 256}
 
 
-def test_densify_and_vqa():
+def test_examples_of_densify_are_accepted_answers_and_vqa_has_none():
     chat = SET.messages("densify", prompt="A", negative_prompt="B")
     assert chat[-1]["content"] == "Prompt 1: A\nPrompt 2: B"
     for answer in said(chat):

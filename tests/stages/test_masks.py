@@ -80,7 +80,7 @@ def test_batches_change_nothing(model, made, items, tmp_path):
             assert not (flipped & ~near).any()
 
 
-def test_file_and_stats(model, items, out):
+def test_file_and_stats_agree(model, items, out):
     done = list(run(items, model, config(), out=out))
     grid = model.grid
     for record in done:
@@ -169,7 +169,7 @@ def test_nouns_without_a_token_are_reported(model, items, out):
     assert run_stats([done])["unmatched_objects"] == 1
 
 
-def test_official_token_match(model, items, out):
+def test_both_token_matches_agree_on_tokens_that_are_words(model, items, out):
     """The tokens of this model are words: both matches find the same."""
     ours, official = (find_objects(items[0], model, match) for match in ("offsets", "substring"))
     assert ours.columns == official.columns
@@ -177,7 +177,7 @@ def test_official_token_match(model, items, out):
     assert done["pairs"][0]["mask_path"]
 
 
-def test_invalid_layers_files_and_folders(items, model, tmp_path, out):
+def test_invalid_layers_files_and_folders_are_refused(items, model, tmp_path, out):
     with pytest.raises(OspoError, match="layers"):
         list(run(items[:1], model, load_config(["masks.layers=[7]"]), out=out))
     (tmp_path / "half.safetensors").write_bytes(b"12")
@@ -238,7 +238,7 @@ def test_the_pipeline_writes_the_statistics_of_a_run(made):
     assert list(stats["entropy"]) == ["0"]
 
 
-def test_alarms():
+def test_empty_and_full_masks_raise_alarms():
     unions = torch.stack([torch.zeros(4, 4), torch.ones(4, 4)])
     stats = pair_stats(unions, torch.zeros(1, 2, 1), [3], torch.tensor([[0], [0]]))
     assert stats["alarms"] == ["chosen: empty", "rejected: full"]
@@ -248,7 +248,7 @@ def test_alarms():
     assert run_stats([])["coverage"] == {"chosen": None, "rejected": None}
 
 
-def test_soft_masks(model, items, out):
+def test_soft_masks_are_sigmoids_around_the_threshold(model, items, out):
     (record,) = run(items[:1], model, config("masks.soft=true"), out=out)
     tensors, weights = load_file(out / record["pairs"][0]["mask_path"]), load_unions(record["pairs"][0], out)
     threshold = (tensors["chosen_thresholds"] * 0.8)[:, None, None]
@@ -325,7 +325,7 @@ def official(tmp_path):
     return load_config([f"masks.official={tmp_path / 'official'}"]), from_official(record), masks
 
 
-def test_official_mask_files(official, tmp_path):
+def test_official_mask_files_become_masks_of_pairs(official, tmp_path):
     settings, record, masks = official
     pair = record["pairs"][0]
     missing = {**pair, "chosen": "images/0001/base_0.png"}
@@ -348,7 +348,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [Evil(), {"mask": 1}, torch.rand(24, 24), torch.zeros(3, 4, 4), b"nothing"])
-def test_invalid_official_mask_files(official, tmp_path, content, capsys):
+def test_invalid_official_mask_files_are_refused_and_not_unpickled(official, tmp_path, content, capsys):
     settings, record, _ = official
     path = tmp_path / "official" / "base" / "attribute" / "0001" / "base_2_mask.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)

@@ -32,7 +32,7 @@ def nouns(prompt, concepts="", relation="", **fields):
         ("on the left of it", "", "", []),
     ],
 )
-def test_nouns(prompt, concepts, relation, expected):
+def test_nouns_are_the_objects_of_the_prompt(prompt, concepts, relation, expected):
     assert nouns(prompt, concepts, relation) == expected
 
 
@@ -61,11 +61,11 @@ def test_given_nouns_come_first_and_places_are_no_objects():
         ("", "a cup", []),
     ],
 )
-def test_spans(noun, prompt, found):
+def test_spans_cover_whole_words_in_singular_and_plural(noun, prompt, found):
     assert [prompt[a:b] for a, b in find_spans(noun, prompt)] == found
 
 
-def test_tokens_by_offsets():
+def test_tokens_by_offsets_match_whole_words():
     prompt = "a carpet under a car"
     offsets = [None, (0, 1), (2, 5), (5, 8), (9, 14), (15, 16), (17, 20), None]
     assert find_tokens("car", prompt, offsets) == [6]

@@ -55,7 +55,7 @@ def asked(monkeypatch):
         ("", ""),
     ],
 )
-def test_parse_contrast(text, expected):
+def test_the_contrastive_prompt_is_read_from_an_answer(text, expected):
     assert parse_contrast(text) == expected
 
 
@@ -70,11 +70,11 @@ def test_parse_contrast(text, expected):
         ("", ("", "")),
     ],
 )
-def test_parse_dense(text, expected):
+def test_both_dense_prompts_are_read_from_an_answer(text, expected):
     assert parse_dense(text) == expected
 
 
-def test_methods():
+def test_methods_depend_on_the_sub_category():
     assert methods_for("attribute1_texture") == ("replace",) * 3
     assert methods_for("layout2") == ("replace",) * 3
     assert methods_for("complex") == ("replace", "swap", "drop")
@@ -97,7 +97,7 @@ def test_a_variant_that_fails_has_a_reason(asked):
     assert [(stage, len(values)) for stage, values, _ in asked] == [("perturb", 3), ("densify", 1)]
 
 
-def test_no_dense_answer(monkeypatch):
+def test_an_answer_without_dense_prompts_fails_the_variants(monkeypatch):
     replies = {"perturb": "Contrastive Prompt: other", "densify": "Step 2. Prompt 1 Dense: a"}
     monkeypatch.setattr(
         perturb, "sample_text", lambda m, t, stage, s, variables, seeds: [replies[stage]] * len(variables)
@@ -116,7 +116,7 @@ def test_no_dense_answer(monkeypatch):
         ("Long a green cup and a blue hat.", "a dense prompt is on the list of excluded prompts"),
     ],
 )
-def test_excluded_prompts(asked, tmp_path, excluded, reason):
+def test_variants_on_the_list_of_excluded_prompts_fail(asked, tmp_path, excluded, reason):
     file = tmp_path / "held.txt"
     file.write_text(excluded + "\n")
     (done,) = run([record()], MODEL, load_config([f"prompts.exclude={file}"]))

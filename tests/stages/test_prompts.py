@@ -58,7 +58,7 @@ def config(*overrides, **counts):
         ("Prompt: a cup; Concepts and relations: cup; Relation: (cup) Prompt: a hat", ("a cup", "cup", "(cup)")),
     ],
 )
-def test_parse(text, expected):
+def test_the_parts_of_an_answer_are_read(text, expected):
     assert parse_answer(text) == expected
 
 
@@ -80,7 +80,7 @@ def test_parse(text, expected):
         "Prompt: a cup; Concepts and relations: -; Relation: none",
     ],
 )
-def test_malformed_answers(text):
+def test_malformed_answers_are_failures(text):
     assert parse_answer(text) == Failure("the answer does not parse")
 
 
@@ -99,7 +99,7 @@ def test_malformed_answers(text):
         ("cups on the left", "layout1", True),
     ],
 )
-def test_wording(prompt, sub_category, accepted):
+def test_wording_is_checked_by_sub_category(prompt, sub_category, accepted):
     assert (check_wording(prompt, sub_category) is None) == accepted
 
 
@@ -176,12 +176,12 @@ def test_too_few_prompts_give_a_warning_or_an_error(monkeypatch, caplog):
         list(run([], MODEL, settings))
 
 
-def test_unknown_kind():
+def test_unknown_kind_names_the_nearest():
     with pytest.raises(UsageError, match="no kind 'colour1'; nearest: color1"):
         list(run([], MODEL, load_config(["prompts.counts.colour1=3"])))
 
 
-def test_prompts_of_a_file(tmp_path):
+def test_prompts_of_a_file_become_distinct_items(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("a red cup\n\n  a blue cup \nA red cup.\n")
     done = list(run([], MODEL, load_config([f"prompts.file={file}"])))
@@ -197,7 +197,7 @@ def test_prompts_of_a_file(tmp_path):
         list(run([], MODEL, load_config([f"prompts.file={file}", "prompts.file_kind=circle"])))
 
 
-def test_a_file_with_prompts_that_cannot_be_used(tmp_path):
+def test_prompts_of_a_file_that_cannot_be_used_are_named(tmp_path):
     file, held = tmp_path / "mine.txt", tmp_path / "held.txt"
     held.write_text("a blue cup\n")
     file.write_text("a red cup\n\nA blue  cup.\n")
@@ -209,7 +209,7 @@ def test_a_file_with_prompts_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "\n  \n"])
-def test_missing_or_empty_file(tmp_path, content):
+def test_a_missing_or_empty_file_is_refused(tmp_path, content):
     file = tmp_path / "mine.txt"
     if content is not None:
         file.write_text(content)

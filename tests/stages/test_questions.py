@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a c
         ("", []),
     ],
 )
-def test_parse(text, expected):
+def test_questions_are_read_from_an_answer(text, expected):
     assert parse_questions(text) == expected
 
 
-def test_questions_or_a_reason(monkeypatch):
+def test_each_item_has_questions_or_a_reason(monkeypatch):
     seeds = []
 
     def sample(model, templates, stage, settings, variables, given):
@@ -48,7 +48,7 @@ def test_questions_or_a_reason(monkeypatch):
     assert len(set(seeds)) == 2
 
 
-def test_untrained_model(tiny):
+def test_an_untrained_model_gives_a_list(tiny):
     (done,) = run([{"item_id": "a", "prompt": "a red circle"}], load_model(tiny), load_config())
     assert isinstance(done["question"], list)
 
@@ -77,7 +77,7 @@ def test_items_fail_one_by_one(tiny, monkeypatch):
     assert [r["reason"] for r in select.run(judged, None, load_config())] == reasons[1:4]
 
 
-def test_failed_texts_of_the_perturb_stage(tiny, monkeypatch):
+def test_failed_texts_of_the_perturb_stage_are_reasons(tiny, monkeypatch):
     reply = "Contrastive Prompt: a blue circle\nStep 2. Prompt 1 Dense: a; Step 4. Prompt 2 Dense: b"
     items = [
         {"item_id": str(n), "prompt": prompt, "sub_category": "attribute1_color"}

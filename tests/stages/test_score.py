@@ -25,7 +25,7 @@ def image_item(folder, item, names, questions):
     return {"item_id": item, "question": questions, **{f"{role}_metadata": found for role, found in roles.items()}}
 
 
-def test_local_score():
+def test_local_score_is_the_mean_difference_of_yes_and_no():
     verdict = with_answers(
         {"path": "x"}, [{"p_yes": 0.9, "p_no": 0.1, "answer": "yes"}, {"p_yes": 0, "p_no": 1, "answer": "no"}]
     )
@@ -88,7 +88,7 @@ def test_an_image_that_cannot_be_read_fails_alone(tmp_path, model, script):
     assert "No such file" in selected[1]["reason"]
 
 
-def test_questions_that_are_too_long_and_answers_that_are_not_finite(model, tmp_path, script, monkeypatch):
+def test_too_long_questions_are_dropped_and_answers_that_are_not_finite_fail(model, tmp_path, script, monkeypatch):
     long = "is there a red " + "red " * 400 + "circle?"
     items = [
         image_item(tmp_path, "a", ["base_0", "negative_0"], [long, "is there a red circle?"]),

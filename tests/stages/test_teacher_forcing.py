@@ -20,7 +20,7 @@ def codes(model):
     return torch.randint(model.num_codes, (2, 36), generator=torch.Generator().manual_seed(0))
 
 
-def test_labels(model, codes):
+def test_labels_are_the_codes_after_each_prompt(model, codes):
     ids = [model.image_prompt(prompt) for prompt in PROMPTS]
     batch = teacher_forced(model, ids, codes)
     assert batch.embeds.shape[:2] == batch.labels.shape == (2, len(ids[1]) + 36)
@@ -34,7 +34,7 @@ def test_labels(model, codes):
 
 
 @torch.no_grad()
-def test_mean_logprobs_against_the_full_logits(model, codes):
+def test_mean_logprobs_equal_those_of_the_full_logits(model, codes):
     prompts = [model.image_prompt(prompt) for prompt in PROMPTS]
     found = mean_logprobs(model, prompts, codes, batch_size=2)
     assert found == pytest.approx(mean_logprobs(model, prompts, codes, batch_size=1), rel=1e-5)
@@ -45,6 +45,6 @@ def test_mean_logprobs_against_the_full_logits(model, codes):
         assert found[n] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_too_long(model, codes):
+def test_too_long_prompts_are_refused(model, codes):
     with pytest.raises(OspoError, match="shorten the prompt"):
         teacher_forced(model, [torch.zeros(model.max_positions, dtype=torch.long)] * 2, codes)
