@@ -11,6 +11,7 @@ from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
 
 ROWS = 16
+_dispatch.register_kernels("skinny_linear", {"triton": "cuda"})
 
 
 def skinny_linear(

@@ -29,7 +29,6 @@ _KERNELS: dict[str, dict[str, str]] = {
     "object_masks": {"cuda": "cuda", "cpp": "cpu"},
     "sample_codes": {"cuda": "cuda", "cpp": "cpu"},
     "linear": {"cpp": "cpu"},
-    "skinny_linear": {"triton": "cuda"},
     "add_rms_norm": {"triton": "cuda", "cpp": "cpu"},
     "silu_mul": {"triton": "cuda", "cpp": "cpu"},
     "decode_attention": {"triton": "cuda", "cpp": "cpu"},
@@ -37,6 +36,11 @@ _KERNELS: dict[str, dict[str, str]] = {
 # Tags of ops that synchronize with the host: torch.compile then captures no CUDA graph over them.
 HOST_SYNC_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.h
+
+
+def register_kernels(op: str, kernels: dict[str, str]) -> None:
+    """Add an op from outside `ospo_fast.ops`, with its compiled backends as in `_KERNELS`."""
+    _KERNELS[op] = kernels
 
 
 def backends(device: str = "cpu") -> dict[str, list[tuple[str, bool, str]]]:
