@@ -37,7 +37,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
-from ospo_fast.shapes.scenes import held_out_prompts
+from ospo_fast.shapes.scenes import write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stats import standard_error
 
@@ -146,11 +146,9 @@ class Bench:
         self.folder, self.split, self.per_kind, self.extra, self.sampling = folder, split, per_kind, extra, sampling
         measure.commit()  # of the code that is loaded now, before anything changes
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "held_out.txt").write_text("\n".join(held_out_prompts()) + "\n", encoding="utf-8")
+        write_held_out_prompts(folder / "held_out.txt")
         self.base = load_model("shapes")
-        self.scale, self.scales = self._kept(
-            "guidance", lambda: evaluate.choose_guidance(self.base, per_kind=per_kind, seeds=SAMPLING, progress=False)
-        )
+        self.scale, self.scales = self._kept("guidance", lambda: self.choose_guidance(self.base))
         self.before = {scale: self.evaluate_headline(self.base, scale) for scale in sorted({1.0, self.scale})}
         self.further_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
 
@@ -159,6 +157,11 @@ class Bench:
         if not path.exists():
             path.write_text(json.dumps(make()))
         return json.loads(path.read_text())
+
+    def choose_guidance(self, model: UnifiedModel) -> tuple[float, dict[float, dict[str, float]]]:
+        """Return a model's best guidance scale on validation prompts, and the headline at every scale of the demo."""
+        scales = load_config(family="shapes").evaluate.guidance_scales
+        return evaluate.choose_guidance(model, scales, per_kind=self.per_kind, seeds=SAMPLING, progress=False)
 
     def evaluate_headline(self, model: UnifiedModel, scale: float) -> evaluate.AlignmentResult:
         """Evaluate a model on the prompts of the headline kinds."""
@@ -198,7 +201,7 @@ class Bench:
 
     def further(self, model: UnifiedModel) -> dict[str, Any]:
         """Compare the models each at its own best guidance on validation prompts, and on further test prompts."""
-        own, scales = evaluate.choose_guidance(model, per_kind=self.per_kind, seeds=SAMPLING, progress=False)
+        own, scales = self.choose_guidance(model)
         best = self.evaluate_headline(model, own)
         if self.further_before is None:
             self.further_before = self.evaluate_further(self.base)

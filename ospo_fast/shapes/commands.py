@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from ospo_fast.config import Config, model_family
 from ospo_fast.errors import UsageError
 from ospo_fast.models import find_model
-from ospo_fast.records import write_atomic
 
 if TYPE_CHECKING:
     from ospo_fast.pipeline import Pipeline
@@ -42,9 +41,9 @@ def exclude_held_out_prompts(pipeline: Pipeline, *, writes_prompts: bool) -> Non
         return
     path = Path(config.out) / "held_out.txt"
     if writes_prompts and not path.exists():
-        from ospo_fast.shapes.scenes import held_out_prompts
+        from ospo_fast.shapes.scenes import write_held_out_prompts
 
         pipeline.prepare()  # raises, before anything is written, where the model does not load
-        write_atomic(path, ("\n".join(held_out_prompts()) + "\n").encode())
+        write_held_out_prompts(path)
     if path.exists():
         config.prompts.exclude = str(path)

@@ -21,15 +21,17 @@ from safetensors.numpy import load_file
 
 from ospo_fast._version import __version__
 from ospo_fast.config import Config, EvaluateConfig
+from ospo_fast.errors import UsageError
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
 from ospo_fast.records import Record, iter_pairs, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
-from ospo_fast.shapes.scenes import held_out_prompts, parse
+from ospo_fast.shapes.scenes import parse, write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.image_files import encode_png, open_image
 from ospo_fast.stats import standard_error
@@ -48,6 +50,9 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     iteration. At the top level, metrics of pairs and masks are those of the last iteration, and those of the stages are
     sums over all iterations (maxima of memory).
 
+    The guidance scale of the comparison is the best one of `evaluate.guidance_scales` for the base model on validation
+    prompts. Both models are also evaluated without guidance, at scale 1.
+
     Args:
         config: of a run on a model of the Shapes world. `prompts.exclude` is set, in place, to the held-out prompts.
         resume: continue from the content of the run folder.
@@ -57,19 +62,28 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         The content of summary.json.
 
     Raises:
+        UsageError: another `evaluate.split` than test, or training in the run folder was validated at another scale.
         OspoError, UsageError: as the stages do.
 
     """
     started = time.perf_counter()
+    if config.evaluate.split != "test":
+        raise UsageError(
+            f"evaluate.split: got {config.evaluate.split!r}, expected 'test'; the demo chooses the guidance scale on "
+            "validation prompts and compares on test prompts, so delete the setting or use `ospo-fast evaluate`."
+        )
     out = Path(config.out)
     base = load_model(config.model, device=config.device, dtype=config.dtype)
     pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
     pipeline.prepare()  # a wrong request fails before anything is written
-    write_atomic(out / "held_out.txt", ("\n".join(held_out_prompts()) + "\n").encode())
+    write_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
     results = _Evaluations(out / "evaluation", config.evaluate, resume=resume, progress=progress)
     scale, scales = results.guidance("base", base)
+    folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
+    if resume:
+        _check_validation_scale(folders, scale)
     before = results.alignment("base", base, sorted({1.0, scale}))
     vqa = results.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))
     own = results.get("vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=progress))
@@ -81,7 +95,6 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     own_scale, own_scales = results.guidance("tuned", tuned)
     after = results.alignment("tuned", tuned, sorted({1.0, scale, own_scale}))
     old, new, gain = before[scale].headline(), after[scale].headline(), after[scale].gain(before[scale])
-    folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
     iterations = [
         {"iteration": n, **stage_outcome(folder, masks=config.masks.enabled), "stages": stage_metrics(folder)}
         for n, folder in enumerate(folders, 1)
@@ -124,6 +137,19 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     return summary
 
 
+def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
+    """Raise UsageError if training in one of the folders was validated, for early stopping, at another scale."""
+    for path in (folder / "train" / "log.jsonl" for folder in folders):
+        first, complete, _ = path.read_text(encoding="utf-8").partition("\n") if path.exists() else ("", "", "")
+        before = json.loads(first).get("guidance_scale", scale) if complete else scale
+        if before != scale:
+            raise UsageError(
+                f"evaluate.guidance_scales: got scales of which {scale:g} is best for the base model, expected scales "
+                f"of which {before:g} is, because training in {path.parent} selected its best step at that scale; use "
+                "the same scales, use another --out, or start over with --no-resume."
+            )
+
+
 class _Evaluations:
     """Results of evaluations, kept in a folder so that a resumed demo does not compute them again.
 
@@ -132,15 +158,18 @@ class _Evaluations:
 
     def __init__(self, folder: Path, settings: EvaluateConfig, *, resume: bool, progress: bool) -> None:
         self.folder = folder
+        self.scales = [float(scale) for scale in settings.guidance_scales]
         self.options: dict[str, Any] = {
-            "per_kind": settings.per_kind, "seeds": list(settings.seeds), "progress": progress
+            "per_kind": settings.per_kind, "seeds": list(settings.seeds), "batch_size": settings.batch_size
         }  # fmt: skip
+        self.progress = progress
         if not resume:
             for path in folder.glob("*.*"):
                 path.unlink()
 
     def _path(self, name: str, model: UnifiedModel, ending: str) -> Path:
-        digest = hashlib.sha256(repr((self.options["per_kind"], self.options["seeds"])).encode())
+        # The guidance scales decide at which of them the model's own images are made that it answers questions about.
+        digest = hashlib.sha256(repr((self.scales, self.options)).encode())
         for key, tensor in sorted(model.module.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
@@ -155,7 +184,11 @@ class _Evaluations:
 
     def guidance(self, name: str, model: UnifiedModel) -> tuple[float, dict[str, dict[str, float]]]:
         """Return the model's best guidance scale on validation prompts, and the headline at every scale."""
-        best, found = self.get(f"{name}_guidance", model, lambda: evaluate.choose_guidance(model, **self.options))
+        best, found = self.get(
+            f"{name}_guidance",
+            model,
+            lambda: evaluate.choose_guidance(model, self.scales, **self.options, progress=self.progress),
+        )
         return best, found
 
     def alignment(self, name: str, model: UnifiedModel, scales: Sequence[float]) -> dict[float, AlignmentResult]:
@@ -164,7 +197,10 @@ class _Evaluations:
         for scale in scales:
             path = self._path(f"{name}_{scale}", model, "npz")
             if not path.exists():
-                evaluate.evaluate_alignment(model, guidance_scale=scale, **self.options).save(path)
+                result = evaluate.evaluate_alignment(
+                    model, guidance_scale=scale, **self.options, progress=self.progress
+                )
+                result.save(path)
             found[scale] = AlignmentResult.load(path)
         return found
 
@@ -244,11 +280,11 @@ def mask_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
         for _, _, pair in iter_pairs([item]):
             if not pair.get("mask_path"):
                 continue
-            union = load_file(out / pair["mask_path"])["chosen_union"].astype(bool)
+            union = load_file(out / pair["mask_path"])["chosen_union"]
             cells = object_cells(open_image(out / pair["chosen"]), union.shape)
             if cells is None:
                 continue
-            ious.append((union & cells).sum() / max((union | cells).sum(), 1))
+            ious.append(mask_iou(torch.from_numpy(union), torch.from_numpy(cells)) or 0.0)
             ones.append(cells.mean())
             items.append(number)
     return {

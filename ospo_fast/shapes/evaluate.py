@@ -5,9 +5,9 @@ The rule, fixed before any result was known:
 * *Alignment* of a kind is the share of images that satisfy their prompt, over the held-out prompts of the kind, with
   one image of each prompt for each sampling seed. The headline is the mean over the kinds with at least 20 held-out
   prompts (`HEADLINE`). The other kinds have too few prompts for a general statement and are reported only by kind.
-* The guidance scale is the best one of `GUIDANCE` for the base model on `validation` prompts. Base and tuned model are
-  compared at that scale on `test` prompts with the same seeds. Also reported: each model at its own best scale, and
-  both at 1.
+* The guidance scale is the best one of `evaluate.guidance_scales` for the base model on `validation` prompts. Base and
+  tuned model are compared at that scale on `test` prompts with the same seeds. Also reported: each model at its own
+  best scale, and both at 1.
 * Standard errors are over prompts, after averaging the seeds of each prompt. Those of differences are paired.
 """
 
@@ -35,7 +35,6 @@ from ospo_fast.stages.templates import load_templates
 from ospo_fast.stages.train import Evaluation
 from ospo_fast.stats import standard_error
 
-GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 HEADLINE = ("color2", "2D_spatial", "numeracy2")
 QUESTION_KINDS = ("existence", "count", "total", "relation")
 
@@ -131,13 +130,27 @@ def evaluate_alignment(
     seeds: Sequence[int] = (0,),
     kinds: Sequence[str] = tuple(KINDS),
     skip: int = 0,
-    temperature: float = 1.0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> AlignmentResult:
     """Generate images of held-out prompts (`select_prompts`) and check each of them.
 
     The image seeds depend on `seeds` and the position of the prompt, so that results of two models are paired.
+
+    Args:
+        model: the model to evaluate.
+        split: "test" or "validation".
+        per_kind: limit of prompts of each kind.
+        guidance_scale: of the images.
+        seeds: sampling seeds; one image of each prompt for each of them.
+        kinds: kinds of prompts, of `KINDS`.
+        skip: number of prompts of each kind to skip.
+        batch_size: of `ImageGenerator`.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The images and which of them satisfy their prompt.
+
     """
     selected = select_prompts(split, per_kind, kinds, skip=skip)
     texts = [description.text for _, description in selected]
@@ -147,7 +160,6 @@ def evaluate_alignment(
         seeds=image_seeds,
         num_images=len(seeds),
         guidance_scale=guidance_scale,
-        temperature=temperature,
         progress=progress,
     )
     correct = [matches(detect(image), selected[i // len(seeds)][1]) for i, image in enumerate(images)]
@@ -163,9 +175,15 @@ def evaluate_alignment(
 
 
 def choose_guidance(
-    model: UnifiedModel, *, per_kind: int = 50, seeds: Sequence[int] = (0,), progress: bool = True
+    model: UnifiedModel,
+    scales: Sequence[float],
+    *,
+    per_kind: int = 50,
+    seeds: Sequence[int] = (0,),
+    batch_size: int | None = None,
+    progress: bool = True,
 ) -> tuple[float, dict[float, dict[str, float]]]:
-    """Return the scale of `GUIDANCE` with the best headline on validation prompts, and the headline at each scale."""
+    """Return the guidance scale with the best headline on validation prompts, and the headline at each scale."""
     headlines = {
         scale: evaluate_alignment(
             model,
@@ -174,9 +192,10 @@ def choose_guidance(
             guidance_scale=scale,
             seeds=seeds,
             kinds=HEADLINE,
+            batch_size=batch_size,
             progress=progress,
         ).headline()
-        for scale in GUIDANCE
+        for scale in scales
     }
     return max(headlines, key=lambda scale: headlines[scale]["alignment"]), headlines
 
@@ -200,11 +219,9 @@ def build_validation(settings: EvaluateConfig, guidance_scale: float) -> Evaluat
     return validate
 
 
-def evaluate_answers(
-    model: UnifiedModel, *, count: int = 200, seed: int = 0, progress: bool = True
-) -> dict[str, float]:
+def evaluate_answers(model: UnifiedModel, *, count: int = 200, progress: bool = True) -> dict[str, float]:
     """Return the share of correct answers about `count` rendered random scenes, one question of each kind per scene."""
-    rng = np.random.default_rng([seed, 20260102])
+    rng = np.random.default_rng([0, 20260102])
     scenes = [random_scene(rng) for _ in range(count)]
     questions = [[grammar.sample_question(scene, kind, rng) for kind in QUESTION_KINDS] for scene in scenes]
     texts = [[question.text for question in row] for row in questions]

@@ -10,9 +10,12 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ospo_fast.records import write_atomic
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -223,6 +226,11 @@ def held_out_prompts() -> list[str]:
         for background in (None, *BACKGROUNDS)
     ]
     return list(dict.fromkeys([*(description.text for description in base), *dense]))
+
+
+def write_held_out_prompts(path: Path) -> None:
+    """Write a file for `prompts.exclude`: the held-out prompts, one per line."""
+    write_atomic(path, ("\n".join(held_out_prompts()) + "\n").encode())
 
 
 def sample_scene(description: Description, rng: np.random.Generator) -> Scene:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ospo_fast.config import load_config
+from ospo_fast.config import Config, load_config
+from ospo_fast.errors import UsageError
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
@@ -189,6 +190,38 @@ def test_second_run_evaluates_nothing_again(run_folder: Path, monkeypatch: pytes
     after = demo.run(config, progress=False)
     for name in ("alignment_before", "alignment_after", "pairs", "pair_purity", "mask_iou"):
         assert after[name] == before[name]
+
+
+def test_demo_follows_the_settings_of_the_evaluation(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed settings do not reuse kept evaluations. Both models are also evaluated at guidance 1."""
+    seen: list[tuple[str, float, int]] = []
+    measure = evaluate.evaluate_alignment
+
+    def evaluate_alignment(model: UnifiedModel, **settings: Any) -> evaluate.AlignmentResult:
+        seen.append((settings.get("split", "test"), settings["guidance_scale"], settings["batch_size"]))
+        return measure(model, **settings)
+
+    def settings(*changes: str) -> Config:
+        return load_config([*SMALL, f"out={tmp_path / 'run'}", *changes], family="shapes")
+
+    shutil.copytree(run_folder, tmp_path / "run")
+    monkeypatch.setattr(evaluate, "evaluate_alignment", evaluate_alignment)
+    monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("far enough"))
+    before = json.loads((run_folder / "summary.json").read_text())["evaluation"]["guidance_scale"]
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        demo.run(settings(f"evaluate.guidance_scales=[{before}]", "evaluate.batch_size=5"), progress=False)
+    assert seen == [("validation", before, 5), *(("test", scale, 5) for scale in sorted({1.0, before}))]
+    with pytest.raises(UsageError, match=f"got scales of which 4 is best .* expected scales of which {before:g} is"):
+        demo.run(settings("evaluate.guidance_scales=[4]"), progress=False)
+
+
+def test_demo_refuses_another_split(tmp_path: Path) -> None:
+    config = load_config([f"out={tmp_path / 'run'}", "evaluate.split=validation"], family="shapes")
+    with pytest.raises(UsageError, match=r"evaluate\.split: got 'validation', expected 'test'.* delete the setting"):
+        demo.run(config, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_are_measured_against_the_objects(tmp_path: Path) -> None:
