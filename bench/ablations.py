@@ -57,14 +57,12 @@ class Variant:
         settings: what it changes in the configuration.
         masks: masks in place of the model's: "true" (objects that the checker detects), "ones", or "random" (of the
             same size).
-        label: its name in tables and plots, if it differs.
 
     """
 
     name: str
     settings: tuple[str, ...] = ()
     masks: str | None = None
-    label: str = ""
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -82,16 +80,12 @@ PUBLISHED = (  # settings of pairs and loss; optimizer, LoRA and guidance of the
 TABLE = (
     Variant("demo"),
     Variant("no mask", ("masks.enabled=false",)),
-    Variant("true mask", masks="true", label="ground-truth masks"),
-    Variant("mask of ones", masks="ones", label="masks of ones"),
-    Variant("random mask", masks="random", label="random masks of the same size"),
+    Variant("ground-truth masks", masks="true"),
+    Variant("masks of ones", masks="ones"),
+    Variant("random masks of the same size", masks="random"),
     Variant("masks of all layers", ("masks.layers=[0,1,2,3,4]",)),
     Variant("masks of the layer of lowest entropy", ("masks.layers=auto", "masks.choose=entropy")),
-    Variant(
-        "masks of the head of most contrast",
-        ("masks.layers=auto", "masks.heads=auto"),
-        label="masks of the head of highest contrast",
-    ),
+    Variant("masks of the head of highest contrast", ("masks.layers=auto", "masks.heads=auto")),
     Variant(
         "SimPO alone",
         (
@@ -103,26 +97,29 @@ TABLE = (
     Variant("SFT alone", ("train.loss.simpo_weight=0", "train.loss.cond_weight=0")),
     Variant("no conditional term", ("train.loss.cond_weight=0",)),
     Variant("the prompt's own distribution trained", ("train.guidance_scale=1",)),
-    Variant("dense prompts drawn", ("images.prompts=dense",), label="images of dense prompts"),
-    Variant("one drawing of a variant", ("images.draws=1",), label="one image per variant"),
-    Variant("one pair of a prompt", ("select.pairs=1",), label="one pair per prompt"),
-    Variant("near misses rejected", ("select.rejected=negative",), label="hard negatives rejected"),
+    Variant("images of dense prompts", ("images.prompts=dense",)),
+    Variant("one image per variant", ("images.draws=1",)),
+    Variant("one pair per prompt", ("select.pairs=1",)),
+    Variant("hard negatives rejected", ("select.rejected=negative",)),
     Variant("preset v3 as published", ("preset=v3", *PUBLISHED)),
     Variant("preset full as published", ("preset=full", *PUBLISHED)),
-    Variant(
-        "near misses, no filter",
-        ("select.rule=random", "select.rejected=negative"),
-        label="hard negatives rejected, no filter",
-    ),
-    Variant(
-        "near misses, rule v2",
-        ("select.rule=v2", "select.rejected=negative"),
-        label="hard negatives rejected, rule v2",
-    ),
+    Variant("hard negatives rejected, no filter", ("select.rule=random", "select.rejected=negative")),
+    Variant("hard negatives rejected, rule v2", ("select.rule=v2", "select.rejected=negative")),
     Variant("two iterations", ("iterations=2",)),
     Variant("three iterations", ("iterations=3",)),
 )
-LABELS = {variant.name: variant.label or variant.name for variant in TABLE}
+OLD_NAMES = {  # of variants in rows of earlier commits
+    "true mask": "ground-truth masks",
+    "mask of ones": "masks of ones",
+    "random mask": "random masks of the same size",
+    "masks of the head of most contrast": "masks of the head of highest contrast",
+    "dense prompts drawn": "images of dense prompts",
+    "one drawing of a variant": "one image per variant",
+    "one pair of a prompt": "one pair per prompt",
+    "near misses rejected": "hard negatives rejected",
+    "near misses, no filter": "hard negatives rejected, no filter",
+    "near misses, rule v2": "hard negatives rejected, rule v2",
+}
 QUICK = (
     "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
     "train.steps=2",
@@ -392,7 +389,7 @@ def _table(
     path = measure.result_path(out, name)
     with _folder(kept) as folder:
         bench = Bench(folder, split="test", per_kind=2 if quick else PER_KIND, extra=QUICK if quick else ())
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = read_rows(path) if path.exists() else []
         variants = {variant.name: variant for variant in TABLE}
         rows = _in_order(
             row
@@ -411,6 +408,12 @@ def _table(
                 measure.write(rows, out, name)
     _show(rows)
     plot(rows, path.with_suffix(".png"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a result file; variants of earlier commits get their current names."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{**row, "variant": OLD_NAMES.get(row["variant"], row["variant"])} for row in rows]
 
 
 def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -443,7 +446,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.locator_params(axis="x", nbins=6)
         before = rows[0][scale]["before"]["alignment"]
         axis.set_xlabel(f"gain in alignment at guidance {scale[3:]} (before: {before:.3f})")
-    axes[0][0].set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axes[0][0].set_yticks(range(len(names)), names)
     first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
     figure.suptitle(
         f"{first['device']}, torch {first['versions']['torch']}, {commits}; bars: standard error over prompts"
@@ -460,7 +463,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         for key in (key for key in compared if all(key in row for row in mine)):
             found = pooled(mine, key)
             errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
-            print(f"{LABELS.get(name, name):<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
+            print(f"{name:<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
 
 
 def main() -> None:
@@ -484,7 +487,7 @@ def main() -> None:
         path = measure.result_path(options.out, "ablations")
         if not path.exists():
             parser.error(f"--plot: {path} does not exist; measure with --table first")
-        rows = _in_order(json.loads(line) for line in path.read_text().splitlines())
+        rows = _in_order(read_rows(path))
         _show(rows)
         plot(rows, path.with_suffix(".png"))
         return
