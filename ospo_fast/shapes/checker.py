@@ -24,8 +24,8 @@ from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZE
 
 UNKNOWN = "unknown"
 _MIN_PIXELS = 9  # a small cross covers 25; smaller components are noise
-_FOREGROUND = 0.35  # least coverage of an object pixel, from background (0) to object color (1)
-_MATCH = 0.70  # least soft intersection over union with the best template
+_FOREGROUND = 0.35  # minimum coverage of an object pixel, from background (0) to object color (1)
+_MATCH = 0.70  # minimum soft intersection over union with the best template
 _WINDOW = 20
 
 
@@ -49,13 +49,11 @@ class Detection:
 class DetectedScene:
     """Everything that the checker detects in an image."""
 
-    background: str
     objects: tuple[Detection, ...]
 
 
 _NAMES = list(COLORS)
 _RGB = np.array(list(COLORS.values()), np.float32)
-_BACK_NAMES = list(BACKGROUNDS)
 _BACK_RGB = np.array(list(BACKGROUNDS.values()), np.float32)
 
 
@@ -119,7 +117,7 @@ def detect(image: Image.Image | np.ndarray) -> DetectedScene:
         if match < _MATCH or votes[color] < 0.75 * votes.sum():
             shape = UNKNOWN
         objects.append(Detection(_NAMES[color], shape, size, float(x), float(y), match, mask))
-    return DetectedScene(_BACK_NAMES[back], tuple(objects))
+    return DetectedScene(tuple(objects))
 
 
 def matches(scene: DetectedScene, description: Description) -> bool:

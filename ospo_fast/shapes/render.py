@@ -63,11 +63,3 @@ def render_array(scenes: Sequence[Scene]) -> np.ndarray:
 def render(scene: Scene) -> Image.Image:
     """Render a scene into a 48×48 RGB image."""
     return Image.fromarray(render_array([scene])[0])
-
-
-def object_masks(scene: Scene) -> np.ndarray:
-    """Return the pixels that each object covers by half or more, (objects, 48, 48) bool."""
-    masks = np.zeros((len(scene.objects), IMAGE_SIZE, IMAGE_SIZE), bool)
-    for mask, obj in zip(masks, scene.objects, strict=True):
-        mask[_cell_slices(obj)] = outline(obj.shape, SIZES[obj.size], (CELL / 2, CELL / 2)) >= 0.5
-    return masks

@@ -119,11 +119,6 @@ class Description:
         return words
 
     @property
-    def base(self) -> Description:
-        """The same description without scenery."""
-        return replace(self, size=None, place=None, background=None)
-
-    @property
     def key(self) -> str:
         """The meaning without scenery: equal for two prompts if the same images satisfy both."""
         groups = [f"{group.count} {group.color} {group.shape}" for group in self.groups]
