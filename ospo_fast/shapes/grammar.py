@@ -42,13 +42,13 @@ def _choice(rng: np.random.Generator, choices: Sequence[T]) -> T:
 
 
 def stage1_answer(description: Description) -> str:
-    """`Prompt: …; Concepts and relations: …; Relation: …`."""
+    """Return `Prompt: …; Concepts and relations: …; Relation: …`."""
     concepts = ", ".join(group.text().removeprefix("a ") for group in description.groups)
     return f"Prompt: {description.text}; Concepts and relations: {concepts}; Relation: {description.relation or 'none'}"
 
 
 def _replacements(description: Description) -> list[Description]:
-    """Descriptions that differ in one color, shape or number, or in the opposite relation.
+    """List the descriptions that differ in one color, shape or number, or in the opposite relation.
 
     The other relations are no hard negatives: an object can be both left of and above another one.
     """
@@ -116,17 +116,17 @@ def densify(first: Description, second: Description, rng: np.random.Generator) -
 
 
 def densify_answer(first: Description, second: Description) -> str:
-    """`Step 2. Prompt 1 Dense: …; Step 4. Prompt 2 Dense: …`."""
+    """Return `Step 2. Prompt 1 Dense: …; Step 4. Prompt 2 Dense: …`."""
     return f"Step 2. Prompt 1 Dense: {first.text}; Step 4. Prompt 2 Dense: {second.text}"
 
 
 def existence_question(color: str, shape: str) -> str:
-    """`is there a red circle?`"""
+    """Ask for one object or more, as in `is there a red circle?`."""
     return f"is there a {color} {shape}?"
 
 
 def count_question(group: Group) -> str:
-    """`are there two red circles?`"""
+    """Ask for an exact number, as in `are there two red circles?`."""
     return f"{'is' if group.count == 1 else 'are'} there {group.text(article=False)}?"
 
 
@@ -134,12 +134,12 @@ TOTALS = {"is there one object": 1, **{f"are there {word} objects": n for n, wor
 
 
 def total_question(total: int) -> str:
-    """`are there three objects?`"""
+    """Ask for the number of all objects, as in `are there three objects?`."""
     return next(words for words, number in TOTALS.items() if number == total) + "?"
 
 
 def relation_question(first: tuple[str, str], relation: str, second: tuple[str, str]) -> str:
-    """`is the red circle left of the blue square?`"""
+    """Ask for a relation, as in `is the red circle left of the blue square?`."""
     return f"is the {' '.join(first)} {relation} the {' '.join(second)}?"
 
 
@@ -155,7 +155,7 @@ def questions_for(description: Description) -> list[str]:
 
 
 def questions_answer(description: Description) -> str:
-    """`Questions: …? …?`"""
+    """Return `Questions: …? …?`."""
     return "Questions: " + " ".join(questions_for(description))
 
 
