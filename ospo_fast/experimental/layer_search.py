@@ -19,7 +19,7 @@ from torch import Tensor
 from ospo_fast.config import MasksConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.experimental.head_capture import HeadCapture
-from ospo_fast.experimental.layer_selection import best_layers, choose_layers
+from ospo_fast.experimental.layer_selection import best_layer, choose_layers
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import ItemPair, chunked, locked, write_json
 from ospo_fast.stages.masks import (
@@ -148,7 +148,7 @@ def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedMode
     if not found.shape[1]:
         raise OspoError("masks.layers=auto: no pair with an object to select by; name the layers, as in [10,12].")
     mean = {name: round(float(value), 6) for name, value in zip(names, found.double().mean(1), strict=True)}
-    [best] = best_layers(found[..., None], torch.ones(found.shape[1], 1, dtype=torch.bool), rule=rule)
+    best = best_layer(found[..., None], torch.ones(found.shape[1], 1, dtype=torch.bool), rule=rule)
     selected = {"layers": [best // heads]} | ({"heads": [best % heads]} if by_head else {})
     return {**selected, "rule": rule, "scores": mean, "objects": found.shape[1]}
 

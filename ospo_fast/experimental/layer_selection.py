@@ -12,7 +12,7 @@ from ospo_fast.ops.object_masks import normalized_entropy
 from ospo_fast.ops.otsu import otsu_threshold
 
 RULES = ("entropy", "separability", "contrast")
-REDUCTIONS = ("mean", "max")
+_TEMPERATURE = 0.8  # of the softmax of "entropy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +29,13 @@ def choose_layers(
     used: Tensor,  # (B, O, C)
     *,
     rule: str = "entropy",
-    reduce: str = "max",
-    temperature: float = 0.8,
     features: Tensor | None = None,  # (B, H, W, E)
 ) -> LayerChoice:
     """Choose the layer of each object by its map m in each layer; the first of equal layers.
 
-    In each layer, x = (x − min)/(max − min + 1e-8) over tokens and cells, then m = max or mean over tokens. Rules:
+    In each layer, x = (x − min)/(max − min + 1e-8) over tokens and cells, then m = max over tokens. Rules:
 
-    * "entropy": the lowest −Σ p log p / log(H·W) of p = softmax(m / temperature) over cells.
+    * "entropy": the lowest −Σ p log p / log(H·W) of p = softmax(m / 0.8) over cells.
     * "separability": the highest variance between the classes on either side of Otsu's threshold,
       w·(1 − w)·(m1 − m0)².
     * "contrast": the highest share of the variance of `features` between the same classes,
@@ -47,12 +45,10 @@ def choose_layers(
         maps: (L, B, O, C, H, W) float, attention on each of an object's C tokens.
         used: (B, O, C) bool, the tokens that exist. An object without tokens gets a map of zeros and layer 0.
         rule: one of RULES.
-        reduce: one of REDUCTIONS.
-        temperature: of the softmax of "entropy".
         features: (B, H, W, E) float, what each cell of the image shows, such as its code's embedding; for "contrast".
 
     Raises:
-        OpError: wrong shapes, unknown rules, values that are not finite.
+        OpError: wrong shapes, an unknown rule, values that are not finite.
 
     """
     if maps.dim() != 6 or not maps.is_floating_point() or 0 in (maps.shape[0], *maps.shape[4:]):
@@ -61,11 +57,8 @@ def choose_layers(
         raise OpError(
             f"choose_layers: used is {used.dtype} {tuple(used.shape)}, expected bool {tuple(maps.shape[1:4])}"
         )
-    if rule not in RULES or reduce not in REDUCTIONS or not temperature > 0:
-        raise OpError(
-            f"choose_layers: rule is {rule!r}, reduce {reduce!r}, temperature {temperature}; expected one of "
-            f"{', '.join(RULES)}, one of {', '.join(REDUCTIONS)}, and a positive number"
-        )
+    if rule not in RULES:
+        raise OpError(f"choose_layers: rule is {rule!r}, expected one of {', '.join(RULES)}")
     if (rule == "contrast") != (features is not None) or (features is not None and not _fit(features, maps)):
         got = "None" if features is None else f"{features.dtype} {tuple(features.shape)}"
         batch, height, width = maps.shape[1], *maps.shape[4:]
@@ -78,9 +71,9 @@ def choose_layers(
         raise OpError("choose_layers: maps hold NaN or infinity, expected finite attention")
     if features is not None and not bool(features.isfinite().all()):
         raise OpError("choose_layers: features hold NaN or infinity, expected finite values")
-    fused = _fuse_tokens(maps.detach().float(), used, reduce)
+    fused = _fuse_tokens(maps.detach().float(), used)
     if rule == "entropy":
-        scores = normalized_entropy((fused.flatten(3) / temperature).softmax(-1))
+        scores = normalized_entropy((fused.flatten(3) / _TEMPERATURE).softmax(-1))
         layers = scores.argmin(0)
     else:
         scores = _separability(fused) if features is None else _contrast(fused, features)
@@ -89,41 +82,37 @@ def choose_layers(
     return LayerChoice(fused.gather(0, index)[0], layers, scores)
 
 
-def best_layers(scores: Tensor, valid: Tensor, *, rule: str = "entropy", count: int = 1) -> list[int]:
-    """Return the `count` layers with the best mean score over many objects, in ascending order: a choice for a model.
+def best_layer(scores: Tensor, valid: Tensor, *, rule: str = "entropy") -> int:
+    """Return the layer with the best mean score over many objects, the first of equal layers: a choice for a model.
 
     Args:
         scores: (L, B, O), of `choose_layers` with the same rule.
         valid: (B, O) bool, the objects that exist.
         rule: one of RULES.
-        count: number of layers.
 
     Raises:
-        OpError: wrong shapes, an unknown rule, no object, more layers than there are.
+        OpError: wrong shapes, an unknown rule, no object.
 
     """
     if scores.dim() != 3 or valid.dtype != torch.bool or valid.shape != scores.shape[1:] or not bool(valid.any()):
         raise OpError(
-            f"best_layers: scores are {scores.dtype} {tuple(scores.shape)}, valid {valid.dtype} {tuple(valid.shape)}; "
+            f"best_layer: scores are {scores.dtype} {tuple(scores.shape)}, valid {valid.dtype} {tuple(valid.shape)}; "
             "expected (L, B, O), and bool (B, O) with at least one object"
         )
-    if rule not in RULES or not 1 <= count <= len(scores):
-        raise OpError(
-            f"best_layers: rule is {rule!r}, count {count}; expected one of {', '.join(RULES)}, and 1 to {len(scores)}"
-        )
+    if rule not in RULES:
+        raise OpError(f"best_layer: rule is {rule!r}, expected one of {', '.join(RULES)}")
     mean = scores[:, valid].double().mean(1)
     order = mean.argsort(stable=True, descending=rule != "entropy")
-    return sorted(order[:count].tolist())
+    return int(order[0])
 
 
-def _fuse_tokens(maps: Tensor, used: Tensor, reduce: str) -> Tensor:
-    """(L, B, O, H, W): tokens min-max normalized together, then reduced."""
+def _fuse_tokens(maps: Tensor, used: Tensor) -> Tensor:
+    """(L, B, O, H, W): tokens min-max normalized together, then their maximum."""
     if maps.shape[3] == 0:
         return maps.sum(3)
     low = torch.where(used, maps, torch.inf).amin((3, 4, 5), keepdim=True)
     high = torch.where(used, maps, -torch.inf).amax((3, 4, 5), keepdim=True)
-    scaled = torch.where(used, (maps - low) / (high - low + 1e-8), 0)
-    return scaled.amax(3) if reduce == "max" else scaled.sum(3) / used.sum(2).clamp(min=1)
+    return torch.where(used, (maps - low) / (high - low + 1e-8), 0).amax(3)
 
 
 def _separability(maps: Tensor) -> Tensor:

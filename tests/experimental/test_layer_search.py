@@ -11,7 +11,7 @@ from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
 from ospo_fast.experimental import layer_search
 from ospo_fast.experimental.layer_search import resolve_auto_layers
-from ospo_fast.experimental.layer_selection import best_layers, choose_layers
+from ospo_fast.experimental.layer_selection import best_layer, choose_layers
 from ospo_fast.models import load_model
 from ospo_fast.records import iter_pairs
 from ospo_fast.stages.image_files import load_codes, save_image
@@ -90,7 +90,7 @@ def test_one_layer_for_all_objects(scripted, model, items, tmp_path, monkeypatch
         [score for r in items[::2] for _, score in scores(scripted, model, r, tmp_path, rule, places)], dim=1
     )
     assert list(selected["scores"].values()) == pytest.approx(mean.mean(1).tolist(), rel=1e-3)
-    expected = best_layers(mean[..., None], torch.ones(mean.shape[1], 1, dtype=torch.bool), rule=rule)
+    expected = [best_layer(mean[..., None], torch.ones(mean.shape[1], 1, dtype=torch.bool), rule=rule)]
     assert (selected["layers"], selected["rule"], selected["objects"]) == (expected, rule, mean.shape[1])
     assert done == list(run(items, model, load_config([f"masks.layers={expected}"]), out=tmp_path))
     # A selection is kept: other records, and training with masks of the policy, do not change it.

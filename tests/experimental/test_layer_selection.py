@@ -9,7 +9,7 @@ import torch
 
 from ospo_fast import object_masks, otsu_threshold
 from ospo_fast.errors import OpError
-from ospo_fast.experimental.layer_selection import RULES, best_layers, choose_layers
+from ospo_fast.experimental.layer_selection import RULES, best_layer, choose_layers
 from ospo_fast.ops.attention_columns import attention_columns_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,12 +30,11 @@ def test_golden(index: int) -> None:
     ])  # fmt: skip
     maps, used = maps.view(len(layers), 1, 1, len(span), 24, 24), torch.ones(1, 1, len(span), dtype=torch.bool)
     for rule, name in (("entropy", "entropy"), ("separability", "otsu")):
-        for reduce in ("max", "mean"):
-            found, official = choose_layers(maps, used, rule=rule, reduce=reduce), f"select_{name}_{reduce}"
-            assert int(found.layers) == int(data[f"{official}_layer"])
-            np.testing.assert_allclose(found.maps.flatten(), data[f"{official}_map"], atol=2e-6)
-            masks = object_masks(found.maps, scaler=1.0)
-            np.testing.assert_array_equal(masks.union[0], data[f"{official}_mask"])
+        found, official = choose_layers(maps, used, rule=rule), f"select_{name}_max"
+        assert int(found.layers) == int(data[f"{official}_layer"])
+        np.testing.assert_allclose(found.maps.flatten(), data[f"{official}_map"], atol=2e-6)
+        masks = object_masks(found.maps, scaler=1.0)
+        np.testing.assert_array_equal(masks.union[0], data[f"{official}_mask"])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -95,17 +94,16 @@ def test_contrast_takes_the_layer_whose_mask_follows_the_features() -> None:
     assert choose_layers(maps, used, rule="contrast", features=torch.ones(1, 8, 8, 4)).scores.count_nonzero() == 0
 
 
-def test_best_layers() -> None:
+def test_best_layer() -> None:
     scores, valid = torch.rand(5, 4, 3), torch.rand(4, 3) < 0.7
     scores[3], scores[1] = scores[3] - 1, scores[1] + 1
     scores[4, ~valid] = -100.0
-    assert best_layers(scores, valid) == [3]
-    assert best_layers(scores, valid, rule="separability") == [1]
-    assert best_layers(scores, valid, rule="contrast") == [1]
-    assert 1 not in best_layers(scores, valid, count=4)
-    for change in ({"valid": ~valid & valid}, {"scores": scores[0]}, {"rule": "best"}, {"count": 6}, {"count": 0}):
-        with pytest.raises(OpError, match="best_layers"):
-            best_layers(**({"scores": scores, "valid": valid} | change))
+    assert best_layer(scores, valid) == 3
+    assert best_layer(scores, valid, rule="separability") == 1
+    assert best_layer(scores, valid, rule="contrast") == 1
+    for change in ({"valid": ~valid & valid}, {"scores": scores[0]}, {"rule": "best"}):
+        with pytest.raises(OpError, match="best_layer"):
+            best_layer(**({"scores": scores, "valid": valid} | change))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +112,6 @@ def test_best_layers() -> None:
         ({"maps": torch.rand(3, 2, 2, 4, 4)}, r"expected float \(L, B, O, C, H, W\)"),
         ({"used": torch.ones(1, 2, 2)}, r"used is torch.float32 \(1, 2, 2\), expected bool \(1, 2, 2\)"),
         ({"rule": "best"}, "rule is 'best'"),
-        ({"reduce": "sum"}, "reduce 'sum'"),
-        ({"temperature": 0.0}, "temperature 0.0"),
         ({"maps": torch.full((3, 1, 2, 2, 4, 4), torch.nan)}, "NaN or infinity"),
         ({"rule": "contrast"}, r"features are None for rule 'contrast', expected float \(1, 4, 4, E\)"),
         ({"features": torch.rand(1, 4, 4, 3)}, "for rule 'entropy'.*else none"),
