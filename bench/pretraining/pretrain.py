@@ -9,8 +9,8 @@ Three parts, all from one seed:
 3. everything except the VQ model, on all tasks together (`tasks.py`).
 
 At the end the VQ decoder is trained once more on the final codes. Image generation gets few sequences per step on
-purpose (`Recipe.draw`), so that the model makes the mistakes that OSPO fixes. An interrupted run resumes from its last
-saved state with the same command.
+purpose (`Recipe.image_sequences`), so that the model makes the mistakes that OSPO fixes. An interrupted run resumes
+from its last saved state with the same command.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     seconds = _train_codes(model, out / "codes.pt", recipe)
     state_path, clock = out / "state.pt", time.monotonic()
     if not state_path.exists():
-        accuracy = vision_encoder.train(model, steps=recipe.tower_steps, seed=recipe.seed)
+        accuracy = vision_encoder.train(model, steps=recipe.vision_encoder_steps, seed=recipe.seed)
         logger.info("vision encoder: %s", accuracy)
     data = TrainingData(model, processor, recipe)
     seconds += _train_tasks(model, data, state_path, recipe, checkpoint_every, clock)

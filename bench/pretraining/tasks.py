@@ -58,15 +58,18 @@ QUESTION_SHARES = {"existence": 0.18, "count": 0.24, "total": 0.10, "relation": 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the run. The defaults are those of the shipped checkpoint."""
+    """Sizes of the run. The defaults are those of the shipped checkpoint.
+
+    Its pretraining.json has older names: tower_steps, draw and pictures.
+    """
 
     seed: int = 0
     codes_steps: int = 5000
     polish_steps: int = 1500
-    tower_steps: int = 1000  # of the vision encoder
+    vision_encoder_steps: int = 1000
     steps: int = 7000
-    draw: int = 24  # sequences with an image to generate per step
-    pictures: int = 16  # images with questions per step
+    image_sequences: int = 24  # sequences with an image to generate per step
+    question_images: int = 16  # images with questions per step
     questions: int = 8  # per image
     texts: int = 6  # text answers per step
     lr: float = 1e-3
@@ -187,7 +190,7 @@ class TrainingData:
     def image_batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return prompts (B, P), their lengths (B,) and codes (B, cells); a tenth of the prompts is unconditional."""
         rng = np.random.default_rng([self.recipe.seed, 4, step])
-        indices = rng.integers(len(self.prompts), size=self.recipe.draw)
+        indices = rng.integers(len(self.prompts), size=self.recipe.image_sequences)
         rows = []
         for index in indices:
             row = [self.bos, self.user, *self.ids(self.prompts[index]), self.assistant, self.boi]
@@ -211,7 +214,7 @@ class TrainingData:
         blocks: list[list[int]] = []
         labels: list[list[int]] = []
         cells: list[list[int]] = []
-        for _ in range(self.recipe.pictures):
+        for _ in range(self.recipe.question_images):
             if rng.random() < 0.4:
                 index = int(rng.integers(len(self.decoded)))
                 scene, image = self.decoded_scenes[index], self.decoded[index]

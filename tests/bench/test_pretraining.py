@@ -19,11 +19,11 @@ from ospo_fast.shapes.scenes import PLACES, Object, Scene, held_out_prompts, par
 
 TINY = Recipe(
     codes_steps=2,
-    tower_steps=2,
+    vision_encoder_steps=2,
     polish_steps=2,
     steps=3,
-    draw=3,
-    pictures=2,
+    image_sequences=3,
+    question_images=2,
     questions=3,
     texts=3,
     pool=20,
