@@ -22,6 +22,7 @@ from ospo_fast.config import Config, load_config
 from ospo_fast.experimental.layer_selection import RULES
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.records import SIDES, chunked, iter_pairs
 from ospo_fast.shapes import demo
@@ -77,7 +78,7 @@ class Pairs:
     def compare(self, masks: list[np.ndarray]) -> np.ndarray:
         """Return the IoU of one mask per image with the objects that the checker detects."""
         pairs = [(mask, cells) for mask, cells in zip(masks, self.truth, strict=True) if cells is not None]
-        return np.array([(mask & cells).sum() / max((mask | cells).sum(), 1) for mask, cells in pairs])
+        return np.array([mask_iou(torch.from_numpy(mask), torch.from_numpy(cells)) or 0.0 for mask, cells in pairs])
 
     def ones(self) -> np.ndarray:
         """Return the IoU of masks of ones."""
