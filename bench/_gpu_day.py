@@ -56,7 +56,7 @@ PART_SECONDS = 505.0  # of nine minutes; the rest is for checks, stopping a step
 PACK_SECONDS = 20.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 15.0  # seconds between SIGINT and SIGKILL of a step
-LEAST_SECONDS = 10.0  # a step with less time left is not started
+MIN_SECONDS = 10.0  # a step with less time left is not started
 TEST_SECONDS = 180  # limit of one test; several tests compile kernels at once
 LOG_BYTES = 2**20
 SHOWN = 30  # failed tests that a part lists at its end
@@ -336,8 +336,8 @@ class Part:
 
     def _step(self, name: str, seconds: float, command: list[str], reserved: float = 0.0) -> bool:
         left = PART_SECONDS - GRACE - (time.monotonic() - self._begin)
-        limit = min(seconds, max(left - reserved, LEAST_SECONDS), left)
-        if limit < LEAST_SECONDS:
+        limit = min(seconds, max(left - reserved, MIN_SECONDS), left)
+        if limit < MIN_SECONDS:
             self.say(f"== {name}: not started, the time of part {self.number} is over")
             self.steps.append({"name": name, "state": "not started", "seconds": 0.0})
             return False

@@ -101,7 +101,7 @@ class Ceilings:
     product: float  # FLOP per second of a matrix product, bf16 on a GPU, fp32 on a CPU
 
     def floor_ms(self, *, bytes_moved: float = 0.0, flop: float = 0.0) -> float:
-        """Return the least milliseconds for moving these bytes and for these operations."""
+        """Return the lower bound in milliseconds for moving these bytes and for these operations."""
         return 1e3 * max(bytes_moved / self.bandwidth, flop / self.product)
 
     def metrics(self, floor_ms: float, timing: Timing) -> dict[str, float]:

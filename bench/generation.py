@@ -339,12 +339,12 @@ class Cases:
 
     def measure(
         self, makers: Makers, inputs: Callable[[], tuple[Any, ...]], shapes: dict[str, int],
-        figures: Callable[[str, Timing], tuple[dict[str, int], dict[str, float]]],
+        metrics: Callable[[str, Timing], tuple[dict[str, int], dict[str, float]]],
     ) -> None:  # fmt: skip
-        """Write rows of all variants; figures(variant, timing) returns shapes other than `shapes`, and metrics."""
+        """Write rows of all variants; `metrics` returns, for a variant, shapes other than `shapes`, and its metrics."""
 
         def keep(name: str, timing: Timing, peak: float) -> None:
-            own, found = figures(name, timing)
+            own, found = metrics(name, timing)
             shape = {"hidden": self.size.hidden, "layers": self.size.layers, **shapes, **own}
             values = {key: float(f"{value:.6g}") for key, value in {**found, "peak_mb": peak}.items()}
             made = row("generation", name, shape, dtype_name(self.dtype), timing, model=self.size.name, **values)
@@ -379,14 +379,14 @@ class Cases:
         streamed, limits = streamed_bytes(model, lengths, 2), ceilings()
         floor = floor_ms(model, lengths, 2)
 
-        def figures(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
+        def metrics(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
             if name == "ospo_fast, images":
                 return {"prompts": 2 * count}, {"images_s": 2 * count / timing.median_ms * 1e3}
             speed = {"images_s": count / timing.median_ms * 1e3, "gb_s": streamed / timing.median_ms / 1e6}
             return {}, {**speed, **limits.metrics(floor, timing)}
 
         shapes = {"prompts": count, "tokens": self.size.side**2}
-        self.measure(makers, lambda: (model, make_prompts(model, lengths)), shapes, figures)
+        self.measure(makers, lambda: (model, make_prompts(model, lengths)), shapes, metrics)
 
     def drafted(self, count: int, guidance: int) -> None:
         """Codes of `count` images by single steps, and by windows of several sizes."""
@@ -423,7 +423,7 @@ class Cases:
             assert all(torch.equal(codes, one) for codes in several), "windows give other codes"
             speeds.clear()
 
-        def figures(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
+        def metrics(name: str, timing: Timing) -> tuple[dict[str, int], dict[str, float]]:
             found = {"images_s": count / timing.median_ms * 1e3}
             total = sum(speeds[name][1:], speeds[name][0])
             found["codes_step"] = total.codes_per_step
@@ -432,7 +432,7 @@ class Cases:
             return {}, found
 
         shapes = {"drafted": count, "tokens": self.size.side**2, "guidance": guidance}
-        self.measure(makers, inputs, shapes, figures)
+        self.measure(makers, inputs, shapes, metrics)
 
     def texts(self, count: int, tokens: int) -> None:
         """Texts of `tokens` tokens each, without stop tokens."""
@@ -503,7 +503,7 @@ def said(line: dict[str, Any]) -> str:
     units = {"images_s": "images/s", "texts_s": "texts/s", "answers_s": "answers/s", "gb_s": "GB/s"}
     units |= {"codes_step": "codes per step", "step_ms": "ms per step"}
     speed = ", ".join(f"{line[key]:.2f} {unit}" for key, unit in units.items() if key in line)
-    share = f", {line['share']:.0%} of the floor" if "share" in line else ""
+    share = f", {line['share']:.0%} of roofline" if "share" in line else ""
     return f"{shapes}, {line['variant']}: {speed}{share}, {line['peak_mb']:.0f} MB"
 
 

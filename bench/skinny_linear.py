@@ -125,8 +125,8 @@ def run(out: Path, quick: bool) -> None:
                     depth = inner if kind == "down" else hidden
                     shape = {"rows": M, "depth": depth, "columns": size // depth // w["qkv"].element_size()}
                     speed = size / time.median_ms / 1e6
-                    figures = {"part": kind, "gb_s": round(speed, 2)}
-                    figures |= limits.metrics(limits.floor_ms(bytes_moved=size), time)
-                    rows.append(row("skinny_linear", name, shape, dtype_name(dtype), time, **figures))
+                    metrics = {"part": kind, "gb_s": round(speed, 2)}
+                    metrics |= limits.metrics(limits.floor_ms(bytes_moved=size), time)
+                    rows.append(row("skinny_linear", name, shape, dtype_name(dtype), time, **metrics))
                 write(rows, out, "skinny_linear")
     show(rows)

@@ -216,7 +216,7 @@ def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(made, "_command", lambda step: [sys.executable, "-c", code[step.name]])
         return made
 
-    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(_gpu_day, "MIN_SECONDS", 0.5)
     monkeypatch.setattr(_gpu_day, "GRACE", 1.0)
     return make
 
@@ -249,7 +249,7 @@ def test_a_step_without_time_is_not_started(part: Any, monkeypatch: pytest.Monke
     made = part(("late", 60.0, "import time; time.sleep(60)"), ("later", 60.0, "pass"))
     monkeypatch.setattr(_gpu_day, "PART_SECONDS", 4.0)
     monkeypatch.setattr(made, "_preparation", dict)
-    monkeypatch.setattr(_gpu_day, "LEAST_SECONDS", 1.5)  # too little is left after the first step
+    monkeypatch.setattr(_gpu_day, "MIN_SECONDS", 1.5)  # too little is left after the first step
     assert not made.run()
     assert [step["state"] for step in made.steps] == ["stopped after 2 s", "not started"]
 
