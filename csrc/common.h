@@ -73,7 +73,8 @@ struct BlockTensors {
     float* out;
 };
 
-// The same from a block of scores, which gives the log-sum-exp too. Adds to the rows of out that are in the block.
+// As attention_columns, from precomputed scores. Computes the log-sum-exp from them. Adds to the rows of out that are
+// in the block.
 void block_columns(const BlockTensors& tensors, const ScoreBlock& block, const ColumnSizes& sizes, float scale,
                    bool causal, int threads);
 

@@ -1,4 +1,4 @@
-// The backward of token_logprobs: each row of its unit gradient times the gradient of the row's log-probability.
+// The backward of token_logprobs: out[i] = scales[i] · dhidden[packed_row[i]], with zeros where packed_row[i] < 0.
 #include <cstring>
 
 #include "common.h"
