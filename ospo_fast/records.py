@@ -214,7 +214,7 @@ def validate(flat: object, where: str) -> dict[str, Any]:
     return flat
 
 
-def _all_are(kind: type, values: Iterable[object]) -> bool:
+def _all_are(kind: type | tuple[type, ...], values: Iterable[object]) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 
@@ -223,7 +223,9 @@ def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[object], bool]:
 
 
 def _is_pair(value: object) -> bool:
-    return isinstance(value, dict) and _all_are(str, map(value.get, SIDES))
+    if not isinstance(value, dict) or not _all_are(str, map(value.get, SIDES)):
+        return False
+    return value.get("mask_stats") is None or _is_mask_stats(value["mask_stats"])
 
 
 def _is_image_metadata(value: object) -> bool:
@@ -241,10 +243,20 @@ def _is_image(value: object) -> bool:
 
 
 def _is_mask_stats(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(layers := value.get("layers"), list):
+    if not isinstance(value, dict):
         return False
-    sides = [side.get("entropy") if isinstance(side := value.get(name), dict) else None for name in SIDES]
-    return all(isinstance(entropy, list) and len(entropy) == len(layers) for entropy in sides)
+    layers, alarms, iou = value.get("layers"), value.get("alarms"), value.get("iou")
+    if not (isinstance(layers, list) and isinstance(alarms, list) and isinstance(iou, int | float | None)):
+        return False
+    if not (_all_are(int, layers) and _all_are(str, alarms)):
+        return False
+    for side in map(value.get, SIDES):
+        if not isinstance(side, dict) or not isinstance(side.get("coverage"), int | float):
+            return False
+        entropy = side.get("entropy")
+        if not isinstance(entropy, list) or len(entropy) != len(layers) or not _all_are((int, float), entropy):
+            return False
+    return True
 
 
 def stable_hash(*parts: object) -> int:

@@ -161,9 +161,25 @@ FLAT = {
     "item_id": "7", "prompt": "a red cup", "kept": True, "chosen": "c.png", "rejected": "r.png", "chosen_score": 0.9,
     "rejected_prompt": "a blue cup", "further_pairs": [{"chosen": "c1.png", "rejected": "r1.png", "mask_reason": "x"}],
     "nouns": ["cup"], "objects": [], "mask_path": "masks/7.safetensors",
-    "mask_stats": {"layers": [], "chosen": {"entropy": []}, "rejected": {"entropy": []}}, "other": 3,
-    "unmatched_objects": {"hat": "?"},
+    "mask_stats": {
+        "layers": [3], "iou": None, "alarms": ["chosen: empty"],
+        "chosen": {"coverage": 0.0, "entropy": [1.5]}, "rejected": {"coverage": 0.25, "entropy": [2]},
+    },
+    "other": 3, "unmatched_objects": {"hat": "?"},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["layers", "alarms", "chosen", "chosen.coverage", "rejected.entropy"])
+@pytest.mark.parametrize("value", [None, "x", [None]])
+@pytest.mark.parametrize("further", [False, True])
+def test_mask_statistics_have_what_the_report_reads(path, value, further):
+    stats = json.loads(json.dumps(FLAT["mask_stats"]))
+    *parent, name = path.split(".")
+    (stats[parent[0]] if parent else stats)[name] = value
+    pair = {"chosen": "c.png", "rejected": "r.png", "mask_stats": stats}
+    flat = record("7", **({"further_pairs": [pair]} if further else {"mask_stats": stats}))
+    with pytest.raises(OspoError, match="`further_pairs`" if further else "`mask_stats`"):
+        validate(flat, "here")
 
 
 def test_pairs_in_memory_and_on_disk(tmp_path):

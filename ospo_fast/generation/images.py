@@ -120,7 +120,7 @@ class ImageGenerator:
         Raises:
             UsageError: an invalid argument.
             GenerationError: images failed; it carries the finished ones.
-            OspoError: guidance has no effect, or not even one image fits the memory.
+            OspoError: guidance has no effect, or one image does not fit the memory.
 
         """
         sampling = Sampling(guidance_scale, temperature, top_k, top_p)

@@ -52,7 +52,7 @@ def generate_text(
     Raises:
         UsageError: an invalid argument.
         GenerationError: texts failed; it carries the finished ones.
-        OspoError: not even one text fits the memory.
+        OspoError: one text does not fit the memory.
 
     """
     sampling = Sampling(temperature=temperature, top_p=top_p)

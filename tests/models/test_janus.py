@@ -176,7 +176,7 @@ def test_out_of_memory_halves_the_batch(tiny: JanusUnifiedModel, monkeypatch: py
     tiny.decode_codes(codes[:5])
     assert sizes == [3, 2]  # the limit is kept
     capacity = 0
-    with pytest.raises(OspoError, match=r"not even one image fits the memory .*smaller batch_size"):
+    with pytest.raises(OspoError, match=r"one image does not fit the memory .*smaller batch_size"):
         tiny.decode_codes(codes)
     assert torch.equal(tiny.encode_images(images[:1])[0], tiny.encode_images(images)[0])  # in batches of one
 
