@@ -140,8 +140,10 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
 def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
     """Raise UsageError if training in one of the folders was validated, for early stopping, at another scale."""
     for path in (folder / "train" / "log.jsonl" for folder in folders):
-        first, complete, _ = path.read_text(encoding="utf-8").partition("\n") if path.exists() else ("", "", "")
-        before = json.loads(first).get("guidance_scale", scale) if complete else scale
+        try:
+            before = json.loads(path.read_text(encoding="utf-8").split("\n")[0])["guidance_scale"]
+        except (OSError, ValueError, KeyError, TypeError):  # no training yet, none with an evaluation, or a torn line
+            continue
         if before != scale:
             raise UsageError(
                 f"evaluate.guidance_scales: got scales of which {scale:g} is best for the base model, expected scales "

@@ -266,3 +266,10 @@ def test_pair_is_pure_when_chosen_is_right_and_rejected_wrong(tmp_path: Path) ->
     metrics = demo.pair_metrics(records, tmp_path)
     assert metrics["pairs"] == 3
     assert metrics["pair_purity"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", '{"step": 1}\n', '{"guidance_scale": 2.0}\n'])
+def test_training_without_an_evaluation_at_another_scale_is_accepted(tmp_path, line):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "log.jsonl").write_text(line)
+    demo._check_validation_scale([tmp_path, tmp_path / "iter2"], 2.0)
