@@ -68,13 +68,18 @@ def loss_config(config: Config) -> OSPOLossConfig:
 
 
 def uses_masks(config: Config) -> bool:
-    """Whether the loss weights tokens by object masks."""
+    """Return whether the loss weights tokens by object masks."""
     return config.masks.enabled and loss_config(config).mask_alpha > 0
+
+
+def uses_stored_masks(config: Config) -> bool:
+    """Return whether the loss weights tokens by the masks of the masks stage."""
+    return uses_masks(config) and config.train.masks == "stored"
 
 
 def input_stage(config: Config) -> str:
     """Return the stage whose records training reads."""
-    return "masks" if uses_masks(config) and config.train.masks == "stored" else "select"
+    return "masks" if uses_stored_masks(config) else "select"
 
 
 def mask_settings(config: Config) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def select_training_pairs(records: Iterable[Record], config: Config) -> list[Ite
     """
     settings = config.train
     pairs = list(iter_pairs(records))
-    usable = [item for item in pairs if input_stage(config) != "masks" or item.pair.get("mask_path")]
+    usable = [item for item in pairs if not uses_stored_masks(config) or item.pair.get("mask_path")]
     if len(usable) < len(pairs):
         logger.warning("skipping %d of %d pairs, which have no object mask", len(pairs) - len(usable), len(pairs))
     ranked = sorted(usable, key=lambda item: (stable_hash(config.seed, "cap", item.pair_id), item.pair_id))
