@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.peak_memory import PeakMemory
-from ospo_fast.records import Record, Store, locked, read_records, write_atomic, write_json
+from ospo_fast.records import Record, Store, locked, only_writer, read_records, write_atomic, write_json
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Pipeline:
         Raises:
             UsageError: an unknown stage, a missing input, a shard of training, or settings other than those that the
                 store was made with.
-            OspoError: an error of the stage, or a folder that cannot be written.
+            OspoError: an error of the stage, a folder that cannot be written, or that another process writes.
 
         """
         stage, out = find_stage(name), self.folder(iteration)
@@ -258,14 +258,15 @@ class Pipeline:
             report.total = done["step"]
             return
         records, model = read_stage(out, source), self.model(report.iteration)
-        self._begin(out, stage, settings)
-        with self._measured(out, report), self._bar(stage, config.train.steps) as bar:
-            context = self._context(report, evaluation=self.evaluation, progress=bar.update)
-            try:
-                for _ in stage.run(records, model, config, out, context):
-                    pass
-            finally:
-                self._models.clear()  # the weights are no longer those of the name that they were loaded by
+        with only_writer(folder):
+            self._begin(out, stage, settings)
+            with self._measured(out, report), self._bar(stage, config.train.steps) as bar:
+                context = self._context(report, evaluation=self.evaluation, progress=bar.update)
+                try:
+                    for _ in stage.run(records, model, config, out, context):
+                        pass
+                finally:
+                    self._models.clear()  # the weights are no longer those of the name that they were loaded by
         self._models[str(folder / "model")] = model
 
     def _context(self, report: StageReport, **rest: Any) -> StageContext:

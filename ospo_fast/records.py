@@ -22,7 +22,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
+from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError
 
@@ -391,6 +391,15 @@ def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, entry {number}", value
 
 
+def _lock(file: IO[Any], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OspoError(
+            f"{path} is being written by another process; wait for it, or give this one another --out."
+        ) from error
+
+
 class Store(contextlib.AbstractContextManager["Store"]):
     """The only writer of a JSONL store; a context manager.
 
@@ -407,20 +416,12 @@ class Store(contextlib.AbstractContextManager["Store"]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
         try:
-            self._lock()
+            _lock(self._file, self.path)
             self._repair()
             self._ids = {record["item_id"] for record in read_records(self.path)}
         except BaseException:
             self._file.close()
             raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OspoError(
-                f"{self.path} is being written by another process; wait for it, or give this one another --out."
-            ) from error
 
     def _repair(self) -> None:
         data = self.path.read_bytes()
@@ -484,6 +485,18 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(value), allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, a hidden file next to it. Raises OspoError if another process holds it."""
+    path = folder.with_name(f".{folder.name}.lock")
+    with os_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        _lock(file, folder)
+        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import ospo_fast.stages
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage, stage_metrics
-from ospo_fast.records import Store, read_records
+from ospo_fast.records import Store, only_writer, read_records
 from ospo_fast.shapes.scenes import descriptions
 from ospo_fast.stages import STAGE_NAMES
 
@@ -194,6 +194,18 @@ def test_other_settings_are_refused_and_a_restart_deletes_later_stages(whole, ti
     left = {path.name for path in tmp_path.iterdir()}
     assert not left & {"questions.jsonl", "score.jsonl", "select.jsonl", "masks.jsonl", "masks", "train"}
     assert set(stage_metrics(tmp_path)) == {"prompts", "perturb", "images"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_training_in_a_folder_is_refused(whole, tiny, tmp_path, resume):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train" / "done.json").unlink()
+    before = contents(tmp_path)
+    refused = pytest.raises(OspoError, match="train is being written by another process; wait for it, or give this one")
+    with only_writer(tmp_path / "train"), refused:
+        pipeline(tiny, tmp_path, resume=resume).stage("train")
+    assert contents(tmp_path) == before
+    assert pipeline(tiny, tmp_path, resume=resume).stage("train").total == 3
 
 
 def test_wrong_request_leaves_nothing_behind(tiny, tmp_path):
