@@ -148,7 +148,8 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
             raise UsageError(
                 f"evaluate.guidance_scales: got scales of which {scale:g} is best for the base model, expected scales "
                 f"of which {before:g} is, because training in {path.parent} selected its best step at that scale; use "
-                "the same scales, use another --out, or start over with --no-resume."
+                "the same scales, use another --out, or start over with --no-resume. (`ospo-fast train` selects at "
+                "images.guidance_scale.)"
             )
 
 
