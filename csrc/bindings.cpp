@@ -141,6 +141,7 @@ PYBIND11_MODULE(_C, m) {
            "Rotary embedding, cache write and attention of one new token per row.");
     define(m, "token_logprobs", ospo::token_logprobs,
            "Log-probabilities of the labels; writes scale · (onehot − softmax) over the logits.");
+    define(m, "count_labels", ospo::count_labels, "Number of labels that are not ignored; -1 for an invalid label.");
     define(m, "scale_rows", ospo::scale_rows, "out[i] = scales[i] · dhidden[packed_row[i]].");
     define(m, "sample_codes", ospo::sample_codes, "Sample one code per row of float32 logits.");
 #ifdef OSPO_CUDA

@@ -108,13 +108,22 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
 
 // token_logprobs ------------------------------------------------------------------------------------------------------
 
-// The softmax step on (rows, codes) contiguous logits of `dtype`, with labels in [0, codes):
-//     logps = log softmax(logits + bias)[label]
-//     logits = scale · (onehot(label) − softmax(logits + bias)), in `out_dtype`, if `write`; else logits are destroyed
-// A row of the result starts where the row of logits started. out_dtype is dtype or narrower. bias and scales may be
-// null.
-void token_logprobs(void* logits, Dtype dtype, const float* bias, const int64_t* labels, const float* scales,
-                    float* logps, Dtype out_dtype, bool write, int64_t rows, int64_t codes, int threads);
+// The softmax step on (rows, codes) contiguous logits of `dtype`. With scores s = cap · tanh((logits + bias) / cap) /
+// temperature (softcap 0 leaves the tanh out), p = softmax(s), H the entropy of p and labels in [0, codes):
+//     logps = log p[label], entropies = H
+//     statistics (rows, 4) = max s, Σ e, Σ e · (s − max s), s[label], where e = exp(s − max s)
+//     out = ∂s/∂logits · (scale · onehot(label) − p · (other + entropy_scale · (s − max s)))
+// other is scale + entropy_scale · (H − log Σ e) unless given; then out is the gradient of scale · logp + entropy_scale ·
+// H. With statistics of all codes it makes the gradient for a part of them, where a label of −1 is not in this part.
+// scale is 1 without `scales`. All pointers but logits and labels may be null; out may be the logits. A row of out, in
+// `out_dtype` (dtype or narrower), starts where that row of logits would.
+void token_logprobs(const void* logits, Dtype dtype, const float* bias, const int64_t* labels,
+                    float inverse_temperature, float softcap, const float* scales, const float* others,
+                    const float* entropy_scales, float* logps, float* entropies, float* statistics, void* out,
+                    Dtype out_dtype, int64_t rows, int64_t codes, int threads);
+
+// The number of labels that are not ignored; −1 if one of them is not in [0, codes).
+int64_t count_labels(const int64_t* labels, int64_t rows, int64_t ignore_index, int64_t codes);
 
 // scale_rows ----------------------------------------------------------------------------------------------------------
 
@@ -141,9 +150,10 @@ int object_masks_cuda(const float* raw, const uint8_t* valid, float* maps, float
 int token_weights_cuda(const float* masks, float* weights, int64_t images, int height, int width, double alpha,
                        double gamma, int blur_size, double blur_sigma, int device, void* stream);
 // bias has `dtype`.
-int token_logprobs_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
-                        float* logps, Dtype out_dtype, bool write, int64_t rows, int64_t codes, int device,
-                        void* stream);
+int token_logprobs_cuda(const void* logits, Dtype dtype, const void* bias, const int64_t* labels,
+                        float inverse_temperature, float softcap, const float* scales, const float* others,
+                        const float* entropy_scales, float* logps, float* entropies, float* statistics, void* out,
+                        Dtype out_dtype, int64_t rows, int64_t codes, int device, void* stream);
 // Logits have `dtype`, and rows that are logit_stride apart. Enqueues one kernel, so that it can be captured.
 int sample_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
                       const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current,

@@ -1,6 +1,6 @@
-// The softmax step of token_logprobs on the GPU, one block per row. A row of up to 32768 16-bit or 16384 fp32 logits is
-// read from memory once and stays in registers. A longer row, or one that cannot be read 16 bytes at a time, is read
-// twice, the second time mostly from the L2 cache. Sums are fp32.
+// The softmax step of token_logprobs on the GPU, one block per row. A row of up to 32768 16-bit or 16384 fp32 logits
+// (16384 in the general step) is read from memory once and stays in registers. A longer row, or one that cannot be read
+// 16 bytes at a time, is read again, mostly from the L2 cache. Sums are fp32.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -12,14 +12,20 @@ namespace {
 
 constexpr int PER_THREAD = 32;  // logits of a row that a thread keeps in registers
 
+// See common.h. All pointers but logits and labels may be null; the bias has the dtype of the logits.
 struct Arguments {
-    void* logits;
-    const void* bias;  // in the dtype of the logits, or null
+    const void *logits, *bias;
     const int64_t* labels;
-    const float* scales;  // or null
-    float* logps;
-    bool write;
+    float inverse_temperature, softcap;
+    const float *scales, *others, *entropy_scales;
+    float *logps, *entropies, *statistics;
+    void* out;
     int codes;
+
+    bool plain() const {
+        return inverse_temperature == 1.0f && softcap == 0.0f && !others && !entropy_scales && !entropies &&
+               !statistics;
+    }
 };
 
 __device__ float widen(float value) { return value; }
@@ -99,6 +105,11 @@ __device__ float exponential(float x) {
     return y;
 }
 
+template <bool flag>
+struct Flag {
+    static constexpr bool value = flag;
+};
+
 // Maximum and Σ exp(z − max) of a part of a row.
 struct Part {
     float max, sum;
@@ -122,8 +133,22 @@ struct Add {
     __device__ float operator()(float a, float b) const { return a + b; }
 };
 
+// Σ e and Σ e · (s − max) of scores s, where e = exp(s − max).
+struct Sums {
+    float exponentials, weighted;
+};
+
+struct AddSums {
+    __device__ Sums operator()(Sums a, Sums b) const {
+        return {a.exponentials + b.exponentials, a.weighted + b.weighted};
+    }
+};
+
 __device__ float from_lane(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 __device__ Part from_lane(Part part, int mask) { return {from_lane(part.max, mask), from_lane(part.sum, mask)}; }
+__device__ Sums from_lane(Sums sums, int mask) {
+    return {from_lane(sums.exponentials, mask), from_lane(sums.weighted, mask)};
+}
 
 // Reduce the values of all threads, to all threads. Each kernel may call an instance once: `shared` is not reused.
 template <int threads, typename Value, typename Operation>
@@ -168,6 +193,59 @@ __device__ void store(O* to, const float* exponential, float factor) {
     *reinterpret_cast<Vector<O, N>*>(to) = out;
 }
 
+// The general step: temperature, soft-cap, entropy, and statistics of a part of the codes.
+
+// Scores are s = factor · u with u = tanh(logit / cap) and factor = cap / temperature, or u = logit and factor =
+// 1 / temperature without a cap. Differences of scores are taken between u, where they are nearly exact.
+__device__ float cap(float logit, const Arguments& a) { return a.softcap > 0.0f ? tanhf(logit / a.softcap) : logit; }
+__device__ float factor_of(const Arguments& a) {
+    return a.softcap > 0.0f ? a.softcap * a.inverse_temperature : a.inverse_temperature;
+}
+
+// s − max s, but not below the argument where `exponential` is 0, so that 0 · (s − max s) of a masked code is not NaN.
+__device__ float below_max(float u, float max, float factor) { return fmaxf(factor * (u - max), -88.0f); }
+
+// exp(s − max s), and NaN of NaN, which below_max does not keep.
+__device__ float exponential_of(float u, float max, float factor) { return exponential(factor * (u - max)); }
+
+__device__ void add(Sums& sums, float u, float max, float factor) {
+    const float e = exponential_of(u, max, factor);
+    sums.exponentials += e;
+    sums.weighted += e * below_max(u, max, factor);
+}
+
+// What the gradients of a row need.
+struct Row {
+    float max, factor, inverse_total, scale, other, entropy_scale;
+
+    // Called by all threads. One of them `writes` the results: that of the label's code, or of a row without it any.
+    __device__ Row(const Arguments& a, int64_t row, float max, Sums sums, float own, bool writes, bool has_label)
+        : max(max), factor(factor_of(a)) {
+        const float log_total = logf(sums.exponentials);
+        const float entropy = log_total - sums.weighted / sums.exponentials;
+        if (writes) {
+            if (a.logps) a.logps[row] = factor * (own - max) - log_total;
+            if (a.entropies) a.entropies[row] = entropy;
+            if (a.statistics) {
+                const float found[] = {factor * max, sums.exponentials, sums.weighted, has_label ? factor * own : 0.0f};
+                for (int i = 0; i < 4; ++i) a.statistics[4 * row + i] = found[i];
+            }
+        }
+        inverse_total = 1.0f / sums.exponentials;
+        scale = a.scales ? a.scales[row] : 1.0f;
+        entropy_scale = a.entropy_scales ? a.entropy_scales[row] : 0.0f;
+        other = a.others ? a.others[row] : scale + entropy_scale * (entropy - log_total);
+    }
+
+    // ∂s/∂logit · (scale, if this is the label's code, − p · (other + entropy_scale · (s − max s)))
+    __device__ float gradient(float u, bool is_label, const Arguments& a) const {
+        const float p = exponential_of(u, max, factor) * inverse_total;
+        const float others = p * (other + entropy_scale * below_max(u, max, factor));
+        const float derivative = a.inverse_temperature * (a.softcap > 0.0f ? 1.0f - u * u : 1.0f);
+        return derivative * ((is_label ? scale : 0.0f) - others);
+    }
+};
+
 // Threads that a multiprocessor shall hold. With 1024, one block loads while another computes; each thread then has 64
 // registers, of which sm_120 would spill 4 bytes for fp32.
 template <typename T>
@@ -180,13 +258,15 @@ constexpr int resident_threads() {
 }
 
 // codes <= threads · PER_THREAD, and a multiple of the N values that a thread loads at once.
-template <typename T, typename O, int threads>
-__global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? resident_threads<T>() / threads : 1)
+template <typename T, typename O, int threads, bool plain>
+__global__ void __launch_bounds__(threads,
+                                  plain && threads < resident_threads<T>() ? resident_threads<T>() / threads : 1)
     row_in_registers(const Arguments a) {
     constexpr int N = 16 / sizeof(T), vectors = PER_THREAD / N, stride = threads * N;
     const int64_t row = blockIdx.x;  // 64 bits: rows · codes exceeds 2^31
-    T* const z = static_cast<T*>(a.logits) + row * a.codes;
+    const T* const z = static_cast<const T*>(a.logits) + row * a.codes;
     const T* const bias = static_cast<const T*>(a.bias);
+    O* const residual = reinterpret_cast<O*>(static_cast<T*>(a.out) + row * a.codes);
     // The vectors of this thread start at first, first + stride, …; those inside the row have an offset below `left`.
     const int first = threadIdx.x * N, left = a.codes - first;
 
@@ -195,10 +275,12 @@ __global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? res
     for (int v = 0; v < vectors; ++v) {
         raw[v] = v * stride < left ? load_once(z + first + v * stride) : fill<T>(-INFINITY);
     }
-    // Loaded after the logits, so that their loads do not wait for it.
+    // Loaded after the logits, so that their loads do not wait for it. A label of −1 is that of no code.
     const unsigned label = static_cast<unsigned>(a.labels[row]);
     // One thread writes the label's element. It reads the logit before the barriers, after them logits are overwritten.
-    const auto owns_label = [&] { return label / N % threads == threadIdx.x; };
+    const auto owns_label = [&] {
+        return (plain || label < static_cast<unsigned>(a.codes)) && label / N % threads == threadIdx.x;
+    };
     T target{}, target_bias{};
     const auto take_label = [&] {
         if (owns_label()) target = z[label];
@@ -210,11 +292,33 @@ __global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? res
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
         add<T>(raw[v], bias && v * stride < left ? load(bias + first + v * stride) : fill<T>(0.0f), value + v * N);
-        for (int i = 0; i < N; ++i) max = fmaxf(max, value[v * N + i]);
+        for (int i = 0; i < N; ++i) {
+            // The tanh of a cap would make a number of the -inf behind the end of the row.
+            if constexpr (!plain) value[v * N + i] = v * stride < left ? cap(value[v * N + i], a) : -INFINITY;
+            max = fmaxf(max, value[v * N + i]);
+        }
     }
     if constexpr (sizeof(T) == 2) take_label();
     max = reduce_block<threads>(max, Max{});
     if constexpr (sizeof(T) == 4) take_label();  // not before: fp32 has no registers left for it
+    if constexpr (!plain) {
+        Sums sums{0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) add(sums, value[i], max, factor_of(a));
+        sums = reduce_block<threads>(sums, AddSums{});
+        const bool no_owner = label >= static_cast<unsigned>(a.codes);
+        const float own = no_owner ? max : cap(widen(target) + widen(target_bias), a);
+        const Row about(a, row, max, sums, own, no_owner ? threadIdx.x == 0 : owns_label(), !no_owner);
+        if (!a.out) return;
+#pragma unroll
+        for (int v = 0; v < vectors; ++v) {
+            float gradient[N];
+            for (int i = 0; i < N; ++i) gradient[i] = about.gradient(value[v * N + i], false, a);
+            if (v * stride < left) store<O, N>(residual + first + v * stride, gradient, 1.0f);
+        }
+        if (owns_label()) residual[label] = narrow<O>(about.gradient(own, true, a));
+        return;
+    }
     const float scale = a.scales ? a.scales[row] : 1.0f;
     float sum = 0.0f;
 #pragma unroll
@@ -224,11 +328,10 @@ __global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? res
     }
     sum = reduce_block<threads>(sum, Add{});
     const float label_logit = widen(target) + widen(target_bias);
-    if (owns_label()) a.logps[row] = (label_logit - max) - logf(sum);
-    if (!a.write) return;
+    if (a.logps && owns_label()) a.logps[row] = (label_logit - max) - logf(sum);
+    if (!a.out) return;
 
     const float factor = __fdividef(-scale, sum);
-    O* const residual = reinterpret_cast<O*>(z);
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
         if (v * stride < left) store<O, N>(residual + first + v * stride, value + v * N, factor);
@@ -236,18 +339,25 @@ __global__ void __launch_bounds__(threads, threads < resident_threads<T>() ? res
     if (owns_label()) residual[label] = narrow<O>(scale + factor * exponential(label_logit - max));
 }
 
-// Any multiple of N codes. Reads the row a second time to write it.
-template <typename T, typename O, int N, int threads>
+// Any multiple of N codes. Reads the row once more to sum what the plain step does not need, and to write it.
+template <typename T, typename O, int N, int threads, bool plain>
 __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
     const int64_t row = blockIdx.x;
-    T* const z = static_cast<T*>(a.logits) + row * a.codes;
+    const T* const z = static_cast<const T*>(a.logits) + row * a.codes;
     const T* const bias = static_cast<const T*>(a.bias);
+    O* const residual = reinterpret_cast<O*>(static_cast<T*>(a.out) + row * a.codes);
+    const auto load_row = [&](auto last, int first, float* value) {
+        load_logits<T, N, decltype(last)::value>(z, bias, first, value);
+        if constexpr (!plain) {
+            for (int i = 0; i < N; ++i) value[i] = cap(value[i], a);
+        }
+    };
 
     Part part{-INFINITY, 0.0f};
 #pragma unroll 4
     for (int first = threadIdx.x * N; first < a.codes; first += threads * N) {
         float value[N];
-        load_logits<T, N, false>(z, bias, first, value);
+        load_row(Flag<false>{}, first, value);
         float max = part.max;
         for (int i = 0; i < N; ++i) max = fmaxf(max, value[i]);
         const float shift = shift_of(max);
@@ -256,20 +366,44 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
         part.max = max;
     }
     const unsigned label = static_cast<unsigned>(a.labels[row]);
-    const bool owns_label = label / N % threads == threadIdx.x;
+    const bool no_owner = !plain && label >= static_cast<unsigned>(a.codes);
+    const bool owns_label = !no_owner && label / N % threads == threadIdx.x;
     float target = 0.0f;
     if (owns_label) target = widen(z[label]) + (bias ? widen(bias[label]) : 0.0f);  // before logits are overwritten
     part = reduce_block<threads>(part, Merge{});
-    if (owns_label) a.logps[row] = (target - part.max) - logf(part.sum);
-    if (!a.write) return;
+    if constexpr (!plain) {
+        const float own = no_owner ? part.max : cap(target, a);
+        Sums sums{0.0f, 0.0f};
+        for (int first = threadIdx.x * N; first < a.codes; first += threads * N) {
+            float value[N];
+            load_row(Flag<false>{}, first, value);
+            for (int i = 0; i < N; ++i) add(sums, value[i], part.max, factor_of(a));
+        }
+        sums = reduce_block<threads>(sums, AddSums{});
+        const Row about(a, row, part.max, sums, own, no_owner ? threadIdx.x == 0 : owns_label, !no_owner);
+        if (!a.out) return;
+        for (int begin = 0; begin < a.codes; begin += threads * N) {
+            const int first = begin + threadIdx.x * N;
+            float value[N];
+            if (first < a.codes) {
+                load_row(Flag<true>{}, first, value);
+                for (int i = 0; i < N; ++i) value[i] = about.gradient(value[i], false, a);
+            }
+            if constexpr (sizeof(O) < sizeof(T)) __syncthreads();  // as below
+            if (first < a.codes) store<O, N>(residual + first, value, 1.0f);
+        }
+        if (owns_label) residual[label] = narrow<O>(about.gradient(own, true, a));
+        return;
+    }
+    if (a.logps && owns_label) a.logps[row] = (target - part.max) - logf(part.sum);
+    if (!a.out) return;
 
     const float scale = a.scales ? a.scales[row] : 1.0f, factor = __fdividef(-scale, part.sum);
-    O* const residual = reinterpret_cast<O*>(z);
     for (int begin = 0; begin < a.codes; begin += threads * N) {
         const int first = begin + threadIdx.x * N;
         float value[N];
         if (first < a.codes) {
-            load_logits<T, N, true>(z, bias, first, value);
+            load_row(Flag<true>{}, first, value);
             for (int i = 0; i < N; ++i) value[i] = exponential(value[i] - part.max);
         }
         // A narrower result overwrites logits that other threads read in this iteration, but none of later iterations.
@@ -281,28 +415,35 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename T, typename O>
+template <typename T, typename O, bool plain>
 int dispatch(const Arguments& a, int64_t rows, int device, void* stream) {
     constexpr int N = 16 / sizeof(T);
-    if (a.codes % N != 0 || !aligned(a.logits) || !aligned(a.bias)) {
-        return launch<row_in_passes<T, O, 1, 512>>(rows, 512, 0, device, stream, a);
+    if (a.codes % N != 0 || !aligned(a.logits) || !aligned(a.bias) || !aligned(a.out)) {
+        return launch<row_in_passes<T, O, 1, 512, plain>>(rows, 512, 0, device, stream, a);
     }
-    if (a.codes <= 4096) return launch<row_in_registers<T, O, 128>>(rows, 128, 0, device, stream, a);
-    if (a.codes <= 8192) return launch<row_in_registers<T, O, 256>>(rows, 256, 0, device, stream, a);
-    if (a.codes <= 16384) return launch<row_in_registers<T, O, 512>>(rows, 512, 0, device, stream, a);
-    if constexpr (sizeof(T) == 2) {  // 1024 threads have 64 registers each, too few for fp32
-        if (a.codes <= 32768) return launch<row_in_registers<T, O, 1024>>(rows, 1024, 0, device, stream, a);
+    if (a.codes <= 4096) return launch<row_in_registers<T, O, 128, plain>>(rows, 128, 0, device, stream, a);
+    if (a.codes <= 8192) return launch<row_in_registers<T, O, 256, plain>>(rows, 256, 0, device, stream, a);
+    if (a.codes <= 16384) return launch<row_in_registers<T, O, 512, plain>>(rows, 512, 0, device, stream, a);
+    if constexpr (sizeof(T) == 2 && plain) {  // 1024 threads have 64 registers each, too few for fp32
+        if (a.codes <= 32768) return launch<row_in_registers<T, O, 1024, plain>>(rows, 1024, 0, device, stream, a);
     }
-    return launch<row_in_passes<T, O, N, 512>>(rows, 512, 0, device, stream, a);
+    return launch<row_in_passes<T, O, N, 512, plain>>(rows, 512, 0, device, stream, a);
+}
+
+template <typename T, typename O>
+int dispatch(const Arguments& a, int64_t rows, int device, void* stream) {
+    return a.plain() ? dispatch<T, O, true>(a, rows, device, stream) : dispatch<T, O, false>(a, rows, device, stream);
 }
 
 }  // namespace
 
-int token_logprobs_cuda(void* logits, Dtype dtype, const void* bias, const int64_t* labels, const float* scales,
-                        float* logps, Dtype out_dtype, bool write, int64_t rows, int64_t codes, int device,
-                        void* stream) {
+int token_logprobs_cuda(const void* logits, Dtype dtype, const void* bias, const int64_t* labels,
+                        float inverse_temperature, float softcap, const float* scales, const float* others,
+                        const float* entropy_scales, float* logps, float* entropies, float* statistics, void* out,
+                        Dtype out_dtype, int64_t rows, int64_t codes, int device, void* stream) {
     if (rows > 0x7FFFFFFF || codes > 0x7FFFFFFF - 512 * 8) return cudaErrorInvalidValue;
-    const Arguments a{logits, bias, labels, scales, logps, write, static_cast<int>(codes)};
+    const Arguments a{logits, bias, labels, inverse_temperature, softcap, scales, others, entropy_scales,
+                      logps, entropies, statistics, out, static_cast<int>(codes)};
     if (dtype == Dtype::bfloat16) return dispatch<__nv_bfloat16, __nv_bfloat16>(a, rows, device, stream);
     if (dtype == Dtype::float16) return dispatch<__half, __half>(a, rows, device, stream);
     if (out_dtype == Dtype::bfloat16) return dispatch<float, __nv_bfloat16>(a, rows, device, stream);

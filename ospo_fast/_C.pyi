@@ -45,9 +45,11 @@ def decode_attention(
     kv_heads: int, width: int, slot_stride: int, head_stride: int, scale: float, shared_slots: bool, threads: int, /
 ) -> None: ...
 def token_logprobs(
-    logits: int, dtype: int, bias: int, labels: int, scales: int, logps: int, out_dtype: int, write: bool, rows: int,
+    logits: int, dtype: int, bias: int, labels: int, inverse_temperature: float, softcap: float, scales: int,
+    others: int, entropy_scales: int, logps: int, entropies: int, statistics: int, out: int, out_dtype: int, rows: int,
     codes: int, threads: int, /
 ) -> None: ...
+def count_labels(labels: int, rows: int, ignore_index: int, codes: int, /) -> int: ...
 def scale_rows(
     dhidden: int, packed_row: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int, /
 ) -> None: ...
@@ -67,7 +69,8 @@ def token_weights_cuda(
     blur_sigma: float, device: int, stream: int, /
 ) -> None: ...
 def token_logprobs_cuda(
-    logits: int, dtype: int, bias: int, labels: int, scales: int, logps: int, out_dtype: int, write: bool, rows: int,
+    logits: int, dtype: int, bias: int, labels: int, inverse_temperature: float, softcap: float, scales: int,
+    others: int, entropy_scales: int, logps: int, entropies: int, statistics: int, out: int, out_dtype: int, rows: int,
     codes: int, device: int, stream: int, /
 ) -> None: ...
 def sample_codes_cuda(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ospo_fast.ops import (
         Head,
         attention_columns,
+        cross_entropy,
         object_masks,
         otsu_threshold,
         preference_loss,
@@ -35,6 +36,7 @@ __all__ = [
     "OSPOLossConfig",
     "__version__",
     "attention_columns",
+    "cross_entropy",
     "load_model",
     "object_masks",
     "otsu_threshold",

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
+from ospo_fast.ops._logprob_call import prepare
+from ospo_fast.ops.cross_entropy import weighted_logprobs
 from ospo_fast.ops.token_weights import spread_weights
 
 
@@ -160,7 +162,7 @@ class OSPOLoss(nn.Module):
         weights = None
         if object_masks is not None and config.mask_alpha > 0:
             weights = self._weights(object_masks, pairs, present)
-        logps = self._logps(hidden[:rows], head, targets, pairs)
+        logps, sft = self._logps(hidden[:rows], head, targets, present[:pairs])
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
         chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()
         terms = preference_loss(
@@ -174,7 +176,6 @@ class OSPOLoss(nn.Module):
             label_smoothing=config.label_smoothing,
         )
         simpo = terms.simpo.mean()
-        sft = -logps[:pairs].sum() / present[:pairs].sum().clamp(min=1)
         loss = config.simpo_weight * simpo + config.sft_weight * sft
         metrics = {
             "simpo": simpo,
@@ -194,21 +195,34 @@ class OSPOLoss(nn.Module):
         metrics = {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
         return OSPOLossOutput(loss, simpo, conditional, sft, metrics)
 
-    def _logps(self, hidden: Tensor, head: Head | nn.Module, targets: Tensor, pairs: int) -> Tensor:
-        """Log-probabilities (rows, S) of the targets."""
-        run = partial(
-            token_logprobs, chunk_rows=self.chunk_rows, logits_dtype=self.logits_dtype, check_finite=self.check_finite
-        )
+    def _logps(self, hidden: Tensor, head: Head | nn.Module, targets: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (rows, S) of the targets, and the SFT term over the chosen rows, which are `present`."""
+        options: dict[str, Any] = {
+            "chunk_rows": self.chunk_rows,
+            "logits_dtype": self.logits_dtype,
+            "check_finite": self.check_finite,
+        }
+        pairs, count = len(present), present.sum().clamp(min=1)
+        run = partial(token_logprobs, **options)
         if self.config.simpo_weight > 0 or not torch.is_grad_enabled():
-            return run(hidden, head, targets)
+            logps = run(hidden, head, targets)
+            return logps, -logps[:pairs].sum() / count
         # Without a SimPO term, rejected rows are read by metrics only: compute no gradient for them.
         rejected = slice(pairs, 2 * pairs)
         with torch.no_grad():
             rejected_logps = run(hidden[rejected], head, targets[rejected])
-        targets = targets.clone()
-        targets[rejected] = IGNORE_INDEX
-        logps = run(hidden, head, targets)
-        return torch.cat([logps[:pairs], rejected_logps, logps[2 * pairs :]])
+        if self.config.cond_weight > 0:
+            targets = targets.clone()
+            targets[rejected] = IGNORE_INDEX
+            logps = run(hidden, head, targets)
+            return torch.cat([logps[:pairs], rejected_logps, logps[2 * pairs :]]), -logps[:pairs].sum() / count
+        # SFT alone is linear in the log-probabilities: a trained head needs no logits in the backward.
+        call = prepare(
+            "OSPOLoss", hidden[:pairs], head, targets[:pairs], ignore_index=IGNORE_INDEX, backend="auto",
+            temperature=1.0, softcap=None, process_group=None, **options,
+        )  # fmt: skip
+        total, chosen_logps = weighted_logprobs(call, (present / count).flatten())
+        return torch.cat([chosen_logps.view(targets[:pairs].shape), rejected_logps]), -total
 
     def _weights(self, object_masks: Tensor, pairs: int, present: Tensor) -> Tensor:
         """Weights (rows, S) of the tokens that are `present`; swapped rows have those of the chosen images."""

@@ -168,7 +168,8 @@ def test_no_backward_for_the_rejected_without_a_simpo_term(preset: str, monkeypa
 
     monkeypatch.setattr(loss_module, "token_logprobs", spy)
     found = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
-    assert calls == [(False, [True] * 2), (True, [True, True, False, False, True, True][: 2 * groups])]
+    # Without a conditional term as well, the loss is linear in the log-probabilities, and computed as such.
+    assert calls == [(False, [True] * 2), (True, [True, True, False, False, True, True])][: groups - 1]
     expected = definition(config, hidden, labels, head, masks)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(found, name).double(), value)
@@ -178,8 +179,25 @@ def test_no_backward_for_the_rejected_without_a_simpo_term(preset: str, monkeypa
     assert not mine[2:4].any()
     with torch.no_grad():
         again = OSPOLoss(config)(hidden, labels, head, object_masks=masks)
-    assert len(calls) == 3
+    assert len(calls) == groups
     assert torch.equal(again.metrics["margin"], found.metrics["margin"])
+
+
+def test_sft_alone_computes_the_logits_of_a_trained_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ospo_fast.ops._chunked_head import ChunkedHead
+
+    rows: list[int] = []
+    logits = ChunkedHead.logits
+    monkeypatch.setattr(ChunkedHead, "logits", lambda self, x, *a: rows.append(len(x)) or logits(self, x, *a))
+    config = OSPOLossConfig(simpo_weight=0.0)
+    hidden, labels, head, masks = make_batch(2, 2, torch.float64)
+    head = Head(*(None if t is None else t.requires_grad_() for t in head.tensors))
+    found = OSPOLoss(config)(hidden.requires_grad_(), labels, head, object_masks=masks)
+    inputs = [hidden, *(t for t in head.tensors if t is not None)]
+    mine = torch.autograd.grad(found.loss, inputs)
+    assert sum(rows) == int((labels[:, 1:] != -100).sum())
+    best = torch.autograd.grad(definition(config, hidden, labels, head, masks)["loss"], inputs)
+    torch.testing.assert_close(mine, best)
 
 
 def test_rows_without_image() -> None:

@@ -43,9 +43,11 @@ def sampled(
 def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits, logps = logits.clone(), torch.full((len(logits),), torch.nan)
     number = DTYPES[logits.dtype]
+    address = logits.data_ptr()
     native().token_logprobs(
-        logits.data_ptr(), number, 0, labels.data_ptr(), 0, logps.data_ptr(), number, True, *logits.shape, threads
-    )
+        address, number, 0, labels.data_ptr(), 1.0, 0.0, 0, 0, 0, logps.data_ptr(), 0, 0, address, number,
+        *logits.shape, threads,
+    )  # fmt: skip
     return logits, logps
 
 

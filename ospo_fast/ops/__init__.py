@@ -1,6 +1,7 @@
 """Operations, one per file: contract, checks, PyTorch reference, dispatch. They know no model and no stage."""
 
 from .attention_columns import attention_columns
+from .cross_entropy import cross_entropy
 from .head import Head
 from .object_masks import ObjectMasks, object_masks
 from .otsu import otsu_threshold
@@ -16,6 +17,7 @@ __all__ = [
     "ObjectMasks",
     "PreferenceLoss",
     "attention_columns",
+    "cross_entropy",
     "object_masks",
     "otsu_threshold",
     "preference_loss",

@@ -1,17 +1,20 @@
 """GEMMs of the head over chunks of rows, and the softmax step between them: the core of `token_logprobs`.
 
-The softmax step takes the logits z (n, V) of a chunk without their bias, destroys them, and computes
+The softmax step takes the logits z (n, V) of a chunk without their bias, and computes from the scores
+s = softcap · tanh((z + bias) / softcap) / temperature, with p = softmax(s), H the entropy of p and e = exp(s − max s)
 
-    logps = log softmax(z + bias)[labels]                           (n,) fp32, into a given tensor
-    dlogits = scales · (onehot(labels) − softmax(z + bias))         (n, V) in the weights' dtype, on request
+    logps = log p[labels], entropies = H                            (n,) fp32
+    statistics = max s, Σ e, Σ e · (s − max s), s[labels]           (n, 4) fp32
+    dlogits = ∂s/∂z · (scales · onehot(labels) − p · (others + entropy_scales · (s − max s)))
 
-Compiled steps write dlogits in place, over the logits.
+others = scales + entropy_scales · (H − log Σ e) unless given. Then dlogits is the gradient of scales · logps +
+entropy_scales · H. Statistics and `others` are for heads that are split over processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,32 +22,86 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 
+# Whether addmm can accumulate in a wider dtype than that of its factors.
+_ADDMM_WIDENS = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
+
+
+# Named tuples: a call makes several of these, and they take a fraction of the time of frozen dataclasses.
+class TokenLogprobsOptions(NamedTuple):
+    """Options of the registered ops. Their schemas are flat and list these fields as in `OPTIONS_SCHEMA`."""
+
+    ignore_index: int
+    chunk_rows: int
+    fp32_logits: bool
+    backend: str
+    check_finite: bool
+    temperature: float
+    softcap: float  # 0: none
+
+
+OPTIONS_SCHEMA = (
+    "int ignore_index, int chunk_rows, bool fp32_logits, str backend, bool check_finite, float temperature, "
+    "float softcap"
+)
+
+
+class RowResults(NamedTuple):
+    """Where the softmax step writes its results; None for what is not needed."""
+
+    logps: Tensor | None = None  # (n,)
+    entropies: Tensor | None = None  # (n,)
+    statistics: Tensor | None = None  # (n, 4)
+
+
+class RowScales(NamedTuple):
+    """Upstream gradients of the rows of a chunk: see `dlogits` above."""
+
+    logps: Tensor | None = None  # (n,), None for 1
+    entropies: Tensor | None = None  # (n,), None for 0
+    others: Tensor | None = None  # (n,), None to derive it
+
+
+LORA_ROWS = 1024  # rows of logits that are widened at once, for adapters in a wider dtype than the head
+
 
 class ChunkedHead:
-    """Head weights and the buffers of one call. All chunks, of up to `chunk_rows` rows, share the buffers."""
+    """Head weights and the buffers of one call. All chunks, of up to `chunk_rows` rows, share the buffers.
 
-    def __init__(self, head: Sequence[Any], chunk_rows: int, fp32_logits: bool, backend: str) -> None:
+    Args:
+        head: the tensors of a `Head`, then `lora_inputs` (rows, R) and `lora_weight` (V, R) or None. They add
+            lora_inputs · lora_weightᵀ to the logits, in a wider dtype than theirs if the adapters have it.
+        chunk_rows: rows of the buffers.
+        options: see `token_logprobs`.
+
+    """
+
+    def __init__(self, head: Sequence[Any], chunk_rows: int, options: TokenLogprobsOptions) -> None:
         weight: Tensor = head[0]
-        _, bias, proj_weight, proj_bias = head  # the tensors of a `Head`
-        self.weight, self.proj_weight = weight, proj_weight
+        _, bias, proj_weight, proj_bias, self.lora_inputs, lora_weight = head
+        self.weight, self.proj_weight, self.lora_weight = weight, proj_weight, lora_weight
         self.proj_bias = None if proj_bias is None else proj_bias.contiguous()
-        self.chunk_rows, self.backend = chunk_rows, backend
-        logits_dtype = torch.float32 if fp32_logits else weight.dtype
+        self.chunk_rows, self.options, self.backend = chunk_rows, options, options.backend
+        self.logits_dtype = torch.float32 if options.fp32_logits else weight.dtype
         # cuBLAS writes fp32 logits from half-precision factors; elsewhere the factors have to be fp32.
-        self.logits_weight = weight if weight.is_cuda else weight.to(logits_dtype)
-        self.logits = weight.new_empty(chunk_rows, weight.shape[0], dtype=logits_dtype)
+        self.logits_weight = weight if weight.is_cuda else weight.to(self.logits_dtype)
         if bias is not None:
             # The CUDA step reads the bias in the dtype of the logits, the others in fp32 or fp64.
-            wide = torch.promote_types(logits_dtype, torch.float32)
-            bias = bias.to(logits_dtype if backend == "cuda" else wide).contiguous()
+            wide = torch.promote_types(self.logits_dtype, torch.float32)
+            bias = bias.to(self.logits_dtype if self.backend == "cuda" else wide).contiguous()
         self.bias = bias
         self.features = None if proj_weight is None else weight.new_empty(chunk_rows, proj_weight.shape[0])
         self.buffers: dict[str, Tensor] = {}
 
     def forward(
-        self, x: Tensor, rows: Tensor | slice, labels: Tensor, logps: Tensor, dhidden: Tensor | None = None
+        self,
+        x: Tensor,
+        rows: Tensor | slice,
+        labels: Tensor,
+        results: RowResults,
+        dhidden: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> None:
-        """Write the log-probabilities of x[rows] to `logps` and, if given, ∂logps/∂x to `dhidden` (n, D).
+        """Write the results of x[rows] and, if given, ∂logps/∂x to `dhidden` (n, D) or the logits to `kept` (n, V).
 
         Buffers are shared between values that are never needed at the same time. With a projection:
 
@@ -61,11 +118,11 @@ class ChunkedHead:
         """
         if self.features is None:
             inputs = self.gather_rows(x, rows, out=dhidden)  # dead when dhidden is written
-            dlogits = self._logps(inputs, labels, None, logps, needs_grad=dhidden is not None)
+            dlogits = self._logps(inputs, rows, labels, results, kept, needs_grad=dhidden is not None)
             if dlogits is not None:
                 torch.mm(dlogits, self.weight, out=dhidden)
             return
-        features = self.features[: len(logps)]
+        features = self.features[: len(labels)]
         square = features.shape[1] == x.shape[1]
         if dhidden is None:
             inputs, pre = self.gather_rows(x, rows), features  # without a backward the GELU runs in place
@@ -74,11 +131,20 @@ class ChunkedHead:
         else:
             inputs, pre = self.gather_rows(x, rows, out=dhidden), self._buffer("pre", *features.shape)
         self.project(inputs, pre, features)
-        dlogits = self._logps(features, labels, None, logps, needs_grad=dhidden is not None)
+        dlogits = self._logps(features, rows, labels, results, kept, needs_grad=dhidden is not None)
         if dlogits is not None:
             dpre = torch.mm(dlogits, self.weight, out=features)
             self.gelu_backward(dpre, pre)
             torch.mm(dpre, self.proj_weight, out=dhidden)
+
+    def _logps(
+        self, features: Tensor, rows: Tensor | slice, labels: Tensor, results: RowResults, kept: Tensor | None,
+        needs_grad: bool,
+    ) -> Tensor | None:  # fmt: skip
+        z = self.logits(features, rows, kept)
+        if kept is not None and self.backend == "torch":
+            z = z.clone()  # the reference destroys them
+        return self.softmax_step(z, labels, results, RowScales(), out=z if needs_grad else None)
 
     def gather_rows(self, x: Tensor, rows: Tensor | slice, out: Tensor | None = None) -> Tensor:
         """Return x[rows]: a view for a slice; for an index a copy, in `out` or in the buffer "inputs"."""
@@ -94,12 +160,6 @@ class ChunkedHead:
         pre = self._buffer("pre", *features.shape)
         self.project(x, pre, features)
         return pre, features
-
-    def logits_grad(self, features: Tensor, labels: Tensor, dlogps: Tensor) -> Tensor:
-        """Recompute the logits of `features` (n, F) and return ∂L/∂logits (n, V) for ∂L/∂logps (n,), in a buffer."""
-        dlogits = self._logps(features, labels, dlogps, dlogps.new_empty(len(features)), needs_grad=True)
-        assert dlogits is not None
-        return dlogits
 
     def project(self, x: Tensor, pre: Tensor, features: Tensor) -> None:
         """Compute features = gelu(proj_weight·x + proj_bias), and `pre`, which is what `gelu_backward` reads."""
@@ -120,55 +180,122 @@ class ChunkedHead:
         else:
             torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
 
-    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
-        if name not in self.buffers:
-            self.buffers[name] = self.weight.new_empty(self.chunk_rows, width)
-        return self.buffers[name][:rows]
-
-    def _logps(
-        self, features: Tensor, labels: Tensor, scales: Tensor | None, logps: Tensor, *, needs_grad: bool
-    ) -> Tensor | None:
-        """Compute logits and softmax step; return dlogits if asked for."""
-        z = self._logits(features)
-        step = _softmax_torch if self.backend == "torch" else _softmax_native
-        return step(z, self.bias, labels, scales, logps, self.weight.dtype if needs_grad else None)
-
-    def _logits(self, features: Tensor) -> Tensor:
-        z, weight = self.logits[: len(features)], self.logits_weight.t()
+    def logits(self, features: Tensor, rows: Tensor | slice, out: Tensor | None = None) -> Tensor:
+        """Compute the logits (n, V) of `features` (n, F), which belong to x[rows], without bias."""
+        z = self.logits_buffer(len(features)) if out is None else out
+        weight = self.logits_weight.t()
         if z.dtype == weight.dtype:
-            return torch.mm(features.to(z.dtype), weight, out=z)
-        torch.ops.aten.mm.dtype_out(features, weight, z.dtype, out=z)
+            torch.mm(features.to(z.dtype), weight, out=z)
+        else:
+            torch.ops.aten.mm.dtype_out(features, weight, z.dtype, out=z)
+        if self.lora_weight is not None:
+            self._add_lora(z, self.lora_inputs[rows])
         return z
+
+    def _add_lora(self, z: Tensor, inputs: Tensor) -> None:
+        dtype = torch.promote_types(z.dtype, self.lora_weight.dtype)
+        factor = self.lora_weight.t().to(dtype)
+        if dtype == z.dtype:
+            z.addmm_(inputs.to(dtype), factor)
+            return
+        for part, part_inputs in zip(z.split(LORA_ROWS), inputs.split(LORA_ROWS), strict=True):
+            part.add_(torch.mm(part_inputs.to(dtype), factor))  # rounded once, as the sum of both
+
+    def lora_gradients(
+        self, dlogits: Tensor, rows: Tensor | slice, dinputs: Tensor | None, dweight: Tensor | None
+    ) -> None:
+        """Write the gradient of lora_inputs[rows] to `dinputs` (N, R), and add that of lora_weight to `dweight`."""
+        inputs = self.lora_inputs[rows]
+        dtype, size = inputs.dtype, len(inputs) if inputs.dtype == dlogits.dtype else LORA_ROWS
+        if dinputs is not None:
+            parts = [torch.mm(part.to(dtype), self.lora_weight) for part in dlogits.split(max(size, 1))]
+            dinputs[rows] = torch.cat(parts)
+        if dweight is not None:
+            for part, part_inputs in zip(dlogits.split(max(size, 1)), inputs.split(max(size, 1)), strict=True):
+                accumulate_product(dweight, part.to(dtype), part_inputs)
+
+    def logits_buffer(self, rows: int) -> Tensor:
+        """Return the buffer of logits, as (rows, V)."""
+        return self._buffer("logits", rows, self.weight.shape[0], self.logits_dtype)
+
+    def softmax_step(
+        self, z: Tensor, labels: Tensor, results: RowResults, scales: RowScales, out: Tensor | None
+    ) -> Tensor | None:
+        """Run the step above on z (n, V); return dlogits (n, V) in the weights' dtype if `out` is given.
+
+        out: (n, V) memory in the dtype of z, which may be z itself, in which dlogits are placed.
+        """
+        step = _softmax_torch if self.backend == "torch" else _softmax_native
+        return step(z, self.bias, labels, results, scales, self.options, out, self.weight.dtype)
+
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = self.weight.new_empty(self.chunk_rows, width, dtype=dtype)
+        return self.buffers[name][:rows]
 
 
 def _softmax_torch(
-    z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, dtype: torch.dtype | None
-) -> Tensor | None:
-    """Softmax step in PyTorch; `dtype` is that of dlogits, None for no dlogits."""
-    p = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    z: Tensor, bias: Tensor | None, labels: Tensor, results: RowResults, scales: RowScales,
+    options: TokenLogprobsOptions, out: Tensor | None, dtype: torch.dtype,
+) -> Tensor | None:  # fmt: skip
+    """Softmax step in PyTorch. Destroys z, unless it is half precision or `out` is other memory."""
+    p = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z if out is None or out is z else out.copy_(z)
     if bias is not None:
         p.add_(bias)
-    # Subtracting the maximum first keeps the error of logps that of |z − max|, as log_softmax does.
-    p.sub_(p.amax(dim=1, keepdim=True))
-    labels = labels.unsqueeze(1)
-    target = p.gather(1, labels)
+    derivative: Tensor | float = 1 / options.temperature  # ∂s/∂z
+    if options.softcap:
+        t = p.div_(options.softcap).tanh_()
+        derivative = (1 - t * t).div_(options.temperature)
+        p.mul_(options.softcap)
+    if options.temperature != 1:
+        p.div_(options.temperature)
+    # Subtracting the maximum first keeps the error of logps that of |s − max|, as log_softmax does.
+    top = p.amax(dim=1, keepdim=True)
+    p.sub_(top)
+    local = labels.unsqueeze(1).clamp(min=0)
+    present = (labels >= 0).unsqueeze(1)
+    target = p.gather(1, local)
+    # A masked code has e = 0 and s − max s = −inf. Their product is 0.
+    weighs = results.entropies is not None or results.statistics is not None or scales.entropies is not None
+    below = p.clamp(min=-1e4) if weighs else None
     total = p.exp_().sum(dim=1, keepdim=True)
-    torch.sub(target.squeeze(1), total.log().squeeze(1), out=logps)
-    if dtype is None:
+    log_total = total.log()
+    if results.logps is not None:
+        torch.sub(target.squeeze(1), log_total.squeeze(1), out=results.logps)
+    weighted = (p * below).sum(dim=1, keepdim=True) if below is not None else torch.zeros_like(total)
+    entropy = log_total - weighted / total
+    if results.entropies is not None:
+        results.entropies.copy_(entropy.squeeze(1))
+    if results.statistics is not None:
+        found = top, total, weighted, torch.where(present, target + top, 0)
+        torch.cat(found, dim=1, out=results.statistics)
+    if out is None:
         return None
-    p.div_(total.neg_()).scatter_add_(1, labels, torch.ones_like(target))
-    if scales is not None:
-        p.mul_(scales.unsqueeze(1))
-    return z.copy_(p) if z.dtype == dtype else p.to(dtype)
+    p.div_(total.neg_())  # −p from here on
+    if below is None and scales.others is None:
+        p.scatter_add_(1, local, torch.ones_like(target))
+        if scales.logps is not None:
+            p.mul_(scales.logps.unsqueeze(1))
+    else:
+        own = torch.ones_like(target) if scales.logps is None else scales.logps.unsqueeze(1).to(p.dtype)
+        entropy_scale = torch.zeros_like(own) if scales.entropies is None else scales.entropies.unsqueeze(1)
+        other = own + entropy_scale * (entropy - log_total) if scales.others is None else scales.others.unsqueeze(1)
+        p.mul_(other if below is None else below.mul_(entropy_scale).add_(other))
+        p.scatter_add_(1, local, torch.where(present, own, 0).to(p.dtype))
+    if options.softcap or options.temperature != 1:
+        p.mul_(derivative)
+    return out.copy_(p) if z.dtype == dtype else p.to(dtype)
 
 
 def _softmax_native(
-    z: Tensor, bias: Tensor | None, labels: Tensor, scales: Tensor | None, logps: Tensor, dtype: torch.dtype | None
-) -> Tensor | None:
+    z: Tensor, bias: Tensor | None, labels: Tensor, results: RowResults, scales: RowScales,
+    options: TokenLogprobsOptions, out: Tensor | None, dtype: torch.dtype,
+) -> Tensor | None:  # fmt: skip
     native, pointer, numbers = _dispatch.native(), _dispatch.pointer, _dispatch.DTYPES
     arguments = (
-        z.data_ptr(), numbers[z.dtype], pointer(bias), labels.data_ptr(), pointer(scales), logps.data_ptr(),
-        numbers[dtype or z.dtype], dtype is not None, *z.shape,
+        z.data_ptr(), numbers[z.dtype], pointer(bias), labels.data_ptr(), 1 / options.temperature, options.softcap,
+        pointer(scales.logps), pointer(scales.others), pointer(scales.entropies), pointer(results.logps),
+        pointer(results.entropies), pointer(results.statistics), pointer(out), numbers[dtype], *z.shape,
     )  # fmt: skip
     if z.is_cuda:
         try:
@@ -181,4 +308,16 @@ def _softmax_native(
     else:
         native.token_logprobs(*arguments, torch.get_num_threads())
     # dlogits in half precision fill the first half of each row of fp32 logits.
-    return None if dtype is None else z.view(dtype)[:, : z.shape[1]]
+    return None if out is None else out.view(dtype)[:, : z.shape[1]]
+
+
+def accumulate_product(total: Tensor, grad: Tensor, inputs: Tensor) -> None:
+    """Add gradᵀ · inputs to `total`, which may have a wider dtype."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), inputs)
+    elif grad.is_cuda and _ADDMM_WIDENS:
+        torch.ops.aten.addmm.dtype_out(total, grad.t(), inputs, total.dtype, out=total)
+    elif grad.is_cuda:
+        total += torch.mm(grad.t(), inputs, out_dtype=total.dtype)
+    else:
+        total += grad.t() @ inputs

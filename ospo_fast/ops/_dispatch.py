@@ -7,10 +7,10 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
 
@@ -101,10 +101,22 @@ def register_op(schema: str, *, fake: Callable[..., Any], synchronizes: bool = F
         torch.library.define(f"ospo_fast::{name}", f"({arguments}", tags=HOST_SYNC_TAGS if synchronizes else ())
         torch.library.impl(f"ospo_fast::{name}", "CompositeExplicitAutograd")(function)
         torch.library.register_fake(f"ospo_fast::{name}")(fake)
-        op: Op = getattr(torch.ops.ospo_fast, name)
-        return op
+        op: Any = getattr(torch.ops.ospo_fast, name)
+
+        # The dispatcher costs more than a small op. Only what traces programs or replaces tensors needs it.
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _has_subclass(arguments):
+                return op(*arguments)
+            return function(*arguments)
+
+        return cast(Op, call)
 
     return register
+
+
+def _has_subclass(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)
 
 
 def fp32_only(dtype: torch.dtype) -> dict[str, str]:

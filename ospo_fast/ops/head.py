@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
-
-_REMEDY = "pass ospo_fast.Head(weight, bias, proj_weight, proj_bias) with its plain weights"
-# Names of projection, activation and output layer in transformers' JanusVQVAEHead and in DeepSeek's vision_head.
-_LAYER_NAMES = (
-    ("proj_out", "activation_fn", "vision_head"),
-    ("output_mlp_projector", "vision_activation", "vision_head"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +34,8 @@ class Head:
     proj_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self._is_plain_linear():
+            return  # at once: a linear head is made in every call of an op
         for name, tensor in zip(("weight", "bias", "proj_weight", "proj_bias"), self.tensors, strict=True):
             if tensor is not None:
                 _check_plain(name, tensor, dims=2 if name.endswith("weight") else 1)
@@ -61,6 +55,15 @@ class Head:
                 f"Head: weight {tuple(self.weight.shape)} does not match proj_weight {tuple(self.proj_weight.shape)}; "
                 "expected (V, F) and (F, D)"
             )
+
+    def _is_plain_linear(self) -> bool:
+        weight, bias = self.weight, self.bias
+        if self.proj_weight is not None or self.proj_bias is not None or not _is_plain(weight, 2):
+            return False
+        if bias is None:
+            return True
+        same = _is_plain(bias, 1) and bias.dtype == weight.dtype and bias.device == weight.device
+        return same and bias.shape[0] == weight.shape[0]
 
     @property
     def num_codes(self) -> int:
@@ -130,76 +133,41 @@ class Head:
 
         Args:
             module: nn.Linear; nn.Sequential(Linear, GELU, Linear); transformers' JanusVQVAEHead; DeepSeek's
-                vision_head; or a `Head`, which is returned as it is. The GELU must be the exact one.
+                vision_head; or a `Head`, which is returned as it is. The GELU must be the exact one. Of peft's
+                `modules_to_save` the active copy is taken. Weights sharded by FSDP2 are gathered.
 
         Raises:
-            OpError: any other module, and LoRA-wrapped, quantized or sharded weights; it names the remedy.
+            OpError: any other module; active LoRA adapters, which plain weights do not hold; hooks and patched
+                forwards; quantized weights, and weights that are sharded in another way. It names the remedy.
 
         """
+        from ospo_fast.ops import _head_modules  # it builds on this class
+
         if isinstance(module, Head):
             return module
         if not isinstance(module, nn.Module):
             raise OpError(
                 f"Head.of: got {type(module).__name__}, expected nn.Linear, a Linear-GELU-Linear module or Head"
             )
-        _check_unwrapped(module)
-        if isinstance(module, nn.Linear):
-            return cls(*_linear_tensors(module, "head"))
-        projection, activation, output = _mlp_layers(module)
-        _check_exact_gelu(activation)
-        return cls(*_linear_tensors(output, "output layer"), *_linear_tensors(projection, "projection"))
+        return _head_modules.head_of(module)
 
 
-def _mlp_layers(module: nn.Module) -> list[Any]:
-    if isinstance(module, nn.Sequential) and len(module) == 3:
-        return list(module)
-    for names in _LAYER_NAMES:
-        if all(hasattr(module, name) for name in names):
-            return [getattr(module, name) for name in names]
-    raise OpError(
-        f"Head.of: {type(module).__name__} is not a known head (nn.Linear or Linear-GELU-Linear); "
-        f"if it computes weight·gelu(proj·x) or weight·x, {_REMEDY}"
-    )
-
-
-def _check_unwrapped(module: nn.Module) -> None:
-    for part in module.modules():
-        if hasattr(part, "base_layer") or hasattr(part, "lora_A"):
-            raise OpError(
-                f"Head.of: {type(part).__name__} has a LoRA adapter, but the fused path would lose its gradient; "
-                "remove the head from target_modules, or merge the adapter (merge_and_unload) first"
-            )
-        if hasattr(part, "modules_to_save") and hasattr(part, "original_module"):
-            raise OpError(
-                f"Head.of: {type(part).__name__} wraps a copy that is being trained; "
-                "pass the active copy, module.modules_to_save[adapter_name]"
-            )
-
-
-def _linear_tensors(module: nn.Module, role: str) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        raise OpError(f"Head.of: its {role} is {type(module).__name__}, expected nn.Linear; {_REMEDY}")
-    return module.weight, module.bias
-
-
-def _check_exact_gelu(activation: Any) -> None:
-    name = getattr(activation, "__name__", type(activation).__name__)
-    if isinstance(activation, nn.GELU):
-        exact, name = activation.approximate == "none", f"nn.GELU(approximate={activation.approximate!r})"
-    else:
-        # GELUActivation is the erf form of transformers; its tanh forms have other names.
-        exact = activation is F.gelu or type(activation).__name__ == "GELUActivation"
-    if not exact:
-        raise OpError(f"Head.of: the activation is {name}, expected the exact erf GELU, nn.GELU(); use another loss")
+def _is_plain(tensor: Tensor, dims: int) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
+    return plain and tensor.dim() == dims and tensor.numel() > 0
 
 
 def _check_plain(name: str, tensor: Tensor, dims: int) -> None:
+    if _is_plain(tensor, dims):
+        return
     if not isinstance(tensor, Tensor):
         raise OpError(f"Head: {name} is {type(tensor).__name__}, expected a tensor")
     if hasattr(tensor, "placements"):
         raise OpError(
-            f"Head: {name} is a DTensor; exclude the head from fully_shard/tensor parallelism, "
-            f"or pass ospo_fast.Head with {name}.full_tensor()"
+            f"Head: {name} is a DTensor with placements {tensor.placements} that FSDP2 does not manage, expected a "
+            f"plain tensor; use {name}.full_tensor(grad_placements=[Partial('avg')]) if every process has its own "
+            "data, full_tensor(grad_placements=[Replicate()]) if all compute the same loss, to_local() with "
+            "process_group= for rows that are split over processes, or exclude the head from sharding"
         )
     if hasattr(tensor, "__tensor_flatten__"):
         raise OpError(f"Head: {name} is a {type(tensor).__name__}, expected a plain tensor; dequantize the head first")
@@ -210,9 +178,10 @@ def _check_plain(name: str, tensor: Tensor, dims: int) -> None:
     if not tensor.is_floating_point():
         raise OpError(f"Head: {name} is {tensor.dtype}, expected a floating dtype; exclude the head from quantization")
     if tensor.numel() == 0:
-        raise OpError(
-            f"Head: {name} has no elements (sharded by FSDP or ZeRO-3?); gather it first "
-            "(summon_full_params, GatheredParameters) or exclude the head from sharding"
-        )
+        from ospo_fast.ops import _head_modules
+
+        _head_modules.check_present("Head", name, tensor)
     if tensor.dim() != dims:
-        raise OpError(f"Head: {name} has shape {tuple(tensor.shape)}, expected {dims} dimensions")
+        # FSDP1 leaves the flat part of this process in its place.
+        remedy = "; call the loss inside the forward of the sharded module" if tensor.dim() == 1 else ""
+        raise OpError(f"Head: {name} has shape {tuple(tensor.shape)}, expected {dims} dimensions{remedy}")

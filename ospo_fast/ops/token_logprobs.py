@@ -5,53 +5,57 @@ dL/dx_t = ∂L/∂ℓ_t · U_t, where U_t = ∂ℓ_t/∂x_t. For z = W₂·gelu(
 
     U_t = [((onehot(y_t) − softmax(z_t))·W₂) ⊙ gelu′(W₁·x_t + b₁)]·W₁
 
-The forward keeps U (`dhidden`, the size of x) and the backward scales its rows. A trainable head needs ∂L/∂ℓ before its
-GEMMs, so its backward recomputes the logits of each chunk.
+The forward keeps U (`dhidden`, the size of x) and the backward scales its rows. A trained head needs ∂L/∂ℓ before its
+GEMMs, so its backward needs the logits again. The forward keeps those of some rows, and the backward recomputes the
+others (`keep_logits`). Where ∂L/∂ℓ is known in advance, `cross_entropy` does neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._chunked_head import ChunkedHead
+from ospo_fast.ops._autograd import first_derivative_only, keeps_graph
+from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, ChunkedHead, RowResults, RowScales, TokenLogprobsOptions
 from ospo_fast.ops._dispatch import register_op, result_dtype
+from ospo_fast.ops._head_gradients import (
+    GRADS_SCHEMA,
+    INPUTS_SCHEMA,
+    active_rows,
+    chunks,
+    count_labels,
+    head_gradients,
+    new_grads,
+)
+from ospo_fast.ops._head_modules import gathered_parameters
+from ospo_fast.ops._logprob_call import Call, prepare
 from ospo_fast.ops.head import Head
 from ospo_fast.ops.scale_rows import scale_rows
 
+logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100  # the label of positions without a code, as in torch's cross_entropy
-# Whether addmm can accumulate in a wider dtype than that of its factors.
-_ADDMM_WIDENS = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
-_FP32_NAMES = ("fp32", "float32", torch.float32)
+# Logits that a trained head keeps on a CPU: of three quarters of the rows, of at most 1 GiB.
+KEPT_SHARE, KEPT_BYTES = 3 / 4, 2**30
 
 
-@dataclass(frozen=True)
-class TokenLogprobsOptions:
-    """Options of the registered ops. Their schemas are flat and list these fields as in `_OPTIONS`."""
-
-    ignore_index: int
-    chunk_rows: int
-    fp32_logits: bool
-    backend: str
-    check_finite: bool
-
-    def flat(self) -> tuple[Any, ...]:
-        """Return the fields in the order of the schemas."""
-        return self.ignore_index, self.chunk_rows, self.fp32_logits, self.backend, self.check_finite
-
-
-_OPTIONS = "int ignore_index, int chunk_rows, bool fp32_logits, str backend, bool check_finite"
-
-
+@overload
 def token_logprobs(
+    hidden: Tensor, head: Head | nn.Module, labels: Tensor, *, return_entropy: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    hidden: Tensor, head: Head | nn.Module, labels: Tensor, *, return_entropy: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+def token_logprobs(  # type: ignore[misc]  # the overloads leave out the other arguments
     hidden: Tensor,
     head: Head | nn.Module,
     labels: Tensor,
@@ -61,16 +65,32 @@ def token_logprobs(
     logits_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     check_finite: bool = False,
-) -> Tensor:
-    """Compute ℓ = log softmax(head(hidden))[labels] with the logits of at most `chunk_rows` rows in memory.
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    keep_logits: bool | None = None,
+    process_group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute ℓ = log p[labels], p = softmax(s), with the logits z = head(hidden) of `chunk_rows` rows in memory.
 
-    Differentiable once, in `hidden` and in the head's weights that require grad. Ignored rows are not computed, and NaN
-    in them reaches no result. Set the labels of rows with weight 0 to `ignore_index`, too. The float64 reference is
-    `token_logprobs_reference`.
+    The scores are s = softcap · tanh(z / softcap) / temperature; s = z by default. Differentiable once, in `hidden` and
+    in the head's weights that require grad. Ignored rows are not computed, and NaN in them reaches no result. Set the
+    labels of rows with weight 0 to `ignore_index`, too. The float64 reference is `token_logprobs_reference`.
+
+    What a step costs, in matrix products of the head's size (all logits in memory: 2 with a frozen head, 3 with a
+    trained one):
+
+    - frozen head: 2. The forward computes ∂ℓ/∂hidden, the backward scales its rows.
+    - trained head: 3, and 1 more for the share of rows whose logits are recomputed in the backward (`keep_logits`). The
+      logger `ospo_fast.ops.token_logprobs` says at level INFO which rows are kept, and why.
+    - the entropy as a metric: no more. A loss with the entropy of a frozen head: 2 more, because its gradient needs the
+      logits again.
 
     Args:
         hidden: (..., D) float.
-        head: nn.Linear, a Linear-GELU-Linear module or `Head`, in the dtype of `hidden`. Autocast casts both.
+        head: nn.Linear, a Linear-GELU-Linear module or `Head`, in the dtype of `hidden`. Autocast casts both. Modules
+            may have LoRA adapters of peft, be wrapped by its `modules_to_save`, and be sharded by FSDP2, which gathers
+            their weights for the call. With a process group: this process' rows of the output layer.
         labels: (...) integer. The code predicted FROM each hidden state (shift before), or `ignore_index`.
         ignore_index: label of the rows to ignore.
         chunk_rows: rows per chunk. None: as many as fill 32 MiB of logits on CPU, 196 MiB elsewhere.
@@ -79,268 +99,320 @@ def token_logprobs(
         backend: "auto", "cuda", "cpp" or "torch".
         check_finite: refuse results that are not finite. Otherwise a hidden state with NaN or infinity gets ℓ = NaN,
             and no other row is affected.
+        temperature: divides the scores.
+        softcap: bounds the logits by this magnitude before the division. None: no bound.
+        return_entropy: return the entropies −Σ p·log p, too.
+        keep_logits: for a head with weights that require grad: keep the logits of all rows for the backward (N·V
+            elements), or recompute them. None: recompute on a GPU and under torch.compile; on a CPU keep those of three
+            quarters of the rows, of at most 1 GiB.
+        process_group: processes that share the codes of a vocab-parallel head, in the order of their rows. `hidden`,
+            `labels` and the loss must be the same on all of them. They exchange (rows,) numbers in two all-reduces, and
+            in the backward the gradients of what is not split.
 
     Returns:
-        (...) fp32 (float64 for float64 inputs), 0 where ignored.
+        (...) fp32 (float64 for float64 inputs), 0 where ignored; with `return_entropy` a pair of ℓ and the entropies.
 
     Raises:
-        OpError: wrong shapes, dtypes or devices, labels outside [0, V), an unsupported head, or results that
-            `check_finite` refuses.
+        OpError: wrong shapes, dtypes or devices, labels outside [0, V), a temperature or soft-cap that is not positive,
+            an unsupported head, processes that disagree on V or on the number of rows, results that `check_finite`
+            refuses; in the backward an adapter that was disabled or merged since; in a second derivative.
 
     """
-    head = Head.of(head)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        hidden, head = hidden.to(torch.get_autocast_dtype(device)), head.to(torch.get_autocast_dtype(device))
-    _check(hidden, head, labels, chunk_rows, logits_dtype)
-    fp32_logits = hidden.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
-    if chunk_rows is None:
-        chunk_rows = _default_chunk_rows(head.num_codes, 4 if fp32_logits else hidden.element_size(), device)
-    backend = _dispatch.resolve("token_logprobs", backend, device, hidden.dtype)
-    options = TokenLogprobsOptions(ignore_index, chunk_rows, fp32_logits, backend, check_finite)
-    x, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    with torch.autocast(device, enabled=False):
-        logps: Tensor
-        if torch.is_grad_enabled() and (head.trainable or hidden.requires_grad):
-            function: Any = _TrainableHead if head.trainable else _FrozenHead
-            logps = function.apply(options, x, flat_labels, *head.tensors)
-        else:
-            logps = _token_logprobs(False, x, flat_labels, head.tensors, *options.flat())[0]
-    return logps.reshape(labels.shape)
+    call = prepare(
+        "token_logprobs", hidden, head, labels, ignore_index=ignore_index, chunk_rows=chunk_rows,
+        logits_dtype=logits_dtype, backend=backend, check_finite=check_finite, temperature=temperature,
+        softcap=softcap, process_group=process_group,
+    )  # fmt: skip
+    if call.autocast:
+        with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already
+            logps, entropy = _compute(call, return_entropy, keep_logits, process_group)
+    else:
+        logps, entropy = _compute(call, return_entropy, keep_logits, process_group)
+    if labels.dim() != 1:
+        logps = logps.reshape(labels.shape)
+    if not return_entropy:
+        return logps
+    assert entropy is not None
+    return logps, entropy.reshape(labels.shape)
 
 
 def token_logprobs_reference(
-    hidden: Tensor, head: Head | nn.Module, labels: Tensor, *, ignore_index: int = IGNORE_INDEX
-) -> Tensor:
+    hidden: Tensor,
+    head: Head | nn.Module,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Any:
     """Compute `token_logprobs` in float64 from all logits at once, with plain autograd."""
-    logits = Head.of(head).to(torch.float64)(hidden.double())
+    scores = Head.of(head).to(torch.float64)(hidden.double())
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    every = F.log_softmax(scores / temperature, dim=-1)
     active = labels != ignore_index
-    logps = F.log_softmax(logits, dim=-1).gather(-1, labels.long().clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return torch.where(active, logps, torch.zeros_like(logps))
+    logps = every.gather(-1, labels.long().masked_fill(~active, 0).unsqueeze(-1)).squeeze(-1)
+    logps = torch.where(active, logps, 0)
+    if not return_entropy:
+        return logps
+    # A masked code has probability 0 and log-probability −inf or the lowest number.
+    entropy = -(every.exp() * every.clamp(min=-1e4)).sum(-1)
+    return logps, torch.where(active, entropy, 0)
 
 
-def _default_chunk_rows(num_codes: int, itemsize: int, device: str) -> int:
-    """Rows for 32 MiB of logits on CPU, at least 256, as GEMMs of fewer rows are slow; for 196 MiB on a GPU.
+def rows_to_keep(keep_logits: bool | None, rows: int, weight: Tensor | None, options: TokenLogprobsOptions) -> int:
+    """Return of how many rows a trained head keeps the logits, and log why at the first call for each reason.
 
-    On a GPU that is 6272 = 49·128 rows of 16384 half-precision logits, a third of 16 pairs of Janus-Pro-7B. Peak at
-    that size: 257 MB logits and features + 151 MB dhidden + 34 MB cuBLAS < 0.5 GB.
+    An eager step holds three matrices of the size of all logits: the logits or their log-softmax, and two gradients.
+    Three quarters of one such matrix, and a recomputation for the other rows, are faster than that on a CPU, where the
+    passes over these matrices cost as much as the recomputation.
     """
-    mebibytes, minimum = (32, 256) if device == "cpu" else (196, 128)
-    return max(minimum, mebibytes * 2**20 // (itemsize * num_codes) // 128 * 128)
+    assert weight is not None
+    if torch.compiler.is_compiling():
+        return 0  # the shape of what is kept depends on the labels
+    if keep_logits is None:
+        if weight.device.type != "cpu":
+            kept, reason = 0, "memory is what this op saves on a GPU"
+        else:
+            row_bytes = weight.shape[0] * (4 if options.fp32_logits else weight.element_size())
+            kept = min(math.ceil(rows * KEPT_SHARE), KEPT_BYTES // row_bytes)
+            reason = f"{KEPT_SHARE:.0%} of the rows, of at most {KEPT_BYTES >> 20} MiB, are the default on a CPU"
+    else:
+        kept, reason = rows if keep_logits else 0, f"keep_logits={keep_logits}"
+    _log_path(kept > 0, kept < rows, reason)
+    return kept
 
 
-def _check(
-    hidden: Tensor, head: Head, labels: Tensor, chunk_rows: int | None, logits_dtype: torch.dtype | str | None
-) -> None:
-    op = "token_logprobs"
-    if not hidden.is_floating_point():
-        raise OpError(f"{op}: hidden is {hidden.dtype}, expected a floating dtype")
-    if hidden.dim() == 0 or hidden.shape[-1] != head.width:
-        raise OpError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., {head.width}), the head's width")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise OpError(f"{op}: labels are {labels.dtype}, expected int64 codes")
-    if labels.shape != hidden.shape[:-1]:
-        got = f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}"
-        raise OpError(f"{op}: {got}; expected one label for each hidden state")
-    if hidden.dtype != head.weight.dtype:
-        got = f"hidden is {hidden.dtype}, the head is {head.weight.dtype}"
-        raise OpError(f"{op}: {got}; cast one of them or run under torch.autocast")
-    if not hidden.device == labels.device == head.weight.device:
-        got = f"hidden is on {hidden.device}, labels on {labels.device}, the head on {head.weight.device}"
-        raise OpError(f"{op}: {got}; move them to one device")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise OpError(f"{op}: chunk_rows is {chunk_rows}, expected a positive number or None")
-    if logits_dtype is not None and logits_dtype not in _FP32_NAMES and logits_dtype != hidden.dtype:
-        raise OpError(f"{op}: logits_dtype is {logits_dtype!r}, expected None or 'fp32'")
+@functools.cache
+def _log_path(keeps: bool, recomputes: bool, reason: str) -> None:
+    what = "keeps the logits" if keeps else "recomputes the logits in the backward"
+    what = "keeps the logits of some rows and recomputes the others" if keeps and recomputes else what
+    logger.info("token_logprobs: the head is trained, so it %s: %s; keep_logits changes this", what, reason)
+
+
+def _compute(
+    call: Call, return_entropy: bool, keep_logits: bool | None, process_group: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return ℓ (N,) and the entropies (N,), which may be None if they are not asked for."""
+    if process_group is not None:
+        from ospo_fast.ops._vocab_parallel import vocab_parallel_logprobs
+
+        return vocab_parallel_logprobs(call, process_group, return_entropy, keep_logits)
+    x, labels, head, options = call.x, call.labels, call.head, call.options
+    if not (torch.is_grad_enabled() and call.needs_grad):
+        if not return_entropy and (logps := _few_rows(call)) is not None:
+            return logps, None
+        return token_logprobs_op(False, return_entropy, 0, x, labels, head, *options)[:2]
+    function: Any
+    results: tuple[Tensor, Tensor | None]
+    if call.trained:
+        function, keep_rows = _TrainedHead, rows_to_keep(keep_logits, len(x), head[0], options)
+        results = function.apply(options, return_entropy, call.check_adapters, keep_rows, x, labels, *head)
+    else:
+        function = _FrozenHead
+        results = function.apply(options, return_entropy, call.check_adapters, x, labels, *head)
+    return results
+
+
+def _few_rows(call: Call) -> Tensor | None:
+    """Return ℓ of a few rows of a linear head on a CPU, without gradient, or None if this is not such a call.
+
+    The product of a few rows takes less time than what longer calls need around their products.
+    """
+    x, labels, (weight, bias, *others), options = call.x, call.labels, call.head, call.options
+    rows, codes = x.shape[0], weight.shape[0]  # type: ignore[union-attr]
+    if (
+        options.backend != "cpp" or rows > 64 or rows > options.chunk_rows or x.dtype != torch.float32
+        or any(t is not None for t in others) or not labels.is_contiguous() or options.check_finite
+        or (bias is not None and not bias.is_contiguous()) or torch.compiler.is_compiling()
+    ):  # fmt: skip
+        return None
+    if count_labels(labels, codes, options) != rows:
+        return None
+    native = _dispatch.native()
+    logits, logps = torch.mm(x, weight.t()), torch.empty(rows)  # type: ignore[union-attr]
+    native.token_logprobs(
+        logits.data_ptr(), 0, _dispatch.pointer(bias), labels.data_ptr(), 1 / options.temperature,
+        options.softcap, 0, 0, 0, logps.data_ptr(), 0, 0, 0, 0, rows, codes, torch.get_num_threads(),
+    )  # fmt: skip
+    return logps
 
 
 # ---------------------------------------------------------------- autograd, outside the ops: cheaper than inside
+
+_NO_GRADS = (None,) * 6  # of the head's tensors
 
 
 class _FrozenHead(torch.autograd.Function):
     """Keep dhidden in the forward; scale its rows in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, options: TokenLogprobsOptions, x: Tensor, labels: Tensor, *head: Any) -> Tensor:
-        logps, dhidden, packed_row = _token_logprobs(True, x, labels, head, *options.flat())
-        ctx.save_for_backward(dhidden, packed_row)
-        ctx.backend = options.backend
-        return logps
+    def forward(
+        ctx: Any,
+        options: TokenLogprobsOptions,
+        return_entropy: bool,
+        check_adapters: Callable[[], None] | None,
+        x: Tensor,
+        labels: Tensor,
+        *head: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        logps, entropy, dhidden, packed_row, _ = token_logprobs_op(True, return_entropy, 0, x, labels, head, *options)
+        ctx.save_for_backward(dhidden, packed_row, *((x, labels, *head) if return_entropy else ()))
+        ctx.options, ctx.check_adapters = options, check_adapters
+        ctx.set_materialize_grads(False)
+        return logps, entropy if return_entropy else None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, packed_row = ctx.saved_tensors
-        dx = scale_rows(dhidden, packed_row, grad, ctx.backend)
-        return None, dx, None, None, None, None, None
+    @first_derivative_only("token_logprobs")
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        dhidden, packed_row, *inputs = ctx.saved_tensors
+        if ctx.check_adapters is not None:
+            ctx.check_adapters()
+        dx = None
+        if grad_entropy is not None:  # needs the logits again
+            x, labels, *head = inputs
+            needs_grad = [True] + [False] * 6
+            with gathered_parameters(head):
+                dx = _token_logprobs_backward(
+                    needs_grad, grad, grad_entropy, None, False, x, labels, head, *ctx.options
+                )[0]
+        elif grad is not None:
+            dx = scale_rows(dhidden, packed_row, grad, ctx.options.backend)
+        return None, None, None, dx, None, *_NO_GRADS
 
 
-class _TrainableHead(torch.autograd.Function):
-    """Keep the inputs in the forward; recompute the logits of each chunk in the backward."""
+class _TrainedHead(torch.autograd.Function):
+    """Keep the inputs, and the logits of the first rows, in the forward; recompute the other logits in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, options: TokenLogprobsOptions, x: Tensor, labels: Tensor, *head: Any) -> Tensor:
-        ctx.save_for_backward(x, labels, *head)
-        ctx.options = options
-        return _token_logprobs(False, x, labels, head, *options.flat())[0]
+    def forward(
+        ctx: Any,
+        options: TokenLogprobsOptions,
+        return_entropy: bool,
+        check_adapters: Callable[[], None] | None,
+        keep_rows: int,
+        x: Tensor,
+        labels: Tensor,
+        *head: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        logps, entropy, _, _, kept = token_logprobs_op(False, return_entropy, keep_rows, x, labels, head, *options)
+        ctx.save_for_backward(x, labels, kept if keep_rows else None, *head)
+        ctx.options, ctx.check_adapters = options, check_adapters
+        ctx.set_materialize_grads(False)
+        return logps, entropy if return_entropy else None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, labels, *head = ctx.saved_tensors
-        _, x_needs_grad, _, *head_needs_grad = ctx.needs_input_grad
+    @first_derivative_only("token_logprobs")
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, labels, kept, *head = ctx.saved_tensors
+        if ctx.check_adapters is not None:
+            ctx.check_adapters()
+        if grad is None and grad_entropy is None:
+            return None, None, None, None, None, None, *_NO_GRADS
+        _, _, _, _, x_needs_grad, _, *head_needs_grad = ctx.needs_input_grad
         needs_grad = [x_needs_grad, *head_needs_grad]
-        grads = _token_logprobs_backward(needs_grad, grad, x, labels, head, *ctx.options.flat())
+        with gathered_parameters(head):
+            grads = _token_logprobs_backward(
+                needs_grad, grad, grad_entropy, kept, not keeps_graph(), x, labels, head, *ctx.options
+            )
         dx, *dhead = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
-        return None, dx, None, *dhead
+        return None, None, None, None, dx, None, *dhead
 
 
 # ---------------------------------------------------------------- the ops
 
-_INPUTS = "Tensor x, Tensor labels, Tensor?[] head"  # of `Head.tensors`
 
-
-def _new_results(needs_dhidden: bool, x: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _new_results(
+    needs_dhidden: bool, return_entropy: bool, keep_rows: int, x: Tensor, labels: Tensor, head: Sequence[Any], *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(labels.shape, dtype=result_dtype(x)),
+        x.new_empty(labels.shape if return_entropy else 0, dtype=result_dtype(x)),
         x.new_empty(x.shape if needs_dhidden else (0, x.shape[1])),
         labels.new_empty(labels.shape if needs_dhidden else 0),
+        x.new_empty(0, head[0].shape[0]),
     )
 
 
 @register_op(
-    f"token_logprobs(bool needs_dhidden, {_INPUTS}, {_OPTIONS}) -> (Tensor logps, Tensor dhidden, Tensor packed_row)",
+    f"token_logprobs(bool needs_dhidden, bool return_entropy, int keep_rows, {INPUTS_SCHEMA}, {OPTIONS_SCHEMA})"
+    " -> (Tensor logps, Tensor entropy, Tensor dhidden, Tensor packed_row, Tensor kept)",
     fake=_new_results,
     synchronizes=True,
 )
-def _token_logprobs(
+def token_logprobs_op(
     needs_dhidden: bool,
+    return_entropy: bool,
+    keep_rows: int,  # 0 where shapes must not depend on the labels
     x: Tensor,  # (N, D)
     labels: Tensor,  # (N,)
     head: Sequence[Any],
-    ignore_index: int,
-    chunk_rows: int,
-    fp32_logits: bool,
-    backend: str,
-    check_finite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ℓ (N,) and, if needed, ∂ℓ/∂x of the active rows and where it is.
+    *flat_options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ℓ (N,), the entropies (N,), and if needed ∂ℓ/∂x of the active rows and where it is.
 
     dhidden (N, D) holds the active rows first, without gaps, then zeros: its chunks are contiguous, so GEMMs write into
-    them. packed_row (N,) is the row of dhidden that belongs to each row of x, -1 for an ignored one.
+    them. packed_row (N,) is the row of dhidden that belongs to each row of x, -1 for an ignored one. kept (K, V) holds
+    the logits of the first K = min(keep_rows, number of active rows) active rows, without bias.
     """
+    options = TokenLogprobsOptions(*flat_options)
     labels = labels.contiguous()  # kernels read it by address
-    rows, count = _active_rows(labels, ignore_index, len(head[0]))
+    active = labels != options.ignore_index
+    rows, count = active_rows(active, labels, len(head[0]), options)
     active_labels = labels if rows is None else labels.index_select(0, rows)
-    chunked = ChunkedHead(head, min(chunk_rows, count), fp32_logits, backend)
+    chunked = ChunkedHead(head, min(options.chunk_rows, count), options)
     logps = x.new_empty(count, dtype=result_dtype(x))
+    entropies = x.new_empty(count if return_entropy else 0, dtype=logps.dtype)
     dhidden = x.new_empty(x.shape if needs_dhidden else (0, x.shape[1]))
-    for begin in range(0, count, chunk_rows):
-        chunk = slice(begin, min(begin + chunk_rows, count))
+    keep_rows = min(keep_rows, count)
+    kept = x.new_empty(keep_rows, len(head[0]), dtype=chunked.logits_dtype)
+    for chunk in chunks(count, options.chunk_rows, keep_rows):
         rows_of_x = chunk if rows is None else rows[chunk]
-        chunked.forward(x, rows_of_x, active_labels[chunk], logps[chunk], dhidden[chunk] if needs_dhidden else None)
-    dhidden[count:].zero_()
+        results = RowResults(logps[chunk], entropies[chunk] if return_entropy else None)
+        chunked.forward(
+            x, rows_of_x, active_labels[chunk], results, dhidden[chunk] if needs_dhidden else None,
+            kept[chunk] if chunk.start < keep_rows else None,
+        )  # fmt: skip
+    if count < len(dhidden):
+        dhidden[count:].zero_()
     if rows is not None:
         logps = logps.new_zeros(len(labels)).index_copy_(0, rows, logps)
-    if check_finite:
+        if return_entropy:
+            entropies = entropies.new_zeros(len(labels)).index_copy_(0, rows, entropies)
+    if options.check_finite:
         _check_finite(logps)
     packed_row = labels.new_empty(0)
     if needs_dhidden:
-        active = labels != ignore_index
-        packed_row = torch.where(active, active.cumsum(0) - 1, -1)
-    return logps, dhidden, packed_row
+        packed_row = (
+            torch.arange(count, device=x.device) if rows is None else torch.where(active, active.cumsum(0) - 1, -1)
+        )
+    return logps, entropies, dhidden, packed_row, kept
 
 
 @register_op(
-    f"token_logprobs_backward(bool[] needs_grad, Tensor grad, {_INPUTS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda needs_grad, grad, x, labels, head, *_: _new_grads(x, head, needs_grad, (x.dtype,) * 5),
+    "token_logprobs_backward(bool[] needs_grad, Tensor? grad, Tensor? grad_entropy, Tensor(a!)? kept, bool in_place,"
+    f" {INPUTS_SCHEMA}, {OPTIONS_SCHEMA}) -> ({GRADS_SCHEMA})",
+    fake=lambda needs_grad, grad, grad_entropy, kept, in_place, x, labels, head, *_: new_grads(x, head, needs_grad),
     synchronizes=True,
 )
 def _token_logprobs_backward(
-    needs_grad: list[bool],  # x, weight, bias, proj_weight, proj_bias
-    grad: Tensor,  # (N,)
+    needs_grad: list[bool],  # of x and of the tensors of the head
+    grad: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    kept: Tensor | None,
+    in_place: bool,  # whether dlogits may replace the kept logits
     x: Tensor,
     labels: Tensor,
     head: Sequence[Any],
-    ignore_index: int,
-    chunk_rows: int,
-    fp32_logits: bool,
-    backend: str,
-    check_finite: bool,  # of the forward
+    *flat_options: Any,
 ) -> tuple[Tensor, ...]:
-    # Rows without a gradient are ignored too: they cost nothing, and a NaN in one of them cannot reach the weights.
-    labels, grad = torch.where(grad == 0, ignore_index, labels).contiguous(), grad.contiguous()
-    rows, count = _active_rows(labels, ignore_index, len(head[0]))
-    chunked = ChunkedHead(head, min(chunk_rows, count), fp32_logits, backend)
-    weight, proj_weight = chunked.weight, chunked.proj_weight
-    # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
-    wide = result_dtype(x)
-    weights_dtype = x.dtype if count <= chunk_rows else wide
-    grads = _new_grads(x, head, needs_grad, (x.dtype, weights_dtype, wide, weights_dtype, wide))
-    dx, dweight, dbias, dproj_weight, dproj_bias = grads
-    with torch.autocast(x.device.type, enabled=False):
-        for begin in range(0, count, chunk_rows):
-            chunk = slice(begin, min(begin + chunk_rows, count))
-            rows_of_x = chunk if rows is None else rows[chunk]
-            inputs = chunked.gather_rows(x, rows_of_x)
-            pre, features = (inputs, inputs) if proj_weight is None else chunked.project_into_buffers(inputs)
-            dlogits = chunked.logits_grad(features, labels[rows_of_x], grad[rows_of_x])
-            _accumulate(dweight, dbias, needs_grad[1:3], dlogits, features)
-            # Products go into buffers that are not read again: dpre into features, dinputs into inputs.
-            dlast, last_weight = dlogits, weight
-            if proj_weight is not None and (needs_grad[0] or needs_grad[3] or needs_grad[4]):
-                dlast, last_weight = torch.mm(dlogits, weight, out=features), proj_weight
-                chunked.gelu_backward(dlast, pre)
-                _accumulate(dproj_weight, dproj_bias, needs_grad[3:5], dlast, inputs)
-            if needs_grad[0]:
-                # A slice is a view of x itself, which must survive: its gradient goes straight to dx.
-                dinputs = torch.mm(dlast, last_weight, out=dx[chunk] if rows is None else inputs)
-                if rows is not None:
-                    dx.index_copy_(0, rows[chunk], dinputs)
-    return (*(g.to(x.dtype) for g in grads),)
-
-
-def _accumulate(dweight: Tensor, dbias: Tensor, needs_grad: list[bool], grad: Tensor, inputs: Tensor) -> None:
-    """Add the weight and bias gradients of inputs @ weight.T + bias, given its own gradient."""
-    if needs_grad[0]:
-        if dweight.dtype == grad.dtype:
-            dweight.addmm_(grad.t(), inputs)
-        elif grad.is_cuda and _ADDMM_WIDENS:
-            torch.ops.aten.addmm.dtype_out(dweight, grad.t(), inputs, dweight.dtype, out=dweight)
-        elif grad.is_cuda:
-            dweight += torch.mm(grad.t(), inputs, out_dtype=dweight.dtype)
-        else:
-            dweight += grad.t() @ inputs
-    if needs_grad[1]:
-        dbias += grad.sum(0, dtype=dbias.dtype)
-
-
-def _new_grads(
-    x: Tensor, head: Sequence[Any], needs_grad: list[bool], dtypes: tuple[torch.dtype, ...]
-) -> tuple[Tensor, ...]:
-    """Zeros for each needed gradient of x and of the head's tensors; an empty tensor for each other."""
-    return tuple(
-        x.new_zeros(tensor.shape if tensor is not None and needed else 0, dtype=dtype)
-        for tensor, needed, dtype in zip((x, *head), needs_grad, dtypes, strict=True)
+    options = TokenLogprobsOptions(*flat_options)
+    scales = RowScales(
+        labels.new_zeros(labels.shape, dtype=result_dtype(x)) if grad is None else grad.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
     )
-
-
-def _active_rows(labels: Tensor, ignore_index: int, num_codes: int) -> tuple[Tensor | None, int]:
-    """Check the labels; return the indices of the rows that are not ignored, None if all, and their number.
-
-    Both counts reach the host in one copy: on a GPU the only synchronization of the op.
-    """
-    active = labels != ignore_index
-    invalid = active & ((labels < 0) | (labels >= num_codes))
-    count, errors = torch.stack((active.sum(), invalid.sum())).tolist()
-    if errors:
-        row = int(invalid.nonzero()[0])
-        raise OpError(
-            f"token_logprobs: labels[{row}] (flattened) is {int(labels[row])}, expected "
-            f"0 <= label < {num_codes} or ignore_index={ignore_index}; check that the codes are of the head's codebook"
-        )
-    return None if count == len(labels) else torch.nonzero_static(active, size=count).squeeze(1), count
+    return tuple(head_gradients(needs_grad, scales, x, labels, labels, head, kept, in_place, options))
 
 
 def _check_finite(logps: Tensor) -> None:

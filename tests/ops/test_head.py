@@ -1,4 +1,6 @@
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from ospo_fast import Head, token_logprobs
 from ospo_fast.errors import OpError
@@ -71,6 +75,20 @@ class Quantized(nn.Linear):
         return super().forward(x).round()
 
 
+class Capped(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * torch.tanh(super().forward(x) / 5)
+
+
+class ScaledGELU(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.5
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5))
+
+
 def sharded() -> nn.Linear:
     head = nn.Linear(6, 5)
     head.weight = nn.Parameter(torch.empty(0))
@@ -81,7 +99,8 @@ def sharded() -> nn.Linear:
     ("module", "message"),
     [
         (partial(lora_head, target_modules=["head"]), "has a LoRA adapter.*merge_and_unload"),
-        (partial(lora_head, target_modules=["body"], modules_to_save=["head"]), "pass the active copy"),
+        (Capped(*mlp()), "Capped is not a known head.*pass ospo_fast.Head"),
+        (nn.Sequential(nn.Linear(6, 8), ScaledGELU(), nn.Linear(8, 5)), "activation is ScaledGELU"),
         (
             nn.Sequential(nn.Linear(6, 8), nn.GELU("tanh"), nn.Linear(8, 5)),
             "approximate='tanh'.*expected the exact erf",
@@ -91,11 +110,11 @@ def sharded() -> nn.Linear:
         (nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8)), "output layer is LayerNorm, expected nn.Linear"),
         (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)), "Sequential is not a known head"),
         (Quantized(6, 5), "its head is Quantized, expected nn.Linear"),
-        (sharded(), "weight has no elements.*gather it first"),
+        (sharded(), r"weight has no elements \(sharded by FSDP\?\), expected the whole tensor; call the loss inside"),
         (nn.Linear(6, 5, device="meta"), "meta device.*load the head"),
         (torch.randn(5, 6), "got Tensor, expected nn.Linear"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_refused_heads(module: Any, message: str) -> None:
     if isinstance(module, partial):  # peft is not imported at collection
@@ -161,3 +180,347 @@ def test_guided(projected: bool) -> None:
     assert torch.autograd.gradcheck(logps, (c, u))
     with pytest.raises(OpError, match="same positions"):
         head.guided(c, u[:, :2], 2.5)
+
+
+# ---------------------------------------------------------------- what else a call of the module does
+
+# Which module of a head has a hook. The adapters of peft have their hooks tested below.
+PLACES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], nn.Module]]] = {
+    "linear": (lambda: nn.Linear(6, 5), lambda head: head),
+    "container": (mlp, lambda head: head),
+    "projection": (mlp, lambda head: head[0]),
+    "activation": (mlp, lambda head: head[1]),
+    "output layer": (mlp, lambda head: head[2]),
+    "DeepSeek's container": (DeepSeekHead, lambda head: head),
+    "DeepSeek's output layer": (DeepSeekHead, lambda head: head.vision_head),
+    "adapted layer": (partial(lora_head, target_modules=["head"]), lambda head: head),
+    "base of an adapted layer": (partial(lora_head, target_modules=["head"]), lambda head: head.base_layer),
+    "lora_A": (partial(lora_head, target_modules=["head"]), lambda head: head.lora_A["default"]),
+    "lora_B": (partial(lora_head, target_modules=["head"]), lambda head: head.lora_B["default"]),
+    "wrapper of modules_to_save": (
+        partial(lora_head, target_modules=["body"], modules_to_save=["head"]),
+        lambda head: head,
+    ),
+    "copy of modules_to_save": (
+        partial(lora_head, target_modules=["body"], modules_to_save=["head"]),
+        lambda head: head.modules_to_save["default"],
+    ),
+}
+
+
+def scale(*arguments: Any) -> Any:
+    """A hook of any kind."""
+    given = arguments[-1]
+    return tuple(0.5 * x for x in given) if isinstance(given, tuple) else 0.5 * given
+
+
+def patch_forward(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda x: 0.5 * forward(x)
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "forward hook scale": lambda module: module.register_forward_hook(scale),
+    "forward pre hook scale": lambda module: module.register_forward_pre_hook(scale),
+    "backward hook scale": lambda module: module.register_full_backward_hook(scale),
+    "backward pre hook scale": lambda module: module.register_full_backward_pre_hook(scale),
+    "forward set on the instance": patch_forward,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_and_patched_forwards_are_refused(place: str) -> None:
+    """A head is used by its weights, so that they would be skipped without a word."""
+    for kind, register in HOOKS.items():
+        make, find = PLACES[place]
+        head = make()
+        token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+        module = find(head)
+        handle = register(module)
+        message = (
+            f"Head.of: {type(module).__name__} has a {kind}, which would be skipped.*remove it.*or pass ospo_fast.Head"
+        )
+        with pytest.raises(OpError, match=message):
+            token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+        if "adapted" not in place and "lora" not in place:
+            with pytest.raises(OpError, match=message):
+                Head.of(head)
+        if handle is not None:
+            handle.remove()
+            token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+def test_hooks_of_an_adapted_layer_whose_adapters_are_disabled_are_refused() -> None:
+    head: Any = lora_head(target_modules=["head"])
+    head.enable_adapters(False)
+    assert torch.equal(Head.of(head).weight, head.base_layer.weight)
+    head.register_forward_hook(scale)
+    for use in (Head.of, lambda head: token_logprobs(torch.randn(3, 6), head, torch.arange(3))):
+        with pytest.raises(OpError, match="Linear has a forward hook scale"):
+            use(head)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), mlp, partial(lora_head, target_modules=["head"])])
+def test_hooks_on_all_modules_are_refused(make: Callable[[], nn.Module]) -> None:
+    head = make()
+    registrations = (
+        ("forward hook", nn.modules.module.register_module_forward_hook),
+        ("forward pre hook", nn.modules.module.register_module_forward_pre_hook),
+        ("backward hook", nn.modules.module.register_module_full_backward_hook),
+        ("backward pre hook", nn.modules.module.register_module_full_backward_pre_hook),
+    )
+    for kind, register in registrations:
+        handle = register(scale)
+        try:
+            with pytest.raises(OpError, match=f"has a global {kind} scale, which would be skipped"):
+                token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+            token_logprobs(torch.randn(3, 6), Head(torch.randn(5, 6)), torch.arange(3))
+        finally:
+            handle.remove()
+    token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+def test_hooks_that_only_observe_are_skipped() -> None:
+    """FlopCounterMode follows modules by global hooks."""
+    with FlopCounterMode(display=False):
+        assert nn.modules.module._has_any_global_hook()
+        for head in (nn.Linear(6, 5), mlp()):
+            token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+def eager(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    return head(hidden).log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def gradients(function: Any, head: nn.Module) -> list[Tensor]:
+    """Log-probabilities and their gradients of hidden and of all parameters."""
+    hidden, labels = torch.linspace(-2, 2, 18, dtype=torch.float64).view(3, 6).requires_grad_(), torch.arange(3)
+    logps = function(hidden, head, labels)
+    weights = [p for p in head.parameters() if p.requires_grad]
+    return [logps, *torch.autograd.grad((logps * torch.tensor([1.0, -2.0, 3.0])).sum(), [hidden, *weights])]
+
+
+@pytest.mark.parametrize("place", ["linear", "container", "projection", "output layer", "adapted layer"])
+def test_hooks_of_accelerate_that_move_inputs_are_followed(place: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    make, find = PLACES[place]
+    head = make().double()
+    module = find(head)
+    hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert "forward" in vars(module)
+    torch.testing.assert_close(gradients(token_logprobs, head), gradients(eager, head))
+    hooks.remove_hook_from_module(module)
+    module.forward = lambda x: x  # patched before accelerate's hook
+    hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(OpError, match="forward set on the instance"):
+        token_logprobs(torch.randn(3, 6).double(), head, torch.arange(3))
+
+
+@pytest.mark.parametrize("place", ["linear", "projection", "output layer"])
+def test_other_hooks_of_accelerate_are_refused(place: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    make, find = PLACES[place]
+
+    class Doubles(hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+            return 2 * output
+
+    class WithoutGrad(hooks.AlignDevicesHook):
+        no_grad = True
+
+    WithoutGrad.__name__ = "AlignDevicesHook"
+    align = hooks.AlignDevicesHook(execution_device="cpu")
+    for hook in (Doubles(), hooks.SequentialHook(align, Doubles()), WithoutGrad(execution_device="cpu")):
+        head = make()
+        hooks.add_hook_to_module(find(head), hook)
+        with pytest.raises(OpError, match="forward set on the instance"):
+            token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+    head = make()
+    hooks.add_hook_to_module(find(head), hooks.AlignDevicesHook(execution_device="cpu", offload=True))
+    with pytest.raises(OpError, match=r"accelerate offloads the weights of Linear.*keep the head on one in device_map"):
+        token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+@pytest.mark.parametrize("place", ["linear", "projection", "output layer"])
+def test_parametrizations_are_followed(place: str) -> None:
+    make, find = PLACES[place]
+    for parametrize in (parametrizations.weight_norm, parametrizations.spectral_norm):
+        head = make().double()
+        parametrize(find(head))
+        head.eval()  # spectral_norm updates its estimate in each call in training
+        names = {name.split("parametrizations.")[-1] for name, _ in head.named_parameters()}
+        assert "weight.original0" in names or "weight.original" in names
+        torch.testing.assert_close(gradients(token_logprobs, head), gradients(eager, head))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("place", ["linear", "projection", "output layer"])
+def test_weights_that_a_pre_hook_computes_are_refused(place: str) -> None:
+    """Without a call they are those of the last call."""
+    make, find = PLACES[place]
+    for change, hook in (
+        (lambda m: prune.random_unstructured(m, "weight", 0.5), "RandomUnstructured"),
+        (nn.utils.weight_norm, "WeightNorm"),
+    ):
+        head = make()
+        change(find(head))
+        with pytest.raises(OpError, match=f"Linear has a forward pre hook {hook}"):
+            token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+    head = make()
+    prune.remove(prune.random_unstructured(find(head), "weight", 0.5), "weight")
+    token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(6, 5), mlp, DeepSeekHead, partial(lora_head, target_modules=["head"])]
+)
+def test_compiled_modules_are_followed(make: Callable[[], nn.Module]) -> None:
+    head = make().double()
+    wrapped = torch.compile(head, backend="aot_eager")
+    torch.testing.assert_close(gradients(token_logprobs, wrapped), gradients(eager, head))
+    wrapped.register_forward_hook(scale)
+    with pytest.raises(OpError, match="OptimizedModule has a forward hook scale"):
+        token_logprobs(torch.randn(3, 6).double(), wrapped, torch.arange(3))
+    head.register_forward_hook(scale)
+    with pytest.raises(OpError, match="has a forward hook scale"):
+        token_logprobs(torch.randn(3, 6).double(), torch.compile(head, backend="aot_eager"), torch.arange(3))
+    in_place = make().double()
+    in_place.compile(backend="aot_eager")
+    torch.testing.assert_close(gradients(token_logprobs, in_place), gradients(eager, in_place))
+
+
+def test_wrappers_without_the_layers_of_their_own_are_refused() -> None:
+    """A module that passes attributes on, as wrappers do, may do more in its forward."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = DeepSeekHead()
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("wrapped"), name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.1 * self.wrapped(x)
+
+    assert Wrapper().vision_head is not None
+    with pytest.raises(OpError, match="Wrapper is not a known head"):
+        token_logprobs(torch.randn(3, 6), Wrapper(), torch.arange(3))
+
+
+def test_weights_that_are_no_parameters_are_followed() -> None:
+    """As torch.func.functional_call and FSDP1 set them."""
+    head = nn.Linear(6, 5).double()
+    flat = torch.randn(35, dtype=torch.float64, requires_grad=True)
+    del head.weight, head.bias
+    head.weight, head.bias = flat[:30].view(5, 6), flat[30:]
+    head.flat = nn.Parameter(flat)
+
+    def call(function: Any) -> list[Tensor]:
+        return torch.autograd.grad(function(torch.ones(3, 6).double(), head, torch.arange(3)).sum(), flat)
+
+    torch.testing.assert_close(call(token_logprobs), call(eager))
+
+
+# ---------------------------------------------------------------- DeepSpeed ZeRO-3
+
+
+class Partitioned:
+    """deepspeed.zero for the parameters of one module: they are empty outside of GatheredParameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.data, self.gathered = {p: p.data for p in module.parameters()}, []
+        for i, parameter in enumerate(self.data):
+            parameter.ds_id = i
+            parameter.data = parameter.data.new_empty(0)
+
+    @contextlib.contextmanager
+    def GatheredParameters(self, parameters: Any) -> Iterator[None]:  # noqa: N802
+        parameters = list(parameters)
+        self.gathered.append(len(parameters))
+        for parameter in parameters:
+            parameter.data = self.data[parameter]
+        yield
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+
+
+@pytest.fixture
+def zero(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], Partitioned]:
+    def partition(module: nn.Module) -> Partitioned:
+        found = Partitioned(module)
+        monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=found))
+        return found
+
+    return partition
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), mlp])
+def test_partitioned_weights_are_used_inside_of_their_context(
+    zero: Any, make: Callable[[], nn.Module], entropy: bool, train_head: bool
+) -> None:
+    """A frozen head needs it for the forward only, a trained one also for the backward."""
+    head = make().double().requires_grad_(train_head)
+
+    def run(hidden: Tensor) -> Tensor:
+        found = token_logprobs(hidden, head, torch.arange(3), return_entropy=entropy)
+        return (found[0] + found[1] if entropy else found).square().sum()
+
+    hidden = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    run(hidden).backward()
+    best, hidden.grad = [hidden.grad, *(p.grad for p in head.parameters())], None
+    head.zero_grad()
+    partitioned = zero(head)
+    with partitioned.GatheredParameters(head.parameters()):
+        loss = run(hidden)
+        if train_head:
+            loss.backward()
+    if not train_head:
+        partitioned.gathered.clear()
+        loss.backward()
+        # The gradient of the entropy needs the weights again.
+        assert partitioned.gathered == ([len(list(head.parameters()))] if entropy else [])
+    torch.testing.assert_close([hidden.grad, *(p.grad for p in head.parameters())], best)
+    assert all(p.numel() == 0 for p in head.parameters())
+    if train_head:
+        with partitioned.GatheredParameters(head.parameters()):
+            loss = run(hidden)
+        with pytest.raises(
+            OpError, match=r"has partitioned its weights since the forward.*call backward inside the same"
+        ):
+            loss.backward()
+
+
+def test_partitioned_adapters_are_used_inside_of_their_context(zero: Any) -> None:
+    head: Any = lora_head(target_modules=["head"], init_lora_weights=False).double()
+    hidden, labels = torch.randn(3, 6, dtype=torch.float64), torch.arange(3)
+    eager(hidden, head, labels).sum().backward()
+    best = [p.grad for p in head.parameters()]
+    head.zero_grad()
+    partitioned = zero(head)
+    for inside in (True, False):
+        with partitioned.GatheredParameters(head.parameters()):
+            loss = token_logprobs(hidden, head, labels).sum()
+            if inside:
+                loss.backward()
+    torch.testing.assert_close([p.grad for p in head.parameters()], best)
+    with pytest.raises(OpError, match=r"has partitioned its weights since the forward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("place", ["linear", "output layer", "projection", "lora_A", "base of an adapted layer"])
+def test_partitioned_weights_outside_of_their_context_are_refused(zero: Any, place: str) -> None:
+    make, find = PLACES[place]
+    head = make()
+    zero(find(head))
+    message = (
+        r"no elements \(DeepSpeed ZeRO-3 has partitioned it\), expected the whole tensor; call the loss inside the "
+        r"forward of the module that DeepSpeed wraps, or forward and backward inside `with deepspeed.zero.GatheredP"
+    )
+    with pytest.raises(OpError, match=message):
+        token_logprobs(torch.randn(3, 6), head, torch.arange(3))

@@ -1,4 +1,5 @@
-import dataclasses
+import importlib
+import logging
 import random
 from functools import partial
 from typing import Any
@@ -9,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ospo_fast import Head, sequence_logprobs, token_logprobs, token_weights
+from ospo_fast import Head, cross_entropy, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.errors import OpError
-from ospo_fast.ops._chunked_head import ChunkedHead
+from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, ChunkedHead, TokenLogprobsOptions
+from ospo_fast.ops._logprob_call import default_chunk_rows
 from ospo_fast.ops.scale_rows import scale_rows
-from ospo_fast.ops.token_logprobs import TokenLogprobsOptions, _default_chunk_rows, token_logprobs_reference
+from ospo_fast.ops.token_logprobs import token_logprobs_reference
 from ospo_fast.ops.token_weights import spread_weights
 
+implementation = importlib.import_module("ospo_fast.ops.token_logprobs")  # its package has a function of this name
 LINEAR, MLP, SQUARE = "linear", "mlp", "square mlp"  # Janus' head is square: its projection keeps the width
 
 
@@ -37,10 +40,18 @@ def trainable(head: Head, dtype: torch.dtype | None = None) -> Head:
     )
 
 
+def weights_of(head: Head) -> list[Tensor]:
+    return [tensor for tensor in head.tensors if tensor is not None]
+
+
 def eager(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """The usual computation: all logits, fp32 log-softmax, gather."""
     logps = F.log_softmax(head(hidden).float(), -1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return logps * (labels != -100)
+
+
+def options_of(chunk_rows: int, backend: str = "cpp") -> TokenLogprobsOptions:
+    return TokenLogprobsOptions(-100, chunk_rows, False, backend, False, 1.0, 0.0)
 
 
 def some_labels(*shape: int, codes: int = 23) -> Tensor:
@@ -183,26 +194,210 @@ def test_any_shape() -> None:
 
 
 @pytest.mark.parametrize("kind", [LINEAR, MLP, SQUARE])
-@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize(
+    ("train_head", "keep", "computations"), [(False, None, 1), (True, False, 2), (True, True, 1), (True, None, None)]
+)
 def test_chunks_change_nothing_and_bound_the_logits(
-    monkeypatch: pytest.MonkeyPatch, train_head: bool, kind: str
+    monkeypatch: pytest.MonkeyPatch, train_head: bool, keep: bool | None, computations: int | None, kind: str
 ) -> None:
     rows: list[int] = []
-    logits = ChunkedHead._logits
-    monkeypatch.setattr(ChunkedHead, "_logits", lambda self, x: rows.append(len(x)) or logits(self, x))
+    logits = ChunkedHead.logits
+    monkeypatch.setattr(ChunkedHead, "logits", lambda self, x, *a: rows.append(len(x)) or logits(self, x, *a))
     head, labels = make_head(kind, bias=True), some_labels(50)
     head = trainable(head) if train_head else head
+    active = int((labels != -100).sum())
     results = []
     for chunk in (None, 7, 1):
         hidden = torch.linspace(-1, 1, 800).view(50, 16).requires_grad_()
-        logps = token_logprobs(hidden, head, labels, chunk_rows=chunk)
+        for tensor in weights_of(head):
+            tensor.grad = None
+        logps = token_logprobs(hidden, head, labels, chunk_rows=chunk, keep_logits=keep)
         logps.square().sum().backward()
-        results.append((logps.detach(), hidden.grad))
+        results.append((logps.detach(), hidden.grad, *(t.grad for t in weights_of(head) if train_head)))
         assert max(rows) <= (chunk or 50)
-        assert sum(rows) == int((labels != -100).sum()) * (2 if train_head else 1)  # compacted; recomputed if trained
+        # Ignored rows are not computed. By default the logits of three quarters of the rows are kept.
+        assert sum(rows) == (2 * active - min(active, 38) if computations is None else computations * active)
         rows.clear()
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LINEAR, MLP, SQUARE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_logits_give_the_gradients_of_recomputed_ones(
+    kind: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also twice through one graph, when kept logits must survive, and with rows that have no gradient."""
+    plain, labels = make_head(kind, bias=True, dtype=dtype), some_labels(40)
+    upstream = torch.randn(40)
+    hidden = torch.randn(40, 16).to(dtype)
+    for kept_share in (1.0, 0.5):
+        monkeypatch.setattr(implementation, "KEPT_SHARE", kept_share)
+        for zeros in (0, 3):
+            upstream[labels != -100] = torch.randn(int((labels != -100).sum()))
+            upstream[:zeros] = 0
+            results = []
+            for keep in (False, None):
+                head, x = trainable(plain), hidden.clone().requires_grad_()
+                inputs = [x, *weights_of(head)]
+                logps = token_logprobs(x, head, labels, chunk_rows=6, keep_logits=keep, backend=backend)
+                loss = (logps * upstream).sum()
+                results += [torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2)]
+                results.append(torch.autograd.grad(loss, inputs))
+            for other in results[1:]:
+                torch.testing.assert_close(other, results[0], rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_row_without_gradient_that_is_nan_does_not_reach_the_weights(backend: str) -> None:
+    labels = torch.arange(6)
+    for keep in (True, False):
+        head, hidden = trainable(make_head(LINEAR, bias=True)), torch.randn(6, 16)
+        hidden[2] = torch.nan
+        logps = token_logprobs(hidden, head, labels, keep_logits=keep, backend=backend)
+        logps[[0, 1, 3]].sum().backward()
+        assert head.weight.grad.isfinite().all()
+        assert head.weight.grad.any()
+        assert head.bias.grad.isfinite().all()
+
+
+def test_the_path_of_a_trained_head_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    from ospo_fast.ops.token_logprobs import _log_path
+
+    head, hidden, labels = trainable(make_head(LINEAR, bias=True)), torch.randn(9, 16), torch.arange(9)
+    caplog.set_level(logging.INFO, logger="ospo_fast.ops.token_logprobs")
+    for keep, message in (
+        (None, "keeps the logits of some rows and recomputes the others: 75% of the rows, of at most 1024 MiB"),
+        (True, "keeps the logits: keep_logits=True"),
+        (False, "recomputes the logits in the backward: keep_logits=False"),
+    ):
+        _log_path.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            token_logprobs(hidden, head, labels, keep_logits=keep)
+        assert len(caplog.messages) == 1  # not at every call
+        assert message in caplog.text
+
+
+def test_no_more_than_the_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(implementation, "KEPT_BYTES", 10 * 23 * 4)
+    logits = ChunkedHead.logits
+    monkeypatch.setattr(
+        ChunkedHead, "logits", lambda self, x, rows, out=None: kept.append(out) or logits(self, x, rows, out)
+    )
+    token_logprobs(torch.randn(30, 16), trainable(make_head(LINEAR, bias=True)), torch.zeros(30).long())
+    assert sum(len(out) for out in kept if out is not None) == 10
+
+
+# ---------------------------------------------------------------- temperature, soft-cap, entropy
+
+TRANSFORMS = [(0.7, None), (1.0, 30.0), (2.5, 4.0), (1.0, None)]
+
+
+def eager_with(temperature: float, softcap: float | None) -> Any:
+    def run(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor]:
+        scores = head(hidden)
+        scores = scores.float() if scores.dtype != torch.float64 else scores
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        every = F.log_softmax(scores / temperature, -1)
+        active = labels != -100
+        logps = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * active
+        return logps, -(every.exp() * every).sum(-1) * active
+
+    return run
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+@pytest.mark.parametrize("entropy_in_loss", [False, True])
+def test_temperature_softcap_and_entropy(
+    no_worse: Any, backend: str, kind: str, train_head: bool, dtype: torch.dtype, temperature: float,
+    softcap: float | None, entropy_in_loss: bool,
+) -> None:  # fmt: skip
+    upstream = torch.randn(2, 200)
+    hidden, labels, plain = torch.randn(200, 16).to(dtype), some_labels(200), make_head(kind, bias=True, dtype=dtype)
+    plain = Head(plain.weight * 3, *plain.tensors[1:])
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        head = trainable(plain, dtype) if train_head else plain.to(dtype)
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        logps, entropy = function(x, head, labels)
+        assert (entropy[labels == -100] == 0).all()
+        loss = (logps * upstream[0]).sum() + (entropy * upstream[1]).sum() * entropy_in_loss
+        grads = torch.autograd.grad(loss, [x, *(t for t in weights_of(head) if train_head)])
+        return [logps.detach(), entropy.detach(), *grads]
+
+    options = {"temperature": temperature, "softcap": softcap, "return_entropy": True}
+    ours = run(partial(token_logprobs, chunk_rows=64, backend=backend, **options), dtype)
+    eager = run(eager_with(temperature, softcap), dtype)
+    exact = run(partial(token_logprobs_reference, **options), torch.float64)
+    for mine, usual, best in zip(ours, eager, exact, strict=True):
+        no_worse(mine, usual, best)
+
+
+@pytest.mark.parametrize("kind", [LINEAR, MLP])
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradcheck_of_everything(kind: str, train_head: bool, keep: bool) -> None:
+    head = make_head(kind, bias=True, width=3, codes=5, dtype=torch.float64)
+    tensors = [t for t in head.tensors if t is not None]
+    hidden, labels = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True), some_labels(2, 3, codes=5)
+
+    def both(x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"temperature": 1.7, "softcap": 2.0, "return_entropy": True, "keep_logits": keep}
+        return token_logprobs(x, Head(*weights), labels, chunk_rows=2, **options)
+
+    assert torch.autograd.gradcheck(both, (hidden, *(t.requires_grad_(train_head) for t in tensors)))
+
+
+def test_entropy_alone_in_the_loss() -> None:
+    for train_head in (False, True):
+        head = make_head(MLP, bias=True, dtype=torch.float64)
+        head = trainable(head) if train_head else head
+        hidden, labels = torch.randn(7, 16, dtype=torch.float64, requires_grad=True), some_labels(7)
+        grads = []
+        for function in (token_logprobs, token_logprobs_reference):
+            entropy = function(hidden, head, labels, return_entropy=True)[1]
+            grads.append(torch.autograd.grad(entropy.square().sum(), hidden)[0])
+        torch.testing.assert_close(*grads)
+
+
+def test_the_entropy_as_a_metric_computes_no_more_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    logits = ChunkedHead.logits
+    monkeypatch.setattr(ChunkedHead, "logits", lambda self, x, *a: rows.append(len(x)) or logits(self, x, *a))
+    hidden, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8)
+    logps, entropy = token_logprobs(hidden, make_head(LINEAR, bias=True), labels, return_entropy=True)
+    assert entropy.requires_grad
+    (logps + entropy.detach()).sum().backward()
+    assert sum(rows) == 8
+
+
+def test_a_backend_without_the_options_gives_the_bits_of_the_defaults(backend: str) -> None:
+    head, hidden, labels = make_head(MLP, bias=True), torch.randn(9, 16), some_labels(9)
+    plain = token_logprobs(hidden, head, labels, backend=backend)
+    explicit = {"temperature": 1, "softcap": None, "return_entropy": False, "keep_logits": None}
+    assert torch.equal(token_logprobs(hidden, head, labels, backend=backend, **explicit), plain)
+
+
+def test_few_rows_take_the_same_values_as_many() -> None:
+    """Small calls without gradient skip what others prepare."""
+    for bias in (False, True):
+        head = make_head(LINEAR, bias=bias)
+        hidden, labels = torch.randn(300, 16), torch.randint(23, (300,))
+        options = {"temperature": 1.3, "softcap": 5.0}
+        whole = token_logprobs(hidden, head, labels, **options)
+        for rows in (slice(0, 1), slice(3, 20), slice(0, 0)):
+            few = token_logprobs(hidden[rows], head, labels[rows], **options)
+            torch.testing.assert_close(few, whole[rows])
+        strided = token_logprobs(hidden[:8:2], head, labels[:8:2], **options)
+        torch.testing.assert_close(strided, whole[:8:2])
+        ignored = labels[:5].clone()
+        ignored[1] = -100
+        assert token_logprobs(hidden[:5], head, ignored)[1] == 0
+        assert token_logprobs(hidden[0], head, labels[0], **options).shape == ()
 
 
 def test_layouts() -> None:
@@ -247,8 +442,8 @@ def test_strided_labels(train_head: bool, backend: str) -> None:
 
 def test_strided_arguments_of_the_ops(backend: str) -> None:
     backend = "cpp" if backend == "auto" else backend
-    head, hidden = make_head(MLP, bias=True), torch.randn(16, 6).t()
-    options = TokenLogprobsOptions(-100, 4, False, backend, False).flat()
+    weights, hidden = (*make_head(MLP, bias=True).tensors, None, None), torch.randn(16, 6).t()
+    options = options_of(4, backend)
 
     def plain(tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -256,13 +451,14 @@ def test_strided_arguments_of_the_ops(backend: str) -> None:
     for labels in (torch.tensor(3).expand(6), torch.randint(23, (6, 2))[:, 1]):
         for needs_dhidden in (True, False):
             mine, best = (
-                torch.ops.ospo_fast.token_logprobs(needs_dhidden, x, y, head.tensors, *options)
+                torch.ops.ospo_fast.token_logprobs(needs_dhidden, True, 0, x, y, weights, *options)
                 for x, y in ((hidden, labels), (plain(hidden), plain(labels)))
             )
             torch.testing.assert_close(mine, best)
+        needed = [True] * 5 + [False] * 2
         for grad in (torch.randn(6, 2)[:, 1], torch.tensor(2.0).expand(6)):
             mine, best = (
-                torch.ops.ospo_fast.token_logprobs_backward([True] * 5, g, x, y, head.tensors, *options)
+                torch.ops.ospo_fast.token_logprobs_backward(needed, g, g, None, False, x, y, weights, *options)
                 for g, x, y in ((grad, hidden, labels), (plain(grad), plain(hidden), plain(labels)))
             )
             torch.testing.assert_close(mine, best)
@@ -297,10 +493,10 @@ def test_chunks_of_a_trained_head_share_their_buffers(kind: str, all_active: boo
         labels[::3] = -100
 
     def allocated(chunk: int) -> tuple[int, set[str]]:
-        options = TokenLogprobsOptions(-100, chunk, False, "cpp", False).flat()
+        options, needed = options_of(chunk), [True] * 5 + [False] * 2
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            arguments = [True] * 5, torch.ones(24), hidden, labels, head.tensors, *options
+            arguments = needed, torch.ones(24), None, None, False, hidden, labels, (*head.tensors, None, None), *options
             torch.ops.ospo_fast.token_logprobs_backward(*arguments)
         events = profile.profiler.kineto_results.events()
         matrices = [e for e in events if e.name() == "[memory]" and e.nbytes() >= 2 * 64 * 4]
@@ -323,12 +519,20 @@ def test_two_backwards_and_accumulation(train_head: bool) -> None:
     assert torch.equal(hidden.grad, 2 * first)
 
 
-def test_second_derivative_is_refused() -> None:
-    hidden = torch.randn(4, 16, requires_grad=True)
-    loss = token_logprobs(hidden, make_head(MLP, bias=True), torch.arange(4)).square().sum()
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("square", [False, True])  # not: the upstream gradient is a constant
+def test_second_derivative_is_refused(train_head: bool, square: bool) -> None:
+    head = make_head(MLP, bias=True)
+    head = trainable(head) if train_head else head
+    hidden, labels = torch.randn(4, 16, requires_grad=True), torch.arange(4)
+    for compute in (token_logprobs, cross_entropy):
+        result = compute(hidden, head, labels)
+        loss = result.square().sum() if square else result.sum()
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        (plain,) = torch.autograd.grad(compute(hidden, head, labels).pow(2 if square else 1).sum(), hidden)
+        torch.testing.assert_close(grad.detach(), plain)
+        with pytest.raises(OpError, match="got a second derivative, expected at most a first one"):
+            grad.sum().backward()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -373,7 +577,7 @@ def test_default_chunks() -> None:
         (128256, 2, "cuda", 768),  # a multiple of the tiles' 128
         (10**7, 4, "cpu", 256),
     ):
-        assert _default_chunk_rows(codes, itemsize, device) == rows
+        assert default_chunk_rows(codes, itemsize, device) == rows
 
 
 @pytest.mark.parametrize("train_head", [False, True])
@@ -393,8 +597,10 @@ def test_no_grad_keeps_no_dhidden() -> None:
     head, hidden, labels = make_head(MLP, bias=True), torch.randn(5, 16), torch.arange(5)
     with torch.no_grad():
         assert not token_logprobs(hidden.requires_grad_(), trainable(head), labels).requires_grad
-    options = TokenLogprobsOptions(-100, 3, False, "torch", False).flat()
-    logps, dhidden, _ = torch.ops.ospo_fast.token_logprobs(False, hidden.detach(), labels, head.tensors, *options)
+    weights, options = (*head.tensors, None, None), options_of(3, "torch")
+    logps, _, dhidden, *_ = torch.ops.ospo_fast.token_logprobs(
+        False, False, 0, hidden.detach(), labels, weights, *options
+    )
     assert dhidden.numel() == 0
     torch.testing.assert_close(logps, token_logprobs(hidden, head, labels).detach())
 
@@ -471,24 +677,31 @@ def test_compiles_to_one_graph() -> None:
 
 def test_opcheck() -> None:
     head, hidden, labels = make_head(MLP, bias=True), torch.randn(7, 16), some_labels(7)
-    options = TokenLogprobsOptions(-100, 3, False, "cpp", False).flat()
+    lora = torch.randn(7, 2), torch.randn(23, 2)
+    options = options_of(3)
+    ops = torch.ops.ospo_fast
     for needs_dhidden in (True, False):
-        arguments = needs_dhidden, hidden, labels, head.tensors, *options
-        torch.library.opcheck(torch.ops.ospo_fast.token_logprobs, arguments)
+        arguments = needs_dhidden, not needs_dhidden, 0, hidden, labels, (*head.tensors, None, None), *options
+        torch.library.opcheck(ops.token_logprobs, arguments)
     linear = make_head(LINEAR, bias=False)
-    for weights, needs_grad in ((head, [True, True, True, True, False]), (linear, [True, True, False, False, False])):
-        arguments = needs_grad, torch.randn(7), hidden, labels, weights.tensors, *options
-        torch.library.opcheck(torch.ops.ospo_fast.token_logprobs_backward, arguments)
+    for tensors, needs_grad in (
+        ((*head.tensors, None, None), [True, True, True, True, False, False, False]),
+        ((*linear.tensors, *lora), [True, False, False, False, False, True, True]),
+    ):
+        for grad_entropy in (None, torch.randn(7)):
+            arguments = needs_grad, torch.randn(7), grad_entropy, None, False, hidden, labels, tensors, *options
+            torch.library.opcheck(ops.token_logprobs_backward, arguments)
+        torch.library.opcheck(ops.linear_loss, (needs_grad, torch.rand(7), hidden, labels, tensors, *options))
     packed_row = torch.tensor([0, 1, -1, 2, 3, -1, 4])
-    torch.library.opcheck(torch.ops.ospo_fast.scale_rows, (hidden, packed_row, torch.randn(7), "cpp"))
+    torch.library.opcheck(ops.scale_rows, (hidden, packed_row, torch.randn(7), "cpp"))
 
 
 def test_options_are_packed_in_the_order_of_the_schemas() -> None:
-    names = [field.name for field in dataclasses.fields(TokenLogprobsOptions)]
-    for op in (torch.ops.ospo_fast.token_logprobs, torch.ops.ospo_fast.token_logprobs_backward):
+    names = list(TokenLogprobsOptions._fields)
+    assert [part.split()[1] for part in OPTIONS_SCHEMA.split(", ")] == names
+    ops = torch.ops.ospo_fast
+    for op in (ops.token_logprobs, ops.token_logprobs_backward, ops.linear_loss):
         assert [argument.name for argument in op.default._schema.arguments][-len(names) :] == names
-    options = TokenLogprobsOptions(1, 2, True, "torch", False)
-    assert options.flat() == dataclasses.astuple(options)
 
 
 def test_ops_that_synchronize_are_tagged() -> None:
@@ -514,6 +727,9 @@ def test_ops_that_synchronize_are_tagged() -> None:
         ({"hidden": torch.ones(3, 16).long()}, "hidden is torch.int64, expected a floating dtype"),
         ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, "hidden is on cpu, labels on meta"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
+        *(({"temperature": t}, f"temperature is {t}, expected a positive number") for t in (0, -1.0, torch.nan)),
+        ({"temperature": torch.inf}, "temperature is inf"),
+        *(({"softcap": c}, f"softcap is {c}, expected a positive number, or None") for c in (0, -30.0, torch.nan)),
         ({"logits_dtype": "int8"}, "logits_dtype is 'int8', expected None or 'fp32'"),
         ({"backend": "cuda"}, "backend='cuda' cannot run here: 'cuda' takes tensors on cuda, not on cpu; use"),
         ({"backend": "fast"}, "backend='fast' is unknown, expected one of 'auto', 'torch'"),

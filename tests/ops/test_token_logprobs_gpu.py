@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ospo_fast import Head, OSPOLoss, OSPOLossConfig, token_logprobs
+from ospo_fast import Head, OSPOLoss, OSPOLossConfig, cross_entropy, token_logprobs
 from ospo_fast.errors import OpError
-from ospo_fast.ops._chunked_head import ChunkedHead
-from ospo_fast.ops.token_logprobs import TokenLogprobsOptions, token_logprobs_reference
+from ospo_fast.ops._chunked_head import ChunkedHead, TokenLogprobsOptions
+from ospo_fast.ops.token_logprobs import token_logprobs_reference
 
 pytestmark = pytest.mark.gpu
 SLEEP = 20_000_000  # clock cycles, about ten milliseconds
@@ -73,6 +73,64 @@ def test_values_and_gradients(no_worse: Any, backend: str, mlp: bool, train_head
         for repeats in zip(*results, strict=True):
             mine, theirs, best = (torch.stack(tensors) for tensors in zip(*repeats, strict=True))
             no_worse(mine, theirs, best.double())
+
+
+def eager_with(hidden: Tensor, head: Head, labels: Tensor, temperature: float, softcap: float | None) -> Any:
+    scores = head(hidden).float()
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    every, active = F.log_softmax(scores / temperature, -1), labels != -100
+    logps = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return logps * active, -(every.exp() * every).sum(-1) * active
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), [(0.7, None), (1.0, 30.0), (2.5, 4.0), (1.0, None)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("train_head", "keep"), [(False, None), (True, False), (True, True)])
+@pytest.mark.parametrize("entropy_in_loss", [False, True])
+@pytest.mark.parametrize(("rows", "width", "codes", "chunk"), SHAPES[:4])
+def test_temperature_softcap_and_entropy(
+    no_worse: Any, dtype: torch.dtype, train_head: bool, keep: bool | None, temperature: float, softcap: float | None,
+    entropy_in_loss: bool, rows: int, width: int, codes: int, chunk: int | None,
+) -> None:  # fmt: skip
+    head = make_head(width, codes, dtype, mlp=False, bias=codes != 40000)
+    head = Head(head.weight * 3, head.bias)
+    hidden, upstream = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(2, rows, device="cuda")
+    labels = torch.randint(codes, (rows,), device="cuda")
+    labels[torch.rand(rows, device="cuda") < 0.3] = -100
+    options = {"temperature": temperature, "softcap": softcap, "return_entropy": True}
+
+    def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        weights = [None if t is None else t.detach().to(dtype).requires_grad_(train_head) for t in head.tensors]
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        logps, entropy = function(x, Head(*weights), labels)
+        loss = (logps * upstream[0]).sum() + (entropy * upstream[1]).sum() * entropy_in_loss
+        inputs = [x, *(t for t in weights if t is not None and train_head)]
+        return [logps.detach(), entropy.detach(), *torch.autograd.grad(loss, inputs)]
+
+    ours = results(partial(token_logprobs, chunk_rows=chunk, backend="cuda", keep_logits=keep, **options), dtype)
+    usual = results(partial(eager_with, temperature=temperature, softcap=softcap), dtype)
+    exact = results(partial(token_logprobs_reference, **options), torch.float64)
+    for mine, theirs, best in zip(ours, usual, exact, strict=True):
+        no_worse(mine, theirs, best.double())
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_cross_entropy(no_worse: Any, train_head: bool) -> None:
+    head = make_head(64, 16384, torch.bfloat16, mlp=True, bias=True)
+    hidden, labels = torch.randn(300, 64, device="cuda").bfloat16(), torch.randint(16384, (300,), device="cuda")
+    labels[::5] = -100
+
+    def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        weights = trainable(head.to(dtype), train_head)
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        inputs = [x, *(t for t in weights.tensors if t is not None and train_head)]
+        return list(torch.autograd.grad(function(x, weights, labels), inputs))
+
+    ours = results(partial(cross_entropy, chunk_rows=64), torch.bfloat16)
+    usual = results(lambda x, h, y: F.cross_entropy(h(x).float(), y), torch.bfloat16)
+    exact = results(lambda x, h, y: F.cross_entropy(h(x), y), torch.float64)
+    for mine, theirs, best in zip(ours, usual, exact, strict=True):
+        no_worse(mine, theirs, best)
 
 
 @pytest.mark.parametrize(("mlp", "dtype"), [(False, torch.bfloat16), (True, torch.float16)], ids=str)
@@ -213,12 +271,15 @@ def test_opcheck(mlp: bool) -> None:
     head = make_head(16, 64, torch.bfloat16, mlp=mlp, bias=True)
     hidden, labels = torch.randn(7, 16, device="cuda").bfloat16(), torch.randint(64, (7, 2), device="cuda")[:, 1]
     labels[2] = -100
-    options, ops = TokenLogprobsOptions(-100, 3, False, "cuda", False).flat(), torch.ops.ospo_fast
+    options, ops = TokenLogprobsOptions(-100, 3, False, "cuda", False, 1.3, 20.0), torch.ops.ospo_fast
+    weights = *head.tensors, None, None
     for needs_dhidden in (True, False):
-        torch.library.opcheck(ops.token_logprobs, (needs_dhidden, hidden, labels, head.tensors, *options))
-    needs_grad = [True, True, True, mlp, mlp]
+        torch.library.opcheck(ops.token_logprobs, (needs_dhidden, True, 0, hidden, labels, weights, *options))
+    needs_grad = [True, True, True, mlp, mlp, False, False]
     grad = torch.randn(7, device="cuda")
-    torch.library.opcheck(ops.token_logprobs_backward, (needs_grad, grad, hidden, labels, head.tensors, *options))
+    inputs = hidden, labels, weights, *options
+    torch.library.opcheck(ops.token_logprobs_backward, (needs_grad, grad, grad, None, False, *inputs))
+    torch.library.opcheck(ops.linear_loss, (needs_grad, grad, *inputs))
     packed_row = torch.tensor([0, 1, -1, 2, 3, -1, 4], device="cuda")
     torch.library.opcheck(ops.scale_rows, (hidden, packed_row, grad, "cuda"))
 
@@ -249,7 +310,7 @@ def test_side_stream(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
 
     expected = step(hidden.clone().requires_grad_())
     torch.cuda.synchronize()
-    for name in ("project", "_logits"):
+    for name in ("project", "logits"):
         original = getattr(ChunkedHead, name)
 
         def delayed(*arguments: Any, original: Any = original) -> Any:

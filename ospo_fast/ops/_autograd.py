@@ -1,0 +1,56 @@
+"""What the autograd functions of the ops share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ospo_fast.errors import OpError
+
+Backward = Callable[..., tuple[Any, ...]]
+
+
+def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
+    """Make the gradients of a backward raise OpError when they are differentiated.
+
+    torch's `once_differentiable` does so only if the upstream gradient requires grad. Otherwise, as for the sum of an
+    op's results, it returns gradients that seem not to depend on the inputs.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # no create_graph
+                return results
+            # A gradient that requires grad, through an input that no user sees.
+            refusal = torch.zeros((), requires_grad=True)
+            return tuple(None if r is None else _Refuse.apply(op, refusal, r) for r in results)  # type: ignore[no-untyped-call]
+
+        return run
+
+    return decorate
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, refusal: Tensor, gradient: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise OpError(
+            f"{ctx.op}: got a second derivative, expected at most a first one; compute this term from all logits "
+            "(log_softmax and gather), or without create_graph=True"
+        )
+
+
+def keeps_graph() -> bool:
+    """Return whether another backward through the same graph may follow, so that what it needs must not change."""
+    return torch.compiler.is_compiling() or bool(torch._C._autograd._get_current_graph_task_keep_graph())

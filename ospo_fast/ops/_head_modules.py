@@ -1,0 +1,495 @@
+"""Modules as heads: their plain weights, adapters of peft, and weights that are sharded.
+
+A head is used by its weights and not called. What else its modules do is either followed here or refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ospo_fast.errors import OpError
+from ospo_fast.ops.head import Head
+
+_REMEDY = "pass ospo_fast.Head(weight, bias, proj_weight, proj_bias) with its plain weights"
+# Names of projection, activation and output layer in transformers' JanusVQVAEHead and in DeepSeek's vision_head.
+_LAYER_NAMES = (
+    ("proj_out", "activation_fn", "vision_head"),
+    ("output_mlp_projector", "vision_activation", "vision_head"),
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks on the calls of every module. torch changes these dictionaries in place.
+_GLOBAL_HOOKS: Any = tuple(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+# Hooks that may be skipped. Those of FSDP2 and DeepSpeed gather sharded weights, which is done by `_gather` or by the
+# user's own context. The others only observe, to count operations for example.
+_SKIPPED = (
+    "torch.distributed.fsdp.", "torch.distributed._composable.replicate_with_fsdp", "deepspeed.",
+    "torch.utils.module_tracker", "torch.distributed._tools.", "torch.distributed.tensor.debug.",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class ResolvedHead:
+    """A head as `token_logprobs` computes it: logits = head(hidden) + lora_inputs · lora_weightᵀ."""
+
+    hidden: Tensor  # (..., D) input of `head`; features, if the projection was called as a module
+    head: Head
+    lora_inputs: Tensor | None = None  # (N, R) = scaling · A(dropout(hidden)) of all active adapters
+    lora_weight: Tensor | None = None  # (V, R), the B of all active adapters
+    check_adapters: Callable[[], None] | None = None  # raises if the adapters have changed since
+
+    @property
+    def lora(self) -> tuple[Tensor | None, Tensor | None]:
+        """lora_inputs and lora_weight."""
+        return self.lora_inputs, self.lora_weight
+
+    def to(self, dtype: torch.dtype) -> ResolvedHead:
+        """Return all tensors in another dtype; gradients reach the original ones."""
+        lora_inputs, lora_weight = (None if t is None else t.to(dtype) for t in self.lora)
+        return replace(
+            self, hidden=self.hidden.to(dtype), head=self.head.to(dtype), lora_inputs=lora_inputs,
+            lora_weight=lora_weight,
+        )  # fmt: skip
+
+
+def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: bool = False) -> ResolvedHead:
+    """Return what `token_logprobs` needs of a head. sharded: the output layer is split over processes on purpose."""
+    if isinstance(module, Head):
+        return ResolvedHead(hidden, _checked_shards(module, sharded))
+    if not isinstance(module, nn.Module):
+        raise OpError(f"{op}: head is {type(module).__name__}, expected nn.Linear, a Linear-GELU-Linear module or Head")
+    if type(module) is nn.Linear:  # at once, because looking for adapters takes longer than the product of one row
+        attributes = vars(module)
+        weights = attributes["_parameters"]
+        if _is_called_as_is(attributes) and type(weights.get("weight")) is nn.Parameter:
+            head = Head(weights["weight"], weights["bias"])
+        else:
+            head = Head(*linear_tensors(module, "head"))
+        return ResolvedHead(hidden, _checked_shards(head, sharded))
+    called = called_module(module)
+    projection, output = None, called
+    if _adapter_layer(called) is None:
+        if not any(_adapter_layer(part) is not None for part in called.children()):
+            return ResolvedHead(hidden, _checked_shards(Head.of(called), sharded))
+        check_called_as_is(called)
+        projection, activation, output = mlp_layers(called)
+        projection, output = called_module(projection), called_module(output)
+        check_exact_gelu(activation)
+    _check_hidden(op, hidden, output if projection is None else projection)
+    checks = []
+    if projection is not None:
+        # Its features take no more memory than the hidden states, so autograd may keep them.
+        if (layer := _adapter_layer(projection)) is not None:
+            checks.append(_adapters_unchanged(op, layer))
+            hidden = F.gelu(_call_adapters(op, layer, hidden).to(hidden.dtype))
+        else:
+            hidden = F.gelu(_checked_shards(Head(*linear_tensors(projection, "projection")), False)(hidden))
+    lora: tuple[Tensor | None, Tensor | None] = None, None
+    if (layer := _adapter_layer(output)) is None:
+        head = Head(*linear_tensors(output, "output layer"))
+    else:
+        checks.append(_adapters_unchanged(op, layer))
+        head, lora = _lora_head(op, layer, hidden)
+
+    def check_adapters() -> None:
+        for check in checks:
+            check()
+
+    return ResolvedHead(hidden, _checked_shards(head, sharded), *lora, check_adapters)
+
+
+# ---------------------------------------------------------------- plain modules
+
+
+def head_of(module: nn.Module) -> Head:
+    """Return the weights of a module; see `Head.of`."""
+    module = called_module(module)
+    for part in module.modules():
+        if _adapter_layer(part) is not None and _active_adapters(part):
+            raise OpError(
+                f"Head.of: {type(part).__name__} has a LoRA adapter, which plain weights do not hold; pass the module "
+                "itself to token_logprobs or OSPOLoss, or merge the adapter (merge_and_unload)"
+            )
+    if isinstance(module, nn.Linear) or _adapter_layer(module) is not None:
+        return Head(*linear_tensors(module, "head"))
+    check_called_as_is(module)
+    projection, activation, output = mlp_layers(module)
+    check_exact_gelu(activation)
+    return Head(*linear_tensors(output, "output layer"), *linear_tensors(projection, "projection"))
+
+
+def mlp_layers(module: nn.Module) -> list[Any]:
+    """Return projection, activation and output layer of a Linear-GELU-Linear module."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) == 3:
+        return list(module)
+    for names in _LAYER_NAMES:
+        projection, activation, output = names
+        # Not by hasattr alone: wrappers have the attributes of what they wrap.
+        if {projection, output} <= vars(module)["_modules"].keys() and hasattr(module, activation):
+            return [getattr(module, name) for name in names]
+    raise OpError(
+        f"Head.of: {type(module).__name__} is not a known head (nn.Linear or Linear-GELU-Linear); "
+        f"if it computes weight·gelu(proj·x) or weight·x, {_REMEDY}"
+    )
+
+
+def linear_tensors(module: nn.Module, role: str) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a layer that does nothing else, gathered if FSDP2 has sharded them."""
+    if type(module) is not nn.Linear:
+        module = called_module(module)
+        while (layer := _adapter_layer(module)) is not None and not _active_adapters(layer):
+            _check_adapter_layer("Head.of", layer)
+            module = layer.base_layer
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise OpError(f"Head.of: its {role} is {type(module).__name__}, expected nn.Linear; {_REMEDY}")
+    weight: Tensor = module.weight
+    bias: Tensor | None = module.bias
+    managed = None
+    if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
+        managed = _fsdp_parameter(weight)
+        if managed is None:
+            Head(weight)  # says what to do; hooks of tensor parallelism are not the point
+        _check_fsdp_alone(weight, managed)
+    if type(weight) is Tensor and not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
+        check_present("Head", "weight", weight.new_empty(0))  # FSDP1 has freed its memory
+    check_called_as_is(module)
+    if managed is not None:
+        weight = _gather(weight, managed)
+        bias = bias if bias is None or not hasattr(bias, "placements") else _gather(bias, managed)
+    return weight, bias
+
+
+def check_called_as_is(module: nn.Module, own_forward: bool = False) -> None:
+    """Raise OpError if a call of the module would do more than its class does: hooks, or a forward set on the object.
+
+    own_forward: the class sets the forward on the object.
+    """
+    attributes = vars(module)
+    if _is_called_as_is(attributes):
+        return
+    found = []
+    for name, hooks_of_all in zip(_HOOKS, _GLOBAL_HOOKS, strict=True):
+        kind = name[1:-1].replace("_", " ")
+        for scope, hooks in (("", attributes[name] or {}), ("global ", hooks_of_all)):
+            found += [f"{scope}{kind} {_name(h)}" for h in hooks.values() if not _may_be_skipped(h)]
+    if "forward" in attributes and not own_forward and not _moves_inputs_only(module):
+        found.append("forward set on the instance")
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise OpError(
+                f"Head.of: accelerate offloads the weights of {type(module).__name__} (AlignDevicesHook with "
+                "offload=True), expected weights on a device; keep the head on one in device_map, or use "
+                "accelerate.hooks.remove_hook_from_module"
+            )
+    if found:
+        raise OpError(
+            f"Head.of: {type(module).__name__} has a {found[0]}, which would be skipped, because a head is used by its "
+            "weights and not called; expected a module without hooks; remove it (token_logprobs has softcap= and "
+            f"temperature=, and hidden can be scaled before), or {_REMEDY}"
+        )
+
+
+def _is_called_as_is(attributes: dict[str, Any]) -> bool:
+    for_all = _GLOBAL_HOOKS
+    return not (
+        attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"] or "forward" in attributes
+        or for_all[0] or for_all[1] or for_all[2] or for_all[3]
+    )  # fmt: skip
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
+
+
+def _may_be_skipped(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", hook)
+    module = getattr(owner, "__module__", None) or type(owner).__module__
+    return module.startswith(_SKIPPED)
+
+
+def _moves_inputs_only(module: nn.Module) -> bool:
+    """Whether accelerate has set the forward, to move inputs to the device of weights that stay where they are."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    original = getattr(module, "_old_forward", None)
+    moves = type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.no_grad
+    return moves and getattr(original, "__func__", None) is type(module).forward
+
+
+def check_exact_gelu(activation: Any) -> None:
+    """Raise OpError unless the activation is the erf GELU."""
+    name = getattr(activation, "__name__", type(activation).__name__)
+    if isinstance(activation, nn.GELU) and type(activation).forward is nn.GELU.forward:
+        exact, name = activation.approximate == "none", f"nn.GELU(approximate={activation.approximate!r})"
+    else:
+        # GELUActivation is the erf form of transformers; its tanh forms have other names.
+        exact = activation is F.gelu or type(activation).__name__ == "GELUActivation"
+    if not exact:
+        raise OpError(f"Head.of: the activation is {name}, expected the exact erf GELU, nn.GELU(); use another loss")
+    if isinstance(activation, nn.Module):
+        check_called_as_is(activation)
+
+
+# ---------------------------------------------------------------- adapters of peft, by the names of its attributes
+
+
+def called_module(module: Any) -> Any:
+    """Return the module that a call of a wrapper runs.
+
+    Wrappers are those of torch.compile, a PeftModel, and peft's `modules_to_save`, which calls the trained copy, or
+    the original module if it is disabled.
+    """
+    parts = vars(module)["_modules"]
+    if "_orig_mod" in parts:
+        check_called_as_is(module, own_forward=True)
+        return called_module(parts["_orig_mod"])
+    if "base_model" in parts and hasattr(module, "peft_config"):
+        check_called_as_is(module)
+        check_called_as_is(module.base_model)
+        return called_module(module.get_base_model())
+    if not ("modules_to_save" in parts and "original_module" in parts):
+        return module
+    check_called_as_is(module)
+    names = module.active_adapters
+    if module.disable_adapters or not names or any(name not in module.modules_to_save for name in names):
+        return called_module(module.original_module)
+    return called_module(module.modules_to_save[names[0]])
+
+
+def _adapter_layer(module: Any) -> Any:
+    """Return the module if peft wraps a layer by it."""
+    return module if isinstance(module, nn.Module) and hasattr(module, "base_layer") else None
+
+
+def _active_adapters(layer: Any) -> list[str]:
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A] if hasattr(layer, "lora_A") else ["?"]
+
+
+def _adapter_state(layer: Any) -> tuple[Any, ...]:
+    return bool(layer.disable_adapters), tuple(layer.active_adapters), tuple(layer.merged_adapters)
+
+
+def _check_adapter_layer(op: str, layer: Any) -> None:
+    """Raise OpError for hooks, and for adapters that a call of the layer would unmerge first."""
+    if layer.disable_adapters and layer.merged:
+        # Unmerging changes the weights, so it is left to the user.
+        raise OpError(
+            f"{op}: the adapters {list(layer.merged_adapters)} of the head are disabled while merged into its weight, "
+            "expected one or the other; unmerge them first (layer.unmerge())"
+        )
+    check_called_as_is(layer)
+
+
+def _adapters_unchanged(op: str, layer: Any) -> Callable[[], None]:
+    """Check an adapted layer; return a function for the backward that raises if its adapters are others by then."""
+    _check_adapter_layer(op, layer)
+    used, before = set(_active_adapters(layer)), _adapter_state(layer)
+
+    def check() -> None:
+        _check_accumulates(layer.parameters())
+        now = _adapter_state(layer)
+        if now[-1] != before[-1] or not used <= set(_active_adapters(layer)):
+            raise OpError(
+                f"{op}: the head's adapters are (disabled, active, merged) = {now} in the backward, but were {before} "
+                "in the forward; their gradients would be wrong or missing; call backward before adapters are "
+                "disabled, switched or merged"
+            )
+
+    return check
+
+
+def _lora_head(op: str, layer: Any, hidden: Tensor) -> tuple[Head, tuple[Tensor | None, Tensor | None]]:
+    """Return the base layer as a head, and lora_inputs and lora_weight of the active adapters."""
+    names = _active_adapters(layer)
+    head = Head(*linear_tensors(layer.base_layer, "base layer"))
+    if not names:
+        return head, (None, None)
+    low, weights = _low_rank(op, layer, names, hidden)
+    inputs = [part.reshape(-1, part.shape[-1]) for part in low]
+    # In the dtype of the adapters, which is often wider than that of the head. Adapters of several dtypes: the widest.
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in (*low, *weights)))
+    return head, tuple(torch.cat([t.to(dtype) for t in parts], dim=1) for parts in (inputs, weights))  # type: ignore[return-value]
+
+
+def _call_adapters(op: str, layer: Any, x: Tensor) -> Tensor:
+    """Call an adapted layer, with its weights gathered if FSDP2 has sharded them."""
+    for name, parameter in layer.named_parameters():
+        check_present("Head", name, parameter)
+    if not any(hasattr(parameter, "placements") for parameter in layer.parameters()):
+        return layer(x)  # type: ignore[no-any-return]  # adapters of any kind
+    y = F.linear(x, *linear_tensors(layer.base_layer, "base layer"))
+    for low, weight in zip(*_low_rank(op, layer, _active_adapters(layer), x), strict=True):
+        y = y + F.linear(low, weight)
+    return y
+
+
+def _low_rank(op: str, layer: Any, names: list[str], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return scaling · A(dropout(x)) (..., r) and B (V, r) of each of the adapters, which are plain LoRA."""
+    forward = type(layer).forward  # not the class itself: FSDP2 changes it
+    plain = forward.__qualname__ == "Linear.forward" and forward.__module__.startswith("peft.tuners.lora")
+    variants = [name for name in names if name in getattr(layer, "lora_variant", {})] if plain else []
+    biased = [name for name in names if plain and layer.lora_B[name].bias is not None]
+    if names and (not plain or variants or biased):
+        what = f"{type(layer).__module__}.{type(layer).__name__}"
+        if variants:
+            what += f" with a variant of LoRA (such as DoRA) for {variants}"
+        elif biased:
+            what += f" with lora_bias for {biased}"
+        raise OpError(
+            f"{op}: the head is {what}, expected LoRA adapters of peft's lora.Linear; remove the head from "
+            "target_modules, or merge the adapter (merge_and_unload)"
+        )
+    low, weights = [], []
+    for name in names:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        for part in (a, b):
+            check_present("Head", f"weight of adapter {name!r}", part.weight)
+        (a_weight, _), (b_weight, _) = (linear_tensors(part, f"adapter {name!r}") for part in (a, b))
+        x = layer._cast_input_dtype(x, a_weight.dtype)
+        dropped = layer.lora_dropout[name](x)
+        # Called, because hooks of DeepSpeed gather its weight, also for the backward.
+        projected = a(dropped) if a_weight is a.weight else F.linear(dropped, a_weight)
+        low.append(projected * layer.scaling[name])
+        weights.append(b_weight)
+    return low, weights
+
+
+def _check_hidden(op: str, hidden: Tensor, layer: Any) -> None:
+    """Raise OpError for hidden states that a layer with adapters, which is called here, would not take."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.numel() == 0:
+        return  # refused by others
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        expected = f"(..., {weight.shape[1]}), the head's width"
+        raise OpError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected {expected}")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        got = f"hidden is {hidden.dtype}, the head is {weight.dtype}"
+        raise OpError(f"{op}: {got}; cast one of them or run under torch.autocast")
+    if hidden.device != weight.device:
+        raise OpError(f"{op}: hidden is on {hidden.device}, the head on {weight.device}; move them to one device")
+
+
+# ---------------------------------------------------------------- sharded weights
+
+
+def check_present(owner: str, name: str, tensor: Tensor) -> None:
+    """Raise OpError for a tensor without elements, as sharding leaves them."""
+    if tensor.numel() > 0:
+        return
+    if hasattr(tensor, "ds_id"):
+        why = "DeepSpeed ZeRO-3 has partitioned it"
+        remedy = (
+            "call the loss inside the forward of the module that DeepSpeed wraps, or forward and backward inside `with "
+            f"deepspeed.zero.GatheredParameters([{name}])`"
+        )
+    else:
+        why = "sharded by FSDP?"
+        remedy = "call the loss inside the forward of the sharded module, or exclude the head from sharding"
+    raise OpError(f"{owner}: {name} has no elements ({why}), expected the whole tensor; {remedy}")
+
+
+def gathered_parameters(tensors: Iterable[Tensor | None]) -> Any:
+    """Return a context in which frozen parameters that DeepSpeed ZeRO-3 has partitioned since the forward are whole."""
+    partitioned = [t for t in tensors if t is not None and t.numel() == 0 and hasattr(t, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
+    _check_accumulates(partitioned)
+    return sys.modules["deepspeed"].zero.GatheredParameters(partitioned)
+
+
+def _check_accumulates(parameters: Iterable[Tensor]) -> None:
+    """Raise OpError if autograd would have to accumulate the gradient of an empty parameter, which it cannot."""
+    if any(parameter.numel() == 0 and parameter.requires_grad for parameter in parameters):
+        raise OpError(
+            "Head: DeepSpeed ZeRO-3 has partitioned its weights since the forward, expected them whole in the backward "
+            "too, because they require grad; call backward inside the same GatheredParameters context, or call the "
+            "loss inside the forward of the module that DeepSpeed wraps"
+        )
+
+
+def _fsdp_parameter(weight: Tensor) -> Any:
+    """Return FSDP2's record of a sharded parameter and its group, or None if FSDP2 does not manage it."""
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:
+        return None
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            for parameter in getattr(group, "fsdp_params", ()):
+                if parameter.sharded_param is weight:
+                    return parameter, group, state
+    return None
+
+
+def _check_fsdp_alone(weight: Any, managed: Any) -> None:
+    parameter, group, _ = managed
+    if getattr(parameter, "is_dtensor", False) or getattr(group, "gradient_divide_factor", None) is not None:
+        raise OpError(
+            f"Head: the weight is sharded over {weight.device_mesh} with {weight.placements}, by more than FSDP2 or "
+            "with another gradient divisor; expected FSDP2 alone; call the loss inside the forward of the sharded "
+            "module, or exclude the head from sharding"
+        )
+
+
+def _gather(weight: Any, managed: Any) -> Tensor:
+    """Gather a parameter of FSDP2 for this call; its gradient is averaged over the processes, as FSDP2 does."""
+    from torch.distributed.tensor import Partial
+
+    _, _, state = managed
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+    dtype = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
+    return whole if dtype is None else whole.to(dtype)
+
+
+def _checked_shards(head: Head, sharded: bool) -> Head:
+    """Refuse weights that were made of a DTensor and whose gradient would be wrong."""
+    if not torch.is_grad_enabled():
+        return head
+    for name, tensor in zip(("weight", "bias", "proj_weight", "proj_bias"), head.tensors, strict=True):
+        if tensor is None or tensor.grad_fn is None:
+            continue
+        for node in _conversions(tensor.grad_fn):
+            placements, mesh = node.dtensor_spec.placements, node.dtensor_spec.mesh
+            if mesh.size() == 1 or node.grad_placements is not None:
+                continue
+            split = [p for p in placements if not p.is_replicate()]
+            if split and sharded:  # the gradient of a shard is whole
+                continue
+            got = (
+                f"a shard ({placements}) of a DTensor" if split else "gathered by full_tensor() without grad_placements"
+            )
+            raise OpError(
+                f"Head: {name} is {got} and requires grad, so its gradient would be wrong; expected the whole weight "
+                "with the placements of its gradient: weight.full_tensor(grad_placements=[Partial('avg')]) if every "
+                "process has its own data (FSDP, data parallel), [Replicate()] if all compute the same loss; a shard "
+                "of the rows goes with process_group="
+            )
+    return head
+
+
+def _conversions(node: Any, limit: int = 64) -> Sequence[Any]:
+    """Return the conversions from DTensor among the first nodes of a graph."""
+    found, pending = [], [node]
+    seen: set[Any] = set()
+    while pending and len(seen) < limit:
+        node = pending.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "_ToTorchTensorBackward":
+            found.append(node)
+        else:
+            pending += [following for following, _ in node.next_functions]
+    return found

@@ -1,0 +1,119 @@
+"""Checked and flattened inputs of `token_logprobs` and `cross_entropy`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
+from ospo_fast.ops._chunked_head import TokenLogprobsOptions
+from ospo_fast.ops._head_modules import resolve_head
+from ospo_fast.ops.head import Head
+
+_FP32_NAMES = ("fp32", "float32", torch.float32)
+
+
+@dataclass(eq=False)  # not frozen, which would take longer to make
+class Call:
+    """Checked inputs of a call."""
+
+    x: Tensor  # (N, D)
+    labels: Tensor  # (N,) int64
+    head: tuple[Tensor | None, ...]  # tensors of a `Head`, then lora_inputs (N, R) and lora_weight (V, R) or None
+    options: TokenLogprobsOptions
+    autocast: bool
+    check_adapters: Callable[[], None] | None  # raises if adapters are no longer those of the call
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head has a gradient, or adapters, which are treated as if they had."""
+        return any(tensor is not None and tensor.requires_grad for tensor in self.head) or self.head[5] is not None
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether any input requires grad."""
+        return self.x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in self.head)
+
+
+def prepare(
+    op: str,
+    hidden: Tensor,
+    head: Head | nn.Module,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    chunk_rows: int | None,
+    logits_dtype: torch.dtype | str | None,
+    backend: str,
+    check_finite: bool,
+    temperature: float,
+    softcap: float | None,
+    process_group: Any,
+) -> Call:
+    """Check and flatten the inputs of an op; resolve its head and options."""
+    resolved = resolve_head(op, head, hidden, sharded=process_group is not None)
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast and hidden.dtype != torch.float64:
+        resolved = resolved.to(torch.get_autocast_dtype(device))
+    x, weights = resolved.hidden, resolved.head
+    _check(op, x, weights, labels, chunk_rows, logits_dtype)
+    if not 0 < temperature < math.inf:
+        raise OpError(
+            f"{op}: temperature is {temperature}, expected a positive number; 1 leaves the logits as they are"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise OpError(f"{op}: softcap is {softcap}, expected a positive number, or None for no bound")
+    fp32_logits = x.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
+    if chunk_rows is None:
+        chunk_rows = default_chunk_rows(weights.num_codes, 4 if fp32_logits else x.element_size(), device)
+    backend = _dispatch.resolve("token_logprobs", backend, device, x.dtype)
+    options = TokenLogprobsOptions(
+        ignore_index, chunk_rows, fp32_logits, backend, check_finite, float(temperature), float(softcap or 0)
+    )
+    if labels.dim() != 1:
+        x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
+    return Call(
+        x, labels.long(), (*weights.tensors, *resolved.lora), options, autocast,
+        resolved.check_adapters,
+    )  # fmt: skip
+
+
+def default_chunk_rows(num_codes: int, itemsize: int, device: str) -> int:
+    """Rows for 32 MiB of logits on CPU, at least 256, as GEMMs of fewer rows are slow; for 196 MiB on a GPU.
+
+    On a GPU that is 6272 = 49·128 rows of 16384 half-precision logits, a third of 16 pairs of Janus-Pro-7B. Peak at
+    that size: 257 MB logits and features + 151 MB dhidden + 34 MB cuBLAS < 0.5 GB.
+    """
+    mebibytes, minimum = (32, 256) if device == "cpu" else (196, 128)
+    return max(minimum, mebibytes * 2**20 // (itemsize * num_codes) // 128 * 128)
+
+
+def _check(
+    op: str, hidden: Tensor, head: Head, labels: Tensor, chunk_rows: int | None, logits_dtype: torch.dtype | str | None
+) -> None:
+    if not hidden.is_floating_point():
+        raise OpError(f"{op}: hidden is {hidden.dtype}, expected a floating dtype")
+    if hidden.dim() == 0 or hidden.shape[-1] != head.width:
+        raise OpError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., {head.width}), the head's width")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise OpError(f"{op}: labels are {labels.dtype}, expected int64 codes")
+    if labels.shape != hidden.shape[:-1]:
+        got = f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}"
+        raise OpError(f"{op}: {got}; expected one label for each hidden state")
+    if hidden.dtype != head.weight.dtype:
+        got = f"hidden is {hidden.dtype}, the head is {head.weight.dtype}"
+        raise OpError(f"{op}: {got}; cast one of them or run under torch.autocast")
+    if not hidden.device == labels.device == head.weight.device:
+        got = f"hidden is on {hidden.device}, labels on {labels.device}, the head on {head.weight.device}"
+        raise OpError(f"{op}: {got}; move them to one device")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise OpError(f"{op}: chunk_rows is {chunk_rows}, expected a positive number or None")
+    if logits_dtype is not None and logits_dtype not in _FP32_NAMES and logits_dtype != hidden.dtype:
+        raise OpError(f"{op}: logits_dtype is {logits_dtype!r}, expected None or 'fp32'")

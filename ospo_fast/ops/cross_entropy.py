@@ -1,0 +1,158 @@
+"""Compute a loss that is linear in per-token log-probabilities, and its gradients in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ospo_fast.errors import OpError
+from ospo_fast.ops._autograd import first_derivative_only, keeps_graph
+from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, RowScales, TokenLogprobsOptions
+from ospo_fast.ops._dispatch import register_op, result_dtype
+from ospo_fast.ops._head_gradients import GRADS_SCHEMA, INPUTS_SCHEMA, active_rows, head_gradients, new_grads
+from ospo_fast.ops._logprob_call import Call, prepare
+from ospo_fast.ops.head import Head
+from ospo_fast.ops.token_logprobs import IGNORE_INDEX, token_logprobs_op
+
+
+def cross_entropy(
+    hidden: Tensor,
+    head: Head | nn.Module,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    ignore_index: int = IGNORE_INDEX,
+    chunk_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Compute −Σ w·ℓ / N with gradients that the forward computes: no logits are kept or recomputed.
+
+    This is for losses that are linear in ℓ (see `token_logprobs`) with weights that do not depend on it: SFT, distilled
+    labels, policy gradients. A step with a trained head costs 3 matrix products of its size, as with all logits in
+    memory, and memory for one chunk. Differentiable once, in `hidden` and in the head's weights; not in `weights`.
+
+    Args:
+        hidden: (..., D) float.
+        head: see `token_logprobs`.
+        labels: (...) integer, as there.
+        weights: (...) float or None for ones, w.
+        reduction: "mean", N = number of labels that are not ignored, at least 1, or "sum", N = 1.
+        ignore_index: see `token_logprobs`, as the other arguments.
+        chunk_rows: as there.
+        logits_dtype: as there.
+        backend: as there.
+        temperature: as there.
+        softcap: as there.
+
+    Returns:
+        () fp32 (float64 for float64 inputs); 0 without labels.
+
+    Raises:
+        OpError: as `token_logprobs`; weights of another shape, or that require grad; an unknown reduction.
+
+    """
+    op = "cross_entropy"
+    if reduction not in ("mean", "sum"):
+        raise OpError(f"{op}: reduction is {reduction!r}, expected 'mean' or 'sum'")
+    if weights is not None and weights.shape != labels.shape:
+        raise OpError(f"{op}: weights have shape {tuple(weights.shape)}, expected that of labels {tuple(labels.shape)}")
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        raise OpError(f"{op}: weights require grad, expected constants; use token_logprobs, or weights.detach()")
+    call = prepare(
+        op, hidden, head, labels, ignore_index=ignore_index, chunk_rows=chunk_rows, logits_dtype=logits_dtype,
+        backend=backend, check_finite=False, temperature=temperature, softcap=softcap, process_group=None,
+    )  # fmt: skip
+    active = call.labels != ignore_index
+    wide = result_dtype(call.x)
+    scales = active.to(wide) if weights is None else torch.where(active, weights.reshape(-1).to(wide), 0)
+    if reduction == "mean":
+        scales = scales / active.sum().clamp(min=1)
+    return -weighted_logprobs(call, scales)[0]
+
+
+def weighted_logprobs(call: Call, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ scales·ℓ, whose gradient is computed here, and ℓ (N,) without gradient, 0 where scales are 0."""
+    if call.autocast:
+        with torch.autocast(call.x.device.type, enabled=False):
+            return weighted_logprobs(replace(call, autocast=False), scales)
+    if torch.is_grad_enabled() and call.needs_grad:
+        function: Any = _LinearLoss
+        total, logps = function.apply(call.options, call.check_adapters, scales, call.x, call.labels, *call.head)
+        return total, logps
+    labels = torch.where(scales == 0, call.options.ignore_index, call.labels)
+    logps = token_logprobs_op(False, False, 0, call.x, labels, call.head, *call.options)[0]
+    return (scales * logps).sum(), logps
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Compute Σ scales·ℓ and its gradients in one pass over the chunks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: TokenLogprobsOptions,
+        check_adapters: Callable[[], None] | None,
+        scales: Tensor,
+        x: Tensor,
+        labels: Tensor,
+        *head: Any,
+    ) -> tuple[Tensor, Tensor]:
+        _, _, _, x_needs_grad, _, *head_needs_grad = ctx.needs_input_grad
+        needs_grad = [x_needs_grad, *head_needs_grad]
+        *grads, logps = _linear_loss(needs_grad, scales, x, labels, head, *options)
+        # Not saved tensors: those would be a second reference, for which autograd copies what becomes .grad.
+        ctx.grads = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
+        ctx.check_adapters = check_adapters
+        ctx.mark_non_differentiable(logps)
+        return (scales * logps).sum(), logps
+
+    @staticmethod
+    @first_derivative_only("cross_entropy")
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.check_adapters is not None:
+            ctx.check_adapters()
+        if ctx.grads is None:
+            raise OpError(
+                "cross_entropy: a second backward through the same graph, whose gradients were given away by the first "
+                "one; pass retain_graph=True to the first"
+            )
+        grads = ctx.grads
+        if keeps_graph():
+            grads = [None if g is None else (g * grad).to(g.dtype) for g in grads]
+        else:
+            ctx.grads = None
+            for g in grads:
+                if g is not None:
+                    g.mul_(grad)
+        dx, *dhead = grads
+        return None, None, None, dx, None, *dhead
+
+
+@register_op(
+    f"linear_loss(bool[] needs_grad, Tensor scales, {INPUTS_SCHEMA}, {OPTIONS_SCHEMA})"
+    f" -> ({GRADS_SCHEMA}, Tensor logps)",
+    fake=lambda needs_grad, scales, x, labels, head, *_: (
+        *new_grads(x, head, needs_grad),
+        x.new_empty(labels.shape, dtype=result_dtype(x)),
+    ),
+    synchronizes=True,
+)
+def _linear_loss(
+    needs_grad: list[bool], scales: Tensor, x: Tensor, labels: Tensor, head: Sequence[Any], *flat_options: Any
+) -> tuple[Tensor, ...]:
+    """Return the gradients of Σ scales·ℓ, and ℓ (N,), which is 0 where scales are 0."""
+    options = TokenLogprobsOptions(*flat_options)
+    labels = labels.contiguous()
+    active_rows(labels != options.ignore_index, labels, len(head[0]), options)  # checks the labels
+    logps = x.new_zeros(labels.shape, dtype=result_dtype(x))
+    row_scales = RowScales(scales.contiguous())
+    grads = head_gradients(needs_grad, row_scales, x, labels, labels, head, None, False, options, logps)
+    return *grads, logps
