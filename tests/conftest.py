@@ -16,10 +16,10 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported, because it reads the variable when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Import names of packages of the extras `pipeline` and `dev`. The core imports none of them.
+# Import names of packages of the extras. The core imports none of them.
 OPTIONAL = {
-    "PIL", "accelerate", "hypothesis", "jinja2", "matplotlib", "omegaconf", "peft", "psutil", "safetensors", "scipy",
-    "selenium", "skimage", "tokenizers", "tqdm", "transformers", "triton", "yaml",
+    "PIL", "accelerate", "datasets", "hypothesis", "jinja2", "lightning", "matplotlib", "omegaconf", "peft", "psutil",
+    "safetensors", "scipy", "selenium", "skimage", "tokenizers", "tqdm", "transformers", "triton", "trl", "yaml",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(ospo_fast.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "report", "env"},
+    {"pipeline", "report", "env", "integrations"},
     {"stages"},
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
@@ -52,6 +52,8 @@ def test_the_extra_is_what_the_stages_import() -> None:
     """A package that nothing imports is not installed for users. peft itself requires accelerate."""
     imported = set()
     for path in PACKAGE.rglob("*.py"):
+        if path.parent.name == "integrations":  # each module imports the library of its name
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
@@ -161,6 +163,13 @@ def test_core_imports_experimental_only_inside_functions() -> None:
     for path in paths:
         found = names(path, inside_functions=False)
         assert not [name for name in found if name.startswith("ospo_fast.experimental")], path
+
+
+def test_nothing_imports_the_integrations() -> None:
+    """They are for their users alone, who have the libraries that they need."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "integrations":
+            assert not [name for name in names(path) if name.startswith("ospo_fast.integrations")], path
 
 
 def test_stages_do_not_import_the_scenes() -> None:

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("csrc", "kernels", "ospo_fast", "tests", "bench", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE")
+SHIPPED = (
+    "csrc",
+    "kernels",
+    "ospo_fast",
+    "tests",
+    "bench",
+    "examples",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "LICENSE",
+)
 SHIPPED += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt")
 
 

@@ -1,0 +1,76 @@
+"""Backbone, head and loss in one module, as DDP, FSDP2, Lightning and Accelerate want it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ospo_fast.ops import IGNORE_INDEX, Head, cross_entropy
+
+
+class LossModule(nn.Module):
+    """Compute a loss from hidden states inside one forward.
+
+    Wrap this module, not the backbone: DDP and FSDP2 average and gather what is used inside the forward of the module
+    that they wrap. A loss on `ddp.module.backbone(…)` trains each process by itself.
+
+        module = LossModule(model.model, model.lm_head, OSPOLoss())
+        ddp = DistributedDataParallel(module)
+        ddp({"input_ids": ids, "attention_mask": attention_mask}, labels, object_masks=masks).loss.backward()
+
+    Args:
+        backbone: returns hidden states (B, S, D), or an output with `last_hidden_state`.
+        head: see `token_logprobs`. It may share its weight with the backbone's embedding.
+        loss: called as loss(hidden, labels, head, **loss_inputs), such as `OSPOLoss` or `next_token_loss`.
+
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.backbone, self.head, self.loss = backbone, head, loss
+
+    def forward(self, inputs: Tensor | Mapping[str, Any], labels: Tensor, **loss_inputs: Any) -> Any:
+        """Compute the loss of a batch.
+
+        Args:
+            inputs: of the backbone: one positional argument, or keyword arguments.
+            labels: of the loss.
+            **loss_inputs: further arguments of the loss.
+
+        Returns:
+            What the loss returns.
+
+        """
+        output = self.backbone(**inputs) if isinstance(inputs, Mapping) else self.backbone(inputs)
+        hidden = output if isinstance(output, Tensor) else output.last_hidden_state
+        return self.loss(hidden, labels, self.head, **loss_inputs)
+
+
+def next_token_loss(hidden: Tensor, labels: Tensor, head: Head | nn.Module, **options: Any) -> Tensor:
+    """Compute the cross-entropy of the next token, without logits in memory.
+
+    Args:
+        hidden: (B, S, D) float.
+        labels: (B, S) int64, unshifted: the token AT each position, -100 where ignored.
+        head: see `token_logprobs`.
+        **options: of `cross_entropy`.
+
+    Returns:
+        Scalar: the mean over the labels that count.
+
+    Raises:
+        OpError: see `cross_entropy`.
+
+    """
+    # Shift the labels, not the hidden states: these stay contiguous and are not copied.
+    return cross_entropy(hidden, head, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), **options)
+
+
+def split_loss(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return loss and metrics of what `LossModule` returned: a scalar, or an output such as `OSPOLossOutput`."""
+    if isinstance(output, Tensor):
+        return output, {}
+    return output.loss, dict(getattr(output, "metrics", {}))
