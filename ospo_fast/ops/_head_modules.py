@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ _LAYER_NAMES = (
     ("proj_out", "activation_fn", "vision_head"),
     ("output_mlp_projector", "vision_activation", "vision_head"),
 )
+_CHECKED_FORWARDS: weakref.WeakSet[Any] = weakref.WeakSet()  # those that are known to run their layers in turn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Hooks on the calls of every module. torch changes these dictionaries in place.
 _GLOBAL_HOOKS: Any = tuple(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
@@ -98,6 +100,9 @@ def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: 
     else:
         checks.append(_adapters_unchanged(op, layer))
         head, lora = _lora_head(op, layer, hidden)
+        # Of A, which was called, hooks of DeepSpeed gather the weight when its backward starts.
+        weights = [layer.lora_B[name].weight for name in _active_adapters(layer)]
+        checks.append(functools.partial(_check_accumulates, weights))
 
     def check_adapters() -> None:
         for check in checks:
@@ -134,11 +139,46 @@ def mlp_layers(module: nn.Module) -> list[Any]:
         projection, activation, output = names
         # Not by hasattr alone: wrappers have the attributes of what they wrap.
         if {projection, output} <= vars(module)["_modules"].keys() and hasattr(module, activation):
-            return [getattr(module, name) for name in names]
+            layers = [getattr(module, name) for name in names]
+            _check_forward(module, layers)
+            return layers
     raise OpError(
         f"Head.of: {type(module).__name__} is not a known head (nn.Linear or Linear-GELU-Linear); "
         f"if it computes weight·gelu(proj·x) or weight·x, {_REMEDY}"
     )
+
+
+def _check_forward(module: nn.Module, layers: Sequence[Any]) -> None:
+    """Raise OpError if the forward of a module that is known by its names does more than its layers in turn.
+
+    Compares both on one row, once for each forward function.
+    """
+    forward = type(module).forward
+    tensors = [*module.parameters(), *module.buffers()]
+    whole = all(type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and not t.is_meta for t in tensors)
+    if forward in _CHECKED_FORWARDS or not whole or torch.compiler.is_compiling():
+        return
+    width = next((layer.in_features for layer in layers[0].modules() if hasattr(layer, "in_features")), None)
+    if width is None:
+        return  # refused by others
+    where = tensors[0].device
+    row = torch.linspace(-1, 1, width, dtype=tensors[0].dtype, device=where).unsqueeze(0)
+    one, other = (_run_once(run, row) for run in (module, lambda x: layers[2](layers[1](layers[0](x)))))
+    same = one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-2, equal_nan=True)
+    if not same:
+        raise OpError(
+            f"Head.of: the forward of {type(module).__name__} computes something else than its projection, activation "
+            f"and output layer in turn, expected weight·gelu(proj·x + proj_bias) + bias; {_REMEDY}, and scale or cap "
+            "the logits with temperature= and softcap="
+        )
+    _CHECKED_FORWARDS.add(forward)
+
+
+def _run_once(run: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
+    devices = [row.device] if row.is_cuda else []
+    with torch.no_grad(), torch.autocast(row.device.type, enabled=False), torch.random.fork_rng(devices):
+        torch.manual_seed(0)  # the same dropout of adapters
+        return run(row)
 
 
 def linear_tensors(module: nn.Module, role: str) -> tuple[Tensor, Tensor | None]:
@@ -295,7 +335,6 @@ def _adapters_unchanged(op: str, layer: Any) -> Callable[[], None]:
     used, before = set(_active_adapters(layer)), _adapter_state(layer)
 
     def check() -> None:
-        _check_accumulates(layer.parameters())
         now = _adapter_state(layer)
         if now[-1] != before[-1] or not used <= set(_active_adapters(layer)):
             raise OpError(
@@ -326,7 +365,9 @@ def _call_adapters(op: str, layer: Any, x: Tensor) -> Tensor:
         check_present("Head", name, parameter)
     if not any(hasattr(parameter, "placements") for parameter in layer.parameters()):
         return layer(x)  # type: ignore[no-any-return]  # adapters of any kind
-    y = F.linear(x, *linear_tensors(layer.base_layer, "base layer"))
+    weight, bias = linear_tensors(layer.base_layer, "base layer")
+    _check_dtype(op, x, weight)
+    y = F.linear(x, weight, bias)
     for low, weight in zip(*_low_rank(op, layer, _active_adapters(layer), x), strict=True):
         y = y + F.linear(low, weight)
     return y
@@ -363,6 +404,12 @@ def _low_rank(op: str, layer: Any, names: list[str], x: Tensor) -> tuple[list[Te
     return low, weights
 
 
+def _check_dtype(op: str, hidden: Tensor, weight: Tensor) -> None:
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        got = f"hidden is {hidden.dtype}, the head is {weight.dtype}"
+        raise OpError(f"{op}: {got}; cast one of them or run under torch.autocast")
+
+
 def _check_hidden(op: str, hidden: Tensor, layer: Any) -> None:
     """Raise OpError for hidden states that a layer with adapters, which is called here, would not take."""
     while hasattr(layer, "base_layer"):
@@ -373,9 +420,8 @@ def _check_hidden(op: str, hidden: Tensor, layer: Any) -> None:
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         expected = f"(..., {weight.shape[1]}), the head's width"
         raise OpError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected {expected}")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        got = f"hidden is {hidden.dtype}, the head is {weight.dtype}"
-        raise OpError(f"{op}: {got}; cast one of them or run under torch.autocast")
+    if not hasattr(weight, "placements"):  # those are gathered in the dtype of FSDP2's mixed precision
+        _check_dtype(op, hidden, weight)
     if hidden.device != weight.device:
         raise OpError(f"{op}: hidden is on {hidden.device}, the head on {weight.device}; move them to one device")
 

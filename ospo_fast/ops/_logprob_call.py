@@ -57,8 +57,13 @@ def prepare(
     process_group: Any,
 ) -> Call:
     """Check and flatten the inputs of an op; resolve its head and options."""
+    for name, tensor in (("hidden", hidden), ("labels", labels)):
+        if type(tensor) is not Tensor:
+            _check_tensor(op, name, tensor)
     resolved = resolve_head(op, head, hidden, sharded=process_group is not None)
     device = hidden.device.type
+    if device == "meta":
+        raise OpError(f"{op}: hidden is on the meta device, expected values; move it to a device")
     autocast = torch.is_autocast_enabled(device)
     if autocast and hidden.dtype != torch.float64:
         resolved = resolved.to(torch.get_autocast_dtype(device))
@@ -83,6 +88,16 @@ def prepare(
         x, labels.long(), (*weights.tensors, *resolved.lora), options, autocast,
         resolved.check_adapters,
     )  # fmt: skip
+
+
+def _check_tensor(op: str, name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise OpError(f"{op}: {name} is {type(tensor).__name__}, expected a tensor")
+    if hasattr(tensor, "placements"):
+        raise OpError(
+            f"{op}: {name} is a DTensor with placements {tensor.placements}, expected a plain tensor; use "
+            f"{name}.to_local() for the rows of this process, or {name}.full_tensor() for all"
+        )
 
 
 def default_chunk_rows(num_codes: int, itemsize: int, device: str) -> int:

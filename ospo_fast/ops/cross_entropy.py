@@ -14,6 +14,7 @@ from ospo_fast.ops._autograd import first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, RowScales, TokenLogprobsOptions
 from ospo_fast.ops._dispatch import register_op, result_dtype
 from ospo_fast.ops._head_gradients import GRADS_SCHEMA, INPUTS_SCHEMA, active_rows, head_gradients, new_grads
+from ospo_fast.ops._head_modules import gathered_parameters
 from ospo_fast.ops._logprob_call import Call, prepare
 from ospo_fast.ops.head import Head
 from ospo_fast.ops.token_logprobs import IGNORE_INDEX, token_logprobs_op
@@ -110,7 +111,7 @@ class _LinearLoss(torch.autograd.Function):
         *grads, logps = _linear_loss(needs_grad, scales, x, labels, head, *options)
         # Not saved tensors: those would be a second reference, for which autograd copies what becomes .grad.
         ctx.grads = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
-        ctx.check_adapters = check_adapters
+        ctx.check_adapters, ctx.head = check_adapters, head
         ctx.mark_non_differentiable(logps)
         return (scales * logps).sum(), logps
 
@@ -119,6 +120,7 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.check_adapters is not None:
             ctx.check_adapters()
+        gathered_parameters(ctx.head)  # refuses weights that ZeRO-3 has partitioned, which no gradient can reach
         if ctx.grads is None:
             raise OpError(
                 "cross_entropy: a second backward through the same graph, whose gradients were given away by the first "

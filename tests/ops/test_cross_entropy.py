@@ -142,3 +142,14 @@ def test_wrong_arguments_of_cross_entropy(change: dict[str, Any], message: str) 
         arguments["hidden"].requires_grad_(requires_grad)
         with pytest.raises(OpError, match=message):
             cross_entropy(**arguments)
+
+
+def test_weights_that_were_partitioned_before_the_backward_are_refused() -> None:
+    """As DeepSpeed ZeRO-3 does outside its context: a gradient cannot reach them."""
+    weight = torch.nn.Parameter(torch.randn(23, 16))
+    weight.ds_id = 0
+    loss = cross_entropy(torch.randn(4, 16, requires_grad=True), Head(weight), torch.arange(4))
+    whole, weight.data = weight.data, torch.empty(0)
+    with pytest.raises(OpError, match=r"ZeRO-3 has partitioned its weights since the forward.*GatheredParameters"):
+        loss.backward()
+    weight.data = whole

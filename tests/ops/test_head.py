@@ -29,6 +29,13 @@ class DeepSeekHead(nn.Module):
         return self.vision_head(self.vision_activation(self.output_mlp_projector(x)))
 
 
+class ScaledHead(DeepSeekHead):
+    """Has the names of a known head, and does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * super().forward(x)
+
+
 def janus_head() -> nn.Module:
     from transformers.models.janus.modeling_janus import JanusVQVAEHead
 
@@ -524,3 +531,39 @@ def test_partitioned_weights_outside_of_their_context_are_refused(zero: Any, pla
     )
     with pytest.raises(OpError, match=message):
         token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+def test_a_forward_that_does_more_than_the_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, labels = torch.randn(3, 6), torch.arange(3)
+    message = "the forward of .*Head computes something else than its projection, activation and output layer.*softcap="
+    state = torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(OpError, match=message):
+            token_logprobs(hidden, ScaledHead(), labels)
+    head = DeepSeekHead()
+    token_logprobs(hidden, head, labels)
+    forward = DeepSeekHead.forward
+    monkeypatch.setattr(DeepSeekHead, "forward", lambda self, x: torch.tanh(forward(self, x)))
+    with pytest.raises(OpError, match=message):
+        token_logprobs(hidden, head, labels)
+    monkeypatch.undo()
+    token_logprobs(hidden, head, labels)
+    torch.set_rng_state(state)
+    ScaledHead(), DeepSeekHead()
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    for build in (ScaledHead, DeepSeekHead):
+        module = build()
+        if build is DeepSeekHead:
+            Head.of(module)
+    assert torch.equal(torch.get_rng_state(), after)  # the comparison draws no random numbers of the caller
+
+
+@pytest.mark.parametrize("name", ["hidden", "labels"])
+def test_inputs_that_hold_no_values_are_refused(name: str) -> None:
+    head = nn.Linear(6, 5)
+    inputs = {"hidden": torch.randn(3, 6), "labels": torch.arange(3)}
+    with pytest.raises(OpError, match="meta"):
+        token_logprobs(head=head, **(inputs | {name: inputs[name].to("meta")}))
+    with pytest.raises(OpError, match=f"{name} is list, expected a tensor"):
+        token_logprobs(head=head, **(inputs | {name: inputs[name].tolist()}))

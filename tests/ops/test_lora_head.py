@@ -191,6 +191,17 @@ def test_the_adapters_in_use_are_those_of_the_module(kind: str) -> None:
     torch.testing.assert_close(token_logprobs(hidden, unloaded, labels).detach(), found["adapter 1",])
 
 
+def test_an_adapter_of_other_layers_leaves_the_head_as_it_is() -> None:
+    model = with_lora()
+    config = peft.LoraConfig(r=2, target_modules=["body"], init_lora_weights=False)
+    model.add_adapter("body only", config, autocast_adapter_dtype=False)
+    model.set_adapter("body only")
+    head, hidden, labels = head_of(model), torch.randn(ROWS, WIDTH, dtype=torch.float64), some_labels(ROWS)
+    assert head.active_adapters == ["body only"]
+    assert check(head, hidden, labels, entropy=True) == set()
+    assert Head.of(head).weight is head.base_layer.weight
+
+
 def test_scalings_are_read_at_each_call() -> None:
     head = head_of(with_lora(adapters=2))
     hidden, labels = torch.randn(ROWS, WIDTH, dtype=torch.float64), some_labels(ROWS)
@@ -464,7 +475,7 @@ def test_other_adapters_of_the_output_layer_are_refused(tuner: str, kind: str) -
         check(unloaded, hidden, labels)
 
 
-@pytest.mark.parametrize("tuner", ["DoRA", "lora_bias", "IA3", "LoHa"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_other_adapters_of_the_projection_are_followed(tuner: str) -> None:
     """Only the output layer is used without a call."""
     head = head_of(with_tuner(tuner, "projection of Sequential"))
@@ -541,8 +552,10 @@ def test_an_adapter_without_a_copy_uses_the_original() -> None:
     model.add_adapter("body only", peft.LoraConfig(r=2, target_modules=["body"]), autocast_adapter_dtype=False)
     model.set_adapter("body only")
     head = head_of(model)
-    check(head, torch.randn(ROWS, WIDTH, dtype=torch.float64), some_labels(ROWS))
-    assert Head.of(head).weight is head.original_module.weight
+    for names in (head.active_adapters, ["body only"]):
+        head._active_adapter = names
+        check(head, torch.randn(ROWS, WIDTH, dtype=torch.float64), some_labels(ROWS))
+        assert Head.of(head).weight is head.original_module.weight
 
 
 def test_a_peft_model_of_the_head_alone() -> None:
