@@ -39,8 +39,8 @@ def head_gradients(
     """
     active = labels != options.ignore_index
     rows, count = active_rows(active & _has_gradient(scales), labels, None, options)
-    spans = _spans(rows, count, active, kept, in_place and head[2] is None, options.chunk_rows)
-    chunked = ChunkedHead(head, min(options.chunk_rows, count), options)
+    spans = _spans(rows, count, active, kept, in_place, options.chunk_rows)
+    chunked = ChunkedHead(head, max((_length(rows_of_x) for rows_of_x, _ in spans), default=0), options)
     weight, proj_weight = chunked.weight, chunked.proj_weight
     # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
     wide = result_dtype(x)
@@ -89,8 +89,8 @@ def _spans(
 ) -> list[tuple[Rows, Rows | None]]:
     """Split the rows with a gradient into chunks: their rows of x, and their rows of `kept` or None.
 
-    merge: take all kept logits as one chunk, if gradients of all of them are needed. They are in memory anyway, and one
-    product for each matrix is faster than several.
+    merge: take all kept logits as one chunk, if gradients of all of them are needed. They are in memory anyway, other
+    buffers are small compared with them, and one product for each matrix is faster than several.
     """
 
     def rows_of_x(span: slice) -> Rows:
@@ -104,9 +104,13 @@ def _spans(
     if in_kept < len(kept):
         first: list[tuple[Rows, Rows | None]] = [(rows_of_x(s), position[s]) for s in chunks(in_kept, size, 0)]
     else:
-        first = [(rows_of_x(s), s) for s in chunks(in_kept, in_kept if merge and rows is None else size, 0)]
+        first = [(rows_of_x(s), s) for s in chunks(in_kept, in_kept if merge else size, 0)]
     others = (slice(in_kept + s.start, in_kept + s.stop) for s in chunks(count - in_kept, size, 0))
     return [*first, *((rows_of_x(span), None) for span in others)]
+
+
+def _length(rows: Rows) -> int:
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
 
 
 def _logits(

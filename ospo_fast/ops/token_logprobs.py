@@ -83,8 +83,8 @@ def token_logprobs(  # type: ignore[misc]  # the overloads leave out the other a
     - frozen head: 2. The forward computes ∂ℓ/∂hidden, the backward scales its rows.
     - trained head: 3, and 1 more for the share of rows whose logits are recomputed in the backward (`keep_logits`). The
       logger `ospo_fast.ops.token_logprobs` says at level INFO which rows are kept, and why.
-    - the entropy as a metric: no more. A loss with the entropy of a frozen head: 2 more, because its gradient needs the
-      logits again.
+    - the entropy as a metric: no more. In the loss, its gradient needs the logits of a frozen head, too: 2 more, or
+      none with `keep_logits=True`.
 
     Args:
         hidden: (..., D) float.
@@ -102,9 +102,9 @@ def token_logprobs(  # type: ignore[misc]  # the overloads leave out the other a
         temperature: divides the scores.
         softcap: bounds the logits by this magnitude before the division. None: no bound.
         return_entropy: return the entropies −Σ p·log p, too.
-        keep_logits: for a head with weights that require grad: keep the logits of all rows for the backward (N·V
-            elements), or recompute them. None: recompute on a GPU and under torch.compile; on a CPU keep those of three
-            quarters of the rows, of at most 1 GiB.
+        keep_logits: where the backward needs the logits (a head with weights that require grad, or an entropy in the
+            loss): keep those of all rows (N·V elements), or recompute them. None: recompute those of a frozen head, and
+            all on a GPU and under torch.compile; on a CPU keep three quarters of the rows, of at most 1 GiB.
         process_group: processes that share the codes of a vocab-parallel head, in the order of their rows. `hidden`,
             `labels` and the loss must be the same on all of them. They exchange (rows,) numbers in two all-reduces, and
             in the backward the gradients of what is not split.
@@ -206,7 +206,7 @@ def _compute(
         return token_logprobs_op(False, return_entropy, 0, x, labels, head, *options)[:2]
     function: Any
     results: tuple[Tensor, Tensor | None]
-    if call.trained:
+    if call.trained or (return_entropy and keep_logits):
         function, keep_rows = _TrainedHead, rows_to_keep(keep_logits, len(x), head[0], options)
         results = function.apply(options, return_entropy, call.check_adapters, keep_rows, x, labels, *head)
     else:
