@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--plain", action="store_true", help="compute the loss from all logits")
     parser.add_argument("--out", type=Path, help="write the curves to this JSON file")
     args = parser.parse_args(argv)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     lightning.seed_everything(0)
     config = LlamaConfig(

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--plain", action="store_true", help="train with Trainer")
     parser.add_argument("--out", type=Path, help="write the curves to this JSON file")
     args = parser.parse_args(argv)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     set_seed(0)
     config = Gemma2Config(

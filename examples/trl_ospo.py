@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--masks", action="store_true", help="weight the tokens of objects; not with --plain")
     parser.add_argument("--out", type=Path, help="write the curves to this JSON file")
     args = parser.parse_args(argv)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     set_seed(0)
     model = LlamaForCausalLM(

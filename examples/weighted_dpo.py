@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--plain", action="store_true", help="compute log-probabilities from all logits")
     parser.add_argument("--out", type=Path, help="write the curves to this JSON file")
     args = parser.parse_args(argv)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
     policy = LlamaForCausalLM(

@@ -183,6 +183,14 @@ def test_no_backward_for_the_rejected_without_a_simpo_term(preset: str, monkeypa
     assert torch.equal(again.metrics["margin"], found.metrics["margin"])
 
 
+def test_sft_alone_refuses_what_is_not_finite() -> None:
+    config = OSPOLossConfig(simpo_weight=0.0)
+    hidden, labels, head, masks = make_batch(2, 2)
+    hidden[0] = torch.nan
+    with pytest.raises(OpError, match="not finite"):
+        OSPOLoss(config, check_finite=True)(hidden.requires_grad_(), labels, head, object_masks=masks)
+
+
 def test_sft_alone_computes_the_logits_of_a_trained_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from ospo_fast.ops._chunked_head import ChunkedHead
 

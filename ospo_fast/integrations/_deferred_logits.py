@@ -41,6 +41,15 @@ class DeferredLogits:
 
     __rmul__ = __mul__
 
+    def _refuse(self, *_: Any) -> Any:
+        raise OpError(f"fused loss: the model changes its logits, expected scales and a soft cap alone; {_REMEDY}")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = __pow__ = __rtruediv__ = __matmul__ = _refuse
+    __getitem__ = __setitem__ = __iadd__ = __isub__ = __len__ = __iter__ = _refuse
+
+    def __bool__(self) -> bool:
+        return True  # by default, Python would ask for the length
+
     def tanh(self) -> DeferredLogits:
         """Bound the scores: those of a temperature T become T·tanh(z/T) / T."""
         if self.softcap is not None:

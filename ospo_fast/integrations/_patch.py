@@ -58,6 +58,8 @@ class Enabled:
         """Remove the patches. A second call does nothing."""
         while self._hooks:
             self._hooks.pop().remove()
+        while self._open:  # called during a forward
+            self._open.pop().close()
 
     def __enter__(self) -> Self:
         return self

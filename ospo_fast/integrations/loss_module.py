@@ -66,7 +66,8 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: Head | nn.Module, **op
 
     """
     # Shift the labels, not the hidden states: these stay contiguous and are not copied.
-    return cross_entropy(hidden, head, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), **options)
+    targets = F.pad(labels[:, 1:], (0, 1), value=options.get("ignore_index", IGNORE_INDEX))
+    return cross_entropy(hidden, head, targets, **options)
 
 
 def split_loss(output: Any) -> tuple[Tensor, dict[str, Tensor]]:

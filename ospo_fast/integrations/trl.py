@@ -181,6 +181,8 @@ class ChunkedLogProbs:
             )
         else:
             logps = token_logprobs(hidden, head, targets, temperature=temperature, softcap=softcap)
+        if unknown := sorted(set(outputs) - {"log_probs", *OPTIONAL_OUTPUTS}):
+            raise OpError(f"ChunkedLogProbs: outputs has {unknown}, expected some of {', '.join(OPTIONAL_OUTPUTS)}")
         wanted = set(outputs) & {"log_sum_sq_probs", "mean_logits", "is_top1"}
         found: dict[str, Tensor] = {}
         if wanted:

@@ -14,8 +14,15 @@ from ospo_fast.errors import OpError
 Backward = Callable[..., tuple[Any, ...]]
 
 
+def edges(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Return tensors without elements that lead to those of the given ones that require grad, for `ctx.edges`."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(t[:0].clone() for t in tensors if t is not None and t.requires_grad)
+
+
 def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
-    """Make the gradients of a backward raise OpError when they are differentiated.
+    """Make the gradients of a backward raise OpError when they are differentiated for any of `ctx.edges`.
 
     torch's `once_differentiable` does so only if the upstream gradient requires grad. Otherwise, as for the sum of an
     op's results, it returns gradients that seem not to depend on the inputs.
@@ -28,9 +35,8 @@ def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
                 results = backward(ctx, *grads)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # no create_graph
                 return results
-            # A gradient that requires grad, through an input that no user sees.
-            refusal = torch.zeros((), requires_grad=True)
-            return tuple(None if r is None else _Refuse.apply(op, refusal, r) for r in results)  # type: ignore[no-untyped-call]
+            sources = (*ctx.edges, *(g for g in grads if g is not None and g.requires_grad))
+            return tuple(None if r is None else _Refuse.apply(op, r, *sources) for r in results)  # type: ignore[no-untyped-call]
 
         return run
 
@@ -39,7 +45,7 @@ def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, refusal: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
         ctx.op = op
         return gradient.view_as(gradient)
 

@@ -79,7 +79,7 @@ class ChunkedHead:
         weight: Tensor = head[0]
         _, bias, proj_weight, proj_bias, self.lora_inputs, lora_weight = head
         self.weight, self.proj_weight, self.lora_weight = weight, proj_weight, lora_weight
-        self.proj_bias = None if proj_bias is None else proj_bias.contiguous()
+        self.proj_bias = None if proj_bias is None else _dispatch.readable(proj_bias)
         self.chunk_rows, self.options, self.backend = chunk_rows, options, options.backend
         self.logits_dtype = torch.float32 if options.fp32_logits else weight.dtype
         # cuBLAS writes fp32 logits from half-precision factors; elsewhere the factors have to be fp32.
@@ -87,7 +87,7 @@ class ChunkedHead:
         if bias is not None:
             # The CUDA step reads the bias in the dtype of the logits, the others in fp32 or fp64.
             wide = torch.promote_types(self.logits_dtype, torch.float32)
-            bias = bias.to(self.logits_dtype if self.backend == "cuda" else wide).contiguous()
+            bias = _dispatch.readable(bias.to(self.logits_dtype if self.backend == "cuda" else wide))
         self.bias = bias
         self.features = None if proj_weight is None else weight.new_empty(chunk_rows, proj_weight.shape[0])
         self.buffers: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ospo_fast.errors import OpError
 
@@ -106,17 +107,22 @@ def register_op(schema: str, *, fake: Callable[..., Any], synchronizes: bool = F
         # The dispatcher costs more than a small op. Only what traces programs or replaces tensors needs it.
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _has_subclass(arguments):
-                return op(*arguments)
-            return function(*arguments)
+            return function(*arguments) if runs_directly(*arguments) else op(*arguments)
 
         return cast(Op, call)
 
     return register
 
 
-def _has_subclass(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)
+def runs_directly(*arguments: Any) -> bool:
+    """Return whether nothing traces this program or replaces its tensors, so that kernels may read their memory."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)
+    )
 
 
 def fp32_only(dtype: torch.dtype) -> dict[str, str]:
@@ -150,6 +156,11 @@ def device_and_stream(device: torch.device) -> tuple[int, int]:
 def result_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of results: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy that kernels can read by address: contiguous, with its signs in memory."""
+    return tensor.resolve_neg().contiguous()
 
 
 def describe(tensor: Tensor) -> str:

@@ -32,6 +32,8 @@ def head_gradients(
     in_place: bool,  # whether gradients may replace them
     options: TokenLogprobsOptions,
     logps: Tensor | None = None,  # (N,) zeros, to be overwritten by ℓ of the rows with a gradient
+    *,
+    wide: bool = False,  # return the gradients of the weights in fp32
 ) -> list[Tensor]:
     """Return the gradients of x and of the head's tensors for gradients of ℓ and of the entropies; empty if not needed.
 
@@ -42,11 +44,9 @@ def head_gradients(
     spans = _spans(rows, count, active, kept, in_place, options.chunk_rows)
     chunked = ChunkedHead(head, max((_length(rows_of_x) for rows_of_x, _ in spans), default=0), options)
     weight, proj_weight = chunked.weight, chunked.proj_weight
-    # Sums over rows and over chunks are kept in fp32: half precision is too coarse for them.
-    wide = result_dtype(x)
-    weights_dtype = x.dtype if len(spans) <= 1 else wide
-    lora_dtype = x.dtype if head[5] is None else head[5].dtype
-    dtypes = (x.dtype, weights_dtype, wide, weights_dtype, wide, lora_dtype, wide)
+    dtypes = list(wide_dtypes(x, head))
+    if len(spans) <= 1 and not wide:  # a sum over rows is rounded once either way
+        dtypes[1] = dtypes[3] = x.dtype
     grads = new_grads(x, head, needs_grad, dtypes)
     dx, dweight, dbias, dproj_weight, dproj_bias, *dlora = (
         g if needed else None for g, needed in zip(grads, needs_grad, strict=True)
@@ -57,7 +57,7 @@ def head_gradients(
             pre, features = (inputs, inputs) if proj_weight is None else chunked.project_into_buffers(inputs)
             z, out = _logits(chunked, features, rows_of_x, kept, kept_rows, in_place)
             chunk_codes, *parts = (
-                None if t is None else t[rows_of_x].contiguous()
+                None if t is None else _dispatch.readable(t[rows_of_x])
                 for t in (codes, scales.logps, scales.entropies, scales.others)
             )
             found = None if logps is None else logps.new_empty(len(z))
@@ -81,6 +81,8 @@ def head_gradients(
                     torch.mm(dlast, last_weight, out=dx[rows_of_x])
                 else:
                     dx.index_copy_(0, rows_of_x, torch.mm(dlast, last_weight, out=inputs))
+    if wide:
+        return list(grads)
     return [g.to((x if t is None else t).dtype) for g, t in zip(grads, (x, *head), strict=True)]
 
 
@@ -142,6 +144,12 @@ def _accumulate(dweight: Tensor | None, dbias: Tensor | None, grad: Tensor, inpu
         dbias += grad.sum(0, dtype=dbias.dtype)
 
 
+def wide_dtypes(x: Tensor, head: Sequence[Any]) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that gradients are summed in: fp32 for the weights, because half precision is too coarse."""
+    sums = result_dtype(x)
+    return x.dtype, sums, sums, sums, sums, x.dtype if head[5] is None else head[5].dtype, sums
+
+
 def new_grads(
     x: Tensor, head: Sequence[Any], needs_grad: Sequence[bool], dtypes: Sequence[torch.dtype] | None = None
 ) -> tuple[Tensor, ...]:
@@ -162,7 +170,7 @@ def chunks(count: int, size: int, boundary: int) -> list[slice]:
 
 
 def active_rows(
-    active: Tensor, labels: Tensor, num_codes: int | None, options: TokenLogprobsOptions
+    active: Tensor, labels: Tensor, num_codes: int | None, options: TokenLogprobsOptions, op: str = "token_logprobs"
 ) -> tuple[Tensor | None, int]:
     """Return the indices of the active rows, None if all, and their number; check their labels against `num_codes`.
 
@@ -178,7 +186,7 @@ def active_rows(
         if errors:
             row = int(invalid.nonzero()[0])
             raise OpError(
-                f"token_logprobs: labels[{row}] (flattened) is {int(labels[row])}, expected 0 <= label < {num_codes} "
+                f"{op}: labels[{row}] (flattened) is {int(labels[row])}, expected 0 <= label < {num_codes} "
                 f"or ignore_index={options.ignore_index}; check that the codes are of the head's codebook"
             )
     return None if count == len(labels) else torch.nonzero_static(active, size=count).squeeze(1), count
@@ -188,3 +196,15 @@ def count_labels(labels: Tensor, num_codes: int, options: TokenLogprobsOptions) 
     """Return the number of labels that are not ignored, -1 if one is invalid; one pass, where torch needs several."""
     count: int = _dispatch.native().count_labels(labels.data_ptr(), labels.numel(), options.ignore_index, num_codes)
     return count
+
+
+def check_finite(op: str, logps: Tensor) -> None:
+    """Raise OpError for a log-probability that is not finite."""
+    invalid = ~logps.isfinite()
+    if bool(invalid.any()):
+        row = int(invalid.nonzero()[0])
+        raise OpError(
+            f"{op}: the log-probability of hidden[{row}] (flattened) is {float(logps[row])}, one of "
+            f"{int(invalid.sum())} that are not finite; expected finite hidden states and weights, and logits within "
+            "the range of their dtype (logits_dtype='fp32' widens it)"
+        )

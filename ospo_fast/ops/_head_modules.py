@@ -26,7 +26,9 @@ _LAYER_NAMES = (
     ("proj_out", "activation_fn", "vision_head"),
     ("output_mlp_projector", "vision_activation", "vision_head"),
 )
-_CHECKED_FORWARDS: weakref.WeakSet[Any] = weakref.WeakSet()  # those that are known to run their layers in turn
+# Modules that run their layers in turn, as was found for this forward and these settings.
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_LINEAR_FORWARD = nn.Linear.forward  # before anything patches the class
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Hooks on the calls of every module. torch changes these dictionaries in place.
 _GLOBAL_HOOKS: Any = tuple(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
@@ -71,7 +73,8 @@ def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: 
     if type(module) is nn.Linear:  # at once, because looking for adapters takes longer than the product of one row
         attributes = vars(module)
         weights = attributes["_parameters"]
-        if _is_called_as_is(attributes) and type(weights.get("weight")) is nn.Parameter:
+        patched = nn.Linear.forward is not _LINEAR_FORWARD
+        if not patched and _is_called_as_is(attributes) and type(weights.get("weight")) is nn.Parameter:
             head = Head(weights["weight"], weights["bias"])
         else:
             head = Head(*linear_tensors(module, "head"))
@@ -151,34 +154,51 @@ def mlp_layers(module: nn.Module) -> list[Any]:
 def _check_forward(module: nn.Module, layers: Sequence[Any]) -> None:
     """Raise OpError if the forward of a module that is known by its names does more than its layers in turn.
 
-    Compares both on one row, once for each forward function.
+    Compares both, once for each module, mode and plain attributes, on rows whose logits reach from small ones to 50.
     """
-    forward = type(module).forward
+    settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None)))}
+    state = type(module).forward, settings
     tensors = [*module.parameters(), *module.buffers()]
     whole = all(type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and not t.is_meta for t in tensors)
-    if forward in _CHECKED_FORWARDS or not whole or torch.compiler.is_compiling():
+    if _CHECKED.get(module) == state or not whole or torch.compiler.is_compiling():
         return
     width = next((layer.in_features for layer in layers[0].modules() if hasattr(layer, "in_features")), None)
     if width is None:
         return  # refused by others
-    where = tensors[0].device
-    row = torch.linspace(-1, 1, width, dtype=tensors[0].dtype, device=where).unsqueeze(0)
-    one, other = (_run_once(run, row) for run in (module, lambda x: layers[2](layers[1](layers[0](x)))))
-    same = one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-2, equal_nan=True)
+    dtype = tensors[0].dtype
+    row = torch.linspace(-1, 1, width, device=tensors[0].device)
+    rows = torch.stack([row, row.flip(0), (7 * row).sin()]).to(dtype)
+
+    def in_turn(x: Tensor) -> Any:
+        return layers[2](layers[1](layers[0](x)))
+
+    same = True
+    try:
+        size = float(_run_once(in_turn, rows).abs().max())
+        for x in (rows, rows * (50 / max(size, 1e-3))):
+            one, other = _run_once(module, x.unsqueeze(0)), _run_once(in_turn, x.unsqueeze(0))
+            bound = 16 * torch.finfo(dtype).eps * float(other.abs().max())
+            same = same and one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=bound, equal_nan=True)
+    except Exception as error:
+        raise OpError(
+            f"Head.of: the forward of {type(module).__name__} failed on hidden states (1, 3, {width}), expected "
+            f"weight·gelu(proj·x + proj_bias) + bias ({type(error).__name__}: {error}); {_REMEDY}"
+        ) from error
     if not same:
         raise OpError(
             f"Head.of: the forward of {type(module).__name__} computes something else than its projection, activation "
             f"and output layer in turn, expected weight·gelu(proj·x + proj_bias) + bias; {_REMEDY}, and scale or cap "
             "the logits with temperature= and softcap="
         )
-    _CHECKED_FORWARDS.add(forward)
+    _CHECKED[module] = state
 
 
-def _run_once(run: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
-    devices = [row.device] if row.is_cuda else []
-    with torch.no_grad(), torch.autocast(row.device.type, enabled=False), torch.random.fork_rng(devices):
+def _run_once(run: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
+    devices = [rows.device] if rows.is_cuda else []
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False), torch.random.fork_rng(devices):
         torch.manual_seed(0)  # the same dropout of adapters
-        return run(row)
+        result: Tensor = run(rows)
+        return result
 
 
 def linear_tensors(module: nn.Module, role: str) -> tuple[Tensor, Tensor | None]:
@@ -188,10 +208,11 @@ def linear_tensors(module: nn.Module, role: str) -> tuple[Tensor, Tensor | None]
         while (layer := _adapter_layer(module)) is not None and not _active_adapters(layer):
             _check_adapter_layer("Head.of", layer)
             module = layer.base_layer
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    own = not isinstance(module, nn.Linear) or type(module).forward is not _LINEAR_FORWARD
+    if own or type(module).__call__ is not nn.Module.__call__:
         raise OpError(f"Head.of: its {role} is {type(module).__name__}, expected nn.Linear; {_REMEDY}")
-    weight: Tensor = module.weight
-    bias: Tensor | None = module.bias
+    weight: Any = module.weight
+    bias: Any = module.bias
     managed = None
     if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
         managed = _fsdp_parameter(weight)
@@ -375,8 +396,9 @@ def _call_adapters(op: str, layer: Any, x: Tensor) -> Tensor:
 
 def _low_rank(op: str, layer: Any, names: list[str], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return scaling · A(dropout(x)) (..., r) and B (V, r) of each of the adapters, which are plain LoRA."""
-    forward = type(layer).forward  # not the class itself: FSDP2 changes it
-    plain = forward.__qualname__ == "Linear.forward" and forward.__module__.startswith("peft.tuners.lora")
+    # By the bases, because FSDP2 changes the class itself.
+    bases = [c for c in type(layer).__mro__ if c.__name__ == "Linear" and c.__module__.startswith("peft.tuners.lora")]
+    plain = bool(bases) and type(layer).forward is vars(bases[0])["forward"]
     variants = [name for name in names if name in getattr(layer, "lora_variant", {})] if plain else []
     biased = [name for name in names if plain and layer.lora_B[name].bias is not None]
     if names and (not plain or variants or biased):

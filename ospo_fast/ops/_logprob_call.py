@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +61,14 @@ def prepare(
             _check_tensor(op, name, tensor)
     resolved = resolve_head(op, head, hidden, sharded=process_group is not None)
     device = hidden.device.type
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OpError(f"{op}: called inside torch.func (grad, vmap, jvp), expected plain autograd; use torch.autograd")
+    if hidden.layout != torch.strided:
+        raise OpError(f"{op}: hidden has layout {hidden.layout}, expected a dense tensor; use hidden.to_dense()")
+    if not isinstance(ignore_index, int):
+        raise OpError(f"{op}: ignore_index is {ignore_index!r}, expected an integer")
+    if process_group is not None and not hasattr(process_group, "size"):
+        raise OpError(f"{op}: process_group is {process_group!r}, expected a torch.distributed process group or None")
     if device == "meta":
         raise OpError(f"{op}: hidden is on the meta device, expected values; move it to a device")
     autocast = torch.is_autocast_enabled(device)
@@ -69,25 +76,31 @@ def prepare(
         resolved = resolved.to(torch.get_autocast_dtype(device))
     x, weights = resolved.hidden, resolved.head
     _check(op, x, weights, labels, chunk_rows, logits_dtype)
-    if not 0 < temperature < math.inf:
-        raise OpError(
-            f"{op}: temperature is {temperature}, expected a positive number; 1 leaves the logits as they are"
-        )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise OpError(f"{op}: softcap is {softcap}, expected a positive number, or None for no bound")
+    temperature = _positive(op, "temperature", temperature, "1 leaves the logits as they are")
+    softcap = 0.0 if softcap is None else _positive(op, "softcap", softcap, "None for no bound")
     fp32_logits = x.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(weights.num_codes, 4 if fp32_logits else x.element_size(), device)
     backend = _dispatch.resolve("token_logprobs", backend, device, x.dtype)
-    options = TokenLogprobsOptions(
-        ignore_index, chunk_rows, fp32_logits, backend, check_finite, float(temperature), float(softcap or 0)
-    )
+    options = TokenLogprobsOptions(ignore_index, chunk_rows, fp32_logits, backend, check_finite, temperature, softcap)
     if labels.dim() != 1:
         x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
     return Call(
         x, labels.long(), (*weights.tensors, *resolved.lora), options, autocast,
         resolved.check_adapters,
     )  # fmt: skip
+
+
+def _positive(op: str, name: str, value: Any, neutral: str) -> float:
+    """Return a positive number whose inverse fp32 holds, too."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        value = value.item()
+    if isinstance(value, Tensor):
+        got = "requires grad, which it would not get" if value.requires_grad else f"has shape {tuple(value.shape)}"
+        raise OpError(f"{op}: {name} is a tensor that {got}; expected one number; divide or cap before, in hidden")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-37 <= value <= 1e37:
+        raise OpError(f"{op}: {name} is {value!r}, expected a positive number from 1e-37 to 1e37; {neutral}")
+    return float(value)
 
 
 def _check_tensor(op: str, name: str, tensor: Any) -> None:
@@ -128,7 +141,7 @@ def _check(
     if not hidden.device == labels.device == head.weight.device:
         got = f"hidden is on {hidden.device}, labels on {labels.device}, the head on {head.weight.device}"
         raise OpError(f"{op}: {got}; move them to one device")
-    if chunk_rows is not None and chunk_rows < 1:
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise OpError(f"{op}: chunk_rows is {chunk_rows}, expected a positive number or None")
     if logits_dtype is not None and logits_dtype not in _FP32_NAMES and logits_dtype != hidden.dtype:
         raise OpError(f"{op}: logits_dtype is {logits_dtype!r}, expected None or 'fp32'")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ospo_fast.errors import OpError
-from ospo_fast.ops._autograd import first_derivative_only, keeps_graph
+from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import ChunkedHead, RowResults, RowScales
 from ospo_fast.ops._dispatch import result_dtype
 from ospo_fast.ops._head_modules import gathered_parameters
@@ -38,7 +38,8 @@ def vocab_parallel_logprobs(
     """Return ℓ and the entropies (N,), the same on all processes of the group."""
     if not torch.is_grad_enabled():
         keep_logits = False  # a Function cannot tell
-    return _VocabParallel.apply(call, group, return_entropy, keep_logits, call.x, *call.head)  # type: ignore[no-any-return,no-untyped-call]
+    given = call, group, return_entropy, keep_logits, edges(call.x, *call.head)
+    return _VocabParallel.apply(*given, call.x, *call.head)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -46,13 +47,20 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, group: Any, return_entropy: bool, keep_logits: bool | None, x: Tensor, *head: Any
+        ctx: Any,
+        call: Call,
+        group: Any,
+        return_entropy: bool,
+        keep_logits: bool | None,
+        leads: tuple[Tensor, ...],
+        x: Tensor,
+        *head: Any,
     ) -> tuple[Tensor, Tensor | None]:
         from ospo_fast.ops._head_gradients import active_rows, chunks
         from ospo_fast.ops.token_logprobs import rows_to_keep
 
         options, labels, num_codes = call.options, call.labels.contiguous(), len(head[0])
-        first, total = _position(group, call, labels, num_codes, ctx.needs_input_grad[4:])
+        first, total = _position(group, call, labels, num_codes, ctx.needs_input_grad[5:])
         rows, count = active_rows(labels != options.ignore_index, labels, total, options)
         elsewhere = (labels < first) | (labels >= first + num_codes)
         codes = torch.where(elsewhere, -1, labels - first)
@@ -85,6 +93,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.save_for_backward(x, labels, codes, kept if keep_rows else None, share, below - log_total + entropy, *head)
         ctx.rows, ctx.group, ctx.options, ctx.check_adapters = rows, group, options, call.check_adapters
         ctx.set_materialize_grads(False)
+        ctx.edges = leads
         results_of_rows = (logps, entropy)
         if rows is not None:
             results_of_rows = tuple(r.new_zeros(len(labels)).index_copy_(0, rows, r) for r in results_of_rows)  # type: ignore[assignment]
@@ -100,9 +109,9 @@ class _VocabParallel(torch.autograd.Function):
         x, labels, codes, kept, share, log_offset, *head = ctx.saved_tensors
         if ctx.check_adapters is not None:
             ctx.check_adapters()
-        needs_grad = ctx.needs_input_grad[4:]
+        needs_grad = ctx.needs_input_grad[5:]
         if grad is None and grad_entropy is None:
-            return (None,) * (4 + len(needs_grad))
+            return (None,) * (5 + len(needs_grad))
         if ctx.rows is not None:
             share, log_offset = (t.new_zeros(len(labels)).index_copy_(0, ctx.rows, t) for t in (share, log_offset))
         c = torch.zeros_like(share) if grad is None else grad
@@ -121,7 +130,7 @@ class _VocabParallel(torch.autograd.Function):
             if needed and not sharded:
                 dist.all_reduce(gradient, dist.ReduceOp.SUM, ctx.group)
             results.append(gradient if needed else None)
-        return None, None, None, None, *results
+        return None, None, None, None, None, *results
 
 
 def _position(group: Any, call: Call, labels: Tensor, num_codes: int, needs_grad: Sequence[bool]) -> tuple[int, int]:
@@ -132,7 +141,10 @@ def _position(group: Any, call: Call, labels: Tensor, num_codes: int, needs_grad
     sizes_of_this = [num_codes, len(labels), sum(flag << i for i, flag in enumerate(exchanged))]
     checksum = torch.where(active, (labels + 1) * in_order, 0).sum()  # overflows to the same number everywhere
     sums = torch.stack([*_sums(call.x, active), *_sums(call.head[4], active)])
-    mine = torch.cat((labels.new_tensor(sizes_of_this), checksum.unsqueeze(0), sums.view(torch.int64)))
+    scores = sums.new_tensor([call.options.temperature, call.options.softcap])
+    mine = torch.cat(
+        (labels.new_tensor(sizes_of_this), checksum.unsqueeze(0), sums.view(torch.int64), scores.view(torch.int64))
+    )
     every = mine.new_empty(dist.get_world_size(group), len(mine))
     dist.all_gather(list(every.unbind()), mine, group)
     every = every.cpu()
@@ -152,7 +164,13 @@ def _position(group: Any, call: Call, labels: Tensor, num_codes: int, needs_grad
                 f"token_logprobs: the processes of process_group have {values} as their {name}, expected the same "
                 "hidden states and labels on all of them; process_group is that of tensor parallelism, not of the data"
             )
-    x_sum, x_scale, lora_sum, lora_scale = every[:, 4:].contiguous().view(torch.float64).unbind(1)
+    x_sum, x_scale, lora_sum, lora_scale, *settings = every[:, 4:].contiguous().view(torch.float64).unbind(1)
+    for name, given in zip(("temperature", "softcap (0: None)"), settings, strict=True):
+        if len(set(given.tolist())) > 1:
+            raise OpError(
+                f"token_logprobs: the processes of process_group have {given.tolist()} as their {name}, expected the "
+                "same on all of them"
+            )
     for name, given, scale in (("hidden", x_sum, x_scale), ("LoRA's A (or its dropout)", lora_sum, lora_scale)):
         # Equal up to rounding. Of other numbers the sums differ by about `scale`.
         if float(given.max() - given.min()) > 0.03 * float(scale.max()):

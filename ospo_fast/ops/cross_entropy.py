@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
-from ospo_fast.ops._autograd import first_derivative_only, keeps_graph
+from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, RowScales, TokenLogprobsOptions
 from ospo_fast.ops._dispatch import register_op, result_dtype
-from ospo_fast.ops._head_gradients import GRADS_SCHEMA, INPUTS_SCHEMA, active_rows, head_gradients, new_grads
+from ospo_fast.ops._head_gradients import (
+    GRADS_SCHEMA,
+    INPUTS_SCHEMA,
+    active_rows,
+    check_finite,
+    head_gradients,
+    new_grads,
+    wide_dtypes,
+)
 from ospo_fast.ops._head_modules import gathered_parameters
 from ospo_fast.ops._logprob_call import Call, prepare
 from ospo_fast.ops.head import Head
@@ -63,6 +71,10 @@ def cross_entropy(
     op = "cross_entropy"
     if reduction not in ("mean", "sum"):
         raise OpError(f"{op}: reduction is {reduction!r}, expected 'mean' or 'sum'")
+    if weights is not None and not isinstance(weights, Tensor):
+        raise OpError(f"{op}: weights are {type(weights).__name__}, expected a tensor of one number per label")
+    if weights is not None and weights.device != labels.device:
+        raise OpError(f"{op}: weights are on {weights.device}, labels on {labels.device}; move them to one device")
     if weights is not None and weights.shape != labels.shape:
         raise OpError(f"{op}: weights have shape {tuple(weights.shape)}, expected that of labels {tuple(labels.shape)}")
     if weights is not None and weights.requires_grad and torch.is_grad_enabled():
@@ -86,7 +98,8 @@ def weighted_logprobs(call: Call, scales: Tensor) -> tuple[Tensor, Tensor]:
             return weighted_logprobs(replace(call, autocast=False), scales)
     if torch.is_grad_enabled() and call.needs_grad:
         function: Any = _LinearLoss
-        total, logps = function.apply(call.options, call.check_adapters, scales, call.x, call.labels, *call.head)
+        more = call.check_adapters, edges(call.x, *call.head)
+        total, logps = function.apply(call.options, more, scales, call.x, call.labels, *call.head)
         return total, logps
     labels = torch.where(scales == 0, call.options.ignore_index, call.labels)
     logps = token_logprobs_op(False, False, 0, call.x, labels, call.head, *call.options)[0]
@@ -94,13 +107,19 @@ def weighted_logprobs(call: Call, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Compute Σ scales·ℓ and its gradients in one pass over the chunks."""
+    """Compute Σ scales·ℓ and its gradients in one pass over the chunks.
+
+    Gradients are computed for scales of at most 1 and kept in fp32, those of the hidden states in their dtype. The
+    largest scale and the upstream gradient, which may be that of a scaled loss, come before the only rounding to half
+    precision. Until then they are attributes, not saved tensors: a second reference would make autograd copy what
+    becomes .grad.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         options: TokenLogprobsOptions,
-        check_adapters: Callable[[], None] | None,
+        more: tuple[Callable[[], None] | None, tuple[Tensor, ...]],
         scales: Tensor,
         x: Tensor,
         labels: Tensor,
@@ -108,10 +127,12 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         _, _, _, x_needs_grad, _, *head_needs_grad = ctx.needs_input_grad
         needs_grad = [x_needs_grad, *head_needs_grad]
-        *grads, logps = _linear_loss(needs_grad, scales, x, labels, head, *options)
-        # Not saved tensors: those would be a second reference, for which autograd copies what becomes .grad.
+        largest = scales.abs().amax() if len(scales) else scales.sum()
+        unit = scales / torch.where(largest > 0, largest, 1)
+        *grads, logps = _linear_loss(needs_grad, unit, x, labels, head, *options)
         ctx.grads = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
-        ctx.check_adapters, ctx.head = check_adapters, head
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, *head)]
+        ctx.largest, (ctx.check_adapters, ctx.edges), ctx.head = largest, more, head
         ctx.mark_non_differentiable(logps)
         return (scales * logps).sum(), logps
 
@@ -126,14 +147,14 @@ class _LinearLoss(torch.autograd.Function):
                 "cross_entropy: a second backward through the same graph, whose gradients were given away by the first "
                 "one; pass retain_graph=True to the first"
             )
-        grads = ctx.grads
-        if keeps_graph():
-            grads = [None if g is None else (g * grad).to(g.dtype) for g in grads]
-        else:
+        grads, keep, factor = ctx.grads, keeps_graph(), grad * ctx.largest
+        if not keep:
             ctx.grads = None
-            for g in grads:
-                if g is not None:
-                    g.mul_(grad)
+        for i, g in enumerate(grads):
+            if g is not None:
+                in_place = g.dtype == factor.dtype and not keep
+                scaled = g.mul_(factor) if in_place else g.to(factor.dtype) * factor
+                grads = [*grads[:i], scaled.to(ctx.dtypes[i]), *grads[i + 1 :]]
         dx, *dhead = grads
         return None, None, None, dx, None, *dhead
 
@@ -142,7 +163,7 @@ class _LinearLoss(torch.autograd.Function):
     f"linear_loss(bool[] needs_grad, Tensor scales, {INPUTS_SCHEMA}, {OPTIONS_SCHEMA})"
     f" -> ({GRADS_SCHEMA}, Tensor logps)",
     fake=lambda needs_grad, scales, x, labels, head, *_: (
-        *new_grads(x, head, needs_grad),
+        *new_grads(x, head, needs_grad, wide_dtypes(x, head)),
         x.new_empty(labels.shape, dtype=result_dtype(x)),
     ),
     synchronizes=True,
@@ -150,11 +171,13 @@ class _LinearLoss(torch.autograd.Function):
 def _linear_loss(
     needs_grad: list[bool], scales: Tensor, x: Tensor, labels: Tensor, head: Sequence[Any], *flat_options: Any
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of Σ scales·ℓ, and ℓ (N,), which is 0 where scales are 0."""
+    """Return the gradients of Σ scales·ℓ, of the weights in fp32, and ℓ (N,), which is 0 where scales are 0."""
     options = TokenLogprobsOptions(*flat_options)
     labels = labels.contiguous()
-    active_rows(labels != options.ignore_index, labels, len(head[0]), options)  # checks the labels
+    active_rows(labels != options.ignore_index, labels, len(head[0]), options, "cross_entropy")  # checks the labels
     logps = x.new_zeros(labels.shape, dtype=result_dtype(x))
     row_scales = RowScales(scales.contiguous())
-    grads = head_gradients(needs_grad, row_scales, x, labels, labels, head, None, False, options, logps)
+    grads = head_gradients(needs_grad, row_scales, x, labels, labels, head, None, False, options, logps, wide=True)
+    if options.check_finite:
+        check_finite("cross_entropy", logps)
     return *grads, logps

@@ -18,7 +18,7 @@ def scale_rows(dhidden: Tensor, packed_row: Tensor, scales: Tensor, backend: str
 
     dhidden (N, D), packed_row (N,) int64, scales (N,) fp32 (fp64 with fp64) → a new tensor (N, D) of dhidden's dtype.
     """
-    dhidden, packed_row, scales = dhidden.contiguous(), packed_row.contiguous(), scales.contiguous()
+    dhidden, packed_row, scales = (_dispatch.readable(t) for t in (dhidden, packed_row, scales))
     out = torch.empty_like(dhidden)
     if backend == "cuda":
         _dispatch.triton("scale_rows").scale_rows(dhidden, packed_row, scales, out)

@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._autograd import first_derivative_only, keeps_graph
+from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, ChunkedHead, RowResults, RowScales, TokenLogprobsOptions
-from ospo_fast.ops._dispatch import register_op, result_dtype
+from ospo_fast.ops._dispatch import register_op, result_dtype, runs_directly
 from ospo_fast.ops._head_gradients import (
     GRADS_SCHEMA,
     INPUTS_SCHEMA,
     active_rows,
+    check_finite,
     chunks,
     count_labels,
     head_gradients,
@@ -208,10 +208,12 @@ def _compute(
     results: tuple[Tensor, Tensor | None]
     if call.trained or (return_entropy and keep_logits):
         function, keep_rows = _TrainedHead, rows_to_keep(keep_logits, len(x), head[0], options)
-        results = function.apply(options, return_entropy, call.check_adapters, keep_rows, x, labels, *head)
+        more = call.check_adapters, edges(x, *head)
+        results = function.apply(options, return_entropy, more, keep_rows, x, labels, *head)
     else:
         function = _FrozenHead
-        results = function.apply(options, return_entropy, call.check_adapters, x, labels, *head)
+        more = call.check_adapters, edges(x, *head)
+        results = function.apply(options, return_entropy, more, x, labels, *head)
     return results
 
 
@@ -221,17 +223,18 @@ def _few_rows(call: Call) -> Tensor | None:
     The product of a few rows takes less time than what longer calls need around their products.
     """
     x, labels, (weight, bias, *others), options = call.x, call.labels, call.head, call.options
-    rows, codes = x.shape[0], weight.shape[0]  # type: ignore[union-attr]
+    assert weight is not None
+    rows, codes = x.shape[0], weight.shape[0]
     if (
         options.backend != "cpp" or rows > 64 or rows > options.chunk_rows or x.dtype != torch.float32
-        or any(t is not None for t in others) or not labels.is_contiguous() or options.check_finite
-        or (bias is not None and not bias.is_contiguous()) or torch.compiler.is_compiling()
+        or any(t is not None for t in others) or options.check_finite or not runs_directly(x, labels, weight, bias)
     ):  # fmt: skip
         return None
+    labels = labels.contiguous()
     if count_labels(labels, codes, options) != rows:
         return None
-    native = _dispatch.native()
-    logits, logps = torch.mm(x, weight.t()), torch.empty(rows)  # type: ignore[union-attr]
+    native, bias = _dispatch.native(), None if bias is None else _dispatch.readable(bias)
+    logits, logps = torch.mm(x, weight.t()), x.new_empty(rows)
     native.token_logprobs(
         logits.data_ptr(), 0, _dispatch.pointer(bias), labels.data_ptr(), 1 / options.temperature,
         options.softcap, 0, 0, 0, logps.data_ptr(), 0, 0, 0, 0, rows, codes, torch.get_num_threads(),
@@ -252,14 +255,14 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any,
         options: TokenLogprobsOptions,
         return_entropy: bool,
-        check_adapters: Callable[[], None] | None,
+        more: tuple[Callable[[], None] | None, tuple[Tensor, ...]],
         x: Tensor,
         labels: Tensor,
         *head: Any,
     ) -> tuple[Tensor, Tensor | None]:
         logps, entropy, dhidden, packed_row, _ = token_logprobs_op(True, return_entropy, 0, x, labels, head, *options)
         ctx.save_for_backward(dhidden, packed_row, *((x, labels, *head) if return_entropy else ()))
-        ctx.options, ctx.check_adapters = options, check_adapters
+        ctx.options, (ctx.check_adapters, ctx.edges) = options, more
         ctx.set_materialize_grads(False)
         return logps, entropy if return_entropy else None
 
@@ -290,7 +293,7 @@ class _TrainedHead(torch.autograd.Function):
         ctx: Any,
         options: TokenLogprobsOptions,
         return_entropy: bool,
-        check_adapters: Callable[[], None] | None,
+        more: tuple[Callable[[], None] | None, tuple[Tensor, ...]],
         keep_rows: int,
         x: Tensor,
         labels: Tensor,
@@ -298,7 +301,7 @@ class _TrainedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         logps, entropy, _, _, kept = token_logprobs_op(False, return_entropy, keep_rows, x, labels, head, *options)
         ctx.save_for_backward(x, labels, kept if keep_rows else None, *head)
-        ctx.options, ctx.check_adapters = options, check_adapters
+        ctx.options, (ctx.check_adapters, ctx.edges) = options, more
         ctx.set_materialize_grads(False)
         return logps, entropy if return_entropy else None
 
@@ -381,7 +384,7 @@ def token_logprobs_op(
         if return_entropy:
             entropies = entropies.new_zeros(len(labels)).index_copy_(0, rows, entropies)
     if options.check_finite:
-        _check_finite(logps)
+        check_finite("token_logprobs", logps)
     packed_row = labels.new_empty(0)
     if needs_dhidden:
         packed_row = (
@@ -413,14 +416,3 @@ def _token_logprobs_backward(
         None if grad_entropy is None else grad_entropy.contiguous(),
     )
     return tuple(head_gradients(needs_grad, scales, x, labels, labels, head, kept, in_place, options))
-
-
-def _check_finite(logps: Tensor) -> None:
-    invalid = ~logps.isfinite()
-    if bool(invalid.any()):
-        row = int(invalid.nonzero()[0])
-        raise OpError(
-            f"token_logprobs: the log-probability of hidden[{row}] (flattened) is {float(logps[row])}, one of "
-            f"{int(invalid.sum())} that are not finite; expected finite hidden states and weights, and logits within "
-            "the range of their dtype (logits_dtype='fp32' widens it)"
-        )

@@ -63,6 +63,14 @@ def pair_batch(seed: int) -> dict[str, Tensor]:
     }
 
 
+def test_next_token_loss_with_another_ignored_label() -> None:
+    hidden, head = torch.randn(2, 5, 8), nn.Linear(8, 11)
+    labels = torch.randint(1, 11, (2, 5))
+    labels[0, 3] = 0
+    expected = F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)
+    torch.testing.assert_close(next_token_loss(hidden, labels, head, ignore_index=0), expected)
+
+
 def test_lightning_trains_as_a_loop_does() -> None:
     lightning = pytest.importorskip("lightning")
     from ospo_fast.integrations.lightning import LossLightningModule

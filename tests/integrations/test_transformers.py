@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ospo_fast.errors import OpError, UsageError
+from ospo_fast.integrations._deferred_logits import DeferredLogits
 from ospo_fast.integrations.transformers import FusedLossTrainer, fused_causal_lm_loss
 
 # What the models do to their logits: nothing; a soft cap; a factor; a divisor; a loss of experts besides.
@@ -86,13 +87,16 @@ def test_autocast(build: Any, batch: dict[str, Tensor]) -> None:
 
 def test_no_logits_exist(build: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    calls: list[Any] = []
-    forward = type(model.lm_head).forward
-    monkeypatch.setattr(type(model.lm_head), "forward", lambda self, x: calls.append(self) or forward(self, x))
+    heads: list[bool] = []
+    linear = torch.nn.functional.linear  # what nn.Linear.forward calls
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, *b: heads.append(w is model.lm_head.weight) or linear(x, w, *b)
+    )
     fused_causal_lm_loss(model, batch)
-    assert model.lm_head not in calls
+    assert heads
+    assert not any(heads)
     model(**batch)
-    assert model.lm_head in calls
+    assert any(heads)
 
 
 def test_model_is_restored_after_an_error(build: Any, batch: dict[str, Tensor]) -> None:
@@ -167,3 +171,20 @@ def test_trainer_refuses_what_needs_logits(build: Any, tmp_path: Path) -> None:
         FusedLossTrainer(build(), arguments(tmp_path), compute_loss_func=lambda *_, **__: None)
     with pytest.raises(UsageError, match="no transformers model with output embeddings"):
         FusedLossTrainer(build().model, arguments(tmp_path))
+
+
+def test_operations_on_logits_that_do_not_exist_say_so() -> None:
+    logits: Any = DeferredLogits(torch.randn(2, 3, 8), nn.Linear(8, 11))
+    assert logits  # not its length
+    for change in (
+        lambda z: z + 1,
+        lambda z: 1 - z,
+        lambda z: -z,
+        lambda z: z**2,
+        lambda z: z[:, :2],
+        lambda z: z.__setitem__((..., 3), -torch.inf),
+    ):
+        with pytest.raises(
+            OpError, match="the model changes its logits, expected scales and a soft cap alone; use the"
+        ):
+            change(logits)

@@ -286,3 +286,18 @@ def test_what_is_refused(build: Any, lora: Any, monkeypatch: pytest.MonkeyPatch)
 def test_import_patches_nothing() -> None:
     importlib.reload(integration)
     assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+def test_undo_during_a_forward_restores_at_once(build: Any, batch: dict[str, Tensor]) -> None:
+    model = _prepared(build())
+    theirs = trl_utils._ChunkedLogProbFunction
+    handle = use_ospo_fast(model)
+    model.model.register_forward_hook(lambda *_: handle.undo())
+    model(**batch, fused_lm_head=True)
+    assert trl_utils._ChunkedLogProbFunction is theirs
+
+
+def test_unknown_outputs_are_refused() -> None:
+    inputs = torch.randn(3, 8), torch.randn(11, 8), None, torch.arange(3), 1.0
+    with pytest.raises(OpError, match=r"outputs has \['entrpy'\], expected some of entropy"):
+        ChunkedLogProbs().apply(*inputs, outputs=("entrpy",))

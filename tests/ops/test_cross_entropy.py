@@ -153,3 +153,30 @@ def test_weights_that_were_partitioned_before_the_backward_are_refused() -> None
     with pytest.raises(OpError, match=r"ZeRO-3 has partitioned its weights since the forward.*GatheredParameters"):
         loss.backward()
     weight.data = whole
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_a_scaled_loss_in_half_precision(no_worse: Any, train_head: bool, reduction: str) -> None:
+    """As GradScaler scales it: before that, gradients of a mean underflow in fp16, and those of a sum overflow."""
+    rows, codes, factor = 4096, 2048, 2.0**16 if reduction == "mean" else 2.0**-6
+    plain = make_head(LINEAR, bias=False, codes=codes).to(torch.float16)
+    hidden, labels = torch.randn(rows, 16).half(), torch.zeros(rows, dtype=torch.int64)
+
+    def run(loss: Any, dtype: torch.dtype) -> list[Tensor]:
+        head = trainable(plain, dtype) if train_head else plain.to(dtype)
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        return list(torch.autograd.grad(factor * loss(x, head), [x, *(t for t in weights_of(head) if train_head)]))
+
+    ours = run(partial(cross_entropy, labels=labels, reduction=reduction), torch.float16)
+    usual = run(lambda x, head: F.cross_entropy(head(x).float(), labels, reduction=reduction), torch.float16)
+    exact = run(lambda x, head: F.cross_entropy(head(x), labels, reduction=reduction), torch.float64)
+    for mine, theirs, best in zip(ours, usual, exact, strict=True):
+        no_worse(mine, theirs, best)
+
+
+def test_labels_are_checked_under_the_name_of_the_op() -> None:
+    with pytest.raises(OpError, match=r"^cross_entropy: labels\[1\]"):
+        cross_entropy(torch.randn(3, 16, requires_grad=True), make_head(LINEAR), torch.tensor([1, 99, 2]))
+    with pytest.raises(OpError, match="weights are list, expected a tensor"):
+        cross_entropy(torch.randn(3, 16), make_head(LINEAR), torch.arange(3), weights=[1.0, 1.0, 1.0])

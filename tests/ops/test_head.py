@@ -559,6 +559,42 @@ def test_a_forward_that_does_more_than_the_layers_is_refused(monkeypatch: pytest
     assert torch.equal(torch.get_rng_state(), after)  # the comparison draws no random numbers of the caller
 
 
+class CappedHead(DeepSeekHead):
+    cap: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+
+
+def test_the_forward_is_checked_for_each_module_and_setting() -> None:
+    hidden, labels = torch.randn(3, 6), torch.arange(3)
+    head = CappedHead()
+    token_logprobs(hidden, head, labels)
+    for cap in (5.0, 30.0):  # logits of usual hidden states are far below
+        other = CappedHead()
+        head.cap = other.cap = cap
+        for changed in (head, other):
+            with pytest.raises(OpError, match="computes something else"):
+                token_logprobs(hidden, changed, labels)
+    head.cap = None
+    token_logprobs(hidden, head, labels)
+
+
+def test_a_linear_layer_that_is_called_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Called(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            return 0.1 * super().__call__(x)
+
+    hidden, labels, head = torch.randn(3, 6), torch.arange(3), nn.Linear(6, 5)
+    with pytest.raises(OpError, match=r"its head is Called, expected nn\.Linear"):
+        token_logprobs(hidden, Called(6, 5), labels)
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0.1 * forward(self, x))
+    with pytest.raises(OpError, match=r"its head is Linear, expected nn\.Linear"):
+        token_logprobs(hidden, head, labels)
+
+
 @pytest.mark.parametrize("name", ["hidden", "labels"])
 def test_inputs_that_hold_no_values_are_refused(name: str) -> None:
     head = nn.Linear(6, 5)

@@ -290,6 +290,49 @@ def test_no_more_than_the_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(len(out) for out in kept if out is not None) == 10
 
 
+@pytest.mark.parametrize("rows", [5, 100])  # few rows have a path of their own
+def test_neither_defaults_of_torch_nor_tracing_change_what_is_computed(rows: int) -> None:
+    from torch.autograd import forward_ad
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    hidden, head, labels = torch.randn(rows, 16), make_head(LINEAR, bias=True), torch.randint(23, (rows,))
+    expected = token_logprobs(hidden, head, labels)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(token_logprobs(hidden, head, labels), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(token_logprobs(hidden, head, labels), expected)
+    graph = make_fx(lambda x: token_logprobs(x, head, labels))(hidden)
+    torch.testing.assert_close(graph(2 * hidden), token_logprobs(2 * hidden, head, labels))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD"):
+        token_logprobs(forward_ad.make_dual(hidden, hidden), head, labels)
+    with pytest.raises(RuntimeError, match="unsupported"):
+        torch.jit.trace(lambda x: token_logprobs(x, head, labels), (hidden,), check_trace=False)
+    with pytest.raises(OpError, match=r"called inside torch.func .*expected plain autograd"):
+        torch.func.grad(lambda x: token_logprobs(x, head, labels).sum())(hidden)
+
+
+def test_views_with_a_negative_bit_are_read_with_their_sign(backend: str) -> None:
+    hidden, plain, labels = torch.randn(70, 16), make_head(LINEAR, bias=True), torch.randint(23, (70,))
+    negative = Head(plain.weight, torch._neg_view(plain.bias))
+    copied = Head(plain.weight, -plain.bias)
+    for rows in (slice(0, 3), slice(None)):
+        inputs = hidden[rows], labels[rows]
+        mine, best = (token_logprobs(inputs[0], head, inputs[1], backend=backend) for head in (negative, copied))
+        assert torch.equal(mine, best)
+    upstream = torch.randn(70)
+    for head in (plain, trainable(plain)):
+        grads = []
+        for given in (torch._neg_view(upstream), -upstream):
+            x = hidden.clone().requires_grad_()
+            token_logprobs(x, head, labels, backend=backend).backward(given)
+            grads.append(x.grad)
+        assert torch.equal(*grads)
+
+
 # ---------------------------------------------------------------- temperature, soft-cap, entropy
 
 TRANSFORMS = [(0.7, None), (1.0, 30.0), (2.5, 4.0), (1.0, None)]
@@ -545,11 +588,18 @@ def test_second_derivative_is_refused(train_head: bool, square: bool) -> None:
     for compute in (token_logprobs, cross_entropy):
         result = compute(hidden, head, labels)
         loss = result.square().sum() if square else result.sum()
-        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True, retain_graph=True)
         (plain,) = torch.autograd.grad(compute(hidden, head, labels).pow(2 if square else 1).sum(), hidden)
         torch.testing.assert_close(grad.detach(), plain)
-        with pytest.raises(OpError, match="got a second derivative, expected at most a first one"):
-            grad.sum().backward()
+        for ask in (
+            lambda grad=grad: grad.sum().backward(),
+            lambda grad=grad: torch.autograd.grad(grad.sum(), hidden),  # by name
+            lambda compute=compute: torch.autograd.functional.hessian(
+                lambda x: compute(x, head, labels).pow(2 if square else 1).sum(), hidden.detach()
+            ),
+        ):
+            with pytest.raises(OpError, match="got a second derivative, expected at most a first one"):
+                ask()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -744,9 +794,20 @@ def test_ops_that_synchronize_are_tagged() -> None:
         ({"hidden": torch.ones(3, 16).long()}, "hidden is torch.int64, expected a floating dtype"),
         ({"labels": torch.zeros(3, dtype=torch.int64, device="meta")}, "hidden is on cpu, labels on meta"),
         ({"chunk_rows": 0}, "chunk_rows is 0"),
-        *(({"temperature": t}, f"temperature is {t}, expected a positive number") for t in (0, -1.0, torch.nan)),
+        *(({"temperature": t}, f"temperature is {t}, expected a positive number from") for t in (0, -1.0, torch.nan)),
         ({"temperature": torch.inf}, "temperature is inf"),
-        *(({"softcap": c}, f"softcap is {c}, expected a positive number, or None") for c in (0, -30.0, torch.nan)),
+        *(({"temperature": t}, "temperature is .*expected a positive number from") for t in (1e-39, None, "1", True)),
+        *(({"softcap": c}, "softcap is .*expected a positive number from") for c in (1e39, 1e-46, "3")),
+        ({"temperature": torch.ones(3)}, r"temperature is a tensor that has shape \(3,\); expected one number"),
+        ({"softcap": torch.tensor(3.0, requires_grad=True)}, "softcap is a tensor that requires grad"),
+        ({"chunk_rows": 1.5}, "chunk_rows is 1.5, expected a positive number"),
+        ({"ignore_index": None}, "ignore_index is None, expected an integer"),
+        ({"process_group": 3}, "process_group is 3, expected a torch.distributed process group"),
+        ({"hidden": torch.randn(3, 16).to_sparse()}, "layout torch.sparse_coo, expected a dense tensor"),
+        *(
+            ({"softcap": c}, f"softcap is {c}, expected a positive number .*None for no bound")
+            for c in (0, -30.0, torch.nan)
+        ),
         ({"logits_dtype": "int8"}, "logits_dtype is 'int8', expected None or 'fp32'"),
         ({"backend": "cuda"}, "backend='cuda' cannot run here: 'cuda' takes tensors on cuda, not on cpu; use"),
         ({"backend": "fast"}, "backend='fast' is unknown, expected one of 'auto', 'torch'"),
