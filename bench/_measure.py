@@ -1,7 +1,9 @@
 """Shared by all benchmarks: interleaved timing, peak memory above the inputs, and rows with device and versions."""
 
+import contextlib
 import datetime as dt
 import functools
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -154,9 +156,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}[str(dtype)[6:]]
 
 
+@functools.cache  # a report takes 40 ms, and a benchmark makes many rows
+def _environment() -> dict[str, Any]:
+    info = env.collect()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        info["versions"]["trl"] = importlib.metadata.version("trl")  # a peer, which the report does not list
+    return info
+
+
 def device() -> str:
     """Return the name of the GPU, or of the processor where there is no GPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else str(env.collect()["system"]["cpu"])
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else str(_environment()["system"]["cpu"])
 
 
 @functools.cache  # the commit of the code that was loaded, even if the checkout changes during the run
@@ -182,7 +192,7 @@ def chosen(case: str) -> bool:
 
 def row(op: str, variant: str, shapes: Mapping[str, int], dtype: str, timing: Timing, **metrics: Any) -> dict[str, Any]:
     """Build a row: times, `metrics` such as peak_mb, gb_s and share, device and versions."""
-    info = env.collect()
+    info = _environment()
     return {
         "op": op,
         "variant": variant,

@@ -1,36 +1,52 @@
-"""token_logprobs with a frozen head, forward and backward, compared with other implementations in one run.
+"""token_logprobs, forward and backward, compared with plain PyTorch and with other implementations in one run.
 
-- eager: all logits of the image tokens, fp32 log-softmax, gather; also under torch.compile.
-- official: the usual training code, with logits of all positions (text included), shift, log-softmax, gather and mask.
-- bare GEMMs: the matrix products that every implementation with gradients needs.
-- On a GPU, if installed: Liger, cut-cross-entropy, quack and torch's linear_cross_entropy. They take a linear head, so
-  the projection and GELU of Janus' head run in PyTorch before them. cut-cross-entropy and quack have no output bias.
-  Liger's SimPO and sum, and quack, have no weight per token.
+Cases, by name (`--case`):
 
-Errors are those of 64 rows against float64, relative to the largest exact value, at logits of the usual size and up to
-50. Errors of peers are shown but not checked; that of cut-cross-entropy is for a head without bias. `share` is the
-floor (the products at the measured limit of this device) over the time.
+- 2 pairs, Shapes, and on a GPU 7B, 1B: the two-layer head of Janus, frozen. `official` is the usual training code, with
+  logits of all positions (text included), shift, log-softmax, gather and mask.
+- linear (on a GPU: linear 7B), text head: frozen heads of one layer, with peers. On a CPU the text head has few rows,
+  for which torch advises against its chunks, so these are not measured there.
+- linear, trained; text head, trained; 2 pairs, trained: all weights have gradients.
+- linear, entropy, also trained: with entropies as a metric, in the loss, and not at all.
+- linear, soft-cap: with temperature and soft-capping.
+- dispatch: time of a call with one row beyond that of its matrix products.
+- chunk_rows: several chunk_rows at the first shape.
 
-The rows come with a plot, and with a sweep of chunk_rows at the first shape. Cases are named by shape: 7B, linear 7B,
-1B, text head, Shapes, and on a CPU 2 pairs and Shapes. The sweep has the name of its shape and "chunk_rows".
+`eager` keeps all logits. `bare GEMMs` are the matrix products that every implementation with gradients needs. A peer
+that is not installed, or that fails, is skipped with its reason. `_logprob_variants.py` has the implementations,
+`_logprob_dispatch.py` the dispatch.
+
+Errors are those of 64 rows against float64, relative to the largest exact value (of a loss: to Σ|weight·ℓ|), at logits
+of the usual size and up to 50. Those of this package are checked: at most twice those of eager, plus rounding. Errors
+of peers are shown. That of cut-cross-entropy and of Liger's scaled cross entropy is for a head without bias. `share` is
+the floor (the products at the measured limit of this device) over the time. `over_eager`, `memory_over_eager` and
+`rss_over_eager` compare with plain PyTorch with the same results. On a CPU `rss_mb` is the growth of a new process
+(`_peak_rss.py`).
 """
 
 import functools
-import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import _logprob_variants as variants_of
 import torch
 import torch.nn.functional as F
+from _logprob_dispatch import dispatch
+from _logprob_variants import Objective, Variant, bare_gemms, official
 from _measure import ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
 
 import ospo_fast
-from ospo_fast.ops.token_logprobs import token_logprobs_reference
+from ospo_fast.ops._logprob_call import default_chunk_rows
 
+HERE = Path(__file__).resolve().parent
 TEXT = 24  # positions of the prompt before each image
-Step = Callable[..., torch.Tensor]
+Step = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -43,192 +59,77 @@ class Shape:
     V: int
     mlp: bool = True
     tokens: int = 576  # per image; 0: no images and no text between them
+    trained: bool = False  # the head's weights have gradients
+    task: str = ""  # "entropy", "softcap"; otherwise log-probabilities alone
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the shapes of a row; `linear` marks a head of one layer."""
-        return {"N": self.N, "D": self.D, "V": self.V} | ({} if self.mlp else {"linear": 1})
+        """Return the shapes of a row; `linear` marks a head of one layer, others what the case measures."""
+        marks = {"linear": not self.mlp, "trained": self.trained, self.task: bool(self.task)}
+        return {"N": self.N, "D": self.D, "V": self.V} | {name: 1 for name, marked in marks.items() if marked}
 
-    @property
-    def tflop(self) -> float:
-        """Return the TFLOP of the GEMMs, forward and backward to the hidden states."""
-        return 4 * self.N * self.D * (self.V + self.D * self.mlp) / 1e12
+    def tflop(self, needs_grad: bool = True) -> float:
+        """Return the TFLOP of the GEMMs: forward, and the gradients of the hidden states and of a trained head."""
+        products = 1 if not needs_grad else 3 if self.trained else 2
+        return 2 * products * self.N * self.D * (self.V + self.D * self.mlp) / 1e12
 
 
-CPU_SHAPES = [Shape("2 pairs", 2304, 512, 16384), Shape("Shapes", 1152, 128, 256)]
+def family(base: Shape, *tasks: str) -> list[Shape]:
+    """Return `base` with a trained head and with each task; the entropy also with a trained head."""
+    trained = replace(base, name=f"{base.name}, trained", trained=True)
+    found = [trained]
+    for task in tasks:
+        name = f"{base.name}, {'soft-cap' if task == 'softcap' else task}"
+        found.append(replace(base, name=name, task=task))
+        if task == "entropy":
+            found.append(replace(trained, name=f"{name}, trained", task=task))
+    return found
+
+
+TASKS = "entropy", "softcap"
+CPU_PAIRS = Shape("2 pairs", 2304, 512, 16384)
+CPU_LINEAR = Shape("linear", 2304, 512, 16384, mlp=False, tokens=0)
+CPU_TEXT = Shape("text head", 256, 512, 128256, mlp=False, tokens=0)
+CPU_SHAPES = [
+    CPU_PAIRS,
+    Shape("Shapes", 1152, 128, 256),
+    *family(CPU_PAIRS),
+    *(CPU_LINEAR, *family(CPU_LINEAR, *TASKS)),
+    *(CPU_TEXT, *family(CPU_TEXT)),
+]
+GPU_TEXT = Shape("text head", 8192, 4096, 128256, mlp=False, tokens=0)
 GPU_SHAPES = [
     Shape("7B", 18432, 4096, 16384),  # Janus-Pro-7B, 16 pairs
     Shape("linear 7B", 18432, 4096, 16384, mlp=False),  # the head that the peers take
     Shape("1B", 18432, 2048, 16384),  # Janus-Pro-1B, 16 pairs
-    Shape("text head", 8192, 4096, 128256, mlp=False, tokens=0),
+    GPU_TEXT,
     Shape("Shapes", 1152, 128, 256),  # the world of shapes
+    *family(Shape("linear", 18432, 4096, 16384, mlp=False, tokens=0), *TASKS),
+    *family(GPU_TEXT),
 ]
-QUICK_SHAPES = [Shape("quick", 64, 16, 97, tokens=32), Shape("quick linear", 40, 16, 64, mlp=False, tokens=0)]
+QUICK_LINEAR = Shape("quick linear", 40, 16, 64, mlp=False, tokens=0)
+QUICK_SHAPES = [Shape("quick", 64, 16, 97, tokens=32), QUICK_LINEAR, *family(QUICK_LINEAR, *TASKS)]
 # For the first shape: little memory, about a third of its rows, full waves of tiles on 132 SMs, half of its rows.
 GPU_CHUNKS = (2304, 6144, 6272, 7296, 8448, 9216)
+TINY = {"N": 8, "D": 8, "V": 32, "tokens": 0}
 
 
-def eager(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(head(hidden).float(), -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+def shapes_of(where: str, quick: bool) -> list[Shape]:
+    return QUICK_SHAPES if quick else GPU_SHAPES if where == "cuda" else CPU_SHAPES
 
 
-def official(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    """Return log-probabilities of sequences (G, S, D) with labels (G, S), -100 on text, as usual training code does."""
-    targets = labels[:, 1:]
-    logits = head(hidden).float()[:, :-1]
-    logps = F.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return logps * (targets != -100)
+def device_and_dtype() -> tuple[str, torch.dtype]:
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-def bare_gemms(hidden: torch.Tensor, head: ospo_fast.Head, rows: int) -> torch.Tensor:
-    """Run the GEMMs over chunks of `rows`, in reused buffers."""
-    hidden, out = hidden.detach(), torch.empty_like(hidden)
-    weight, proj = head.weight, head.proj_weight
-    logits, features, gradient = (
-        hidden.new_empty(min(rows, len(hidden)), n) for n in (len(weight), weight.shape[1], weight.shape[1])
-    )
-    for begin in range(0, len(hidden), rows):
-        x, to = hidden[begin : begin + rows], out[begin : begin + rows]
-        z, f, g = (buffer[: len(x)] for buffer in (logits, features, gradient))
-        torch.mm(x if proj is None else torch.mm(x, proj.t(), out=f), weight.t(), out=z)
-        torch.mm(z, weight, out=to if proj is None else g)
-        if proj is not None:
-            torch.mm(g, proj, out=to)
-    return out
-
-
-def make_step(function: Callable[..., torch.Tensor], head: ospo_fast.Head) -> Step:
-    """Make a step from hidden states, labels and token weights to the gradient of the hidden states."""
-
-    def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        (grad,) = torch.autograd.grad((function(hidden, head, labels) * scale).sum(), hidden)
-        return grad
-
-    return step
-
-
-# ---------------------------------------------------------------- peers
-
-
-def code_embeddings(hidden: torch.Tensor, head: ospo_fast.Head) -> torch.Tensor:
-    if head.proj_weight is None:
-        return hidden
-    return F.gelu(F.linear(hidden, head.proj_weight, head.proj_bias))
-
-
-def liger(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor, reduction: str = "none") -> torch.Tensor:
-    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
-    loss = module.LigerFusedLinearCrossEntropyLoss(reduction=reduction)
-    return -loss(head.weight, code_embeddings(hidden, head), labels, head.bias)
-
-
-def liger_simpo(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    module = importlib.import_module("liger_kernel.chunked_loss.simpo_loss")
-    loss = module.LigerFusedLinearSimPOLoss(beta=5.0, gamma=0.5, compute_nll_loss=True)
-    pairs = len(hidden) // 1152 if len(hidden) % 1152 == 0 else 1
-    features = code_embeddings(hidden, head).view(2 * pairs, -1, head.weight.shape[1])
-    return loss(head.weight, features, labels.view(2 * pairs, -1), head.bias)[0]
-
-
-def cut_cross_entropy(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    module = importlib.import_module("cut_cross_entropy")
-    return -module.linear_cross_entropy(code_embeddings(hidden, head), head.weight, labels, reduction="none")
-
-
-def quack(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    module = importlib.import_module("quack.linear_cross_entropy")
-    return -module.chunked_linear_cross_entropy(code_embeddings(hidden, head), head.weight, labels, reduction="sum")
-
-
-def torch_linear_cross_entropy(hidden: torch.Tensor, head: ospo_fast.Head, labels: torch.Tensor) -> torch.Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()  # by chunks
-    features, given = code_embeddings(hidden, head), {"linear_bias": head.bias, "reduction": "sum", "options": options}
-    return -F.linear_cross_entropy(features, head.weight, labels, **given)
-
-
-PEERS = {
-    "Liger": liger,
-    "Liger, sum": functools.partial(liger, reduction="sum"),
-    "Liger SimPO": liger_simpo,
-    "cut-cross-entropy": cut_cross_entropy,
-    "quack": quack,
-    "torch linear_cross_entropy": torch_linear_cross_entropy,
-}
-PER_TOKEN = {"Liger", "cut-cross-entropy"}
-NOTES = {
-    "Liger": "reduction='none' computes logits twice: gradients are computed in the backward",
-    "Liger, sum": "no weight per token; gradients are computed in the forward",
-    "Liger SimPO": "no weight per token",
-    "cut-cross-entropy": "without output bias; filter_eps='high', its default, skips small gradients",
-    "quack": "without output bias; no weight per token",
-    "torch linear_cross_entropy": "no weight per token; gradients are computed in the forward; needs torch 2.13",
-}
-
-
-def working_peers(head: ospo_fast.Head, arguments: tuple[torch.Tensor, ...]) -> dict[str, Step]:
-    """Return the peers that are installed and support this shape; print why the others are skipped."""
-    steps = {}
-    for name, function in PEERS.items():
-        step = make_step(function, head)
-        try:
-            step(*arguments)
-        except Exception as error:  # an error of a peer does not stop the benchmark
-            print(f"{name} is skipped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        else:
-            steps[name] = step
-    return steps
-
-
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- inputs and steps
 
 
 def make_head(shape: Shape, where: str, dtype: torch.dtype) -> ospo_fast.Head:
     D, V = shape.D, shape.V
     sizes = ((V, D), (V,), (D, D), (D,)) if shape.mlp else ((V, D),)
-    return ospo_fast.Head(*((torch.randn(size, device=where) * D**-0.5).to(dtype) for size in sizes))
-
-
-def errors(function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments, largest: float | None):
-    """Return relative errors of values and gradients against float64, with logits scaled up to `largest`."""
-    hidden, labels, scale = (x[:64].detach() for x in arguments[:3])
-    if largest is not None:
-        factor = largest / float(head(hidden).abs().max())
-        bias = None if head.bias is None else head.bias * factor
-        head = ospo_fast.Head(head.weight * factor, bias, head.proj_weight, head.proj_bias)
-
-    def both(compute: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x = hidden.clone().requires_grad_()
-        values = compute(x, head, labels)
-        (values * scale).sum().backward()
-        return values.detach().double(), x.grad.double()
-
-    return [
-        float((actual - exact).abs().max() / exact.abs().max())
-        for actual, exact in zip(both(function), both(token_logprobs_reference), strict=True)
-    ]
-
-
-def error_metrics(
-    name: str, function: Callable[..., torch.Tensor], head: ospo_fast.Head, arguments
-) -> dict[str, float]:
-    if name == "cut-cross-entropy":
-        head = ospo_fast.Head(head.weight, None, head.proj_weight, head.proj_bias)
-    usual_size, to_50 = errors(function, head, arguments, None), errors(function, head, arguments, 50.0)
-    names = "error_values", "error_gradients", "error_values_50", "error_gradients_50"
-    return {name: float(f"{value:.3g}") for name, value in zip(names, (*usual_size, *to_50), strict=True)}
-
-
-def check(ours: dict[str, float], reference: dict[str, float], dtype: torch.dtype) -> None:
-    """Check that our error is at most twice that of the eager computation, plus rounding."""
-    rounding = 4 * torch.finfo(torch.float32).eps
-    for name, error in ours.items():
-        floor = torch.finfo(dtype).eps if "gradients" in name else rounding
-        assert error <= 2 * reference[name] + floor, (name, ours, reference)
-
-
-def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
-    module = importlib.import_module("ospo_fast.ops.token_logprobs")
-    return module._default_chunk_rows(shape.V, torch.finfo(dtype).bits // 8, where)
+    tensors = ((torch.randn(size, device=where) * D**-0.5).to(dtype) for size in sizes)
+    return ospo_fast.Head(*(tensor.requires_grad_(shape.trained) for tensor in tensors))
 
 
 def make_inputs(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -249,46 +150,212 @@ def make_inputs(shape: Shape, where: str, dtype: torch.dtype) -> Callable[[], tu
     return inputs
 
 
+def trained_tensors(head: ospo_fast.Head) -> list[torch.Tensor]:
+    return [tensor for tensor in head.tensors if tensor is not None and tensor.requires_grad]
+
+
+def make_step(objective: Objective, head: ospo_fast.Head, needs_grad: bool = True) -> Step:
+    """Make a step from hidden states, labels and token weights to the gradients, of hidden states and trained head."""
+
+    def step(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, *_: torch.Tensor) -> Any:
+        loss, _results = objective(hidden, head, labels, scale)
+        return torch.autograd.grad(loss, [hidden, *trained_tensors(head)])
+
+    def forward(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, *_: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return objective(hidden, head, labels, scale)
+
+    return step if needs_grad else forward
+
+
+def variants_for(shape: Shape, compiled: bool = False) -> dict[str, Variant]:
+    """Return what is compared, without peers."""
+    if shape.task == "softcap":
+        return variants_of.softcap_variants()
+    if shape.task == "entropy":
+        return variants_of.entropy_variants(shape.trained)
+    found = variants_of.logps_variants(shape.trained, compiled)
+    if shape.mlp and shape.trained:
+        del found["torch"]  # compared with the frozen head
+    return found
+
+
+def peers_for(shape: Shape, where: str) -> dict[str, Variant]:
+    """Return the peers of a case: on a CPU those with a head of one layer, since each takes seconds."""
+    cuda = where == "cuda"
+    if shape.task == "softcap" or (shape.mlp and (shape.trained or not cuda)):
+        return {}
+    if shape.task == "entropy":
+        return variants_of.entropy_peers(cuda)
+    return variants_of.logps_peers(cuda, torch_chunks=shape.N >= shape.D)
+
+
+def steps(case: str, variant: str, quick: bool) -> tuple[Step, Step]:
+    """Return a tiny step and the step of a case (`_peak_rss.py`)."""
+    where, dtype = device_and_dtype()
+    (shape,) = (shape for shape in shapes_of(where, quick) if shape.name == case)
+    found = []
+    for size in (replace(shape, **TINY), shape):
+        (chosen_variant,) = (v for n, v in (variants_for(size) | peers_for(size, where)).items() if n == variant)
+        step = make_step(chosen_variant.objective, make_head(size, where, dtype), chosen_variant.needs_grad)
+        found.append(functools.partial(step, *make_inputs(size, where, dtype)()))
+    return found[0], found[1]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def errors(
+    variant: Variant, head: ospo_fast.Head, arguments: Sequence[torch.Tensor], largest: float | None
+) -> dict[str, float]:
+    """Return relative errors of results and gradients against float64, with logits scaled up to `largest`."""
+    assert variant.exact is not None
+    hidden, labels, scale = (x[:64].detach() for x in arguments[:3])
+    factor = 1.0 if largest is None else largest / float(head(hidden).detach().abs().max())
+    weight, bias, *rest = (None if tensor is None else tensor.detach() for tensor in head.tensors)
+    tensors = weight * factor, None if bias is None else bias * factor, *rest
+
+    def compute(objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor], Sequence[torch.Tensor]]:
+        x = hidden.clone().requires_grad_(variant.needs_grad)
+        own = (None if t is None else t.clone().requires_grad_(head.trainable and variant.needs_grad) for t in tensors)
+        copy = ospo_fast.Head(*own)
+        loss, results = objective(x, copy, labels, scale)
+        gradients = torch.autograd.grad(loss, [x, *trained_tensors(copy)]) if variant.needs_grad else ()
+        return loss.detach(), {name: tensor.detach() for name, tensor in results.items()}, gradients
+
+    loss, results, gradients = compute(variant.objective)
+    exact_loss, exact, exact_gradients = compute(variant.exact)
+
+    def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((actual.double() - expected).abs().max() / expected.double().abs().max())
+
+    found = {name: relative(results[name], exact[name]) for name in results}
+    found["loss"] = float((loss.double() - exact_loss).abs() / (exact["values"] * scale).abs().sum())
+    pairs = [relative(*pair) for pair in zip(gradients, exact_gradients, strict=True)]
+    if pairs:
+        found["gradients"] = pairs[0]
+    if len(pairs) > 1:
+        found["weight_gradients"] = max(pairs[1:])
+    return found
+
+
+def error_metrics(name: str, variant: Variant, head: ospo_fast.Head, arguments) -> dict[str, float]:
+    """Return the errors as metrics of a row: error_values, error_gradients, … and with _50 at logits up to 50."""
+    if variant.exact is None:
+        return {}
+    if name.partition(", entropy")[0] in variants_of.WITHOUT_BIAS:
+        head = ospo_fast.Head(head.weight, None, head.proj_weight, head.proj_bias)
+    sizes = {"": None, "_50": 50.0}
+    return {
+        f"error_{key}{suffix}": float(f"{value:.3g}")
+        for suffix, largest in sizes.items()
+        for key, value in errors(variant, head, arguments, largest).items()
+    }
+
+
+def working_peers(
+    shape: Shape, where: str, head: ospo_fast.Head, arguments: tuple[torch.Tensor, ...]
+) -> tuple[dict[str, Variant], dict[str, dict[str, float]]]:
+    """Return the peers that are installed and support this shape, and their errors; print why others are skipped."""
+    peers, errors_of = {}, {}
+    for name, peer in peers_for(shape, where).items():
+        step = make_step(peer.objective, head)
+        try:
+            step(*arguments)
+            errors_of[name] = error_metrics(name, peer, head, arguments)
+        except Exception as error:  # an error of a peer does not stop the benchmark
+            print(f"{name} is skipped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        else:
+            peers[name] = peer
+    return peers, errors_of
+
+
+def check(ours: Mapping[str, float], reference: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Check that our error is at most twice that of the eager computation, plus rounding."""
+    rounding = 4 * torch.finfo(torch.float32).eps
+    for name, error in ours.items():
+        floor = torch.finfo(dtype).eps if "gradients" in name else rounding
+        assert error <= 2 * reference[name] + floor, (name, ours, reference)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
+    return default_chunk_rows(shape.V, dtype.itemsize, where)
+
+
+def grown_memory(shape: Shape, variant: str, quick: bool) -> dict[str, float]:
+    """Return rss_mb and imports_mb of a step in a new process; nothing where they cannot be measured."""
+    command = [sys.executable, str(HERE / "_peak_rss.py"), "token_logprobs", shape.name, variant]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [*command, *(["--quick"] if quick else [])], check=False, capture_output=True, text=True, env=env
+    )
+    if done.returncode:
+        print(f"{variant}: no resident memory: {(done.stderr.splitlines() or [''])[-1]}")
+        return {}
+    return json.loads(done.stdout)
+
+
+def resident_memory(shape: Shape, names: Sequence[str], where: str, quick: bool) -> dict[str, dict[str, float]]:
+    """Measure the resident memory of heads of one layer on a CPU; if `quick`, of two variants of a trained head."""
+    if where != "cpu" or shape.mlp or shape.task or (quick and not shape.trained):
+        return {}
+    names = ("ospo_fast", "eager") if quick else [name for name in names if name != "compiled eager"]
+    return {name: grown_memory(shape, name, quick) for name in names}
+
+
+def ratio(one: float, two: float) -> float:
+    return round(one / two, 4)
+
+
 def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
+    torch.manual_seed(0)  # the same errors in every run
     limits, head, inputs = ceilings(), make_head(shape, where, dtype), make_inputs(shape, where, dtype)
     arguments = inputs()
-    functions = {
-        "ospo_fast": ospo_fast.token_logprobs,
-        "torch": functools.partial(ospo_fast.token_logprobs, backend="torch"),
-        "eager": eager,
-    }
-    if not quick:
-        torch.compiler.reset()  # compile each shape for itself, below the limit of recompilations
-        functions["compiled eager"] = torch.compile(eager, dynamic=False)
-    variants = {name: make_step(function, head) for name, function in functions.items()}
-    if shape.tokens:
-        official_step = make_step(official, head)
-        variants["official"] = lambda *arguments: official_step(*arguments[3:])
-    if where == "cuda":
-        peers = working_peers(head, arguments)
-        variants |= peers
-        functions |= {name: PEERS[name] for name in peers if name in PER_TOKEN}
-    metrics = {name: error_metrics(name, function, head, arguments) for name, function in functions.items()}
-    check(metrics["ospo_fast"], metrics["eager"], dtype)
+    variants = variants_for(shape, compiled=not (quick or shape.trained or shape.task))
+    errors_of = {name: error_metrics(name, variant, head, arguments) for name, variant in variants.items()}
+    for name, variant in variants.items():
+        if variant.ours:
+            check(errors_of[name], errors_of[variant.against], dtype)
+    peers, errors_of_peers = working_peers(shape, where, head, arguments)
+    variants, errors_of = variants | peers, errors_of | errors_of_peers
 
+    timed = {name: make_step(variant.objective, head, variant.needs_grad) for name, variant in variants.items()}
+    if shape.tokens and not shape.trained:
+        official_step = make_step(variants_of.per_token(official), head)
+        timed["official"] = lambda *arguments: official_step(*arguments[3:])
     # In the same chunks, and with all rows at once, where a GEMM can be faster.
     for name, size in (("bare GEMMs", default_rows(shape, dtype, where)), ("bare GEMMs, one chunk", shape.N)):
-        variants[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
-    # On a GPU, 50 turns of a large shape take half a second for the fastest variant and a minute for all.
-    turns = 50 if where == "cuda" and shape.tflop > 0.1 else 300
+        timed[name] = lambda hidden, *_, size=size: bare_gemms(hidden, head, size)
+    # On a GPU, 50 turns of a large shape take half a second for the fastest variant and a minute for all. On a CPU, a
+    # turn with peers takes 20 seconds.
+    turns = 5 if where == "cpu" and peers else 50 if where == "cuda" and shape.tflop() > 0.1 else 300
     seconds = 0.02 if quick else 5.0 if where == "cpu" else 1.0
-    times = interleaved(variants, inputs, seconds=seconds, max_turns=turns)
+    times = interleaved(timed, inputs, seconds=seconds, max_turns=turns)
+    peaks = {name: round(peak_mb(step, *arguments), 3) for name, step in timed.items()}
+    grown = resident_memory(shape, list(variants), where, quick)
+
     rows = []
-    for name, time in times.items():
-        speed = shape.tflop / time.median_ms * 1e3
-        more = {"peak_mb": round(peak_mb(variants[name], *arguments), 3), "tflop_s": round(speed, 4)}
-        for other, key in (("eager", "eager_over_this"), ("official", "official_over_this")):
-            if other in times:
-                more[key] = round(times[other].median_ms / time.median_ms, 4)
-        more["over_bare_gemms"] = round(time.median_ms / times["bare GEMMs"].median_ms, 4)
-        more |= limits.metrics(limits.floor_ms(flop=shape.tflop * 1e12), time)
-        more |= {"note": NOTES[name]} if name in NOTES else {}
-        rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), time, **more, **metrics.get(name, {})))
+    for name, timing in times.items():
+        variant = variants.get(name, Variant(bare_gemms, None))
+        tflop, ms = shape.tflop(variant.needs_grad), timing.median_ms
+        more: dict[str, Any] = {"peak_mb": peaks[name], **grown.get(name, {}), "tflop_s": round(tflop / ms * 1e3, 4)}
+        more["over_eager"] = ratio(ms, times[variant.against].median_ms)
+        more["memory_over_eager"] = ratio(peaks[name], peaks[variant.against])
+        if grown.get(name) and grown.get(variant.against, {}).get("rss_mb"):
+            more["rss_over_eager"] = ratio(grown[name]["rss_mb"], grown[variant.against]["rss_mb"])
+        if "official" in times:
+            more["over_official"] = ratio(ms, times["official"].median_ms)
+        if variant.needs_grad:
+            more["over_bare_gemms"] = ratio(ms, times["bare GEMMs"].median_ms)
+        if (without := name.partition(", entropy")[0]) != name and without in times:
+            more["over_without_entropy"] = ratio(ms, times[without].median_ms)
+        more |= limits.metrics(limits.floor_ms(flop=tflop * 1e12), timing)
+        more |= {"note": variant.note} if variant.note else {}
+        more |= errors_of.get(name, {})
+        rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), timing, **more))
     return rows
 
 
@@ -299,21 +366,75 @@ def sweep(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[dic
     if where == "cuda":
         tried = [*GPU_CHUNKS, default, shape.N]
     sizes = sorted({min(size, shape.N) for size in tried})
-    steps = {size: make_step(functools.partial(ospo_fast.token_logprobs, chunk_rows=size), head) for size in sizes}
+    functions = {size: functools.partial(ospo_fast.token_logprobs, chunk_rows=size) for size in sizes}
+    timed = {size: make_step(variants_of.per_token(function), head) for size, function in functions.items()}
     inputs = make_inputs(shape, where, dtype)
-    times, arguments = interleaved(steps, inputs, seconds=0.02 if quick else 1.0, max_turns=100), inputs()
+    times, arguments = interleaved(timed, inputs, seconds=0.02 if quick else 1.0, max_turns=100), inputs()
     return [
         row(
             "token_logprobs",
             f"{size} rows" + (" (default)" if size == default else ""),
             shape.sizes,
             dtype_name(dtype),
-            time,
-            peak_mb=round(peak_mb(steps[size], *arguments), 3),
+            timing,
+            peak_mb=round(peak_mb(timed[size], *arguments), 3),
             chunk_rows=size,
         )
-        for size, time in times.items()
+        for size, timing in times.items()
     ]
+
+
+# ---------------------------------------------------------------- goals and plot
+
+
+@dataclass(frozen=True)
+class Goal:
+    """An upper limit of a metric of a variant, or of its ratio to that of another variant of the same case."""
+
+    case: str
+    variant: str
+    key: str
+    at_most: float
+    over: str = ""
+
+    def line(self, measured: Mapping[str, list[dict]]) -> str:
+        """Return the goal and whether it is reached, "" if it was not measured."""
+        rows = {row["variant"]: row for row in measured.get(self.case, [])}
+        names = [name for name in (self.variant, self.over) if name]
+        if any(name not in rows or self.key not in rows[name] for name in names):
+            return ""
+        value = rows[self.variant][self.key] / (rows[self.over][self.key] if self.over else 1)
+        over = f" over {self.over}" if self.over else ""
+        state = "reached" if round(value, 3) <= self.at_most else "missed"
+        return f"{self.case}: {self.key} of {self.variant}{over}: {value:.3f}, goal ≤ {self.at_most:g}: {state}"
+
+
+PER_TOKEN = f"{variants_of.TORCH}, per token"
+CPU_GOALS = (
+    Goal("linear", "ospo_fast", "median_ms", 0.9, "eager"),
+    Goal("linear", "ospo_fast", "median_ms", 0.4, "TRL"),
+    Goal("linear", "ospo_fast", "median_ms", 0.3, PER_TOKEN),
+    Goal("linear, trained", "ospo_fast", "median_ms", 1.05, "eager"),
+    Goal("linear, trained", "ospo_fast", "peak_mb", 0.5, "eager"),
+    Goal("linear, trained", "ospo_fast", "rss_mb", 0.5, "eager"),
+    Goal("linear", "ospo_fast", "rss_mb", 180),
+    Goal("linear, trained", "ospo_fast", "rss_mb", 180),
+    *(
+        Goal("linear, entropy" + trained, f"{name}, {kind}", "median_ms", 1.05, name)
+        for trained in ("", ", trained")
+        for name, kind in (
+            ("ospo_fast", "entropy as metric"),
+            ("ospo_fast", "entropy in the loss"),
+            ("ospo_fast", "entropy in the loss, keep_logits=True"),
+            ("ospo_fast, no grad", "entropy"),
+        )
+    ),
+    *(
+        Goal("dispatch", f"{kind}, {head}", "overhead_us", 15)
+        for kind in ("no grad", "forward", "forward and backward")
+        for head in ("module", "Head")
+    ),
+)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -323,12 +444,20 @@ def plot(rows: list[dict], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = {tuple(line["shapes"].items()): None for line in rows}
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 2.6 * len(shapes)), squeeze=False)
-    for shape, (left, right) in zip(shapes, axes, strict=True):
-        lines = [line for line in rows if tuple(line["shapes"].items()) == shape][::-1]
+    groups: dict[tuple, list[dict]] = {}
+    for line in rows:
+        if "peak_mb" in line:
+            groups.setdefault(tuple(line["shapes"].items()), []).append(line)
+    if not groups:
+        return
+    heights = [0.9 + 0.23 * len(lines) for lines in groups.values()]
+    figure, axes = plt.subplots(
+        len(groups), 2, figsize=(12, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for (shape, lines), (left, right) in zip(groups.items(), axes, strict=True):
+        lines = lines[::-1]
         names = [line["variant"] for line in lines]
-        colors = ["#c2410c" if name == "ospo_fast" else "#94a3b8" for name in names]
+        colors = ["#c2410c" if name.startswith("ospo_fast") else "#94a3b8" for name in names]
         low = [line["median_ms"] - line["p20_ms"] for line in lines]
         high = [line["p80_ms"] - line["median_ms"] for line in lines]
         left.barh(names, [line["median_ms"] for line in lines], color=colors, xerr=(low, high))
@@ -345,16 +474,28 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def run(out: Path, quick: bool) -> None:
-    where, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    shapes = QUICK_SHAPES if quick else GPU_SHAPES if where == "cuda" else CPU_SHAPES
-    rows: list[dict] = []
-    for shape in shapes:
-        if chosen(shape.name):
-            rows += measure(shape, where, dtype, quick)
-            path = write(rows, out, "token_logprobs")
+    where, dtype = device_and_dtype()
+    shapes = shapes_of(where, quick)
+    measured: dict[str, list[dict]] = {}
+    path = None
+
+    def keep(case: str, rows: list[dict]) -> Path:
+        measured[case] = rows
+        return write([row for rows in measured.values() for row in rows], out, "token_logprobs")
+
+    try:
+        for shape in shapes:
+            if chosen(shape.name):
+                path = keep(shape.name, measure(shape, where, dtype, quick))
+            if shape is shapes[0] and chosen(f"{shape.name}, chunk_rows"):
+                chunks = sweep(shape, where, dtype, quick)
+                write(chunks, out, "token_logprobs_chunks")
+                show(chunks)
+        if chosen("dispatch"):
+            path = keep("dispatch", dispatch(where, dtype, quick))
+    finally:  # also of an interrupted run
+        if path is not None:
             plot([json.loads(line) for line in path.read_text().splitlines()], path.with_suffix(".png"))
-        if shape is shapes[0] and chosen(f"{shape.name}, chunk_rows"):
-            chunks = sweep(shape, where, dtype, quick)
-            write(chunks, out, "token_logprobs_chunks")
-            show(chunks)
-    show(rows)
+    show([row for rows in measured.values() for row in rows])
+    if where == "cpu" and not quick:
+        print("\n".join(filter(None, (goal.line(measured) for goal in CPU_GOALS))))

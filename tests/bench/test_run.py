@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import _measure
 import pytest
 import run as bench
 
@@ -24,20 +23,6 @@ def test_a_quick_run_writes_its_rows(name: str, variants: set[str], tmp_path: Pa
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert variants <= {row["variant"] for row in rows}
     assert all(row["median_ms"] > 0 for row in rows)
-
-
-def test_cases_of_token_logprobs(tmp_path: Path) -> None:
-    try:
-        for case, rows, chunks in (("quick linear", 1, 0), ("chunk_rows", 1, 1), ("quick", 2, 1)):
-            arguments = ["--only", "token_logprobs", "--quick", "--out", str(tmp_path), "--case", case]
-            assert bench.main(arguments) == 0
-            written = {path.stem: path.read_text() for path in tmp_path.glob("*/*.jsonl")}
-            assert len({str(json.loads(line)["shapes"]) for line in written["token_logprobs"].splitlines()}) == rows
-            assert ("token_logprobs_chunks" in written) == bool(chunks)
-        variants = {json.loads(line)["variant"] for line in written["token_logprobs"].splitlines()}
-        assert variants >= {"ospo_fast", "torch", "eager", "official", "bare GEMMs"}
-    finally:
-        _measure.only_cases([])
 
 
 def test_rows_of_the_engine_have_rates(tmp_path: Path) -> None:
