@@ -116,13 +116,14 @@ def register_op(schema: str, *, fake: Callable[..., Any], synchronizes: bool = F
 
 def runs_directly(*arguments: Any) -> bool:
     """Return whether nothing traces this program or replaces its tensors, so that kernels may read their memory."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
-        or forward_ad._current_level >= 0
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)
-    )
+    if torch.compiler.is_compiling():  # first: torch.compile does not know the rest
+        return False
+    for x in arguments:
+        kind = type(x)
+        if kind is not Tensor and kind is not nn.Parameter and isinstance(x, Tensor):
+            return False
+    traced = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or forward_ad._current_level >= 0
+    return not traced
 
 
 def fp32_only(dtype: torch.dtype) -> dict[str, str]:

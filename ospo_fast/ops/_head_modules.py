@@ -40,7 +40,7 @@ _SKIPPED = (
 )  # fmt: skip
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ResolvedHead:
     """A head as `token_logprobs` computes it: logits = head(hidden) + lora_inputs · lora_weightᵀ."""
 

@@ -18,7 +18,7 @@ from ospo_fast.ops.head import Head
 _FP32_NAMES = ("fp32", "float32", torch.float32)
 
 
-@dataclass(eq=False)  # not frozen, which would take longer to make
+@dataclass(eq=False, slots=True)  # not frozen, which would take longer to make
 class Call:
     """Checked inputs of a call."""
 
@@ -56,9 +56,9 @@ def prepare(
     process_group: Any,
 ) -> Call:
     """Check and flatten the inputs of an op; resolve its head and options."""
-    for name, tensor in (("hidden", hidden), ("labels", labels)):
-        if type(tensor) is not Tensor:
-            _check_tensor(op, name, tensor)
+    if type(hidden) is not Tensor or type(labels) is not Tensor:
+        _check_tensor(op, "hidden", hidden)
+        _check_tensor(op, "labels", labels)
     resolved = resolve_head(op, head, hidden, sharded=process_group is not None)
     device = hidden.device.type
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -76,7 +76,8 @@ def prepare(
         resolved = resolved.to(torch.get_autocast_dtype(device))
     x, weights = resolved.hidden, resolved.head
     _check(op, x, weights, labels, chunk_rows, logits_dtype)
-    temperature = _positive(op, "temperature", temperature, "1 leaves the logits as they are")
+    if type(temperature) is not float or not 1e-37 <= temperature <= 1e37:
+        temperature = _positive(op, "temperature", temperature, "1 leaves the logits as they are")
     softcap = 0.0 if softcap is None else _positive(op, "softcap", softcap, "None for no bound")
     fp32_logits = x.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
     if chunk_rows is None:
@@ -86,7 +87,10 @@ def prepare(
     if labels.dim() != 1:
         x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
     return Call(
-        x, labels.long(), (*weights.tensors, *resolved.lora), options, autocast,
+        x, labels.long(), (
+            weights.weight, weights.bias, weights.proj_weight, weights.proj_bias, resolved.lora_inputs,
+            resolved.lora_weight,
+        ), options, autocast,
         resolved.check_adapters,
     )  # fmt: skip
 

@@ -222,13 +222,13 @@ def _few_rows(call: Call) -> Tensor | None:
 
     The product of a few rows takes less time than what longer calls need around their products.
     """
-    x, labels, (weight, bias, *others), options = call.x, call.labels, call.head, call.options
+    x, labels, head, options = call.x, call.labels, call.head, call.options
+    weight, bias = head[0], head[1]
     assert weight is not None
     rows, codes = x.shape[0], weight.shape[0]
-    if (
-        options.backend != "cpp" or rows > 64 or rows > options.chunk_rows or x.dtype != torch.float32
-        or any(t is not None for t in others) or options.check_finite or not runs_directly(x, labels, weight, bias)
-    ):  # fmt: skip
+    fits = options.backend == "cpp" and rows <= 64 and rows <= options.chunk_rows and not options.check_finite
+    linear = head[2] is None and head[4] is None  # neither a projection nor adapters
+    if not (fits and linear and x.dtype == torch.float32 and runs_directly(x, labels, weight, bias)):
         return None
     labels = labels.contiguous()
     if count_labels(labels, codes, options) != rows:
