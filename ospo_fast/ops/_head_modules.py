@@ -174,10 +174,10 @@ def _check_forward(module: nn.Module, layers: Sequence[Any]) -> None:
 
     same = True
     try:
-        size = float(_run_once(in_turn, rows).abs().max())
+        size = _run_once(in_turn, rows).abs().max().item()
         for x in (rows, rows * (50 / max(size, 1e-3))):
             one, other = _run_once(module, x.unsqueeze(0)), _run_once(in_turn, x.unsqueeze(0))
-            bound = 16 * torch.finfo(dtype).eps * float(other.abs().max())
+            bound = 16 * torch.finfo(dtype).eps * other.abs().max().item()
             same = same and one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=bound, equal_nan=True)
     except Exception as error:
         raise OpError(
