@@ -60,8 +60,8 @@ def prepare(
         _check_tensor(op, "hidden", hidden)
         _check_tensor(op, "labels", labels)
     resolved = resolve_head(op, head, hidden, sharded=process_group is not None)
-    device = hidden.device.type
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    device = "cpu" if hidden.is_cpu else hidden.device.type
+    if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         raise OpError(f"{op}: called inside torch.func (grad, vmap, jvp), expected plain autograd; use torch.autograd")
     if hidden.layout != torch.strided:
         raise OpError(f"{op}: hidden has layout {hidden.layout}, expected a dense tensor; use hidden.to_dense()")
@@ -87,7 +87,7 @@ def prepare(
     if labels.dim() != 1:
         x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
     return Call(
-        x, labels.long(), (
+        x, labels if labels.dtype is torch.int64 else labels.long(), (
             weights.weight, weights.bias, weights.proj_weight, weights.proj_bias, resolved.lora_inputs,
             resolved.lora_weight,
         ), options, autocast,
@@ -130,6 +130,10 @@ def default_chunk_rows(num_codes: int, itemsize: int, device: str) -> int:
 def _check(
     op: str, hidden: Tensor, head: Head, labels: Tensor, chunk_rows: int | None, logits_dtype: torch.dtype | str | None
 ) -> None:
+    shape, weight = hidden.shape, head.weight
+    usual = hidden.dtype is weight.dtype and labels.dtype is torch.int64 and chunk_rows is None and logits_dtype is None
+    if usual and hidden.device == labels.device == weight.device and shape == (*labels.shape, head.width):
+        return
     if not hidden.is_floating_point():
         raise OpError(f"{op}: hidden is {hidden.dtype}, expected a floating dtype")
     if hidden.dim() == 0 or hidden.shape[-1] != head.width:

@@ -32,7 +32,6 @@ from ospo_fast.ops._head_gradients import (
     active_rows,
     check_finite,
     chunks,
-    count_labels,
     head_gradients,
     new_grads,
 )
@@ -230,14 +229,15 @@ def _few_rows(call: Call) -> Tensor | None:
     linear = head[2] is None and head[4] is None  # neither a projection nor adapters
     if not (fits and linear and x.dtype == torch.float32 and runs_directly(x, labels, weight, bias)):
         return None
-    labels = labels.contiguous()
-    if count_labels(labels, codes, options) != rows:
+    labels, native = labels.contiguous(), _dispatch.native()
+    labels_at = labels.data_ptr()
+    if native.count_labels(labels_at, rows, options.ignore_index, codes) != rows:
         return None
-    native, bias = _dispatch.native(), None if bias is None else _dispatch.readable(bias)
-    logits, logps = torch.mm(x, weight.t()), x.new_empty(rows)
+    bias = None if bias is None else _dispatch.readable(bias)
+    logits, logps = F.linear(x, weight), x.new_empty(rows)
     native.token_logprobs(
-        logits.data_ptr(), 0, _dispatch.pointer(bias), labels.data_ptr(), 1 / options.temperature,
-        options.softcap, 0, 0, 0, logps.data_ptr(), 0, 0, 0, 0, rows, codes, torch.get_num_threads(),
+        logits.data_ptr(), 0, _dispatch.pointer(bias), labels_at, 1 / options.temperature, options.softcap, 0, 0, 0,
+        logps.data_ptr(), 0, 0, 0, 0, rows, codes, torch.get_num_threads(),
     )  # fmt: skip
     return logps
 
