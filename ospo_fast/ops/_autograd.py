@@ -31,6 +31,11 @@ def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            if not torch.compiler.is_compiling() and any(g is not None and _is_batched(g) for g in grads):
+                raise OpError(
+                    f"{op}: its backward got a batch of gradients (is_grads_batched, vectorize=True), expected one at "
+                    "a time; call torch.autograd.grad for each, or pass vectorize=False"
+                )
             with torch.no_grad():
                 results = backward(ctx, *grads)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # no create_graph
@@ -41,6 +46,11 @@ def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
         return run
 
     return decorate
+
+
+def _is_batched(grad: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
 class _Refuse(torch.autograd.Function):

@@ -38,6 +38,17 @@ def head_gradients(
     """Return the gradients of x and of the head's tensors for gradients of ℓ and of the entropies; empty if not needed.
 
     Rows without a gradient are skipped: they cost nothing, and a NaN in one of them cannot reach the weights.
+
+    Where the logits of a chunk are, and the gradients that replace them:
+
+        chunk                                 logits                     gradients
+        kept, all its rows have a gradient    their rows of `kept`       the same if in_place, else the buffer
+        kept, some rows have none             a copy of the others       that copy
+        not kept                              recomputed: in the first   the same
+                                              rows of `kept` if
+                                              in_place, else the buffer
+
+    Kept chunks come first, so the last line overwrites logits that are not read again.
     """
     active = labels != options.ignore_index
     rows, count = active_rows(active & _has_gradient(scales), labels, None, options)

@@ -14,7 +14,7 @@ softmax q = e / t, the softmax step's (see `_chunked_head`) for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,10 @@ from ospo_fast.errors import OpError
 from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import ChunkedHead, RowResults, RowScales
 from ospo_fast.ops._dispatch import result_dtype
+from ospo_fast.ops._head_gradients import active_rows, check_finite, chunks, head_gradients
 from ospo_fast.ops._head_modules import gathered_parameters
-
-if TYPE_CHECKING:
-    from ospo_fast.ops._logprob_call import Call
+from ospo_fast.ops._logprob_call import Call
+from ospo_fast.ops.token_logprobs import rows_to_keep
 
 _SHARDED = (False, True, True, False, False, False, True)  # x, weight, bias, projection (2), lora_inputs, lora_weight
 
@@ -56,9 +56,6 @@ class _VocabParallel(torch.autograd.Function):
         x: Tensor,
         *head: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        from ospo_fast.ops._head_gradients import active_rows, chunks
-        from ospo_fast.ops.token_logprobs import rows_to_keep
-
         options, labels, num_codes = call.options, call.labels.contiguous(), len(head[0])
         first, total = _position(group, call, labels, num_codes, ctx.needs_input_grad[5:])
         rows, count = active_rows(labels != options.ignore_index, labels, total, options)
@@ -97,15 +94,13 @@ class _VocabParallel(torch.autograd.Function):
         results_of_rows = (logps, entropy)
         if rows is not None:
             results_of_rows = tuple(r.new_zeros(len(labels)).index_copy_(0, rows, r) for r in results_of_rows)  # type: ignore[assignment]
-        if options.check_finite and not bool(results_of_rows[0].isfinite().all()):
-            raise OpError("token_logprobs: log-probabilities are not finite; expected finite hidden states and weights")
+        if options.check_finite:
+            check_finite("token_logprobs", results_of_rows[0])
         return results_of_rows[0], results_of_rows[1] if return_entropy else None
 
     @staticmethod
     @first_derivative_only("token_logprobs")
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        from ospo_fast.ops._head_gradients import head_gradients
-
         x, labels, codes, kept, share, log_offset, *head = ctx.saved_tensors
         if ctx.check_adapters is not None:
             ctx.check_adapters()

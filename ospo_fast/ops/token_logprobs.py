@@ -16,7 +16,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +46,40 @@ IGNORE_INDEX = -100  # the label of positions without a code, as in torch's cros
 KEPT_SHARE, KEPT_BYTES = 3 / 4, 2**30
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    class _Options(TypedDict, total=False):
+        ignore_index: int
+        chunk_rows: int | None
+        logits_dtype: torch.dtype | str | None
+        backend: str
+        check_finite: bool
+        temperature: float
+        softcap: float | None
+        keep_logits: bool | None
+        process_group: Any
+
+
 @overload
 def token_logprobs(
-    hidden: Tensor, head: Head | nn.Module, labels: Tensor, *, return_entropy: Literal[False] = False, **options: Any
+    hidden: Tensor,
+    head: Head | nn.Module,
+    labels: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def token_logprobs(
-    hidden: Tensor, head: Head | nn.Module, labels: Tensor, *, return_entropy: Literal[True], **options: Any
+    hidden: Tensor,
+    head: Head | nn.Module,
+    labels: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
-def token_logprobs(  # type: ignore[misc]  # the overloads leave out the other arguments
+def token_logprobs(
     hidden: Tensor,
     head: Head | nn.Module,
     labels: Tensor,
@@ -74,7 +99,7 @@ def token_logprobs(  # type: ignore[misc]  # the overloads leave out the other a
 
     The scores are s = softcap · tanh(z / softcap) / temperature; s = z by default. Differentiable once, in `hidden` and
     in the head's weights that require grad. Ignored rows are not computed, and NaN in them reaches no result. Set the
-    labels of rows with weight 0 to `ignore_index`, too. The float64 reference is `token_logprobs_reference`.
+    labels of rows with weight 0 to `ignore_index`, too. `token_logprobs_reference` of this module is in float64.
 
     What a step costs, in matrix products of the head's size (all logits in memory: 2 with a frozen head, 3 with a
     trained one):

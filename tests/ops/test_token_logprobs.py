@@ -602,6 +602,17 @@ def test_second_derivative_is_refused(train_head: bool, square: bool) -> None:
                 ask()
 
 
+@pytest.mark.parametrize("train_head", [False, True])
+def test_batched_gradients_are_refused(train_head: bool) -> None:
+    head = make_head(MLP, bias=True)
+    head = trainable(head) if train_head else head
+    hidden, labels = torch.randn(4, 16, requires_grad=True), torch.arange(4)
+    with pytest.raises(OpError, match="its backward got a batch of gradients"):
+        torch.autograd.grad(token_logprobs(hidden, head, labels), hidden, torch.eye(4), is_grads_batched=True)
+    with pytest.raises(OpError, match=r"cross_entropy: its backward got a batch.*vectorize=False"):
+        torch.autograd.functional.jacobian(lambda x: cross_entropy(x, head, labels), hidden.detach(), vectorize=True)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("train_head", [False, True])
 def test_rows_are_independent(train_head: bool, value: float) -> None:
