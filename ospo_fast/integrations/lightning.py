@@ -15,7 +15,7 @@ class LossLightningModule(lightning.LightningModule):
     """Train backbone and head on a loss of hidden states, without logits in memory.
 
     A batch is a mapping of arguments of `LossModule`: `inputs`, `labels`, and those of the loss. Loss and metrics are
-    logged as `train/…` and `val/…`.
+    logged as `train/…`, `val/…` and `test/…`.
 
     Args:
         module: backbone, head and loss.
@@ -28,13 +28,17 @@ class LossLightningModule(lightning.LightningModule):
         super().__init__()
         self.module, self._build_optimizer = module, optimizer
 
-    def training_step(self, batch: Mapping[str, Any], _batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         return self._step(batch, "train")
 
-    def validation_step(self, batch: Mapping[str, Any], _batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the loss of a batch; Lightning adds the index to the names of metrics if there are several loaders."""
         return self._step(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the loss of a batch, as `validation_step` does."""
+        return self._step(batch, "test")
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer."""

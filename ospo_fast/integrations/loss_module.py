@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ospo_fast.errors import OpError, UsageError
 from ospo_fast.ops import IGNORE_INDEX, Head, cross_entropy
 
 
@@ -43,9 +44,17 @@ class LossModule(nn.Module):
         Returns:
             What the loss returns.
 
+        Raises:
+            UsageError: a backbone that returns no hidden states.
+
         """
         output = self.backbone(**inputs) if isinstance(inputs, Mapping) else self.backbone(inputs)
-        hidden = output if isinstance(output, Tensor) else output.last_hidden_state
+        hidden = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            raise UsageError(
+                f"LossModule: the backbone returned {type(output).__name__}, expected hidden states (B, S, D) or an "
+                "output with last_hidden_state; use the model without its head, such as model.model"
+            )
         return self.loss(hidden, labels, self.head, **loss_inputs)
 
 
@@ -65,6 +74,8 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: Head | nn.Module, **op
         OpError: see `cross_entropy`.
 
     """
+    if labels.dim() != 2:
+        raise OpError(f"next_token_loss: labels have shape {tuple(labels.shape)}, expected (B, S), unshifted")
     # Shift the labels, not the hidden states: these stay contiguous and are not copied.
     targets = F.pad(labels[:, 1:], (0, 1), value=options.get("ignore_index", IGNORE_INDEX))
     return cross_entropy(hidden, head, targets, **options)

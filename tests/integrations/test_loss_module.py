@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ospo_fast
+from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations.loss_module import LossModule, next_token_loss, split_loss
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -69,6 +70,34 @@ def test_next_token_loss_with_another_ignored_label() -> None:
     labels[0, 3] = 0
     expected = F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)
     torch.testing.assert_close(next_token_loss(hidden, labels, head, ignore_index=0), expected)
+
+
+def test_what_is_no_hidden_state_or_label_is_refused() -> None:
+    class Backbone(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x,)
+
+    hidden, head = torch.randn(2, 5, 8), nn.Linear(8, 11)
+    with pytest.raises(UsageError, match="the backbone returned tuple, expected hidden states"):
+        LossModule(Backbone(), head, next_token_loss)(hidden, torch.zeros(2, 5).long())
+    with pytest.raises(OpError, match=r"labels have shape \(5,\), expected \(B, S\)"):
+        next_token_loss(hidden[0], torch.zeros(5).long(), head)
+
+
+def test_lightning_evaluates_several_loaders_and_tests(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from ospo_fast.integrations.lightning import LossLightningModule
+
+    module = LossModule(nn.Linear(8, 8), nn.Linear(8, 11), next_token_loss)
+    batches = [{"inputs": torch.randn(2, 5, 8), "labels": torch.randint(11, (2, 5))} for _ in range(2)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    lightning_module = LossLightningModule(module, partial(torch.optim.SGD, lr=0.1))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(**quiet, enable_model_summary=False, default_root_dir=tmp_path)
+    found = trainer.validate(lightning_module, [loader, loader], verbose=False)
+    assert [sorted(metrics) for metrics in found] == [["val/loss/dataloader_idx_0"], ["val/loss/dataloader_idx_1"]]
+    (tested,) = trainer.test(lightning_module, loader, verbose=False)
+    assert tested["test/loss"] == pytest.approx(found[0]["val/loss/dataloader_idx_0"])
 
 
 def test_lightning_trains_as_a_loop_does() -> None:
