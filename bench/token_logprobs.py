@@ -452,8 +452,9 @@ def plot(rows: list[dict], path: Path) -> None:
         return
     heights = [0.9 + 0.23 * len(lines) for lines in groups.values()]
     figure, axes = plt.subplots(
-        len(groups), 2, figsize=(12, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
+        len(groups), 2, figsize=(12, sum(heights)), squeeze=False, layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
     for (shape, lines), (left, right) in zip(groups.items(), axes, strict=True):
         lines = lines[::-1]
         names = [line["variant"] for line in lines]
@@ -468,8 +469,7 @@ def plot(rows: list[dict], path: Path) -> None:
         left.set_title(" ".join(f"{name}={size}" for name, size in shape), loc="left", fontsize=10)
     first = rows[0]
     figure.suptitle(f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}, {first['commit']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
