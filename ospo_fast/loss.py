@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
+from ospo_fast.ops._dispatch import result_dtype
 from ospo_fast.ops._logprob_call import prepare
 from ospo_fast.ops.cross_entropy import weighted_logprobs
 from ospo_fast.ops.token_weights import spread_weights
@@ -221,7 +222,7 @@ class OSPOLoss(nn.Module):
             "OSPOLoss", hidden[:pairs], head, targets[:pairs], ignore_index=IGNORE_INDEX, backend="auto",
             temperature=1.0, softcap=None, process_group=None, **options,
         )  # fmt: skip
-        total, chosen_logps = weighted_logprobs(call, (present / count).flatten())
+        total, chosen_logps = weighted_logprobs(call, (present.to(result_dtype(call.x)) / count).flatten())
         return torch.cat([chosen_logps.view(targets[:pairs].shape), rejected_logps]), -total
 
     def _weights(self, object_masks: Tensor, pairs: int, present: Tensor) -> Tensor:

@@ -219,8 +219,8 @@ def _collect_images(images: dict[int, Any], count: int, output: str) -> Any:
     """Images in the form `output`, with None or NaN for those that are missing."""
     if output == "pil":
         return [images.get(i) for i in range(count)]
-    arrays = {i: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for i, image in images.items()}
+    arrays = {i: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 for i, image in images.items()}
     if not arrays:
-        return torch.empty(count, 3, 0, 0)
+        return torch.empty(count, 3, 0, 0, dtype=torch.float32, device="cpu")
     blank = torch.full_like(next(iter(arrays.values())), torch.nan)
     return torch.stack([arrays.get(i, blank) for i in range(count)])

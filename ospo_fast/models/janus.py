@@ -181,8 +181,7 @@ class JanusUnifiedModel:
             raise UsageError(f"codes: got shape {tuple(codes.shape)}, expected (N, {tokens})")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             raise UsageError(f"codes: got values outside 0…{self.num_codes - 1}, the codebook of {self.name}")
-        processing = self.processor.image_processor
-        mean, std = (torch.tensor(v, device=self.device) for v in (processing.image_mean, processing.image_std))
+        mean, std = self._image_statistics(self.device)
         codes = codes.to(self.device, torch.long)
 
         def decode(rows: Tensor) -> list[Image.Image]:
@@ -224,8 +223,8 @@ class JanusUnifiedModel:
         """Images → normalized pixels (N, 3, H, W), as the processor makes them."""
         processing = self.processor.image_processor
         width, height = int(processing.size["width"]), int(processing.size["height"])
-        pixels = torch.empty(len(images), 3, height, width)
-        mean, std = (torch.tensor(values) for values in (processing.image_mean, processing.image_std))
+        pixels = torch.empty(len(images), 3, height, width, dtype=torch.float32, device="cpu")
+        mean, std = self._image_statistics("cpu")
         for i, image in enumerate(images):
             rgb = image.convert("RGB")
             if rgb.size == (width, height):
@@ -235,6 +234,15 @@ class JanusUnifiedModel:
             else:
                 pixels[i] = torch.as_tensor(processing(rgb, return_tensors="pt")["pixel_values"][0])
         return pixels.to(self.device, self.dtype)
+
+    def _image_statistics(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (3,) of the processor's normalization, in fp32."""
+        processing = self.processor.image_processor
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=device)
+            for values in (processing.image_mean, processing.image_std)
+        )
+        return mean, std
 
     def _encode(self, text: str, *, offsets: bool = False) -> dict[str, Any]:
         bos = self._tokenizer.bos_token

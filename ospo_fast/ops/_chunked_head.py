@@ -292,10 +292,10 @@ def _softmax_native(
     options: TokenLogprobsOptions, out: Tensor | None, dtype: torch.dtype,
 ) -> Tensor | None:  # fmt: skip
     native, pointer, numbers = _dispatch.native(), _dispatch.pointer, _dispatch.DTYPES
+    per_row = (scales.logps, scales.others, scales.entropies, *results)
     arguments = (
-        z.data_ptr(), numbers[z.dtype], pointer(bias), labels.data_ptr(), 1 / options.temperature, options.softcap,
-        pointer(scales.logps), pointer(scales.others), pointer(scales.entropies), pointer(results.logps),
-        pointer(results.entropies), pointer(results.statistics), pointer(out), numbers[dtype], *z.shape,
+        z.data_ptr(), numbers[z.dtype], pointer(bias), pointer(labels, torch.int64), 1 / options.temperature,
+        options.softcap, *(pointer(t, torch.float32) for t in per_row), pointer(out, z.dtype), numbers[dtype], *z.shape,
     )  # fmt: skip
     if z.is_cuda:
         try:

@@ -143,9 +143,16 @@ def triton(name: str) -> ModuleType:
     return importlib.import_module(f"ospo_fast.kernels.{name}")
 
 
-def pointer(tensor: Tensor | None) -> int:
-    """Return the address of a tensor for the compiled module, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def pointer(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """Return the address of a tensor for the compiled module, 0 for None.
+
+    dtype: what the kernel reads there. It would read another one as garbage, and perhaps beyond its end.
+    """
+    if tensor is None:
+        return 0
+    if dtype is not None and tensor.dtype is not dtype:
+        raise TypeError(f"a kernel got {tensor.dtype}, expected {dtype}; this is a bug of ospo_fast")
+    return tensor.data_ptr()
 
 
 def device_and_stream(device: torch.device) -> tuple[int, int]:

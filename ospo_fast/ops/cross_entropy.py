@@ -92,7 +92,10 @@ def cross_entropy(
 
 
 def weighted_logprobs(call: Call, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ scales·ℓ, whose gradient is computed here, and ℓ (N,) without gradient, 0 where scales are 0."""
+    """Return Σ scales·ℓ, whose gradient is computed here, and ℓ (N,) without gradient, 0 where scales are 0.
+
+    scales (N,) have the dtype of ℓ, see `result_dtype`.
+    """
     if call.autocast:
         with torch.autocast(call.x.device.type, enabled=False):
             return weighted_logprobs(replace(call, autocast=False), scales)

@@ -31,8 +31,8 @@ class PackedLinear:
         self.columns = sum(m.out_features for m in modules)
         self.depth = modules[0].in_features
         panel = _dispatch.native().linear_columns()
-        self._packed = torch.empty(-(-self.columns // panel) * panel * self.depth)
-        self._bias = torch.zeros(self.columns) if any(m.bias is not None for m in modules) else None
+        self._packed = _empty(-(-self.columns // panel) * panel * self.depth)
+        self._bias = _empty(self.columns) if any(m.bias is not None for m in modules) else None
         self._pointers = pointer(self._packed), pointer(self._bias)
         self._run = _dispatch.native().linear
         self.refresh()
@@ -48,10 +48,15 @@ class PackedLinear:
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute (M, N), into `out` if given, of x (M, K) with contiguous rows."""
         rows, threads = x.shape[0], torch.get_num_threads()
-        out = torch.empty(rows, self.columns) if out is None else out
+        out = _empty(rows, self.columns) if out is None else out
         target = out.data_ptr(), out.stride(0)
         self._run(x.data_ptr(), x.stride(0), *self._pointers, *target, rows, self.columns, self.depth, threads)
         return out
+
+
+def _empty(*shape: int) -> Tensor:
+    """Return uninitialized memory for the compiled module, under any default dtype and device of torch."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def bias_or_zeros(module: nn.Linear) -> Tensor:

@@ -24,7 +24,7 @@ def scale_rows(dhidden: Tensor, packed_row: Tensor, scales: Tensor, backend: str
         _dispatch.triton("scale_rows").scale_rows(dhidden, packed_row, scales, out)
     elif backend == "cpp":
         _dispatch.native().scale_rows(
-            dhidden.data_ptr(), packed_row.data_ptr(), scales.data_ptr(), out.data_ptr(),
+            dhidden.data_ptr(), packed_row.data_ptr(), _dispatch.pointer(scales, torch.float32), out.data_ptr(),
             _dispatch.DTYPES[dhidden.dtype], *dhidden.shape, torch.get_num_threads(),
         )  # fmt: skip
     else:
