@@ -73,7 +73,9 @@ def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: 
     if type(module) is nn.Linear:  # at once, because looking for adapters takes longer than the product of one row
         attributes = vars(module)
         weights = attributes["_parameters"]
-        patched = nn.Linear.forward is not _LINEAR_FORWARD
+        patched = nn.Linear.forward is not _LINEAR_FORWARD or "bias" not in weights
+        if torch.compiler.is_compiling():  # makes torch.compile look for a forward of its own at every call
+            patched = patched or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD
         if not patched and _is_called_as_is(attributes) and type(weights.get("weight")) is nn.Parameter:
             head = Head(weights["weight"], weights["bias"])
         else:
@@ -142,31 +144,46 @@ def mlp_layers(module: nn.Module) -> list[Any]:
         projection, activation, output = names
         # Not by hasattr alone: wrappers have the attributes of what they wrap.
         if {projection, output} <= vars(module)["_modules"].keys() and hasattr(module, activation):
-            layers = [getattr(module, name) for name in names]
-            _check_forward(module, layers)
-            return layers
+            _check_forward(module, names)
+            return [getattr(module, name) for name in names]
     raise OpError(
         f"Head.of: {type(module).__name__} is not a known head (nn.Linear or Linear-GELU-Linear); "
         f"if it computes weight·gelu(proj·x) or weight·x, {_REMEDY}"
     )
 
 
-def _check_forward(module: nn.Module, layers: Sequence[Any]) -> None:
-    """Raise OpError if the forward of a module that is known by its names does more than its layers in turn.
+def _check_forward(module: nn.Module, names: Sequence[str]) -> None:
+    """Raise OpError if the forward of a module that is known by its names does more than its layers in turn."""
+    parts: dict[str, Any] = vars(module)
+    others = [*parts["_parameters"], *parts["_buffers"], *(name for name in parts["_modules"] if name not in names)]
+    if others:  # even if the result is the same now, such as that of a scale that is 1 before training
+        raise OpError(
+            f"Head.of: {type(module).__name__} has {others[0]!r}, expected {', '.join(names)} alone; if its forward "
+            f"does not use it, {_REMEDY}"
+        )
+    settings = tuple((k, v) for k, v in parts.items() if isinstance(v, (bool, int, float, str, type(None))))
+    if error := _difference(module, names, settings):
+        raise OpError(f"Head.of: the forward of {type(module).__name__} {error}")
+
+
+def _difference(module: nn.Module, names: Sequence[str], settings: tuple[Any, ...]) -> str:
+    """Say how the forward of a module differs from its layers in turn; empty if it does not.
 
     Compares both, once for each module, mode and plain attributes, on rows whose logits reach from small ones to 50.
     """
-    settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None)))}
+    if torch.compiler.is_compiling():  # traced by itself, after a graph break in its caller
+        torch._dynamo.skip_frame("guards would read the keys of _CHECKED, which come and go")
+    layers = [getattr(module, name) for name in names]
     state = type(module).forward, settings
     tensors = [*module.parameters(), *module.buffers()]
     whole = all(type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and not t.is_meta for t in tensors)
-    if _CHECKED.get(module) == state or not whole or torch.compiler.is_compiling():
-        return
+    if _CHECKED.get(module) == state or not whole:
+        return ""
     width = next((layer.in_features for layer in layers[0].modules() if hasattr(layer, "in_features")), None)
     if width is None:
-        return  # refused by others
+        return ""  # refused by others
     dtype = tensors[0].dtype
-    row = torch.linspace(-1, 1, width, device=tensors[0].device)
+    row = torch.linspace(-1, 1, width, dtype=torch.float32, device=tensors[0].device)
     rows = torch.stack([row, row.flip(0), (7 * row).sin()]).to(dtype)
 
     def in_turn(x: Tensor) -> Any:
@@ -180,17 +197,22 @@ def _check_forward(module: nn.Module, layers: Sequence[Any]) -> None:
             bound = 16 * torch.finfo(dtype).eps * other.abs().max().item()
             same = same and one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=bound, equal_nan=True)
     except Exception as error:
-        raise OpError(
-            f"Head.of: the forward of {type(module).__name__} failed on hidden states (1, 3, {width}), expected "
-            f"weight·gelu(proj·x + proj_bias) + bias ({type(error).__name__}: {error}); {_REMEDY}"
-        ) from error
+        return (
+            f"failed on hidden states (1, 3, {width}), expected weight·gelu(proj·x + proj_bias) + bias "
+            f"({type(error).__name__}: {error}); {_REMEDY}"
+        )
     if not same:
-        raise OpError(
-            f"Head.of: the forward of {type(module).__name__} computes something else than its projection, activation "
-            f"and output layer in turn, expected weight·gelu(proj·x + proj_bias) + bias; {_REMEDY}, and scale or cap "
-            "the logits with temperature= and softcap="
+        return (
+            "computes something else than its projection, activation and output layer in turn, expected "
+            f"weight·gelu(proj·x + proj_bias) + bias; {_REMEDY}, and scale or cap the logits with temperature= and "
+            "softcap="
         )
     _CHECKED[module] = state
+    return ""
+
+
+# What torch.compiler.assume_constant_result sets (see `_dispatch`): torch.compile runs it when it traces a caller.
+_difference._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run_once(run: Callable[[Tensor], Any], rows: Tensor) -> Tensor:

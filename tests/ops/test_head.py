@@ -418,6 +418,15 @@ def test_wrappers_without_the_layers_of_their_own_are_refused() -> None:
         token_logprobs(torch.randn(3, 6), Wrapper(), torch.arange(3))
 
 
+def test_a_bias_that_is_no_parameter_is_followed() -> None:
+    head = nn.Linear(6, 5)
+    bias = head.bias.detach()
+    del head.bias
+    head.bias = bias
+    hidden, labels = torch.randn(3, 6), torch.arange(3)
+    torch.testing.assert_close(token_logprobs(hidden, head, labels), eager(hidden, head, labels))
+
+
 def test_weights_that_are_no_parameters_are_followed() -> None:
     """As torch.func.functional_call and FSDP1 set them."""
     head = nn.Linear(6, 5).double()
@@ -593,6 +602,51 @@ def test_a_linear_layer_that_is_called_in_another_way_is_refused(monkeypatch: py
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0.1 * forward(self, x))
     with pytest.raises(OpError, match=r"its head is Linear, expected nn\.Linear"):
         token_logprobs(hidden, head, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("scale", nn.Parameter(torch.ones(()))), ("shift", torch.zeros(5)), ("dropout", nn.Dropout(0.5))],
+)
+def test_heads_with_further_parts_are_refused(name: str, part: Any) -> None:
+    """Also if they do nothing yet: a scale of 1 would get no gradient, and a dropout is off in evaluation."""
+    head = DeepSeekHead().eval()
+    if type(part) is Tensor:
+        head.register_buffer(name, part)
+    else:
+        setattr(head, name, part)
+    with pytest.raises(OpError, match=f"DeepSeekHead has '{name}', expected output_mlp_projector, .* alone; .*Head"):
+        token_logprobs(torch.randn(3, 6), head, torch.arange(3))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_callers_check_the_forward_too(fullgraph: bool) -> None:
+    def compiled(head: nn.Module) -> Any:
+        torch._dynamo.reset()
+        run = torch.compile(
+            lambda x: token_logprobs(x, head, torch.arange(3)), backend="aot_eager", fullgraph=fullgraph
+        )
+        return lambda: run(hidden)
+
+    hidden = torch.randn(3, 6)
+    # Without fullgraph, the error is raised by Python. With it, torch.compile says that the function would raise it.
+    error: Any = torch._dynamo.exc.Unsupported if fullgraph else OpError
+    for head in (ScaledHead(), CappedHead()):
+        head.cap = 5.0
+        with pytest.raises(error, match="computes something else than its projection"):
+            compiled(head)()
+    head = CappedHead()
+    run = compiled(head)
+    torch.testing.assert_close(run(), eager(hidden, head, torch.arange(3)))
+    head.cap = 5.0
+    with pytest.raises(error, match="computes something else than its projection"):
+        run()
+    linear = nn.Linear(6, 5)
+    run = compiled(linear)
+    torch.testing.assert_close(run(), eager(hidden, linear, torch.arange(3)))
+    patch_forward(linear)
+    with pytest.raises(error, match="has a forward set on the instance"):
+        run()
 
 
 @pytest.mark.parametrize("name", ["hidden", "labels"])
