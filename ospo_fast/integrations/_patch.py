@@ -1,18 +1,27 @@
-"""Replace attributes for a while: of any object in a `with` block, or whenever a model runs its forward."""
+"""Replace attributes for a while: of any object in a `with` block, or functions of a library for some models."""
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from ospo_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 ABSENT: Any = object()  # as a value: the object has no attribute of that name of its own
-Patch = tuple[Any, str, Any]  # owner, name of the attribute, value
+# Owner and name of a library's function, and what makes its replacement from it, which asks for `running_head`.
+Function = tuple[Any, str, Callable[[Any], Any]]
 
 
 @contextmanager
@@ -33,46 +42,109 @@ def _assign(owner: Any, name: str, value: Any) -> None:
         delattr(owner, name)
 
 
-class Enabled:
-    """Handle of patches that are in force while a model runs its forward. `undo`, or the end of `with`, removes them.
+@dataclass(eq=False)
+class _Replaced:
+    theirs: Any
+    ours: Any
+    users: int = 0
 
-    Forward hooks apply the patches: they survive what wraps the model or its forward later, such as DDP, FSDP2 or the
-    autocast of Accelerate.
+
+_REPLACED: dict[tuple[Any, str], _Replaced] = {}
+_LOCK = threading.Lock()
+# The handle and the model whose forward runs, in this thread.
+_RUNNING: ContextVar[tuple[Enabled, Any] | None] = ContextVar("running", default=None)
+
+
+def running_head() -> nn.Module | None:
+    """Return the output head of the model that runs its forward in this thread, if its handle is in force."""
+    running = _RUNNING.get()
+    if running is None or not running[0].in_force:
+        return None
+    head: nn.Module = running[1].get_output_embeddings()
+    return head
+
+
+class Enabled:
+    """Handle: functions of a library compute otherwise for some models. `undo`, or the end of `with`, ends it.
+
+    For other models, and in other threads, the functions remain what they were. A model is known by a forward of its
+    own around its previous one. What wraps that later, such as DDP, FSDP2 or the autocast of Accelerate, does not
+    matter.
 
     Args:
-        models: the modules whose calls count.
-        patches: computes the patches of a model, at each of its calls.
+        models: models of transformers whose calls count.
+        functions: what is replaced.
 
     """
 
-    def __init__(self, models: Iterable[nn.Module], patches: Callable[[nn.Module], Iterable[Patch]]) -> None:
-        self._patches = patches
-        self._open: list[ExitStack] = []
-        self._hooks = []
-        for model in models:
-            self._hooks.append(model.register_forward_pre_hook(self._apply))
-            # Before the hooks of an earlier handle: the last patches to be applied are the first to be removed.
-            self._hooks.append(model.register_forward_hook(self._remove, prepend=True, always_call=True))
+    def __init__(self, models: Iterable[Any], functions: Iterable[Function]) -> None:
+        self.in_force = True
+        functions = list(functions)
+        for function in functions:
+            _replace(*function)
+        # Also when the models are deleted, if no one keeps the handle.
+        self._end = weakref.finalize(self, _restore, [(owner, name) for owner, name, _ in functions])
+        self._end.atexit = False
+        self._unmark = [self._mark(model) for model in models]
 
     def undo(self) -> None:
-        """Remove the patches. A second call does nothing."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        while self._open:  # called during a forward
-            self._open.pop().close()
+        """Restore what was before. A second call does nothing."""
+        self.in_force = False
+        for unmark in self._unmark:
+            unmark()
+        self._unmark.clear()
+        self._end()
 
     def __enter__(self) -> Self:
+        if not self.in_force:
+            raise UsageError("use_ospo_fast: this handle was undone, expected a new one; call use_ospo_fast again")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _apply(self, model: nn.Module, _: Any) -> None:
-        with ExitStack() as stack:
-            for patch in self._patches(model):
-                stack.enter_context(replaced(*patch))
-            self._open.append(stack.pop_all())
+    def _mark(self, model: Any) -> Callable[[], None]:
+        """Give a model a forward that says that it runs; return what removes it."""
+        own = vars(model).get("forward", ABSENT)
+        function = type(model).forward if own is ABSENT else getattr(own, "__func__", own)
 
-    def _remove(self, *_: Any) -> None:
-        if self._open:  # empty if `_apply` failed
-            self._open.pop().close()
+        # A method, not a closure over the model, so that copies of the model run their own forward.
+        @functools.wraps(function)
+        def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            # Hooks could say so too, but torch does not call them after a KeyboardInterrupt.
+            token = _RUNNING.set((self, module) if self.in_force else _RUNNING.get())
+            try:
+                if own is ABSENT:
+                    return type(module).forward(module, *args, **kwargs)
+                return function(module, *args, **kwargs) if isinstance(own, MethodType) else own(*args, **kwargs)
+            finally:
+                _RUNNING.reset(token)
+
+        ours = MethodType(forward, model)
+        model.forward = ours
+
+        def unmark() -> None:
+            if vars(model).get("forward") is ours:  # otherwise it is wrapped, and passes calls on
+                _assign(model, "forward", own)
+
+        return unmark
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    with _LOCK:
+        found, now = _REPLACED.get((owner, name)), getattr(owner, name)
+        if found is None or now is not found.ours:
+            found = _REPLACED[owner, name] = _Replaced(now, make(now), 0 if found is None else found.users)
+            setattr(owner, name, found.ours)
+        found.users += 1
+
+
+def _restore(places: Iterable[tuple[Any, str]]) -> None:
+    with _LOCK:
+        for owner, name in places:
+            found = _REPLACED[owner, name]
+            found.users -= 1
+            if found.users == 0:
+                del _REPLACED[owner, name]
+                if getattr(owner, name) is found.ours:
+                    setattr(owner, name, found.theirs)

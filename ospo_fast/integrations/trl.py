@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from trl.trainer import utils as trl_utils
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations._deferred_logits import find_causal_lm
-from ospo_fast.integrations._patch import Enabled, Patch, replaced
+from ospo_fast.integrations._patch import Enabled, replaced, running_head
 from ospo_fast.ops import Head, token_logprobs
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -61,14 +61,16 @@ def use_ospo_fast(target: Any) -> Enabled:
         )
     trained = target if isinstance(target, nn.Module) else getattr(target, "model", None)
     reference = None if isinstance(target, nn.Module) else getattr(target, "ref_model", None)
-    models: list[Any] = [trained] if reference is None else [trained, reference]
-    for model in models:
-        if not isinstance(model, nn.Module) or not _has_fused_head(find_causal_lm(model)):
+    models = []
+    for model in (trained,) if reference is None else (trained, reference):
+        if isinstance(model, nn.Module):
+            models.append(find_causal_lm(model))
+        if not isinstance(model, nn.Module) or not _has_fused_head(models[-1]):
             raise UsageError(
                 f"use_ospo_fast: {type(target).__name__} has no fused LM head, expected a trainer of TRL that calls "
                 "add_fused_lm_head (GRPO, RLOO, DPO, KTO, SFT) or a model prepared by it"
             )
-    return Enabled(models, _patches)
+    return Enabled(models, [(trl_utils, _TRL_FUNCTION, _dispatching)])
 
 
 def build_trainer(trainer_class: type[T], *args: Any, **kwargs: Any) -> T:
@@ -96,17 +98,36 @@ def build_trainer(trainer_class: type[T], *args: Any, **kwargs: Any) -> T:
             if base.__module__.startswith("trl.") and hasattr(module, _ADAPTER_CLASS):
                 # Their check asks whether the head is an instance of this class.
                 stack.enter_context(replaced(module, _ADAPTER_CLASS, _NoAdapter))
-        trainer = trainer_class(*args, **kwargs)
+        trainer: Any = trainer_class(*args, **kwargs)
+    head = find_causal_lm(trainer.model).get_output_embeddings()
+    if hasattr(head, "base_layer") and _is_cast_by_trl(head):
+        raise UsageError(
+            "build_trainer: cast_lm_head_to_fp32 is True and the head has an adapter, expected one of them; set "
+            "cast_lm_head_to_fp32=False, or remove the head from the adapter's target_modules"
+        )
     use_ospo_fast(trainer)
-    return trainer
+    return trainer  # type: ignore[no-any-return]
 
 
 class _NoAdapter: ...
 
 
-def _patches(model: nn.Module) -> Iterator[Patch]:
-    head = find_causal_lm(model).get_output_embeddings()
-    yield trl_utils, _TRL_FUNCTION, ChunkedLogProbs(head)
+def _dispatching(theirs: Any) -> Any:
+    """Return a replacement of TRL's function that computes with the head of the running model."""
+
+    def apply(*args: Any, **kwargs: Any) -> Outputs:
+        head = running_head()
+        if head is None:
+            outputs: Outputs = theirs.apply(*args, **kwargs)
+            return outputs
+        return ChunkedLogProbs(None if _is_cast_by_trl(head) else head).apply(*args, **kwargs)
+
+    return SimpleNamespace(apply=apply)
+
+
+def _is_cast_by_trl(head: nn.Module) -> bool:
+    """Whether TRL's `cast_lm_head_to_fp32` has set the head's forward. It gives hidden states and weight in fp32."""
+    return getattr(vars(head).get("forward"), "__name__", "") == "cast_forward_to_fp32"
 
 
 def _has_fused_head(causal_lm: nn.Module) -> bool:

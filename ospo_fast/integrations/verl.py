@@ -8,14 +8,14 @@ verl patches a model's forward to call, with the weight of its head, either `Fus
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, UsageError
-from ospo_fast.integrations._patch import Enabled, Patch
+from ospo_fast.integrations._patch import Enabled, running_head
 from ospo_fast.ops import Head, token_logprobs
 
 _TORCH = "verl.utils.experimental.torch_functional"
@@ -134,13 +134,17 @@ def use_ospo_fast(model: nn.Module) -> Enabled:
         UsageError: a verl without these functions, or a model that verl has not patched.
 
     """
-    _find_functions()
+    places = _find_functions()
     if not any(hasattr(module, "_verl_fused_kernels_backend") for module in model.modules()):
         raise UsageError(
             f"use_ospo_fast: verl has not patched {type(model).__name__}, expected a model with fused kernels; set "
             "actor_rollout_ref.model.use_fused_kernels=True"
         )
-    return Enabled([model], _patches)
+    from ospo_fast.integrations._deferred_logits import find_causal_lm
+
+    ours: tuple[Callable[..., Any], ...] = FusedLinearForPPO, linear_cross_entropy
+    functions = [(*place, partial(_dispatching, own)) for place, own in zip(places, ours, strict=True)]
+    return Enabled([find_causal_lm(model)], functions)
 
 
 def _find_functions() -> list[tuple[Any, str]]:
@@ -154,10 +158,12 @@ def _find_functions() -> list[tuple[Any, str]]:
     return found
 
 
-def _patches(model: nn.Module) -> Iterator[Patch]:
-    from ospo_fast.integrations._deferred_logits import find_causal_lm
+def _dispatching(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of a function of verl that computes with the head of the running model."""
 
-    head = find_causal_lm(model).get_output_embeddings()
-    replacements = (partial(FusedLinearForPPO, head=head), partial(linear_cross_entropy, head=head))
-    for (module, attribute), replacement in zip(_find_functions(), replacements, strict=True):
-        yield module, attribute, replacement
+    @wraps(theirs, updated=())  # not the attributes of a class
+    def call(*args: Any, **kwargs: Any) -> Any:
+        head = running_head()
+        return theirs(*args, **kwargs) if head is None else ours(*args, head=head, **kwargs)
+
+    return call

@@ -1,8 +1,11 @@
 """TRL's function and ours agree; trainers use ours between `use_ospo_fast` and its end, with the head as it is."""
 
+import copy
+import gc
 import importlib
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
@@ -146,7 +149,6 @@ def test_models_use_ours_until_the_end(build: Any, score: Any, monkeypatch: pyte
     with use_ospo_fast(SimpleNamespace(model=model, ref_model=other)):
         inside = [score(m) for m in (model, other)]
         assert calls == [model.lm_head, other.lm_head]
-        assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction  # ours during a forward only
         score(third := _prepared(build()))
         assert third.lm_head not in calls
     for ours, theirs in zip(inside, before, strict=True):
@@ -163,14 +165,15 @@ def _prepared(model: Any) -> Any:
     return model
 
 
-def test_undo_and_nesting(build: Any, score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undo_and_nesting(build: Any, score: Any, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     logprobs = integration.token_logprobs
     monkeypatch.setattr(integration, "token_logprobs", lambda *a, **k: calls.append(a[1]) or logprobs(*a, **k))
     model = _prepared(build())
+    forward = model.forward
     first, second = use_ospo_fast(model), use_ospo_fast(model)
     score(model)
-    assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    assert len(calls) == 1
     first.undo()
     score(model)
     assert len(calls) == 2
@@ -178,8 +181,16 @@ def test_undo_and_nesting(build: Any, score: Any, monkeypatch: pytest.MonkeyPatc
     second.undo()
     score(model)
     assert len(calls) == 2
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    with pytest.raises(UsageError, match="this handle was undone, expected a new one"), second:
+        pass
+    with use_ospo_fast(model):
+        wrapped = model.forward
+        model.forward = partial(wrapped)  # as Accelerate does later
+    score(model)
+    assert len(calls) == 2
+    model.forward = wrapped
+    assert torch.equal(score(model).log_probs, forward(**batch, fused_lm_head=True).log_probs)
 
 
 def test_restored_after_an_error(build: Any, batch: dict[str, Tensor]) -> None:
@@ -187,7 +198,73 @@ def test_restored_after_an_error(build: Any, batch: dict[str, Tensor]) -> None:
     with pytest.raises(OpError, match="labels"), use_ospo_fast(model):
         model(**{**batch, "labels": batch["labels"] + 100}, fused_lm_head=True)
     assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
-    assert not model._forward_hooks
+
+
+def test_an_interrupted_forward_leaves_other_models_alone(build: Any, score: Any) -> None:
+    model, other = _prepared(build()), _prepared(build())
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    expected = score(other).log_probs
+    handle = use_ospo_fast(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        score(model)
+    assert torch.equal(score(other).log_probs, expected)
+    handle.undo()
+
+
+def test_models_in_several_threads_keep_their_heads(build: Any, score: Any) -> None:
+    models = [_prepared(build()) for _ in range(3)]
+    with torch.no_grad():
+        for factor, model in zip((1, -1, 0.5), models, strict=True):
+            model.lm_head.weight.mul_(factor)
+    with use_ospo_fast(models[0]), use_ospo_fast(models[1]):
+        expected = [score(model).log_probs for model in models]
+
+        def differences(i: int) -> int:
+            return sum(not torch.allclose(score(models[i]).log_probs, expected[i]) for _ in range(50))
+
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(differences, range(3))) == [0, 0, 0]
+
+
+def test_copies_of_a_model_use_their_own_head(build: Any, score: Any, eager: Any) -> None:
+    plain = build()
+    with use_ospo_fast(model := _prepared(build())):
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for changed in (copied, plain):
+                changed.lm_head.weight.mul_(-1)
+        torch.testing.assert_close(score(copied).log_probs, eager(plain), rtol=2e-5, atol=2e-5)
+        assert (score(copied).log_probs - score(model).log_probs).abs().max() > 0.1
+
+
+def test_compiled_models(build: Any, score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    logprobs = integration.token_logprobs
+    monkeypatch.setattr(integration, "token_logprobs", lambda *a, **k: calls.append(a[1]) or logprobs(*a, **k))
+    model = _prepared(build())
+    expected = score(model).log_probs
+    with use_ospo_fast(model):
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(score(compiled).log_probs, expected, rtol=2e-5, atol=2e-5)
+        assert calls == [model.lm_head]
+    torch.testing.assert_close(score(compiled).log_probs, expected, rtol=2e-5, atol=2e-5)
+    assert len(calls) == 1
+
+
+def test_a_handle_that_no_one_keeps_ends_with_its_model(build: Any, score: Any) -> None:
+    use_ospo_fast(model := _prepared(build()))
+    gc.collect()
+    assert trl_utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
+    score(model)
+    del model
+    gc.collect()
+    assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}])
@@ -264,6 +341,37 @@ def test_trainer_of_an_adapted_head(build: Any, tmp_path: Path) -> None:
         make(DPOTrainer)
 
 
+def test_head_that_trl_casts_to_fp32(build: Any, score: Any, tmp_path: Path) -> None:
+    """`cast_lm_head_to_fp32` of GRPO sets a forward of the head."""
+    from peft import LoraConfig
+
+    def make(how: Callable[..., Any], **more: Any) -> Any:
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return how(
+            model=build().bfloat16(),
+            reward_funcs=lambda completions, **_: [1.0] * len(completions),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2"),
+            train_dataset=Dataset.from_dict({"prompt": ["w4 w5"] * 4}),
+            args=GRPOConfig(
+                str(tmp_path), cast_lm_head_to_fp32=True, num_generations=2, per_device_train_batch_size=2, bf16=False,
+                use_cpu=True, report_to="none", disable_tqdm=True,
+            ),
+            **more,
+        )  # fmt: skip
+
+    model = make(GRPOTrainer).model
+    assert model.lm_head.weight.dtype == torch.float32
+    (expected := score(model).log_probs).sum().backward()
+    gradient, model.lm_head.weight.grad = model.lm_head.weight.grad, None
+    with use_ospo_fast(model):
+        (found := score(model).log_probs).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="cast_lm_head_to_fp32 is True and the head has an adapter, expected one of"):
+        make(partial(build_trainer, GRPOTrainer), peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+
+
 def test_what_is_refused(build: Any, lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="LlamaForCausalLM has no fused LM head, expected a trainer of TRL"):
         use_ospo_fast(build())
@@ -284,6 +392,7 @@ def test_what_is_refused(build: Any, lora: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_import_patches_nothing() -> None:
+    gc.collect()  # of trainers of other tests
     importlib.reload(integration)
     assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
