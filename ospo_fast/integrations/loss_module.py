@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, UsageError
+from ospo_fast.loss import OSPOLoss
 from ospo_fast.ops import IGNORE_INDEX, Head, cross_entropy
+
+# What configurations of transformers do to logits after the head: the option that does it here, and no change.
+_LOGIT_SETTINGS: dict[str, tuple[str, float | None]] = {
+    "final_logit_softcapping": ("softcap", None),
+    "logit_scale": ("temperature", 1.0),
+    "logits_scaling": ("temperature", 1.0),
+    "lm_head_multiplier": ("temperature", 1.0),
+    "output_multiplier": ("temperature", 1.0),
+    "logits_mup_width_multiplier": ("temperature", 1.0),
+}
 
 
 class LossModule(nn.Module):
@@ -27,10 +39,15 @@ class LossModule(nn.Module):
         head: see `token_logprobs`. It may share its weight with the backbone's embedding.
         loss: called as loss(hidden, labels, head, **loss_inputs), such as `OSPOLoss` or `next_token_loss`.
 
+    Raises:
+        UsageError: `OSPOLoss` or `next_token_loss` for a model whose configuration has a soft cap or scale of the
+            logits, or an auxiliary loss, that this loss does not apply.
+
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, loss: Callable[..., Any]) -> None:
         super().__init__()
+        _check_loss(backbone, loss)
         self.backbone, self.head, self.loss = backbone, head, loss
 
     def forward(self, inputs: Tensor | Mapping[str, Any], labels: Tensor, **loss_inputs: Any) -> Any:
@@ -56,6 +73,33 @@ class LossModule(nn.Module):
                 "output with last_hidden_state; use the model without its head, such as model.model"
             )
         return self.loss(hidden, labels, self.head, **loss_inputs)
+
+
+def _check_loss(backbone: nn.Module, loss: Callable[..., Any]) -> None:
+    """Raise UsageError if a model does more between head and loss than a loss of this package."""
+    options = loss.keywords if isinstance(loss, partial) else {}
+    function: Any = loss.func if isinstance(loss, partial) else loss
+    config: Any = next((m.config for m in backbone.modules() if hasattr(m, "config")), None)
+    if (function is not next_token_loss and not isinstance(function, OSPOLoss)) or config is None:
+        return
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    name = "OSPOLoss" if isinstance(function, OSPOLoss) else "next_token_loss"
+    for setting, (option, neutral) in _LOGIT_SETTINGS.items():
+        value = getattr(config, setting, neutral)
+        if value not in (None, neutral) and option not in options:
+            call = "functools.partial(next_token_loss" if name == "next_token_loss" else "a loss on token_logprobs("
+            example = (
+                f"softcap={value})" if option == "softcap" else "temperature=…), 1/scale where the model multiplies"
+            )
+            raise UsageError(
+                f"LossModule: the model's configuration has {setting}={value}, which {name} does not apply, expected a "
+                f"loss that does; pass {call}{', ' if name == 'next_token_loss' else ''}{example}"
+            )
+    if getattr(config, "output_router_logits", False):
+        raise UsageError(
+            f"LossModule: the model's configuration has output_router_logits=True, but {name} has no load-balancing "
+            "loss; use ospo_fast.integrations.transformers, or set it to False"
+        )
 
 
 def next_token_loss(hidden: Tensor, labels: Tensor, head: Head | nn.Module, **options: Any) -> Tensor:

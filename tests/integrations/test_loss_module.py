@@ -33,6 +33,39 @@ def test_next_token_loss(build: Any, batch: dict[str, Tensor], gradients: Any) -
     torch.testing.assert_close(gradients(module), expected_gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "setting", "value", "options"),
+    [
+        ("Gemma2", "final_logit_softcapping", 3.0, {"softcap": 3.0}),
+        ("Cohere", "logit_scale", 0.3, {"temperature": 1 / 0.3}),
+        ("Granite", "logits_scaling", 3.0, {"temperature": 3.0}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_an_option_of_the_loss(
+    family: str, setting: str, value: float, options: dict[str, float], build: Any, batch: dict[str, Tensor]
+) -> None:
+    model = build(family, **{setting: value}, **({"head_dim": 8} if family == "Gemma2" else {}))
+    labels = batch.pop("labels")
+    for loss, remedy in (
+        (next_token_loss, r"functools.partial\(next_token_loss, "),
+        (ospo_fast.OSPOLoss(), r"a loss on token_logprobs\("),
+    ):
+        message = (
+            f"configuration has {setting}={value}, which .* does not apply, .*; pass {remedy}{next(iter(options))}="
+        )
+        with pytest.raises(UsageError, match=message):
+            LossModule(model.model, model.lm_head, loss)
+    module = LossModule(model.model, model.lm_head, partial(next_token_loss, **options))
+    torch.testing.assert_close(module(batch, labels), model(**batch, labels=labels).loss, rtol=1e-6, atol=0)
+    LossModule(model.model, model.lm_head, lambda hidden, labels, head: hidden.sum())  # what it does is not known
+
+
+def test_auxiliary_losses_of_a_model_are_refused(build: Any) -> None:
+    model = build("Mixtral", output_router_logits=True)
+    with pytest.raises(UsageError, match="output_router_logits=True, but next_token_loss has no load-balancing loss"):
+        LossModule(model.model, model.lm_head, next_token_loss)
+
+
 def test_positional_input_options_and_outputs() -> None:
     module = LossModule(nn.Linear(4, 4), nn.Linear(4, 9), partial(next_token_loss, temperature=0.5))
     x, labels = torch.randn(2, 5, 4), torch.randint(9, (2, 5))
@@ -125,6 +158,24 @@ def test_lightning_trains_as_a_loop_does() -> None:
     torch.testing.assert_close(module.module.state_dict(), expected.state_dict(), rtol=0, atol=0)
     (validated,) = trainer.validate(module, batches, verbose=False)
     assert validated["val/loss"] > 0
+
+
+def test_lightning_averages_what_it_evaluates_over_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    from ospo_fast.integrations.lightning import LossLightningModule
+
+    module = LossLightningModule(pair_module(), partial(torch.optim.SGD, lr=0.1))
+    averaged = {}
+
+    def log(values: dict[str, Tensor], *, sync_dist: bool, **_: Any) -> None:
+        averaged.update(dict.fromkeys(values, sync_dist))
+
+    monkeypatch.setattr(module, "log_dict", log)
+    for step in (module.training_step, module.validation_step, module.test_step):
+        step(pair_batch(0), 0)
+    assert {name: averaged[f"{name}/loss"] for name in ("train", "val", "test")} == {
+        "train": False, "val": True, "test": True
+    }  # fmt: skip
 
 
 def test_lightning_optimizes_what_requires_grad() -> None:
