@@ -122,11 +122,19 @@ def deferred_logits(model: nn.Module, loss: Callable[..., Tensor]) -> Iterator[N
                 f"fused loss: {type(causal_lm).__name__} does not compute its logits by its output embeddings, "
                 f"got {type(logits).__name__}; {_REMEDY}"
             )
-        with replaced(head, "forward", own_forward):
-            return loss(logits, labels, **kwargs)
+        try:
+            with replaced(head, "forward", own_forward):
+                return loss(logits, labels, **kwargs)
+        except OpError as error:  # whose remedy may be to change the call, which is not the user's
+            raise OpError(f"{error}; or {_REMEDY}") from error
+
+    def defer(hidden: Tensor, **options: Any) -> DeferredLogits:
+        if options:
+            raise OpError(f"fused loss: the head is called with {', '.join(options)}, expected none; {_REMEDY}")
+        return DeferredLogits(hidden, head)
 
     with (
-        replaced(head, "forward", lambda hidden: DeferredLogits(hidden, head)),
+        replaced(head, "forward", defer),
         replaced(causal_lm, "_loss_function", run_loss),
     ):
         yield

@@ -30,7 +30,7 @@ class LossLightningModule(lightning.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        return self._step(batch, "train")
+        return self._step(batch, "train", average=False)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the loss of a batch; Lightning adds the index to the names of metrics if there are several loaders."""
@@ -44,9 +44,9 @@ class LossLightningModule(lightning.LightningModule):
         """Return the optimizer."""
         return self._build_optimizer(p for p in self.parameters() if p.requires_grad)
 
-    def _step(self, batch: Mapping[str, Any], name: str) -> Tensor:
+    def _step(self, batch: Mapping[str, Any], name: str, *, average: bool = True) -> Tensor:
         loss, metrics = split_loss(self.module(**batch))
         size = len(batch["labels"])
         values = {f"{name}/{key}": value for key, value in {**metrics, "loss": loss}.items()}
-        self.log_dict(values, batch_size=size, sync_dist=name == "val")
+        self.log_dict(values, batch_size=size, sync_dist=average)
         return loss

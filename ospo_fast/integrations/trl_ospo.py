@@ -23,13 +23,16 @@ _METRICS = {
 }
 
 
+_SIDES = ("chosen", "rejected")
+
+
 class OSPOTrainer(CPOTrainer):
     """`CPOTrainer` with `loss_type="simpo"`, computed by `OSPOLoss` inside the model's forward.
 
     The model is a causal language model whose vocabulary holds the image codes. A row of the dataset is either text, as
     for `CPOTrainer`, or tokenized, as its `tokenize_row` returns it: `chosen_input_ids`, `chosen_attention_mask` and
     `chosen_labels` (-100 on prompt and text), the same for `rejected`. Rows may have `chosen_object_mask` and
-    `rejected_object_mask`, (H, W) each on the grid of the image tokens.
+    `rejected_object_mask`, (H, W) each on the grid of the image tokens. The tokens of rows without one weigh the same.
 
     Args:
         *args: of `CPOTrainer`.
@@ -65,10 +68,8 @@ class OSPOTrainer(CPOTrainer):
     ) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of a batch and its metrics. There are no `logits/*` metrics."""
         inputs = self.concatenated_inputs(batch, padding_value=self.pad_token_id, device=self.accelerator.device)
-        masks = None
-        if "chosen_object_mask" in batch:
-            both = [*batch["chosen_object_mask"], *batch["rejected_object_mask"]]
-            masks = torch.stack([torch.as_tensor(mask) for mask in both]).to(self.accelerator.device)
+        masks = _object_masks(batch)
+        masks = None if masks is None else masks.to(self.accelerator.device)
         outputs: list[OSPOLossOutput] = []
 
         def pair_loss(logits: DeferredLogits, labels: Tensor, **_: Any) -> Tensor:
@@ -100,6 +101,19 @@ class OSPOTrainer(CPOTrainer):
         """Compute the loss and the metrics of a batch. There are no logits to return."""
         result: tuple[Any, Any, Any] = super().prediction_step(model, inputs, True, ignore_keys)
         return result
+
+
+def _object_masks(batch: dict[str, Any]) -> Tensor | None:
+    """Return the masks (2·B, H, W) of a batch, with zeros, which leave all weights at 1, for images without one."""
+    found = [batch.get(f"{side}_object_mask") or [None] * len(batch[f"{side}_input_ids"]) for side in _SIDES]
+    masks = [None if mask is None else torch.as_tensor(mask) for side in found for mask in side]
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    shapes = {tuple(mask.shape) for mask in given}
+    if len(shapes) > 1 or given[0].dim() != 2:
+        raise OpError(f"OSPOTrainer: the object masks of a batch have shapes {sorted(shapes)}, expected one (H, W)")
+    return torch.stack([torch.zeros_like(given[0]) if mask is None else mask.to(given[0].dtype) for mask in masks])
 
 
 def _from_args(args: Any) -> OSPOLossConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ospo_fast.errors import OpError, UsageError
-from ospo_fast.integrations._deferred_logits import DeferredLogits
+from ospo_fast.integrations._deferred_logits import DeferredLogits, deferred_logits
 from ospo_fast.integrations.transformers import FusedLossTrainer, fused_causal_lm_loss
 
 # What the models do to their logits: nothing; a soft cap; a factor; a divisor; a loss of experts besides.
@@ -134,6 +134,17 @@ def test_what_is_refused(build: Any, batch: dict[str, Tensor], monkeypatch: pyte
     monkeypatch.setattr(type(model), "forward", lambda self, **kwargs: forward(self, **kwargs).logits.view(-1))
     with pytest.raises(AttributeError, match="uses `view` of logits that do not exist"):
         fused_causal_lm_loss(model, batch)
+
+
+def test_refused_heads_name_the_loss_of_the_model_as_a_remedy(build: Any, lora: Any, batch: dict[str, Tensor]) -> None:
+    model = lora(build(), "lm_head", use_dora=True)
+    with pytest.raises(OpError, match=r"variant of LoRA \(such as DoRA\).*; or use the model's own loss"):
+        fused_causal_lm_loss(model, batch)
+    with (
+        deferred_logits(model, lambda *_, **__: torch.zeros(())),
+        pytest.raises(OpError, match="the head is called with alora_offsets, expected none; use the model's own loss"),
+    ):
+        model.get_output_embeddings()(torch.randn(1, 2, 32), alora_offsets=None)
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

@@ -126,6 +126,27 @@ def test_object_masks_weight_the_tokens(make: Any) -> None:
     assert metrics["logps/chosen"] == pytest.approx(chosen.mean().item(), rel=1e-5)
 
 
+def test_rows_without_masks_weigh_their_tokens_the_same(make: Any) -> None:
+    rows = images().to_list()
+    rows[0] |= {"chosen_object_mask": None, "rejected_object_mask": None}
+    zeros = [row | {k: [[0.0, 0.0]] * 2 for k in row if "object_mask" in k and row[k] is None} for row in rows]
+    losses = []
+    for dataset in (Dataset.from_list(rows), Dataset.from_list(zeros), images()):
+        trainer = make(OSPOTrainer, dataset)
+        losses.append(trainer.get_batch_loss_metrics(trainer.model, first_batch(trainer))[0].item())
+    assert losses[0] == losses[1]
+    assert abs(losses[0] - losses[2]) > 1e-3
+    for row in rows:
+        row |= {"chosen_object_mask": None, "rejected_object_mask": None}
+    plain = images().remove_columns(["chosen_object_mask", "rejected_object_mask"])
+    none, without = (make(OSPOTrainer, dataset) for dataset in (Dataset.from_list(rows), plain))
+    assert torch.equal(*(t.get_batch_loss_metrics(t.model, first_batch(t))[0] for t in (none, without)))
+    batch = first_batch(trainer)
+    batch["chosen_object_mask"][0] = [[1.0]]
+    with pytest.raises(OpError, match=r"have shapes \[\(1, 1\), \(2, 2\)\], expected one \(H, W\)"):
+        trainer.get_batch_loss_metrics(trainer.model, batch)
+
+
 def test_evaluation(make: Any) -> None:
     theirs, ours = make(CPOTrainer, text()), make(OSPOTrainer, text())
     expected, found = theirs.evaluate(), ours.evaluate()
