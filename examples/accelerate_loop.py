@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     )  # fmt: skip
     module: nn.Module = LossModule(model.model, model.lm_head, eager_loss if args.plain else next_token_loss)
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
-    loader = DataLoader(build_dataset(8 * args.steps), batch_size=8)
+    loader = DataLoader(build_dataset(8 * args.steps * accelerator.num_processes), batch_size=8)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     losses = []
     for step, batch in enumerate(loader, start=1):

@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--masks", action="store_true", help="weight the tokens of objects; not with --plain")
     parser.add_argument("--out", type=Path, help="write the curves to this JSON file")
     args = parser.parse_args(argv)
+    if args.plain and args.masks:
+        parser.error("--masks needs OSPOTrainer, which --plain replaces; remove one of them")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
 

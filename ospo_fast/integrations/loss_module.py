@@ -109,7 +109,7 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: Head | nn.Module, **op
         hidden: (B, S, D) float.
         labels: (B, S) int64, unshifted: the token AT each position, -100 where ignored.
         head: see `token_logprobs`.
-        **options: of `cross_entropy`.
+        **options: of `cross_entropy`. Its weights (B, S), too, are those of the tokens AT each position.
 
     Returns:
         Scalar: the mean over the labels that count.
@@ -122,6 +122,13 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: Head | nn.Module, **op
         raise OpError(f"next_token_loss: labels have shape {tuple(labels.shape)}, expected (B, S), unshifted")
     # Shift the labels, not the hidden states: these stay contiguous and are not copied.
     targets = F.pad(labels[:, 1:], (0, 1), value=options.get("ignore_index", IGNORE_INDEX))
+    if isinstance(weights := options.get("weights"), Tensor):
+        if weights.shape != labels.shape:
+            raise OpError(
+                f"next_token_loss: weights have shape {tuple(weights.shape)}, expected that of labels "
+                f"{tuple(labels.shape)}"
+            )
+        options["weights"] = F.pad(weights[:, 1:], (0, 1))
     return cross_entropy(hidden, head, targets, **options)
 
 

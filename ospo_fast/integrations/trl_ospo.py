@@ -40,7 +40,8 @@ class OSPOTrainer(CPOTrainer):
         **kwargs: of `CPOTrainer`.
 
     Raises:
-        UsageError: another loss_type, an encoder-decoder, a conditional term, and the errors of `OSPOLossConfig`.
+        UsageError: another loss_type without loss_config, an encoder-decoder, a conditional term, and the errors of
+            `OSPOLossConfig`.
 
     """
 

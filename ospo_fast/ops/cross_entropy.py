@@ -39,6 +39,7 @@ def cross_entropy(
     chunk_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    check_finite: bool = False,
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
@@ -58,6 +59,7 @@ def cross_entropy(
         chunk_rows: as there.
         logits_dtype: as there.
         backend: as there.
+        check_finite: as there.
         temperature: as there.
         softcap: as there.
 
@@ -81,7 +83,7 @@ def cross_entropy(
         raise OpError(f"{op}: weights require grad, expected constants; use token_logprobs, or weights.detach()")
     call = prepare(
         op, hidden, head, labels, ignore_index=ignore_index, chunk_rows=chunk_rows, logits_dtype=logits_dtype,
-        backend=backend, check_finite=False, temperature=temperature, softcap=softcap, process_group=None,
+        backend=backend, check_finite=check_finite, temperature=temperature, softcap=softcap, process_group=None,
     )  # fmt: skip
     active = call.labels != ignore_index
     wide = result_dtype(call.x)

@@ -106,7 +106,7 @@ def token_logprobs(
 
     - frozen head: 2. The forward computes ∂ℓ/∂hidden, the backward scales its rows.
     - trained head: 3, and 1 more for the share of rows whose logits are recomputed in the backward (`keep_logits`). The
-      logger `ospo_fast.ops.token_logprobs` says at level INFO which rows are kept, and why.
+      logger `ospo_fast.ops.token_logprobs` says at level INFO which rows are kept, and why, once for each reason.
     - the entropy as a metric: no more. In the loss, its gradient needs the logits of a frozen head, too: 2 more, or
       none with `keep_logits=True`.
 

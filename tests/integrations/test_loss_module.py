@@ -105,6 +105,16 @@ def test_next_token_loss_with_another_ignored_label() -> None:
     torch.testing.assert_close(next_token_loss(hidden, labels, head, ignore_index=0), expected)
 
 
+def test_weights_of_the_next_token_loss_belong_to_the_tokens_at_their_positions() -> None:
+    hidden, head, labels = torch.randn(2, 5, 8), nn.Linear(8, 11), torch.randint(11, (2, 5))
+    losses = F.cross_entropy(head(hidden)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    weights = torch.rand(2, 5)
+    found = next_token_loss(hidden, labels, head, weights=weights, reduction="sum")
+    torch.testing.assert_close(found, (weights[:, 1:] * losses).sum())
+    with pytest.raises(OpError, match=r"weights have shape \(2, 4\), expected that of labels \(2, 5\)"):
+        next_token_loss(hidden, labels, head, weights=weights[:, 1:])
+
+
 def test_what_is_no_hidden_state_or_label_is_refused() -> None:
     class Backbone(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor]:

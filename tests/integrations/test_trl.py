@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import trl
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -314,16 +316,64 @@ def test_reference_without_the_adapter(build: Any, lora: Any, score: Any, eager:
     adapted.sum().backward()
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+
+
+PAIRS = {"prompt": ["w4 w5", "w8"] * 2, "chosen": [" w6 w9", " w6"] * 2, "rejected": [" w7", " w7 w10"] * 2}
+TRAINERS = {
+    "SFT": {"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"]},
+    "DPO": PAIRS,
+    "KTO": {"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"], "label": [True, False] * 2},
+    "GRPO": {"prompt": PAIRS["prompt"]},
+    "RLOO": {"prompt": PAIRS["prompt"]},
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_curves_of_trainers(name: str, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(use: bool) -> list[float]:
+        options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+        more: dict[str, Any] = {}
+        if name in ("GRPO", "RLOO"):
+            options |= {"num_generations": 4, "max_completion_length": 4, "beta": 0.1}
+            more = {"reward_funcs": lambda completions, **_: [float(len(set(c))) for c in completions]}
+        args = getattr(trl, f"{name}Config")(
+            str(tmp_path), bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            logging_steps=1, seed=1, **options,
+        )  # fmt: skip
+        build().save_pretrained(tmp_path / "model")  # trainers load the reference from there
+        trainer = getattr(trl, f"{name}Trainer")(
+            model=str(tmp_path / "model"), args=args, train_dataset=Dataset.from_dict(TRAINERS[name]),
+            processing_class=tokenizer(), **more,
+        )  # fmt: skip
+        if use:
+            use_ospo_fast(trainer)
+        transformers.set_seed(2)
+        trainer.train()
+        names = ("loss", "grad_norm", "entropy", "kl")
+        return [entry[key] for entry in trainer.state.log_history for key in names if key in entry]
+
+    calls: list[Any] = []
+    logprobs = integration.token_logprobs
+    monkeypatch.setattr(integration, "token_logprobs", lambda *a, **k: calls.append(a[1]) or logprobs(*a, **k))
+    expected = train(False)
+    assert len(expected) >= 6
+    assert not calls
+    assert train(True) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert calls
+
+
 def test_trainer_of_an_adapted_head(build: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     def make(how: Callable[..., Any]) -> Any:
-        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return how(
             model=build(),
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2"),
+            processing_class=tokenizer(),
             train_dataset=Dataset.from_dict({"prompt": ["w4 w5"] * 4, "chosen": [" w6"] * 4, "rejected": [" w7"] * 4}),
             args=DPOConfig(
                 str(tmp_path), max_steps=3, learning_rate=1e-2, bf16=False, use_cpu=True, report_to="none",
@@ -346,12 +396,10 @@ def test_head_that_trl_casts_to_fp32(build: Any, score: Any, tmp_path: Path) -> 
     from peft import LoraConfig
 
     def make(how: Callable[..., Any], **more: Any) -> Any:
-        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w3"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return how(
             model=build().bfloat16(),
             reward_funcs=lambda completions, **_: [1.0] * len(completions),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2"),
+            processing_class=tokenizer(),
             train_dataset=Dataset.from_dict({"prompt": ["w4 w5"] * 4}),
             args=GRPOConfig(
                 str(tmp_path), cast_lm_head_to_fp32=True, num_generations=2, per_device_train_batch_size=2, bf16=False,

@@ -126,6 +126,7 @@ def main() -> None:
     check_verl(rank)
     if importlib.util.find_spec("trl") is not None:
         check_trl(ids, mine)
+    dist.barrier()
     dist.destroy_process_group()
 
 

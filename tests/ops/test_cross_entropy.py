@@ -180,3 +180,14 @@ def test_labels_are_checked_under_the_name_of_the_op() -> None:
         cross_entropy(torch.randn(3, 16, requires_grad=True), make_head(LINEAR), torch.tensor([1, 99, 2]))
     with pytest.raises(OpError, match="weights are list, expected a tensor"):
         cross_entropy(torch.randn(3, 16), make_head(LINEAR), torch.arange(3), weights=[1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_results_that_are_not_finite_are_refused_if_asked(train_head: bool) -> None:
+    hidden, head = torch.randn(3, 16), make_head(LINEAR)
+    head = trainable(head) if train_head else head
+    hidden[1, 2] = torch.nan
+    assert cross_entropy(hidden, head, torch.arange(3)).isnan()
+    with pytest.raises(OpError, match=r"the log-probability of hidden\[1\] \(flattened\) is nan"):
+        cross_entropy(hidden, head, torch.arange(3), check_finite=True)
+    assert cross_entropy(hidden, head, torch.tensor([0, -100, 2]), check_finite=True).isfinite()
