@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
@@ -98,6 +99,10 @@ class OSPOLossOutput:
     conditional: Tensor | None  # None without a conditional term
     sft: Tensor
     metrics: dict[str, Tensor]
+
+
+# DDP and FSDP2 look for the tensors in what a forward returns.
+register_dataclass(OSPOLossOutput)
 
 
 class OSPOLoss(nn.Module):

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ospo_fast import Head, OSPOLoss, OSPOLossConfig, cross_entropy, token_logprobs
 from ospo_fast.errors import OpError
+from ospo_fast.integrations.loss_module import LossModule
 
 WIDTH, CODES, LENGTH, PAIRS = 8, 11, 14, 4
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -107,6 +108,46 @@ def check_gradients_of_ddp_and_fsdp2_are_those_of_one_process(rank: int) -> None
             for _ in range(2):  # the second time onto the first gradients
                 model(*half(rank, *data)).backward()
             same(gradients(model), expected, name, 2)
+
+
+def check_ddp_with_a_static_graph_finds_the_tensors_of_the_output(rank: int) -> None:
+    data = batch()
+    plain = Model(train_head=True)
+    plain(*data).backward()
+    expected = gradients(plain)
+    plain.zero_grad()
+    module = LossModule(plain.body, plain.head, plain.loss)
+    distributed = DistributedDataParallel(module, static_graph=True)
+    inputs, labels, masks = half(rank, *data)
+    for _ in range(3):
+        module.zero_grad()
+        distributed(inputs, labels, object_masks=masks).loss.backward()
+        found = {name.replace("backbone.", "body."): grad for name, grad in gradients(distributed).items()}
+        same(found, expected, "static graph")
+
+
+def check_weights_that_fsdp2_does_not_update_or_reduce_are_refused(rank: int) -> None:
+    data = torch.randn(6, WIDTH), torch.randint(CODES, (6,))
+    head = mlp()
+    fully_shard(head, mesh=mesh())
+    gathered = Head.of(head)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    cross_entropy(data[0], gathered, data[1]).backward()
+    optimizer.step()
+    with pytest.raises(OpError, match=r"weight was gathered from a parameter of FSDP2 that has changed since.*Head.of"):
+        cross_entropy(data[0], gathered, data[1])
+    cross_entropy(data[0], Head.of(head), data[1]).backward()
+
+    root = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CODES))
+    root.forward = root[0].forward  # type: ignore[method-assign]
+    fully_shard(root, mesh=mesh())
+    hidden = root(data[0]).detach()
+    with pytest.raises(
+        OpError, match=r"hidden does not, outside the forward of .*would never be reduced; .*LossModule"
+    ):
+        cross_entropy(hidden, root[1], data[1])
+    with torch.no_grad():
+        cross_entropy(hidden, root[1], data[1])
 
 
 def check_ddp_averages_if_its_forward_is_called(rank: int) -> None:

@@ -22,6 +22,7 @@ from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations._deferred_logits import find_causal_lm
 from ospo_fast.integrations._patch import Enabled, replaced, running_head
 from ospo_fast.ops import Head, token_logprobs
+from ospo_fast.ops._head_modules import ResolvedHead, resolve_head
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TRL_FUNCTION = "_ChunkedLogProbFunction"  # the name under which trl.trainer.utils calls it
@@ -245,10 +246,12 @@ def _statistics(
 ) -> dict[str, Tensor]:
     """Compute what has no gradient, with the logits of a chunk of rows in memory, for as few rows as possible."""
     found: dict[str, Tensor] = {}
-    linear = _plain_linear(head)
-    if "mean_logits" in wanted and softcap is None and linear is not None:
+    # Resolved once: FSDP2 may gather the head here, which all processes have to do equally often.
+    resolved = resolve_head("use_ospo_fast", head, hidden)
+    linear = resolved.head
+    if "mean_logits" in wanted and softcap is None and linear.proj_weight is None and resolved.lora_weight is None:
         # The mean of linear functions is linear: no logits are needed.
-        mean = F.linear(hidden.float(), linear.weight.float().mean(0, keepdim=True)).squeeze(-1)
+        mean = F.linear(resolved.hidden.float(), linear.weight.float().mean(0, keepdim=True)).squeeze(-1)
         if linear.bias is not None:
             mean = mean + linear.bias.float().mean()
         found["mean_logits"] = mean / temperature
@@ -259,25 +262,28 @@ def _statistics(
         ruled_out = logps < -entropy - _MARGIN if entropy is not None else torch.zeros_like(certain)
         rows = (~(certain | ruled_out)).nonzero().squeeze(1)
         top1 = certain.clone()
-        top1[rows] = _from_logits(hidden[rows], head, targets[rows], temperature, softcap, wanted)["is_top1"]
+        top1[rows] = _from_logits(resolved, rows, targets, temperature, softcap, wanted)["is_top1"]
         found["is_top1"] = top1
     elif wanted:
-        found |= _from_logits(hidden, head, targets, temperature, softcap, wanted)
+        rows = torch.arange(len(targets), device=targets.device)
+        found |= _from_logits(resolved, rows, targets, temperature, softcap, wanted)
     return found
 
 
 def _from_logits(
-    hidden: Tensor,
-    head: Head | nn.Module,
+    resolved: ResolvedHead,
+    rows: Tensor,  # those to compute
     targets: Tensor,
     temperature: float,
     softcap: float | None,
     wanted: set[str],
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    num_codes: Any = head.num_codes if isinstance(head, Head) else head.out_features
-    for rows, labels in zip(*(x.split(max(1, _CHUNK_ELEMENTS // num_codes)) for x in (hidden, targets)), strict=True):
-        scores = head(rows).float()
+    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // resolved.head.num_codes)):
+        scores = resolved.head(resolved.hidden[chunk])
+        if resolved.lora_inputs is not None and resolved.lora_weight is not None:
+            scores = scores + F.linear(resolved.lora_inputs[chunk], resolved.lora_weight)
+        scores = scores.float()
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores / temperature
@@ -286,5 +292,5 @@ def _from_logits(
         if "mean_logits" in parts:
             parts["mean_logits"].append(scores.mean(-1))
         if "is_top1" in parts:
-            parts["is_top1"].append(scores.argmax(-1) == labels)
+            parts["is_top1"].append(scores.argmax(-1) == targets[chunk])
     return {name: torch.cat(values) for name, values in parts.items()}

@@ -1,15 +1,13 @@
-"""Modules as heads: their plain weights, adapters of peft, and weights that are sharded.
+"""Modules as heads: their plain weights, and adapters of peft.
 
 A head is used by its weights and not called. What else its modules do is either followed here or refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
+from ospo_fast.ops._sharded_weights import check_accumulates, check_present, check_shards, gather_parameter
 from ospo_fast.ops.head import Head
 
 _REMEDY = "pass ospo_fast.Head(weight, bias, proj_weight, proj_bias) with its plain weights"
@@ -64,10 +63,10 @@ class ResolvedHead:
         )  # fmt: skip
 
 
-def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: bool = False) -> ResolvedHead:
-    """Return what `token_logprobs` needs of a head. sharded: the output layer is split over processes on purpose."""
+def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, process_group: Any = None) -> ResolvedHead:
+    """Return what `token_logprobs` needs of a head, whose output layer may be split over a process group."""
     if isinstance(module, Head):
-        return ResolvedHead(hidden, _checked_shards(module, sharded))
+        return ResolvedHead(hidden, check_shards(module, hidden, process_group))
     if not isinstance(module, nn.Module):
         raise OpError(f"{op}: head is {type(module).__name__}, expected nn.Linear, a Linear-GELU-Linear module or Head")
     if type(module) is nn.Linear:  # at once, because looking for adapters takes longer than the product of one row
@@ -80,12 +79,12 @@ def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: 
             head = Head(weights["weight"], weights["bias"])
         else:
             head = Head(*linear_tensors(module, "head"))
-        return ResolvedHead(hidden, _checked_shards(head, sharded))
+        return ResolvedHead(hidden, check_shards(head, hidden, process_group))
     called = called_module(module)
     projection, output = None, called
     if _adapter_layer(called) is None:
         if not any(_adapter_layer(part) is not None for part in called.children()):
-            return ResolvedHead(hidden, _checked_shards(Head.of(called), sharded))
+            return ResolvedHead(hidden, check_shards(Head.of(called), hidden, process_group))
         check_called_as_is(called)
         projection, activation, output = mlp_layers(called)
         projection, output = called_module(projection), called_module(output)
@@ -98,7 +97,8 @@ def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: 
             checks.append(_adapters_unchanged(op, layer))
             hidden = F.gelu(_call_adapters(op, layer, hidden).to(hidden.dtype))
         else:
-            hidden = F.gelu(_checked_shards(Head(*linear_tensors(projection, "projection")), False)(hidden))
+            plain = Head(*linear_tensors(projection, "projection"))
+            hidden = F.gelu(check_shards(plain, hidden, None)(hidden))
     lora: tuple[Tensor | None, Tensor | None] = None, None
     if (layer := _adapter_layer(output)) is None:
         head = Head(*linear_tensors(output, "output layer"))
@@ -107,13 +107,13 @@ def resolve_head(op: str, module: Head | nn.Module, hidden: Tensor, *, sharded: 
         head, lora = _lora_head(op, layer, hidden)
         # Of A, which was called, hooks of DeepSpeed gather the weight when its backward starts.
         weights = [layer.lora_B[name].weight for name in _active_adapters(layer)]
-        checks.append(functools.partial(_check_accumulates, weights))
+        checks.append(functools.partial(check_accumulates, weights))
 
     def check_adapters() -> None:
         for check in checks:
             check()
 
-    return ResolvedHead(hidden, _checked_shards(head, sharded), *lora, check_adapters)
+    return ResolvedHead(hidden, check_shards(head, hidden, process_group), *lora, check_adapters)
 
 
 # ---------------------------------------------------------------- plain modules
@@ -235,18 +235,11 @@ def linear_tensors(module: nn.Module, role: str) -> tuple[Tensor, Tensor | None]
         raise OpError(f"Head.of: its {role} is {type(module).__name__}, expected nn.Linear; {_REMEDY}")
     weight: Any = module.weight
     bias: Any = module.bias
-    managed = None
     if type(weight) is not nn.Parameter and hasattr(weight, "placements"):
-        managed = _fsdp_parameter(weight)
-        if managed is None:
-            Head(weight)  # says what to do; hooks of tensor parallelism are not the point
-        _check_fsdp_alone(weight, managed)
+        return gather_parameter(weight, bias, functools.partial(check_called_as_is, module))
     if type(weight) is Tensor and not torch.compiler.is_compiling() and weight.untyped_storage().nbytes() == 0:
         check_present("Head", "weight", weight.new_empty(0))  # FSDP1 has freed its memory
     check_called_as_is(module)
-    if managed is not None:
-        weight = _gather(weight, managed)
-        bias = bias if bias is None or not hasattr(bias, "placements") else _gather(bias, managed)
     return weight, bias
 
 
@@ -468,118 +461,3 @@ def _check_hidden(op: str, hidden: Tensor, layer: Any) -> None:
         _check_dtype(op, hidden, weight)
     if hidden.device != weight.device:
         raise OpError(f"{op}: hidden is on {hidden.device}, the head on {weight.device}; move them to one device")
-
-
-# ---------------------------------------------------------------- sharded weights
-
-
-def check_present(owner: str, name: str, tensor: Tensor) -> None:
-    """Raise OpError for a tensor without elements, as sharding leaves them."""
-    if tensor.numel() > 0:
-        return
-    if hasattr(tensor, "ds_id"):
-        why = "DeepSpeed ZeRO-3 has partitioned it"
-        remedy = (
-            "call the loss inside the forward of the module that DeepSpeed wraps, or forward and backward inside `with "
-            f"deepspeed.zero.GatheredParameters([{name}])`"
-        )
-    else:
-        why = "sharded by FSDP?"
-        remedy = "call the loss inside the forward of the sharded module, or exclude the head from sharding"
-    raise OpError(f"{owner}: {name} has no elements ({why}), expected the whole tensor; {remedy}")
-
-
-def gathered_parameters(tensors: Iterable[Tensor | None]) -> Any:
-    """Return a context in which frozen parameters that DeepSpeed ZeRO-3 has partitioned since the forward are whole."""
-    partitioned = [t for t in tensors if t is not None and t.numel() == 0 and hasattr(t, "ds_id")]
-    if not partitioned:
-        return contextlib.nullcontext()
-    _check_accumulates(partitioned)
-    return sys.modules["deepspeed"].zero.GatheredParameters(partitioned)
-
-
-def _check_accumulates(parameters: Iterable[Tensor]) -> None:
-    """Raise OpError if autograd would have to accumulate the gradient of an empty parameter, which it cannot."""
-    if any(parameter.numel() == 0 and parameter.requires_grad for parameter in parameters):
-        raise OpError(
-            "Head: DeepSpeed ZeRO-3 has partitioned its weights since the forward, expected them whole in the backward "
-            "too, because they require grad; call backward inside the same GatheredParameters context, or call the "
-            "loss inside the forward of the module that DeepSpeed wraps"
-        )
-
-
-def _fsdp_parameter(weight: Tensor) -> Any:
-    """Return FSDP2's record of a sharded parameter and its group, or None if FSDP2 does not manage it."""
-    try:
-        from torch.distributed._composable_state import _module_state_mapping
-    except ImportError:
-        return None
-    for reference in list(_module_state_mapping.values()):
-        state = reference()
-        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
-            for parameter in getattr(group, "fsdp_params", ()):
-                if parameter.sharded_param is weight:
-                    return parameter, group, state
-    return None
-
-
-def _check_fsdp_alone(weight: Any, managed: Any) -> None:
-    parameter, group, _ = managed
-    if getattr(parameter, "is_dtensor", False) or getattr(group, "gradient_divide_factor", None) is not None:
-        raise OpError(
-            f"Head: the weight is sharded over {weight.device_mesh} with {weight.placements}, by more than FSDP2 or "
-            "with another gradient divisor; expected FSDP2 alone; call the loss inside the forward of the sharded "
-            "module, or exclude the head from sharding"
-        )
-
-
-def _gather(weight: Any, managed: Any) -> Tensor:
-    """Gather a parameter of FSDP2 for this call; its gradient is averaged over the processes, as FSDP2 does."""
-    from torch.distributed.tensor import Partial
-
-    _, _, state = managed
-    whole: Tensor = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-    dtype = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
-    return whole if dtype is None else whole.to(dtype)
-
-
-def _checked_shards(head: Head, sharded: bool) -> Head:
-    """Refuse weights that were made of a DTensor and whose gradient would be wrong."""
-    if not torch.is_grad_enabled():
-        return head
-    for name, tensor in zip(("weight", "bias", "proj_weight", "proj_bias"), head.tensors, strict=True):
-        if tensor is None or tensor.grad_fn is None:
-            continue
-        for node in _conversions(tensor.grad_fn):
-            placements, mesh = node.dtensor_spec.placements, node.dtensor_spec.mesh
-            if mesh.size() == 1 or node.grad_placements is not None:
-                continue
-            split = [p for p in placements if not p.is_replicate()]
-            if split and sharded:  # the gradient of a shard is whole
-                continue
-            got = (
-                f"a shard ({placements}) of a DTensor" if split else "gathered by full_tensor() without grad_placements"
-            )
-            raise OpError(
-                f"Head: {name} is {got} and requires grad, so its gradient would be wrong; expected the whole weight "
-                "with the placements of its gradient: weight.full_tensor(grad_placements=[Partial('avg')]) if every "
-                "process has its own data (FSDP, data parallel), [Replicate()] if all compute the same loss; a shard "
-                "of the rows goes with process_group="
-            )
-    return head
-
-
-def _conversions(node: Any, limit: int = 64) -> Sequence[Any]:
-    """Return the conversions from DTensor among the first nodes of a graph."""
-    found, pending = [], [node]
-    seen: set[Any] = set()
-    while pending and len(seen) < limit:
-        node = pending.pop(0)
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "_ToTorchTensorBackward":
-            found.append(node)
-        else:
-            pending += [following for following, _ in node.next_functions]
-    return found

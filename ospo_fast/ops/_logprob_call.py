@@ -59,7 +59,11 @@ def prepare(
     if type(hidden) is not Tensor or type(labels) is not Tensor:
         _check_tensor(op, "hidden", hidden)
         _check_tensor(op, "labels", labels)
-    resolved = resolve_head(op, head, hidden, sharded=process_group is not None)
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        got = type(process_group).__name__
+        remedy = "; use mesh.get_group()" if hasattr(process_group, "get_group") else ""
+        raise OpError(f"{op}: process_group is {got}, expected a torch.distributed.ProcessGroup or None{remedy}")
+    resolved = resolve_head(op, head, hidden, process_group)
     device = "cpu" if hidden.is_cpu else hidden.device.type
     if torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
         raise OpError(f"{op}: called inside torch.func (grad, vmap, jvp), expected plain autograd; use torch.autograd")
@@ -67,8 +71,6 @@ def prepare(
         raise OpError(f"{op}: hidden has layout {hidden.layout}, expected a dense tensor; use hidden.to_dense()")
     if not isinstance(ignore_index, int):
         raise OpError(f"{op}: ignore_index is {ignore_index!r}, expected an integer")
-    if process_group is not None and not hasattr(process_group, "size"):
-        raise OpError(f"{op}: process_group is {process_group!r}, expected a torch.distributed process group or None")
     if device == "meta":
         raise OpError(f"{op}: hidden is on the meta device, expected values; move it to a device")
     autocast = torch.is_autocast_enabled(device)

@@ -25,8 +25,8 @@ from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import ChunkedHead, RowResults, RowScales
 from ospo_fast.ops._dispatch import result_dtype
 from ospo_fast.ops._head_gradients import active_rows, check_finite, chunks, head_gradients
-from ospo_fast.ops._head_modules import gathered_parameters
 from ospo_fast.ops._logprob_call import Call
+from ospo_fast.ops._sharded_weights import gathered_parameters
 from ospo_fast.ops.token_logprobs import rows_to_keep
 
 _SHARDED = (False, True, True, False, False, False, True)  # x, weight, bias, projection (2), lora_inputs, lora_weight
@@ -36,9 +36,8 @@ def vocab_parallel_logprobs(
     call: Call, group: Any, return_entropy: bool, keep_logits: bool | None
 ) -> tuple[Tensor, Tensor]:
     """Return ℓ and the entropies (N,), the same on all processes of the group."""
-    if not torch.is_grad_enabled():
-        keep_logits = False  # a Function cannot tell
-    given = call, group, return_entropy, keep_logits, edges(call.x, *call.head)
+    grad_enabled = torch.is_grad_enabled()  # a Function cannot tell
+    given = call, group, return_entropy, keep_logits if grad_enabled else False, grad_enabled, edges(call.x, *call.head)
     return _VocabParallel.apply(*given, call.x, *call.head)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -52,17 +51,18 @@ class _VocabParallel(torch.autograd.Function):
         group: Any,
         return_entropy: bool,
         keep_logits: bool | None,
+        grad_enabled: bool,
         leads: tuple[Tensor, ...],
         x: Tensor,
         *head: Any,
     ) -> tuple[Tensor, Tensor | None]:
         options, labels, num_codes = call.options, call.labels.contiguous(), len(head[0])
-        first, total = _position(group, call, labels, num_codes, ctx.needs_input_grad[5:])
+        needs_grad = [needed and grad_enabled for needed in ctx.needs_input_grad[6:]]
+        first, total = _position(group, call, labels, num_codes, needs_grad)
         rows, count = active_rows(labels != options.ignore_index, labels, total, options)
         elsewhere = (labels < first) | (labels >= first + num_codes)
         codes = torch.where(elsewhere, -1, labels - first)
-        needs_grad = any(ctx.needs_input_grad)
-        keep_rows = min(rows_to_keep(keep_logits, len(x), head[0], options), count) if needs_grad else 0
+        keep_rows = min(rows_to_keep(keep_logits, len(x), head[0], options), count) if any(needs_grad) else 0
         chunked = ChunkedHead(head, min(options.chunk_rows, count), options)
         statistics = x.new_empty(count, 4, dtype=result_dtype(x))
         kept = x.new_empty(keep_rows, num_codes, dtype=chunked.logits_dtype)
@@ -104,9 +104,9 @@ class _VocabParallel(torch.autograd.Function):
         x, labels, codes, kept, share, log_offset, *head = ctx.saved_tensors
         if ctx.check_adapters is not None:
             ctx.check_adapters()
-        needs_grad = ctx.needs_input_grad[5:]
+        needs_grad = ctx.needs_input_grad[6:]
         if grad is None and grad_entropy is None:
-            return (None,) * (5 + len(needs_grad))
+            return (None,) * (6 + len(needs_grad))
         if ctx.rows is not None:
             share, log_offset = (t.new_zeros(len(labels)).index_copy_(0, ctx.rows, t) for t in (share, log_offset))
         c = torch.zeros_like(share) if grad is None else grad
@@ -125,7 +125,7 @@ class _VocabParallel(torch.autograd.Function):
             if needed and not sharded:
                 dist.all_reduce(gradient, dist.ReduceOp.SUM, ctx.group)
             results.append(gradient if needed else None)
-        return None, None, None, None, None, *results
+        return (None,) * 6 + tuple(results)
 
 
 def _position(group: Any, call: Call, labels: Tensor, num_codes: int, needs_grad: Sequence[bool]) -> tuple[int, int]:

@@ -22,8 +22,8 @@ from ospo_fast.ops._head_gradients import (
     new_grads,
     wide_dtypes,
 )
-from ospo_fast.ops._head_modules import gathered_parameters
 from ospo_fast.ops._logprob_call import Call, prepare
+from ospo_fast.ops._sharded_weights import gathered_parameters
 from ospo_fast.ops.head import Head
 from ospo_fast.ops.token_logprobs import IGNORE_INDEX, token_logprobs_op
 

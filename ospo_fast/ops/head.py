@@ -178,9 +178,9 @@ def _check_plain(name: str, tensor: Tensor, dims: int) -> None:
     if not tensor.is_floating_point():
         raise OpError(f"Head: {name} is {tensor.dtype}, expected a floating dtype; exclude the head from quantization")
     if tensor.numel() == 0:
-        from ospo_fast.ops import _head_modules
+        from ospo_fast.ops._sharded_weights import check_present
 
-        _head_modules.check_present("Head", name, tensor)
+        check_present("Head", name, tensor)
     if tensor.dim() != dims:
         # FSDP1 leaves the flat part of this process in its place.
         remedy = "; call the loss inside the forward of the sharded module" if tensor.dim() == 1 else ""

@@ -35,8 +35,8 @@ from ospo_fast.ops._head_gradients import (
     head_gradients,
     new_grads,
 )
-from ospo_fast.ops._head_modules import gathered_parameters
 from ospo_fast.ops._logprob_call import Call, prepare
+from ospo_fast.ops._sharded_weights import gathered_parameters
 from ospo_fast.ops.head import Head
 from ospo_fast.ops.scale_rows import scale_rows
 

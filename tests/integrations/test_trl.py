@@ -84,7 +84,9 @@ def test_scale_of_zero_makes_all_codes_equally_likely() -> None:
 def test_only_what_is_asked_for_is_computed(outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     from_logits = integration._from_logits
-    monkeypatch.setattr(integration, "_from_logits", lambda x, *a: rows.append(len(x)) or from_logits(x, *a))
+    monkeypatch.setattr(
+        integration, "_from_logits", lambda x, chosen, *a: rows.append(len(chosen)) or from_logits(x, chosen, *a)
+    )
     expected = ChunkedLogProbFunction.apply(*inputs(True), 1.0, 32, None, 1.0, outputs)
     found = ChunkedLogProbs().apply(*inputs(True), 1.0, 32, None, 1.0, outputs)
     assert [x is None for x in found] == [x is None for x in expected]

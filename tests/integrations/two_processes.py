@@ -76,6 +76,30 @@ def check_trl(ids: Tensor, mine: slice) -> None:
     check_gradients(model, expected, "TRL")
 
 
+def check_statistics_of_trl(rank: int) -> None:
+    """Processes compute logits for different numbers of rows, but gather a sharded head equally often."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from ospo_fast.integrations import trl
+
+    trl._CHUNK_ELEMENTS = 4 * VOCAB  # four rows at a time
+    ids = torch.randint(VOCAB, (2, 30 if rank else 9), generator=torch.Generator().manual_seed(rank))
+    for together in (False, True):
+        plain, model = build(), build()
+        for prepared in (plain, model):
+            add_fused_lm_head(prepared, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        mesh = init_device_mesh("cpu", (2,))
+        head: Any = [model.model.norm, model.lm_head] if together else model.lm_head
+        fully_shard(head, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh)
+        expected = plain(input_ids=ids, labels=ids, fused_lm_head=True)
+        with trl.use_ospo_fast(model):
+            found = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        for name in ("log_probs", "mean_logits", "is_top1"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        found.loss.backward()
+
+
 def check_accelerate(accelerator: Accelerator, ids: Tensor, mine: slice) -> None:
     expected = build()
     expected(input_ids=ids, labels=ids).loss.backward()
@@ -126,6 +150,7 @@ def main() -> None:
     check_verl(rank)
     if importlib.util.find_spec("trl") is not None:
         check_trl(ids, mine)
+        check_statistics_of_trl(rank)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -813,7 +813,7 @@ def test_ops_that_synchronize_are_tagged() -> None:
         ({"softcap": torch.tensor(3.0, requires_grad=True)}, "softcap is a tensor that requires grad"),
         ({"chunk_rows": 1.5}, "chunk_rows is 1.5, expected a positive number"),
         ({"ignore_index": None}, "ignore_index is None, expected an integer"),
-        ({"process_group": 3}, "process_group is 3, expected a torch.distributed process group"),
+        ({"process_group": 3}, "process_group is int, expected a torch.distributed.ProcessGroup or None"),
         ({"hidden": torch.randn(3, 16).to_sparse()}, "layout torch.sparse_coo, expected a dense tensor"),
         *(
             ({"softcap": c}, f"softcap is {c}, expected a positive number .*None for no bound")

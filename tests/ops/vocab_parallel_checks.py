@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from ospo_fast import Head, token_logprobs
 from ospo_fast.errors import OpError
@@ -345,7 +346,43 @@ def check_processes_that_disagree_are_refused(rank: int) -> None:
         parallel(hidden, head, labels, softcap=5.0 if rank else None)
     with pytest.raises(OpError, match=r"as their inputs that require grad"):
         parallel(hidden.clone().requires_grad_(rank == 0), head, labels)
+    with pytest.raises(OpError, match=r"as their inputs that require grad"), torch.set_grad_enabled(rank == 0):
+        parallel(hidden.clone().requires_grad_(), head, labels)
+    with pytest.raises(
+        OpError, match=r"process_group is DeviceMesh, expected a .*ProcessGroup.*use mesh.get_group\(\)"
+    ):
+        token_logprobs(hidden, head, labels, process_group=init_device_mesh("cpu", (2,)))
     torch.testing.assert_close(parallel(hidden, head, labels), best)  # the processes are in step
+
+
+def check_heads_of_which_the_group_does_not_have_one_part_each_are_refused(rank: int) -> None:
+    hidden, labels = inputs(24)
+    labels = labels.clamp(max=5)
+    mesh = init_device_mesh("cpu", (2,))
+    for train in (False, True):
+        layer = nn.Linear(WIDTH, 24, bias=False).double().requires_grad_(train)
+        fully_shard(layer, mesh=mesh)
+        for grad in (False, True):
+            with (
+                pytest.raises(OpError, match=r"weight is one of 1 part\(s\).* of which .* of 2 processes has 1, exp"),
+                torch.set_grad_enabled(grad),
+            ):
+                parallel(hidden, layer, labels)  # FSDP2 gathers it whole
+    weight = distribute_tensor(torch.randn(24, WIDTH).double(), mesh, [Shard(0)]).requires_grad_()
+    whole = Head(weight.full_tensor(grad_placements=[Replicate()]))
+    with pytest.raises(OpError, match=r"for a whole head call without process_group="):
+        parallel(hidden, whole, labels)
+    # Rows that are split over both dimensions of a mesh, with the group of one of them.
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
+    weight = distribute_tensor(torch.randn(24, WIDTH).double(), mesh, [Shard(0), Shard(0)]).requires_grad_()
+    with pytest.raises(OpError, match=r"weight is one of 2 part\(s\).*process_group of 1 processes has 1, expected"):
+        token_logprobs(hidden, Head(weight.to_local()), labels, process_group=mesh["tensor"].get_group())
+    # Rows that are split by hand over one group, and by FSDP2 over another.
+    head = whole_head("linear without bias", 24)
+    part_of_rank = nn.Linear(WIDTH, 12, bias=False).double()
+    part_of_rank.weight = nn.Parameter(part(head.weight, rank).clone())
+    fully_shard(part_of_rank, mesh=DeviceMesh.from_group(dist.new_group([rank], use_local_synchronization=True), "cpu"))
+    torch.testing.assert_close(parallel(hidden, part_of_rank, labels), eager(hidden, head, labels)[0])
 
 
 def check_wrong_labels_are_refused_in_all_processes(rank: int) -> None:
