@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,28 @@ class GeneratedBatch:
     codes: Tensor  # (len(indices), T) int64
     done: int
     total: int
+
+
+class _OneAtATime:
+    """Lock of an object whose calls share buffers: other threads wait, and a call within a call is refused."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OneAtATime, ()  # copies of the object have their own buffers
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise UsageError(
+                "generate: called from its own callback, expected one call at a time; use another generator"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = 0
+        self._lock.release()
 
 
 class ImageGenerator:
@@ -76,6 +99,7 @@ class ImageGenerator:
         self.batch_size, self.capture, self.jacobi_window = batch_size, capture, jacobi_window
         self._engine: Engine | None = None
         self._signature: tuple[object, ...] = ()
+        self._one_at_a_time = _OneAtATime()
 
     @torch.no_grad()
     def generate(
@@ -118,7 +142,7 @@ class ImageGenerator:
             The images, as `output` says.
 
         Raises:
-            UsageError: an invalid argument.
+            UsageError: an invalid argument; a call from the callback.
             GenerationError: images failed; it carries the finished ones.
             OspoError: guidance has no effect, or one image does not fit the memory.
 
@@ -135,12 +159,13 @@ class ImageGenerator:
             raise UsageError(f"groups: got {len(groups)} of them, expected {total}, one for each image")
         codes = torch.full((total, tokens), -1, dtype=torch.long)
         images: dict[int, Any] = {}
-        self.throughput, self.failures = None, {}
         with (
+            self._one_at_a_time,
             eval_mode(self.model),
             tqdm(total=total, unit="image", delay=2, disable=not progress) as bar,
             ImageWriter(self.model, lambda index, _, image: images.update({index: image})) as writer,
         ):
+            self.throughput, self.failures = None, {}
             speed = Throughput(0, 0.0, 0)
             begin = time.perf_counter()
             for batch, completions in self._current_engine().decode(requests, sampling, groups) if total else ():
@@ -162,10 +187,11 @@ class ImageGenerator:
                 if callback is not None:
                     callback(GeneratedBatch(finished, codes[finished], speed.images, total))
                 begin = time.perf_counter()
+            failures = self.failures
         results = codes if output == "codes" else _collect_images(images, total, output)
-        if self.failures and on_error == "raise":
+        if failures and on_error == "raise":
             failed = {}
-            for n, failure in self.failures.items():
+            for n, failure in failures.items():
                 prompt = prompts[n // num_images]
                 name = repr(prompt[:60]) if isinstance(prompt, str) else f"{len(prompt)} token ids"
                 failed[n] = f"image {n} ({name}, seed {requests[n].seed}): {failure}"

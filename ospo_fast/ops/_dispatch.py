@@ -120,10 +120,13 @@ def runs_directly(*arguments: Any) -> bool:
         return False
     for x in arguments:
         kind = type(x)
-        if kind is not Tensor and kind is not nn.Parameter and isinstance(x, Tensor):
+        if kind is tuple or kind is list:
+            if not runs_directly(*x):
+                return False
+        elif kind is not Tensor and kind is not nn.Parameter and isinstance(x, Tensor):
             return False
     traced = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or forward_ad._current_level >= 0
-    return not traced
+    return not traced and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def fp32_only(dtype: torch.dtype) -> dict[str, str]:
@@ -147,12 +150,16 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
     """Return the address of a tensor for the compiled module, 0 for None.
 
     dtype: what the kernel reads there. It would read another one as garbage, and perhaps beyond its end.
+
+    Raises TypeError for a tensor that cannot be read there: a bug of the caller, or a tensor subclass without memory.
     """
     if tensor is None:
         return 0
-    if dtype is not None and tensor.dtype is not dtype:
-        raise TypeError(f"a kernel got {tensor.dtype}, expected {dtype}; this is a bug of ospo_fast")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if (dtype is not None and tensor.dtype is not dtype) or (not address and tensor.numel()) or tensor.is_neg():
+        what = "in plain memory" if dtype is None else f"{dtype} in plain memory"
+        raise TypeError(f"a kernel got {type(tensor).__name__} of {tensor.dtype}, expected {what}")
+    return address
 
 
 def device_and_stream(device: torch.device) -> tuple[int, int]:

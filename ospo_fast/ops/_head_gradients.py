@@ -51,6 +51,9 @@ def head_gradients(
     Kept chunks come first, so the last line overwrites logits that are not read again.
     """
     active = labels != options.ignore_index
+    if codes is labels and options.backend == "cpp":
+        # Checked again: they may share the memory of an array that was changed since, which no version counter sees.
+        active_rows(active, labels, len(head[0]), options)
     rows, count = active_rows(active & _has_gradient(scales), labels, None, options)
     spans = _spans(rows, count, active, kept, in_place, options.chunk_rows)
     chunked = ChunkedHead(head, max((_length(rows_of_x) for rows_of_x, _ in spans), default=0), options)
@@ -205,7 +208,8 @@ def active_rows(
 
 def count_labels(labels: Tensor, num_codes: int, options: TokenLogprobsOptions) -> int:
     """Return the number of labels that are not ignored, -1 if one is invalid; one pass, where torch needs several."""
-    count: int = _dispatch.native().count_labels(labels.data_ptr(), labels.numel(), options.ignore_index, num_codes)
+    labels_at = _dispatch.pointer(labels, torch.int64)
+    count: int = _dispatch.native().count_labels(labels_at, labels.numel(), options.ignore_index, num_codes)
     return count
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import ChunkedHead, RowResults, RowScales
-from ospo_fast.ops._dispatch import result_dtype
+from ospo_fast.ops._dispatch import readable, result_dtype
 from ospo_fast.ops._head_gradients import active_rows, check_finite, chunks, head_gradients
 from ospo_fast.ops._logprob_call import Call
 from ospo_fast.ops._sharded_weights import gathered_parameters
@@ -56,7 +56,7 @@ class _VocabParallel(torch.autograd.Function):
         x: Tensor,
         *head: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        options, labels, num_codes = call.options, call.labels.contiguous(), len(head[0])
+        options, labels, num_codes = call.options, readable(call.labels), len(head[0])
         needs_grad = [needed and grad_enabled for needed in ctx.needs_input_grad[6:]]
         first, total = _position(group, call, labels, num_codes, needs_grad)
         rows, count = active_rows(labels != options.ignore_index, labels, total, options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, register_op, result_dtype
+from ospo_fast.ops._dispatch import describe, pointer, register_op, result_dtype
 from ospo_fast.ops._transfer import to_device_packed
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
@@ -135,13 +135,13 @@ class ColumnRequest:
         if columns.dim() != 3 or columns.shape[0] != batch or not integer:
             raise OpError(f"{op}: columns are {describe(columns)}, expected integer ({batch}, O, C)")
         if columns.device.type != "meta":
-            columns = columns.cpu().long()
+            columns = columns.cpu().long().resolve_neg().clone()  # as in _bounds
         if columns.numel() and (int(columns.min()) < -1 or int(columns.max()) >= S):
             raise OpError(
                 f"{op}: columns are from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}"
             )
         start, count = _bounds("rows", rows, batch)
-        if batch and (int(start.min()) < 0 or int(count.min()) < 0 or int((start + count).max()) > S):
+        if batch and (int(start.min()) < 0 or int(count.min()) < 0 or bool((start > S - count).any())):
             raise OpError(f"{op}: rows start at {start.tolist()} and count {count.tolist()}, beyond the {S} positions")
         first, end = _bounds("key_range", (0, S) if key_range is None else key_range, batch)
         if batch and (int(first.min()) < 0 or int(end.max()) > S or bool((first > end).any())):
@@ -207,10 +207,10 @@ def _check(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
             f"{op}: q is {describe(q)}, k {describe(k)}; expected one floating dtype, (B, Hq, S, D) and (B, Hkv, S, D)"
         )
     B, heads, S, D = q.shape
-    if (k.shape[0], k.shape[2], k.shape[3]) != (B, S, D) or k.shape[1] == 0 or heads % k.shape[1]:
+    if (k.shape[0], k.shape[2], k.shape[3]) != (B, S, D) or 0 in (k.shape[1], heads) or heads % k.shape[1]:
         raise OpError(
             f"{op}: k has shape {tuple(k.shape)}, q {tuple(q.shape)}; "
-            "expected k (B, Hkv, S, D) with Hq a multiple of Hkv"
+            "expected k (B, Hkv, S, D) with Hq a multiple of Hkv, both at least 1"
         )
     if q.device != k.device or (lse is not None and lse.device != q.device):
         where = f"q is on {q.device}, k on {k.device}" + ("" if lse is None else f", lse on {lse.device}")
@@ -228,7 +228,9 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
         if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) not in ((), (batch,)):
             expected = f"ints or ({batch},) integer tensors"
             raise OpError(f"attention_columns: {name} holds {describe(value)}, expected {expected}")
-    return tensors[0].long().expand(batch), tensors[1].long().expand(batch)
+    # Copies: later changes of the caller's tensors must not reach a checked request.
+    first, second = (value.long().resolve_neg().expand(batch).clone() for value in tensors)
+    return first, second
 
 
 _BLOCK_BYTES = 4 * 2**20  # of scores per block: the fastest size on CPU, where they stay in the cache
@@ -273,13 +275,14 @@ def _compute_native(
     maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Sequence[Tensor], scale: float, causal: bool
 ) -> None:
     """Write the mean probabilities to maps (B, O, length), which holds zeros."""
-    q, k = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k))
+    q, k = (x.float().resolve_neg() for x in (q, k))
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, heads, S, D), kv, (_, objects, length) = q.shape, k.shape[1], maps.shape
     sizes = [heads, kv, objects, request[1].shape[2], D, length]
     native, threads = _dispatch.native(), torch.get_num_threads()
     if lse is not None:
-        lse = lse.float()
-        tensors = [t.data_ptr() for t in (q, k, lse, *request, maps)]
+        lse = lse.float().resolve_neg()
+        tensors = [pointer(t) for t in (q, k, lse, *request, maps)]
         strides = [stride for t in (q, k, lse) for stride in t.stride()[:3]]
         native.attention_columns(tensors, strides, [B, *sizes], scale, causal, threads)
         return
@@ -293,7 +296,7 @@ def _compute_native(
         low, high = min(starts[part]), max(s + c for s, c in zip(starts[part], counts[part], strict=True))
         first, end = min(firsts[part]), max(ends[part])
         step = max(1, _BLOCK_BYTES // (items * heads * max(end - first, 1) * 4))
-        tensors = [t[part].data_ptr() for t in (*request, maps)]
+        tensors = [pointer(t[part]) for t in (*request, maps)]
         for row in range(low, high, step):
             stop = min(row + step, high)
             keys = min(end, stop) if causal else end
@@ -302,7 +305,7 @@ def _compute_native(
             queries = q[part, :, row:stop].reshape(items * kv, -1, D)
             scores = torch.bmm(queries, k[part, :, first:keys].reshape(items * kv, keys - first, D).mT)
             block = [stop - row, keys - first, row, first]
-            native.block_columns([scores.data_ptr(), *tensors], block, [items, *sizes], scale, causal, threads)
+            native.block_columns([pointer(scores), *tensors], block, [items, *sizes], scale, causal, threads)
 
 
 def _compute_torch(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ospo_fast.errors import OpError
 from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, RowScales, TokenLogprobsOptions
-from ospo_fast.ops._dispatch import register_op, result_dtype
+from ospo_fast.ops._dispatch import readable, register_op, result_dtype
 from ospo_fast.ops._head_gradients import (
     GRADS_SCHEMA,
     INPUTS_SCHEMA,
@@ -178,7 +178,7 @@ def _linear_loss(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of Σ scales·ℓ, of the weights in fp32, and ℓ (N,), which is 0 where scales are 0."""
     options = TokenLogprobsOptions(*flat_options)
-    labels = labels.contiguous()
+    labels = readable(labels)
     active_rows(labels != options.ignore_index, labels, len(head[0]), options, "cross_entropy")  # checks the labels
     logps = x.new_zeros(labels.shape, dtype=result_dtype(x))
     row_scales = RowScales(scales.contiguous())

@@ -63,7 +63,8 @@ def decode_attention(
     if backend == "triton":
         _dispatch.triton("decode_attention").decode_attention(*arguments, shared_slots)
     elif backend == "cpp":
-        pointers = map(pointer, (qkv, cos, sin, keys, values, slots, lengths, out))
+        pointers = [pointer(t, torch.float32) for t in (qkv, cos, sin, keys, values)]
+        pointers += [pointer(slots, torch.int64), pointer(lengths, torch.int64), pointer(out, torch.float32)]
         sizes = (rows, heads, kv_heads, width, *keys.stride()[:2])
         _dispatch.native().decode_attention(*pointers, *sizes, scale, shared_slots, torch.get_num_threads())
     else:

@@ -7,6 +7,7 @@ in the same order, so a row has the same bits in any batch and with any number o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,21 @@ class PackedLinear:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the modules' weights again, after an update."""
+        if any(m.weight.dtype != torch.float32 or m.weight.shape[1] != self.depth for m in self._modules):
+            found = ", ".join(f"{m.weight.dtype} {tuple(m.weight.shape)}" for m in self._modules)
+            raise OpError(f"linear: the weights are {found} now, expected float32 (…, {self.depth}); build it again")
         weight = torch.cat(tuple(m.weight for m in self._modules))
-        _dispatch.native().pack_linear(weight.data_ptr(), self._packed.data_ptr(), self.columns, self.depth)
+        if len(weight) != self.columns:
+            raise OpError(f"linear: the weights have {len(weight)} rows now, expected {self.columns}; build it again")
+        _dispatch.native().pack_linear(
+            pointer(weight, torch.float32), self._packed.data_ptr(), self.columns, self.depth
+        )
         if self._bias is not None:
             torch.cat([bias_or_zeros(m) for m in self._modules], out=self._bias)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies pack the weights of their own modules."""
+        return PackedLinear, (self._modules,)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute (M, N), into `out` if given, of x (M, K) with contiguous rows."""
@@ -74,5 +86,5 @@ def packed_linear_runs() -> bool:
 
 def gelu_(x: Tensor) -> Tensor:
     """Compute x · Φ(x) in place: contiguous fp32 on the CPU, with the same bits at any position."""
-    _dispatch.native().gelu(x.data_ptr(), x.numel(), torch.get_num_threads())
+    _dispatch.native().gelu(pointer(x, torch.float32), x.numel(), torch.get_num_threads())
     return x

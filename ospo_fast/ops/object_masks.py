@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, pointer, register_op, result_dtype
-from ospo_fast.ops.otsu import fits_shared_memory, map_error, otsu_threshold
+from ospo_fast.ops._dispatch import describe, pointer, readable, register_op, result_dtype
+from ospo_fast.ops.otsu import check_bins, fits_shared_memory, map_error, otsu_threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,7 @@ def object_masks(maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0
         raise OpError(f"object_masks: valid is on {valid.device}, maps on {maps.device}; move them to one device")
     if not scaler >= 0:
         raise OpError(f"object_masks: scaler is {scaler}, expected a number >= 0")
-    if bins < 1:
-        raise OpError(f"object_masks: bins is {bins}, expected a positive number")
+    check_bins("object_masks", bins)
     return ObjectMasks(*_object_masks(maps.detach(), valid, float(scaler), bins))
 
 
@@ -130,7 +129,7 @@ def _object_masks(maps: Tensor, valid: Tensor | None, scaler: float, bins: int) 
     if backend == "torch" or (backend == "cuda" and not fits_shared_memory(cells, bins)):
         result = object_masks_reference(maps, valid=valid, scaler=scaler, bins=bins)
         return result.maps, result.thresholds, result.masks, result.union
-    x, valid = maps.float().contiguous(), None if valid is None else valid.contiguous()
+    x, valid = readable(maps.float()), None if valid is None else readable(valid)
     outputs = _new_outputs(x)
     arguments = (pointer(x), pointer(valid), *map(pointer, outputs), *x.shape[:2], cells, scaler, bins)
     if backend == "cuda":

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, register_op, result_dtype
+from ospo_fast.ops._dispatch import describe, pointer, readable, register_op, result_dtype
 
+MAX_BINS = 2**16
 SHARED_FLOATS = 24576  # shared memory that the CUDA kernels use for one map and its histogram
 
 
@@ -35,8 +36,7 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
     """
     if maps.dim() < 2 or not maps.is_floating_point() or 0 in maps.shape[-2:]:
         raise OpError(f"otsu_threshold: maps are {describe(maps)}, expected float (..., H, W)")
-    if bins < 1:
-        raise OpError(f"otsu_threshold: bins is {bins}, expected a positive number")
+    check_bins("otsu_threshold", bins)
     return _otsu_threshold(maps.detach(), bins)
 
 
@@ -61,18 +61,24 @@ def otsu_threshold_reference(maps: Tensor, *, bins: int = 256) -> Tensor:
     fake=lambda maps, bins: maps.new_empty(maps.shape[:-2], dtype=result_dtype(maps)),
 )
 def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
-    x = _flatten(maps).contiguous()
+    x = readable(_flatten(maps))
     backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type, x.dtype)
     if backend == "torch" or (backend == "cuda" and not fits_shared_memory(x.shape[1], bins)):
         return otsu_threshold_reference(maps, bins=bins)
     thresholds = x.new_empty(len(x))
-    arguments = (x.data_ptr(), thresholds.data_ptr(), *x.shape, bins)
+    arguments = (pointer(x), pointer(thresholds), *x.shape, bins)
     if backend == "cuda":
         _dispatch.native().otsu_threshold_cuda(*arguments, *_dispatch.device_and_stream(x.device))
     else:
         _dispatch.native().otsu_threshold(*arguments, torch.get_num_threads())
         _check_maps(x, ~thresholds.isnan(), bins)
     return thresholds.reshape(maps.shape[:-2])
+
+
+def check_bins(op: str, bins: int) -> None:
+    """Raise OpError for a number of bins that is not positive, or so large that memory for them may run out."""
+    if not 1 <= bins <= MAX_BINS:
+        raise OpError(f"{op}: bins is {bins}, expected 1 to {MAX_BINS}")
 
 
 def fits_shared_memory(cells: int, bins: int) -> bool:

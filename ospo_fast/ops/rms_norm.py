@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import pointer
+from ospo_fast.ops._dispatch import pointer, readable
 
 
 def add_rms_norm(
@@ -20,18 +20,20 @@ def add_rms_norm(
 ) -> Tensor:
     """Add residual += delta, then compute weight · residual / sqrt(mean(residual², -1) + eps), into `out` if given.
 
-    All tensors are contiguous and of one dtype. The norm is computed in fp32 and rounded to that dtype before the
-    multiplication by the weight, like transformers' LlamaRMSNorm. No gradient.
+    All tensors are contiguous and of one dtype, but for a weight of a narrower one. The norm is computed in fp32 and
+    rounded to that dtype before the multiplication by the weight, like transformers' LlamaRMSNorm. No gradient.
     """
     out = torch.empty_like(residual) if out is None else out
     backend = _dispatch.resolve(
         "add_rms_norm", backend, residual.device.type, refused=_dispatch.fp32_only(residual.dtype)
     )
+    if backend != "torch":
+        weight = readable(weight.to(residual.dtype))  # as the multiplication does
     if backend == "triton":
         _dispatch.triton("rms_norm").add_rms_norm(delta, residual, weight, eps, out)
     elif backend == "cpp":
         _dispatch.native().add_rms_norm(
-            pointer(delta), pointer(residual), pointer(weight), pointer(out), *residual.shape, eps,
+            *(pointer(t, torch.float32) for t in (delta, residual, weight, out)), *residual.shape, eps,
             torch.get_num_threads(),
         )  # fmt: skip
     else:

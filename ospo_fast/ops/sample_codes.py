@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, pointer, register_op
+from ospo_fast.ops._dispatch import describe, pointer, readable, register_op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -107,13 +107,14 @@ def sample_codes_into(
         return
     # The CUDA kernel reads half precision too.
     dtype = cond.dtype if backend == "cuda" and cond.dtype in _dispatch.DTYPES else torch.float32
-    cond, uncond = cond.to(dtype).contiguous(), None if uncond is None else uncond.to(dtype).contiguous()
-    seeds, steps = seeds.contiguous(), steps.contiguous()
+    cond, uncond = readable(cond.to(dtype)), None if uncond is None else readable(uncond.to(dtype))
+    seeds, steps = readable(seeds), readable(steps)
     arguments = (
-        seeds.data_ptr(), steps.data_ptr(), pointer(tokens), 0 if tokens is None else tokens.stride(0),
-        codes.data_ptr(), error_steps.data_ptr(), *cond.shape, guidance_scale, temperature, top_k, top_p,
+        pointer(seeds, torch.int64), pointer(steps, torch.int64), pointer(tokens, torch.int64),
+        0 if tokens is None else tokens.stride(0), pointer(codes, torch.int64), pointer(error_steps, torch.int64),
+        *cond.shape, guidance_scale, temperature, top_k, top_p,
     )  # fmt: skip
-    logits = (cond.data_ptr(), pointer(uncond))
+    logits = (pointer(cond), pointer(uncond))
     if backend == "cuda":
         stream = _dispatch.device_and_stream(cond.device)
         number = _dispatch.DTYPES[dtype]
@@ -257,8 +258,10 @@ def _check(
         )
     if not math.isfinite(guidance_scale):
         raise OpError(f"sample_codes: guidance_scale is {guidance_scale}, expected a finite number (1 = no guidance)")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise OpError(f"sample_codes: temperature is {temperature}, expected a number >= 0 (0 = the most likely code)")
+    if temperature != 0 and not 1e-30 <= temperature <= 1e30:  # the quotients must be finite in fp32
+        raise OpError(
+            f"sample_codes: temperature is {temperature}, expected 1e-30 to 1e30, or 0 for the most likely code"
+        )
     if top_k < 0:
         raise OpError(f"sample_codes: top_k is {top_k}, expected a number >= 0 (0 = all codes)")
     if not 0 < top_p <= 1:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops._dispatch import pointer
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -17,7 +18,8 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, backend: str = "auto
     if backend == "triton":
         _dispatch.triton("silu_mul").silu_mul(gate_up, out)
     elif backend == "cpp":
-        _dispatch.native().silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+        pointers = pointer(gate_up, torch.float32), pointer(out, torch.float32)
+        _dispatch.native().silu_mul(*pointers, rows, width, torch.get_num_threads())
     else:
         torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width:], out=out)
     return out

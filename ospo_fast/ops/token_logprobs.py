@@ -254,7 +254,7 @@ def _few_rows(call: Call) -> Tensor | None:
     linear = head[2] is None and head[4] is None  # neither a projection nor adapters
     if not (fits and linear and x.dtype == torch.float32 and runs_directly(x, labels, weight, bias)):
         return None
-    labels, native = labels.contiguous(), _dispatch.native()
+    labels, native = _dispatch.readable(labels), _dispatch.native()
     labels_at = labels.data_ptr()
     if native.count_labels(labels_at, rows, options.ignore_index, codes) != rows:
         return None
@@ -385,7 +385,7 @@ def token_logprobs_op(
     the logits of the first K = min(keep_rows, number of active rows) active rows, without bias.
     """
     options = TokenLogprobsOptions(*flat_options)
-    labels = labels.contiguous()  # kernels read it by address
+    labels = _dispatch.readable(labels)
     active = labels != options.ignore_index
     rows, count = active_rows(active, labels, len(head[0]), options)
     active_labels = labels if rows is None else labels.index_select(0, rows)

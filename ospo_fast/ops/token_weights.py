@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import register_op, result_dtype
+from ospo_fast.ops._dispatch import pointer, readable, register_op, result_dtype
 
 MAX_BLUR_SIZE = 31  # taps, of the compiled kernels
 MAX_BLURRED_CELLS = 6144  # of one mask, in the shared memory of the CUDA kernel
@@ -71,9 +71,9 @@ def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blu
     backend = _dispatch.resolve("token_weights", "auto", mask.device.type, result_dtype(mask))
     if backend == "torch" or blur_size > MAX_BLUR_SIZE or (backend == "cuda" and H * W > MAX_BLURRED_CELLS):
         return token_weights_reference(mask, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)
-    x = mask.float().contiguous()
+    x = readable(mask.float())
     weights = x.new_empty(B, H * W)
-    arguments = (x.data_ptr(), weights.data_ptr(), B, H, W, alpha, gamma, blur_size, blur_sigma)
+    arguments = (pointer(x), pointer(weights), B, H, W, alpha, gamma, blur_size, blur_sigma)
     if backend == "cuda":
         _dispatch.native().token_weights_cuda(*arguments, *_dispatch.device_and_stream(x.device))
     else:

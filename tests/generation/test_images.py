@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import logging
 import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -492,3 +494,32 @@ def test_codes_can_be_trained_on(tiny: JanusUnifiedModel) -> None:
     found = codes(tiny, PROMPTS[:1], [0])
     tiny.embed_codes(found).sum().backward()
     assert tiny.module.model.generation_embeddings.weight.grad is not None
+
+
+def test_calls_from_several_threads_take_turns(tiny: JanusUnifiedModel) -> None:
+    generator = ImageGenerator(tiny)
+
+    def generate(count: int) -> Tensor:
+        found: Tensor = generator.generate(PROMPTS[:count], seeds=SEEDS[:count], output="codes", progress=False)
+        return found
+
+    expected = {count: generate(count) for count in (1, 2, 4)}
+    with ThreadPoolExecutor(3) as pool:
+        counts = [1, 2, 4, 4, 2, 1]
+        for count, found in zip(counts, pool.map(generate, counts), strict=True):
+            assert torch.equal(found, expected[count])
+    copied = copy.deepcopy(generator)
+    assert torch.equal(copied.generate(PROMPTS, seeds=SEEDS, output="codes"), expected[4])
+    with pytest.raises(UsageError, match="called from its own callback, expected one call at a time"):
+        generator.generate(PROMPTS, seeds=SEEDS, callback=lambda _: generate(1))
+    assert torch.equal(generate(4), expected[4])
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "strided"])
+def test_norm_weights_of_another_dtype_or_stride(tiny: JanusUnifiedModel, change: str) -> None:
+    weight = tiny.decoder.norm.weight.detach() + torch.randn(64) * 0.3
+    other = weight.bfloat16() if change == "bfloat16" else torch.stack([weight, -weight], 1)[:, 0]
+    tiny.decoder.norm.weight = torch.nn.Parameter(other.float().contiguous())
+    expected = codes(tiny, PROMPTS, SEEDS)
+    tiny.decoder.norm.weight = torch.nn.Parameter(other)
+    assert torch.equal(codes(tiny, PROMPTS, SEEDS), expected)

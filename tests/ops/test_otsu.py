@@ -143,7 +143,7 @@ def test_cuda_does_not_synchronize_and_marks_maps_without_threshold() -> None:
         (torch.rand(5), 256, r"maps are torch.float32 \(5,\), expected float \(..., H, W\)"),
         (torch.ones(5, 5).int(), 256, "maps are torch.int32"),
         (torch.rand(2, 0, 5), 256, r"\(2, 0, 5\)"),
-        (torch.rand(5, 5), 0, "bins is 0, expected a positive number"),
+        (torch.rand(5, 5), 0, "bins is 0, expected 1 to 65536"),
     ],
 )
 def test_wrong_arguments(maps: Tensor, bins: int, message: str) -> None:
