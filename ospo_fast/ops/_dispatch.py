@@ -36,6 +36,7 @@ _KERNELS: dict[str, dict[str, str]] = {
 }
 # Tags of ops that synchronize with the host: torch.compile then captures no CUDA graph over them.
 HOST_SYNC_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+_PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None), int, bool, float, str))  # of arguments that nothing traces
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers of csrc/common.h
 
 
@@ -120,10 +121,9 @@ def runs_directly(*arguments: Any) -> bool:
         return False
     for x in arguments:
         kind = type(x)
-        if kind is tuple or kind is list:
-            if not runs_directly(*x):
-                return False
-        elif kind is not Tensor and kind is not nn.Parameter and isinstance(x, Tensor):
+        if kind in _PLAIN_TYPES:
+            continue
+        if isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and not runs_directly(*x)):
             return False
     traced = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or forward_ad._current_level >= 0
     return not traced and torch._C._functorch.peek_interpreter_stack() is None
@@ -175,7 +175,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 def readable(tensor: Tensor) -> Tensor:
     """Return the tensor, or a copy that kernels can read by address: contiguous, with its signs in memory."""
-    return tensor.resolve_neg().contiguous()
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()
 
 
 def describe(tensor: Tensor) -> str:

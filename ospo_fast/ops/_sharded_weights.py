@@ -134,6 +134,8 @@ def _check_reduced(name: str, tensor: Tensor) -> None:
 
 def check_shards(head: Head, hidden: Tensor, process_group: Any) -> Head:
     """Refuse weights that are not what they should be on this process, and those whose gradient would be wrong."""
+    if process_group is None and not torch.is_grad_enabled():
+        return head
     for name, tensor in zip(("weight", "bias", "proj_weight", "proj_bias"), head.tensors, strict=True):
         if process_group is not None and (mesh := getattr(tensor, "gathered_over", None)) is not None:
             from torch.distributed.tensor import Replicate

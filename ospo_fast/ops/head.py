@@ -134,7 +134,8 @@ class Head:
         Args:
             module: nn.Linear; nn.Sequential(Linear, GELU, Linear); transformers' JanusVQVAEHead; DeepSeek's
                 vision_head; or a `Head`, which is returned as it is. The GELU must be the exact one. Of peft's
-                `modules_to_save` the active copy is taken. Weights sharded by FSDP2 are gathered.
+                `modules_to_save` the active copy is taken. Weights sharded by FSDP2 are gathered as they are now, so
+                call this in every step.
 
         Raises:
             OpError: any other module; active LoRA adapters, which plain weights do not hold; hooks and patched
