@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from ospo_fast import Head, OSPOLoss, OSPOLossConfig, cross_entropy, token_logprobs
 from ospo_fast.errors import OpError
@@ -148,6 +149,24 @@ def check_weights_that_fsdp2_does_not_update_or_reduce_are_refused(rank: int) ->
         cross_entropy(hidden, root[1], data[1])
     with torch.no_grad():
         cross_entropy(hidden, root[1], data[1])
+
+    # Inside of the forward it is, also where a checkpoint repeats it in the backward.
+    plain = Model(train_head=True)
+    plain.body.requires_grad_(False)
+
+    def loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+        run = partial(cross_entropy, head=head, labels=labels)
+        return checkpoint(run, hidden, use_reentrant=False)
+
+    everything = torch.randn(8, WIDTH), torch.randint(CODES, (8,))
+    LossModule(plain.body, plain.head, loss)(*everything).backward()
+    expected = gradients(plain)
+    plain.zero_grad()
+    module = LossModule(plain.body, plain.head, loss)
+    fully_shard(module, mesh=mesh())
+    module(*(part.chunk(2)[rank] for part in everything)).backward()
+    found = {name.replace("backbone.", "body."): grad for name, grad in gradients(module).items()}
+    same(found, expected, "frozen body, checkpoint")
 
 
 def check_ddp_averages_if_its_forward_is_called(rank: int) -> None:

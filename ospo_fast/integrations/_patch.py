@@ -50,7 +50,7 @@ class _Replaced:
 
 
 _REPLACED: dict[tuple[Any, str], _Replaced] = {}
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a garbage collection inside may end another handle
 # The handle and the model whose forward runs, in this thread.
 _RUNNING: ContextVar[tuple[Enabled, Any] | None] = ContextVar("running", default=None)
 
@@ -103,24 +103,33 @@ class Enabled:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
+    @contextmanager
+    def _runs(self, model: Any) -> Iterator[None]:
+        # Hooks could say so too, but torch does not call them after a KeyboardInterrupt.
+        token = _RUNNING.set((self, model) if self.in_force else _RUNNING.get())
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
     def _mark(self, model: Any) -> Callable[[], None]:
         """Give a model a forward that says that it runs; return what removes it."""
         own = vars(model).get("forward", ABSENT)
-        function = type(model).forward if own is ABSENT else getattr(own, "__func__", own)
+        is_method = own is ABSENT or isinstance(own, MethodType)
+        function = own if not is_method else type(model).forward if own is ABSENT else own.__func__
 
         # A method, not a closure over the model, so that copies of the model run their own forward.
         @functools.wraps(function)
         def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-            # Hooks could say so too, but torch does not call them after a KeyboardInterrupt.
-            token = _RUNNING.set((self, module) if self.in_force else _RUNNING.get())
-            try:
-                if own is ABSENT:
-                    return type(module).forward(module, *args, **kwargs)
-                return function(module, *args, **kwargs) if isinstance(own, MethodType) else own(*args, **kwargs)
-            finally:
-                _RUNNING.reset(token)
+            with self._runs(module):
+                return (type(module).forward if own is ABSENT else function)(module, *args, **kwargs)
 
-        ours = MethodType(forward, model)
+        @functools.wraps(function)
+        def plain_forward(*args: Any, **kwargs: Any) -> Any:  # of a function that was set on the model
+            with self._runs(model):
+                return own(*args, **kwargs)
+
+        ours = MethodType(forward, model) if is_method else plain_forward
         model.forward = ours
 
         def unmark() -> None:

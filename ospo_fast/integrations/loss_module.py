@@ -82,18 +82,21 @@ def _check_loss(backbone: nn.Module, loss: Callable[..., Any]) -> None:
     config: Any = next((m.config for m in backbone.modules() if hasattr(m, "config")), None)
     if (function is not next_token_loss and not isinstance(function, OSPOLoss)) or config is None:
         return
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
     name = "OSPOLoss" if isinstance(function, OSPOLoss) else "next_token_loss"
     for setting, (option, neutral) in _LOGIT_SETTINGS.items():
         value = getattr(config, setting, neutral)
-        if value not in (None, neutral) and option not in options:
-            call = "functools.partial(next_token_loss" if name == "next_token_loss" else "a loss on token_logprobs("
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)  # MPT's is the name of a rule
+        if number and value != neutral and option not in options:
+            call = "functools.partial(next_token_loss, " if name == "next_token_loss" else "a loss on token_logprobs("
             example = (
                 f"softcap={value})" if option == "softcap" else "temperature=…), 1/scale where the model multiplies"
             )
             raise UsageError(
                 f"LossModule: the model's configuration has {setting}={value}, which {name} does not apply, expected a "
-                f"loss that does; pass {call}{', ' if name == 'next_token_loss' else ''}{example}"
+                f"loss that does; pass {call}{example}; if the hidden states have it already, pass a function of your "
+                "own around the loss"
             )
     if getattr(config, "output_router_logits", False):
         raise UsageError(

@@ -106,15 +106,18 @@ class OSPOTrainer(CPOTrainer):
 
 def _object_masks(batch: dict[str, Any]) -> Tensor | None:
     """Return the masks (2·B, H, W) of a batch, with zeros, which leave all weights at 1, for images without one."""
-    found = [batch.get(f"{side}_object_mask") or [None] * len(batch[f"{side}_input_ids"]) for side in _SIDES]
-    masks = [None if mask is None else torch.as_tensor(mask) for side in found for mask in side]
+    masks: list[Tensor | None] = []
+    for side in _SIDES:
+        found = batch.get(f"{side}_object_mask")
+        rows = [None] * len(batch[f"{side}_input_ids"]) if found is None else found
+        masks += [None if mask is None else torch.as_tensor(mask) for mask in rows]
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None
     shapes = {tuple(mask.shape) for mask in given}
     if len(shapes) > 1 or given[0].dim() != 2:
         raise OpError(f"OSPOTrainer: the object masks of a batch have shapes {sorted(shapes)}, expected one (H, W)")
-    return torch.stack([torch.zeros_like(given[0]) if mask is None else mask.to(given[0].dtype) for mask in masks])
+    return torch.stack([torch.zeros_like(given[0]) if mask is None else mask for mask in masks])  # of the widest dtype
 
 
 def _from_args(args: Any) -> OSPOLossConfig:

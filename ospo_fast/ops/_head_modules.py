@@ -155,7 +155,8 @@ def mlp_layers(module: nn.Module) -> list[Any]:
 def _check_forward(module: nn.Module, names: Sequence[str]) -> None:
     """Raise OpError if the forward of a module that is known by its names does more than its layers in turn."""
     parts: dict[str, Any] = vars(module)
-    others = [*parts["_parameters"], *parts["_buffers"], *(name for name in parts["_modules"] if name not in names)]
+    held = {**parts["_parameters"], **parts["_buffers"], **parts["_modules"]}
+    others = [name for name, part in held.items() if part is not None and name not in names]
     if others:  # even if the result is the same now, such as that of a scale that is 1 before training
         raise OpError(
             f"Head.of: {type(module).__name__} has {others[0]!r}, expected {', '.join(names)} alone; if its forward "

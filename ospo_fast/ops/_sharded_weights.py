@@ -121,11 +121,12 @@ def _check_reduced(name: str, tensor: Tensor) -> None:
     for parameter, group, _ in _managed_parameters():
         if getattr(parameter, "_unsharded_param", None) is not tensor:
             continue
-        if getattr(getattr(group, "_training_state", None), "name", "FORWARD") != "FORWARD":
+        # Neither in a forward nor in its recomputation by checkpoints.
+        if getattr(getattr(group, "_training_state", None), "name", "") == "IDLE":
             raise OpError(
                 f"Head: {name} is a parameter of FSDP2 that requires grad, and hidden does not, outside the forward of "
                 "the module that FSDP2 wraps; its gradient would never be reduced; expected the loss inside that "
-                "forward, see LossModule"
+                "forward, see LossModule, or torch.no_grad() for evaluation"
             )
 
 

@@ -60,6 +60,18 @@ def test_what_a_model_does_to_its_logits_is_an_option_of_the_loss(
     LossModule(model.model, model.lm_head, lambda hidden, labels, head: hidden.sum())  # what it does is not known
 
 
+def test_settings_of_other_parts_are_no_matter() -> None:
+    from transformers import EncodecConfig, MptConfig, MusicgenConfig, MusicgenDecoderConfig, T5Config
+
+    several = MusicgenConfig(text_encoder=T5Config(), audio_encoder=EncodecConfig(), decoder=MusicgenDecoderConfig())
+    with pytest.raises(ValueError, match="text config"):
+        several.get_text_config()
+    for config in (MptConfig(logit_scale="inv_sqrt_d_model"), several):
+        backbone = nn.Linear(4, 4)
+        backbone.config = config
+        LossModule(backbone, nn.Linear(4, 9), next_token_loss)
+
+
 def test_auxiliary_losses_of_a_model_are_refused(build: Any) -> None:
     model = build("Mixtral", output_router_logits=True)
     with pytest.raises(UsageError, match="output_router_logits=True, but next_token_loss has no load-balancing loss"):

@@ -1,9 +1,12 @@
 """TRL's function and ours agree; trainers use ours between `use_ospo_fast` and its end, with the head as it is."""
 
 import copy
+import functools
 import gc
 import importlib
+import inspect
 import math
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +29,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations import trl as integration
+from ospo_fast.integrations._patch import Enabled
 from ospo_fast.integrations.trl import OPTIONAL_OUTPUTS, ChunkedLogProbs, build_trainer, use_ospo_fast
 
 N, D, V = 40, 16, 50
@@ -245,6 +249,28 @@ def test_copies_of_a_model_use_their_own_head(build: Any, score: Any, eager: Any
                 changed.lm_head.weight.mul_(-1)
         torch.testing.assert_close(score(copied).log_probs, eager(plain), rtol=2e-5, atol=2e-5)
         assert (score(copied).log_probs - score(model).log_probs).abs().max() > 0.1
+
+
+def test_functions_that_were_set_as_forwards_keep_their_arguments(build: Any, score: Any) -> None:
+    model = _prepared(build())
+    expected, names = score(model).log_probs, list(inspect.signature(model.forward).parameters)
+    model.forward = functools.wraps(model.forward)(partial(model.forward))
+    with use_ospo_fast(model):
+        assert list(inspect.signature(model.forward).parameters) == names
+        torch.testing.assert_close(score(model).log_probs, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_garbage_collection_inside_of_a_replacement(build: Any) -> None:
+    """A collection may end other handles while one is made."""
+    use_ospo_fast(_prepared(build()))
+
+    def collect(theirs: Any) -> Any:
+        gc.collect()
+        return theirs
+
+    handle = Enabled([], [(types.ModuleType("owner"), "__name__", collect)])
+    handle.undo()
+    assert trl_utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
 def test_compiled_models(build: Any, score: Any, monkeypatch: pytest.MonkeyPatch) -> None:

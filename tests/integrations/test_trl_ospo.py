@@ -142,6 +142,16 @@ def test_rows_without_masks_weigh_their_tokens_the_same(make: Any) -> None:
     none, without = (make(OSPOTrainer, dataset) for dataset in (Dataset.from_list(rows), plain))
     assert torch.equal(*(t.get_batch_loss_metrics(t.model, first_batch(t))[0] for t in (none, without)))
     batch = first_batch(trainer)
+    expected = trainer.get_batch_loss_metrics(trainer.model, batch)[0]
+    chosen = torch.tensor([[[1, 0], [1, 0]], [[1, 0], [0, 1]]])
+    rejected = torch.tensor(batch["rejected_object_mask"]) * 0.7
+    mixed = trainer.get_batch_loss_metrics(
+        trainer.model, {**batch, "chosen_object_mask": chosen, "rejected_object_mask": rejected}
+    )
+    same = trainer.get_batch_loss_metrics(
+        trainer.model, {**batch, "chosen_object_mask": chosen.float(), "rejected_object_mask": rejected}
+    )
+    assert mixed[0] == same[0] != expected  # of the widest dtype
     batch["chosen_object_mask"][0] = [[1.0]]
     with pytest.raises(OpError, match=r"have shapes \[\(1, 1\), \(2, 2\)\], expected one \(H, W\)"):
         trainer.get_batch_loss_metrics(trainer.model, batch)

@@ -619,6 +619,15 @@ def test_heads_with_further_parts_are_refused(name: str, part: Any) -> None:
         token_logprobs(torch.randn(3, 6), head, torch.arange(3))
 
 
+def test_parts_that_are_none_are_no_parts() -> None:
+    head = DeepSeekHead()
+    head.register_parameter("scale", None)
+    head.register_buffer("shift", None)
+    head.register_module("norm", None)
+    hidden, labels = torch.randn(3, 6), torch.arange(3)
+    torch.testing.assert_close(token_logprobs(hidden, head, labels), eager(hidden, head, labels))
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_callers_check_the_forward_too(fullgraph: bool) -> None:
     def compiled(head: nn.Module) -> Any:
