@@ -215,23 +215,13 @@ class ChunkedLogProbs:
 
 def _scaled_bias(head: Head | nn.Module, factor: float) -> Head:
     """Return a linear head with its bias multiplied."""
-    linear = _plain_linear(head)
-    if linear is None:
+    linear = Head.of(head) if isinstance(head, Head) or type(head) is nn.Linear else None
+    if linear is None or linear.proj_weight is not None:
         raise OpError(
             f"use_ospo_fast: logit_scale is <= 0 and the head is {type(head).__name__}, expected nn.Linear or a "
             "positive scale; merge the adapters of the head"
         )
     return Head(linear.weight, None if linear.bias is None else linear.bias * factor)
-
-
-def _plain_linear(head: Head | nn.Module) -> Head | None:
-    """Return the head as weight and bias if it is nothing but a linear layer on this process."""
-    if isinstance(head, nn.Module):
-        changed = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-        if type(head) is not nn.Linear or changed:
-            return None
-        head = Head.of(head)
-    return head if head.proj_weight is None else None
 
 
 def _statistics(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
+from ospo_fast.oom import out_of_memory
 from ospo_fast.ops._sharded_weights import check_accumulates, check_present, check_shards, gather_parameter
 from ospo_fast.ops.head import Head
 
@@ -198,6 +199,8 @@ def _difference(module: nn.Module, names: Sequence[str], settings: tuple[Any, ..
             bound = 16 * torch.finfo(dtype).eps * other.abs().max().item()
             same = same and one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=bound, equal_nan=True)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         return (
             f"failed on hidden states (1, 3, {width}), expected weight·gelu(proj·x + proj_bias) + bias "
             f"({type(error).__name__}: {error}); {_REMEDY}"
