@@ -86,12 +86,10 @@ def attention_columns_reference(
     _check(q, k, None)
     r = ColumnRequest.from_args(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
     maps = q.new_zeros(*columns.shape[:2], r.length, dtype=torch.float64)
-    share = weight / (q.shape[1] * (r.columns >= 0).sum(-1).clamp(min=1).double())
-    request = (share, *r.tensors[1:])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if maps.numel() and columns.shape[2]:
-        _compute_torch(maps, q.double(), k.double(), None, request, scale, causal)
-    return maps
+        _compute_torch(maps, q.double(), k.double(), None, r.tensors, scale, causal)
+    return maps * weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +262,7 @@ def _attention_columns(
         return
     maps = torch.zeros_like(out, memory_format=torch.contiguous_format)
     compute = _compute_native if backend == "cpp" else _compute_torch
-    compute(maps, q, k, lse, (share / q.shape[1], columns, *bounds), scale, causal)
+    compute(maps, q, k, lse, (share, columns, *bounds), scale, causal)
     if accumulate:
         out.add_(maps, alpha=weight)
     else:
@@ -275,6 +273,7 @@ def _compute_native(
     maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Sequence[Tensor], scale: float, causal: bool
 ) -> None:
     """Write the mean probabilities to maps (B, O, length), which holds zeros."""
+    request = (request[0] / q.shape[1], *request[1:])
     q, k = (x.float().resolve_neg() for x in (q, k))
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, heads, S, D), kv, (_, objects, length) = q.shape, k.shape[1], maps.shape
@@ -311,8 +310,9 @@ def _compute_native(
 def _compute_torch(
     maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Sequence[Tensor], scale: float, causal: bool
 ) -> None:
-    share, columns, row_start, row_count, key_start, key_end = request
+    _, columns, row_start, row_count, key_start, key_end = request
     (B, heads, S, D), kv, (_, objects, length), dtype = q.shape, k.shape[1], maps.shape, maps.dtype
+    count = (columns >= 0).sum(-1).clamp(min=1) * heads  # not `share`, which is fp32
     flat_columns = columns.reshape(B, -1)  # (B, O·C)
     index = flat_columns.clamp(min=0)[:, None, :, None].expand(B, kv, -1, D)
     column_keys = k.gather(2, index).to(dtype)  # (B, Hkv, O·C, D)
@@ -339,4 +339,4 @@ def _compute_torch(
         if causal:
             attended = attended & (columns[:, None] <= row[:, :, None, None])
         probs = probs.masked_fill_(~attended[:, None], 0).sum(1).sum(-1)  # over heads and columns
-        maps[:, :, begin : begin + len(i)] = (probs * share[:, None]).transpose(1, 2)
+        maps[:, :, begin : begin + len(i)] = (probs / count[:, None]).transpose(1, 2)

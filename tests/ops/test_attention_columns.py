@@ -399,8 +399,18 @@ def test_cuda_heads_wider_than_the_kernel() -> None:
 
 
 def test_float64_runs_in_pytorch() -> None:
-    q, columns = torch.randn(1, 2, 5, 8, dtype=torch.float64), torch.tensor([[[1]]])
-    maps = [attention_columns(q, q, columns, rows=(2, 3), backend=backend) for backend in ("torch", "auto")]
-    assert torch.equal(*maps)
+    """Exact to 1e-13, with means over three and seven columns, whose shares are no binary fractions."""
+    q, k = torch.randn(2, 6, 40, 8, dtype=torch.float64), torch.randn(2, 2, 40, 8, dtype=torch.float64)
+    columns = torch.randint(40, (2, 2, 7))
+    columns[:, 0, 3:] = -1
+    options: dict[str, Any] = {"rows": (9, 31), "weight": 1 / 3}
+    for lse, causal in ((None, True), (None, False), (full_lse(q, k), True)):
+        exact = oracle(q, k, columns, causal=causal, **options)
+        maps = [
+            attention_columns(q, k, columns, lse=lse, causal=causal, backend=backend, **options)
+            for backend in ("torch", "auto")
+        ]
+        assert torch.equal(*maps)
+        torch.testing.assert_close(maps[0], exact, atol=1e-13, rtol=0)
     with pytest.raises(OpError, match=r"backend='cpp' cannot run here: got torch\.float64"):
-        attention_columns(q, q, columns, rows=(2, 3), backend="cpp")
+        attention_columns(q, k, columns, backend="cpp", **options)
