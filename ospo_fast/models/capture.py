@@ -1,38 +1,40 @@
-"""Object attention maps from a forward pass that runs anyway, with the model's own attention implementation."""
+"""Attention maps from a forward pass that runs anyway, with the model's own attention implementation."""
 
 from __future__ import annotations
 
-import sys
+import functools
+import inspect
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from types import MethodType, TracebackType
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from ospo_fast.errors import OpError, OspoError
-from ospo_fast.ops._transfer import to_device_packed
+from ospo_fast.models._attention_modules import check_readable, find_attention
+from ospo_fast.models._column_probabilities import (
+    AttentionCall,
+    LseRecorder,
+    PlainRequests,
+    from_indicators,
+    from_weights,
+    repeat_request,
+)
 from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_PREFIX = "ospo_capture|"
-# Attention modules under capture, by id. transformers' registries have no way to unregister, so a wrapper stays there
-# once it is registered. It looks up its module here, and without an entry it only runs the attention.
-_ACTIVE: dict[int, AttentionCapture] = {}
-# Operations whose second result is the natural log-sum-exp of the rows, (B, H, at least S). True: it is only computed
-# if the fifth argument says so.
-_LSE_OPS = {
-    "aten::_scaled_dot_product_flash_attention": False,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": False,
-    "aten::_scaled_dot_product_fused_attention_overrideable": False,
-    "aten::_scaled_dot_product_efficient_attention": True,
-    "aten::_scaled_dot_product_cudnn_attention": True,
-    "flash_attn::_flash_attn_forward": False,
-}
+_ENDLESS = 2**31 - 1  # positions of a sequence that a cache may still extend
+# Modules under capture, by id, with the index of their layer. The hooks and the wrapped attention below are the same
+# functions for every capture and read this when they run, so that code compiled in one capture works in the next.
+_ACTIVE: dict[int, tuple[AttentionCapture, int]] = {}
+_PATCHES: Counter[int] = Counter()  # captures that use a patched AttentionInterface, by its id
+_LOCK = threading.Lock()
 
 
 class _StopForward(BaseException):
@@ -42,82 +44,65 @@ class _StopForward(BaseException):
         self.capture = capture
 
 
-class _LseRecorder(TorchDispatchMode):
-    """Recorder of the log-sum-exp and the dtype of the attention that runs inside.
+@dataclass
+class _Position:
+    """Where in the sequence the queries and the keys of a layer's call are."""
 
-    Fused attentions return the log-sum-exp to autograd but not to their caller, so it is read below autograd, where
-    the operation itself is dispatched.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._lse: Tensor | None = None
-        self.dtype: torch.dtype | None = None
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        has_flag = _LSE_OPS.get(func._schema.name)
-        if has_flag and len(args) > 4:
-            args = (*args[:4], True, *args[5:])
-        result = func(*args, **(kwargs or {}))
-        if has_flag is not None:
-            self._lse, self.dtype = result[1], args[0].dtype
-        return result
-
-    def lse_of(self, q: Tensor) -> Tensor | None:
-        """The recorded log-sum-exp (B, H, S) if its shape fits q, else None."""
-        lse = self._lse
-        if lse is None:
-            return None
-        if lse.dim() == 4 and lse.shape[3] == 1:  # cuDNN's
-            lse = lse.squeeze(3)
-        fits = lse.dim() == 3 and lse.shape[:2] == q.shape[:2] and lse.shape[2] >= q.shape[2]
-        return lse[:, :, : q.shape[2]].detach() if fits else None
+    query: int = 0  # of the first query
+    key: int = 0  # of the first key
+    cached: bool = False  # a cache holds the keys, so that later calls may follow
+    keys: int | None = None  # their number by that cache
+    attended: bool = False  # the attention of this call has run
 
 
 class AttentionCapture:
     """Context manager that captures the mean attention of query rows to key columns while the decoder runs.
 
     maps[b, o, i] = mean over the captured layers and heads and over columns c of object o of the attention probability
-    softmax_j(q_i·k_j)[c] of row rows[0] + i, as (B, O, H, W) fp32 (float64 for a float64 decoder). `layer_maps` has the
-    maps of each layer. The maps carry no gradient.
+    p_h(row rows[0] + i → c), as (B, O, H, W) with a grid and (B, O, rows) without one, fp32 (float64 for a float64
+    decoder). These are the probabilities that `output_attentions=True` returns under eager attention, before dropout.
+    `layer_maps` has the maps of each layer. The maps carry no gradient.
 
-    The model's own attention (sdpa, eager, flash …) computes the forward pass, and `attention_columns` the captured
-    probabilities. It uses the log-sum-exp of the attention that ran (torch's fused attentions, and flash-attn without
-    padding); where there is none, it computes its own. With an attention mask a pass synchronizes the GPU once, to
-    inspect the mask. Without one it does not synchronize, provided that columns and rows are on the CPU.
+    The forward pass is unchanged, bit for bit, with the attention that the model runs (sdpa, eager, flash, flex or
+    registered ones), and with any mask, window, chunk, soft cap, sink or position bias. Plain causal sdpa and flash
+    attention costs least: `attention_columns` computes the probabilities with the log-sum-exp of the attention that
+    ran. Eager attention returns its weights. Other attention runs a second time, on values that mark the columns. With
+    an attention mask a pass synchronizes the GPU once for each mask, to inspect it. Without one it does not
+    synchronize, provided that columns and rows are on the CPU.
 
-        with AttentionCapture(model, columns=columns, rows=(prompt_length, tokens)) as capture:
-            model.decoder(inputs_embeds=x, attention_mask=mask, use_cache=False)
-        masks = object_masks(capture.maps)
+        with AttentionCapture(model, columns=columns, rows=(start, count)) as capture:
+            model(input_ids=ids, attention_mask=mask)
+        capture.maps
 
-    One capture takes one forward pass over whole sequences: no key-value cache, no packed sequences. Padding on either
-    side is excluded by the decoder's attention mask; apart from padding, the mask must be causal. With gradient
-    checkpointing, leave the context before the backward pass. A decoder under torch.compile is recompiled for the
-    context with a graph break at each attention; with fullgraph=True torch raises an error.
+    One capture takes one sequence: in one forward pass, or with a cache in consecutive passes, such as the steps of
+    `generate()`. `generate` does not run its last token: capture it by `replay`. With gradient checkpointing, leave the
+    context before the backward pass. A decoder under torch.compile is recompiled for the context with a graph break at
+    each attention; with fullgraph=True torch raises an error.
 
     Args:
-        model: an adapter, or a transformers module with a Llama-like decoder.
+        model: an adapter, or a transformers model (also inside of peft's, torch.compile's and other wrappers).
         columns: (B, O, C) integers, the key positions of each object's tokens; −1 = none. An object with no column gets
             a map of zeros. Nested lists may be ragged.
-        rows: (start, count): the positions of the image tokens; ints or (B,) tensors.
-        layers: indices of the layers to average over (negative from the end); default: all but the first and last
-            `skip` where there are more than 2 · `skip` layers, else all.
+        rows: (start, count): the positions of the rows, for example of image tokens; ints or (B,) tensors.
+        layers: indices into the tuple that `output_attentions` returns (negative from the end): for most decoders the
+            decoder layers. Default: all but the first and last `skip` where there are more than 2 · `skip`, else all.
         skip: 5 as in the official code.
         heads: indices of the heads to average over in these layers (negative from the end); default: all.
-        grid: (H, W) with H · W = count; default: the adapter's.
+        grid: (H, W) with H · W = count; default: the adapter's. Without one the maps are (B, O, rows).
         stop_early: end the forward pass after the last captured layer. The forward call must then be the last statement
             of the context, because it does not return.
+        attentions: of an encoder-decoder, the output to capture: "decoder_attentions", "cross_attentions" (columns are
+            positions of the encoder) or "encoder_attentions".
 
     Raises:
-        OspoError: layers or heads out of range; a grid that does not fit; a model that does not route its attention
-            through transformers' AttentionInterface; an unknown attention implementation; sliding windows, soft caps,
-            attention that is not causal, masks with holes; a decoder that is already being captured; a second forward
-            pass.
+        OspoError: layers or heads out of range; a grid that does not fit; a model whose attention cannot be read, such
+            as differential attention; an unknown attention implementation; a decoder that is already being captured; a
+            second sequence; maps that are read before all rows ran.
         OpError: columns or rows outside the sequence.
 
     """
+
+    per_head = False  # of a subclass: every head is a sequence of its own
 
     def __init__(
         self,
@@ -130,236 +115,394 @@ class AttentionCapture:
         heads: Sequence[int] | None = None,
         grid: tuple[int, int] | None = None,
         stop_early: bool = False,
+        attentions: str | None = None,
     ) -> None:
-        self._decoder: Any = _find_decoder(model)
+        self._attention = find_attention(model, attentions)
+        self._model = model
         self._columns = columns if isinstance(columns, Tensor) else _pad_columns(columns)
         self._rows = rows
         self._stop_early = stop_early
-        self._attention = [layer.self_attn for layer in self._decoder.layers]
-        count = len(self._attention)
+        count = len(self._attention.layers)
         if layers is None:
             layers = range(skip, count - skip) if count > 2 * skip else range(count)
         self.layers = _resolve_indices("layers", layers, count)
         self._heads = None
-        if heads is not None:  # some configurations have no number of heads
-            self._heads = _resolve_indices("heads", heads, self._decoder.config.num_attention_heads)
+        if heads is not None:
+            self._heads = _resolve_indices("heads", heads, _number_of_heads(self._attention.owner))
         self._grid = _resolve_grid(model, grid, rows)
-        self._seen: set[int] = set()
-        self._request: ColumnRequest | None = None
-        self._maps: Tensor | None = None
-        self._implementation: str | None = None
+        self._handles: list[Any] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._positions: dict[int, _Position] = {}  # of the calls that run
+        self._ends: dict[int, int] = {}  # of each layer: the position behind the queries that ran
+        self._key_end = 0
+        self._request: ColumnRequest | None = None  # on the CPU
+        self._requests: dict[torch.device, ColumnRequest] = {}
+        self._plain: dict[torch.device, PlainRequests] = {}
+        self._maps: Tensor | None = None  # (layers, B, O, rows)
 
     @property
     def maps(self) -> Tensor:
-        """(B, O, H, W): the mean of `layer_maps`. Raises OspoError before the forward pass."""
+        """(B, O, H, W) or (B, O, rows): the mean of `layer_maps`. Raises OspoError before all rows ran."""
         return self.layer_maps.mean(0)
 
     @property
     def layer_maps(self) -> Tensor:
-        """(layers, B, O, H, W), in the order of `layers`. Raises OspoError before the forward pass."""
-        maps = self._captured()
-        return maps.view(*maps.shape[:3], *self._grid)
+        """(layers, B, O, H, W) or (layers, B, O, rows), in the order of `layers`. Raises OspoError as `maps`."""
+        return self._with_grid(self._captured())
+
+    def _with_grid(self, maps: Tensor) -> Tensor:
+        return maps if self._grid is None else maps.view(*maps.shape[:-1], *self._grid)
 
     def _captured(self) -> Tensor:
         """(layers, B, O, rows)."""
-        if self._maps is None or len(self._seen) < len(self.layers):
+        seen = [layer for layer in self.layers if layer in self._ends]
+        if self._maps is None or self._request is None or len(seen) < len(self.layers):
             raise OspoError(
-                f"capture: {len(self._seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
+                f"capture: {len(seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
+            )
+        end, ran = self._last_row(), min(self._ends.values())
+        if ran < end:
+            raise OspoError(
+                f"capture: rows end at position {end}, but {ran} positions ran; run the others too, or ask for fewer "
+                "rows (generate() does not run its last token: use capture.replay(sequence))"
+            )
+        if self._request.columns.numel() and int(self._request.columns.max()) >= self._key_end:
+            raise OpError(
+                f"capture: columns are up to {int(self._request.columns.max())}, expected at most {self._key_end - 1}, "
+                "the last position that ran"
             )
         return self._maps
 
+    def replay(self, sequence: Tensor, **arguments: Any) -> Tensor:
+        """Run a forward pass over a whole sequence, for example what `generate()` returned, and return its `maps`.
+
+        Args:
+            sequence: (B, S) token ids, or (B, S, D) embeddings. Of an encoder-decoder, those of the decoder.
+            arguments: of the forward call, such as attention_mask. As in `generate`, position_ids follow from a
+                mask (B, S) unless they are given.
+
+        Raises:
+            OspoError, OpError: as the capture of a forward pass.
+
+        """
+        owner = self._attention.owner
+        name = "inputs_embeds" if sequence.is_floating_point() else "input_ids"
+        forward = owner
+        if getattr(owner.config, "is_encoder_decoder", False):
+            forward, name = _whole_model(self._model), f"decoder_{name}"
+        mask = arguments.get("attention_mask")
+        takes = functools.partial(_takes, forward)
+        if name in ("input_ids", "inputs_embeds") and mask is not None and mask.dim() == 2 and takes("position_ids"):
+            arguments.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
+        if takes("use_cache"):
+            arguments.setdefault("use_cache", False)
+        with torch.no_grad(), self:
+            forward(**{name: sequence}, **arguments)
+        return self.maps
+
     def __enter__(self) -> Self:
-        if any(id(module) in _ACTIVE for module in self._attention):
-            raise OspoError("capture: this decoder is being captured already; leave that `with` block first")
-        config = self._decoder.config
-        name: str = config._attn_implementation or "eager"
-        _register(name, self._attention[0])
-        self._implementation = config._attn_implementation
-        self._seen.clear()
-        self._maps = self._request = None
-        for module in self._attention:
-            _ACTIVE[id(module)] = self
-        config._attn_implementation = _PREFIX + name
+        check_readable(self._attention)
+        modules = {id(part): index for index, part in self._parts()}
+        with _LOCK:
+            if any(part in _ACTIVE for part in modules):
+                raise OspoError("capture: this decoder is being captured already; leave that `with` block first")
+            self._reset()
+            _ACTIVE.update({part: (self, index) for part, index in modules.items()})
+            for registry in self._registries():
+                _PATCHES[id(registry)] += 1
+                registry.get_interface = MethodType(_get_interface, registry)
+        for layer in self._attention.layers:
+            self._handles.append(layer.module.register_forward_pre_hook(_before, with_kwargs=True))
+            self._handles.append(layer.module.register_forward_hook(_after))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._decoder.config._attn_implementation = self._implementation
-        for module in self._attention:
-            _ACTIVE.pop(id(module), None)
+        while self._handles:
+            self._handles.pop().remove()
+        with _LOCK:
+            for _, part in self._parts():
+                _ACTIVE.pop(id(part), None)
+            for registry in self._registries():
+                _PATCHES[id(registry)] -= 1
+                if not _PATCHES[id(registry)]:
+                    del _PATCHES[id(registry)], registry.get_interface
+        self._positions.clear()
+        self._requests, self._plain = {}, {}  # they hold masks
         return isinstance(error, _StopForward) and error.capture is self
 
-    def _capture_layer(
-        self, module: Any, q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any], recorder: _LseRecorder
-    ) -> None:
-        index = int(module.layer_idx)
-        if index in self._seen:
-            raise OspoError("capture: a second forward pass reached the decoder; one capture takes one pass")
-        if q.shape[2] != k.shape[2]:
+    def _parts(self) -> list[tuple[int, Any]]:
+        """Every module of a layer that is looked up in `_ACTIVE`, with the index of the layer."""
+        layers = enumerate(self._attention.layers)
+        return [(index, part) for index, layer in layers for part in {layer.module, *layer.callers}]
+
+    def _registries(self) -> list[Any]:
+        return list({id(r): r for layer in self._attention.layers for r in layer.registries}.values())
+
+    def _begin(self, index: int, values: Sequence[Any]) -> None:
+        """Note where the call of a layer is, from the arguments of its module."""
+        layer = self._attention.layers[index]
+        position = _find_position(layer.callers[0] if layer.callers else layer.module, index, values, self._is_cross)
+        if index in self.layers and position.query < self._ends.get(index, 0):
             raise OspoError(
-                f"capture: the decoder was called with {q.shape[2]} queries for {k.shape[2]} keys; "
-                "run whole sequences with use_cache=False"
+                "capture: a second forward pass reached the decoder; one capture takes one sequence, with a cache if "
+                "in several passes"
             )
-        _check_attention(module, options, q.shape[2])
-        dtype = recorder.dtype or q.dtype  # autocast may have narrowed what the attention got
-        if self._request is None or self._maps is None:
-            # Once per pass: the layers share the mask, and inspecting it synchronizes the GPU.
-            self._request = self._build_request(q, mask)
-            shape = (len(self.layers), *self._request.columns.shape[:2], self._request.length)
-            maps_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-            self._maps = torch.zeros(shape, dtype=maps_dtype, device=q.device)
-        q, k, lse = self._select_heads(q.detach().to(dtype), k.detach().to(dtype), recorder.lse_of(q))
-        self._request.run(q, k, scale=options.get("scaling"), lse=lse, out=self._maps[self.layers.index(index)])
-        self._seen.add(index)
-        if self._stop_early and len(self._seen) == len(self.layers):
-            raise _StopForward(self)
+        self._positions[index] = position
 
-    def _select_heads(self, q: Tensor, k: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The captured heads: q and k (B, heads, S, D), lse (B, heads, S)."""
-        if self._heads is None:
-            return q, k, lse
-        group = q.shape[1] // k.shape[1]
-        key_heads = [head // group for head in self._heads]
-        return (
-            _take_heads(q, self._heads),
-            _take_heads(k, key_heads),
-            lse if lse is None else _take_heads(lse, self._heads),
-        )
-
-    def _build_request(self, q: Tensor, mask: Tensor | None) -> ColumnRequest:
-        batch, _, length, _ = q.shape
-        if self._columns.dim() == 3 and self._columns.shape[0] != batch:
-            raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
-        request = ColumnRequest.from_args(self._columns, batch, length, rows=self._rows)
-        if mask is not None:
-            request = replace(request, key_start=_first_visible_keys(mask, request))
-        return request.to(q.device)
-
-
-def _register(name: str, attention: nn.Module) -> None:
-    """Register `_PREFIX + name` with transformers: the attention `name`, wrapped, and the kind of mask it expects."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if name.startswith(_PREFIX):
-        raise OspoError(
-            "capture: another decoder with the same configuration is being captured; leave that `with` block first"
-        )
-    if _PREFIX + name in ALL_ATTENTION_FUNCTIONS:
-        return
-    if name == "eager":
-        # Not in the registry: each model file has its own.
-        function = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-    else:
-        function = ALL_ATTENTION_FUNCTIONS.get(name)
-    if function is None or name not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise OspoError(
-            f"capture: the attention implementation {name!r} is not in transformers' AttentionInterface; "
-            "load the model with attn_implementation='sdpa'"
-        )
-    AttentionInterface.register(_PREFIX + name, _wrap(name, function))
-    AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
-
-
-def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention function `name` with a capture of modules in `_ACTIVE`."""
-
-    @torch.compiler.disable
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        def run() -> Any:
-            # The function may read its own name from the configuration, as transformers' flash attention does.
-            captured, module.config._attn_implementation = module.config._attn_implementation, name
-            try:
-                return function(module, query, key, value, mask, **kwargs)
-            finally:
-                module.config._attn_implementation = captured
-
-        capture = _ACTIVE.get(id(module))
-        if capture is None or int(module.layer_idx) not in capture.layers:
-            return run()
-        with _LseRecorder() as recorder:
-            result = run()
-        capture._capture_layer(module, query, key, mask, kwargs, recorder)
+    def _run(self, index: int, call: AttentionCall) -> Any:
+        """Run the attention of a layer, and capture it if the layer is captured."""
+        position = self._positions.get(index)
+        name = type(call.module).__name__
+        if position is None or position.attended:
+            times = "outside of its forward" if position is None else "more than once"
+            raise OspoError(f"capture: {name} runs its attention {times}, expected once in each layer")
+        if call.options.get("cache") is not None:
+            raise OspoError(f"capture: {name} writes to a paged cache; run the model without continuous batching")
+        position.attended = True
+        (B, H, Q, _), K = call.query.shape, call.key.shape[2]
+        if not self._starts(index, position, B, Q, K, call.query):
+            return call.run()
+        plain = self._plain_requests(position, Q, K, call.query.device)
+        found = None if plain is None else plain.get(call)
+        if found is not None:
+            with LseRecorder() as recorder:
+                result = call.run()
+            self._read_plain(index, call, *found, recorder)
+        else:
+            result = call.run()
+            weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+            columns = self._request_on(call.query.device).columns
+            if _are_weights(weights, (B, H, Q)) and not call.dropout:
+                sums = from_weights(self._take_heads(weights), columns, position.key)
+            else:
+                sums = self._take_heads(from_indicators(call, columns, position.key))
+            self._write(index, sums, position)
+        self._stop_if_done()
         return result
 
-    wrapped: Callable[..., Any] = attention
-    return wrapped
+    def _end(self, index: int, output: Any) -> None:
+        """Capture the weights that a layer returned, if its attention did not go through the AttentionInterface."""
+        position = self._positions.pop(index, None)
+        if position is None or position.attended:
+            return
+        layer = self._attention.layers[index]
+        weights = output[layer.index] if isinstance(output, (tuple, list)) else None
+        if not _are_weights(weights, ()):
+            if index not in self.layers:
+                return
+            raise OspoError(
+                f"capture: {type(layer.module).__name__} computes its attention itself, not through transformers' "
+                "AttentionInterface, and returns no weights; exclude the layer by layers=, or load the model with "
+                "attn_implementation='eager'"
+            )
+        B, _, Q, K = weights.shape
+        if self._starts(index, position, B, Q, K, weights):
+            columns = self._request_on(weights.device).columns
+            self._write(index, from_weights(self._take_heads(weights), columns, position.key), position)
+            self._stop_if_done()
+
+    def _starts(self, index: int, position: _Position, batch: int, Q: int, K: int, like: Tensor) -> bool:
+        """Check the call of a layer, and return whether it has rows to capture."""
+        if index not in self.layers:
+            return False
+        if position.keys is not None and position.keys != K:
+            raise OspoError(f"capture: the cache returned {K} keys, its own size is {position.keys}; use another cache")
+        if not position.cached and Q != K and not self._is_cross:
+            raise OspoError(
+                f"capture: the decoder was called with {Q} queries for {K} keys and no cache of transformers; run "
+                "whole sequences with use_cache=False"
+            )
+        if self._request is None or self._maps is None:
+            request = self._request = self._build_request(batch, position, Q, K)
+            heads = 1
+            if self.per_head:
+                heads = like.shape[1] if self._heads is None else len(self._heads)
+            shape = (len(self.layers), batch * heads, request.columns.shape[1], request.length)
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._maps = torch.zeros(shape, dtype=dtype, device=like.device)
+        if len(self._request.columns) != batch:
+            raise OpError(f"capture: the decoder ran {len(self._request.columns)} sequences, then {batch}")
+        begin, end = position.query, position.query + Q
+        self._ends[index] = end
+        self._key_end = max(self._key_end, position.key + K)
+        if self._request.length == 0 or begin >= self._last_row() or end <= int(self._request.row_start.min()):
+            self._stop_if_done()
+            return False
+        return True
+
+    def _build_request(self, batch: int, position: _Position, Q: int, K: int) -> ColumnRequest:
+        if self._columns.dim() == 3 and self._columns.shape[0] != batch:
+            raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
+        positions = _ENDLESS if position.cached else max(Q, K)
+        request = ColumnRequest.from_args(self._columns, batch, positions, rows=self._rows)
+        if self._is_cross and not position.cached and int((request.row_start + request.row_count).max()) > Q:
+            raise OpError(f"capture: rows {self._rows} are beyond the {Q} positions of the decoder")
+        if self._is_cross and request.columns.numel() and int(request.columns.max()) >= K:
+            raise OpError(f"capture: columns are up to {int(request.columns.max())}, the encoder has {K} positions")
+        return request
+
+    def _plain_requests(self, position: _Position, Q: int, K: int, device: torch.device) -> PlainRequests | None:
+        """The requests for attention over one whole sequence; None for any other call."""
+        request = self._request
+        assert request is not None
+        whole = Q == K and position.query == position.key == 0 and not self._is_cross
+        columns = int(request.columns.max()) if request.columns.numel() else 0
+        if not whole or self._last_row() > Q or columns >= K:
+            return None
+        if device not in self._plain:
+            heads = 1
+            if self.per_head and self._maps is not None:
+                heads = self._maps.shape[1] // len(request.columns)
+            self._plain[device] = PlainRequests(replace(request, positions=Q), device, heads)
+        return self._plain[device]
+
+    def _read_plain(
+        self, index: int, call: AttentionCall, request: ColumnRequest, causal: bool, recorder: LseRecorder
+    ) -> None:
+        assert self._maps is not None
+        dtype = recorder.dtype or call.query.dtype  # autocast may have narrowed what the attention got
+        q, k, lse = self._select_heads(call.query.detach().to(dtype), call.key.detach().to(dtype), recorder)
+        maps = self._maps[self.layers.index(index)]
+        options: dict[str, Any] = {"scale": call.options.get("scaling"), "lse": lse, "causal": causal}
+        if maps.device == q.device:
+            request.run(q, k, out=maps, **options)
+        else:  # a model that is split over devices
+            maps.copy_(request.run(q, k, **options))
+
+    def _select_heads(self, q: Tensor, k: Tensor, recorder: LseRecorder) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The captured heads: q and k (B, heads, S, D), lse (B, heads, S); each head a sequence with `per_head`."""
+        lse = recorder.lse_of(q)
+        if self._heads is not None or self.per_head:
+            heads = range(q.shape[1]) if self._heads is None else self._heads
+            group = q.shape[1] // k.shape[1]
+            k = _take_heads(k, [head // group for head in heads])
+        q, lse = self._take_heads(q), None if lse is None else self._take_heads(lse)
+        if self.per_head:  # views where B is 1
+            q, k = q.flatten(0, 1)[:, None], k.flatten(0, 1)[:, None]
+            lse = None if lse is None else lse.flatten(0, 1)[:, None]
+        return q, k, lse
+
+    def _take_heads(self, x: Tensor) -> Tensor:
+        if self._heads is None:
+            return x
+        if self._heads[-1] >= x.shape[1]:
+            raise OspoError(f"capture: heads is {list(self._heads)}, expected indices from 0 to {x.shape[1] - 1}")
+        return _take_heads(x, self._heads)
+
+    def _write(self, index: int, sums: Tensor, position: _Position) -> None:
+        """Write the rows of a call that are captured, from the sums over columns (B, heads, Q, O)."""
+        assert self._maps is not None
+        request, Q = self._request_on(sums.device), sums.shape[2]
+        values = sums.flatten(0, 1) if self.per_head else sums.mean(1)  # (B, Q, O)
+        request = repeat_request(request, len(values) // len(request.columns))
+        # Not by `share`, which is fp32.
+        values = values.transpose(1, 2) / (request.columns >= 0).sum(-1).clamp(min=1)[..., None]
+        i = torch.arange(request.length, device=sums.device)
+        source = request.row_start[:, None] + i - position.query
+        inside = (i < request.row_count[:, None]) & (source >= 0) & (source < Q)
+        values = values.gather(2, source.clamp(0, Q - 1)[:, None].expand(-1, values.shape[1], -1))
+        maps = self._maps[self.layers.index(index)]
+        maps.copy_(torch.where(inside[:, None].to(maps.device), values.to(maps), maps))
+
+    def _request_on(self, device: torch.device) -> ColumnRequest:
+        assert self._request is not None
+        if device not in self._requests:
+            self._requests[device] = self._request.to(device)
+        return self._requests[device]
+
+    def _last_row(self) -> int:
+        """The position behind the last row."""
+        assert self._request is not None
+        ends = self._request.row_start + self._request.row_count
+        return int(ends.max()) if len(ends) else 0
+
+    def _stop_if_done(self) -> None:
+        done = all(self._ends.get(layer, -1) >= self._last_row() for layer in self.layers)
+        if self._stop_early and done:
+            raise _StopForward(self)
+
+    @property
+    def _is_cross(self) -> bool:
+        return self._attention.is_cross
 
 
-def _check_attention(module: Any, options: dict[str, Any], length: int) -> None:
-    """Raise OspoError for attention that is not a plain causal softmax over all earlier keys."""
-    window = options.get("sliding_window") or getattr(module, "sliding_window", None)
-    causal = options.get("is_causal")
-    changed = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    if options.get("cu_seq_lens_q") is not None:
-        reason = "runs packed sequences (cu_seq_lens_q)"
-    elif window is not None and window < length:
-        reason = f"has a sliding window of {window} for {length} positions"
-    elif not (getattr(module, "is_causal", True) if causal is None else causal):
-        reason = "is not causal (is_causal=False)"
-    elif changed:
-        reason = f"changes its scores by {changed[0]}"
-    else:
-        return
-    raise OspoError(
-        f"capture: layer {module.layer_idx} {reason}, expected a causal softmax over all earlier keys of a sequence; "
-        "exclude the layer by layers=, or pad sequences instead of packing them"
-    )
+def _get_interface(registry: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace `get_interface` of an AttentionInterface during captures.
 
-
-def _first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor:
-    """(B,) on the CPU: the first key that the captured rows see, from any mask that transformers gives to attention.
-
-    Synchronizes the device once. Raises OspoError where a captured row does not see exactly the keys from there up to
-    itself. Rows before that key are padding, and not checked.
+    The model asks for its attention as always: its configuration and masks stay the same, each module file gives its
+    own eager function, and modules that are not captured only run what they got.
     """
-    batch, length = len(request.columns), request.positions
-    if mask.dim() not in (2, 4):
-        raise OspoError(f"capture: got an attention mask of shape {tuple(mask.shape)}, expected (B, S) or (B, 1, S, S)")
-    start, count = to_device_packed((request.row_start, request.row_count), mask.device)
-    last = (start + count - 1).clamp(0, length - 1)[:, None]
-    position = torch.arange(length, device=mask.device)
-    if mask.dim() == 4:  # (B or 1, 1, S, S), bool or additive
-        row = torch.minimum(start[:, None] + torch.arange(max(request.length, 1), device=mask.device), last)
-        index = row[:, None, :, None].expand(-1, 1, -1, length)
-        seen = mask[..., :length].expand(batch, -1, -1, -1)[:, :1].gather(2, index)[:, 0]  # (B, rows, S)
-        seen = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
-    else:  # (B, S), flash attention's, which is causal in addition, so the last row determines the mask
-        row = last
-        seen = mask.expand(batch, -1).bool()[:, None] & (position <= row[..., None])
-    causal = position <= row[..., None]
-    first = (seen & causal)[:, -1].long().argmax(1)
-    expected = causal & (position >= first[:, None, None])
-    checked = ((row >= first[:, None]) & (count > 0)[:, None])[..., None]
-    later = (seen & ~causal & checked).any()
-    holes = (((seen & causal) != expected) & checked).any()
-    *first_keys, has_later, has_holes = torch.cat([first, torch.stack([later, holes]).long()]).tolist()
-    if has_later or has_holes:
-        reason = "shows captured rows keys after themselves" if has_later else "has holes before the captured rows"
-        raise OspoError(f"capture: the attention mask {reason}, expected a causal mask with padding at the ends only")
-    return torch.tensor(first_keys, dtype=torch.long)
+    function = type(registry).get_interface(registry, name, default)
+    return functools.partial(_attend, function)
 
 
-def _find_decoder(model: Any) -> Any:
-    decoder = getattr(model, "decoder", None) or model
-    if not isinstance(decoder, nn.Module):
-        raise OspoError(f"capture: got a {type(model).__name__}, expected a model adapter or a transformers module")
-    for module in decoder.modules():
-        layers = getattr(module, "layers", None)
-        if (
-            isinstance(layers, nn.ModuleList)
-            and len(layers)
-            and all(hasattr(getattr(layer, "self_attn", None), "layer_idx") for layer in layers)
-            and getattr(module, "_supports_attention_backend", False)
-        ):
-            return module
-    raise OspoError(
-        f"capture: {type(decoder).__name__} has no decoder whose attention goes through transformers' "
-        "AttentionInterface (transformers models with sdpa, eager or flash attention do)"
-    )
+@torch.compiler.disable
+def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    active = _ACTIVE.get(id(module))
+    if active is None:
+        return function(module, *args, **kwargs)
+    capture, index = active
+    return capture._run(index, AttentionCall.from_args(function, module, args, kwargs))
+
+
+@torch.compiler.disable
+def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    active = _ACTIVE.get(id(module))
+    if active is not None:
+        capture, index = active
+        capture._begin(index, [*args, *kwargs.values()])
+
+
+@torch.compiler.disable
+def _after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    active = _ACTIVE.get(id(module))
+    if active is not None:
+        capture, index = active
+        capture._end(index, output)
+
+
+def _find_position(module: Any, index: int, values: Sequence[Any], is_cross: bool) -> _Position:
+    """Where the call of an attention layer is, from the cache among the arguments of its module."""
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    cache = next((value for value in values if isinstance(value, Cache)), None)
+    hidden = next((v for v in values if isinstance(v, Tensor) and v.dim() == 3 and v.is_floating_point()), None)
+    if cache is None or hidden is None:
+        return _Position()
+    length = hidden.shape[1]
+    layer = getattr(module, "layer_idx", None)
+    layer = index if layer is None else int(layer)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if is_cross:  # behind the layer's self-attention, which has stored its keys
+        return _Position(query=max(0, int(cache.get_seq_length(layer)) - length), cached=True)
+    keys, offset = cache.get_mask_sizes(length, layer)
+    return _Position(int(cache.get_seq_length(layer)), int(offset), cached=True, keys=int(keys))
+
+
+def _are_weights(value: Any, shape: tuple[int, ...]) -> TypeGuard[Tensor]:
+    """Whether an output is attention weights (B, H, Q, K)."""
+    return isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[: len(shape)]) == shape
+
+
+def _whole_model(model: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def _takes(module: Any, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
+
+
+def _number_of_heads(owner: Any) -> int:
+    count = getattr(owner.config, "num_attention_heads", None)
+    return _ENDLESS if count is None else int(count)  # checked when a layer runs
 
 
 def _resolve_indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:
@@ -379,13 +522,11 @@ def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     return torch.stack([x[:, head] for head in heads], dim=1)
 
 
-def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int]:
+def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int] | None:
     count = int(rows[1].max()) if isinstance(rows[1], Tensor) else int(rows[1])
     if grid is None:
         grid = getattr(model, "grid", None)
-    if grid is None:
-        raise OspoError("capture: this model has no grid; give grid=(rows, columns) of the image tokens")
-    if grid[0] * grid[1] != count:
+    if grid is not None and grid[0] * grid[1] != count:
         raise OspoError(
             f"capture: rows holds {count} positions, the grid {grid[0]} by {grid[1]}; give the grid= that fits"
         )

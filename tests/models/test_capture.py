@@ -1,5 +1,6 @@
 """AttentionCapture against the attention matrices of the eager implementation."""
 
+import functools
 import re
 import warnings
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OpError, OspoError
-from ospo_fast.models.capture import AttentionCapture
+from ospo_fast.models._column_probabilities import AttentionCall, PlainRequests
+from ospo_fast.models.capture import AttentionCapture, _pad_columns
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.ops.attention_columns import ColumnRequest
 from ospo_fast.shapes.model import build_model, build_processor
@@ -30,7 +32,7 @@ def reference(
     decoder.set_attn_implementation("eager")
     with torch.no_grad():
         found = decoder(inputs_embeds=x, attention_mask=mask, output_attentions=True, use_cache=False).attentions
-    decoder.set_attn_implementation(before)
+    decoder.config._attn_implementation = before  # which need not be installed
     return torch.stack([found[i] if heads is None else found[i][:, heads] for i in layers]).mean((0, 2))
 
 
@@ -216,75 +218,382 @@ def test_one_capture_takes_one_full_forward(tiny: JanusUnifiedModel) -> None:
     with capture:
         forward(tiny, inputs(tiny))
     assert capture.maps.shape == (3, 2, 6, 6)
-    with torch.no_grad():
-        past = tiny.decoder(inputs_embeds=inputs(tiny, length=4), use_cache=True).past_key_values
-        with pytest.raises(OspoError, match="use_cache"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
-            tiny.decoder(inputs_embeds=inputs(tiny), past_key_values=past)
 
 
-def test_masks_with_holes_are_refused(tiny: JanusUnifiedModel) -> None:
-    mask = torch.ones(3, PROMPT + TOKENS, dtype=torch.long)
-    mask[0, 4] = 0
-    with pytest.raises(OspoError, match="holes"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
+class Attended:
+    """The true probabilities (B, H, Q, K) of each attention by SDPA, in float64, from its arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.probabilities: list[Tensor] = []
+        self._last: Tensor | None = None
+        self._run = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", self)
+
+    def __call__(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        if self._last is q:  # the capture runs the same attention on other values
+            return self._run(q, k, v, dropout_p=dropout_p, **options)
+        self._last = q
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = (q.double() @ keys.double().mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        self.probabilities.append(scores.softmax(-1).detach())
+        return self._run(q, k, v, dropout_p=dropout_p, **options)
+
+    def mean(self, layers: list[int]) -> Tensor:
+        """(B, Q, K): mean over layers and heads."""
+        return torch.stack([self.probabilities[layer] for layer in layers]).mean((0, 2)).float()
+
+
+def causal_mask(length: int = PROMPT + TOKENS) -> Tensor:
+    return torch.ones(length, length).tril().bool()
+
+
+def hole(seen: Tensor) -> Tensor:
+    return seen.index_put((torch.tensor(20), torch.tensor(4)), torch.tensor(False))
+
+
+def prefix(seen: Tensor) -> Tensor:
+    """The first half of the image sees itself."""
+    seen = seen.clone()
+    seen[9:27, 9:27] = True
+    return seen
+
+
+def later_key(seen: Tensor) -> Tensor:
+    return seen.index_put((torch.tensor(20), torch.tensor(21)), torch.tensor(True))
+
+
+def window(seen: Tensor) -> Tensor:
+    return seen & ~torch.ones_like(seen).tril(-30)
+
+
+def blocks(seen: Tensor) -> Tensor:
+    """Two packed sequences: the rows before the second one are no padding."""
+    first = torch.arange(len(seen)) < 20
+    return seen & (first[:, None] == first)
+
+
+MASKS = [causal_mask, hole, prefix, later_key, window, blocks]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("change", MASKS)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_any_mask(tiny: JanusUnifiedModel, change, additive: bool, heads: int, monkeypatch) -> None:
+    """Masks of all heads and of one head, bool and additive, seen in each captured row."""
+    seen = causal_mask() if change is causal_mask else change(causal_mask())
+    mask = seen.expand(3, heads, -1, -1).clone()
+    mask[:, 1:] = causal_mask()
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    attended, x = Attended(monkeypatch), inputs(tiny)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        hidden = forward(tiny, x, mask)
+    compare(capture.maps, attended.mean([0, 1, 2]), COLUMNS)
+    assert torch.equal(hidden, forward(tiny, x, mask))
+    if additive:  # eager attention adds its masks
+        compare(capture.maps, reference(tiny.decoder, x, mask, [0, 1, 2]), COLUMNS)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("value", [3.0, -4.0, -1e4])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_biases(tiny: JanusUnifiedModel, implementation: str, value: float, heads: int) -> None:
+    """Finite biases on two keys, and on distance as in ALiBi, of all heads or other ones for each head."""
+    x, tiny.decoder.config._attn_implementation = inputs(tiny), implementation
+    S = PROMPT + TOKENS
+    bias = torch.zeros(1, heads, S, S).masked_fill(~causal_mask(), torch.finfo(torch.float32).min)
+    distance = (torch.arange(S)[:, None] - torch.arange(S)).clamp(min=0)
+    for kind in ("keys", "distance"):
+        mask = bias.clone()
+        if kind == "keys":
+            mask[:, -1, 8:, 2:4] += value
+        else:
+            slopes = 0.25 * torch.arange(1, heads + 1)
+            mask = torch.where(causal_mask(), -slopes[:, None, None] * distance, mask)
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+            forward(tiny, x, mask)
+        compare(capture.maps, reference(tiny.decoder, x, mask, [0, 1, 2]), COLUMNS)
+
+
+def test_masks_that_differ_by_layer(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask of each captured layer is read, also where it is changed in place."""
+    mask = causal_mask().expand(3, 1, -1, -1).clone()
+
+    def change(*_) -> None:
+        mask[:, :, 20:, 3:5] = False
+
+    tiny.decoder.layers[0].register_forward_hook(change)
+    other = window(causal_mask())[None, None].expand(3, 1, -1, -1)
+    own = type(tiny.decoder.layers[2]).forward
+    layer = tiny.decoder.layers[2]
+    layer.forward = lambda *a, **k: own(layer, *a, **{**k, "attention_mask": other})
+    attended = Attended(monkeypatch)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
         forward(tiny, inputs(tiny), mask)
-
-
-def full_mask(seen: Tensor, additive: bool) -> Tensor:
-    """(B, 1, S, S) from (S, S), as transformers hands it to attention."""
-    seen = seen.expand(3, 1, -1, -1)
-    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if additive else seen
-
-
-@pytest.mark.parametrize(("implementation", "additive"), [("eager", True), ("sdpa", False)])
-def test_masks_that_are_not_causal_are_refused(tiny: JanusUnifiedModel, implementation: str, additive: bool) -> None:
-    tiny.decoder.set_attn_implementation(implementation)
-    x, causal = inputs(tiny), torch.ones(PROMPT + TOKENS, PROMPT + TOKENS).tril().bool()
-    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
-        forward(tiny, x, full_mask(causal, additive))
-    compare(capture.maps, reference(tiny.decoder, x, None, [0, 1, 2]), COLUMNS)
-    # All rows; the first half of the image; one key of one row in the middle of the image.
-    for rows, keys in ((slice(None), slice(None)), (slice(9, 27), slice(9, 27)), (20, 21)):
-        prefix = causal.clone()
-        prefix[rows, keys] = True
-        with (
-            pytest.raises(OspoError, match="keys after themselves"),
-            AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
-        ):
-            forward(tiny, x, full_mask(prefix, additive))
-    # A hole that the last row does not have is found. What the prompt's rows see is not checked.
-    hole, prompt = causal.clone(), causal.clone()
-    hole[20, 4], prompt[2, 5] = False, True
-    with pytest.raises(OspoError, match="holes"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
-        forward(tiny, x, full_mask(hole, additive))
-    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
-        forward(tiny, x, full_mask(prompt, additive))
-    assert capture.maps.isfinite().all()
+    for index, maps in enumerate(capture.layer_maps):
+        compare(maps, attended.mean([index]), COLUMNS)
 
 
 @pytest.mark.parametrize("by_option", [False, True])
-def test_layers_that_are_not_causal_are_refused(tiny: JanusUnifiedModel, by_option: bool) -> None:
+def test_layers_that_are_not_causal(tiny: JanusUnifiedModel, by_option: bool, monkeypatch) -> None:
     attention = tiny.decoder.layers[1].self_attn
     if by_option:
         own = type(attention).forward
         attention.forward = lambda *a, **k: own(attention, *a, **k, is_causal=False)
     else:
         attention.is_causal = False
-    with pytest.raises(OspoError, match="layer 1 is not causal"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
-        forward(tiny, inputs(tiny))
-    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, layers=[0]) as capture:
-        forward(tiny, inputs(tiny))
-    assert capture.maps.isfinite().all()
-
-
-def test_float64_decoder(tiny: JanusUnifiedModel) -> None:
-    tiny.module.double()
-    x = inputs(tiny).double()
+    attended = Attended(monkeypatch)
     with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
-        forward(tiny, x)
+        forward(tiny, inputs(tiny))
+    assert attended.probabilities[1][..., 0, -1].min() > 0
+    for index, maps in enumerate(capture.layer_maps):
+        compare(maps, attended.mean([index]), COLUMNS)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_sequences(tiny: JanusUnifiedModel, implementation: str) -> None:
+    """Position ids that start again: the rows of the first sequence are no padding of the second one."""
+    ids = torch.randint(3, 20, (1, PROMPT + TOKENS))
+    positions = torch.cat([torch.arange(20), torch.arange(PROMPT + TOKENS - 20)])[None]
+    model = deep(2)
+    maps = []
+    for name in ("eager", implementation):
+        model.set_attn_implementation(name)
+        arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        with torch.no_grad(), AttentionCapture(model, columns=[[[3, 4], [25]]], rows=ROWS) as capture:
+            outputs = model(**arguments, output_attentions=name == "eager")
+        maps.append(capture.maps)
+        if name == "eager":
+            probs = torch.stack(outputs.attentions).mean((0, 2))
+    compare(maps[1], probs, [[[3, 4], [25]]])
+    assert maps[1][0, 0, :11].min() > 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_arguments_by_name_and_by_place(tiny: JanusUnifiedModel, padded: bool) -> None:
+    """Models call their attention in different ways: the mask by name, or the options by place."""
+    from transformers.models.llama import modeling_llama
+
+    interface = modeling_llama.ALL_ATTENTION_FUNCTIONS
+    x, mask = inputs(tiny), torch.ones(3, PROMPT + TOKENS, dtype=torch.long)
+    if padded:
+        mask[1, :3] = 0
+    expected = reference(tiny.decoder, x, mask, [0, 1, 2])
+
+    def by_name(run, module, q, k, v, mask, **options):
+        return run(module, value=v, attention_mask=mask, key=k, query=q, **options)
+
+    def by_place(run, module, q, k, v, mask, dropout, scaling, **options):
+        return run(module, q, k, v, mask, dropout, scaling, **options)
+
+    for call in (by_name, by_place):
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+            get = interface.get_interface
+            interface.get_interface = lambda *a, get=get, call=call: functools.partial(call, get(*a))
+            forward(tiny, x, mask)
+        compare(capture.maps, expected, COLUMNS)
+
+
+@pytest.mark.parametrize("mask", [None, window(causal_mask())])
+def test_float64_decoder(tiny: JanusUnifiedModel, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.module.double()
+    attended = Attended(monkeypatch)
+    columns = [[[3, 4, 5], [5]]] * 3
+    with AttentionCapture(tiny, columns=columns, rows=ROWS) as capture:
+        forward(tiny, inputs(tiny).double(), None if mask is None else mask.expand(3, 1, -1, -1))
     assert capture.maps.dtype == torch.float64
-    probs = reference(tiny.decoder, x, None, [0, 1, 2])
-    # transformers' eager attention takes its softmax in float32.
-    torch.testing.assert_close(capture.maps[0, 1].flatten(), probs[0, PROMPT:, 5], rtol=1e-6, atol=1e-9)
+    probs = torch.stack(attended.probabilities).mean((0, 2))[:, PROMPT:]
+    expected = torch.stack([probs[..., 3:6].mean(-1), probs[..., 5]], 1)
+    torch.testing.assert_close(capture.maps.flatten(2), expected, rtol=0, atol=1e-13)
+
+
+def test_models_without_a_grid() -> None:
+    model = deep(2)
+    ids = torch.randint(0, 20, (2, 16))
+    with torch.no_grad(), AttentionCapture(model, columns=[[[1, 2], [3]], [[0]]], rows=(4, 11)) as capture:
+        model(ids)
+    assert capture.maps.shape == (2, 2, 11)
+    assert capture.layer_maps.shape == (2, 2, 2, 11)
+    compare(
+        capture.maps, reference(model.model, model.model.embed_tokens(ids), None, [0, 1]), [[[1, 2], [3]], [[0]]], 4
+    )
+
+
+def test_a_cache_that_holds_the_beginning(tiny: JanusUnifiedModel) -> None:
+    """Rows and columns are positions in the whole sequence, for any part of it that a pass runs."""
+    x = inputs(tiny)
+    expected = reference(tiny.decoder, x, None, [0, 1, 2])
+    with torch.no_grad():
+        past = tiny.decoder(inputs_embeds=x[:, :4], use_cache=True).past_key_values
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+            tiny.decoder(inputs_embeds=x[:, 4:20], past_key_values=past)
+            with pytest.raises(OspoError, match=r"rows end at position 45, but 20 positions ran"):
+                _ = capture.maps
+            tiny.decoder(inputs_embeds=x[:, 20:], past_key_values=past)
+    compare(capture.maps, expected, COLUMNS)
+
+
+def generator(kind: str) -> torch.nn.Module:
+    """Models with a cache of all keys, of a window, and of both."""
+    import transformers
+
+    common = {
+        "vocab_size": 20, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
+    elif kind == "mistral":
+        model = transformers.MistralForCausalLM(transformers.MistralConfig(**common, sliding_window=6))
+    else:
+        layers = ["sliding_attention", "full_attention"]
+        config = transformers.Gemma3TextConfig(**common, head_dim=8, sliding_window=6, layer_types=layers)
+        model = transformers.Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(15)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}], ids=str)
+def test_steps_of_generate_and_replay(kind: str, options: dict) -> None:
+    """The rows that predict the new tokens, captured step by step and by a second pass."""
+    model, ids, mask = generator(kind), torch.randint(3, 20, (2, 10)), torch.ones(2, 22, dtype=torch.long)
+    mask[1, :3] = 0
+    arguments: dict = {"columns": [[[4, 5], [12]]] * 2, "rows": (9, 11)}
+    with AttentionCapture(model, **arguments) as capture:
+        sequence = model.generate(
+            ids, attention_mask=mask[:, :10], max_new_tokens=12, do_sample=False, disable_compile=True, **options
+        )
+    steps = capture.maps
+    maps = AttentionCapture(model, **arguments).replay(sequence, attention_mask=mask[:, : sequence.shape[1]])
+    assert sequence.shape[1] == 22
+    model.set_attn_implementation("eager")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = model(sequence, attention_mask=mask, position_ids=positions, output_attentions=True).attentions
+    probs = torch.stack(found).mean((0, 2))[:, 9:20]
+    expected = torch.stack([probs[..., 4:6].mean(-1), probs[..., 12]], 1)
+    assert expected.max() > 0.14
+    torch.testing.assert_close(maps, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(steps, expected, rtol=0, atol=1e-6)
+
+
+def test_the_last_token_of_generate() -> None:
+    model, ids = generator("llama"), torch.randint(3, 20, (1, 10))
+    capture = AttentionCapture(model, columns=[[[4]]], rows=(10, 5))
+    with capture:
+        sequence = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with pytest.raises(OspoError, match=r"rows end at position 15, but 14 positions ran.*capture\.replay"):
+        _ = capture.maps
+    assert capture.replay(sequence).shape == (1, 1, 5)
+    beyond = AttentionCapture(model, columns=[[[40]]], rows=(9, 5))
+    with beyond:
+        model.generate(ids, max_new_tokens=5, do_sample=False)
+    with pytest.raises(OpError, match="columns are up to 40, expected at most 13"):
+        _ = beyond.maps
+    again = AttentionCapture(model, columns=[[[4]]], rows=(4, 5))
+    with pytest.raises(OspoError, match="one capture takes one sequence"), again:
+        model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["decoder_attentions", "cross_attentions", "encoder_attentions"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_encoder_decoders(kind: str, implementation: str) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=20, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=40,
+        attn_implementation=implementation, forced_eos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    ids, later = torch.randint(3, 20, (2, 9)), torch.randint(3, 20, (2, 12))
+    columns = [[[4, 5], [8]], [[0]]]
+    with pytest.raises(OspoError, match="is an encoder-decoder; give attentions="):
+        AttentionCapture(model, columns=columns, rows=(2, 6))
+    arguments: dict = {"columns": columns, "rows": (2, 6), "attentions": kind}
+    with torch.no_grad(), AttentionCapture(model, **arguments) as capture:
+        model(input_ids=ids, decoder_input_ids=later)
+    maps = AttentionCapture(model, **arguments).replay(later, input_ids=ids)
+    assert torch.equal(maps, capture.maps)
+    if kind != "encoder_attentions":
+        with AttentionCapture(model, **{**arguments, "columns": [[[1], [2]]] * 2}) as capture:
+            sequence = model.generate(ids, max_new_tokens=9, do_sample=False, num_beams=1)
+        again = AttentionCapture(model, **{**arguments, "columns": [[[1], [2]]] * 2}).replay(sequence, input_ids=ids)
+        torch.testing.assert_close(capture.maps, again, rtol=0, atol=1e-6)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        outputs = model(input_ids=ids, decoder_input_ids=later, output_attentions=True)
+    compare(maps, torch.stack(outputs[kind]).mean((0, 2)), columns, 2)
+
+
+def test_arguments_of_cross_attention() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids, later = torch.randint(3, 20, (1, 4)), torch.randint(3, 20, (1, 5))
+    for columns, rows, message in (([[[4]]], (0, 5), "encoder has 4 positions"), ([[[3]]], (2, 4), "5 positions")):
+        with pytest.raises(OpError, match=message):
+            AttentionCapture(model, columns=columns, rows=rows, attentions="cross_attentions").replay(
+                later, input_ids=ids, use_cache=False
+            )
+    with pytest.raises(OspoError, match="attentions is 'words', expected one of"):
+        AttentionCapture(model, columns=[[[1]]], rows=(0, 5), attentions="words")
+    with pytest.raises(OspoError, match="names no modules for cross_attentions"):
+        AttentionCapture(deep(1), columns=[[[1]]], rows=(0, 5), attentions="cross_attentions")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_eager_functions_of_two_families(order: tuple[int, int]) -> None:
+    """Each family has its own eager function: the first one captured does not lend it to the other."""
+    from transformers import GptOssConfig, GptOssModel, OPTConfig, OPTModel
+
+    common = {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = OPTConfig(**common, ffn_dim=16, word_embed_proj_dim=32, max_position_embeddings=40)
+    oss = GptOssConfig(
+        **common, intermediate_size=16, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+    )
+    models = [OPTModel(opt).eval(), GptOssModel(oss).eval()]
+    torch.nn.init.normal_(models[1].layers[0].self_attn.sinks)
+    ids = torch.randint(3, 20, (1, 20))
+    for index in order:
+        model = models[index]
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            plain = model(input_ids=ids, use_cache=False, output_attentions=True)
+            with AttentionCapture(model, columns=[[[2, 3]]], rows=(8, 9)) as capture:
+                hidden = model(input_ids=ids, use_cache=False).last_hidden_state
+        assert torch.equal(hidden, plain.last_hidden_state)
+        compare(capture.maps, torch.stack(plain.attentions).mean((0, 2)), [[[2, 3]]], 8)
+
+
+def test_attention_of_the_module_itself(tiny: JanusUnifiedModel) -> None:
+    """Older model files compute attention in the module, which returns the weights under eager attention only."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    config = FalconConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    ids, arguments = torch.randint(3, 20, (2, 20)), {"columns": [[[2, 3]]] * 2, "rows": (8, 9)}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with (
+        pytest.raises(OspoError, match=r"FalconAttention computes 'sdpa' attention itself.*'eager'"),
+        AttentionCapture(model, **arguments),
+    ):
+        raise AssertionError("the context was entered")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad(), AttentionCapture(model, **arguments) as capture:
+        outputs = model(ids, output_attentions=True)
+    compare(capture.maps, torch.stack(outputs.attentions).mean((0, 2)), [[[2, 3]]] * 2, 8)
 
 
 def test_columns_are_checked_once_per_pass(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,8 +643,6 @@ def test_unsupported_models(tiny: JanusUnifiedModel) -> None:
         AttentionCapture(torch.nn.Linear(2, 2), columns=COLUMNS, rows=ROWS, grid=(6, 6))
     with pytest.raises(OspoError, match="expected a model"):
         AttentionCapture("model", columns=COLUMNS, rows=ROWS, grid=(6, 6))
-    with pytest.raises(OspoError, match="grid="):
-        AttentionCapture(tiny.module, columns=COLUMNS, rows=ROWS)
     tiny.decoder.config._attn_implementation = "abacus"
     with pytest.raises(OspoError, match="abacus"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
         pass
@@ -363,7 +670,7 @@ def test_lse_of_the_attention_that_ran_is_used(
     monkeypatch.setattr(ColumnRequest, "run", lambda *a, **k: has_lse.append(k["lse"] is not None) or run(*a, **k))
     with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
         forward(tiny, inputs(tiny))
-    assert has_lse == [implementation == "sdpa"] * 3
+    assert has_lse == ([True] * 3 if implementation == "sdpa" else [])  # eager attention returns its weights
     assert capture.maps.isfinite().all()
 
 
@@ -380,8 +687,6 @@ def register(name: str, monkeypatch: pytest.MonkeyPatch, attention) -> list:
 
     masks = ALL_MASK_ATTENTION_FUNCTIONS
     for registry, function in ((ALL_ATTENTION_FUNCTIONS, checked), (masks, flash_attention_mask)):
-        for key in (name, f"ospo_capture|{name}"):
-            monkeypatch.delitem(registry._global_mapping, key, raising=False)
         monkeypatch.setitem(registry._global_mapping, name, function)
     return names
 
@@ -409,33 +714,128 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 LSE_SHIFT = 0.0
 
 
-def flash(module, query, key, value, mask, **kwargs):
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return torch.ops.flash_attn._flash_attn_forward(q, k, v, module.scaling)[0], None
-
-
 def xformers(module, query, key, value, mask, **kwargs):
     """Returns no log-sum-exp."""
     probs = scores_of(module, query, key, mask).softmax(-1)
     return (probs @ value.repeat_interleave(module.num_key_value_groups, 1)).transpose(1, 2).contiguous(), None
 
 
-@pytest.mark.parametrize(("name", "attention"), [("flash_attention_2", flash), ("xformers", xformers)])
-def test_registered_attention(tiny: JanusUnifiedModel, name: str, attention, monkeypatch) -> None:
+def test_registered_attention(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that returns neither weights nor a log-sum-exp."""
     x = inputs(tiny)
     expected = reference(tiny.decoder, x, None, [0, 1, 2])
-    names = register(name, monkeypatch, attention)
-    tiny.decoder.config._attn_implementation = name
+    names = register("xformers", monkeypatch, xformers)
+    tiny.decoder.config._attn_implementation = "xformers"
     before = forward(tiny, x)
     with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
         assert torch.equal(forward(tiny, x), before)
     compare(capture.maps, expected, COLUMNS)
-    assert set(names) == {name}  # the attention reads its own name, captured or not
-    if name == "flash_attention_2":
-        monkeypatch.setitem(globals(), "LSE_SHIFT", 1.0)
-        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as shifted:
-            forward(tiny, x)
-        torch.testing.assert_close(shifted.maps, capture.maps / torch.e)  # its log-sum-exp is used
+    assert set(names) == {"xformers"}  # the attention reads its own name, captured or not
+
+
+def flash(
+    query, key, value, mask, query_length, is_causal, softmax_scale, sliding_window=None, softcap=None, s_aux=None,
+    position_ids=None, **kwargs,
+):  # fmt: skip
+    """What transformers' flash attention calls, (B, S, H, D) in and out."""
+    assert is_causal
+    assert kwargs["dropout"] == 0
+    special = any(x is not None for x in (mask, sliding_window, softcap, s_aux))
+    if not special and (position_ids is None or bool((position_ids.diff() == 1).all())):
+        return torch.ops.flash_attn._flash_attn_forward(query, key, value, softmax_scale)[0]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    scores = q @ k.mT * softmax_scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    S = q.shape[2]
+    seen = causal_mask(S)
+    if sliding_window is not None:
+        seen = seen & ~torch.ones(S, S).tril(-sliding_window).bool()
+    if mask is not None:
+        seen = seen & mask[:, None, None].bool()
+    elif position_ids is not None:
+        sequence = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+        seen = seen & (sequence[:, :, None] == sequence[:, None])[:, None]
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(q), -1, S, 1)], -1)
+    FLASH_WEIGHTS.append(scores.softmax(-1)[..., :S])
+    return (FLASH_WEIGHTS[-1] @ v).transpose(1, 2)
+
+
+FLASH_WEIGHTS: list[Tensor] = []
+FLASH_CASES: list[dict] = [
+    {}, {"sliding_window": 8}, {"sliding_window": 100}, {"softcap": 0.1}, {"s_aux": torch.tensor([1.0, -1.0, 0.5, 2.0])}
+]  # fmt: skip
+
+
+@pytest.fixture
+def flash_model(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> JanusUnifiedModel:
+    from transformers.integrations import flash_attention
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash)
+    monkeypatch.setitem(globals(), "FLASH_WEIGHTS", [])
+    tiny.decoder.config._attn_implementation = "flash_attention_2"
+    return tiny
+
+
+def test_log_sum_exp_of_flash_attention(flash_model: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(flash_model)
+    with AttentionCapture(flash_model, columns=COLUMNS, rows=ROWS) as capture:
+        forward(flash_model, x)
+    monkeypatch.setitem(globals(), "LSE_SHIFT", 1.0)
+    with AttentionCapture(flash_model, columns=COLUMNS, rows=ROWS) as shifted:
+        forward(flash_model, x)
+    torch.testing.assert_close(shifted.maps, capture.maps / torch.e)  # its log-sum-exp is used
+    compare(capture.maps, reference(flash_model.decoder, x, None, [0, 1, 2]), COLUMNS)
+
+
+@pytest.mark.parametrize("case", FLASH_CASES, ids=lambda case: next(iter(case), "plain"))
+@pytest.mark.parametrize("padding", [None, "left", "right", "hole"])
+def test_options_of_flash_attention(flash_model: JanusUnifiedModel, case: dict, padding: str | None) -> None:
+    """Windows, soft caps and sinks reach flash attention as options, and masks have two dimensions."""
+    for layer in flash_model.decoder.layers:
+        attention = layer.self_attn
+        own = type(attention).forward
+        attention.forward = lambda *a, attention=attention, own=own, **k: own(attention, *a, **k, **case)
+    x, mask = inputs(flash_model), None
+    if padding:
+        mask = torch.ones(3, PROMPT + TOKENS, dtype=torch.long)
+        mask[1, {"left": slice(0, 2), "right": slice(-3, None), "hole": slice(5, 7)}[padding]] = 0
+    rows = (PROMPT, TOKENS - 4)
+    with AttentionCapture(flash_model, columns=COLUMNS, rows=rows, grid=(4, 8)) as capture:
+        forward(flash_model, x, mask)
+    if case in ({}, {"sliding_window": 100}):
+        probs = reference(flash_model.decoder, x, mask, [0, 1, 2])
+    else:
+        # Each layer ran twice: the second time on values that mark the columns.
+        assert len(FLASH_WEIGHTS) == 6
+        probs = torch.stack(FLASH_WEIGHTS[::2]).mean((0, 2))
+    compare(capture.maps, probs, COLUMNS)
+
+
+def test_packed_sequences_of_flash_attention(flash_model: JanusUnifiedModel) -> None:
+    """Flash attention takes position ids that start again for packed sequences."""
+    x = inputs(flash_model, batch=1)
+    positions = torch.cat([torch.arange(20), torch.arange(PROMPT + TOKENS - 20)])[None]
+    with torch.no_grad(), AttentionCapture(flash_model, columns=[[[3, 4], [25]]], rows=ROWS) as capture:
+        flash_model.decoder(inputs_embeds=x, position_ids=positions, use_cache=False)
+    compare(capture.maps, torch.stack(FLASH_WEIGHTS[::2]).mean((0, 2)), [[[3, 4], [25]]])
+    assert capture.maps[0, 0].flatten()[:11].min() > 0
+
+
+def test_log_sum_exp_is_not_used_twice(flash_model: JanusUnifiedModel) -> None:
+    """Sequences of several lengths in one tensor, as trainers without padding pack them."""
+    ends = torch.tensor([0, 20, PROMPT + TOKENS], dtype=torch.int32)
+    for layer in flash_model.decoder.layers:
+        attention = layer.self_attn
+        own = type(attention).forward
+        attention.forward = lambda *a, attention=attention, own=own, **k: own(
+            attention, *a, **k, softcap=50.0, cu_seq_lens_q=ends, cu_seq_lens_k=ends
+        )
+    x = inputs(flash_model, batch=1)
+    with AttentionCapture(flash_model, columns=COLUMNS[:1], rows=ROWS) as capture:
+        forward(flash_model, x)
+    compare(capture.maps, torch.stack(FLASH_WEIGHTS[::2]).mean((0, 2)), COLUMNS[:1])
 
 
 def test_padding_masks_of_flash_attention(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,34 +850,42 @@ def test_padding_masks_of_flash_attention(tiny: JanusUnifiedModel, monkeypatch: 
     compare(capture.maps, expected, columns, PROMPT + 4)
 
 
-def test_unsupported_attention_is_refused(tiny: JanusUnifiedModel) -> None:
+def test_differential_attention_is_refused() -> None:
+    from transformers import DiffLlamaConfig, DiffLlamaModel
+
+    config = DiffLlamaConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = DiffLlamaModel(config).eval()
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with (
+            pytest.raises(OspoError, match=r"differential attention: .*difference of two"),
+            AttentionCapture(model, columns=[[[1]]], rows=(2, 4)),
+        ):
+            raise AssertionError("the context was entered")
+
+
+def test_attention_that_runs_twice_is_refused(tiny: JanusUnifiedModel) -> None:
     attention = tiny.decoder.layers[1].self_attn
-    attention.sliding_window = 8
-    with (
-        pytest.raises(OspoError, match="layer 1 has a sliding window of 8"),
-        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
-    ):
-        forward(tiny, inputs(tiny))
-    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS, layers=[0, 2]) as capture:
-        forward(tiny, inputs(tiny))
-    assert capture.maps.isfinite().all()
-    del attention.sliding_window
     own = type(attention).forward
-    attention.forward = lambda *a, **k: own(attention, *a, **k, softcap=30.0)
-    tiny.decoder.set_attn_implementation("eager")
-    with (
-        pytest.raises(OspoError, match="layer 1 changes its scores by softcap"),
-        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
-    ):
+    attention.forward = lambda *a, **k: (own(attention, *a, **k), own(attention, *a, **k))[0]
+    with pytest.raises(OspoError, match="more than once"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
         forward(tiny, inputs(tiny))
-    del attention.forward
-    ends = torch.tensor([0, PROMPT + TOKENS], dtype=torch.int32)
+
+
+def test_paged_attention_is_refused(tiny: JanusUnifiedModel) -> None:
+    tiny.decoder.config._attn_implementation = "paged|eager"
+    with pytest.raises(OspoError, match="shared cache"), AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
+        pass
+    tiny.decoder.config._attn_implementation = "sdpa"
     with (
-        pytest.raises(OspoError, match="packed sequences"),
+        pytest.raises(OspoError, match="paged cache"),
         AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
         torch.no_grad(),
     ):
-        tiny.decoder(inputs_embeds=inputs(tiny), use_cache=False, cu_seq_lens_q=ends)
+        tiny.decoder(inputs_embeds=inputs(tiny), use_cache=False, cache=object())
 
 
 def test_torch_compile(tiny: JanusUnifiedModel) -> None:
@@ -562,23 +970,31 @@ def test_cuda_attention_backends(backend: str, padding: bool, monkeypatch) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [2, 4])
-def test_cuda_mask_synchronizes_once(tiny: JanusUnifiedModel, dim: int) -> None:
-    capture, S = AttentionCapture(tiny, columns=COLUMNS, rows=ROWS), PROMPT + TOKENS
+def test_cuda_mask_synchronizes_once(dim: int) -> None:
+    """The layers share the mask, which is inspected once."""
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    S = PROMPT + TOKENS
     mask = torch.ones(3, S, dtype=torch.bool)
     mask[1, :2] = False
     if dim == 4:
         mask = (mask[:, None, None] & torch.ones(S, S).tril().bool()).contiguous()
     q, mask = torch.randn(3, 4, S, 16).cuda(), mask.cuda()
+    function = sdpa_attention_forward if dim == 4 else flash_attention_forward
+    call = AttentionCall(function, torch.nn.Identity(), q, q, q, mask, {"is_causal": True})
     for _ in range(2):  # the first call allocates pinned memory
+        requests = PlainRequests(ColumnRequest.from_args(_pad_columns(COLUMNS), 3, S, rows=ROWS), q.device, 1)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as synchronizations:
             warnings.simplefilter("always")
-            request = capture._build_request(q, mask)
+            found = [requests.get(call) for _ in range(3)]
         torch.cuda.set_sync_debug_mode("default")
     messages = [str(warning.message) for warning in synchronizations]
     assert sum("called a synchronizing" in message for message in messages) == 1, messages
-    assert request.key_start.tolist() == [0, 2, 0]
+    assert all(found)
+    assert found[0][0].key_start.tolist() == [0, 2, 0]
 
 
 @pytest.mark.gpu
