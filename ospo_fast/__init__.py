@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         token_logprobs,
         token_weights,
     )
+    from ospo_fast.report.overlay import show
     from ospo_fast.stages.select import select_pair
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "sample_codes",
     "select_pair",
     "sequence_logprobs",
+    "show",
     "token_logprobs",
     "token_weights",
 ]
@@ -56,6 +58,7 @@ _MODULES = {
     "OSPOLossConfig": "loss",
     "load_model": "models",
     "select_pair": "stages.select",
+    "show": "report.overlay",
 }
 
 

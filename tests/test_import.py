@@ -48,6 +48,14 @@ def test_the_operations_need_torch_and_numpy_only() -> None:
     assert not loaded & {"transformers", "peft", "accelerate", "PIL", "matplotlib", "omegaconf", "skimage", "scipy"}
 
 
+def test_show_needs_pillow_only_and_only_when_it_is_called() -> None:
+    loaded = modules_after("from ospo_fast import show")
+    assert not loaded & {"PIL", "transformers", "jinja2", "omegaconf", "matplotlib"}
+    call = "show('image.png', torch.rand(1, 6, 6), ['cat'])"
+    hidden = f"import sys, torch; sys.modules['PIL'] = None; from ospo_fast import show, errors\ntry: {call}\n"
+    modules_after(f"{hidden}except errors.OspoError as error: assert 'pip install pillow' in str(error)\nelse: 1 / 0")
+
+
 def test_the_extra_is_what_the_stages_import() -> None:
     """A package that nothing imports is not installed for users. peft itself requires accelerate."""
     imported = set()
@@ -88,6 +96,7 @@ SIGNATURES = {
     "ImageGenerator": ("model", ""),
     "load_model": ("name_or_path", "device dtype"),
     "select_pair": ("record rule rng", ""),
+    "show": ("image maps words", ""),
 }
 PRESET_FIELDS = (
     "beta gamma_beta_ratio beta_cond gamma_beta_ratio_cond simpo_weight cond_weight sft_weight label_smoothing "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import Failure
-from ospo_fast.records import ROLES, Pair, Record, image_index, image_verdicts, variant_index
+from ospo_fast.records import ROLES, ObjectSpan, Pair, Record, image_index, image_verdicts, variant_index
 from ospo_fast.report.load import Item, Run, number
 from ospo_fast.report.masks import encode_masks
+from ospo_fast.stages.object_tokens import find_spans
 
 if TYPE_CHECKING:
     from ospo_fast.report.images import Album
@@ -130,8 +131,49 @@ def _masks(record: Record, pair: Pair, masks: Arrays | Failure) -> dict[str, Any
     notes = [f"{noun}: {reason}" for noun, reason in (record.get("unmatched_objects") or {}).items()]
     if isinstance(masks, Failure):
         return {"reason": masks.reason, "notes": notes}
-    alarms = [f"mask of the {alarm}" for alarm in (pair.get("mask_stats") or {}).get("alarms", [])]
     encoded = encode_masks(masks)
-    objects = [span["text"] for span in record.get("objects") or []]
+    spans = (record.get("objects") or [])[: len(encoded["chosen"]["maps"])]
+    alarms = [f"mask of the {alarm}" for alarm in (pair.get("mask_stats") or {}).get("alarms", [])]
+    objects = [span["text"] for span in spans]
     objects += [f"object {index + 1}" for index in range(len(objects), len(encoded["chosen"]["maps"]))]
-    return {"notes": alarms + notes, "objects": objects, **encoded}
+    words = {
+        "prompt": mark_objects(record.get("prompt") or "", spans, own_spans=True),
+        "rejectedPrompt": mark_objects(pair.get("rejected_prompt") or "", spans, own_spans=False),
+    }
+    return {"notes": alarms + notes, "objects": objects, "words": words, **encoded}
+
+
+def mark_objects(text: str, objects: Sequence[ObjectSpan], *, own_spans: bool) -> list[tuple[str, int | None]]:
+    """Split a text into parts, each with the index of the object that it names, or None.
+
+    Args:
+        text: a prompt.
+        objects: the objects that have maps, in order.
+        own_spans: the spans of the objects are places in this text.
+
+    A noun's other places in the text name the object, too, because its map is the mean over all of them. A noun of more
+    than one object names none of them outside of their spans.
+
+    """
+    nouns = [span["text"] for span in objects]
+    places: list[tuple[int, int, int]] = []
+    if own_spans:
+        places += [(span["start"], span["end"], index) for index, span in enumerate(objects) if _fits(span, text)]
+    for index, noun in enumerate(nouns):
+        if nouns.count(noun) == 1:
+            places += [(start, end, index) for start, end in find_spans(noun, text)]
+    accepted: list[tuple[int, int, int]] = []
+    for start, end, index in places:
+        if all(end <= other[0] or other[1] <= start for other in accepted):
+            accepted.append((start, end, index))
+    parts: list[tuple[str, int | None]] = []
+    done = 0
+    for start, end, index in sorted(accepted):
+        parts += [(text[done:start], None), (text[start:end], index)]
+        done = end
+    return [part for part in (*parts, (text[done:], None)) if part[0]]
+
+
+def _fits(span: ObjectSpan, text: str) -> bool:
+    start, end = span.get("start"), span.get("end")
+    return isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(text)

@@ -86,6 +86,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         funnel=stats.funnel(run),
         drop_reasons=stats.drop_reasons(run),
         diagnostics=stats.mask_diagnostics([m for m in masks.values() if not isinstance(m, Failure)], records),
+        guide=stats.mask_guide(run),
         gallery=gallery,
         total=len(run.items),
         shown=len(items),

@@ -76,9 +76,11 @@
   const { items, sources } = JSON.parse($("data").textContent);
   const list = $("list");
   const detail = $("detail");
-  const filter = { status: "", overlay: "attention" };
+  const filter = { status: "", overlay: "attention", guide: true };
   let visible = [];
   let selected = null;
+  let [hovered, pinned] = [null, null]; // words of the prompt
+  let reveal = () => {}; // shows attention and mask of an object, by its index, over both images of the pair; null: none
   items.forEach((item, index) => {
     item.index = index;
     item.haystack = [item.prompt, item.id, item.rejectedPrompt, ...item.variants.map((variant) => variant.prompt)]
@@ -147,6 +149,7 @@
   }
 
   function show(scroll) {
+    hovered = pinned = null;
     for (const option of list.querySelectorAll("[aria-selected=true]")) option.setAttribute("aria-selected", "false");
     if (!selected) {
       list.removeAttribute("aria-activedescendant");
@@ -176,6 +179,14 @@
     return [heading(item), pair(item), variants(item), answers(item)].filter(Boolean);
   }
 
+  // A prompt, with the words of objects that have maps as controls of `reveal`.
+  function marked(item, key) {
+    if (!item.masks || !item.masks.words) return item[key];
+    const word = (text, object) =>
+      el("span", { class: "word", role: "button", tabindex: "0", "aria-pressed": "false", "aria-describedby": "word-status", "data-object": object }, text);
+    return item.masks.words[key].map(([text, object]) => (object === null ? text : word(text, object)));
+  }
+
   function heading(item) {
     const place = visible.indexOf(item);
     const step = (label, sign, distance, disabled) => {
@@ -193,7 +204,7 @@
     const terms = [
       ["Concepts", item.concepts],
       ["Relation", item.relation],
-      ["Rejected prompt", item.rejectedPrompt],
+      ["Rejected prompt", item.rejectedPrompt && marked(item, "rejectedPrompt")],
     ].filter(([, value]) => value);
     return el(
       "header",
@@ -205,7 +216,7 @@
         step("Previous prompt", "↑", -1, place <= 0),
         step("Next prompt", "↓", 1, place >= visible.length - 1),
       ),
-      el("h3", {}, item.prompt || "(no prompt)"),
+      el("h3", {}, item.prompt ? marked(item, "prompt") : "(no prompt)"),
       el("p", { class: `judgement ${item.status}` }, verdict.replace(/\.\.$/, ".")),
       terms.length
         ? el("p", { class: "terms" }, terms.flatMap(([label, value], index) => [index ? "  ·  " : "", `${label}: `, el("b", {}, value)]))
@@ -252,9 +263,11 @@
     return svg("svg", { class: "outline", viewBox: `0 0 ${columns} ${rows}`, preserveAspectRatio: "none", "aria-hidden": "true" }, stroke("casing"), stroke("edge"));
   }
 
+  const HINT = "Hover, focus or tap an underlined word of the prompt to see its attention and its mask over both images.";
   const dim = (mask, grid) => canvas("dim", grid, (cell) => [8, 9, 12, mask[cell] ? 0 : 0.74]);
 
   function pair(item) {
+    reveal = () => {};
     if (item.status !== "kept") return null;
     const masks = item.masks;
     const sides = [
@@ -264,28 +277,25 @@
     const masked = masks && masks.grid;
     const columns = masked ? masks.objects.length + 3 : 2;
     const tiles = [];
+    const plain = []; // the frames of the images alone
+    const layers = (side, object) => {
+      const map = unpack(masks[side].maps[object]);
+      const mask = unpack(masks[side].masks[object]);
+      return [canvas("heat", masks.grid, (cell) => ramp(map[cell] / 255)), dim(mask, masks.grid), outline(mask, masks.grid)];
+    };
     tiles.push(el("span"), el("span", { class: "head" }, "image"));
-    if (masked) tiles.push(...masks.objects.map((object) => el("span", { class: "head" }, object)), el("span", { class: "head" }, "all objects"));
+    if (masked) tiles.push(...masks.objects.map((object, index) => el("span", { class: "head", "data-object": index }, object)), el("span", { class: "head other" }, "all objects"));
     for (const [side, key, score] of sides) {
       const image = item.images[key];
       const alt = `${side} image of: ${item.prompt}`;
       const cover = masked ? el("span", {}, `${percent(masks[side].coverage)} masked`) : null;
       tiles.push(el("div", { class: "who" }, el("b", {}, side), el("span", {}, name(key, item)), el("span", {}, `score ${signed(score)}`), cover));
-      tiles.push(el("div", { class: "frame" }, imageNode(image, alt)));
+      plain.push([side, el("div", { class: "frame plain" }, imageNode(image, alt))]);
+      tiles.push(plain[plain.length - 1][1]);
       if (!masked) continue;
       masks.objects.forEach((object, index) => {
-        const map = unpack(masks[side].maps[index]);
-        const mask = unpack(masks[side].masks[index]);
-        tiles.push(
-          el(
-            "div",
-            { class: "frame object", role: "img", "aria-label": `attention to ${object} and its mask over the ${side} image` },
-            imageNode(image, ""),
-            canvas("heat", masks.grid, (cell) => ramp(map[cell] / 255)),
-            dim(mask, masks.grid),
-            outline(mask, masks.grid),
-          ),
-        );
+        const label = `attention to ${object} and its mask over the ${side} image`;
+        tiles.push(el("div", { class: "frame object", role: "img", "aria-label": label, "data-object": index }, imageNode(image, ""), layers(side, index)));
       });
       const union = unpack(masks[side].union);
       tiles.push(
@@ -303,13 +313,37 @@
       });
       return button;
     });
+    const words = masked && [...masks.words.prompt, ...masks.words.rejectedPrompt].some(([, object]) => object !== null);
+    const status = words ? el("p", { class: "legend status", id: "word-status", role: "status" }, HINT) : "";
+    if (words) {
+      reveal = (object) => {
+        block.classList.toggle("reading", object !== null);
+        for (const node of grid.querySelectorAll("[data-object]")) node.classList.toggle("read", node.dataset.object === object);
+        for (const [side, frame] of plain) {
+          for (const layer of frame.querySelectorAll(".heat, .dim, .outline")) layer.remove();
+          if (object !== null) frame.append(...layers(side, object));
+        }
+        const share = (side) => {
+          const mask = unpack(masks[side].masks[object]);
+          return `${percent(mask.reduce((sum, cell) => sum + cell, 0) / mask.length)} of the ${side} image`;
+        };
+        status.textContent = object === null ? HINT : `Mask of \u201c${masks.objects[object]}\u201d: ${share("chosen")}, ${share("rejected")}.`;
+      };
+    }
+    const guide = masked && masks.objects.length ? $("guide").content.firstElementChild.cloneNode(true) : null;
+    if (guide) {
+      guide.open = filter.guide;
+      guide.addEventListener("toggle", () => (filter.guide = guide.open));
+    }
     block.append(
       el("div", { class: "blockhead" }, el("h4", {}, "The pair"), masked ? el("div", { class: "segmented inline", role: "group", "aria-label": "Overlay" }, modes) : null),
+      status,
       el("div", { class: "overlays" }, grid),
       masked
         ? el("p", { class: "legend" }, `Attention of the image tokens to the tokens of each object, dark to bright; outline: the mask. IoU of the chosen and rejected masks: ${percent(masks.iou)}.`)
         : el("p", { class: "legend" }, masks ? `No mask: ${masks.reason}.` : "No mask."),
       ...(masks && masks.notes.length ? [el("p", { class: "legend" }, `Note: ${masks.notes.join("; ")}.`)] : []),
+      guide || "",
     );
     return block;
   }
@@ -417,6 +451,53 @@
       ),
     );
   }
+
+  // A word is shown while the pointer is over it, or from its focus or tap to the next press elsewhere or of itself.
+  const wordAt = (event) => event.target.closest(".word");
+  function showWord() {
+    const word = hovered || pinned;
+    for (const node of detail.querySelectorAll(".word")) {
+      node.setAttribute("aria-pressed", String(word !== null && node.dataset.object === word.dataset.object));
+    }
+    reveal(word === null ? null : word.dataset.object);
+  }
+  let pinnedBefore = null; // at the press: focus comes between it and the click
+  document.addEventListener("pointerdown", (event) => {
+    pinnedBefore = wordAt(event) && pinned;
+    if (pinned && !wordAt(event)) {
+      pinned = null;
+      showWord();
+    }
+  });
+  detail.addEventListener("pointerover", (event) => {
+    hovered = wordAt(event);
+    showWord();
+  });
+  detail.addEventListener("pointerleave", () => {
+    hovered = null;
+    showWord();
+  });
+  for (const type of ["focusin", "focusout"]) {
+    detail.addEventListener(type, (event) => {
+      pinned = type === "focusin" ? wordAt(event) : null;
+      showWord();
+    });
+  }
+  detail.addEventListener("click", (event) => {
+    const word = wordAt(event);
+    if (!word) return;
+    pinned = pinnedBefore === word ? null : word;
+    pinnedBefore = null;
+    showWord();
+  });
+  detail.addEventListener("keydown", (event) => {
+    const word = wordAt(event);
+    if (!word || !["Enter", " ", "Escape"].includes(event.key)) return;
+    event.preventDefault();
+    pinned = event.key === "Escape" || pinned === word ? null : word;
+    hovered = null;
+    showWord();
+  });
 
   const STEPS = { ArrowDown: 1, ArrowUp: -1, PageDown: 8, PageUp: -8, Home: -Infinity, End: Infinity };
   list.addEventListener("keydown", (event) => {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ospo_fast.errors import Failure
+from ospo_fast.config import Config, load_config, model_family
+from ospo_fast.errors import Failure, attempt
 from ospo_fast.ops.object_masks import spatial_entropy
 from ospo_fast.records import ROLES, SIDES, image_verdicts, iter_pairs
 from ospo_fast.report.charts import histogram, line_chart
@@ -17,6 +18,7 @@ from ospo_fast.report.inspector import margin, reason_group
 from ospo_fast.report.load import DROPPED, KEPT, UNFINISHED, Item, Run, mapping, number
 from ospo_fast.report.masks import coverage, union_iou
 from ospo_fast.stages.mask_stats import run_stats
+from ospo_fast.stages.train import loss_config, uses_masks, uses_stored_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -198,6 +200,37 @@ def mask_diagnostics(masks: list[Arrays], records: list[Record]) -> dict[str, An
         "chart": histogram(shares, label=f"Share of the grid covered by each of {len(shares)} masks"),
         "layers": run_stats(records)["entropy"],
         "unmatched": unmatched.most_common(),
+    }
+
+
+def mask_guide(run: Run) -> dict[str, Any]:
+    """Collect what the explanation of the masks says: the settings of the run, and on Shapes the measured mask IoU.
+
+    `recorded` is False where the run has no readable configuration; the settings are then the defaults. `iou` and
+    `full` (of a mask of ones) are of the iteration that the page shows, or None.
+    """
+    path = run.root / "config.yaml"
+    loaded = attempt(load_config, saved=path) if path.is_file() else Failure("no configuration")
+    config = Config() if isinstance(loaded, Failure) else loaded
+    loss = attempt(loss_config, config)
+    if isinstance(loss, Failure):
+        loaded, config, loss = loss, Config(), loss_config(Config())
+    iterations = run.summary.get("iterations")
+    first = iterations[0] if isinstance(iterations, list) and iterations else run.summary
+    iou = number(mapping(first).get("mask_iou"))
+    recorded = not isinstance(loaded, Failure)
+    return {
+        "recorded": recorded,
+        "scaler": config.masks.scaler,
+        "soft": config.masks.soft,
+        "used": uses_masks(config),
+        "online": not uses_stored_masks(config),
+        "alpha": loss.mask_alpha,
+        "gamma": loss.mask_gamma,
+        "blur": loss.mask_blur,
+        "shapes": iou is not None or (recorded and model_family(config.model) == "shapes"),
+        "iou": iou,
+        "full": number(mapping(first).get("mask_iou_all_ones")),
     }
 
 

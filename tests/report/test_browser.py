@@ -150,6 +150,176 @@ def test_attention_and_masks_are_drawn_over_the_images(opened):
         assert np.abs(one - other).mean() > 10
 
 
+def select_two_objects(driver):
+    """Select an item with two objects, in the mode without overlays, and return the words of its prompt."""
+    driver.execute_script("document.querySelector('#pairs').scrollIntoView()")
+    css(driver, "[data-status=kept]")[0].click()
+    for option in css(driver, "#list [role=option]"):
+        option.click()
+        words = css(driver, "#detail h3 .word")
+        if len(words) == 2:
+            css(driver, "[data-mode=image]")[0].click()
+            return words
+    raise AssertionError("no item has two words")
+
+
+def layers(driver):
+    """Of the image's own frame of each side: the layers that can be seen, and the cells of the heat map."""
+    return driver.execute_script("""
+        return [...document.querySelectorAll('#detail .frame.plain')].map((frame) => {
+          const seen = [...frame.children].filter((node) => getComputedStyle(node).opacity > 0);
+          const heat = frame.querySelector('.heat');
+          const data = heat && [...heat.getContext('2d').getImageData(0, 0, heat.width, heat.height).data];
+          const path = frame.querySelector('.outline .edge');
+          const name = (node) => [...node.classList][0];
+          return {seen: seen.map(name), heat: data, outline: path && path.getAttribute('d')};
+        });""")
+
+
+def own_layers(driver, index):
+    """The heat map and outline of an object in its own column, chosen and rejected."""
+    return driver.execute_script(
+        """
+        return [...document.querySelectorAll(`#detail .frame.object[data-object="${arguments[0]}"]`)].map((frame) => {
+          const heat = frame.querySelector('.heat');
+          const data = [...heat.getContext('2d').getImageData(0, 0, heat.width, heat.height).data];
+          return [data, frame.querySelector('.outline .edge').getAttribute('d')];
+        });""",
+        index,
+    )
+
+
+def pressed(driver):
+    return [word.text for word in css(driver, "#detail .word[aria-pressed=true]")]
+
+
+def boxes(driver):
+    return driver.execute_script(
+        "return [...document.querySelectorAll('#detail *')].filter((n) => !n.closest('.frame > *'))"
+        ".map((n) => { const b = n.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })"
+    )
+
+
+NOTHING = [{"seen": ["pic"], "heat": None, "outline": None}] * 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hovering_a_word_shows_attention_and_mask_over_both_images(opened, scheme):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    emulate(opened, scheme)
+    words = select_two_objects(opened)
+    before, status = boxes(opened), opened.find_element("id", "word-status").text
+    assert layers(opened) == NOTHING
+    plain = [pixels(frame.screenshot_as_png) for frame in css(opened, "#detail .frame.plain")]
+    shown = []
+    for index, word in enumerate(words):
+        ActionChains(opened).move_to_element(word).perform()
+        shown.append(layers(opened))
+        assert [side["seen"] for side in shown[-1]] == [["pic", "heat", "outline"]] * 2
+        assert [[side["heat"], side["outline"]] for side in shown[-1]] == own_layers(opened, index)
+        assert set(pressed(opened)) == {word.text}
+        assert boxes(opened) == before  # nothing moves
+        assert opened.find_element("id", "word-status").text.startswith(f"Mask of \u201c{word.text}\u201d: ")
+        frames = css(opened, "#detail .frame.plain")
+        assert all(np.abs(pixels(f.screenshot_as_png) - p).mean() > 10 for f, p in zip(frames, plain, strict=True))
+    assert shown[0] != shown[1]
+    ActionChains(opened).move_to_element(css(opened, "#detail h4")[0]).perform()
+    assert layers(opened) == NOTHING
+    assert pressed(opened) == []
+    assert opened.find_element("id", "word-status").text == status
+
+
+def test_no_transition_where_reduced_motion_is_preferred(opened):
+    select_two_objects(opened)
+    duration = "return getComputedStyle(document.querySelector(arguments[0])).transitionDuration"
+    for motion, expected in (("reduce", "0s"), ("no-preference", "0.12s")):
+        features = [{"name": "prefers-reduced-motion", "value": motion}]
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        for selector in ("#detail canvas.heat", "#detail .frame.object"):
+            assert opened.execute_script(duration, selector) == expected
+
+
+def test_words_are_reached_and_left_with_the_keyboard(opened):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    words = select_two_objects(opened)
+    assert {(w.get_attribute("role"), w.get_attribute("tabindex")) for w in words} == {("button", "0")}
+    assert {w.get_attribute("aria-describedby") for w in words} == {"word-status"}
+    opened.execute_script("document.querySelectorAll('#detail .round:not(:disabled)')[0].focus()")
+    for _ in range(2):
+        ActionChains(opened).send_keys(Keys.TAB).perform()
+        if opened.switch_to.active_element == words[0]:
+            break
+    assert opened.switch_to.active_element == words[0]
+    assert pressed(opened)[0] == words[0].text
+    ActionChains(opened).send_keys(Keys.TAB).perform()
+    assert pressed(opened)[0] == words[1].text
+    assert layers(opened)[1]["seen"] == ["pic", "heat", "outline"]
+    for key, seen in ((Keys.ESCAPE, 0), (Keys.ENTER, 2), (Keys.SPACE, 0), (Keys.SPACE, 2)):
+        ActionChains(opened).send_keys(key).perform()
+        assert opened.switch_to.active_element == words[1]
+        assert sum(side["seen"] == ["pic", "heat", "outline"] for side in layers(opened)) == seen
+    opened.execute_script("document.activeElement.blur()")
+    assert layers(opened) == NOTHING
+
+
+def test_a_tap_shows_a_word_and_the_next_tap_ends_it(opened):
+    words = select_two_objects(opened)
+    size = {"width": 390, "height": 1400, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        opened.execute_script("document.querySelector('#detail').scrollIntoView()")
+
+        def tap(element):
+            box = opened.execute_script("return arguments[0].getBoundingClientRect().toJSON()", element)
+            point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+            opened.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [point]})
+            opened.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+            return set(pressed(opened))
+
+        judgement = css(opened, "#detail .judgement")[0]
+        assert tap(words[0]) == {words[0].text}
+        assert [side["seen"] for side in layers(opened)] == [["pic", "heat", "outline"]] * 2
+        assert tap(words[1]) == {words[1].text}
+        assert tap(words[1]) == set()
+        assert tap(words[0]) == {words[0].text}
+        assert tap(judgement) == set()
+        opened.execute_script("arguments[0].click()", words[0])  # without focus, as in browsers where a tap gives none
+        assert set(pressed(opened)) == {words[0].text}
+        assert tap(judgement) == set()
+        assert layers(opened) == NOTHING
+    finally:
+        opened.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+def test_only_words_with_maps_are_controls(opened):
+    css(opened, "[data-status=kept]")[0].click()
+    without = 0
+    for option in css(opened, "#list [role=option]"):
+        option.click()
+        if not css(opened, "#detail canvas.heat"):
+            without += 1
+            assert css(opened, "#detail .word") == []
+            assert css(opened, "#detail .guide") == []
+    assert without
+    css(opened, "[data-status=dropped]")[0].click()
+    assert css(opened, "#detail .word") == []
+
+
+def test_the_guide_is_with_the_pair_and_stays_closed(opened):
+    select_two_objects(opened)
+    guide = css(opened, "#detail .pair .guide")[0]
+    assert "How to read a mask" in guide.text
+    assert "covers background where it fails" in guide.text
+    guide.find_element("css selector", "summary").click()
+    css(opened, "#detail .round:not(:disabled)")[0].click()
+    select_two_objects(opened)
+    assert css(opened, "#detail .pair .guide")[0].get_attribute("open") is None
+
+
 def test_keys_and_buttons_select_the_item(opened):
     from selenium.webdriver.common.keys import Keys
 

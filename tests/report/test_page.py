@@ -154,6 +154,63 @@ def test_the_inspector_has_the_data_of_every_item(run_dir):
             assert item["masks"]["notes"] == notes
 
 
+def test_words_of_objects_with_maps_are_marked_in_both_prompts(run_dir):
+    by_id = {item["id"]: item for item in page_of(write_report(run_dir)).data()["items"]}
+    lines = [json.loads(line) for line in (run_dir / "masks.jsonl").read_text().splitlines()]
+    masked = [record for record in lines if record.get("mask_path")]
+    assert len(masked) > 2
+    for record in masked:
+        item = by_id[record["item_id"]]
+        for key, text in (("prompt", item["prompt"]), ("rejectedPrompt", item["rejectedPrompt"])):
+            parts = item["masks"]["words"][key]
+            assert "".join(part for part, _ in parts) == text
+            named = {index: part for part, index in parts if index is not None}
+            nouns = {index: span["text"] for index, span in enumerate(record["objects"]) if span["text"] in text}
+            assert named == nouns
+            assert key == "rejectedPrompt" or len(named) == len(record["objects"])
+
+
+def test_an_object_without_a_map_has_no_word(run_dir):
+    edit(run_dir, "masks.jsonl", lambda record: record["objects"].append({"text": "a", "start": 0, "end": 1}))
+    for item in page_of(write_report(run_dir)).data()["items"]:
+        if item["masks"] and "words" in item["masks"]:
+            assert len(item["masks"]["objects"]) == len(item["masks"]["chosen"]["maps"])
+            assert all(text != "a" for text, index in item["masks"]["words"]["prompt"] if index is not None)
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_how_to_read_a_mask_is_explained(run_dir):
+    (run_dir / "config.yaml").write_text("model: org/model\nmasks: {scaler: 0.9}\n")
+    text = page_of(write_report(run_dir)).text("guide")
+    for words in (
+        "strictly above 0.9 · Otsu's threshold of the normalized map",
+        "1 + m for each image token",
+        "blurred over 5 cells and scaled to 0…1: 1 far from all masks, up to 2 inside.",
+        "On Shapes, a mask of the shipped rule covers background where it fails, mostly on a white background.",
+        "chosen images with the true objects: 41.3% (a full mask: 20.1%).",
+    ):
+        assert words in text, words
+    summary = json.loads((run_dir / "summary.json").read_text())
+    del summary["mask_iou"], summary["mask_iou_all_ones"]
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    assert "Shapes" not in page_of(write_report(run_dir)).text("guide")
+    (run_dir / "config.yaml").write_text(
+        "model: shapes\nmasks: {soft: true}\n"
+        "train: {masks: online, loss: {mask_alpha: 2, mask_gamma: 3, mask_blur: 1}}\n"
+    )
+    text = page_of(write_report(run_dir)).text("guide")
+    for words in ("1 + 2 · m3 for", "here with soft values,", "up to 3 inside", "masks of the policy of each step"):
+        assert words in text, words
+    assert "blurred" not in text
+    assert text.endswith("mostly on a white background.")
+    (run_dir / "config.yaml").write_text("train: {loss: {mask_alpha: 0}}\n")
+    assert "the loss of this run ignores masks" in page_of(write_report(run_dir)).text("guide")
+    (run_dir / "config.yaml").unlink()
+    text = page_of(write_report(run_dir)).text("guide")
+    assert "The configuration of this run cannot be read. The values above are the defaults." in text
+    assert "0.8 · Otsu's" in text
+
+
 def test_page_loads_nothing(run_dir):
     html = write_report(run_dir).read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|url\((?!data:)", html)

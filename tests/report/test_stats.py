@@ -175,3 +175,42 @@ def test_curves_skip_values_that_are_not_finite():
     assert charts["loss"]["last"] == 1.0
     assert "whisker" in charts["alignment"]["svg"]
     assert stats.curves([]) == []
+
+
+def guide_of(tmp_path, config=None, **summary):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    return stats.mask_guide(run_of(tmp_path, [], summary=summary))
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_the_guide_has_the_settings_of_the_run(tmp_path):
+    config = """
+model: org/model
+preset: full
+masks: {scaler: 1.0, soft: true}
+train: {masks: online, loss: {mask_alpha: 0.5, mask_gamma: 2.0, mask_blur: 1}}
+"""
+    assert guide_of(tmp_path, config) == {
+        "recorded": True, "scaler": 1.0, "soft": True, "used": True, "online": True, "alpha": 0.5, "gamma": 2.0,
+        "blur": 1, "shapes": False, "iou": None, "full": None,
+    }  # fmt: skip
+    assert not guide_of(tmp_path, "preset: v1\nmasks: {enabled: true}")["used"]  # v1 has mask_alpha 0
+    shapes = guide_of(tmp_path, "model: shapes")
+    assert (shapes["shapes"], shapes["used"], shapes["online"], shapes["scaler"]) == (True, True, False, 0.8)
+
+
+@pytest.mark.usefixtures("omegaconf")
+@pytest.mark.parametrize("config", [None, "masks: {scaler: none}", "train: {loss: {mask_alpha: -1}}", "- x", "\0"])
+def test_the_guide_of_a_run_without_a_readable_configuration_has_the_defaults(tmp_path, config):
+    guide = guide_of(tmp_path, config)
+    assert (guide["recorded"], guide["shapes"], guide["scaler"], guide["alpha"]) == (False, False, 0.8, 1.0)
+
+
+def test_the_guide_has_the_mask_iou_of_the_iteration_that_is_shown(tmp_path):
+    guide = guide_of(tmp_path, mask_iou=0.4, mask_iou_all_ones=0.2)
+    assert (guide["iou"], guide["full"], guide["shapes"]) == (0.4, 0.2, True)
+    first = {"mask_iou": 0.5, "mask_iou_all_ones": 0.3}
+    guide = guide_of(tmp_path, mask_iou=0.4, mask_iou_all_ones=0.2, iterations=[first, {"mask_iou": 0.4}])
+    assert (guide["iou"], guide["full"]) == (0.5, 0.3)
+    assert guide_of(tmp_path, iterations=["x"], mask_iou=0.4)["iou"] is None
