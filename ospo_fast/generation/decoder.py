@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -61,7 +62,7 @@ LengthRun = tuple[slice, Tensor | slice, int]
 class Cache:
     """Keys and values of every layer: 2 × (layers, rows, kv heads, length, head dim), contiguous, of fixed size."""
 
-    def __init__(self, decoder: InferenceDecoder, rows: int, length: int) -> None:
+    def __init__(self, decoder: Decoder, rows: int, length: int) -> None:
         shape = (len(decoder.layers), rows, decoder.kv_heads, length, decoder.head_dim)
         self.keys = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
         self.values = torch.empty(shape, device=decoder.device, dtype=decoder.dtype)
@@ -75,7 +76,7 @@ class Cache:
 class Buffers:
     """Intermediate results of a step of `rows` rows, allocated once: a captured step must find them where they were."""
 
-    def __init__(self, decoder: InferenceDecoder, rows: int) -> None:
+    def __init__(self, decoder: Decoder, rows: int) -> None:
         def empty(width: int) -> Tensor:
             return torch.empty(rows, width, device=decoder.device, dtype=decoder.dtype)
 
@@ -98,7 +99,85 @@ class Layer:
         self.projections = (self.qkv, self.out, self.gate_up, self.down)
 
 
-class InferenceDecoder:
+class Decoder(ABC):
+    """What the engine asks of a decoder, and the sizes that it allocates buffers by.
+
+    Attributes:
+        layers: one entry per layer of the cache.
+        plain: its layers run without modules of adapters, so that its steps can be captured in a CUDA graph.
+        packed: its products run on packed weights, where the number of rows has no influence on their bits.
+        calls_modules: its modules run as they are, and the embeddings and the head have to as well.
+
+    """
+
+    layers: Sequence[Any]
+    plain = packed = calls_modules = False
+
+    def __init__(self, model: UnifiedModel) -> None:
+        module: Any = model.decoder
+        config = module.config
+        self.model = model
+        self.device, self.dtype = model.device, model.dtype
+        self.heads = int(config.num_attention_heads)
+        self.kv_heads = int(config.num_key_value_heads)
+        self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
+        self.head_dim = int(getattr(config, "head_dim", None) or self.width // self.heads)
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Reload the model's weights into the same buffers, so that captured graphs stay valid."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, cache: Cache, start: int) -> Tensor:
+        """Run embeddings x (B, S, D) at positions start … start+S−1 of the cache's B rows → hidden states (B, S, D).
+
+        Attention covers the first `start` positions of `cache`, and x causally. The keys and values of x are stored.
+        """
+
+    @abstractmethod
+    def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
+        """Run prompts (S,) of any lengths into `cache_rows` → the last hidden state of each (N, D)."""
+
+    @abstractmethod
+    def step(
+        self,
+        x: Tensor,  # (M, D), overwritten
+        cache: Cache,
+        cache_rows: Tensor,  # (M,) int64
+        lengths: Tensor,  # (M,) int64: filled positions of each cache row; −1 for a padding row
+        buffers: Buffers | None = None,
+        *,
+        shared_slots: bool = False,
+    ) -> Tensor:
+        """Run one token per row, with embeddings x → hidden states (M, D). Its keys and values are stored.
+
+        With `buffers` the next step overwrites the result. shared_slots: see `decode_attention`.
+        """
+
+    @abstractmethod
+    def pad_rows(self, rows: int, batch_size: int, row_bytes: int) -> int:
+        """Round up to the number of rows to run.
+
+        batch_size: a full batch. row_bytes: cache of a row.
+        """
+
+    @abstractmethod
+    def run_padded(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return function(x) for rows x (M, D)."""
+
+    def row_bytes(self, length: int) -> int:
+        """Return the bytes of one cache row of `length` positions."""
+        return 2 * len(self.layers) * self.kv_heads * self.head_dim * length * self.dtype.itemsize
+
+    def pass_bytes(self, tokens: int) -> int:
+        """Return the bytes of a pass over `tokens` tokens without the cache: embeddings, `Buffers`, attention."""
+        heads = self.heads * self.head_dim
+        all_heads = heads + 2 * self.kv_heads * self.head_dim
+        buffers = 2 * self.width + all_heads + heads + 3 * self.inner
+        return tokens * (2 * self.width + buffers + 2 * all_heads + heads) * self.dtype.itemsize
+
+
+class InferenceDecoder(Decoder):
     """The decoder of `model`. Its weights are read at construction and reloaded by `refresh`."""
 
     def __init__(self, model: UnifiedModel) -> None:
@@ -110,12 +189,8 @@ class InferenceDecoder:
                 raise OspoError(f"model: the decoder {type(module).__name__} has no {name}, expected a Llama decoder")
         if config.hidden_act != "silu":
             raise OspoError(f"model: the decoder's hidden_act is {config.hidden_act!r}, expected 'silu'")
-        self.model = model
-        self.device, self.dtype = model.device, model.dtype
-        self.heads = int(config.num_attention_heads)
-        self.kv_heads = int(config.num_key_value_heads)
+        super().__init__(model)
         self.head_dim = int(first.head_dim)
-        self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
         self._norm = module.norm
         self._scale = float(first.scaling)
         self._cos, self._sin = self._rotary_tables(module.rotary_emb)
@@ -158,27 +233,13 @@ class InferenceDecoder:
         return cos[0].contiguous(), sin[0].contiguous()
 
     def refresh(self) -> None:
-        """Reload the model's weights into the same buffers, so that captured graphs stay valid."""
+        """See `Decoder`."""
         for layer in self.layers:
             for part in layer.projections:
                 part.refresh()
 
-    def row_bytes(self, length: int) -> int:
-        """Return the bytes of one cache row of `length` positions."""
-        return 2 * len(self.layers) * self.kv_heads * self.head_dim * length * self.dtype.itemsize
-
-    def pass_bytes(self, tokens: int) -> int:
-        """Return the bytes of a pass over `tokens` tokens without the cache: embeddings, `Buffers`, attention."""
-        heads = self.heads * self.head_dim
-        all_heads = heads + 2 * self.kv_heads * self.head_dim
-        buffers = 2 * self.width + all_heads + heads + 3 * self.inner
-        return tokens * (2 * self.width + buffers + 2 * all_heads + heads) * self.dtype.itemsize
-
     def pad_rows(self, rows: int, batch_size: int, row_bytes: int) -> int:
-        """Round up to the padded batch size, so that results are bitwise independent of the batch.
-
-        batch_size: a full batch. row_bytes: cache of a row.
-        """
+        """See `Decoder`: the padded batch size, so that results are bitwise independent of the batch."""
         if self.packed:
             return rows
         if self.device.type == "cpu" and ROW_TILE * row_bytes <= CPU_BYTES:
@@ -186,15 +247,12 @@ class InferenceDecoder:
         return max(rows, batch_size)
 
     def run_padded(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return function(x) for a product of rows x (M, D) that is not packed: on a CPU, run whole tiles."""
+        """See `Decoder`, for a product that is not packed: on a CPU, run whole tiles."""
         missing = -len(x) % ROW_TILE if self.device.type == "cpu" else 0
         return function(F.pad(x, (0, 0, 0, missing)))[: len(x)] if missing else function(x)
 
     def __call__(self, x: Tensor, cache: Cache, start: int) -> Tensor:
-        """Run embeddings x (B, S, D) at positions start … start+S−1 of the cache's B rows → hidden states (B, S, D).
-
-        Attention covers the first `start` positions of `cache`, and x causally. The keys and values of x are stored.
-        """
+        """See `Decoder`."""
         rows, length, _ = x.shape
         if length == 1:  # the bits of SDPA would depend on the number of rows
             lengths = torch.full((rows,), start, device=x.device)
@@ -203,7 +261,7 @@ class InferenceDecoder:
         return self._run_layers(x.reshape(rows * length, -1).clone(), attend).view(rows, length, -1)
 
     def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
-        """Run prompts (S,) of any lengths into `cache_rows` → the last hidden state of each (N, D)."""
+        """See `Decoder`."""
         last = torch.empty(len(prompts), self.width, device=self.device, dtype=self.dtype)
         pieces: list[list[int]] = [[]]
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -296,18 +354,15 @@ class InferenceDecoder:
 
     def step(
         self,
-        x: Tensor,  # (M, D), overwritten
+        x: Tensor,
         cache: Cache,
-        cache_rows: Tensor,  # (M,) int64
-        lengths: Tensor,  # (M,) int64: filled positions of each cache row; −1 for a padding row
+        cache_rows: Tensor,
+        lengths: Tensor,
         buffers: Buffers | None = None,
         *,
         shared_slots: bool = False,
     ) -> Tensor:
-        """Run one token per row, with embeddings x → hidden states (M, D). Its keys and values are stored.
-
-        With `buffers` the next step overwrites the result. shared_slots: see `decode_attention`.
-        """
+        """See `Decoder`."""
 
         def attend(i: int, qkv: Tensor, out: Tensor) -> Tensor:
             return decode_attention(

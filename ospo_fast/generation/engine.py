@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from ospo_fast.generation.decode_batch import DecodeBatch
-from ospo_fast.generation.decoder import InferenceDecoder
+from ospo_fast.generation.decoder import Decoder
+from ospo_fast.generation.module_decoder import build_decoder
 from ospo_fast.generation.projections import PackedHead, head_projection
 from ospo_fast.generation.requests import CUDA_ROWS, Completion, Request, max_batch_size, plan_batches
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.oom import BatchSizeLimit
 
+_ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
 
 class Engine:
     """Decoding of requests of one model, with what batches share: decoder, embeddings, head, buffers, memory limits.
 
-    text: decode text tokens, not image codes. decoder: a decoder in place of the model's `InferenceDecoder`. Other
+    text: decode text tokens, not image codes. decoder: in place of the one that `build_decoder` chooses. Other
     arguments: see `ImageGenerator`.
     """
 
@@ -34,17 +37,17 @@ class Engine:
         batch_size: int | None = None,
         capture: bool = True,
         jacobi_window: int = 0,
-        decoder: InferenceDecoder | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self.model = model
-        self.decoder = decoder or InferenceDecoder(model)
+        self.decoder = decoder or build_decoder(model, text=text)
         self._batch_size, self._capture, self._item_name = batch_size, capture, "text" if text else "image"
         self.stop_ids = tuple(model.eos_ids) if text else ()  # an image ends after its last code
-        # Of image codes: the head, and the embedding of every code. Text tokens use the model's own modules.
+        # Of image codes: the head, and the embedding of every code. Text tokens use the model's own modules, and so do
+        # codes where hooks have to see every one.
         self._head = None if text else head_projection(model.head, self.decoder.packed)
-        self._table = torch.empty(
-            0 if text else model.num_codes, model.hidden_size, device=model.device, dtype=model.dtype
-        )
+        rows = 0 if text or self.decoder.calls_modules else model.num_codes
+        self._table = torch.empty(rows, model.hidden_size, device=model.device, dtype=model.dtype)
         self._window = max(1, min(jacobi_window, model.grid[0] * model.grid[1] - 1))
         self._batch_class: Callable[..., DecodeBatch] = DecodeBatch
         if self._window > 1:
@@ -68,10 +71,11 @@ class Engine:
 
     def embed(self, ids: Tensor, out: Tensor) -> None:
         """Write the embeddings of tokens (M,) into `out` (M, D)."""
-        if self._head is None:
-            out.copy_(self.model.embed_tokens(ids))
-        else:
+        if len(self._table):
             torch.index_select(self._table, 0, ids, out=out)
+        else:
+            embed = self.model.embed_tokens if self._head is None else self.model.embed_codes
+            out.copy_(embed(ids[:, None])[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits (M, V), rows contiguous, of hidden states (M, D)."""
@@ -155,6 +159,8 @@ def signature(model: UnifiedModel) -> tuple[object, ...]:
     found: list[object] = []
     for root in (model.decoder, model.head):
         for module in root.modules():
-            found += [type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
+            found += [id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
             found += [(p.data_ptr(), p.shape, p.dtype) for p in module.parameters(recurse=False)]
+            if type(module).__module__.startswith("peft."):  # a captured step keeps the adapters of its time
+                found += [str(vars(module).get(name)) for name in _ADAPTER_STATE]
     return tuple(found)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from ospo_fast.generation.decoder import InferenceDecoder
+from ospo_fast.generation.decoder import Decoder
 from ospo_fast.ops import _dispatch
 
 
-def capturable(decoder: InferenceDecoder) -> bool:
+def capturable(decoder: Decoder) -> bool:
     """Return whether steps can be captured: on a CUDA device, with no host synchronization in them.
 
     The reference of `decode_attention` reads lengths on the host, and modules with adapters or hooks may synchronize.

@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import Failure, OspoError, UsageError
-from ospo_fast.generation.decoder import InferenceDecoder
+from ospo_fast.generation.decoder import Decoder, InferenceDecoder
 from ospo_fast.generation.engine import Engine, eval_mode, signature
 from ospo_fast.generation.image_writer import ImageWriter
+from ospo_fast.generation.module_decoder import ModuleDecoder, warn_of_modules
+from ospo_fast.generation.overrides import find_override
 from ospo_fast.generation.requests import GenerationError, make_requests
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.generation.throughput import Throughput, streamed_bytes
 from ospo_fast.generation.validation import check_batch_size, check_choice, check_ids, check_positive, check_window
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.resolve import resolve_model
 from ospo_fast.oom import out_of_memory, short
 
 
@@ -66,7 +69,11 @@ class ImageGenerator:
     padded to 96 images, or to `batch_size` if given; with another `batch_size` they may round differently.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`, or a `JanusForConditionalGeneration` of transformers, also inside of a PeftModel.
+            Hooks and patched forwards in its decoder and its head take effect. They make generation slower, because its
+            modules then run one by one, as in transformers' `generate`, and codes may round differently in another
+            batch. A warning names the module.
+        processor: the `JanusProcessor` of such a module. Without it prompts are token ids, and `output` is "codes".
         batch_size: images per batch; by default as many as are useful and fit the free memory. A batch that runs out
             of memory is halved and generated again, and later batches are no larger.
         capture: replay the steps from a CUDA graph; False runs them one by one, with the same results.
@@ -86,20 +93,24 @@ class ImageGenerator:
     decoder_class: type[InferenceDecoder] = InferenceDecoder
 
     def __init__(
-        self, model: UnifiedModel, *, batch_size: int | None = None, capture: bool = True, jacobi_window: int = 0
+        self,
+        model: UnifiedModel | nn.Module,
+        processor: Any = None,
+        *,
+        batch_size: int | None = None,
+        capture: bool = True,
+        jacobi_window: int = 0,
     ) -> None:
         check_batch_size(batch_size)
         check_window(jacobi_window)
-        for name in ("decoder", "head", "grid", "image_prompt", "embed_codes"):
-            if not hasattr(model, name):
-                raise UsageError(f"model: got {type(model).__name__}, expected what ospo_fast.load_model returns")
-        self.model = model
+        self.model = resolve_model(model, processor)
         self.throughput: Throughput | None = None
         self.failures: dict[int, Failure] = {}
         self.batch_size, self.capture, self.jacobi_window = batch_size, capture, jacobi_window
         self._engine: Engine | None = None
         self._signature: tuple[object, ...] = ()
         self._one_at_a_time = _OneAtATime()
+        self._warned = False  # that the modules run as they are
 
     @torch.no_grad()
     def generate(
@@ -149,6 +160,11 @@ class ImageGenerator:
         """
         sampling = Sampling(guidance_scale, temperature, top_k, top_p)
         check_choice("output", output, ("pil", "codes", "pt"))
+        if output != "codes" and not hasattr(self.model, "decode_codes"):
+            raise UsageError(
+                f"output: got {output!r}, which needs the image statistics of the processor, expected 'codes'; pass "
+                "processor=JanusProcessor.from_pretrained(…) to ImageGenerator, or output='codes'"
+            )
         check_choice("on_error", on_error, ("raise", "skip"))
         check_positive("num_images", num_images)
         ids = [ids for ids in self._tokenize(prompts) for _ in range(num_images)]
@@ -224,13 +240,18 @@ class ImageGenerator:
             "capture": self.capture,
             "jacobi_window": self.jacobi_window,
         }
-        found = (*signature(self.model), self.decoder_class, *options.values())
+        override = find_override(self.model)
+        if override is not None and not self._warned:
+            self._warned = True
+            warn_of_modules(override)
+        decoder_class: Callable[[UnifiedModel], Decoder] = self.decoder_class if override is None else ModuleDecoder
+        found = (*signature(self.model), decoder_class, *options.values())
         if self._engine is not None and self._signature == found:
             self._engine.refresh()
             return self._engine
         self._engine, self._signature = None, found  # the memory of the old one is freed first
         try:
-            self._engine = Engine(self.model, decoder=self.decoder_class(self.model), **options)
+            self._engine = Engine(self.model, decoder=decoder_class(self.model), **options)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

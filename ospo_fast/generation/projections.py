@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ospo_fast.generation.overrides import is_changed
 from ospo_fast.ops.linear import PackedLinear, bias_or_zeros, gelu_
 
 
@@ -28,8 +29,8 @@ Kind = Callable[[Sequence[nn.Linear]], Projection]
 
 
 def is_plain(module: Any) -> bool:
-    """Return whether a module is nn.Linear without adapter, quantization, parametrization or hook."""
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    """Return whether a module is nn.Linear without adapter, quantization, parametrization, hook or patched forward."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_changed(module)
 
 
 class FusedProjection:
@@ -121,9 +122,11 @@ class PackedHead:
 
 def head_projection(head: nn.Module, packed: bool) -> Projection:
     """Return the head of image codes: packed if `packed` and it is transformers' own, else the module itself."""
-    first, last = getattr(head, "proj_out", None), getattr(head, "vision_head", None)
-    plain = is_plain(first) and is_plain(last) and not head._forward_hooks and not head._forward_pre_hooks
-    if packed and plain and type(getattr(head, "activation_fn", None)).__name__ == "GELUActivation":
+    # Its own parts: wrappers of peft have the attributes of the module that is active now.
+    first, last = head._modules.get("proj_out"), head._modules.get("vision_head")
+    activation: Any = head._modules.get("activation_fn")
+    known = is_plain(first) and is_plain(last) and type(activation).__name__ == "GELUActivation"
+    if packed and known and not is_changed(head) and not is_changed(activation):
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
         return PackedHead(first, last)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import Failure, OspoError, UsageError, some_failed
-from ospo_fast.generation.decoder import CPU_BYTES, InferenceDecoder
+from ospo_fast.generation.decoder import CPU_BYTES, Decoder
 from ospo_fast.ops.sample_codes import wrap_int64
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def plan_batches(requests: Sequence[T], groups: Sequence[Hashable] | None, max_s
     return batches
 
 
-def max_batch_size(decoder: InferenceDecoder, item_bytes: int, window: int = 1) -> int:
+def max_batch_size(decoder: Decoder, item_bytes: int, window: int = 1) -> int:
     """Return how many items to run per batch: what fits the free memory, up to the size where throughput saturates.
 
     window: tokens of each item that run in one step.

@@ -53,10 +53,11 @@ def check_ids(name: str, ids: Tensor, model: UnifiedModel, new_tokens: int) -> N
     if len(ids) == 0:
         raise UsageError(f"{name}: got no token, expected at least one")
     embeddings: Any = model.decoder.embed_tokens
-    if int(ids.min()) < 0 or int(ids.max()) >= embeddings.num_embeddings:
+    count = len(embeddings.weight)  # adapters of embeddings have no num_embeddings
+    if int(ids.min()) < 0 or int(ids.max()) >= count:
         raise UsageError(
-            f"{name}: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to "
-            f"{embeddings.num_embeddings - 1}, the vocabulary of {model.name}"
+            f"{name}: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {count - 1}, the vocabulary of "
+            f"{model.name}"
         )
     if len(ids) + new_tokens > model.max_positions:
         raise UsageError(

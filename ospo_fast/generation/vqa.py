@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation.decoder import Cache, InferenceDecoder
+from ospo_fast.generation.decoder import Cache, Decoder
 from ospo_fast.generation.engine import eval_mode
+from ospo_fast.generation.module_decoder import build_decoder
 from ospo_fast.generation.requests import max_batch_size, plan_batches
 from ospo_fast.generation.validation import check_batch_size, check_ids
 from ospo_fast.models.base import Message, UnifiedModel
@@ -75,7 +76,7 @@ def answer_questions(
     answers: list[list[Answer]] = [[{} for _ in group] for group in questions]
     if not split:
         return answers
-    decoder = InferenceDecoder(model)
+    decoder = build_decoder(model, text=True)
     longest = max(len(prefix) + len(rest) for prefix, rest in split.values())
     # Caches of an image and of a question; and half a cache that is being copied, or a pass.
     row_bytes = decoder.row_bytes(longest)
@@ -118,10 +119,10 @@ def answer_questions(
     return answers
 
 
-def _image_pass(model: UnifiedModel, decoder: InferenceDecoder, prefix: Sequence[int], pixels: Tensor) -> Cache:
+def _image_pass(model: UnifiedModel, decoder: Decoder, prefix: Sequence[int], pixels: Tensor) -> Cache:
     """Run a prefix with embedded images (N, T, D) in place of its image tokens → the cache of N rows."""
     ids = torch.tensor(prefix, device=decoder.device)
-    x = model.embed_tokens(ids).expand(len(pixels), -1, -1).clone()
+    x = model.embed_tokens(ids[None]).expand(len(pixels), -1, -1).clone()
     x[:, ids == model.image_id] = pixels.to(x.dtype)
     cache = Cache(decoder, len(pixels), len(prefix))
     decoder(x, cache, 0)
@@ -130,7 +131,7 @@ def _image_pass(model: UnifiedModel, decoder: InferenceDecoder, prefix: Sequence
 
 def _probabilities(
     model: UnifiedModel,
-    decoder: InferenceDecoder,
+    decoder: Decoder,
     image_cache: Cache,
     rows: Sequence[int],
     rests: Sequence[Sequence[int]],

@@ -10,6 +10,7 @@ import torch
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.resolve import check_kind
 from ospo_fast.oom import short
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
         if _is_adapter(path):
             find_model(_base_model(path))
         else:
-            _check_kind(_read_json(path / "config.json"), name)
+            check_kind(_read_json(path / "config.json"), name)
             if not any(path.glob("*.safetensors")):
                 raise OspoError(f"model: {path} holds no weights (*.safetensors); save or download the model again")
         return path
@@ -112,20 +113,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_kind(config: dict[str, Any], name: str) -> None:
-    kind = config.get("model_type")
-    if kind == "multi_modality":
-        raise OspoError(
-            f"model: {name} is in DeepSeek's own format; use its conversion for transformers "
-            "(deepseek-community/Janus-Pro-1B, deepseek-community/Janus-Pro-7B)"
-        )
-    if kind != "janus":
-        raise OspoError(f"model: {name} has model_type {kind!r}, expected 'janus' (JanusForConditionalGeneration)")
-    text = config.get("text_config") or {}
-    if text.get("model_type", "llama") != "llama":
-        raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")
-
-
 def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
     import transformers
     from safetensors import SafetensorError
@@ -139,7 +126,7 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
     try:
         if folder is None:
             config, _ = transformers.PreTrainedConfig.get_config_dict(source)
-            _check_kind(config, name)
+            check_kind(config, name)
         module, info = transformers.JanusForConditionalGeneration.from_pretrained(
             source, dtype=dtype, output_loading_info=True
         )

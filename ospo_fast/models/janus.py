@@ -19,26 +19,130 @@ _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template is spli
 _VQ_PIXELS = 16 * 384 * 384  # per batch of the VQ model: about 2 GB of activations in bf16
 
 
-class JanusUnifiedModel:
-    """Adapter of a Janus model and its processor. `UnifiedModel` documents the members."""
+class _JanusModule:
+    """The members of `UnifiedModel` that need the transformers module alone."""
 
-    def __init__(self, module: Any, processor: Any, *, name: str) -> None:
+    bos_id: int
+    pad_id: int
+    boi_id: int
+
+    def __init__(self, module: Any, *, name: str) -> None:
         self.name = name
         self.module: Any = module
-        self.processor = processor
-        self._tokenizer = processor.tokenizer
-        if not self._tokenizer.is_fast:
-            raise OspoError(f"model: {name} has a slow tokenizer, expected a fast one (tokenizer.json)")
         self._core = module.model
-        self.decoder: nn.Module = self._core.language_model
-        self.head: nn.Module = self._core.generation_head
-
         config = module.config
         side = int(config.vq_config.num_patches)
         self.grid = (side, side)
         self.num_codes = int(config.vq_config.num_embeddings)
         self.hidden_size = int(config.text_config.hidden_size)
         self.max_positions = int(config.text_config.max_position_embeddings)
+
+    # Read at every use: both may be replaced in the module, such as by a compiled one.
+    @property
+    def decoder(self) -> nn.Module:
+        """See `UnifiedModel`."""
+        decoder: nn.Module = self._core.language_model
+        return decoder
+
+    @decoder.setter
+    def decoder(self, module: nn.Module) -> None:
+        self._core.language_model = module
+
+    @property
+    def head(self) -> nn.Module:
+        """See `UnifiedModel`."""
+        head: nn.Module = self._core.generation_head
+        return head
+
+    @head.setter
+    def head(self, module: nn.Module) -> None:
+        self._core.generation_head = module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        device: torch.device = self._core.generation_embeddings.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        dtype: torch.dtype = self._core.generation_embeddings.weight.dtype
+        return dtype
+
+    @property
+    def code_embedding(self) -> tuple[nn.Module, ...]:
+        """The modules that `embed_codes` runs."""
+        return self._core.generation_embeddings, self._core.generation_aligner
+
+    def unconditional(self, ids: Tensor) -> Tensor:
+        """See `UnifiedModel`."""
+        out = torch.full_like(ids, self.pad_id)
+        out[0] = self.bos_id
+        out[-1] = self.boi_id
+        return out
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """See `UnifiedModel`."""
+        logits: Tensor = self.module.lm_head(hidden)
+        return logits
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """See `UnifiedModel`."""
+        embedded: Tensor = self._core.language_model.embed_tokens(ids.to(self.device))
+        return embedded
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """See `UnifiedModel`."""
+        embedded: Tensor = self.module.prepare_embeddings_for_image_generation(codes.to(self.device))
+        return embedded
+
+
+class JanusTokenModel(_JanusModule):
+    """A Janus model without its processor, for `ImageGenerator`: token ids → codes.
+
+    The special ids are those that transformers' own image generation takes from the generation configuration.
+    Raises OspoError if one of them is not stored.
+    """
+
+    def __init__(self, module: Any, *, name: str) -> None:
+        super().__init__(module, name=name)
+        self.bos_id = self._stored_id("bos_token_id")
+        self.pad_id = self._stored_id("pad_token_id")
+        self.boi_id = self._stored_id("boi_token_id")
+
+    def image_prompt(self, prompt: str) -> Tensor:
+        """Raise UsageError: texts need a tokenizer."""
+        raise UsageError(
+            f"prompts: got a text ({prompt[:60]!r}), expected token ids (S,), because the model has no processor; "
+            "pass processor=JanusProcessor.from_pretrained(…), or use ospo_fast.load_model"
+        )
+
+    def _stored_id(self, name: str) -> int:
+        settings, place = self.module.generation_config, f"generation_config.{name}"
+        found = getattr(settings, name, None)
+        if name == "boi_token_id":
+            place = "generation_config.generation_kwargs['boi_token_id']"
+            found = (getattr(settings, "generation_kwargs", None) or {}).get(name)
+        count = int(self.module.config.text_config.vocab_size)
+        if type(found) is not int or not 0 <= found < count:
+            raise OspoError(
+                f"model: {place} of {self.name} is {found!r}, expected a token id from 0 to {count - 1}; set it, or "
+                "pass processor=JanusProcessor.from_pretrained(…)"
+            )
+        return found
+
+
+class JanusUnifiedModel(_JanusModule):
+    """Adapter of a Janus model and its processor. `UnifiedModel` documents the members."""
+
+    def __init__(self, module: Any, processor: Any, *, name: str) -> None:
+        self.processor = processor
+        self._tokenizer = processor.tokenizer
+        if not self._tokenizer.is_fast:
+            raise OspoError(f"model: {name} has a slow tokenizer, expected a fast one (tokenizer.json)")
+        super().__init__(module, name=name)
+        config = module.config
         # save_pretrained writes this entry, so a fine-tuned copy gets the templates of its base model.
         self.templates: str = getattr(config, "template_set", None) or ("shapes" if name == "shapes" else "janus")
         config.template_set = self.templates
@@ -64,18 +168,6 @@ class JanusUnifiedModel:
         """An adapter of another module with the processor and the template set of this one."""
         module.config.template_set = self.templates
         return JanusUnifiedModel(module, self.processor, name=name)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        device: torch.device = self._core.generation_embeddings.weight.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        dtype: torch.dtype = self._core.generation_embeddings.weight.dtype
-        return dtype
 
     # Text
 
@@ -113,13 +205,6 @@ class JanusUnifiedModel:
             )
         return torch.tensor(ids, dtype=torch.long), spans
 
-    def unconditional(self, ids: Tensor) -> Tensor:
-        """See `UnifiedModel`."""
-        out = torch.full_like(ids, self.pad_id)
-        out[0] = self.bos_id
-        out[-1] = self.boi_id
-        return out
-
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:
         """See `UnifiedModel`. Raises UsageError for a text with the image token, or an image without user message."""
         if not messages:
@@ -147,22 +232,7 @@ class JanusUnifiedModel:
         plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         return str(self._tokenizer.decode(plain, skip_special_tokens=True)).strip()
 
-    def text_logits(self, hidden: Tensor) -> Tensor:
-        """See `UnifiedModel`."""
-        logits: Tensor = self.module.lm_head(hidden)
-        return logits
-
     # Embeddings
-
-    def embed_tokens(self, ids: Tensor) -> Tensor:
-        """See `UnifiedModel`."""
-        embedded: Tensor = self._core.language_model.embed_tokens(ids.to(self.device))
-        return embedded
-
-    def embed_codes(self, codes: Tensor) -> Tensor:
-        """See `UnifiedModel`."""
-        embedded: Tensor = self.module.prepare_embeddings_for_image_generation(codes.to(self.device))
-        return embedded
 
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         """See `UnifiedModel`."""
@@ -211,6 +281,7 @@ class JanusUnifiedModel:
 
     def save(self, path: str | Path) -> None:
         """See `UnifiedModel`. Raises OspoError if the folder cannot be written."""
+        self._complete_generation_config()
         try:
             self.module.save_pretrained(str(path))
             self.processor.save_pretrained(str(path))
@@ -218,6 +289,19 @@ class JanusUnifiedModel:
             raise OspoError(f"model: cannot write to {path} ({error.strerror or error})") from error
 
     # Helpers
+
+    def _complete_generation_config(self) -> None:
+        """Store what transformers' own image generation needs: begin-of-image, and the ids of unconditional prompts."""
+        settings = self.module.generation_config
+        settings.generation_kwargs = {
+            **(getattr(settings, "generation_kwargs", None) or {}),
+            "boi_token_id": self.boi_id,
+        }
+        for name, found in (("bos_token_id", self.bos_id), ("pad_token_id", self.pad_id)):
+            if getattr(settings, name) is None:
+                setattr(settings, name, found)
+        # Of a configuration with this mark, transformers loads no entries that it does not know.
+        settings._from_model_config = False
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         """Images → normalized pixels (N, 3, H, W), as the processor makes them."""

@@ -1,5 +1,8 @@
 """The Janus adapter against transformers' own processor and model."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.generation import ImageGenerator
 from ospo_fast.models import UnifiedModel, load_model
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.model import build_processor
@@ -218,3 +222,51 @@ def test_save_and_load(tiny: JanusUnifiedModel, tmp_path) -> None:
     assert again.image_prompt(PROMPT).tolist() == tiny.image_prompt(PROMPT).tolist()
     for (name, a), (_, b) in zip(tiny.module.named_parameters(), again.module.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("stored", ["as built", "without"])
+def test_transformers_generates_images_from_a_saved_model(tiny: JanusUnifiedModel, stored: str, tmp_path: Path) -> None:
+    """Its greedy codes are those of ImageGenerator at the same guidance scale.
+
+    Both compute u + w·(c − u), and an unconditional prompt of padding between begin-of-sequence and begin-of-image.
+    Without guidance_scale transformers takes 5 too. Its generate() fails at 1.
+    """
+    settings = tiny.module.generation_config
+    if stored == "without":  # as transformers derives it from the configuration of the model
+        del settings.generation_kwargs
+        settings.bos_token_id = settings.pad_token_id = None
+        settings._from_model_config = True
+    with torch.no_grad():
+        for parameter in tiny.module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)  # so that codes vary
+    from transformers import JanusForConditionalGeneration
+
+    tiny.save(tmp_path)
+    check_image_generation(tiny, JanusForConditionalGeneration.from_pretrained(tmp_path))
+
+
+def check_image_generation(model: JanusUnifiedModel, module: Any) -> None:
+    from transformers import StaticCache
+
+    ids = model.image_prompt(PROMPT)
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    for options in ({}, {"guidance_scale": 3.0}):
+        expected = ImageGenerator(model).generate([ids], seeds=[0], temperature=0, output="codes", **options)
+        assert len(set(expected[0].tolist())) > 5
+        image_options = {**inputs, **options, "generation_mode": "image", "do_sample": False}
+        try:
+            found = module.generate(**image_options)
+        except TypeError:  # some versions of transformers fail where they make the cache of images
+            cache = StaticCache(config=module.config.get_text_config(decoder=True), max_cache_len=len(ids) + 36)
+            found = module.generate(**image_options, past_key_values=cache)
+        assert torch.equal(found, expected)
+    text = module.generate(**inputs, do_sample=False, max_new_tokens=4)
+    assert torch.equal(text[:, : len(ids)], ids[None])
+    assert len(ids) < text.shape[1] <= len(ids) + 4
+
+
+def test_transformers_generates_images_from_the_embedded_checkpoint() -> None:
+    model = load_model("shapes")
+    check_image_generation(model, model.module)
+    assert model.module.generation_config.generation_kwargs == {"boi_token_id": model.boi_id}
