@@ -1,4 +1,5 @@
-"""Adapters of the loss for other trainers: TRL, verl, transformers, Lightning and Accelerate.
+"""Adapters for other libraries: the loss for TRL, verl, transformers, Lightning and Accelerate, attention for kvpress.
 
-Each module needs the library of its name and is imported by its users only. Nothing is patched at import.
+Each module needs the library of its name, `attention` that of transformers, and is imported by its users only. Nothing
+is patched at import.
 """

@@ -72,14 +72,16 @@ def find_attention(model: Any, kind: str | None) -> AttentionLayers:
             "'cross_attentions' or 'encoder_attentions'"
         )
     part = whole.get_encoder() if kind == "encoder_attentions" and encoder_decoder else whole.get_decoder()
+    if not isinstance(part, PreTrainedModel):  # some encoders call the head that predicts tokens a decoder
+        part = whole
     name = "cross_attentions" if kind == "cross_attentions" else "attentions"
-    for owner in part.modules():
-        if isinstance(owner, PreTrainedModel) and (layers := tuple(_recorded(owner, name))):
+    owners = [module for module in part.modules() if isinstance(module, PreTrainedModel)]
+    for owner in owners:
+        if layers := tuple(_recorded(owner, name)):
             return AttentionLayers(owner, layers, kind == "cross_attentions")
-    if name == "attentions":
-        for owner in part.modules():
-            if isinstance(owner, PreTrainedModel) and (layers := tuple(_in_blocks(owner))):
-                return AttentionLayers(owner, layers, is_cross=False)
+    for owner in owners:
+        if name == "attentions" and (layers := tuple(_in_blocks(owner))):
+            return AttentionLayers(owner, layers, is_cross=False)
     raise OspoError(
         f"capture: {type(part).__name__} names no modules for {kind or name}; use a transformers model that returns "
         "them with output_attentions=True"
@@ -143,7 +145,7 @@ def _own_modules(parent: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]
 def _in_blocks(owner: Any) -> Iterator[Layer]:
     """The attention module of each block of an older model file, which records its attentions in a loop."""
     count = getattr(owner.config, "num_hidden_layers", None)
-    blocks = next((m for m in owner.children() if isinstance(m, nn.ModuleList) and len(m) == count), ())
+    blocks = next((m for _, m in _own_modules(owner, "") if isinstance(m, nn.ModuleList) and len(m) == count), ())
     for block in blocks:
         found = [module for module in _outermost(block) if type(module).__name__.endswith("Attention")]
         if len(found) != 1:

@@ -126,11 +126,11 @@ class PlainRequests:
         """
         options, mask = call.options, call.mask
         causal = options.get("is_causal")
-        if _is_function(call.function, "sdpa"):
+        if is_function(call.function, "sdpa"):
             causal = getattr(call.module, "is_causal", True) if causal is None else causal
             causal = bool(causal) and call.query.shape[2] > 1
             changed = options.get("position_bias") is not None or (mask is not None and mask.dim() != 4)
-        elif _is_function(call.function, "flash_attention"):
+        elif is_function(call.function, "flash_attention"):
             causal = bool(getattr(call.module, "is_causal", True) if causal is None else causal)
             window, positions = options.get("sliding_window"), options.get("position_ids")
             names = ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "position_bias")
@@ -225,6 +225,35 @@ def first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor | None:
     return torch.tensor(first_keys, dtype=torch.long) if is_plain else None
 
 
+def check_options(call: AttentionCall) -> None:
+    """Raise OspoError for a call that cannot run twice, or that is not the model's own attention."""
+    name = type(call.module).__name__
+    if call.options.get("cache") is not None:
+        raise OspoError(f"capture: {name} writes to a paged cache; run the model without continuous batching")
+    dropped = [option for option in ("softcap", "s_aux") if call.options.get(option) is not None]
+    if dropped and is_function(call.function, "sdpa"):
+        raise OspoError(
+            f"capture: {name} has a {dropped[0]}, which sdpa ignores: the model computes something else than with its "
+            "own attention; load it with attn_implementation='eager'"
+        )
+
+
+def take_rows(sums: Tensor, request: ColumnRequest, first: int) -> tuple[Tensor, Tensor]:
+    """Select the requested rows of sums over columns (B, Q, O), whose first row is at position `first`.
+
+    Returns:
+        The means over columns (B, O, length), and where they are rows of `sums` (B, length).
+
+    """
+    # Not by `share`, which is fp32.
+    means = sums.transpose(1, 2) / (request.columns >= 0).sum(-1).clamp(min=1)[..., None]
+    i = torch.arange(request.length, device=sums.device)
+    source = request.row_start[:, None] + i - first
+    inside = (i < request.row_count[:, None]) & (source >= 0) & (source < sums.shape[1])
+    index = source.clamp(0, sums.shape[1] - 1)[:, None].expand(-1, means.shape[1], -1)
+    return means.gather(2, index), inside
+
+
 def from_weights(weights: Tensor, columns: Tensor, key_start: int) -> Tensor:
     """Sum the weights (B, H, Q, K) of the columns (B, O, C) of each object → (B, H, Q, O).
 
@@ -277,7 +306,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _is_function(function: Any, name: str) -> bool:
+def is_function(function: Any, name: str) -> bool:
     """Whether a function is transformers' own `{name}_attention_forward`."""
     while isinstance(function, functools.partial):
         function = function.func

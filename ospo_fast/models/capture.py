@@ -20,9 +20,11 @@ from ospo_fast.models._column_probabilities import (
     AttentionCall,
     LseRecorder,
     PlainRequests,
+    check_options,
     from_indicators,
     from_weights,
     repeat_request,
+    take_rows,
 )
 from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
 
@@ -52,6 +54,7 @@ class _Position:
     key: int = 0  # of the first key
     cached: bool = False  # a cache holds the keys, so that later calls may follow
     keys: int | None = None  # their number by that cache
+    shared: bool = False  # the keys are those of an earlier layer
     attended: bool = False  # the attention of this call has run
 
 
@@ -119,7 +122,7 @@ class AttentionCapture:
     ) -> None:
         self._attention = find_attention(model, attentions)
         self._model = model
-        self._columns = columns if isinstance(columns, Tensor) else _pad_columns(columns)
+        self._columns = columns if isinstance(columns, Tensor) else pad_columns(columns)
         self._rows = rows
         self._stop_early = stop_early
         count = len(self._attention.layers)
@@ -135,6 +138,7 @@ class AttentionCapture:
 
     def _reset(self) -> None:
         self._positions: dict[int, _Position] = {}  # of the calls that run
+        self._cached_keys: dict[tuple[int, ...], _Position] = {}  # by address and shape, of this pass
         self._ends: dict[int, int] = {}  # of each layer: the position behind the queries that ran
         self._key_end = 0
         self._request: ColumnRequest | None = None  # on the CPU
@@ -247,11 +251,8 @@ class AttentionCapture:
         """Note where the call of a layer is, from the arguments of its module."""
         layer = self._attention.layers[index]
         position = _find_position(layer.callers[0] if layer.callers else layer.module, index, values, self._is_cross)
-        if index in self.layers and position.query < self._ends.get(index, 0):
-            raise OspoError(
-                "capture: a second forward pass reached the decoder; one capture takes one sequence, with a cache if "
-                "in several passes"
-            )
+        if index == 0:
+            self._cached_keys.clear()
         self._positions[index] = position
 
     def _run(self, index: int, call: AttentionCall) -> Any:
@@ -261,12 +262,13 @@ class AttentionCapture:
         if position is None or position.attended:
             times = "outside of its forward" if position is None else "more than once"
             raise OspoError(f"capture: {name} runs its attention {times}, expected once in each layer")
-        if call.options.get("cache") is not None:
-            raise OspoError(f"capture: {name} writes to a paged cache; run the model without continuous batching")
         position.attended = True
+        if position.cached:
+            position = self._follow_shared_keys(position, call)
         (B, H, Q, _), K = call.query.shape, call.key.shape[2]
         if not self._starts(index, position, B, Q, K, call.query):
             return call.run()
+        check_options(call)
         plain = self._plain_requests(position, Q, K, call.query.device)
         found = None if plain is None else plain.get(call)
         if found is not None:
@@ -285,20 +287,30 @@ class AttentionCapture:
         self._stop_if_done()
         return result
 
+    def _follow_shared_keys(self, position: _Position, call: AttentionCall) -> _Position:
+        """Return the position of a call. A layer may take its keys from an earlier layer, whose cache holds them."""
+        key = (call.key.data_ptr(), *call.key.shape)
+        if key not in self._cached_keys and position.shared:
+            raise OspoError(
+                f"capture: {type(call.module).__name__} takes its keys from a layer that was not found; exclude it by "
+                "layers=, or run whole sequences with use_cache=False"
+            )
+        return self._cached_keys.setdefault(key, position)
+
     def _end(self, index: int, output: Any) -> None:
         """Capture the weights that a layer returned, if its attention did not go through the AttentionInterface."""
         position = self._positions.pop(index, None)
         if position is None or position.attended:
             return
         layer = self._attention.layers[index]
-        weights = output[layer.index] if isinstance(output, (tuple, list)) else None
+        found = isinstance(output, (tuple, list)) and len(output) > layer.index
+        weights = output[layer.index] if found else None
         if not _are_weights(weights, ()):
             if index not in self.layers:
                 return
             raise OspoError(
                 f"capture: {type(layer.module).__name__} computes its attention itself, not through transformers' "
-                "AttentionInterface, and returns no weights; exclude the layer by layers=, or load the model with "
-                "attn_implementation='eager'"
+                "AttentionInterface, and returned no weights; call the model with output_attentions=True"
             )
         B, _, Q, K = weights.shape
         if self._starts(index, position, B, Q, K, weights):
@@ -310,6 +322,11 @@ class AttentionCapture:
         """Check the call of a layer, and return whether it has rows to capture."""
         if index not in self.layers:
             return False
+        if position.query < self._ends.get(index, 0):
+            raise OspoError(
+                "capture: a second forward pass reached the decoder; one capture takes one sequence, with a cache if "
+                "in several passes"
+            )
         if position.keys is not None and position.keys != K:
             raise OspoError(f"capture: the cache returned {K} keys, its own size is {position.keys}; use another cache")
         if not position.cached and Q != K and not self._is_cross:
@@ -339,7 +356,12 @@ class AttentionCapture:
         if self._columns.dim() == 3 and self._columns.shape[0] != batch:
             raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
         positions = _ENDLESS if position.cached else max(Q, K)
-        request = ColumnRequest.from_args(self._columns, batch, positions, rows=self._rows)
+        try:
+            request = ColumnRequest.from_args(self._columns, batch, positions, rows=self._rows)
+        except OpError as error:
+            if position.cached:
+                raise
+            raise OpError(f"capture: {error}; the pass has no cache, so no other one follows") from error
         if self._is_cross and not position.cached and int((request.row_start + request.row_count).max()) > Q:
             raise OpError(f"capture: rows {self._rows} are beyond the {Q} positions of the decoder")
         if self._is_cross and request.columns.numel() and int(request.columns.max()) >= K:
@@ -397,15 +419,10 @@ class AttentionCapture:
     def _write(self, index: int, sums: Tensor, position: _Position) -> None:
         """Write the rows of a call that are captured, from the sums over columns (B, heads, Q, O)."""
         assert self._maps is not None
-        request, Q = self._request_on(sums.device), sums.shape[2]
+        request = self._request_on(sums.device)
         values = sums.flatten(0, 1) if self.per_head else sums.mean(1)  # (B, Q, O)
         request = repeat_request(request, len(values) // len(request.columns))
-        # Not by `share`, which is fp32.
-        values = values.transpose(1, 2) / (request.columns >= 0).sum(-1).clamp(min=1)[..., None]
-        i = torch.arange(request.length, device=sums.device)
-        source = request.row_start[:, None] + i - position.query
-        inside = (i < request.row_count[:, None]) & (source >= 0) & (source < Q)
-        values = values.gather(2, source.clamp(0, Q - 1)[:, None].expand(-1, values.shape[1], -1))
+        values, inside = take_rows(values, request, position.query)
         maps = self._maps[self.layers.index(index)]
         maps.copy_(torch.where(inside[:, None].to(maps.device), values.to(maps), maps))
 
@@ -481,7 +498,10 @@ def _find_position(module: Any, index: int, values: Sequence[Any], is_cross: boo
         cache = cache.self_attention_cache
     if is_cross:  # behind the layer's self-attention, which has stored its keys
         return _Position(query=max(0, int(cache.get_seq_length(layer)) - length), cached=True)
-    keys, offset = cache.get_mask_sizes(length, layer)
+    try:
+        keys, offset = cache.get_mask_sizes(length, layer)
+    except ValueError:  # transformers keeps no keys of layers that share those of another one
+        return _Position(cached=True, shared=True)
     return _Position(int(cache.get_seq_length(layer)), int(offset), cached=True, keys=int(keys))
 
 
@@ -533,7 +553,7 @@ def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tup
     return grid
 
 
-def _pad_columns(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+def pad_columns(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     """Ragged nested lists → (B, O, C), padded with −1."""
     objects = max((len(item) for item in columns), default=0)
     width = max((len(tokens) for item in columns for tokens in item), default=0)
