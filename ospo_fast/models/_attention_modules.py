@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +75,13 @@ def find_attention(model: Any, kind: str | None) -> AttentionLayers:
     if not isinstance(part, PreTrainedModel):  # some encoders call the head that predicts tokens a decoder
         part = whole
     name = "cross_attentions" if kind == "cross_attentions" else "attentions"
-    owners = [module for module in part.modules() if isinstance(module, PreTrainedModel)]
-    for owner in owners:
-        if layers := tuple(_recorded(owner, name)):
-            return AttentionLayers(owner, layers, kind == "cross_attentions")
-    for owner in owners:
-        if name == "attentions" and (layers := tuple(_in_blocks(owner))):
-            return AttentionLayers(owner, layers, is_cross=False)
+    finders: list[Callable[[Any], Iterator[Layer]]] = [functools.partial(_recorded, name=name)]
+    if name == "attentions":
+        finders.append(_in_blocks)
+    for find in finders:
+        for owner in part.modules():
+            if isinstance(owner, PreTrainedModel) and (layers := tuple(find(owner))):
+                return AttentionLayers(owner, layers, kind == "cross_attentions")
     raise OspoError(
         f"capture: {type(part).__name__} names no modules for {kind or name}; use a transformers model that returns "
         "them with output_attentions=True"
@@ -120,32 +120,47 @@ def check_readable(attention: AttentionLayers) -> None:
 def _recorded(owner: Any, name: str) -> Iterator[Layer]:
     """The modules that transformers itself records for an output (`_can_record_outputs`)."""
     specs = (getattr(owner, "_can_record_outputs", None) or {}).get(name, [])
-    for path, module in _own_modules(owner, ""):
-        for spec in specs if isinstance(specs, list) else [specs]:
-            target = getattr(spec, "target_class", spec)
-            by_name = target if isinstance(target, str) else getattr(spec, "class_name", None)
-            place = getattr(spec, "layer_name", None)
-            matches = isinstance(target, type) and isinstance(module, target)
-            matches = matches or (isinstance(by_name, str) and path.endswith(by_name))
-            if matches and (place is None or f".{place.strip('.')}." in f"{path}."):
-                yield _layer(module, getattr(spec, "index", 1))
+    wanted = [
+        (
+            target if isinstance(target := getattr(spec, "target_class", spec), type) else None,
+            target if isinstance(target, str) else getattr(spec, "class_name", None),
+            f".{place.strip('.')}." if (place := getattr(spec, "layer_name", None)) else "",
+            getattr(spec, "index", 1),
+        )
+        for spec in (specs if isinstance(specs, list) else [specs])
+    ]
+    for path, module in _own_modules(owner):
+        for target, suffix, place, index in wanted:
+            matches = isinstance(module, target) if target else suffix is not None and path.endswith(suffix)
+            if matches and place in f"{path}.":
+                yield _layer(module, index)
                 break
 
 
-def _own_modules(parent: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules below `parent`, without those of other transformers models inside it."""
+def _own_modules(owner: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules below `owner`, without those of other transformers models inside it."""
     from transformers import PreTrainedModel
 
-    for name, child in parent.named_children():
-        if not isinstance(child, PreTrainedModel):
-            yield from _own_modules(child, f"{path}.{name}")
-            yield f"{path}.{name}", child
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(parent: nn.Module, path: str) -> None:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if child._modules:
+                if isinstance(child, PreTrainedModel):
+                    continue
+                visit(child, f"{path}.{name}")
+            found.append((f"{path}.{name}", child))
+
+    visit(owner, "")
+    return found
 
 
 def _in_blocks(owner: Any) -> Iterator[Layer]:
     """The attention module of each block of an older model file, which records its attentions in a loop."""
     count = getattr(owner.config, "num_hidden_layers", None)
-    blocks = next((m for _, m in _own_modules(owner, "") if isinstance(m, nn.ModuleList) and len(m) == count), ())
+    blocks = next((m for _, m in _own_modules(owner) if isinstance(m, nn.ModuleList) and len(m) == count), ())
     for block in blocks:
         found = [module for module in _outermost(block) if type(module).__name__.endswith("Attention")]
         if len(found) != 1:
@@ -161,7 +176,8 @@ def _outermost(parent: nn.Module) -> Iterator[nn.Module]:
 
 
 def _layer(module: nn.Module, index: int) -> Layer:
-    kinds: list[tuple[nn.Module, Any]] = [(part, type(part)) for part in module.modules()]
+    parts = [module, *(part for _, part in _own_modules(module))]
+    kinds: list[tuple[nn.Module, Any]] = [(part, type(part)) for part in parts]
     found = {part: registries for part, kind in kinds if (registries := _registries(kind))}
     return Layer(module, index, tuple(found), tuple({id(r): r for rs in found.values() for r in rs}.values()))
 

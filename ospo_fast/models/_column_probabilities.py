@@ -87,7 +87,7 @@ class LseRecorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        has_flag = _LSE_OPS.get(func._schema.name)
+        has_flag = _has_flag(func)
         if has_flag and len(args) > 4:
             args = (*args[:4], True, *args[5:])
         result = func(*args, **(kwargs or {}))
@@ -104,6 +104,11 @@ class LseRecorder(TorchDispatchMode):
             lse = lse.squeeze(3)
         fits = lse.dim() == 3 and lse.shape[:2] == q.shape[:2] and lse.shape[2] >= q.shape[2]
         return lse[:, :, : q.shape[2]].detach() if fits else None
+
+
+@functools.cache
+def _has_flag(operation: Any) -> bool | None:
+    return _LSE_OPS.get(operation._schema.name)
 
 
 class PlainRequests:
@@ -212,13 +217,14 @@ def first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor | None:
         return row, seen, (seen | (values <= torch.finfo(mask.dtype).min / 2)).all()
 
     total = max(request.length, 1)
-    row, seen, _ = visible(total - 1, 1)
-    first = (seen & (position <= row[..., None]))[:, 0].long().argmax(1)
-    plain = torch.ones((), dtype=torch.bool, device=mask.device)
     step = max(1, _MASK_BYTES // (8 * batch * length))  # bounds the memory of long sequences
     # A mask (B, S) hides the same keys of all rows, so its last row determines it.
-    for begin in range(0, total, step) if mask.dim() == 4 else (total - 1,):
-        row, seen, unchanged = visible(begin, min(step, total - begin))
+    begins = range(0, total, step) if mask.dim() == 4 else [total - 1]
+    end = visible(begins[-1], total - begins[-1])
+    first = (end[1] & (position <= end[0][..., None]))[:, -1].long().argmax(1)
+    plain = torch.ones((), dtype=torch.bool, device=mask.device)
+    for begin in begins:
+        row, seen, unchanged = end if begin == begins[-1] else visible(begin, step)
         expected = (position <= row[..., None]) & (position >= first[:, None, None])
         plain = plain & ~((seen != expected) & (count > 0)[:, None, None]).any() & unchanged
     *first_keys, is_plain = torch.cat([first, plain[None].long()]).tolist()

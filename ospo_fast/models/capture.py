@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.errors import OpError, OspoError
-from ospo_fast.models._attention_modules import check_readable, find_attention
+from ospo_fast.models._attention_modules import Layer, check_readable, find_attention
 from ospo_fast.models._column_probabilities import (
     AttentionCall,
     LseRecorder,
@@ -35,6 +35,7 @@ _ENDLESS = 2**31 - 1  # positions of a sequence that a cache may still extend
 # Modules under capture, by id, with the index of their layer. The hooks and the wrapped attention below are the same
 # functions for every capture and read this when they run, so that code compiled in one capture works in the next.
 _ACTIVE: dict[int, tuple[AttentionCapture, int]] = {}
+_OWNERS: dict[int, list[AttentionCapture]] = {}  # of the transformers models that they belong to
 _PATCHES: Counter[int] = Counter()  # captures that use a patched AttentionInterface, by its id
 _LOCK = threading.Lock()
 
@@ -48,14 +49,12 @@ class _StopForward(BaseException):
 
 @dataclass
 class _Position:
-    """Where in the sequence the queries and the keys of a layer's call are."""
+    """Where in the sequence the queries and the keys of a layer are in a pass."""
 
     query: int = 0  # of the first query
     key: int = 0  # of the first key
-    cached: bool = False  # a cache holds the keys, so that later calls may follow
-    keys: int | None = None  # their number by that cache
-    shared: bool = False  # the keys are those of an earlier layer
-    attended: bool = False  # the attention of this call has run
+    keys: int | None = None  # their number with the cache that the pass got
+    shared: bool = False  # that cache holds no keys for this layer: they are those of another one
 
 
 class AttentionCapture:
@@ -122,10 +121,14 @@ class AttentionCapture:
     ) -> None:
         self._attention = find_attention(model, attentions)
         self._model = model
+        every = self._attention.layers
+        # Every module of a layer that is looked up in `_ACTIVE`, and the AttentionInterface objects that they ask.
+        self._parts = [(part, index) for index, layer in enumerate(every) for part in {layer.module, *layer.callers}]
+        self._registries = list({id(r): r for layer in every for r in layer.registries}.values())
         self._columns = columns if isinstance(columns, Tensor) else pad_columns(columns)
         self._rows = rows
         self._stop_early = stop_early
-        count = len(self._attention.layers)
+        count = len(every)
         if layers is None:
             layers = range(skip, count - skip) if count > 2 * skip else range(count)
         self.layers = _resolve_indices("layers", layers, count)
@@ -137,10 +140,16 @@ class AttentionCapture:
         self._reset()
 
     def _reset(self) -> None:
-        self._positions: dict[int, _Position] = {}  # of the calls that run
-        self._cached_keys: dict[tuple[int, ...], _Position] = {}  # by address and shape, of this pass
+        # Of the pass that runs: where its layers are, if it got a cache; those that ran; those that stored keys, by the
+        # address and shape of the keys.
+        self._positions: dict[int, _Position] = {}
+        self._attended: set[int] = set()
+        self._stored: dict[tuple[int, ...], _Position] = {}
+        self._is_last = False  # it fills no cache, so that no other pass can follow
         self._ends: dict[int, int] = {}  # of each layer: the position behind the queries that ran
         self._key_end = 0
+        self._first_row = self._last_row = 0  # the first position of a row, and the one behind the last row
+        self._last_column = -1
         self._request: ColumnRequest | None = None  # on the CPU
         self._requests: dict[torch.device, ColumnRequest] = {}
         self._plain: dict[torch.device, PlainRequests] = {}
@@ -167,15 +176,15 @@ class AttentionCapture:
                 f"capture: {len(seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
                 "`with` block before reading maps"
             )
-        end, ran = self._last_row(), min(self._ends.values())
-        if ran < end:
+        ran = min(self._ends.values())
+        if ran < self._last_row:
             raise OspoError(
-                f"capture: rows end at position {end}, but {ran} positions ran; run the others too, or ask for fewer "
-                "rows (generate() does not run its last token: use capture.replay(sequence))"
+                f"capture: rows end at position {self._last_row}, but {ran} positions ran; run the others too, or ask "
+                "for fewer rows (generate() does not run its last token: use capture.replay(sequence))"
             )
-        if self._request.columns.numel() and int(self._request.columns.max()) >= self._key_end:
+        if self._last_column >= self._key_end:
             raise OpError(
-                f"capture: columns are up to {int(self._request.columns.max())}, expected at most {self._key_end - 1}, "
+                f"capture: columns are up to {self._last_column}, expected at most {self._key_end - 1}, "
                 "the last position that ran"
             )
         return self._maps
@@ -209,18 +218,19 @@ class AttentionCapture:
 
     def __enter__(self) -> Self:
         check_readable(self._attention)
-        modules = {id(part): index for index, part in self._parts()}
         with _LOCK:
-            if any(part in _ACTIVE for part in modules):
+            if any(id(part) in _ACTIVE for part, _ in self._parts):
                 raise OspoError("capture: this decoder is being captured already; leave that `with` block first")
             self._reset()
-            _ACTIVE.update({part: (self, index) for part, index in modules.items()})
-            for registry in self._registries():
+            _ACTIVE.update({id(part): (self, index) for part, index in self._parts})
+            _OWNERS.setdefault(id(self._attention.owner), []).append(self)
+            for registry in self._registries:
                 _PATCHES[id(registry)] += 1
                 registry.get_interface = MethodType(_get_interface, registry)
+        self._handles.append(self._attention.owner.register_forward_pre_hook(_before_pass, with_kwargs=True))
         for layer in self._attention.layers:
-            self._handles.append(layer.module.register_forward_pre_hook(_before, with_kwargs=True))
-            self._handles.append(layer.module.register_forward_hook(_after))
+            if not layer.callers:
+                self._handles.append(layer.module.register_forward_hook(_after_layer))
         return self
 
     def __exit__(
@@ -229,41 +239,44 @@ class AttentionCapture:
         while self._handles:
             self._handles.pop().remove()
         with _LOCK:
-            for _, part in self._parts():
+            for part, _ in self._parts:
                 _ACTIVE.pop(id(part), None)
-            for registry in self._registries():
+            _OWNERS[id(self._attention.owner)].remove(self)
+            if not _OWNERS[id(self._attention.owner)]:
+                del _OWNERS[id(self._attention.owner)]
+            for registry in self._registries:
                 _PATCHES[id(registry)] -= 1
                 if not _PATCHES[id(registry)]:
                     del _PATCHES[id(registry)], registry.get_interface
-        self._positions.clear()
         self._requests, self._plain = {}, {}  # they hold masks
         return isinstance(error, _StopForward) and error.capture is self
 
-    def _parts(self) -> list[tuple[int, Any]]:
-        """Every module of a layer that is looked up in `_ACTIVE`, with the index of the layer."""
-        layers = enumerate(self._attention.layers)
-        return [(index, part) for index, layer in layers for part in {layer.module, *layer.callers}]
+    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note where the layers are in the sequence, from the arguments of the decoder."""
+        from transformers.cache_utils import Cache
 
-    def _registries(self) -> list[Any]:
-        return list({id(r): r for layer in self._attention.layers for r in layer.registries}.values())
+        self._attended.clear()
+        self._stored.clear()
+        self._positions.clear()
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        self._is_last = cache is None and kwargs.get("use_cache") is False
+        if cache is not None:
+            embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+            tokens = embeds if embeds is not None else ids if ids is not None else args[0] if args else None
+            length = None if tokens is None else tokens.shape[1]
+            for index, layer in enumerate(self._attention.layers):
+                self._positions[index] = _find_position(layer, index, cache, length, self._is_cross)
 
-    def _begin(self, index: int, values: Sequence[Any]) -> None:
-        """Note where the call of a layer is, from the arguments of its module."""
-        layer = self._attention.layers[index]
-        position = _find_position(layer.callers[0] if layer.callers else layer.module, index, values, self._is_cross)
-        if index == 0:
-            self._cached_keys.clear()
-        self._positions[index] = position
+    def _position_of(self, index: int, name: str) -> _Position:
+        if index in self._attended:
+            raise OspoError(f"capture: {name} runs its attention more than once in a pass, expected once")
+        self._attended.add(index)
+        return self._positions.get(index) or _Position()
 
     def _run(self, index: int, call: AttentionCall) -> Any:
         """Run the attention of a layer, and capture it if the layer is captured."""
-        position = self._positions.get(index)
-        name = type(call.module).__name__
-        if position is None or position.attended:
-            times = "outside of its forward" if position is None else "more than once"
-            raise OspoError(f"capture: {name} runs its attention {times}, expected once in each layer")
-        position.attended = True
-        if position.cached:
+        position = self._position_of(index, type(call.module).__name__)
+        if self._positions:
             position = self._follow_shared_keys(position, call)
         (B, H, Q, _), K = call.query.shape, call.key.shape[2]
         if not self._starts(index, position, B, Q, K, call.query):
@@ -290,24 +303,22 @@ class AttentionCapture:
     def _follow_shared_keys(self, position: _Position, call: AttentionCall) -> _Position:
         """Return the position of a call. A layer may take its keys from an earlier layer, whose cache holds them."""
         key = (call.key.data_ptr(), *call.key.shape)
-        if key not in self._cached_keys and position.shared:
+        if key not in self._stored and position.shared:
             raise OspoError(
                 f"capture: {type(call.module).__name__} takes its keys from a layer that was not found; exclude it by "
                 "layers=, or run whole sequences with use_cache=False"
             )
-        return self._cached_keys.setdefault(key, position)
+        return self._stored.setdefault(key, position)
 
-    def _end(self, index: int, output: Any) -> None:
-        """Capture the weights that a layer returned, if its attention did not go through the AttentionInterface."""
-        position = self._positions.pop(index, None)
-        if position is None or position.attended:
-            return
+    def _read_output(self, index: int, output: Any) -> None:
+        """Capture the weights that a layer returned, if its attention does not go through the AttentionInterface."""
         layer = self._attention.layers[index]
+        if index not in self.layers:
+            return
+        position = self._position_of(index, type(layer.module).__name__)
         found = isinstance(output, (tuple, list)) and len(output) > layer.index
         weights = output[layer.index] if found else None
         if not _are_weights(weights, ()):
-            if index not in self.layers:
-                return
             raise OspoError(
                 f"capture: {type(layer.module).__name__} computes its attention itself, not through transformers' "
                 "AttentionInterface, and returned no weights; call the model with output_attentions=True"
@@ -329,13 +340,16 @@ class AttentionCapture:
             )
         if position.keys is not None and position.keys != K:
             raise OspoError(f"capture: the cache returned {K} keys, its own size is {position.keys}; use another cache")
-        if not position.cached and Q != K and not self._is_cross:
+        if not self._positions and Q != K and not self._is_cross:
             raise OspoError(
                 f"capture: the decoder was called with {Q} queries for {K} keys and no cache of transformers; run "
                 "whole sequences with use_cache=False"
             )
         if self._request is None or self._maps is None:
-            request = self._request = self._build_request(batch, position, Q, K)
+            request = self._request = self._build_request(batch, Q, K)
+            self._last_row = int((request.row_start + request.row_count).max()) if batch else 0
+            self._last_column = int(request.columns.max()) if request.columns.numel() else -1
+            self._first_row = int(request.row_start.min()) if batch else 0
             heads = 1
             if self.per_head:
                 heads = like.shape[1] if self._heads is None else len(self._heads)
@@ -347,22 +361,18 @@ class AttentionCapture:
         begin, end = position.query, position.query + Q
         self._ends[index] = end
         self._key_end = max(self._key_end, position.key + K)
-        if self._request.length == 0 or begin >= self._last_row() or end <= int(self._request.row_start.min()):
+        if self._request.length == 0 or begin >= self._last_row or end <= self._first_row:
             self._stop_if_done()
             return False
         return True
 
-    def _build_request(self, batch: int, position: _Position, Q: int, K: int) -> ColumnRequest:
+    def _build_request(self, batch: int, Q: int, K: int) -> ColumnRequest:
         if self._columns.dim() == 3 and self._columns.shape[0] != batch:
             raise OpError(f"capture: columns has {self._columns.shape[0]} sequences, the decoder runs {batch}")
-        positions = _ENDLESS if position.cached else max(Q, K)
-        try:
-            request = ColumnRequest.from_args(self._columns, batch, positions, rows=self._rows)
-        except OpError as error:
-            if position.cached:
-                raise
-            raise OpError(f"capture: {error}; the pass has no cache, so no other one follows") from error
-        if self._is_cross and not position.cached and int((request.row_start + request.row_count).max()) > Q:
+        if not self._is_last:
+            return ColumnRequest.from_args(self._columns, batch, _ENDLESS, rows=self._rows)
+        request = ColumnRequest.from_args(self._columns, batch, max(Q, K), rows=self._rows)
+        if self._is_cross and int((request.row_start + request.row_count).max()) > Q:
             raise OpError(f"capture: rows {self._rows} are beyond the {Q} positions of the decoder")
         if self._is_cross and request.columns.numel() and int(request.columns.max()) >= K:
             raise OpError(f"capture: columns are up to {int(request.columns.max())}, the encoder has {K} positions")
@@ -373,8 +383,7 @@ class AttentionCapture:
         request = self._request
         assert request is not None
         whole = Q == K and position.query == position.key == 0 and not self._is_cross
-        columns = int(request.columns.max()) if request.columns.numel() else 0
-        if not whole or self._last_row() > Q or columns >= K:
+        if not whole or self._last_row > Q or self._last_column >= K:
             return None
         if device not in self._plain:
             heads = 1
@@ -432,15 +441,8 @@ class AttentionCapture:
             self._requests[device] = self._request.to(device)
         return self._requests[device]
 
-    def _last_row(self) -> int:
-        """The position behind the last row."""
-        assert self._request is not None
-        ends = self._request.row_start + self._request.row_count
-        return int(ends.max()) if len(ends) else 0
-
     def _stop_if_done(self) -> None:
-        done = all(self._ends.get(layer, -1) >= self._last_row() for layer in self.layers)
-        if self._stop_early and done:
+        if self._stop_early and all(self._ends.get(layer, -1) >= self._last_row for layer in self.layers):
             raise _StopForward(self)
 
     @property
@@ -468,41 +470,35 @@ def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
 
 
 @torch.compiler.disable
-def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    active = _ACTIVE.get(id(module))
-    if active is not None:
-        capture, index = active
-        capture._begin(index, [*args, *kwargs.values()])
+def _before_pass(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for capture in _OWNERS.get(id(owner), ()):
+        capture._begin_pass(args, kwargs)
 
 
 @torch.compiler.disable
-def _after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+def _after_layer(module: Any, _: tuple[Any, ...], output: Any) -> None:
     active = _ACTIVE.get(id(module))
     if active is not None:
         capture, index = active
-        capture._end(index, output)
+        capture._read_output(index, output)
 
 
-def _find_position(module: Any, index: int, values: Sequence[Any], is_cross: bool) -> _Position:
-    """Where the call of an attention layer is, from the cache among the arguments of its module."""
-    from transformers.cache_utils import Cache, EncoderDecoderCache
+def _find_position(layer: Layer, index: int, cache: Any, length: int | None, is_cross: bool) -> _Position:
+    """Where a layer is in the pass that begins, with a cache of transformers."""
+    from transformers.cache_utils import EncoderDecoderCache
 
-    cache = next((value for value in values if isinstance(value, Cache)), None)
-    hidden = next((v for v in values if isinstance(v, Tensor) and v.dim() == 3 and v.is_floating_point()), None)
-    if cache is None or hidden is None:
-        return _Position()
-    length = hidden.shape[1]
-    layer = getattr(module, "layer_idx", None)
-    layer = index if layer is None else int(layer)
+    module = layer.callers[0] if layer.callers else layer.module
+    number = getattr(module, "layer_idx", None)
+    number = index if number is None else int(number)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    if is_cross:  # behind the layer's self-attention, which has stored its keys
-        return _Position(query=max(0, int(cache.get_seq_length(layer)) - length), cached=True)
+    if is_cross:
+        return _Position(int(cache.get_seq_length(number)))
     try:
-        keys, offset = cache.get_mask_sizes(length, layer)
+        keys, start = cache.get_mask_sizes(length, number)
     except ValueError:  # transformers keeps no keys of layers that share those of another one
-        return _Position(cached=True, shared=True)
-    return _Position(int(cache.get_seq_length(layer)), int(offset), cached=True, keys=int(keys))
+        return _Position(shared=True)
+    return _Position(int(cache.get_seq_length(number)), int(start), int(keys))
 
 
 def _are_weights(value: Any, shape: tuple[int, ...]) -> TypeGuard[Tensor]:
