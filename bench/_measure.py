@@ -5,9 +5,11 @@ import datetime as dt
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -183,6 +185,23 @@ def rehearse(quick: bool) -> None:
 def only_cases(names: list[str]) -> None:
     """Measure only the cases whose names contain one of these; an empty list selects all."""
     _cases[:] = names
+
+
+def grown_memory(module: str, case: str, variant: str, quick: bool) -> dict[str, float]:
+    """Return what `_peak_rss.py` measures in a new process; nothing where it cannot be measured."""
+    command = [sys.executable, str(Path(__file__).parent / "_peak_rss.py"), module, case, variant]
+    done = subprocess.run(
+        [*command, *(["--quick"] if quick else [])],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    if done.returncode:
+        print(f"{variant}: no resident memory: {(done.stderr.splitlines() or [''])[-1]}")
+        return {}
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def chosen(case: str) -> bool:

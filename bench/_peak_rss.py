@@ -5,7 +5,8 @@
 MODULE.steps(CASE, VARIANT, quick) returns two functions: a step of a tiny size and the measured one. `rss_mb` is the
 growth from after the tiny step to the peak of the measured one. Unlike the peak of torch's allocations it includes
 workspaces, fragmentation of the heap, and memory that torch did not allocate. `imports_mb` is the growth during the
-tiny step: of modules that are imported at the first call, and of threads. Both in 10⁶ bytes. Linux only.
+tiny step: of modules that are imported at the first call, and of threads. Both in 10⁶ bytes. `ms` is the time of the
+step, its only run. Linux only.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import importlib
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 PROC = Path("/proc/self")
@@ -35,8 +37,11 @@ def main(module: str, case: str, variant: str, *flags: str) -> None:
     trim(0)
     before = status_mb("VmRSS")
     (PROC / "clear_refs").write_text("5")  # resets the peak to the present size
+    begin = time.perf_counter()
     results = step()
-    print(json.dumps({"rss_mb": round(status_mb("VmHWM") - before, 1), "imports_mb": round(before - start, 1)}))
+    found = {"rss_mb": status_mb("VmHWM") - before, "imports_mb": before - start}
+    found["ms"] = 1e3 * (time.perf_counter() - begin)
+    print(json.dumps({name: round(value, 1) for name, value in found.items()}))
     del results
 
 

@@ -8,7 +8,8 @@ The peers are reimplemented here without their other features:
 - The official mask path is `output_attentions`, then scikit-image's Otsu of each object on the host. It also encodes
   each image again, which is skipped here, because a model with random weights has no image to encode.
 
-Cases: "columns, N in a batch" and "decoder, N in a batch".
+Cases: "columns, N in a batch", "decoder, N in a batch", and on a CPU "long, N tokens": peak memory of one layer with
+one head over N tokens and 16 words, each variant in a new process (`_peak_rss.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import Timing, ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
+from _measure import Timing, ceilings, chosen, dtype_name, grown_memory, interleaved, peak_mb, row, show, write
 from object_masks import skimage_masks
 from torch import Tensor
 
@@ -39,6 +40,7 @@ QUICK_SHAPES = [(2, 2, 2, 16, 16)]
 CPU_MODEL = (4, 512, 8, 1376, 24, (1, 4))
 GPU_MODEL = (30, 4096, 32, 11008, 24, (1, 16))  # Janus-Pro-7B
 QUICK_MODEL = (2, 32, 2, 48, 4, (2,))
+LONG, WORDS = 32768, 16
 STEPS = 20  # timed training steps of each kind; the masks take a few percent of a step
 SLOW_TURNS = 10  # limit on a GPU for variants that run image by image or keep all matrices (seconds per turn)
 COLUMNS = [[[5], [9, 10]], [[6, 7], [12]]]  # of two prompts that alternate: two objects of one or two tokens each
@@ -259,10 +261,65 @@ def decoder(
         yield rows
 
 
+def long_steps() -> dict[str, Callable[[int], Tensor]]:
+    """Return the variants of the case of long sequences: functions of the number of tokens."""
+    from transformers import LlamaConfig, LlamaModel
+
+    def model(attention: str) -> LlamaModel:
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+            num_key_value_heads=1, max_position_embeddings=LONG, attn_implementation=attention,
+        )  # fmt: skip
+        return LlamaModel(config).eval()
+
+    words = torch.arange(WORDS)[None, :, None]
+
+    @torch.no_grad()
+    def forward(tokens: int) -> Tensor:
+        return model("sdpa")(inputs_embeds=torch.randn(1, tokens, 64), use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def capture(tokens: int) -> Tensor:
+        decoder = model("sdpa")
+        with ospo_fast.AttentionCapture(decoder, columns=words, rows=(PROMPT, tokens - PROMPT)) as captured:
+            decoder(inputs_embeds=torch.randn(1, tokens, 64), use_cache=False)
+        return captured.maps
+
+    @torch.no_grad()
+    def output_attentions(tokens: int) -> Tensor:
+        outputs = model("eager")(inputs_embeds=torch.randn(1, tokens, 64), use_cache=False, output_attentions=True)
+        return mean_of_columns(torch.stack(outputs.attentions).mean((0, 2))[:, PROMPT:], words)
+
+    return {"forward": forward, "forward with capture": capture, "output_attentions": output_attentions}
+
+
+def steps(case: str, variant: str, quick: bool) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Return a tiny step and the step of a case (`_peak_rss.py`)."""
+    function = long_steps()[variant]
+    assert case == f"long, {LONG} tokens"
+    return lambda: function(64), lambda: function(512 if quick else LONG)
+
+
+def long_sequences(device: str, dtype: torch.dtype, quick: bool) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of long sequences."""
+    case = f"long, {LONG} tokens"
+    if device != "cpu" or not chosen(case):
+        return
+    small = {name: function(512) for name, function in long_steps().items() if name != "forward"}
+    assert len({maps.shape for maps in small.values()}) == 1
+    rows = []
+    for name in long_steps():
+        if found := grown_memory("attention_columns", case, name, quick):
+            time = Timing(*3 * [found.pop("ms")], repeats=1)
+            shapes = {"L": 1, "B": 1, "H": 1, "D": 64, "T": 512 if quick else LONG, "words": WORDS}
+            rows.append(row("AttentionCapture", name, shapes, dtype_name(dtype), time, **found))
+    yield rows
+
+
 def run(out: Path, quick: bool) -> None:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     rows: list[dict[str, Any]] = []
-    for part in chain(ops(device, dtype, quick), decoders(device, dtype, quick)):
+    for part in chain(ops(device, dtype, quick), decoders(device, dtype, quick), long_sequences(device, dtype, quick)):
         rows += part
         write(rows, out, "attention_columns")  # keeps the rows when a later shape fails
     show(rows)

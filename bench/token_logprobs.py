@@ -26,9 +26,6 @@ the floor (the products at the measured limit of this device) over the time. `ov
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from _logprob_dispatch import dispatch
 from _logprob_variants import Objective, Variant, bare_gemms, official
-from _measure import ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
+from _measure import ceilings, chosen, dtype_name, grown_memory, interleaved, peak_mb, row, show, write
 
 import ospo_fast
 from ospo_fast.ops._logprob_call import default_chunk_rows
@@ -285,25 +282,13 @@ def default_rows(shape: Shape, dtype: torch.dtype, where: str) -> int:
     return default_chunk_rows(shape.V, dtype.itemsize, where)
 
 
-def grown_memory(shape: Shape, variant: str, quick: bool) -> dict[str, float]:
-    """Return rss_mb and imports_mb of a step in a new process; nothing where they cannot be measured."""
-    command = [sys.executable, str(HERE / "_peak_rss.py"), "token_logprobs", shape.name, variant]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [*command, *(["--quick"] if quick else [])], check=False, capture_output=True, text=True, env=env
-    )
-    if done.returncode:
-        print(f"{variant}: no resident memory: {(done.stderr.splitlines() or [''])[-1]}")
-        return {}
-    return json.loads(done.stdout)
-
-
 def resident_memory(shape: Shape, names: Sequence[str], where: str, quick: bool) -> dict[str, dict[str, float]]:
     """Measure the resident memory of heads of one layer on a CPU; if `quick`, of two variants of a trained head."""
     if where != "cpu" or shape.mlp or shape.task or (quick and not shape.trained):
         return {}
     names = ("ospo_fast", "eager") if quick else [name for name in names if name != "compiled eager"]
-    return {name: grown_memory(shape, name, quick) for name in names}
+    grown = {name: grown_memory("token_logprobs", shape.name, name, quick) for name in names}
+    return {name: {key: value for key, value in found.items() if key != "ms"} for name, found in grown.items()}
 
 
 def ratio(one: float, two: float) -> float:

@@ -12,7 +12,10 @@ from ospo_fast.stages import STAGE_NAMES
     [
         ("object_masks", {"ospo_fast", "torch"}),
         ("sample_codes", {"ospo_fast", "torch"}),
-        ("attention_columns", {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks"}),
+        (
+            "attention_columns",
+            {"LSE given", "own LSE", "eager", "forward with capture", "DAAM-style hooks", "output_attentions"},
+        ),
         ("decode_attention", {"torch", "masked SDPA"}),
         ("skinny_linear", {"torch", "single kernels"}),
     ],
