@@ -79,7 +79,8 @@ class AttentionCapture:
     One capture takes one sequence: in one forward pass, or with a cache in consecutive passes, such as the steps of
     `generate()`. `generate` does not run its last token: capture it by `replay`. With gradient checkpointing, leave the
     context before the backward pass. A decoder under torch.compile is recompiled for the context with a graph break at
-    each attention; with fullgraph=True torch raises an error.
+    each attention; with fullgraph=True torch raises an error, so generate() with a static cache needs
+    disable_compile=True on a GPU.
 
     Args:
         model: an adapter, or a transformers model (also inside of peft's, torch.compile's and other wrappers).
@@ -460,7 +461,14 @@ def _get_interface(registry: Any, name: str, default: Callable[..., Any]) -> Cal
     return functools.partial(_attend, function)
 
 
-@torch.compiler.disable
+# The reason is part of torch's error where a graph break is not allowed.
+_run_eagerly = functools.partial(
+    torch.compiler.disable,
+    reason="AttentionCapture reads the attention; compile without fullgraph, or generate() with disable_compile=True",
+)
+
+
+@_run_eagerly
 def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
     active = _ACTIVE.get(id(module))
     if active is None:
@@ -469,13 +477,13 @@ def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
     return capture._run(index, AttentionCall.from_args(function, module, args, kwargs))
 
 
-@torch.compiler.disable
+@_run_eagerly
 def _before_pass(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for capture in _OWNERS.get(id(owner), ()):
         capture._begin_pass(args, kwargs)
 
 
-@torch.compiler.disable
+@_run_eagerly
 def _after_layer(module: Any, _: tuple[Any, ...], output: Any) -> None:
     active = _ACTIVE.get(id(module))
     if active is not None:

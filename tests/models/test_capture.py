@@ -899,6 +899,37 @@ def test_torch_compile(tiny: JanusUnifiedModel) -> None:
     assert torch.equal(plain, again)
 
 
+def test_compilation_without_graph_breaks_is_refused(tiny: JanusUnifiedModel) -> None:
+    """The error says what helps. A later capture of the same compiled decoder reads its own maps."""
+    x = inputs(tiny)
+    torch.compiler.reset()  # of code that was compiled with graph breaks
+    whole = torch.compile(tiny.decoder, backend="eager", fullgraph=True)
+    with (
+        torch.no_grad(),
+        pytest.raises(torch._dynamo.exc.Unsupported, match="disable_compile=True"),
+        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+    ):
+        whole(inputs_embeds=x, use_cache=False)
+    decoder = torch.compile(tiny.decoder, backend="eager")
+    probs = reference(tiny.decoder, x, None, [0])
+    for columns in (COLUMNS, [[[7]]] * 3):
+        with torch.no_grad(), AttentionCapture(tiny, columns=columns, rows=ROWS, layers=[0]) as capture:
+            decoder(inputs_embeds=x, use_cache=False)
+        compare(capture.maps, probs, columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [None, [1]])
+def test_cuda_windows(heads: list[int] | None) -> None:
+    """Attention that runs a second time, on values that mark the columns."""
+    model, ids = generator("mistral").to("cuda"), torch.randint(3, 20, (2, 20), device="cuda")
+    with torch.no_grad(), AttentionCapture(model, columns=[[[9, 10], [14]]] * 2, rows=(4, 16), heads=heads) as capture:
+        model(ids)
+    probs = reference(model.model, model.model.embed_tokens(ids), None, [0, 1], heads).cpu()
+    expected = torch.stack([probs[:, 4:, 9:11].mean(-1), probs[:, 4:, 14]], 1)
+    torch.testing.assert_close(capture.maps.cpu(), expected, rtol=0, atol=1e-5)
+
+
 def test_nan_attention_gives_nan_maps(tiny: JanusUnifiedModel) -> None:
     x = inputs(tiny)
     x[1, 4] = torch.nan
