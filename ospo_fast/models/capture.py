@@ -264,23 +264,18 @@ class AttentionCapture:
         if cache is not None:
             embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
             tokens = embeds if embeds is not None else ids if ids is not None else args[0] if args else None
-            length = None if tokens is None else tokens.shape[1]
+            if not isinstance(tokens, Tensor):
+                raise OspoError("capture: the decoder got a cache without input_ids or inputs_embeds; pass one of them")
             for index, layer in enumerate(self._attention.layers):
-                self._positions[index] = _find_position(layer, index, cache, length, self._is_cross)
-
-    def _position_of(self, index: int, name: str) -> _Position:
-        if index in self._attended:
-            raise OspoError(f"capture: {name} runs its attention more than once in a pass, expected once")
-        self._attended.add(index)
-        return self._positions.get(index) or _Position()
+                self._positions[index] = _find_position(layer, index, cache, tokens.shape[1], self._is_cross)
 
     def _run(self, index: int, call: AttentionCall) -> Any:
         """Run the attention of a layer, and capture it if the layer is captured."""
-        position = self._position_of(index, type(call.module).__name__)
+        position = self._positions.get(index) or _Position()
         if self._positions:
             position = self._follow_shared_keys(position, call)
         (B, H, Q, _), K = call.query.shape, call.key.shape[2]
-        if not self._starts(index, position, B, Q, K, call.query):
+        if index not in self.layers or not self._starts(index, position, B, Q, K, call.query):
             return call.run()
         check_options(call)
         plain = self._plain_requests(position, Q, K, call.query.device)
@@ -313,10 +308,9 @@ class AttentionCapture:
 
     def _read_output(self, index: int, output: Any) -> None:
         """Capture the weights that a layer returned, if its attention does not go through the AttentionInterface."""
-        layer = self._attention.layers[index]
+        layer, position = self._attention.layers[index], self._positions.get(index) or _Position()
         if index not in self.layers:
             return
-        position = self._position_of(index, type(layer.module).__name__)
         found = isinstance(output, (tuple, list)) and len(output) > layer.index
         weights = output[layer.index] if found else None
         if not _are_weights(weights, ()):
@@ -331,9 +325,11 @@ class AttentionCapture:
             self._stop_if_done()
 
     def _starts(self, index: int, position: _Position, batch: int, Q: int, K: int, like: Tensor) -> bool:
-        """Check the call of a layer, and return whether it has rows to capture."""
-        if index not in self.layers:
-            return False
+        """Check the call of a captured layer, and return whether it has rows to capture."""
+        if index in self._attended:
+            name = type(self._attention.layers[index].module).__name__
+            raise OspoError(f"capture: {name} runs its attention more than once in a pass, expected once")
+        self._attended.add(index)
         if position.query < self._ends.get(index, 0):
             raise OspoError(
                 "capture: a second forward pass reached the decoder; one capture takes one sequence, with a cache if "
@@ -360,8 +356,14 @@ class AttentionCapture:
         if len(self._request.columns) != batch:
             raise OpError(f"capture: the decoder ran {len(self._request.columns)} sequences, then {batch}")
         begin, end = position.query, position.query + Q
+        ran = max(self._ends.get(index, 0), self._first_row)
+        if begin > ran and ran < self._last_row:
+            raise OspoError(
+                f"capture: rows from position {ran} to {min(begin, self._last_row) - 1} are in the cache already, and "
+                "their attention did not run; capture the pass that runs them too, or use capture.replay(sequence)"
+            )
         self._ends[index] = end
-        self._key_end = max(self._key_end, position.key + K)
+        self._key_end = max(self._key_end, K if self._is_cross else end)
         if self._request.length == 0 or begin >= self._last_row or end <= self._first_row:
             self._stop_if_done()
             return False
@@ -491,7 +493,7 @@ def _after_layer(module: Any, _: tuple[Any, ...], output: Any) -> None:
         capture._read_output(index, output)
 
 
-def _find_position(layer: Layer, index: int, cache: Any, length: int | None, is_cross: bool) -> _Position:
+def _find_position(layer: Layer, index: int, cache: Any, length: int, is_cross: bool) -> _Position:
     """Where a layer is in the pass that begins, with a cache of transformers."""
     from transformers.cache_utils import EncoderDecoderCache
 

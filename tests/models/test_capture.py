@@ -437,7 +437,20 @@ def test_a_cache_that_holds_the_beginning(tiny: JanusUnifiedModel) -> None:
             with pytest.raises(OspoError, match=r"rows end at position 45, but 20 positions ran"):
                 _ = capture.maps
             tiny.decoder(inputs_embeds=x[:, 20:], past_key_values=past)
-    compare(capture.maps, expected, COLUMNS)
+        compare(capture.maps, expected, COLUMNS)
+        # Rows that ran before the context, and rows between two captured passes.
+        past = tiny.decoder(inputs_embeds=x[:, :12], use_cache=True).past_key_values
+        with (
+            pytest.raises(OspoError, match="rows from position 9 to 11 are in the cache already"),
+            AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+        ):
+            tiny.decoder(inputs_embeds=x[:, 12:], past_key_values=past)
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+            past = tiny.decoder(inputs_embeds=x[:, :12], use_cache=True).past_key_values
+            for layer in past.layers:
+                layer.keys, layer.values = layer.keys[:, :, :1].repeat(1, 1, 15, 1), layer.values[:, :, :15]
+            with pytest.raises(OspoError, match="rows from position 12 to 14 are in the cache already"):
+                tiny.decoder(inputs_embeds=x[:, 15:], past_key_values=past)
 
 
 def generator(kind: str) -> torch.nn.Module:
@@ -496,11 +509,12 @@ def test_the_last_token_of_generate() -> None:
     with pytest.raises(OspoError, match=r"rows end at position 15, but 14 positions ran.*capture\.replay"):
         _ = capture.maps
     assert capture.replay(sequence).shape == (1, 1, 5)
-    beyond = AttentionCapture(model, columns=[[[40]]], rows=(9, 5))
-    with beyond:
-        model.generate(ids, max_new_tokens=5, do_sample=False)
-    with pytest.raises(OpError, match="columns are up to 40, expected at most 13"):
-        _ = beyond.maps
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        beyond = AttentionCapture(model, columns=[[[14]]], rows=(9, 5))
+        with beyond:
+            model.generate(ids, max_new_tokens=5, do_sample=False, **options)
+        with pytest.raises(OpError, match="columns are up to 14, expected at most 13"):
+            _ = beyond.maps
     again = AttentionCapture(model, columns=[[[4]]], rows=(4, 5))
     with pytest.raises(OspoError, match="one capture takes one sequence"), again:
         model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
