@@ -163,7 +163,8 @@ def mark_objects(text: str, objects: Sequence[ObjectSpan], *, own_spans: bool) -
         if nouns.count(noun) == 1:
             places += [(start, end, index) for start, end in find_spans(noun, text)]
     accepted: list[tuple[int, int, int]] = []
-    for start, end, index in places:
+    # The longest first: "fan" within "ceiling fan" is a part of that object's name.
+    for start, end, index in sorted(places, key=lambda place: place[0] - place[1]):
         if all(end <= other[0] or other[1] <= start for other in accepted):
             accepted.append((start, end, index))
     parts: list[tuple[str, int | None]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +47,8 @@ def show(image: Any, maps: Any, words: Sequence[str]) -> Image.Image:
     Args:
         image: a Pillow image, a path, or an array or tensor: (H, W, 3) uint8, or (3, H, W) float in [0, 1].
         maps: (O, h, w) float array or tensor, one map for each word, over a grid of the whole image, such as
-            `AttentionCapture.maps[b]`. (1, O, h, w) is accepted.
+            `AttentionCapture.maps[b]`. (1, O, h, w) is accepted. Cells that are more than four times as long as wide
+            over the image are refused: (B, O, rows) without a grid looks like maps of a grid O × rows.
         words: O words. A character that the built-in font lacks is shown as its escape, "é" as "\xe9".
 
     Returns:
@@ -84,17 +86,21 @@ def _load_pixels(image: Any) -> Image.Image:
     """The image in RGB."""
     from PIL import Image
 
-    if isinstance(image, (str, os.PathLike)):
+    is_path = isinstance(image, (str, os.PathLike))
+    if is_path or isinstance(image, Image.Image):
+        name = f"{os.fspath(image)!r}" if is_path else f"of mode {image.mode!r} and size {image.size}"
         try:
-            with Image.open(image) as opened:
-                return _convert(opened)
+            with Image.open(image) if is_path else nullcontext(image) as opened:
+                mode, size = opened.mode, opened.size
+                pixels = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            if isinstance(error, OpError):
-                raise
             reason = getattr(error, "strerror", None) or error
-            raise OpError(f"show: cannot read the image {os.fspath(image)!r} ({reason}); give an image file") from error
-    if isinstance(image, Image.Image):
-        return _convert(image)
+            raise OpError(f"show: cannot read the image {name} ({reason}); give an image file") from error
+        if mode.startswith(("I", "F")):  # Pillow clips their values at 255
+            raise OpError(f"show: the image has mode {mode!r}, expected 8 bits; scale its values to 0…255")
+        if 0 in size:
+            raise OpError(f"show: the image has size {size}, expected at least 1 x 1 pixels")
+        return pixels
     array = _to_tensor("image", image, "a Pillow image, a path, or an array or tensor")
     channels_first = array.is_floating_point()
     if array.dim() != 3 or array.shape[0 if channels_first else 2] != 3 or 0 in array.shape:
@@ -115,20 +121,18 @@ def _load_pixels(image: Any) -> Image.Image:
     return Image.fromarray(array.contiguous().numpy())
 
 
-def _convert(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # Pillow would clip the values at 255
-        raise OpError(f"show: the image has mode {image.mode!r}, expected 8 bits; scale its values to 0…255")
-    return image.convert("RGB")
-
-
 def _to_tensor(name: str, value: Any, expected: str) -> torch.Tensor:
     """An array or tensor as a tensor on the CPU."""
     if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or (value.element_size() == 1 and value.is_floating_point()):
+            raise OpError(
+                f"show: {name} is {value.dtype} in layout {value.layout}, expected {expected}; use .to_dense()"
+            )
         return value.detach().cpu()
     try:
         if isinstance(value, np.ndarray):
             return torch.from_numpy(value.copy(order="C"))  # a copy: the array may be read-only or reversed
-    except TypeError:  # a dtype that torch does not have
+    except (TypeError, ValueError):  # a dtype or byte order that torch does not have
         raise OpError(f"show: {name} is an array of {value.dtype}, expected {expected} of numbers") from None
     raise OpError(f"show: {name} is {type(value).__name__}, expected {expected}")
 
@@ -153,8 +157,10 @@ def _check_maps(maps: Any, size: tuple[int, int]) -> torch.Tensor:
 
 def _check_words(words: Any) -> list[str]:
     """The words with white space made single spaces."""
-    if isinstance(words, str) or not isinstance(words, (Sequence, np.ndarray)):
-        raise OpError(f"show: words are {words!r}, expected a list of strings; write [{str(words)!r}] for one word")
+    if isinstance(words, str):
+        raise OpError(f"show: words are {words!r}, expected a list of strings; write [{words!r}] for one word")
+    if not isinstance(words, (Sequence, np.ndarray)) or np.ndim(words) != 1:
+        raise OpError(f"show: words are {type(words).__name__}, expected a list of strings; use list(words)")
     labels = []
     for n, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():

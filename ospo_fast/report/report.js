@@ -263,7 +263,7 @@
     return svg("svg", { class: "outline", viewBox: `0 0 ${columns} ${rows}`, preserveAspectRatio: "none", "aria-hidden": "true" }, stroke("casing"), stroke("edge"));
   }
 
-  const HINT = "Hover, focus or tap an underlined word of the prompt to see its attention and its mask over both images.";
+  const HINT = "Hover, focus or tap an underlined word to see its attention and mask.";
   const dim = (mask, grid) => canvas("dim", grid, (cell) => [8, 9, 12, mask[cell] ? 0 : 0.74]);
 
   function pair(item) {
@@ -281,7 +281,7 @@
     const layers = (side, object) => {
       const map = unpack(masks[side].maps[object]);
       const mask = unpack(masks[side].masks[object]);
-      return [canvas("heat", masks.grid, (cell) => ramp(map[cell] / 255)), dim(mask, masks.grid), outline(mask, masks.grid)];
+      return { heat: canvas("heat", masks.grid, (cell) => ramp(map[cell] / 255)), mask, edge: outline(mask, masks.grid) };
     };
     tiles.push(el("span"), el("span", { class: "head" }, "image"));
     if (masked) tiles.push(...masks.objects.map((object, index) => el("span", { class: "head", "data-object": index }, object)), el("span", { class: "head other" }, "all objects"));
@@ -295,7 +295,8 @@
       if (!masked) continue;
       masks.objects.forEach((object, index) => {
         const label = `attention to ${object} and its mask over the ${side} image`;
-        tiles.push(el("div", { class: "frame object", role: "img", "aria-label": label, "data-object": index }, imageNode(image, ""), layers(side, index)));
+        const { heat, mask, edge } = layers(side, index);
+        tiles.push(el("div", { class: "frame object", role: "img", "aria-label": label, "data-object": index }, imageNode(image, ""), heat, dim(mask, masks.grid), edge));
       });
       const union = unpack(masks[side].union);
       tiles.push(
@@ -320,8 +321,10 @@
         block.classList.toggle("reading", object !== null);
         for (const node of grid.querySelectorAll("[data-object]")) node.classList.toggle("read", node.dataset.object === object);
         for (const [side, frame] of plain) {
-          for (const layer of frame.querySelectorAll(".heat, .dim, .outline")) layer.remove();
-          if (object !== null) frame.append(...layers(side, object));
+          for (const layer of frame.querySelectorAll(".heat, .outline")) layer.remove();
+          if (object === null) continue;
+          const { heat, edge } = layers(side, object);
+          frame.append(heat, edge);
         }
         const share = (side) => {
           const mask = unpack(masks[side].masks[object]);
@@ -340,7 +343,7 @@
       status,
       el("div", { class: "overlays" }, grid),
       masked
-        ? el("p", { class: "legend" }, `Attention of the image tokens to the tokens of each object, dark to bright; outline: the mask. IoU of the chosen and rejected masks: ${percent(masks.iou)}.`)
+        ? el("p", { class: "legend" }, `${masks.objects.length ? "Attention to the tokens of each object, dark to bright; outline: the mask." : "Outline: the mask."} IoU of the chosen and rejected masks: ${percent(masks.iou)}.`)
         : el("p", { class: "legend" }, masks ? `No mask: ${masks.reason}.` : "No mask."),
       ...(masks && masks.notes.length ? [el("p", { class: "legend" }, `Note: ${masks.notes.join("; ")}.`)] : []),
       guide || "",

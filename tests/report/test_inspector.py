@@ -58,7 +58,13 @@ def test_spans_outside_of_the_text_name_nothing(span):
     assert mark_objects("a cat", objects, own_spans=True) == [("a cat", None)]
 
 
-def test_overlapping_objects_keep_the_first():
-    prompt = "a ceiling fan"
-    parts = mark_objects(prompt, spans(prompt, "ceiling fan", "fan"), own_spans=True)
-    assert parts == [("a ", None), ("ceiling fan", 0)]
+@pytest.mark.parametrize("objects", [["ceiling fan", "fan"], ["fan", "ceiling fan"]])
+def test_a_noun_inside_the_name_of_another_object(objects):
+    """The order of the objects has no influence, and the short noun needs a place of its own."""
+    long, short = objects.index("ceiling fan"), objects.index("fan")
+    for prompt in ("a ceiling fan next to a fan", "a fan next to a ceiling fan"):
+        for own_spans in (True, False):
+            parts = mark_objects(prompt, spans(prompt, *objects), own_spans=own_spans)
+            assert {text: index for text, index in parts if index is not None} == {"ceiling fan": long, "fan": short}
+    parts = mark_objects("a ceiling fan", spans("a ceiling fan", *objects), own_spans=True)
+    assert parts == [("a ", None), ("ceiling fan", long)]

@@ -184,3 +184,35 @@ def test_wrong_maps_and_words_are_refused(image, maps, words, message):
 def test_wrong_images_are_refused(given, message):
     with pytest.raises(OpError, match=f"^show: .*{message}"):
         show(given, torch.rand(1, 6, 6), ["cat"])
+
+
+def test_images_that_pillow_cannot_read_are_refused(tmp_path):
+    path = tmp_path / "noise.png"
+    Image.effect_noise((200, 200), 90).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    closed = Image.new("RGB", (4, 4))
+    closed.save(tmp_path / "closed.png")
+    closed = Image.open(tmp_path / "closed.png")
+    closed.close()
+    for image in (path, Image.open(path), closed, Image.new("La", (40, 40))):
+        with pytest.raises(OpError, match="show: cannot read the image"):
+            show(image, torch.rand(1, 6, 6), ["cat"])
+    with pytest.raises(OpError, match=r"size \(0, 5\), expected at least 1 x 1"):
+        show(Image.new("RGB", (0, 5)), torch.rand(1, 6, 6), ["cat"])
+
+
+@pytest.mark.parametrize(
+    ("maps", "words", "message"),
+    [
+        (np.ones((1, 6, 6), ">f4"), ["cat"], "maps is an array of >f4"),
+        (torch.ones(1, 6, 6).to(torch.float8_e4m3fn), ["cat"], "maps is torch.float8_e4m3fn"),
+        (torch.ones(1, 6, 6).to_sparse(), ["cat"], "layout torch.sparse_coo"),
+        (torch.ones(1, 6, 6), None, r"words are NoneType, expected a list of strings; use list\(words\)"),
+        (torch.ones(1, 6, 6), np.array("cat"), r"words are ndarray, expected a list"),
+        (torch.ones(1, 6, 6), (word for word in ["cat"]), "words are generator"),
+        (torch.ones(1, 6, 6), "cat", r"write \['cat'\] for one word"),
+    ],
+)
+def test_unusual_arrays_and_words_are_refused(maps, words, message):
+    with pytest.raises(OpError, match=message):
+        show(Image.new("RGB", (48, 48)), maps, words)

@@ -194,6 +194,13 @@ def test_how_to_read_a_mask_is_explained(run_dir):
     del summary["mask_iou"], summary["mask_iou_all_ones"]
     (run_dir / "summary.json").write_text(json.dumps(summary))
     assert "Shapes" not in page_of(write_report(run_dir)).text("guide")
+    (run_dir / "config.yaml").write_text("masks: {rows: predicting, match: substring, choose: contrast}\n")
+    text = page_of(write_report(run_dir)).text("guide")
+    for words in (
+        "the attention of the token that predicts each image token to the tokens that contain the word",
+        "also inside other words, in the layer of the best contrast for each object, while",
+    ):
+        assert words in text, words
     (run_dir / "config.yaml").write_text(
         "model: shapes\nmasks: {soft: true}\n"
         "train: {masks: online, loss: {mask_alpha: 2, mask_gamma: 3, mask_blur: 1}}\n"

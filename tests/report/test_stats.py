@@ -193,7 +193,8 @@ train: {masks: online, loss: {mask_alpha: 0.5, mask_gamma: 2.0, mask_blur: 1}}
 """
     assert guide_of(tmp_path, config) == {
         "recorded": True, "scaler": 1.0, "soft": True, "used": True, "online": True, "alpha": 0.5, "gamma": 2.0,
-        "blur": 1, "shapes": False, "iou": None, "full": None,
+        "blur": 1, "shapes": False, "iou": None, "full": None, "predicting": False, "substring": False, "choose": None,
+        "official": False,
     }  # fmt: skip
     assert not guide_of(tmp_path, "preset: v1\nmasks: {enabled: true}")["used"]  # v1 has mask_alpha 0
     shapes = guide_of(tmp_path, "model: shapes")
