@@ -4,7 +4,8 @@ press = BlockwiseObservedAttentionPress(compression_ratio=0.5)
 with press(model):
     model(input_ids, past_key_values=DynamicCache())
 
-kvpress 0.5 requires transformers < 5.3. This press also runs with later versions.
+kvpress 0.5 requires transformers < 5.3. This press alone also runs with later versions; presses of kvpress that wrap it
+do not. Once kvpress is imported, flex attention fails in transformers, with or without a press.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ try:
 except (ImportError, AttributeError) as error:
     raise UsageError(
         f"ospo_fast.integrations.kvpress: ScorerPress of kvpress cannot be imported ({error}), expected kvpress 0.5; "
-        "run pip install kvpress"
+        "run pip install kvpress, or with transformers >= 5.3: pip install --no-deps kvpress, and its cachetools, fire "
+        "and requests"
     ) from error
 
 _CAPTURE = "ospo_observed_attention"  # as an attention implementation of transformers
@@ -38,7 +40,7 @@ _UNKNOWN_OPTIONS = ("position_bias", "sinks", "indices", "block_indices")
 
 @dataclass
 class BlockwiseObservedAttentionPress(_ScorerPress):
-    """`kvpress.ObservedAttentionPress` for any attention implementation, without the (H, S, S) matrix.
+    """`kvpress.ObservedAttentionPress` for sdpa, eager and flash attention, without the (H, S, S) matrix.
 
     The score of a key is the sum of the attention that it receives, divided by the number of rows at and after its
     position, averaged over the query heads of its group. The layer's forward runs once more, up to its attention, and
@@ -63,9 +65,16 @@ class BlockwiseObservedAttentionPress(_ScorerPress):
 
     def forward_hook(self, module: Any, input: Any, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: A002
         """Prune the cache of a layer after its prefill."""
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the name of transformers >= 5.24
+        if cache is None:
+            raise UsageError(
+                "BlockwiseObservedAttentionPress: the model runs without a cache, expected one to prune; pass "
+                "past_key_values=DynamicCache()"
+            )
+        kwargs = {**kwargs, "past_key_values": cache}
         if "cache_position" not in kwargs:  # kvpress reads it, and transformers >= 5.3 does not pass it
             hidden_states = kwargs["hidden_states"]
-            seen = kwargs["past_key_values"].get_seq_length(module.layer_idx)
+            seen = cache.get_seq_length(module.layer_idx)
             position = torch.arange(seen - hidden_states.shape[1], seen, device=hidden_states.device)
             kwargs = {**kwargs, "cache_position": position}
         return super().forward_hook(module, input, kwargs, output)
@@ -122,7 +131,7 @@ def mean_attention_received(
         k: (B, Hkv, S, D), after position encoding; Hq is a multiple of Hkv (grouped queries).
         scale: default D^-0.5.
         mask: as transformers gives it to an attention. None or nonzero (B, S): causal. (B or 1, Hq or 1, S, >= S),
-            bool (visible) or float (added to the scores), or a BlockMask: as it is.
+            bool (visible) or float (added to the scores): as it is.
         window: with mask None or (B, S), rows attend to the last `window` keys up to their own; None: to all.
         softcap: c of c · tanh(scores / c), before the mask; None: no cap.
         sinks: (Hq,) logits that take part in the softmax of each row; None: none.
@@ -173,15 +182,11 @@ def _mask_block(
     mask: Any, window: int | None, b: int, heads: slice, rows: slice, keys: slice, device: torch.device
 ) -> Tensor:
     """Return the mask, bool or float, of a block of scores (heads, rows, keys) of one sequence; None: causal."""
-    h, i, j = (torch.arange(part.start, part.stop, device=device) for part in (heads, rows, keys))
-    h, i = h[:, None, None], i[:, None]
     if mask is None:
-        visible = j <= i
-        return visible & (j > i - window) if window else visible
-    if hasattr(mask, "mask_mod"):
-        block: Tensor = mask.mask_mod(torch.tensor(b, device=device), h, i, j)
-        return block
-    block = mask[b if len(mask) > 1 else 0]
+        i, j = (torch.arange(part.start, part.stop, device=device) for part in (rows, keys))
+        visible = j <= i[:, None]
+        return visible & (j > i[:, None] - window) if window else visible
+    block: Tensor = mask[b if len(mask) > 1 else 0]
     return block[heads if len(block) > 1 else slice(1), rows, keys]
 
 
@@ -191,10 +196,7 @@ def _check_mask(mask: Any, q: Tensor) -> None:
     B, heads, S = q.shape[:3]
     shape = tuple(getattr(mask, "shape", ()))
     fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, heads) and shape[2] == S <= shape[3]
-    if hasattr(mask, "mask_mod"):
-        b, i = torch.arange(B, device=q.device)[:, None], torch.arange(S, device=q.device)
-        visible = mask.mask_mod(b, torch.zeros_like(b), i, i)
-    elif shape == (B, S):
+    if shape == (B, S):
         visible = mask != 0
     elif fits:
         visible = mask.diagonal(dim1=2, dim2=3)
@@ -233,7 +235,8 @@ def _capture_call(module: Any, hidden_states: Tensor, kwargs: dict[str, Any]) ->
     config._attn_implementation_internal = _CAPTURE  # the property would also change configurations inside this one
     try:
         with replaced(module, "config", config):
-            module.forward(**{**kwargs, "hidden_states": hidden_states, "past_key_values": None})
+            inputs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache")}
+            module.forward(**{**inputs, "hidden_states": hidden_states})
     except _CapturedCall as call:
         return call.with_traceback(None)  # its frames hold the values
     raise UsageError(
