@@ -10,10 +10,7 @@ from ospo_fast.models.capture import AttentionCapture
 
 
 class HeadCapture(AttentionCapture):
-    """`AttentionCapture` that also keeps the maps of each head, at as many times the memory.
-
-    Each head is passed to `attention_columns` as a separate sequence with one head.
-    """
+    """`AttentionCapture` that also keeps the maps of each head, at as many times the memory."""
 
     per_head = True
 

@@ -49,7 +49,7 @@ class ModuleDecoder(Decoder):
         config = getattr(module, "config", None)
         sizes = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
         missing = [name for name in sizes if not hasattr(config, name)]
-        missing += [name for name in ("layers",) if not hasattr(module, name)]
+        missing += [] if hasattr(module, "layers") else ["layers"]
         if missing:
             raise OspoError(f"model: the decoder {type(module).__name__} has no {missing[0]}, expected a Llama decoder")
         if not getattr(config, "is_causal", True):

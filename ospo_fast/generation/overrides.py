@@ -95,9 +95,9 @@ def _overrides(model: UnifiedModel, text: bool) -> Iterator[str]:
     if len(decoder.layers) > config.num_hidden_layers or not getattr(config, "is_causal", True):
         yield "the decoder's configuration has fewer layers, or is not causal"
     if text:
-        output = getattr(model.module, "get_output_embeddings", bool)()
-        if isinstance(output, nn.Module):
-            yield from check_rows("lm_head", output)
+        whole: Any = model.module
+        if hasattr(whole, "get_output_embeddings"):
+            yield from check_rows("lm_head", whole.get_output_embeddings())
     else:
         yield from check_rows("head", model.head)
         for i, module in enumerate(getattr(model, "code_embedding", ())):

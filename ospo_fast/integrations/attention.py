@@ -68,6 +68,7 @@ def ospo_columns_attention(
         OpError: columns without rows or outside the sequence.
 
     """
+    options.pop("output_attentions", None)  # sdpa warns that it has none
     call = AttentionCall(sdpa_attention_forward, module, query, key, value, attention_mask, options)
     if columns is None:
         return call.run()[0], None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -347,9 +348,7 @@ class AttentionCapture:
             self._last_row = int((request.row_start + request.row_count).max()) if batch else 0
             self._last_column = int(request.columns.max()) if request.columns.numel() else -1
             self._first_row = int(request.row_start.min()) if batch else 0
-            heads = 1
-            if self.per_head:
-                heads = like.shape[1] if self._heads is None else len(self._heads)
+            heads = len(self._heads or range(like.shape[1])) if self.per_head else 1
             shape = (len(self.layers), batch * heads, request.columns.shape[1], request.length)
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
             self._maps = torch.zeros(shape, dtype=dtype, device=like.device)
@@ -385,13 +384,12 @@ class AttentionCapture:
         """The requests for attention over one whole sequence; None for any other call."""
         request = self._request
         assert request is not None
+        assert self._maps is not None
         whole = Q == K and position.query == position.key == 0 and not self._is_cross
         if not whole or self._last_row > Q or self._last_column >= K:
             return None
         if device not in self._plain:
-            heads = 1
-            if self.per_head and self._maps is not None:
-                heads = self._maps.shape[1] // len(request.columns)
+            heads = self._maps.shape[1] // max(1, len(request.columns))
             self._plain[device] = PlainRequests(replace(request, positions=Q), device, heads)
         return self._plain[device]
 
@@ -560,11 +558,18 @@ def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tup
 
 
 def pad_columns(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Ragged nested lists → (B, O, C), padded with −1."""
-    objects = max((len(item) for item in columns), default=0)
-    width = max((len(tokens) for item in columns for tokens in item), default=0)
-    table = torch.full((len(columns), objects, width), -1, dtype=torch.long)
-    for b, item in enumerate(columns):
-        for o, tokens in enumerate(item):
-            table[b, o, : len(tokens)] = torch.tensor(list(tokens), dtype=torch.long)
+    """Ragged nested lists → (B, O, C), padded with −1. Raises OpError for other nesting and other values."""
+    try:
+        objects = max((len(item) for item in columns), default=0)
+        width = max((len(tokens) for item in columns for tokens in item), default=0)
+        table = torch.full((len(columns), objects, width), -1, dtype=torch.long)
+        for b, item in enumerate(columns):
+            for o, tokens in enumerate(item):
+                for c, token in enumerate(tokens):
+                    table[b, o, c] = operator.index(token)
+    except TypeError as error:
+        raise OpError(
+            f"capture: columns are {str(columns)[:60]} ({error}), expected integers in lists of three levels: of each "
+            "sequence, of each object, its positions"
+        ) from error
     return table

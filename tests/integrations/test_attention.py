@@ -1,5 +1,8 @@
 """Attention to words by the name of an attention implementation."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -53,6 +56,17 @@ def test_rows_of_each_sequence() -> None:
             assert layer.shape == (2, 1, 9)
             assert (layer[1, :, 2:] == 0).all()
             assert (layer[1, :, :2] > 0).all()
+
+
+def test_no_advice_to_use_eager_attention() -> None:
+    """transformers' sdpa warns of output_attentions, once per process."""
+    code = (
+        "import torch, ospo_fast.integrations.attention, transformers as t\n"
+        f"m = t.LlamaForCausalLM(t.LlamaConfig(**{COMMON})); m.set_attn_implementation('ospo_columns')\n"
+        "m(torch.ones(1, 16, dtype=torch.long), columns=[[[3]]], rows=(6, 9), output_attentions=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "does not support" not in done.stderr
 
 
 def test_generate_without_columns() -> None:

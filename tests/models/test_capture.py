@@ -898,6 +898,24 @@ def test_paged_attention_is_refused(tiny: JanusUnifiedModel) -> None:
         check_options(AttentionCall(torch.nn.Identity(), torch.nn.Identity(), q, q, q, None, {"cache": object()}))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_flex_attention(padded: bool) -> None:
+    model, ids, mask = deep(2), torch.randint(3, 20, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    if padded:
+        mask[1, :3] = 0
+    expected = reference(model.model, model.model.embed_tokens(ids), mask, [0, 1])
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad(), AttentionCapture(model, columns=[[[3, 4], [5]]] * 2, rows=(6, 10)) as capture:
+        model(ids, attention_mask=mask)
+    compare(capture.maps, expected, [[[3, 4], [5]]] * 2, 6)
+
+
+def test_columns_are_lists_of_three_levels() -> None:
+    for columns in ([[3]], [[[3.7]]], [[["cat"]]], 3):
+        with pytest.raises(OpError, match="expected integers in lists of three levels"):
+            AttentionCapture(deep(1), columns=columns, rows=(2, 4))
+
+
 def test_torch_compile(tiny: JanusUnifiedModel) -> None:
     """Each attention is a graph break while captured; afterwards the code compiled before is used again."""
     x = inputs(tiny)
