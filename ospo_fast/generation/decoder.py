@@ -116,6 +116,9 @@ class Decoder(ABC):
     def __init__(self, model: UnifiedModel) -> None:
         module: Any = model.decoder
         config = module.config
+        attentions = [getattr(layer, "self_attn", None) for layer in module.layers]
+        if not all(getattr(part, "is_causal", True) for part in (config, *attentions)):
+            raise OspoError("model: is_causal of the decoder is False, expected causal attention; set it to True")
         self.model = model
         self.device, self.dtype = model.device, model.dtype
         self.heads = int(config.num_attention_heads)
@@ -164,6 +167,10 @@ class Decoder(ABC):
     @abstractmethod
     def run_padded(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return function(x) for rows x (M, D)."""
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits over the text vocabulary (M, V) of hidden states (M, D)."""
+        return self.run_padded(self.model.text_logits, hidden)
 
     def row_bytes(self, length: int) -> int:
         """Return the bytes of one cache row of `length` positions."""

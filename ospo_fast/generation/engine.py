@@ -19,6 +19,7 @@ from ospo_fast.generation.sampling import Sampling
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.oom import BatchSizeLimit
 
+_SETTINGS = ("scaling", "attention_scaling", "is_causal", "variance_epsilon")
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 
@@ -81,7 +82,7 @@ class Engine:
         """Compute logits (M, V), rows contiguous, of hidden states (M, D)."""
         if isinstance(self._head, PackedHead):
             return self._head(hidden)
-        return self.decoder.run_padded(self._head or self.model.text_logits, hidden)
+        return self.decoder.text_logits(hidden) if self._head is None else self.decoder.run_padded(self._head, hidden)
 
     def decode(
         self, requests: Sequence[Request], sampling: Sampling, groups: Sequence[Hashable] | None = None
@@ -161,6 +162,9 @@ def signature(model: UnifiedModel) -> tuple[object, ...]:
         for module in root.modules():
             found += [id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]
             found += [(p.data_ptr(), p.shape, p.dtype) for p in module.parameters(recurse=False)]
+            # Rotary tables and the scale are computed once.
+            found += [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in module.buffers(recurse=False)]
+            found += [vars(module).get(name) for name in _SETTINGS]
             if type(module).__module__.startswith("peft."):  # a captured step keeps the adapters of its time
                 found += [str(vars(module).get(name)) for name in _ADAPTER_STATE]
     return tuple(found)

@@ -71,8 +71,8 @@ class ImageGenerator:
     Args:
         model: from `load_model`, or a `JanusForConditionalGeneration` of transformers, also inside of a PeftModel.
             Hooks and patched forwards in its decoder and its head take effect. They make generation slower, because its
-            modules then run one by one, as in transformers' `generate`, and codes may round differently in another
-            batch. A warning names the module.
+            modules then run one by one, and codes may round differently in another batch. A warning names the module.
+            Which rows a hook sees differs from transformers' `generate`: equal prompts run once, for example.
         processor: the `JanusProcessor` of such a module. Without it prompts are token ids, and `output` is "codes".
         batch_size: images per batch; by default as many as are useful and fit the free memory. A batch that runs out
             of memory is halved and generated again, and later batches are no larger.
@@ -142,7 +142,7 @@ class ImageGenerator:
             num_images: images per prompt.
             output: "pil" (list of images), "codes" ((N, T) int64 tensor on the CPU) or "pt" ((N, 3, H, W) float
                 tensor in [0, 1], on the CPU).
-            callback: called with a `GeneratedBatch` after each batch.
+            callback: called with a `GeneratedBatch` after each batch. Hooks that it adds take effect in the next call.
             progress: show a bar on stderr if it takes more than two seconds.
             on_error: an image fails by itself if its logits are not finite. "raise": GenerationError once the others
                 are finished. "skip": the result is None (−1 in codes, NaN in "pt"), and `failures` holds the reason.
@@ -224,7 +224,12 @@ class ImageGenerator:
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str) and not prompt.strip():
                 raise UsageError(f"prompts[{i}]: got an empty string, expected a description of an image")
-            ids = tokenize(prompt) if isinstance(prompt, str) else prompt.cpu()
+            ids = tokenize(prompt) if isinstance(prompt, str) else prompt
+            if not isinstance(ids, Tensor):
+                raise UsageError(
+                    f"prompts[{i}]: got {type(prompt).__name__}, expected a text or an int64 tensor of token ids (S,)"
+                )
+            ids = ids.cpu()
             check_ids(f"prompts[{i}]", ids, self.model, tokens)
             if int(ids[-1]) != self.model.boi_id:
                 raise UsageError(

@@ -52,8 +52,6 @@ class ModuleDecoder(Decoder):
         missing += [] if hasattr(module, "layers") else ["layers"]
         if missing:
             raise OspoError(f"model: the decoder {type(module).__name__} has no {missing[0]}, expected a Llama decoder")
-        if not getattr(config, "is_causal", True):
-            raise OspoError("model: the decoder's is_causal is False, expected causal attention; set it to True")
         super().__init__(model)
         self.layers = list(module.layers)
         indices = [getattr(getattr(layer, "self_attn", None), "layer_idx", i) for i, layer in enumerate(self.layers)]
@@ -68,6 +66,10 @@ class ModuleDecoder(Decoder):
     def refresh(self) -> None:
         """See `Decoder`: nothing was copied."""
         self._checked = False
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """See `Decoder`: as in `generate`, of the last token of each sequence (M, 1, D)."""
+        return self.model.text_logits(hidden[:, None])[:, 0]
 
     def pad_rows(self, rows: int, batch_size: int, row_bytes: int) -> int:
         """See `Decoder`."""

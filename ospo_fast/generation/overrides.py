@@ -66,6 +66,8 @@ def _overrides(model: UnifiedModel, text: bool) -> Iterator[str]:
         return
     yield from check("the decoder", decoder, llama.LlamaModel)
     yield from check("rotary_emb", decoder.rotary_emb, llama.LlamaRotaryEmbedding)
+    if getattr(decoder.rotary_emb, "rope_type", "default") == "longrope":
+        yield "rotary_emb has the type longrope, which depends on the length of the sequence"
     yield from check("norm", decoder.norm, llama.LlamaRMSNorm)
     yield from check("layers", decoder.layers, nn.ModuleList)
     yield from check_rows("embed_tokens", decoder.embed_tokens)

@@ -125,7 +125,10 @@ def head_projection(head: nn.Module, packed: bool) -> Projection:
     # Its own parts: wrappers of peft have the attributes of the module that is active now.
     first, last = head._modules.get("proj_out"), head._modules.get("vision_head")
     activation: Any = head._modules.get("activation_fn")
-    known = is_plain(first) and is_plain(last) and type(activation).__name__ == "GELUActivation"
+    kind = type(head)
+    own = kind.__name__ == "JanusVQVAEHead" and kind.__module__.startswith("transformers.")
+    own = own and head._modules.keys() == {"proj_out", "vision_head", "activation_fn"}
+    known = own and is_plain(first) and is_plain(last) and type(activation).__name__ == "GELUActivation"
     if packed and known and not is_changed(head) and not is_changed(activation):
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)

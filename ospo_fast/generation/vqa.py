@@ -141,5 +141,5 @@ def _probabilities(
     cache = Cache(decoder, len(rows), start + len(rests[0]))
     cache.copy(slice(None), image_cache, torch.tensor(rows, device=decoder.device), start)
     hidden = decoder(model.embed_tokens(torch.tensor(rests, device=decoder.device)), cache, start)[:, -1]
-    probs = decoder.run_padded(model.text_logits, hidden).float().softmax(-1)
+    probs = decoder.text_logits(hidden).float().softmax(-1)
     return probs[:, list(model.yes_ids)].amax(1).tolist(), probs[:, list(model.no_ids)].amax(1).tolist()

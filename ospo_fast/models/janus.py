@@ -29,7 +29,6 @@ class _JanusModule:
     def __init__(self, module: Any, *, name: str) -> None:
         self.name = name
         self.module: Any = module
-        self._core = module.model
         config = module.config
         side = int(config.vq_config.num_patches)
         self.grid = (side, side)
@@ -37,7 +36,11 @@ class _JanusModule:
         self.hidden_size = int(config.text_config.hidden_size)
         self.max_positions = int(config.text_config.max_position_embeddings)
 
-    # Read at every use: both may be replaced in the module, such as by a compiled one.
+    # Read at every use: they may be replaced in the module, such as by a compiled one.
+    @property
+    def _core(self) -> Any:
+        return self.module.model
+
     @property
     def decoder(self) -> nn.Module:
         """See `UnifiedModel`."""
@@ -292,6 +295,10 @@ class JanusUnifiedModel(_JanusModule):
 
     def _complete_generation_config(self) -> None:
         """Store what transformers' own image generation needs: begin-of-image, and the ids of unconditional prompts."""
+        if self.module.generation_config is None:
+            from transformers import GenerationConfig
+
+            self.module.generation_config = GenerationConfig()
         settings = self.module.generation_config
         settings.generation_kwargs = {
             **(getattr(settings, "generation_kwargs", None) or {}),

@@ -61,18 +61,25 @@ def resolve_model(model: Any, processor: Any = None) -> UnifiedModel:
                 f"processor: got {type(processor).__name__}, expected a JanusProcessor (JanusProcessor.from_pretrained)"
             )
     templates = getattr(config, "template_set", None)
-    adapter = JanusUnifiedModel(module, processor, name=name)
-    # The module is the user's: what an adapter records for files that the pipeline saves is taken back.
-    module.name_or_path = path
-    if templates is None:
-        del config.template_set
-    stored = getattr(module.generation_config, "generation_kwargs", None) or {}
+    try:
+        adapter = JanusUnifiedModel(module, processor, name=name)
+    finally:  # the module is the user's: what an adapter records for files that the pipeline saves is taken back
+        module.name_or_path = path
+        if templates is None and hasattr(config, "template_set"):
+            del config.template_set
+    settings = module.generation_config
+    stored = getattr(settings, "generation_kwargs", None) or {}
     for what, own, expected in (
         ("image_token", adapter.image_id, config.image_token_id),
-        ("boi_token", adapter.boi_id, stored.get("boi_token_id", adapter.boi_id)),
+        ("boi_token", adapter.boi_id, stored.get("boi_token_id")),
+        ("pad_token", adapter.pad_id, getattr(settings, "pad_token_id", None)),
+        ("bos_token", adapter.bos_id, getattr(settings, "bos_token_id", None)),
     ):
-        if own != expected:
-            raise UsageError(f"processor: its {what} has id {own}, that of the model {expected}; pass the model's own")
+        if expected is not None and own != expected:
+            raise UsageError(
+                f"processor: its {what} has id {own}, that of the model is {expected}; pass the model's own processor, "
+                "or correct the model's generation_config"
+            )
     return adapter
 
 

@@ -181,8 +181,18 @@ def test_decoders_that_cannot_run_are_refused(shapes: JanusUnifiedModel) -> None
         ImageGenerator(model).generate(PROMPTS[:1], seeds=[0], output="codes")
     handle.remove()
     model.decoder.config.is_causal = False
-    with pytest.raises(OspoError, match="is_causal is False, expected causal attention"):
+    with pytest.raises(OspoError, match="is_causal of the decoder is False"):
         ImageGenerator(model).generate(PROMPTS[:1], seeds=[0], output="codes")
     model.decoder = nn.Linear(2, 2)
     with pytest.raises(OspoError, match=r"the decoder Linear has no num_attention_heads, expected a Llama decoder"):
         build_decoder(model)
+
+
+def test_the_output_layer_sees_the_shape_of_generate(shapes: JanusUnifiedModel) -> None:
+    """(sequences, 1, width): a hook that reads or edits the last token means the token, not the last column."""
+    model = shapes.with_module(copy.deepcopy(shapes.module), name="shapes")
+    seen = []
+    model.module.lm_head.register_forward_hook(lambda _, args, output: seen.append((args[0].shape, output.shape)))
+    prompt = model.chat([{"role": "user", "content": PROMPTS[0]}])
+    generate_text(model, [prompt], seeds=[0], max_new_tokens=3, temperature=0, progress=False)
+    assert {(tuple(x), len(y)) for x, y in seen} == {((1, 1, model.hidden_size), 3)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -429,3 +431,45 @@ def test_patched_layers_are_not_fused(tiny: JanusUnifiedModel) -> None:
     layer = tiny.decoder.layers[0].mlp.down_proj
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(type("Quantized", (Tensor,), {})))
     assert not is_plain(layer)
+
+
+def test_a_head_with_more_than_the_parts_of_its_class_runs_as_it_is(tiny: JanusUnifiedModel) -> None:
+    head: Any = tiny.head
+    norm = nn.LayerNorm(tiny.hidden_size)
+    nn.init.normal_(norm.weight)
+    tiny.head = nn.Sequential(OrderedDict([("norm", norm), *head.named_children()]))
+    assert codes(tiny) == loop(tiny)
+
+
+@pytest.mark.parametrize("change", ["scaling", "inv_freq", "attention_scaling", "model"])
+def test_what_a_decoder_reads_once_is_read_again_after_a_change(tiny: JanusUnifiedModel, change: str) -> None:
+    generator = ImageGenerator(tiny)
+    before = codes(tiny, generator)
+    decoder: Any = tiny.decoder
+    with torch.no_grad():
+        if change == "scaling":
+            for layer in decoder.layers:
+                layer.self_attn.scaling *= 9
+        elif change == "inv_freq":
+            decoder.rotary_emb.inv_freq.mul_(3)
+        elif change == "attention_scaling":
+            decoder.rotary_emb.attention_scaling = 3.0
+        else:
+            tiny.module.model = copy.deepcopy(tiny.module.model)
+            for weight in tiny.decoder.parameters():
+                weight.copy_(torch.randn_like(weight))
+    assert codes(tiny, generator) == loop(tiny)
+    assert codes(tiny, generator) != before
+
+
+def test_attention_that_is_not_causal_is_refused(tiny: JanusUnifiedModel) -> None:
+    generator = ImageGenerator(tiny)
+    codes(tiny, generator)
+    attention: Any = tiny.decoder.get_submodule("layers.1.self_attn")
+    attention.is_causal = False
+    for found in (generator, ImageGenerator(tiny)):
+        with pytest.raises(OspoError, match="is_causal of the decoder is False"):
+            codes(tiny, found)
+    attention.register_forward_hook(lambda *_: None)
+    with pytest.raises(OspoError, match="is_causal of the decoder is False"):
+        codes(tiny, generator)

@@ -208,5 +208,36 @@ def test_other_objects_are_refused(tiny: JanusUnifiedModel) -> None:
     with pytest.raises(UsageError, match="processor: got one with a JanusUnifiedModel, which has its own"):
         ImageGenerator(tiny, tiny.processor)
     tiny.module.generation_config.generation_kwargs = {"boi_token_id": 6}
-    with pytest.raises(UsageError, match="processor: its boi_token has id 5, that of the model 6"):
+    with pytest.raises(UsageError, match="processor: its boi_token has id 5, that of the model is 6"):
         ImageGenerator(tiny.module, tiny.processor)
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id"])
+def test_a_processor_with_other_special_ids_is_refused(tiny: JanusUnifiedModel, name: str) -> None:
+    """transformers generates with those of the generation configuration."""
+    setattr(tiny.module.generation_config, name, 7)
+    with pytest.raises(UsageError, match=f"processor: its {name[:-3]} has id .*, that of the model is 7"):
+        ImageGenerator(tiny.module, tiny.processor)
+
+
+def test_a_refused_processor_leaves_the_configuration(tiny: JanusUnifiedModel) -> None:
+    module = tiny.module
+    del module.config.template_set
+    processor = copy.copy(tiny.processor)
+    processor.tokenizer = copy.deepcopy(tiny.processor.tokenizer)
+    processor.tokenizer.pad_token = None
+    with pytest.raises(OspoError, match="has no pad_token"):
+        ImageGenerator(module, processor)
+    assert not hasattr(module.config, "template_set")
+
+
+@pytest.mark.parametrize("wrap", [list, lambda ids: ids.numpy()])
+def test_ids_that_are_no_tensor_are_refused(tiny: JanusUnifiedModel, ids: list[torch.Tensor], wrap: Any) -> None:
+    with pytest.raises(UsageError, match=r"prompts\[0\]: got \w+, expected a text or an int64 tensor"):
+        codes(tiny.module, [wrap(ids[0]), ids[1]])
+
+
+def test_a_module_without_a_generation_configuration_is_saved(tiny: JanusUnifiedModel, tmp_path: Any) -> None:
+    tiny.module.generation_config = None
+    tiny.save(tmp_path)
+    assert (tmp_path / "generation_config.json").is_file()
