@@ -16,7 +16,7 @@ class HeadCapture(AttentionCapture):
 
     def __init__(self, model: Any, **arguments: Any) -> None:
         super().__init__(model, **arguments)
-        self._heads = self._heads or tuple(range(self._attention.owner.config.num_attention_heads))
+        self._heads = self._heads or tuple(range(self._attention.heads or 0))
         self.heads: tuple[int, ...] = self._heads  # in ascending order
 
     @property

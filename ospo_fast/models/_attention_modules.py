@@ -32,7 +32,19 @@ class AttentionLayers:
 
     owner: Any  # the transformers model that they belong to
     layers: tuple[Layer, ...]
-    is_cross: bool
+    kind: str | None  # the name in the model's output; None: "attentions"
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether the keys are those of an encoder."""
+        return self.kind == "cross_attentions"
+
+    @property
+    def heads(self) -> int | None:
+        """The number of query heads by the configuration, None if it has none."""
+        side, config = "encoder" if self.kind == "encoder_attentions" else "decoder", self.owner.config
+        count = getattr(config, f"{side}_attention_heads", None) or getattr(config, "num_attention_heads", None)
+        return None if count is None else int(count)
 
     @property
     def implementation(self) -> str:
@@ -81,7 +93,7 @@ def find_attention(model: Any, kind: str | None) -> AttentionLayers:
     for find in finders:
         for owner in part.modules():
             if isinstance(owner, PreTrainedModel) and (layers := tuple(find(owner))):
-                return AttentionLayers(owner, layers, kind == "cross_attentions")
+                return AttentionLayers(owner, layers, kind)
     raise OspoError(
         f"capture: {type(part).__name__} names no modules for {kind or name}; use a transformers model that returns "
         "them with output_attentions=True"

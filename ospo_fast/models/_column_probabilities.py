@@ -131,11 +131,12 @@ class PlainRequests:
         """
         options, mask = call.options, call.mask
         causal = options.get("is_causal")
-        if is_function(call.function, "sdpa"):
+        sdpa, flash = _own_functions()  # themselves: what wraps them may change their arguments
+        if call.function is sdpa:
             causal = getattr(call.module, "is_causal", True) if causal is None else causal
             causal = bool(causal) and call.query.shape[2] > 1
             changed = options.get("position_bias") is not None or (mask is not None and mask.dim() != 4)
-        elif is_function(call.function, "flash_attention"):
+        elif call.function is flash:
             causal = bool(getattr(call.module, "is_causal", True) if causal is None else causal)
             window, positions = options.get("sliding_window"), options.get("position_ids")
             names = ("softcap", "s_aux", "cu_seq_lens_q", "cu_seq_lens_k", "position_bias")
@@ -155,11 +156,13 @@ class PlainRequests:
         return None if request is None else (request, True)
 
     def _inspect(self, mask: Tensor) -> ColumnRequest | None:
+        # A mask may be changed in place. In inference mode there is no version that would tell.
+        version = -1 if mask.is_inference() else mask._version
         known = self._inspected.get(id(mask))
-        if known is None or known[1] != _version(mask):
+        if known is None or known[1] != version or version < 0:
             first = first_visible_keys(mask, self._request)
             request = None if first is None else self._finish(replace(self._request, key_start=first))
-            known = self._inspected[id(mask)] = mask, _version(mask), request  # it holds the mask: ids are reused
+            known = self._inspected[id(mask)] = mask, version, request  # it holds the mask: ids are reused
         return known[2]
 
     def _finish(self, request: ColumnRequest) -> ColumnRequest:
@@ -188,7 +191,7 @@ def first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor | None:
     Synchronizes the device once.
 
     Args:
-        mask: (B or 1, H or 1, S, S), bool or additive, or (B, S), which is causal in addition.
+        mask: (B or 1, H or 1, S or 1, at least S), bool or additive, or (B, S), which is causal in addition.
         request: on the CPU.
 
     Returns:
@@ -209,12 +212,13 @@ def first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor | None:
         if mask.dim() == 2:
             seen = mask.expand(batch, -1).bool()[:, None] & (position <= row[..., None])
             return row, seen, torch.ones((), dtype=torch.bool, device=mask.device)
-        source = mask[:, 0, :, :length].expand(batch, -1, -1)
+        source = mask[:, 0, :, :length].expand(batch, length, -1)
         values = source.gather(1, row[..., None].expand(-1, -1, length))
         if mask.dtype == torch.bool:
             return row, values, torch.ones((), dtype=torch.bool, device=mask.device)
         seen = values == 0
-        return row, seen, (seen | (values <= torch.finfo(mask.dtype).min / 2)).all()
+        # A row that sees nothing attends to all keys if their values are finite.
+        return row, seen, (seen | (values <= torch.finfo(mask.dtype).min / 2)).all() & seen.any(-1).all()
 
     total = max(request.length, 1)
     step = max(1, _MASK_BYTES // (8 * batch * length))  # bounds the memory of long sequences
@@ -237,7 +241,7 @@ def check_options(call: AttentionCall) -> None:
     if call.options.get("cache") is not None:
         raise OspoError(f"capture: {name} writes to a paged cache; run the model without continuous batching")
     dropped = [option for option in ("softcap", "s_aux") if call.options.get(option) is not None]
-    if dropped and is_function(call.function, "sdpa"):
+    if dropped and call.function is _own_functions()[0]:
         raise OspoError(
             f"capture: {name} has a {dropped[0]}, which sdpa ignores: the model computes something else than with its "
             "own attention; load it with attn_implementation='eager'"
@@ -294,7 +298,10 @@ def from_indicators(call: AttentionCall, columns: Tensor, key_start: int) -> Ten
         values[:, 0, :, : part.shape[2]] = part
         options = {**call.options, **({"dropout": 0.0} if "dropout" in call.options else {})}
         again = replace(call, value=values.expand(-1, call.value.shape[1], -1, -1), options=options)
-        result = again.run()
+        # The model's random numbers stay the same, also for functions that draw some.
+        own = call.function in _own_functions()
+        with torch.random.fork_rng([values.device] if values.is_cuda else [], enabled=not own):
+            result = again.run()
         result = result[0] if isinstance(result, tuple) else result
         if not isinstance(result, Tensor) or tuple(result.shape) != (B, Q, H, width):
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -308,14 +315,10 @@ def from_indicators(call: AttentionCall, columns: Tensor, key_start: int) -> Ten
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+@functools.cache
+def _own_functions() -> tuple[Any, Any]:
+    """The sdpa and the flash attention of transformers."""
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-
-def is_function(function: Any, name: str) -> bool:
-    """Whether a function is transformers' own `{name}_attention_forward`."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    module = "transformers.integrations." + {"sdpa": "sdpa_attention"}.get(name, name)
-    qualified = {"sdpa": "sdpa_attention_forward"}.get(name, f"{name}_forward")
-    return getattr(function, "__module__", "") == module and getattr(function, "__qualname__", "") == qualified
+    return sdpa_attention_forward, flash_attention_forward

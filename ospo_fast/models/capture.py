@@ -13,7 +13,7 @@ from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, OspoError
 from ospo_fast.models._attention_modules import Layer, check_readable, find_attention
@@ -32,6 +32,8 @@ from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Methods of a cache that change which sequence is where, as beam search does.
+_REORDERINGS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 _ENDLESS = 2**31 - 1  # positions of a sequence that a cache may still extend
 # Modules under capture, by id, with the index of their layer. The hooks and the wrapped attention below are the same
 # functions for every capture and read this when they run, so that code compiled in one capture works in the next.
@@ -63,7 +65,8 @@ class AttentionCapture:
 
     maps[b, o, i] = mean over the captured layers and heads and over columns c of object o of the attention probability
     p_h(row rows[0] + i → c), as (B, O, H, W) with a grid and (B, O, rows) without one, fp32 (float64 for a float64
-    decoder). These are the probabilities that `output_attentions=True` returns under eager attention, before dropout.
+    decoder). These are the probabilities that `output_attentions=True` returns under eager attention, before dropout
+    (after it where a module computes its attention itself). Rows that are padding have those of the attention that ran.
     `layer_maps` has the maps of each layer. The maps carry no gradient.
 
     The forward pass is unchanged, bit for bit, with the attention that the model runs (sdpa, eager, flash, flex or
@@ -136,9 +139,10 @@ class AttentionCapture:
         self.layers = _resolve_indices("layers", layers, count)
         self._heads = None
         if heads is not None:
-            self._heads = _resolve_indices("heads", heads, _number_of_heads(self._attention.owner))
+            self._heads = _resolve_indices("heads", heads, self._attention.heads or _ENDLESS)  # checked in each layer
         self._grid = _resolve_grid(model, grid, rows)
         self._handles: list[Any] = []
+        self._thread = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -147,6 +151,7 @@ class AttentionCapture:
         self._positions: dict[int, _Position] = {}
         self._attended: set[int] = set()
         self._stored: dict[tuple[int, ...], _Position] = {}
+        self._cache: Any = None  # that the passes share
         self._is_last = False  # it fills no cache, so that no other pass can follow
         self._ends: dict[int, int] = {}  # of each layer: the position behind the queries that ran
         self._key_end = 0
@@ -176,7 +181,7 @@ class AttentionCapture:
         if self._maps is None or self._request is None or len(seen) < len(self.layers):
             raise OspoError(
                 f"capture: {len(seen)} of {len(self.layers)} layers were seen; run the decoder once inside the "
-                "`with` block before reading maps"
+                "`with` block, in its thread, before reading maps (if it is compiled, without torch.compile)"
             )
         ran = min(self._ends.values())
         if ran < self._last_row:
@@ -196,24 +201,26 @@ class AttentionCapture:
 
         Args:
             sequence: (B, S) token ids, or (B, S, D) embeddings. Of an encoder-decoder, those of the decoder.
-            arguments: of the forward call, such as attention_mask. As in `generate`, position_ids follow from a
-                mask (B, S) unless they are given.
+            arguments: of the forward call of the model, such as attention_mask. As in `generate`, position_ids follow
+                from a mask (B, S) if it is the only argument.
 
         Raises:
             OspoError, OpError: as the capture of a forward pass.
 
         """
-        owner = self._attention.owner
         name = "inputs_embeds" if sequence.is_floating_point() else "input_ids"
-        forward = owner
-        if getattr(owner.config, "is_encoder_decoder", False):
-            forward, name = _whole_model(self._model), f"decoder_{name}"
-        mask = arguments.get("attention_mask")
-        takes = functools.partial(_takes, forward)
-        if name in ("input_ids", "inputs_embeds") and mask is not None and mask.dim() == 2 and takes("position_ids"):
-            arguments.setdefault("position_ids", (mask.long().cumsum(-1) - 1).clamp(min=0))
-        if takes("use_cache"):
-            arguments.setdefault("use_cache", False)
+        # An adapter's decoder, else the model as it was given: it passes images on, and adapters may add tokens.
+        forward = self._model if isinstance(self._model, nn.Module) else self._attention.owner
+        whole = _whole_model(forward)
+        if getattr(whole.config, "is_encoder_decoder", False):
+            name = f"decoder_{name}"
+        mask, parameters = arguments.get("attention_mask"), inspect.signature(whole.forward).parameters
+        generates = whole.can_generate() and "position_ids" in parameters and name in ("input_ids", "inputs_embeds")
+        if generates and mask is not None and mask.dim() == 2 and len(arguments) == 1 and not bool(mask.all()):
+            arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        for option, value in (("use_cache", False), ("logits_to_keep", 1)):
+            if option in parameters:
+                arguments.setdefault(option, value)
         with torch.no_grad(), self:
             forward(**{name: sequence}, **arguments)
         return self.maps
@@ -224,6 +231,7 @@ class AttentionCapture:
             if any(id(part) in _ACTIVE for part, _ in self._parts):
                 raise OspoError("capture: this decoder is being captured already; leave that `with` block first")
             self._reset()
+            self._thread = threading.get_ident()
             _ACTIVE.update({id(part): (self, index) for part, index in self._parts})
             _OWNERS.setdefault(id(self._attention.owner), []).append(self)
             for registry in self._registries:
@@ -251,6 +259,9 @@ class AttentionCapture:
                 if not _PATCHES[id(registry)]:
                     del _PATCHES[id(registry)], registry.get_interface
         self._requests, self._plain = {}, {}  # they hold masks
+        for name in _REORDERINGS if self._cache is not None else ():
+            vars(self._cache).pop(name, None)
+        self._cache = None
         return isinstance(error, _StopForward) and error.capture is self
 
     def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,12 +274,24 @@ class AttentionCapture:
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         self._is_last = cache is None and kwargs.get("use_cache") is False
         if cache is not None:
+            if self._cache is not None and cache is not self._cache:
+                raise OspoError("capture: a pass got another cache than the one before; one capture takes one sequence")
+            self._guard(cache)
+            if args:
+                kwargs = inspect.signature(self._attention.owner.forward).bind_partial(*args, **kwargs).arguments
             embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
-            tokens = embeds if embeds is not None else ids if ids is not None else args[0] if args else None
+            tokens = embeds if embeds is not None else ids
             if not isinstance(tokens, Tensor):
                 raise OspoError("capture: the decoder got a cache without input_ids or inputs_embeds; pass one of them")
             for index, layer in enumerate(self._attention.layers):
                 self._positions[index] = _find_position(layer, index, cache, tokens.shape[1], self._is_cross)
+
+    def _guard(self, cache: Any) -> None:
+        """Let the cache refuse to change the order of its sequences until the end of the context."""
+        if self._cache is None:
+            self._cache = cache
+            for name in _REORDERINGS:
+                setattr(cache, name, functools.partial(_refuse_reordering, name))
 
     def _run(self, index: int, call: AttentionCall) -> Any:
         """Run the attention of a layer, and capture it if the layer is captured."""
@@ -289,7 +312,7 @@ class AttentionCapture:
             result = call.run()
             weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
             columns = self._request_on(call.query.device).columns
-            if _are_weights(weights, (B, H, Q)) and not call.dropout:
+            if _are_weights(weights, (B, H, Q, K)) and not call.dropout:
                 sums = from_weights(self._take_heads(weights), columns, position.key)
             else:
                 sums = self._take_heads(from_indicators(call, columns, position.key))
@@ -390,7 +413,8 @@ class AttentionCapture:
             return None
         if device not in self._plain:
             heads = self._maps.shape[1] // max(1, len(request.columns))
-            self._plain[device] = PlainRequests(replace(request, positions=Q), device, heads)
+            request = replace(request, positions=Q, key_end=request.key_end.clamp(max=Q))
+            self._plain[device] = PlainRequests(request, device, heads)
         return self._plain[device]
 
     def _read_plain(
@@ -422,8 +446,12 @@ class AttentionCapture:
     def _take_heads(self, x: Tensor) -> Tensor:
         if self._heads is None:
             return x
-        if self._heads[-1] >= x.shape[1]:
-            raise OspoError(f"capture: heads is {list(self._heads)}, expected indices from 0 to {x.shape[1] - 1}")
+        count = self._attention.heads or x.shape[1]
+        if x.shape[1] != count or self._heads[-1] >= x.shape[1]:
+            raise OspoError(
+                f"capture: heads is {list(self._heads)} of {count} by the configuration, a layer has "
+                f"{x.shape[1]}; exclude it by layers=, or leave out heads="
+            )
         return _take_heads(x, self._heads)
 
     def _write(self, index: int, sums: Tensor, position: _Position) -> None:
@@ -468,9 +496,19 @@ _run_eagerly = functools.partial(
 )
 
 
+def _refuse_reordering(name: str, *_: Any, **__: Any) -> None:
+    raise OspoError(f"capture: the cache was asked to change its sequences ({name}), as beams do; use num_beams=1")
+
+
+def _find_active(module: Any) -> tuple[AttentionCapture, int] | None:
+    """The capture of a module in this thread, and the index of its layer. Other threads only run the model."""
+    active = _ACTIVE.get(id(module))
+    return active if active is not None and active[0]._thread == threading.get_ident() else None
+
+
 @_run_eagerly
 def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
-    active = _ACTIVE.get(id(module))
+    active = _find_active(module)
     if active is None:
         return function(module, *args, **kwargs)
     capture, index = active
@@ -480,12 +518,13 @@ def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any
 @_run_eagerly
 def _before_pass(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for capture in _OWNERS.get(id(owner), ()):
-        capture._begin_pass(args, kwargs)
+        if capture._thread == threading.get_ident():
+            capture._begin_pass(args, kwargs)
 
 
 @_run_eagerly
 def _after_layer(module: Any, _: tuple[Any, ...], output: Any) -> None:
-    active = _ACTIVE.get(id(module))
+    active = _find_active(module)
     if active is not None:
         capture, index = active
         capture._read_output(index, output)
@@ -518,15 +557,6 @@ def _whole_model(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-
-
-def _takes(module: Any, name: str) -> bool:
-    return name in inspect.signature(module.forward).parameters
-
-
-def _number_of_heads(owner: Any) -> int:
-    count = getattr(owner.config, "num_attention_heads", None)
-    return _ENDLESS if count is None else int(count)  # checked when a layer runs
 
 
 def _resolve_indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:

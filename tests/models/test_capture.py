@@ -2,6 +2,7 @@
 
 import functools
 import re
+import threading
 import warnings
 
 import pytest
@@ -907,6 +908,182 @@ def test_flex_attention() -> None:
     with torch.no_grad(), AttentionCapture(model, columns=[[[3, 4], [5]]] * 2, rows=(6, 10)) as capture:
         model(ids, attention_mask=mask)
     compare(capture.maps, expected, [[[3, 4], [5]]] * 2, 6)
+
+
+@pytest.mark.parametrize("kind", ["wraps", "bias", "is_causal", "log-sum-exp"])
+def test_functions_that_wrap_those_of_transformers(tiny: JanusUnifiedModel, kind: str, monkeypatch) -> None:
+    """Only the functions themselves are known; a second output is weights only if it has their shape."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    S = PROMPT + TOKENS
+    x, bias = inputs(tiny), torch.randn(1, 4, S, S)
+
+    @functools.wraps(sdpa_attention_forward)
+    def sharper(module, query, *args, **kwargs):
+        return sdpa_attention_forward(module, query * 3, *args, **kwargs)
+
+    def with_lse(*args, **kwargs):
+        return sdpa_attention_forward(*args, **kwargs)[0], torch.zeros(3, 4, S, 1)
+
+    functions = {
+        "wraps": sharper,
+        "bias": functools.partial(sdpa_attention_forward, position_bias=bias),
+        "is_causal": functools.partial(sdpa_attention_forward, is_causal=False),
+        "log-sum-exp": with_lse,
+    }
+    register("mine", monkeypatch, sdpa_attention_forward)
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", functions[kind])
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", sdpa_mask)
+    tiny.decoder.config._attn_implementation = "mine"
+    attended = Attended(monkeypatch)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x)
+    probabilities = attended.probabilities if kind != "wraps" else attended.probabilities[::2]  # each runs twice
+    compare(capture.maps, torch.stack(probabilities).mean((0, 2)).float(), COLUMNS)
+
+
+def test_random_numbers_of_the_model_stay_the_same(tiny: JanusUnifiedModel, monkeypatch) -> None:
+    def noisy(module, query, key, value, mask, **kwargs):
+        return xformers(module, query, key, value + torch.randn_like(value), mask, **kwargs)
+
+    x = inputs(tiny)
+    register("noisy", monkeypatch, noisy)
+    tiny.decoder.config._attn_implementation = "noisy"
+    torch.manual_seed(0)
+    expected = forward(tiny, x)
+    torch.manual_seed(0)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS):
+        assert torch.equal(forward(tiny, x), expected)
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9])
+def test_rows_that_see_nothing(tiny: JanusUnifiedModel, low: float) -> None:
+    """With finite values they attend to all keys: the map is what the attention computes."""
+    mask = torch.zeros(3, 1, PROMPT + TOKENS, PROMPT + TOKENS).masked_fill(~causal_mask(), low)
+    mask[1, :, :, :14] = low
+    x = inputs(tiny)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, x, mask)
+    compare(capture.maps, reference(tiny.decoder, x, mask, [0, 1, 2]), COLUMNS)
+    assert capture.maps[1, 0].flatten()[:5].min() > 0
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, PROMPT + TOKENS), (1, 1, 1, PROMPT + TOKENS)])
+def test_masks_of_one_row(tiny: JanusUnifiedModel, shape: tuple[int, ...], monkeypatch) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[:, :, :, 5:7] = False
+    attended = Attended(monkeypatch)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, inputs(tiny), mask)
+    compare(capture.maps, attended.mean([0, 1, 2]), COLUMNS)
+
+
+def test_masks_that_change_in_inference_mode(tiny: JanusUnifiedModel, monkeypatch) -> None:
+    """Tensors of inference mode have no version that tells of changes."""
+    attended = Attended(monkeypatch)
+    with torch.inference_mode():
+        mask = causal_mask().expand(3, 1, -1, -1).clone()
+
+        def change(*_) -> None:
+            mask[:, :, 20:, 3:5] = False
+
+        tiny.decoder.layers[0].register_forward_hook(change)
+        with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+            forward(tiny, inputs(tiny), mask)
+        for index, maps in enumerate(capture.layer_maps):
+            compare(maps, attended.mean([index]), COLUMNS)
+
+
+def test_full_attention_without_a_log_sum_exp() -> None:
+    """The math kernel returns none; keys end at the sequence."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    model, ids = BertModel(config).eval(), torch.randint(3, 20, (2, 16))
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), kernel, AttentionCapture(model, columns=[[[3, 14]]] * 2, rows=(2, 10)) as capture:
+        model(ids)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        probs = torch.stack(model(ids, output_attentions=True).attentions).mean((0, 2))
+    compare(capture.maps, probs, [[[3, 14]]] * 2, 2)
+    maps = AttentionCapture(model, columns=[[[3, 14]]] * 2, rows=(2, 10)).replay(
+        ids, attention_mask=torch.ones(2, 16, dtype=torch.long)
+    )
+    compare(maps, probs, [[[3, 14]]] * 2, 2)
+
+
+def test_replay_runs_the_model_that_was_given() -> None:
+    """Absolute positions of a model without generate(), the tokens of prompt tuning, and ids without a mask."""
+    import peft
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    tuned = peft.get_peft_model(deep(2), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids, mask = torch.randint(3, 20, (2, 16)), torch.ones(2, 16, dtype=torch.long)
+    for model in (RobertaModel(config).eval(), tuned.eval()):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + weight.dim())
+        capture = AttentionCapture(model, columns=[[[3]], [[5, 6]]], rows=(7, 8))
+        with torch.no_grad(), capture:
+            model(input_ids=ids, attention_mask=mask)
+        expected = capture.maps
+        assert torch.equal(capture.replay(ids, attention_mask=mask), expected)
+
+
+def test_heads_of_a_decoder_and_an_encoder() -> None:
+    from transformers import BartConfig, BartModel
+
+    config = BartConfig(
+        vocab_size=20, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=4, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=40,
+    )  # fmt: skip
+    model, ids = BartModel(config).eval(), torch.randint(3, 20, (1, 12))
+    arguments: dict = {"columns": [[[3]]], "rows": (4, 8), "attentions": "decoder_attentions"}
+    whole = AttentionCapture(model, **arguments).replay(ids, input_ids=ids)
+    single = [AttentionCapture(model, heads=[head], **arguments).replay(ids, input_ids=ids) for head in (0, 1, 2, -1)]
+    torch.testing.assert_close(torch.stack(single).mean(0), whole)
+    with pytest.raises(OspoError, match="expected indices from -2 to 1"):
+        AttentionCapture(model, heads=[3], **{**arguments, "attentions": "encoder_attentions"})
+
+
+def test_beams_and_other_caches_are_refused() -> None:
+    model, ids = generator("llama"), torch.randint(3, 20, (1, 10))
+    beams = AttentionCapture(model, columns=[[[4]]] * 3, rows=(9, 4))
+    with pytest.raises(OspoError, match=r"change its sequences .*num_beams=1"), beams:
+        model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False)
+    with torch.no_grad():
+        first, second = (model(ids[:, :6]).past_key_values for _ in range(2))
+        capture = AttentionCapture(model, columns=[[[4]]], rows=(6, 4))
+        with capture:
+            model(ids[:, 6:8], past_key_values=first)
+            with pytest.raises(OspoError, match="another cache"):
+                model(ids[:, 8:], past_key_values=second)
+    first.reorder_cache(torch.tensor([0]))  # outside of the context caches are free
+
+
+def test_other_threads_run_the_model_without_the_capture(tiny: JanusUnifiedModel) -> None:
+    x, found = inputs(tiny), []
+    expected = forward(tiny, x)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        thread = threading.Thread(target=lambda: found.extend(forward(tiny, x) for _ in range(2)))
+        thread.start()
+        thread.join()
+        with pytest.raises(OspoError, match="in its thread"):
+            _ = capture.maps
+        forward(tiny, x)
+    assert [torch.equal(hidden, expected) for hidden in found] == [True, True]
+    compare(capture.maps, reference(tiny.decoder, x, None, [0, 1, 2]), COLUMNS)
 
 
 def test_columns_are_lists_of_three_levels() -> None:
