@@ -69,7 +69,7 @@ def find_attention(model: Any, kind: str | None) -> AttentionLayers:
     root = getattr(model, "module", None) if hasattr(model, "decoder") and hasattr(model, "image_prompt") else model
     if not isinstance(root, nn.Module):
         raise OspoError(f"capture: got a {type(model).__name__}, expected a model adapter or a transformers module")
-    whole: Any = next((m for m in root.modules() if isinstance(m, PreTrainedModel)), None)
+    whole = whole_model(root)
     if whole is None:
         raise OspoError(
             f"capture: {type(root).__name__} holds no transformers model, whose attention goes through transformers' "
@@ -98,6 +98,13 @@ def find_attention(model: Any, kind: str | None) -> AttentionLayers:
         f"capture: {type(part).__name__} names no modules for {kind or name}; use a transformers model that returns "
         "them with output_attentions=True"
     )
+
+
+def whole_model(root: nn.Module) -> Any:
+    """The outermost transformers model of a module, None if it has none."""
+    from transformers import PreTrainedModel
+
+    return next((module for module in root.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def check_readable(attention: AttentionLayers) -> None:

@@ -238,6 +238,8 @@ def first_visible_keys(mask: Tensor, request: ColumnRequest) -> Tensor | None:
 def check_options(call: AttentionCall) -> None:
     """Raise OspoError for a call that cannot run twice, or that is not the model's own attention."""
     name = type(call.module).__name__
+    if hasattr(call.query, "placements"):
+        raise OspoError(f"capture: {name} runs on a DTensor, a part of the heads or rows; capture an unsharded model")
     if call.options.get("cache") is not None:
         raise OspoError(f"capture: {name} writes to a paged cache; run the model without continuous batching")
     dropped = [option for option in ("softcap", "s_aux") if call.options.get(option) is not None]

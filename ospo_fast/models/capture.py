@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError, OspoError
-from ospo_fast.models._attention_modules import Layer, check_readable, find_attention
+from ospo_fast.models._attention_modules import Layer, check_readable, find_attention, whole_model
 from ospo_fast.models._column_probabilities import (
     AttentionCall,
     LseRecorder,
@@ -211,7 +211,7 @@ class AttentionCapture:
         name = "inputs_embeds" if sequence.is_floating_point() else "input_ids"
         # An adapter's decoder, else the model as it was given: it passes images on, and adapters may add tokens.
         forward = self._model if isinstance(self._model, nn.Module) else self._attention.owner
-        whole = _whole_model(forward)
+        whole = whole_model(forward)
         if getattr(whole.config, "is_encoder_decoder", False):
             name = f"decoder_{name}"
         mask, parameters = arguments.get("attention_mask"), inspect.signature(whole.forward).parameters
@@ -375,6 +375,12 @@ class AttentionCapture:
             shape = (len(self.layers), batch * heads, request.columns.shape[1], request.length)
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
             self._maps = torch.zeros(shape, dtype=dtype, device=like.device)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and like.shape[1] != (self._attention.heads or like.shape[1]):
+            raise OspoError(
+                f"capture: a layer runs {like.shape[1]} of {self._attention.heads} heads, as with tensor parallelism, "
+                "and the mean needs all of them; capture a model whose heads are not split over processes"
+            )
         if len(self._request.columns) != batch:
             raise OpError(f"capture: the decoder ran {len(self._request.columns)} sequences, then {batch}")
         begin, end = position.query, position.query + Q
@@ -551,12 +557,6 @@ def _find_position(layer: Layer, index: int, cache: Any, length: int, is_cross: 
 def _are_weights(value: Any, shape: tuple[int, ...]) -> TypeGuard[Tensor]:
     """Whether an output is attention weights (B, H, Q, K)."""
     return isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[: len(shape)]) == shape
-
-
-def _whole_model(model: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def _resolve_indices(name: str, given: Sequence[int], count: int) -> tuple[int, ...]:

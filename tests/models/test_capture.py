@@ -755,7 +755,8 @@ def flash(
     """What transformers' flash attention calls, (B, S, H, D) in and out."""
     assert is_causal
     assert kwargs["dropout"] == 0
-    special = any(x is not None for x in (mask, sliding_window, softcap, s_aux))
+    ends = kwargs.get("cu_seq_lens_q")
+    special = any(x is not None for x in (mask, sliding_window, softcap, s_aux, ends))
     if not special and (position_ids is None or bool((position_ids.diff() == 1).all())):
         return torch.ops.flash_attn._flash_attn_forward(query, key, value, softmax_scale)[0]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -767,6 +768,9 @@ def flash(
         seen = seen & ~torch.ones(S, S).tril(-sliding_window).bool()
     if mask is not None:
         seen = seen & mask[:, None, None].bool()
+    elif ends is not None:
+        sequence = torch.bucketize(torch.arange(S), ends, right=True)
+        seen = seen & (sequence[:, None] == sequence)
     elif position_ids is not None:
         sequence = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
         seen = seen & (sequence[:, :, None] == sequence[:, None])[:, None]
@@ -838,19 +842,29 @@ def test_packed_sequences_of_flash_attention(flash_model: JanusUnifiedModel) -> 
     assert capture.maps[0, 0].flatten()[:11].min() > 0
 
 
-def test_log_sum_exp_is_not_used_twice(flash_model: JanusUnifiedModel) -> None:
-    """Sequences of several lengths in one tensor, as trainers without padding pack them."""
+def test_lengths_of_packed_sequences_of_flash_attention(flash_model: JanusUnifiedModel) -> None:
+    """Trainers without padding give the ends of the sequences, and positions that count on."""
     ends = torch.tensor([0, 20, PROMPT + TOKENS], dtype=torch.int32)
-    for layer in flash_model.decoder.layers:
-        attention = layer.self_attn
-        own = type(attention).forward
-        attention.forward = lambda *a, attention=attention, own=own, **k: own(
-            attention, *a, **k, softcap=50.0, cu_seq_lens_q=ends, cu_seq_lens_k=ends
-        )
     x = inputs(flash_model, batch=1)
-    with AttentionCapture(flash_model, columns=COLUMNS[:1], rows=ROWS) as capture:
-        forward(flash_model, x)
-    compare(capture.maps, torch.stack(FLASH_WEIGHTS[::2]).mean((0, 2)), COLUMNS[:1])
+    with torch.no_grad(), AttentionCapture(flash_model, columns=[[[3, 4], [25]]], rows=ROWS) as capture:
+        flash_model.decoder(inputs_embeds=x, use_cache=False, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    compare(capture.maps, torch.stack(FLASH_WEIGHTS[::2]).mean((0, 2)), [[[3, 4], [25]]])
+    assert capture.maps[0, 0].flatten()[:11].min() > 0
+    assert (capture.maps[0, 0].flatten()[11:] == 0).all()  # the second sequence does not see the first one
+
+
+def test_heads_that_are_split_over_processes_are_refused(tiny: JanusUnifiedModel, monkeypatch) -> None:
+    """With tensor parallelism a process runs some of the heads, whose mean is another one."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with AttentionCapture(tiny, columns=COLUMNS, rows=ROWS) as capture:
+        forward(tiny, inputs(tiny))
+    assert capture.maps.isfinite().all()
+    tiny.decoder.config.num_attention_heads *= 2
+    with (
+        pytest.raises(OspoError, match="runs 4 of 8 heads, as with tensor parallelism"),
+        AttentionCapture(tiny, columns=COLUMNS, rows=ROWS),
+    ):
+        forward(tiny, inputs(tiny))
 
 
 def test_padding_masks_of_flash_attention(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
