@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class OspoError(Exception):
-    """An error that the user can fix. The command line prints it and exits with code 1."""
+    """An error that the user can fix. The command line prints it and exits with code 1.
+
+    It can be pickled with all its attributes, so that one raised in a worker process reaches the parent.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with `args`, which hold the message alone, also where __init__ takes more.
+        return _rebuild_error, (type(self), self.args), self.__dict__
 
 
 class UsageError(OspoError):
@@ -20,6 +27,12 @@ class UsageError(OspoError):
 
 class OpError(OspoError, ValueError):
     """An operation got tensors that it cannot take. Names operation, argument, value and expectation."""
+
+
+def _rebuild_error(kind: type[OspoError], args: tuple[Any, ...]) -> OspoError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,25 @@ def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | 
         return function(*args, **kwargs)
     except OspoError as error:
         return Failure(str(error))
+
+
+def check_text(argument: str, text: object) -> str:
+    """Return a text that every tokenizer and file can take. Raises UsageError for another value.
+
+    Refused are lone surrogates, which have no encoding, and NUL, which is where other programs end a text.
+    """
+    if not isinstance(text, str):
+        raise UsageError(f"{argument}: got {type(text).__name__}, expected a text (str)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{argument}: {text[:60]!r} holds a lone surrogate (U+{ord(text[error.start]):04X} at character "
+            f"{error.start}), which is half a character; remove it"
+        ) from None
+    if "\0" in text:
+        raise UsageError(f"{argument}: {text[:60]!r} holds a NUL character; remove it")
+    return text
 
 
 def some_failed(what: str, reasons: Sequence[str], total: int) -> str:

@@ -34,8 +34,10 @@ class Shard:
     def parse(cls, text: str) -> Shard:
         """Parse `"0/4"`, the first of four. Raises UsageError for anything else."""
         index, slash, count = text.partition("/")
-        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise UsageError(f"--shard should be i/n with i from 0 to n-1, got {text!r}.")
+        # ASCII: other digits are digits to str.isdigit and none to int. 18 of them fit an int64.
+        readable = text.isascii() and index.isdigit() and count.isdigit() and max(len(index), len(count)) <= 18
+        if not (readable and int(index) < int(count)):
+            raise UsageError(f"--shard should be i/n with i from 0 to n-1, got {text[:60]!r}.")
         return cls(int(index), int(count))
 
     def holds(self, item_id: str) -> bool:

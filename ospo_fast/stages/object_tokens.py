@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ _PLACES = (
     "below background foreground"
 )
 PLACE_WORDS = frozenset(_PLACES.split())
+MAX_OBJECTS = 100  # per prompt; with MAX_NOUN it bounds the time that a record can take
+MAX_NOUN = 200  # characters
 # Words that end a noun phrase where only the prompt is known.
 _CLOSED_CLASS = (
     "a an the this that these those some its his her their my your our and or but with without of in on at to from by "
@@ -29,6 +32,10 @@ _CLOSED_CLASS_WORDS = frozenset(_CLOSED_CLASS.split())
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _WORD_OR_MARK = re.compile(_WORD.pattern + r"|[^\w\s]")
 _DETERMINER = re.compile(r"^(?:an?|the|some|one|two|three|four|five|six|seven|eight|nine|ten)\s+", re.IGNORECASE)
+
+
+# Terms of a relation as a tree of their words, the last word first. The key None marks the first word of a term.
+Terms: TypeAlias = "dict[str | None, Terms]"
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectToken
     prompt, nouns = record["prompt"], extract_nouns(record)
     if not nouns:
         return Failure("the prompt names no object")
+    if len(nouns) > MAX_OBJECTS:
+        return Failure(f"the prompt names {len(nouns)} objects, expected at most {MAX_OBJECTS}; shorten it")
     tokenized = attempt(model.image_prompt_offsets, prompt)
     if isinstance(tokenized, Failure):
         return tokenized
@@ -60,7 +69,9 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectToken
     tokens = [model.detokenize([i]) for i in ids.tolist()] if match == "substring" else []
     for noun in nouns:
         spans, columns, reason = find_spans(noun, prompt), [], "no token of the prompt stands for it"
-        if match == "offsets":
+        if len(noun) > MAX_NOUN:
+            reason = f"it has {len(noun)} characters, expected at most {MAX_NOUN}"
+        elif match == "offsets":
             columns = find_tokens(noun, prompt, offsets)
             reason = reason if spans else "the prompt does not hold it as a word"
         elif isinstance(pieces := attempt(_pieces, noun, model), Failure):
@@ -95,29 +106,45 @@ def extract_nouns(record: Record) -> list[str]:
     3. The last word of each run of words between articles, prepositions, numbers and similar words of the prompt.
     """
     if record.get("nouns"):
-        found = list(record["nouns"])
+        found = _unique(record["nouns"])
     else:
         concepts, terms = record.get("concepts_and_relations", ""), _terms(record.get("relation", ""))
-        found = [noun for concept in re.split(r"[,;]", concepts) if (noun := _concept_noun(concept, terms))]
-        if not any(find_spans(noun, record["prompt"]) for noun in found):
-            found = _nouns_by_runs(record["prompt"])
+        found = _unique(noun for concept in re.split(r"[,;]", concepts) if (noun := _concept_noun(concept, terms)))
+        if not any(find_spans(noun, record["prompt"]) for noun in found[:MAX_OBJECTS]):
+            found = _unique(_nouns_by_runs(record["prompt"]))
+    return [noun for noun in found if noun.casefold() not in PLACE_WORDS]
+
+
+def _unique(nouns: Iterable[str]) -> list[str]:
     unique: dict[str, str] = {}
-    for noun in found:
+    for noun in nouns:
         unique.setdefault(noun.casefold(), noun)
-    return [noun for key, noun in unique.items() if key not in PLACE_WORDS]
+    return list(unique.values())
 
 
-def _terms(relation: str) -> set[str]:
-    groups = re.findall(r"\(([^()]*)\)", relation)
-    return {_DETERMINER.sub("", term.strip()).casefold() for group in groups for term in group.split(",")}
+def _terms(relation: str) -> Terms:
+    terms: Terms = {}
+    for group in re.findall(r"\(([^()]*)\)", relation):
+        for term in group.split(","):
+            node = terms
+            for word in reversed(_DETERMINER.sub("", term.strip()).casefold().split(" ")):
+                node = node.setdefault(word, {})
+            node[None] = {}
+    return terms
 
 
-def _concept_noun(concept: str, terms: set[str]) -> str:
+def _concept_noun(concept: str, terms: Terms) -> str:
     words: list[str] = _WORD.findall(concept)
     if not words or any(word.casefold() in ("is", "are", "was", "were") for word in words):
         return ""
-    endings = (" ".join(words[start:]) for start in range(1 if len(words) > 1 else 0, len(words)))
-    return next((ending for ending in endings if ending.casefold() in terms), words[-1])
+    first, node = len(words) - 1, terms
+    for start in range(len(words) - 1, min(1, len(words) - 1) - 1, -1):
+        if (word := words[start].casefold()) not in node:
+            break
+        node = node[word]
+        if None in node:
+            first = start
+    return " ".join(words[first:])
 
 
 def _nouns_by_runs(prompt: str) -> list[str]:
@@ -151,10 +178,14 @@ def _forms(noun: str) -> list[str]:
 
 
 def find_spans(noun: str, prompt: str) -> list[tuple[int, int]]:
-    """Find the half-open character spans of a noun in the prompt: whole words, any case, singular or plural."""
-    if not noun.strip():
+    """Find the half-open character spans of a noun in the prompt: whole words, any case, singular or plural.
+
+    A noun of more than MAX_NOUN characters has none.
+    """
+    noun = " ".join(noun.split())  # a pattern with several \\s+ in a row takes exponential time
+    if not 0 < len(noun) <= MAX_NOUN:
         return []
-    pattern = "|".join(re.escape(form).replace(r"\ ", r"\s+") for form in _forms(noun.strip()))
+    pattern = "|".join(re.escape(form).replace(r"\ ", r"\s+") for form in _forms(noun))
     return [match.span() for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", prompt, re.IGNORECASE)]
 
 
@@ -163,12 +194,10 @@ def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None
 
     offsets: of each token its characters in the prompt; None for tokens of the chat template.
     """
-    spans = find_spans(noun, prompt)
-    return [
-        i
-        for i, token in enumerate(offsets)
-        if token is not None and any(token[0] < end and start < token[1] for start, end in spans)
-    ]
+    covered = bytearray(len(prompt))
+    for start, end in find_spans(noun, prompt):
+        covered[start:end] = b"\1" * (end - start)
+    return [i for i, token in enumerate(offsets) if token is not None and any(covered[slice(*token)])]
 
 
 def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[int]:
@@ -176,14 +205,22 @@ def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[in
 
     By it "car" finds "carpet". The pieces are the texts of the noun's own tokens, in lower case.
     """
-    parts = [piece.strip().lower() for piece in pieces if piece.strip()]
-    return [i for i, token in enumerate(tokens) if any(part in token for part in parts)]
+    parts = {piece.strip().lower() for piece in pieces if piece.strip()}
+    lengths = sorted(set(map(len, parts)))  # few, however many pieces there are
+    return [
+        i
+        for i, token in enumerate(tokens)
+        if any(token[start : start + n] in parts for n in lengths for start in range(len(token) - n + 1))
+    ]
 
 
 def check_prompt(model: UnifiedModel, prompt: str) -> Failure | None:
     """Return why a user's prompt is refused: the model cannot take it, or it names no object. None: it is accepted."""
     if isinstance(ids := image_prompt_ids(model, prompt), Failure):
         return ids
-    if not extract_nouns({"prompt": prompt}):
+    nouns = extract_nouns({"prompt": prompt})
+    if not nouns:
         return Failure(f"prompt: {prompt[:60]!r} names no object; name what the image should show")
+    if len(nouns) > MAX_OBJECTS:
+        return Failure(f"prompt: {prompt[:60]!r} names {len(nouns)} objects, expected at most {MAX_OBJECTS}; shorten it")
     return None

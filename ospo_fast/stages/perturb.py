@@ -30,8 +30,8 @@ METHODS = {
     "non-spatial": ("replace", "drop", "replace"),
 }
 _CONTRAST = re.compile(r"Contrastive Prompt:[ \t]*([^\n]*)", re.IGNORECASE)
-_END = r"(?=\s*;?\s*Step\s*\d+\s*[.:]|\n|$)"
-_DENSE = tuple(re.compile(rf"Prompt {n} Dense:\s*(.*?){_END}", re.IGNORECASE) for n in (1, 2))
+_DENSE = tuple(re.compile(rf"Prompt {n} Dense:\s*", re.IGNORECASE) for n in (1, 2))
+_STEP = re.compile(r"Step\s*\d+\s*[.:]", re.IGNORECASE)
 
 
 def methods_for(sub_category: str) -> tuple[str, ...]:
@@ -48,10 +48,24 @@ def parse_contrast(answer: str) -> str:
 
 
 def parse_dense(answer: str) -> tuple[str, str]:
-    """Return (dense prompt, dense hard negative) of an answer; the empty string for one that is missing."""
-    found = [pattern.search(answer) for pattern in _DENSE]
-    base, negative = (match.group(1).strip(" ;\t") if match else "" for match in found)
+    """Return (dense prompt, dense hard negative) of an answer; the empty string for one that is missing.
+
+    A dense prompt ends with its line or before the next step.
+    """
+    base, negative = (_dense_part(answer, label.search(answer)) for label in _DENSE)
     return base, negative
+
+
+def _dense_part(answer: str, label: re.Match[str] | None) -> str:
+    if label is None:
+        return ""
+    # The end is searched first and the spaces before it are removed afterwards: one regular expression for all of it
+    # takes cubic time.
+    step = _STEP.search(answer, label.end())
+    text = answer[label.end() : step.start() if step else None]
+    if step:
+        text = text.rstrip().removesuffix(";").rstrip()
+    return text.partition("\n")[0].strip(" ;\t")
 
 
 def run(

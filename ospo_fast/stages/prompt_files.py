@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, UsageError, attempt
+from ospo_fast.errors import Failure, UsageError, attempt, check_text
 from ospo_fast.models.base import UnifiedModel
 
 
@@ -17,17 +17,29 @@ def prompt_key(prompt: str) -> str:
 
 
 def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
-    """Read (line number, prompt) from a text file with one prompt per line; blank lines are skipped.
+    """Read (line number, prompt) from a UTF-8 text file with one prompt per line; blank lines are skipped.
+
+    Lines end with \\n, \\r\\n or \\r alone, and byte-order marks are ignored.
 
     Raises:
-        UsageError: a missing or empty file.
+        UsageError: a missing or empty file, one that is not UTF-8, or a line with a NUL character.
 
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"The prompt file {path} is not UTF-8 (line {line}: {error.reason}); save it with the encoding UTF-8."
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise UsageError(f"Cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}.") from error
+    # A mark can also be inside the file, after files were joined. str.splitlines would split at more characters.
+    lines = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, prompt in prompts:
+        check_text(f"{path}:{number}: prompt", prompt)  # UTF-16 without a byte-order mark is read as NUL characters
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt; write one prompt per line.")
     return prompts

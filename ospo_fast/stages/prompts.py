@@ -38,14 +38,9 @@ _OTHER_NUMBERS = (
 )
 OTHER_NUMBERS = frozenset(_OTHER_NUMBERS.split())
 _CATEGORIES = ("attribute", "layout", "non-spatial", "complex")
-# The parts of an answer, each after its label. A label inside a part means that the answer is malformed.
-_LABEL = r"\b(?:Prompt|Concepts and relations|Relations?)\s*:"
-_ANSWER = re.compile(
-    rf"\bPrompt:\s*(?P<prompt>(?:(?!{_LABEL})[^;\n])+?)\s*[;\n]\s*"
-    rf"Concepts and relations:\s*(?P<concepts>(?:(?!{_LABEL}).)+?)\s*[;\n]\s*"
-    rf"Relations?:\s*(?P<relation>(?:(?!{_LABEL})[^\n])*)",
-    re.DOTALL | re.IGNORECASE,
-)
+# The labels of the parts. With a space before its colon, a label ends a part and does not begin one.
+_LABEL = re.compile(r"\b(?:Prompt|Concepts and relations|Relations?)\s*:", re.IGNORECASE)
+_LABELS_IN_ORDER = (("prompt:",), ("concepts and relations:",), ("relation:", "relations:"))
 _FIRST_PROMPT = re.compile(r"\bPrompt:[ \t]*[^\s;]", re.IGNORECASE)
 
 
@@ -59,12 +54,33 @@ def parse_answer(answer: str) -> tuple[str, str, str] | Failure:
         (prompt, concepts and relations, relation).
 
     """
-    match = _ANSWER.search(answer)
-    if match is not None and not _FIRST_PROMPT.search(answer[: match.start()]):
-        prompt, concepts, relation = (match[name].strip(" ;\t\n") for name in ("prompt", "concepts", "relation"))
+    # One regular expression for all parts would backtrack through line ends, in cubic time.
+    labels = list(_LABEL.finditer(answer))
+    for n in range(len(labels) - 2):
+        found = labels[n : n + 3]
+        if any(label[0].casefold() not in names for label, names in zip(found, _LABELS_IN_ORDER, strict=True)):
+            continue
+        prompt = _before_separator(answer[found[0].end() : found[1].start()])
+        concepts = _before_separator(answer[found[1].end() : found[2].start()])
+        if not prompt.strip("\n") or set(";\n") & set(prompt.strip()) or not concepts:
+            continue
+        end = labels[n + 3].start() if n + 3 < len(labels) else len(answer)
+        relation = answer[found[2].end() : end].lstrip().partition("\n")[0]
+        prompt, concepts, relation = (part.strip(" ;\t\n") for part in (prompt.strip(), concepts.strip(), relation))
+        if _FIRST_PROMPT.search(answer, 0, found[0].start()):
+            break
         if re.search(r"\w", prompt) and re.search(r"\w", concepts):
             return prompt, concepts, relation
+        break
     return Failure("the answer does not parse")
+
+
+def _before_separator(part: str) -> str:
+    """Return what is before the semicolon or line end that closes a part; the empty string without one."""
+    text = part.rstrip()
+    if text.endswith(";") and text != ";":
+        return text[:-1]
+    return part[: max(part.rfind("\n", len(text)), 0)]
 
 
 def check_wording(prompt: str, sub_category: str) -> Failure | None:

@@ -15,15 +15,18 @@ from ospo_fast.stages.text_sampling import load_model_templates, sample_text, te
 
 CHUNK = 64  # items between two writes to the store
 
-_ROLES = re.compile(r"<\|?\s*/?\s*(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE)
-_QUESTION = re.compile(r"[^?\n]+\?")
+# Optional parts with spaces on both sides are grouped with one of them: otherwise a run of spaces takes quadratic time.
+_ROLES = re.compile(
+    r"<\|?\s*(?:/\s*)?(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE
+)
 
 
 def parse_questions(answer: str) -> list[str]:
     """Return the distinct questions of an answer, in order, without those that hold a role marker."""
     questions: dict[str, str] = {}
-    for match in _QUESTION.findall(answer.rsplit("Questions:", 1)[-1]):
-        question = match.strip(" ;,-*\t")
+    *texts, _ = answer.rsplit("Questions:", 1)[-1].split("?")  # the last one has no question mark
+    for text in texts:
+        question = (text.rpartition("\n")[2] + "?").strip(" ;,-*\t")
         if re.search(r"\w", question) and not _ROLES.search(question):
             questions.setdefault(" ".join(question.casefold().split()), question)
     return list(questions.values())

@@ -43,7 +43,7 @@ def run(
     templates = load_model_templates(model, config)
     for part in chunked(records, CHUNK):
         questions = dict.fromkeys(question for record in part for question in record.get("question", []))
-        chats = {q: chat_ids(model, templates.messages("vqa", question=q), image=True) for q in questions}
+        chats = {q: chat_ids(model, templates, "vqa", {"question": q}, image=True) for q in questions}
         chunk = [_remove_long_questions(record, chats) for record in part]
         scored: dict[tuple[str, str, str], ImageVerdict] = {}
         slots, images = [], []

@@ -30,8 +30,16 @@ def template_variables(record: Record) -> dict[str, str]:
     }
 
 
-def chat_ids(model: UnifiedModel, messages: list[Any], *, image: bool = False) -> Tensor | Failure:
-    """Tokenize a chat to ids (S,); a Failure if it holds control tokens or leaves no position for an answer."""
+def chat_ids(
+    model: UnifiedModel, templates: TemplateSet, stage: str, variables: dict[str, Any], *, image: bool = False
+) -> Tensor | Failure:
+    """Render and tokenize the chat of a stage to ids (S,).
+
+    A Failure if the chat cannot be rendered, holds control tokens or leaves no position for an answer.
+    """
+    messages = attempt(templates.messages, stage, **variables)
+    if isinstance(messages, Failure):
+        return messages
     ids = attempt(model.chat, messages, image=image)
     if not isinstance(ids, Failure) and len(ids) >= model.max_positions:
         return Failure(
@@ -57,7 +65,7 @@ def sample_text(
 
     sampling = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 512} | templates.sampling(stage)
     sampling |= {name: value for name in sampling if (value := getattr(settings, name, None)) is not None}
-    answers: list[Any] = [chat_ids(model, templates.messages(stage, **values)) for values in variables]
+    answers: list[Any] = [chat_ids(model, templates, stage, values) for values in variables]
     rows = [n for n, chat in enumerate(answers) if not isinstance(chat, Failure)]
     texts = generate_text(
         model,
