@@ -2,8 +2,9 @@
 
 import importlib.util
 import os
+import time
 import types
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -115,6 +116,22 @@ def _models_on_the_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "_resolve_device", lambda device: resolve("cpu" if device is None else device))
         yield
+
+
+@pytest.fixture
+def seconds() -> Callable[..., float]:
+    """seconds(function, *arguments): the process time of a call.
+
+    Inputs of 100 kB take less than a second in linear time, and minutes to days in quadratic or cubic time. Tests
+    compare with ten seconds, which a slow machine does not reach.
+    """
+
+    def measure(function: Callable[..., object], *arguments: object) -> float:
+        start = time.process_time()
+        function(*arguments)
+        return time.process_time() - start
+
+    return measure
 
 
 @pytest.fixture(autouse=True)

@@ -306,7 +306,10 @@ def test_moved_run_resumes(tiny, script, tmp_path, monkeypatch):
     assert [report.items for report in reports] == [0, 0, 0, 12, 12, 12, 12, 3]
 
 
-@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2"])
+@pytest.mark.parametrize(
+    "text",
+    ["2/2", "1", "a/b", "-1/2", "\u00b2/3", "\u0663/4", "0/\u0664", "1/" + "9" * 5000, "1/" + "9" * 19, "+0/2", ""],
+)
 def test_shard_that_does_not_parse(text):
     with pytest.raises(UsageError, match="i/n"):
         Shard.parse(text)

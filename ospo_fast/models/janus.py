@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError, UsageError, check_text
 from ospo_fast.models.base import Message, Offset
-from ospo_fast.oom import BatchSizeLimit
+from ospo_fast.oom import BatchSizeLimit, short
 
 _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template is split
 _VQ_PIXELS = 16 * 384 * 384  # per batch of the VQ model: about 2 GB of activations in bf16
@@ -160,6 +160,7 @@ class JanusUnifiedModel(_JanusModule):
         eos = getattr(module.generation_config, "eos_token_id", None)
         more = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
         self.eos_ids = tuple(dict.fromkeys([self._special_id("eos_token"), *map(int, more)]))
+        self._control_ids = self._find_control_ids()
         self.yes_ids = self._single_token_ids("yes", "Yes")
         self.no_ids = self._single_token_ids("no", "No")
         self._prefix, self._suffix = self._split_template()
@@ -180,7 +181,7 @@ class JanusUnifiedModel(_JanusModule):
 
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:
         """See `UnifiedModel`. Raises UsageError like `image_prompt`."""
-        text = prompt.strip()
+        text = check_text("prompt", prompt).strip()
         if not text:
             raise UsageError("prompt: got an empty string, expected a description of an image")
         stripped = prompt.index(text)
@@ -198,8 +199,7 @@ class JanusUnifiedModel(_JanusModule):
                 end = start + len(word)
             spans.append((start + stripped, end + stripped))
         own = [(i, span) for i, span in zip(ids, spans, strict=True) if span is not None]
-        if any(i in (self.boi_id, self.eoi_id, self.image_id) for i, _ in own):
-            raise UsageError(f"prompt: {prompt[:60]!r} holds a control token of the model; remove it")
+        self._refuse_control_tokens("prompt", prompt)
         unknown = dict.fromkeys(repr(prompt[slice(*span)]) for i, span in own if i == self._tokenizer.unk_token_id)
         if unknown:
             raise UsageError(
@@ -209,16 +209,18 @@ class JanusUnifiedModel(_JanusModule):
         return torch.tensor(ids, dtype=torch.long), spans
 
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:
-        """See `UnifiedModel`. Raises UsageError for a text with the image token, or an image without user message."""
+        """See `UnifiedModel`. Raises UsageError for a text with a control token, or an image without user message."""
         if not messages:
             raise UsageError("messages: got none, expected at least one chat turn")
+        for message in messages:
+            self._refuse_control_tokens("messages", check_text("messages", message["content"]))
         turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if image:
             users = [turn for turn in turns if turn["role"] == "user"]
             if not users:
                 raise UsageError("messages: an image belongs to a user message, got none")
             users[-1]["content"].insert(0, {"type": "image"})
-        text: str = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = self._render_chat(turns)
         if self.processor.use_default_system_prompt and messages[0]["role"] != "system":
             from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
@@ -344,10 +346,40 @@ class JanusUnifiedModel(_JanusModule):
             )
         )
 
+    def _render_chat(self, turns: list[dict[str, Any]]) -> str:
+        """Apply the chat template of the checkpoint, which runs in the sandbox of transformers."""
+        try:
+            text: str = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template can raise any error
+            raise OspoError(
+                f"model: the chat template of {self.name} cannot be applied ({short(error)}); "
+                "use a checkpoint whose template takes such a chat"
+            ) from error
+        return text
+
+    def _find_control_ids(self) -> frozenset[int]:
+        """Return the ids that no user's text may hold. A tokenizer can also have words among its added tokens."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        marked = [i for i, token in added if token.special or (token.content[:1], token.content[-1:]) == ("<", ">")]
+        known = (self.bos_id, self.pad_id, self.boi_id, self.eoi_id, self.image_id, *self.eos_ids)
+        return frozenset((*marked, *self._tokenizer.all_special_ids, *known))
+
+    def _refuse_control_tokens(self, argument: str, text: str) -> None:
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+        unknown, spelled = self._tokenizer.unk_token_id, str(self._tokenizer.unk_token)
+        for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            # A word that the tokenizer does not know has the id of the token for unknown words, which is a control
+            # token only where the text spells it.
+            token = text[start:end].strip()
+            if i in self._control_ids and (i != unknown or token.casefold() == spelled.casefold()):
+                raise UsageError(f"{argument}: {text[:60]!r} holds a control token of the model, {token!r}; remove it")
+
     def _split_template(self) -> tuple[str, str]:
         """The text before and after the prompt of an image."""
         turns = [{"role": "user", "content": [{"type": "text", "text": _PROBE}]}]
-        text: str = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = self._render_chat(turns)
         before, found, after = text.partition(_PROBE)
         if not found:
             raise OspoError(f"model: the chat template of {self.name} does not contain the user's text unchanged")

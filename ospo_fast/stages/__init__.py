@@ -33,7 +33,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Shard:
         """Parse `"0/4"`, the first of four. Raises UsageError for anything else."""
-        index, slash, count = text.partition("/")
+        index, _, count = text.partition("/")
         # ASCII: other digits are digits to str.isdigit and none to int. 18 of them fit an int64.
         readable = text.isascii() and index.isdigit() and count.isdigit() and max(len(index), len(count)) <= 18
         if not (readable and int(index) < int(count)):

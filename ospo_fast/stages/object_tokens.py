@@ -222,5 +222,7 @@ def check_prompt(model: UnifiedModel, prompt: str) -> Failure | None:
     if not nouns:
         return Failure(f"prompt: {prompt[:60]!r} names no object; name what the image should show")
     if len(nouns) > MAX_OBJECTS:
-        return Failure(f"prompt: {prompt[:60]!r} names {len(nouns)} objects, expected at most {MAX_OBJECTS}; shorten it")
+        return Failure(
+            f"prompt: {prompt[:60]!r} names {len(nouns)} objects, expected at most {MAX_OBJECTS}; shorten it"
+        )
     return None

@@ -19,7 +19,7 @@ def prompt_key(prompt: str) -> str:
 def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
     """Read (line number, prompt) from a UTF-8 text file with one prompt per line; blank lines are skipped.
 
-    Lines end with \\n, \\r\\n or \\r alone, and byte-order marks are ignored.
+    Only LF, CR LF and CR end a line. Byte-order marks are ignored.
 
     Raises:
         UsageError: a missing or empty file, one that is not UTF-8, or a line with a NUL character.

@@ -16,9 +16,7 @@ from ospo_fast.stages.text_sampling import load_model_templates, sample_text, te
 CHUNK = 64  # items between two writes to the store
 
 # Optional parts with spaces on both sides are grouped with one of them: otherwise a run of spaces takes quadratic time.
-_ROLES = re.compile(
-    r"<\|?\s*(?:/\s*)?(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE
-)
+_ROLES = re.compile(r"<\|?\s*(?:/\s*)?(?:user|assistant|system)\s*\|?>|\b(?:user|assistant|system)\s*:", re.IGNORECASE)
 
 
 def parse_questions(answer: str) -> list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import jinja2
 import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ospo_fast.errors import UsageError, check_text
 
@@ -165,7 +166,7 @@ def load_templates(name_or_path: str) -> TemplateSet:
         if len(content) > MAX_CHARS:
             raise ValueError(f"it has more than {MAX_CHARS} bytes")
         # _Loader is a SafeLoader.
-        templates = _parse(yaml.load(content.decode("utf-8-sig"), _Loader), path)  # noqa: S506
+        templates = _parse(yaml.load(content.decode("utf-8-sig"), _Loader), path)
     except (yaml.YAMLError, OSError, ValueError, RecursionError, UsageError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UsageError(f"templates: {path} is not a template set ({reason}); see shapes.yaml for the form") from error
@@ -235,8 +236,8 @@ def _mapping(data: dict[str, Any], name: str, default: Any = None, prefix: str =
 def _typed(where: str, value: Any, kind: type) -> Any:
     """Return `value`. Its type alone goes into the error, because YAML aliases make values of any length."""
     if not isinstance(value, kind):
-        names = {dict: "a mapping", list: "a list", str: "a text"}
-        raise ValueError(f"{where}: expected {names[kind]}, got {type(value).__name__}")
+        expected = "a mapping" if kind is dict else "a list" if kind is list else "a text"
+        raise ValueError(f"{where}: expected {expected}, got {type(value).__name__}")
     return check_text(where, value) if kind is str else value
 
 

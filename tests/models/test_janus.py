@@ -9,12 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import AddedToken, normalizers
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.models import UnifiedModel, load_model
 from ospo_fast.models.janus import JanusUnifiedModel
-from ospo_fast.shapes.model import build_processor
+from ospo_fast.shapes.model import SPECIAL, build_processor
+from ospo_fast.stages.object_tokens import check_prompt, find_objects
 
 PROMPT = "a red circle and two blue squares"
 WORDS = ["a", "red", "blue", "circle", "squares", "two", ",", ".", "left", "of"]
@@ -82,6 +84,57 @@ def test_bad_prompts(tiny: JanusUnifiedModel) -> None:
             tiny.image_prompt(prompt)
     with pytest.raises(UsageError, match=r"does not know \('zebra', 'Xylophon'\)"):
         tiny.image_prompt(" two zebra on a Xylophon zebra")
+
+
+@pytest.mark.parametrize("token", SPECIAL)
+@pytest.mark.parametrize("text", ["a red {} circle", "{}", "a red{}circle", "a red circle {}"])
+def test_control_tokens_in_a_text_are_refused(tiny: JanusUnifiedModel, token: str, text: str) -> None:
+    text = text.format(token)
+    with pytest.raises(UsageError, match=r"^prompt: .* control token"):
+        tiny.image_prompt(text)
+    for role in ("system", "user", "assistant"):
+        with pytest.raises(UsageError, match=r"^messages: .* control token"):
+            tiny.chat([{"role": role, "content": text}, *turn("no")], image=True)
+    assert "control token" in str(check_prompt(tiny, text))
+    assert "control token" in str(find_objects({"prompt": text, "nouns": ["circle"]}, tiny, "offsets"))
+
+
+def test_control_tokens_in_every_spelling_that_the_tokenizer_reads(tiny: JanusUnifiedModel) -> None:
+    """Also those of a tokenizer that ignores case and spaces. A word among its added tokens is none."""
+    processor = build_processor()
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|ref|>", normalized=True, lstrip=True)]})
+    tokenizer.add_tokens([AddedToken("<|EOT|>", special=False, normalized=True), AddedToken("\u00f6", special=False)])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    adapter = JanusUnifiedModel(tiny.module, processor, name="tiny")
+    for token in ("<|ref|>", "<|REF|>", " <|Ref|> ", "<|EOT|>", "<|eot|>", "<image>"):
+        for refuse in (adapter.image_prompt, lambda text: adapter.chat(turn(text))):
+            with pytest.raises(UsageError, match="control token"):
+                refuse(f"a red {token} circle")
+    for text in ("a red \u00f6 circle", "a < b > c", "is there < ref > ?"):
+        assert len(adapter.chat(turn(text)))
+    assert len(adapter.image_prompt("a red \u00f6 circle"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a red \ud83d circle", "lone surrogate"), ("a \0 circle", "NUL"), (b"a cup", "got bytes")]
+)
+def test_texts_that_no_tokenizer_takes(tiny: JanusUnifiedModel, text: Any, words: str) -> None:
+    for refuse in (tiny.image_prompt, tiny.image_prompt_offsets, lambda text: tiny.chat(turn(text))):
+        with pytest.raises(UsageError, match=words):
+            refuse(text)
+    assert words in str(check_prompt(tiny, text))
+    assert words in str(find_objects({"prompt": text, "nouns": ["circle"]}, tiny, "offsets"))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ cycler.__init__.__globals__.os.system('true') }}", "{{ raise_exception('no') }}", "{% if %}", None]
+)
+def test_chat_templates_run_in_a_sandbox(tiny: JanusUnifiedModel, template: str | None) -> None:
+    processor = build_processor()
+    processor.chat_template = template
+    with pytest.raises(OspoError, match=r"^model: the chat template of stranger cannot be applied"):
+        JanusUnifiedModel(tiny.module, processor, name="stranger")
 
 
 def test_chat_with_an_image_equals_the_processors(tiny: JanusUnifiedModel) -> None:

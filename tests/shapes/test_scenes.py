@@ -1,6 +1,7 @@
 """Grammar, meanings, splits, hard negatives and questions of the Shapes world."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -171,3 +172,8 @@ def test_unknown_kinds_are_refused() -> None:
         descriptions("color9")
     with pytest.raises(ValueError, match="color"):
         grammar.sample_question(random_scene(np.random.default_rng(0)), "color", np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("unit", ["a ", " ", ".", " on a white background", " and ", "a red circle and ", "\u2028"])
+def test_texts_of_any_form_are_parsed_in_linear_time(unit: str, seconds: Callable[..., float]) -> None:
+    assert seconds(parse, "a red circle" + unit * (100_000 // len(unit))) < 10

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from ospo_fast.errors import UsageError
-from ospo_fast.stages.object_tokens import extract_nouns, find_objects, find_spans, find_tokens, tokens_by_substring
+from ospo_fast.stages.object_tokens import (
+    check_prompt,
+    extract_nouns,
+    find_objects,
+    find_spans,
+    find_tokens,
+    tokens_by_substring,
+)
 
 
 def nouns(prompt, concepts="", relation="", **fields):
@@ -63,6 +70,54 @@ def test_given_nouns_come_first_and_places_are_no_objects():
 )
 def test_spans_cover_whole_words_in_singular_and_plural(noun, prompt, found):
     assert [prompt[a:b] for a, b in find_spans(noun, prompt)] == found
+
+
+def test_a_noun_with_many_spaces_is_one_with_single_spaces(seconds):
+    assert find_spans(" ceiling \n  fan ", "a ceiling\tfan") == [(2, 13)]
+    assert seconds(find_spans, "a" + " " * 50 + "b", "a" + " " * 100_000) < 10
+
+
+def words(count):
+    """Distinct words of letters."""
+    return ["w" + "".join(chr(ord("a") + int(digit)) for digit in str(n)) for n in range(count)]
+
+
+@pytest.mark.parametrize("unit", ["a ", "a", "(", "(a ", "(a,", "a,", "is ", "the ", "a-", " ", "\u2028", "a cup and "])
+def test_prompts_of_any_form_take_linear_time(unit, seconds):
+    text = unit * (100_000 // len(unit))
+    for record in ({"prompt": text}, {"prompt": "cup", "concepts_and_relations": text, "relation": f"({text})"}):
+        assert seconds(extract_nouns, record) < 10
+    for noun in ("a", "a a", text[:200], text):
+        assert seconds(find_spans, noun, text) < 10
+    assert seconds(find_tokens, "a", text, [(i, i + 1) for i in range(len(text))]) < 10
+
+
+def test_many_concepts_terms_pieces_and_tokens_take_linear_time(seconds):
+    many = words(15_000)
+    record = {
+        "prompt": " ".join(many)[::-1],
+        "concepts_and_relations": ",".join(many),
+        "relation": f"({','.join(many)})",
+    }
+    assert seconds(extract_nouns, record) < 10
+    nested = " ".join(["a"] * 25_000)
+    record = {"prompt": "b", "concepts_and_relations": nested, "relation": f"({nested})"}
+    assert seconds(extract_nouns, record) < 10
+    assert seconds(tokens_by_substring, many, [word[::-1] for word in many]) < 10
+    assert seconds(tokens_by_substring, ["a"] * 50_000, ["b"] * 50_000) < 10
+
+
+def test_limits_of_objects_and_of_a_noun_have_reasons(monkeypatch):
+    model = Syllables()
+    monkeypatch.setattr(model, "max_positions", 10_000, raising=False)
+    record = {"prompt": "a cup", "nouns": words(101)}
+    assert find_objects(record, model, "offsets").reason.startswith(
+        "the prompt names 101 objects, expected at most 100"
+    )
+    model.image_prompt = lambda prompt: torch.zeros(4, dtype=torch.long)
+    assert "names 101 objects" in check_prompt(model, " and ".join(words(101))).reason
+    found = find_objects({"prompt": "a cup", "nouns": ["cup", "c" * 201]}, model, "substring")
+    assert found.unmatched == {"c" * 201: "it has 201 characters, expected at most 200"}
 
 
 def test_tokens_by_offsets_match_whole_words():

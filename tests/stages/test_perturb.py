@@ -66,12 +66,23 @@ def test_the_contrastive_prompt_is_read_from_an_answer(text, expected):
         ("Step 2. Prompt 1 Dense: a; Step 4. Prompt 2 Dense: b", ("a", "b")),
         ("Step 2. Prompt 1 Dense: a; b, c. Step 3. Prompt 2 Objects: d Step 4. Prompt 2 Dense: e;", ("a; b, c.", "e")),
         ("Step 2. Prompt 1 Dense: a", ("a", "")),
+        ("Prompt 1 Dense:\n\n a \r\n ; \n step3 : Prompt 2 dense: b ;", ("a", "b")),
+        ("Prompt 1 Dense: a; ;Step 3: Prompt 2 Dense:;Step 4.", ("a", "")),
+        ("Prompt 1 Dense: a Step by step\nStep 3.", ("a Step by step", "")),
         ("Step 2. Prompt 1 Dense: Step 1. Prompt 1 Dense: a\nStep 4. Prompt 2 Dense: b", ("", "b")),
         ("", ("", "")),
     ],
 )
 def test_both_dense_prompts_are_read_from_an_answer(text, expected):
     assert parse_dense(text) == expected
+
+
+@pytest.mark.parametrize("unit", [" ", "\t;", "a", "Step", "Step ", "Step 1", "Step 1 ", "1", "\n", "Prompt 1 Dense: "])
+@pytest.mark.parametrize("start", ["", "Contrastive Prompt:", "Prompt 1 Dense: a", "Prompt 2 Dense: a Step 1"])
+def test_answers_of_any_form_take_linear_time(start, unit, seconds):
+    text = start + unit * (100_000 // len(unit))
+    assert seconds(parse_dense, text) < 10
+    assert seconds(parse_contrast, text) < 10
 
 
 def test_methods_depend_on_the_sub_category():

@@ -1,8 +1,11 @@
 """Stage 1: answers are parsed and filtered, every kind is filled, and an interrupted run resumes exactly."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import Failure, OspoError, UsageError
@@ -82,6 +85,58 @@ def test_the_parts_of_an_answer_are_read(text, expected):
 )
 def test_malformed_answers_are_failures(text):
     assert parse_answer(text) == Failure("the answer does not parse")
+
+
+# The form of an answer as one regular expression, which takes cubic time.
+LABEL = r"\b(?:Prompt|Concepts and relations|Relations?)\s*:"
+REFERENCE = re.compile(
+    rf"\bPrompt:\s*(?P<prompt>(?:(?!{LABEL})[^;\n])+?)\s*[;\n]\s*"
+    rf"Concepts and relations:\s*(?P<concepts>(?:(?!{LABEL}).)+?)\s*[;\n]\s*"
+    rf"Relations?:\s*(?P<relation>(?:(?!{LABEL})[^\n])*)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def reference(answer):
+    match = REFERENCE.search(answer)
+    if match is not None and not re.search(r"\bPrompt:[ \t]*[^\s;]", answer[: match.start()], re.IGNORECASE):
+        parts = tuple(match[name].strip(" ;\t\n") for name in ("prompt", "concepts", "relation"))
+        if re.search(r"\w", parts[0]) and re.search(r"\w", parts[1]):
+            return parts
+    return Failure("the answer does not parse")
+
+
+NOISE = st.text("a .;\n\t\r", max_size=3) | st.sampled_from(
+    [
+        "Prompt:",
+        "prompt :",
+        "Concepts and relations:",
+        "Concepts and\nrelations:",
+        "Relation:",
+        "Relations :",
+        "xPrompt:",
+    ]
+)
+PARTS = ("Prompt:", "a", ";", "Concepts and relations:", "b", "\n", "relations:", "c")
+
+
+@settings(deadline=None, max_examples=500)
+@given(data=st.data())
+def test_the_parser_equals_a_regular_expression(data):
+    text = data.draw(NOISE)
+    for part in PARTS * data.draw(st.integers(1, 2)):
+        text += data.draw(st.sampled_from([part, part, part, ""])) + data.draw(st.just("") | NOISE)
+    assert parse_answer(text) == reference(text)
+
+
+@pytest.mark.parametrize("start", ["", "Prompt: a", "Prompt: a; Concepts and relations: b", answer("a", "b", "c")])
+@pytest.mark.parametrize(
+    "unit", ["\n", " ", "a", "; ", "\n;", "Prompt:", "Prompt ", "Relation:", answer("a"), "Prompt: a;\n"]
+)
+def test_answers_of_any_form_take_linear_time(start, unit, seconds):
+    text = start + unit * (100_000 // len(unit))
+    assert seconds(parse_answer, text) < 10
+    assert seconds(check_wording, text, "layout2") < 10
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,18 @@ pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a c
         ("Questions: Is there a cup? User: is there a hat? <|Assistant|>: yes?", ["Is there a cup?"]),
         ("Questions: - Is there a cup?\n- Is there a hat?", ["Is there a cup?", "Is there a hat?"]),
         ("Questions:", []),
+        ("?\n? a?b?\r< / user >?</user >?<|user |>?", ["a?", "b?"]),
         ("", []),
     ],
 )
 def test_questions_are_read_from_an_answer(text, expected):
     assert parse_questions(text) == expected
+
+
+@pytest.mark.parametrize("unit", ["a", "a ", "?", "a?", "< ", "<|", "</ ", "user ", "user\t", "Questions:", "\n"])
+@pytest.mark.parametrize(("start", "end"), [("", ""), ("a <", "?"), ("user", "?")])
+def test_answers_of_any_form_take_linear_time(start, unit, end, seconds):
+    assert seconds(parse_questions, start + unit * (100_000 // len(unit)) + end) < 10
 
 
 def test_each_item_has_questions_or_a_reason(monkeypatch):
