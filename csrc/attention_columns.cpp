@@ -31,35 +31,34 @@ inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
-// Maximum of the scaled scores, and Σ exp(scaled − max).
-OSPO_CLONES void softmax_parts(const float* scores, int64_t count, float scale, float* max_out, float* sum_out) {
+// Maximum of the scores, and Σ exp(score − max).
+OSPO_CLONES void softmax_parts(const float* scores, int64_t count, float* max_out, float* sum_out) {
     float max = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : max)
-    for (int64_t i = 0; i < count; ++i) max = std::max(max, scores[i] * scale);
+    for (int64_t i = 0; i < count; ++i) max = std::max(max, scores[i]);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += exp_negative(scores[i] * scale - max);
+    for (int64_t i = 0; i < count; ++i) sum += exp_negative(scores[i] - max);
     *max_out = max;
     *sum_out = sum;
 }
 
-// Scaled scores (rows, n) of one head: rows of q that are `stride` apart against n contiguous keys of `width` floats.
+// Scores (rows, n) of one head: rows of q that are `stride` apart against n contiguous keys of `width` floats.
 OSPO_CLONES void head_scores(const float* q, int64_t stride, int64_t rows, const float* keys, int64_t n, int64_t width,
-                             float scale, float* scores) {
+                             float* scores) {
     for (int64_t i = 0; i < rows; ++i) {
         for (int64_t c = 0; c < n; ++c) {
             const float *const a = q + i * stride, *const b = keys + c * width;
             float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
             for (int64_t d = 0; d < width; ++d) sum += a[d] * b[d];
-            scores[i * n + c] = sum * scale;
+            scores[i * n + c] = sum;
         }
     }
 }
 
 }  // namespace
 
-void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnSizes& n, float scale, bool causal,
-                   int threads) {
+void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnSizes& n, bool causal, int threads) {
     const int64_t per_item = n.objects * n.columns;
 #pragma omp parallel num_threads(threads) if (threads > 1 && n.items * block.rows > 1)
     {
@@ -78,10 +77,10 @@ void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnS
                                             ((b * n.heads + h) * block.rows + row - block.first_row) * block.keys -
                                             block.first_key;
                 float max, sum;
-                softmax_parts(scores + begin, end - begin, scale, &max, &sum);
+                softmax_parts(scores + begin, end - begin, &max, &sum);
                 for (int64_t c = 0; c < per_item; ++c) {
                     if (columns[c] < begin || columns[c] >= end) continue;
-                    sums[c] += std::exp(scores[columns[c]] * scale - max) / sum;
+                    sums[c] += std::exp(scores[columns[c]] - max) / sum;
                 }
             }
             for (int64_t c = 0; c < per_item; ++c) {
@@ -122,11 +121,13 @@ void attention_columns(const ColumnTensors& t, const ColumnStrides& s, const Col
                 if (h % group == 0) {
                     const float* const source = t.k + b * s.k_item + h / group * s.k_head;
                     for (int64_t c = 0; c < used; ++c) {
-                        std::copy_n(source + columns[c] * s.k_row, n.width, keys.begin() + c * n.width);
+                        // Scaled before the products, which may be infinite without it.
+                        const float* const key = source + columns[c] * s.k_row;
+                        for (int64_t d = 0; d < n.width; ++d) keys[c * n.width + d] = scale * key[d];
                     }
                 }
                 head_scores(t.q + b * s.q_item + h * s.q_head + row * s.q_row, s.q_row, rows, keys.data(), used,
-                            n.width, scale, scores.data());
+                            n.width, scores.data());
                 const float* const lse = t.lse + b * s.lse_item + h * s.lse_head + row * s.lse_row;
                 for (int64_t i = 0; i < rows; ++i) {
                     const float norm = lse[i * s.lse_row];

@@ -24,8 +24,9 @@ enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 // otsu ----------------------------------------------------------------------------------------------------------------
 
-// Otsu's threshold of each of (count, cells) maps, bitwise equal to scikit-image in float32. NaN for a map with a cell
-// that is not finite, or with a range that float32 cannot divide into `bins` bins.
+// Otsu's threshold of each of (count, cells) maps, bitwise equal to scikit-image in float32 where its variances neither
+// overflow nor vanish. NaN for a map with a cell that is not finite, or with a range that float32 cannot divide into
+// `bins` bins.
 void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads);
 
 // object_masks --------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ struct ColumnSizes {
 void attention_columns(const ColumnTensors& tensors, const ColumnStrides& strides, const ColumnSizes& sizes,
                        float scale, bool causal, int threads);
 
-// Unscaled scores (items, heads, rows, keys) of the rows from first_row and the keys from first_key on. Earlier keys
+// Scaled scores (items, heads, rows, keys) of the rows from first_row and the keys from first_key on. Earlier keys
 // are not attended to by any requested row.
 struct ScoreBlock {
     int64_t rows, keys, first_row, first_key;
@@ -75,8 +76,8 @@ struct BlockTensors {
 
 // As attention_columns, from precomputed scores. Computes the log-sum-exp from them. Adds to the rows of out that are
 // in the block.
-void block_columns(const BlockTensors& tensors, const ScoreBlock& block, const ColumnSizes& sizes, float scale,
-                   bool causal, int threads);
+void block_columns(const BlockTensors& tensors, const ScoreBlock& block, const ColumnSizes& sizes, bool causal,
+                   int threads);
 
 // linear, gelu, rms_norm, silu_mul, decode_attention: one step of a Llama decoder in float32 --------------------------
 

@@ -25,6 +25,14 @@ bool bin_edges(float low, float high, int bins, float* edges) {
     return true;
 }
 
+// The power of two that brings the largest cell to about 1, within the normal floats. The variances of maps with very
+// large or small cells would overflow or vanish; the scale changes no other bit.
+float unit_scale(float low, float high) {
+    const float size = std::max(std::fabs(low), std::fabs(high));
+    int exponent;
+    return std::min(std::max(std::frexp(size, &exponent) / size, 0x1p-126f), 0x1p126f);
+}
+
 OSPO_CLONES void estimate_bins(const float* map, int64_t cells, float low, float range, int bins, int* index) {
     const float bin_count = static_cast<float>(bins);
     for (int64_t i = 0; i < cells; ++i) index[i] = static_cast<int>((map[i] - low) / range * bin_count);
@@ -78,7 +86,8 @@ float otsu(const float* map, int64_t cells, float low, float high, int bins, Ots
     if (!bin_edges(low, high, bins, edges)) return NAN;
     histogram(map, cells, low, high, bins, space);
 
-    const auto center = [edges](int i) { return (edges[i] + edges[i + 1]) / 2.0f; };
+    const float scale = unit_scale(low, high);
+    const auto center = [edges, scale](int i) { return (edges[i] * scale + edges[i + 1] * scale) / 2.0f; };
     float weight1 = 0.0f, weight2 = 0.0f, mass1 = 0.0f, mass2 = 0.0f;
     for (int i = 0, j = bins - 1; i < bins; ++i, --j) {  // from both ends: the order of scikit-image's sums
         space.weight1[i] = weight1 += space.counts[i];
@@ -91,7 +100,7 @@ float otsu(const float* map, int64_t cells, float low, float high, int bins, Ots
     for (int i = 1; i + 1 < bins; ++i) {
         if (space.variance[i] > space.variance[best]) best = i;
     }
-    return center(best);
+    return center(best) / scale;
 }
 
 void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads) {

@@ -86,6 +86,13 @@ __device__ inline void prefix_sums(float* values, int count) {
     for (; from < count; ++from) sum = values[from] = __fadd_rn(sum, values[from]);
 }
 
+// As in otsu.cpp.
+__device__ inline float unit_scale(float low, float high) {
+    const float size = fmaxf(fabsf(low), fabsf(high));
+    int exponent;
+    return fminf(fmaxf(__fdiv_rn(frexpf(size, &exponent), size), 0x1p-126f), 0x1p126f);
+}
+
 // Otsu's threshold of the map in the buffers, which reaches from low to high, in every thread of the team. NaN if the
 // range is too small for the bins.
 template <class Team>
@@ -117,7 +124,10 @@ __device__ float otsu(const Team& team, const OtsuBuffers& buffers, int cells, f
         atomicAdd(buffers.counts + bin, 1);
     }
     team.sync();
-    const auto center = [edges](int i) { return __fmul_rn(__fadd_rn(edges[i], edges[i + 1]), 0.5f); };
+    const float scale = unit_scale(low, high);
+    const auto center = [edges, scale](int i) {
+        return __fmul_rn(__fadd_rn(__fmul_rn(edges[i], scale), __fmul_rn(edges[i + 1], scale)), 0.5f);
+    };
     float *const front = buffers.sums, *const back = front + bins, *const weight = back + bins;
     for (int i = team.thread; i < bins; i += team.threads) {
         weight[i] = static_cast<float>(buffers.counts[i]);  // exact, and so are its sums
@@ -137,7 +147,7 @@ __device__ float otsu(const Team& team, const OtsuBuffers& buffers, int cells, f
             best = i;
         }
     }
-    return center(first_argmax(team, max, best, scratch));
+    return __fdiv_rn(center(first_argmax(team, max, best, scratch)), scale);
 }
 
 }  // namespace ospo

@@ -35,7 +35,8 @@ def attention_columns(
 
     Results are deterministic. On CUDA the order of summation over heads depends on the number of sequences, and the
     checks of columns and rows synchronize with the device: for many layers, build a `ColumnRequest` once. The float64
-    reference is `attention_columns_reference`. No gradient.
+    reference is `attention_columns_reference`. No gradient. NaN, +inf or only -inf among the scores of a row, also by
+    overflow of fp32, gives NaN, as in softmax.
 
     Packed sequences: expand q and k (1, H, S, D) over the sequences, which copies nothing, and give each its rows and
     its key_range.
@@ -301,10 +302,11 @@ def _compute_native(
             keys = min(end, stop) if causal else end
             if keys <= first:
                 continue
-            queries = q[part, :, row:stop].reshape(items * kv, -1, D)
+            # Scaled before the products, which may be infinite without it.
+            queries = (q[part, :, row:stop] * scale).reshape(items * kv, -1, D)
             scores = torch.bmm(queries, k[part, :, first:keys].reshape(items * kv, keys - first, D).mT)
             block = [stop - row, keys - first, row, first]
-            native.block_columns([pointer(scores), *tensors], block, [items, *sizes], scale, causal, threads)
+            native.block_columns([pointer(scores), *tensors], block, [items, *sizes], causal, threads)
 
 
 def _compute_torch(
@@ -315,7 +317,7 @@ def _compute_torch(
     count = (columns >= 0).sum(-1).clamp(min=1) * heads  # not `share`, which is fp32
     flat_columns = columns.reshape(B, -1)  # (B, O·C)
     index = flat_columns.clamp(min=0)[:, None, :, None].expand(B, kv, -1, D)
-    column_keys = k.gather(2, index).to(dtype)  # (B, Hkv, O·C, D)
+    column_keys = None if lse is None else k.gather(2, index).to(dtype)  # (B, Hkv, O·C, D)
     valid = (columns >= key_start.view(-1, 1, 1)) & (columns < key_end.view(-1, 1, 1)) & (columns >= 0)
     all_keys = k.to(dtype) if lse is None else None
     position = torch.arange(S, device=q.device)
@@ -330,11 +332,16 @@ def _compute_torch(
             scores = (queries @ all_keys.transpose(-1, -2)).view(B, heads, -1, S)
             visible = ((position >= key_start[:, None]) & (position < key_end[:, None]))[:, None, :]
             visible = visible & (position <= row[..., None]) if causal else visible
-            norm = scores.masked_fill_(~visible[:, None], -torch.inf).logsumexp(-1)  # (B, Hq, R)
-        elif lse is not None:
+            scores.masked_fill_(~visible[:, None], -torch.inf)
+            # Not exp(score − lse), which loses as many digits as the lse has before its point.
+            top = scores.amax(-1, keepdim=True)
+            picked = scores.gather(-1, flat_columns.clamp(min=0)[:, None, None].expand(*scores.shape[:3], -1))
+            probs = picked.sub_(top).exp_() / scores.sub_(top).exp_().sum(-1, keepdim=True)
+        elif lse is not None and column_keys is not None:
             norm = lse.gather(2, row[:, None].expand(B, heads, -1)).to(dtype)
-        probs = (queries @ column_keys.transpose(-1, -2)).view(B, heads, len(i), objects, -1)
-        probs = probs.sub_(norm[..., None, None]).exp_()
+            probs = (queries @ column_keys.transpose(-1, -2)).view(B, heads, len(i), -1)
+            probs = probs.sub_(norm[..., None]).exp_()
+        probs = probs.view(B, heads, len(i), objects, -1)
         attended = valid[:, None] & inside[:, :, None, None]  # (B, R, O, C)
         if causal:
             attended = attended & (columns[:, None] <= row[:, :, None, None])

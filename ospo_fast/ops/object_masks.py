@@ -10,7 +10,7 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops._dispatch import describe, pointer, readable, register_op, result_dtype
-from ospo_fast.ops.otsu import check_bins, fits_shared_memory, map_error, otsu_threshold
+from ospo_fast.ops.otsu import check_bins, fits_shared_memory, map_error, thresholds_or_nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +63,12 @@ def object_masks_reference(
     x = maps.detach().to(result_dtype(maps))
     if valid is not None:
         x = torch.where(valid[..., None, None], x, 0)
-    _check_usable(x, x.isfinite().all(-1).all(-1), bins)
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    x = (x - low) / (high - low + 1e-8)
-    thresholds = otsu_threshold(x, bins=bins)
-    masks = x > (thresholds * scaler)[..., None, None]
-    return ObjectMasks(x, thresholds, masks.to(torch.uint8), masks.any(1).to(torch.uint8))
+    normalized = (x - low) / (high - low + 1e-8)
+    thresholds = thresholds_or_nan(normalized.flatten(2).flatten(0, 1), bins).view(x.shape[:2])
+    _check_usable(x, ~thresholds.isnan(), bins)
+    masks = normalized > (thresholds * scaler)[..., None, None]
+    return ObjectMasks(normalized, thresholds, masks.to(torch.uint8), masks.any(1).to(torch.uint8))
 
 
 def soft_masks(found: ObjectMasks, *, scaler: float = 0.8, sharpness: float = 100.0) -> Tensor:
@@ -85,7 +85,9 @@ def spatial_entropy(maps: Tensor) -> Tensor:
     A map of zeros gives 0. Negative cells count as 0.
     """
     cells = maps.flatten(-2).double().clamp(min=0)
-    return normalized_entropy(cells / cells.sum(-1, keepdim=True).clamp(min=1e-300))
+    largest = cells.amax(-1, keepdim=True)
+    cells = cells / torch.where(largest > 0, largest, 1)  # sums of the largest numbers would be infinite
+    return normalized_entropy(cells / cells.sum(-1, keepdim=True).clamp(min=1))
 
 
 def normalized_entropy(p: Tensor) -> Tensor:

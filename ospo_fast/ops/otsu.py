@@ -17,8 +17,9 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
     """Compute Otsu's threshold: the center of the first histogram bin that maximizes w1·w2·(m1 − m2)².
 
     Bins are those of numpy.histogram over [min, max] (last bin closed), summed in order in fp32 like scikit-image's
-    threshold_otsu. Runs in C++ on CPU and as one CUDA launch without host synchronization; float64 and maps too large
-    for the CUDA kernel run in PyTorch (`otsu_threshold_reference`).
+    threshold_otsu. The bits are that one's unless its variances overflow or vanish, as for cells above 1e18 or below
+    1e-18: here cells of any size are scaled by a power of two. Runs in C++ on CPU and as one CUDA launch without host
+    synchronization; float64 and maps too large for the CUDA kernel run in PyTorch (`otsu_threshold_reference`).
 
     Args:
         maps: (..., H, W) float. Half precision is widened.
@@ -43,17 +44,38 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
 def otsu_threshold_reference(maps: Tensor, *, bins: int = 256) -> Tensor:
     """Compute `otsu_threshold` in PyTorch, with the same bits on any device; in float64 for float64 maps."""
     x = _flatten(maps)
-    _check_maps(x, x.isfinite().all(1), bins)
+    thresholds = thresholds_or_nan(x, bins)
+    _check_maps(x, ~thresholds.isnan(), bins)
+    return thresholds.reshape(maps.shape[:-2])
+
+
+def thresholds_or_nan(x: Tensor, bins: int) -> Tensor:
+    """Compute the thresholds (n,) of maps x (n, cells) in PyTorch, NaN where a map has none."""
+    usable = x.isfinite().all(1, keepdim=True)
+    x = torch.where(usable, x, 0)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     constant, value = low == high, low
     # A constant map gets any histogram here; its value replaces the threshold at the end.
     x, low, high = torch.where(constant, 0, x), torch.where(constant, 0, low), torch.where(constant, 1, high)
     edges = _edges(low, high, bins)
-    _check_maps(x, (edges[:, 1:] > edges[:, :-1]).all(1), bins)
+    distinct = (edges[:, 1:] > edges[:, :-1]).all(1, keepdim=True)
+    if not bool(distinct.all()):  # these maps get any edges, too
+        x, low, high = torch.where(distinct, x, 0), torch.where(distinct, low, 0), torch.where(distinct, high, 1)
+        edges, usable = _edges(low, high, bins), usable & distinct
     counts = _histogram(x, low, high, edges)
-    centers = (edges[:, :-1] + edges[:, 1:]) / 2
-    thresholds = centers.gather(1, _best_bin(counts, centers))
-    return torch.where(constant, value, thresholds).reshape(maps.shape[:-2])
+    scale = _unit_scale(low, high)
+    centers = (edges[:, :-1] * scale + edges[:, 1:] * scale) / 2
+    thresholds = centers.gather(1, _best_bin(counts, centers)) / scale
+    return torch.where(usable, torch.where(constant, value, thresholds), torch.nan).squeeze(1)
+
+
+def _unit_scale(low: Tensor, high: Tensor) -> Tensor:
+    """Powers of two that bring the largest cell of each map to about 1, within the normal numbers of the dtype.
+
+    The variances of maps with very large or small cells would overflow or vanish. The scale changes no other bit.
+    """
+    size, smallest = torch.maximum(low.abs(), high.abs()), torch.finfo(low.dtype).tiny
+    return (size.frexp().mantissa / size).clamp(smallest, 1 / smallest)
 
 
 @register_op(
