@@ -60,6 +60,7 @@ void token_weights(const float* masks, float* weights, int64_t images, int64_t h
                 low = std::min(low, value);
                 high = std::max(high, value);
             }
+            if (std::any_of(grid.begin(), grid.end(), [](double value) { return std::isnan(value); })) low = NAN;
             const double range = high - low + 1e-8;
             for (int64_t i = 0; i < cells; ++i) {
                 double value = (grid[i] - low) / range;

@@ -42,11 +42,14 @@ __global__ void __launch_bounds__(THREADS) token_weights_kernel(const float* mas
         blur_axis(grid + cells, grid, cells, width, height, false, blur);
     }
     double low = INFINITY, high = -INFINITY;
+    bool has_nan = false;  // fmin and fmax ignore NaN
     for (int i = threadIdx.x; i < cells; i += THREADS) {
         low = fmin(low, grid[i]);
         high = fmax(high, grid[i]);
+        has_nan |= isnan(grid[i]);
     }
     reduce_extrema(ThreadTeam<true>(THREADS), low, high, scratch);
+    if (__syncthreads_or(has_nan)) low = NAN;
     const double range = high - low + 1e-8;
     for (int i = threadIdx.x; i < cells; i += THREADS) {
         double value = (grid[i] - low) / range;

@@ -56,9 +56,10 @@ def token_weights_reference(
 ) -> Tensor:
     """Compute `token_weights` in PyTorch, on any device."""
     # In float64: equal cells must stay equal through the min-max; a gamma below 1 would amplify their rounding.
-    blurred = _blur(mask.double(), blur_size, blur_sigma).flatten(1)
+    # A quarter, which changes no other bit, keeps sums and the range finite.
+    blurred = _blur(mask.double() / 4, blur_size, blur_sigma).flatten(1)
     low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
-    normalized = ((blurred - low) / (high - low + 1e-8)).clamp(0, 1)
+    normalized = ((blurred - low) / (high - low + 1e-8 / 4)).clamp(0, 1)
     return (1 + alpha * normalized.pow(gamma)).to(result_dtype(mask))
 
 
@@ -86,14 +87,13 @@ def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
     taps = [math.exp(-0.5 * (t / sigma) ** 2) for t in range(size // 2 + 1)]
     total = sum((2 if t else 1) * tap for t, tap in enumerate(taps))
     for _ in range(2):
-        maps = maps.mT
         length = maps.shape[-1]
         padded = F.pad(maps, (size // 2, size // 2))
         result = maps * (taps[0] / total)
         for t, tap in enumerate(taps[1:], 1):
             before, after = (padded.narrow(-1, size // 2 + shift, length) for shift in (-t, t))
             result = result + (before + after) * (tap / total)
-        maps = result
+        maps = result.mT
     return maps
 
 
