@@ -40,14 +40,15 @@ int64_t sample(const float* cond, const float* uncond, int64_t codes, float guid
     Best best;
     PhiloxWords random{};
     for (int64_t v = 0; v < codes; ++v) {
-        const float z = guided(cond, uncond, guidance, v);
+        float z = guided(cond, uncond, guidance, v);
+        if (temperature != 0.0f) z /= temperature;
         if (std::isnan(z) || z == kInfinity) return -1;
         if (temperature == 0.0f) {
             best.offer(v, z);
             continue;
         }
         if (v % 4 == 0) random = philox(seed, static_cast<uint32_t>(v / 4), step);
-        best.offer(v, z / temperature, random.word[v % 4]);
+        best.offer(v, z, random.word[v % 4]);
     }
     return best.code;
 }

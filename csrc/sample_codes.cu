@@ -168,11 +168,10 @@ __global__ void __launch_bounds__(kThreads) sample(Arguments a) {
         for (int i = 0; i < kBlock; ++i) {
             const int64_t code = first + i;
             if (code >= a.codes) break;
-            const float z = logits[i];
+            const float z = a.temperature == 0.0f ? logits[i] : __fdiv_rn(logits[i], a.temperature);
             invalid |= isnan(z) || z == INFINITY;
             double score = z;
             if (a.temperature != 0.0f) {
-                score = __fdiv_rn(z, a.temperature);
                 if (score + gumbel_bound(random.word[i]) <= best.score) continue;
                 score += gumbel(random.word[i]);
             }

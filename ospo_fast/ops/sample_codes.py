@@ -57,7 +57,7 @@ def sample_codes(
         (B,) int64 codes.
 
     Raises:
-        OpError: wrong shapes, options out of range, rows with NaN, +inf or only -inf.
+        OpError: wrong shapes, options out of range, rows of z with NaN, +inf or only -inf, also by overflow.
 
     """
     B = _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
@@ -138,12 +138,12 @@ def sample_codes_reference(
     z = cond.float()
     if uncond is not None:
         z = uncond.float() + guidance_scale * (z - uncond.float())
-    scores = z
+    scores: Tensor = z
     if temperature > 0:
-        scores = z / z.new_full((), temperature)  # a tensor: CUDA would multiply by the rounded reciprocal of a number
+        z = z / z.new_full((), temperature)  # a tensor: CUDA would multiply by the rounded reciprocal of a number
         if top_k or top_p < 1:
-            z = scores = _truncate(scores, top_k, top_p)
-        scores = scores + gumbel_noise(seeds, steps, z.shape[1])
+            z = _truncate(z, top_k, top_p)
+        scores = z + gumbel_noise(seeds, steps, z.shape[1])
     invalid = ~z.amax(1).isfinite()  # amax is NaN if the row holds NaN
     return scores.argmax(1).masked_fill(invalid, 0), invalid
 
@@ -173,7 +173,10 @@ def _sample_codes(
     invalid = error_steps != untouched
     if bool(invalid.any()):
         rows = invalid.nonzero().flatten().tolist()
-        raise OpError(f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits")
+        raise OpError(
+            f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits, "
+            f"also after guidance ({guidance_scale:g}) and division by the temperature ({temperature:g}) in float32"
+        )
     return codes
 
 

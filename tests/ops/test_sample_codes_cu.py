@@ -158,3 +158,12 @@ def test_alignment_decides_the_loads(sample: Sample, V: int, dtype: torch.dtype,
             loads, once = sample.wide_loads.value, 2 * aligned * (V // wide)  # type: ignore[attr-defined]
             again = shared == COMPUTED and "top_k" in options
             assert loads > once if again and once else loads == once, options
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_rows_that_overflow_by_the_temperature(sample: Sample, temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.tensor([[3e38, 1.0, 0.0], [-3e38, -3e38, -torch.inf], [3e38, 3e38, -3e38], [1e38, -3e38, 0.0]])
+    same(sample, logits, temperature=temperature, **options)
+    errors = sample(logits, temperature=temperature, **options)[2]
+    assert (errors >= 0).tolist() == ([True, True, True, False] if temperature < 1 else [False] * 4)
