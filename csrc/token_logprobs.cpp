@@ -117,6 +117,7 @@ struct Sums {
 
 OSPO_CLONES Sums sum_row(const float* u, float max, float factor, float* exponentials, int64_t n) {
     Sums sums{0.0, 0.0};
+    max = max == -INFINITY ? 0.0f : max;  // sums of a row with only -inf are 0: NaN is left to rows that hold NaN
     for (int64_t begin = 0; begin < n; begin += 1024) {  // at most 1024 terms are summed in fp32
         const int64_t end = std::min(n, begin + 1024);
         float part = 0.0f, weighted = 0.0f;
@@ -210,8 +211,10 @@ void token_logprobs(const void* logits, Dtype dtype, const float* bias, const in
             const double entropy = log_total - sums.weighted / total;
             const float own = label < 0 ? max : u[label];
             if (statistics) {
-                const float found[] = {factor * max, static_cast<float>(total), static_cast<float>(sums.weighted),
-                                       label < 0 ? 0.0f : factor * own};
+                // The maximum ignores NaN. Other processes must not: for them this part would be a negligible one.
+                const bool has_nan = std::isnan(total) && max < INFINITY;
+                const float found[] = {has_nan ? NAN : factor * max, static_cast<float>(total),
+                                       static_cast<float>(sums.weighted), label < 0 ? 0.0f : factor * own};
                 std::copy(found, found + 4, statistics + 4 * r);
             }
             if (logps) logps[r] = static_cast<float>(double{factor} * (own - max) - log_total);

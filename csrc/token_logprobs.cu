@@ -208,10 +208,11 @@ __device__ float below_max(float u, float max, float factor) { return fmaxf(fact
 // exp(s − max s), and NaN of NaN, which below_max does not keep.
 __device__ float exponential_of(float u, float max, float factor) { return exponential(factor * (u - max)); }
 
-__device__ void add(Sums& sums, float u, float max, float factor) {
-    const float e = exponential_of(u, max, factor);
+// `shift` is shift_of(max s): sums of a row with only -inf are 0, and NaN is left to rows that hold NaN.
+__device__ void add(Sums& sums, float u, float shift, float factor) {
+    const float e = exponential_of(u, shift, factor);
     sums.exponentials += e;
-    sums.weighted += e * below_max(u, max, factor);
+    sums.weighted += e * below_max(u, shift, factor);
 }
 
 // What the gradients of a row need.
@@ -227,7 +228,10 @@ struct Row {
             if (a.logps) a.logps[row] = factor * (own - max) - log_total;
             if (a.entropies) a.entropies[row] = entropy;
             if (a.statistics) {
-                const float found[] = {factor * max, sums.exponentials, sums.weighted, has_label ? factor * own : 0.0f};
+                // The maximum ignores NaN. Other processes must not: for them this part would be a negligible one.
+                const bool has_nan = isnan(sums.exponentials) && max < INFINITY;
+                const float found[] = {has_nan ? NAN : factor * max, sums.exponentials, sums.weighted,
+                                       has_label ? factor * own : 0.0f};
                 for (int i = 0; i < 4; ++i) a.statistics[4 * row + i] = found[i];
             }
         }
@@ -304,7 +308,7 @@ __global__ void __launch_bounds__(threads,
     if constexpr (!plain) {
         Sums sums{0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) add(sums, value[i], max, factor_of(a));
+        for (int i = 0; i < PER_THREAD; ++i) add(sums, value[i], shift_of(max), factor_of(a));
         sums = reduce_block<threads>(sums, AddSums{});
         const bool no_owner = label >= static_cast<unsigned>(a.codes);
         const float own = no_owner ? max : cap(widen(target) + widen(target_bias), a);
@@ -379,7 +383,7 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
         for (int first = threadIdx.x * N; first < a.codes; first += threads * N) {
             float value[N];
             load_row(Flag<false>{}, first, value);
-            for (int i = 0; i < N; ++i) add(sums, value[i], part.max, factor_of(a));
+            for (int i = 0; i < N; ++i) add(sums, value[i], shift_of(part.max), factor_of(a));
         }
         sums = reduce_block<threads>(sums, AddSums{});
         const Row about(a, row, part.max, sums, own, no_owner ? threadIdx.x == 0 : owns_label, !no_owner);

@@ -247,13 +247,15 @@ def _softmax_torch(
         t = p.div_(options.softcap).tanh_()
         derivative = (1 - t * t).div_(options.temperature)
         p.mul_(options.softcap)
-    if options.temperature != 1:
-        p.div_(options.temperature)
-    # Subtracting the maximum first keeps the error of logps that of |s − max|, as log_softmax does.
+    # Subtracting the maximum first keeps the error of logps that of |s − max|, as log_softmax does. The division comes
+    # after it, because quotients of large logits by a low temperature may be infinite.
     top = p.amax(dim=1, keepdim=True)
-    p.sub_(top)
     local = labels.unsqueeze(1).clamp(min=0)
     present = (labels >= 0).unsqueeze(1)
+    own_score = p.gather(1, local) if results.statistics is not None else None
+    p.sub_(top)
+    if options.temperature != 1:
+        p.div_(options.temperature)
     target = p.gather(1, local)
     # A masked code has e = 0 and s − max s = −inf. Their product is 0.
     weighs = results.entropies is not None or results.statistics is not None or scales.entropies is not None
@@ -266,8 +268,8 @@ def _softmax_torch(
     entropy = log_total - weighted / total
     if results.entropies is not None:
         results.entropies.copy_(entropy.squeeze(1))
-    if results.statistics is not None:
-        found = top, total, weighted, torch.where(present, target + top, 0)
+    if results.statistics is not None and own_score is not None:
+        found = top / options.temperature, total, weighted, torch.where(present, own_score / options.temperature, 0)
         torch.cat(found, dim=1, out=results.statistics)
     if out is None:
         return None

@@ -81,6 +81,11 @@ def prepare(
     if type(temperature) is not float or not 1e-37 <= temperature <= 1e37:
         temperature = _positive(op, "temperature", temperature, "1 leaves the logits as they are")
     softcap = 0.0 if softcap is None else _positive(op, "softcap", softcap, "None for no bound")
+    if softcap / temperature > 1e38:
+        raise OpError(
+            f"{op}: softcap / temperature is {softcap:g} / {temperature:g}, expected at most 1e38, which fp32 holds; "
+            "use softcap=None for no bound"
+        )
     fp32_logits = x.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(weights.num_codes, 4 if fp32_logits else x.element_size(), device)

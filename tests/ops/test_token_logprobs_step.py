@@ -305,3 +305,14 @@ def test_the_tanh_of_the_cap_is_exact_to_rounding(no_worse: Callable[..., None])
     eager = torch.stack([z.tanh(), torch.zeros_like(z)], 1).log_softmax(1)[:, 0]
     no_worse(logps, eager, exact)
     assert math.isclose(float(logps[-2]), 1 - math.log(math.e + 1), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("codes", [8, 1021])
+def test_statistics_show_nan(run: Run, codes: int) -> None:
+    """With another maximum, other processes would take this part of the codes for a negligible one."""
+    z = torch.full((3, codes), -torch.inf)
+    z[0, 1], z[1, :3] = torch.nan, torch.tensor([torch.nan, -1e3, 1.0])
+    statistics = torch.full((3, 4), torch.nan)
+    run(Step(z, None, torch.full((3,), -1), 0.5, 0.0, statistics=statistics))
+    assert statistics[:2, 0].isnan().all()
+    assert statistics[2, 0] == -torch.inf
