@@ -133,7 +133,8 @@ class _LinearLoss(torch.autograd.Function):
         _, _, _, x_needs_grad, _, *head_needs_grad = ctx.needs_input_grad
         needs_grad = [x_needs_grad, *head_needs_grad]
         largest = scales.abs().amax() if len(scales) else scales.sum()
-        unit = scales / torch.where(largest > 0, largest, 1)
+        largest = torch.where((largest > 0) & largest.isfinite(), largest, 1)  # else other rows would get NaN
+        unit = scales / largest
         *grads, logps = _linear_loss(needs_grad, unit, x, labels, head, *options)
         ctx.grads = [g if needed else None for g, needed in zip(grads, needs_grad, strict=True)]
         ctx.dtypes = [None if t is None else t.dtype for t in (x, *head)]

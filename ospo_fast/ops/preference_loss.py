@@ -86,4 +86,5 @@ def preference_loss(
 
 
 def _smoothed(x: Tensor, epsilon: float) -> Tensor:
-    return -(1 - epsilon) * F.logsigmoid(x) - epsilon * F.logsigmoid(-x)
+    loss = -(1 - epsilon) * F.logsigmoid(x)
+    return loss - epsilon * F.logsigmoid(-x) if epsilon else loss  # 0 · log σ(−∞) would be NaN
