@@ -53,6 +53,8 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
         total += p;
         store(scores + t, p);
     }
+    const float inverse = 1.0f / sum(total);  // before the values, whose weighted sum could overflow without it
+    for (t = 0; t < padded; t += kLanes) store(scores + t, load(scores + t) * inverse);
     for (int64_t i = 0; i < vecs; ++i) acc[i][0] = acc[i][1] = Vec{};
     for (t = 0; t + 2 <= count; t += 2) {
         for (int64_t i = 0; i < 2 * vecs; ++i) __builtin_prefetch(values + (t + kPrefetch) * width + i * kLanes);
@@ -63,8 +65,7 @@ OSPO_INLINE void attend(const float* q, const float* keys, const float* values, 
     }
     if (t < count)
         for (int64_t i = 0; i < vecs; ++i) acc[i][0] += scores[t] * load(values + t * width + i * kLanes);
-    const float inverse = 1.0f / sum(total);
-    for (int64_t i = 0; i < vecs; ++i) store(out + i * kLanes, (acc[i][0] + acc[i][1]) * inverse);
+    for (int64_t i = 0; i < vecs; ++i) store(out + i * kLanes, acc[i][0] + acc[i][1]);
 }
 
 OSPO_INLINE void write_new(const float* k, const float* v, const float* cos, const float* sin, float* keys,

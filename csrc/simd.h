@@ -67,10 +67,10 @@ static OSPO_INLINE Vec4 sums(Vec v0, Vec v1, Vec v2, Vec v3) {
     return OSPO_SHUFFLE(ab, cd, 0, 2, 4, 6) + OSPO_SHUFFLE(ab, cd, 1, 3, 5, 7);
 }
 
-// exp to about one ULP; 0 below -87, infinite above 88, NaN for NaN.
+// exp to about one ULP over the whole range of float: subnormal below -87.3, 0 below -104, infinite above 88.72, NaN for
+// NaN.
 static OSPO_INLINE Vec exp(Vec x) {
-    const IntVec tiny = x < -87.0f, huge = x > 88.0f;
-    x = tiny ? Vec{} - 87.0f : huge ? Vec{} + 88.0f : x;
+    x = x < -105.0f ? Vec{} - 105.0f : x > 90.0f ? Vec{} + 90.0f : x;
     const Vec scaled = x * 1.44269504f;
     const IntVec n = __builtin_convertvector(scaled + (scaled > 0.0f ? Vec{} + 0.5f : Vec{} - 0.5f), IntVec);
     const Vec whole = __builtin_convertvector(n, Vec);
@@ -83,10 +83,12 @@ static OSPO_INLINE Vec exp(Vec x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const IntVec power = (n + 127) << 23;
-    Vec two_to_n;
-    std::memcpy(&two_to_n, &power, sizeof power);
-    return tiny ? Vec{} : huge ? Vec{} + __builtin_inff() : p * two_to_n;
+    // 2^n in two factors, because it may be subnormal or beyond the largest float where the product is not.
+    const IntVec half = n >> 1, first = (half + 127) << 23, second = (n - half + 127) << 23;
+    Vec factor, other;
+    std::memcpy(&factor, &first, sizeof factor);
+    std::memcpy(&other, &second, sizeof other);
+    return p * factor * other;
 }
 
 }  // namespace ospo

@@ -115,7 +115,18 @@ def decode_attention_reference(
             scale=scale,
             enable_gqa=heads != kv_heads,
         )
+        if bool(((y == 0).all(-1) | ~y.isfinite().all(-1)).any()):
+            # SDPA takes rows with only NaN or -inf as scores for masked ones and gives 0, and some of its products are
+            # infinite because it scales them too late.
+            y = _attend(q[run, :, None], keys[part, :, : last + 1], values[part, :, : last + 1], scale)
         out[run] = y.flatten(1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Compute softmax(scale · q·kᵀ)·v of q (M, H, 1, D) in at least fp32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(dtype) for x in (k, v))
+    return (((q.to(dtype) * scale) @ k.mT).softmax(-1) @ v).to(q.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

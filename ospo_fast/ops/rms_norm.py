@@ -21,7 +21,8 @@ def add_rms_norm(
     """Add residual += delta, then compute weight · residual / sqrt(mean(residual², -1) + eps), into `out` if given.
 
     All tensors are contiguous and of one dtype, but for a weight of a narrower one. The norm is computed in fp32 and
-    rounded to that dtype before the multiplication by the weight, like transformers' LlamaRMSNorm. No gradient.
+    rounded to that dtype before the multiplication by the weight, like transformers' LlamaRMSNorm. Where the sum
+    of squares exceeds fp32 (residuals above 1e19), the result is 0, as there. No gradient.
     """
     out = torch.empty_like(residual) if out is None else out
     backend = _dispatch.resolve(
