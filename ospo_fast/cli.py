@@ -1,4 +1,6 @@
-"""The command line, `ospo-fast`. Exit codes: 0 done, 1 failed, 2 wrong use. An error is one sentence on stderr.
+"""The command line, `ospo-fast`. Exit codes: 0 done, 1 failed, 2 wrong use, 128 + number of a signal.
+
+An error is one sentence on stderr.
 
 This module imports only light modules. The function of a command imports what it needs.
 """
@@ -6,13 +8,16 @@ This module imports only light modules. The function of a command imports what i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -335,17 +340,48 @@ def _is_setting(word: str) -> bool:
     return _SETTING.fullmatch(word) is not None and ("." in word.split("=", 1)[0] or " " not in word)
 
 
+class _Stopped(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM or SIGHUP."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Stopped(number)
+
+
+@contextlib.contextmanager
+def _stop_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does; an ignored SIGHUP (nohup) stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        args = _parse(given)
-        return _COMMANDS[args.command].run(args)
+        with _stop_by_signals():
+            args = _parse(given)
+            return _COMMANDS[args.command].run(args)
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
             raise
         print(f"ospo-fast: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + (error.number if isinstance(error, _Stopped) else signal.SIGINT)
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -263,7 +266,20 @@ def test_stop_is_one_sentence(capsys, tmp_path, tiny, monkeypatch):
 
     monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", stop)
     code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
-    assert (code, err) == (1, "ospo-fast: Stopped; run the same command again to resume.\n")
+    assert (code, err) == (130, "ospo-fast: Stopped; run the same command again to resume.\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_end_a_command_as_ctrl_c_does(capsys, tmp_path, tiny, monkeypatch, number):
+    def stop(*_, **__):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", stop)
+    code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
+    assert (code, err) == (128 + number, "ospo-fast: Stopped; run the same command again to resume.\n")
+    assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
 
 
 @pytest.mark.parametrize(("command", "failed", "code"), [("masks", 2, 0), ("masks", 3, 1), ("train", 3, 0)])
