@@ -9,13 +9,14 @@ only the `train.loss` values of these two layers count.
 import contextlib
 import dataclasses
 import difflib
-import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError, UsageError, check_text
+from ospo_fast.records import parse_json
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 
@@ -68,8 +69,9 @@ AT_LEAST_1 = expect("1 or more", lambda value: value >= 1)
 ABOVE_0 = expect("above 0", lambda value: value > 0)
 BELOW_1 = expect("in [0, 1)", lambda value: 0 <= value < 1)
 PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
+BETAS = expect("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
+COUNTS = expect("numbers of 0 or more", lambda value: all(count >= 0 for count in value.values()))
 NOT_EMPTY = expect("a list of at least one number", bool)
-TWO_NUMBERS = expect("two numbers", lambda value: len(value) == 2)
 WINDOW = expect("0 (off), or 2 or more", lambda value: value == 0 or value >= 2)
 INDICES = expect(
     "a list of integers, or auto",
@@ -84,8 +86,14 @@ class Section:
         section = type(self).__name__.removesuffix("Config").lower()
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             accepts, value = item.metadata.get("accepts"), getattr(self, item.name)
+            key = f"{section}.{item.name}".lstrip(".")
+            if isinstance(value, str):
+                check_text(key, value)
+            if any(
+                isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])
+            ):
+                raise UsageError(f"{key} should be finite, got {value!r}.")
             if accepts is not None and value is not None and not accepts(value):
-                key = f"{section}.{item.name}".lstrip(".")
                 raise UsageError(f"{key} should be {item.metadata['expected']}, got {value!r}.")
 
 
@@ -95,18 +103,21 @@ class TextConfig(Section):
 
     temperature: float | None = field(default=None, metadata=AT_LEAST_0)
     top_p: float | None = field(default=None, metadata=PROBABILITY)
-    max_new_tokens: int | None = None
-    batch_size: int | None = None  # sequences at once; None: as many as fit
+    max_new_tokens: int | None = field(default=None, metadata=AT_LEAST_1)
+    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)  # sequences at once; None: as many as fit
 
 
 @dataclass
 class PromptsConfig(TextConfig):
     """Stage 1. `counts`: number of prompts of each kind, in place of the template set's numbers."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    samples_per_call: int = 8
-    refresh_every: int = 100  # calls after which the few-shot examples are replaced by own accepted answers
-    patience: int = 200  # calls in a row without a new prompt after which the stage gives up on a kind
+    counts: dict[str, int] = field(default_factory=dict, metadata=COUNTS)
+    samples_per_call: int = field(default=8, metadata=AT_LEAST_1)
+    refresh_every: int = field(
+        default=100, metadata=AT_LEAST_1
+    )  # calls after which the few-shot examples are replaced by own accepted answers
+    # Calls in a row without a new prompt after which the stage gives up on a kind.
+    patience: int = field(default=200, metadata=AT_LEAST_1)
     exclude: str | None = None  # file of prompts, one a line, that must never be produced
     file: str | None = None  # file of prompts, one a line, to use in place of stage 1
     file_kind: str | None = None  # the kind of the prompts in `file`; None: the last kind of the template set
@@ -131,7 +142,7 @@ class ImagesConfig(Section):
     temperature: float = field(default=1.0, metadata=ABOVE_0)
     top_k: int = field(default=0, metadata=AT_LEAST_0)  # 0: no limit
     top_p: float = field(default=1.0, metadata=PROBABILITY)
-    batch_size: int | None = None  # images at once; None: as many as fit
+    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)  # images at once; None: as many as fit
     # Codes per image that a step of Jacobi decoding may accept; 0: one code per step. Pays for a few images at once.
     jacobi_window: int = field(default=0, metadata=WINDOW)
 
@@ -145,7 +156,7 @@ class QuestionsConfig(TextConfig):
 class ScoreConfig(Section):
     """Stage 4, second half: p_yes and p_no of every question for every image."""
 
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)
 
 
 @dataclass
@@ -163,7 +174,7 @@ class SelectConfig(Section):
     pairs: int = field(default=1, metadata=AT_LEAST_1)
     threshold: float = 0.6
     margin: float = 0.5
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=AT_LEAST_1)
 
 
 @dataclass
@@ -182,7 +193,7 @@ class MasksConfig(Section):
     enabled: bool = True
     layers: Any = field(default=None, metadata=INDICES)  # list[int] | "auto" | None
     heads: Any = field(default=None, metadata=INDICES)  # list[int] | "auto" | None
-    skip_layers: int = 5
+    skip_layers: int = field(default=5, metadata=AT_LEAST_0)
     rows: str = field(default="image", metadata=one_of("image", "predicting"))
     choose: str | None = field(default=None, metadata=one_of("entropy", "separability", "contrast"))
     soft: bool = False
@@ -209,30 +220,31 @@ class TrainConfig(Section):
 
     masks: str = field(default="stored", metadata=one_of("stored", "online"))
     lora_rank: int = field(default=64, metadata=AT_LEAST_1)
-    lora_alpha: int = 128
+    lora_alpha: int = field(default=128, metadata=AT_LEAST_1)
     lora_dropout: float = field(default=0.05, metadata=BELOW_1)
     lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata=expect("a list of at least one name", bool),
     )
     steps: int = field(default=1000, metadata=AT_LEAST_1)
     batch_size: int = field(default=16, metadata=AT_LEAST_1)
     accumulation: int = field(default=2, metadata=AT_LEAST_1)
     learning_rate: float = field(default=1e-5, metadata=ABOVE_0)
-    min_learning_rate: float = 1e-7  # end of the cosine schedule
+    min_learning_rate: float = field(default=1e-7, metadata=AT_LEAST_0)  # end of the cosine schedule
     schedule: str = field(default="cosine", metadata=one_of("cosine", "constant"))
     warmup_ratio: float = field(default=0.05, metadata=BELOW_1)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=TWO_NUMBERS)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=BETAS)
+    eps: float = field(default=1e-8, metadata=ABOVE_0)
+    weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
+    clip: float = field(default=1.0, metadata=ABOVE_0)
     guidance_scale: float = field(default=1.0, metadata=AT_LEAST_1)  # of the distribution that is trained; 1: none
     gradient_checkpointing: bool = True
     save_every: int = field(default=100, metadata=AT_LEAST_1)
-    eval_every: int = 0  # steps between calls of the evaluation callback; 0: none
+    eval_every: int = field(default=0, metadata=AT_LEAST_0)  # steps between calls of the evaluation callback; 0: none
     early_stopping: str | None = None  # the metric of the evaluation that decides, the higher the better
     patience: int = field(default=3, metadata=AT_LEAST_1)  # evaluations without a better value before training stops
-    max_pairs: int | None = None
-    max_pairs_per_kind: int | None = None
+    max_pairs: int | None = field(default=None, metadata=AT_LEAST_1)
+    max_pairs_per_kind: int | None = field(default=None, metadata=AT_LEAST_1)
     loss: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -264,7 +276,7 @@ class EvaluateConfig(Section):
     watch_per_kind: int = field(default=40, metadata=AT_LEAST_1)
     guidance_scales: list[float] = field(default_factory=lambda: [5.0], metadata=NOT_EMPTY)
     seeds: list[int] = field(default_factory=lambda: [0], metadata=NOT_EMPTY)
-    batch_size: int | None = None
+    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)
 
 
 @dataclass
@@ -318,11 +330,24 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
         yield from _leaves(inner, f"{prefix}{name}.")
 
 
+def _refuse_interpolations(value: Any, source: str, key: str = "") -> None:
+    """Raise UsageError for `${…}`: it could carry the environment of this machine into a run by somebody's file."""
+    if isinstance(value, str) and "${" in value:
+        raise UsageError(
+            f"{source}: {key}: got {value!r}, expected a plain value; `${{…}}` is not resolved, write it out."
+        )
+    for name, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+    ):
+        _refuse_interpolations(inner, source, f"{key}.{name}".lstrip("."))
+
+
 def _merge(base: Any, layer: Any, source: str) -> Any:
     """Merge one layer over another. Raises UsageError that names the source and the key."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _refuse_interpolations(OmegaConf.to_container(layer), source)
     known = {*_keys(Config), *(item.name for item in dataclasses.fields(Config))}
     if others := [key for key in _leaves(OmegaConf.to_container(layer)) if key not in known]:
         from ospo_fast.loss import OSPOLossConfig  # imports torch
@@ -334,7 +359,7 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
         return OmegaConf.merge(base, layer)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise UsageError(
             f"{source}: got a list where a section or a mapping is expected: "
             f"{OmegaConf.to_yaml(layer).strip()!r}; write section.key=value."
@@ -346,13 +371,14 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
 
 def _load_file(path: Path) -> Any:
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         layer = OmegaConf.load(path)
     except OSError as error:
         raise UsageError(f"Cannot read the configuration file {path}: {error.strerror or error}.") from error
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(layer, DictConfig):
         found = type(OmegaConf.to_container(layer)).__name__
@@ -360,6 +386,24 @@ def _load_file(path: Path) -> Any:
             f"{path}: got a {found}, expected a mapping of keys to values; write `section: {{key: value}}`."
         )
     return layer
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"An override reads key=value, got {override!r}.")
+        try:
+            OmegaConf.from_dotlist([check_text("override", override)])
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"{override!r} cannot be read as key=value ({reason}); put quotes around the value."
+            ) from error
+    return OmegaConf.from_dotlist(list(overrides))
 
 
 def _load_saved(path: Path) -> Any:
@@ -381,6 +425,17 @@ def _load_saved(path: Path) -> Any:
                 "that made the run."
             )
     return layer
+
+
+def _refuse_template_file(layer: Any, path: Path) -> None:
+    """Raise UsageError if a run folder's configuration names a file of templates, which the user must name."""
+    name = layer.get("templates")
+    shipped = Path(__file__).parent / "stages" / "templates"
+    if name is not None and name not in {file.stem for file in shipped.glob("*.yaml")}:
+        raise UsageError(
+            f"{path} names the template file {str(name)!r}, and a run folder's own configuration does not decide which "
+            f"templates run; if you trust the file, name it as well: templates={name}."
+        )
 
 
 def load_config(
@@ -409,10 +464,7 @@ def load_config(
     except ImportError as error:
         raise OspoError("The stages need OmegaConf; run: pip install 'ospo-fast[pipeline]'.") from error
 
-    for override in overrides:
-        if "=" not in override:
-            raise UsageError(f"An override reads key=value, got {override!r}.")
-    user = [("command line", OmegaConf.from_dotlist(list(overrides)))]
+    user = [("command line", _parse_overrides(overrides))]
     if file is not None:
         user.insert(0, (str(file), _load_file(Path(file))))
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
@@ -421,7 +473,10 @@ def load_config(
     config = OmegaConf.structured(Config)
     kept = None
     if saved is not None and saved.exists():
-        config = _merge(config, _load_saved(saved), str(saved))
+        layer = _load_saved(saved)
+        if not any("templates" in given for _, given in user):
+            _refuse_template_file(layer, saved)
+        config = _merge(config, layer, str(saved))
         kept = config.preset
     if kept is None or named not in (None, kept):
         config = _merge(config, OmegaConf.create(PRESETS[named or kept or "v3"]), "preset")
@@ -449,9 +504,9 @@ def model_family(name: str) -> str | None:
         path = Path(name)
         adapter = path / "adapter_config.json"
         if adapter.is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = parse_json(adapter.read_bytes()).get("base_model_name_or_path")
             return model_family(base) if isinstance(base, str) and base != name else None
-        family = json.loads((path / "config.json").read_text(encoding="utf-8")).get("template_set")
+        family = parse_json((path / "config.json").read_bytes()).get("template_set")
     except (OSError, ValueError, AttributeError):
         return None
     return family if isinstance(family, str) else None

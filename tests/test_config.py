@@ -1,9 +1,11 @@
 """Layers of the configuration, and errors for wrong keys and values."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from ospo_fast import config
 from ospo_fast.config import MODEL_FILES, PRESETS, Config, dump_config, load_config, model_family
 from ospo_fast.errors import UsageError
 from ospo_fast.loss import OSPOLossConfig
@@ -145,6 +147,44 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("evaluate.seeds=[]", "evaluate.seeds should be a list of at least one number"),
         ("prompts.counts.color1=many", "could not be converted"),
         ("noequals", "key=value"),
+        ("seed=${oc.env:HOME}", r"seed: got '\$\{oc.env:HOME\}', expected a plain value"),
+        ("out=a${seed}", "expected a plain value"),
+        ("train.betas=[0.9,'${seed}']", "train.betas.1: got .*expected a plain value"),
+        ("prompts.counts={a: '${oc.env:HOME}'}", "prompts.counts.a: got .*expected a plain value"),
+        ("model=${", "."),
+        ("model=[", "cannot be read as key=value"),
+        ("model=\t", "."),
+        ("model=\x04", "cannot be read"),
+        ("model=!d x", "cannot be read"),
+        ("model=\ud800", "lone surrogate"),
+        ("model=" + "[" * 5000, "cannot be read"),
+        ("=3", "unknown configuration key|cannot be read|command line"),
+        ("train.clip=-1", "train.clip should be above 0, got -1"),
+        ("train.clip=nan", "train.clip should be finite, got nan"),
+        ("train.learning_rate=inf", "train.learning_rate should be finite, got inf"),
+        ("train.max_pairs=-1", "train.max_pairs should be 1 or more, got -1"),
+        ("train.max_pairs_per_kind=-1", "train.max_pairs_per_kind should be 1 or more"),
+        ("train.eval_every=-1", "train.eval_every should be 0 or more"),
+        ("train.lora_targets=[]", "train.lora_targets should be a list of at least one name"),
+        ("train.betas=[0.9,1]", r"train.betas should be two numbers in \[0, 1\)"),
+        ("masks.skip_layers=-1", "masks.skip_layers should be 0 or more"),
+        ("prompts.counts.color1=-1", "prompts.counts should be numbers of 0 or more"),
+        ("prompts.patience=0", "prompts.patience should be 1 or more"),
+        ("evaluate.guidance_scales=[nan]", "evaluate.guidance_scales should be finite"),
+        *[
+            (f"{section}.batch_size=-1", f"{section}.batch_size should be 1 or more, got -1")
+            for section in (
+                "prompts",
+                "perturb",
+                "images",
+                "questions",
+                "score",
+                "select",
+                "masks",
+                "train",
+                "evaluate",
+            )
+        ],
     ],
 )
 def test_wrong_overrides_are_named_in_one_line(override, words):
@@ -152,6 +192,28 @@ def test_wrong_overrides_are_named_in_one_line(override, words):
         load_config([override])
     assert re.search(words, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+def test_the_environment_does_not_enter_by_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = tmp_path / "config.yaml"
+    path.write_text("model: ${oc.env:SECRET}\n")
+    for source in ({"file": path}, {"saved": path}):
+        with pytest.raises(UsageError, match=r"config\.yaml: model: got '\$\{oc\.env:SECRET\}'") as caught:
+            load_config(**source)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_a_run_folder_does_not_choose_a_template_file(tmp_path):
+    own, path = tmp_path / "own.yaml", tmp_path / "config.yaml"
+    own.write_bytes((Path(config.__file__).parent / "stages" / "templates" / "shapes.yaml").read_bytes())
+    for name in ("./own.yaml", str(own), "../own.yaml"):
+        path.write_text(f"templates: {name}\n")
+        with pytest.raises(UsageError, match=r"names the template file .*; if you trust the file, name it as well"):
+            load_config(saved=path)
+        assert load_config([f"templates={own}"], saved=path).templates == str(own)
+    path.write_text("templates: janus\n")
+    assert load_config(saved=path).templates == "janus"
 
 
 @pytest.mark.parametrize(

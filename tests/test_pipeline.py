@@ -300,7 +300,7 @@ def test_moved_run_resumes(tiny, script, tmp_path, monkeypatch):
     assert "templates: ./own.yaml\n" in saved
     (here / "run").rename(there / "moved")
     monkeypatch.chdir(there.parent)
-    again = load_config(saved=Path("deep/moved/config.yaml"), family="shapes")
+    again = load_config(["templates=deep/moved/own.yaml"], saved=Path("deep/moved/config.yaml"), family="shapes")
     assert (again.out, again.templates) == ("deep/moved", "deep/moved/own.yaml")
     reports = Pipeline(again, progress=False).run()
     assert [report.items for report in reports] == [0, 0, 0, 12, 12, 12, 12, 3]
