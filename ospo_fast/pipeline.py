@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 import time
@@ -21,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast.config import Config, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.peak_memory import PeakMemory
-from ospo_fast.records import Record, Store, locked, only_writer, read_records, write_atomic, write_json
+from ospo_fast.records import (
+    Record,
+    Store,
+    locked,
+    only_writer,
+    parse_json,
+    read_records,
+    sweep_temporary_files,
+    write_atomic,
+    write_json,
+)
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
 
 if TYPE_CHECKING:
@@ -78,7 +87,7 @@ def stage_metrics(*folders: Path) -> dict[str, dict[str, float]]:
 
 def _read_json(path: Path, default: Any) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+        value = parse_json(path.read_bytes()) if path.exists() else default
         if default is not None and not isinstance(value, type(default)):
             raise ValueError(f"it holds {type(value).__name__}, expected {type(default).__name__}")
     except (OSError, ValueError) as error:
@@ -281,6 +290,9 @@ class Pipeline:
 
     def _begin(self, out: Path, stage: Stage, settings: dict[str, Any]) -> None:
         """Save configuration and settings, delete what is about to be made again, and merge shards."""
+        sweep_temporary_files(out)
+        if stage.folder is not None:
+            sweep_temporary_files(out / stage.folder, "**/.*.tmp")
         write_atomic(Path(self.config.out) / "config.yaml", dump_config(self.config, Path(self.config.out)).encode())
         if not self.resume:
             self._drop(out, stage)

@@ -19,17 +19,20 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import OspoError, check_text
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Before its number in the names of temporary files: other machines write the same folder, with numbers of their own.
+_PROCESS = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:60] + "-"
 VARIANTS = 3  # hard negatives of a prompt
 SIDES = ("chosen", "rejected")  # the images of a pair
 ROLES = ("base", "negative")  # whose image: the prompt's, or its hard negative's
@@ -114,12 +117,34 @@ class Record(TypedDict, total=False):
     mask_reason: str
 
 
+# Names that Windows keeps for devices.
+_RESERVED = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")
+
+
+def item_name(item_id: str) -> str:
+    """Return the name of an item's files: a single path component, different for different ids.
+
+    Ids of up to 64 of the characters a-z, 0-9 and _ are their own names. Any other id, such as `../0001` or one in
+    capitals, which some file systems take for the same name as in lower case, gets what is left of it and a hash.
+    """
+    if re.fullmatch("[a-z0-9_]{1,64}", item_id) and not _RESERVED.fullmatch(item_id):
+        return item_id
+    rest = re.sub("[^a-z0-9_]+", "_", item_id[:40].lower()).strip("_")
+    return f"{rest or 'id'}-{hashlib.sha256(item_id.encode()).hexdigest()[:24]}"
+
+
 class ItemPair(NamedTuple):
     """A pair and its item."""
 
     pair_id: str  # the item's id for its first pair, then 0000012-1, 0000012-2, …
     record: Record
     pair: Pair
+
+    @property
+    def name(self) -> str:
+        """Name of its files; different for different pairs, which an id such as 0000012-1 could not be."""
+        item_id = self.record["item_id"]
+        return item_name(item_id) + self.pair_id[len(item_id) :]
 
 
 def iter_pairs(records: Iterable[Record]) -> Iterator[ItemPair]:
@@ -214,6 +239,21 @@ def validate(flat: object, where: str) -> dict[str, Any]:
     return flat
 
 
+def _check_encodable(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a record. Raise OspoError if no file can hold it: lone surrogates, or values nested too deeply."""
+    try:
+        json.dumps(flat, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        place = error.object[max(0, error.start - 40) : error.start + 1]
+        raise OspoError(
+            f"{where}: {place!a} ends in a lone surrogate, half a character that no file can hold; delete it."
+        ) from None
+    except RecursionError:
+        raise OspoError(f"{where}: its values are nested too deeply; simplify or delete them.") from None
+    check_text(f"{where}: item_id", flat["item_id"])
+    return flat
+
+
 def _all_are(kind: type | tuple[type, ...], values: Iterable[object]) -> bool:
     return all(isinstance(value, kind) for value in values)
 
@@ -267,10 +307,10 @@ def stable_hash(*parts: object) -> int:
 
 def image_index(name: str) -> int:
     """Return the number in an image name such as `base_2`; see `variant_index`."""
-    match = re.search(r"(\d+)$", name)
-    if match is None:
-        raise OspoError(f"The image name {name!r} should end in its number, as in base_0.")
-    return int(match.group(1))
+    digits = name[len(name.rstrip("0123456789")) :]
+    if not 1 <= len(digits) <= 9:
+        raise OspoError(f"The image name {name[:60]!r} should end in its number, as in base_0.")
+    return int(digits)
 
 
 def variant_index(index: int, record: Mapping[str, Any]) -> int:
@@ -297,7 +337,7 @@ def os_errors(action: str, path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary file in the same folder, synced, then renamed to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_PROCESS}{os.getpid()}.tmp")
     try:
         with os_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,9 +346,37 @@ def write_atomic(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
+    """Delete the temporary files in a folder that a killed process of this machine left."""
+    for path in folder.glob(pattern):
+        _, host, process = path.name.removesuffix(".tmp").rpartition(f".{_PROCESS}")
+        if host and process.isdecimal() and not _runs(int(process)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _runs(process: int) -> bool:
+    """Return whether another process has a number. That this one has it is a coincidence: it has just begun."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return process != os.getpid()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk: until then a crash of the machine can undo a rename."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(folder: Path) -> None:
@@ -337,10 +405,23 @@ def finite(value: Any) -> Any:
     return value
 
 
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON of any origin; a byte-order mark before it is ignored.
+
+    Raises:
+        ValueError: it is not valid UTF-8 or JSON, nests too deeply, or holds a number of thousands of digits.
+
+    """
+    try:
+        return json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
 def _is_complete(line: bytes) -> bool:
     """Return whether a line without its line end is a whole object, as in a file that was edited by hand."""
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
 
@@ -357,34 +438,42 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
     """
     path = Path(path)
     with os_errors("read", path), path.open("rb") as file:
-        is_array = file.read(1) == b"["
-        file.seek(0)
+        is_array = _is_array(file)
         seen: dict[str, str] = {}
         for where, value in _read_array(file, path) if is_array else _read_lines(file, path):
-            item = validate(value, where)["item_id"]
+            item = _check_encodable(validate(value, where), where)["item_id"]
             if item in seen:
                 raise OspoError(f"{where}: item {item!r} occurs already at {seen[item]}; delete one of the two.")
             seen[item] = where
             yield from_official(value)
 
 
+def _is_array(file: BinaryIO) -> bool:
+    """Return whether the first character of a file, apart from spaces and a byte-order mark, opens a JSON array."""
+    start = b"\xef\xbb\xbf"
+    while not start.strip(b"\xef\xbb\xbf \t\r\n") and (start := file.read(4096)):
+        pass
+    file.seek(0)
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
 def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
-        if not line.strip():
+        if not line.strip() or line.strip() == b"\xef\xbb\xbf":
             continue
         if not line.endswith(b"\n") and not _is_complete(line):
             logger.warning("%s:%d: skipping the torn last line", path, number)
             return
         where = f"{path}:{number}"
         try:
-            yield where, json.loads(line)
+            yield where, parse_json(line)
         except ValueError as error:
             raise OspoError(f"{where}: the line is not valid JSON ({error}); fix or delete it.") from error
 
 
 def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        values = json.load(file)
+        values = parse_json(file.read())
     except ValueError as error:
         raise OspoError(f"{path}: not valid JSON ({error}); fix or delete the file.") from error
     for number, value in enumerate(values, 1):
@@ -415,6 +504,7 @@ class Store(contextlib.AbstractContextManager["Store"]):
         with os_errors("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
+            sync_folder(self.path.parent)
         try:
             _lock(self._file, self.path)
             self._repair()
@@ -446,7 +536,8 @@ class Store(contextlib.AbstractContextManager["Store"]):
                 the store is as it was before.
 
         """
-        flat = validate(to_official(record), f"{self.path}: the record to append")
+        where = f"{self.path}: the record to append"
+        flat = _check_encodable(validate(to_official(record), where), where)
         item = flat["item_id"]
         if item in self._ids:
             raise OspoError(f"{self.path}: item {item!r} is in the store already; a store holds each item once.")

@@ -1,8 +1,12 @@
 """The JSONL store (whole lines, repair of a torn one, each item once, one writer), and pairs in both forms."""
 
 import json
+import os
+import platform
+import re
 import subprocess
 import sys
+from pathlib import PureWindowsPath
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +19,11 @@ from ospo_fast.records import (
     chunked,
     from_official,
     image_index,
+    item_name,
     iter_pairs,
     read_records,
     stable_hash,
+    sweep_temporary_files,
     to_official,
     validate,
     variant_index,
@@ -242,8 +248,102 @@ def test_hashes_are_stable_and_image_numbers_are_read_from_names():
     assert image_index("negative_12") == 12
     assert [variant_index(index, record("a", negative_prompt=["b", "c"])) for index in (0, 1, 2, 5)] == [0, 1, 0, 1]
     assert variant_index(4, record("a")) == 4
-    with pytest.raises(OspoError, match="base_0"):
-        image_index("negative")
+    for name in ("negative", "", "base_²", "9" * 5000):
+        with pytest.raises(OspoError, match="base_0"):
+            image_index(name)
+
+
+IDS = (
+    "0000012", "../../escaped", "..", ".", "/etc/passwd", "a/b", "a\\b", "C:x", "con", "nul", "lpt1", "aa", "AA", "Aa",
+    "x" * 64, "x" * 65, "x" * 5000, "é", "e\u0301", "0000012-1", "a.b", "-rf", "~", "\n", " aa", "🔴" * 80,
+)  # fmt: skip
+
+
+def test_ids_become_names_that_cannot_leave_a_folder():
+    names = [item_name(item) for item in IDS]
+    assert names[0] == "0000012"
+    for name in names:
+        assert re.fullmatch(r"[a-z0-9_]+(-[0-9a-f]{24})?", name)
+        assert len(name) <= 66
+        assert not PureWindowsPath(name).is_reserved()
+    assert len({name.casefold() for name in names}) == len(IDS)
+
+
+@given(first=st.text(max_size=8), second=st.text(max_size=8))
+def test_different_ids_have_different_names(first, second):
+    assert (item_name(first).casefold() == item_name(second).casefold()) == (first == second)
+
+
+def test_pairs_of_different_items_have_different_files():
+    pair = {"chosen": "a.png", "rejected": "b.png"}
+    found = list(iter_pairs([record("x", pairs=[pair, pair]), record("x-1", pairs=[pair])]))
+    assert [item.pair_id for item in found] == ["x", "x-1", "x-1"]
+    assert found[0].name == "x"
+    assert len({item.name for item in found}) == 3
+
+
+BOM = b"\xef\xbb\xbf"
+TWO = [record("1", prompt="two\u2028lines\x85or\x0bmore"), record("2")]
+LINES = b"".join(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in TWO)
+
+
+@pytest.mark.parametrize("start", [b"", BOM, b"\n", b"\r\n \t", BOM + b"\r\n", b"\n" * 10_000])
+@pytest.mark.parametrize("indent", [None, 1, "lines"])
+def test_files_as_editors_save_them(tmp_path, start, indent):
+    path = tmp_path / "records.json"
+    text = LINES if indent == "lines" else json.dumps(TWO, indent=indent, ensure_ascii=False).encode()
+    path.write_bytes(start + text)
+    assert list(read_records(path)) == TWO
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"item_id": "1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"item_id": "1", "x": ' + b"9" * 10_000 + b"}", "digits"),
+        (b'{"item_id": "1", "prompt": "\xff"}', "not valid JSON"),
+        (b'{"item_id": "1", "prompt": "a \\ud83d"}', "lone surrogate"),
+        (b'{"item_id": "\\ud83d"}', "lone surrogate"),
+        (b'{"item_id": "1\\u0000"}', "NUL"),
+        (BOM + b'{"item_id": 1}', "non-empty string"),
+    ],
+)
+def test_hostile_lines_are_named(tmp_path, line, words):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'\n{"item_id": "0"}\n' + line + b"\n")
+    with pytest.raises(OspoError, match=f"s.jsonl:3: .*{words}"):
+        list(read_records(path))
+
+
+def test_a_record_that_no_file_can_hold_is_refused_and_the_store_kept(tmp_path):
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    with Store(tmp_path / "s.jsonl") as store:
+        store.append(record("1"))
+        for wrong in (record("2", prompt="\ud83d"), record("\ud83d"), record("2", x=nested), record("2\0")):
+            with pytest.raises(OspoError, match=r"s\.jsonl: the record to append"):
+                store.append(wrong)
+        store.append(record("2"))
+    assert [r["item_id"] for r in read_records(tmp_path / "s.jsonl")] == ["1", "2"]
+
+
+def test_temporary_files_of_killed_processes_are_swept(tmp_path):
+    code = (
+        "import os, pathlib, signal, sys; from ospo_fast import records\n"
+        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "records.write_atomic(pathlib.Path(sys.argv[1]) / 'a.png', b'x')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    [left] = tmp_path.iterdir()
+    host = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:60]
+    others = [".a.png.1234.tmp", f".a.png.{host}-{os.getppid()}.tmp", f".a.png.other-{host}-99999999.tmp", "b.tmp"]
+    for name in others:
+        (tmp_path / name).touch()
+    sweep_temporary_files(tmp_path)
+    assert left.name not in others
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):

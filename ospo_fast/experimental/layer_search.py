@@ -7,7 +7,6 @@ the best mean score over many objects, and with `masks.heads=auto` the head.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.experimental.head_capture import HeadCapture
 from ospo_fast.experimental.layer_selection import best_layer, choose_layers
 from ospo_fast.ops._transfer import to_device_packed
-from ospo_fast.records import ItemPair, chunked, locked, write_json
+from ospo_fast.records import ItemPair, chunked, locked, parse_json, write_json
 from ospo_fast.stages.masks import (
     Columns,
     MaskExtractor,
@@ -113,7 +112,7 @@ def resolve_auto_layers(
     path, asked = out / "masks" / "layers.json", {name: getattr(settings, name) for name in _SEARCH_SETTINGS}
     with locked(out / ".lock"):
         try:
-            kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            kept = parse_json(path.read_bytes()) if path.exists() else {}
             # Ignore settings of older versions: config.py refuses values of them that would change the selection.
             if {name: kept.get("asked", {}).get(name, ...) for name in asked} != asked:
                 kept = {"asked": asked, **_search(settings, list(pairs), model, out)}

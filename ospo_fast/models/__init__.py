@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.resolve import check_kind
 from ospo_fast.oom import short
+from ospo_fast.records import parse_json
 
 if TYPE_CHECKING:
     from ospo_fast.models.janus import JanusUnifiedModel
@@ -105,7 +105,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise OspoError(f"model: cannot read {path} ({error}); give the folder of a saved model") from error
     if not isinstance(content, dict):

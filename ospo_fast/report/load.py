@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 from ospo_fast.errors import Failure, OspoError
 from ospo_fast.pipeline import stage_metrics, store_paths
-from ospo_fast.records import Record, from_official, validate
+from ospo_fast.records import Record, from_official, parse_json, validate
 from ospo_fast.stages import STAGES
 
 KEPT, DROPPED, UNFINISHED = "kept", "dropped", "unfinished"
@@ -130,7 +129,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary: dict[str, Any] = _expect_object(json.loads(path.read_text(encoding="utf-8")), path.name)
+        summary: dict[str, Any] = _expect_object(parse_json(path.read_bytes()), path.name)
     except (OSError, ValueError, OspoError) as error:
         raise OspoError(f"{str(path)!r} cannot be read ({error}); fix or delete the file") from error
     return summary
@@ -140,7 +139,7 @@ def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any
     """The lines of a JSONL file that pass `check`. The others are counted in `notes`, with the first error."""
     if not path.is_file():
         return []
-    lines = enumerate(path.read_bytes().splitlines(), 1)
+    lines = enumerate(path.read_bytes().split(b"\n"), 1)
     values = [_parse_line(line, f"line {number}", check) for number, line in lines if line.strip()]
     failures = [value for value in values if isinstance(value, Failure)]
     if failures:
@@ -150,7 +149,7 @@ def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any
 
 def _parse_line(line: bytes, where: str, check: Callable[[object, str], Any]) -> Any:
     try:
-        return check(json.loads(line), where)
+        return check(parse_json(line), where)
     except OspoError as error:
         return Failure(str(error))
     except ValueError as error:

@@ -26,7 +26,7 @@ from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
-from ospo_fast.records import Record, iter_pairs, write_atomic, write_json
+from ospo_fast.records import Record, iter_pairs, parse_json, write_atomic, write_json
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
@@ -141,7 +141,7 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
     """Raise UsageError if training in one of the folders was validated, for early stopping, at another scale."""
     for path in (folder / "train" / "log.jsonl" for folder in folders):
         try:
-            before = json.loads(path.read_text(encoding="utf-8").split("\n")[0])["guidance_scale"]
+            before = parse_json(path.read_bytes().split(b"\n")[0])["guidance_scale"]
         except (OSError, ValueError, KeyError, TypeError):  # no training yet, none with an evaluation, or a torn line
             continue
         if before != scale:
@@ -183,7 +183,7 @@ class _Evaluations:
         path = self._path(name, model, "json")
         if not path.exists():
             write_json(path, compute())
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
 
     def guidance(self, name: str, model: UnifiedModel) -> tuple[float, dict[str, dict[str, float]]]:
         """Return the model's best guidance scale on validation prompts, and the headline at every scale."""
@@ -210,7 +210,7 @@ class _Evaluations:
     def add_seconds(self, seconds: float) -> float:
         """Return the seconds of this call and of those before it."""
         path = self.folder / "seconds.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        before = parse_json(path.read_bytes()) if path.exists() else 0.0
         write_json(path, before + seconds)
         return float(before + seconds)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import ROLES, ImageVerdict, Record, chunked, stable_hash
+from ospo_fast.records import ROLES, ImageVerdict, Record, chunked, item_name, stable_hash
 from ospo_fast.stages import StageContext
 from ospo_fast.stages.image_files import ImageFiles, is_finished
 from ospo_fast.stages.prompt_files import image_prompt_ids
@@ -55,7 +55,7 @@ def plan_images(record: Record, seed: int, draws: int = 1, prompts: str = "dense
         image_seed = stable_hash(seed, "images", record["item_id"], index)
         for role, prompt in zip(ROLES, pair, strict=True):
             if role == "base" or index == variant:
-                path = f"images/{record['item_id']}/{role}_{index}.png"
+                path = f"images/{item_name(record['item_id'])}/{role}_{index}.png"
                 plan.append(PlannedImage(variant, f"{role}_{index}", path, prompt, image_seed))
     return plan
 

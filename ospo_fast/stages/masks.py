@@ -229,7 +229,7 @@ def _compute_masks(
         for batch in chunked(ready, settings.batch_size):
             results |= _write_masks(batch, model, extractor, out)
         for pair, task in zip(pairs, tasks, strict=True):
-            yield _failed(pair, task) if isinstance(task, Failure) else results[pair.pair_id]
+            yield _failed(pair, task) if isinstance(task, Failure) else results[pair.name]
 
 
 def _write_masks(tasks: list[MaskTask], model: UnifiedModel, extractor: MaskExtractor, out: Path) -> dict[str, _Result]:
@@ -241,10 +241,10 @@ def _write_masks(tasks: list[MaskTask], model: UnifiedModel, extractor: MaskExtr
     masks = result.found
     results: dict[str, _Result] = {}
     for n, task in enumerate(tasks):
-        pair_id, objects, both = task.item.pair_id, task.objects, [n, n + len(tasks)]
+        name, objects, both = task.item.name, task.objects, [n, n + len(tasks)]
         count = len(objects.columns)
         if not bool(result.finite[both].all()):
-            results[pair_id] = _failed(task.item, Failure("the attention of the model holds NaN or infinity"))
+            results[name] = _failed(task.item, Failure("the attention of the model holds NaN or infinity"))
             continue
         tensors = {}
         for side, row in zip(SIDES, both, strict=True):
@@ -254,14 +254,14 @@ def _write_masks(tasks: list[MaskTask], model: UnifiedModel, extractor: MaskExtr
             tensors[f"{side}_union"] = masks.union[row]
             if result.soft is not None:
                 tensors[f"{side}_soft"] = result.soft[row]
-        path = f"masks/{pair_id}.safetensors"
+        path = f"masks/{name}.safetensors"
         write_atomic(out / path, save({name: value.contiguous() for name, value in tensors.items()}))
         selected = None if result.selected is None else result.selected[both, :count]
         stats = pair_stats(masks.union[both], result.entropies[:, both, :count], list(result.layers), selected)
         fields: dict[str, Any] = {"nouns": objects.nouns, "objects": objects.spans}
         if objects.unmatched:
             fields["unmatched_objects"] = objects.unmatched
-        results[pair_id] = {"mask_path": path, "mask_stats": stats}, fields
+        results[name] = {"mask_path": path, "mask_stats": stats}, fields
     return results
 
 
@@ -294,6 +294,8 @@ def _import_masks(item: ItemPair, folder: Path, out: Path) -> _Result:
 
     record, name = item.record, f"{Path(item.pair['chosen']).stem}_mask.pt"
     paths = [folder / role / record.get("t2i_category", "") / record["item_id"] / name for role in ROLES]
+    if not all(path.resolve().is_relative_to(folder.resolve()) for path in paths):
+        return _failed(item, Failure(f"{paths[0]} is outside of {folder}"))
     missing = [path for path in paths if not path.is_file()]
     if missing:
         return _failed(item, Failure(f"there is no {missing[0]}"))
@@ -306,7 +308,7 @@ def _import_masks(item: ItemPair, folder: Path, out: Path) -> _Result:
             f"{side}_masks": torch.zeros(0, *union.shape, dtype=torch.uint8),
             f"{side}_thresholds": torch.zeros(0),
         }
-    path = f"masks/{item.pair_id}.safetensors"
+    path = f"masks/{item.name}.safetensors"
     write_atomic(out / path, save(tensors))
     stats = pair_stats(torch.stack(unions), torch.zeros(0, 2, 0), [], None)
     return {"mask_path": path, "mask_stats": stats}, {"objects": []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from ospo_fast.records import (
     chunked,
     iter_pairs,
     os_errors,
+    parse_json,
     stable_hash,
     write_atomic,
     write_json,
@@ -344,8 +346,9 @@ class Trainer:
         }
         with os_errors("write the checkpoint", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, path.with_name(f".{path.name}"))
-            path.with_name(f".{path.name}").replace(path)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomic(path, buffer.getvalue())  # on the disk before the older ones go
             for older in path.parent.glob("step-*"):
                 if older != path:
                     older.unlink()
@@ -411,14 +414,14 @@ def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
 def _trim_log(path: Path, step: int) -> None:
     """Remove the lines of steps after `step`, and a torn one."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_atomic(path, "".join(line for line in lines if _line_step(line) <= step).encode())
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_atomic(path, b"".join(line for line in lines if _line_step(line) <= step))
 
 
-def _line_step(line: str) -> float:
+def _line_step(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+        return float(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
