@@ -380,10 +380,12 @@ __global__ void __launch_bounds__(threads) row_in_passes(const Arguments a) {
     if constexpr (!plain) {
         const float own = no_owner ? part.max : cap(target, a);
         Sums sums{0.0f, 0.0f};
+        const float shift = shift_of(part.max);
+#pragma unroll 1  // unrolled, it spills registers on sm_100
         for (int first = threadIdx.x * N; first < a.codes; first += threads * N) {
             float value[N];
             load_row(Flag<false>{}, first, value);
-            for (int i = 0; i < N; ++i) add(sums, value[i], shift_of(part.max), factor_of(a));
+            for (int i = 0; i < N; ++i) add(sums, value[i], shift, factor_of(a));
         }
         sums = reduce_block<threads>(sums, AddSums{});
         const Row about(a, row, part.max, sums, own, no_owner ? threadIdx.x == 0 : owns_label, !no_owner);
