@@ -208,6 +208,7 @@ def active_rows(
 
 def count_labels(labels: Tensor, num_codes: int, options: TokenLogprobsOptions) -> int:
     """Return the number of labels that are not ignored, -1 if one is invalid; one pass, where torch needs several."""
+    labels = _dispatch.readable(labels)
     labels_at = _dispatch.pointer(labels, torch.int64)
     count: int = _dispatch.native().count_labels(labels_at, labels.numel(), options.ignore_index, num_codes)
     return count
