@@ -11,6 +11,7 @@ most one torn line, the last, and the next writer removes it.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
@@ -450,16 +451,15 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
 
 def _is_array(file: BinaryIO) -> bool:
     """Return whether the first character of a file, apart from spaces and a byte-order mark, opens a JSON array."""
-    start = b"\xef\xbb\xbf"
-    while not start.strip(b"\xef\xbb\xbf \t\r\n") and (start := file.read(4096)):
-        pass
+    blocks = iter(lambda: file.read(4096), b"")
+    start = next((text for block in blocks if (text := block.lstrip(codecs.BOM_UTF8 + b" \t\r\n"))), b"")
     file.seek(0)
-    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    return start.startswith(b"[")
 
 
 def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
-        if not line.strip() or line.strip() == b"\xef\xbb\xbf":
+        if not line.strip() or line.strip() == codecs.BOM_UTF8:
             continue
         if not line.endswith(b"\n") and not _is_complete(line):
             logger.warning("%s:%d: skipping the torn last line", path, number)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ospo_fast import Head, cross_entropy, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.errors import OpError
 from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, ChunkedHead, TokenLogprobsOptions
+from ospo_fast.ops._head_gradients import count_labels
 from ospo_fast.ops._logprob_call import default_chunk_rows
 from ospo_fast.ops.scale_rows import scale_rows
 from ospo_fast.ops.token_logprobs import token_logprobs_reference
@@ -498,6 +499,12 @@ def test_strided_labels(train_head: bool, backend: str) -> None:
             results.append([logps.detach(), hidden.grad, *(t.grad for t in head.tensors if train_head)])
         assert all(map(torch.equal, *results)), name
         torch.testing.assert_close(results[0][0].double(), token_logprobs_reference(hidden.detach(), plain, labels))
+
+
+@pytest.mark.parametrize("between", [-100, 99])
+def test_labels_are_counted_by_their_strides(between: int) -> None:
+    labels = torch.stack([torch.tensor([1, 2, -100, 3]), torch.full((4,), between)], 1)[:, 0]
+    assert count_labels(labels, 23, options_of(4)) == 3
 
 
 def test_strided_arguments_of_the_ops(backend: str) -> None:
