@@ -89,9 +89,8 @@ class Section:
             key = f"{section}.{item.name}".lstrip(".")
             if isinstance(value, str):
                 check_text(key, value)
-            if any(
-                isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])
-            ):
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise UsageError(f"{key} should be finite, got {value!r}.")
             if accepts is not None and value is not None and not accepts(value):
                 raise UsageError(f"{key} should be {item.metadata['expected']}, got {value!r}.")
@@ -113,9 +112,8 @@ class PromptsConfig(TextConfig):
 
     counts: dict[str, int] = field(default_factory=dict, metadata=COUNTS)
     samples_per_call: int = field(default=8, metadata=AT_LEAST_1)
-    refresh_every: int = field(
-        default=100, metadata=AT_LEAST_1
-    )  # calls after which the few-shot examples are replaced by own accepted answers
+    # Calls after which the few-shot examples are replaced by own accepted answers.
+    refresh_every: int = field(default=100, metadata=AT_LEAST_1)
     # Calls in a row without a new prompt after which the stage gives up on a kind.
     patience: int = field(default=200, metadata=AT_LEAST_1)
     exclude: str | None = None  # file of prompts, one a line, that must never be produced
@@ -336,9 +334,8 @@ def _refuse_interpolations(value: Any, source: str, key: str = "") -> None:
         raise UsageError(
             f"{source}: {key}: got {value!r}, expected a plain value; `${{…}}` is not resolved, write it out."
         )
-    for name, inner in (
-        value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
-    ):
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in children:
         _refuse_interpolations(inner, source, f"{key}.{name}".lstrip("."))
 
 
@@ -347,7 +344,6 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _refuse_interpolations(OmegaConf.to_container(layer), source)
     known = {*_keys(Config), *(item.name for item in dataclasses.fields(Config))}
     if others := [key for key in _leaves(OmegaConf.to_container(layer)) if key not in known]:
         from ospo_fast.loss import OSPOLossConfig  # imports torch
@@ -376,6 +372,7 @@ def _load_file(path: Path) -> Any:
 
     try:
         layer = OmegaConf.load(path)
+        _refuse_interpolations(OmegaConf.to_container(layer), str(path))
     except OSError as error:
         raise UsageError(f"Cannot read the configuration file {path}: {error.strerror or error}.") from error
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -397,7 +394,8 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         if "=" not in override:
             raise UsageError(f"An override reads key=value, got {override!r}.")
         try:
-            OmegaConf.from_dotlist([check_text("override", override)])
+            layer = OmegaConf.from_dotlist([check_text("override", override)])
+            _refuse_interpolations(OmegaConf.to_container(layer), "command line")
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(

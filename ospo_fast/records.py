@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -356,8 +357,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
     """Delete the temporary files in a folder that a killed process of this machine left."""
     for path in folder.glob(pattern):
-        _, host, process = path.name.removesuffix(".tmp").rpartition(f".{_PROCESS}")
-        if host and process.isdecimal() and not _runs(int(process)):
+        _, separator, process = path.name.removesuffix(".tmp").rpartition(f".{_PROCESS}")
+        if separator and process.isdecimal() and not _runs(int(process)):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -376,6 +377,9 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync files only
+            raise
     finally:
         os.close(handle)
 

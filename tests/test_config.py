@@ -218,7 +218,16 @@ def test_a_run_folder_does_not_choose_a_template_file(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["images: [", "- a\n- b", "imagse: {top_k: 1}", "train: {steps: x}", "train: {loss: {betta: 1}}"],
+    [
+        "images: [",
+        "model: " + "[" * 5000 + "]" * 5000,
+        "model: " + "[" * 300 + "]" * 300,
+        "model: ${model}",
+        "- a\n- b",
+        "imagse: {top_k: 1}",
+        "train: {steps: x}",
+        "train: {loss: {betta: 1}}",
+    ],
 )
 def test_wrong_files_are_named(tmp_path, text):
     file = tmp_path / "c.yaml"

@@ -1,9 +1,11 @@
 """The JSONL store (whole lines, repair of a torn one, each item once, one writer), and pairs in both forms."""
 
+import errno
 import json
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 from pathlib import PureWindowsPath
@@ -327,6 +329,26 @@ def test_a_record_that_no_file_can_hold_is_refused_and_the_store_kept(tmp_path):
                 store.append(wrong)
         store.append(record("2"))
     assert [r["item_id"] for r in read_records(tmp_path / "s.jsonl")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_folder_is_synced_where_the_file_system_can(tmp_path, monkeypatch, number, fails):
+    sync, folders = os.fsync, []
+
+    def fsync(handle):
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            return sync(handle)
+        folders.append(handle)
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if fails:
+        with pytest.raises(OspoError, match="Cannot write"):
+            write_atomic(tmp_path / "a", b"x")
+    else:
+        write_atomic(tmp_path / "a", b"x")
+    assert len(folders) == 1
+    assert (tmp_path / "a").read_bytes() == b"x"
 
 
 def test_temporary_files_of_killed_processes_are_swept(tmp_path):
