@@ -161,7 +161,8 @@ def _stage(args: argparse.Namespace) -> int:
     report = _pipeline(args, [stage]).stage(stage.name, args.iteration)
     _show(dataclasses.asdict(report), args.json, _line(report))
     # The command fails when every item does. A stage that counts steps raises an error where nothing could be done.
-    return 1 if not stage.counts_steps and report.failed and report.failed == report.items else 0
+    nothing = report.failed >= report.items and (report.items or not report.total)
+    return 1 if not stage.counts_steps and report.failed and nothing else 0
 
 
 def _demo(args: argparse.Namespace) -> int:

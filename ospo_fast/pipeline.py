@@ -56,19 +56,35 @@ def _shard_paths(out: Path, stage: str) -> list[Path]:
     return sorted(out.glob(f"{stage}.*-of-*.jsonl"))
 
 
-def _read_stores(paths: Sequence[Path]) -> dict[str, Record]:
-    return {record["item_id"]: record for path in paths for record in read_records(path)}
+OnError = Callable[[OspoError], object]  # gets the error of a line that is skipped, see `read_records`
 
 
-def read_stage(out: Path, stage: str) -> list[Record]:
+def _read_stores(paths: Sequence[Path], on_error: OnError | None = None) -> dict[str, Record]:
+    return {record["item_id"]: record for path in paths for record in read_records(path, on_error)}
+
+
+def read_stage(out: Path, stage: str, on_error: OnError | None = None) -> list[Record]:
     """Return the records of a stage in a run folder, those of its shards included, each item once.
 
-    Raises UsageError when there is no store, with the command that makes it.
+    Raises UsageError when there is no store, with the command that makes it, and the errors of `read_records`.
     """
     paths = store_paths(out, stage)
     if not paths:
         raise UsageError(f"There is no {stage}.jsonl in {out}; run `ospo-fast {stage} --out {out}` first.")
-    return list(_read_stores(paths).values())
+    return list(_read_stores(paths, on_error).values())
+
+
+def _with_prompts(records: Sequence[Record], source: str, on_error: OnError) -> list[Record]:
+    """Return the records that have a prompt. Every stage after the first needs one."""
+    usable = []
+    for record in records:
+        if (record.get("prompt") or "").strip():
+            usable.append(record)
+        else:
+            on_error(
+                OspoError(f"{source}.jsonl: item {record['item_id']!r} has no `prompt`; add it or delete the item.")
+            )
+    return usable
 
 
 def stage_metrics(*folders: Path) -> dict[str, dict[str, float]]:
@@ -223,23 +239,26 @@ class Pipeline:
         """Process the items of a stage that are not in its store."""
         # Nothing is written before the inputs are read and the model is loaded, so that a wrong call leaves no trace.
         name, source = stage.name, stage.inputs(config)
-        present = self._present(out, name)
+        unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
+        present = self._present(out, name, unusable.append)
         if source is None:
             complete = self.resume and self._complete(out, name)
             waiting, total = list(present.values()), 0
         else:
-            inputs = [r for r in read_stage(out, source) if self.shard is None or self.shard.holds(r["item_id"])]
+            found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
+            inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
             complete = not waiting
-        report.total = len(present)
+        report.total, report.failed = len(present), len(unusable)
+        failed = list(map(str, unusable))
         if complete and not _shard_paths(out, name):
+            _warn(name, failed, len(failed))
             return
         model = self.model(report.iteration) if stage.needs_model(config) and not complete else None
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
         self._begin(out, stage, settings)
-        failed: list[str] = []
-        with Store(store_path(out, name, self.shard)) as store:
+        with Store(store_path(out, name, self.shard), on_error=lambda error: None) as store:
             before = len(store)
             with self._measured(out, report), self._bar(stage, total) as bar:
                 bar.update(len(present))
@@ -254,9 +273,8 @@ class Pipeline:
             if source is None:
                 self._mark_complete(out, name)
             if stage.finish is not None:
-                stage.finish(out, read_stage(out, name))
-        if failed:
-            logger.warning("%s: %s", name, some_failed("items", failed, report.items))
+                stage.finish(out, read_stage(out, name, lambda error: None))
+        _warn(name, failed, report.items + len(unusable))
 
     def _steps(self, stage: Stage, out: Path, config: Config, settings: dict[str, Any], report: StageReport) -> None:
         """Run a stage that counts steps, to its end. It continues from its own files."""
@@ -266,7 +284,10 @@ class Pipeline:
         if done is not None and self.resume:
             report.total = done["step"]
             return
-        records, model = read_stage(out, source), self.model(report.iteration)
+        unusable: list[OspoError] = []
+        records = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
+        _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
+        model = self.model(report.iteration)
         with only_writer(folder):
             self._begin(out, stage, settings)
             with self._measured(out, report), self._bar(stage, config.train.steps) as bar:
@@ -281,12 +302,12 @@ class Pipeline:
     def _context(self, report: StageReport, **rest: Any) -> StageContext:
         return StageContext(report, shard=self.shard, resume=self.resume, **rest)
 
-    def _present(self, out: Path, name: str) -> dict[str, Record]:
+    def _present(self, out: Path, name: str, on_error: OnError) -> dict[str, Record]:
         """Return the finished records: of the store and its shards (for a shard: of the store and its own part)."""
         paths = store_paths(out, name) if self.resume else []
         if self.shard is not None:
             paths = [path for path in paths if path in (store_path(out, name), store_path(out, name, self.shard))]
-        return _read_stores(paths)
+        return _read_stores(paths, on_error)
 
     def _begin(self, out: Path, stage: Stage, settings: dict[str, Any]) -> None:
         """Save configuration and settings, delete what is about to be made again, and merge shards."""
@@ -374,6 +395,11 @@ class Pipeline:
         from tqdm import tqdm
 
         return tqdm(desc=stage.name, total=total or None, unit=stage.unit, delay=2, disable=not self.progress)
+
+
+def _warn(stage: str, failed: list[str], total: int) -> None:
+    if failed:
+        logger.warning("%s: %s", stage, some_failed("items", failed, total))
 
 
 def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:

@@ -23,6 +23,8 @@ import math
 import os
 import platform
 import re
+import reprlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
@@ -212,6 +214,8 @@ _STRINGS = (
     "t2i_category sub_category prompt concepts_and_relations relation kind chosen rejected rejected_prompt "
     "question_reason mask_path reason mask_reason"
 )
+# With one entry per variant.
+_VARIANT_LISTS = "perturbed_method negative_prompt long_prompt negative_long_prompt variant_reasons"
 _STRING_LISTS = "perturbed_method negative_prompt long_prompt negative_long_prompt question nouns"
 
 
@@ -228,17 +232,52 @@ def validate(flat: object, where: str) -> dict[str, Any]:
     def check(names: str, expected: str, is_valid: Callable[[Any], bool]) -> None:
         for name in names.split():
             if flat.get(name) is not None and not is_valid(flat[name]):
-                raise OspoError(f"{where}: `{name}` should be {expected}, got {flat[name]!r}.")
+                raise OspoError(f"{where}: `{name}` should be {expected}, got {shown(flat[name])}.")
 
     if not (isinstance(flat.get("item_id"), str) and flat["item_id"]):
-        raise OspoError(f"{where}: `item_id` should be a non-empty string, got {flat.get('item_id')!r}.")
+        raise OspoError(f"{where}: `item_id` should be a non-empty string, got {shown(flat.get('item_id'))}.")
     check(_STRINGS, "a string", lambda value: isinstance(value, str))
     check(_STRING_LISTS, "a list of strings", lambda value: isinstance(value, list) and _all_are(str, value))
     check("variant_reasons", "a list of strings and nulls", _is_list_of(lambda value: isinstance(value, str | None)))
     check("further_pairs", "a list of pairs", _is_list_of(_is_pair))
-    check("base_metadata negative_metadata", "an object of images", _is_image_metadata)
+    check("chosen_score rejected_score", "a number", _is_number)
+    check("kept", "true or false", lambda value: isinstance(value, bool))
+    check("objects", "a list of objects with text, start and end", _is_list_of(_is_span))
+    check("unmatched_objects", "an object of strings", lambda v: isinstance(v, dict) and _all_are(str, v.values()))
     check("mask_stats", "an object as the masks stage writes it", _is_mask_stats)
+    for role in ROLES:
+        if flat.get(f"{role}_metadata") is not None:
+            _check_images(flat[f"{role}_metadata"], f"{where}: `{role}_metadata`")
+    lengths = {name: len(flat[name]) for name in _VARIANT_LISTS.split() if flat.get(name) is not None}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise OspoError(f"{where}: lists with one entry per variant should have the same length, got {found}.")
     return flat
+
+
+def shown(value: object) -> str:
+    """Return a value of a record for a message: its repr, shortened, as a hostile one may have megabytes."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _check_images(images: object, where: str) -> None:
+    """Raise OspoError for an image that the stages after it could not take."""
+    if not isinstance(images, dict):
+        raise OspoError(f"{where} should be an object of images, got {shown(images)}.")
+    for name, image in images.items():
+        label = f"{where}: {shown(name)}"
+        try:
+            image_index(name)
+        except OspoError as error:
+            raise OspoError(f"{where}: {error}") from None
+        if not isinstance(image, dict) or not isinstance(image.get("path"), str):
+            raise OspoError(f"{label} should be an object with a string `path`, got {shown(image)}.")
+        for field, expected, is_valid in _IMAGE_FIELDS:
+            if image.get(field) is not None and not is_valid(image[field]):
+                raise OspoError(f"{label}: `{field}` should be {expected}, got {shown(image[field])}.")
+        if image.get("answer_metadata") and image.get("local_score") is None:
+            raise OspoError(f"{label} has answers and no `local_score`; score it with the stage score.")
 
 
 def _check_encodable(flat: dict[str, Any], where: str) -> dict[str, Any]:
@@ -264,24 +303,47 @@ def _is_list_of(is_valid: Callable[[Any], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(is_valid, value))
 
 
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_answer(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_number(value.get("p_yes"))
+        and _is_number(value.get("p_no"))
+        and isinstance(value.get("answer"), str)
+    )
+
+
+# Of an image: field, what is expected, and the check of it.
+_IMAGE_FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
+    ("prompt", "a string", _is_string),
+    ("reason", "a string", _is_string),
+    ("kept", "true or false", lambda value: isinstance(value, bool)),
+    ("local_score", "a number", _is_number),
+    ("answer_metadata", "a list of answers with p_yes, p_no and answer", _is_list_of(_is_answer)),
+)
+
+
+def _is_span(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("text"), str)
+        and all(type(value.get(end)) is int for end in ("start", "end"))
+    )
+
+
 def _is_pair(value: object) -> bool:
     if not isinstance(value, dict) or not _all_are(str, map(value.get, SIDES)):
         return False
-    return value.get("mask_stats") is None or _is_mask_stats(value["mask_stats"])
-
-
-def _is_image_metadata(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_image, value.values()))
-
-
-def _is_image(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    strings = all(isinstance(value.get(name), str | None) for name in ("path", "prompt", "reason"))
-    answers = value.get("answer_metadata") or []
-    return (
-        strings and isinstance(value.get("kept"), bool | None) and isinstance(answers, list) and _all_are(dict, answers)
-    )
+    strings = all(isinstance(value.get(name), str | None) for name in ("rejected_prompt", "mask_path", "mask_reason"))
+    scores = all(value.get(f"{side}_score") is None or _is_number(value[f"{side}_score"]) for side in SIDES)
+    return strings and scores and (value.get("mask_stats") is None or _is_mask_stats(value["mask_stats"]))
 
 
 def _is_mask_stats(value: object) -> bool:
@@ -431,24 +493,37 @@ def _is_complete(line: bytes) -> bool:
         return False
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[Record]:
+def read_records(
+    path: str | os.PathLike[str], on_error: Callable[[OspoError], object] | None = None
+) -> Iterator[Record]:
     """Yield the records of a JSONL store, or of an official JSON array, in file order.
 
     A torn last line (no line end, not valid JSON) is skipped with a warning: its writer was interrupted.
 
+    Args:
+        path: the file.
+        on_error: called with the error of a line that cannot be used, which is skipped; None: the error is raised.
+
     Raises:
-        OspoError: names file and line of a missing or unreadable file, any other invalid line, a field of a wrong type
-            or an `item_id` that occurs twice.
+        OspoError: names the file and, where it can, the line: a missing or unreadable file, an array that is not valid
+            JSON and, without `on_error`, an invalid line, a field of a wrong type or an `item_id` that occurs twice.
 
     """
     path = Path(path)
     with os_errors("read", path), path.open("rb") as file:
         is_array = _is_array(file)
         seen: dict[str, str] = {}
-        for where, value in _read_array(file, path) if is_array else _read_lines(file, path):
-            item = _check_encodable(validate(value, where), where)["item_id"]
-            if item in seen:
-                raise OspoError(f"{where}: item {item!r} occurs already at {seen[item]}; delete one of the two.")
+        for where, entry in _read_array(file, path) if is_array else _read_lines(file, path):
+            try:
+                value = _parse_line(entry, where) if isinstance(entry, bytes) else entry
+                item = _check_encodable(validate(value, where), where)["item_id"]
+                if item in seen:
+                    raise OspoError(f"{where}: item {item!r} occurs already at {seen[item]}; delete one of the two.")
+            except OspoError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+                continue
             seen[item] = where
             yield from_official(value)
 
@@ -461,18 +536,21 @@ def _is_array(file: BinaryIO) -> bool:
     return start.startswith(b"[")
 
 
-def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(file, 1):
         if not line.strip() or line.strip() == codecs.BOM_UTF8:
             continue
         if not line.endswith(b"\n") and not _is_complete(line):
             logger.warning("%s:%d: skipping the torn last line", path, number)
             return
-        where = f"{path}:{number}"
-        try:
-            yield where, parse_json(line)
-        except ValueError as error:
-            raise OspoError(f"{where}: the line is not valid JSON ({error}); fix or delete it.") from error
+        yield f"{path}:{number}", line
+
+
+def _parse_line(line: bytes, where: str) -> Any:
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        raise OspoError(f"{where}: the line is not valid JSON ({error}); fix or delete it.") from error
 
 
 def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
@@ -499,11 +577,12 @@ class Store(contextlib.AbstractContextManager["Store"]):
     Opening creates the file and its folder, locks it, removes a torn last line and reads the ids that it holds.
 
     Raises:
-        OspoError: the path cannot be written, another process writes it, or a line other than the last is invalid.
+        OspoError: the path cannot be written, another process writes it or, without `on_error` (see `read_records`), a
+            line other than the last is invalid.
 
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], on_error: Callable[[OspoError], object] | None = None) -> None:
         self.path = Path(path)
         with os_errors("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -512,7 +591,7 @@ class Store(contextlib.AbstractContextManager["Store"]):
         try:
             _lock(self._file, self.path)
             self._repair()
-            self._ids = {record["item_id"] for record in read_records(self.path)}
+            self._ids = {record["item_id"] for record in read_records(self.path, on_error)}
         except BaseException:
             self._file.close()
             raise
@@ -541,11 +620,14 @@ class Store(contextlib.AbstractContextManager["Store"]):
 
         """
         where = f"{self.path}: the record to append"
-        flat = _check_encodable(validate(to_official(record), where), where)
+        try:
+            flat = _check_encodable(validate(finite(to_official(record)), where), where)
+        except RecursionError:
+            raise OspoError(f"{where}: its values are nested too deeply; simplify or delete them.") from None
         item = flat["item_id"]
         if item in self._ids:
             raise OspoError(f"{self.path}: item {item!r} is in the store already; a store holds each item once.")
-        self._write(json.dumps(finite(flat), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._write(json.dumps(flat, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._ids.add(item)
 
     def extend(self, records: Iterable[Record]) -> None:

@@ -221,11 +221,74 @@ def test_wrong_request_leaves_nothing_behind(tiny, tmp_path):
     assert not out.exists()
 
 
-def test_broken_store_is_named(whole, tiny, tmp_path):
-    lines = (whole / "prompts.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "prompts.jsonl").write_text(lines[0] + "{oops\n" + lines[1])
-    with pytest.raises(OspoError, match=r"prompts\.jsonl:2"):
-        pipeline(tiny, tmp_path).stage("perturb")
+# What replaces the second line of a store, and what the warning says of it.
+BROKEN_LINES = {
+    "not JSON": (lambda line: "{oops", "the line is not valid JSON"),
+    "nested": (lambda line: line[:-1] + ', "x": ' + "[" * 10**5 + "]" * 10**5 + "}", "nested too deeply"),
+    "a surrogate": (lambda line: line[:-1] + r', "x": "\ud83d"}', "lone surrogate"),
+    "no object": (lambda line: "[1, 2]", "a record is a JSON object"),
+    "a wrong type": (lambda line: line[:-1] + ', "question": 3}', "`question` should be a list of strings"),
+    "a twin": (lambda line: json.dumps({**json.loads(line), "item_id": "0000000"}), "item '0000000' occurs already"),
+    "no prompt": (lambda line: json.dumps({**json.loads(line), "prompt": None}), "has no `prompt`"),
+}
+STAGES_AND_LINES = [("select", kind) for kind in BROKEN_LINES]
+STAGES_AND_LINES += [(stage, "not JSON") for stage in STAGE_NAMES if stage not in ("prompts", "select")]
+
+
+@pytest.mark.parametrize(("stage", "kind"), STAGES_AND_LINES)
+def test_only_the_item_of_a_broken_line_fails(whole, tiny, script, tmp_path, caplog, stage, kind):
+    source = STAGE_NAMES[STAGE_NAMES.index(stage) - 1]
+    for name in ("images", "masks"):
+        shutil.copytree(whole / name, tmp_path / name)
+    edit, reason = BROKEN_LINES[kind]
+    lines = (whole / f"{source}.jsonl").read_text().splitlines()
+    lost = json.loads(lines[1])["item_id"]
+    lines[1] = edit(lines[1])
+    (tmp_path / f"{source}.jsonl").write_text("\n".join(lines) + "\n")
+    report = pipeline(tiny, tmp_path).stage(stage)
+    assert f"{stage}: 1 of 12 items failed" in caplog.text
+    assert f"{source}.jsonl" in caplog.text
+    assert reason in caplog.text
+    if stage != "train":
+        assert (report.items, report.failed) == (11, 1)
+        assert read_stage(tmp_path, stage) == [r for r in read_stage(whole, stage) if r["item_id"] != lost]
+
+
+def test_a_broken_line_of_a_store_is_kept_and_its_item_made_again(whole, tiny, script, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "questions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + "{oops\n" + "".join(lines[2:]))
+    report = pipeline(tiny, tmp_path / "run").stage("questions")
+    assert (report.items, report.failed) == (1, 1)
+    assert f"questions: 1 of 2 items failed: {path}:2: the line is not valid JSON" in caplog.text
+    assert path.read_text() == lines[0] + "{oops\n" + "".join(lines[2:]) + lines[1]
+
+
+def test_an_item_of_an_unknown_sub_category_fails_alone(whole, tiny, script, tmp_path, caplog):
+    lines = [json.loads(line) for line in (whole / "prompts.jsonl").read_text().splitlines()]
+    lines[1]["sub_category"] = "layout9"
+    lines[2]["relation"] = lines[3]["concepts_and_relations"] = None
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for stage in ("perturb", "images", "questions", "score", "select"):
+        report = pipeline(tiny, tmp_path).stage(stage)
+        assert report.items == len(lines)
+    made = read_stage(tmp_path, "select")
+    assert made[1]["reason"].startswith("no image: No perturbation is known for the sub-category 'layout9'")
+    assert made[0] == read_stage(whole, "select")[0]
+    assert "perturb: 1 of 12 items failed" in caplog.text
+
+
+def test_items_without_their_prompts_have_no_images(whole, tiny, script, tmp_path):
+    lines = [json.loads(line) for line in (whole / "perturb.jsonl").read_text().splitlines()]
+    del lines[1]["negative_prompt"], lines[2]["long_prompt"]
+    (tmp_path / "perturb.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = pipeline(tiny, tmp_path, "images.prompts=plain").stage("images")
+    assert (report.items, report.failed) == (len(lines), 2)
+    reasons = [record["variant_reasons"][0] for record in read_stage(tmp_path, "images")]
+    assert "has no negative_prompt for each long_prompt" in reasons[1]
+    assert "has 0 long_prompt and 3 negative_long_prompt" in reasons[2]
+    assert reasons[3:] == [record["variant_reasons"][0] for record in read_stage(whole, "images")][3:]
 
 
 def test_model_that_writes_no_prompt(tiny, tmp_path):

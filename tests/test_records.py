@@ -83,6 +83,15 @@ def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path):
         list(read_records(path))
     with pytest.raises(OspoError, match=r"s\.jsonl:2"):
         Store(path)
+    errors = []
+    assert [item["item_id"] for item in read_records(path, errors.append)] == ["1", "2"]
+    with Store(path, errors.append) as store:
+        store.append(record("3"))
+    assert [str(error).partition(": ")[0] for error in errors] == [f"{path}:2"] * 2
+    path.write_text(json.dumps([record("1"), record("1"), 3, record("2")]))
+    errors.clear()
+    assert [item["item_id"] for item in read_records(path, errors.append)] == ["1", "2"]
+    assert [str(error).partition(": ")[0] for error in errors] == [f"{path}, entry 2", f"{path}, entry 3"]
 
 
 def test_duplicate_item_is_refused(tmp_path):
@@ -143,6 +152,9 @@ def test_write_atomic_leaves_no_temporary_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+ANSWER = {"p_yes": 0.9, "p_no": 0.1, "answer": "yes"}
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -153,8 +165,41 @@ def test_write_atomic_leaves_no_temporary_file(tmp_path):
         (record("1", question="is it?"), "`question`"),
         (record("1", base_metadata={"base_0": 3}), "`base_metadata`"),
         (record("1", base_metadata={"base_0": {"path": 3}}), "`base_metadata`"),
-        (record("1", base_metadata={"base_0": {"kept": "yes"}}), "`base_metadata`"),
-        (record("1", negative_metadata={"negative_0": {"answer_metadata": ["yes"]}}), "`negative_metadata`"),
+        (
+            record("1", base_metadata={"base_0": {}}),
+            "`base_metadata`: 'base_0' should be an object with a string `path`",
+        ),
+        (record("1", base_metadata={"base": {"path": "x"}}), "`base_metadata`: The image name 'base'"),
+        (record("1", base_metadata=["x"]), "`base_metadata` should be an object of images"),
+        (record("1", base_metadata={"base_0": {"path": "x", "kept": "yes"}}), "'base_0': `kept` should be true or"),
+        (record("1", base_metadata={"base_0": {"path": "x", "local_score": "x"}}), "`local_score` should be a number"),
+        (record("1", base_metadata={"base_0": {"path": "x", "local_score": 10**400}}), "`local_score`"),
+        (
+            record("1", base_metadata={"base_0": {"path": "x", "answer_metadata": [{}]}}),
+            "`answer_metadata` should be a",
+        ),
+        (
+            record("1", base_metadata={"base_0": {"path": "x", "answer_metadata": [ANSWER]}}),
+            "'base_0' has answers and no `local_score`",
+        ),
+        (
+            record("1", base_metadata={"base_0": {"path": "x", "answer_metadata": [ANSWER | {"p_no": "0.1"}]}}),
+            "`answer_metadata` should be a list of answers",
+        ),
+        (record("1", chosen_score="x"), "`chosen_score` should be a number"),
+        (record("1", kept="yes"), "`kept` should be true or false"),
+        (record("1", objects=[{"text": "x"}]), "`objects`"),
+        (record("1", unmatched_objects=["x"]), "`unmatched_objects`"),
+        (
+            record("1", long_prompt=["x"], negative_long_prompt=[]),
+            "per variant .* long_prompt 1, negative_long_prompt 0",
+        ),
+        (record("1", further_pairs=[{"chosen": "a", "rejected": "b", "chosen_score": "x"}]), "`further_pairs`"),
+        (record("1", prompt=["x" * 10**6]), r"`prompt` should be a string, got \['x{1,200}.{0,200}$"),
+        (
+            record("1", negative_metadata={"negative_0": {"path": "x", "answer_metadata": ["yes"]}}),
+            "`negative_metadata`",
+        ),
         (record("1", variant_reasons={"0": "same prompt"}), "`variant_reasons`"),
         (record("1", further_pairs=[{"chosen": "a.png"}]), "`further_pairs`"),
         (record("1", further_pairs={"chosen": "a.png"}), "`further_pairs`"),
@@ -375,7 +420,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
             {
                 "item_id": "a",
                 "pairs": [{"chosen": "c", "rejected": "r", "chosen_score": nan}],
-                "base_metadata": {"base_0": {"local_score": -inf}},
+                "base_metadata": {"base_0": {"path": "x.png", "local_score": -inf}},
             }
         )
     write_json(tmp_path / "b.json", {"x": [nan, 1.5, (inf, "y")]})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, OspoError
+from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ROLES, ImageVerdict, Record, chunked, item_name, stable_hash
 from ospo_fast.stages import StageContext
@@ -37,8 +37,18 @@ def plan_images(record: Record, seed: int, draws: int = 1, prompts: str = "dense
     """Plan the images of an item: for each variant `draws` of its prompt, and one of the hard negative.
 
     The first image of the prompt has the seed of that of the hard negative, so that they differ in little else.
+
+    Raises:
+        OspoError: the prompts of the variants are not as many as their hard negatives, or plain ones are missing.
+
     """
-    dense = list(zip(record.get("long_prompt", []), record.get("negative_long_prompt", []), strict=True))
+    bases, negatives = record.get("long_prompt") or [], record.get("negative_long_prompt") or []
+    if len(bases) != len(negatives):
+        raise OspoError(
+            f"Item {record['item_id']} has {len(bases)} long_prompt and {len(negatives)} negative_long_prompt, "
+            "expected as many; run the stage perturb with --no-resume."
+        )
+    dense = list(zip(bases, negatives, strict=True))
     plan = []
     for index in range(draws * len(dense)):
         variant = index % len(dense)
@@ -46,10 +56,10 @@ def plan_images(record: Record, seed: int, draws: int = 1, prompts: str = "dense
         if not all(pair):
             continue
         if prompts == "plain":
-            if "negative_prompt" not in record:
+            if len(record.get("negative_prompt") or []) != len(dense):
                 raise OspoError(
-                    f"Item {record['item_id']} has no negative_prompt, which images.prompts=plain needs; use records "
-                    "of the stage perturb, or images.prompts=dense."
+                    f"Item {record['item_id']} has no negative_prompt for each long_prompt, which images.prompts=plain "
+                    "needs; use records of the stage perturb, or images.prompts=dense."
                 )
             pair = record["prompt"], record["negative_prompt"][variant]
         image_seed = stable_hash(seed, "images", record["item_id"], index)
@@ -85,7 +95,9 @@ def run(
     awaited: list[Path] = []  # the files that they need
     with ImageFiles(model, settings) as files:
         for chunk in chunked(records, CHUNK):
-            plans = [plan_images(record, config.seed, settings.draws, settings.prompts) for record in chunk]
+            found = [attempt(plan_images, record, config.seed, settings.draws, settings.prompts) for record in chunk]
+            plans = [[] if isinstance(plan, Failure) else plan for plan in found]
+            chunk = [_with_reason(record, plan) for record, plan in zip(chunk, found, strict=True)]
             planned = [(image, image.settings(files.sampling)) for plan in plans for image in plan]
             missing = [image for image, values in planned if not is_finished(out / image.path, values)]
             ids: dict[str, Any] = {p: image_prompt_ids(model, p) for p in {image.prompt for image in missing}}
@@ -107,10 +119,18 @@ def run(
         yield from previous
 
 
+def _with_reason(record: Record, plan: list[PlannedImage] | Failure) -> Record:
+    """Give every variant of an item that cannot be planned the reason."""
+    if not isinstance(plan, Failure):
+        return record
+    variants = len(record.get("long_prompt") or record.get("negative_long_prompt") or [None])
+    return {**record, "variant_reasons": [plan.reason] * variants}
+
+
 def _add_images(record: Record, plan: list[PlannedImage], failures: dict[str, Failure]) -> Record:
     """Add the images of an item; a variant with an image that failed has none."""
     failed = {image.variant: failures[image.path] for image in plan if image.path in failures}
-    reasons = list(record.get("variant_reasons", [None] * len(record.get("long_prompt", []))))
+    reasons = list(record.get("variant_reasons") or [None] * len(record.get("long_prompt") or []))
     for variant, reason in failed.items():
         reasons[variant] = reason.reason
     base, negative = (
@@ -126,7 +146,10 @@ def _add_images(record: Record, plan: list[PlannedImage], failures: dict[str, Fa
 
 def failure(record: Record) -> Failure | None:
     """Return why images of an item are missing; None where all variants with dense prompts have theirs."""
-    for variant, prompt in enumerate(record.get("long_prompt", [])):
+    prompts = record.get("long_prompt") or []
+    if len(prompts) != len(record.get("negative_long_prompt") or []):
+        return Failure(record["variant_reasons"][0] or "the variants lack prompts")
+    for variant, prompt in enumerate(prompts):
         reason = record["variant_reasons"][variant]
         if prompt and reason and f"base_{variant}" not in record["base_metadata"]:
             return Failure(reason)

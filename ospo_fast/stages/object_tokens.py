@@ -108,7 +108,7 @@ def extract_nouns(record: Record) -> list[str]:
     if record.get("nouns"):
         found = _unique(record["nouns"])
     else:
-        concepts, terms = record.get("concepts_and_relations", ""), _terms(record.get("relation", ""))
+        concepts, terms = record.get("concepts_and_relations") or "", _terms(record.get("relation") or "")
         found = _unique(noun for concept in re.split(r"[,;]", concepts) if (noun := _concept_noun(concept, terms)))
         if not any(find_spans(noun, record["prompt"]) for noun in found[:MAX_OBJECTS]):
             found = _unique(_nouns_by_runs(record["prompt"]))

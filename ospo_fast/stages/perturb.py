@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, OspoError
+from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import VARIANTS, Record, chunked, stable_hash
 from ospo_fast.stages import StageContext
@@ -78,13 +78,16 @@ def run(
 ) -> Iterator[Record]:
     """Add `perturbed_method`, `negative_prompt`, `long_prompt` and `negative_long_prompt`, a list of three each.
 
-    A variant fails if an answer fails or does not parse, repeats the prompt, or gives an excluded prompt. Its long
-    prompts are then empty strings, and its entry of `variant_reasons` says why. The entries of other variants are None.
+    A variant fails if an answer fails or does not parse, repeats the prompt, or gives an excluded prompt; those of an
+    unknown sub-category all fail. Its prompts are then empty strings, and its entry of `variant_reasons` says why. The
+    entries of other variants are None.
     """
     templates, excluded = load_model_templates(model, config), excluded_prompts(config)
     for chunk in chunked(records, CHUNK):
-        slots = [(record, variant) for record in chunk for variant in range(VARIANTS)]
-        variables = [template_variables(r) | {"method": methods_for(r["sub_category"])[v]} for r, v in slots]
+        methods = [attempt(methods_for, record.get("sub_category") or "") for record in chunk]
+        known = [(record, m) for record, m in zip(chunk, methods, strict=True) if not isinstance(m, Failure)]
+        slots = [(record, variant) for record, _ in known for variant in range(VARIANTS)]
+        variables = [template_variables(record) | {"method": method} for record, m in known for method in m]
         seeds = [stable_hash(config.seed, "perturb", record["item_id"], variant) for record, variant in slots]
         answers = sample_text(model, templates, "perturb", config.perturb, variables, seeds)
         negatives = ["" if isinstance(answer, Failure) else parse_contrast(answer) for answer in answers]
@@ -104,16 +107,27 @@ def run(
                 failures[n] = prompts
             else:
                 dense[n] = prompts
-        for position, record in enumerate(chunk):
-            rows_of_item = slice(position * VARIANTS, (position + 1) * VARIANTS)
+        starts = iter(range(0, len(slots), VARIANTS))
+        for record, method in zip(chunk, methods, strict=True):
+            if isinstance(method, Failure):
+                yield _without_variants(record, method)
+                continue
+            start = next(starts)
+            rows_of_item = slice(start, start + VARIANTS)
             yield {
                 **record,
-                "perturbed_method": list(methods_for(record["sub_category"])),
+                "perturbed_method": list(method),
                 "negative_prompt": negatives[rows_of_item],
                 "long_prompt": [base for base, _ in dense[rows_of_item]],
                 "negative_long_prompt": [negative for _, negative in dense[rows_of_item]],
                 "variant_reasons": [failed.reason if failed else None for failed in failures[rows_of_item]],
             }
+
+
+def _without_variants(record: Record, failed: Failure) -> Record:
+    none = [""] * VARIANTS
+    prompts: Record = {"negative_prompt": none, "long_prompt": none, "negative_long_prompt": none}
+    return {**record, "perturbed_method": none, **prompts, "variant_reasons": [failed.reason] * VARIANTS}
 
 
 def _check_negative(prompt: str, negative: str, excluded: frozenset[str]) -> Failure | None:

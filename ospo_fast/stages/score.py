@@ -42,7 +42,7 @@ def run(
 
     templates = load_model_templates(model, config)
     for part in chunked(records, CHUNK):
-        questions = dict.fromkeys(question for record in part for question in record.get("question", []))
+        questions = dict.fromkeys(question for record in part for question in record.get("question") or [])
         chats = {q: chat_ids(model, templates, "vqa", {"question": q}, image=True) for q in questions}
         chunk = [_remove_long_questions(record, chats) for record in part]
         scored: dict[tuple[str, str, str], ImageVerdict] = {}
@@ -77,7 +77,7 @@ def _look_up(
 
 
 def _remove_long_questions(record: Record, chats: dict[str, Tensor | Failure]) -> Record:
-    failures = {q: chat for q in record.get("question", []) if isinstance(chat := chats[q], Failure)}
+    failures = {q: chat for q in record.get("question") or [] if isinstance(chat := chats[q], Failure)}
     if not failures:
         return record
     for question, failed in failures.items():

@@ -69,7 +69,7 @@ def negative_verdict(image: Image, rule: str = "v3", settings: SelectConfig | No
 
 
 def _answers(image: Image) -> list[str]:
-    return [str(answer["answer"]).strip().lower() for answer in image.get("answer_metadata", [])]
+    return [str(answer["answer"]).strip().lower() for answer in image.get("answer_metadata") or []]
 
 
 def _unanswered(image: Image) -> Verdict:
@@ -118,10 +118,10 @@ def _select(
 ) -> Pair | Failure:
     if settings.rejected == "own" and rule != "random" and isinstance(pair := _own_pair(record, rule, settings), dict):
         return pair
-    bases = _passing(record["base_metadata"], partial(base_verdict, rule=rule, settings=settings))
-    negatives = _passing(record["negative_metadata"], partial(negative_verdict, rule=rule, settings=settings))
+    bases = _passing(_images(record, "base"), partial(base_verdict, rule=rule, settings=settings))
+    negatives = _passing(_images(record, "negative"), partial(negative_verdict, rule=rule, settings=settings))
     if not bases:
-        reasons = [base_verdict(image, rule, settings).reason for image in record["base_metadata"].values()]
+        reasons = [base_verdict(image, rule, settings).reason for image in _images(record, "base").values()]
         return Failure("no base image passed: " + "; ".join(dict.fromkeys(reasons)))
     if not negatives:
         return Failure("no negative image shows a difference")
@@ -137,6 +137,11 @@ def _select(
     return _pair(bases[index], negatives[shared[index]])
 
 
+def _images(record: Mapping[str, Any], role: str) -> Mapping[str, Image]:
+    images: Mapping[str, Image] = record.get(f"{role}_metadata") or {}
+    return images
+
+
 def _passing(images: Mapping[str, Image], judge: Callable[[Image], Verdict]) -> dict[int, Image]:
     return {image_index(name): image for name, image in images.items() if judge(image).kept}
 
@@ -147,8 +152,8 @@ def _best(images: Mapping[int, Image]) -> Image:
 
 def _own_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> Pair | Failure:
     """The best of the base images, and the worst of the others that `negative_verdict` accepts."""
-    bases = _passing(record["base_metadata"], partial(base_verdict, rule=rule, settings=settings))
-    wrong = _passing(record["base_metadata"], partial(negative_verdict, rule=rule, settings=settings))
+    bases = _passing(_images(record, "base"), partial(base_verdict, rule=rule, settings=settings))
+    wrong = _passing(_images(record, "base"), partial(negative_verdict, rule=rule, settings=settings))
     if not bases:
         return Failure("no base image passed")
     best = _best(bases)
@@ -196,7 +201,7 @@ def run(
     settings = config.select
     for record in records:
         if not record.get("base_metadata"):
-            reasons = dict.fromkeys(reason for reason in record.get("variant_reasons", []) if reason)
+            reasons = dict.fromkeys(reason for reason in record.get("variant_reasons") or [] if reason)
             reason = "no image: " + ("; ".join(reasons) or "no variant was generated")
             yield {**record, "kept": False, "reason": reason}
         elif not record.get("question") and settings.rule != "random":
@@ -231,8 +236,8 @@ def _select_pairs(
             pair = _select(rest, settings.rule, settings, rng, logprobs)
         if isinstance(pair, Failure):
             return pairs or pair
-        if "negative_prompt" in record:
-            images = {**record["negative_metadata"], **record["base_metadata"]}
+        if record.get("negative_prompt"):
+            images = {**_images(record, "negative"), **_images(record, "base")}
             index = next(image_index(name) for name, image in images.items() if image["path"] == pair["rejected"])
             pair["rejected_prompt"] = record["negative_prompt"][variant_index(index, record)]
         pairs.append(pair)

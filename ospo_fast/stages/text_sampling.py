@@ -23,10 +23,10 @@ def template_variables(record: Record) -> dict[str, str]:
     """Return the template variables that a record gives."""
     return {
         "prompt": record["prompt"],
-        "kind": record.get("kind", ""),
-        "sub_category": record.get("sub_category", ""),
-        "concepts": record.get("concepts_and_relations", ""),
-        "relation": record.get("relation", ""),
+        "kind": record.get("kind") or "",  # a field may be null
+        "sub_category": record.get("sub_category") or "",
+        "concepts": record.get("concepts_and_relations") or "",
+        "relation": record.get("relation") or "",
     }
 
 
