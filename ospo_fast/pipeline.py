@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
     Record,
     Store,
+    edited_text,
     locked,
     only_writer,
     parse_json,
@@ -85,6 +87,36 @@ def _with_prompts(records: Sequence[Record], source: str, on_error: OnError) -> 
                 OspoError(f"{source}.jsonl: item {record['item_id']!r} has no `prompt`; add it or delete the item.")
             )
     return usable
+
+
+def _check_texts(
+    out: Path, stage: Stage, source: str, inputs: Sequence[Record], finished: Mapping[str, Record]
+) -> None:
+    """Raise UsageError if a text that a stage has read was edited after that.
+
+    The inputs of `stage`, records of the store of `source`, are compared with the stores that they were made of, and
+    with the records that the stage has made of them already. Broken lines are the matter of who reads them as inputs.
+    """
+    by_id, store = {record["item_id"]: record for record in inputs}, store_path(out, source)
+    for earlier, reader in itertools.pairwise(STAGES[: STAGES.index(find_stage(source)) + 1]):
+        for path in store_paths(out, earlier.name):
+            for record in read_records(path, lambda error: None):
+                if record["item_id"] in by_id:
+                    _check_text(record, by_id[record["item_id"]], path, store, reader)
+    for item_id, later in finished.items():
+        if item_id in by_id:
+            _check_text(by_id[item_id], later, store, store_path(out, stage.name), stage)
+
+
+def _check_text(record: Record, later: Record, path: Path, later_path: Path, reader: Stage) -> None:
+    """Raise UsageError if `later`, which was made of `record`, has another text. `reader`: the stage that reads it."""
+    if (edited := edited_text(record, later)) is not None:
+        field, before, after = edited
+        raise UsageError(
+            f"Item {record['item_id']!r}: `{field}` is {before!r:.200} in {path}, but {after!r:.200} in "
+            f"{later_path}, which was made of it: one of them was edited. Put the text back, or run "
+            f"`ospo-fast {reader.name} --no-resume` to make everything of {path.name} again."
+        )
 
 
 def stage_metrics(*folders: Path) -> dict[str, dict[str, float]]:
@@ -246,6 +278,9 @@ class Pipeline:
             waiting, total = list(present.values()), 0
         else:
             found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
+            _check_texts(out, stage, source, found, present)
+            if not found and not unusable:
+                raise UsageError(f"{store_path(out, source)} holds no records; run `ospo-fast {source}` to make them.")
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
             complete = not waiting
@@ -281,11 +316,14 @@ class Pipeline:
         source, folder = stage.inputs(config), out / str(stage.folder)
         assert source is not None
         done = _read_json(folder / "done.json", None)
-        if done is not None and self.resume:
+        complete = done is not None and self.resume
+        unusable: list[OspoError] = []
+        found = [] if complete and not store_paths(out, source) else read_stage(out, source, unusable.append)
+        records = _with_prompts(found, source, unusable.append)
+        _check_texts(out, stage, source, records, {})
+        if complete:
             report.total = done["step"]
             return
-        unusable: list[OspoError] = []
-        records = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         model = self.model(report.iteration)
         with only_writer(folder):

@@ -280,6 +280,36 @@ def _check_images(images: object, where: str) -> None:
             raise OspoError(f"{label} has answers and no `local_score`; score it with the stage score.")
 
 
+# Texts that a stage copies from its input and never changes: what it computes from them is about its own copy.
+_COPIED = (
+    "prompt t2i_category sub_category concepts_and_relations relation kind perturbed_method negative_prompt "
+    "long_prompt negative_long_prompt"
+)
+
+
+def edited_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Compare the texts of a record with those of the record that a later stage made of it.
+
+    Returns:
+        (field, value before, value after) of a text that differs, because it was edited after the later stage had read
+        it; None if all are equal. Texts that `before` does not have are not compared. The score stage leaves out
+        questions that are too long, so `after` need not have all of them.
+
+    """
+    for name in _COPIED.split():
+        if before.get(name) is not None and before[name] != after.get(name):
+            return name, before[name], after.get(name)
+    known, kept = before.get("question"), after.get("question")
+    if known is not None and not set(kept or ()) <= set(known):
+        return "question", known, kept
+    later = {name: verdict.get("prompt") for _, name, verdict in image_verdicts(cast(Record, after))}
+    for role, name, verdict in image_verdicts(cast(Record, before)):
+        text = verdict.get("prompt")
+        if None not in (text, later.get(name)) and text != later[name]:
+            return f"{role}_metadata.{name}.prompt", text, later[name]
+    return None
+
+
 def _check_encodable(flat: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a record. Raise OspoError if no file can hold it: lone surrogates, or values nested too deeply."""
     try:

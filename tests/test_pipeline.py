@@ -346,6 +346,70 @@ def test_edited_files_are_refused(tiny, script, tmp_path):
         path.write_text(content)
 
 
+def edit(path, change):
+    """Apply `change` to the first record of a store that it changes, and return the item's id."""
+    lines = path.read_text().splitlines()
+    for index, line in enumerate(lines):
+        record = json.loads(line)
+        change(record)
+        if (edited := json.dumps(record, ensure_ascii=False)) != line:
+            lines[index] = edited
+            path.write_text("\n".join(lines) + "\n")
+            return record["item_id"]
+    raise AssertionError("no record was changed")
+
+
+def edit_prompt(record):
+    record["prompt"] += "!"
+
+
+def edit_image(record):
+    for image in record["base_metadata"].values():
+        image["prompt"] += "!"
+
+
+@pytest.mark.parametrize(
+    ("edited", "run", "change", "words"),
+    [
+        ("prompts", "perturb", edit_prompt, "`prompt`"),
+        ("prompts", "masks", edit_prompt, "`prompt`"),
+        ("prompts", "train", edit_prompt, "`prompt`"),
+        ("select", "train", edit_prompt, "`prompt`"),
+        ("score", "score", edit_prompt, "`prompt`"),
+        ("perturb", "select", lambda record: record["negative_prompt"].append("x"), "`negative_prompt`"),
+        ("questions", "score", lambda record: record["question"].clear(), "`question`"),
+        ("images", "score", edit_image, r"`base_metadata\.base_\d\.prompt`"),
+    ],
+)
+def test_texts_edited_behind_the_stages_are_refused(whole, tiny, tmp_path, edited, run, change, words):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    item_id = edit(out / f"{edited}.jsonl", change)
+    before = contents(out)
+    with pytest.raises(UsageError, match=rf"Item '{item_id}': {words} is .*one of them was edited.*--no-resume"):
+        pipeline(tiny, out).stage(run)
+    assert contents(out) == before
+
+
+def test_training_that_is_complete_needs_no_store(whole, tiny, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for path in out.glob("*.jsonl"):
+        path.unlink()
+    assert pipeline(tiny, out).stage("train").total == 3
+
+
+def test_an_empty_store_is_refused(whole, tiny, script, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "score.jsonl").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"score\.jsonl holds no records; run `ospo-fast score"):
+        pipeline(tiny, out).stage("select")
+    assert pipeline(tiny, out).stage("score").items == 12
+    assert pipeline(tiny, out).stage("select").items == 0
+    assert contents(out) == contents(whole)
+
+
 def test_moved_run_resumes(tiny, script, tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there" / "deep"
     there.mkdir(parents=True)

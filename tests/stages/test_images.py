@@ -105,7 +105,9 @@ def test_plan_with_plain_prompts():
         "negative_0": "a blue circle",
         "negative_2": "a red square",
     }
-    with pytest.raises(OspoError, match=r"Item 0000001 has no negative_prompt for each long_prompt, which images\.prompts=plain needs"):
+    with pytest.raises(
+        OspoError, match=r"Item 0000001 has no negative_prompt for each long_prompt, which images\.prompts=plain needs"
+    ):
         plan_images(item(1), 42, prompts="plain")
 
 
