@@ -43,12 +43,14 @@ class BatchSizeLimit:
         max_size: items per batch. Every out-of-memory error lowers it for good.
         item_name: singular noun for messages, such as "image".
         remedy: what the user can do if a single item does not fit.
+        fills: `function` fills every batch up to `max_size` items, so that all have one shape.
 
     """
 
     max_size: int
     item_name: str
     remedy: str = "free some, or use a smaller dtype"
+    fills: bool = False
 
     def run(self, batches: Iterable[B], function: Callable[[B], R]) -> Iterator[tuple[B, R]]:
         """Yield each batch with function(batch).
@@ -75,7 +77,8 @@ class BatchSizeLimit:
                     continue
                 # Not in the except clause: there the exception keeps the tensors of the failed attempt alive.
                 release()
-                tried, self.max_size = self.max_size, max(1, len(part) // 2)
+                failed = self.max_size if self.fills else len(part)
+                tried, self.max_size = self.max_size, max(1, failed // 2)
                 logger.warning(
                     "out of memory with %d %ss per batch; continuing with %d", tried, self.item_name, self.max_size
                 )

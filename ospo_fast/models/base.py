@@ -87,10 +87,10 @@ class UnifiedModel(Protocol):
         """Hidden states (..., D) → logits (..., V) over the text vocabulary."""
 
     def decode_codes(self, codes: Tensor) -> list[Image]:
-        """Codes (N, T) → images."""
+        """Codes (N, T) → images. Their pixels do not depend on the other images of a call."""
 
     def encode_images(self, images: list[Image]) -> Tensor:
-        """Images → codes (N, T) int64."""
+        """Images → codes (N, T) int64, which do not depend on the other images of a call."""
 
     def save(self, path: str | Path) -> None:
         """Write weights (safetensors), configuration and processor to a folder that `load_model` reads."""

@@ -16,7 +16,8 @@ from ospo_fast.models.base import Message, Offset
 from ospo_fast.oom import BatchSizeLimit, short
 
 _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template is split
-_VQ_PIXELS = 16 * 384 * 384  # per batch of the VQ model: about 2 GB of activations in bf16
+_VQ_PIXELS = 16 * 384 * 384  # per pass of the VQ model on a GPU: about 2 GB of activations in bf16
+_VQ_IMAGES_CPU = 2  # per pass on a CPU: more save nothing, and one alone costs as much as two
 
 
 class _JanusModule:
@@ -166,7 +167,8 @@ class JanusUnifiedModel(_JanusModule):
         self._prefix, self._suffix = self._split_template()
         size = processor.image_processor.size
         batch_size = max(1, min(64, _VQ_PIXELS // int(size["height"] * size["width"])))
-        self._vq_limit = BatchSizeLimit(batch_size, "image", "free some, or use a smaller batch_size")
+        batch_size = _VQ_IMAGES_CPU if self.device.type == "cpu" else batch_size
+        self._vq_limit = BatchSizeLimit(batch_size, "image", "free some, or use a smaller batch_size", fills=True)
 
     def with_module(self, module: Any, *, name: str) -> JanusUnifiedModel:
         """An adapter of another module with the processor and the template set of this one."""
@@ -260,7 +262,7 @@ class JanusUnifiedModel(_JanusModule):
         codes = codes.to(self.device, torch.long)
 
         def decode(rows: Tensor) -> list[Image.Image]:
-            pixels = self._core.vqmodel.decode(_at_least_two(rows))[: len(rows)].float().permute(0, 2, 3, 1)
+            pixels = self._core.vqmodel.decode(self._fill_pass(rows))[: len(rows)].float().permute(0, 2, 3, 1)
             # Truncated, not rounded, as the processor's postprocess and the official code do.
             levels = ((pixels * std + mean) * 255).clamp(0, 255).to(torch.uint8).cpu().numpy()
             return [Image.fromarray(image) for image in levels]
@@ -277,7 +279,7 @@ class JanusUnifiedModel(_JanusModule):
 
         def encode(part: list[Image.Image]) -> Tensor:
             pixels = self._pixels(part)
-            latent = vq.quant_conv(vq.encoder(_at_least_two(pixels)))[: len(pixels)].float()  # (N, E, H, W)
+            latent = vq.quant_conv(vq.encoder(self._fill_pass(pixels)))[: len(pixels)].float()  # (N, E, H, W)
             nearest: Tensor = (latent.flatten(2).transpose(1, 2) @ codebook.T).argmax(-1)
             return nearest
 
@@ -294,6 +296,15 @@ class JanusUnifiedModel(_JanusModule):
             raise OspoError(f"model: cannot write to {path} ({error.strerror or error})") from error
 
     # Helpers
+
+    def _fill_pass(self, rows: Tensor) -> Tensor:
+        """Repeat the first row up to the size of a pass of the VQ model.
+
+        Convolutions of another number of images use other kernels, which round differently. In passes of one size an
+        image has the same bits at every place and with any neighbors.
+        """
+        missing = self._vq_limit.max_size - len(rows)
+        return torch.cat((rows, rows[:1].expand(missing, *rows.shape[1:]))) if missing > 0 else rows
 
     def _complete_generation_config(self) -> None:
         """Store what transformers' own image generation needs: begin-of-image, and the ids of unconditional prompts."""
@@ -399,8 +410,3 @@ class JanusUnifiedModel(_JanusModule):
         if not found:
             raise OspoError(f"model: the tokenizer of {self.name} has no single token for any of {', '.join(words)}")
         return tuple(dict.fromkeys(found))
-
-
-def _at_least_two(batch: Tensor) -> Tensor:
-    """Double a batch of one: the convolution of one image uses another kernel, which rounds differently."""
-    return torch.cat((batch, batch)) if len(batch) == 1 else batch

@@ -206,14 +206,42 @@ def test_decoded_images(tiny: JanusUnifiedModel) -> None:
         assert image.size == (48, 48)
         assert image.mode == "RGB"
         assert np.abs(np.asarray(image).astype(float) - levels.numpy()).max() <= 1.001
-    # An image does not depend on the others of its batch.
-    assert np.array_equal(np.asarray(tiny.decode_codes(codes[1:2])[0]), np.asarray(images[1]))
     assert tiny.decode_codes(codes[:0]) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pixels_and_codes_do_not_depend_on_the_batch(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All passes have one size. Of the embedded model, whose convolutions change kernels at 2 and at 16 images."""
+    model = load_model("shapes")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        codes = torch.randint(model.num_codes, (19, 36), generator=torch.Generator().manual_seed(0))
+        vq = model.module.model.vqmodel
+        decode, pixels = vq.decode, []
+        monkeypatch.setattr(vq, "decode", lambda rows: pixels.append(decode(rows)) or pixels[-1])
+
+        def bits(rows: list[int]) -> torch.Tensor:
+            """The pixels of the model (N, 3, H, W), before they are cut to integers."""
+            del pixels[:]
+            images = model.decode_codes(codes[rows])
+            assert len({len(part) for part in pixels}) == 1
+            assert len(images) == len(rows)
+            return torch.cat(pixels)[: len(rows)]
+
+        whole = bits(list(range(19)))
+        found = model.encode_images(model.decode_codes(codes))
+        for rows in ([0], [18], [5, 4], [18, 0, 7], list(range(17, 1, -1)), list(range(8))):
+            assert torch.equal(bits(rows), whole[rows])
+            assert torch.equal(model.encode_images(model.decode_codes(codes[rows])), found[rows])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_out_of_memory_halves_the_batch(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, tiny.num_codes, (7, tiny.grid[0] * tiny.grid[1]))
     expected = tiny.decode_codes(codes)
+    tiny._vq_limit.max_size = 8  # as on a GPU
     vq = tiny.module.model.vqmodel
     decode, sizes = vq.decode, []
 
@@ -226,12 +254,12 @@ def test_out_of_memory_halves_the_batch(tiny: JanusUnifiedModel, monkeypatch: py
     monkeypatch.setattr(vq, "decode", limited)
     capacity = 3
     images = tiny.decode_codes(codes)
-    assert sizes == [7, 3, 3, 2]  # a batch of one is doubled
+    assert sizes == [8, 4, 2, 2, 2, 2]  # the last pass is filled up, as every one is
     for image, other in zip(images, expected, strict=True):
         assert np.abs(np.asarray(image).astype(int) - np.asarray(other)).max() <= 1
     del sizes[:]
     tiny.decode_codes(codes[:5])
-    assert sizes == [3, 2]  # the limit is kept
+    assert sizes == [2, 2, 2]  # the limit is kept
     capacity = 0
     with pytest.raises(OspoError, match=r"one image does not fit the memory .*smaller batch_size"):
         tiny.decode_codes(codes)
