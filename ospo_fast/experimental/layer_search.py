@@ -28,6 +28,7 @@ from ospo_fast.stages.masks import (
     MaskTask,
     extract_masks,
     finite_maps,
+    mask_batches,
     mask_tasks,
     object_sizes,
 )
@@ -135,7 +136,7 @@ def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedMode
     changes: dict[str, Any] = {"layers": layers, "choose": rule, "soft": False} | ({"heads": None} if by_head else {})
     search = LayerSearch(dataclasses.replace(settings, **changes), by_head=by_head)
     scores: list[Tensor] = []
-    for tasks in chunked(_select_tasks(pairs, model, settings, out), settings.batch_size):
+    for tasks in mask_batches(_select_tasks(pairs, model, settings, out), model, settings.batch_size):
         prompts = [task.objects.ids for task in tasks for _ in range(2)]
         columns = [task.objects.columns for task in tasks for _ in range(2)]
         masks = extract_masks(search, model, prompts, torch.cat([task.codes for task in tasks]), columns).cpu()

@@ -76,7 +76,9 @@ def soft_masks(found: ObjectMasks, *, scaler: float = 0.8, sharpness: float = 10
 
     `scaler` is the one given to `object_masks`. The union of soft masks is their maximum, cell by cell.
     """
-    return torch.sigmoid(sharpness * (found.maps - (found.thresholds * scaler)[..., None, None]))
+    scores = sharpness * (found.maps - (found.thresholds * scaler)[..., None, None])
+    # In float64: of float32 numbers, torch rounds those at the end of a tensor differently.
+    return torch.sigmoid(scores.double()).to(scores)
 
 
 def spatial_entropy(maps: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ that the image's tokens pay to the tokens of an object is the object's map. Otsu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +27,21 @@ from ospo_fast.stages import StageContext
 from ospo_fast.stages.image_files import locate, pair_codes
 from ospo_fast.stages.mask_stats import pair_stats
 from ospo_fast.stages.object_tokens import ObjectTokens, find_objects
-from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
+from ospo_fast.stages.teacher_forcing import (
+    Batch,
+    equal_batches,
+    fill,
+    hidden_states,
+    padded_length,
+    teacher_forced,
+)
 
 if TYPE_CHECKING:
     from ospo_fast.ops import ObjectMasks
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 8  # batches whose pairs are sorted by length, so that a batch has little padding
+WINDOW = 8  # batches whose pairs are sorted by length, so that batches are full
 Columns = Sequence[Sequence[Sequence[int]]]  # of each image, of each object: the positions of its tokens
 
 
@@ -88,7 +96,9 @@ class MaskExtractor:
     def compute(self, capture: AttentionCapture, columns: Columns, batch: Batch) -> Masks:
         """Compute the masks after the forward pass."""
         maps, finite = finite_maps(capture.layer_maps)
-        return self.threshold(maps.mean(0), maps, finite, capture.layers, object_sizes(columns, maps.device))
+        # Layer by layer: the order of the sum that mean(0) takes depends on the position in the tensor.
+        total = functools.reduce(torch.add, maps.unbind())
+        return self.threshold(total / len(maps), maps, finite, capture.layers, object_sizes(columns, maps.device))
 
     def threshold(
         self, maps: Tensor, layer_maps: Tensor, finite: Tensor, layers: tuple[int, ...], sizes: Tensor
@@ -137,8 +147,11 @@ def build_extractor(
 def extract_masks(
     extractor: MaskExtractor, model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, columns: Columns
 ) -> Masks:
-    """Compute the masks of N images in one forward pass; prompts: N × ids (S,), codes (N, T)."""
-    batch = teacher_forced(model, prompts, codes)
+    """Compute the masks of N images in one forward pass; prompts: N × ids (S,), codes (N, T).
+
+    Those of an image do not depend on the others if all have one `padded_length`.
+    """
+    batch = teacher_forced(model, prompts, codes, length=max(padded_length(model, ids) for ids in prompts))
     with extractor.capture(model, columns, batch, stop_early=True) as capture:
         hidden_states(model, batch.embeds)
     return extractor.compute(capture, columns, batch)
@@ -167,6 +180,11 @@ def mask_tasks(
         else:
             tasks.append(MaskTask(item, objects, codes))
     return tasks
+
+
+def mask_batches(tasks: Iterable[MaskTask], model: UnifiedModel, batch_size: int) -> Iterator[list[MaskTask]]:
+    """Split tasks into batches in which the masks of a task do not depend on the others."""
+    return equal_batches(tasks, lambda task: padded_length(model, task.objects.ids), batch_size)
 
 
 def run(
@@ -218,15 +236,11 @@ def _compute_masks(
     records: Sequence[Record], model: UnifiedModel, extractor: MaskExtractor, out: Path
 ) -> Iterator[_Result]:
     settings = extractor.settings
-    # Windows count items without a pair, too. The last bits of a map depend on its batch, and this way the window of a
-    # pair depends only on its position in the store.
-    entries = (pair for record in records for pair in (*iter_pairs([record]), *([] if record.get("pairs") else [None])))
-    for window in chunked(entries, settings.batch_size * WINDOW):
-        pairs = [pair for pair in window if pair is not None]
+    for pairs in chunked(iter_pairs(records), settings.batch_size * WINDOW):
         tasks = mask_tasks(pairs, model, settings.match, out)
-        ready = sorted((task for task in tasks if isinstance(task, MaskTask)), key=lambda task: len(task.objects.ids))
         results: dict[str, _Result] = {}
-        for batch in chunked(ready, settings.batch_size):
+        ready = [task for task in tasks if isinstance(task, MaskTask)]
+        for batch in mask_batches(ready, model, settings.batch_size):
             results |= _write_masks(batch, model, extractor, out)
         for pair, task in zip(pairs, tasks, strict=True):
             yield _failed(pair, task) if isinstance(task, Failure) else results[pair.name]
@@ -235,13 +249,15 @@ def _compute_masks(
 def _write_masks(tasks: list[MaskTask], model: UnifiedModel, extractor: MaskExtractor, out: Path) -> dict[str, _Result]:
     from safetensors.torch import save
 
-    columns = [task.objects.columns for task in tasks] * 2
-    codes = torch.stack([task.codes for task in tasks], dim=1).flatten(0, 1)
-    result = extract_masks(extractor, model, [task.objects.ids for task in tasks] * 2, codes, columns).cpu()
+    # The chosen and the rejected image of a task are neighbors.
+    filled = [task for task in fill(tasks, extractor.settings.batch_size, model.device) for _ in SIDES]
+    codes = torch.cat([task.codes for task in filled[::2]])
+    columns = [task.objects.columns for task in filled]
+    result = extract_masks(extractor, model, [task.objects.ids for task in filled], codes, columns).cpu()
     masks = result.found
     results: dict[str, _Result] = {}
     for n, task in enumerate(tasks):
-        name, objects, both = task.item.name, task.objects, [n, n + len(tasks)]
+        name, objects, both = task.item.name, task.objects, [2 * n, 2 * n + 1]
         count = len(objects.columns)
         if not bool(result.finite[both].all()):
             results[name] = _failed(task.item, Failure("the attention of the model holds NaN or infinity"))

@@ -1,12 +1,19 @@
 """Teacher-forced sequences: a prompt that ends in begin-of-image, then the codes of an image, padded on the right.
 
-Attention is causal: no position that counts sees the padding, so it needs no mask.
+Attention is causal: no position that counts sees the padding, so it needs no mask. But its sums have an order that
+depends on the length of the padded sequence. Where results must have the same bits in any batch, batches hold sequences
+that are padded to one length, which depends on each of them alone (`padded_length`). On a CPU the number of sequences
+in a batch has no influence then. On a GPU, products of another number of rows may round differently: batches are
+filled up (`fill`), and with another batch size results may round differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +22,10 @@ from ospo_fast.errors import OspoError
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
+from ospo_fast.records import chunked
+
+T = TypeVar("T")
+LENGTH_TILE = 16  # positions: prompts of similar lengths share a batch
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,30 @@ class Batch:
     tokens: int  # T, codes of an image
 
 
-def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Batch:
+def padded_length(model: UnifiedModel, prompt: Tensor) -> int:
+    """Return the positions of a prompt (L,) and an image: rounded up, but no more than the model has."""
+    length = len(prompt) + model.grid[0] * model.grid[1]
+    return max(length, min(-(-length // LENGTH_TILE) * LENGTH_TILE, model.max_positions))
+
+
+def equal_batches(items: Iterable[T], length: Callable[[T], int], batch_size: int) -> Iterator[list[T]]:
+    """Split items into batches of one length each, the shortest first, in order within a length."""
+    for _, same in itertools.groupby(sorted(items, key=length), length):
+        yield from chunked(same, batch_size)
+
+
+def fill(batch: Sequence[T], batch_size: int, device: torch.device) -> list[T]:
+    """Repeat the first item up to `batch_size` on a GPU, see above; its results are to be ignored."""
+    items = list(batch)
+    return items + items[:1] * (batch_size - len(items)) if device.type == "cuda" else items
+
+
+def teacher_forced(
+    model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, *, length: int | None = None
+) -> Batch:
     """Embed N prompts, ids (L_n,) that end in begin-of-image, each followed by its row of the codes (N, T).
+
+    length: positions S of the padded sequences; by default those of the longest.
 
     Raises:
         OspoError: a sequence is longer than the model's positions.
@@ -42,15 +75,16 @@ def teacher_forced(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor
             f"A prompt of {int(lengths.max())} tokens and {size} image tokens do not fit the model's "
             f"{model.max_positions} positions; shorten the prompt."
         )
+    padded = longest if length is None else length
     ids = torch.full((len(prompts), int(lengths.max())), model.pad_id)
-    labels = torch.full((len(prompts), longest), IGNORE_INDEX)
+    labels = torch.full((len(prompts), padded), IGNORE_INDEX)
     for n, prompt in enumerate(prompts):
         ids[n, : len(prompt)] = prompt
         labels[n, len(prompt) : len(prompt) + size] = codes[n]
     ids, labels, codes = to_device_packed((ids, labels, codes), model.device)
     text = model.embed_tokens(ids)
     image = model.embed_codes(codes)
-    embeds = text.new_zeros(len(prompts), longest, text.shape[-1])
+    embeds = text.new_zeros(len(prompts), padded, text.shape[-1])
     embeds[:, : text.shape[1]] = text
     for n, start in enumerate(lengths.tolist()):
         embeds[n, start : start + size] = image[n]
@@ -67,14 +101,16 @@ def hidden_states(model: UnifiedModel, embeds: Tensor) -> Tensor:
 def mean_logprobs(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, *, batch_size: int) -> list[float]:
     """Return the mean over the image tokens of log p(code | prompt, codes before), for each of N images.
 
-    prompts: N × ids (L_n,). codes: (N, T). batch_size: images per forward pass.
+    prompts: N × ids (L_n,). codes: (N, T). batch_size: images per forward pass; a mean does not depend on the others.
     """
     from ospo_fast.ops import token_logprobs
 
-    means: list[float] = []
-    for start in range(0, len(prompts), batch_size):
-        batch = teacher_forced(model, prompts[start : start + batch_size], codes[start : start + batch_size])
+    means = [0.0] * len(prompts)
+    for rows in equal_batches(range(len(prompts)), lambda n: len(prompts[n]), batch_size):
+        filled = fill(rows, batch_size, model.device)
+        batch = teacher_forced(model, [prompts[n] for n in filled], codes[filled])
         hidden = hidden_states(model, batch.embeds)[:, :-1]
-        logps = token_logprobs(hidden, model.head, batch.labels[:, 1:])
-        means += (logps.sum(1) / batch.tokens).tolist()
+        for n, own, labels in zip(rows, hidden, batch.labels[:, 1:], strict=False):
+            # Image by image: the products of the head have one size, and fsum rounds once.
+            means[n] = math.fsum(token_logprobs(own, model.head, labels).tolist()) / batch.tokens
     return means
