@@ -146,7 +146,10 @@ def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedMode
         scores.append(masks.scores[:, exists])
     found = torch.cat(scores, dim=1) if scores else torch.zeros(len(names), 0)
     if not found.shape[1]:
-        raise OspoError("masks.layers=auto: no pair with an object to select by; name the layers, as in [10,12].")
+        raise OspoError(
+            "masks.layers=auto: no pair with an object to select by, expected one (a shard of the pairs selects none); "
+            "run the stage without --shard, or name the layers, as in [10,12]."
+        )
     mean = {name: round(float(value), 6) for name, value in zip(names, found.double().mean(1), strict=True)}
     best = best_layer(found[..., None], torch.ones(found.shape[1], 1, dtype=torch.bool), rule=rule)
     selected = {"layers": [best // heads]} | ({"heads": [best % heads]} if by_head else {})

@@ -213,7 +213,10 @@ def run(
     if config.masks.official is not None:
         results = (_import_masks(pair, Path(config.masks.official), out) for pair in iter_pairs(items))
     else:
-        results = _compute_masks(items, model, build_extractor(config.masks, iter_pairs(items), model, out), out)
+        # A layer that one shard selected would depend on which of them came first.
+        whole = context is None or context.shard is None
+        extractor = build_extractor(config.masks, iter_pairs(items if whole else ()), model, out)
+        results = _compute_masks(items, model, extractor, out)
     for record in items:
         if not record.get("pairs"):
             yield {**record, "mask": None, "mask_reason": "the item has no pair"}

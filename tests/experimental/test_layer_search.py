@@ -14,6 +14,7 @@ from ospo_fast.experimental.layer_search import resolve_auto_layers
 from ospo_fast.experimental.layer_selection import best_layer, choose_layers
 from ospo_fast.models import load_model
 from ospo_fast.records import iter_pairs
+from ospo_fast.stages import Shard, StageContext
 from ospo_fast.stages.image_files import load_codes, save_image
 from ospo_fast.stages.masks import build_extractor, run
 from ospo_fast.stages.object_tokens import find_objects
@@ -132,6 +133,16 @@ def test_training_with_masks_of_the_policy(model, items, tmp_path, settings):
     assert all(example.columns for example in load_examples(list(iter_pairs(items)), model, config, tmp_path)[0])
     train(items, model, config, out=tmp_path)
     assert len((tmp_path / "train" / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_shard_selects_no_layer(model, items, tmp_path):
+    """The masks would depend on which shard came first. A selection that exists is used."""
+    auto, context = load_config(["masks.layers=auto"]), StageContext(shard=Shard(0, 2))
+    with pytest.raises(OspoError, match=r"a shard of the pairs selects none.*without --shard.*\[10,12\]"):
+        list(run(items, model, auto, out=tmp_path, context=context))
+    assert not (tmp_path / "masks").exists()
+    whole = list(run(items, model, auto, out=tmp_path))
+    assert list(run(items[:2], model, auto, out=tmp_path, context=context)) == whole[:2]
 
 
 def test_failed_searches(model, items, tmp_path):
