@@ -376,7 +376,7 @@ def edit_image(record):
         ("prompts", "train", edit_prompt, "`prompt`"),
         ("select", "train", edit_prompt, "`prompt`"),
         ("score", "score", edit_prompt, "`prompt`"),
-        ("perturb", "select", lambda record: record["negative_prompt"].append("x"), "`negative_prompt`"),
+        ("perturb", "select", lambda record: record["negative_prompt"].reverse(), "`negative_prompt`"),
         ("questions", "score", lambda record: record["question"].clear(), "`question`"),
         ("images", "score", edit_image, r"`base_metadata\.base_\d\.prompt`"),
     ],
