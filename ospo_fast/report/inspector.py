@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -155,21 +156,23 @@ def mark_objects(text: str, objects: Sequence[ObjectSpan], *, own_spans: bool) -
     than one object names none of them outside of their spans.
 
     """
-    nouns = [span["text"] for span in objects]
+    nouns = Counter(span["text"] for span in objects)
     places: list[tuple[int, int, int]] = []
     if own_spans:
         places += [(span["start"], span["end"], index) for index, span in enumerate(objects) if _fits(span, text)]
-    for index, noun in enumerate(nouns):
-        if nouns.count(noun) == 1:
-            places += [(start, end, index) for start, end in find_spans(noun, text)]
-    accepted: list[tuple[int, int, int]] = []
+    for index, span in enumerate(objects):
+        if nouns[span["text"]] == 1:
+            places += [(start, end, index) for start, end in find_spans(span["text"], text)]
+    accepted: list[tuple[int, int, int]] = []  # in their order in the text, without overlap
     # The longest first: "fan" within "ceiling fan" is a part of that object's name.
     for start, end, index in sorted(places, key=lambda place: place[0] - place[1]):
-        if all(end <= other[0] or other[1] <= start for other in accepted):
-            accepted.append((start, end, index))
+        place = bisect.bisect(accepted, (start, end, index))
+        before, after = accepted[max(0, place - 1) : place], accepted[place : place + 1]
+        if all(other[1] <= start for other in before) and all(end <= other[0] for other in after):
+            accepted.insert(place, (start, end, index))
     parts: list[tuple[str, int | None]] = []
     done = 0
-    for start, end, index in sorted(accepted):
+    for start, end, index in accepted:
         parts += [(text[done:start], None), (text[start:end], index)]
         done = end
     return [part for part in (*parts, (text[done:], None)) if part[0]]

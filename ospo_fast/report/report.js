@@ -93,9 +93,13 @@
     const [, side, index] = /^(base|negative)_(\d+)$/.exec(key) || [];
     if (!side) return key;
     const count = item.variants.length;
+    if (!count) return key;
     const image = Math.floor(index / count);
     return `${side} ${(index % count) + 1}${image ? `, image ${image + 1}` : ""}`;
   };
+
+  // A name of a record may be that of a property which every object has.
+  const imageOf = (item, key) => (Object.hasOwn(item.images, key) ? item.images[key] : null);
 
   function imageNode(image, alt, marked) {
     if (!image) return el("span", { class: "missing", role: "img", "aria-label": "no image" }, "no image");
@@ -109,7 +113,7 @@
     return el(
       "li",
       { role: "option", id: `item-${item.index}`, "aria-selected": "false" },
-      el("div", { class: "thumbs" }, keys.map((key) => imageNode(item.images[key], ""))),
+      el("div", { class: "thumbs" }, keys.map((key) => imageNode(imageOf(item, key), ""))),
       el(
         "div",
         {},
@@ -286,7 +290,7 @@
     tiles.push(el("span"), el("span", { class: "head" }, "image"));
     if (masked) tiles.push(...masks.objects.map((object, index) => el("span", { class: "head", "data-object": index }, object)), el("span", { class: "head other" }, "all objects"));
     for (const [side, key, score] of sides) {
-      const image = item.images[key];
+      const image = imageOf(item, key);
       const alt = `${side} image of: ${item.prompt}`;
       const cover = masked ? el("span", {}, `${percent(masks[side].coverage)} masked`) : null;
       tiles.push(el("div", { class: "who" }, el("b", {}, side), el("span", {}, name(key, item)), el("span", {}, `score ${signed(score)}`), cover));
@@ -351,22 +355,44 @@
     return block;
   }
 
-  // Words of `text` that are not part of its longest common subsequence with `reference` are marked.
+  const LONGEST_TABLE = 1e6; // cells
+
+  function plain(word) {
+    let end = word.length; // /[.,;:!?]+$/ would take quadratic time
+    while (end && ".,;:!?".includes(word[end - 1])) end--;
+    return word.slice(0, end).toLowerCase();
+  }
+
+  // Words of `text` that are not part of its longest common subsequence with `reference` are marked. Of long texts, for
+  // which that takes too long, the words that `reference` does not have.
   function difference(text, reference) {
     const [a, b] = [text.split(/(\s+)/), reference.split(/\s+/)];
-    const plain = (word) => word.toLowerCase().replace(/[.,;:!?]+$/, "");
+    const [plainA, plainB] = [a.map(plain), b.map(plain)];
+    if (a.length * b.length > LONGEST_TABLE) {
+      const known = new Set(plainB);
+      const parts = [];
+      let [from, isMarked] = [0, false]; // words of the same kind are one part
+      for (let i = 0; i <= a.length; i++) {
+        const marks = i < a.length && Boolean(a[i].trim()) && !known.has(plainA[i]);
+        if (i < a.length && marks === isMarked) continue;
+        const part = a.slice(from, i).join("");
+        if (part) parts.push(isMarked ? el("mark", {}, part) : part);
+        [from, isMarked] = [i, marks];
+      }
+      return parts;
+    }
     const length = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
     for (let i = a.length - 1; i >= 0; i--) {
       for (let j = b.length - 1; j >= 0; j--) {
-        length[i][j] = plain(a[i]) === plain(b[j]) ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+        length[i][j] = plainA[i] === plainB[j] ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
       }
     }
     const parts = [];
     let j = 0;
     a.forEach((word, i) => {
       if (!word.trim()) return parts.push(word);
-      while (j < b.length && plain(word) !== plain(b[j]) && length[i][j + 1] >= length[i + 1][j]) j++;
-      if (j < b.length && plain(word) === plain(b[j]) && length[i][j] === length[i + 1][j + 1] + 1) {
+      while (j < b.length && plainA[i] !== plainB[j] && length[i][j + 1] >= length[i + 1][j]) j++;
+      if (j < b.length && plainA[i] === plainB[j] && length[i][j] === length[i + 1][j + 1] + 1) {
         j++;
         return parts.push(word);
       }
@@ -377,17 +403,17 @@
 
   function variants(item) {
     if (!item.variants.length) return null;
-    const roles = {};
+    const roles = new Map();
     item.pairs.forEach(([chosen, rejected], number) => {
       const which = number ? ` in pair ${number + 1}` : "";
-      Object.assign(roles, { [chosen]: `, chosen${which}`, [rejected]: `, rejected${which}` });
+      roles.set(chosen, `, chosen${which}`).set(rejected, `, rejected${which}`);
     });
     const blocks = item.variants.map((variant, index) => {
       const figure = (side, key) => {
         if (!key) return el("figure", {}, imageNode(null), el("figcaption", {}, side, el("br"), "not generated"));
         const image = item.images[key];
         const label = name(key, item).replace(/ \d+/, "");
-        const role = roles[key] || "";
+        const role = roles.get(key) || "";
         const verdict =
           image.kept === null ? null : el("span", { class: `verdict ${image.kept ? "yes" : "no"}` }, image.kept ? "✓ " : "✕ ");
         return el(

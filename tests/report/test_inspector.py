@@ -68,3 +68,11 @@ def test_a_noun_inside_the_name_of_another_object(objects):
             assert {text: index for text, index in parts if index is not None} == {"ceiling fan": long, "fan": short}
     parts = mark_objects("a ceiling fan", spans("a ceiling fan", *objects), own_spans=True)
     assert parts == [("a ", None), ("ceiling fan", long)]
+
+
+def test_the_words_of_a_long_prompt_are_found_in_linear_time(seconds):
+    objects = [{"text": text, "start": 2 * n, "end": 2 * n + 1} for n, text in enumerate("abcdefgh")]
+    prompt = "a b c d e f g h " * 6250  # 100 kB
+    assert seconds(lambda: mark_objects(prompt, objects, own_spans=True)) < 10
+    spans = [{"text": "x", "start": n, "end": n + 1} for n in range(50_000)]
+    assert seconds(lambda: mark_objects("x" * 100_000, spans, own_spans=True)) < 10
