@@ -22,7 +22,7 @@ LAYERS = [
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "oom", "peak_memory", "stats", "_version"},
+    {"errors", "oom", "peak_memory", "stats", "files", "_version"},
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 

@@ -1,0 +1,160 @@
+"""Files of any origin: read only where the user allows it, up to a size, and with errors of the package.
+
+Records, images, masks and codes may come from strangers. `locate` turns the path in a record into a file below the run
+folder or a folder that the user names. `open_image`, `load_npz` and `load_tensors` read it: sizes are checked before
+memory is allocated, and every failure is an OspoError that names the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospo_fast.errors import OspoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_BYTES = 2**28  # of a file, and of what an archive holds
+MAX_PIXELS = 2**25  # of an image
+MAX_SIDE = 2**14
+# Pillow knows many more. Some of them, such as EPS, call programs.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+def locate(path: object, out: Path | None, read_from: Sequence[str | Path] = ()) -> Path:
+    """Return the file that a record names, if the record may name it.
+
+    Args:
+        path: as the record holds it, absolute or relative to the run folder.
+        out: the run folder, or that of an iteration. None: the current folder.
+        read_from: further folders, which the user names (the setting `read_from`).
+
+    Raises:
+        OspoError: the path is not one, or the file is in none of these folders once all symbolic links are followed.
+
+    """
+    shown = repr(path)[:300]
+    if not isinstance(path, str) or not path:
+        raise OspoError(f"Got {shown} as the path of a file, expected a text; correct the record.")
+    base = Path() if out is None else out
+    folders = [base, *map(Path, read_from)]
+    if re.fullmatch(r"iter\d+", base.name) and (base.parent / "config.yaml").is_file():
+        folders.append(base.parent)  # the run folder of this iteration
+    try:
+        found = Path(os.path.realpath(base / path))
+        if any(folder in found.parents for folder in map(Path, map(os.path.realpath, folders))):
+            return base / path
+    except (OSError, ValueError) as error:
+        raise OspoError(f"The path {shown} cannot be used ({error}); correct the record.") from error
+    raise OspoError(
+        f"The path {shown} leads out of the folders that records may name: {', '.join(map(str, folders))}; if you "
+        f"trust the record, name the folder of the file: read_from=[{str(found.parent)[:300]}]."
+    )
+
+
+@contextlib.contextmanager
+def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
+    """Turn every error of the block, which reads one file, into an OspoError "Cannot read the `what` …; `remedy`."."""
+    try:
+        yield
+    except OspoError:
+        raise
+    except Exception as error:  # parsers raise anything on damaged files: KeyError, struct.error, MemoryError, …
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise OspoError(f"Cannot read the {what} {str(path)[:300]}: {reason[:300].rstrip('.')}; {remedy}.") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a regular file of 1 to MAX_BYTES bytes. Raises OSError or ValueError; see `reading`."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # a pipe would block, a device may never end
+        raise ValueError("it is no regular file")
+    if not 0 < about.st_size <= MAX_BYTES:
+        raise ValueError(f"it has {about.st_size} bytes, expected 1 to {MAX_BYTES}")
+    with path.open("rb") as file:
+        return file.read(about.st_size)
+
+
+def open_image(path: Path) -> Any:
+    """Read an RGB image from a PNG, JPEG, WEBP or BMP file; transparency is dropped.
+
+    Raises:
+        OspoError: it cannot be read, has more than MAX_PIXELS pixels or a side above MAX_SIDE (both are checked before
+            it is decoded), more than 8 bits a channel, or more than one frame.
+
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    with reading("image", path, "replace it by one PNG, JPEG, WEBP or BMP image"):
+        data = read_bytes(path)
+        try:
+            opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}") from None
+        with opened as image:
+            width, height = image.size
+            if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ValueError(
+                    f"it has {width} x {height} pixels, expected 1 to {MAX_PIXELS} and sides up to {MAX_SIDE}"
+                )
+            if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
+                raise ValueError(f"its mode is {image.mode!r}, expected 8 bits a channel")
+            # The further frames of an MPO file, the JPEG of some cameras, are previews.
+            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
+                raise ValueError(f"it is an animation of {frames} frames, expected one")
+            return image.convert("RGB")
+
+
+def check_archive(data: bytes) -> None:
+    """Raise ValueError for a zip archive whose files have more than MAX_BYTES bytes when they are unpacked."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > MAX_BYTES:
+        raise ValueError(f"it unpacks to {size} bytes, expected at most {MAX_BYTES}")
+
+
+def load_npz(what: str, path: Path, remedy: str) -> dict[str, Any]:
+    """Read the arrays of an .npz without running code of it. Raises OspoError; see `reading`."""
+    with reading(what, path, remedy):
+        data = read_bytes(path)
+        check_archive(data)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {name.removesuffix(".npy"): _parse_array(archive.read(name)) for name in archive.namelist()}
+
+
+def _parse_array(data: bytes) -> Any:
+    """Return the array of an .npy file, if its header agrees with its size."""
+    import numpy as np
+
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array has the format version {version}, expected (1, 0) or (2, 0)")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(stream)
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0 or size != len(data) - stream.tell():
+        raise ValueError(
+            f"an array of shape {shape} and type {dtype} has {len(data) - stream.tell()} bytes, expected {size} of "
+            "numbers or text"
+        )
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def load_tensors(what: str, path: Path, remedy: str) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file. Raises OspoError; see `reading`."""
+    from safetensors.torch import load
+
+    with reading(what, path, remedy):
+        tensors: dict[str, Tensor] = load(read_bytes(path))
+        return tensors
