@@ -71,6 +71,7 @@ BELOW_1 = expect("in [0, 1)", lambda value: 0 <= value < 1)
 PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
 BETAS = expect("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COUNTS = expect("numbers of 0 or more", lambda value: all(count >= 0 for count in value.values()))
+FOLDERS = expect("a list of folders", all)
 NOT_EMPTY = expect("a list of at least one number", bool)
 WINDOW = expect("0 (off), or 2 or more", lambda value: value == 0 or value >= 2)
 INDICES = expect(
@@ -287,6 +288,7 @@ class Config(Section):
     device: str | None = None
     dtype: str | None = None
     templates: str | None = None  # a template set's name or file; None: the model's own
+    read_from: list[str] = field(default_factory=list, metadata=FOLDERS)  # where records may name files, besides `out`
     preset: str = field(default="v3", metadata=one_of(*PRESETS))
     iterations: int = field(default=1, metadata=AT_LEAST_1)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -425,14 +427,19 @@ def _load_saved(path: Path) -> Any:
     return layer
 
 
-def _refuse_template_file(layer: Any, path: Path) -> None:
-    """Raise UsageError if a run folder's configuration names a file of templates, which the user must name."""
-    name = layer.get("templates")
-    shipped = Path(__file__).parent / "stages" / "templates"
-    if name is not None and name not in {file.stem for file in shipped.glob("*.yaml")}:
+def _refuse_choices_of_others(layer: Any, path: Path, given: Sequence[Any]) -> None:
+    """Raise UsageError for what a run folder's configuration may not decide, unless the user's layers `given` do."""
+    shipped = {file.stem for file in (Path(__file__).parent / "stages" / "templates").glob("*.yaml")}
+    name, folders = layer.get("templates"), layer.get("read_from")
+    if name is not None and name not in shipped and not any("templates" in one for one in given):
         raise UsageError(
             f"{path} names the template file {str(name)!r}, and a run folder's own configuration does not decide which "
             f"templates run; if you trust the file, name it as well: templates={name}."
+        )
+    if folders and not any("read_from" in one for one in given):
+        raise UsageError(
+            f"{path} names folders to read files from, and a run folder's own configuration does not decide what is "
+            f"read on this machine; if you trust its records, name them as well: read_from={folders}."
         )
 
 
@@ -472,8 +479,7 @@ def load_config(
     kept = None
     if saved is not None and saved.exists():
         layer = _load_saved(saved)
-        if not any("templates" in given for _, given in user):
-            _refuse_template_file(layer, saved)
+        _refuse_choices_of_others(layer, saved, [given for _, given in user])
         config = _merge(config, layer, str(saved))
         kept = config.preset
     if kept is None or named not in (None, kept):
@@ -537,6 +543,7 @@ def dump_config(config: Config, out: Path | None = None) -> str:
             value = OmegaConf.select(layer, key)
             if value is not None:
                 OmegaConf.update(layer, key, saved_path(value, out))
+        layer.read_from = [str(Path(folder).resolve()) for folder in config.read_from]
         layer.out = _INSIDE
     text: str = OmegaConf.to_yaml(layer)
     return text

@@ -216,6 +216,26 @@ def test_a_run_folder_does_not_choose_a_template_file(tmp_path):
     assert load_config(saved=path).templates == "janus"
 
 
+def test_a_run_folder_does_not_choose_what_is_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(load_config(["read_from=[/data, other]"]), tmp_path))
+    with pytest.raises(UsageError, match=r"read_from=\['/data', '.*/other'\]") as caught:
+        load_config(saved=path)
+    with pytest.raises(UsageError, match=r"names folders to read files from"):
+        load_config(["templates=janus"], saved=path)
+    named = str(caught.value).split("as well: ")[1].rstrip(".")
+    assert load_config([named], saved=path).read_from == ["/data", str(Path("other").resolve())]
+    assert load_config(["read_from=[]"], saved=path).read_from == []
+    for text in ("read_from: /", "read_from: 5", "read_from: {a: b}"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="read_from"):
+            load_config(saved=path)
+    path.write_text("read_from: []")
+    assert load_config(saved=path).read_from == []
+    with pytest.raises(UsageError, match=r"read_from should be a list of folders, got \[''\]"):
+        load_config(["read_from=['']"])
+
+
 @pytest.mark.parametrize(
     "text",
     [

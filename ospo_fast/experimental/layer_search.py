@@ -88,16 +88,24 @@ def _code_embeddings(batch: Batch) -> Tensor:
 
 
 def build_searched_extractor(
-    settings: MasksConfig, pairs: Iterable[ItemPair], model: UnifiedModel, out: Path | None
+    settings: MasksConfig,
+    pairs: Iterable[ItemPair],
+    model: UnifiedModel,
+    out: Path | None,
+    read_from: Sequence[str] = (),
 ) -> MaskExtractor:
     """Return the extractor for `masks.choose`, or for the layers that replace "auto"."""
     if settings.layers != "auto":
         return LayerSearch(settings)
-    return MaskExtractor(resolve_auto_layers(settings, pairs, model, out))
+    return MaskExtractor(resolve_auto_layers(settings, pairs, model, out, read_from))
 
 
 def resolve_auto_layers(
-    settings: MasksConfig, pairs: Iterable[ItemPair], model: UnifiedModel, out: Path | None
+    settings: MasksConfig,
+    pairs: Iterable[ItemPair],
+    model: UnifiedModel,
+    out: Path | None,
+    read_from: Sequence[str] = (),
 ) -> MasksConfig:
     """Return the settings with the layers and heads that replace "auto".
 
@@ -116,17 +124,19 @@ def resolve_auto_layers(
             kept = parse_json(path.read_bytes()) if path.exists() else {}
             # Ignore settings of older versions: config.py refuses values of them that would change the selection.
             if {name: kept.get("asked", {}).get(name, ...) for name in asked} != asked:
-                kept = {"asked": asked, **_search(settings, list(pairs), model, out)}
+                kept = {"asked": asked, **_search(settings, list(pairs), model, out, read_from)}
                 write_json(path, kept)
             layers = [int(layer) for layer in kept["layers"]]
             heads = [int(head) for head in kept["heads"]] if settings.heads == "auto" else settings.heads
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise OspoError(f"Cannot read {path}: {error}; remove it to select the layer again.") from error
     logger.info("masks: layers %s%s", layers, "" if heads is None else f", heads {heads}")
     return dataclasses.replace(settings, layers=layers, heads=heads, choose=None)
 
 
-def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedModel, out: Path) -> dict[str, object]:
+def _search(
+    settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedModel, out: Path, read_from: Sequence[str]
+) -> dict[str, object]:
     decoder: Any = model.decoder
     layers = list(range(len(decoder.layers)))
     by_head = settings.heads == "auto"
@@ -136,7 +146,7 @@ def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedMode
     changes: dict[str, Any] = {"layers": layers, "choose": rule, "soft": False} | ({"heads": None} if by_head else {})
     search = LayerSearch(dataclasses.replace(settings, **changes), by_head=by_head)
     scores: list[Tensor] = []
-    for tasks in mask_batches(_select_tasks(pairs, model, settings, out), model, settings.batch_size):
+    for tasks in mask_batches(_select_tasks(pairs, model, settings, out, read_from), model, settings.batch_size):
         prompts = [task.objects.ids for task in tasks for _ in range(2)]
         columns = [task.objects.columns for task in tasks for _ in range(2)]
         masks = extract_masks(search, model, prompts, torch.cat([task.codes for task in tasks]), columns).cpu()
@@ -156,7 +166,9 @@ def _search(settings: MasksConfig, pairs: Sequence[ItemPair], model: UnifiedMode
     return {**selected, "rule": rule, "scores": mean, "objects": found.shape[1]}
 
 
-def _select_tasks(pairs: Sequence[ItemPair], model: UnifiedModel, settings: MasksConfig, out: Path) -> list[MaskTask]:
+def _select_tasks(
+    pairs: Sequence[ItemPair], model: UnifiedModel, settings: MasksConfig, out: Path, read_from: Sequence[str]
+) -> list[MaskTask]:
     """Up to `SEARCH_PAIRS` tasks of pairs from all over the store, which has its kinds of prompts one after another."""
     step = max(len(pairs) // SEARCH_PAIRS, 1)
     spread = [pair for first in range(step) for pair in pairs[first::step]]
@@ -164,5 +176,6 @@ def _select_tasks(pairs: Sequence[ItemPair], model: UnifiedModel, settings: Mask
     for part in chunked(spread, settings.batch_size):
         if len(tasks) >= SEARCH_PAIRS:
             break
-        tasks += [task for task in mask_tasks(part, model, settings.match, out) if isinstance(task, MaskTask)]
+        found = mask_tasks(part, model, settings.match, out, read_from)
+        tasks += [task for task in found if isinstance(task, MaskTask)]
     return tasks[:SEARCH_PAIRS]

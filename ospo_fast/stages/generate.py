@@ -11,9 +11,10 @@ import torch
 
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
+from ospo_fast.files import open_image
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import check_writable, stable_hash, write_atomic, write_json
-from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished, open_image
+from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished
 
 if TYPE_CHECKING:
     from PIL.Image import Image

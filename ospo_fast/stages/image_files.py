@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +14,13 @@ from torch import Tensor
 
 from ospo_fast.config import ImagesConfig
 from ospo_fast.errors import Failure, OspoError, attempt
+from ospo_fast.files import load_npz, locate, open_image
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import Pair, write_atomic
+from ospo_fast.records import SIDES, Pair, write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-# What zipfile raises for a damaged archive: a wrong checksum, another compression, a flag that says "encrypted".
-_BROKEN_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-
-
-def locate(path: str, out: Path | None) -> Path:
-    """Return the file that a record names; relative paths start at the run folder."""
-    return Path(path) if out is None else out / path
 
 
 def encode_png(image: Any) -> bytes:
@@ -36,17 +28,6 @@ def encode_png(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def open_image(path: Path) -> Any:
-    """Read an RGB image; OspoError if it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise OspoError(f"Cannot read the image {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def save_codes(path: Path, codes: Tensor, **settings: Any) -> None:
@@ -59,14 +40,18 @@ def save_codes(path: Path, codes: Tensor, **settings: Any) -> None:
 
 
 def load_codes(path: Path) -> dict[str, Any]:
-    """Read codes (T,) int64 and settings from an .npz; OspoError if it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            values: dict[str, Any] = {name: file[name] for name in file.files}
-            values["codes"] = torch.from_numpy(values["codes"].astype(np.int64))
-    except (*_BROKEN_ARCHIVE, OSError, ValueError, KeyError, EOFError) as error:
-        raise OspoError(f"Cannot read the codes {path}: {error}.") from error
-    return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in values.items()}
+    """Read codes (T,) int64 and the settings, which are single values, from an .npz; OspoError if it cannot be read."""
+    values = load_npz("codes", path, "generate the image again, or delete the file to encode the image")
+    codes = values.pop("codes", None)
+    if codes is None or codes.dtype.kind not in "iu" or codes.ndim != 1 or any(v.ndim for v in values.values()):
+        shapes = ", ".join(
+            f"{name} {v.dtype} {v.shape}" for name, v in {"codes": codes, **values}.items() if v is not None
+        )
+        raise OspoError(
+            f"Cannot read the codes {path}: it holds {shapes[:300]}, expected `codes`, a list of integers, and single "
+            "values; generate the image again."
+        )
+    return {"codes": torch.from_numpy(codes.astype(np.int64)), **{name: v.item() for name, v in values.items()}}
 
 
 def save_image(path: Path, image: Any, codes: Tensor, settings: dict[str, Any]) -> None:
@@ -148,32 +133,45 @@ class ImageFiles(ImageWriter):
         self.wait(lambda: self._unwritten.keys().isdisjoint(paths))
 
 
-def image_codes(model: UnifiedModel, paths: Sequence[Path]) -> list[Tensor | Failure]:
+def locate_image(path: object, out: Path | None, read_from: Sequence[str] = ()) -> Path:
+    """Return the image that a record names. Raises OspoError as `locate` does, for its codes as well."""
+    image = locate(path, out, read_from)
+    locate(str(Path(str(path)).with_suffix(".npz")), out, read_from)
+    return image
+
+
+def image_codes(model: UnifiedModel, paths: Sequence[Path | Failure]) -> list[Tensor | Failure]:
     """Return the codes (T,) int64 of each image: those stored with it, or else the image encoded.
 
-    One is a Failure if the image or its codes cannot be read, or if the codes do not fit the model.
+    One is a Failure if the image or its codes cannot be read, if the codes do not fit the model, or if its path is one.
     """
-    found: dict[Path, Any] = {}
+    found: dict[Path | Failure, Any] = {}
     for path in dict.fromkeys(paths):
-        stored = path.with_suffix(".npz").exists()
-        found[path] = _stored_codes(path, model) if stored else attempt(open_image, path)
+        if isinstance(path, Failure):
+            found[path] = path
+        else:
+            stored = os.path.exists(path.with_suffix(".npz"))  # noqa: PTH110 (Path.exists raises for long names)
+            found[path] = _stored_codes(path, model) if stored else attempt(open_image, path)
     images = {path: image for path, image in found.items() if not isinstance(image, (Tensor, Failure))}
     if images:
         found |= zip(images, model.encode_images(list(images.values())).cpu(), strict=True)
     return [found[path] for path in paths]
 
 
-def pair_codes(model: UnifiedModel, pairs: Sequence[Pair], out: Path | None) -> list[Tensor | Failure]:
-    """Return the codes (2, T) of the chosen and the rejected image of each pair; see `image_codes`."""
-    found = image_codes(model, [locate(path, out) for pair in pairs for path in (pair["chosen"], pair["rejected"])])
+def pair_codes(
+    model: UnifiedModel, pairs: Sequence[Pair], out: Path | None, read_from: Sequence[str] = ()
+) -> list[Tensor | Failure]:
+    """Return the codes (2, T) of the chosen and the rejected image of each pair; see `locate` and `image_codes`."""
+    paths = [attempt(locate_image, pair.get(side), out, read_from) for pair in pairs for side in SIDES]
+    found = image_codes(model, paths)
     return [stack_codes(found[n : n + 2]) for n in range(0, len(found), 2)]
 
 
 def stack_codes(codes: Sequence[Tensor | Failure]) -> Tensor | Failure:
     """Stack the codes (T,) of N images to (N, T); a Failure with all reasons if one has none."""
     reasons = [entry.reason for entry in codes if isinstance(entry, Failure)]
-    if reasons:
-        return Failure("; ".join(reasons))
+    if reasons or not codes:
+        return Failure("; ".join(reasons) or "there is no image")
     return torch.stack([entry for entry in codes if isinstance(entry, Tensor)])
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ospo_fast.config import Config, MasksConfig
-from ospo_fast.errors import Failure, OspoError
+from ospo_fast.errors import Failure, OspoError, attempt
+from ospo_fast.files import MAX_PIXELS, check_archive, load_tensors, locate, read_bytes, reading
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.capture import AttentionCapture
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import ROLES, SIDES, ItemPair, Pair, Record, chunked, iter_pairs, write_atomic
 from ospo_fast.stages import StageContext
-from ospo_fast.stages.image_files import locate, pair_codes
+from ospo_fast.stages.image_files import pair_codes
 from ospo_fast.stages.mask_stats import pair_stats
 from ospo_fast.stages.object_tokens import ObjectTokens, find_objects
 from ospo_fast.stages.teacher_forcing import (
@@ -130,17 +133,21 @@ def object_sizes(columns: Columns, device: torch.device) -> Tensor:
 
 
 def build_extractor(
-    settings: MasksConfig, pairs: Iterable[ItemPair], model: UnifiedModel, out: Path | None
+    settings: MasksConfig,
+    pairs: Iterable[ItemPair],
+    model: UnifiedModel,
+    out: Path | None,
+    read_from: Sequence[str] = (),
 ) -> MaskExtractor:
     """Return the extractor that the settings ask for.
 
-    Layers or heads "auto" are searched once for a run folder `out`, on some of the `pairs`.
+    Layers or heads "auto" are searched once for a run folder `out`, on some of the `pairs`; `read_from`: see `locate`.
     """
     if settings.layers != "auto" and settings.choose is None:
         return MaskExtractor(settings)
     from ospo_fast.experimental.layer_search import build_searched_extractor
 
-    return build_searched_extractor(settings, pairs, model, out)
+    return build_searched_extractor(settings, pairs, model, out, read_from)
 
 
 @torch.no_grad()
@@ -167,11 +174,11 @@ class MaskTask:
 
 
 def mask_tasks(
-    pairs: Sequence[ItemPair], model: UnifiedModel, match: str, out: Path | None
+    pairs: Sequence[ItemPair], model: UnifiedModel, match: str, out: Path | None, read_from: Sequence[str] = ()
 ) -> list[MaskTask | Failure]:
     """Find the objects of the prompts and read the codes of the images."""
     tasks: list[MaskTask | Failure] = []
-    for item, codes in zip(pairs, pair_codes(model, [item.pair for item in pairs], out), strict=True):
+    for item, codes in zip(pairs, pair_codes(model, [item.pair for item in pairs], out, read_from), strict=True):
         objects = find_objects(item.record, model, match)
         if isinstance(objects, Failure):
             tasks.append(objects)
@@ -212,11 +219,13 @@ def run(
     results: Iterator[_Result]
     if config.masks.official is not None:
         results = (_import_masks(pair, Path(config.masks.official), out) for pair in iter_pairs(items))
+    elif not any(record.get("pairs") for record in items):
+        results = iter(())  # a search of layers would find nothing to search on
     else:
         # A layer that one shard selected would depend on which of them came first.
         whole = context is None or context.shard is None
-        extractor = build_extractor(config.masks, iter_pairs(items if whole else ()), model, out)
-        results = _compute_masks(items, model, extractor, out)
+        extractor = build_extractor(config.masks, iter_pairs(items if whole else ()), model, out, config.read_from)
+        results = _compute_masks(items, model, extractor, out, config.read_from)
     for record in items:
         if not record.get("pairs"):
             yield {**record, "mask": None, "mask_reason": "the item has no pair"}
@@ -236,11 +245,11 @@ def _failed(item: ItemPair, failure: Failure) -> _Result:
 
 
 def _compute_masks(
-    records: Sequence[Record], model: UnifiedModel, extractor: MaskExtractor, out: Path
+    records: Sequence[Record], model: UnifiedModel, extractor: MaskExtractor, out: Path, read_from: Sequence[str]
 ) -> Iterator[_Result]:
     settings = extractor.settings
     for pairs in chunked(iter_pairs(records), settings.batch_size * WINDOW):
-        tasks = mask_tasks(pairs, model, settings.match, out)
+        tasks = mask_tasks(pairs, model, settings.match, out, read_from)
         results: dict[str, _Result] = {}
         ready = [task for task in tasks if isinstance(task, MaskTask)]
         for batch in mask_batches(ready, model, settings.batch_size):
@@ -284,23 +293,43 @@ def _write_masks(tasks: list[MaskTask], model: UnifiedModel, extractor: MaskExtr
     return results
 
 
-def load_unions(pair: Pair, out: Path | None) -> Tensor:
-    """Load the masks (2, H, W) float of the chosen and the rejected image, the soft ones if the file has them.
+def load_unions(
+    pair: Pair,
+    out: Path | None,
+    read_from: Sequence[str] = (),
+    *,
+    grid: tuple[int, int] | None = None,
+    soft: bool = True,
+) -> Tensor:
+    """Load the masks (2, H, W) float in [0, 1] of the chosen and the rejected image.
+
+    Args:
+        pair: with its `mask_path`.
+        out: the run folder.
+        read_from: see `locate`.
+        grid: (H, W) of the model. None: any.
+        soft: load the soft masks if the file has them.
 
     Raises:
-        OspoError: the file cannot be read.
+        OspoError: the path leads elsewhere, or the file cannot be read or holds no such masks.
 
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = locate(pair["mask_path"], out)
-    try:
-        tensors = load_file(path)
-        kind = "soft" if "chosen_soft" in tensors else "union"
-        return torch.stack([tensors[f"{side}_{kind}"] for side in SIDES]).float()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise OspoError(f"Cannot read the masks {path}: {error}; run the stage masks with --no-resume.") from error
+    path = locate(pair.get("mask_path"), out, read_from)
+    remedy = "run the stage masks with --no-resume"
+    tensors = load_tensors("masks", path, remedy)
+    with reading("masks", path, remedy):
+        kind = "soft" if soft and "chosen_soft" in tensors else "union"
+        names = [f"{side}_{kind}" for side in SIDES]
+        if missing := [name for name in names if name not in tensors]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        shapes = [tuple(tensors[name].shape) for name in names]
+        if len(shapes[0]) != 2 or shapes != 2 * [grid or shapes[0]]:
+            raise ValueError(f"its masks have shapes {shapes[0]} and {shapes[1]}, expected twice {grid or '(H, W)'}")
+        unions = torch.stack([tensors[name] for name in names])
+        valid = (unions >= 0) & (unions <= 1) if kind == "soft" else (unions == 0) | (unions == 1)
+        if not bool(valid.all()):  # NaN, too
+            raise ValueError(f"its masks hold values other than {'those from 0 to 1' if kind == 'soft' else '0 and 1'}")
+        return unions.float()
 
 
 def _import_masks(item: ItemPair, folder: Path, out: Path) -> _Result:
@@ -312,13 +341,14 @@ def _import_masks(item: ItemPair, folder: Path, out: Path) -> _Result:
     from safetensors.torch import save
 
     record, name = item.record, f"{Path(item.pair['chosen']).stem}_mask.pt"
-    paths = [folder / role / record.get("t2i_category", "") / record["item_id"] / name for role in ROLES]
-    if not all(path.resolve().is_relative_to(folder.resolve()) for path in paths):
-        return _failed(item, Failure(f"{paths[0]} is outside of {folder}"))
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        return _failed(item, Failure(f"there is no {missing[0]}"))
-    unions = [_load_official(path) for path in paths]
+    paths = [Path(role, record.get("t2i_category") or "", record["item_id"], name) for role in ROLES]
+    loaded = [attempt(_load_official, path, folder) for path in paths]
+    if (failed := next((mask for mask in loaded if isinstance(mask, Failure)), None)) is not None:
+        return _failed(item, failed)
+    unions = [mask for mask in loaded if isinstance(mask, Tensor)]
+    if unions[0].shape != unions[1].shape:
+        shapes = " and ".join(str(tuple(union.shape)) for union in unions)
+        return _failed(item, Failure(f"the masks {paths[0]} and {paths[1]} have shapes {shapes}, expected equal ones"))
     tensors: dict[str, Tensor] = {}
     for side, union in zip(SIDES, unions, strict=True):
         tensors |= {
@@ -333,19 +363,22 @@ def _import_masks(item: ItemPair, folder: Path, out: Path) -> _Result:
     return {"mask_path": path, "mask_stats": stats}, {"objects": []}
 
 
-def _load_official(path: Path) -> Tensor:
-    import pickle
-
-    try:
-        mask = torch.load(path, map_location="cpu", weights_only=True)  # unpickles nothing but tensors
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise OspoError(
-            f"{path} is no mask of the official implementation ({str(error).splitlines()[0]}); correct masks.official."
-        ) from error
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
-        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise OspoError(f"{path} holds {found}, expected an (H, W) tensor of 0 and 1; correct masks.official.")
-    return mask.to(torch.uint8).contiguous()
+def _load_official(path: Path, folder: Path) -> Tensor:
+    path = locate(str(path), folder)
+    with reading("mask of the official implementation", path, "correct masks.official"):
+        if not path.exists():
+            raise ValueError("there is no such file")
+        data = read_bytes(path)
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            check_archive(data)
+        mask = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # unpickles nothing but tensors
+        # With strides of 0, a few bytes hold a tensor of any size.
+        small = isinstance(mask, Tensor) and mask.dim() == 2 and 0 < mask.numel() <= MAX_PIXELS
+        if not small or not bool(((mask == 0) | (mask == 1)).all()):
+            found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"it holds {found}, expected an (H, W) tensor of 0 and 1")
+        result: Tensor = mask.to(torch.uint8).contiguous()
+        return result
 
 
 def failure(record: Record) -> Failure | None:

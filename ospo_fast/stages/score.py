@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, attempt
+from ospo_fast.files import locate, open_image
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import Answer, ImageVerdict, Record, chunked, image_verdicts, map_images
 from ospo_fast.stages import StageContext
-from ospo_fast.stages.image_files import locate, open_image
 from ospo_fast.stages.text_sampling import chat_ids, load_model_templates
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ def run(
         slots, images = [], []
         for record in chunk:
             for role, name, verdict in image_verdicts(record) if record.get("question") else ():
-                image = attempt(open_image, locate(verdict["path"], out))
+                path = attempt(locate, verdict.get("path"), out, config.read_from)
+                image = path if isinstance(path, Failure) else attempt(open_image, path)
                 if isinstance(image, Failure):
                     scored[record["item_id"], role, name] = {**verdict, "reason": image.reason}
                 else:

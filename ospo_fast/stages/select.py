@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ospo_fast.config import Config, SelectConfig
-from ospo_fast.errors import Failure, UsageError
+from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ImageVerdict, Pair, Record, image_index, map_images, stable_hash, variant_index
 from ospo_fast.stages import StageContext
@@ -208,7 +208,7 @@ def run(
             reason = record.get("question_reason") or "the item has no question"
             yield {**record, "kept": False, "reason": reason}
         else:
-            logprobs = None if model is None else partial(_logprobs, record["prompt"], model, settings.batch_size, out)
+            logprobs = None if model is None else partial(_logprobs, record["prompt"], model, config, out)
             rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))
             pairs = _select_pairs(record, settings, rng, logprobs)
             judged = map_images(record, partial(_judge, settings))
@@ -250,19 +250,19 @@ def _unless_used(paths: tuple[str, str], role: str, name: str, image: ImageVerdi
 
 
 def _logprobs(
-    prompt: str, model: UnifiedModel, batch_size: int, out: Path | None, paths: Sequence[str]
+    prompt: str, model: UnifiedModel, config: Config, out: Path | None, paths: Sequence[str]
 ) -> list[float] | Failure:
-    from ospo_fast.stages.image_files import image_codes, locate, stack_codes
+    from ospo_fast.stages.image_files import image_codes, locate_image, stack_codes
     from ospo_fast.stages.prompt_files import image_prompt_ids
     from ospo_fast.stages.teacher_forcing import mean_logprobs
 
     ids = image_prompt_ids(model, prompt)
     if isinstance(ids, Failure):
         return ids
-    codes = stack_codes(image_codes(model, [locate(path, out) for path in paths]))
+    codes = stack_codes(image_codes(model, [attempt(locate_image, path, out, config.read_from) for path in paths]))
     if isinstance(codes, Failure):
         return codes
-    return mean_logprobs(model, [ids] * len(codes), codes, batch_size=batch_size)
+    return mean_logprobs(model, [ids] * len(codes), codes, batch_size=config.select.batch_size)
 
 
 def failure(record: Record) -> Failure | None:

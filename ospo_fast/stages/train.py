@@ -125,7 +125,9 @@ def load_examples(
     examples: list[Example] = []
     failures: dict[str, Failure] = {}
     for part in chunked(pairs, 32):
-        for item, codes in zip(part, pair_codes(model, [item.pair for item in part], out), strict=True):
+        for item, codes in zip(
+            part, pair_codes(model, [item.pair for item in part], out, config.read_from), strict=True
+        ):
             example = _load_example(item, codes, model, config, out)
             if isinstance(example, Failure):
                 failures[item.pair_id] = example
@@ -150,7 +152,7 @@ def _load_example(
         objects = find_objects(item.record, model, config.masks.match)
         loaded["columns"] = objects if isinstance(objects, Failure) else objects.columns
     elif uses_masks(config):
-        loaded["masks"] = attempt(load_unions, item.pair, out)
+        loaded["masks"] = attempt(load_unions, item.pair, out, config.read_from, grid=model.grid)
     failed = next((value for value in loaded.values() if isinstance(value, Failure)), None)
     return Example(item.pair_id, **loaded) if failed is None else failed
 
@@ -451,7 +453,7 @@ def train(
     pairs = select_training_pairs(records, config)
     extractor = None
     if uses_masks(config) and config.train.masks == "online":
-        extractor = build_extractor(config.masks, pairs, model, out)
+        extractor = build_extractor(config.masks, pairs, model, out, config.read_from)
         config = dataclasses.replace(config, masks=extractor.settings)
     examples, failures = load_examples(pairs, model, config, out)
     if failures:

@@ -1,7 +1,9 @@
 """PNG and .npz files: codes are read back or encoded, and damaged files are reported one by one."""
 
 import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +11,16 @@ from PIL import Image
 from ospo_fast.config import ImagesConfig
 from ospo_fast.errors import Failure
 from ospo_fast.models import load_model
-from ospo_fast.stages.image_files import ImageFiles, image_codes, load_codes, pair_codes, save_codes, save_image
+from ospo_fast.stages.image_files import (
+    ImageFiles,
+    image_codes,
+    is_finished,
+    load_codes,
+    pair_codes,
+    save_codes,
+    save_image,
+    stack_codes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +92,52 @@ def test_damaged_files_fail_alone(model, path):
     reasons = [found.reason for found in others if isinstance(found, Failure)]
     assert len(reasons) > 90
     assert all(reason.startswith("Cannot read the ") or "another model" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"codes": None},
+        {"codes": np.zeros((6, 6), int)},
+        {"codes": np.full(36, np.nan)},
+        {"codes": np.full(36, 1.5)},
+        {"codes": np.array("text")},
+        {"codes": np.array(3)},
+        {"seed": np.array([3, 4])},
+        {"codes": np.full(36, -1)},
+        {"codes": np.full(36, 2**63, np.uint64)},
+    ],
+)
+def test_codes_of_wrong_content_are_refused(model, path, changed):
+    """A setting of two values once ended in "truth value is ambiguous"."""
+    values = {"codes": np.zeros(36, int), "prompt": "a red circle", "seed": 3} | changed
+    np.savez(path.with_suffix(".npz"), **{name: value for name, value in values.items() if value is not None})
+    (found,) = image_codes(model, [path])
+    assert "base_0" in found.reason
+    assert "codes" in found.reason
+    assert is_finished(path, {"seed": 3}) == ("seed" not in changed and _is_list(values["codes"]))
+
+
+def _is_list(codes):
+    return codes is not None and codes.ndim == 1 and codes.dtype.kind in "iu"
+
+
+def test_no_image_is_not_a_stack():
+    assert stack_codes([]) == Failure("there is no image")
+
+
+def test_images_and_codes_outside_of_the_run_folder_fail_alone(model, path, tmp_path):
+    (tmp_path / "run").mkdir()
+    image = shutil.copy(path, tmp_path / "run" / "linked.png")
+    (tmp_path / "run" / "linked.npz").symlink_to(path.with_suffix(".npz"))
+    inside = {"chosen": "inside.png", "rejected": "inside.png"}
+    for suffix in (".png", ".npz"):
+        shutil.copy(path.with_suffix(suffix), tmp_path / "run" / f"inside{suffix}")
+    names = [str(path), "../base_0.png", str(image), "linked.png", "/dev/zero", "a\0b", 3000 * "a", None, 5]
+    pairs = [inside, *({**inside, "rejected": name} for name in names)]
+    good, *others = pair_codes(model, pairs, tmp_path / "run")
+    assert good.shape == (2, 36)
+    assert all(isinstance(found, Failure) for found in others)
+    good, *others = pair_codes(model, pairs, tmp_path / "run", [str(tmp_path)])
+    assert all(torch.equal(found, good) for found in others[:4])
+    assert all(isinstance(found, Failure) for found in others[4:])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
@@ -41,7 +41,7 @@ def out(made, tmp_path):
 
 def link(made, folder):
     folder.mkdir()
-    (folder / "images").symlink_to(made / "images")
+    shutil.copytree(made / "images", folder / "images")
     return folder
 
 
@@ -193,6 +193,13 @@ def test_both_token_matches_agree_on_tokens_that_are_words(model, items, out):
     assert ours.columns == official.columns
     (done,) = run(items[:1], model, config("masks.match=substring"), out=out)
     assert done["pairs"][0]["mask_path"]
+
+
+def test_a_store_without_pairs_needs_no_search(model, tmp_path):
+    record = {"item_id": "a", "prompt": "a cup", "kept": False}
+    (done,) = run([record], model, load_config(["masks.layers=auto"]), out=tmp_path)
+    assert done["mask_reason"] == "the item has no pair"
+    assert list(run([], model, load_config(["masks.layers=auto"]), out=tmp_path)) == []
 
 
 def test_invalid_layers_files_and_folders_are_refused(items, model, tmp_path, out):
@@ -366,11 +373,102 @@ class Evil:
         return print, ("unpickled",)
 
 
-@pytest.mark.parametrize("content", [Evil(), {"mask": 1}, torch.rand(24, 24), torch.zeros(3, 4, 4), b"nothing"])
-def test_invalid_official_mask_files_are_refused_and_not_unpickled(official, tmp_path, content, capsys):
+# Strides of 0: 8 bytes that would take a terabyte as a mask.
+HUGE = torch.zeros(1).expand(2**20, 2**20)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Evil(), {"mask": 1}, torch.rand(24, 24), torch.zeros(3, 4, 4), HUGE, torch.zeros(0, 0), torch.zeros(12, 12),
+        torch.eye(24).to_sparse(), b"", b"nothing", b"PK\5\6" + 18 * b"\0", None,
+    ],
+)  # fmt: skip
+def test_an_invalid_official_mask_file_fails_alone_and_is_not_unpickled(official, tmp_path, content, capsys):
     settings, record, _ = official
-    path = tmp_path / "official" / "base" / "attribute" / "0001" / "base_2_mask.pt"
+    folder = tmp_path / "official" / "base" / "attribute"
+    shutil.copytree(folder / "0001", folder / "0002")
+    shutil.copytree(tmp_path / "official/negative/attribute/0001", tmp_path / "official/negative/attribute/0002")
+    path = folder / "0001" / "base_2_mask.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(OspoError, match=r"base_2_mask\.pt"):
-        list(run([record], None, settings, out=tmp_path / "run"))
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    broken, good = run([record, {**record, "item_id": "0002"}], None, settings, out=tmp_path / "run")
+    assert "base_2_mask.pt" in broken["pairs"][0]["mask_reason"]
+    assert good["pairs"][0]["mask_path"]
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_official_masks_outside_of_their_folder_are_not_read(official, tmp_path):
+    settings, record, _ = official
+    outside = shutil.copytree(tmp_path / "official", tmp_path / "outside")
+    for role in ("base", "negative"):
+        (tmp_path / "official" / role / "linked").symlink_to(outside / role / "attribute")
+    categories = [
+        "../../outside/base/attribute",
+        str(outside / "base" / "attribute"),
+        "linked",
+        "a\0b",
+        300 * "a",
+        None,
+    ]
+    records = [{**record, "item_id": "0001", "t2i_category": category} for category in categories]
+    for done in run(records, None, settings, out=tmp_path / "run"):
+        assert "mask_path" not in done["pairs"][0]
+        assert done["pairs"][0]["mask_reason"]
+
+
+def masks_file(path, **changed):
+    tensors = {f"{side}_union": torch.eye(4, dtype=torch.uint8) for side in ("chosen", "rejected")} | changed
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"chosen_union": None},
+        {"chosen_union": torch.eye(5, dtype=torch.uint8)},
+        {"chosen_union": torch.full((4, 4), torch.nan)},
+        {"chosen_union": torch.full((4, 4), 2)},
+        {"chosen_union": torch.zeros(4), "rejected_union": torch.zeros(4)},
+        {"chosen_soft": torch.full((4, 4), torch.inf), "rejected_soft": torch.ones(4, 4)},
+        {"chosen_soft": torch.full((4, 4), -0.5), "rejected_soft": torch.ones(4, 4)},
+        {"chosen_soft": torch.ones(4, 4)},
+        {"chosen_union": 1j * torch.eye(4)},
+    ],
+)
+def test_mask_files_of_wrong_content_are_refused(tmp_path, changed):
+    masks_file(tmp_path / "m.safetensors", **changed)
+    with pytest.raises(OspoError, match=r"Cannot read the masks .*m\.safetensors: .*; run the stage masks"):
+        load_unions({"mask_path": "m.safetensors"}, tmp_path)
+
+
+def test_masks_of_another_grid_are_refused(tmp_path):
+    masks_file(tmp_path / "m.safetensors", chosen_soft=torch.ones(4, 4) / 2, rejected_soft=torch.ones(4, 4) / 2)
+    pair = {"mask_path": "m.safetensors"}
+    assert float(load_unions(pair, tmp_path, grid=(4, 4)).sum()) == 16
+    assert float(load_unions(pair, tmp_path, soft=False).sum()) == 8
+    with pytest.raises(OspoError, match=r"\(4, 4\).*expected twice \(6, 6\)"):
+        load_unions(pair, tmp_path, grid=(6, 6))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"12", 8 * b"\xff", (2).to_bytes(8, "little") + b"[]", (9).to_bytes(8, "little") + b'{"a":[[[['],
+)
+def test_damaged_mask_files_are_refused(tmp_path, data):
+    (tmp_path / "m.safetensors").write_bytes(data)
+    with pytest.raises(OspoError, match=r"Cannot read the masks .*m\.safetensors: .*; run the stage masks"):
+        load_unions({"mask_path": "m.safetensors"}, tmp_path)
+
+
+def test_masks_outside_of_the_run_folder_are_read_only_where_the_user_says(tmp_path):
+    for folder in ("run", "data"):
+        (tmp_path / folder).mkdir()
+    masks_file(tmp_path / "data" / "m.safetensors")
+    (tmp_path / "run" / "link.safetensors").symlink_to(tmp_path / "data" / "m.safetensors")
+    for path in (str(tmp_path / "data" / "m.safetensors"), "../data/m.safetensors", "link.safetensors"):
+        with pytest.raises(OspoError, match="read_from="):
+            load_unions({"mask_path": path}, tmp_path / "run")
+        assert load_unions({"mask_path": path}, tmp_path / "run", [str(tmp_path / "data")]).shape == (2, 4, 4)

@@ -88,6 +88,21 @@ def test_an_image_that_cannot_be_read_fails_alone(tmp_path, model, script):
     assert "No such file" in selected[1]["reason"]
 
 
+def test_an_image_outside_of_the_run_folder_is_scored_only_where_the_user_says(tmp_path, model, script):
+    (tmp_path / "run").mkdir()
+    inside = image_item(tmp_path / "run", "a", ["base_0", "negative_0"], ["is there a red circle?"])
+    image_item(tmp_path, "b", ["base_0"], [])
+    paths = [str(tmp_path / "b" / "base_0.png"), "../b/base_0.png", "/dev/zero", "a\0b", None]
+    images = {f"base_{n}": {"path": path} for n, path in enumerate(paths)} | {"base_9": {}}
+    outside = {**inside, "item_id": "b", "base_metadata": images}
+    one, two = run([inside, outside], model, load_config(), out=tmp_path / "run")
+    assert "local_score" in one["base_metadata"]["base_0"]
+    assert all("local_score" not in image and image["reason"] for image in two["base_metadata"].values())
+    assert "local_score" in two["negative_metadata"]["negative_0"]
+    (two,) = run([outside], model, load_config([f"read_from=[{tmp_path / 'b'}]"]), out=tmp_path / "run")
+    assert ["local_score" in image for image in two["base_metadata"].values()] == [True, True, *4 * [False]]
+
+
 def test_too_long_questions_are_dropped_and_answers_that_are_not_finite_fail(model, tmp_path, script, monkeypatch):
     long = "is there a red " + "red " * 400 + "circle?"
     items = [

@@ -5,9 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ospo_fast.config import SelectConfig, load_config
 from ospo_fast.errors import Failure, OspoError, UsageError
+from ospo_fast.models import load_model
 from ospo_fast.stages import select as select_module
 from ospo_fast.stages.select import base_verdict, negative_verdict, run, select_pair
 
@@ -132,7 +134,7 @@ def test_more_pairs_have_other_images():
 def test_a_failed_further_pair_leaves_the_others(monkeypatch):
     calls = []
 
-    def logprobs(prompt, model, batch_size, out, paths):
+    def logprobs(prompt, model, config, out, paths):
         calls.append(paths)
         return [0.0] * len(paths) if len(calls) == 1 else Failure("an image cannot be read")
 
@@ -182,3 +184,17 @@ def test_every_item_comes_out_with_pairs_or_a_reason():
     assert "no contrastive prompt" in done[3]["reason"]
     assert "no question" in done[4]["reason"]
     assert "kept" not in records[0]
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_v2_reads_no_image_outside_of_the_run_folder(tmp_path, tiny):
+    record = item({0: [0.9]}, {0: [-1], 1: [-1]}, prompt="a red circle")
+    for image in (record["base_metadata"]["base_0"], *record["negative_metadata"].values()):
+        image["path"] = f"../{image['path']}"
+        Image.new("RGB", (48, 48), "red").save(tmp_path / image["path"][3:])
+    (tmp_path / "run").mkdir()
+    model = load_model(tiny)
+    for folders, kept in (([], False), ([f"read_from=[{tmp_path}]"], True)):
+        (done,) = run([record], model, load_config(["select.rule=v2", *folders]), out=tmp_path / "run")
+        assert done["kept"] == kept
+        assert kept or "leads out of the folders" in done["reason"]

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
@@ -286,7 +286,10 @@ def test_gradient_checkpointing_changes_nothing(tiny, made, records, tmp_path):
 
 
 def test_official_training_set_can_be_trained_on(tiny, made, records, tmp_path):
-    """A JSON array with the published fields and absolute image paths, without codes and masks."""
+    """A JSON array with the published fields and absolute image paths, without codes and masks.
+
+    The user names the folder of the images: a record alone cannot have files of the machine read.
+    """
     fields = ("item_id", "t2i_category", "sub_category", "prompt", "chosen", "rejected", "rejected_prompt")
     official = []
     for record in [r for r in records if r["kept"]][:3]:
@@ -300,6 +303,9 @@ def test_official_training_set_can_be_trained_on(tiny, made, records, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(official))
     out = tmp_path / "out"
     settings = config("preset=full", "masks.enabled=false", "train.steps=1")
+    with pytest.raises(OspoError, match="no pair to train on; see the warning"):
+        train(read_records(tmp_path / "train.json"), load_model(tiny), settings, out=out)
+    settings.read_from = [str(tmp_path)]
     result = train(read_records(tmp_path / "train.json"), load_model(tiny), settings, out=out)
     assert (result.total, result.failed) == (1, 0)
     assert lines(out)[0]["conditional"] > 0
@@ -326,6 +332,8 @@ def test_pairs_that_fail_are_reported(tiny, records, run_folder, preset, caplog)
     kept[1] = change_pair(kept[1], rejected_prompt=pairs[1]["rejected_prompt"] + long)
     (run_folder / pairs[2]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
     (run_folder / pairs[3]["mask_path"]).write_bytes(b"12")
+    union = torch.ones(7, 7, dtype=torch.uint8)
+    save_file({"chosen_union": union, "rejected_union": union.clone()}, run_folder / pairs[4]["mask_path"])
     context, steps = StageContext(), []
     context.progress = steps.append
     assert list(run(kept, load_model(tiny), settings, out=run_folder, context=context)) == []
@@ -336,6 +344,7 @@ def test_pairs_that_fail_are_reported(tiny, records, run_folder, preset, caplog)
         item_ids[0]: "tokens, at most",
         item_ids[2]: "Cannot read the codes",
         item_ids[3]: "Cannot read the masks",
+        item_ids[4]: "expected twice (6, 6)",
     }
     expected |= {item_ids[1]: "tokens, at most"} if preset == "full" else {}
     assert failed.keys() == expected.keys()
