@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.numpy import load_file
 
 from ospo_fast._version import __version__
 from ospo_fast.config import Config, EvaluateConfig
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.files import locate, open_image
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
@@ -33,7 +33,8 @@ from ospo_fast.shapes.checker import detect, satisfies
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
 from ospo_fast.shapes.scenes import parse, write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES
-from ospo_fast.stages.image_files import encode_png, open_image
+from ospo_fast.stages.image_files import encode_png
+from ospo_fast.stages.masks import load_unions
 from ospo_fast.stats import standard_error
 
 SEEDS_NOTE = (
@@ -241,8 +242,8 @@ def pair_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
     `pair_purity`: chosen right and rejected wrong. A prompt that is not of the Shapes grammar counts as impure.
     """
     pairs = [(number, pair) for number, record in enumerate(records) for pair in iter_pairs([record])]
-    right = [_satisfied(out / pair["chosen"], record["prompt"]) for _, (_, record, pair) in pairs]
-    wrong = [not _satisfied(out / pair["rejected"], record["prompt"]) for _, (_, record, pair) in pairs]
+    right = [_satisfied(locate(pair["chosen"], out), record["prompt"]) for _, (_, record, pair) in pairs]
+    wrong = [not _satisfied(locate(pair["rejected"], out), record["prompt"]) for _, (_, record, pair) in pairs]
     pure, items = [r and w for r, w in zip(right, wrong, strict=True)], [number for number, _ in pairs]
     return {
         "pairs": len(pairs),
@@ -272,6 +273,11 @@ def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None
         return None
     pixels = np.any(masks, axis=0)
     (rows, columns), (height, width) = grid, pixels.shape
+    if height % rows or width % columns:
+        raise OspoError(
+            f"object_cells: the image has {width} x {height} pixels, expected a multiple of {columns} x {rows}; give "
+            "an image and masks of the same model."
+        )
     covered: np.ndarray = pixels.reshape(rows, height // rows, columns, width // columns).mean(axis=(1, 3)) >= 0.125
     return covered
 
@@ -283,11 +289,11 @@ def mask_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
         for _, _, pair in iter_pairs([item]):
             if not pair.get("mask_path"):
                 continue
-            union = load_file(out / pair["mask_path"])["chosen_union"]
-            cells = object_cells(open_image(out / pair["chosen"]), union.shape)
+            union = load_unions(pair, out, soft=False)[0]
+            cells = object_cells(open_image(locate(pair["chosen"], out)), (union.shape[0], union.shape[1]))
             if cells is None:
                 continue
-            ious.append(mask_iou(torch.from_numpy(union), torch.from_numpy(cells)) or 0.0)
+            ious.append(mask_iou(union, torch.from_numpy(cells)) or 0.0)
             ones.append(cells.mean())
             items.append(number)
     return {

@@ -24,9 +24,10 @@ import numpy as np
 from PIL import Image
 
 from ospo_fast.config import EvaluateConfig
+from ospo_fast.files import load_npz, reading
 from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import write_atomic
+from ospo_fast.records import parse_json, write_atomic
 from ospo_fast.shapes import grammar
 from ospo_fast.shapes.checker import DetectedScene, detect, matches
 from ospo_fast.shapes.render import CELL, render
@@ -85,18 +86,24 @@ class AlignmentResult:
 
     @classmethod
     def load(cls, path: Path) -> AlignmentResult:
-        """Read a file of `save`."""
-        with np.load(path, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            return cls(
-                about["split"],
-                about["guidance_scale"],
-                tuple(about["seeds"]),
-                tuple(map(str, file["kinds"])),
-                tuple(map(str, file["prompts"])),
-                tuple(Image.fromarray(image) for image in file["images"]),
-                file["correct"],
-            )
+        """Read a file of `save`. Raises OspoError if it is none."""
+        what, remedy = "evaluation", "delete it to evaluate again"
+        arrays = load_npz(what, path, remedy)
+        with reading(what, path, remedy):
+            if missing := [name for name in ("about", "kinds", "prompts", "images", "correct") if name not in arrays]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            about = parse_json(str(arrays["about"]))
+            split, scale, seeds = str(about["split"]), float(about["guidance_scale"]), tuple(map(int, about["seeds"]))
+            kinds, prompts = tuple(map(str, arrays["kinds"])), tuple(map(str, arrays["prompts"]))
+            images, correct = arrays["images"], arrays["correct"]
+            shape = (len(prompts), len(seeds))
+            fits = len(kinds) == len(prompts) and correct.shape == shape and len(images) == len(prompts) * len(seeds)
+            if not fits or correct.dtype != bool or images.dtype != np.uint8:
+                raise ValueError(
+                    f"it holds {len(kinds)} kinds, {len(prompts)} prompts, {len(seeds)} seeds, {images.dtype} images "
+                    f"{images.shape} and {correct.dtype} judgments {correct.shape}, which do not fit together"
+                )
+            return cls(split, scale, seeds, kinds, prompts, tuple(map(Image.fromarray, images)), correct)
 
 
 def _summary(rates: np.ndarray) -> dict[str, float]:

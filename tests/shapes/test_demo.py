@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ospo_fast.config import Config, load_config
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
-from ospo_fast.records import Pair, Record, iter_pairs
+from ospo_fast.records import SIDES, Pair, Record, iter_pairs
 from ospo_fast.shapes import commands, demo, evaluate
 from ospo_fast.shapes.render import render
 from ospo_fast.shapes.scenes import SHAPES, SIZES, Object, Scene, held_out_prompts, parse
@@ -230,8 +230,8 @@ def test_masks_are_measured_against_the_objects(tmp_path: Path) -> None:
     render(Scene((Object("red", "square", "large", (0, 0)),), "white")).save(tmp_path / "a.png")
     union = np.zeros((6, 6), np.uint8)
     union[:2, :2] = 1
-    save_file({"chosen_union": union}, tmp_path / "right.safetensors")
-    save_file({"chosen_union": 1 - union}, tmp_path / "wrong.safetensors")
+    save_file({"chosen_union": union, "rejected_union": union}, tmp_path / "right.safetensors")
+    save_file({"chosen_union": 1 - union, "rejected_union": union}, tmp_path / "wrong.safetensors")
 
     def iou(name: str) -> float:
         records: list[Record] = [{"item_id": "a", "pairs": [Pair(chosen="a.png", rejected="a.png", mask_path=name)]}]
@@ -240,6 +240,11 @@ def test_masks_are_measured_against_the_objects(tmp_path: Path) -> None:
     assert iou("right.safetensors") == 1
     assert iou("wrong.safetensors") == 0
     assert demo.mask_metrics([], tmp_path)["mask_iou"] is None
+    (tmp_path / "half.safetensors").write_bytes(b"12")
+    save_file({f"{side}_union": np.ones((7, 7), np.uint8) for side in SIDES}, tmp_path / "grid.safetensors")
+    for name in ("half.safetensors", "grid.safetensors", "../right.safetensors"):
+        with pytest.raises(OspoError, match=r"half\.safetensors|multiple of 7 x 7|leads out"):
+            iou(name)
 
 
 def test_every_object_covers_a_cell() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ospo_fast.errors import OspoError
 from ospo_fast.shapes.checker import detect
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult, select_prompts, true_answer
 from ospo_fast.shapes.render import render
@@ -78,3 +79,30 @@ def test_the_checker_answers_questions() -> None:
         ("what is this?", None),
     ]:
         assert true_answer(question, scene) is expected, question
+
+
+def test_files_that_are_no_result_are_refused(tmp_path: Path) -> None:
+    saved = result([[True, False]] * 6)
+    path = tmp_path / "result.npz"
+    saved.save(path)
+    data = path.read_bytes()
+    with np.load(path) as file:
+        arrays = dict(file)
+    changes = {
+        "about": [np.array("{"), np.array("[]"), np.array('{"split": "test"}'), np.array(1)],
+        "kinds": [arrays["kinds"][1:], np.array("x")],
+        "prompts": [arrays["prompts"][1:]],
+        "images": [arrays["images"][1:], arrays["images"].astype(float), np.zeros(12, np.uint8)],
+        "correct": [arrays["correct"].T, arrays["correct"].astype(float), np.array(True)],
+    }
+    contents = [b"", b"PK", data[: len(data) // 2]]
+    for name, values in changes.items():
+        for changed in [*({**arrays, name: value} for value in values), {k: v for k, v in arrays.items() if k != name}]:
+            np.savez(path, **changed)
+            contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(
+            OspoError, match=r"Cannot read the evaluation .*result\.npz: .*; delete it to evaluate again"
+        ):
+            AlignmentResult.load(path)
