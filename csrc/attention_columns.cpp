@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "common.h"
+#include "parallel.h"
 
 namespace ospo {
 namespace {
@@ -23,9 +23,9 @@ inline float exp_negative(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits;
+    uint32_t bits;  // unsigned, whose shifts and overflows are defined for NaN too
     std::memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits - 0x4B400000 + 127) << 23;  // 2^whole
+    bits = (bits - 0x4B400000u + 127u) << 23;  // 2^whole
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return x < -87.0f ? 0.0f : p * power;
@@ -56,31 +56,57 @@ OSPO_CLONES void head_scores(const float* q, int64_t stride, int64_t rows, const
     }
 }
 
+// Refuse sizes and bounds with which a kernel would leave its arrays.
+void check_request(const ColumnSizes& n, const int64_t* row_start, const int64_t* row_count, const int64_t* key_start,
+                   const int64_t* key_end) {
+    checked_product("attention_columns: items x objects x columns", {n.items, n.objects, n.columns});
+    checked_product("attention_columns: items x objects x length", {n.items, n.objects, n.length});
+    checked_product("attention_columns: items x heads x positions x width", {n.items, n.heads, n.positions, n.width});
+    check_range("attention_columns: kv_heads", n.kv_heads, 1, n.heads);
+    check_range("attention_columns: heads % kv_heads", n.heads % n.kv_heads, 0, 0);
+    for (int64_t b = 0; b < n.items; ++b) {
+        check_range("attention_columns: key_end", key_end[b], 0, n.positions);
+        check_range("attention_columns: key_start", key_start[b], 0, key_end[b]);
+        check_range("attention_columns: row_count", row_count[b], 0, std::min(n.length, n.positions));
+        check_range("attention_columns: row_start", row_start[b], 0, n.positions - row_count[b]);
+    }
+}
+
 }  // namespace
 
 void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnSizes& n, bool causal, int threads) {
+    check_request(n, t.row_start, t.row_count, t.key_start, t.key_end);
+    checked_product("block_columns: items x heads x rows x keys", {n.items, n.heads, block.rows, block.keys});
+    check_range("block_columns: first_row", block.first_row, 0, n.positions - block.rows);
+    check_range("block_columns: first_key", block.first_key, 0, n.positions - block.keys);
+    for (int64_t b = 0; b < n.items; ++b) {
+        const int64_t end = causal ? std::min(t.key_end[b], block.first_row + block.rows) : t.key_end[b];
+        if (end <= t.key_start[b]) continue;
+        check_range("block_columns: key_start", t.key_start[b], block.first_key);
+        check_range("block_columns: key_end", end, 0, block.first_key + block.keys);
+    }
     const int64_t per_item = n.objects * n.columns;
-#pragma omp parallel num_threads(threads) if (threads > 1 && n.items * block.rows > 1)
+    const int team = team_size(threads, checked_product("block_columns: items x rows", {n.items, block.rows}));
+    const ThreadScratch<float> scratch("block_columns: objects x columns", team, per_item);
+#pragma omp parallel num_threads(team)
     {
-        std::vector<float> sums(per_item);
+        float* const sums = scratch.get();
 #pragma omp for schedule(static)
         for (int64_t work = 0; work < n.items * block.rows; ++work) {
             const int64_t b = work / block.rows, row = block.first_row + work % block.rows, i = row - t.row_start[b];
             if (i < 0 || i >= t.row_count[b]) continue;
             const int64_t begin = t.key_start[b], end = causal ? std::min(t.key_end[b], row + 1) : t.key_end[b];
             if (end <= begin) continue;
-            std::fill(sums.begin(), sums.end(), 0.0f);
+            std::fill_n(sums, per_item, 0.0f);
             const int64_t* const columns = t.columns + b * per_item;
             for (int64_t h = 0; h < n.heads; ++h) {
-                // The block starts at first_key; this pointer is indexed by key.
-                const float* const scores = t.scores +
-                                            ((b * n.heads + h) * block.rows + row - block.first_row) * block.keys -
-                                            block.first_key;
+                const float* const scores = t.scores +  // from first_key on
+                                            ((b * n.heads + h) * block.rows + row - block.first_row) * block.keys;
                 float max, sum;
-                softmax_parts(scores + begin, end - begin, &max, &sum);
+                softmax_parts(scores + (begin - block.first_key), end - begin, &max, &sum);
                 for (int64_t c = 0; c < per_item; ++c) {
                     if (columns[c] < begin || columns[c] >= end) continue;
-                    sums[c] += std::exp(scores[columns[c]] - max) / sum;
+                    sums[c] += std::exp(scores[columns[c] - block.first_key] - max) / sum;
                 }
             }
             for (int64_t c = 0; c < per_item; ++c) {
@@ -89,17 +115,22 @@ void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnS
             }
         }
     }
-    (void)threads;
 }
 
 void attention_columns(const ColumnTensors& t, const ColumnStrides& s, const ColumnSizes& n, float scale, bool causal,
                        int threads) {
     constexpr int64_t ROWS = 32;  // per block
+    check_request(n, t.row_start, t.row_count, t.key_start, t.key_end);
     const int64_t blocks = (n.length + ROWS - 1) / ROWS, per_item = n.objects * n.columns, group = n.heads / n.kv_heads;
-#pragma omp parallel num_threads(threads) if (threads > 1 && n.items * blocks > 1)
+    const int team = team_size(threads, checked_product("attention_columns: items x blocks", {n.items, blocks}));
+    const char* const name = "attention_columns: objects x columns x (width + 64)";
+    const ThreadScratch<float> floats(name, team, checked_product(name, {per_item, n.width + 2 * ROWS}));
+    const ThreadScratch<int64_t> integers(name, team, 2 * per_item);
+#pragma omp parallel num_threads(team)
     {
-        std::vector<float> keys(per_item * n.width), scores(ROWS * per_item), sums(ROWS * per_item);
-        std::vector<int64_t> columns(per_item), objects(per_item);
+        float *const keys = floats.get(), *const scores = keys + per_item * n.width;
+        float* const sums = scores + ROWS * per_item;
+        int64_t *const columns = integers.get(), *const objects = columns + per_item;
 #pragma omp for schedule(static)
         for (int64_t work = 0; work < n.items * blocks; ++work) {
             const int64_t b = work / blocks, begin = work % blocks * ROWS;
@@ -116,7 +147,7 @@ void attention_columns(const ColumnTensors& t, const ColumnStrides& s, const Col
                 objects[used++] = c / n.columns;
             }
             if (rows <= 0 || used == 0) continue;
-            std::fill_n(sums.begin(), rows * used, 0.0f);
+            std::fill_n(sums, rows * used, 0.0f);
             for (int64_t h = 0; h < n.heads; ++h) {
                 if (h % group == 0) {
                     const float* const source = t.k + b * s.k_item + h / group * s.k_head;
@@ -126,8 +157,8 @@ void attention_columns(const ColumnTensors& t, const ColumnStrides& s, const Col
                         for (int64_t d = 0; d < n.width; ++d) keys[c * n.width + d] = scale * key[d];
                     }
                 }
-                head_scores(t.q + b * s.q_item + h * s.q_head + row * s.q_row, s.q_row, rows, keys.data(), used,
-                            n.width, scores.data());
+                head_scores(t.q + b * s.q_item + h * s.q_head + row * s.q_row, s.q_row, rows, keys, used, n.width,
+                            scores);
                 const float* const lse = t.lse + b * s.lse_item + h * s.lse_head + row * s.lse_row;
                 for (int64_t i = 0; i < rows; ++i) {
                     const float norm = lse[i * s.lse_row];
@@ -144,7 +175,6 @@ void attention_columns(const ColumnTensors& t, const ColumnStrides& s, const Col
             }
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

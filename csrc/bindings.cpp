@@ -119,7 +119,8 @@ void define_cuda(py::module_& m, const char* name, int (*function)(Arguments...)
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled operations of ospo_fast on raw pointers. Arguments are not checked: use ospo_fast.ops.";
+    m.doc() = "Compiled operations of ospo_fast on raw pointers. Sizes are checked, pointers cannot be: use "
+              "ospo_fast.ops.";
     m.def("build_info", &build_info, "Compiler, OpenMP version, instruction set in use, and CUDA architectures.");
     m.def("cuda_versions", &cuda_versions,
           "(driver, runtime) such as (13000, 13000), driver 0 without a driver; None in a build without CUDA.");

@@ -1,5 +1,6 @@
 // Declarations shared by the sources of ospo_fast._C. No torch headers: tensors are raw pointers and sizes, so that one
-// build works with every version of torch. The Python ops check all arguments before they call these functions.
+// build works with every version of torch. The Python ops check all arguments before they call these functions, which
+// check sizes and the values that only they read again (parallel.h).
 //
 // Functions ending in _cuda enqueue their kernels on `stream` of `device` without synchronizing, and return a
 // cudaError_t. The others run on `threads` host threads; their results do not depend on that number.
@@ -56,7 +57,7 @@ struct ColumnStrides {
     int64_t q_item, q_head, q_row, k_item, k_head, k_row, lse_item, lse_head, lse_row;
 };
 struct ColumnSizes {
-    int64_t items, heads, kv_heads, objects, columns, width, length;
+    int64_t items, heads, kv_heads, objects, columns, width, length, positions;
 };
 
 // out = share · Σ over heads and columns of exp(scale · q·k − lse), without columns that a row does not attend to.
@@ -101,11 +102,12 @@ void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t width, int
 // One new token per row of qkv (q, k, v heads), at position lengths[row] of cache slot slots[row]. Rotates q
 // and k by that row of cos and sin (positions, width), writes k and v to the cache, and attends to positions
 // 0 … lengths[row]. A row of length -1 gets zeros and leaves its slot unchanged. width: a multiple of 16, at most 256.
+// The cache has slot_count slots, and the cache, cos and sin have `positions` positions.
 // shared_slots: rows may share a slot at different lengths; all keys and values are written before any is read.
 void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
                       const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
-                      int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
-                      bool shared_slots, int threads);
+                      int64_t kv_heads, int64_t width, int64_t slot_count, int64_t positions, int64_t slot_stride,
+                      int64_t head_stride, float scale, bool shared_slots, int threads);
 
 // token_logprobs ------------------------------------------------------------------------------------------------------
 
@@ -135,12 +137,12 @@ void scale_rows(const void* dhidden, const int64_t* packed_row, const float* sca
 // sample_codes --------------------------------------------------------------------------------------------------------
 
 // Sample one code per row of (rows, codes) logits at steps[row], as ospo_fast.sample_codes does, into current[row] and
-// tokens[row · token_stride + steps[row]]. uncond and tokens may be null. temperature 0 takes the most likely code;
+// tokens[row · token_stride + steps[row]], where steps are below token_columns. uncond and tokens may be null. temperature 0 takes the most likely code;
 // top_k 0 and top_p 1 keep all codes. A row with NaN, +inf or only -inf gets code 0, and its step in error_steps[row]
 // if that was negative.
 void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
-                  int64_t token_stride, int64_t* current, int64_t* error_steps, int64_t rows, int64_t codes,
-                  float guidance, float temperature, int64_t top_k, double top_p, int threads);
+                  int64_t token_stride, int64_t token_columns, int64_t* current, int64_t* error_steps, int64_t rows,
+                  int64_t codes, float guidance, float temperature, int64_t top_k, double top_p, int threads);
 
 #ifdef OSPO_CUDA
 int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,
@@ -157,9 +159,9 @@ int token_logprobs_cuda(const void* logits, Dtype dtype, const void* bias, const
                         Dtype out_dtype, int64_t rows, int64_t codes, int device, void* stream);
 // Logits have `dtype`, and rows that are logit_stride apart. Enqueues one kernel, so that it can be captured.
 int sample_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
-                      const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current,
-                      int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
-                      int64_t top_k, double top_p, int device, void* stream);
+                      const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t token_columns,
+                      int64_t* current, int64_t* error_steps, int64_t rows, int64_t codes, float guidance,
+                      float temperature, int64_t top_k, double top_p, int device, void* stream);
 
 // device --------------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 // One new token per row: rotary embedding, write to the KV cache, and attention to the positions of its cache slot.
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "common.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace ospo {
@@ -99,13 +99,27 @@ OSPO_FMA_CLONES void attend_head(const float* q, const float* k, const float* v,
 
 void decode_attention(const float* qkv, const float* cos, const float* sin, float* keys, float* values,
                       const int64_t* slots, const int64_t* lengths, float* out, int64_t rows, int64_t heads,
-                      int64_t kv_heads, int64_t width, int64_t slot_stride, int64_t head_stride, float scale,
-                      bool shared_slots, int threads) {
+                      int64_t kv_heads, int64_t width, int64_t slot_count, int64_t positions, int64_t slot_stride,
+                      int64_t head_stride, float scale, bool shared_slots, int threads) {
+    check_range("decode_attention: width", width, kLanes, kMaxVecs * kLanes);
+    check_range("decode_attention: width % 16", width % kLanes, 0, 0);
+    check_range("decode_attention: kv_heads", kv_heads, 1, heads);
+    check_range("decode_attention: heads % kv_heads", heads % kv_heads, 0, 0);
+    checked_product("decode_attention: rows x heads x width", {rows, heads, 3, width});
+    checked_product("decode_attention: slots x kv_heads x positions x width", {slot_count, kv_heads, positions, width});
+    int64_t max_length = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        if (lengths[row] < 0) continue;
+        check_range("decode_attention: slots", slots[row], 0, slot_count - 1);
+        check_range("decode_attention: lengths", lengths[row], 0, positions - 1);
+        max_length = std::max(max_length, lengths[row] + 1);
+    }
     const int64_t group = heads / kv_heads, row_width = (heads + 2 * kv_heads) * width;
-    const int64_t max_length = *std::max_element(lengths, lengths + rows) + 1;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows * kv_heads > 1)
+    const int team = team_size(threads, rows * kv_heads);
+    const ThreadScratch<float> scratch("decode_attention: lengths", team, max_length + kLanes);
+#pragma omp parallel num_threads(team)
     {
-        std::vector<float> scores(static_cast<size_t>(max_length + kLanes));
+        float* const scores = scratch.get();
         if (shared_slots) {  // a row reads keys and values of others: store all of them first
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < rows * kv_heads; ++item) {
@@ -129,10 +143,9 @@ void decode_attention(const float* qkv, const float* cos, const float* sin, floa
             const int64_t cache = slots[row] * slot_stride + head * head_stride;
             attend_head(q + head * group * width, q + (heads + head) * width, q + (heads + kv_heads + head) * width,
                         cos + position * width, sin + position * width, scale, keys + cache, values + cache, position,
-                        shared_slots, group, width, scores.data(), to);
+                        shared_slots, group, width, scores, to);
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

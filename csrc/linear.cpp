@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace ospo {
@@ -93,6 +94,7 @@ bool has_avx512() {
 int64_t linear_columns() { return has_avx512() ? 2 * kLanes : kLanes; }
 
 void pack_linear(const float* weight, float* packed, int64_t columns, int64_t depth) {
+    checked_product("pack_linear: columns x depth", {columns, depth});
     const int64_t width = linear_columns(), panels = (columns + width - 1) / width;
     for (int64_t p = 0; p < panels; ++p)
         for (int64_t c = 0; c < width; ++c) {
@@ -106,11 +108,17 @@ void pack_linear(const float* weight, float* packed, int64_t columns, int64_t de
 
 void linear(const float* x, int64_t ldx, const float* packed, const float* bias, float* out, int64_t ldo, int64_t rows,
             int64_t columns, int64_t depth, int threads) {
+    checked_product("linear: columns x depth", {columns, depth});
+    checked_product("linear: rows x row stride", {rows, std::max(ldx, ldo)});
+    check_range("linear: row stride of x", ldx, rows > 1 ? depth : 0);
+    check_range("linear: row stride of out", ldo, rows > 1 ? columns : 0);
     const int64_t width = linear_columns(), max_rows = has_avx512() ? 12 : 6;
     const int64_t panels = (columns + width - 1) / width, blocks = (rows + max_rows - 1) / max_rows;
     const auto kernel = has_avx512() ? panel_wide : panel_narrow;
     // Panel by panel: the weights of a panel stay in the first-level cache for all blocks of rows.
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * columns * depth > 1 << 16)
+    const int64_t work = checked_product("linear: rows x columns x depth", {rows, columns, depth});
+    const int team = team_size(threads, panels * blocks, work, 1 << 16);
+#pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t item = 0; item < panels * blocks; ++item) {
         const int64_t p = item / blocks, block = item % blocks;
         const int64_t begin = rows * block / blocks, count = rows * (block + 1) / blocks - begin;
@@ -127,7 +135,6 @@ void linear(const float* x, int64_t ldx, const float* packed, const float* bias,
         kernel(x + begin * ldx, ldx, w, b ? edge_bias : nullptr, edge, width, count, depth);
         for (int64_t r = 0; r < count; ++r) std::copy(edge + r * width, edge + r * width + left, target + r * ldo);
     }
-    (void)threads;
 }
 
 }  // namespace ospo

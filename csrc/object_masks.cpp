@@ -24,9 +24,13 @@ OSPO_CLONES void binarize(const float* map, int64_t cells, float threshold, uint
 void object_masks(const float* raw, const uint8_t* valid, float* maps, float* thresholds, uint8_t* masks,
                   uint8_t* unions, int64_t images, int64_t objects, int64_t cells, float scaler, int bins,
                   int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && images > 1)
+    checked_product("object_masks: images x objects x cells", {images, objects, cells});
+    check_range("object_masks: cells", cells, 1);
+    const int team = team_size(threads, images);
+    const OtsuWorkspaces spaces(team, bins, cells);
+#pragma omp parallel num_threads(team)
     {
-        OtsuWorkspace space(bins, cells);
+        const OtsuWorkspace space = spaces.get();
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < images; ++b) {
             std::fill_n(unions + b * cells, cells, uint8_t{0});
@@ -50,7 +54,6 @@ void object_masks(const float* raw, const uint8_t* valid, float* maps, float* th
             }
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

@@ -39,10 +39,10 @@ OSPO_CLONES void estimate_bins(const float* map, int64_t cells, float low, float
 }
 
 // numpy.histogram's rule for bins of equal width: an estimate from the range, then one step if an edge requires it.
-void histogram(const float* map, int64_t cells, float low, float high, int bins, OtsuWorkspace& space) {
-    const float* const edges = space.edges.data();
-    float* const counts = space.counts.data();
-    estimate_bins(map, cells, low, high - low, bins, space.index.data());
+void histogram(const float* map, int64_t cells, float low, float high, int bins, const OtsuWorkspace& space) {
+    const float* const edges = space.edges;
+    float* const counts = space.counts;
+    estimate_bins(map, cells, low, high - low, bins, space.index);
     std::fill(counts, counts + bins, 0.0f);
     for (int64_t i = 0; i < cells; ++i) {
         const float value = map[i];
@@ -56,8 +56,8 @@ void histogram(const float* map, int64_t cells, float low, float high, int bins,
 
 // w1·w2·(m1 − m2)² of each cut between two bins.
 OSPO_CLONES void variances(const OtsuWorkspace& space, int bins, float* out) {
-    const float *const weight1 = space.weight1.data(), *const weight2 = space.weight2.data();
-    const float *const mass1 = space.mass1.data(), *const mass2 = space.mass2.data();
+    const float *const weight1 = space.weight1, *const weight2 = space.weight2;
+    const float *const mass1 = space.mass1, *const mass2 = space.mass2;
     for (int i = 0; i + 1 < bins; ++i) {
         const float gap = mass1[i] / weight1[i] - mass2[i + 1] / weight2[i + 1];
         out[i] = weight1[i] * weight2[i + 1] * (gap * gap);
@@ -80,9 +80,9 @@ OSPO_CLONES bool finite_extrema(const float* map, int64_t cells, float* low, flo
     return invalid == 0 && max - min <= FLT_MAX;
 }
 
-float otsu(const float* map, int64_t cells, float low, float high, int bins, OtsuWorkspace& space) {
+float otsu(const float* map, int64_t cells, float low, float high, int bins, const OtsuWorkspace& space) {
     if (low == high) return map[0];
-    float* const edges = space.edges.data();
+    float* const edges = space.edges;
     if (!bin_edges(low, high, bins, edges)) return NAN;
     histogram(map, cells, low, high, bins, space);
 
@@ -95,7 +95,7 @@ float otsu(const float* map, int64_t cells, float low, float high, int bins, Ots
         space.mass1[i] = mass1 += space.counts[i] * center(i);
         space.mass2[j] = mass2 += space.counts[j] * center(j);
     }
-    variances(space, bins, space.variance.data());
+    variances(space, bins, space.variance);
     int best = 0;
     for (int i = 1; i + 1 < bins; ++i) {
         if (space.variance[i] > space.variance[best]) best = i;
@@ -104,9 +104,13 @@ float otsu(const float* map, int64_t cells, float low, float high, int bins, Ots
 }
 
 void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
+    checked_product("otsu_threshold: count x cells", {count, cells});
+    check_range("otsu_threshold: cells", cells, 1);
+    const int team = team_size(threads, count);
+    const OtsuWorkspaces spaces(team, bins, cells);
+#pragma omp parallel num_threads(team)
     {
-        OtsuWorkspace space(bins, cells);
+        const OtsuWorkspace space = spaces.get();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; ++i) {
             const float* const map = maps + i * cells;
@@ -114,7 +118,6 @@ void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t
             thresholds[i] = finite_extrema(map, cells, &low, &high) ? otsu(map, cells, low, high, bins, space) : NAN;
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

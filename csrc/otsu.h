@@ -2,23 +2,46 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "parallel.h"
 
 namespace ospo {
 
 // Buffers of one histogram. A thread reuses them for all its maps.
 struct OtsuWorkspace {
-    OtsuWorkspace(int bins, int64_t cells)
-        : edges(bins + 1), counts(bins), weight1(bins), weight2(bins), mass1(bins), mass2(bins), variance(bins),
-          index(cells) {}
-    std::vector<float> edges, counts, weight1, weight2, mass1, mass2, variance;
-    std::vector<int> index;
+    float *edges, *counts, *weight1, *weight2, *mass1, *mass2, *variance;  // (bins), but edges (bins + 1)
+    int* index;                                                            // (cells)
+};
+
+// The buffers of all threads of a team. Refuses numbers of bins that are not from 1 to 65536, as
+// ospo_fast/ops/otsu.py does.
+class OtsuWorkspaces {
+  public:
+    OtsuWorkspaces(int team, int bins, int64_t cells)
+        : bins_(bins), floats_("otsu: bins", team, checked_bins(bins) * 7 + 1), index_("otsu: cells", team, cells) {}
+
+    // Those of the calling thread.
+    OtsuWorkspace get() const {
+        float* const edges = floats_.get();
+        float* const rest = edges + bins_ + 1;
+        const int64_t n = bins_;
+        return {edges, rest, rest + n, rest + 2 * n, rest + 3 * n, rest + 4 * n, rest + 5 * n, index_.get()};
+    }
+
+  private:
+    static int64_t checked_bins(int bins) {
+        check_range("otsu: bins", bins, 1, 1 << 16);
+        return bins;
+    }
+    int64_t bins_;
+    ThreadScratch<float> floats_;
+    ThreadScratch<int> index_;
 };
 
 // Smallest and largest cell; false if a cell or their range is not finite.
 bool finite_extrema(const float* map, int64_t cells, float* low, float* high);
 
 // The threshold of a map with these extrema; NaN if the range is too small for the bins.
-float otsu(const float* map, int64_t cells, float low, float high, int bins, OtsuWorkspace& space);
+float otsu(const float* map, int64_t cells, float low, float high, int bins, const OtsuWorkspace& space);
 
 }  // namespace ospo

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace ospo {
@@ -31,10 +32,11 @@ OSPO_FMA_CLONES void normalize(const float* delta, float* residual, const float*
 
 void add_rms_norm(const float* delta, float* residual, const float* weight, float* out, int64_t rows, int64_t width,
                   float eps, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > 1 << 15)
+    const int64_t work = checked_product("add_rms_norm: rows x width", {rows, width});
+    const int team = team_size(threads, rows, work, 1 << 15);
+#pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t row = 0; row < rows; ++row)
         normalize(delta ? delta + row * width : nullptr, residual + row * width, weight, out + row * width, width, eps);
-    (void)threads;
 }
 
 }  // namespace ospo

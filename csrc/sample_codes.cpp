@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "common.h"
+#include "parallel.h"
 #include "sampling.h"
 
 namespace ospo {
@@ -55,11 +55,13 @@ int64_t sample(const float* cond, const float* uncond, int64_t codes, float guid
 
 // Buffers for the truncation of one row. A thread reuses them for all its rows.
 struct Workspace {
-    std::vector<uint32_t> keys;   // of all codes, then of the candidates
-    std::vector<uint32_t> codes;  // the candidates, ascending
-    std::vector<uint64_t> weights;
-    std::vector<uint64_t> sums;
+    uint32_t* keys;     // (codes) of all codes, then of the candidates
+    uint32_t* codes;    // (codes) the candidates, ascending
+    uint64_t* sums;     // (kDigits)
+    uint64_t* weights;  // (codes), only for top_p
 };
+
+constexpr int64_t kDigits = 2048;  // values of one radix digit of a key
 
 // Fill the keys of a row and return the largest; 0, which is no number's key, if the row holds NaN or +inf.
 OSPO_CLONES uint32_t compute_keys(const float* cond, const float* uncond, int64_t codes, float guidance,
@@ -110,15 +112,15 @@ struct Cut {
 };
 
 // Radix selection, 11 bits of the keys per pass. Without weights each entry weighs 1. 0 < need <= sum of the weights.
-Cut find_cut(const uint32_t* keys, const uint64_t* weights, int64_t count, uint64_t need, std::vector<uint64_t>& sums) {
+Cut find_cut(const uint32_t* keys, const uint64_t* weights, int64_t count, uint64_t need, uint64_t* sums) {
     uint32_t prefix = 0;
     for (int shift = 22; shift >= 0; shift -= 11) {
-        sums.assign(2048, 0);
+        std::fill_n(sums, kDigits, 0);
         for (int64_t i = 0; i < count; ++i) {
             if (uint64_t{keys[i] ^ prefix} >> (shift + 11)) continue;
-            sums[(keys[i] >> shift) & 2047] += weights ? weights[i] : 1;
+            sums[(keys[i] >> shift) & (kDigits - 1)] += weights ? weights[i] : 1;
         }
-        uint32_t digit = 2047;
+        uint32_t digit = kDigits - 1;
         for (; sums[digit] < need; --digit) need -= sums[digit];
         prefix |= digit << shift;
     }
@@ -127,11 +129,8 @@ Cut find_cut(const uint32_t* keys, const uint64_t* weights, int64_t count, uint6
 
 // `sample` from the codes that top_k and top_p keep.
 int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, float guidance, float temperature,
-                         int64_t top_k, double top_p, uint64_t seed, uint64_t step, Workspace& space) {
-    space.keys.resize(codes);
-    space.codes.resize(codes);
-    uint32_t* const keys = space.keys.data();
-    uint32_t* const candidates = space.codes.data();
+                         int64_t top_k, double top_p, uint64_t seed, uint64_t step, const Workspace& space) {
+    uint32_t *const keys = space.keys, *const candidates = space.codes;
     const uint32_t max = compute_keys(cond, uncond, codes, guidance, temperature, keys);
     if (max <= key_of(-kInfinity)) return -1;
     uint32_t min = 0;
@@ -147,8 +146,7 @@ int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, 
     Cut cut{0, 0};
     uint64_t ties = 0;  // how many codes with the key of the cut stay: the first ones
     if (top_p < 1) {
-        space.weights.resize(codes);
-        uint64_t* const weights = space.weights.data();
+        uint64_t* const weights = space.weights;
         compute_weights(keys, count, logit_of(max), weights);
         uint64_t sum = 0, weight = 0;
         for (int64_t i = 0; i < count; ++i) sum += weights[i];
@@ -178,12 +176,22 @@ int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, 
 }  // namespace
 
 void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
-                  int64_t token_stride, int64_t* current, int64_t* error_steps, int64_t rows, int64_t codes,
-                  float guidance, float temperature, int64_t top_k, double top_p, int threads) {
+                  int64_t token_stride, int64_t token_columns, int64_t* current, int64_t* error_steps, int64_t rows,
+                  int64_t codes, float guidance, float temperature, int64_t top_k, double top_p, int threads) {
+    checked_product("sample_codes: rows x codes", {rows, codes});
+    check_range("sample_codes: codes", codes, 1, UINT32_MAX);  // candidates are numbers of 32 bits
+    check_range("sample_codes: top_k", top_k, 0);
+    check_range("sample_codes: token_columns", token_columns, 0);
+    for (int64_t row = 0; tokens && row < rows; ++row) {
+        check_range("sample_codes: steps", steps[row], 0, token_columns - 1);
+    }
     const bool truncated = temperature != 0.0f && ((top_k > 0 && top_k < codes) || top_p < 1);
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
+    const int team = team_size(threads, rows);
+    const ThreadScratch<uint32_t> keys("sample_codes: codes", team, truncated ? 2 * codes : 0);
+    const ThreadScratch<uint64_t> sums("sample_codes: codes", team, truncated ? kDigits + (top_p < 1 ? codes : 0) : 0);
+#pragma omp parallel num_threads(team)
     {
-        Workspace space;
+        const Workspace space{keys.get(), keys.get() + codes, sums.get(), sums.get() + kDigits};
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             const float* const c = cond + row * codes;
@@ -197,7 +205,6 @@ void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, 
             if (tokens) tokens[row * token_stride + steps[row]] = current[row];
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

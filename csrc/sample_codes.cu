@@ -25,7 +25,7 @@ struct Arguments {
     const int64_t* seeds;
     const int64_t* steps;
     int64_t* tokens;  // or null
-    int64_t token_stride;
+    int64_t token_stride, token_columns;
     int64_t* current;
     int64_t* error_steps;
     int64_t codes;
@@ -151,7 +151,8 @@ __device__ void finish(Best best, bool invalid, const Arguments& a) {
         if (a.error_steps[row] < 0) a.error_steps[row] = step;
         best.code = 0;
     }
-    if (a.tokens) a.tokens[row * a.token_stride + step] = best.code;
+    // A step beyond the columns cannot be an error here, which would need a synchronization: it writes nothing.
+    if (a.tokens && step >= 0 && step < a.token_columns) a.tokens[row * a.token_stride + step] = best.code;
     a.current[row] = best.code;
 }
 
@@ -398,11 +399,11 @@ int dispatch(const Arguments& a, int64_t rows, int device, void* stream) {
 }  // namespace
 
 int sample_codes_cuda(Dtype dtype, const void* cond, const void* uncond, int64_t logit_stride, const int64_t* seeds,
-                      const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t* current,
-                      int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
-                      int64_t top_k, double top_p, int device, void* stream) {
-    const Arguments a{cond,    uncond,      logit_stride, seeds,    steps,       tokens, token_stride,
-                      current, error_steps, codes,        guidance, temperature, top_k,  top_p};
+                      const int64_t* steps, int64_t* tokens, int64_t token_stride, int64_t token_columns,
+                      int64_t* current, int64_t* error_steps, int64_t rows, int64_t codes, float guidance,
+                      float temperature, int64_t top_k, double top_p, int device, void* stream) {
+    const Arguments a{cond,          uncond,  logit_stride, seeds, steps,    tokens,      token_stride,
+                      token_columns, current, error_steps,  codes, guidance, temperature, top_k,       top_p};
     if (dtype == Dtype::float32) return dispatch<float>(a, rows, device, stream);
     if (dtype == Dtype::float16) return dispatch<__half>(a, rows, device, stream);
     return dispatch<__nv_bfloat16>(a, rows, device, stream);

@@ -1,5 +1,6 @@
 // out = silu(gate) · up, row by row.
 #include "common.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace ospo {
@@ -22,10 +23,11 @@ OSPO_FMA_CLONES void multiply(const float* gate, const float* up, float* out, in
 }  // namespace
 
 void silu_mul(const float* gate_up, float* out, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * width > 1 << 14)
+    const int64_t work = checked_product("silu_mul: rows x width", {rows, width});
+    const int team = team_size(threads, rows, work, 1 << 14);
+#pragma omp parallel for schedule(static) num_threads(team)
     for (int64_t row = 0; row < rows; ++row)
         multiply(gate_up + 2 * row * width, gate_up + (2 * row + 1) * width, out + row * width, width);
-    (void)threads;
 }
 
 }  // namespace ospo

@@ -2,10 +2,10 @@
 // number of threads.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "common.h"
 #include "half.h"
+#include "parallel.h"
 
 namespace ospo {
 namespace {
@@ -161,6 +161,7 @@ OSPO_CLONES void write_gradient_row(const float* u, const float* exponentials, c
 }  // namespace
 
 int64_t count_labels(const int64_t* labels, int64_t rows, int64_t ignore_index, int64_t codes) {
+    checked_product("count_labels: rows", {rows});
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
         if (labels[r] == ignore_index) continue;
@@ -180,16 +181,20 @@ void token_logprobs(const void* logits, Dtype dtype, const float* bias, const in
     const bool in_place = plain && out && dtype == Dtype::float32 && out_dtype == Dtype::float32;
     const bool capped = softcap > 0.0f;
     const float factor = capped ? softcap * inverse_temperature : inverse_temperature;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
+    checked_product("token_logprobs: rows x codes", {rows, codes});
+    for (int64_t r = 0; r < rows; ++r) check_range("token_logprobs: labels", labels[r], plain ? 0 : -1, codes - 1);
+    const int team = team_size(threads, rows);
+    const ThreadScratch<float> scratch("token_logprobs: codes", team,
+                                       in_place ? 0 : plain ? codes : capped ? 3 * codes : 2 * codes);
+#pragma omp parallel num_threads(team)
     {
-        std::vector<float> scratch(in_place ? 0 : plain ? codes : capped ? 3 * codes : 2 * codes);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r) {
             const char* const row = static_cast<const char*>(logits) + r * codes * size_of(dtype);
             void* const target_row = out ? static_cast<char*>(out) + r * codes * size_of(dtype) : nullptr;
             const int64_t label = labels[r];
             if (plain) {
-                float* const values = in_place ? static_cast<float*>(target_row) : scratch.data();
+                float* const values = in_place ? static_cast<float*>(target_row) : scratch.get();
                 const float max = load_row(row, dtype, bias, values, codes);
                 const double target = double{values[label]} - max;
                 const double total = exponentials(values, max, codes);
@@ -201,7 +206,7 @@ void token_logprobs(const void* logits, Dtype dtype, const float* bias, const in
                 store(target_row, out_dtype, label, static_cast<float>(scale * other / total));
                 continue;
             }
-            float* const u = scratch.data();
+            float* const u = scratch.get();
             float* const exps = u + codes;
             float* const slope = capped ? exps + codes : nullptr;
             float max = load_row(row, dtype, bias, u, codes);
@@ -237,7 +242,6 @@ void token_logprobs(const void* logits, Dtype dtype, const float* bias, const in
             store(target_row, out_dtype, label, static_cast<float>(gradient * derivative));
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "common.h"
+#include "parallel.h"
 
 namespace ospo {
 namespace {
@@ -31,6 +31,7 @@ void blur_axis(const double* in, double* out, int64_t lines, int64_t line_stride
 }  // namespace
 
 Blur gaussian_blur(int size, double sigma) {
+    check_range("token_weights: blur_size", size, 1, 31);
     Blur blur{size / 2, {}};
     double sum = 0.0;
     for (int t = 0; t <= blur.radius; ++t) {
@@ -44,23 +45,27 @@ Blur gaussian_blur(int size, double sigma) {
 void token_weights(const float* masks, float* weights, int64_t images, int64_t height, int64_t width, double alpha,
                    double gamma, int blur_size, double blur_sigma, int threads) {
     const Blur blur = gaussian_blur(blur_size, blur_sigma);
-    const int64_t cells = height * width;
-#pragma omp parallel num_threads(threads) if (threads > 1 && images > 1)
+    checked_product("token_weights: images x height x width", {images, height, width});
+    const int64_t cells = checked_product("token_weights: height x width", {height, width});
+    check_range("token_weights: cells", cells, 1);
+    const int team = team_size(threads, images);
+    const ThreadScratch<double> scratch("token_weights: cells", team, checked_product("token_weights: cells", {2, cells}));
+#pragma omp parallel num_threads(team)
     {
-        std::vector<double> grid(cells), half(cells);
+        double *const grid = scratch.get(), *const half = grid + cells;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < images; ++b) {
-            std::copy_n(masks + b * cells, cells, grid.begin());
+            std::copy_n(masks + b * cells, cells, grid);
             if (blur.radius > 0) {
-                blur_axis(grid.data(), half.data(), height, width, width, 1, blur);
-                blur_axis(half.data(), grid.data(), width, 1, height, width, blur);
+                blur_axis(grid, half, height, width, width, 1, blur);
+                blur_axis(half, grid, width, 1, height, width, blur);
             }
             double low = grid[0], high = grid[0];
-            for (const double value : grid) {
-                low = std::min(low, value);
-                high = std::max(high, value);
+            for (int64_t i = 0; i < cells; ++i) {
+                low = std::min(low, grid[i]);
+                high = std::max(high, grid[i]);
             }
-            if (std::any_of(grid.begin(), grid.end(), [](double value) { return std::isnan(value); })) low = NAN;
+            if (std::any_of(grid, grid + cells, [](double value) { return std::isnan(value); })) low = NAN;
             const double range = high - low + 1e-8;
             for (int64_t i = 0; i < cells; ++i) {
                 double value = (grid[i] - low) / range;
@@ -69,7 +74,6 @@ void token_weights(const float* masks, float* weights, int64_t images, int64_t h
             }
         }
     }
-    (void)threads;
 }
 
 }  // namespace ospo

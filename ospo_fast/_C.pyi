@@ -42,7 +42,8 @@ def add_rms_norm(
 def silu_mul(gate_up: int, out: int, rows: int, width: int, threads: int, /) -> None: ...
 def decode_attention(
     qkv: int, cos: int, sin: int, keys: int, values: int, slots: int, lengths: int, out: int, rows: int, heads: int,
-    kv_heads: int, width: int, slot_stride: int, head_stride: int, scale: float, shared_slots: bool, threads: int, /
+    kv_heads: int, width: int, slot_count: int, positions: int, slot_stride: int, head_stride: int, scale: float,
+    shared_slots: bool, threads: int, /
 ) -> None: ...
 def token_logprobs(
     logits: int, dtype: int, bias: int, labels: int, inverse_temperature: float, softcap: float, scales: int,
@@ -54,8 +55,9 @@ def scale_rows(
     dhidden: int, packed_row: int, scales: int, out: int, dtype: int, rows: int, width: int, threads: int, /
 ) -> None: ...
 def sample_codes(
-    cond: int, uncond: int, seeds: int, steps: int, tokens: int, token_stride: int, current: int, error_steps: int,
-    rows: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, threads: int, /
+    cond: int, uncond: int, seeds: int, steps: int, tokens: int, token_stride: int, token_columns: int, current: int,
+    error_steps: int, rows: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float,
+    threads: int, /
 ) -> None: ...
 def otsu_threshold_cuda(
     maps: int, thresholds: int, count: int, cells: int, bins: int, device: int, stream: int, /
@@ -75,6 +77,6 @@ def token_logprobs_cuda(
 ) -> None: ...
 def sample_codes_cuda(
     dtype: int, cond: int, uncond: int, logit_stride: int, seeds: int, steps: int, tokens: int, token_stride: int,
-    current: int, error_steps: int, rows: int, codes: int, guidance: float, temperature: float, top_k: int,
-    top_p: float, device: int, stream: int, /
+    token_columns: int, current: int, error_steps: int, rows: int, codes: int, guidance: float, temperature: float,
+    top_k: int, top_p: float, device: int, stream: int, /
 ) -> None: ...

@@ -35,7 +35,7 @@ def sampled(
     steps, out, errors = (torch.full_like(seeds, value) for value in (5, -7, -1))
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
     native().sample_codes(
-        *pointers, 0, 0, out.data_ptr(), errors.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads
+        *pointers, 0, 0, 0, out.data_ptr(), errors.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads
     )
     return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import operator
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from ospo_fast.errors import OpError
 
 logger = logging.getLogger(__name__)
 Op = TypeVar("Op", bound=Callable[..., Any])
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 # op → its compiled backends and the device type each one runs on, in the order in which backend="auto" tries them.
 # The PyTorch reference, "torch", comes last for every op and runs on every device.
@@ -166,6 +168,26 @@ def device_and_stream(device: torch.device) -> tuple[int, int]:
     """Return the ordinal and the current stream of a CUDA device: the last arguments of the compiled CUDA functions."""
     stream = torch.cuda.current_stream(device)
     return int(stream.device_index), int(stream.cuda_stream)
+
+
+def run_checked(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function of the compiled module that checks values which only it reads: what it refuses is an OpError."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        raise OpError(str(error)) from None
+
+
+def check_int(op: str, name: str, value: Any, low: int, high: int = INT64_MAX, hint: str = "") -> int:
+    """Return an integer argument from `low` to `high`, by default any that a kernel can take. Raises OpError."""
+    try:
+        number = value if isinstance(value, int) else operator.index(value)  # of numpy, for example
+    except TypeError:
+        raise OpError(f"{op}: {name} is {value!r}, expected an integer{hint}") from None
+    if not low <= number <= high:
+        limits = f"{low} or more" if high == INT64_MAX and number < low else f"{low} to {high}"
+        raise OpError(f"{op}: {name} is {number}, expected {limits}{hint}")
+    return number
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -69,8 +69,7 @@ def prepare(
         raise OpError(f"{op}: called inside torch.func (grad, vmap, jvp), expected plain autograd; use torch.autograd")
     if hidden.layout != torch.strided:
         raise OpError(f"{op}: hidden has layout {hidden.layout}, expected a dense tensor; use hidden.to_dense()")
-    if not isinstance(ignore_index, int):
-        raise OpError(f"{op}: ignore_index is {ignore_index!r}, expected an integer")
+    ignore_index = _dispatch.check_int(op, "ignore_index", ignore_index, _dispatch.INT64_MIN)
     if device == "meta":
         raise OpError(f"{op}: hidden is on the meta device, expected values; move it to a device")
     autocast = torch.is_autocast_enabled(device)
@@ -89,6 +88,7 @@ def prepare(
     fp32_logits = x.dtype in (torch.float16, torch.bfloat16) and logits_dtype in _FP32_NAMES
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(weights.num_codes, 4 if fp32_logits else x.element_size(), device)
+    chunk_rows = min(chunk_rows, _dispatch.INT64_MAX)
     backend = _dispatch.resolve("token_logprobs", backend, device, x.dtype)
     options = TokenLogprobsOptions(ignore_index, chunk_rows, fp32_logits, backend, check_finite, temperature, softcap)
     if labels.dim() != 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, pointer, register_op, result_dtype
+from ospo_fast.ops._dispatch import INT64_MIN, check_int, describe, pointer, register_op, result_dtype
 from ospo_fast.ops._transfer import to_device_packed
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
@@ -129,7 +129,7 @@ class ColumnRequest:
 
         Raises OpError.
         """
-        op, S = "attention_columns", positions
+        op, S = "attention_columns", check_int("attention_columns", "positions", positions, 0)
         integer = not columns.is_floating_point() and columns.dtype != torch.bool
         if columns.dim() != 3 or columns.shape[0] != batch or not integer:
             raise OpError(f"{op}: columns are {describe(columns)}, expected integer ({batch}, O, C)")
@@ -140,12 +140,15 @@ class ColumnRequest:
                 f"{op}: columns are from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}"
             )
         start, count = _bounds("rows", rows, batch)
-        if batch and (int(start.min()) < 0 or int(count.min()) < 0 or bool((start > S - count).any())):
-            raise OpError(f"{op}: rows start at {start.tolist()} and count {count.tolist()}, beyond the {S} positions")
+        length = rows[1] if isinstance(rows[1], int) else int(count.max()) if batch else 0
+        outside = batch and (int(start.min()) < 0 or int(count.min()) < 0 or bool((start > S - count).any()))
+        if outside or not 0 <= length <= S:
+            raise OpError(
+                f"{op}: rows start at {start.tolist()} and count {count.tolist() or length}, beyond the {S} positions"
+            )
         first, end = _bounds("key_range", (0, S) if key_range is None else key_range, batch)
         if batch and (int(first.min()) < 0 or int(end.max()) > S or bool((first > end).any())):
             raise OpError(f"{op}: key_range is {first.tolist()} to {end.tolist()}, expected 0 <= start <= end <= {S}")
-        length = rows[1] if isinstance(rows[1], int) else int(count.max()) if batch else 0
         share = (1 / (columns >= 0).sum(-1).clamp(min=1).double()).float()
         request = ColumnRequest(columns, start, count, first, end, share, length, S, "torch")
         return request.to(torch.device("cpu") if device is None else device)
@@ -222,6 +225,9 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
     """Return both bounds as (B,) int64 on the CPU."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise OpError(f"attention_columns: {name} is {pair!r}, expected a pair of ints or (B,) integer tensors")
+    for value in pair:
+        if isinstance(value, int):
+            check_int("attention_columns", name, value, INT64_MIN)
     tensors = [torch.as_tensor(value).cpu() for value in pair]
     for value in tensors:
         if value.is_floating_point() or value.dtype == torch.bool or tuple(value.shape) not in ((), (batch,)):
@@ -278,7 +284,7 @@ def _compute_native(
     q, k = (x.float().resolve_neg() for x in (q, k))
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, heads, S, D), kv, (_, objects, length) = q.shape, k.shape[1], maps.shape
-    sizes = [heads, kv, objects, request[1].shape[2], D, length]
+    sizes = [heads, kv, objects, request[1].shape[2], D, length, S]
     native, threads = _dispatch.native(), torch.get_num_threads()
     if lse is not None:
         lse = lse.float().resolve_neg()

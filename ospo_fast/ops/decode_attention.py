@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops._dispatch import pointer
 
@@ -50,8 +51,13 @@ def decode_attention(
     Returns:
         (M, H·D), `out` if given.
 
+    Raises:
+        OpError: shapes that do not match, or a layout that no kernel reads; in C++ also slots or lengths beyond the
+            cache, which are not read on CUDA, as a check would synchronize.
+
     """
-    rows, (_, kv_heads, _, width) = qkv.shape[0], keys.shape
+    _check(qkv, cos, sin, keys, values, slots, lengths, heads, out)
+    rows, (slot_count, kv_heads, positions, width) = qkv.shape[0], keys.shape
     out = qkv.new_empty(rows, heads * width) if out is None else out
     refused = _dispatch.fp32_only(qkv.dtype)
     if width % 16 or width > 256:
@@ -65,11 +71,38 @@ def decode_attention(
     elif backend == "cpp":
         pointers = [pointer(t, torch.float32) for t in (qkv, cos, sin, keys, values)]
         pointers += [pointer(slots, torch.int64), pointer(lengths, torch.int64), pointer(out, torch.float32)]
-        sizes = (rows, heads, kv_heads, width, *keys.stride()[:2])
-        _dispatch.native().decode_attention(*pointers, *sizes, scale, shared_slots, torch.get_num_threads())
+        sizes = (rows, heads, kv_heads, width, slot_count, min(positions, len(cos)), *keys.stride()[:2])
+        options = scale, shared_slots, torch.get_num_threads()
+        _dispatch.run_checked(_dispatch.native().decode_attention, *pointers, *sizes, *options)
     else:
         decode_attention_reference(*arguments)
     return out
+
+
+def _check(
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, heads: int,
+    out: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise OpError for shapes and layouts with which a kernel would leave the tensors."""
+    op, rows = "decode_attention", qkv.shape[0]
+    if keys.dim() != 4 or values.shape != keys.shape or values.stride() != keys.stride():
+        got = f"{tuple(keys.shape)} and {tuple(values.shape)}"
+        raise OpError(f"{op}: keys and values are {got}, expected one shape (slots, Hkv, L, D) with the same strides")
+    kv_heads, width = keys.shape[1], keys.shape[3]
+    if keys.stride(3) != 1 or keys.stride(2) != width:
+        raise OpError(f"{op}: keys have strides {keys.stride()}, expected contiguous positions and heads (…, D, 1)")
+    if heads < 1 or not kv_heads or heads % kv_heads:
+        raise OpError(f"{op}: heads is {heads}, expected a multiple of the {kv_heads} heads of keys and values")
+    if tuple(qkv.shape) != (rows, (heads + 2 * kv_heads) * width) or not qkv.is_contiguous():
+        expected = (rows, (heads + 2 * kv_heads) * width)
+        raise OpError(f"{op}: qkv is {tuple(qkv.shape)}, expected contiguous {expected} for {heads} heads")
+    if not (cos.dim() == 2 and cos.shape == sin.shape and cos.shape[1] == width):
+        raise OpError(f"{op}: cos and sin are {tuple(cos.shape)} and {tuple(sin.shape)}, expected (positions, {width})")
+    if not slots.shape == lengths.shape == (rows,):
+        got = f"{tuple(slots.shape)} and {tuple(lengths.shape)}"
+        raise OpError(f"{op}: slots and lengths are {got}, expected ({rows},), one for each row of qkv")
+    if out is not None and (tuple(out.shape) != (rows, heads * width) or not out.is_contiguous()):
+        raise OpError(f"{op}: out is {tuple(out.shape)}, expected contiguous {(rows, heads * width)}")
 
 
 def decode_attention_reference(

@@ -61,8 +61,14 @@ class PackedLinear:
         """Compute (M, N), into `out` if given, of x (M, K) with contiguous rows."""
         rows, threads = x.shape[0], torch.get_num_threads()
         out = _empty(rows, self.columns) if out is None else out
-        target = out.data_ptr(), out.stride(0)
-        self._run(x.data_ptr(), x.stride(0), *self._pointers, *target, rows, self.columns, self.depth, threads)
+        if x.shape != (rows, self.depth) or out.shape != (rows, self.columns) or not x.stride(1) == out.stride(1) == 1:
+            raise OpError(
+                f"linear: x is {tuple(x.shape)} and out {tuple(out.shape)}, expected (M, {self.depth}) and "
+                f"(M, {self.columns}) with contiguous rows"
+            )
+        target = pointer(out, torch.float32), out.stride(0)
+        source = pointer(x, torch.float32), x.stride(0)
+        self._run(*source, *self._pointers, *target, rows, self.columns, self.depth, threads)
         return out
 
 

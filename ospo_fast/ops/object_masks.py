@@ -52,7 +52,7 @@ def object_masks(maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0
         raise OpError(f"object_masks: valid is on {valid.device}, maps on {maps.device}; move them to one device")
     if not scaler >= 0:
         raise OpError(f"object_masks: scaler is {scaler}, expected a number >= 0")
-    check_bins("object_masks", bins)
+    bins = check_bins("object_masks", bins)
     return ObjectMasks(*_object_masks(maps.detach(), valid, float(scaler), bins))
 
 
@@ -130,6 +130,8 @@ def _new_outputs(maps: Tensor, valid: Tensor | None = None, scaler: float = 1.0,
 def _object_masks(maps: Tensor, valid: Tensor | None, scaler: float, bins: int) -> tuple[Tensor, ...]:
     backend = _dispatch.resolve("object_masks", "auto", maps.device.type, result_dtype(maps))
     cells = maps.shape[2] * maps.shape[3]
+    if maps.shape[0] == 0:  # no images, whose cells may be too many for any memory
+        return _new_outputs(maps)
     if backend == "torch" or (backend == "cuda" and not fits_shared_memory(cells, bins)):
         result = object_masks_reference(maps, valid=valid, scaler=scaler, bins=bins)
         return result.maps, result.thresholds, result.masks, result.union

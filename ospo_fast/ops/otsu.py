@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, pointer, readable, register_op, result_dtype
+from ospo_fast.ops._dispatch import check_int, describe, pointer, readable, register_op, result_dtype
 
 MAX_BINS = 2**16
 SHARED_FLOATS = 24576  # shared memory that the CUDA kernels use for one map and its histogram
@@ -37,8 +37,7 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
     """
     if maps.dim() < 2 or not maps.is_floating_point() or 0 in maps.shape[-2:]:
         raise OpError(f"otsu_threshold: maps are {describe(maps)}, expected float (..., H, W)")
-    check_bins("otsu_threshold", bins)
-    return _otsu_threshold(maps.detach(), bins)
+    return _otsu_threshold(maps.detach(), check_bins("otsu_threshold", bins))
 
 
 def otsu_threshold_reference(maps: Tensor, *, bins: int = 256) -> Tensor:
@@ -83,6 +82,8 @@ def _unit_scale(low: Tensor, high: Tensor) -> Tensor:
     fake=lambda maps, bins: maps.new_empty(maps.shape[:-2], dtype=result_dtype(maps)),
 )
 def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
+    if maps.numel() == 0:  # no maps, whose cells may be too many for any memory
+        return maps.new_empty(maps.shape[:-2], dtype=result_dtype(maps))
     x = readable(_flatten(maps))
     backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type, x.dtype)
     if backend == "torch" or (backend == "cuda" and not fits_shared_memory(x.shape[1], bins)):
@@ -97,10 +98,9 @@ def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
     return thresholds.reshape(maps.shape[:-2])
 
 
-def check_bins(op: str, bins: int) -> None:
-    """Raise OpError for a number of bins that is not positive, or so large that memory for them may run out."""
-    if not 1 <= bins <= MAX_BINS:
-        raise OpError(f"{op}: bins is {bins}, expected 1 to {MAX_BINS}")
+def check_bins(op: str, bins: int) -> int:
+    """Return the number of bins. Raises OpError if it is not positive, or so large that memory may run out."""
+    return check_int(op, "bins", bins, 1, MAX_BINS)
 
 
 def fits_shared_memory(cells: int, bins: int) -> bool:

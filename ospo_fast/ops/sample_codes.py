@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, pointer, readable, register_op
+from ospo_fast.ops._dispatch import INT64_MAX, INT64_MIN, check_int, describe, pointer, readable, register_op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -50,7 +50,7 @@ def sample_codes(
         top_k: keep the k largest logits and those equal to the k-th; 0 = all.
         top_p: then keep the fewest codes with probabilities that sum to it, largest first, and of equal logits the
             first ones; 1 = all.
-        seeds: (B,) int64 or a list, one per item.
+        seeds: (B,) int64 or a list, one per item. In a list also unsigned numbers of 64 bits, modulo 2^64.
         step: position in the image, an int or (B,), one per row.
 
     Returns:
@@ -87,11 +87,21 @@ def sample_codes_into(
     error_steps: Tensor,  # (B,) int64, written; negative: no invalid logits so far
     tokens: Tensor | None = None,  # (B, T) int64, written at steps
 ) -> None:
-    """Run `sample_codes` without checks and without host synchronization, as a CUDA graph needs it.
+    """Run `sample_codes` without checks of the options and without host synchronization, as a CUDA graph needs it.
 
     Writes the codes to `codes`, and to column steps[b] of row b of `tokens`. A row with NaN, +inf or only -inf gets
     code 0, and error_steps[b] = steps[b] if error_steps[b] was negative: read `error_steps` once, at the end.
+
+    Raises OpError for vectors or tokens of the wrong shape, and on a CPU for steps beyond the columns of `tokens`,
+    which CUDA does not write.
     """
+    B = cond.shape[0]
+    if not seeds.shape == steps.shape == codes.shape == error_steps.shape == (B,):
+        got = ", ".join(str(tuple(t.shape)) for t in (seeds, steps, codes, error_steps))
+        raise OpError(f"sample_codes: seeds, steps, codes and error_steps are {got}; expected ({B},), one per row")
+    if tokens is not None and (tokens.dim() != 2 or tokens.shape[0] != B or tokens.stride(1) != 1):
+        got = f"{tuple(tokens.shape)} with strides {tokens.stride()}"
+        raise OpError(f"sample_codes: tokens are {got}, expected ({B}, T) with contiguous rows")
     if top_k >= cond.shape[1]:
         top_k = 0
     backend = _dispatch.resolve("sample_codes", "auto", cond.device.type)
@@ -109,10 +119,11 @@ def sample_codes_into(
     dtype = cond.dtype if backend == "cuda" and cond.dtype in _dispatch.DTYPES else torch.float32
     cond, uncond = readable(cond.to(dtype)), None if uncond is None else readable(uncond.to(dtype))
     seeds, steps = readable(seeds), readable(steps)
+    columns = (0, 0) if tokens is None else (tokens.stride(0), tokens.shape[1])
     arguments = (
-        pointer(seeds, torch.int64), pointer(steps, torch.int64), pointer(tokens, torch.int64),
-        0 if tokens is None else tokens.stride(0), pointer(codes, torch.int64), pointer(error_steps, torch.int64),
-        *cond.shape, guidance_scale, temperature, top_k, top_p,
+        pointer(seeds, torch.int64), pointer(steps, torch.int64), pointer(tokens, torch.int64), *columns,
+        pointer(codes, torch.int64), pointer(error_steps, torch.int64), *cond.shape, guidance_scale, temperature, top_k,
+        top_p,
     )  # fmt: skip
     logits = (pointer(cond), pointer(uncond))
     if backend == "cuda":
@@ -120,7 +131,7 @@ def sample_codes_into(
         number = _dispatch.DTYPES[dtype]
         _dispatch.native().sample_codes_cuda(number, *logits, cond.stride(0), *arguments, *stream)
     else:
-        _dispatch.native().sample_codes(*logits, *arguments, torch.get_num_threads())
+        _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments, torch.get_num_threads())
 
 
 def sample_codes_reference(
@@ -240,10 +251,12 @@ def wrap_int64(value: int) -> int:
 
 
 def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: torch.device) -> Tensor:
-    if isinstance(value, int):
+    if not hasattr(value, "__iter__"):
         value = [value] * B
     if not isinstance(value, Tensor):
-        value = torch.tensor([wrap_int64(int(v)) for v in value], dtype=torch.int64)
+        largest = 2**64 - 1 if name == "seeds" else INT64_MAX
+        checked = [check_int("sample_codes", name, v, INT64_MIN, largest) for v in value]
+        value = torch.tensor([wrap_int64(v) for v in checked], dtype=torch.int64)
     if tuple(value.shape) != (B,) or value.is_floating_point() or value.dtype == torch.bool:
         raise OpError(f"sample_codes: {name} is {describe(value)}, expected ({B},) int64")
     return value.to(device, torch.int64)
@@ -265,8 +278,7 @@ def _check(
         raise OpError(
             f"sample_codes: temperature is {temperature}, expected 1e-30 to 1e30, or 0 for the most likely code"
         )
-    if top_k < 0:
-        raise OpError(f"sample_codes: top_k is {top_k}, expected a number >= 0 (0 = all codes)")
+    check_int("sample_codes", "top_k", min(top_k, INT64_MAX), 0, hint=" (0 = all codes)")
     if not 0 < top_p <= 1:
         raise OpError(f"sample_codes: top_p is {top_p}, expected 0 < top_p <= 1 (1 = all codes)")
     return cond.shape[0]

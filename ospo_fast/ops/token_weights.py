@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import pointer, readable, register_op, result_dtype
+from ospo_fast.ops._dispatch import check_int, pointer, readable, register_op, result_dtype
 
 MAX_BLUR_SIZE = 31  # taps, of the compiled kernels
+MAX_TAPS = 1023  # in PyTorch, where each one is a pass over the padded masks
 MAX_BLURRED_CELLS = 6144  # of one mask, in the shared memory of the CUDA kernel
 
 
@@ -29,19 +30,21 @@ def token_weights(
         mask: (B, H, W) bool, integer or float.
         alpha: height of the weights above 1.
         gamma: exponent.
-        blur_size: taps of the blur, odd; 1 = no blur, as in the paper.
+        blur_size: taps of the blur, odd, at most 1023; 1 = no blur, as in the paper.
         blur_sigma: its standard deviation in cells.
 
     Returns:
         (B, H·W) fp32 (float64 for float64 masks), row by row.
 
     Raises:
-        OpError: a wrong shape, an even blur_size, blur_sigma not positive, a negative alpha or gamma.
+        OpError: a wrong shape, a blur_size that is even or out of range, blur_sigma not positive, a negative alpha or
+            gamma.
 
     """
     if mask.dim() != 3 or 0 in mask.shape[1:]:
         raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
-    if blur_size < 1 or blur_size % 2 == 0 or not blur_sigma > 0:
+    blur_size = check_int("token_weights", "blur_size", blur_size, 1, MAX_TAPS, ", and odd")
+    if blur_size % 2 == 0 or not blur_sigma > 0:
         raise OpError(
             f"token_weights: blur_size is {blur_size}, blur_sigma {blur_sigma}; "
             "expected an odd size and a positive sigma"
@@ -69,6 +72,8 @@ def token_weights_reference(
 )
 def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blur_sigma: float) -> Tensor:
     B, H, W = mask.shape
+    if B == 0:  # no masks, whose cells may be too many for any memory
+        return mask.new_empty((0, H * W), dtype=result_dtype(mask))
     backend = _dispatch.resolve("token_weights", "auto", mask.device.type, result_dtype(mask))
     if backend == "torch" or blur_size > MAX_BLUR_SIZE or (backend == "cuda" and H * W > MAX_BLURRED_CELLS):
         return token_weights_reference(mask, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)

@@ -26,8 +26,8 @@ def sample(on_host: Callable[..., Any]) -> Sample:
         given = OPTIONS | options
         kernel.variable("max_shared_bytes", ctypes.c_int).value = shared
         kernel(
-            DTYPES[cond.dtype], cond, uncond, cond.stride(0), seeds, steps, tokens, tokens.stride(0), codes, errors,
-            *cond.shape, *given.values(), reverse=reverse,
+            DTYPES[cond.dtype], cond, uncond, cond.stride(0), seeds, steps, tokens, tokens.stride(0), tokens.shape[1],
+            codes, errors, *cond.shape, *given.values(), reverse=reverse,
             device=int(shared == COMPUTED),  # the limit of a device is read once
         )  # fmt: skip
         return out[2:]
@@ -51,7 +51,7 @@ def expected(logits: Tensor, **options: Any) -> list[Tensor]:
     seeds, steps, tokens, codes, errors = inputs(len(cond))
     given = OPTIONS | options
     pointers = [0 if t is None else t.data_ptr() for t in (cond, uncond, seeds, steps, tokens)]
-    _C.sample_codes(*pointers, 3, codes.data_ptr(), errors.data_ptr(), *cond.shape, *given.values(), 1)
+    _C.sample_codes(*pointers, 3, 3, codes.data_ptr(), errors.data_ptr(), *cond.shape, *given.values(), 1)
     return [tokens, codes, errors]
 
 
