@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from ospo_fast.errors import Failure, OspoError
-from ospo_fast.stages.image_files import open_image
+from ospo_fast.files import open_image
+from ospo_fast.report.load import find_file
 
 PIXEL_ART = 96  # px; images of at most this side stay PNG and are shown without smoothing
 PHOTO_SIDE = 224  # px; larger images are scaled down to this side and become JPEG, a sixth of the size of PNG
@@ -35,16 +36,15 @@ class Album:
     pixelated: bool = True
     _index: dict[Path, int] = field(default_factory=dict)
 
-    def add(self, path: str | None, *fallbacks: Path) -> int | Failure:
+    def add(self, path: str | None, *fallbacks: str) -> int | Failure:
         """Return the index of the image in `sources`.
 
         `path` is absolute or relative to the run folder. If it does not exist, because the run folder was moved,
-        `fallbacks` are tried.
+        `fallbacks` are tried. A file outside of the run folder is not embedded.
         """
-        candidates = [*([self.root / path] if path else []), *fallbacks]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            return self._fail(f"{candidates[0].name if candidates else 'image'} is missing")
+        found = find_file(self.root, *([path] if path else []), *fallbacks)
+        if isinstance(found, Failure):
+            return self._fail(found.reason)
         if found not in self._index:
             try:
                 uri, pixelated = data_uri(found)

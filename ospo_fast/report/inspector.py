@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import Failure
-from ospo_fast.records import ROLES, ObjectSpan, Pair, Record, image_index, image_verdicts, variant_index
+from ospo_fast.records import ROLES, ObjectSpan, Pair, Record, image_index, image_verdicts, item_name, variant_index
 from ospo_fast.report.load import Item, Run, number
 from ospo_fast.report.masks import encode_masks
 from ospo_fast.stages.object_tokens import find_spans
@@ -89,7 +89,7 @@ def image_name(path: str) -> str:
 def _images(item: Item, run: Run, album: Album) -> dict[str, dict[str, Any]]:
     images = {}
     for _, name, verdict in image_verdicts(item.record):
-        source = album.add(verdict.get("path"), run.root / "images" / item.record["item_id"] / f"{name}.png")
+        source = album.add(verdict.get("path"), f"images/{item_name(item.record['item_id'])}/{name}.png")
         images[name] = {
             "source": None if isinstance(source, Failure) else source,
             "failure": str(source) if isinstance(source, Failure) else "",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ospo_fast.errors import Failure, OspoError
+from ospo_fast.errors import Failure, OspoError, attempt
+from ospo_fast.files import locate
 from ospo_fast.pipeline import stage_metrics, store_paths
 from ospo_fast.records import Record, from_official, parse_json, validate
 from ospo_fast.stages import STAGES
@@ -103,6 +105,18 @@ def load_run(root: Path) -> Run:
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
         notes=notes,
     )
+
+
+def find_file(root: Path, *paths: str) -> Path | Failure:
+    """Return the first of the files that exists; see `locate`. The later ones are for run folders that were moved."""
+    reasons = []
+    for path in paths:
+        found = attempt(locate, path, root)
+        if isinstance(found, Path) and os.path.isfile(found):  # noqa: PTH113 (Path.is_file raises for long names)
+            return found
+        outside = isinstance(found, Failure)
+        reasons.append(f"{Path(path).name[:100]} is {'outside of the run folder' if outside else 'missing'}")
+    return Failure(reasons[0] if reasons else "image is missing")
 
 
 def number(value: object) -> float | None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ospo_fast.errors import Failure
+from ospo_fast.errors import Failure, attempt
+from ospo_fast.files import load_tensors
 from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.records import SIDES, Pair
+from ospo_fast.report.load import find_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,18 +27,13 @@ def load_masks(root: Path, pair: Pair) -> Arrays | Failure:
     """Load the arrays of a pair by side: "maps" and "masks" (O, H, W), and "union" (H, W)."""
     if not pair.get("mask_path"):
         return Failure(pair.get("mask_reason") or "this pair has no masks")
-    path = root / pair["mask_path"]
-    if not path.is_file():  # a path of another machine
-        path = root / "masks" / path.name
-    if not path.is_file():
-        return Failure(f"{path.name} is missing")
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError):
+    path = find_file(root, pair["mask_path"], f"masks/{Path(pair['mask_path']).name}")
+    if isinstance(path, Failure):
+        return path
+    tensors = attempt(load_tensors, "masks", path, "run the stage masks with --no-resume")
+    if isinstance(tensors, Failure):
         return Failure(f"{path.name} cannot be read")
+    arrays = {name: tensor.float().numpy() for name, tensor in tensors.items() if not tensor.is_complex()}
     missing = [name for name in (f"{side}_{part}" for side in SIDES for part in PARTS) if name not in arrays]
     if missing:
         return Failure(f"{path.name} has no {', '.join(missing)}")
@@ -45,6 +42,8 @@ def load_masks(root: Path, pair: Pair) -> Arrays | Failure:
     shapes = {"maps": shape, "masks": shape, "union": shape[1:]}
     if len(shape) != 3 or any(side[part].shape != shapes[part] for side in sides.values() for part in PARTS):
         return Failure(f"{path.name} holds arrays of unexpected shape")
+    if 0 in shape[1:] or not all(np.isfinite(array).all() for side in sides.values() for array in side.values()):
+        return Failure(f"{path.name} holds no masks, or values that are not finite")
     return sides
 
 

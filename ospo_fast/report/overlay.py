@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ospo_fast.errors import OpError, OspoError
+from ospo_fast.files import open_image
 from ospo_fast.ops import object_masks
 
 if TYPE_CHECKING:  # functions import Pillow, so that the name `ospo_fast.show` can be imported without it
@@ -86,16 +87,21 @@ def _load_pixels(image: Any) -> Image.Image:
     """The image in RGB."""
     from PIL import Image
 
-    is_path = isinstance(image, (str, os.PathLike))
-    if is_path or isinstance(image, Image.Image):
-        name = f"{os.fspath(image)!r}" if is_path else f"of mode {image.mode!r} and size {image.size}"
+    if isinstance(image, (str, os.PathLike)):
         try:
-            with Image.open(image) if is_path else nullcontext(image) as opened:
-                mode, size = opened.mode, opened.size
-                pixels = opened.convert("RGB")
+            image = open_image(Path(image))
+        except OspoError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+            raise OpError(f"show: cannot read the image {os.fspath(image)!r} ({reason}); give an image file") from error
+    if isinstance(image, Image.Image):
+        mode, size = image.mode, image.size
+        try:
+            pixels = image.convert("RGB")
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise OpError(f"show: cannot read the image {name} ({reason}); give an image file") from error
+            raise OpError(
+                f"show: cannot read the image of mode {mode!r} and size {size} ({reason}); give an image file"
+            ) from error
         if mode.startswith(("I", "F")):  # Pillow clips their values at 255
             raise OpError(f"show: the image has mode {mode!r}, expected 8 bits; scale its values to 0…255")
         if 0 in size:

@@ -210,7 +210,11 @@ def mask_guide(run: Run) -> dict[str, Any]:
     `full` (of a mask of ones) are of the iteration that the page shows, or None.
     """
     path = run.root / "config.yaml"
-    loaded = attempt(load_config, ["templates=null"], saved=path) if path.is_file() else Failure("no configuration")
+    loaded = (
+        attempt(load_config, ["templates=null", "read_from=[]"], saved=path)
+        if path.is_file()
+        else Failure("no configuration")
+    )
     config = Config() if isinstance(loaded, Failure) else loaded
     loss = attempt(loss_config, config)
     if isinstance(loss, Failure):

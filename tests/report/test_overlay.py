@@ -194,7 +194,8 @@ def test_images_that_pillow_cannot_read_are_refused(tmp_path):
     closed.save(tmp_path / "closed.png")
     closed = Image.open(tmp_path / "closed.png")
     closed.close()
-    for image in (path, Image.open(path), closed, Image.new("La", (40, 40))):
+    Image.new("RGB", (40, 40)).save(tmp_path / "eps.png", "EPS")
+    for image in (path, Image.open(path), tmp_path / "eps.png", tmp_path, closed, Image.new("La", (40, 40))):
         with pytest.raises(OpError, match="show: cannot read the image"):
             show(image, torch.rand(1, 6, 6), ["cat"])
     with pytest.raises(OpError, match=r"size \(0, 5\), expected at least 1 x 1"):

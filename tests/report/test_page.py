@@ -415,6 +415,39 @@ def test_broken_masks_are_named(run_dir, damage):
     assert reason in page.text("about")
 
 
+def test_files_outside_of_the_run_folder_are_not_shown(run_dir, tmp_path):
+    """Absolute, relative and by symbolic links; paths of NUL or of any length are only missing."""
+    stores = [path for path in run_dir.glob("*.jsonl") if path.name != "prompts.jsonl"]
+    record = next(json.loads(line) for line in (run_dir / "masks.jsonl").read_text().splitlines())
+    shutil.move(run_dir / record["mask_path"], tmp_path / "other.safetensors")
+    shutil.move(run_dir / "images" / record["item_id"], tmp_path / "others")
+    (run_dir / "linked").symlink_to(tmp_path / "others")
+    found = [
+        f"{tmp_path}/others/base_0.png",
+        "../others/base_0.png",
+        "linked/base_0.png",
+        "/dev/zero",
+        "a\0b",
+        5000 * "a",
+    ]
+    names = [f"base_{n}" for n in range(len(found))]
+    images = {
+        name: {**record["base_metadata"]["base_0"], "path": path} for name, path in zip(names, found, strict=True)
+    }
+    for store in stores:
+        lines = map(json.loads, store.read_text().splitlines())
+        changed = {"base_metadata": images, "mask_path": str(tmp_path / "other.safetensors")}
+        written = [line | changed if line["item_id"] == record["item_id"] else line for line in lines]
+        store.write_text("".join(json.dumps(line) + "\n" for line in written))
+    page = page_of(write_report(run_dir))
+    item = next(item for item in page.data()["items"] if item["id"] == record["item_id"])
+    assert item["masks"]["reason"] == "other.safetensors is outside of the run folder"
+    shown = [item["images"][name] for name in names]
+    assert all(image["source"] is None for image in shown)
+    assert shown[0]["failure"] == "base_0.png is outside of the run folder"
+    assert "is missing" in shown[5]["failure"]
+
+
 def test_broken_lines_and_records_are_skipped(run_dir):
     with (run_dir / "select.jsonl").open("a") as stream:
         stream.write('["no object"]\n{"prompt": "no id"}\n{"item_id": "x", "question": "no list"}\n{"item_id": "torn')
