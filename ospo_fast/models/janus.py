@@ -16,8 +16,8 @@ from ospo_fast.models.base import Message, Offset
 from ospo_fast.oom import BatchSizeLimit, short
 
 _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template is split
-_VQ_PIXELS = 16 * 384 * 384  # per pass of the VQ model on a GPU: about 2 GB of activations in bf16
-_VQ_IMAGES_CPU = 2  # per pass on a CPU: more save nothing, and one alone costs as much as two
+# Per pass of the VQ model. On a GPU about 2 GB of activations in bf16; on a CPU larger passes gain little.
+_VQ_PIXELS = {"cuda": 16 * 384 * 384, "cpu": 4 * 48 * 48}
 
 
 class _JanusModule:
@@ -166,8 +166,8 @@ class JanusUnifiedModel(_JanusModule):
         self.no_ids = self._single_token_ids("no", "No")
         self._prefix, self._suffix = self._split_template()
         size = processor.image_processor.size
-        batch_size = max(1, min(64, _VQ_PIXELS // int(size["height"] * size["width"])))
-        batch_size = _VQ_IMAGES_CPU if self.device.type == "cpu" else batch_size
+        pixels = _VQ_PIXELS.get(self.device.type, _VQ_PIXELS["cuda"])
+        batch_size = max(1, min(64, pixels // int(size["height"] * size["width"])))
         self._vq_limit = BatchSizeLimit(batch_size, "image", "free some, or use a smaller batch_size", fills=True)
 
     def with_module(self, module: Any, *, name: str) -> JanusUnifiedModel:
