@@ -14,7 +14,7 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from ospo_fast.records import (
     only_writer,
     parse_json,
     read_records,
+    shown,
     sweep_temporary_files,
     write_atomic,
     write_json,
@@ -121,12 +122,38 @@ def _check_text(record: Record, later: Record, path: Path, later_path: Path, rea
 
 def stage_metrics(*folders: Path) -> dict[str, dict[str, float]]:
     """Return for each stage seconds, items and failed items (summed over calls, shards and folders), and peak MB."""
+    return sum_stage_rows(row for folder in folders for row in _read_stage_rows(folder))
+
+
+def _read_stage_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    path = folder / "stages.json"
+    for number, row in enumerate(_read_json(path, []), 1):
+        yield check_stage_row(row, f"{path}, entry {number}")
+
+
+def check_stage_row(row: object, where: str) -> dict[str, Any]:
+    """Return an entry of stages.json. Raises OspoError if it has not the name and the numbers that stages write."""
+    if not (isinstance(row, dict) and isinstance(row.get("stage"), str)):
+        raise OspoError(f"{where} should be an object with the name of a `stage`; delete it.")
+    required = ("seconds", "items", "peak_mb")
+    optional = (name for name in ("failed", "cuda_peak_mb") if row.get(name) is not None)
+    for name in (*required, *optional):
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e15:
+            raise OspoError(
+                f"{where}: `{name}` should be a number of at least 0, got {shown(value)}; delete the entry."
+            )
+    return row
+
+
+def sum_stage_rows(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Sum the entries of stages.json; see `stage_metrics`."""
     metrics: dict[str, dict[str, float]] = {}
-    for entry in (entry for folder in folders for entry in _read_json(folder / "stages.json", [])):
+    for entry in rows:
         row = metrics.setdefault(entry["stage"], {"seconds": 0.0, "items": 0, "failed": 0, "peak_mb": 0.0})
         row["seconds"] = round(row["seconds"] + entry["seconds"], 3)
         row["items"] += entry["items"]
-        row["failed"] += entry.get("failed", 0)
+        row["failed"] += entry.get("failed") or 0
         row["peak_mb"] = max(row["peak_mb"], entry["peak_mb"])
         if entry.get("cuda_peak_mb") is not None:
             row["cuda_peak_mb"] = max(row.get("cuda_peak_mb", 0.0), entry["cuda_peak_mb"])

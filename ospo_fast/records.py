@@ -382,6 +382,8 @@ def _is_mask_stats(value: object) -> bool:
     layers, alarms, iou = value.get("layers"), value.get("alarms"), value.get("iou")
     if not (isinstance(layers, list) and isinstance(alarms, list) and isinstance(iou, int | float | None)):
         return False
+    if "iou" not in value:
+        return False
     if not (_all_are(int, layers) and _all_are(str, alarms)):
         return False
     for side in map(value.get, SIDES):

@@ -399,6 +399,23 @@ def test_training_that_is_complete_needs_no_store(whole, tiny, tmp_path):
     assert pipeline(tiny, out).stage("train").total == 3
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("7", "with the name of a `stage`"),
+        ('{"seconds": 1, "items": 1, "peak_mb": 1}', "with the name of a `stage`"),
+        ('{"stage": "score", "seconds": 1, "peak_mb": 1}', "`items` should be a number"),
+        ('{"stage": "score", "seconds": -1, "items": 1, "peak_mb": 1}', "`seconds` should be a number"),
+        ('{"stage": "score", "seconds": NaN, "items": 1, "peak_mb": 1}', "`seconds` should be a number"),
+        ('{"stage": "score", "seconds": 1, "items": 1, "peak_mb": 1e400}', "`peak_mb` should be a number"),
+    ],
+)
+def test_broken_times_of_stages_are_named(tmp_path, row, words):
+    (tmp_path / "stages.json").write_text(f"[{row}]")
+    with pytest.raises(OspoError, match=rf"stages\.json, entry 1.*{words}"):
+        stage_metrics(tmp_path)
+
+
 def test_an_empty_store_is_refused(whole, tiny, script, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(whole, out)

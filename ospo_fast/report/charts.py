@@ -66,11 +66,12 @@ def line_chart(
         points: (step, value), finite, by ascending step.
         label: for screen readers.
         errors: half of the length of each point's error bar; only with markers.
-        markers: show each point as a dot.
+        markers: show each of up to 480 points as a dot.
         noisy: show more than 30 points without markers as a pale line with its moving average.
         bounds: limits of the value axis, such as (0, 1) for an accuracy.
 
     """
+    markers = markers and len(points) <= 480
     if not markers:
         points, errors = thin(points), None
     xs, ys = [x for x, _ in points], [y for _, y in points]

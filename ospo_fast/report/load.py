@@ -1,21 +1,28 @@
-"""Load a run folder. Files that are missing stay empty; broken lines are skipped and named in `notes`."""
+"""Load a run folder, which a stranger may have written.
+
+Files that are missing stay empty. A broken file or line is left out, and a value that no stage writes (a number that is
+not finite, values nested hundreds deep) is taken as missing; `notes` names each of them.
+"""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.files import locate
-from ospo_fast.pipeline import stage_metrics, store_paths
-from ospo_fast.records import Record, from_official, parse_json, validate
+from ospo_fast.pipeline import check_stage_row, store_paths, sum_stage_rows
+from ospo_fast.records import ROLES, Record, edited_text, from_official, image_index, parse_json, shown, validate
 from ospo_fast.stages import STAGES
 
 KEPT, DROPPED, UNFINISHED = "kept", "dropped", "unfinished"
+MAX_BYTES = 2**20  # bytes of a line, or of summary.json, stages.json and config.yaml; real ones have a tenth of it
+MAX_DEPTH = 100  # of values in values
+MAX_ENTRIES = 300  # images, questions, hard negatives or pairs of an item: the page has a column or row for each
+LARGEST = 1e100  # of numbers, so that sums, products and differences of them are finite
 
 
 @dataclass(frozen=True)
@@ -65,25 +72,20 @@ def load_run(root: Path) -> Run:
     """Load everything that the report shows, except images and masks.
 
     Raises:
-        OspoError: the folder is missing or holds nothing to report, or summary.json or stages.json is broken.
+        OspoError: the folder is missing, or holds nothing that can be reported.
 
     """
     if not root.is_dir():
         raise OspoError(f"run folder {str(root)!r} does not exist; give the folder that `ospo-fast run --out` wrote")
     notes: list[str] = []
-    summary = _read_summary(root / "summary.json")
-    merged: dict[str, dict[str, Any]] = {}
-    reached: dict[str, str] = {}
-    for stage in STAGES:
-        for path in store_paths(root, stage.name):
-            for record in _read_lines(path, notes, validate):
-                merged.setdefault(record["item_id"], {}).update(record)
-                reached[record["item_id"]] = stage.name
+    summary = _read_json(root / "summary.json", notes, {})
+    items = _merge_stores(root, notes)
     log = _read_lines(root / "train" / "log.jsonl", notes)
     gallery = _read_lines(root / "evaluation" / "gallery.jsonl", notes)
-    if not (summary or merged or log or gallery):
+    if not (summary or items or log or gallery):
+        broken = f": {'; '.join(notes)}; fix or delete what is broken, or" if notes else ";"
         raise OspoError(
-            f"run folder {str(root)!r} holds nothing to report (no summary, records or training log); "
+            f"run folder {str(root)!r} holds nothing to report (no summary, records or training log){broken} "
             f"run a stage with --out {root} first"
         )
     iterations = sorted(path.name for path in root.glob("iter*") if path.is_dir())
@@ -92,17 +94,17 @@ def load_run(root: Path) -> Run:
             "the prompts below are those of the first iteration, the metrics of pairs and masks those of the last; "
             f"`ospo-fast report` on {', '.join(iterations)} writes reports of the later iterations"
         )
-    metrics = {**stage_metrics(root), **mapping(summary, "stages")}
+    rows = _checked_rows(_read_json(root / "stages.json", notes, []), notes)
+    metrics = {**sum_stage_rows(rows), **mapping(summary, "stages")}
     names = [*(stage.name for stage in STAGES if stage.name in metrics), *metrics]
-    config = root / "config.yaml"
     return Run(
         root=root,
         summary=summary,
         stages={name: mapping(metrics, name) for name in names},
-        items=[Item(from_official(record), reached[item_id]) for item_id, record in merged.items()],
+        items=items,
         log=log,
         gallery=gallery,
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
+        config=_read_bytes(root / "config.yaml", notes).decode("utf-8", "replace"),
         notes=notes,
     )
 
@@ -120,10 +122,15 @@ def find_file(root: Path, *paths: str) -> Path | Failure:
 
 
 def number(value: object) -> float | None:
-    """Return `value` as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    """Return `value` as a float if it is a number of at most `LARGEST`, else None. Tiny ones become 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         return None
-    return float(value)
+    return float(value) if abs(value) >= 1 / LARGEST else 0.0
+
+
+def text(value: object) -> str:
+    """Return `value` if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
 
 
 def mapping(value: object, *keys: str) -> dict[str, Any]:
@@ -133,38 +140,158 @@ def mapping(value: object, *keys: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _expect_object(value: object, where: str) -> Any:
+def _merge_stores(root: Path, notes: list[str]) -> list[Item]:
+    """Merge the records of all stores by item. `notes` gets the stores that are empty and the texts that differ."""
+    merged: dict[str, dict[str, Any]] = {}
+    reached: dict[str, str] = {}
+    for stage in STAGES:
+        paths = store_paths(root, stage.name)
+        records = [record for path in paths for record in _read_lines(path, notes, _check_record)]
+        if paths and merged and not any(map(os.path.getsize, paths)):
+            notes.append(
+                f"{stage.name}.jsonl is empty, but the stages before it made {len(merged)} records; run `ospo-fast "
+                f"{stage.name}` to make its own"
+            )
+        edited = []
+        for record in records:
+            known = merged.setdefault(record["item_id"], {})
+            edited += [(record["item_id"], *difference)] if (difference := edited_text(known, record)) else []
+            known.update(record)
+            reached[record["item_id"]] = stage.name
+        if edited:
+            item_id, field, before, after = edited[0]
+            notes.append(
+                f"{stage.name}.jsonl: texts of {len(edited)} item(s) differ from those of the stages before it, so "
+                f"they were edited after a stage had read them; the first is `{field}` of item {shown(item_id)}: "
+                f"{before!r:.200} before, {after!r:.200} after"
+            )
+    return [Item(from_official(record), reached[item_id]) for item_id, record in merged.items()]
+
+
+def _check_record(value: object, where: str) -> dict[str, Any]:
+    """`validate`, and lists and names of images that the page can show."""
+    record = validate(value, where)
+    for name, entries in record.items():
+        if isinstance(entries, (list, dict)) and len(entries) > MAX_ENTRIES:
+            raise OspoError(f"{where}: `{name}` has {len(entries)} entries, expected at most {MAX_ENTRIES}")
+    for role in ROLES:
+        for name in record.get(f"{role}_metadata") or {}:
+            if not name.startswith(f"{role}_") or image_index(name) >= MAX_ENTRIES:
+                raise OspoError(f"{where}: image {shown(name)} should be {role}_0 to {role}_{MAX_ENTRIES - 1}")
+    return record
+
+
+def _check_object(value: object, where: str) -> Any:
     if not isinstance(value, dict):
         raise OspoError(f"{where}: got {type(value).__name__}, expected a JSON object")
     return value
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _checked_rows(rows: list[Any], notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of stages.json that can be summed."""
+    checked = [attempt(check_stage_row, row, f"entry {index}") for index, row in enumerate(rows, 1)]
+    _note_failures("stages.json", "entries", [row for row in checked if isinstance(row, Failure)], notes)
+    return [row for row in checked if not isinstance(row, Failure)]
+
+
+def _read_json(path: Path, notes: list[str], default: Any) -> Any:
+    """The value of a JSON file of the type of `default`; `default` if the file is missing or broken."""
+    if not (data := _read_bytes(path, notes)):
+        return default
     try:
-        summary: dict[str, Any] = _expect_object(parse_json(path.read_bytes()), path.name)
-    except (OSError, ValueError, OspoError) as error:
-        raise OspoError(f"{str(path)!r} cannot be read ({error}); fix or delete the file") from error
-    return summary
-
-
-def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any] = _expect_object) -> list[Any]:
-    """The lines of a JSONL file that pass `check`. The others are counted in `notes`, with the first error."""
-    if not path.is_file():
-        return []
-    lines = enumerate(path.read_bytes().split(b"\n"), 1)
-    values = [_parse_line(line, f"line {number}", check) for number, line in lines if line.strip()]
-    failures = [value for value in values if isinstance(value, Failure)]
-    if failures:
-        notes.append(f"{path.name}: skipped {len(failures)} broken line(s), the first at {failures[0]}")
-    return [value for value in values if not isinstance(value, Failure)]
-
-
-def _parse_line(line: bytes, where: str, check: Callable[[object, str], Any]) -> Any:
-    try:
-        return check(parse_json(line), where)
-    except OspoError as error:
-        return Failure(str(error))
+        value, dropped = _without_extremes(parse_json(data))
     except ValueError as error:
-        return Failure(f"{where}: {error}")
+        notes.append(f"{path.name} cannot be read ({error}); fix or delete the file")
+        return default
+    if not isinstance(value, type(default)):
+        notes.append(
+            f"{path.name} cannot be read (it holds {type(value).__name__}, expected {type(default).__name__}); fix or "
+            "delete the file"
+        )
+        return default
+    _note_dropped(path.name, dropped, notes)
+    return value
+
+
+def _read_bytes(path: Path, notes: list[str]) -> bytes:
+    """The content of a file; empty if it is missing, unreadable or too large."""
+    try:
+        if not path.exists():
+            return b""
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read ({error.strerror or error}); fix or delete the file")
+        return b""
+    if len(data) > MAX_BYTES:
+        notes.append(f"{path.name} is left out: it has more than {MAX_BYTES} bytes")
+        return b""
+    return data
+
+
+def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any] = _check_object) -> list[Any]:
+    """The lines of a JSONL file that pass `check`. The others are counted in `notes`, with the first error."""
+    values, failures, dropped = [], [], 0
+    try:
+        for place, line in enumerate(_lines(path) if path.exists() else (), 1):
+            if line.strip():
+                value = attempt(_parse_line, line, f"line {place}", check)
+                if isinstance(value, Failure):
+                    failures.append(value)
+                else:
+                    values.append(value[0])
+                    dropped += value[1]
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read ({error.strerror or error}); fix or delete the file")
+    _note_failures(path.name, "broken line(s)", failures, notes)
+    _note_dropped(path.name, dropped, notes)
+    return values
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long, the first `MAX_BYTES` + 1 bytes."""
+    with path.open("rb") as file:
+        while line := file.readline(MAX_BYTES + 1):
+            yield line
+            while len(line) > MAX_BYTES and not line.endswith(b"\n"):  # skip the rest of it
+                line = file.readline(MAX_BYTES + 1)
+
+
+def _parse_line(line: bytes, where: str, check: Callable[[object, str], Any]) -> tuple[Any, int]:
+    """The checked value of a line, and how many values in it were dropped. Raises OspoError."""
+    if len(line) > MAX_BYTES:
+        raise OspoError(f"{where}: it has more than {MAX_BYTES} bytes")
+    try:
+        value, dropped = _without_extremes(parse_json(line))
+    except ValueError as error:
+        raise OspoError(f"{where}: {error}") from error
+    return check(value, where), dropped
+
+
+def _without_extremes(value: Any, depth: int = 0) -> tuple[Any, int]:
+    """Replace numbers beyond `LARGEST` and values deeper than `MAX_DEPTH` by None; also return their count."""
+    if isinstance(value, (dict, list)):
+        if depth == MAX_DEPTH:
+            return None, 1
+        keys = value if isinstance(value, dict) else range(len(value))
+        dropped = 0
+        for key in keys:
+            value[key], count = _without_extremes(value[key], depth + 1)
+            dropped += count
+        return value, dropped
+    if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+        return None, 1
+    return value, 0
+
+
+def _note_failures(name: str, what: str, failures: list[Failure], notes: list[str]) -> None:
+    if failures:
+        notes.append(f"{name}: skipped {len(failures)} {what}, the first at {failures[0]}")
+
+
+def _note_dropped(name: str, dropped: int, notes: list[str]) -> None:
+    if dropped:
+        notes.append(
+            f"{name}: {dropped} value(s) are taken as missing: numbers that are not finite or beyond {LARGEST:g}, or "
+            f"values nested more than {MAX_DEPTH} deep"
+        )

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -18,8 +19,11 @@ from ospo_fast.records import iter_pairs, write_atomic
 from ospo_fast.report import inspector, stats
 from ospo_fast.report.charts import format_number
 from ospo_fast.report.images import Album
-from ospo_fast.report.load import load_run, mapping, number
+from ospo_fast.report.load import load_run, mapping, number, text
 from ospo_fast.report.masks import load_masks
+
+if TYPE_CHECKING:
+    from ospo_fast.report.masks import Arrays
 
 HERE = Path(__file__).parent
 
@@ -27,7 +31,7 @@ HERE = Path(__file__).parent
 def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, gallery_limit: int = 24) -> Path:
     """Write the report of a run as one self-contained HTML page.
 
-    Broken images, masks and records are named on the page. The page is written atomically.
+    Broken files, images, masks and records are named on the page. The page is written atomically.
 
     Args:
         run_dir: a run folder, finished or not. Sections without data are omitted, missing values are "not measured".
@@ -39,8 +43,7 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
         The path of the page.
 
     Raises:
-        OspoError: the folder is missing or holds nothing to report, summary.json or stages.json is broken, or the page
-            cannot be written.
+        OspoError: the folder is missing, holds nothing that can be reported, or the page cannot be written.
         UsageError: a limit below 1.
 
     """
@@ -62,13 +65,16 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
     album = Album(run.root)
     records = [item.record for item in run.items]
     pairs = list(iter_pairs(records))
-    masks = {pair.pair_id: load_masks(run.root, pair.pair) for pair in pairs}
+    masks = [load_masks(run.root, pair.pair) for pair in pairs]
+    of_first_pair: dict[str, Arrays | Failure] = {}
+    for pair, result in zip(pairs, masks, strict=True):  # not by pair_id: an item may have the id of another's pair
+        of_first_pair.setdefault(pair.record["item_id"], result)
     items = [
-        inspector.describe(item, run, album, masks.get(item.record["item_id"]))
+        inspector.describe(item, run, album, of_first_pair.get(item.record["item_id"]))
         for item in inspector.sample(run.items, limit)
     ]
     gallery = stats.gallery(run.gallery, album, gallery_limit)
-    with_path = (masks[pair.pair_id] for pair in pairs if pair.pair.get("mask_path"))
+    with_path = (result for pair, result in zip(pairs, masks, strict=True) if pair.pair.get("mask_path"))
     failures = Counter(map(str, [*album.failures, *(result for result in with_path if isinstance(result, Failure))]))
     script = (HERE / "report.js").read_text(encoding="utf-8")
     return _template().render(
@@ -81,11 +87,11 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         kinds=stats.kind_rows(run),
         stages=stats.stage_rows(run),
         guidance=stats.guidance_tables(mapping(run.summary, "evaluation")),
-        rule=mapping(run.summary, "evaluation").get("rule"),
+        rule=text(mapping(run.summary, "evaluation").get("rule")),
         curves=stats.curves(run.log),
         funnel=stats.funnel(run),
         drop_reasons=stats.drop_reasons(run),
-        diagnostics=stats.mask_diagnostics([m for m in masks.values() if not isinstance(m, Failure)], records),
+        diagnostics=stats.mask_diagnostics([m for m in masks if not isinstance(m, Failure)], records),
         guide=stats.mask_guide(run),
         gallery=gallery,
         total=len(run.items),
@@ -98,7 +104,7 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         pixelated=album.pixelated,
         versions=mapping(run.summary, "versions"),
         config=run.config,
-        notes=[*run.notes, *(f"{text} ({n} times)" if n > 1 else text for text, n in failures.items())],
+        notes=[*run.notes, *(f"{reason} ({n} times)" if n > 1 else reason for reason, n in failures.items())],
     )
 
 

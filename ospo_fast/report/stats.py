@@ -15,7 +15,7 @@ from ospo_fast.ops.object_masks import spatial_entropy
 from ospo_fast.records import ROLES, SIDES, image_verdicts, iter_pairs
 from ospo_fast.report.charts import histogram, line_chart
 from ospo_fast.report.inspector import margin, reason_group
-from ospo_fast.report.load import DROPPED, KEPT, UNFINISHED, Item, Run, mapping, number
+from ospo_fast.report.load import DROPPED, KEPT, MAX_BYTES, UNFINISHED, Item, Run, mapping, number, text
 from ospo_fast.report.masks import coverage, union_iou
 from ospo_fast.stages.mask_stats import run_stats
 from ospo_fast.stages.train import loss_config, uses_masks, uses_stored_masks
@@ -89,10 +89,10 @@ def kind_rows(run: Run) -> list[dict[str, Any]]:
 
 def stage_rows(run: Run) -> list[dict[str, Any]]:
     """Seconds, items, items per second and peak MB of each stage, and its share of the time of the longest stage."""
-    longest = max((number(metrics.get("seconds")) or 0.0 for metrics in run.stages.values()), default=0.0)
+    longest = max((_count(metrics.get("seconds")) or 0.0 for metrics in run.stages.values()), default=0.0)
     rows = []
     for name, metrics in run.stages.items():
-        seconds, items, peak_mb = (number(metrics.get(key)) for key in ("seconds", "items", "peak_mb"))
+        seconds, items, peak_mb = (_count(metrics.get(key)) for key in ("seconds", "items", "peak_mb"))
         rate = items / seconds if items and seconds else None
         share = seconds / longest if seconds else 0.0
         rows.append(
@@ -156,7 +156,7 @@ def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     charts = []
     for name, label, bounds in CURVES:
         rows = [
-            (step, value, number(line.get("standard_error")))
+            (step, value, _count(line.get("standard_error")))
             for line in log
             if (step := number(line.get("step"))) is not None and (value := number(line.get(name))) is not None
         ]
@@ -187,6 +187,7 @@ def mask_diagnostics(masks: list[Arrays], records: list[Record]) -> dict[str, An
     covered = {side: [coverage(arrays[side]["union"]) for arrays in masks] for side in SIDES}
     maps = [torch.from_numpy(arrays[side]["maps"]) for arrays in masks for side in SIDES]
     entropies = [value for part in maps for value in spatial_entropy(part[part.sum((1, 2)) > 0]).tolist()]
+    entropies = [value for value in map(number, entropies) if value is not None]  # of maps with negative values
     ious = [iou for iou in map(union_iou, masks) if iou is not None]
     shares = [share for side in SIDES for share in covered[side]]
     unmatched = Counter(reason for record in records for reason in (record.get("unmatched_objects") or {}).values())
@@ -210,9 +211,10 @@ def mask_guide(run: Run) -> dict[str, Any]:
     `full` (of a mask of ones) are of the iteration that the page shows, or None.
     """
     path = run.root / "config.yaml"
+    readable = path.is_file() and path.stat().st_size <= MAX_BYTES
     loaded = (
         attempt(load_config, ["templates=null", "read_from=[]"], saved=path)
-        if path.is_file()
+        if readable
         else Failure("no configuration")
     )
     config = Config() if isinstance(loaded, Failure) else loaded
@@ -252,7 +254,7 @@ def gallery(lines: list[dict[str, Any]], album: Album, limit: int) -> dict[str, 
     for line in (lines[index * len(lines) // size] for index in range(size)):
         sides = []
         for side in ("before", "after"):
-            image = album.add(line[side].get("path"))
+            image = album.add(text(line[side].get("path")))
             source, failure = (None, image.reason) if isinstance(image, Failure) else (album.sources[image], "")
             sides.append({"name": side, "source": source, "failure": failure, "correct": line[side].get("correct")})
         cards.append(
@@ -278,7 +280,7 @@ def guidance_tables(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     tables = []
     for title, source in (("Test prompts", evaluation), ("Validation prompts", mapping(evaluation, "validation"))):
         rows = []
-        for scale in sorted({*mapping(source, "before"), *mapping(source, "after")}, key=float):
+        for scale in sorted({*mapping(source, "before"), *mapping(source, "after")}, key=_scale_order):
             row: dict[str, Any] = {"name": scale, "chosen": scale == str(evaluation.get("guidance_scale"))}
             for side in ("before", "after"):
                 metrics = mapping(source, side, scale)
@@ -318,6 +320,21 @@ def _outcome(line: dict[str, Any]) -> str:
     return "fixed" if after else "broken"
 
 
+def _count(value: object) -> float | None:
+    """A number that cannot be negative, such as seconds; None if it is."""
+    found = number(value)
+    return None if found is None or found < 0 else found
+
+
+def _scale_order(name: str) -> tuple[float, str]:
+    """The order of guidance scales: by value, and at the end the names that are no numbers."""
+    try:
+        value = number(float(name))
+    except ValueError:
+        value = None
+    return math.inf if value is None else value, name
+
+
 def _difference(value: float | None, base: float | None) -> float | None:
     return None if value is None or base is None else value - base
 
@@ -325,4 +342,4 @@ def _difference(value: float | None, base: float | None) -> float | None:
 def _describe_seeds(seeds: dict[str, Any]) -> str:
     """Format the seeds, for example "1 training, 2 sampling; note"."""
     counts = ", ".join(f"{len(values)} {name}" for name, values in seeds.items() if isinstance(values, list))
-    return "; ".join(part for part in (counts, seeds.get("note")) if part)
+    return "; ".join(part for part in (counts, text(seeds.get("note"))) if part)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    import types
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from PIL import Image  # optional packages are imported by functions, so that this file can always be imported
 
@@ -291,3 +293,25 @@ def make() -> Callable[..., Path]:
 def run_dir(tmp_path: Path) -> Path:
     """A small run that a test may change."""
     return make_run(tmp_path / "run", items=7, steps=12, gallery=2)
+
+
+def _load(name: str) -> types.ModuleType:
+    """Load a module of this folder, which pytest does not make importable."""
+    spec = importlib.util.spec_from_file_location(f"report_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def hostile() -> types.ModuleType:
+    """Values that no stage writes, and stores of them."""
+    return _load("hostile")
+
+
+@pytest.fixture(scope="session")
+def pages() -> types.ModuleType:
+    """The parser of pages."""
+    return _load("test_page")

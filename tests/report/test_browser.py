@@ -1,6 +1,7 @@
 """The page in headless Chromium. Skipped where Chromium or chromedriver is not installed."""
 
 import io
+import json
 import shutil
 
 import numpy as np
@@ -374,3 +375,73 @@ def test_hostile_prompt_runs_nothing(driver, run_dir):
     assert css(driver, "#detail header h3")[0].text.startswith("</script><img")
     assert driver.title == "run \u2013 OSPO report"
     assert css(driver, "#detail img[src='x']") == []
+
+
+def select_all(driver):
+    """Select every item of the list, hover its words, use every filter, and return how many items there are."""
+    return driver.execute_script("""
+        const options = document.querySelectorAll('#list [role=option]').length;
+        for (let index = 0; index < options; index++) {
+          document.querySelectorAll('#list [role=option]')[index].click();
+          for (const word of document.querySelectorAll('#detail .word')) word.click();
+          for (const button of document.querySelectorAll('#detail [data-mode]')) button.click();
+        }
+        for (const select of document.querySelectorAll('select')) {
+          for (const option of select.options) {
+            select.value = option.value;
+            select.dispatchEvent(new Event('change'));
+          }
+          select.selectedIndex = 0;
+          select.dispatchEvent(new Event('change'));
+        }
+        for (const chart of document.querySelectorAll('.chart')) {
+          chart.dispatchEvent(new PointerEvent('pointermove', {clientX: 300}));
+        }
+        return options;""")
+
+
+def errors(driver):
+    return [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize("store", ["select", "masks"])
+def test_the_script_survives_every_record(driver, make, tmp_path, hostile, store):
+    run = make(tmp_path / "run", items=2, steps=6, side=8, grid=2, gallery=1)
+    path = run / f"{store}.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines) + "\n" + hostile.hostile_store(json.loads(lines[0])), encoding="utf-8")
+    errors(driver)
+    driver.get(write_report(run, limit=10_000).as_uri())
+    count = select_all(driver)
+    assert count > 100
+    assert errors(driver) == []
+    assert driver.find_element("id", "count").text == f"{count} prompts"
+    assert driver.title == "run \u2013 OSPO report"
+
+
+def test_names_that_every_object_has_are_no_images(driver, run_dir):
+    lines = [json.loads(line) for line in (run_dir / "masks.jsonl").read_text().splitlines()]
+    for line, name in zip(lines, ("__proto__", "constructor", "toString", "base_999999999999"), strict=False):
+        line |= {"chosen": name, "rejected": name, "unmatched_objects": {"__proto__": "x"}, "base_metadata": {}}
+    (run_dir / "masks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    errors(driver)
+    driver.get(write_report(run_dir).as_uri())
+    select_all(driver)
+    assert errors(driver) == []
+    assert css(driver, "#pairs img:not([src])") == []
+
+
+@pytest.mark.parametrize("text", ["!" * 100_000 + "x", "a b " * 25_000, " " * 100_000 + "x", "word " * 20_000])
+def test_prompts_of_100_kb_are_compared_in_linear_time(driver, run_dir, text):
+    """The driver ends a script that takes more than 30 s, which linear time does not reach on a slow machine."""
+    record = json.loads((run_dir / "masks.jsonl").read_text().splitlines()[0])
+    record |= dict.fromkeys(("negative_prompt", "negative_long_prompt"), [text + " other"] * 3)
+    record |= {"prompt": text, "long_prompt": [text] * 3}
+    for path in run_dir.glob("*.jsonl"):
+        path.unlink()
+    (run_dir / "masks.jsonl").write_text(json.dumps(record))
+    driver.set_page_load_timeout(30)
+    errors(driver)
+    driver.get(write_report(run_dir).as_uri())
+    assert errors(driver) == []
+    assert [mark.text for mark in css(driver, "#detail .variant mark")] == ["other"] * 6

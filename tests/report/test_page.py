@@ -459,7 +459,9 @@ def test_broken_lines_and_records_are_skipped(run_dir):
 def test_malformed_mask_stats_are_named(run_dir):
     with (run_dir / "masks.jsonl").open("a") as stream:
         stream.write('{"item_id": "x", "mask_stats": {"layers": [1]}}\n')
-    assert "masks.jsonl: skipped 1 broken line(s)" in page_of(write_report(run_dir)).text("about")
+        sides = {side: {"coverage": 0.5, "entropy": []} for side in ("chosen", "rejected")}
+        stream.write(json.dumps({"item_id": "x", "mask_stats": {"layers": [], "alarms": [], **sides}}) + "\n")
+    assert "masks.jsonl: skipped 2 broken line(s)" in page_of(write_report(run_dir)).text("about")
 
 
 def test_nulls_are_missing_values(run_dir):
@@ -500,13 +502,21 @@ def test_missing_and_empty_run_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"{", b"1", b"\xed\xa0\x80"])
 @pytest.mark.parametrize("name", ["summary.json", "stages.json"])
-def test_broken_summaries_are_named_and_the_old_page_stays(run_dir, name, content):
-    page = run_dir / "report" / "index.html"
+def test_broken_summaries_are_named_and_cost_their_own_values(run_dir, name, content):
+    (run_dir / name).write_bytes(content)
+    page = page_of(write_report(run_dir))
+    assert f"{name} cannot be read" in page.text("about")
+    assert ("not measured" in page.text("alignment_before")) == (name == "summary.json")
+    assert len(page.data()["items"]) == 7
+
+
+def test_a_run_of_broken_files_alone_is_refused_and_the_old_page_stays(tmp_path):
+    page = tmp_path / "report" / "index.html"
     page.parent.mkdir()
     page.write_text("old")
-    (run_dir / name).write_bytes(content)
-    with pytest.raises(OspoError, match=name):
-        write_report(run_dir)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(OspoError, match=r"holds nothing to report.*summary\.json cannot be read"):
+        write_report(tmp_path)
     assert page.read_text() == "old"
     assert [path.name for path in page.parent.iterdir()] == ["index.html"]
 
