@@ -15,11 +15,11 @@ THREADS ?= 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test gpu gpu-wheels lint types wheel clean
+.PHONY: help install demo test sanitize gpu gpu-wheels lint types wheel clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | gpu | gpu-wheels | lint | types | wheel | clean | install"
+	@echo "make demo | test | sanitize | gpu | gpu-wheels | lint | types | wheel | clean | install"
 
 # The install is editable: only changes of compiled sources and of requirements install again.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -35,6 +35,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+# Needs GCC. The sanitized package is a copy in build/sanitize.
+sanitize: $(STAMP)
+	$(BIN)/python tests/ops/sanitize.py $(ARGS)
 
 # Wheels in .whl (from `make gpu-wheels`) are installed for the run alone. Missing peers are skipped.
 gpu: $(STAMP)

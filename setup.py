@@ -4,6 +4,8 @@ Environment:
     OSPO_FAST_CUDA        1: compile the CUDA sources, fail without nvcc; 0: skip them; unset: compile them if nvcc is
                           found, in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda
     OSPO_FAST_CUDA_ARCHS  architectures to compile for, such as "80+PTX 90 100"
+    OSPO_FAST_SANITIZE    1: compile C++ with GCC's AddressSanitizer and UndefinedBehaviorSanitizer, without CUDA; the
+                          module loads only where their libraries are preloaded (`make sanitize`)
     MAX_JOBS              parallel compilers (default: one per core)
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME: as usual
 """
@@ -36,7 +38,7 @@ def find_nvcc() -> str | None:
     setting = os.environ.get("OSPO_FAST_CUDA", "")
     if setting not in {"", "0", "1"}:
         sys.exit(f"OSPO_FAST_CUDA is {setting!r}; expected 1 (compile CUDA), 0 (skip it) or unset (if nvcc is found)")
-    if setting == "0":
+    if setting == "0" or sanitize():
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]  # None is the PATH
@@ -44,6 +46,25 @@ def find_nvcc() -> str | None:
     if setting == "1" and nvcc is None:
         sys.exit("OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to skip CUDA")
     return nvcc
+
+
+def sanitize() -> bool:
+    """Return whether to compile with sanitizers."""
+    setting = os.environ.get("OSPO_FAST_SANITIZE", "")
+    if setting not in {"", "0", "1"}:
+        sys.exit(f"OSPO_FAST_SANITIZE is {setting!r}; expected 1 (compile with sanitizers), or 0 or unset (without)")
+    return setting == "1"
+
+
+def sanitizer_flags(cxx: str) -> list[str]:
+    """Return the flags that compile and link with sanitizers: an error ends the process."""
+    version = output(*shlex.split(cxx), "--version")
+    if "Free Software Foundation" not in version:
+        sys.exit(f"OSPO_FAST_SANITIZE needs GCC, but {cxx} is {version.splitlines()[0]!r}; set CXX=g++")
+    flags = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    if not accepts(cxx, *flags):
+        sys.exit(f"{cxx} cannot link with {' '.join(flags)}; install the libraries libasan and libubsan of this GCC")
+    return flags
 
 
 def output(*command: str) -> str:
@@ -130,8 +151,10 @@ class BuildExtension(build_ext):
         openmp = ["-fopenmp"] if accepts(cxx, "-fopenmp") else []
         # Without contraction to FMA, thresholds equal those of numpy to the last bit on every machine. Without trapping
         # math, loops that select one of two results are vectorized.
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
-        flags += ["-Wall", "-Wextra", *openmp]
+        sanitizers = sanitizer_flags(cxx) if sanitize() else []
+        flags = ["-std=c++17", "-O1" if sanitizers else "-O3", "-fPIC", "-fvisibility=hidden"]
+        flags += ["-ffp-contract=off", "-fno-trapping-math"]
+        flags += ["-Wall", "-Wextra", *openmp, *sanitizers]
         files, lines = list(ext.sources), []
         if nvcc := find_nvcc():
             archs = cuda_archs(nvcc)
@@ -149,8 +172,10 @@ class BuildExtension(build_ext):
             link += [f"-Xcompiler={flag}" for flag in openmp]
         else:
             print(f"ospo-fast: C++ by {cxx}; no CUDA kernels, because OSPO_FAST_CUDA is 0 or no nvcc was found")
-            shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
-            link = [*shlex.split(cxx), *shared, *openmp]
+            shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+            if sys.platform != "darwin" and not sanitizers:
+                shared.append("-Wl,-s")  # sanitizers name the lines of their findings by the debug information
+            link = [*shlex.split(cxx), *shared, *openmp, *sanitizers]
         compile_cxx = f"{ccache}{cxx} -MMD -MF $out.d {joined(flags + include)}{user['CXXFLAGS']} -c $in -o $out"
         lines += ["rule cxx", f"  command = {compile_cxx}", "  depfile = $out.d", "  deps = gcc"]
         lines += ["rule link", f"  command = {joined(link)} $in{user['LDFLAGS']} -o $out"]
