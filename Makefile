@@ -5,6 +5,7 @@
 #   PART=all            part of the GPU benchmark (1 to 4)
 #   WORKERS=2           processes of the tests
 #   THREADS=1           threads of each process of the tests
+#   KILLS=300 INPUTS=100000 MINUTES=18   size of the soak; ARGS="--parts kills" runs a part of it
 
 PYTHON ?= python3
 DEMO_OUT ?= demo-out
@@ -12,14 +13,17 @@ ARGS ?=
 PART ?= all
 WORKERS ?= 2
 THREADS ?= 1
+KILLS ?= 300
+INPUTS ?= 100000
+MINUTES ?= 18
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test sanitize gpu gpu-wheels lint types wheel clean
+.PHONY: help install demo test sanitize soak gpu gpu-wheels lint types wheel clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | sanitize | gpu | gpu-wheels | lint | types | wheel | clean | install"
+	@echo "make demo | test | sanitize | soak | gpu | gpu-wheels | lint | types | wheel | clean | install"
 
 # The install is editable: only changes of compiled sources and of requirements install again.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -39,6 +43,10 @@ test: $(STAMP)
 # Needs GCC. The sanitized package is a copy in build/sanitize.
 sanitize: $(STAMP)
 	$(BIN)/python tests/ops/sanitize.py $(ARGS)
+
+# See docs/reliability.md. ARGS="--write" writes the table there.
+soak: $(STAMP)
+	PYTHONPATH=bench $(BIN)/python -m soak --kills $(KILLS) --inputs $(INPUTS) --minutes $(MINUTES) --out soak-out $(ARGS)
 
 # Wheels in .whl (from `make gpu-wheels`) are installed for the run alone. Missing peers are skipped.
 gpu: $(STAMP)
@@ -60,4 +68,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m build
 
 clean:
-	rm -rf build dist *.egg-info ospo_fast/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(STAMP)
+	rm -rf build dist soak-out *.egg-info ospo_fast/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(STAMP)

@@ -1,0 +1,59 @@
+"""What every part of a soak has: its options, its outcome, and processes that share its cases."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a soak. A part ends at its `deadline`, a value of `time.monotonic`, with the cases that it has."""
+
+    out: Path
+    kills: int
+    inputs: int
+    seed: int
+    jobs: int
+    deadline: float
+
+
+@dataclass
+class Outcome:
+    """What a part found. `failures` are sentences; `rows` are the lines of a part that has a table of its own."""
+
+    part: str
+    goal: str
+    cases: int = 0
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def share(function: Callable[..., Any], arguments: Iterator[tuple[Any, ...]], options: Options) -> Iterator[Any]:
+    """Yield the results of `function(*arguments)` in forked processes, in the order in which they end.
+
+    No call begins after the deadline. A process that dies ends the part with an error.
+    """
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
+        running = {pool.submit(function, *given) for given in itertools.islice(arguments, options.jobs)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+            free = options.jobs - len(running) if time.monotonic() < options.deadline else 0
+            running |= {pool.submit(function, *given) for given in itertools.islice(arguments, free)}
+
+
+def scratch(name: str) -> Path:
+    """Return a folder for files that are read once: in memory where the system has such a folder."""
+    memory = Path("/dev/shm")
+    root = memory if os.access(memory, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
+    folder = root / f"ospo-soak-{os.getuid()}" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
