@@ -1,5 +1,7 @@
 """What every part of a soak has: its options, its outcome, and processes that share its cases."""
 
+import functools
+import importlib.util
 import itertools
 import os
 import time
@@ -9,6 +11,8 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from _source import ROOT
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ def share(function: Callable[..., Any], arguments: Iterator[tuple[Any, ...]], op
                 yield future.result()
             free = options.jobs - len(running) if time.monotonic() < options.deadline else 0
             running |= {pool.submit(function, *given) for given in itertools.islice(arguments, free)}
+
+
+@functools.cache
+def scripted() -> Any:
+    """Load tests/scripted.py: the tiny model of the tests and a script of its texts."""
+    spec = importlib.util.spec_from_file_location("scripted", ROOT / "tests" / "scripted.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def scratch(name: str) -> Path:

@@ -5,7 +5,6 @@ The parent loads torch and the model once and forks a process for each attempt, 
 
 import contextlib
 import functools
-import importlib.util
 import io
 import itertools
 import json
@@ -20,14 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _source import ROOT
 
 from ospo_fast import cli, models
 from ospo_fast.errors import OspoError
 from ospo_fast.shapes import scenes
 from ospo_fast.stages import STAGES
 from soak.faults import ERRORS, Faults
-from soak.parts import Options, Outcome, scratch, share
+from soak.parts import Options, Outcome, scratch, scripted, share
 
 SMALL = (
     "prompts.counts={color1: 1, shape1: 1, color2: 2, 2D_spatial: 1, numeracy1: 1, numeracy2: 1}",
@@ -53,16 +51,12 @@ class Ending(NamedTuple):
 @functools.cache
 def model_folder() -> Path:
     """Save the tiny model of the tests, whose texts follow a script, and load it once for all attempts."""
-    spec = importlib.util.spec_from_file_location("scripted", ROOT / "tests" / "scripted.py")
-    assert spec is not None
-    assert spec.loader is not None
-    scripted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scripted)
     torch.set_num_threads(1)
-    scripted.install()
-    for module, name in ((scripted, "descriptions"), (scenes, "held_out_prompts")):  # most of a run's time
+    script = scripted()
+    script.install()
+    for module, name in ((script, "descriptions"), (scenes, "held_out_prompts")):  # most of a run's time
         setattr(module, name, functools.cache(getattr(module, name)))
-    folder: Path = scripted.save_tiny(scratch("model"))
+    folder: Path = script.save_tiny(scratch("model"))
     with contextlib.redirect_stdout(io.StringIO()):  # load what is imported and cached when stages first run
         cli.main([*_command(folder, scratch("runs") / "first"), "--no-resume"])
     load = models.load_model
