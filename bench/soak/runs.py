@@ -124,12 +124,23 @@ def _child(arguments: list[str], out: Path, faults: Faults | None, file_size: in
         os._exit(code)
 
 
+def _plain(value: Any) -> Any:
+    """Return a value of a checkpoint with its tensors as dtype, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return [(name, _plain(inner)) for name, inner in value.items()]
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def contents(out: Path) -> dict[str, Any]:
     """Return what a run folder holds, without times."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file() and path.name not in IGNORED):
         name = str(path.relative_to(out))
         found[name] = path.read_bytes()
+        if path.suffix == ".pt":  # its pickle depends on which equal values are one object
+            found[name] = _plain(torch.load(path, weights_only=True))
         if path.name == "log.jsonl":
             rows = [json.loads(line) for line in found[name].splitlines()]
             found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
