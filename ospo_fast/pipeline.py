@@ -9,15 +9,16 @@ iteration before it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ospo_fast import restarts
 from ospo_fast.config import Config, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.peak_memory import PeakMemory
@@ -25,14 +26,13 @@ from ospo_fast.records import (
     Record,
     Store,
     edited_text,
-    locked,
     only_writer,
-    parse_json,
+    read_json,
     read_records,
     shown,
     sweep_temporary_files,
+    update_json,
     write_atomic,
-    write_json,
 )
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
 
@@ -91,7 +91,7 @@ def _with_prompts(records: Sequence[Record], source: str, on_error: OnError) -> 
 
 
 def _check_texts(
-    out: Path, stage: Stage, source: str, inputs: Sequence[Record], finished: Mapping[str, Record]
+    out: Path, stage: Stage, source: str, inputs: Sequence[Record], finished: Mapping[str, Record], made: Path
 ) -> None:
     """Raise UsageError if a text that a stage has read was edited after that.
 
@@ -106,7 +106,7 @@ def _check_texts(
                     _check_text(record, by_id[record["item_id"]], path, store, reader)
     for item_id, later in finished.items():
         if item_id in by_id:
-            _check_text(by_id[item_id], later, store, store_path(out, stage.name), stage)
+            _check_text(by_id[item_id], later, store, made, stage)
 
 
 def _check_text(record: Record, later: Record, path: Path, later_path: Path, reader: Stage) -> None:
@@ -127,7 +127,7 @@ def stage_metrics(*folders: Path) -> dict[str, dict[str, float]]:
 
 def _read_stage_rows(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / "stages.json"
-    for number, row in enumerate(_read_json(path, []), 1):
+    for number, row in enumerate(read_json(path, []), 1):
         yield check_stage_row(row, f"{path}, entry {number}")
 
 
@@ -160,21 +160,6 @@ def sum_stage_rows(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]
     return metrics
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    try:
-        value = parse_json(path.read_bytes()) if path.exists() else default
-        if default is not None and not isinstance(value, type(default)):
-            raise ValueError(f"it holds {type(value).__name__}, expected {type(default).__name__}")
-    except (OSError, ValueError) as error:
-        raise OspoError(f"Cannot read {path}: {error}; delete the file and run the command again.") from error
-    return value
-
-
-def _update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
-    with locked(path.with_name(".lock")):
-        write_json(path, change(_read_json(path, default)))
-
-
 class Pipeline:
     """The stages of one run folder.
 
@@ -200,6 +185,7 @@ class Pipeline:
     ) -> None:
         self.config, self.resume, self.shard, self.progress = config, resume, shard, progress
         self.evaluation = evaluation
+        self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
 
     def folder(self, iteration: int = 1) -> Path:
@@ -211,10 +197,13 @@ class Pipeline:
         """Return the model that an iteration starts from. Raises UsageError when it has not been trained yet."""
         if iteration == 1:
             return self.config.model
-        trained = self.folder(iteration - 1) / "train" / "model"
+        trained = self._trained(iteration - 1)
         if not trained.exists():
             raise UsageError(f"Iteration {iteration} starts from {trained}, which is not there; train it first.")
         return str(trained)
+
+    def _trained(self, iteration: int) -> Path:
+        return self.folder(iteration) / "train" / "model"
 
     def model(self, iteration: int = 1) -> UnifiedModel:
         """Load the model that an iteration starts from. Raises UsageError for layers or heads that it lacks."""
@@ -226,6 +215,14 @@ class Pipeline:
             self._models[name] = load_model(name, device=self.config.device, dtype=self.config.dtype)
         self._check_layers(self._models[name])
         return self._models[name]
+
+    def _check_early_stopping(self) -> None:
+        known, metric = getattr(self.evaluation, "metrics", None), self.config.train.early_stopping
+        if known and metric is not None and metric not in known:
+            names = ", ".join(known)
+            raise UsageError(
+                f"train.early_stopping: got {metric!r}, expected null or a metric of the evaluation: {names}."
+            )
 
     def _check_layers(self, model: UnifiedModel) -> None:
         """Refuse unknown layers and heads before the stages that precede the masks have run."""
@@ -256,7 +253,18 @@ class Pipeline:
             on_report: called after each stage.
 
         """
-        names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else stages
+        names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else list(stages)
+        out = self.folder()
+        restarts.finish(out, out)
+        work = restarts.folder(out)
+        over = self._continues(work) if self.resume else bool(restarts.made_by_run(out))
+        over = over and self.shard is None and STAGES[0].name in names
+        for iteration in range(1, self.config.iterations + 1):
+            for name in names:
+                self._check(find_stage(name), iteration, over=over)
+        return self._start_over(work, names, on_report) if over else self._stages(names, on_report)
+
+    def _stages(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
         reports = []
         for iteration in range(1, self.config.iterations + 1):
             for name in names:
@@ -265,10 +273,39 @@ class Pipeline:
                     on_report(reports[-1])
         return reports
 
+    def _start_over(
+        self, work: Path, names: Sequence[str], on_report: Callable[[StageReport], object] | None
+    ) -> list[StageReport]:
+        """Run all stages in the folder `work`, and let its files replace the old ones when they are whole."""
+        out = self.folder()
+        with contextlib.ExitStack() as locks:
+            for folder in (out, *out.glob("iter*")):
+                locks.enter_context(restarts.exclusive(folder, STAGES))
+            if not self.resume:
+                restarts.delete(work)
+            inner = copy.copy(self)
+            inner.config, inner.resume, inner._outer = dataclasses.replace(self.config, out=str(work)), True, self
+            reports = inner._stages(names, on_report)
+            restarts.put_in_place(work, out, out)
+        model = self._models.pop(str(inner._trained(self.config.iterations)), None)
+        if model is not None:
+            self._models[str(self._trained(self.config.iterations))] = model
+        return reports
+
+    def _continues(self, work: Path) -> bool:
+        """Return whether a folder holds an unfinished run that starts over, with this configuration."""
+        path = work / "config.yaml"
+        return path.is_file() and path.read_bytes() == self._config_text()
+
+    def _config_text(self) -> bytes:
+        return dump_config(self.config, self.folder()).encode()
+
     def stage(self, name: str, iteration: int = 1) -> StageReport:
         """Run one stage of one iteration.
 
-        Items that were finished before an error are kept.
+        Items that were finished before an error are kept. With `resume=False` the old results stay until the new ones
+        are whole; then those of later stages go. A stage that starts over and was interrupted is continued by a call
+        with the same settings and `resume=True`.
 
         Raises:
             UsageError: an unknown stage, a missing input, a shard of training, or settings other than those that the
@@ -277,35 +314,74 @@ class Pipeline:
 
         """
         stage, out = find_stage(name), self.folder(iteration)
+        restarts.finish(out, self.folder())
+        config, settings = self._check(stage, iteration)
+        report = StageReport(name, iteration)
+        if not stage.enabled(config):
+            return report
+        process = self._steps if stage.counts_steps else self._items
+        work = restarts.folder(out, stage, self.shard)
+        replaced = (stage,) if self.shard else STAGES[STAGES.index(stage) :]
+        if not (self._continues_stage(work, name, settings) if self.resume else restarts.made_by(out, replaced)):
+            process(stage, out, out, config, settings, report)
+            return report
+        with restarts.exclusive(out, replaced, self.shard):
+            if not self.resume:
+                restarts.delete(work)
+            process(stage, out, work, config, settings, report)
+            restarts.put_in_place(work, out, self.folder())
+        return report
+
+    def _continues_stage(self, work: Path, name: str, settings: dict[str, Any]) -> bool:
+        """Return whether a folder holds an unfinished stage that starts over, with these settings."""
+        saved = read_json(work / "settings.json", {}).get(self._key(name))
+        return saved is not None and _changed_setting(saved, settings, work) is None
+
+    def _check(self, stage: Stage, iteration: int, *, over: bool = False) -> tuple[Config, dict[str, Any]]:
+        """Check a request before anything is written. over: the whole run starts over.
+
+        Returns:
+            The configuration of the iteration, and the settings that the results of the stage depend on.
+
+        """
+        name, out = stage.name, self.folder(iteration)
         if self.shard is not None and not stage.sharded:
             raise UsageError(f"{name} is not sharded; run it without --shard.")
         config = dataclasses.replace(self.config, seed=self.config.seed + iteration - 1, out=str(out))
+        if config.templates is not None:
+            from ospo_fast.stages.templates import load_templates
+
+            load_templates(config.templates)
+        stage.check(config)
+        if stage.counts_steps and config.train.eval_every:
+            self._check_early_stopping()
+        if iteration > 1 and not self._trained(iteration - 1).exists() and self.resume:
+            return config, {}  # of a later iteration, in a run
         settings = self._settings(stage, config, iteration)
-        if self.resume or self.shard is not None:
-            self._check_settings(out, name, settings)
+        continues = self._continues_stage(restarts.folder(out, stage, self.shard), name, settings)
+        own = self.resume and not continues and not over
+        self._check_settings(out, name, settings, own=own)
         if self.shard is not None and not self.resume and store_path(out, name).exists():
             raise UsageError(
                 f"The shards of {name} are already merged into {store_path(out, name)}; to run it again, use "
                 f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
             )
-        report = StageReport(name, iteration)
-        if stage.enabled(config):
-            process = self._steps if stage.counts_steps else self._items
-            process(stage, out, config, settings, report)
-        return report
+        return config, settings
 
-    def _items(self, stage: Stage, out: Path, config: Config, settings: dict[str, Any], report: StageReport) -> None:
-        """Process the items of a stage that are not in its store."""
+    def _items(
+        self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
+    ) -> None:
+        """Process the items of a stage that are not in its store. It reads `out` and writes `work`."""
         # Nothing is written before the inputs are read and the model is loaded, so that a wrong call leaves no trace.
         name, source = stage.name, stage.inputs(config)
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
-        present = self._present(out, name, unusable.append)
+        present = self._present(work, name, unusable.append)
         if source is None:
-            complete = self.resume and self._complete(out, name)
+            complete = self._complete(work, name)
             waiting, total = list(present.values()), 0
         else:
             found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
-            _check_texts(out, stage, source, found, present)
+            _check_texts(out, stage, source, found, present, store_path(work, name))
             if not found and not unusable:
                 raise UsageError(f"{store_path(out, source)} holds no records; run `ospo-fast {source}` to make them.")
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
@@ -313,19 +389,24 @@ class Pipeline:
             complete = not waiting
         report.total, report.failed = len(present), len(unusable)
         failed = list(map(str, unusable))
-        if complete and not _shard_paths(out, name):
+        if complete and not _shard_paths(work, name):
+            if stage.finish is not None:
+                stage.finish(work, list(present.values()))
             _warn(name, failed, len(failed))
             return
         model = self.model(report.iteration) if stage.needs_model(config) and not complete else None
+        if model is not None:
+            stage.check_model(model, config)
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
-        self._begin(out, stage, settings)
-        with Store(store_path(out, name, self.shard), on_error=lambda error: None) as store:
+        self._begin(work, stage, settings)
+        context = self._context(report, writes=work)
+        with Store(store_path(work, name, self.shard), on_error=lambda error: None) as store:
             before = len(store)
-            with self._measured(out, report), self._bar(stage, total) as bar:
+            with self._measured(work, report), self._bar(stage, total) as bar:
                 bar.update(len(present))
                 try:
-                    for record in [] if complete else stage.run(waiting, model, config, out, self._context(report)):
+                    for record in [] if complete else stage.run(waiting, model, config, out, context):
                         store.append(record)
                         bar.update(1)
                         if (failure := stage.failure(record)) is not None:
@@ -333,57 +414,64 @@ class Pipeline:
                 finally:
                     report.items, report.total, report.failed = len(store) - before, len(store), len(failed)
             if source is None:
-                self._mark_complete(out, name)
+                self._mark_complete(work, name)
             if stage.finish is not None:
-                stage.finish(out, read_stage(out, name, lambda error: None))
+                stage.finish(work, read_stage(work, name, lambda error: None))
         _warn(name, failed, report.items + len(unusable))
 
-    def _steps(self, stage: Stage, out: Path, config: Config, settings: dict[str, Any], report: StageReport) -> None:
-        """Run a stage that counts steps, to its end. It continues from its own files."""
-        source, folder = stage.inputs(config), out / str(stage.folder)
+    def _steps(
+        self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
+    ) -> None:
+        """Run a stage that counts steps, to its end. It continues from its own files; it reads `out`, writes `work`."""
+        source, folder = stage.inputs(config), work / str(stage.folder)
         assert source is not None
-        done = _read_json(folder / "done.json", None)
-        complete = done is not None and self.resume
+        done = read_json(folder / "done.json", {})
+        complete = bool(done)
         unusable: list[OspoError] = []
         found = [] if complete and not store_paths(out, source) else read_stage(out, source, unusable.append)
         records = _with_prompts(found, source, unusable.append)
-        _check_texts(out, stage, source, records, {})
+        _check_texts(out, stage, source, records, {}, folder)
         if complete:
+            if type(done.get("step")) is not int:
+                raise OspoError(
+                    f"{folder / 'done.json'}: `step` should be an integer, got {shown(done.get('step'))}; "
+                    f"run `ospo-fast {stage.name} --no-resume`."
+                )
             report.total = done["step"]
             return
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         model = self.model(report.iteration)
+        stage.check_model(model, config)
         with only_writer(folder):
-            self._begin(out, stage, settings)
-            with self._measured(out, report), self._bar(stage, config.train.steps) as bar:
-                context = self._context(report, evaluation=self.evaluation, progress=bar.update)
+            self._begin(work, stage, settings)
+            with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
+                context = self._context(report, writes=work, evaluation=self.evaluation, progress=bar.update)
                 try:
                     for _ in stage.run(records, model, config, out, context):
                         pass
                 finally:
                     self._models.clear()  # the weights are no longer those of the name that they were loaded by
-        self._models[str(folder / "model")] = model
+        self._models[str(self._trained(report.iteration))] = model
 
     def _context(self, report: StageReport, **rest: Any) -> StageContext:
-        return StageContext(report, shard=self.shard, resume=self.resume, **rest)
+        return StageContext(report, shard=self.shard, **rest)
 
     def _present(self, out: Path, name: str, on_error: OnError) -> dict[str, Record]:
         """Return the finished records: of the store and its shards (for a shard: of the store and its own part)."""
-        paths = store_paths(out, name) if self.resume else []
+        paths = store_paths(out, name)
         if self.shard is not None:
             paths = [path for path in paths if path in (store_path(out, name), store_path(out, name, self.shard))]
         return _read_stores(paths, on_error)
 
     def _begin(self, out: Path, stage: Stage, settings: dict[str, Any]) -> None:
-        """Save configuration and settings, delete what is about to be made again, and merge shards."""
+        """Save configuration (in the run folder of an iteration) and settings, and merge shards."""
         sweep_temporary_files(out)
         if stage.folder is not None:
             sweep_temporary_files(out / stage.folder, "**/.*.tmp")
-        write_atomic(Path(self.config.out) / "config.yaml", dump_config(self.config, Path(self.config.out)).encode())
-        if not self.resume:
-            self._drop(out, stage)
+        starts_over = out.name.startswith(restarts.PREFIX)
+        write_atomic((out if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
         key = self._key(stage.name)
-        _update_json(out / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
+        update_json(out / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
         if self.shard is None:
             _merge_shards(out, stage.name)
 
@@ -391,51 +479,32 @@ class Pipeline:
         return name if self.shard is None else f"{name}.{self.shard}"
 
     def _complete(self, out: Path, name: str) -> bool:
-        return bool(_read_json(out / "settings.json", {}).get(self._key(name), {}).get("complete"))
+        return bool(read_json(out / "settings.json", {}).get(self._key(name), {}).get("complete"))
 
     def _mark_complete(self, out: Path, name: str) -> None:
         key = self._key(name)
-        _update_json(out / "settings.json", {}, lambda saved: {**saved, key: {**saved[key], "complete": True}})
+        update_json(out / "settings.json", {}, lambda saved: {**saved, key: {**saved[key], "complete": True}})
 
     def _settings(self, stage: Stage, config: Config, iteration: int) -> dict[str, Any]:
         """Return everything that a stage's results depend on, apart from its inputs."""
         templates = config.templates
         if templates is not None and Path(templates).is_file():
             templates = file_digest(templates)
-        model = saved_path(self.model_name(iteration), Path(self.config.out))
+        model = saved_path(saved_path(self.model_name(iteration), self.folder()), self._outer.folder())
         return {**stage.result_settings(config), "seed": config.seed, "model": model, "templates": templates}
 
-    def _check_settings(self, out: Path, name: str, settings: dict[str, Any]) -> None:
-        """Raise UsageError when the stage, or a shard of it, was made with other settings."""
-        for key, saved in _read_json(out / "settings.json", {}).items():
-            if key.split(".")[0] != name or (key == self._key(name) and not self.resume):
+    def _check_settings(self, out: Path, name: str, settings: dict[str, Any], *, own: bool) -> None:
+        """Raise UsageError when the stage (`own`), or another shard of it, was made with other settings."""
+        for key, saved in read_json(out / "settings.json", {}).items():
+            counts = own or (self.shard is not None and key != self._key(name))
+            if not counts or key.split(".")[0] != name:
                 continue
-            for field, value in settings.items():
-                before = _saved_setting(saved["settings"], field, value)
-                if before != value:
-                    raise UsageError(
-                        f"{out}: {key} was made with {field}={before}, now {field}={value}; use the same setting, use "
-                        f"another --out, or start {name} over with --no-resume and without --shard."
-                    )
-
-    def _drop(self, out: Path, stage: Stage) -> None:
-        """Delete what a stage and those after it have made (for a shard: its own store)."""
-        if self.shard is not None:
-            store_path(out, stage.name, self.shard).unlink(missing_ok=True)
-            key = self._key(stage.name)
-            _update_json(out / "settings.json", {}, lambda saved: {k: v for k, v in saved.items() if k != key})
-            return
-        later = STAGES[STAGES.index(stage) :]
-        for each in later:
-            for path in store_paths(out, each.name):
-                path.unlink(missing_ok=True)
-            if each.folder is not None:
-                shutil.rmtree(out / each.folder, ignore_errors=True)
-        names = {each.name for each in later}
-        if (path := out / "settings.json").exists():
-            _update_json(path, {}, lambda saved: {k: v for k, v in saved.items() if k.split(".")[0] not in names})
-        if (path := out / "stages.json").exists():
-            _update_json(path, [], lambda rows: [row for row in rows if row["stage"] not in names])
+            if (changed := _changed_setting(saved, settings, out)) is not None:
+                field, before, value = changed
+                raise UsageError(
+                    f"{out}: {key} was made with {field}={before}, now {field}={value}; use the same setting, use "
+                    f"another --out, or start {name} over with --no-resume and without --shard."
+                )
 
     @contextlib.contextmanager
     def _measured(self, out: Path, report: StageReport) -> Iterator[None]:
@@ -454,7 +523,7 @@ class Pipeline:
                 for optional in ("cuda_peak_mb", "drawing"):
                     if entry[optional] is None:
                         del entry[optional]
-                _update_json(out / "stages.json", [], lambda rows: [*rows, entry])
+                update_json(out / "stages.json", [], lambda rows: [*rows, entry])
 
     def _bar(self, stage: Stage, total: int) -> Any:
         from tqdm import tqdm
@@ -465,6 +534,16 @@ class Pipeline:
 def _warn(stage: str, failed: list[str], total: int) -> None:
     if failed:
         logger.warning("%s: %s", stage, some_failed("items", failed, total))
+
+
+def _changed_setting(saved: Any, settings: dict[str, Any], out: Path) -> tuple[str, Any, Any] | None:
+    """Return (name, value before, value now) of a setting that is not as in an entry of settings.json, or None."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
+        raise OspoError(f"{out / 'settings.json'} holds no settings of a stage; delete the file.")
+    for field, value in settings.items():
+        if (before := _saved_setting(saved["settings"], field, value)) != value:
+            return field, before, value
+    return None
 
 
 def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:

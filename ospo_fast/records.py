@@ -517,6 +517,26 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError("its values are nested too deeply") from None
 
 
+def read_json(path: Path, default: Any) -> Any:
+    """Return what a JSON file of a run folder holds, or `default` where there is none.
+
+    Raises OspoError if it cannot be read or holds another type than `default`, where that is not None.
+    """
+    try:
+        value = parse_json(path.read_bytes()) if path.exists() else default
+        if default is not None and not isinstance(value, type(default)):
+            raise ValueError(f"it holds {type(value).__name__}, expected {type(default).__name__}")
+    except (OSError, ValueError) as error:
+        raise OspoError(f"Cannot read {path}: {error}; delete the file and run the command again.") from error
+    return value
+
+
+def update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file that several processes write; see `read_json`."""
+    with locked(path.with_name(".lock")):
+        write_json(path, change(read_json(path, default)))
+
+
 def _is_complete(line: bytes) -> bool:
     """Return whether a line without its line end is a whole object, as in a file that was edited by hand."""
     try:
@@ -594,7 +614,7 @@ def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, entry {number}", value
 
 
-def _lock(file: IO[Any], path: Path) -> None:
+def _lock(file: IO[Any] | int, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -706,6 +726,18 @@ def only_writer(folder: Path) -> Iterator[None]:
     with file:
         _lock(file, folder)
         yield
+
+
+@contextlib.contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Hold the lock of an existing folder, without a file. Raises OspoError if another process holds it."""
+    with os_errors("read", folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """A run folder: resumption after a stop at any point, shards, iterations, and refused requests."""
 
+import contextlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -9,12 +11,14 @@ from pathlib import Path
 import pytest
 
 import ospo_fast.stages
+from ospo_fast import restarts
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage, stage_metrics
 from ospo_fast.records import Store, only_writer, read_records
 from ospo_fast.shapes.scenes import descriptions
 from ospo_fast.stages import STAGE_NAMES
+from ospo_fast.stages.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -194,6 +198,145 @@ def test_other_settings_are_refused_and_a_restart_deletes_later_stages(whole, ti
     left = {path.name for path in tmp_path.iterdir()}
     assert not left & {"questions.jsonl", "score.jsonl", "select.jsonl", "masks.jsonl", "masks", "train"}
     assert set(stage_metrics(tmp_path)) == {"prompts", "perturb", "images"}
+
+
+class StoppedError(Exception):
+    """Stands for the end of the process."""
+
+
+def stop_at(patch, where, name, count):
+    """Let call number `count` of `where.name` end the process; return the list of calls."""
+    calls, function = [], getattr(where, name)
+
+    def stopping(*arguments, **more):
+        calls.append(name)
+        if len(calls) == count:
+            raise StoppedError
+        return function(*arguments, **more)
+
+    patch.setattr(where, name, stopping)
+    return calls
+
+
+def visible(out):
+    """Every file of a run folder but hidden ones, byte by byte."""
+    paths = (path.relative_to(out) for path in sorted(Path(out).rglob("*")) if path.is_file())
+    return {str(path): (out / path).read_bytes() for path in paths if not any(p.startswith(".") for p in path.parts)}
+
+
+OTHER = {"images": "images.temperature=0.5", "masks": "masks.scaler=0.5", "train": "train.learning_rate=1e-3"}
+OTHER |= {"select": "select.threshold=0.9", "prompts": "prompts.temperature=0.9"}
+
+
+@pytest.mark.parametrize("stage", OTHER)
+def test_what_starts_over_replaces_when_it_is_whole(whole, tiny, script, tmp_path, stage):
+    """Stopped in the middle, the old files are as they were; continued without --no-resume, it is as never stopped."""
+    for folder in ("a", "b"):
+        shutil.copytree(whole, tmp_path / folder)
+    assert pipeline(tiny, tmp_path / "a", OTHER[stage], resume=False).stage(stage).items
+    before = visible(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, *((Trainer, "train_step") if stage == "train" else (Store, "append")), 3)
+        with pytest.raises(StoppedError):
+            pipeline(tiny, tmp_path / "b", OTHER[stage], resume=False).stage(stage)
+    assert visible(tmp_path / "b") == before
+    assert pipeline(tiny, tmp_path / "b").stage(stage).items == 0  # the old one is complete
+    assert visible(tmp_path / "b") == before
+    done = pipeline(tiny, tmp_path / "b", OTHER[stage]).stage(stage)
+    assert 0 < done.items < done.total
+    assert contents(tmp_path / "b") == contents(tmp_path / "a") != contents(whole)
+    assert not list((tmp_path / "b").glob(".restart*"))
+    assert {row["stage"] for row in json.loads((tmp_path / "b" / "stages.json").read_text())} == set(
+        STAGE_NAMES[: STAGE_NAMES.index(stage) + 1]
+    )
+
+
+def test_a_run_that_starts_over_replaces_when_it_is_whole(whole, tiny, script, tmp_path):
+    settings = ["images.temperature=0.5"]
+    for folder in ("a", "b"):
+        shutil.copytree(whole, tmp_path / folder)
+    (tmp_path / "b" / "iter2").mkdir()
+    (tmp_path / "b" / "iter2" / "score.jsonl").touch()
+    before = visible(tmp_path / "b")
+    pipeline(tiny, tmp_path / "a", *settings, resume=False).run()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, Store, "append", 40)
+        with pytest.raises(StoppedError):
+            pipeline(tiny, tmp_path / "b", *settings, resume=False).run()
+    assert visible(tmp_path / "b") == before
+    reports = pipeline(tiny, tmp_path / "b", *settings).run()
+    assert sum(report.items for report in reports) < sum(report.total for report in reports)
+    assert contents(tmp_path / "b") == contents(tmp_path / "a") != contents(whole)
+    assert not (tmp_path / "b" / "iter2").exists()
+    assert not list((tmp_path / "b").glob(".restart*"))
+    reports = pipeline(tiny, tmp_path / "b", *settings).run()
+    assert not any(report.items for report in reports)
+
+
+@pytest.mark.parametrize("stage", ["run", "images", "train"])
+def test_a_replacement_that_was_stopped_is_finished(whole, tiny, script, tmp_path, stage):
+    """At every step between the whole new files and their places, the next command does the rest."""
+
+    def over(out, **settings):
+        run = pipeline(tiny, out, "images.temperature=0.5", "train.learning_rate=1e-3", **settings)
+        return run.run() if stage == "run" else run.stage(stage)
+
+    shutil.copytree(whole, tmp_path / "work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restarts, "_move", lambda *arguments: None)
+        over(tmp_path / "work", resume=False)
+    calls = 0
+    for name in ("delete", "update_json", "_rename"):
+        for count in itertools.count(1):
+            out = tmp_path / f"{name}-{count}"
+            shutil.copytree(tmp_path / "work", out)
+            with pytest.MonkeyPatch.context() as patch:
+                made = stop_at(patch, restarts, name, count)
+                with contextlib.suppress(StoppedError):
+                    restarts.finish(out, out)
+            over(out)
+            found = contents(out)
+            calls += len(made)
+            if name == "delete" and count == 1:
+                expected = found
+            assert found == expected != contents(whole)
+            assert not list(out.glob(".restart*"))
+            if len(made) < count:
+                break
+            shutil.rmtree(out)
+    assert calls > 6
+
+
+REFUSED = [
+    ("train", "train.early_stopping=off"),
+    ("train", "train.lora_targets=[q_proj,nothing]"),
+    ("train", "train.lora_targets=['(']"),
+    ("masks", "masks.official=/nowhere"),
+    ("masks", "masks.layers=[7]"),
+    ("perturb", "prompts.exclude=/nowhere.txt"),
+    ("prompts", "prompts.file=/nowhere.txt"),
+    ("prompts", "prompts.counts={nothing: 3}"),
+    ("questions", "templates=nothing"),
+    ("run", "train.early_stopping=off"),
+    ("run", "masks.official=/nowhere"),
+    ("run", "prompts.exclude=/nowhere.txt"),
+]
+
+
+@pytest.mark.parametrize(("stage", "setting"), REFUSED)
+def test_refused_settings_change_nothing(whole, tiny, script, tmp_path, stage, setting):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+
+    def evaluation(model, step):
+        raise AssertionError("it has begun")
+
+    evaluation.metrics = ("alignment",)
+    before = {path: path.read_bytes() if path.is_file() else None for path in out.rglob("*")}
+    run = pipeline(tiny, out, "train.eval_every=1", setting, resume=False, evaluation=evaluation)
+    with pytest.raises(UsageError):
+        run.run() if stage == "run" else run.stage(stage)
+    assert {path: path.read_bytes() if path.is_file() else None for path in out.rglob("*")} == before
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -487,11 +630,13 @@ def test_rule_v2(whole, tiny, script, tmp_path):
     assert len(several) >= 3
     long, torn = several[0]["item_id"], several[1]["item_id"]
     (tmp_path / several[1]["pairs"][0]["chosen"]).with_suffix(".npz").write_bytes(b"PK\x03\x04 half")
-    lines = [json.loads(line) for line in (tmp_path / "score.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["item_id"] == long:
-            line["prompt"] += " and a red circle" * 400
-    (tmp_path / "score.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for stage in WRITERS[: WRITERS.index("select")]:
+        path = tmp_path / f"{stage}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            if line["item_id"] == long:
+                line["prompt"] += " and a red circle" * 400
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert pipeline(tiny, tmp_path, *settings, resume=False).stage("select").items == 12
     after = {record["item_id"]: record for record in read_stage(tmp_path, "select")}
     assert not after[long]["kept"]

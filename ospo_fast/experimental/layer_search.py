@@ -93,11 +93,12 @@ def build_searched_extractor(
     model: UnifiedModel,
     out: Path | None,
     read_from: Sequence[str] = (),
+    writes: Path | None = None,
 ) -> MaskExtractor:
     """Return the extractor for `masks.choose`, or for the layers that replace "auto"."""
     if settings.layers != "auto":
         return LayerSearch(settings)
-    return MaskExtractor(resolve_auto_layers(settings, pairs, model, out, read_from))
+    return MaskExtractor(resolve_auto_layers(settings, pairs, model, out, read_from, writes))
 
 
 def resolve_auto_layers(
@@ -106,6 +107,7 @@ def resolve_auto_layers(
     model: UnifiedModel,
     out: Path | None,
     read_from: Sequence[str] = (),
+    writes: Path | None = None,
 ) -> MasksConfig:
     """Return the settings with the layers and heads that replace "auto".
 
@@ -118,7 +120,10 @@ def resolve_auto_layers(
     """
     if out is None:
         raise OspoError("masks.layers=auto: got no run folder; give `out`, where the selection is kept.")
-    path, asked = out / "masks" / "layers.json", {name: getattr(settings, name) for name in _SEARCH_SETTINGS}
+    path, asked = (
+        (writes or out) / "masks" / "layers.json",
+        {name: getattr(settings, name) for name in _SEARCH_SETTINGS},
+    )
     with locked(out / ".lock"):
         try:
             kept = parse_json(path.read_bytes()) if path.exists() else {}

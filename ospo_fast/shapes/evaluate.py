@@ -223,6 +223,8 @@ def build_validation(settings: EvaluateConfig, guidance_scale: float) -> Evaluat
         )
         return {**result.headline(), "guidance_scale": guidance_scale}
 
+    # What early stopping can select by; the pipeline checks the setting by it.
+    validate.metrics = ("alignment",)  # type: ignore[attr-defined]
     return validate
 
 

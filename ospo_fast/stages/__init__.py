@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ospo_fast.config import nearest
-from ospo_fast.errors import UsageError
-from ospo_fast.records import stable_hash, write_json
+from ospo_fast.errors import UsageError, attempt
+from ospo_fast.records import finite, read_json, stable_hash, write_json
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
@@ -70,6 +70,7 @@ class StageContext:
     report: StageReport = field(default_factory=lambda: StageReport(""))  # filled in where the stage knows more
     shard: Shard | None = None  # the part of the items to process; None: all of them
     resume: bool = True  # continue from files of an earlier call; False: start over
+    writes: Path | None = None  # the folder to write to where it is not the run folder: of a stage that starts over
     evaluation: Any = None  # called during training (`ospo_fast.stages.train.Evaluation`)
     progress: Callable[[int], object] | None = None  # called with the number of steps just done
 
@@ -97,6 +98,10 @@ class Stage:
     plan: Callable[[UnifiedModel, Config, Shard | None], int] = lambda model, config, shard: 0
     # Change the settings that identify its results, see `result_settings`.
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
+    # Raise UsageError for settings that the stage cannot run with, as far as they are known without model and records.
+    check: Callable[[Config], None] = lambda config: None
+    # The same for settings that depend on the model.
+    check_model: Callable[[UnifiedModel, Config], None] = lambda model, config: None
     # Called with the run folder and all records of the stage after it has run.
     finish: Callable[[Path, list[Record]], None] | None = None
 
@@ -151,10 +156,38 @@ def _prompts_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any
     return settings | {"prompts.exclude": digest}
 
 
+def _check_perturb(config: Config) -> None:
+    from ospo_fast.stages.prompt_files import excluded_prompts
+
+    excluded_prompts(config)
+
+
+def _check_masks(config: Config) -> None:
+    folder = config.masks.official
+    if config.masks.enabled and folder is not None and not Path(folder).is_dir():
+        raise UsageError(
+            f"masks.official: got {folder!r}, expected the folder of the official masks, which is not there."
+        )
+
+
+def _check_train(config: Config) -> None:
+    from ospo_fast.stages.train import loss_config
+
+    loss_config(config)
+
+
+def _check_lora(model: UnifiedModel, config: Config) -> None:
+    from ospo_fast.stages.train import check_lora_targets
+
+    check_lora_targets(model, config.train)
+
+
 def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
     from ospo_fast.stages.mask_stats import run_stats
 
-    write_json(out / "masks" / "diagnostics.json", run_stats(records))
+    path, stats = out / "masks" / "diagnostics.json", run_stats(records)
+    if attempt(read_json, path, None) != finite(stats):  # a write that failed is made up for by the next call
+        write_json(path, stats)
 
 
 def _train_inputs(config: Config) -> str:
@@ -182,7 +215,12 @@ STAGES: tuple[Stage, ...] = (
         plan=_plan_prompts,
         edit_settings=_prompts_settings,
     ),
-    Stage("perturb", "stage 2: hard negatives of the prompts, and dense prompts", inputs=_always("prompts")),
+    Stage(
+        "perturb",
+        "stage 2: hard negatives of the prompts, and dense prompts",
+        inputs=_always("prompts"),
+        check=_check_perturb,
+    ),
     Stage(
         "images",
         "stage 3: images of prompts and hard negatives",
@@ -205,6 +243,7 @@ STAGES: tuple[Stage, ...] = (
         folder="masks",
         enabled=lambda config: config.masks.enabled,
         in_run=lambda config: config.train.masks == "stored",
+        check=_check_masks,
         finish=_write_mask_diagnostics,
     ),
     Stage(
@@ -217,6 +256,8 @@ STAGES: tuple[Stage, ...] = (
         sharded=False,
         counts_steps=True,
         edit_settings=_train_settings,
+        check=_check_train,
+        check_model=_check_lora,
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

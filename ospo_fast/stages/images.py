@@ -91,6 +91,7 @@ def run(
     if out is None:
         raise OspoError("images: got no run folder; give `out`, where the images go.")
     settings, context = config.images, context or StageContext()
+    out = context.writes or out
     previous: list[Record] = []  # the records of the chunk before
     awaited: list[Path] = []  # the files that they need
     with ImageFiles(model, settings) as files:

@@ -138,16 +138,18 @@ def build_extractor(
     model: UnifiedModel,
     out: Path | None,
     read_from: Sequence[str] = (),
+    writes: Path | None = None,
 ) -> MaskExtractor:
     """Return the extractor that the settings ask for.
 
-    Layers or heads "auto" are searched once for a run folder `out`, on some of the `pairs`; `read_from`: see `locate`.
+    Layers or heads "auto" are searched once for a run folder `out`, on some of the `pairs`; `read_from`: see `locate`,
+    `writes`: see `StageContext`.
     """
     if settings.layers != "auto" and settings.choose is None:
         return MaskExtractor(settings)
     from ospo_fast.experimental.layer_search import build_searched_extractor
 
-    return build_searched_extractor(settings, pairs, model, out, read_from)
+    return build_searched_extractor(settings, pairs, model, out, read_from, writes)
 
 
 @torch.no_grad()
@@ -216,16 +218,18 @@ def run(
     if out is None:
         raise OspoError("masks: got no run folder; give `out`, where the masks go.")
     items = list(records)
+    context = context or StageContext()
+    target = context.writes or out
     results: Iterator[_Result]
     if config.masks.official is not None:
-        results = (_import_masks(pair, Path(config.masks.official), out) for pair in iter_pairs(items))
+        results = (_import_masks(pair, Path(config.masks.official), target) for pair in iter_pairs(items))
     elif not any(record.get("pairs") for record in items):
         results = iter(())  # a search of layers would find nothing to search on
     else:
         # A layer that one shard selected would depend on which of them came first.
-        whole = context is None or context.shard is None
-        extractor = build_extractor(config.masks, iter_pairs(items if whole else ()), model, out, config.read_from)
-        results = _compute_masks(items, model, extractor, out, config.read_from)
+        searched = items if context.shard is None else []
+        extractor = build_extractor(config.masks, iter_pairs(searched), model, out, config.read_from, target)
+        results = _compute_masks(items, model, extractor, out, config.read_from, target)
     for record in items:
         if not record.get("pairs"):
             yield {**record, "mask": None, "mask_reason": "the item has no pair"}
@@ -245,7 +249,12 @@ def _failed(item: ItemPair, failure: Failure) -> _Result:
 
 
 def _compute_masks(
-    records: Sequence[Record], model: UnifiedModel, extractor: MaskExtractor, out: Path, read_from: Sequence[str]
+    records: Sequence[Record],
+    model: UnifiedModel,
+    extractor: MaskExtractor,
+    out: Path,
+    read_from: Sequence[str],
+    target: Path,
 ) -> Iterator[_Result]:
     settings = extractor.settings
     for pairs in chunked(iter_pairs(records), settings.batch_size * WINDOW):
@@ -253,7 +262,7 @@ def _compute_masks(
         results: dict[str, _Result] = {}
         ready = [task for task in tasks if isinstance(task, MaskTask)]
         for batch in mask_batches(ready, model, settings.batch_size):
-            results |= _write_masks(batch, model, extractor, out)
+            results |= _write_masks(batch, model, extractor, target)
         for pair, task in zip(pairs, tasks, strict=True):
             yield _failed(pair, task) if isinstance(task, Failure) else results[pair.name]
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.config import Config, TrainConfig
-from ospo_fast.errors import Failure, OspoError, attempt, some_failed
+from ospo_fast.errors import Failure, OspoError, UsageError, attempt, some_failed
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import (
@@ -194,6 +195,19 @@ def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int
         indices += torch.randperm(count, generator=generator).tolist()[offset:]
         epoch, offset = epoch + 1, 0
     return indices[:length]
+
+
+def check_lora_targets(model: UnifiedModel, settings: TrainConfig) -> None:
+    """Raise UsageError for an entry of `lora_targets` that matches no module of the decoder."""
+    names = [f".{name}" for name, _ in model.decoder.named_modules()]
+    for target in settings.lora_targets:
+        try:
+            pattern = re.compile(rf".*\.(?:{target})")
+        except re.error as error:
+            raise UsageError(f"train.lora_targets: got {target!r}, which is no regular expression: {error}.") from None
+        if not any(map(pattern.fullmatch, names)):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names} - {""}))
+            raise UsageError(f"train.lora_targets: got {target!r}, expected names of modules of the decoder: {known}.")
 
 
 def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
@@ -462,7 +476,7 @@ def train(
     if not examples:
         where = "the warning above" if failures else f"the reasons in {input_stage(config)}.jsonl"
         raise OspoError(f"train: no pair to train on; see {where}.")
-    settings, folder = config.train, out / "train"
+    settings, folder = config.train, (context.writes or out) / "train"
     if not context.resume:
         shutil.rmtree(folder, ignore_errors=True)
     trainer = Trainer(model, examples, config, folder, extractor)

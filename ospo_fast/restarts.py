@@ -1,0 +1,124 @@
+"""Start a stage, or a run, over without losing what is there before the new one is whole.
+
+What starts over is written to a hidden folder: `.restart.<stage>` for a stage, `.restart` for all stages. The old files
+stay until the new ones are complete. Then a list of the new files, `.whole.json`, is written, the new files take the
+places of the old ones, and what later stages made of the old ones goes. A process that is killed before the list is
+written leaves the old files as they were. After that, the next command puts the rest of the new files in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ospo_fast.records import Store, only_user, only_writer, os_errors, read_json, sync_folder, update_json, write_json
+from ospo_fast.stages import STAGES, Shard, Stage, find_stage
+
+PREFIX = ".restart"
+_LIST = ".whole.json"
+
+
+def folder(out: Path, stage: Stage | None = None, shard: Shard | str | None = None) -> Path:
+    """Return the folder in which a stage (or a shard of it) of the run folder `out`, or all of it, starts over."""
+    return out / ".".join(map(str, filter(None, (PREFIX, stage and stage.name, shard))))
+
+
+def made_by(out: Path, stages: Sequence[Stage], shard: Shard | str | None = None) -> list[Path]:
+    """Return the existing stores and folders of stages in a run folder; of a shard, its store alone."""
+    if shard:
+        return [path for stage in stages if (path := out / f"{stage.name}.{shard}.jsonl").exists()]
+    names = "|".join(re.escape(stage.name) for stage in stages)
+    stores = [path for path in out.glob("*.jsonl") if re.fullmatch(rf"({names})(\.\d+-of-\d+)?", path.stem)]
+    return stores + [path for stage in stages if stage.folder and (path := out / stage.folder).is_dir()]
+
+
+def made_by_run(out: Path) -> list[Path]:
+    """Return what all stages of all iterations have made in a run folder."""
+    return made_by(out, STAGES) + [path for path in out.glob("iter*") if re.fullmatch(r"iter\d+", path.name)]
+
+
+@contextlib.contextmanager
+def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) -> Iterator[None]:
+    """Hold the locks of the stages' stores and folders. Raises OspoError if another process writes one of them."""
+    with contextlib.ExitStack() as stack:
+        for stage in stages:
+            for path in made_by(out, [stage], shard):
+                if path.is_file():
+                    stack.enter_context(Store(path, on_error=lambda error: None))
+                else:
+                    stack.enter_context(only_writer(path) if stage.counts_steps else only_user(path))
+        yield
+
+
+def put_in_place(work: Path, out: Path, run_folder: Path) -> None:
+    """Let the files of a folder that is whole take the places of those of `out`, and delete the folder.
+
+    run_folder: that of all iterations, which has config.yaml.
+    """
+    names = sorted(path.name for path in work.iterdir() if not path.name.startswith("."))
+    with only_user(work):
+        write_json(work / _LIST, names)
+        _move(work, out, run_folder)
+
+
+def finish(out: Path, run_folder: Path) -> None:
+    """Put in place what was whole when its process was killed."""
+    for path in sorted(out.glob(f"{PREFIX}*/{_LIST}")):
+        with only_user(path.parent):
+            _move(path.parent, out, run_folder)
+
+
+def _move(work: Path, out: Path, run_folder: Path) -> None:
+    """Do what is left of `put_in_place` once the list is written. Each step can be repeated."""
+    names = read_json(work / _LIST, [])
+    _, _, stage, shard, *_ = (*work.name.split("."), "", "")
+    later = STAGES[STAGES.index(find_stage(stage)) :] if stage else STAGES
+    old, new = (made_by(at, later, shard) if stage else made_by_run(at) for at in (out, work))
+    with os_errors("replace the files of", out):
+        for path in old:
+            if path.name not in names:
+                delete(path)
+        for path in new:
+            if path.is_dir():
+                delete(out / path.name)
+            _rename(path, out / path.name)
+        if (work / "settings.json").exists():
+            gone = {f"{stage}.{shard}"} if shard else {each.name for each in later}
+            settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
+            update_json(out / "settings.json", {}, lambda before: {**_without(before, gone), **settings})
+            update_json(out / "stages.json", [], lambda before: [*_kept_rows(before, gone), *rows])
+            if (work / "config.yaml").exists():
+                (work / "config.yaml").replace(run_folder / "config.yaml")
+            (work / "settings.json").unlink()  # the mark of a folder that can be continued
+        if not shard:
+            for each in later:
+                for path in out.glob(f"{PREFIX}.{each.name}*"):  # unfinished ones of what is gone
+                    delete(path)
+        delete(work)
+
+
+def _without(settings: dict[str, Any], gone: set[str]) -> dict[str, Any]:
+    """Leave out the entries of settings.json of stages and their shards, or of one shard."""
+    return {key: value for key, value in settings.items() if not {key, key.partition(".")[0]} & gone}
+
+
+def _kept_rows(rows: list[Any], gone: set[str]) -> list[Any]:
+    """Leave out the entries of stages.json of stages and their shards, or of one shard."""
+    return [row for row in rows if not {str(row.get("stage")), f"{row.get('stage')}.{row.get('shard')}"} & gone]
+
+
+def _rename(path: Path, target: Path) -> None:
+    path.replace(target)
+    sync_folder(target.parent)
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder, or a link without what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
