@@ -238,6 +238,8 @@ class TrainConfig(Section):
     clip: float = field(default=1.0, metadata=ABOVE_0)
     guidance_scale: float = field(default=1.0, metadata=AT_LEAST_1)  # of the distribution that is trained; 1: none
     gradient_checkpointing: bool = True
+    # Steps in a row that may be skipped, as their loss or gradient is not finite; one more stops training.
+    max_skipped: int = field(default=5, metadata=AT_LEAST_0)
     save_every: int = field(default=100, metadata=AT_LEAST_1)
     eval_every: int = field(default=0, metadata=AT_LEAST_0)  # steps between calls of the evaluation callback; 0: none
     early_stopping: str | None = None  # the metric of the evaluation that decides, the higher the better

@@ -11,11 +11,13 @@ import pickle
 import re
 import shutil
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
     from ospo_fast.ops import Head
 
 logger = logging.getLogger(__name__)
+
+# What a checkpoint holds of a Trainer, apart from weights, optimizer and random numbers.
+_PROGRESS = ("step", "best", "stale", "stopped", "skipped_steps", "skipped_pairs")
 
 Evaluation = Callable[["UnifiedModel", int], dict[str, float]]  # (model, step) → metrics
 
@@ -272,14 +277,25 @@ class Trainer:
         self.best: dict[str, float] = {}  # step and value of the best evaluation
         self.stale = 0  # evaluations since then
         self.stopped = False
+        self.skipped_steps = 0
+        self.skipped_pairs: dict[str, int] = {}  # by id, in how many of these steps
+        self.skipped_row: list[list[str]] = []  # since the last update, the pairs of each skipped step
+        self.last_good = self._moment()  # before these steps
 
-    def train_step(self) -> dict[str, float]:
-        """Run one optimizer step over `batch_size` × `accumulation` pairs; return the metrics of its log line."""
+    def train_step(self) -> dict[str, Any]:
+        """Run one optimizer step over `batch_size` × `accumulation` pairs; return the metrics of its log line.
+
+        If the loss or the norm of the gradient is not finite, weights and optimizer stay as they are. The step counts
+        as one: the next step has the next number, learning rate and pairs.
+        """
         settings, started = self.settings, time.perf_counter()
+        if not self.skipped_row:
+            self.last_good = self._moment()
         size = settings.batch_size
         start = self.step * size * settings.accumulation
         indices = shuffled_indices(len(self.examples), self.config.seed, start, size * settings.accumulation)
         sums: defaultdict[str, float] = defaultdict(float)
+        bad: list[Example] = []  # of the batches whose loss is not finite
         for examples in chunked([self.examples[i] for i in indices], size):
             batch, masks = make_batch(self.model, examples, swapped=self.loss.config.cond_weight > 0)
             with _autocast(self.model):
@@ -297,16 +313,69 @@ class Trainer:
             # Read after the backward pass is launched: reading a value synchronizes with the device.
             for name, value in output.metrics.items():
                 sums[name] += float(value) / settings.accumulation
+            if not math.isfinite(output.metrics["loss"]):
+                bad += examples
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))
-        if not math.isfinite(norm):
-            raise OspoError(f"train: the gradient of step {self.step + 1} is not finite; lower train.learning_rate.")
         rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        seconds = time.perf_counter() - started
-        return {"step": self.step, **sums, "lr": rate, "grad_norm": norm, "seconds": round(seconds, 4)}
+        row = {"step": self.step, **sums, "lr": rate, "grad_norm": norm}
+        if bad or not math.isfinite(norm):
+            row |= self._skip(bad or [self.examples[i] for i in indices])
+        else:
+            self.optimizer.step()
+            self.skipped_row = []
+        self.optimizer.zero_grad(set_to_none=True)
+        self._set_learning_rate()
+        return {**row, "seconds": round(time.perf_counter() - started, 4)}
+
+    def _skip(self, examples: list[Example]) -> dict[str, Any]:
+        """Count a step without an update and its pairs; return what its log line says of them."""
+        pairs = sorted({example.pair_id for example in examples})
+        logger.warning(
+            "train: skipping step %d, whose loss or gradient is not finite; its pairs: %s", self.step, ", ".join(pairs)
+        )
+        self.skipped_row.append(pairs)
+        self.skipped_steps += 1
+        self.skipped_pairs = dict(Counter(self.skipped_pairs) + Counter(pairs))
+        return {"skipped": True, "not_finite": pairs}
+
+    def check_skipped(self) -> None:
+        """Raise OspoError after more than `max_skipped` skipped steps in a row, with a checkpoint from before them."""
+        count = len(self.skipped_row)
+        if count <= self.settings.max_skipped:
+            return
+        ids = [pair_id for pair_id, _ in Counter(chain.from_iterable(self.skipped_row)).most_common()]
+        pairs = ", ".join(ids[:10]) + (", …" if len(ids) > 10 else "")
+        self._return_to(self.last_good)
+        self.save()
+        raise OspoError(
+            f"train: the loss or gradient of {count} steps in a row, from step {self.step + 1}, is not finite; the "
+            f"checkpoint from before them is saved. Pairs: {pairs}; correct their files or raise train.max_skipped and "
+            "resume, or lower train.learning_rate or remove these pairs and use --no-resume."
+        )
+
+    def _moment(self) -> dict[str, Any]:
+        """Return what changes in a step, apart from weights and optimizer."""
+        return {
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
+        }
+
+    def _return_to(self, moment: dict[str, Any]) -> None:
+        torch.set_rng_state(moment["rng"]["cpu"])
+        if moment["rng"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(moment["rng"]["cuda"])
+        for name, value in moment["progress"].items():
+            setattr(self, name, value)
+        self.skipped_row = []
+        self._set_learning_rate()
+
+    def _set_learning_rate(self) -> None:
+        """Set the learning rate of the next step, which depends on its number alone."""
+        with warnings.catch_warnings():  # torch expects an update before each step of the schedule
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.last_epoch = self.step - 1
+            self.schedule.step()
 
     def _forward(self, batch: Batch, masks: Tensor | None, examples: list[Example]) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states of the batch and its masks: the stored ones, or those of this forward pass."""
@@ -356,9 +425,7 @@ class Trainer:
             "digest": self._digest(),
             "adapter": self._adapter(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-            "progress": {name: getattr(self, name) for name in ("step", "best", "stale", "stopped")},
+            **self._moment(),
         }
         with os_errors("write the checkpoint", path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -372,17 +439,17 @@ class Trainer:
     def _digest(self) -> str:
         """Identify the settings and pairs, which must not change when a run is resumed."""
         settings = dataclasses.asdict(self.settings)
-        for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing"):
+        for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
             settings.pop(name)
         settings |= mask_settings(self.config)
         pairs = [example.pair_id for example in self.examples]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
 
-    def resume(self) -> None:
-        """Resume from the newest checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Resume from the newest checkpoint; return whether there is one."""
         found = sorted((self.folder / "checkpoints").glob("step-*"))
         if not found:
-            return
+            return False
         state = _read(found[-1], partial(torch.load, map_location="cpu", weights_only=True))
         if state["digest"] != self._digest():
             raise OspoError(
@@ -390,12 +457,8 @@ class Trainer:
             )
         self._load_adapter(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
+        self._return_to(state)
+        return True
 
     def finish(self, failures: dict[str, Failure]) -> None:
         """Save the best adapter, or else the last, and merge it into the model."""
@@ -411,6 +474,7 @@ class Trainer:
         self.model.save(self.folder / "model")
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
+        done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
         write_json(self.folder / "done.json", done)
 
 
@@ -449,6 +513,9 @@ def train(
     Writes log.jsonl (a line per step and per evaluation), checkpoints/, adapter/ (peft), model/ (merged) and finally
     done.json. If `train.early_stopping` names a metric, the weights are those of the best evaluation, which
     best.safetensors holds, else the last.
+    A step whose loss or gradient is not finite is skipped: it makes no update, its log line has `skipped` and the ids
+    of its pairs (`not_finite`), and done.json counts these steps and pairs. It keeps its number, its learning rate and
+    its pairs, so that the steps after it have the same as without it.
     Uses bf16 autocast on CUDA, the model's own dtype on the CPU.
 
     Args:
@@ -460,7 +527,8 @@ def train(
             steps of this call (`items`), those of the run (`total`) and the number of pairs that `failed`.
 
     Raises:
-        OspoError: no pair to train on, a file that cannot be written, or a checkpoint that is broken or of another run.
+        OspoError: no pair to train on, a file that cannot be written, or a checkpoint that is broken or of another
+            run, or more than `train.max_skipped` skipped steps in a row.
 
     """
     context = context or StageContext()
@@ -480,23 +548,27 @@ def train(
     if not context.resume:
         shutil.rmtree(folder, ignore_errors=True)
     trainer = Trainer(model, examples, config, folder, extractor)
-    trainer.resume()
+    resumed = trainer.resume()
     logfile = folder / "log.jsonl"
-    _trim_log(logfile, trainer.step or -1)
+    _trim_log(logfile, trainer.step if resumed else -1)
     trainer.peft.train()
     module: Any = model.module  # of transformers, which torch's type does not know
     if settings.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None
-    if evaluation is not None and trainer.step == 0:
+    if evaluation is not None and not resumed:
         append_line(logfile, trainer.evaluate(evaluation))
+    due = False
     while trainer.step < settings.steps and not trainer.stopped:
         append_line(logfile, trainer.train_step())
+        trainer.check_skipped()
         last = trainer.step == settings.steps
         if evaluation is not None and (trainer.step % settings.eval_every == 0 or last):
             append_line(logfile, trainer.evaluate(evaluation))
-        if trainer.step % settings.save_every == 0 or last or trainer.stopped:
+        due = due or trainer.step % settings.save_every == 0 or last or trainer.stopped
+        if due and not trainer.skipped_row:  # every checkpoint follows an update, see `check_skipped`
             trainer.save()
+            due = False
         context.report.items += 1
         if context.progress is not None:
             context.progress(1)

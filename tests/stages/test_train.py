@@ -431,3 +431,122 @@ def test_online_masks_train_on_a_gpu_under_autocast(model, records, run_folder, 
     settings = config(ONLINE, f"train.gradient_checkpointing={checkpointing}".lower(), "train.steps=3")
     train(records, moved, settings, out=run_folder)
     assert all(0 < row["mask_coverage"] < 1 for row in lines(run_folder))
+
+
+def first_pairs(records, settings, step):
+    """The pairs of a step's first batch."""
+    pairs = ids(select_training_pairs(records, settings))
+    size = settings.train.batch_size
+    start = (step - 1) * size * settings.train.accumulation
+    return sorted(pairs[i] for i in shuffled_indices(len(pairs), settings.seed, start, size))
+
+
+def poison(patch, *batches):
+    """Make the embeddings of batches of these pairs NaN."""
+
+    def poisoned(model, examples, **options):
+        batch, masks = make_batch(model, examples, **options)
+        if sorted(example.pair_id for example in examples) in batches:
+            batch = dataclasses.replace(batch, embeds=batch.embeds * float("nan"))
+        return batch, masks
+
+    patch.setattr(train_module, "make_batch", poisoned)
+
+
+def overflow(patch, *numbers):
+    """Make the gradient of the batches of these numbers, but not their loss, infinite or NaN."""
+    forward, count = OSPOLoss.forward, iter(range(1, 1000))
+
+    def overflowing(self, hidden, *rest, **options):
+        output = forward(self, hidden, *rest, **options)
+        if next(count) in numbers:
+            output = dataclasses.replace(output, loss=output.loss + (0 * hidden.sum()).abs().sqrt())
+        return output
+
+    patch.setattr(OSPOLoss, "forward", overflowing)
+
+
+def results(folder):
+    """The log, and every file that training leaves, without the checkpoints: equal ones can have other bytes."""
+    files = [path for path in (folder / "train").rglob("*") if path.is_file() and path.parent.name != "checkpoints"]
+    return lines(folder), {path.name: path.read_bytes() for path in files if path.name != "log.jsonl"}
+
+
+def weights(folder):
+    return load_file(folder / "train" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_makes_no_update(tiny, made, records, tmp_path, caplog, number, kind):
+    settings = config("train.lora_dropout=0.2", "train.steps=4")
+    skipped, expected = (shutil.copytree(made, tmp_path / name) for name in ("skipped", "expected"))
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "loss":
+            poison(patch, first_pairs(records, settings, number))
+        else:
+            overflow(patch, 2 * number)
+        train(records, load_model(tiny), settings, out=skipped)
+    with pytest.MonkeyPatch.context() as patch:  # the same run, without that update
+        update, steps = torch.optim.AdamW.step, iter(range(1, 5))
+        patch.setattr(torch.optim.AdamW, "step", lambda self, *a: update(self, *a) if next(steps) != number else None)
+        train(records, load_model(tiny), settings, out=expected)
+    one, other = weights(skipped), weights(expected)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    log, plain = lines(skipped), lines(expected)
+    bad = log.pop(number - 1)
+    assert bad["lr"] == plain.pop(number - 1)["lr"]
+    assert log == plain
+    pairs = bad["not_finite"]
+    if kind == "loss":
+        assert pairs == first_pairs(records, settings, number)
+    assert (bad["step"], bad["skipped"], bad["grad_norm"]) == (number, True, None)
+    assert (bad["loss"] is None) == (kind == "loss")
+    assert f"skipping step {number}, whose loss or gradient is not finite; its pairs: {', '.join(pairs)}" in caplog.text
+    assert done(skipped)["skipped_steps"] == 1
+    assert done(skipped)["skipped_pairs"] == dict.fromkeys(pairs, 1)
+    assert (done(expected)["skipped_steps"], done(expected)["skipped_pairs"]) == (0, {})
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_resume_around_skipped_steps_is_exact(tiny, made, records, tmp_path, stop):
+    settings = config("train.lora_dropout=0.2")
+    bad = [first_pairs(records, settings, step) for step in (3, 4)]
+    whole, stopped = (shutil.copytree(made, tmp_path / name) for name in ("whole", "stopped"))
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, *bad)
+        train(records, load_model(tiny), settings, out=whole)
+        with pytest.raises(KeyboardInterrupt):
+            train(records, load_model(tiny), settings, out=stopped, progress=interrupt_after(stop))
+        train(records, load_model(tiny), settings, out=stopped)
+    assert done(whole)["skipped_steps"] == 2
+    assert results(stopped) == results(whole)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_too_many_skipped_steps_in_a_row_stop_training(tiny, made, records, tmp_path, first):
+    """The checkpoint is from before them: once their cause is gone, the run is as if it had never been."""
+
+    def start(out, *overrides):
+        values = (0.5, 0, 0.4, 0, 0.6, 0, 0.7)
+        watched = ("train.eval_every=2", "train.early_stopping=alignment", "train.patience=9", *overrides)
+        settings = config("train.lora_dropout=0.2", "train.max_skipped=1", *watched)
+        return train(records, load_model(tiny), settings, out, evaluation=lambda _, step: {"alignment": values[step]})
+
+    whole, stopped = (shutil.copytree(made, tmp_path / name) for name in ("whole", "stopped"))
+    start(whole)
+    bad = [first_pairs(records, config(), step) for step in (first, first + 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, *bad)
+        for _ in range(2):  # resuming does not pass them
+            with pytest.raises(OspoError, match=f"2 steps in a row, from step {first}, is not finite") as caught:
+                start(stopped)
+            assert all(pair in str(caught.value) for pair in bad[0] + bad[1])
+            (checkpoint,) = (stopped / "train" / "checkpoints").iterdir()
+            assert checkpoint.name == f"step-{first - 1:06d}.pt"
+            assert not (stopped / "train" / "done.json").exists()
+        passed = shutil.copytree(stopped, tmp_path / "passed")
+        start(passed, "train.max_skipped=2")
+        assert done(passed)["skipped_steps"] == 2
+    start(stopped)
+    assert results(stopped) == results(whole)
