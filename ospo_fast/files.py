@@ -73,13 +73,14 @@ def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
         raise OspoError(f"Cannot read the {what} {str(path)[:300]}: {reason[:300].rstrip('.')}; {remedy}.") from error
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read a regular file of 1 to MAX_BYTES bytes. Raises OSError or ValueError; see `reading`."""
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """Read a regular file of 1 to `limit` (None: MAX_BYTES) bytes. Raises OSError or ValueError; see `reading`."""
+    limit = MAX_BYTES if limit is None else limit
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):  # a pipe would block, a device may never end
         raise ValueError("it is no regular file")
-    if not 0 < about.st_size <= MAX_BYTES:
-        raise ValueError(f"it has {about.st_size} bytes, expected 1 to {MAX_BYTES}")
+    if not 0 < about.st_size <= limit:
+        raise ValueError(f"it has {about.st_size} bytes, expected 1 to {limit}")
     with path.open("rb") as file:
         return file.read(about.st_size)
 
@@ -114,12 +115,13 @@ def open_image(path: Path) -> Any:
             return image.convert("RGB")
 
 
-def check_archive(data: bytes) -> None:
-    """Raise ValueError for a zip archive whose files have more than MAX_BYTES bytes when they are unpacked."""
+def check_archive(data: bytes, limit: int | None = None) -> None:
+    """Raise ValueError for a zip archive that unpacks to more than `limit` (None: MAX_BYTES) bytes."""
+    limit = MAX_BYTES if limit is None else limit
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
-    if size > MAX_BYTES:
-        raise ValueError(f"it unpacks to {size} bytes, expected at most {MAX_BYTES}")
+    if size > limit:
+        raise ValueError(f"it unpacks to {size} bytes, expected at most {limit}")
 
 
 def load_npz(what: str, path: Path, remedy: str) -> dict[str, Any]:

@@ -251,7 +251,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 5: LoRA training on the pairs",
         inputs=_train_inputs,
         folder="train",
-        speed_only=frozenset({"gradient_checkpointing", "save_every"}),
+        speed_only=frozenset({"gradient_checkpointing", "save_every", "max_skipped"}),
         options=("masks",),
         sharded=False,
         counts_steps=True,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
+import hashlib
 import json
 import logging
 import math
-import pickle
 import re
 import shutil
 import time
@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ospo_fast.config import Config, TrainConfig
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, some_failed
+from ospo_fast.files import MAX_BYTES, read_bytes, reading
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import (
@@ -41,6 +41,18 @@ from ospo_fast.records import (
     write_json,
 )
 from ospo_fast.stages import StageContext
+from ospo_fast.stages.checkpoints import (
+    REMEDY,
+    check_optimizer,
+    check_progress,
+    check_random_state,
+    check_tensors,
+    checkpoint_path,
+    checkpoint_paths,
+    delete_others,
+    read_checkpoint,
+    write_checkpoint,
+)
 from ospo_fast.stages.image_files import pair_codes
 from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
 from ospo_fast.stages.object_tokens import find_objects
@@ -274,13 +286,15 @@ class Trainer:
         self.optimizer, self.schedule = build_optimizer(list(self.parameters.values()), self.settings)
         self.loss = OSPOLoss(loss_config(config))
         self.step = 0
-        self.best: dict[str, float] = {}  # step and value of the best evaluation
+        # The best evaluation: its step, its value, and the SHA-256 of best.safetensors.
+        self.best: dict[str, Any] = {}
         self.stale = 0  # evaluations since then
         self.stopped = False
         self.skipped_steps = 0
         self.skipped_pairs: dict[str, int] = {}  # by id, in how many of these steps
         self.skipped_row: list[list[str]] = []  # since the last update, the pairs of each skipped step
         self.last_good = self._moment()  # before these steps
+        self.saved: Path | None = None  # the newest checkpoint
 
     def train_step(self) -> dict[str, Any]:
         """Run one optimizer step over `batch_size` × `accumulation` pairs; return the metrics of its log line.
@@ -363,8 +377,8 @@ class Trainer:
 
     def _return_to(self, moment: dict[str, Any]) -> None:
         torch.set_rng_state(moment["rng"]["cpu"])
-        if moment["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(moment["rng"]["cuda"])
+        # The machine can have fewer GPUs than the one that made the checkpoint.
+        torch.cuda.set_rng_state_all(moment["rng"]["cuda"][: torch.cuda.device_count()])
         for name, value in moment["progress"].items():
             setattr(self, name, value)
         self.skipped_row = []
@@ -404,7 +418,9 @@ class Trainer:
             if not self.best or metrics[name] > self.best["value"]:
                 # A float of numpy could be saved, but not loaded with `weights_only`.
                 self.best, self.stale = {"step": self.step, "value": float(metrics[name])}, 0
-                write_atomic(self.folder / "best.safetensors", save(self._adapter()))
+                data = save(self._adapter())
+                self.best["sha256"] = hashlib.sha256(data).hexdigest()
+                write_atomic(self.folder / "best.safetensors", data)
             else:
                 self.stale += 1
             self.stopped = self.stale >= self.settings.patience
@@ -419,22 +435,20 @@ class Trainer:
                 parameter.copy_(tensors[name])
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on, then delete the one before it."""
-        path = self.folder / "checkpoints" / f"step-{self.step:06d}.pt"
+        """Write a checkpoint of everything that the next step depends on, then delete those before it."""
+        self.saved = checkpoint_path(self.folder / "checkpoints", self.step)
         state = {
             "digest": self._digest(),
+            "log": self._log_digest(),
             "adapter": self._adapter(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             **self._moment(),
         }
-        with os_errors("write the checkpoint", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomic(path, buffer.getvalue())  # on the disk before the older ones go
-            for older in path.parent.glob("step-*"):
-                if older != path:
-                    older.unlink()
+        write_checkpoint(self.saved, state)
+        delete_others(self.saved)
+
+    def _log_digest(self) -> str:
+        return hashlib.sha256(_log_until(self.folder / "log.jsonl", self.step)).hexdigest()
 
     def _digest(self) -> str:
         """Identify the settings and pairs, which must not change when a run is resumed."""
@@ -446,27 +460,77 @@ class Trainer:
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
 
     def resume(self) -> bool:
-        """Resume from the newest checkpoint; return whether there is one."""
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
-        if not found:
+        """Resume from the newest checkpoint that is whole; return whether there is any checkpoint.
+
+        An older one takes longer, but leads to the same weights and log.
+        """
+        paths = checkpoint_paths(self.folder / "checkpoints")
+        broken: list[Failure] = []
+        for path in paths:
+            state = attempt(self._read_state, path)
+            if not isinstance(state, Failure):
+                break
+            broken.append(state)
+        else:
+            if broken:
+                raise OspoError(broken[0].reason)
             return False
-        state = _read(found[-1], partial(torch.load, map_location="cpu", weights_only=True))
+        for failed in broken:
+            logger.warning("train: %s Training continues from the older %s.", failed, path.name)
         if state["digest"] != self._digest():
-            raise OspoError(
-                f"{found[-1]} has other settings or other pairs; train into another --out, or with --no-resume."
-            )
+            raise OspoError(f"{path} has other settings or other pairs; train into another --out, or with --no-resume.")
         self._load_adapter(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # their values are those of the settings
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         self._return_to(state)
+        self.saved = path
+        if self.best:
+            self._read_best()
+        if state["log"] != self._log_digest():
+            log = self.folder / "log.jsonl"
+            logger.warning(
+                "train: lines of %s were lost or changed since the checkpoint; the weights are as before", log
+            )
         return True
+
+    def _read_state(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint and check what it holds, if it is of this run. Raises OspoError."""
+        with reading("checkpoint", path, REMEDY):
+            state: dict[str, Any] = read_checkpoint(path, self._max_bytes())
+            if state["digest"] == self._digest():
+                check_tensors("adapter", state["adapter"], self.parameters)
+                if not all(tensor.isfinite().all() for tensor in state["adapter"].values()):
+                    raise ValueError("its adapter is not finite")
+                check_optimizer(state["optimizer"], list(self.parameters.values()))
+                check_progress(state["progress"], _PROGRESS, self.settings.steps)
+                check_random_state(state["rng"])
+                if not isinstance(state["log"], str):
+                    raise ValueError("its checksum of the log should be a text")
+        return state
+
+    def _max_bytes(self) -> int:
+        """Return the most bytes that a file of this run can have: the adapter, its moments, and room for the rest."""
+        adapter: int = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        return MAX_BYTES + 4 * adapter
+
+    def _read_best(self, sha256: str | None = None) -> dict[str, Tensor]:
+        """Read best.safetensors. Raises OspoError if it is broken or does not have this checksum."""
+        from safetensors.torch import load
+
+        path = self.folder / "best.safetensors"
+        with reading("checkpoint", path, REMEDY):
+            data = read_bytes(path, self._max_bytes())
+            if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+                raise ValueError("its checksum is wrong, as it is damaged or from another run")
+            tensors: dict[str, Tensor] = load(data)
+            check_tensors("adapter", tensors, self.parameters)
+            return tensors
 
     def finish(self, failures: dict[str, Failure]) -> None:
         """Save the best adapter, or else the last, and merge it into the model."""
         best = int(self.best.get("step", self.step))
         if best != self.step:
-            from safetensors.torch import load_file
-
-            self._load_adapter(_read(self.folder / "best.safetensors", load_file))
+            self._load_adapter(self._read_best(self.best["sha256"]))
         self.peft.eval()
         self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
         self.peft.merge_and_unload()
@@ -476,33 +540,27 @@ class Trainer:
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
         write_json(self.folder / "done.json", done)
-
-
-def _read(path: Path, load: Callable[[Path], Any]) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        return load(path)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise OspoError(f"Cannot read the checkpoint {path}: {error}; use --no-resume to start over.") from error
+        if self.saved is not None:
+            delete_others(self.saved)  # one that could not be deleted before
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
 
 
-def _trim_log(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, and a torn one."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        write_atomic(path, b"".join(line for line in lines if _line_step(line) <= step))
+def _log_until(path: Path, step: int) -> bytes:
+    """Return the lines of a log up to a step, without a torn one."""
+    with os_errors("read", path):
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return b"".join(line for line in lines if _line_step(line) <= step)
 
 
 def _line_step(line: bytes) -> float:
-    try:
-        return float(parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+        step = parse_json(line)["step"]
+        if type(step) is int and line.endswith(b"\n"):
+            return float(step)
+    return math.inf
 
 
 def train(
@@ -550,7 +608,7 @@ def train(
     trainer = Trainer(model, examples, config, folder, extractor)
     resumed = trainer.resume()
     logfile = folder / "log.jsonl"
-    _trim_log(logfile, trainer.step if resumed else -1)
+    write_atomic(logfile, _log_until(logfile, trainer.step if resumed else -1))
     trainer.peft.train()
     module: Any = model.module  # of transformers, which torch's type does not know
     if settings.gradient_checkpointing:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ospo_fast.config import load_config
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.loss import OSPOLoss
 from ospo_fast.models import load_model
 from ospo_fast.ops import Head
@@ -18,6 +20,7 @@ from ospo_fast.pipeline import read_stage
 from ospo_fast.records import iter_pairs, read_records, to_official
 from ospo_fast.stages import StageContext
 from ospo_fast.stages import train as train_module
+from ospo_fast.stages.checkpoints import write_checkpoint
 from ospo_fast.stages.masks import MaskExtractor
 from ospo_fast.stages.teacher_forcing import hidden_states
 from ospo_fast.stages.train import (
@@ -550,3 +553,210 @@ def test_too_many_skipped_steps_in_a_row_stop_training(tiny, made, records, tmp_
         assert done(passed)["skipped_steps"] == 2
     start(stopped)
     assert results(stopped) == results(whole)
+
+
+WATCHED = ("train.eval_every=1", "train.early_stopping=alignment", "train.lora_dropout=0.2")
+
+
+def start(tiny, records, out, *overrides, **context):
+    """Train with an evaluation whose best step is the second."""
+    values = (0.1, 0.2, 0.6, 0.3, 0.4, 0.5, 0.5)
+    settings = config(*WATCHED, "train.patience=9", *overrides)
+    return train(
+        records, load_model(tiny), settings, out, evaluation=lambda _, step: {"alignment": values[step]}, **context
+    )
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, records, made, tmp_path_factory):
+    """A run that was stopped after 5 of 6 steps: the checkpoint is of step 4."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("stopped") / "run")
+    with pytest.raises(KeyboardInterrupt):
+        start(tiny, records, folder, progress=interrupt_after(5))
+    return folder
+
+
+@pytest.fixture
+def stopped_copy(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "stopped")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, records, made, tmp_path_factory):
+    """An uninterrupted run."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("whole") / "run")
+    start(tiny, records, folder)
+    return folder
+
+
+def checkpoint_of(folder):
+    (path,) = (folder / "train" / "checkpoints").iterdir()
+    return path
+
+
+@pytest.fixture
+def trainer(tiny, records, stopped_copy):
+    """A trainer of that run, which has not resumed yet."""
+    settings, model = config(*WATCHED, "train.patience=9"), load_model(tiny)
+    examples, _ = load_examples(select_training_pairs(records, settings), model, settings, stopped_copy)
+    return train_module.Trainer(model, examples, settings, stopped_copy / "train")
+
+
+def test_every_damage_of_a_checkpoint_is_refused(trainer, stopped_copy):
+    path = checkpoint_of(stopped_copy)
+    data = path.read_bytes()
+    damaged = [data[:size] for size in (0, 1, 31, 32, 33, 1000, len(data) // 2, len(data) - 32, len(data) - 1)]
+    damaged += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(0, len(data), len(data) // 50)]
+    damaged += [data + b"x", data + data]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(OspoError, match=r"Cannot read the checkpoint .*step-000004\.pt: it.*; use --no-resume to"):
+            trainer.resume()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OspoError, match="no regular file; use --no-resume"):
+        trainer.resume()
+
+
+def mutations(value, change):
+    """Yield copies of a nested value, in each of which `change` was made to one entry: (path, copy)."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in items:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        if change is None:
+            del copy[name]
+        else:
+            copy[name] = change(inner)
+        yield (name,), copy
+        for path, changed in mutations(inner, change):
+            yield (name, *path), {**value, name: changed} if isinstance(value, dict) else [changed]
+
+
+CHANGES = {
+    "missing": None,
+    "None": lambda value: None,
+    "text": lambda value: {"x": 1} if isinstance(value, str) else "x",
+    "tensor": lambda value: torch.zeros(3, 5, dtype=torch.complex64),
+    "broadcast": lambda value: torch.zeros(1, 1) if isinstance(value, torch.Tensor) else [[]],
+    "negative": lambda value: -1,
+    "not finite": lambda value: value * float("nan") if isinstance(value, torch.Tensor) else float("nan"),
+}
+
+
+# What could be so in a checkpoint of this run. Only the checksum shows that it was not.
+POSSIBLE = {
+    "missing": {"optimizer.*", "progress.skipped_pairs.*"},
+    "not finite": {"optimizer.*.exp_avg", "optimizer.*.exp_avg_sq", "optimizer.*.step", "progress.best.value"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_checkpoint_holds_is_checked(trainer, stopped_copy, change):
+    """Also if its checksum is right, as in one that was made up."""
+    path = checkpoint_of(stopped_copy)
+    state = torch.load(path, weights_only=True)  # other programs can read it
+    state["progress"]["skipped_pairs"] = {"x": 1}
+    tried, accepted = set(), set()
+    for where, mutated in mutations(state, CHANGES[change]):
+        kind = ".".join(name if isinstance(name, str) and "lora" not in name and name != "x" else "*" for name in where)
+        if kind not in tried:
+            tried.add(kind)
+            write_checkpoint(path, mutated)
+            if not isinstance(attempt(trainer.resume), Failure):
+                accepted.add(kind)
+    assert len(tried) > 15
+    assert accepted == POSSIBLE.get(change, set())
+
+
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("owned"),)
+
+
+def test_a_checkpoint_runs_no_code_and_takes_no_memory(trainer, stopped_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint_of(stopped_copy)
+    write_checkpoint(path, {"digest": trainer._digest(), "adapter": Code()})
+    with pytest.raises(OspoError, match="--no-resume"):
+        trainer.resume()
+    assert not Path("owned").exists()
+    monkeypatch.setattr(torch, "save", lambda state, file: bomb(file))
+    write_checkpoint(path, {})
+    with pytest.raises(OspoError, match=r"unpacks to .* --no-resume"):
+        trainer.resume()
+
+
+def bomb(file):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(3):
+            archive.writestr(f"archive/data/{number}", bytes(10**8))
+
+
+def test_an_older_checkpoint_takes_the_place_of_a_broken_one(tiny, records, stopped_copy, whole, caplog):
+    """It gives the same weights and log. Names of other kinds are no checkpoints."""
+    folder = stopped_copy / "train" / "checkpoints"
+    checkpoint_of(stopped_copy).rename(folder / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        start(tiny, records, stopped_copy, progress=interrupt_after(3))
+    (folder / "step-1000000.pt").write_bytes((folder / "kept").read_bytes()[:-100])
+    (folder / "kept").rename(folder / "step-x.pt")
+    start(tiny, records, stopped_copy)
+    assert "step-1000000.pt: its checksum is wrong" in caplog.text
+    assert "Training continues from the older step-000002.pt." in caplog.text
+    assert results(stopped_copy) == results(whole)
+    assert {path.name for path in folder.iterdir()} == {"step-000006.pt", "step-x.pt"}
+
+
+def test_best_weights_are_checked(tiny, records, stopped_copy):
+    path = stopped_copy / "train" / "best.safetensors"
+    data = path.read_bytes()
+    tensors = load_file(path)
+    name = min(tensors)
+    others = [data[:100], b"", data[:-4]]
+    for content in others:
+        path.write_bytes(content)
+        with pytest.raises(OspoError, match=r"best\.safetensors.*--no-resume"):
+            start(tiny, records, stopped_copy)
+    save_file({**tensors, name: torch.zeros(1, 1)}, path)
+    with pytest.raises(OspoError, match=r"best\.safetensors: its adapter should have .*lora_A.* of shape"):
+        start(tiny, records, stopped_copy)
+    path.write_bytes(data[:-4] + bytes(4))
+    with pytest.raises(OspoError, match=r"best\.safetensors: its checksum is wrong"):
+        start(tiny, records, stopped_copy)
+    assert not (stopped_copy / "train" / "done.json").exists()
+    path.write_bytes(data)
+    start(tiny, records, stopped_copy)
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"{", b'{"step": 1e999}\n', b'{"step": "2"}\n', b"\xff\n", b'{"step": 9' + b"9" * 400 + b"}\n"]
+)
+def test_a_changed_log_is_noticed(trainer, stopped_copy, caplog, line):
+    log = stopped_copy / "train" / "log.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(line + b"".join(whole.splitlines(keepends=True)[1:]))
+    assert trainer.resume()
+    assert "log.jsonl were lost or changed" in caplog.text
+    caplog.clear()
+    log.write_bytes(whole + line)  # torn, or of later steps
+    assert trainer.resume()
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("failing", [1, 9])
+def test_old_checkpoints_that_could_not_be_deleted_go_later(tiny, records, run_folder, monkeypatch, caplog, failing):
+    unlink, left = Path.unlink, [None] * failing
+
+    def broken(path, **options):
+        if path.suffix == ".pt" and left:
+            left.pop()
+            raise OSError(5, "Input/output error")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", broken)
+    start(tiny, records, run_folder)
+    folder = run_folder / "train" / "checkpoints"
+    assert f"cannot delete the old checkpoint {folder / 'step-000002.pt'}: Input/output error" in caplog.text
+    assert (run_folder / "train" / "done.json").exists()
+    expected = {"step-000006.pt"} if failing == 1 else {f"step-00000{step}.pt" for step in (2, 4, 6)}
+    assert {path.name for path in folder.iterdir()} == expected
