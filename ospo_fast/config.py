@@ -9,6 +9,7 @@ only the `train.loss` values of these two layers count.
 import contextlib
 import dataclasses
 import difflib
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ospo_fast.errors import OspoError, UsageError, check_text
+from ospo_fast.files import MAX_NESTING, check_yaml, read_yaml
 from ospo_fast.records import parse_json
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
@@ -375,7 +377,7 @@ def _load_file(path: Path) -> Any:
     from yaml import YAMLError
 
     try:
-        layer = OmegaConf.load(path)
+        layer = OmegaConf.load(io.StringIO(read_yaml(path)))
         _refuse_interpolations(OmegaConf.to_container(layer), str(path))
     except OSError as error:
         raise UsageError(f"Cannot read the configuration file {path}: {error.strerror or error}.") from error
@@ -395,15 +397,19 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
     from yaml import YAMLError
 
     for override in overrides:
-        if "=" not in override:
-            raise UsageError(f"An override reads key=value, got {override!r}.")
+        key, separator, value = check_text("override", override).partition("=")
+        if not separator:
+            raise UsageError(f"An override reads key=value, got {override!r:.200}.")
         try:
-            layer = OmegaConf.from_dotlist([check_text("override", override)])
+            if key.count(".") + key.count("[") > MAX_NESTING:
+                raise ValueError(f"its key nests more than {MAX_NESTING} deep")
+            check_yaml(value)
+            layer = OmegaConf.from_dotlist([override])
             _refuse_interpolations(OmegaConf.to_container(layer), "command line")
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(
-                f"{override!r} cannot be read as key=value ({reason}); put quotes around the value."
+                f"{override!r:.200} cannot be read as key=value ({reason}); put quotes around the value."
             ) from error
     return OmegaConf.from_dotlist(list(overrides))
 

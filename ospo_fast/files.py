@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BYTES = 2**28  # of a file, and of what an archive holds
+MAX_YAML = 10**6  # bytes of a YAML file
+MAX_VALUES = 10**5  # in a YAML file, where those of an alias count each time
+MAX_NESTING = 100  # of YAML values in values
 MAX_PIXELS = 2**25  # of an image
 MAX_SIDE = 2**14
 # Pillow knows many more. Some of them, such as EPS, call programs.
@@ -83,6 +86,49 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         raise ValueError(f"it has {about.st_size} bytes, expected 1 to {limit}")
     with path.open("rb") as file:
         return file.read(about.st_size)
+
+
+def read_yaml(path: Path) -> str:
+    """Read a text that passes `check_yaml`. Raises OSError, ValueError or yaml.YAMLError."""
+    with path.open("rb") as file:
+        data = file.read(MAX_YAML + 1)
+    if len(data) > MAX_YAML:
+        raise ValueError(f"it has more than {MAX_YAML} bytes")
+    text = data.decode("utf-8-sig")
+    check_yaml(text)
+    return text
+
+
+def check_yaml(text: str) -> None:
+    """Raise ValueError for a text that is too deep or too large for loaders of YAML, and yaml.YAMLError for no YAML.
+
+    The loader in C recurses for each level and ends the process when the stack is full. OmegaConf copies the values of
+    an alias, so that ten lines of aliases of aliases fill the memory.
+    """
+    import yaml
+
+    sizes: dict[str | None, int] = {}  # values below each anchor
+    opened: list[tuple[str | None, int]] = []  # anchors of the collections around, and the values before each
+    total = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # one by one, not recursive
+        before = total
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"the alias *{event.anchor!s:.60} has no value before it; write the value out")
+            anchor, total = None, total + sizes[event.anchor]
+        elif isinstance(event, yaml.NodeEvent):
+            anchor, total = event.anchor, total + 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                opened.append((anchor, before))
+                anchor = None  # it has no size before its end
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = total - before
+        if len(opened) > MAX_NESTING or total > MAX_VALUES:
+            raise ValueError(f"it nests more than {MAX_NESTING} deep, or has more than {MAX_VALUES} values")
 
 
 def open_image(path: Path) -> Any:

@@ -242,6 +242,11 @@ def test_a_run_folder_does_not_choose_what_is_read(tmp_path):
         "images: [",
         "model: " + "[" * 5000 + "]" * 5000,
         "model: " + "[" * 300 + "]" * 300,
+        "[" * 30_000,  # the loader in C overflows the stack from here on
+        "{a: " * 30_000,
+        "- " * 30_000,
+        "m0: &m0 [x]\n" + "".join(f"m{i}: &m{i} [{', '.join([f'*m{i - 1}'] * 9)}]\n" for i in range(1, 12)),  # 9^11
+        "seed: 1\n" * 125_001,
         "model: ${model}",
         "- a\n- b",
         "imagse: {top_k: 1}",
@@ -254,6 +259,19 @@ def test_wrong_files_are_named(tmp_path, text):
     file.write_text(text)
     with pytest.raises(UsageError, match=r"c\.yaml"):
         load_config(file=file)
+
+
+@pytest.mark.parametrize("override", ["model=" + "[" * 30_000, "model=" + "? " * 30_000, "a." * 30_000 + "b=1"])
+def test_deep_overrides_are_refused(override):
+    with pytest.raises(UsageError, match="nests more than 100 deep") as caught:
+        load_config([override])
+    assert len(str(caught.value)) < 500
+
+
+def test_an_alias_is_read_and_a_mark_of_the_byte_order_skipped(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(b"\xef\xbb\xbftrain: {steps: &n 7, batch_size: *n}")
+    assert load_config(file=file).train.batch_size == 7
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -20,9 +20,10 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ospo_fast.errors import UsageError, check_text
+from ospo_fast.files import read_yaml
 
 TEMPLATE_NAMES = ("prompts", "perturb", "densify", "questions", "vqa")
-MAX_CHARS = 1_000_000  # of a template set, and of a rendered message
+MAX_CHARS = 1_000_000  # of a rendered message
 _FOLDER = Path(__file__).with_name("templates")
 _ROLES = ("system", "user", "assistant")
 _SAMPLING: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -161,12 +162,7 @@ def load_templates(name_or_path: str) -> TemplateSet:
         names = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
         raise UsageError(f"templates: got {name_or_path[:200]!r}, expected one of {names}, or the path of a YAML file")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CHARS + 1)
-        if len(content) > MAX_CHARS:
-            raise ValueError(f"it has more than {MAX_CHARS} bytes")
-        # _Loader is a SafeLoader.
-        templates = _parse(yaml.load(content.decode("utf-8-sig"), _Loader), path)
+        templates = _parse(yaml.load(read_yaml(path), _Loader), path)  # _Loader is a SafeLoader
     except (yaml.YAMLError, OSError, ValueError, RecursionError, UsageError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UsageError(f"templates: {path} is not a template set ({reason}); see shapes.yaml for the form") from error

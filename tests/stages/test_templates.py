@@ -133,16 +133,16 @@ def bomb(line):
         (SHAPES.encode("utf-16"), "utf-8"),
         (SHAPES.encode() + b"# \xe9\n", "utf-8"),
         (SHAPES + "\0", "#x0000"),
-        (SHAPES.replace("prompt {{ kind }}", "x\\ud83d"), "prompts, message 1, content: .*lone surrogate"),
-        ("[" * 20_000, "recursion"),
-        ("{" * 20_000, "recursion"),
-        ("- " * 50_000, "recursion"),
+        (SHAPES.replace("prompt {{ kind }}", "x\\ud83d"), "lone surrogate|invalid Unicode"),
+        ("[" * 20_000, "nests more than 100 deep"),
+        ("{" * 20_000, "nests more than 100 deep"),
+        ("- " * 50_000, "nests more than 100 deep"),
         (SHAPES + "#" * 1_000_000, "more than 1000000 bytes"),
         (SHAPES + "vqa: {messages: []}\n", "duplicate key 'vqa'"),
         (SHAPES.replace("shape1:", "color1:"), "duplicate key 'color1'"),
-        (bomb(lambda name, uses: f"{name} [{uses}]") + SHAPES.replace("few_shot: {}", "few_shot: *m11"), "few_shot"),
-        (bomb(lambda name, uses: f"{name} {{<<: [{uses}]}}") + SHAPES, "merge keys"),
-        ("&a [*a]", "expected a mapping"),
+        (bomb(lambda name, uses: f"{name} [{uses}]") + SHAPES, "more than 100000 values"),
+        (SHAPES.replace("few_shot: {}", "few_shot: {<<: {a: 1}}"), "merge keys"),
+        ("&a [*a]", r"alias \*a has no value"),
         ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
         (SHAPES.replace("count: 18", "count: " + "9" * 5000), "digits"),
         (SHAPES.replace("max_new_tokens: 40", "max_tokens: 40"), "prompts.sampling: expected only .*got 'max_tokens'"),
@@ -151,7 +151,7 @@ def bomb(line):
     ],
 )
 def test_files_that_are_no_template_sets(load, content, words):
-    with pytest.raises(UsageError, match=rf"own\.yaml is not a template set \(.*{words}") as caught:
+    with pytest.raises(UsageError, match=rf"own\.yaml is not a template set \(.*(?:{words})") as caught:
         load(content)
     assert len(str(caught.value)) < 1000
 
