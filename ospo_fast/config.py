@@ -9,6 +9,7 @@ only the `train.loss` values of these two layers count.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from ospo_fast.errors import OspoError, UsageError, check_text
 from ospo_fast.files import MAX_NESTING, check_yaml, read_yaml
-from ospo_fast.records import parse_json
+from ospo_fast.records import parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 
@@ -92,8 +93,10 @@ class Section:
             key = f"{section}.{item.name}".lstrip(".")
             if isinstance(value, str):
                 check_text(key, value)
-            numbers = value if isinstance(value, list) else [value]
-            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+            if any(isinstance(inner, (list, dict)) for inner in values):  # OmegaConf lets them pass in list[int]
+                raise UsageError(f"{key} should hold plain values, got {shown(value)}.")
+            if any(isinstance(number, float) and not math.isfinite(number) for number in values):
                 raise UsageError(f"{key} should be finite, got {value!r}.")
             if accepts is not None and value is not None and not accepts(value):
                 raise UsageError(f"{key} should be {item.metadata['expected']}, got {value!r}.")
@@ -334,15 +337,29 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
         yield from _leaves(inner, f"{prefix}{name}.")
 
 
-def _refuse_interpolations(value: Any, source: str, key: str = "") -> None:
-    """Raise UsageError for `${…}`: it could carry the environment of this machine into a run by somebody's file."""
-    if isinstance(value, str) and "${" in value:
+def _check_values(value: Any, source: str, key: str = "") -> None:
+    """Raise UsageError for marks of OmegaConf and integers of more than 64 bits.
+
+    `${…}` could carry the environment of this machine into a run by somebody's file. A value `???` would be skipped.
+    """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UsageError(f"{source}: {key} should be below 2^63, got an integer of {value.bit_length()} bits.")
+    if isinstance(value, str) and ("${" in value or value == "???"):
         raise UsageError(
-            f"{source}: {key}: got {value!r}, expected a plain value; `${{…}}` is not resolved, write it out."
+            f"{source}: {key}: got {value!r:.200}, expected a plain value; `${{…}}` and `???` are not resolved, write "
+            "the value out."
         )
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in children:
-        _refuse_interpolations(inner, source, f"{key}.{name}".lstrip("."))
+        _check_values(inner, source, f"{key}.{name}".lstrip("."))
+
+
+@functools.cache
+def _defaults() -> Any:
+    """Return the defaults in the form of OmegaConf, whose merge leaves them as they are."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(Config)
 
 
 def _merge(base: Any, layer: Any, source: str) -> Any:
@@ -373,15 +390,15 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
 
 def _load_file(path: Path) -> Any:
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     try:
         layer = OmegaConf.load(io.StringIO(read_yaml(path)))
-        _refuse_interpolations(OmegaConf.to_container(layer), str(path))
+        _check_values(OmegaConf.to_container(layer), str(path))
     except OSError as error:
         raise UsageError(f"Cannot read the configuration file {path}: {error.strerror or error}.") from error
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # OmegaConf raises many, AssertionError for a text in quotes
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(layer, DictConfig):
         found = type(OmegaConf.to_container(layer)).__name__
@@ -393,8 +410,6 @@ def _load_file(path: Path) -> Any:
 
 def _parse_overrides(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     for override in overrides:
         key, separator, value = check_text("override", override).partition("=")
@@ -405,8 +420,10 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
                 raise ValueError(f"its key nests more than {MAX_NESTING} deep")
             check_yaml(value)
             layer = OmegaConf.from_dotlist([override])
-            _refuse_interpolations(OmegaConf.to_container(layer), "command line")
-        except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, RecursionError) as error:
+            _check_values(OmegaConf.to_container(layer), "command line")
+        except UsageError:
+            raise
+        except Exception as error:
             reason = " ".join(str(error).split())
             raise UsageError(
                 f"{override!r:.200} cannot be read as key=value ({reason}); put quotes around the value."
@@ -483,7 +500,7 @@ def load_config(
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
     if named is not None:
         Config(preset=named)  # raises for an unknown one
-    config = OmegaConf.structured(Config)
+    config = _defaults()
     kept = None
     if saved is not None and saved.exists():
         layer = _load_saved(saved)

@@ -171,6 +171,13 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("prompts.counts.color1=-1", "prompts.counts should be numbers of 0 or more"),
         ("prompts.patience=0", "prompts.patience should be 1 or more"),
         ("evaluate.guidance_scales=[nan]", "evaluate.guidance_scales should be finite"),
+        ("evaluate.seeds=[[1]]", r"evaluate.seeds should hold plain values, got \[\[1\]\]"),
+        ("train.lora_targets=[{}]", "train.lora_targets should hold plain values"),
+        ("train.betas=[[0.9],0.95]", "train.betas should hold plain values"),
+        ("prompts.counts={color1: []}", "prompts.counts should hold plain values"),
+        ("seed=???", r"command line: seed: got '\?\?\?', expected a plain value"),
+        ("device=0x" + "f" * 6000, r"device should be below 2\^63, got an integer of 24000 bits"),
+        ("train.clip=1" + "0" * 400, r"train.clip should be below 2\^63"),
         *[
             (f"{section}.batch_size=-1", f"{section}.batch_size should be 1 or more, got -1")
             for section in (
@@ -247,6 +254,7 @@ def test_a_run_folder_does_not_choose_what_is_read(tmp_path):
         "- " * 30_000,
         "m0: &m0 [x]\n" + "".join(f"m{i}: &m{i} [{', '.join([f'*m{i - 1}'] * 9)}]\n" for i in range(1, 12)),  # 9^11
         "seed: 1\n" * 125_001,
+        '"0"',  # an AssertionError of OmegaConf
         "model: ${model}",
         "- a\n- b",
         "imagse: {top_k: 1}",
