@@ -129,11 +129,13 @@ def histogram(values: Sequence[float], *, label: str, bins: int = 20) -> Markup:
 
 
 def _range(low: float, high: float, bounds: tuple[float | None, float | None]) -> tuple[float, float]:
+    def clamp(value: float) -> float:
+        value = value if bounds[0] is None else max(value, bounds[0])
+        return value if bounds[1] is None else min(value, bounds[1])
+
+    low, high = clamp(low), clamp(high)  # before the pad is added, so that values beyond a bound leave a range
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = low - pad, high + pad
-    low = low if bounds[0] is None else max(low, bounds[0])
-    high = high if bounds[1] is None else min(high, bounds[1])
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
+    return clamp(low - pad), clamp(high + pad)
 
 
 def _axes(low: float, high: float, first: float, last: float, project: ToPosition, *, whole: bool = False) -> str:

@@ -70,7 +70,7 @@ def test_only_points_with_an_error_have_a_bar():
 
 
 def test_constant_and_single_values_give_finite_positions():
-    for points in ([(1, 0.0)], [(1, 5.0), (2, 5.0)], [(0, 1.0), (1, 1.0)]):
+    for points in ([(1, 0.0)], [(1, 5.0), (2, 5.0)], [(0, 1.0), (1, 1.0)], [(1, 2.0**63)], [(1, -(2.0**63))]):
         assert not re.search(r"nan|inf", str(charts.line_chart(points, label="flat", bounds=(0, 1))))
 
 
