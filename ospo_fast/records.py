@@ -133,7 +133,7 @@ def item_name(item_id: str) -> str:
     """
     if re.fullmatch("[a-z0-9_]{1,64}", item_id) and not _RESERVED.fullmatch(item_id):
         return item_id
-    rest = re.sub("[^a-z0-9_]+", "_", item_id[:40].lower()).strip("_")
+    rest = re.sub("[^a-z0-9_]+", "_", item_id[:40].lower()[:40]).strip("_")  # lower() may lengthen
     return f"{rest or 'id'}-{hashlib.sha256(item_id.encode()).hexdigest()[:24]}"
 
 

@@ -302,7 +302,7 @@ def test_hashes_are_stable_and_image_numbers_are_read_from_names():
 
 IDS = (
     "0000012", "../../escaped", "..", ".", "/etc/passwd", "a/b", "a\\b", "C:x", "con", "nul", "lpt1", "aa", "AA", "Aa",
-    "x" * 64, "x" * 65, "x" * 5000, "é", "e\u0301", "0000012-1", "a.b", "-rf", "~", "\n", " aa", "🔴" * 80,
+    "x" * 64, "x" * 65, "x" * 5000, "é", "e\u0301", "0000012-1", "a.b", "-rf", "~", "\n", " aa", "🔴" * 80, "İ" * 80,
 )  # fmt: skip
 
 
