@@ -53,7 +53,7 @@ _JINJA = _Sandbox(
 _compiled = functools.lru_cache(maxsize=256)(_JINJA.from_string)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML without duplicate keys, of which the last would win, and merges, whose size is exponential."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
