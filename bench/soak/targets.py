@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import ospo_fast.generation
-from ospo_fast import cli, config, models, records
+from ospo_fast import cli, config, files, models, pipeline, records
 from ospo_fast.pipeline import Pipeline, Shard, stage_metrics
 from ospo_fast.report import load as report_load
 from ospo_fast.report import masks as report_masks
@@ -86,9 +86,15 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def _record(data: bytes) -> Any:
-    """Return a record as a store gives it."""
-    return next(records.read_records(_write("one.jsonl", data.replace(b"\n", b" ") + b"\n")), {"item_id": "0"})
+    """Return a record as the pipeline gives it to a stage."""
+    found = records.read_records(_write("one.jsonl", data.replace(b"\n", b" ") + b"\n"))
+    [record] = pipeline._with_prompts([next(found, {"item_id": "0"})], "one", _raise)
+    return record
 
 
 # Texts of the model
@@ -128,9 +134,7 @@ _OBJECTS = {
 
 @target(inputs.json_, _OBJECTS, {**_OBJECTS, "nouns": ["fan", "fox"]})
 def nouns(data: bytes) -> None:
-    record = _record(data)
-    if "prompt" in record:
-        object_tokens.extract_nouns(record)
+    object_tokens.extract_nouns(_record(data))
 
 
 @target(inputs.text, "fox\ntwo foxes and a fox", "ceiling fan\na ceiling  fan", "policeman\nthe policemen")
@@ -408,6 +412,27 @@ def checkpoints(data: bytes) -> None:
     trainer.resume()
 
 
+# Files that records name
+
+
+@target(inputs.text, "images/1/base_0.png", "images/../../x", "/etc/passwd", "./images/link/x.png")
+def file_paths(data: bytes) -> None:
+    folder = _write("named/images/x.png", b"").parents[1]
+    if not (link := folder / "images" / "link").is_symlink():
+        link.symlink_to("/etc")
+    assert folder.resolve() in files.locate(_text(data), folder).resolve().parents
+
+
+@target(inputs.npz, {"a": np.arange(6).reshape(2, 3), "b": np.array("text"), "c": np.zeros(3, np.float16)})
+def npz_files(data: bytes) -> None:
+    files.load_npz("arrays", _write("any.npz", data), "do this")
+
+
+@target(inputs.safetensors, {"a": np.arange(6).reshape(2, 3), "b": np.ones(1, np.uint8), "c": np.zeros(3, np.float16)})
+def tensor_files(data: bytes) -> None:
+    files.load_tensors("tensors", _write("any.safetensors", data), "do this")
+
+
 # Pictures, codes, masks
 
 
@@ -424,7 +449,7 @@ def _pictures() -> list[bytes]:
 @target(inputs.binary, make=_pictures)
 def pictures(data: bytes) -> None:
     path = _write("image.png", data)
-    image_files.open_image(path)
+    files.open_image(path)
     overlay.show(path, torch.rand(1, 4, 4), ["fan"])
 
 
@@ -456,7 +481,8 @@ def mask_files(data: bytes) -> None:
 
 @target(inputs.pt, {"mask": np.ones((12, 12), np.uint8)})
 def official_masks(data: bytes) -> None:
-    masks._load_official(_write("mask.pt", data))
+    path = _write("mask.pt", data)
+    masks._load_official(path, path.parent)
 
 
 _ALIGNMENT = {
