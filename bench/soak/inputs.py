@@ -1,6 +1,5 @@
 """Hostile inputs: seeds in one of several forms, changed in a few places at random."""
 
-import copy
 import io
 import json
 import random
@@ -63,22 +62,28 @@ def binary(rng: random.Random, seeds: Sequence[Any]) -> bytes:
     return bytes(value)
 
 
+def _copy(value: Any) -> Any:
+    """Copy dicts and lists, and not their leaves, which nothing changes: much faster than copy.deepcopy."""
+    if isinstance(value, dict):
+        return {name: _copy(inner) for name, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Return (container, key) of every value in a tree."""
     found: list[tuple[Any, Any]] = []
     stack = [value]
     while stack and len(found) < 2000:
         top = stack.pop()
-        keys = list(top) if isinstance(top, dict) else range(len(top)) if isinstance(top, list) else ()
-        for key in keys:
-            found.append((top, key))
-            stack.append(top[key])
+        keys = list(top) if isinstance(top, dict) else range(len(top))
+        found += [(top, key) for key in keys]
+        stack += [top[key] for key in keys if isinstance(top[key], (dict, list))]
     return found
 
 
 def tree(rng: random.Random, seeds: Sequence[Any], leaves: Sequence[Any] = LEAVES) -> Any:
     """Return a seed of dicts and lists with up to five values replaced, removed, moved or nested."""
-    root = [copy.deepcopy(rng.choice(seeds))]
+    root = [_copy(rng.choice(seeds))]
     for _ in range(rng.randrange(6)):
         container, key = rng.choice(_places(root))
         choice = rng.randrange(10)
@@ -88,7 +93,7 @@ def tree(rng: random.Random, seeds: Sequence[Any], leaves: Sequence[Any] = LEAVE
             container[key] = [container[key]]
         elif choice == 2:
             other, name = rng.choice(_places(root))
-            container[key] = copy.deepcopy(other[name])
+            container[key] = _copy(other[name])
         elif choice == 3 and isinstance(container, dict):
             container[str(rng.choice(TEXTS))] = container.pop(key)
         elif choice == 4 and isinstance(container[key], str):
@@ -98,7 +103,7 @@ def tree(rng: random.Random, seeds: Sequence[Any], leaves: Sequence[Any] = LEAVE
                 container[key] = [container[key]]
             break  # a deep tree cannot be copied
         else:
-            container[key] = copy.deepcopy(rng.choice(leaves))
+            container[key] = _copy(rng.choice(leaves))
     return root[0]
 
 

@@ -6,6 +6,7 @@ the reason as `open`, and `crashes` if it ends the process.
 
 import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,22 @@ def test_input(name: str, entry: dict[str, Any]) -> None:
 
 def test_every_target_has_an_entry() -> None:
     assert {path.stem for path in CORPUS.glob("*.json")} == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_every_target_returns_for_some_inputs(name: str) -> None:
+    """An error that every input raises would hide what comes after it."""
+    target, rng = TARGETS[name], random.Random(0)
+    seeds = target.seeds()
+
+    def returns() -> bool:
+        try:
+            target.call(target.generate(rng, seeds))
+        except Exception:
+            return False
+        return True
+
+    assert any(returns() for _ in range(100))
 
 
 def test_failure_is_told_by_its_error() -> None:
