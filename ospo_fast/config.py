@@ -12,6 +12,7 @@ import difflib
 import functools
 import io
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -549,7 +550,7 @@ def saved_path(value: str, out: Path) -> str:
 
     A value that names no file or folder (an embedded model, a hub name, a shipped template set) stays as it is.
     """
-    if value in MODEL_FILES or not Path(value).exists():
+    if value in MODEL_FILES or not os.path.exists(value):  # noqa: PTH110 (Path.exists raises for long names)
         return value
     full = Path(value).resolve()
     return _INSIDE + str(full.relative_to(out.resolve())) if full.is_relative_to(out.resolve()) else str(full)

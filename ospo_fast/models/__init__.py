@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
             raise OspoError(f"model: the embedded checkpoint is missing in {_EMBEDDED}; install the package again")
         return _EMBEDDED
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
         if _is_adapter(path):
             find_model(_base_model(path))
         else:
@@ -73,7 +74,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
             if not any(path.glob("*.safetensors")):
                 raise OspoError(f"model: {path} holds no weights (*.safetensors); save or download the model again")
         return path
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 (see above)
         raise OspoError(f"model: {name!r} is a file, expected the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
         raise OspoError(
