@@ -147,12 +147,12 @@ def test_only_the_language_models_projections_change(model, tiny, records, run_f
 
 
 def test_training_lowers_the_loss(model, records, run_folder):
-    settings = ["train.steps=30", "train.schedule=constant", "train.learning_rate=1e-2"]
+    # At ten times this rate the loss swings, and which way it ends depends on the processor's rounding.
+    settings = ["train.steps=30", "train.schedule=constant", "train.learning_rate=1e-3"]
     settings = config(*settings, "train.batch_size=4", "train.accumulation=1")
     train(records, model, settings, out=run_folder)
     log = lines(run_folder)
-    for name in ("loss", "sft"):  # of several batches, which differ
-        assert sum(row[name] for row in log[-5:]) < 0.98 * sum(row[name] for row in log[:5])
+    assert sum(row["loss"] for row in log[-5:]) < 0.5 * sum(row["loss"] for row in log[:5])  # batches differ
     assert [row["step"] for row in log] == list(range(1, 31))
 
 
