@@ -261,7 +261,7 @@ class Pipeline:
         over = over and self.shard is None and STAGES[0].name in names
         for iteration in range(1, self.config.iterations + 1):
             for name in names:
-                self._check(find_stage(name), iteration, over=over)
+                self._check(find_stage(name), iteration, run=True, over=over)
         return self._start_over(work, names, on_report) if over else self._stages(names, on_report)
 
     def _stages(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
@@ -337,8 +337,10 @@ class Pipeline:
         saved = read_json(work / "settings.json", {}).get(self._key(name))
         return saved is not None and _changed_setting(saved, settings, work) is None
 
-    def _check(self, stage: Stage, iteration: int, *, over: bool = False) -> tuple[Config, dict[str, Any]]:
-        """Check a request before anything is written. over: the whole run starts over.
+    def _check(
+        self, stage: Stage, iteration: int, *, run: bool = False, over: bool = False
+    ) -> tuple[Config, dict[str, Any]]:
+        """Check a request before anything is written. run: it is part of a run; over: the run starts over.
 
         Returns:
             The configuration of the iteration, and the settings that the results of the stage depend on.
@@ -355,8 +357,8 @@ class Pipeline:
         stage.check(config)
         if stage.counts_steps and config.train.eval_every:
             self._check_early_stopping()
-        if iteration > 1 and not self._trained(iteration - 1).exists() and self.resume:
-            return config, {}  # of a later iteration, in a run
+        if run and iteration > 1 and not self._trained(iteration - 1).exists():
+            return config, {}  # the run will train the model that this iteration starts from
         settings = self._settings(stage, config, iteration)
         continues = self._continues_stage(restarts.folder(out, stage, self.shard), name, settings)
         own = self.resume and not continues and not over
@@ -479,7 +481,8 @@ class Pipeline:
         return name if self.shard is None else f"{name}.{self.shard}"
 
     def _complete(self, out: Path, name: str) -> bool:
-        return bool(read_json(out / "settings.json", {}).get(self._key(name), {}).get("complete"))
+        entry = read_json(out / "settings.json", {}).get(self._key(name))
+        return isinstance(entry, dict) and bool(entry.get("complete"))
 
     def _mark_complete(self, out: Path, name: str) -> None:
         key = self._key(name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import os
 import shutil
@@ -386,7 +387,7 @@ def stages_json(data: bytes) -> None:
 def settings_json(data: bytes) -> None:
     out = _write("settings/settings.json", data).parent
     pipeline = Pipeline(config.Config(out=str(out)), progress=False)
-    pipeline._check_settings(out, "prompts", {"prompts.patience": 200, "seed": 42, "train.loss": {}})
+    pipeline._check_settings(out, "prompts", {"prompts.patience": 200, "seed": 42, "train.loss": {}}, own=True)
     pipeline._complete(out, "prompts")
 
 
@@ -398,7 +399,7 @@ def done_json(data: bytes) -> None:
 
 @target(inputs.lines, [{"step": 1, "loss": 0.5, "seconds": 0.1}, {"step": 2, "loss": 0.4, "seconds": 0.1}])
 def train_logs(data: bytes) -> None:
-    train._trim_log(_write("log.jsonl", data), 1)
+    train._log_until(_write("log.jsonl", data), 1)
 
 
 @functools.cache
@@ -424,7 +425,7 @@ def checkpoints(data: bytes) -> None:
     trainer = _trainer(os.getpid())
     path = trainer.folder / "checkpoints" / "step-000002.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    path.write_bytes(data + hashlib.sha256(data).digest())  # without it, the checksum would refuse everything
     trainer.resume()
 
 
