@@ -164,6 +164,16 @@ def pointer(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
     return address
 
 
+def check_plain(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise OpError for a tensor that is not contiguous, of this shape and on the device of `like`.
+
+    A kernel that only gets its address would read or write beyond its end.
+    """
+    if tensor.shape != shape or not tensor.is_contiguous() or tensor.device != like.device:
+        got = f"{tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        raise OpError(f"{op}: {name} is {got}, expected contiguous {shape} on {like.device}")
+
+
 def device_and_stream(device: torch.device) -> tuple[int, int]:
     """Return the ordinal and the current stream of a CUDA device: the last arguments of the compiled CUDA functions."""
     stream = torch.cuda.current_stream(device)

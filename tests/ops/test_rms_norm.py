@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from ospo_fast.errors import OpError
 from ospo_fast.ops.rms_norm import add_rms_norm
 
 
@@ -36,3 +39,23 @@ def test_nan_stays_in_its_row_and_no_rows() -> None:
     residual[2] = torch.nan
     assert add_rms_norm(None, residual, torch.ones(20), 1e-6).isnan().all(1).tolist() == [False, False, True, False]
     assert add_rms_norm(None, residual[:0], torch.ones(20), 1e-6).shape == (0, 20)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": torch.ones(8)}, r"residual and weight are torch.float32 \(8,\) .*, expected \(M, D\) and \(D,\)"),
+        ({"weight": torch.ones(7)}, r"residual and weight are .* and torch.float32 \(7,\) on cpu"),
+        ({"weight": torch.ones(8, device="meta")}, "residual and weight are .* on meta, expected .* on one device"),
+        ({"residual": torch.ones(8, 2).T}, r"residual is \(2, 8\) with strides \(1, 2\) on cpu, expected contiguous"),
+        ({"delta": torch.ones(1, 8)}, r"delta is \(1, 8\) .*, expected contiguous \(2, 8\) on cpu"),
+        ({"out": torch.ones(2, 4)}, r"out is \(2, 4\) .*, expected contiguous \(2, 8\) on cpu"),
+        ({"out": torch.ones(2, 16)[:, ::2]}, r"out is \(2, 8\) with strides \(16, 2\)"),
+    ],
+)
+def test_other_shapes_are_refused(backend: str, change: dict[str, Tensor], message: str) -> None:
+    given: dict[str, Any] = {"delta": torch.ones(2, 8), "residual": torch.ones(2, 8), "weight": torch.ones(8)} | change
+    with pytest.raises(OpError, match=f"add_rms_norm: {message}"):
+        add_rms_norm(**given, eps=1e-6, backend=backend)
+    assert bool((given["residual"] == 1).all())  # unchanged

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ospo_fast.errors import OpError
 from ospo_fast.ops.silu_mul import silu_mul
 
 
@@ -32,3 +33,20 @@ def test_extremes(backend: str) -> None:
     assert out[:4].abs().max() < 1e-35
     assert out[4:7].tolist() == gate[4:7].tolist()
     assert out[7].isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize(
+    ("gate_up", "out", "message"),
+    [
+        (torch.zeros(2, 7), None, r"gate_up is torch.float32 \(2, 7\), expected \(M, 2·I\)"),
+        (torch.zeros(8), None, r"gate_up is torch.float32 \(8,\), expected"),
+        (torch.zeros(8, 2).T, None, r"gate_up is \(2, 8\) with strides \(1, 2\) on cpu, expected contiguous \(2, 8\)"),
+        (torch.zeros(2, 8), torch.zeros(1, 4), r"out is \(1, 4\) .*, expected contiguous \(2, 4\) on cpu"),
+        (torch.zeros(2, 8), torch.zeros(2, 8)[:, ::2], r"out is \(2, 4\) with strides \(8, 2\)"),
+        (torch.zeros(2, 8), torch.zeros(2, 4, device="meta"), r"out is .* on meta, expected .* on cpu"),
+    ],
+)
+def test_other_shapes_are_refused(backend: str, gate_up: torch.Tensor, out: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(OpError, match=f"silu_mul: {message}"):
+        silu_mul(gate_up, out=out, backend=backend)
