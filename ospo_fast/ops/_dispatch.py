@@ -200,6 +200,13 @@ def check_int(op: str, name: str, value: Any, low: int, high: int = INT64_MAX, h
     return number
 
 
+def as_int64(op: str, name: str, tensor: Tensor) -> Tensor:
+    """Return an integer tensor as int64. Raises OpError for numbers of uint64 above it, which would become negative."""
+    if tensor.dtype == torch.uint64 and not tensor.is_meta and bool((tensor.view(torch.int64) < 0).any()):
+        raise OpError(f"{op}: {name} holds a uint64 number of 2^63 or more, expected numbers of at most {INT64_MAX}")
+    return tensor.long()
+
+
 def result_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of results: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -94,7 +94,7 @@ def prepare(
     if labels.dim() != 1:
         x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
     return Call(
-        x, labels if labels.dtype is torch.int64 else labels.long(), (
+        x, labels if labels.dtype is torch.int64 else _dispatch.as_int64(op, "labels", labels), (
             weights.weight, weights.bias, weights.proj_weight, weights.proj_bias, resolved.lora_inputs,
             resolved.lora_weight,
         ), options, autocast,

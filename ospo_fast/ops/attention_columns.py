@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import INT64_MIN, check_int, describe, pointer, register_op, result_dtype
+from ospo_fast.ops._dispatch import INT64_MIN, as_int64, check_int, describe, pointer, register_op, result_dtype
 from ospo_fast.ops._transfer import to_device_packed
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
@@ -134,7 +134,7 @@ class ColumnRequest:
         if columns.dim() != 3 or columns.shape[0] != batch or not integer:
             raise OpError(f"{op}: columns are {describe(columns)}, expected integer ({batch}, O, C)")
         if columns.device.type != "meta":
-            columns = columns.cpu().long().resolve_neg().clone()  # as in _bounds
+            columns = as_int64(op, "columns", columns.cpu()).resolve_neg().clone()  # as in _bounds
         if columns.numel() and (int(columns.min()) < -1 or int(columns.max()) >= S):
             raise OpError(
                 f"{op}: columns are from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}"
@@ -234,7 +234,9 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
             expected = f"ints or ({batch},) integer tensors"
             raise OpError(f"attention_columns: {name} holds {describe(value)}, expected {expected}")
     # Copies: later changes of the caller's tensors must not reach a checked request.
-    first, second = (value.long().resolve_neg().expand(batch).clone() for value in tensors)
+    first, second = (
+        as_int64("attention_columns", name, value).resolve_neg().expand(batch).clone() for value in tensors
+    )
     return first, second
 
 

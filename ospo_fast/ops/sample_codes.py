@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import INT64_MAX, INT64_MIN, check_int, describe, pointer, readable, register_op
+from ospo_fast.ops._dispatch import INT64_MAX, INT64_MIN, as_int64, check_int, describe, pointer, readable, register_op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -50,7 +50,7 @@ def sample_codes(
         top_k: keep the k largest logits and those equal to the k-th; 0 = all.
         top_p: then keep the fewest codes with probabilities that sum to it, largest first, and of equal logits the
             first ones; 1 = all.
-        seeds: (B,) int64 or a list, one per item. In a list also unsigned numbers of 64 bits, modulo 2^64.
+        seeds: (B,) int64 or a list, one per item. Also unsigned numbers of 64 bits, modulo 2^64.
         step: position in the image, an int or (B,), one per row.
 
     Returns:
@@ -259,7 +259,7 @@ def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: tor
         value = torch.tensor([wrap_int64(v) for v in checked], dtype=torch.int64)
     if tuple(value.shape) != (B,) or value.is_floating_point() or value.dtype == torch.bool:
         raise OpError(f"sample_codes: {name} is {describe(value)}, expected ({B},) int64")
-    return value.to(device, torch.int64)
+    return value.to(device, torch.int64) if name == "seeds" else as_int64("sample_codes", name, value).to(device)
 
 
 def _check(

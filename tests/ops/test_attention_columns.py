@@ -301,6 +301,8 @@ Q, K, COLUMNS = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2,
         ({"columns": COLUMNS.float()}, "columns are torch.float32"),
         ({"columns": COLUMNS + 9}, "columns are from 9 to 9, expected -1 to 8"),
         ({"columns": COLUMNS - 2}, "columns are from -2 to -2"),
+        ({"columns": COLUMNS.sub(1).view(torch.uint64)}, r"columns holds a uint64 number of 2\^63 or more"),  # not -1
+        ({"rows": (0, torch.tensor([2, 2**64 - 1], dtype=torch.uint64))}, "rows holds a uint64 number"),
         ({"rows": (5, 5)}, r"rows start at \[5, 5\] and count \[5, 5\], beyond the 9 positions"),
         ({"rows": (-1, 5)}, r"rows start at \[-1, -1\]"),
         ({"rows": 5}, "rows is 5, expected a pair"),

@@ -188,6 +188,8 @@ def test_codes_depend_on_seed_and_step_only() -> None:
     for rows in (torch.tensor([11]), torch.randperm(37), torch.arange(0, 37, 5)):
         assert torch.equal(sample_codes(cond[rows], uncond[rows], seeds=seeds[rows], step=4, **options), whole[rows])
     assert torch.equal(sample_codes(cond, uncond, seeds=seeds.tolist(), step=torch.full((37,), 4), **options), whole)
+    unsigned = torch.full((37,), 4, dtype=torch.uint64)
+    assert torch.equal(sample_codes(cond, uncond, seeds=seeds.view(torch.uint64), step=unsigned, **options), whole)
     assert not torch.equal(sample_codes(cond, uncond, seeds=seeds, step=5, **options), whole)
     assert not torch.equal(sample_codes(cond, uncond, seeds=seeds + 1, step=4, **options), whole)
     wide = torch.stack([cond, cond], -1)[..., 0]
@@ -247,6 +249,7 @@ def test_opcheck() -> None:
         ({"seeds": [1, 2, 3]}, r"seeds is torch.int64 \(3,\), expected \(2,\) int64"),
         ({"seeds": torch.rand(2)}, "seeds is torch.float32"),
         ({"step": torch.zeros(3).long()}, r"step is torch.int64 \(3,\)"),
+        ({"step": torch.tensor([1, 2**63], dtype=torch.uint64)}, r"step holds a uint64 number of 2\^63 or more"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:

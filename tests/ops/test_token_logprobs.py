@@ -826,6 +826,7 @@ def test_ops_that_synchronize_are_tagged() -> None:
             ({"softcap": c}, f"softcap is {c}, expected a positive number .*None for no bound")
             for c in (0, -30.0, torch.nan)
         ),
+        ({"labels": torch.tensor([1, 2, -100]).view(torch.uint64)}, r"labels holds a uint64 number of 2\^63 or more"),
         ({"logits_dtype": "int8"}, "logits_dtype is 'int8', expected None or 'fp32'"),
         ({"backend": "cuda"}, "backend='cuda' cannot run here: 'cuda' takes tensors on cuda, not on cpu; use"),
         ({"backend": "fast"}, "backend='fast' is unknown, expected one of 'auto', 'torch'"),
