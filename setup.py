@@ -58,9 +58,10 @@ def sanitize() -> bool:
 
 def sanitizer_flags(cxx: str) -> list[str]:
     """Return the flags that compile and link with sanitizers: an error ends the process."""
-    version = output(*shlex.split(cxx), "--version")
+    command = [*shlex.split(cxx), "--version"]
+    version = subprocess.run(command, check=False, capture_output=True, text=True).stdout
     if "Free Software Foundation" not in version:
-        sys.exit(f"OSPO_FAST_SANITIZE needs GCC, but {cxx} is {version.splitlines()[0]!r}; set CXX=g++")
+        sys.exit(f"OSPO_FAST_SANITIZE needs GCC, but {cxx} is {version.partition(chr(10))[0]!r}; set CXX=g++")
     flags = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     if not accepts(cxx, *flags):
         sys.exit(f"{cxx} cannot link with {' '.join(flags)}; install the libraries libasan and libubsan of this GCC")
@@ -138,6 +139,8 @@ class BuildExtension(build_ext):
         cxx = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
         if cxx is None:
             sys.exit("no C++ compiler was found; install g++ or clang++, or set CXX")
+        if not (words := shlex.split(cxx)) or shutil.which(words[0]) is None:
+            sys.exit(f"CXX is {cxx!r}, which was not found; expected a C++ compiler, such as g++")
 
         def joined(words: list[str]) -> str:
             return " ".join(shlex.quote(word) for word in words).replace("$", "$$")

@@ -164,6 +164,7 @@ def test_architectures_can_be_chosen(tree: Path, tmp_path: Path) -> None:
     ("env", "message"),
     [
         ({"OSPO_FAST_CUDA": "yes"}, "OSPO_FAST_CUDA is 'yes'; expected 1"),
+        ({"OSPO_FAST_SANITIZE": "yes"}, "OSPO_FAST_SANITIZE is 'yes'; expected 1 (compile with sanitizers)"),
         ({"OSPO_FAST_CUDA_ARCHS": "80 banana"}, "OSPO_FAST_CUDA_ARCHS has 'banana'; expected numbers"),
         ({"OSPO_FAST_CUDA_ARCHS": "120"}, "OSPO_FAST_CUDA_ARCHS has '120'; expected numbers such as 80"),
     ],
@@ -179,3 +180,42 @@ def test_requested_cuda_without_nvcc_is_refused(tree: Path, tmp_path: Path) -> N
     done = build(tree, tmp_path, OSPO_FAST_CUDA="1", CUDA_HOME=str(tmp_path / "none"))
     assert done.returncode != 0
     assert "OSPO_FAST_CUDA is 1 but no nvcc was found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (
+            "echo clang version 17.0.0; echo Target: arm64",
+            "needs GCC, but {} is 'clang version 17.0.0'; set CXX",
+        ),
+        ("exit 1", "needs GCC, but {} is ''; set CXX=g++"),
+        ("echo g++ 15.1.0; echo Free Software Foundation", "install the libraries libasan and libubsan of this GCC"),
+    ],
+)
+def test_sanitizers_need_gcc_and_its_libraries(version: str, message: str, tree: Path, tmp_path: Path) -> None:
+    """A compiler that answers so to --version, and links nothing with sanitizers."""
+    compiler = tmp_path / "cxx"
+    compiler.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  --version) {version} ;;
+  *-fsanitize*) exit 1 ;;
+esac
+"""
+    )
+    compiler.chmod(0o755)
+    done = build(tree, tmp_path, OSPO_FAST_SANITIZE="1", CXX=str(compiler))
+    assert done.returncode != 0
+    assert message.format(compiler) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("_C*.so"))
+
+
+def test_a_missing_compiler_is_refused(tree: Path, tmp_path: Path) -> None:
+    for number, setting in enumerate(("0", "1")):
+        (folder := tmp_path / str(number)).mkdir()
+        done = build(tree, folder, OSPO_FAST_SANITIZE=setting, CXX="no-such-compiler -m64")
+        assert done.returncode != 0
+        assert "CXX is 'no-such-compiler -m64', which was not found; expected a C++ compiler" in done.stderr
+        assert "Traceback" not in done.stderr
