@@ -44,12 +44,13 @@ inline int64_t checked_product(const char* name, std::initializer_list<int64_t> 
     refuse(name, got, "sizes of 0 or more with a product of at most " + std::to_string(MAX_ELEMENTS));
 }
 
-// The number of threads for `parts` independent parts: at most one for each. A number of threads far above that of the
-// processors gains nothing, and a runtime that cannot start a thread ends the process.
+// The number of threads for `parts` independent parts: one for a single part, else all. A runtime may end the threads
+// that a smaller team leaves out and start them for the next one. A number of threads far above that of the processors
+// gains nothing, and a runtime that cannot start a thread ends the process.
 inline int team_size(int threads, int64_t parts) {
 #ifdef _OPENMP
     static const int max_threads = 4 * omp_get_num_procs();
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({threads, parts, max_threads})));
+    return parts > 1 ? std::max(1, std::min(threads, max_threads)) : 1;
 #else
     (void)threads, (void)parts;
     return 1;

@@ -1,5 +1,7 @@
 import importlib
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,16 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     for one, three in zip(softmax_step(cond, labels, 1), softmax_step(cond, labels, 3), strict=True):
         assert torch.equal(one, three)
     assert torch.equal(scaled(cond, scales, 1), scaled(cond, scales, 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc lists the threads of a process")
+def test_fewer_parts_than_threads_end_no_thread() -> None:
+    many, few = torch.rand(8, 9, 9), torch.rand(2, 9, 9)
+    thresholds(many, 4)
+    threads = set(Path("/proc/self/task").iterdir())
+    for maps in (few, many, few, many):
+        thresholds(maps, 4)
+    assert set(Path("/proc/self/task").iterdir()) <= threads
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
