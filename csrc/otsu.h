@@ -9,8 +9,9 @@ namespace ospo {
 
 // Buffers of one histogram. A thread reuses them for all its maps.
 struct OtsuWorkspace {
-    float *edges, *counts, *weight1, *weight2, *mass1, *mass2, *variance;  // (bins), but edges (bins + 1)
-    int* index;                                                            // (cells)
+    float *counts, *weight1, *weight2, *mass1, *mass2, *variance;  // (bins)
+    float* edges;                                                  // (bins + 1)
+    int* index;                                                    // (cells)
 };
 
 // The buffers of all threads of a team. Refuses numbers of bins that are not from 1 to 65536, as
@@ -22,10 +23,9 @@ class OtsuWorkspaces {
 
     // Those of the calling thread.
     OtsuWorkspace get() const {
-        float* const edges = floats_.get();
-        float* const rest = edges + bins_ + 1;
+        float* const x = floats_.get();
         const int64_t n = bins_;
-        return {edges, rest, rest + n, rest + 2 * n, rest + 3 * n, rest + 4 * n, rest + 5 * n, index_.get()};
+        return {x, x + n, x + 2 * n, x + 3 * n, x + 4 * n, x + 5 * n, x + 6 * n, index_.get()};
     }
 
   private:

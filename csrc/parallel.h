@@ -62,29 +62,33 @@ inline int team_size(int threads, int64_t parts, int64_t work, int64_t min_work)
     return work > min_work ? team_size(threads, parts) : 1;
 }
 
-// Uninitialized memory for each thread of a team.
+// Uninitialized memory for each thread of a team, from the start of a cache line on.
 template <class T>
 class ThreadScratch {
   public:
     // `count` elements for each of `team` threads.
     ThreadScratch(const char* name, int team, int64_t count)
-        // The distance, in elements, keeps threads out of each other's cache lines.
-        : distance_(checked_product(name, {count / PER_LINE + 2, PER_LINE})),
-          memory_(new T[static_cast<size_t>(checked_product(name, {team, distance_}))]) {}
+        : distance_(checked_product(name, {count / PER_LINE + 1, PER_LINE})),
+          memory_(new T[static_cast<size_t>(checked_product(name, {team, distance_}) + PER_LINE)]) {
+        // Loads of whole vectors cross no cache line, and threads share none.
+        const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+        begin_ = memory_.get() + ((address + 63) / 64 * 64 - address) / sizeof(T);
+    }
 
     // The part of the calling thread.
     T* get() const {
 #ifdef _OPENMP
-        return memory_.get() + omp_get_thread_num() * distance_;
+        return begin_ + omp_get_thread_num() * distance_;
 #else
-        return memory_.get();
+        return begin_;
 #endif
     }
 
   private:
     static constexpr int64_t PER_LINE = 64 / sizeof(T);
-    int64_t distance_;
+    int64_t distance_;  // elements from thread to thread
     std::unique_ptr<T[]> memory_;
+    T* begin_;
 };
 
 }  // namespace ospo
