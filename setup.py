@@ -159,7 +159,7 @@ class BuildExtension(build_ext):
         flags += ["-ffp-contract=off", "-fno-trapping-math"]
         # The time of a short loop depends on the cache lines that its code is in: up to a third, by where the linker
         # puts it.
-        flags += ["-falign-loops=32"] if accepts(cxx, "-falign-loops=32") else []
+        flags += ["-falign-loops=64"] if accepts(cxx, "-falign-loops=64") else []
         flags += ["-Wall", "-Wextra", *openmp, *sanitizers]
         files, lines = list(ext.sources), []
         if nvcc := find_nvcc():
