@@ -29,10 +29,12 @@ from soak.parts import Options, Outcome, scratch, scripted, share
 
 SMALL = (
     "prompts.counts={color1: 1, shape1: 1, color2: 2, 2D_spatial: 1, numeracy1: 1, numeracy2: 1}",
-    "images.batch_size=8", "images.draws=2", "masks.batch_size=3", "masks.layers=[0]", "select.pairs=2",
+    "images.batch_size=8", "images.draws=2", "images.temperature=1.0",
+    "masks.batch_size=3", "masks.layers=[0]", "select.pairs=2",
     "train.steps=4", "train.batch_size=2", "train.save_every=1", "train.eval_every=0", "train.lora_rank=4",
 )  # fmt: skip
 KILLS_OF_A_RUN = 6
+OLD = "images.temperature=0.5"  # a setting that the old files of a run that starts over were made with
 HANG = 120  # seconds
 FILE_SIZES = (0, 100, 4_000, 20_000, 100_000, 400_000)  # limits of the size of a file, in bytes
 IGNORED = ("stages.json", ".lock", ".train.lock")  # times; locks are empty
@@ -72,13 +74,13 @@ def _command(model: Path, out: Path) -> list[str]:
 def attempt(
     out: Path,
     faults: Faults | None = None,
-    *,
+    *options: str,
     delay: float | None = None,
     number: int = signal.SIGKILL,
     file_size: int | None = None,
 ) -> Ending:
     """Run all stages in a forked process, and send it signal `number` after `delay` seconds."""
-    command = _command(model_folder(), out)
+    command = [*_command(model_folder(), out), *options]
     started = time.monotonic()
     reader, writer = os.pipe()
     process = os.fork()
@@ -140,7 +142,9 @@ def contents(out: Path) -> dict[str, Any]:
         name = str(path.relative_to(out))
         found[name] = path.read_bytes()
         if path.suffix == ".pt":  # its pickle depends on which equal values are one object
-            found[name] = _plain(torch.load(path, weights_only=True))
+            state = torch.load(path, weights_only=True)
+            state.pop("log", None)  # the checksum of the log, which has times
+            found[name] = _plain(state)
         if path.name == "log.jsonl":
             rows = [json.loads(line) for line in found[name].splitlines()]
             found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -195,6 +199,31 @@ def whole() -> Whole:
     return runs[1]
 
 
+@functools.cache
+def old() -> Path:
+    """Return the folder of a run of other settings, for runs that start over in a copy of it."""
+    out = scratch("runs") / "old"
+    shutil.rmtree(out, ignore_errors=True)
+    if (ending := attempt(out, None, OLD)).code:  # the last of two values counts
+        raise RuntimeError(f"the run of other settings ended with {ending}")
+    return out
+
+
+@functools.cache
+def _old_files() -> dict[str, Any]:
+    return contents(old())
+
+
+def changed_old(out: Path) -> list[str]:
+    """Return what is wrong with the old files of a run that starts over, before the new ones are whole."""
+    if (out / ".restart" / ".whole.json").exists():  # the new files are taking their places
+        return []
+    visible = {name: value for name, value in contents(out).items() if not name.startswith(".")}
+    if not (problems := differences(_old_files(), visible)) or not differences(whole().files, visible):
+        return []
+    return [f"not the old files: {problem}" for problem in problems[:5]]
+
+
 def _finish(out: Path, problems: list[str], keep: Path) -> list[str]:
     """Compare a finished run; keep its folder if there is a problem."""
     problems = [*problems, *(differences(whole().files, contents(out)) if not problems else [])]
@@ -205,26 +234,39 @@ def _finish(out: Path, problems: list[str], keep: Path) -> list[str]:
 
 
 def kill_case(seed: int, keep: Path) -> tuple[int, list[str]]:
-    """Kill a run up to six times at random points, let it end, and compare. Return kills and problems."""
+    """Kill a run up to six times at random points, let it end, and compare. Return kills and problems.
+
+    Every third run starts over in the folder of a run of other settings.
+    """
     rng, out = random.Random(seed), scratch("runs") / f"kill-{seed}"
     shutil.rmtree(out, ignore_errors=True)
     done, kills, problems = 0.0, 0, []
+    options: list[str] = []
+    if over := seed % 3 == 0:
+        shutil.copytree(old(), out)
+        options = ["--no-resume"]
     while not problems:
         left = max(1 - done / whole().seconds, 0.1)
         number, before = rng.choices((signal.SIGKILL, signal.SIGTERM), (3, 1))[0], half_written(out)
         if kills == KILLS_OF_A_RUN:
-            ending = attempt(out)
+            ending = attempt(out, None, *options)
         elif rng.random() < 0.5:
-            ending = attempt(out, Faults(out, rng.randint(1, max(1, int(left * whole().operations))), number))
+            faults = Faults(out, rng.randint(1, max(1, int(left * whole().operations))), number)
+            ending = attempt(out, faults, *options)
         else:
-            ending = attempt(out, delay=rng.uniform(0, left * whole().seconds), number=number)
+            ending = attempt(out, None, *options, delay=rng.uniform(0, left * whole().seconds), number=number)
         done += ending.seconds
         if ending.code == 0:
             break
+        if over and "was made with" in ending.error:  # killed before the new run had begun
+            options = ["--no-resume"]
+            continue
+        problems = changed_old(out) if over else []
+        options = []
         if ending.code == 128 + signal.SIGTERM:
-            problems = [problem for problem in half_written(out) if problem not in before]
+            problems += [problem for problem in half_written(out) if problem not in before]
         elif ending.code != -signal.SIGKILL and ending.code != -signal.SIGTERM:
-            problems = [f"an attempt after {kills} kills ended with {ending.code}: {ending.error}"]
+            problems += [f"an attempt after {kills} kills ended with {ending.code}: {ending.error}"]
         kills += 1
     return kills, _finish(out, problems, keep)
 
@@ -249,7 +291,7 @@ def disk_case(seed: int, keep: Path) -> tuple[int, list[str]]:
 
 def _run(part: str, case: Any, goal: int, options: Options) -> Outcome:
     outcome = Outcome(part, "0 lost, doubled, different, left over")
-    whole()  # before the processes are forked
+    whole(), _old_files()  # before the processes are forked
     numbers = itertools.count(options.seed * 1_000_000)
     remaining = ((next(numbers), options.out / "failed") for _ in iter(lambda: outcome.cases < goal, False))
     for cases, problems in share(case, remaining, options):
