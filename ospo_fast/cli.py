@@ -67,8 +67,8 @@ _OPTIONS = {
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep finished work of the same settings and continue (default); with --no-resume a command starts over, "
-        "and a stage deletes what the stages after it have made",
+        help="keep finished work of the same settings and continue (default); with --no-resume a command starts over: "
+        "the old results, and what later stages made of them, go when the new ones are whole",
     ),
     "iteration": _option("--iteration", type=int, default=1, help="iteration of self-improvement (default: 1)"),
     "shard": _option("--shard", metavar="i/n", help="process part i of n of the items, i from 0"),
@@ -342,55 +342,67 @@ def _is_setting(word: str) -> bool:
 
 
 class _Stopped(KeyboardInterrupt):
-    """The process was asked to end, by SIGTERM or SIGHUP."""
+    """The process was asked to end, by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def _stop(number: int, frame: object) -> NoReturn:
-    raise _Stopped(number)
-
-
 @contextlib.contextmanager
-def _stop_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does; an ignored SIGHUP (nohup) stays ignored."""
+def _stop_by_signals() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does; an ignored SIGHUP (nohup) stays ignored.
+
+    The list that it gives has the numbers of the signals that came: a library that is interrupted can raise an error of
+    its own in place of the interruption.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> NoReturn:
+        came.append(number)
+        raise _Stopped(number)
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    before = {n: handler for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
+        signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    came: list[int] = []
     try:
-        with _stop_by_signals():
+        with _stop_by_signals() as came:
             args = _parse(given)
             return _COMMANDS[args.command].run(args)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        stopped = bool(came) and not isinstance(raised, KeyboardInterrupt)
+        error = _Stopped(came[0]) if stopped else raised
         if "--debug" in given:
-            raise
-        print(f"ospo-fast: {' '.join(_sentence(error).split())}", file=sys.stderr)
+            raise error from (raised if stopped else raised.__cause__)
+        print(f"ospo-fast: {' '.join(_sentence(error, given).split())}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + (error.number if isinstance(error, _Stopped) else signal.SIGINT)
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, given: Sequence[str]) -> str:
     """Return an error as one sentence for the user."""
     if isinstance(error, OspoError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
+        if "--no-resume" in given:
+            return "Stopped; old results are kept. Run the command without --no-resume to continue."
         return "Stopped; run the same command again to resume."
     if isinstance(error, ModuleNotFoundError):
         root = (error.name or "").split(".")[0]

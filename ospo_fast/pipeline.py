@@ -165,7 +165,7 @@ class Pipeline:
 
     Args:
         config: the whole run. `config.out` is the folder, `config.model` the model that iteration 1 starts from.
-        resume: keep finished items and continue. False: a stage starts over and deletes what later stages made of it.
+        resume: keep finished items and continue. False: a stage or run starts over; see `stage`.
         shard: process only this part of the items (not for training).
         progress: show progress bars on stderr for stages that take more than two seconds.
         evaluation: called during training; see `ospo_fast.stages.train.train`.

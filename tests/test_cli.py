@@ -275,11 +275,33 @@ def test_signals_end_a_command_as_ctrl_c_does(capsys, tmp_path, tiny, monkeypatc
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
     monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", stop)
     code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
     assert (code, err) == (128 + number, "ospo-fast: Stopped; run the same command again to resume.\n")
-    assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path, "--no-resume")
+    assert (code, err.split("; ")[1]) == (
+        128 + number,
+        "old results are kept. Run the command without --no-resume to continue.\n",
+    )
+
+
+def test_an_error_of_what_a_signal_interrupts_is_the_stop(capsys, tmp_path, tiny, monkeypatch):
+    """A library that is interrupted in the middle may raise an error of its own."""
+
+    def stop(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            raise AttributeError
+
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", stop)
+    code, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
+    assert (code, err) == (143, "ospo-fast: Stopped; run the same command again to resume.\n")
+    with pytest.raises(KeyboardInterrupt):
+        call(capsys, "prompts", "--model", tiny, "--out", tmp_path, "--debug")
 
 
 @pytest.mark.parametrize(("command", "failed", "code"), [("masks", 2, 0), ("masks", 3, 1), ("train", 3, 0)])
