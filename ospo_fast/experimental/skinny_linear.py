@@ -27,8 +27,8 @@ def skinny_linear(
 ) -> Tensor:
     """Compute h·Wᵀ (M, N), into `out` if given, fused with the norm, gate and residual sum of a decoder layer.
 
-    All tensors are contiguous and of one dtype; products are summed in fp32. The bits of a row depend on neither the
-    other rows nor their number. In fp16, x·norm must stay below 65504. No gradient.
+    All tensors are contiguous and of one dtype; products are summed in fp32. In the Triton kernel the bits of
+    a row depend on neither the other rows nor their number. In fp16, x·norm must stay below 65504. No gradient.
 
     Args:
         x: (M, K).

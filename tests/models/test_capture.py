@@ -540,7 +540,7 @@ def test_encoder_decoders(kind: str, implementation: str) -> None:
     with torch.no_grad(), AttentionCapture(model, **arguments) as capture:
         model(input_ids=ids, decoder_input_ids=later)
     maps = AttentionCapture(model, **arguments).replay(later, input_ids=ids)
-    assert torch.equal(maps, capture.maps)
+    torch.testing.assert_close(maps, capture.maps, rtol=1e-6, atol=1e-7)  # not the same products on every processor
     if kind != "encoder_attentions":
         with AttentionCapture(model, **{**arguments, "columns": [[[1], [2]]] * 2}) as capture:
             sequence = model.generate(ids, max_new_tokens=9, do_sample=False, num_beams=1)
