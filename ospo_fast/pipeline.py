@@ -328,8 +328,12 @@ class Pipeline:
         with restarts.exclusive(out, replaced, self.shard):
             if not self.resume:
                 restarts.delete(work)
-            process(stage, out, work, config, settings, report)
-            restarts.put_in_place(work, out, self.folder())
+            try:
+                process(stage, out, work, config, settings, report)
+            finally:
+                begun = restarts.delete_if_empty(work)
+            if begun:  # not where no item could be used
+                restarts.put_in_place(work, out, self.folder())
         return report
 
     def _continues_stage(self, work: Path, name: str, settings: dict[str, Any]) -> bool:

@@ -134,7 +134,8 @@ def item_name(item_id: str) -> str:
     if re.fullmatch("[a-z0-9_]{1,64}", item_id) and not _RESERVED.fullmatch(item_id):
         return item_id
     rest = re.sub("[^a-z0-9_]+", "_", item_id[:40].lower()[:40]).strip("_")  # lower() may lengthen
-    return f"{rest or 'id'}-{hashlib.sha256(item_id.encode()).hexdigest()[:24]}"
+    digest = hashlib.sha256(item_id.encode(errors="surrogatepass")).hexdigest()  # the report shows every record
+    return f"{rest or 'id'}-{digest[:24]}"
 
 
 class ItemPair(NamedTuple):
@@ -636,6 +637,8 @@ class Store(contextlib.AbstractContextManager["Store"]):
 
     def __init__(self, path: str | os.PathLike[str], on_error: Callable[[OspoError], object] | None = None) -> None:
         self.path = Path(path)
+        if self.path.is_symlink():  # in a run folder of someone else it could lead to any file
+            raise OspoError(f"{self.path} is a symbolic link, and a store is not written through links; copy the file.")
         with os_errors("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)

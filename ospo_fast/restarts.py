@@ -15,16 +15,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ospo_fast.errors import OspoError
 from ospo_fast.records import Store, only_user, only_writer, os_errors, read_json, sync_folder, update_json, write_json
 from ospo_fast.stages import STAGES, Shard, Stage, find_stage
 
 PREFIX = ".restart"
 _LIST = ".whole.json"
+_NAME = rf"\{PREFIX}(\.({'|'.join(stage.name for stage in STAGES)})(\.\d+-of-\d+)?)?"
 
 
 def folder(out: Path, stage: Stage | None = None, shard: Shard | str | None = None) -> Path:
-    """Return the folder in which a stage (or a shard of it) of the run folder `out`, or all of it, starts over."""
-    return out / ".".join(map(str, filter(None, (PREFIX, stage and stage.name, shard))))
+    """Return the folder in which a stage (or a shard of it) of the run folder `out`, or all of it, starts over.
+
+    Raises OspoError for a symbolic link, by which a run folder of someone else would have other files changed.
+    """
+    return _no_link(out / ".".join(map(str, filter(None, (PREFIX, stage and stage.name, shard)))))
+
+
+def _no_link(path: Path) -> Path:
+    if path.is_symlink():
+        raise OspoError(f"{path} is a symbolic link, which starting over would replace; put the files in its place.")
+    return path
 
 
 def made_by(out: Path, stages: Sequence[Stage], shard: Shard | str | None = None) -> list[Path]:
@@ -46,7 +57,7 @@ def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) ->
     """Hold the locks of the stages' stores and folders. Raises OspoError if another process writes one of them."""
     with contextlib.ExitStack() as stack:
         for stage in stages:
-            for path in made_by(out, [stage], shard):
+            for path in map(_no_link, made_by(out, [stage], shard)):
                 if path.is_file():
                     stack.enter_context(Store(path, on_error=lambda error: None))
                 else:
@@ -67,17 +78,27 @@ def put_in_place(work: Path, out: Path, run_folder: Path) -> None:
 
 def finish(out: Path, run_folder: Path) -> None:
     """Put in place what was whole when its process was killed."""
-    for path in sorted(out.glob(f"{PREFIX}*/{_LIST}")):
-        with only_user(path.parent):
-            _move(path.parent, out, run_folder)
+    for work in sorted(out.glob(f"{PREFIX}*")):
+        if re.fullmatch(_NAME, work.name) and (_no_link(work) / _LIST).exists():
+            with contextlib.suppress(FileNotFoundError), only_user(work):
+                _move(work, out, run_folder)
 
 
 def _move(work: Path, out: Path, run_folder: Path) -> None:
     """Do what is left of `put_in_place` once the list is written. Each step can be repeated."""
-    names = read_json(work / _LIST, [])
+    # All is read before anything is deleted.
+    if (names := read_json(work / _LIST, None)) is None:
+        return  # another process has just done it
+    settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
+    for name, kind in (("settings.json", {}), ("stages.json", [])):
+        read_json(out / name, kind)
     _, _, stage, shard, *_ = (*work.name.split("."), "", "")
     later = STAGES[STAGES.index(find_stage(stage)) :] if stage else STAGES
     old, new = (made_by(at, later, shard) if stage else made_by_run(at) for at in (out, work))
+    for path in (*new, *(path for path in old if path.name in {each.name for each in new})):
+        _no_link(path)
+    if not isinstance(names, list) or not {path.name for path in new} <= set(map(str, names)):
+        raise OspoError(f"{work / _LIST} does not list the files of its folder; delete the folder {work}.")
     with os_errors("replace the files of", out):
         for path in old:
             if path.name not in names:
@@ -88,16 +109,15 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
             _rename(path, out / path.name)
         if (work / "settings.json").exists():
             gone = {f"{stage}.{shard}"} if shard else {each.name for each in later}
-            settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
             update_json(out / "settings.json", {}, lambda before: {**_without(before, gone), **settings})
             update_json(out / "stages.json", [], lambda before: [*_kept_rows(before, gone), *rows])
             if (work / "config.yaml").exists():
                 (work / "config.yaml").replace(run_folder / "config.yaml")
             (work / "settings.json").unlink()  # the mark of a folder that can be continued
         if not shard:
-            for each in later:
-                for path in out.glob(f"{PREFIX}.{each.name}*"):  # unfinished ones of what is gone
-                    delete(path)
+            unfinished = [path for each in later for path in out.glob(f"{PREFIX}.{each.name}*")]
+            for path in (*unfinished, out / PREFIX):  # what they would replace is gone
+                delete(path)
         delete(work)
 
 
@@ -108,12 +128,25 @@ def _without(settings: dict[str, Any], gone: set[str]) -> dict[str, Any]:
 
 def _kept_rows(rows: list[Any], gone: set[str]) -> list[Any]:
     """Leave out the entries of stages.json of stages and their shards, or of one shard."""
-    return [row for row in rows if not {str(row.get("stage")), f"{row.get('stage')}.{row.get('shard')}"} & gone]
+    # A row of another form is for `stage_metrics` to name.
+    return [
+        row
+        for row in rows
+        if not isinstance(row, dict) or not {str(row.get("stage")), f"{row.get('stage')}.{row.get('shard')}"} & gone
+    ]
 
 
 def _rename(path: Path, target: Path) -> None:
     path.replace(target)
     sync_folder(target.parent)
+
+
+def delete_if_empty(work: Path) -> bool:
+    """Delete a folder in which nothing was begun. Return whether something was."""
+    begun = (work / "settings.json").exists()
+    if not begun:
+        delete(work)
+    return begun
 
 
 def delete(path: Path) -> None:
