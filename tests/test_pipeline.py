@@ -307,6 +307,53 @@ def test_a_replacement_that_was_stopped_is_finished(whole, tiny, script, tmp_pat
     assert calls > 6
 
 
+def prepared(folder, names="[]"):
+    """A folder that starts over and is whole."""
+    (folder / "images").mkdir(parents=True)
+    for name, text in {"score.jsonl": "", "settings.json": "{}", "config.yaml": "", ".whole.json": names}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_links_of_a_stranger_are_not_followed(tmp_path):
+    mine, out = prepared(tmp_path / "mine"), tmp_path / "out"
+    out.mkdir()
+    before = contents(mine)
+    (out / ".restart").symlink_to(mine)
+    with pytest.raises(OspoError, match=r"\.restart is a symbolic link"):
+        restarts.finish(out, out)
+    (out / ".restart").unlink()
+    inner = prepared(out / ".restart", '["images", "score.jsonl"]')
+    shutil.rmtree(inner / "images")
+    (inner / "images").symlink_to(mine)
+    with pytest.raises(OspoError, match="images is a symbolic link"):
+        restarts.finish(out, out)
+    assert contents(mine) == before
+    assert mine.is_dir()
+
+
+@pytest.mark.parametrize(
+    "broken", [".whole.json", "settings.json", "stages.json", "../settings.json", "../stages.json"]
+)
+def test_a_replacement_is_checked_before_anything_is_deleted(tmp_path, broken):
+    work = prepared(tmp_path / ".restart", '["images", "score.jsonl"]')
+    (tmp_path / "score.jsonl").write_text("{}")
+    (work / broken).write_text("3")
+    before = visible(tmp_path)
+    with pytest.raises(OspoError, match=Path(broken).name):
+        restarts.finish(tmp_path, tmp_path)
+    assert visible(tmp_path) == before
+
+
+def test_folders_of_other_names_are_not_replacements(tmp_path):
+    for name in (".restartfoo", ".restart..x", ".restart.score.zzz", ".restart.nothing"):
+        prepared(tmp_path / name)
+    (tmp_path / "score.jsonl").write_text("{}")
+    restarts.finish(tmp_path, tmp_path)
+    assert (tmp_path / "score.jsonl").exists()
+    assert len(list(tmp_path.glob(".restart*"))) == 4
+
+
 REFUSED = [
     ("train", "train.early_stopping=off"),
     ("train", "train.lora_targets=[q_proj,nothing]"),

@@ -116,6 +116,15 @@ def test_a_second_writer_is_refused(tmp_path):
     assert [r["item_id"] for r in read_records(path)] == ["1", "other"]
 
 
+def test_a_store_is_not_written_through_a_link(tmp_path):
+    """In a run folder of someone else it could lead to any file, whose last line would be taken for a torn one."""
+    (tmp_path / "mine.txt").write_text("no line end")
+    (tmp_path / "s.jsonl").symlink_to("mine.txt")
+    with pytest.raises(OspoError, match=r"s\.jsonl is a symbolic link"):
+        Store(tmp_path / "s.jsonl")
+    assert (tmp_path / "mine.txt").read_text() == "no line end"
+
+
 def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "s.jsonl"
     with Store(path) as store:
