@@ -13,6 +13,7 @@ import functools
 import io
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -356,15 +357,15 @@ def _check_values(value: Any, source: str, key: str = "") -> None:
 
 
 @functools.cache
-def _defaults() -> Any:
-    """Return the defaults in the form of OmegaConf, whose merge leaves them as they are."""
+def _defaults() -> bytes:
+    """Return the defaults in the form of OmegaConf, pickled: loading takes a tenth of the time of copying."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.structured(Config)
+    return pickle.dumps(OmegaConf.structured(Config))
 
 
 def _merge(base: Any, layer: Any, source: str) -> Any:
-    """Merge one layer over another. Raises UsageError that names the source and the key."""
+    """Merge a layer into `base`, and return it. Raises UsageError that names the source and the key."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -378,7 +379,9 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
                 raise UsageError(f"{source}: the configuration key {unknown!r} has been removed; delete it.")
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
-        return OmegaConf.merge(base, layer)
+        return OmegaConf.unsafe_merge(
+            base, layer
+        )  # the other one copies `base` each time, which takes most of the time
     except (TypeError, AttributeError) as error:
         raise UsageError(
             f"{source}: got a list where a section or a mapping is expected: "
@@ -501,7 +504,7 @@ def load_config(
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
     if named is not None:
         Config(preset=named)  # raises for an unknown one
-    config = _defaults()
+    config = pickle.loads(_defaults())
     kept = None
     if saved is not None and saved.exists():
         layer = _load_saved(saved)

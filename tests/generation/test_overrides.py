@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import functools
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -405,18 +405,20 @@ def test_the_cost_is_said_once_with_the_name_of_the_module(
     assert "slower" in record.getMessage()
 
 
-def test_the_check_takes_less_than_a_millisecond_for_30_layers(tiny: JanusUnifiedModel) -> None:
+def test_the_check_of_a_model_is_linear_in_its_layers(tiny: JanusUnifiedModel) -> None:
+    """About 0.7 ms for 30 layers on an idle core. Function calls are counted, as times depend on the machine."""
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    tiny.decoder = LlamaModel(LlamaConfig(num_hidden_layers=30, **sizes)).eval()
-    assert find_override(tiny) is None
-    seconds = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        find_override(tiny)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 2e-3  # 0.7 ms on an idle core
+    calls = {}
+    for layers in (15, 30):
+        sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        tiny.decoder = LlamaModel(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
+        assert find_override(tiny) is None
+        with cProfile.Profile() as profile:
+            find_override(tiny)
+        calls[layers] = sum(each.callcount for each in profile.getstats())
+    assert calls[30] <= 2 * calls[15]
+    assert calls[30] < 10_000
 
 
 def test_patched_layers_are_not_fused(tiny: JanusUnifiedModel) -> None:
