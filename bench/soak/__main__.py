@@ -67,6 +67,8 @@ def _outcome(part: str, options: Options) -> Outcome:
         traceback.print_exc()
         outcome = Outcome(part, "", failures=[f"the part itself failed: {type(error).__name__}: {error}"])
     outcome.seconds = time.monotonic() - started
+    if outcome.cases < outcome.wanted and not outcome.failures:
+        outcome.failures.append(f"only {outcome.cases:,} of {outcome.wanted:,} cases; give it more --minutes")
     return outcome
 
 

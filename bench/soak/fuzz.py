@@ -30,6 +30,7 @@ from soak.targets import TARGETS, Target, tiny
 BY_HYPOTHESIS = 300  # inputs, in at most a tenth of a target's time: it draws a few dozen a second
 DEATHS = 10  # processes of a target that may die
 SECONDS = 30  # that one input may take
+LEAST = 1000  # inputs of each target; fewer of them would show nothing
 MEMORY = 8 * 2**30  # bytes of address space above those at the start
 
 
@@ -151,16 +152,19 @@ def fuzz_target(name: str, number: int, goal: int, seconds: float, keep: Path) -
         failures.append(entry(data, f"the process died: {code}", 1))
         if time.monotonic() - started > seconds:
             break
+    texts = [f"{name}: {each['about']}" for each in failures]
+    if not failures and cases < min(goal, LEAST):
+        texts = [f"{name}: only {cases:,} inputs in {seconds:.0f} s; give it more --minutes"]
     if failures:
         keep.mkdir(parents=True, exist_ok=True)
         (keep / f"{name}.json").write_text(json.dumps(failures, indent=1) + "\n")
     return {
         "name": name,
-        "goal": "returns, or an error of the package",
+        "goal": f"{goal:,} inputs",
         "cases": cases,
-        "failures": len(failures),
+        "failures": len(texts),
         "seconds": time.monotonic() - started,
-        "texts": [f"{name}: {each['about']}" for each in failures],
+        "texts": texts,
     }
 
 

@@ -1,9 +1,12 @@
 """What every part of a soak has: its options, its outcome, and processes that share its cases."""
 
+import atexit
 import functools
 import importlib.util
 import itertools
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -29,10 +32,14 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What a part found. `failures` are sentences; `rows` are the lines of a part that has a table of its own."""
+    """What a part found. `failures` are sentences; `rows` are the lines of a part that has a table of its own.
+
+    A part with fewer cases than `wanted` has failed: it ran out of time, or did nothing.
+    """
 
     part: str
     goal: str
+    wanted: int = 1
     cases: int = 0
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -65,10 +72,22 @@ def scripted() -> Any:
     return module
 
 
+@functools.cache
+def _scratch() -> Path:
+    """Make the folder of this soak, in memory where the system has such a folder; its end deletes it."""
+    memory, process = Path("/dev/shm"), os.getpid()
+    folder = Path(tempfile.mkdtemp(prefix="ospo-soak-", dir=memory if os.access(memory, os.W_OK) else None))
+
+    @atexit.register
+    def delete() -> None:
+        if os.getpid() == process:  # and not a forked one
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return folder
+
+
 def scratch(name: str) -> Path:
-    """Return a folder for files that are read once: in memory where the system has such a folder."""
-    memory = Path("/dev/shm")
-    root = memory if os.access(memory, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
-    folder = root / f"ospo-soak-{os.getuid()}" / name
+    """Return a folder for files that are read once."""
+    folder = _scratch() / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -290,7 +290,7 @@ def disk_case(seed: int, keep: Path) -> tuple[int, list[str]]:
 
 
 def _run(part: str, case: Any, goal: int, options: Options) -> Outcome:
-    outcome = Outcome(part, "0 lost, doubled, different, left over")
+    outcome = Outcome(part, "0 lost, doubled, different, left over", goal)
     whole(), _old_files()  # before the processes are forked
     numbers = itertools.count(options.seed * 1_000_000)
     remaining = ((next(numbers), options.out / "failed") for _ in iter(lambda: outcome.cases < goal, False))

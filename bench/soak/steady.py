@@ -150,9 +150,8 @@ def _flat(value: Any) -> list[Any]:
 
 def threads(options: Options) -> Outcome:
     """Call every operation from eight threads at once, each in another order, and compare with one thread."""
-    outcome = Outcome("threads", f"{THREADS} threads give the results of one")
-    expected = {}
-    calls = _calls()
+    expected, calls = {}, _calls()
+    outcome = Outcome("threads", f"{THREADS} threads give the results of one", THREADS * ROUNDS * len(calls))
     for name, call in calls.items():
         expected[name] = _flat(call())
     lock, barrier = threading.Lock(), threading.Barrier(THREADS)

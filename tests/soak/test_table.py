@@ -16,7 +16,13 @@ def test_table_exit_code_and_document(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def outcome(part: str, options: Options) -> Outcome:
         return Outcome(
-            part, "0 lost", 1000, found, 2.0, [{"name": "x", "goal": "y", "cases": 5, "failures": 0, "seconds": 1}]
+            part,
+            "0 lost",
+            1000,
+            1000,
+            found,
+            2.0,
+            [{"name": "x", "goal": "y", "cases": 5, "failures": 0, "seconds": 1}],
         )
 
     monkeypatch.setattr(soak, "_outcome", outcome)
@@ -33,6 +39,15 @@ def test_table_exit_code_and_document(tmp_path: Path, monkeypatch: pytest.Monkey
     row = json.loads((tmp_path / "soak.jsonl").read_text())
     assert row["failures"] == ["lost: a"]
     assert {"device", "versions", "commit", "date"} <= set(row)
+
+
+def test_a_part_with_too_few_cases_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from soak import runs
+
+    options = Options(Path(), 300, 1, 0, 1, 0.0)
+    for cases, failures in ((299, ["only 299 of 300 cases; give it more --minutes"]), (300, [])):
+        monkeypatch.setattr(runs, "kills", lambda options, cases=cases: Outcome("kills", "", 300, cases))
+        assert soak._outcome("kills", options).failures == failures
 
 
 def test_document_of_the_checkout_has_the_markers() -> None:
