@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.ops._dispatch import is_integer
 
 
 def check_positive(name: str, value: int, hint: str = "") -> None:
@@ -48,7 +49,7 @@ def check_window(jacobi_window: int) -> None:
 
 def check_ids(name: str, ids: Tensor, model: UnifiedModel, new_tokens: int) -> None:
     """Require a 1-D integer prompt that leaves `new_tokens` of the model's positions free."""
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.dim() != 1 or not is_integer(ids):
         raise UsageError(f"{name}: got {ids.dtype} {tuple(ids.shape)}, expected a 1-D tensor of token ids")
     if len(ids) == 0:
         raise UsageError(f"{name}: got no token, expected at least one")

@@ -36,6 +36,9 @@ _KERNELS: dict[str, dict[str, str]] = {
     "silu_mul": {"triton": "cuda", "cpp": "cpu"},
     "decode_attention": {"triton": "cuda", "cpp": "cpu"},
 }
+_INTEGERS = frozenset(
+    (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+)
 # Tags of ops that synchronize with the host: torch.compile then captures no CUDA graph over them.
 HOST_SYNC_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _PLAIN_TYPES = frozenset((Tensor, nn.Parameter, type(None), int, bool, float, str))  # of arguments that nothing traces
@@ -198,6 +201,11 @@ def check_int(op: str, name: str, value: Any, low: int, high: int = INT64_MAX, h
         limits = f"{low} or more" if high == INT64_MAX and number < low else f"{low} to {high}"
         raise OpError(f"{op}: {name} is {number}, expected {limits}{hint}")
     return number
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers: no bool, no complex and no quantized values, which conversions would change."""
+    return tensor.dtype in _INTEGERS
 
 
 def as_int64(op: str, name: str, tensor: Tensor) -> Tensor:

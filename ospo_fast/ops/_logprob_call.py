@@ -145,7 +145,7 @@ def _check(
         raise OpError(f"{op}: hidden is {hidden.dtype}, expected a floating dtype")
     if hidden.dim() == 0 or hidden.shape[-1] != head.width:
         raise OpError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., {head.width}), the head's width")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not _dispatch.is_integer(labels):
         raise OpError(f"{op}: labels are {labels.dtype}, expected int64 codes")
     if labels.shape != hidden.shape[:-1]:
         got = f"labels have shape {tuple(labels.shape)}, hidden {tuple(hidden.shape)}"
@@ -156,7 +156,7 @@ def _check(
     if not hidden.device == labels.device == head.weight.device:
         got = f"hidden is on {hidden.device}, labels on {labels.device}, the head on {head.weight.device}"
         raise OpError(f"{op}: {got}; move them to one device")
-    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+    if chunk_rows is not None and (type(chunk_rows) is bool or not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise OpError(f"{op}: chunk_rows is {chunk_rows}, expected a positive number or None")
     if logits_dtype is not None and logits_dtype not in _FP32_NAMES and logits_dtype != hidden.dtype:
         raise OpError(f"{op}: logits_dtype is {logits_dtype!r}, expected None or 'fp32'")

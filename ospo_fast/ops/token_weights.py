@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import check_int, pointer, readable, register_op, result_dtype
+from ospo_fast.ops._dispatch import check_int, describe, is_integer, pointer, readable, register_op, result_dtype
 
 MAX_BLUR_SIZE = 31  # taps, of the compiled kernels
 MAX_TAPS = 1023  # in PyTorch, where each one is a pass over the padded masks
@@ -43,6 +43,8 @@ def token_weights(
     """
     if mask.dim() != 3 or 0 in mask.shape[1:]:
         raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
+    if not (mask.is_floating_point() or is_integer(mask) or mask.dtype == torch.bool):
+        raise OpError(f"token_weights: mask is {describe(mask)}, expected bool, integer or float")
     blur_size = check_int("token_weights", "blur_size", blur_size, 1, MAX_TAPS, ", and odd")
     if blur_size % 2 == 0 or not blur_sigma > 0:
         raise OpError(

@@ -1,11 +1,12 @@
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import ospo_fast
-from ospo_fast import otsu_threshold
+from ospo_fast import ops, otsu_threshold
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.decode_attention import decode_attention
@@ -89,3 +90,24 @@ def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch, caplog: py
     with pytest.raises(OpError, match=r"backend='cpp' cannot run here: .* cannot be imported"):
         _dispatch.resolve("otsu_threshold", "cpp", "cpu")
     _dispatch._warn_once.cache_clear()
+
+
+_HIDDEN, _HEAD, _MAPS = torch.randn(2, 3, 4), torch.nn.Linear(4, 7), torch.rand(2, 1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda wrong: ops.token_logprobs(_HIDDEN, _HEAD, wrong(2, 3)),
+        lambda wrong: ops.cross_entropy(_HIDDEN, _HEAD, wrong(2, 3)),
+        lambda wrong: ops.attention_columns(_MAPS, _MAPS, wrong(2, 1, 1), rows=(0, 1)),
+        lambda wrong: ops.attention_columns(_MAPS, _MAPS, torch.zeros(2, 1, 1).long(), rows=(wrong(2), 1)),
+        lambda wrong: ops.sample_codes(torch.randn(2, 9), seeds=wrong(2), step=0),
+        lambda wrong: ops.sample_codes(torch.randn(2, 9), seeds=[0, 1], step=wrong(2)),
+        lambda wrong: ops.token_weights(wrong(2, 3, 3)),
+    ],
+)
+def test_no_imaginary_part_is_lost_on_the_way_to_an_integer(call: Any) -> None:
+    """PyTorch drops it, with a warning only."""
+    with pytest.raises(OpError, match="complex64"):
+        call(lambda *shape: torch.zeros(shape, dtype=torch.complex64))
