@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
@@ -83,6 +83,7 @@ def _by_hypothesis(target: Target, seeds: Any, count: int, end: float, call: Cal
     @settings(
         max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False, print_blob=False,
+        verbosity=Verbosity.quiet,
     )  # fmt: skip
     @given(st.randoms(use_true_random=False))
     def check(rng: random.Random) -> None:
