@@ -25,6 +25,7 @@ from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
     Record,
     Store,
+    delete,
     edited_text,
     only_writer,
     read_json,
@@ -282,7 +283,7 @@ class Pipeline:
             for folder in (out, *out.glob("iter*")):
                 locks.enter_context(restarts.exclusive(folder, STAGES))
             if not self.resume:
-                restarts.delete(work)
+                delete(work)
             inner = copy.copy(self)
             inner.config, inner.resume, inner._outer = dataclasses.replace(self.config, out=str(work)), True, self
             reports = inner._stages(names, on_report)
@@ -317,6 +318,8 @@ class Pipeline:
         restarts.finish(out, self.folder())
         config, settings = self._check(stage, iteration)
         report = StageReport(name, iteration)
+        for folder in {self.folder(), out}:  # also of a stage that has nothing left to do
+            sweep_temporary_files(folder)
         if not stage.enabled(config):
             return report
         process = self._steps if stage.counts_steps else self._items
@@ -327,7 +330,7 @@ class Pipeline:
             return report
         with restarts.exclusive(out, replaced, self.shard):
             if not self.resume:
-                restarts.delete(work)
+                delete(work)
             try:
                 process(stage, out, work, config, settings, report)
             finally:
@@ -354,6 +357,10 @@ class Pipeline:
         if self.shard is not None and not stage.sharded:
             raise UsageError(f"{name} is not sharded; run it without --shard.")
         config = dataclasses.replace(self.config, seed=self.config.seed + iteration - 1, out=str(out))
+        if out != self.folder() and out.is_symlink():
+            restarts.refuse_links(out)
+        if stage.folder is not None:
+            restarts.refuse_links(out / stage.folder)
         if config.templates is not None:
             from ospo_fast.stages.templates import load_templates
 

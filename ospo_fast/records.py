@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import reprlib
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -434,7 +435,7 @@ def os_errors(action: str, path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary file in the same folder, synced, then renamed to `path`."""
-    temporary = path.with_name(f".{path.name}.{_PROCESS}{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with os_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,13 +450,45 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a folder whole or not at all: in a temporary one next to it, synced, which takes its place.
+
+    Libraries read and keep what is in the folder that they save to, which can be the rest of a killed process.
+    """
+    temporary = _temporary(path)
+    try:
+        with os_errors("write", path):
+            delete(temporary)
+            temporary.mkdir(parents=True)
+            save(temporary)
+            for inner in temporary.rglob("*"):
+                _sync(inner)
+            delete(path)
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_PROCESS}{os.getpid()}.tmp")
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a folder, or a link without what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
-    """Delete the temporary files in a folder that a killed process of this machine left."""
+    """Delete the temporary files and folders in a folder that a killed process of this machine left."""
     for path in folder.glob(pattern):
         _, separator, process = path.name.removesuffix(".tmp").rpartition(f".{_PROCESS}")
         if separator and process.isdecimal() and not _runs(int(process)):
             with contextlib.suppress(OSError):
-                path.unlink()
+                delete(path)
 
 
 def _runs(process: int) -> bool:
@@ -469,7 +502,12 @@ def _runs(process: int) -> bool:
 
 def sync_folder(folder: Path) -> None:
     """Bring the names of a folder's files to the disk: until then a crash of the machine can undo a rename."""
-    handle = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
@@ -698,7 +736,7 @@ class Store(contextlib.AbstractContextManager["Store"]):
                 while rest:
                     rest = rest[self._file.write(rest) :]
                 os.fsync(self._file.fileno())
-            except OSError:
+            except BaseException:  # a signal, too, which can come between two parts of a line
                 with contextlib.suppress(OSError):
                     self._truncate(end)
                 raise

@@ -9,14 +9,24 @@ written leaves the old files as they were. After that, the next command puts the
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ospo_fast.errors import OspoError
-from ospo_fast.records import Store, only_user, only_writer, os_errors, read_json, sync_folder, update_json, write_json
+from ospo_fast.records import (
+    Store,
+    delete,
+    only_user,
+    only_writer,
+    os_errors,
+    read_json,
+    sync_folder,
+    update_json,
+    write_json,
+)  # fmt: skip
 from ospo_fast.stages import STAGES, Shard, Stage, find_stage
 
 PREFIX = ".restart"
@@ -36,6 +46,18 @@ def _no_link(path: Path) -> Path:
     if path.is_symlink():
         raise OspoError(f"{path} is a symbolic link, which starting over would replace; put the files in its place.")
     return path
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise OspoError for a link among the folders to write to: in a run folder of someone else it leads anywhere."""
+    found = [folder] if folder.is_symlink() else []
+    for at, folders, _ in os.walk(folder):
+        found += [path for name in folders if (path := Path(at, name)).is_symlink()]
+    if found:
+        raise OspoError(
+            f"{found[0]} is a symbolic link, and a run folder is not written through links; put the folder itself in "
+            "its place, or move the whole run folder to the other disk."
+        )
 
 
 def made_by(out: Path, stages: Sequence[Stage], shard: Shard | str | None = None) -> list[Path]:
@@ -147,11 +169,3 @@ def delete_if_empty(work: Path) -> bool:
     if not begun:
         delete(work)
     return begun
-
-
-def delete(path: Path) -> None:
-    """Delete a file, a folder, or a link without what it points to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from ospo_fast.records import (
     validate,
     variant_index,
     write_atomic,
+    write_folder,
     write_json,
 )
 
@@ -125,17 +126,18 @@ def test_a_store_is_not_written_through_a_link(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "no line end"
 
 
-def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_store_as_it_was(tmp_path, monkeypatch, error):
     path = tmp_path / "s.jsonl"
     with Store(path) as store:
         store.append(record("1"))
         before = path.read_bytes()
 
         def full(fd):
-            raise OSError(28, "No space left on device")
+            raise error
 
         monkeypatch.setattr("ospo_fast.records.os.fsync", full)
-        with pytest.raises(OspoError, match="No space left"):
+        with pytest.raises(OspoError if isinstance(error, OSError) else KeyboardInterrupt):
             store.append(record("2"))
         monkeypatch.undo()
         assert path.read_bytes() == before
@@ -159,6 +161,36 @@ def test_write_atomic_leaves_no_temporary_file(tmp_path):
     write_atomic(tmp_path / "a.png", b"22")
     assert (tmp_path / "a.png").read_bytes() == b"22"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def save_two(folder):
+    """A library that keeps what is there, as model cards of peft do."""
+    for name in ("a", "b"):
+        with (folder / name).open("a") as file:
+            file.write(name)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    folder, mine = tmp_path / "adapter", tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a").write_text("half of it")
+
+    def fail(at):
+        save_two(at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OspoError, match=r"Cannot write .*adapter: No space left"):
+        write_folder(folder, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert (folder / "a").read_text() == "half of it"
+    for _ in range(2):
+        write_folder(folder, save_two)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
+    folder.rename(mine)
+    folder.symlink_to(mine)
+    write_folder(folder, lambda at: None)
+    assert not list(folder.iterdir())
+    assert len(list(mine.iterdir())) == 2
 
 
 ANSWER = {"p_yes": 0.9, "p_no": 0.1, "answer": "yes"}

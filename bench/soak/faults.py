@@ -18,7 +18,7 @@ class Faults:
     """Counts writes, syncs, renames, deletions and new folders below `folder`, and disturbs number `at`.
 
     `action` is a signal, which the process sends itself, or an errno. A full disk stays full, and a read-only one stays
-    read-only. An input/output error occurs once. The first half of a disturbed write is written.
+    read-only. An input/output error occurs once. The first half of a write that is killed or fails is written.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class Faults:
         class File(io.FileIO):
             def write(self, data: Any) -> int:
                 if faults._due("write"):
-                    with memoryview(data).cast("B") as view:
-                        super().write(view[: len(view) // 2])
+                    if faults.error or faults.action == signal.SIGKILL:  # others come before or after a write
+                        with memoryview(data).cast("B") as view:
+                            super().write(view[: len(view) // 2])
                     faults._act()
                 return super().write(data)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -38,6 +39,7 @@ from ospo_fast.records import (
     parse_json,
     stable_hash,
     write_atomic,
+    write_folder,
     write_json,
 )
 from ospo_fast.stages import StageContext
@@ -532,10 +534,11 @@ class Trainer:
         if best != self.step:
             self._load_adapter(self._read_best(self.best["sha256"]))
         self.peft.eval()
-        self.peft.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
+        save = functools.partial(self.peft.save_pretrained, save_embedding_layers=False)
+        write_folder(self.folder / "adapter", lambda folder: save(str(folder)))
         self.peft.merge_and_unload()
         self.model.module.requires_grad_(False)
-        self.model.save(self.folder / "model")
+        write_folder(self.folder / "model", self.model.save)
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}

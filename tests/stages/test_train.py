@@ -760,3 +760,16 @@ def test_old_checkpoints_that_could_not_be_deleted_go_later(tiny, records, run_f
     assert (run_folder / "train" / "done.json").exists()
     expected = {"step-000006.pt"} if failing == 1 else {f"step-00000{step}.pt" for step in (2, 4, 6)}
     assert {path.name for path in folder.iterdir()} == expected
+
+
+def test_a_save_that_a_kill_ended_is_made_again(tiny, records, run_folder):
+    """peft continues the model card that it finds."""
+    settings = config("train.steps=1")
+    train(records, load_model(tiny), settings, out=run_folder)
+    saved = run_folder / "train" / "adapter"
+    expected = {path.name: path.read_bytes() for path in saved.iterdir()}
+    (saved / "README.md").write_bytes(expected["README.md"][:2600])
+    (saved / "rest").touch()
+    (run_folder / "train" / "done.json").unlink()
+    train(records, load_model(tiny), settings, out=run_folder)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == expected

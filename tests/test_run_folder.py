@@ -1,0 +1,61 @@
+"""A run folder is written below itself only, and what a failed write left in it goes."""
+
+import pytest
+
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.pipeline import Pipeline
+from ospo_fast.records import write_atomic
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+
+def pipeline(tiny, out, *overrides):
+    counts = "prompts.counts={color1: 1, shape1: 1, color2: 1, 2D_spatial: 1, numeracy1: 1, numeracy2: 1}"
+    return Pipeline(load_config([counts, f"model={tiny}", f"out={out}", *overrides], family="shapes"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("link", "stage", "iteration"),
+    [
+        ("images", "images", 1),
+        ("images/0000001", "images", 1),
+        ("masks", "masks", 1),
+        ("train", "train", 1),
+        ("train/checkpoints", "train", 1),
+        ("iter2", "prompts", 2),
+    ],
+)
+def test_a_run_folder_is_not_written_through_links(tiny, tmp_path, link, stage, iteration):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    (out / link).parent.mkdir(parents=True)
+    (out / link).symlink_to(mine)
+    run = pipeline(tiny, out, f"iterations={iteration}")
+    for call in (lambda: run.stage(stage, iteration), run.run):  # the whole run, too, before its first stage
+        with pytest.raises(OspoError, match=rf"{link} is a symbolic link, and a run folder is not written through"):
+            call()
+    assert [path.name for path in mine.iterdir()] == ["file"]
+    assert not list(out.rglob("*.jsonl"))
+
+
+def test_the_run_folder_itself_may_be_a_link(tiny, script, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    pipeline(tiny, tmp_path / "out").stage("prompts")
+    assert (tmp_path / "disk" / "prompts.jsonl").exists()
+
+
+def test_what_a_failed_write_left_goes_with_the_next_command(tiny, tmp_path, monkeypatch):
+    """Also where no stage begins, as all are complete."""
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: None)  # a file system that became read-only
+        patch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        patch.setattr("os.getpid", lambda: 2**22 + 1)  # of a process that has ended
+        with pytest.raises(OspoError, match="Read-only"):
+            write_atomic(tmp_path / "stages.json", b"[]")
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UsageError):
+        pipeline(tiny, tmp_path).stage("perturb")  # has no input
+    assert not list(tmp_path.glob("*.tmp"))
