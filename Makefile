@@ -38,7 +38,7 @@ demo: $(STAMP)
 	$(BIN)/ospo-fast demo --out $(DEMO_OUT) $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 # Needs GCC. The sanitized package is a copy in build/sanitize.
 sanitize: $(STAMP)
