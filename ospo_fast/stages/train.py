@@ -542,9 +542,9 @@ class Trainer:
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
-        write_json(self.folder / "done.json", done)
         if self.saved is not None:
             delete_others(self.saved)  # one that could not be deleted before
+        write_json(self.folder / "done.json", done)  # last: after it, no other call works on this folder
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:

@@ -762,6 +762,21 @@ def test_old_checkpoints_that_could_not_be_deleted_go_later(tiny, records, run_f
     assert {path.name for path in folder.iterdir()} == expected
 
 
+def test_training_is_done_when_older_checkpoints_are_gone(tiny, records, run_folder, monkeypatch):
+    settings = config("train.steps=2", "train.save_every=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("ospo_fast.stages.train.delete_others", lambda kept: (_ for _ in ()).throw(KeyboardInterrupt))
+        for _ in range(2):  # with one checkpoint, then with two
+            with pytest.raises(KeyboardInterrupt):
+                train(records, load_model(tiny), settings, out=run_folder)
+        with pytest.raises(KeyboardInterrupt):  # in `finish`
+            train(records, load_model(tiny), settings, out=run_folder)
+    assert not (run_folder / "train" / "done.json").exists()
+    train(records, load_model(tiny), settings, out=run_folder)
+    assert [path.name for path in (run_folder / "train" / "checkpoints").iterdir()] == ["step-000002.pt"]
+    assert done(run_folder)["step"] == 2
+
+
 def test_a_save_that_a_kill_ended_is_made_again(tiny, records, run_folder):
     """peft continues the model card that it finds."""
     settings = config("train.steps=1")
