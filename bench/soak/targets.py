@@ -187,12 +187,16 @@ def image_names(data: bytes) -> None:
     assert records.image_index(_text(data)) >= 0
 
 
+_parser = functools.cache(cli.build_parser)  # to build it takes most of the time
+
+
 @target(
     inputs.text, "run\n--out\nx\ntrain.steps=3", "generate\na circle\n--num\n2", "report\nx", "prompts\n--shard\n0/2"
 )
 def arguments(data: bytes) -> None:
     try:
-        cli._parse(_text(data).split("\n"))
+        with mock.patch.object(cli, "build_parser", _parser):
+            cli._parse(_text(data).split("\n"))
     except SystemExit as stop:
         if stop.code:
             raise RuntimeError(f"the parser ended the process with {stop.code}") from stop
