@@ -576,12 +576,26 @@ def update_json(path: Path, default: Any, change: Callable[[Any], Any]) -> None:
         write_json(path, change(read_json(path, default)))
 
 
-def _is_complete(line: bytes) -> bool:
-    """Return whether a line without its line end is a whole object, as in a file that was edited by hand."""
+def _is_torn(line: bytes) -> bool:
+    """Return whether a last line is the beginning of one that a `Store` writes, and nothing else that ends in no LF.
+
+    Zero bytes at its end, which a crash of the machine leaves in some file systems, belong to it.
+    """
+    line = line.rstrip(b"\0")
     try:
-        return isinstance(parse_json(line), dict)
-    except ValueError:
+        text = codecs.getincrementaldecoder("utf-8")().decode(line)  # passes a cut character
+        if not text.startswith('{"'[: len(text)]) or re.search(r"[\0-\x1f]", text):
+            return False
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string") or _TORN_TOKEN.fullmatch(text, error.pos) is not None
+    except (ValueError, RecursionError):
         return False
+    return False  # it is whole
+
+
+# What can follow the point where the parser of JSON stops in a text that is cut: nothing, or a part of a token.
+_TORN_TOKEN = re.compile(r"|t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][-+]?|u[0-9a-fA-F]{0,4}")
 
 
 def read_records(
@@ -589,7 +603,7 @@ def read_records(
 ) -> Iterator[Record]:
     """Yield the records of a JSONL store, or of an official JSON array, in file order.
 
-    A torn last line (no line end, not valid JSON) is skipped with a warning: its writer was interrupted.
+    A torn last line (no line end, the beginning of an object) is skipped with a warning: its writer was interrupted.
 
     Args:
         path: the file.
@@ -631,7 +645,7 @@ def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(file, 1):
         if not line.strip() or line.strip() == codecs.BOM_UTF8:
             continue
-        if not line.endswith(b"\n") and not _is_complete(line):
+        if not line.endswith(b"\n") and _is_torn(line):
             logger.warning("%s:%d: skipping the torn last line", path, number)
             return
         yield f"{path}:{number}", line
@@ -668,8 +682,8 @@ class Store(contextlib.AbstractContextManager["Store"]):
     Opening creates the file and its folder, locks it, removes a torn last line and reads the ids that it holds.
 
     Raises:
-        OspoError: the path cannot be written, another process writes it or, without `on_error` (see `read_records`), a
-            line other than the last is invalid.
+        OspoError: the path cannot be written, it is a JSON array, another process writes it or, without `on_error` (see
+            `read_records`), a line is invalid.
 
     """
 
@@ -690,9 +704,15 @@ class Store(contextlib.AbstractContextManager["Store"]):
             raise
 
     def _repair(self) -> None:
-        data = self.path.read_bytes()
+        with self.path.open("rb") as file:
+            if _is_array(file):
+                raise OspoError(
+                    f"{self.path} is a JSON array, to which no record is appended; write one object per line, as "
+                    "`jq -c '.[]'` does, or use --no-resume to start over."
+                )
+            data = file.read()
         tail = data[data.rfind(b"\n") + 1 :]
-        if tail and _is_complete(tail):
+        if tail and not _is_torn(tail):
             self._write(b"\n")
         elif tail:
             logger.warning("%s: removing a torn last line of %d bytes", self.path, len(tail))
@@ -770,12 +790,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Hold the lock of an existing folder, without a file. Raises OspoError if another process holds it."""
-    with os_errors("read", folder):
-        handle = os.open(folder, os.O_RDONLY)
+def only_user(path: Path) -> Iterator[None]:
+    """Hold the lock of an existing file or folder, without another file. Raises OspoError if a process holds it."""
+    with os_errors("read", path):
+        handle = os.open(path, os.O_RDONLY)
     try:
-        _lock(handle, folder)
+        _lock(handle, path)
         yield
     finally:
         os.close(handle)

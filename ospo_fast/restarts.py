@@ -17,7 +17,6 @@ from typing import Any
 
 from ospo_fast.errors import OspoError
 from ospo_fast.records import (
-    Store,
     delete,
     only_user,
     only_writer,
@@ -80,10 +79,7 @@ def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) ->
     with contextlib.ExitStack() as stack:
         for stage in stages:
             for path in map(_no_link, made_by(out, [stage], shard)):
-                if path.is_file():
-                    stack.enter_context(Store(path, on_error=lambda error: None))
-                else:
-                    stack.enter_context(only_writer(path) if stage.counts_steps else only_user(path))
+                stack.enter_context(only_writer(path) if stage.counts_steps else only_user(path))
         yield
 
 

@@ -1,5 +1,6 @@
 """The JSONL store (whole lines, repair of a torn one, each item once, one writer), and pairs in both forms."""
 
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from ospo_fast.errors import OspoError
 from ospo_fast.records import (
     Store,
+    _is_torn,
     append_line,
     chunked,
     from_official,
@@ -66,6 +68,52 @@ def test_a_torn_last_line_is_cut_off(tmp_path_factory, cut):
         assert len(store) == len(kept)
         store.extend(record(str(i), prompt="x" * i) for i in range(5) if str(i) not in store)
     assert path.read_bytes() == data
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(fields=st.dictionaries(st.text(), _json, max_size=4), zeros=st.integers(0, 2), ascii_only=st.booleans())
+def test_every_beginning_of_a_line_is_torn(fields, zeros, ascii_only):
+    line = json.dumps({"item_id": "1", **fields}, ensure_ascii=ascii_only).encode("utf-8", "replace")
+    assert all(_is_torn(line[:end] + b"\0" * zeros) for end in range(len(line)))
+    assert not _is_torn(line)
+
+
+_TWO = [record("1"), record("2", prompt="ein gr\u00fcner Kreis")]
+_BY_HAND = {
+    "array": json.dumps(_TWO).encode(),
+    "array of lines": json.dumps(_TWO).replace("}, {", "},\n{").encode(),
+    "indented array": json.dumps(_TWO, indent=1).encode(),
+    "indented objects": "\n".join(json.dumps(each, indent=1) for each in _TWO).encode(),
+    "carriage returns": "\r".join(map(json.dumps, _TWO)).encode(),
+    "utf-16": "\n".join(map(json.dumps, _TWO)).encode("utf-16"),
+    "utf-16, one line": json.dumps(_TWO[0]).encode("utf-16-le"),
+    "a comma too much": json.dumps(_TWO[0]).encode() + b"\n" + json.dumps(_TWO[1]).encode() + b",",
+    "a missing quote": b'{"item_id": "1, "prompt": "a red circle"}',
+    "text": b"a red circle",
+}
+
+
+@pytest.mark.parametrize("kind", _BY_HAND)
+def test_opening_a_store_deletes_no_line_that_someone_wrote(tmp_path, kind):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(_BY_HAND[kind])
+    with contextlib.suppress(OspoError), Store(path):
+        pass
+    assert path.read_bytes().removesuffix(b"\n") == _BY_HAND[kind]
+    if "array" in kind:
+        assert len(list(read_records(path))) == 2
+        with pytest.raises(OspoError, match="is a JSON array, to which no record is appended"):
+            Store(path)
+    else:
+        with pytest.raises(OspoError, match=r"s\.jsonl:\d+: "):
+            list(read_records(path))
 
 
 def test_a_missing_last_line_end_keeps_the_record(tmp_path):
