@@ -118,6 +118,17 @@ def _models_on_the_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Files are not synced: it takes up to 10 ms for each, and only a crash of the machine shows a difference.
+
+    Handles are checked as before. Processes that tests start do sync.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None)
+        yield
+
+
 @pytest.fixture
 def seconds() -> Callable[..., float]:
     """seconds(function, *arguments): the process time of a call.
