@@ -563,8 +563,10 @@ def _changed_setting(saved: Any, settings: dict[str, Any], out: Path) -> tuple[s
 def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
     """Return a setting of settings.json; for one that an older version did not know, its default."""
     section, _, name = field.partition(".")
-    default = dataclasses.asdict(Config()).get(section, {}).get(name, value) if name else value
-    found = saved.get(field, default)
+    if field in saved:
+        found = saved[field]
+    else:
+        found = dataclasses.asdict(Config()).get(section, {}).get(name, value) if name else value
     # Older versions wrote null for every number of the loss that the preset decides.
     return {key: inner for key, inner in found.items() if inner is not None} if isinstance(found, dict) else found
 
