@@ -1,5 +1,6 @@
 """The shipped checkpoint, and a small demo."""
 
+import functools
 import json
 import shutil
 from html.parser import HTMLParser
@@ -25,13 +26,14 @@ pytestmark = pytest.mark.usefixtures("omegaconf")
 
 FOLDER = Path(demo.__file__).parent / "checkpoint"
 SMALL = [
-    "prompts.counts={color1: 4, shape1: 3, color2: 6, 2D_spatial: 4, numeracy1: 3, numeracy2: 4}",
-    "train.steps=4",
+    "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 3, numeracy1: 2, numeracy2: 3}",
+    "train.steps=2",
     "train.eval_every=2",
     "train.batch_size=4",
     "evaluate.per_kind=3",
     "evaluate.watch_per_kind=3",
     "evaluate.seeds=[0]",
+    "evaluate.guidance_scales=[1.5, 3]",
 ]
 
 
@@ -65,7 +67,9 @@ def test_checkpoint_generates_unseen_prompts_less_reliably(model: UnifiedModel) 
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     config = load_config([*SMALL, f"out={out}"], family="shapes")
-    demo.run(config, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_answers", functools.partial(evaluate.evaluate_answers, count=40))
+        demo.run(config, progress=False)
     return out
 
 
@@ -208,6 +212,8 @@ def test_demo_follows_the_settings_of_the_evaluation(
 
     shutil.copytree(run_folder, tmp_path / "run")
     monkeypatch.setattr(evaluate, "evaluate_alignment", evaluate_alignment)
+    for name in ("evaluate_answers", "evaluate_own_answers"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
     monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("far enough"))
     before = json.loads((run_folder / "summary.json").read_text())["evaluation"]["guidance_scale"]
     with pytest.raises(pytest.fail.Exception, match="far enough"):
