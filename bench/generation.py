@@ -238,10 +238,10 @@ def engine(batches: int = 1, output: str = "codes", *, skinny: bool = False, **g
     return run
 
 
-def check(device: str) -> None:
+def check(size: Size, device: str) -> None:
     """The first greedy codes in fp32 agree with the official loop. Later ones may differ by rounding."""
-    model = build(TINY, device, torch.float32)
-    prompts = make_prompts(model, make_lengths(8, TINY.prompt))
+    model = build(size, device, torch.float32)
+    prompts = make_prompts(model, make_lengths(8, size.prompt))
     mine = ImageGenerator(model).generate(
         prompts, seeds=[0] * len(prompts), guidance_scale=GUIDANCE, temperature=0, output="codes", progress=False
     )
@@ -550,7 +550,7 @@ def run(out: Path, quick: bool) -> None:
     from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()  # else it explains its defaults in every turn
-    check(device)
+    check(QUICK if quick else TINY, device)
     ceilings()  # before the memory is taken
     rows: list[dict[str, Any]] = []
     failed, cases = [], None
