@@ -23,8 +23,8 @@ def token_weights(
     """Compute weights 1 + alpha · m̃^gamma, with m̃ the blurred mask after (x − min)/(max − min + 1e-8).
 
     The blur is Gaussian with zero padding. So an all-zero mask gives ones, but an all-one mask does not: the blur
-    lowers its border. Computed in float64: in C++ on CPU, in one launch on CUDA, in PyTorch for float64 masks and for
-    sizes that the kernels do not take (`token_weights_reference`).
+    lowers its border. Computed in float64: in C++ on CPU, in one launch on CUDA, in PyTorch for masks of float64 or
+    of integers of 32 or 64 bits, and for sizes that the kernels do not take (`token_weights_reference`).
 
     Args:
         mask: (B, H, W) bool, integer or float.
@@ -77,7 +77,10 @@ def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blu
     if B == 0:  # no masks, whose cells may be too many for any memory
         return mask.new_empty((0, H * W), dtype=result_dtype(mask))
     backend = _dispatch.resolve("token_weights", "auto", mask.device.type, result_dtype(mask))
-    if backend == "torch" or blur_size > MAX_BLUR_SIZE or (backend == "cuda" and H * W > MAX_BLURRED_CELLS):
+    too_large = blur_size > MAX_BLUR_SIZE or (backend == "cuda" and H * W > MAX_BLURRED_CELLS)
+    # The kernels take fp32, which does not hold every integer of 32 or 64 bits.
+    too_wide = not mask.is_floating_point() and mask.element_size() > 2
+    if backend == "torch" or too_large or too_wide:
         return token_weights_reference(mask, alpha=alpha, gamma=gamma, blur_size=blur_size, blur_sigma=blur_sigma)
     x = readable(mask.float())
     weights = x.new_empty(B, H * W)
@@ -91,7 +94,8 @@ def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blu
 
 def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
     """Blur one axis, then the other. Cells at the same distance are added first: mirrored maps give mirrored bits."""
-    taps = [math.exp(-0.5 * (t / sigma) ** 2) for t in range(size // 2 + 1)]
+    steps = [t / sigma for t in range(size // 2 + 1)]
+    taps = [math.exp(-0.5 * (step * step)) for step in steps]  # a power would raise where the product is infinite
     total = sum((2 if t else 1) * tap for t, tap in enumerate(taps))
     for _ in range(2):
         length = maps.shape[-1]

@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,27 @@ def test_against_the_reference(options: dict[str, Any]) -> None:
         mask[0] = 1
         ours, reference = token_weights(mask, **options), token_weights_reference(mask.double(), **options)
         np.testing.assert_allclose(ours, reference, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint32, torch.uint64])
+def test_integers_that_fp32_does_not_hold(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[[2**24, 2**24 + 1]]], dtype=dtype)
+    weights = token_weights(mask, blur_size=1)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == [[1, 2]]
+
+
+def test_short_integers_do_not_need_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules[token_weights_reference.__module__], "token_weights_reference")
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.float16, torch.float32):
+        assert token_weights(torch.tensor([[[0, 1]]]).to(dtype), blur_size=1).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("sigma", [1e-300, 5e-324])
+def test_a_tiny_sigma_does_not_blur(sigma: float) -> None:
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        mask = torch.tensor([[[0, 3, 1], [0, 0, 2]]], dtype=dtype)
+        assert torch.equal(token_weights(mask, blur_sigma=sigma), token_weights(mask, blur_size=1))
 
 
 def test_mirrored_masks_have_mirrored_weights() -> None:
