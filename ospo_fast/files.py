@@ -8,6 +8,7 @@ memory is allocated, and every failure is an OspoError that names the file and t
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -76,21 +77,35 @@ def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
         raise OspoError(f"Cannot read the {what} {str(path)[:300]}: {reason[:300].rstrip('.')}; {remedy}.") from error
 
 
+def regular(path: Path, *, missing_ok: bool = False) -> Path:
+    """Return the path of a file that can be opened: a pipe would block for ever, and a device may have no end.
+
+    Raises OSError for anything else, and for a missing file unless `missing_ok`.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if missing_ok:
+            return path
+        raise
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
+
+
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """Read a regular file of 1 to `limit` (None: MAX_BYTES) bytes. Raises OSError or ValueError; see `reading`."""
     limit = MAX_BYTES if limit is None else limit
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):  # a pipe would block, a device may never end
-        raise ValueError("it is no regular file")
-    if not 0 < about.st_size <= limit:
-        raise ValueError(f"it has {about.st_size} bytes, expected 1 to {limit}")
+    size = regular(path).stat().st_size
+    if not 0 < size <= limit:
+        raise ValueError(f"it has {size} bytes, expected 1 to {limit}")
     with path.open("rb") as file:
-        return file.read(about.st_size)
+        return file.read(size)
 
 
 def read_yaml(path: Path) -> str:
     """Read a text that passes `check_yaml`. Raises OSError, ValueError or yaml.YAMLError."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         data = file.read(MAX_YAML + 1)
     if len(data) > MAX_YAML:
         raise ValueError(f"it has more than {MAX_YAML} bytes")

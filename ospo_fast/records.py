@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError, check_text
+from ospo_fast.files import regular
 
 logger = logging.getLogger(__name__)
 
@@ -562,7 +563,7 @@ def read_json(path: Path, default: Any) -> Any:
     Raises OspoError if it cannot be read or holds another type than `default`, where that is not None.
     """
     try:
-        value = parse_json(path.read_bytes()) if path.exists() else default
+        value = parse_json(regular(path).read_bytes()) if path.exists() else default
         if default is not None and not isinstance(value, type(default)):
             raise ValueError(f"it holds {type(value).__name__}, expected {type(default).__name__}")
     except (OSError, ValueError) as error:
@@ -615,7 +616,7 @@ def read_records(
 
     """
     path = Path(path)
-    with os_errors("read", path), path.open("rb") as file:
+    with os_errors("read", path), regular(path).open("rb") as file:
         is_array = _is_array(file)
         seen: dict[str, str] = {}
         for where, entry in _read_array(file, path) if is_array else _read_lines(file, path):
@@ -693,7 +694,7 @@ class Store(contextlib.AbstractContextManager["Store"]):
             raise OspoError(f"{self.path} is a symbolic link, and a store is not written through links; copy the file.")
         with os_errors("write", self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
+            self._file = regular(self.path, missing_ok=True).open("ab", buffering=0)
             sync_folder(self.path.parent)
         try:
             _lock(self._file, self.path)
@@ -773,7 +774,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON object to a log file, without lock or sync."""
     with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with regular(path, missing_ok=True).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
@@ -783,7 +784,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = regular(path, missing_ok=True).open("a")
     with file:
         _lock(file, folder)
         yield
@@ -793,7 +794,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 def only_user(path: Path) -> Iterator[None]:
     """Hold the lock of an existing file or folder, without another file. Raises OspoError if a process holds it."""
     with os_errors("read", path):
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block
     try:
         _lock(handle, path)
         yield
@@ -806,7 +807,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, created if missing; blocks until other processes release it."""
     with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = regular(path, missing_ok=True).open("a")
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

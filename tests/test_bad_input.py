@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from ospo_fast.cli import main
 from ospo_fast.config import load_config
 from ospo_fast.pipeline import Pipeline
+from ospo_fast.records import delete
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -173,6 +175,82 @@ def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, sc
     shutil.rmtree(out / "images")
     assert main(["score", "--out", str(out), "--no-resume"]) == 1
     assert "10 total, 10 failed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_waiting():
+    """A command that waits for a pipe fails."""
+
+    def fail(*_):
+        raise AssertionError("the command waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def place_pipe(path):
+    delete(path)
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+
+
+@pytest.mark.usefixtures("no_waiting", "script")
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("config.yaml", "run"),
+        ("settings.json", "run"),
+        ("stages.json", "masks --no-resume"),
+        ("prompts.jsonl", "perturb"),
+        ("select.jsonl", "masks"),
+        ("masks.jsonl", "masks"),
+        ("masks.jsonl", "masks --no-resume"),
+        (".restart.masks/.whole.json", "masks"),
+        ("train/done.json", "train"),
+        (".train.lock", "train"),
+        (".lock", "train"),
+    ],
+)
+def test_pipes_in_a_run_folder_are_refused(capsys, run_folder, tmp_path, name, command):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    if name in (".lock", ".train.lock"):
+        delete(out / "train")  # it is trained again
+        settings = json.loads((out / "settings.json").read_text())
+        (out / "settings.json").write_text(json.dumps({key: settings[key] for key in settings if key != "train"}))
+    place_pipe(out / name)
+    assert main([*command.split(), "--out", str(out)]) in (1, 2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert name in error
+    assert "no regular file" in error
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_pipes_are_left_out_of_a_report(run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    names = (
+        "config.yaml",
+        "stages.json",
+        "select.jsonl",
+        "train/log.jsonl",
+        "summary.json",
+        "evaluation/gallery.jsonl",
+    )
+    for name in names:
+        place_pipe(out / name)
+    assert main(["report", str(out)]) == 0
+    page = (out / "report" / "index.html").read_text()
+    missing = [name for name in names if f"{name.split('/')[-1]} cannot be read (it is no regular file)" not in page]
+    assert not missing
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("key", ["prompts.file", "prompts.exclude", "templates"])
+def test_pipes_in_settings_are_refused(refused, tmp_path, key):
+    os.mkfifo(tmp_path / "pipe")
+    refused(2, str(tmp_path / "pipe"), "prompts", f"{key}={tmp_path / 'pipe'}")
 
 
 def test_benchmarks_into_a_folder_that_cannot_be_made(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import ospo_fast.files as files
 from ospo_fast.errors import Failure, OspoError, attempt
-from ospo_fast.files import load_npz, load_tensors, locate, open_image
+from ospo_fast.files import load_npz, load_tensors, locate, open_image, read_yaml, regular
 
 
 @pytest.fixture
@@ -278,3 +278,19 @@ def test_damaged_tensor_files_are_refused(tmp_path):
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(OspoError, match="Cannot read the masks"):
             load_tensors("masks", path, "do this")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "device"):
+        for call in (regular, lambda path: regular(path, missing_ok=True), read_yaml):
+            with pytest.raises(OSError, match="it is no regular file"):
+                call(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        regular(tmp_path / "missing")
+    assert regular(tmp_path / "missing", missing_ok=True) == tmp_path / "missing"
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    assert regular(tmp_path / "link").read_bytes() == b""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ospo_fast.errors import Failure, OspoError, attempt
-from ospo_fast.files import locate
+from ospo_fast.files import locate, regular
 from ospo_fast.pipeline import check_stage_row, store_paths, sum_stage_rows
 from ospo_fast.records import ROLES, Record, edited_text, from_official, image_index, parse_json, shown, validate
 from ospo_fast.stages import STAGES
@@ -218,7 +218,7 @@ def _read_bytes(path: Path, notes: list[str]) -> bytes:
     try:
         if not path.exists():
             return b""
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         notes.append(f"{path.name} cannot be read ({error.strerror or error}); fix or delete the file")
@@ -250,7 +250,7 @@ def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file; of one that is too long, the first `MAX_BYTES` + 1 bytes."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         while line := file.readline(MAX_BYTES + 1):
             yield line
             while len(line) > MAX_BYTES and not line.endswith(b"\n"):  # skip the rest of it

@@ -21,7 +21,7 @@ from PIL import Image
 from ospo_fast._version import __version__
 from ospo_fast.config import Config, EvaluateConfig
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.files import locate, open_image
+from ospo_fast.files import locate, open_image, regular
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
@@ -142,7 +142,7 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
     """Raise UsageError if training in one of the folders was validated, for early stopping, at another scale."""
     for path in (folder / "train" / "log.jsonl" for folder in folders):
         try:
-            before = parse_json(path.read_bytes().split(b"\n")[0])["guidance_scale"]
+            before = parse_json(regular(path).read_bytes().split(b"\n")[0])["guidance_scale"]
         except (OSError, ValueError, KeyError, TypeError):  # no training yet, none with an evaluation, or a torn line
             continue
         if before != scale:
@@ -184,7 +184,7 @@ class _Evaluations:
         path = self._path(name, model, "json")
         if not path.exists():
             write_json(path, compute())
-        return parse_json(path.read_bytes())
+        return parse_json(regular(path).read_bytes())
 
     def guidance(self, name: str, model: UnifiedModel) -> tuple[float, dict[str, dict[str, float]]]:
         """Return the model's best guidance scale on validation prompts, and the headline at every scale."""
@@ -211,7 +211,7 @@ class _Evaluations:
     def add_seconds(self, seconds: float) -> float:
         """Return the seconds of this call and of those before it."""
         path = self.folder / "seconds.json"
-        before = parse_json(path.read_bytes()) if path.exists() else 0.0
+        before = parse_json(regular(path).read_bytes()) if path.exists() else 0.0
         write_json(path, before + seconds)
         return float(before + seconds)
 

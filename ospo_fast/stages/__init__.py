@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ospo_fast.config import nearest
 from ospo_fast.errors import UsageError, attempt
+from ospo_fast.files import regular
 from ospo_fast.records import finite, read_json, stable_hash, write_json
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Stage:
 def file_digest(path: str) -> str:
     """Return a hash of a user's file. Raises UsageError when it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(regular(Path(path)).read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
 

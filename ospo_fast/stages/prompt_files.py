@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, UsageError, attempt, check_text
+from ospo_fast.files import regular
 from ospo_fast.models.base import UnifiedModel
 
 
@@ -26,7 +27,7 @@ def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
 
     """
     try:
-        data = Path(path).read_bytes()
+        data = regular(Path(path)).read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
