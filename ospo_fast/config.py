@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ospo_fast.errors import OspoError, UsageError, check_text
-from ospo_fast.files import MAX_NESTING, check_yaml, read_yaml
+from ospo_fast.files import MAX_NESTING, check_yaml, read_bytes, read_yaml
 from ospo_fast.records import parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
+MAX_ADAPTERS = 32  # LoRA folders, each on the one before it; more of them, or a circle, are refused
 
 _PATHS = ("model", "templates", "prompts.exclude", "prompts.file", "masks.official")
 
@@ -531,18 +532,21 @@ def model_family(name: str) -> str | None:
         name: an embedded model, a hub name, a model folder, or a LoRA folder, which has the family of its base model.
 
     """
-    if name in MODEL_FILES:
-        return name
-    try:
-        path = Path(name)
-        adapter = path / "adapter_config.json"
-        if adapter.is_file():
-            base = parse_json(adapter.read_bytes()).get("base_model_name_or_path")
-            return model_family(base) if isinstance(base, str) and base != name else None
-        family = parse_json((path / "config.json").read_bytes()).get("template_set")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return family if isinstance(family, str) else None
+    for _ in range(MAX_ADAPTERS + 1):
+        if name in MODEL_FILES:
+            return name
+        try:
+            path = Path(name)
+            if not (path / "adapter_config.json").is_file():
+                family = parse_json(read_bytes(path / "config.json")).get("template_set")
+                return family if isinstance(family, str) else None
+            base = parse_json(read_bytes(path / "adapter_config.json")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            return None
+        if not isinstance(base, str):
+            return None
+        name = base
+    return None
 
 
 _INSIDE = "./"  # prefix of paths inside a run folder in its config.yaml

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
@@ -127,6 +128,20 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None)
         yield
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """A test that waits, for a pipe or for a loop in Python, fails after a minute."""
+
+    def fail(*_: object) -> None:
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -175,20 +174,6 @@ def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, sc
     shutil.rmtree(out / "images")
     assert main(["score", "--out", str(out), "--no-resume"]) == 1
     assert "10 total, 10 failed" in capsys.readouterr().out
-
-
-@pytest.fixture
-def no_waiting():
-    """A command that waits for a pipe fails."""
-
-    def fail(*_):
-        raise AssertionError("the command waits")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def place_pipe(path):

@@ -24,6 +24,13 @@ def check_kind(config: dict[str, Any], name: str) -> None:
         )
     if kind != "janus":
         raise OspoError(f"model: {name} has model_type {kind!r}, expected 'janus' (JanusForConditionalGeneration)")
+    for key, accepted in (("text_config", dict), ("vision_config", dict), ("vq_config", dict), ("template_set", str)):
+        if not isinstance(value := config.get(key), (accepted, type(None))):
+            what = "an object" if accepted is dict else "a text"
+            raise OspoError(
+                f"model: {key} in the config.json of {name} is {value!r:.60}, expected {what}; save or download the "
+                "model again"
+            )
     text = config.get("text_config") or {}
     if text.get("model_type", "llama") != "llama":
         raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")

@@ -1,12 +1,14 @@
 """load_model: each kind of broken checkpoint gives an error of one line, and a LoRA folder gives the merged model."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from ospo_fast.config import model_family
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.models.janus import JanusUnifiedModel
@@ -66,6 +68,59 @@ def test_other_model_types(broken: Path) -> None:
     refuse(broken, "deepseek-community")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        (None, "text_config", ["x"], "text_config"),
+        (None, "text_config", "llama", "text_config"),
+        (None, "vq_config", 3, "vq_config"),
+        (None, "template_set", ["shapes"], "template_set"),
+        (None, "num_labels", 10**9, "num_labels"),
+        ("text_config", "num_attention_heads", 0, "cannot be loaded"),
+        ("text_config", "hidden_size", "x", "cannot be loaded"),
+        ("text_config", "num_hidden_layers", 10**7, "num_hidden_layers"),
+        ("text_config", "head_dim", 2**40, "q_proj"),
+        ("vision_config", "image_size", 10**9, "position_embedding"),
+        ("vq_config", "image_token_embed_dim", 10**7, "generation_head"),
+        ("vision_config", "num_hidden_layers", 10**7, "num_hidden_layers"),
+        ("vision_config", "depth", 10**7, "depth"),
+        ("vq_config", "num_res_blocks", 10**7, "num_res_blocks"),
+        ("vq_config", "channel_multiplier", [1] * 10**5, "channel_multiplier"),
+    ],
+)
+def test_hostile_values_of_a_config(
+    broken: Path, section: str | None, key: str, value: object, words: str, no_waiting: None
+) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (config if section is None else config[section])[key] = value
+    (broken / "config.json").write_text(json.dumps(config))
+    refuse(broken, words, str(broken), "again")
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model.safetensors", "tokenizer.json"])
+def test_pipes_in_a_model_folder(broken: Path, name: str, no_waiting: None) -> None:
+    (broken / name).unlink(missing_ok=True)
+    os.mkfifo(broken / name)
+    refuse(broken, name, "no regular file")
+
+
+def test_adapters_in_a_circle(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "c"), ("c", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": str(tmp_path / base)})
+        )
+    refuse(tmp_path / "a", "circle", "adapter_config.json", "fix base_model_name_or_path")
+    assert model_family(str(tmp_path / "a")) is None
+
+
+@pytest.mark.parametrize("base", [["x"], {"a": 1}, 5, "~no-such-user/x", "a\0b", "\ud800", "x" * 5000])
+def test_base_models_that_cannot_be_one(tmp_path: Path, base: object) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    refuse(tmp_path, "there is no folder")
+    assert model_family(str(tmp_path)) is None
+
+
 def test_config_that_does_not_fit_the_weights(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["text_config"]["hidden_size"] = 32
@@ -101,16 +156,26 @@ def test_missing_tokenizer(broken: Path) -> None:
 
 
 def test_unknown_devices(saved: Path) -> None:
-    for device in ("toaster", "cuda:99"):
-        with pytest.raises(UsageError, match="device"):
+    for device in ("toaster", "mps", "xpu", "meta", torch.device("meta"), ""):
+        with pytest.raises(UsageError, match=f"device: got '{device}', expected 'cpu' or 'cuda'"):
+            load_model(saved, device=device)
+    with pytest.raises(UsageError, match="device: got 'cuda:99'"):
+        load_model(saved, device="cuda:99")
+
+
+def test_an_index_of_a_device_that_is_not_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda:2", "cpu:1"):
+        with pytest.raises(UsageError, match=f"device: got '{device}', expected an index from 0 to"):
             load_model(saved, device=device)
 
 
 def test_dtypes(saved: Path) -> None:
     assert load_model(saved, dtype="bfloat16").dtype == torch.bfloat16
     assert load_model(saved, dtype=torch.float64).dtype == torch.float64
-    for dtype in ("float31", torch.int8):
-        with pytest.raises(UsageError, match="dtype"):
+    for dtype in ("float31", torch.int8, "float8_e4m3fn", torch.float8_e5m2, "complex64", "nn"):
+        with pytest.raises(UsageError, match=f"dtype: got '?{dtype}'?, expected one of float32, bfloat16"):
             load_model(saved, dtype=dtype)
 
 
