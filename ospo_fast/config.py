@@ -14,6 +14,7 @@ import io
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,15 +71,32 @@ def one_of(*choices: str) -> dict[str, Any]:
     return expect("one of " + ", ".join(choices), choices.__contains__)
 
 
+def up_to(limit: int | None) -> dict[str, Any]:
+    """Return the metadata of a field whose numbers have another limit than `MAX_INTEGER` and `FLOATS`. None: none."""
+    return {"limit": limit}
+
+
+# What a number may be where its field names no limit. Loops and lists of this many steps are never a user's intent,
+# and products and quotients of a few such floats are numbers of float32.
+MAX_INTEGER = 10**9
+FLOATS = 1e-20, 1e6
+MAX_BATCH = 2**20
 AT_LEAST_0 = expect("0 or more", lambda value: value >= 0)
 AT_LEAST_1 = expect("1 or more", lambda value: value >= 1)
+BATCH = AT_LEAST_1 | up_to(MAX_BATCH)
 ABOVE_0 = expect("above 0", lambda value: value > 0)
 BELOW_1 = expect("in [0, 1)", lambda value: 0 <= value < 1)
 PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
 BETAS = expect("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COUNTS = expect("numbers of 0 or more", lambda value: all(count >= 0 for count in value.values()))
 FOLDERS = expect("a list of folders", all)
-NOT_EMPTY = expect("a list of at least one number", bool)
+SCALES = expect("a list of at least one number, each 0 or more", lambda value: value and min(value) >= 0)
+SEEDS = SCALES | up_to(None)
+NAMES = expect(
+    "a list of at least one name of letters, digits, _ and dots, such as q_proj",
+    # Not more: what names match is found by a regular expression, and a run folder's own configuration may name them.
+    lambda value: value and all(re.fullmatch(r"[A-Za-z0-9_.]+", name) for name in value),
+)
 WINDOW = expect("0 (off), or 2 or more", lambda value: value == 0 or value >= 2)
 INDICES = expect(
     "a list of integers, or auto",
@@ -103,6 +121,18 @@ class Section:
                 raise UsageError(f"{key} should be finite, got {value!r}.")
             if accepts is not None and value is not None and not accepts(value):
                 raise UsageError(f"{key} should be {item.metadata['expected']}, got {value!r}.")
+            limit = item.metadata.get("limit", MAX_INTEGER)
+            if limit is not None and (expected := next(filter(None, (_unmet(n, limit) for n in values)), None)):
+                raise UsageError(f"{key} should be {expected}, got {shown(value)}.")
+
+
+def _unmet(number: Any, limit: int) -> str | None:
+    """Return what a number should be if it is too large to count to, or no normal number of float32; else None."""
+    if isinstance(number, int) and abs(number) > limit:
+        return f"at most {limit}" if number > 0 else f"at least {-limit}"
+    if isinstance(number, float) and number and not FLOATS[0] <= abs(number) <= FLOATS[1]:
+        return f"at most {FLOATS[1]:g} in size, and 0 or at least {FLOATS[0]:g}"
+    return None
 
 
 @dataclass
@@ -112,7 +142,7 @@ class TextConfig(Section):
     temperature: float | None = field(default=None, metadata=AT_LEAST_0)
     top_p: float | None = field(default=None, metadata=PROBABILITY)
     max_new_tokens: int | None = field(default=None, metadata=AT_LEAST_1)
-    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)  # sequences at once; None: as many as fit
+    batch_size: int | None = field(default=None, metadata=BATCH)  # sequences at once; None: as many as fit
 
 
 @dataclass
@@ -120,7 +150,7 @@ class PromptsConfig(TextConfig):
     """Stage 1. `counts`: number of prompts of each kind, in place of the template set's numbers."""
 
     counts: dict[str, int] = field(default_factory=dict, metadata=COUNTS)
-    samples_per_call: int = field(default=8, metadata=AT_LEAST_1)
+    samples_per_call: int = field(default=8, metadata=AT_LEAST_1 | up_to(2**16))
     # Calls after which the few-shot examples are replaced by own accepted answers.
     refresh_every: int = field(default=100, metadata=AT_LEAST_1)
     # Calls in a row without a new prompt after which the stage gives up on a kind.
@@ -144,12 +174,12 @@ class ImagesConfig(Section):
     """
 
     prompts: str = field(default="dense", metadata=one_of("dense", "plain"))
-    draws: int = field(default=1, metadata=AT_LEAST_1)
+    draws: int = field(default=1, metadata=AT_LEAST_1 | up_to(10**4))
     guidance_scale: float = field(default=5.0, metadata=AT_LEAST_0)
     temperature: float = field(default=1.0, metadata=ABOVE_0)
     top_k: int = field(default=0, metadata=AT_LEAST_0)  # 0: no limit
     top_p: float = field(default=1.0, metadata=PROBABILITY)
-    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)  # images at once; None: as many as fit
+    batch_size: int | None = field(default=None, metadata=BATCH)  # images at once; None: as many as fit
     # Codes per image that a step of Jacobi decoding may accept; 0: one code per step. Pays for a few images at once.
     jacobi_window: int = field(default=0, metadata=WINDOW)
 
@@ -163,7 +193,7 @@ class QuestionsConfig(TextConfig):
 class ScoreConfig(Section):
     """Stage 4, second half: p_yes and p_no of every question for every image."""
 
-    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)
+    batch_size: int | None = field(default=None, metadata=BATCH)
 
 
 @dataclass
@@ -181,7 +211,7 @@ class SelectConfig(Section):
     pairs: int = field(default=1, metadata=AT_LEAST_1)
     threshold: float = 0.6
     margin: float = 0.5
-    batch_size: int = field(default=8, metadata=AT_LEAST_1)
+    batch_size: int = field(default=8, metadata=BATCH)
 
 
 @dataclass
@@ -207,7 +237,7 @@ class MasksConfig(Section):
     scaler: float = field(default=0.8, metadata=ABOVE_0)  # of Otsu's threshold; the paper has 1.0
     match: str = field(default="offsets", metadata=one_of("offsets", "substring"))  # the official one: "substring"
     official: str | None = None  # mask folder of the official implementation, to use in place of own masks
-    batch_size: int = field(default=8, metadata=AT_LEAST_1)  # pairs at once
+    batch_size: int = field(default=8, metadata=BATCH)  # pairs at once
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,16 +256,16 @@ class TrainConfig(Section):
     """
 
     masks: str = field(default="stored", metadata=one_of("stored", "online"))
-    lora_rank: int = field(default=64, metadata=AT_LEAST_1)
+    lora_rank: int = field(default=64, metadata=AT_LEAST_1 | up_to(2**16))
     lora_alpha: int = field(default=128, metadata=AT_LEAST_1)
     lora_dropout: float = field(default=0.05, metadata=BELOW_1)
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata=expect("a list of at least one name", bool),
+        metadata=NAMES,
     )
     steps: int = field(default=1000, metadata=AT_LEAST_1)
-    batch_size: int = field(default=16, metadata=AT_LEAST_1)
-    accumulation: int = field(default=2, metadata=AT_LEAST_1)
+    batch_size: int = field(default=16, metadata=BATCH)
+    accumulation: int = field(default=2, metadata=BATCH)
     learning_rate: float = field(default=1e-5, metadata=ABOVE_0)
     min_learning_rate: float = field(default=1e-7, metadata=AT_LEAST_0)  # end of the cosine schedule
     schedule: str = field(default="cosine", metadata=one_of("cosine", "constant"))
@@ -254,10 +284,15 @@ class TrainConfig(Section):
     patience: int = field(default=3, metadata=AT_LEAST_1)  # evaluations without a better value before training stops
     max_pairs: int | None = field(default=None, metadata=AT_LEAST_1)
     max_pairs_per_kind: int | None = field(default=None, metadata=AT_LEAST_1)
-    loss: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict, metadata=up_to(None))  # `OSPOLossConfig` has its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batch_size * self.accumulation > MAX_BATCH:
+            raise UsageError(
+                f"train.batch_size and train.accumulation should be at most {MAX_BATCH} pairs of a step together, got "
+                f"{self.batch_size} times {self.accumulation}."
+            )
         self.loss = {name: value for name, value in self.loss.items() if value is not None}
         if not self.loss:
             return
@@ -283,9 +318,9 @@ class EvaluateConfig(Section):
     split: str = field(default="test", metadata=one_of("test", "validation"))
     per_kind: int = field(default=50, metadata=AT_LEAST_1)
     watch_per_kind: int = field(default=40, metadata=AT_LEAST_1)
-    guidance_scales: list[float] = field(default_factory=lambda: [5.0], metadata=NOT_EMPTY)
-    seeds: list[int] = field(default_factory=lambda: [0], metadata=NOT_EMPTY)
-    batch_size: int | None = field(default=None, metadata=AT_LEAST_1)
+    guidance_scales: list[float] = field(default_factory=lambda: [5.0], metadata=SCALES)
+    seeds: list[int] = field(default_factory=lambda: [0], metadata=SEEDS)
+    batch_size: int | None = field(default=None, metadata=BATCH)
 
 
 @dataclass
@@ -294,13 +329,13 @@ class Config(Section):
 
     model: str = "shapes"
     out: str = "ospo-out"
-    seed: int = 42
+    seed: int = field(default=42, metadata=up_to(None))
     device: str | None = None
     dtype: str | None = None
     templates: str | None = None  # a template set's name or file; None: the model's own
     read_from: list[str] = field(default_factory=list, metadata=FOLDERS)  # where records may name files, besides `out`
     preset: str = field(default="v3", metadata=one_of(*PRESETS))
-    iterations: int = field(default=1, metadata=AT_LEAST_1)
+    iterations: int = field(default=1, metadata=AT_LEAST_1 | up_to(10**4))
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)

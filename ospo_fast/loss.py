@@ -17,7 +17,7 @@ from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs
 from ospo_fast.ops._dispatch import result_dtype
 from ospo_fast.ops._logprob_call import prepare
 from ospo_fast.ops.cross_entropy import weighted_logprobs
-from ospo_fast.ops.token_weights import spread_weights
+from ospo_fast.ops.token_weights import MAX_TAPS, spread_weights
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,22 @@ class OSPOLossConfig:
         return cls(**_PRESETS[name])
 
 
+_MAX = 1e6  # of a coefficient: products with log-probabilities and with each other are numbers of float32
+
+
 def _unmet(name: str, value: Any) -> str:
     """What a field of `OSPOLossConfig` must be, if this value is not; else empty."""
     if name == "normalize":
         return "" if value in ("weights", "length") else "'weights' or 'length'"
     if name == "mask_blur":
-        odd = isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % 2 == 1
-        return "" if odd else "an odd number (1: no blur)"
+        odd = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_TAPS and value % 2 == 1
+        return "" if odd else f"an odd number (1: no blur), at most {MAX_TAPS}"
     if value is None and name.endswith("_cond"):
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "a finite number"
+    if abs(value) > _MAX:
+        return f"a number of at most {_MAX:g} in size"
     if name in ("beta", "beta_cond") and value <= 0:
         return "a positive number"
     if name.endswith(("_weight", "_alpha", "_gamma")) and value < 0:

@@ -1,5 +1,6 @@
 """Layers of the configuration, and errors for wrong keys and values."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -166,6 +167,22 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("train.max_pairs_per_kind=-1", "train.max_pairs_per_kind should be 1 or more"),
         ("train.eval_every=-1", "train.eval_every should be 0 or more"),
         ("train.lora_targets=[]", "train.lora_targets should be a list of at least one name"),
+        *[
+            (f"train.lora_targets=[q_proj, '{name}']", "train.lora_targets should be .* such as q_proj, got")
+            for name in ("", "(", "(?i)q_proj", "q_proj|", "(([a-z_.]*)*)*!", "q proj", "q_pröj", "a\nb")
+        ],
+        ("evaluate.seeds=[0, -1]", "evaluate.seeds should be a list of at least one number, each 0 or more, got"),
+        ("evaluate.guidance_scales=[-1]", "evaluate.guidance_scales should be .* each 0 or more, got"),
+        ("evaluate.guidance_scales=[1, 1e308]", r"evaluate.guidance_scales should be at most 1e\+06 in size"),
+        ("train.loss.mask_blur=1025", "train.loss.mask_blur is 1025, .* odd number .1: no blur., at most 1023"),
+        (f"train.loss.mask_blur={2**63 - 1}", "expected an odd number .1: no blur., at most 1023"),
+        ("train.loss.beta=1e308", r"train.loss.beta is 1e\+308, expected a number of at most 1e\+06 in size"),
+        ("train.loss.sft_weight='1e7'", "train.loss.sft_weight is .*, expected a number of at most"),
+        (
+            "train={batch_size: 1024, accumulation: 1025}",
+            "at most 1048576 pairs of a step together, got 1024 times 1025",
+        ),
+        ("prompts.counts={color1: 1000000001}", "prompts.counts should be at most 1000000000, got"),
         ("train.betas=[0.9,1]", r"train.betas should be two numbers in \[0, 1\)"),
         ("masks.skip_layers=-1", "masks.skip_layers should be 0 or more"),
         ("prompts.counts.color1=-1", "prompts.counts should be numbers of 0 or more"),
@@ -199,6 +216,37 @@ def test_wrong_overrides_are_named_in_one_line(override, words):
         load_config([override])
     assert re.search(words, str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+SEED_KEYS = {"seed", "evaluate.seeds"}  # any integer will do
+
+
+def numeric_keys(section, prefix=""):
+    """The dotted key of each field that holds numbers, and whether they are integers."""
+    for item in dataclasses.fields(section):
+        if dataclasses.is_dataclass(item.type):
+            yield from numeric_keys(item.type, f"{item.name}.")
+        elif found := re.search("int|float", str(getattr(item.type, "__name__", "") + str(item.type))):
+            yield prefix + item.name, found[0] == "int", "list" in str(item.type)
+
+
+@pytest.mark.parametrize(("key", "integer", "many"), list(numeric_keys(Config)))
+def test_every_number_has_a_limit(key, integer, many):
+    """No integer makes an endless loop, and no float leaves the range of float32."""
+    for value in (2**63 - 1, 10**9 + 1) if integer else (1e308, -1e308, 1.1e6, 1e-300):
+        text = f"{key}.color1={value}" if key == "prompts.counts" else f"{key}={[value] if many else value}"
+        if key in SEED_KEYS:
+            load_config([text])
+            continue
+        with pytest.raises(UsageError, match=rf"^{key} should be "):
+            load_config([text])
+
+
+def test_limits_accept_what_is_used():
+    large = ["train.batch_size=1048576", "train.accumulation=1", "train.steps=1000000000", "iterations=10000"]
+    large += ["images.draws=10000", "prompts.refresh_every=1000000000", "train.eps=1e-15", "train.loss.mask_blur=1023"]
+    assert load_config([*large, "images.guidance_scale=1e6"]).train.batch_size == 2**20
+    assert load_config(["train.lora_targets=[self_attn.q_proj, layers.0.mlp.up_proj]"]).train.lora_targets
 
 
 def test_the_environment_does_not_enter_by_a_file(tmp_path, monkeypatch):

@@ -104,6 +104,8 @@ def test_presets() -> None:
         ({"mask_alpha": -0.1}, "mask_alpha is -0.1"),
         ({"mask_gamma": -1}, "mask_gamma is -1"),
         ({"mask_blur": 4}, r"mask_blur is 4, expected an odd number \(1: no blur\)"),
+        ({"mask_blur": 1025}, "mask_blur is 1025, expected an odd number .*at most 1023"),
+        ({"beta": 1e308}, r"beta is 1e\+308, expected a number of at most 1e\+06 in size"),
         ({"mask_blur": 3.0}, "mask_blur is 3.0"),
         ({"label_smoothing": 0.7}, "label_smoothing is 0.7, expected 0 to 0.5"),
         ({"normalize": "sum"}, "normalize is 'sum', expected 'weights' or 'length'"),

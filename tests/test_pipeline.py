@@ -378,7 +378,6 @@ def test_folders_of_other_names_are_not_replacements(tmp_path):
 REFUSED = [
     ("train", "train.early_stopping=off"),
     ("train", "train.lora_targets=[q_proj,nothing]"),
-    ("train", "train.lora_targets=['(']"),
     ("masks", "masks.official=/nowhere"),
     ("masks", "masks.layers=[7]"),
     ("perturb", "prompts.exclude=/nowhere.txt"),

@@ -21,7 +21,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("guidance_scale", self.guidance_scale, "a number >= 0; 1 turns guidance off")
+        # A guided logit u + w·(c − u) of a larger scale may be no number of float32.
+        check_number("guidance_scale", self.guidance_scale, "a number from 0 to 1e6; 1 turns guidance off", 1e6)
         check_number("temperature", self.temperature, "a number >= 0; 0 takes the most likely token")
         if self.top_k < 0:
             raise UsageError(f"top_k: got {self.top_k}, expected an integer >= 0; 0 keeps all tokens")

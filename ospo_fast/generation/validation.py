@@ -32,9 +32,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_number(name: str, value: float, expected: str) -> None:
-    """Require a finite number of 0 or more."""
-    if not math.isfinite(value) or value < 0:
+def check_number(name: str, value: float, expected: str, limit: float = math.inf) -> None:
+    """Require a finite number of 0 or more, and at most `limit`."""
+    if not math.isfinite(value) or not 0 <= value <= limit:
         raise UsageError(f"{name}: got {value}, expected {expected}")
 
 

@@ -292,6 +292,7 @@ def test_bad_weights_fail_every_image(tiny: JanusUnifiedModel) -> None:
         ({"seeds": torch.tensor([2.0])}, r"seeds\[0\]: got 2\.0, expected an integer"),
         ({"seeds": torch.tensor([[7]])}, r"seeds\[0\]: got \[7\], expected an integer"),
         ({"guidance_scale": -0.5}, "guidance_scale"),
+        ({"guidance_scale": 1e7}, "guidance_scale"),
         ({"temperature": float("inf")}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
