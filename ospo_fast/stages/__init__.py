@@ -178,9 +178,9 @@ def _check_train(config: Config) -> None:
 
 
 def _check_lora(model: UnifiedModel, config: Config) -> None:
-    from ospo_fast.stages.train import check_lora_targets
+    from ospo_fast.stages.train import check_lora
 
-    check_lora_targets(model, config.train)
+    check_lora(model, config.train)
 
 
 def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:

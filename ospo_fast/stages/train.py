@@ -216,17 +216,24 @@ def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int
     return indices[:length]
 
 
-def check_lora_targets(model: UnifiedModel, settings: TrainConfig) -> None:
-    """Raise UsageError for an entry of `lora_targets` that matches no module of the decoder."""
-    names = [f".{name}" for name, _ in model.decoder.named_modules()]
+def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
+    """Raise UsageError for a target that names no linear layer of the decoder, or a rank above the widest target."""
+    modules = list(model.decoder.named_modules())
+    width = 0
     for target in settings.lora_targets:
-        try:
-            pattern = re.compile(rf".*\.(?:{target})")
-        except re.error as error:
-            raise UsageError(f"train.lora_targets: got {target!r}, which is no regular expression: {error}.") from None
-        if not any(map(pattern.fullmatch, names)):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names} - {""}))
-            raise UsageError(f"train.lora_targets: got {target!r}, expected names of modules of the decoder: {known}.")
+        found = [module for name, module in modules if f".{name}".endswith(f".{target}")]
+        if not found or not all(isinstance(module, nn.Linear) for module in found):
+            known = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
+            raise UsageError(
+                f"train.lora_targets: got {target!r}, expected names of linear layers of the decoder: "
+                f"{', '.join(known)}."
+            )
+        width = max(width, *(size for module in found for size in (module.in_features, module.out_features)))
+    if settings.lora_rank > width:
+        raise UsageError(
+            f"train.lora_rank: got {settings.lora_rank}, expected at most {width}, the width of the widest of "
+            f"train.lora_targets in {model.name}."
+        )
 
 
 def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
@@ -236,12 +243,13 @@ def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
     prefix = next((name for name, module in model.module.named_modules() if module is model.decoder), None)
     if prefix is None:
         raise OspoError(f"train: `decoder` of {model.name} should be a submodule of `module`; correct the model class.")
-    names = "|".join(settings.lora_targets)
+    start = f"{prefix}." if prefix else ""
+    names = "|".join(map(re.escape, settings.lora_targets))
     lora = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=rf"{prefix.replace('.', chr(92) + '.')}\..*\.({names})" if prefix else rf".*\.({names})",
+        target_modules=rf"{re.escape(start)}(?:.*\.)?({names})",
         bias="none",
     )
     return get_peft_model(model.module, lora)

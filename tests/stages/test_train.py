@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ospo_fast.config import load_config
-from ospo_fast.errors import Failure, OspoError, attempt
+from ospo_fast.errors import Failure, OspoError, UsageError, attempt
 from ospo_fast.loss import OSPOLoss
 from ospo_fast.models import load_model
 from ospo_fast.ops import Head
@@ -24,6 +24,8 @@ from ospo_fast.stages.checkpoints import write_checkpoint
 from ospo_fast.stages.masks import MaskExtractor
 from ospo_fast.stages.teacher_forcing import hidden_states
 from ospo_fast.stages.train import (
+    add_lora,
+    check_lora,
     load_examples,
     loss_config,
     make_batch,
@@ -240,6 +242,22 @@ def test_broken_and_foreign_checkpoints_are_refused(tiny, records, run_folder):
     with pytest.raises(OspoError, match=r"step-000003\.pt.*--no-resume"):
         start()
     start("train.learning_rate=2e-3", resume=False)
+
+
+def test_lora_targets_are_names_or_ends_of_names(tiny):
+    model = load_model(tiny)
+    settings = config("train.lora_targets=[layers.0.self_attn.q_proj, up_proj]").train
+    check_lora(model, settings)
+    adapted = {name for name, _ in add_lora(model, settings).named_parameters() if "lora_A" in name}
+    ends = ["0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.up_proj"]
+    assert sorted(adapted) == sorted(
+        f"base_model.model.model.language_model.layers.{end}.lora_A.default.weight" for end in ends
+    )
+    widest = config("train.lora_targets=[q_proj]", "train.lora_rank=32").train
+    check_lora(load_model(tiny), widest)
+    widest.lora_rank += 1
+    with pytest.raises(UsageError, match=r"train\.lora_rank: got 33, expected at most 32, the width of the widest"):
+        check_lora(load_model(tiny), widest)
 
 
 def test_early_stopping_keeps_the_best(tiny, records, run_folder):
