@@ -130,7 +130,7 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
     evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
     _silence_libraries()
     pipeline = Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
-    exclude_held_out_prompts(pipeline, writes_prompts=any(stage.inputs(config) is None for stage in stages))
+    exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)])
     return pipeline
 
 

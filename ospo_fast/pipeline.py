@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast import restarts
-from ospo_fast.config import Config, dump_config, saved_path
+from ospo_fast.config import Config, MasksConfig, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
@@ -186,6 +186,7 @@ class Pipeline:
     ) -> None:
         self.config, self.resume, self.shard, self.progress = config, resume, shard, progress
         self.evaluation = evaluation
+        self._later: Sequence[str] = ()  # in a run, the stages after the present one
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
 
@@ -239,10 +240,30 @@ class Pipeline:
                     f"masks.{name}: got {given}, expected indices from {-count} to {count - 1}; {model.name} has "
                     f"{count} {name}."
                 )
+        skip = settings.skip_layers
+        # The default fits the published models; on a smaller one all layers are averaged.
+        if settings.layers is None and 2 * skip >= counts["layers"] and skip != MasksConfig.skip_layers:
+            raise UsageError(
+                f"masks.skip_layers: got {skip}, expected less than half of the {counts['layers']} layers of "
+                f"{model.name}; or name the layers, as in masks.layers=[0]."
+            )
 
-    def prepare(self, iteration: int = 1) -> None:
-        """Load the model and check the request to the first stage. Writes nothing."""
+    def prepare(self, iteration: int = 1, stages: Sequence[str] = ()) -> None:
+        """Load the model, and check the request to the first stage and the settings of `stages`. Writes nothing."""
+        for name in stages:
+            self._check_request(find_stage(name), self.config)
         STAGES[0].plan(self.model(iteration), self.config, self.shard)
+        self._check_model(self.config, iteration, stages)
+
+    def _check_model(self, config: Config, iteration: int, stages: Sequence[str]) -> None:
+        """Raise UsageError for settings of stages that the model does not allow. It is loaded if one of them needs it.
+
+        Before a stage of a run begins, this is called for all later ones too: nothing should run for hours, and then
+        be refused.
+        """
+        for stage in map(find_stage, stages):
+            if stage.enabled(config) and stage.needs_model(config):
+                stage.check_model(self.model(iteration), config)
 
     def run(
         self, stages: Sequence[str] | None = None, *, on_report: Callable[[StageReport], object] | None = None
@@ -263,15 +284,21 @@ class Pipeline:
         for iteration in range(1, self.config.iterations + 1):
             for name in names:
                 self._check(find_stage(name), iteration, run=True, over=over)
+        if over:  # which deletes what an earlier such run has made
+            self.prepare(stages=names)
         return self._start_over(work, names, on_report) if over else self._stages(names, on_report)
 
     def _stages(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
         reports = []
-        for iteration in range(1, self.config.iterations + 1):
-            for name in names:
-                reports.append(self.stage(name, iteration))
-                if on_report is not None:
-                    on_report(reports[-1])
+        try:
+            for iteration in range(1, self.config.iterations + 1):
+                for index, name in enumerate(names, 1):
+                    self._later = names[index:]
+                    reports.append(self.stage(name, iteration))
+                    if on_report is not None:
+                        on_report(reports[-1])
+        finally:
+            self._later = ()
         return reports
 
     def _start_over(
@@ -329,7 +356,8 @@ class Pipeline:
             process(stage, out, out, config, settings, report)
             return report
         with restarts.exclusive(out, replaced, self.shard):
-            if not self.resume:
+            if not self.resume and work.exists():
+                self._check_model(config, iteration, [name])
                 delete(work)
             try:
                 process(stage, out, work, config, settings, report)
@@ -361,15 +389,9 @@ class Pipeline:
             restarts.refuse_links(out)
         if stage.folder is not None:
             restarts.refuse_links(out / stage.folder)
-        if config.templates is not None:
-            from ospo_fast.stages.templates import load_templates
-
-            load_templates(config.templates)
-        stage.check(config)
-        if stage.counts_steps and config.train.eval_every:
-            self._check_early_stopping()
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
-            return config, {}  # the run will train the model that this iteration starts from
+            return config, {}  # the run will train its model; what can be checked was checked for the first iteration
+        self._check_request(stage, config)
         settings = self._settings(stage, config, iteration)
         continues = self._continues_stage(restarts.folder(out, stage, self.shard), name, settings)
         own = self.resume and not continues and not over
@@ -380,6 +402,16 @@ class Pipeline:
                 f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
             )
         return config, settings
+
+    def _check_request(self, stage: Stage, config: Config) -> None:
+        """Check the settings of a stage that need neither its folder nor the model."""
+        if config.templates is not None:
+            from ospo_fast.stages.templates import load_templates
+
+            load_templates(config.templates)
+        stage.check(config)
+        if stage.counts_steps:
+            self._check_early_stopping()
 
     def _items(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
@@ -408,8 +440,7 @@ class Pipeline:
             _warn(name, failed, len(failed))
             return
         model = self.model(report.iteration) if stage.needs_model(config) and not complete else None
-        if model is not None:
-            stage.check_model(model, config)
+        self._check_model(config, report.iteration, self._later if complete else [name, *self._later])
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
         self._begin(work, stage, settings)
@@ -454,7 +485,7 @@ class Pipeline:
             return
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         model = self.model(report.iteration)
-        stage.check_model(model, config)
+        self._check_model(config, report.iteration, [stage.name, *self._later])
         with only_writer(folder):
             self._begin(work, stage, settings)
             with self._measured(work, report), self._bar(stage, config.train.steps) as bar:

@@ -162,6 +162,21 @@ def test_layers_and_heads_that_the_model_lacks(refused, tiny, command, name, run
     assert contents(run_folder) == before
 
 
+LATE = {  # what only late stages use
+    "train.lora_targets=[nothing]": "train.lora_targets: got 'nothing', expected names of linear layers of the decoder",
+    "train.lora_rank=60000": "train.lora_rank: got 60000, expected at most",
+    "train.early_stopping=nope": "train.early_stopping: got 'nope', expected null or a metric of the evaluation: align",
+    "masks.official=/nowhere": "masks.official: got '/nowhere', expected the folder",
+    "prompts.file_kind=nothing": "prompts.file_kind: the template set 'shapes' has no kind 'nothing'",
+}
+
+
+@pytest.mark.parametrize("setting", LATE)
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_settings_of_late_stages_are_refused_before_anything_is_written(refused, tiny, command, setting):
+    refused(2, LATE[setting], command, setting, "train.eval_every=0", "--model", tiny)
+
+
 def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, script):
     """One broken image fails its own item only. The command fails when every item does."""
     out = shutil.copytree(run_folder, tmp_path / "run")

@@ -378,13 +378,24 @@ def test_folders_of_other_names_are_not_replacements(tmp_path):
 REFUSED = [
     ("train", "train.early_stopping=off"),
     ("train", "train.lora_targets=[q_proj,nothing]"),
+    ("train", "train.lora_targets=[q_proj,mlp]"),  # no linear layer
+    ("train", "train.lora_targets=[input_layernorm]"),
+    ("train", "train.lora_targets=[proj]"),  # neither a name nor the end of one after a dot
+    ("train", "train.lora_targets=[..]"),
+    ("train", "train.lora_rank=60000"),
+    ("train", "train.early_stopping=off train.eval_every=0"),
     ("masks", "masks.official=/nowhere"),
     ("masks", "masks.layers=[7]"),
+    ("masks", "masks.layers=null masks.skip_layers=1"),
     ("perturb", "prompts.exclude=/nowhere.txt"),
     ("prompts", "prompts.file=/nowhere.txt"),
-    ("prompts", "prompts.counts={nothing: 3}"),
+    ("prompts", "prompts.counts.nothing=3"),
     ("questions", "templates=nothing"),
+    ("prompts", "prompts.file_kind=nothing"),
     ("run", "train.early_stopping=off"),
+    ("run", "train.lora_targets=[nothing]"),
+    ("run", "train.lora_rank=60000"),
+    ("run", "prompts.file_kind=nothing"),
     ("run", "masks.official=/nowhere"),
     ("run", "prompts.exclude=/nowhere.txt"),
 ]
@@ -400,10 +411,55 @@ def test_refused_settings_change_nothing(whole, tiny, script, tmp_path, stage, s
 
     evaluation.metrics = ("alignment",)
     before = {path: path.read_bytes() if path.is_file() else None for path in out.rglob("*")}
-    run = pipeline(tiny, out, "train.eval_every=1", setting, resume=False, evaluation=evaluation)
+    run = pipeline(tiny, out, "train.eval_every=1", *setting.split(" "), resume=False, evaluation=evaluation)
     with pytest.raises(UsageError):
         run.run() if stage == "run" else run.stage(stage)
     assert {path: path.read_bytes() if path.is_file() else None for path in out.rglob("*")} == before
+
+
+def tree(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("setting", ["train.lora_targets=[nothing]", "train.lora_rank=60000"])
+def test_a_run_checks_later_stages_before_the_first_begins(whole, tiny, script, tmp_path, setting):
+    with pytest.raises(UsageError, match="got"):
+        pipeline(tiny, tmp_path / "new", setting).run()
+    assert not (tmp_path / "new").exists()
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for name in ("select.jsonl", "masks.jsonl", "train/done.json"):  # select itself needs no model
+        (out / name).unlink()
+    saved = json.loads((out / "settings.json").read_text())
+    del saved["train"]
+    (out / "settings.json").write_text(json.dumps(saved))
+    before = tree(out)
+    run = pipeline(tiny, out, setting)
+    with pytest.raises(UsageError, match="got"):
+        run.run()
+    assert tree(out) == before
+    assert run.stage("select").items == 12  # which does not depend on it
+
+
+@pytest.mark.parametrize("stage", ["train", "run"])
+def test_a_refused_setting_keeps_what_had_started_over(whole, tiny, script, tmp_path, stage):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / ".restart.train" / "train").mkdir(parents=True)
+    (out / ".restart" / "train").mkdir(parents=True)
+    before = tree(out)
+    run = pipeline(tiny, out, "train.lora_targets=[nothing]", resume=False)
+    with pytest.raises(UsageError, match=r"train\.lora_targets: got 'nothing', expected names of linear layers"):
+        run.run() if stage == "run" else run.stage(stage)
+    assert tree(out) == before
+
+
+def test_many_iterations_are_checked_once(tiny, script, tmp_path, monkeypatch):
+    calls = stop_at(monkeypatch, ospo_fast.stages.templates, "load_templates", 100)
+    stop_at(monkeypatch, Pipeline, "stage", 1)
+    with pytest.raises(StoppedError):
+        pipeline(tiny, tmp_path / "out", "iterations=10000", "templates=shapes").run()
+    assert len(calls) <= len(STAGE_NAMES)
 
 
 @pytest.mark.parametrize("resume", [True, False])

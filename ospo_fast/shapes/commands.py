@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from ospo_fast.models import find_model
 
 if TYPE_CHECKING:
     from ospo_fast.pipeline import Pipeline
+    from ospo_fast.stages import Stage
     from ospo_fast.stages.train import Evaluation
 
 
@@ -25,25 +27,30 @@ def require_shapes(config: Config) -> None:
 
 
 def build_evaluation(config: Config) -> Evaluation | None:
-    """Return the evaluation of training: alignment on validation prompts. None if training is not to evaluate."""
-    if not config.train.eval_every:
+    """Return the evaluation of training: alignment on validation prompts. None for a model of another world.
+
+    Raises UsageError for such a model if training is to evaluate. If it is not, the metrics still have their names.
+    """
+    if config.train.eval_every:
+        require_shapes(config)
+    elif model_family(config.model) != "shapes":
         return None
-    require_shapes(config)
     from ospo_fast.shapes.evaluate import build_validation
 
     return build_validation(config.evaluate, config.images.guidance_scale)
 
 
-def exclude_held_out_prompts(pipeline: Pipeline, *, writes_prompts: bool) -> None:
+def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
     """Keep a run on the Shapes world from using the evaluation prompts. A run that writes prompts saves their list."""
     config = pipeline.config
     if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
         return
     path = Path(config.out) / "held_out.txt"
-    if writes_prompts and not path.exists():
+    if any(stage.inputs(config) is None for stage in stages) and not path.exists():
         from ospo_fast.shapes.scenes import write_held_out_prompts
 
-        pipeline.prepare()  # raises, before anything is written, where the model does not load
+        # Raises, before anything is written, where the model does not load or a setting is wrong.
+        pipeline.prepare(stages=[stage.name for stage in stages])
         write_held_out_prompts(path)
     if path.exists():
         config.prompts.exclude = str(path)

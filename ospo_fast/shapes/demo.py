@@ -76,7 +76,8 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     out = Path(config.out)
     base = load_model(config.model, device=config.device, dtype=config.dtype)
     pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
-    pipeline.prepare()  # a wrong request fails before anything is written
+    pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
+    pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written
     write_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()

@@ -113,6 +113,8 @@ def plan_counts(model: UnifiedModel, config: Config, shard: Shard | None = None)
             raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
         _read_file(config, templates, model)
         return {}
+    if config.prompts.file_kind is not None:  # it has no effect, but a wrong word is a mistake
+        _check_kind("prompts.file_kind", config.prompts.file_kind, templates)
     counts = _all_counts(templates, config)
     kinds = list(counts) if shard is None else list(counts)[shard.index :: shard.count]
     return {kind: counts[kind] for kind in kinds}
