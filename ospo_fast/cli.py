@@ -49,10 +49,21 @@ def _option(*flags: str, **settings: Any) -> _Parser:
     return parser
 
 
+def _name(text: str) -> str:
+    """Return a name of a model, file or folder. An empty one, of a variable that is not set, is no choice of these."""
+    if not text:
+        raise argparse.ArgumentTypeError("got '', expected a name of at least one character; leave the option out")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
 _SHARED = (
-    _option("--model", help="embedded model 'shapes' (default), a folder, a LoRA folder or a hub name"),
-    _option("--config", type=Path, help="YAML file of settings"),
-    _option("--out", type=Path, help=f"run folder (default: {DEFAULT_OUT})"),
+    _option("--model", type=_name, help="embedded model 'shapes' (default), a folder, a LoRA folder or a hub name"),
+    _option("--config", type=_path, help="YAML file of settings"),
+    _option("--out", type=_path, help=f"run folder (default: {DEFAULT_OUT})"),
     _option(
         "--seed",
         type=int,
@@ -73,7 +84,7 @@ _OPTIONS = {
     "iteration": _option("--iteration", type=int, default=1, help="iteration of self-improvement (default: 1)"),
     "shard": _option("--shard", metavar="i/n", help="process part i of n of the items, i from 0"),
     "prompts": _option(
-        "--prompts", "--from-file", dest="prompts_file", type=Path, metavar="FILE", help="your prompts, one per line"
+        "--prompts", "--from-file", dest="prompts_file", type=_path, metavar="FILE", help="your prompts, one per line"
     ),
     "masks": _option(
         "--masks",
@@ -236,6 +247,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    if args.operand == "":
+        raise UsageError("report: got '' for FOLDER, expected a run folder; leave it out for --out.")
     folder = Path(args.operand or args.out or DEFAULT_OUT)
     if not folder.is_dir():
         raise UsageError(f"There is no run folder {folder}; make one with `ospo-fast run --out {folder}`.")

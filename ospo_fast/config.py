@@ -114,6 +114,8 @@ class Section:
             key = f"{section}.{item.name}".lstrip(".")
             if isinstance(value, str):
                 check_text(key, value)
+                if not value:  # as a path it would be the current folder
+                    raise UsageError(f"{key} should be a text of at least one character, got ''; delete the setting.")
             values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
             if any(isinstance(inner, (list, dict)) for inner in values):  # OmegaConf lets them pass in list[int]
                 raise UsageError(f"{key} should hold plain values, got {shown(value)}.")

@@ -71,6 +71,26 @@ def test_commands_without_settings(refused, command):
     refused(2, f"{command} takes no settings, got 'images.top_k=2'", command, "images.top_k=2")
 
 
+@pytest.mark.parametrize("option", ["--model", "--out", "--config", "--prompts"])
+def test_empty_names(refused, tiny, option):
+    """Of a shell variable that is not set. They name neither the default nor the current folder."""
+    command, name = ("prompts", "--prompts/--from-file") if option == "--prompts" else ("images", option)
+    for given in ([option, ""], [f"{option}="]):
+        words = f"{name}: got '', expected a name of at least one character; leave the option out"
+        refused(2, words, command, "--model", tiny, *given)
+
+
+def test_empty_names_of_the_settings(refused, tiny):
+    refused(2, "out should be a text of at least one character", "images", "--model", tiny, "out=''")
+    refused(2, "model should be a text of at least one character", "images", "model=''")
+    refused(2, "report: got '' for FOLDER", "report", "")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "demo"])
+def test_negative_sampling_seeds(refused, tiny, command):
+    refused(2, "evaluate.seeds should be a list of", command, "--model", tiny, "evaluate.seeds=[-1]")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_missing_checkpoint(refused, command):
     refused(1, "there is no folder './nothing'", command, "--model", "./nothing")

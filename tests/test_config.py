@@ -115,6 +115,9 @@ def test_config_of_an_older_run_loads(tmp_path):
             load_config(saved=saved)
 
 
+TEXTS = ("model", "out", "device", "templates", "prompts.exclude", "prompts.file", "masks.official")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -146,6 +149,8 @@ def test_config_of_an_older_run_loads(tmp_path):
         ("perturb.temperature=-1", "perturb.temperature should be 0 or more, got -1"),
         ("train.betas=[1]", "train.betas should be two numbers"),
         ("evaluate.seeds=[]", "evaluate.seeds should be a list of at least one number"),
+        ("evaluate.seeds=[0,-1]", r"evaluate.seeds should be .* number, each 0 or more, got \[0, -1\]"),
+        *((f"{key}=''", f"^{key} should be a text of at least one character, got ''") for key in TEXTS),
         ("prompts.counts.color1=many", "could not be converted"),
         ("noequals", "key=value"),
         ("seed=${oc.env:HOME}", r"seed: got '\$\{oc.env:HOME\}', expected a plain value"),
