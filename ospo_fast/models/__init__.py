@@ -245,6 +245,23 @@ def _base_model(folder: Path) -> str:
     return str(base)
 
 
+def _check_ranks(folder: Path) -> None:
+    """Raise OspoError if a rank in adapter_config.json is above every size in the adapter's weights.
+
+    peft fills matrices of that rank at random before it compares them with the weights.
+    """
+    path = folder / "adapter_config.json"
+    config, shapes = _read_json(path), _tensor_shapes(sorted(folder.glob("*.safetensors")))
+    largest = max((size for shape in shapes.values() for size in shape), default=None)
+    pattern = config.get("rank_pattern")
+    for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
+        if largest is not None and isinstance(rank, (int, float)) and rank > largest:
+            raise OspoError(
+                f"model: {path} has the rank {rank}, expected at most {largest}, the largest size in the adapter's "
+                "weights; save or download the adapter again"
+            )
+
+
 def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
     base = _base_model(folder)
     model = load_model(base, device=device, dtype=dtype)
@@ -252,5 +269,6 @@ def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> Jan
     import peft
 
     with _loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
+        _check_ranks(folder)
         module = peft.PeftModel.from_pretrained(model.module, str(folder)).merge_and_unload()
     return model.with_module(module.eval(), name=str(folder))

@@ -201,6 +201,15 @@ def test_lora_folder_gives_the_merged_model(saved: Path, tmp_path: Path) -> None
     assert changed == 4  # two layers, two projections
 
 
+@pytest.mark.parametrize("changes", [{"r": 10**5}, {"rank_pattern": {"q_proj": 10**5}}])
+def test_ranks_that_the_weights_of_an_adapter_do_not_have(
+    saved: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    save_adapter(saved, tmp_path)
+    edit(tmp_path / "adapter_config.json", **changes)
+    refuse(tmp_path, "adapter_config.json has the rank 100000, expected at most 96")
+
+
 def test_broken_adapters(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     save_adapter(saved, folder)
