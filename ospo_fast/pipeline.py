@@ -279,7 +279,7 @@ class Pipeline:
         out = self.folder()
         restarts.finish(out, out)
         work = restarts.folder(out)
-        over = self._continues(work) if self.resume else bool(restarts.made_by_run(out))
+        over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
         over = over and self.shard is None and STAGES[0].name in names
         for iteration in range(1, self.config.iterations + 1):
             for name in names:
@@ -320,7 +320,11 @@ class Pipeline:
             self._models[str(self._trained(self.config.iterations))] = model
         return reports
 
-    def _continues(self, work: Path) -> bool:
+    def save_config(self, work: Path) -> None:
+        """Write the configuration to a folder in which the run, or a part of it, starts over."""
+        write_atomic(work / "config.yaml", self._config_text())
+
+    def continues(self, work: Path) -> bool:
         """Return whether a folder holds an unfinished run that starts over, with this configuration."""
         path = work / "config.yaml"
         return path.is_file() and path.read_bytes() == self._config_text()

@@ -18,15 +18,27 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ospo_fast import restarts
 from ospo_fast._version import __version__
-from ospo_fast.config import Config, EvaluateConfig
+from ospo_fast.config import Config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.files import locate, open_image, regular
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
-from ospo_fast.records import Record, iter_pairs, parse_json, write_atomic, write_json
+from ospo_fast.records import (
+    Record,
+    delete,
+    iter_pairs,
+    os_errors,
+    parse_json,
+    read_json,
+    shown,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
@@ -56,7 +68,8 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
 
     Args:
         config: of a run on a model of the Shapes world. `prompts.exclude` is set, in place, to the held-out prompts.
-        resume: continue from the content of the run folder.
+        resume: continue from the content of the run folder. False: start over; the old results go when the new ones are
+            whole. A demo that starts over and was interrupted is continued by the same call with `resume=True`.
         progress: show progress bars on stderr.
 
     Returns:
@@ -81,10 +94,10 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     write_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
-    results = _Evaluations(out / "evaluation", config.evaluate, resume=resume, progress=progress)
+    results = _Evaluations(pipeline, progress=progress)
     scale, scales = results.guidance("base", base)
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
-    if resume:
+    if resume and not results.starts_over:  # else these folders have the training that is replaced
         _check_validation_scale(folders, scale)
     before = results.alignment("base", base, sorted({1.0, scale}))
     vqa = results.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))
@@ -132,8 +145,9 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         "stages": stage_metrics(*folders),
         "versions": _versions(),
     }
-    write_gallery(out, before[scale], after[scale])
+    write_gallery(results.folder, before[scale], after[scale])
     summary["seconds"] = round(results.add_seconds(time.perf_counter() - started), 1)
+    results.put_in_place()
     write_json(out / "summary.json", summary)
     write_report(out)
     return summary
@@ -156,21 +170,51 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
 
 
 class _Evaluations:
-    """Results of evaluations, kept in a folder so that a resumed demo does not compute them again.
+    """Results of evaluations, kept in `evaluation/` so that a resumed demo does not compute them again.
 
-    The name of a file ends in a digest of the weights and settings that it belongs to.
+    The name of a file ends in a digest of the weights and settings that it belongs to. A demo that starts over writes
+    to a hidden folder, which takes the place of `evaluation/` at the end; its config.yaml tells who continues it.
+
+    Raises OspoError for a broken file and for links among the folders.
     """
 
-    def __init__(self, folder: Path, settings: EvaluateConfig, *, resume: bool, progress: bool) -> None:
-        self.folder = folder
+    def __init__(self, pipeline: Pipeline, *, progress: bool) -> None:
+        settings, out = pipeline.config.evaluate, pipeline.folder()
         self.scales = [float(scale) for scale in settings.guidance_scales]
         self.options: dict[str, Any] = {
             "per_kind": settings.per_kind, "seeds": list(settings.seeds), "batch_size": settings.batch_size
         }  # fmt: skip
         self.progress = progress
-        if not resume:
-            for path in folder.glob("*.*"):
-                path.unlink()
+        self._place, work = out / "evaluation", out / f"{restarts.PREFIX}.evaluation"
+        for folder in (self._place, work):
+            restarts.refuse_links(folder)
+        self.starts_over = pipeline.continues(work) if pipeline.resume else self._place.exists()
+        self.folder = work if self.starts_over else self._place
+        if not pipeline.resume:
+            delete(work)
+        for path in sorted(self.folder.glob("*.json")):  # a broken one is found before anything is evaluated
+            self._read(path)
+        if self.starts_over and not work.exists():
+            pipeline.save_config(work)
+
+    def put_in_place(self) -> None:
+        """Let the results of a demo that starts over, which are whole, replace the old ones."""
+        if self.starts_over:
+            with os_errors("replace", self._place):
+                delete(self._place)  # a process that is killed here leaves the new results, to be continued
+                self.folder.replace(self._place)
+                sync_folder(self._place.parent)
+                delete(self._place / "config.yaml")
+            self.folder, self.starts_over = self._place, False
+
+    @staticmethod
+    def _read(path: Path) -> Any:
+        """Return the content of a JSON file. Raises OspoError unless it has the form that its name tells."""
+        value, name = read_json(path, None), path.stem.rpartition("-")[0] or path.stem
+        known = next((form for ending, form in _FORMS.items() if name.endswith(ending)), None)
+        if known is not None and not known[1](value):
+            raise OspoError(f"{path}: got {shown(value)}, expected {known[0]}; delete the file to evaluate again.")
+        return value
 
     def _path(self, name: str, model: UnifiedModel, ending: str) -> Path:
         # The guidance scales decide at which of them the model's own images are made that it answers questions about.
@@ -183,9 +227,10 @@ class _Evaluations:
     def get(self, name: str, model: UnifiedModel, compute: Callable[[], Any]) -> Any:
         """Return a result that JSON can hold."""
         path = self._path(name, model, "json")
-        if not path.exists():
-            write_json(path, compute())
-        return parse_json(regular(path).read_bytes())
+        if path.exists():
+            return self._read(path)
+        write_json(path, compute())
+        return read_json(path, None)
 
     def guidance(self, name: str, model: UnifiedModel) -> tuple[float, dict[str, dict[str, float]]]:
         """Return the model's best guidance scale on validation prompts, and the headline at every scale."""
@@ -198,6 +243,8 @@ class _Evaluations:
 
     def alignment(self, name: str, model: UnifiedModel, scales: Sequence[float]) -> dict[float, AlignmentResult]:
         """Return the results on test prompts at each guidance scale."""
+        selected = evaluate.select_prompts("test", self.options["per_kind"])
+        prompts, seeds = tuple(description.text for _, description in selected), tuple(self.options["seeds"])
         found = {}
         for scale in scales:
             path = self._path(f"{name}_{scale}", model, "npz")
@@ -206,15 +253,51 @@ class _Evaluations:
                     model, guidance_scale=scale, **self.options, progress=self.progress
                 )
                 result.save(path)
-            found[scale] = AlignmentResult.load(path)
+            result = AlignmentResult.load(path)
+            if (result.split, result.guidance_scale, result.seeds, result.prompts) != ("test", scale, seeds, prompts):
+                raise OspoError(
+                    f"{path} holds an evaluation of other prompts, seeds or guidance than its name tells; delete the "
+                    "file to evaluate again."
+                )
+            found[scale] = result
         return found
 
     def add_seconds(self, seconds: float) -> float:
         """Return the seconds of this call and of those before it."""
         path = self.folder / "seconds.json"
-        before = parse_json(regular(path).read_bytes()) if path.exists() else 0.0
+        before = self._read(path) if path.exists() else 0.0
         write_json(path, before + seconds)
         return float(before + seconds)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15
+
+
+def _are_metrics(value: object, names: Sequence[str]) -> bool:
+    """Return whether all of `names` are numbers. A mean of nothing is saved as null."""
+    return isinstance(value, dict) and all(name in value for name in names) and all(
+        inner is None or _is_number(inner) for inner in value.values()
+    )  # fmt: skip
+
+
+def _is_guidance(value: object) -> bool:
+    if not (isinstance(value, list) and len(value) == 2 and _is_number(value[0]) and isinstance(value[1], dict)):
+        return False
+    best, scales = value
+    return str(float(best)) in scales and all(_are_metrics(row, ["alignment"]) for row in scales.values())
+
+
+# What a file of `evaluation/` whose name ends so holds, in words and as a check.
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "_guidance": ("the best guidance scale and the metrics at every scale", _is_guidance),
+    "vqa_rendered": (
+        "the accuracy of all answers and of each kind",
+        lambda value: _are_metrics(value, ["all", *evaluate.QUESTION_KINDS]),
+    ),
+    "vqa_own": ("the accuracy of all answers", lambda value: _are_metrics(value, ["all"])),
+    "seconds": ("a number of seconds", _is_number),
+}
 
 
 def _by_kind(before: AlignmentResult, after: AlignmentResult) -> dict[str, dict[str, float]]:
@@ -304,8 +387,11 @@ def mask_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
     }
 
 
-def write_gallery(out: Path, before: AlignmentResult, after: AlignmentResult) -> None:
-    """Write evaluation/gallery.jsonl and its images: the first prompts of each kind, with the first seed."""
+def write_gallery(folder: Path, before: AlignmentResult, after: AlignmentResult) -> None:
+    """Write gallery.jsonl and its images to a folder that is, or will be, `evaluation/` of a run folder.
+
+    It holds the first prompts of each kind, with the first seed.
+    """
     lines = []
     taken: dict[str, int] = {}
     for index, (kind, prompt) in enumerate(zip(before.kinds, before.prompts, strict=True)):
@@ -314,11 +400,11 @@ def write_gallery(out: Path, before: AlignmentResult, after: AlignmentResult) ->
             continue
         line: dict[str, Any] = {"prompt": prompt, "kind": kind}
         for name, result in (("before", before), ("after", after)):
-            path = f"evaluation/images/{index:04d}_{name}.png"
-            write_atomic(out / path, encode_png(result.images[index * len(result.seeds)]))
-            line[name] = {"path": path, "correct": bool(result.correct[index, 0])}
+            path = f"images/{index:04d}_{name}.png"
+            write_atomic(folder / path, encode_png(result.images[index * len(result.seeds)]))
+            line[name] = {"path": f"evaluation/{path}", "correct": bool(result.correct[index, 0])}
         lines.append(json.dumps(line))
-    write_atomic(out / "evaluation" / "gallery.jsonl", ("\n".join(lines) + "\n").encode())
+    write_atomic(folder / "gallery.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The shipped checkpoint, and a small demo."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -221,6 +222,94 @@ def test_demo_follows_the_settings_of_the_evaluation(
     assert seen == [("validation", before, 5), *(("test", scale, 5) for scale in sorted({1.0, before}))]
     with pytest.raises(UsageError, match=f"got scales of which 4 is best .* expected scales of which {before:g} is"):
         demo.run(settings("evaluate.guidance_scales=[4]"), progress=False)
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    """All files of a run folder, without those that start over."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {str(name): path.read_bytes() for name, path in paths.items() if not name.parts[0].startswith(".")}
+
+
+@pytest.mark.parametrize("at", ["evaluation", "run"])
+def test_interrupted_restart_keeps_the_old_results(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The same call without `resume=False` continues it. Its evaluations, of other settings, are not made twice."""
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (out / "evaluation" / "x.d").mkdir()
+    before = visible(out)
+
+    def config() -> Config:
+        return load_config([*SMALL, f"out={out}", "evaluate.per_kind=2", "evaluate.guidance_scales=[4]"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((evaluate, "evaluate_answers") if at == "evaluation" else (Pipeline, "run")), stop)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(config(), resume=False, progress=False)
+    assert visible(out) == before
+    seen: list[int] = []
+    monkeypatch.setattr(Pipeline, "run", stop)
+    monkeypatch.setattr(evaluate, "evaluate_alignment", lambda *_, **__: seen.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(config(), progress=False)
+    assert seen == []
+    assert visible(out) == before
+
+
+def test_whole_restart_replaces_the_evaluations(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (out / "evaluation" / "old.npz").write_bytes(b"")
+    (out / "evaluation" / "seconds.json").write_text('"x"')  # nothing of what goes is read
+    monkeypatch.setattr(Pipeline, "run", lambda *_: [])  # its own restart is tested elsewhere
+    demo.run(load_config([*SMALL, f"out={out}", "evaluate.per_kind=2"], family="shapes"), resume=False, progress=False)
+    names = {path.name for path in (out / "evaluation").iterdir()}
+    assert {"gallery.jsonl", "images", "seconds.json"} <= names
+    assert not {"old.npz", "config.yaml"} & names
+    assert not (out / ".restart.evaluation").exists()
+    for line in (out / "evaluation" / "gallery.jsonl").read_text().splitlines():
+        assert (out / json.loads(line)["after"]["path"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("base_guidance-*.json", "{", "Cannot read"),
+        ("base_guidance-*.json", "[5]", "expected the best guidance scale"),
+        ("tuned_guidance-*.json", '[5, {"4.0": {"alignment": 1}}]', "expected the best guidance scale"),
+        ("vqa_rendered-*.json", '{"a": 1}', "expected the accuracy of all answers"),
+        ("vqa_own-*.json", '{"all": "x"}', "expected the accuracy of all answers"),
+        ("seconds.json", '"x"', "got 'x', expected a number of seconds"),
+        ("seconds.json", "NaN", "expected a number of seconds"),
+    ],
+)
+def test_broken_evaluations_are_named_before_the_work(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, words: str
+) -> None:
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (path,) = (out / "evaluation").glob(name)
+    path.write_text(content)
+    monkeypatch.setattr(demo._Evaluations, "guidance", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(OspoError, match=f"{path}.*delete the file") as caught:
+        demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), progress=False)
+    assert words in str(caught.value)
+
+
+def test_evaluations_of_others_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    path = next((out / "evaluation").glob("base_*.npz"))
+    dataclasses.replace(evaluate.AlignmentResult.load(path), seeds=(3,)).save(path)
+    with pytest.raises(OspoError, match=f"{path} holds an evaluation of other prompts, seeds or guidance"):
+        demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), progress=False)
+    shutil.move(out / "evaluation", tmp_path / "elsewhere")
+    (out / "evaluation").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OspoError, match="symbolic link"):
+        demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), resume=False, progress=False)
 
 
 def test_demo_refuses_another_split(tmp_path: Path) -> None:
