@@ -155,6 +155,18 @@ def test_folder_that_cannot_be_made(refused, tiny, command, script):
     refused(1, "Cannot write", command, guidance, "--model", tiny, "--out", "file/out", files={"file": ""})
 
 
+@pytest.mark.parametrize("command", ["demo", "run"])
+@pytest.mark.parametrize("setting", ["masks.official=/nonexistent", "train.early_stopping=off"])
+def test_refused_settings_leave_no_file(refused, tiny, command, setting):
+    refused(2, setting.split("=")[0], command, setting, "train.eval_every=1", "--model", tiny)
+
+
+@pytest.mark.parametrize("command", ["demo", "run"])
+def test_folder_that_cannot_be_written_is_named(refused, tiny, command):
+    words = "Cannot write file/out: Not a directory; choose another run folder with --out."
+    refused(1, words, command, "--model", tiny, "--out", "file/out", files={"file": ""})
+
+
 @pytest.mark.parametrize("command", ["images", "train", "generate", "evaluate", "demo", "report"])
 def test_full_disk(refused, tiny, command, run_folder, script, monkeypatch, tmp_path):
     """The first write of a command fails: nothing of the run is lost, and no half-written file is left."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ospo_fast.config import Config, model_family
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import find_model
+from ospo_fast.records import check_writable
 
 if TYPE_CHECKING:
     from ospo_fast.pipeline import Pipeline
@@ -47,10 +48,19 @@ def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage]) -> Non
         return
     path = Path(config.out) / "held_out.txt"
     if any(stage.inputs(config) is None for stage in stages) and not path.exists():
-        from ospo_fast.shapes.scenes import write_held_out_prompts
-
         # Raises, before anything is written, where the model does not load or a setting is wrong.
         pipeline.prepare(stages=[stage.name for stage in stages])
-        write_held_out_prompts(path)
+        save_held_out_prompts(path)
     if path.exists():
         config.prompts.exclude = str(path)
+
+
+def save_held_out_prompts(path: Path) -> None:
+    """Write the list of evaluation prompts to a run folder. Raises OspoError that names a folder it cannot write."""
+    from ospo_fast.shapes.scenes import write_held_out_prompts
+
+    try:
+        check_writable(path.parent)
+    except OspoError as error:
+        raise OspoError(f"{str(error).rstrip('.')}; choose another run folder with --out.") from error
+    write_held_out_prompts(path)

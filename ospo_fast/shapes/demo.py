@@ -42,8 +42,9 @@ from ospo_fast.records import (
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
+from ospo_fast.shapes.commands import save_held_out_prompts
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
-from ospo_fast.shapes.scenes import parse, write_held_out_prompts
+from ospo_fast.shapes.scenes import parse
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.image_files import encode_png
 from ospo_fast.stages.masks import load_unions
@@ -91,7 +92,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
     pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
     pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
     pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written
-    write_held_out_prompts(out / "held_out.txt")
+    save_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
     results = _Evaluations(pipeline, progress=progress)
