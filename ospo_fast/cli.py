@@ -204,7 +204,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     _silence_libraries()
     file = args.prompts_file
-    prompts = [(None, args.operand)] if file is None else numbered_prompts(file)
+    prompts = [(None, args.operand)] if file is None else numbered_prompts(file, pipe=True)
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     for line, prompt in prompts:
         if (failure := check_prompt(model, prompt)) is not None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -12,6 +13,7 @@ from ospo_fast.cli import main
 from ospo_fast.config import load_config
 from ospo_fast.pipeline import Pipeline
 from ospo_fast.records import delete
+from ospo_fast.stages.prompt_files import numbered_prompts
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -239,7 +241,6 @@ def place_pipe(path):
         ("prompts.jsonl", "perturb"),
         ("select.jsonl", "masks"),
         ("masks.jsonl", "masks"),
-        ("masks.jsonl", "masks --no-resume"),
         (".restart.masks/.whole.json", "masks"),
         ("train/done.json", "train"),
         (".train.lock", "train"),
@@ -257,6 +258,22 @@ def test_pipes_in_a_run_folder_are_refused(capsys, run_folder, tmp_path, name, c
     error = capsys.readouterr().err.splitlines()[-1]
     assert name in error
     assert "no regular file" in error
+
+
+@pytest.mark.usefixtures("no_waiting", "script")
+def test_starting_over_replaces_a_pipe(run_folder, tmp_path):
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    place_pipe(out / "masks.jsonl")
+    assert main(["masks", "--no-resume", "--out", str(out)]) == 0
+    assert (out / "masks.jsonl").read_bytes() == (run_folder / "masks.jsonl").read_bytes()
+
+
+def test_the_user_may_give_prompts_by_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("a red circle\n",))
+    writer.start()
+    assert numbered_prompts(tmp_path / "pipe", pipe=True) == [(1, "a red circle")]
+    writer.join()
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -17,17 +17,18 @@ def prompt_key(prompt: str) -> str:
     return " ".join(prompt.casefold().split()).rstrip(" .")
 
 
-def numbered_prompts(path: str | Path) -> list[tuple[int, str]]:
+def numbered_prompts(path: str | Path, *, pipe: bool = False) -> list[tuple[int, str]]:
     """Read (line number, prompt) from a UTF-8 text file with one prompt per line; blank lines are skipped.
 
-    Only LF, CR LF and CR end a line. Byte-order marks are ignored.
+    Only LF, CR LF and CR end a line. Byte-order marks are ignored. pipe: the user names the file for this call, and it
+    may be a pipe, such as `<(command)`.
 
     Raises:
         UsageError: a missing or empty file, one that is not UTF-8, or a line with a NUL character.
 
     """
     try:
-        data = regular(Path(path)).read_bytes()
+        data = (Path(path) if pipe else regular(Path(path))).read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
