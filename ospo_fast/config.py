@@ -220,8 +220,9 @@ class SelectConfig(Section):
 class MasksConfig(Section):
     """Object masks.
 
-    `layers`: the layers that are averaged. None: all but the first and last `skip_layers`. "auto": the best one by the
-    rule `choose` ("contrast" by default), on average over the objects of 64 pairs.
+    `layers`: the layers that are averaged. None: all but the first and last `skip_layers`, or, where the default of
+    it leaves none, all. "auto": the best one by the rule `choose` ("contrast" by default), on average over the objects
+    of 64 pairs.
     `heads`: the heads of these layers that are averaged. None: all. "auto", with `layers` "auto": the best one of all.
     `rows`: "image" uses the attention of the image tokens, "predicting" that of the tokens that predict them.
     `choose`: in place of the average, one layer per object: of lowest "entropy", highest "separability", or highest
