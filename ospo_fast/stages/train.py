@@ -217,9 +217,8 @@ def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int
 
 
 def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
-    """Raise UsageError for a target that names no linear layer of the decoder, or a rank above the widest target."""
+    """Raise UsageError for a target that names no linear layer of the decoder."""
     modules = list(model.decoder.named_modules())
-    width = 0
     for target in settings.lora_targets:
         found = [module for name, module in modules if f".{name}".endswith(f".{target}")]
         if not found or not all(isinstance(module, nn.Linear) for module in found):
@@ -228,12 +227,6 @@ def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
                 f"train.lora_targets: got {target!r}, expected names of linear layers of the decoder: "
                 f"{', '.join(known)}."
             )
-        width = max(width, *(size for module in found for size in (module.in_features, module.out_features)))
-    if settings.lora_rank > width:
-        raise UsageError(
-            f"train.lora_rank: got {settings.lora_rank}, expected at most {width}, the width of the widest of "
-            f"train.lora_targets in {model.name}."
-        )
 
 
 def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
