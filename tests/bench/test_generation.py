@@ -73,7 +73,7 @@ def test_prompts_have_the_same_lengths_in_all_runs() -> None:
 
 
 def test_only_chosen_cases_are_measured_and_other_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "check", lambda device: None)  # tests/bench/test_run.py runs it
+    monkeypatch.setattr(bench, "check", lambda size, device: None)  # tests/bench/test_run.py runs it
     try:
         for case in ("2 texts", "2 questions", "2 drafted images", "7B"):
             _measure.only_cases([case])
