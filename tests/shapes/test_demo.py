@@ -123,8 +123,9 @@ def test_evaluation_does_not_depend_on_the_seed_of_the_run(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("far enough"))
+    answers = dict.fromkeys(["all", *evaluate.QUESTION_KINDS], 1.0)
     for name in ("evaluate_answers", "evaluate_own_answers"):
-        monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: answers)
     config = load_config([*SMALL, f"out={tmp_path}", "seed=7"], family="shapes")
     with pytest.raises(pytest.fail.Exception, match="far enough"):
         demo.run(config, progress=False)
@@ -213,8 +214,9 @@ def test_demo_follows_the_settings_of_the_evaluation(
 
     shutil.copytree(run_folder, tmp_path / "run")
     monkeypatch.setattr(evaluate, "evaluate_alignment", evaluate_alignment)
+    answers = dict.fromkeys(["all", *evaluate.QUESTION_KINDS], 1.0)
     for name in ("evaluate_answers", "evaluate_own_answers"):
-        monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: answers)
     monkeypatch.setattr(Pipeline, "run", lambda *_: pytest.fail("far enough"))
     before = json.loads((run_folder / "summary.json").read_text())["evaluation"]["guidance_scale"]
     with pytest.raises(pytest.fail.Exception, match="far enough"):
