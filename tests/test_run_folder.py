@@ -2,10 +2,12 @@
 
 import pytest
 
+from ospo_fast import restarts
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline
-from ospo_fast.records import write_atomic
+from ospo_fast.records import Store, write_atomic
+from ospo_fast.stages import STAGES
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -59,3 +61,16 @@ def test_what_a_failed_write_left_goes_with_the_next_command(tiny, tmp_path, mon
     with pytest.raises(UsageError):
         pipeline(tiny, tmp_path).stage("perturb")  # has no input
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_starting_over_locks_stores_and_leaves_them_as_they_are(tmp_path):
+    """Opening them for writing would remove what looks like a torn line."""
+    held = {"prompts.jsonl": b'[{"item_id": "a"}]', "select.jsonl": b'{"item_id": "a"}\n{"item', "images.jsonl": b"x"}
+    for name, data in held.items():
+        (tmp_path / name).write_bytes(data)
+    with restarts.exclusive(tmp_path, STAGES), pytest.raises(OspoError, match="being written by another process"):
+        Store(tmp_path / "select.jsonl")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+    with Store(tmp_path / "select.jsonl"), pytest.raises(OspoError, match="being written by another process"):  # noqa: SIM117
+        with restarts.exclusive(tmp_path, STAGES):
+            pass
