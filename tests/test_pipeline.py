@@ -458,7 +458,7 @@ def test_many_iterations_are_checked_once(tiny, script, tmp_path, monkeypatch):
     calls = stop_at(monkeypatch, ospo_fast.stages.templates, "load_templates", 100)
     stop_at(monkeypatch, Pipeline, "stage", 1)
     with pytest.raises(StoppedError):
-        pipeline(tiny, tmp_path / "out", "iterations=10000", "templates=shapes").run()
+        pipeline(tiny, tmp_path / "out", "iterations=1000", "templates=shapes").run()
     assert len(calls) <= len(STAGE_NAMES)
 
 
