@@ -195,7 +195,7 @@ _parser = functools.cache(cli.build_parser)  # to build it takes most of the tim
 )
 def arguments(data: bytes) -> None:
     try:
-        with mock.patch.object(cli, "build_parser", _parser):
+        with mock.patch.object(cli, "build_parser", _parser), contextlib.redirect_stdout(io.StringIO()):  # of --help
             cli._parse(_text(data).split("\n"))
     except SystemExit as stop:
         if stop.code:
