@@ -198,7 +198,6 @@ def test_layers_and_heads_that_the_model_lacks(refused, tiny, command, name, run
 
 LATE = {  # what only late stages use
     "train.lora_targets=[nothing]": "train.lora_targets: got 'nothing', expected names of linear layers of the decoder",
-    "train.lora_rank=60000": "train.lora_rank: got 60000, expected at most",
     "train.early_stopping=nope": "train.early_stopping: got 'nope', expected null or a metric of the evaluation: align",
     "masks.official=/nowhere": "masks.official: got '/nowhere', expected the folder",
     "prompts.file_kind=nothing": "prompts.file_kind: the template set 'shapes' has no kind 'nothing'",

@@ -246,7 +246,8 @@ def test_broken_and_foreign_checkpoints_are_refused(tiny, records, run_folder):
 
 def test_lora_targets_are_names_or_ends_of_names(tiny):
     model = load_model(tiny)
-    settings = config("train.lora_targets=[layers.0.self_attn.q_proj, up_proj]").train
+    rank = "train.lora_rank=64"  # the published one, which is above the width of these layers
+    settings = config("train.lora_targets=[layers.0.self_attn.q_proj, up_proj]", rank).train
     check_lora(model, settings)
     adapted = {name for name, _ in add_lora(model, settings).named_parameters() if "lora_A" in name}
     ends = ["0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.up_proj"]
