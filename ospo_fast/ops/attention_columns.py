@@ -10,16 +10,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import (
-    INT64_MIN,
-    as_int64,
-    check_int,
-    describe,
-    is_integer,
-    pointer,
-    register_op,
-    result_dtype,
-)
+from ospo_fast.ops._dispatch import INT64_MIN, as_int64, check_int, describe, pointer, register_op, result_dtype
 from ospo_fast.ops._transfer import to_device_packed
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
@@ -139,7 +130,7 @@ class ColumnRequest:
         Raises OpError.
         """
         op, S = "attention_columns", check_int("attention_columns", "positions", positions, 0)
-        if columns.dim() != 3 or columns.shape[0] != batch or not is_integer(columns):
+        if columns.dim() != 3 or columns.shape[0] != batch or not _dispatch.is_integer(columns):
             raise OpError(f"{op}: columns are {describe(columns)}, expected integer ({batch}, O, C)")
         if columns.device.type != "meta":
             columns = as_int64(op, "columns", columns.cpu()).resolve_neg().clone()  # as in _bounds
@@ -238,7 +229,7 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
             check_int("attention_columns", name, value, INT64_MIN)
     tensors = [torch.as_tensor(value).cpu() for value in pair]
     for value in tensors:
-        if not is_integer(value) or tuple(value.shape) not in ((), (batch,)):
+        if not _dispatch.is_integer(value) or tuple(value.shape) not in ((), (batch,)):
             expected = f"ints or ({batch},) integer tensors"
             raise OpError(f"attention_columns: {name} holds {describe(value)}, expected {expected}")
     # Copies: later changes of the caller's tensors must not reach a checked request.

@@ -20,17 +20,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import (
-    INT64_MAX,
-    INT64_MIN,
-    as_int64,
-    check_int,
-    describe,
-    is_integer,
-    pointer,
-    readable,
-    register_op,
-)
+from ospo_fast.ops._dispatch import INT64_MAX, INT64_MIN, as_int64, check_int, describe, pointer, readable, register_op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -267,7 +257,7 @@ def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: tor
         largest = 2**64 - 1 if name == "seeds" else INT64_MAX
         checked = [check_int("sample_codes", name, v, INT64_MIN, largest) for v in value]
         value = torch.tensor([wrap_int64(v) for v in checked], dtype=torch.int64)
-    if tuple(value.shape) != (B,) or not is_integer(value):
+    if tuple(value.shape) != (B,) or not _dispatch.is_integer(value):
         raise OpError(f"sample_codes: {name} is {describe(value)}, expected ({B},) int64")
     return value.to(device, torch.int64) if name == "seeds" else as_int64("sample_codes", name, value).to(device)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ospo_fast import models
 from ospo_fast.config import model_family
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
@@ -225,3 +226,13 @@ def test_broken_adapters(saved: Path, tmp_path: Path) -> None:
     refuse(folder, "base")
     edit(folder / "adapter_config.json", base_model_name_or_path=str(folder))
     refuse(folder, "itself")
+
+
+def test_sizes_of_quantized_weights_are_not_those_of_the_model(broken: Path) -> None:
+    """Packed tensors have shapes of their own; the same configuration without the mark is refused."""
+    vision = json.loads((broken / "config.json").read_text())["vision_config"]
+    edit(broken / "config.json", vision_config={**vision, "hidden_size": 2 * vision["hidden_size"]})
+    with pytest.raises(OspoError, match="expected that of the weights"):
+        models._check_sizes(broken)
+    edit(broken / "config.json", quantization_config={})
+    models._check_sizes(broken)
