@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**28  # of a file, and of what an archive holds
 MAX_YAML = 10**6  # bytes of a YAML file
 MAX_VALUES = 10**5  # in a YAML file, where those of an alias count each time
-MAX_NESTING = 100  # of YAML values in values
+MAX_NESTING = 100  # of YAML and JSON values in values
 MAX_PIXELS = 2**25  # of an image
 MAX_SIDE = 2**14
 # Pillow knows many more. Some of them, such as EPS, call programs.

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError, check_text
-from ospo_fast.files import regular
+from ospo_fast.files import MAX_NESTING, regular
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ def edited_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[st
 
 
 def _check_encodable(flat: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a record. Raise OspoError if no file can hold it: lone surrogates, or values nested too deeply."""
+    """Return a record. Raise OspoError for lone surrogates, which no file can hold, and for an id with NUL."""
     try:
         json.dumps(flat, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -322,8 +322,6 @@ def _check_encodable(flat: dict[str, Any], where: str) -> dict[str, Any]:
         raise OspoError(
             f"{where}: {place!a} ends in a lone surrogate, half a character that no file can hold; delete it."
         ) from None
-    except RecursionError:
-        raise OspoError(f"{where}: its values are nested too deeply; simplify or delete them.") from None
     check_text(f"{where}: item_id", flat["item_id"])
     return flat
 
@@ -548,13 +546,26 @@ def parse_json(data: bytes | str) -> Any:
     """Parse JSON of any origin; a byte-order mark before it is ignored.
 
     Raises:
-        ValueError: it is not valid UTF-8 or JSON, nests too deeply, or holds a number of thousands of digits.
+        ValueError: it is not valid UTF-8 or JSON, nests more than MAX_NESTING deep, or holds a number of thousands of
+            digits.
 
     """
-    try:
-        return json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
+    with contextlib.suppress(RecursionError):
+        value = json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
+        if not _is_deep(value):
+            return value
+    raise ValueError(f"its values are nested too deeply, more than {MAX_NESTING} deep")
+
+
+def _is_deep(value: object) -> bool:
+    """Return whether a value nests more than MAX_NESTING deep: recursive functions end at depths of their own."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_NESTING + 1):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for each in itertools.chain.from_iterable(inner) if isinstance(each, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def read_json(path: Path, default: Any) -> Any:
@@ -735,9 +746,14 @@ class Store(contextlib.AbstractContextManager["Store"]):
         """
         where = f"{self.path}: the record to append"
         try:
-            flat = _check_encodable(validate(finite(to_official(record)), where), where)
+            flat = finite(to_official(record))
         except RecursionError:
-            raise OspoError(f"{where}: its values are nested too deeply; simplify or delete them.") from None
+            flat = None
+        if flat is None or _is_deep(flat):  # what could not be read again
+            raise OspoError(
+                f"{where}: its values are nested too deeply, more than {MAX_NESTING} deep; simplify or delete them."
+            )
+        _check_encodable(validate(flat, where), where)
         item = flat["item_id"]
         if item in self._ids:
             raise OspoError(f"{self.path}: item {item!r} is in the store already; a store holds each item once.")

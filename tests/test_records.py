@@ -29,6 +29,7 @@ from ospo_fast.records import (
     stable_hash,
     sweep_temporary_files,
     to_official,
+    update_json,
     validate,
     variant_index,
     write_atomic,
@@ -463,6 +464,28 @@ def test_a_record_that_no_file_can_hold_is_refused_and_the_store_kept(tmp_path):
                 store.append(wrong)
         store.append(record("2"))
     assert [r["item_id"] for r in read_records(tmp_path / "s.jsonl")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("depth", [99, 100, 101, 600, 990, 2000])
+def test_what_is_written_can_be_read_and_what_is_read_can_be_written(tmp_path, depth):
+    """The parser of JSON ends at other depths than functions that walk its values."""
+    nested, text = [], "[" * depth + "]" * depth
+    for _ in range(depth - 2):
+        nested = [nested]
+    path, rows = tmp_path / "s.jsonl", tmp_path / "stages.json"
+    rows.write_text(text)
+    path.write_text(f'{{"item_id": "0", "x": {text[1:-1]}}}\n')
+    fits = (
+        contextlib.nullcontext() if depth <= 100 else pytest.raises(OspoError, match="nested too deeply, more than 100")
+    )
+    with fits:
+        update_json(rows, [], lambda value: value)
+    assert "".join(rows.read_text().split()) == text
+    with fits:
+        assert len(list(read_records(path))) == 1
+    with Store(tmp_path / "t.jsonl") as store, fits:
+        store.append(record("1", x=nested))
+    assert len(list(read_records(tmp_path / "t.jsonl"))) == (depth <= 100)
 
 
 @pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])

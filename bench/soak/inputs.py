@@ -99,7 +99,8 @@ def tree(rng: random.Random, seeds: Sequence[Any], leaves: Sequence[Any] = LEAVE
         elif choice == 4 and isinstance(container[key], str):
             container[key] = text(rng, [container[key]]).decode("utf-8", "surrogatepass")
         elif choice == 5 and rng.random() < 0.05:
-            for _ in range(rng.choice((50, 3000))):
+            # The parsers and the functions that walk values end at different depths.
+            for _ in range(rng.choice((50, 95, 600, 3000))):
                 container[key] = [container[key]]
             break  # a deep tree cannot be copied
         else:

@@ -381,7 +381,9 @@ _ROW = {"stage": "prompts", "iteration": 1, "items": 3, "failed": 0, "seconds": 
 
 @target(inputs.json_, [_ROW, {**_ROW, "stage": "images", "cuda_peak_mb": 5.0, "drawing": {"images_s": 2.0}}])
 def stages_json(data: bytes) -> None:
-    stage_metrics(_write("stages.json", data).parent)
+    path = _write("stages.json", data)
+    records.update_json(path, [], lambda rows: [*rows, _ROW])
+    stage_metrics(path.parent)
 
 
 @target(
@@ -393,6 +395,7 @@ def settings_json(data: bytes) -> None:
     pipeline = Pipeline(config.Config(out=str(out)), progress=False)
     pipeline._check_settings(out, "prompts", {"prompts.patience": 200, "seed": 42, "train.loss": {}}, own=True)
     pipeline._complete(out, "prompts")
+    records.update_json(out / "settings.json", {}, lambda saved: {"prompts": {"settings": {}}, **saved})
 
 
 @target(inputs.json_, {"step": 3, "best_step": 3, "digest": "ab", "left_out": {}})
