@@ -21,12 +21,12 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import reprlib
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
@@ -36,9 +36,8 @@ from ospo_fast.files import MAX_NESTING, regular
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Open = TypeVar("Open", BinaryIO, int)
 
-# Before its number in the names of temporary files: other machines write the same folder, with numbers of their own.
-_PROCESS = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:60] + "-"
 VARIANTS = 3  # hard negatives of a prompt
 SIDES = ("chosen", "rejected")  # the images of a pair
 ROLES = ("base", "negative")  # whose image: the prompt's, or its hard negative's
@@ -434,19 +433,14 @@ def os_errors(action: str, path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary file in the same folder, synced, then renamed to `path`."""
-    temporary = _temporary(path)
-    try:
-        with os_errors("write", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+    with os_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path, _new_file) as (temporary, file):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, save: Callable[[Path], object]) -> None:
@@ -454,23 +448,65 @@ def write_folder(path: Path, save: Callable[[Path], object]) -> None:
 
     Libraries read and keep what is in the folder that they save to, which can be the rest of a killed process.
     """
-    temporary = _temporary(path)
-    try:
-        with os_errors("write", path):
-            delete(temporary)
-            temporary.mkdir(parents=True)
+    with os_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path, _new_folder) as (temporary, _):
             save(temporary)
             for inner in temporary.rglob("*"):
                 _sync(inner)
             delete(path)
             temporary.replace(path)
             sync_folder(path.parent)
+
+
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)  # the name of every temporary file and folder
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, new: Callable[[Path], AbstractContextManager[Open]]) -> Iterator[tuple[Path, Open]]:
+    """Create what is to take the place of `path`, next to it. It is deleted if it does not.
+
+    Its lock tells `sweep_temporary_files` that its process lives. The number of a process could not: other machines and
+    containers write the same folder, and have the same numbers.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+        with new(temporary) as opened:
+            try:
+                with contextlib.suppress(OSError):  # a file system without locks, in which nothing is swept
+                    fcntl.flock(opened, fcntl.LOCK_EX)
+                if not _is_at(opened, temporary):
+                    continue  # swept before it had the lock
+                yield temporary, opened
+                return
+            finally:
+                with contextlib.suppress(OSError):
+                    delete(temporary)
+
+
+def _new_file(path: Path) -> AbstractContextManager[BinaryIO]:
+    return path.open("xb")  # never an existing file, nor through a link
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[int]:
+    handle = None
+    while handle is None:
+        path.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # swept at once
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_PROCESS}{os.getpid()}.tmp")
+def _is_at(file: IO[Any] | int, path: Path) -> bool:
+    """Return whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file if isinstance(file, int) else file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def delete(path: Path) -> None:
@@ -482,21 +518,27 @@ def delete(path: Path) -> None:
 
 
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
-    """Delete the temporary files and folders in a folder that a killed process of this machine left."""
-    for path in folder.glob(pattern):
-        _, separator, process = path.name.removesuffix(".tmp").rpartition(f".{_PROCESS}")
-        if separator and process.isdecimal() and not _runs(int(process)):
-            with contextlib.suppress(OSError):
+    """Delete the temporary files and folders in a folder that killed processes left: those without a lock."""
+    for path in list(folder.glob(pattern)):
+        if _TEMPORARY.fullmatch(path.name):
+            # An OSError is a lock, or a file system without locks.
+            with contextlib.suppress(OSError), _opened(path) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 delete(path)
 
 
-def _runs(process: int) -> bool:
-    """Return whether another process has a number. That this one has it is a coincidence: it has just begun."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open an existing file or folder to lock it. Raises OSError, also for a symbolic link."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would block
     try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return process != os.getpid()
+        handle = os.open(path, os.O_RDWR | flags)  # NFS locks no file that is open for reading only
+    except (IsADirectoryError, PermissionError):
+        handle = os.open(path, os.O_RDONLY | flags)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
-import platform
 import re
 import stat
 import subprocess
@@ -516,13 +516,66 @@ def test_temporary_files_of_killed_processes_are_swept(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     [left] = tmp_path.iterdir()
-    host = re.sub("[^A-Za-z0-9-]", "-", platform.node())[:60]
-    others = [".a.png.1234.tmp", f".a.png.{host}-{os.getppid()}.tmp", f".a.png.other-{host}-99999999.tmp", "b.tmp"]
+    (tmp_path / ".model.0123456789abcdef.tmp" / "inner").mkdir(parents=True)  # of write_folder
+    others = [".a.png.1234.tmp", ".a.png.host-1234.tmp", ".a.png.0123456789ABCDEF.tmp", "b.0123456789abcdef.tmp"]
     for name in others:
         (tmp_path / name).touch()
+    (tmp_path / ".c.0123456789abcdef.tmp").symlink_to(others[0])
     sweep_temporary_files(tmp_path)
     assert left.name not in others
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".c.0123456789abcdef.tmp"])
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_temporary_files_in_use_are_not_swept(tmp_path, monkeypatch, locks):
+    """By any process, also one of another machine or container; without locks of the file system, none is."""
+    sync, flock, seen = os.fsync, fcntl.flock, []
+
+    def fsync(handle):
+        sweep_temporary_files(tmp_path)
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        sync(handle)
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(fcntl, "flock", flock if locks else no_locks)
+    write_atomic(tmp_path / "a", b"x")
+    write_folder(tmp_path / "b", save_two)
+    assert (tmp_path / "a").read_bytes() == b"x"
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert re.fullmatch(r"\.a\.[0-9a-f]{16}\.tmp", seen[0][0])
+
+
+@pytest.mark.parametrize("write", [lambda path: write_atomic(path, b"x"), lambda path: write_folder(path, save_two)])
+def test_a_temporary_file_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch, write):
+    flock, calls = fcntl.flock, []
+
+    def late(file, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            sweep_temporary_files(tmp_path)
+            assert not list(tmp_path.iterdir())
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_temporary_file_is_a_new_one(tmp_path, monkeypatch):
+    """Neither one of another process, nor one that a link leads to."""
+    monkeypatch.setattr(os, "urandom", bytes)
+    (tmp_path / "mine").write_text("mine")
+    name = f".a.{'00' * 8}.tmp"
+    for make in ((tmp_path / name).symlink_to, lambda target: os.link(tmp_path / target, tmp_path / name)):
+        make("mine")
+        with pytest.raises(OspoError, match="Cannot write"):
+            write_atomic(tmp_path / "a", b"x")
+        assert (tmp_path / "mine").read_text() == "mine"
+        (tmp_path / name).unlink()
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
