@@ -93,6 +93,20 @@ def regular(path: Path, *, missing_ok: bool = False) -> Path:
     return path
 
 
+def no_link(path: Path) -> Path:
+    """Return the path of a file of a run folder. Raises OspoError for a symbolic link.
+
+    In a run folder of someone else it could lead to any file, to be overwritten, or published in a report.
+    """
+    with contextlib.suppress(OSError):  # of a path that cannot be looked up: who opens it reports that
+        if path.is_symlink():
+            raise OspoError(
+                f"{path} is a symbolic link, and the files of a run folder are not read or written through links; copy "
+                "the file in its place."
+            )
+    return path
+
+
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """Read a regular file of 1 to `limit` (None: MAX_BYTES) bytes. Raises OSError or ValueError; see `reading`."""
     limit = MAX_BYTES if limit is None else limit

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError, check_text
-from ospo_fast.files import MAX_NESTING, regular
+from ospo_fast.files import MAX_NESTING, no_link, regular
 
 logger = logging.getLogger(__name__)
 
@@ -521,24 +521,8 @@ def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
     """Delete the temporary files and folders in a folder that killed processes left: those without a lock."""
     for path in list(folder.glob(pattern)):
         if _TEMPORARY.fullmatch(path.name):
-            # An OSError is a lock, or a file system without locks.
-            with contextlib.suppress(OSError), _opened(path) as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OspoError, OSError), _holding(_open(path), path):
                 delete(path)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """Open an existing file or folder to lock it. Raises OSError, also for a symbolic link."""
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would block
-    try:
-        handle = os.open(path, os.O_RDWR | flags)  # NFS locks no file that is open for reading only
-    except (IsADirectoryError, PermissionError):
-        handle = os.open(path, os.O_RDONLY | flags)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -560,11 +544,10 @@ def _sync(path: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise OspoError if no file can be created in `folder`, which is created if missing."""
-    probe = folder / f".probe.{os.getpid()}.tmp"
     with os_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with _temporary(folder / "probe", _new_file) as (probe, _):
+            probe.unlink()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -721,13 +704,37 @@ def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, entry {number}", value
 
 
-def _lock(file: IO[Any] | int, path: Path) -> None:
+def _open(path: Path, flags: int = 0) -> int:
+    """Open a file or a folder to lock it. Raises OSError, also for a symbolic link."""
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would block
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        return os.open(path, os.O_RDWR | flags, 0o666)  # NFS locks no file that is open for reading only
+    except (IsADirectoryError, PermissionError):
+        return os.open(path, os.O_RDONLY | flags, 0o666)
+
+
+def _lock(file: IO[Any] | int, path: Path, *, wait: bool = False) -> None:
+    """Lock an open file, which is that of `path`. Raises OspoError if it cannot, or would wait without `wait`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
         raise OspoError(
             f"{path} is being written by another process; wait for it, or give this one another --out."
         ) from error
+    except OSError as error:
+        raise OspoError(
+            f"Cannot lock {path}: {error.strerror}; use a folder of a file system with file locks (flock)."
+        ) from error
+
+
+@contextlib.contextmanager
+def _holding(handle: int, path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a file, and close it; see `_lock`."""
+    try:
+        _lock(handle, path, wait=wait)
+        yield
+    finally:
+        os.close(handle)
 
 
 class Store(contextlib.AbstractContextManager["Store"]):
@@ -743,9 +750,7 @@ class Store(contextlib.AbstractContextManager["Store"]):
 
     def __init__(self, path: str | os.PathLike[str], on_error: Callable[[OspoError], object] | None = None) -> None:
         self.path = Path(path)
-        if self.path.is_symlink():  # in a run folder of someone else it could lead to any file
-            raise OspoError(f"{self.path} is a symbolic link, and a store is not written through links; copy the file.")
-        with os_errors("write", self.path):
+        with os_errors("write", no_link(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = regular(self.path, missing_ok=True).open("ab", buffering=0)
             sync_folder(self.path.parent)
@@ -766,11 +771,15 @@ class Store(contextlib.AbstractContextManager["Store"]):
                 )
             data = file.read()
         tail = data[data.rfind(b"\n") + 1 :]
-        if tail and not _is_torn(tail):
-            self._write(b"\n")
-        elif tail:
-            logger.warning("%s: removing a torn last line of %d bytes", self.path, len(tail))
-            self._truncate(len(data) - len(tail))
+        with os_errors("write", self.path):
+            if tail and _is_torn(tail):
+                logger.warning("%s: removing a torn last line of %d bytes", self.path, len(tail))
+                self._truncate(len(data) - len(tail))
+            elif tail:
+                line = tail.rstrip(b"\0")
+                if len(line) < len(tail) and b"\0" not in line:  # else it is UTF-16
+                    self._truncate(len(data) - len(tail) + len(line))
+                self._write(b"\n")
 
     def __contains__(self, item_id: object) -> bool:
         return item_id in self._ids
@@ -839,33 +848,28 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, a hidden file next to it. Raises OspoError if another process holds it."""
-    path = folder.with_name(f".{folder.name}.lock")
-    with os_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = regular(path, missing_ok=True).open("a")
-    with file:
-        _lock(file, folder)
+    with _holding(_lock_file(folder.with_name(f".{folder.name}.lock")), folder):
         yield
 
 
 @contextlib.contextmanager
 def only_user(path: Path) -> Iterator[None]:
     """Hold the lock of an existing file or folder, without another file. Raises OspoError if a process holds it."""
-    with os_errors("read", path):
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block
-    try:
-        _lock(handle, path)
+    with os_errors("open", path):
+        handle = _open(no_link(path))
+    with _holding(handle, path):
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file `path`, created if missing; blocks until other processes release it."""
+    with _holding(_lock_file(path), path, wait=True):
+        yield
+
+
+def _lock_file(path: Path) -> int:
+    """Open a file to lock it, created if missing; nothing is created through a symbolic link."""
     with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = regular(path, missing_ok=True).open("a")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        return _open(regular(no_link(path), missing_ok=True), os.O_CREAT)

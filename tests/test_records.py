@@ -20,11 +20,15 @@ from ospo_fast.records import (
     Store,
     _is_torn,
     append_line,
+    check_writable,
     chunked,
     from_official,
     image_index,
     item_name,
     iter_pairs,
+    locked,
+    only_user,
+    only_writer,
     read_records,
     stable_hash,
     sweep_temporary_files,
@@ -164,6 +168,67 @@ def test_a_second_writer_is_refused(tmp_path):
         assert "is being written by another process" in done.stderr
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert [r["item_id"] for r in read_records(path)] == ["1", "other"]
+
+
+@pytest.mark.parametrize("hold", [only_user, only_writer, locked, Store])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF])
+def test_what_cannot_be_locked_is_not_in_use(tmp_path, monkeypatch, hold, number):
+    (tmp_path / "a").touch()
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    message = rf"^Cannot lock .*a: {os.strerror(number)}; use a folder of a file system with file locks \(flock\)\.$"
+    with pytest.raises(OspoError, match=message), hold(tmp_path / "a"):
+        pass
+
+
+@pytest.mark.parametrize("hold", [only_user, only_writer, locked, Store])
+def test_files_are_open_for_writing_while_they_are_locked(tmp_path, monkeypatch, hold):
+    """NFS refuses an exclusive lock on others."""
+    flock, path = fcntl.flock, tmp_path / "a"
+    path.touch()
+
+    def nfs(file, operation):
+        handle = file if isinstance(file, int) else file.fileno()
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    with hold(path):
+        if hold is not locked:  # which waits
+            with pytest.raises(OspoError, match="is being written by another process"), hold(path):
+                pass
+    with hold(path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "hold"), [("a", only_user), (".a.lock", lambda path: only_writer(path.with_name("a"))), ("a", locked)]
+)
+def test_nothing_is_locked_or_created_through_a_link(tmp_path, name, hold):
+    (tmp_path / name).symlink_to(tmp_path / "mine")
+    for _ in range(2):
+        before = (tmp_path / "mine").exists()
+        refused = pytest.raises(OspoError, match=rf"{name} is a symbolic link.*copy the file in its place")
+        with refused, hold(tmp_path / name):
+            pass
+        assert (tmp_path / "mine").exists() == before
+        (tmp_path / "mine").touch()
+
+
+def test_a_folder_is_tested_with_a_new_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", bytes)
+    monkeypatch.setattr(os, "getpid", lambda: 1234)
+    for name in (".probe.1234.tmp", f".probe.{'00' * 8}.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(OspoError, match="Cannot write"):
+        check_writable(tmp_path)
+    (tmp_path / name).unlink()
+    check_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".probe.1234.tmp"]
 
 
 def test_a_store_is_not_written_through_a_link(tmp_path):
