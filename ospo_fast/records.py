@@ -682,9 +682,11 @@ def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes]]:
     for number, line in enumerate(file, 1):
         if not line.strip() or line.strip() == codecs.BOM_UTF8:
             continue
-        if not line.endswith(b"\n") and _is_torn(line):
-            logger.warning("%s:%d: skipping the torn last line", path, number)
-            return
+        if not line.endswith(b"\n"):
+            if _is_torn(line):
+                logger.warning("%s:%d: skipping the torn last line", path, number)
+                return
+            line = line.rstrip(b"\0")  # of a crash of the machine
         yield f"{path}:{number}", line
 
 
@@ -763,7 +765,8 @@ class Store(contextlib.AbstractContextManager["Store"]):
             raise
 
     def _repair(self) -> None:
-        with self.path.open("rb") as file:
+        """Remove what a crash left at the end: a torn line, or zero bytes, after which a whole line gets its end."""
+        with os_errors("read", self.path), self.path.open("rb") as file:
             if _is_array(file):
                 raise OspoError(
                     f"{self.path} is a JSON array, to which no record is appended; write one object per line, as "

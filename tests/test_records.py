@@ -9,7 +9,7 @@ import re
 import stat
 import subprocess
 import sys
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 import pytest
 from hypothesis import given, settings
@@ -128,6 +128,39 @@ def test_a_missing_last_line_end_keeps_the_record(tmp_path):
     with Store(path) as store:
         store.append(record("2"))
     assert [r["item_id"] for r in read_records(path)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("cut", [0, 5])
+def test_zero_bytes_at_the_end_are_ignored_and_removed(tmp_path, caplog, cut):
+    """A crash of the machine leaves them where the size of a file reached the disk before its data."""
+    path = tmp_path / "s.jsonl"
+    lines = [json.dumps(record(item)).encode() for item in "12"]
+    path.write_bytes(lines[0] + b"\n" + lines[1][: len(lines[1]) - cut] + bytes(8))
+    whole = ["1"] if cut else ["1", "2"]
+    assert [item["item_id"] for item in read_records(path)] == whole
+    with Store(path) as store:
+        assert len(store) == len(whole)
+    assert path.read_bytes() == b"".join(line + b"\n" for line in lines[: len(whole)])
+    assert len(caplog.records) == (2 if cut else 0)
+
+
+@pytest.mark.parametrize("action", ["read", "write"])
+def test_a_store_that_cannot_be_repaired_is_named(tmp_path, monkeypatch, action):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'{"item_id')
+
+    def refuse(*arguments, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    opened = Path.open
+    if action == "read":
+        monkeypatch.setattr(
+            Path, "open", lambda path, mode, **more: (refuse if mode == "rb" else opened)(path, mode, **more)
+        )
+    else:
+        monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(OspoError, match=rf"^Cannot {action} .*s\.jsonl: Permission denied"):
+        Store(path)
 
 
 def test_a_broken_line_in_the_middle_names_file_and_line(tmp_path):
