@@ -79,7 +79,8 @@ _OPTIONS = {
         action=argparse.BooleanOptionalAction,
         default=True,
         help="keep finished work of the same settings and continue (default); with --no-resume a command starts over: "
-        "the old results, and what later stages made of them, go when the new ones are whole",
+        "the old results, and what later stages made of them, go when the new ones are whole (those of generate: one "
+        "by one, with each new image)",
     ),
     "iteration": _option("--iteration", type=int, default=1, help="iteration of self-improvement (default: 1)"),
     "shard": _option("--shard", metavar="i/n", help="process part i of n of the items, i from 0"),
@@ -415,6 +416,10 @@ def _sentence(error: BaseException, given: Sequence[str]) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         if "--no-resume" in given:
+            if given[0] == "generate":
+                return (
+                    "Stopped; each new image has replaced the old one. Run the command without --no-resume to continue."
+                )
             return "Stopped; old results are kept. Run the command without --no-resume to continue."
         return "Stopped; run the same command again to resume."
     if isinstance(error, ModuleNotFoundError):

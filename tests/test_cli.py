@@ -287,6 +287,16 @@ def test_signals_end_a_command_as_ctrl_c_does(capsys, tmp_path, tiny, monkeypatc
     )
 
 
+def test_a_stopped_generate_says_that_it_replaces_image_by_image(capsys, tmp_path, tiny, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ospo_fast.stages.generate.generate", stop)
+    code, _, err = call(capsys, "generate", "a red circle", "--model", tiny, "--out", tmp_path, "--no-resume")
+    assert code == 130
+    assert "each new image has replaced the old one. Run the command without --no-resume to continue." in err
+
+
 def test_an_error_of_what_a_signal_interrupts_is_the_stop(capsys, tmp_path, tiny, monkeypatch):
     """A library that is interrupted in the middle may raise an error of its own."""
 

@@ -17,7 +17,7 @@ from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.files import load_npz, locate, open_image
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import SIDES, Pair, write_atomic
+from ospo_fast.records import SIDES, Pair, os_errors, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,9 +55,17 @@ def load_codes(path: Path) -> dict[str, Any]:
 
 
 def save_image(path: Path, image: Any, codes: Tensor, settings: dict[str, Any]) -> None:
-    """Write the PNG and then the .npz, which marks the image as finished; see `is_finished`."""
-    write_atomic(path, encode_png(image))
-    save_codes(path.with_suffix(".npz"), codes, **settings)
+    """Write the PNG and then the .npz, which marks the image as finished; see `is_finished`.
+
+    The .npz of an image that was there before goes first: with a new PNG it would mark that one as finished.
+    """
+    mark, data = path.with_suffix(".npz"), encode_png(image)
+    with os_errors("replace", mark):
+        if os.path.lexists(mark):
+            mark.unlink()
+            sync_folder(mark.parent)
+    write_atomic(path, data)
+    save_codes(mark, codes, **settings)
 
 
 def is_finished(path: Path, settings: dict[str, Any]) -> bool:

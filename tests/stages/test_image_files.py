@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ospo_fast import records
 from ospo_fast.config import ImagesConfig
 from ospo_fast.errors import Failure
 from ospo_fast.models import load_model
+from ospo_fast.stages import image_files
 from ospo_fast.stages.image_files import (
     ImageFiles,
     image_codes,
@@ -47,6 +49,26 @@ def test_a_failed_image_has_the_reason_of_the_engine(model, tmp_path):
         hook.remove()
     assert failed == {path: Failure("the logits are not finite at token 0")}
     assert not path.exists()
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_an_image_that_replaces_another_is_not_finished_before_its_codes_are(model, path, monkeypatch, writes):
+    """A process that is killed between the two files leaves no image of one prompt under the settings of another."""
+    settings, done = {"prompt": "a red circle", "seed": 3}, []
+    assert is_finished(path, settings)
+
+    def write(target, data):
+        if len(done) == writes:
+            raise KeyboardInterrupt
+        done.append(target)
+        records.write_atomic(target, data)
+
+    monkeypatch.setattr(image_files, "write_atomic", write)
+    codes = torch.zeros(36, dtype=torch.long)
+    with pytest.raises(KeyboardInterrupt):
+        save_image(path, model.decode_codes(codes[None])[0], codes, {"prompt": "a blue square", "seed": 3})
+    assert done == [path][:writes]
+    assert not is_finished(path, settings)
 
 
 def test_codes_are_read_back_or_encoded(model, path):
