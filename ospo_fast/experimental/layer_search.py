@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from ospo_fast.config import MasksConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.experimental.head_capture import HeadCapture
 from ospo_fast.experimental.layer_selection import best_layer, choose_layers
+from ospo_fast.files import read_bytes
 from ospo_fast.ops._transfer import to_device_packed
-from ospo_fast.records import ItemPair, chunked, locked, parse_json, write_json
+from ospo_fast.records import ItemPair, chunked, locked, parse_json, shown, write_json
 from ospo_fast.stages.masks import (
     Columns,
     MaskExtractor,
@@ -124,19 +126,30 @@ def resolve_auto_layers(
         (writes or out) / "masks" / "layers.json",
         {name: getattr(settings, name) for name in _SEARCH_SETTINGS},
     )
+    decoder: Any = model.decoder
     with locked(out / ".lock"):
         try:
-            kept = parse_json(path.read_bytes()) if path.exists() else {}
+            kept = parse_json(read_bytes(path)) if os.path.lexists(path) else {}
             # Ignore settings of older versions: config.py refuses values of them that would change the selection.
             if {name: kept.get("asked", {}).get(name, ...) for name in asked} != asked:
                 kept = {"asked": asked, **_search(settings, list(pairs), model, out, read_from)}
                 write_json(path, kept)
-            layers = [int(layer) for layer in kept["layers"]]
-            heads = [int(head) for head in kept["heads"]] if settings.heads == "auto" else settings.heads
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            layers = _indices(kept, "layers", len(decoder.layers))
+            heads = settings.heads
+            if heads == "auto":
+                heads = _indices(kept, "heads", int(decoder.config.num_attention_heads))
+        except (OSError, ValueError, AttributeError) as error:
             raise OspoError(f"Cannot read {path}: {error}; remove it to select the layer again.") from error
     logger.info("masks: layers %s%s", layers, "" if heads is None else f", heads {heads}")
     return dataclasses.replace(settings, layers=layers, heads=heads, choose=None)
+
+
+def _indices(kept: dict[str, Any], name: str, count: int) -> list[int]:
+    """Return the list `name` of a selection, if each is one of `count` layers or heads. Raises ValueError."""
+    found = kept.get(name)
+    if not (isinstance(found, list) and found and all(type(i) is int and 0 <= i < count for i in found)):
+        raise ValueError(f"`{name}` should be a list of integers from 0 to {count - 1}, got {shown(found)}")
+    return found
 
 
 def _search(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -156,3 +157,31 @@ def test_failed_searches(model, items, tmp_path):
     (tmp_path / "masks" / "layers.json").write_text("{")
     with pytest.raises(OspoError, match=r"layers\.json.*remove it"):
         resolve_auto_layers(settings, iter_pairs(items), model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("layers", [99], r"`layers` should be a list of integers from 0 to 1, got \[99\]"),
+        ("layers", [-1], "integers from 0 to 1"),
+        ("layers", [], "integers from 0 to 1"),
+        ("layers", ["0"], "integers from 0 to 1"),
+        ("layers", 5, "integers from 0 to 1"),
+        ("heads", [2], "`heads` should be a list of integers from 0 to 1"),
+    ],
+)
+def test_selections_that_the_model_does_not_have_are_refused_by_file(model, items, tmp_path, name, value, words):
+    settings = load_config(["masks.layers=auto", "masks.heads=auto"]).masks
+    resolve_auto_layers(settings, iter_pairs(items), model, tmp_path)
+    path = tmp_path / "masks" / "layers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(OspoError, match=rf"layers\.json: .*{words}.*remove it"):
+        resolve_auto_layers(settings, iter_pairs(items), model, tmp_path)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_selection_is_not_read_from_a_pipe(model, items, tmp_path):
+    (tmp_path / "masks").mkdir()
+    os.mkfifo(tmp_path / "masks" / "layers.json")
+    with pytest.raises(OspoError, match=r"layers\.json: .*no regular file.*remove it"):
+        resolve_auto_layers(load_config(["masks.layers=auto"]).masks, iter_pairs(items), model, tmp_path)
