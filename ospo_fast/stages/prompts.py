@@ -7,17 +7,19 @@ so that an interrupted run resumes with the same prompts.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from ospo_fast.config import Config, nearest
 from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import Record, stable_hash
+from ospo_fast.records import Record, shown, stable_hash
 from ospo_fast.stages import Shard, StageContext
 from ospo_fast.stages.object_tokens import check_prompt
 from ospo_fast.stages.prompt_files import excluded_prompts, numbered_prompts, prompt_key
@@ -158,12 +160,12 @@ def run(
         yield from (record for record in _read_file(config, templates, model) if record["item_id"] not in present)
         return
     excluded = excluded_prompts(config)
-    total = len(existing)
+    total, taken = len(existing), {record["item_id"] for record in existing}
     rejected: Counter[str] = Counter()
     for kind, count in plan_counts(model, config, None if context is None else context.shard).items():
         entry = templates.kinds[kind]
-        digit, first = _id_range(templates, config, kind)
-        accepted = [record for record in existing if record.get("kind") == kind]
+        ids = _ids(templates, config, kind, taken)
+        accepted = [record for record in existing if record.get("kind") == kind and _can_be_continued(record)]
         seen = {prompt_key(record["prompt"]) for record in accepted}
         for source, answer in _answers(accepted, count, model, config, templates, kind):
             parts = _accept(answer, entry.sub_category, seen, excluded)
@@ -171,7 +173,7 @@ def run(
                 rejected[parts.reason] += 1
                 continue
             seen.add(prompt_key(parts[0]))
-            record = _record(f"{digit}{first + len(accepted):06d}", kind, entry, *parts)
+            record = _record(next(ids), kind, entry, *parts)
             accepted.append({**record, "source": source})
             total += 1
             yield accepted[-1]
@@ -183,6 +185,20 @@ def run(
     if not total:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3)) or "none was requested"
         raise OspoError(f"The model wrote no prompt that could be used: {reasons}.")
+
+
+def _can_be_continued(record: Record) -> bool:
+    """Return whether a record of the store has what the next prompts depend on; warn of one that has not."""
+    source = cast(object, record.get("source"))
+    numbers = [source.get(name) if isinstance(source, dict) else None for name in ("call", "sample")]
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        found = f"`source` should be an object with the numbers `call` and `sample`, got {shown(source)}"
+    elif missing := [name for name in ("prompt", "concepts_and_relations", "relation") if record.get(name) is None]:
+        found = f"it has no {', '.join(missing)}"
+    else:
+        return True
+    logger.warning("prompts: item %s does not count, and another one is written: %s", record["item_id"], found)
+    return False
 
 
 def _answers(
@@ -241,15 +257,17 @@ def _examples(templates: TemplateSet, config: Config, kind: str, block: int, acc
     ]
 
 
-def _id_range(templates: TemplateSet, config: Config, kind: str) -> tuple[int, int]:
-    """Return the category digit and the first number of a kind's ids, which do not depend on the shard."""
+def _ids(templates: TemplateSet, config: Config, kind: str, taken: Container[str]) -> Iterator[str]:
+    """Yield the ids of a kind that are not taken: the category digit and a number, which do not depend on the shard."""
     counts = _all_counts(templates, config)
     digits = {
         name: _CATEGORIES.index(entry.category) if entry.category in _CATEGORIES else len(_CATEGORIES)
         for name, entry in templates.kinds.items()
     }
     earlier = list(digits)[: list(digits).index(kind)]
-    return digits[kind], sum(counts[name] for name in earlier if digits[name] == digits[kind])
+    first = sum(counts[name] for name in earlier if digits[name] == digits[kind])
+    every = (f"{digits[kind]}{number:06d}" for number in itertools.count(first))
+    return (item_id for item_id in every if item_id not in taken)
 
 
 def _record(item_id: str, kind: str, entry: Kind, prompt: str, concepts: str = "", relation: str = "") -> Record:

@@ -212,6 +212,42 @@ def test_resume_equals_an_uninterrupted_run(monkeypatch, batch):
         assert whole[:stop] + list(run(whole[:stop], MODEL, settings)) == whole
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": None},
+        {"source": 5},
+        {"source": {"call": "x", "sample": 0}},
+        {"source": {"call": True, "sample": 0}},
+        {"source": {"call": -1, "sample": 0}},
+        {"source": {"call": 0}},
+        {"prompt": None},
+        {"relation": None},
+    ],
+)
+def test_a_record_without_what_the_next_prompts_need_does_not_count(monkeypatch, caplog, change):
+    """It keeps its place in the store; another prompt is written in place of it, with an id of its own."""
+    settings = config("prompts.refresh_every=1", "prompts.samples_per_call=2", color1=8)
+    Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
+    whole = list(run([], MODEL, settings))
+    broken = [*whole[:5], {**whole[5], **change}]
+    for absent in (False, True):
+        broken[5] = {name: value for name, value in broken[5].items() if value is not None or not absent}
+        more = list(run(broken, MODEL, settings))
+        assert f"item {whole[5]['item_id']} does not count" in caplog.text
+        ids = [record["item_id"] for record in (*broken, *more)]
+        assert len(more) == 3
+        assert len(set(ids)) == len(ids)
+
+
+def test_ids_of_lines_that_are_gone_are_given_again(monkeypatch):
+    settings = config(color1=4)
+    Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
+    whole = list(run([], MODEL, settings))
+    more = list(run([whole[0], whole[2]], MODEL, settings))
+    assert [record["item_id"] for record in more] == [whole[1]["item_id"], whole[3]["item_id"]]
+
+
 def test_each_shard_writes_its_kinds(monkeypatch):
     Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
     settings = config(color1=3, color2=3)
