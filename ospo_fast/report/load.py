@@ -6,6 +6,7 @@ not finite, values nested hundreds deep) is taken as missing; `notes` names each
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -75,13 +76,13 @@ def load_run(root: Path) -> Run:
         OspoError: the folder is missing, or holds nothing that can be reported.
 
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112 (Path.is_dir raises for long names)
         raise OspoError(f"run folder {str(root)!r} does not exist; give the folder that `ospo-fast run --out` wrote")
     notes: list[str] = []
-    summary = _read_json(root / "summary.json", notes, {})
+    summary = _read_json(root, "summary.json", notes, {})
     items = _merge_stores(root, notes)
-    log = _read_lines(root / "train" / "log.jsonl", notes)
-    gallery = _read_lines(root / "evaluation" / "gallery.jsonl", notes)
+    log = _read_lines(root, "train/log.jsonl", notes)
+    gallery = _read_lines(root, "evaluation/gallery.jsonl", notes)
     if not (summary or items or log or gallery):
         broken = f": {'; '.join(notes)}; fix or delete what is broken, or" if notes else ";"
         raise OspoError(
@@ -94,7 +95,7 @@ def load_run(root: Path) -> Run:
             "the prompts below are those of the first iteration, the metrics of pairs and masks those of the last; "
             f"`ospo-fast report` on {', '.join(iterations)} writes reports of the later iterations"
         )
-    rows = _checked_rows(_read_json(root / "stages.json", notes, []), notes)
+    rows = _checked_rows(_read_json(root, "stages.json", notes, []), notes)
     metrics = {**sum_stage_rows(rows), **mapping(summary, "stages")}
     names = [*(stage.name for stage in STAGES if stage.name in metrics), *metrics]
     return Run(
@@ -104,7 +105,7 @@ def load_run(root: Path) -> Run:
         items=items,
         log=log,
         gallery=gallery,
-        config=_read_bytes(root / "config.yaml", notes).decode("utf-8", "replace"),
+        config=_read_bytes(root, "config.yaml", notes).decode("utf-8", "replace"),
         notes=notes,
     )
 
@@ -146,7 +147,7 @@ def _merge_stores(root: Path, notes: list[str]) -> list[Item]:
     reached: dict[str, str] = {}
     for stage in STAGES:
         paths = store_paths(root, stage.name)
-        records = [record for path in paths for record in _read_lines(path, notes, _check_record)]
+        records = [record for path in paths for record in _read_lines(root, path.name, notes, _check_record)]
         if paths and merged and not any(map(os.path.getsize, paths)):
             notes.append(
                 f"{stage.name}.jsonl is empty, but the stages before it made {len(merged)} records; run `ospo-fast "
@@ -194,34 +195,47 @@ def _checked_rows(rows: list[Any], notes: list[str]) -> list[dict[str, Any]]:
     return [row for row in checked if not isinstance(row, Failure)]
 
 
-def _read_json(path: Path, notes: list[str], default: Any) -> Any:
+def _own(root: Path, name: str) -> Path | None:
+    """The path of a file of the run folder; None if it is missing. Raises OSError for one behind a symbolic link.
+
+    The folder may be a stranger's, whose links lead to any file, and a report is made to be shown to others.
+    """
+    path = root / name
+    for part in (*reversed(path.relative_to(root).parents[:-1]), path.relative_to(root)):
+        if (root / part).is_symlink():
+            raise OSError(errno.ELOOP, f"{part} is a symbolic link, whose target is not shown; copy it in its place")
+    return path if path.exists() else None
+
+
+def _read_json(root: Path, name: str, notes: list[str], default: Any) -> Any:
     """The value of a JSON file of the type of `default`; `default` if the file is missing or broken."""
-    if not (data := _read_bytes(path, notes)):
+    if not (data := _read_bytes(root, name, notes)):
         return default
+    name = Path(name).name
     try:
         value, dropped = _without_extremes(parse_json(data))
     except ValueError as error:
-        notes.append(f"{path.name} cannot be read ({error}); fix or delete the file")
+        notes.append(f"{name} cannot be read ({error}); fix or delete the file")
         return default
     if not isinstance(value, type(default)):
         notes.append(
-            f"{path.name} cannot be read (it holds {type(value).__name__}, expected {type(default).__name__}); fix or "
+            f"{name} cannot be read (it holds {type(value).__name__}, expected {type(default).__name__}); fix or "
             "delete the file"
         )
         return default
-    _note_dropped(path.name, dropped, notes)
+    _note_dropped(name, dropped, notes)
     return value
 
 
-def _read_bytes(path: Path, notes: list[str]) -> bytes:
+def _read_bytes(root: Path, name: str, notes: list[str]) -> bytes:
     """The content of a file; empty if it is missing, unreadable or too large."""
     try:
-        if not path.exists():
+        if (path := _own(root, name)) is None:
             return b""
         with regular(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        notes.append(f"{path.name} cannot be read ({error.strerror or error}); fix or delete the file")
+        notes.append(f"{Path(name).name} cannot be read ({error.strerror or error}); fix or delete the file")
         return b""
     if len(data) > MAX_BYTES:
         notes.append(f"{path.name} is left out: it has more than {MAX_BYTES} bytes")
@@ -229,11 +243,14 @@ def _read_bytes(path: Path, notes: list[str]) -> bytes:
     return data
 
 
-def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any] = _check_object) -> list[Any]:
+def _read_lines(
+    root: Path, name: str, notes: list[str], check: Callable[[object, str], Any] = _check_object
+) -> list[Any]:
     """The lines of a JSONL file that pass `check`. The others are counted in `notes`, with the first error."""
     values, failures, dropped = [], [], 0
     try:
-        for place, line in enumerate(_lines(path) if path.exists() else (), 1):
+        path = _own(root, name)
+        for place, line in enumerate(() if path is None else _lines(path), 1):
             if line.strip():
                 value = attempt(_parse_line, line, f"line {place}", check)
                 if isinstance(value, Failure):
@@ -242,9 +259,9 @@ def _read_lines(path: Path, notes: list[str], check: Callable[[object, str], Any
                     values.append(value[0])
                     dropped += value[1]
     except OSError as error:
-        notes.append(f"{path.name} cannot be read ({error.strerror or error}); fix or delete the file")
-    _note_failures(path.name, "broken line(s)", failures, notes)
-    _note_dropped(path.name, dropped, notes)
+        notes.append(f"{Path(name).name} cannot be read ({error.strerror or error}); fix or delete the file")
+    _note_failures(Path(name).name, "broken line(s)", failures, notes)
+    _note_dropped(Path(name).name, dropped, notes)
     return values
 
 

@@ -15,12 +15,13 @@ import jinja2
 from markupsafe import Markup
 
 from ospo_fast.errors import Failure, UsageError
-from ospo_fast.records import iter_pairs, write_atomic
+from ospo_fast.records import iter_pairs, os_errors, write_atomic
 from ospo_fast.report import inspector, stats
 from ospo_fast.report.charts import format_number
 from ospo_fast.report.images import Album
 from ospo_fast.report.load import load_run, mapping, number, text
 from ospo_fast.report.masks import load_masks
+from ospo_fast.restarts import refuse_links
 
 if TYPE_CHECKING:
     from ospo_fast.report.masks import Arrays
@@ -43,7 +44,8 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
         The path of the page.
 
     Raises:
-        OspoError: the folder is missing, holds nothing that can be reported, or the page cannot be written.
+        OspoError: the folder is missing, holds nothing that can be reported, or the page cannot be written; without
+            `out`, also where report/ is a symbolic link.
         UsageError: a limit below 1.
 
     """
@@ -52,9 +54,13 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
             raise UsageError(f"{name}: got {value}, expected at least 1")
     run_dir = Path(run_dir)
     target = run_dir / "report" / "index.html" if out is None else Path(out)
-    if target.is_dir() or (out is not None and target.suffix.lower() not in {".html", ".htm"}):
-        target /= "index.html"
-    html = render(run_dir, limit=limit, gallery_limit=gallery_limit)
+    with os_errors("write", target):
+        if out is None:
+            refuse_links(target.parent)
+        if target.is_dir() or (out is not None and target.suffix.lower() not in {".html", ".htm"}):
+            target /= "index.html"
+    with os_errors("read", run_dir):
+        html = render(run_dir, limit=limit, gallery_limit=gallery_limit)
     write_atomic(target, html.encode("utf-8", "replace"))  # a record may hold a lone surrogate
     return target
 

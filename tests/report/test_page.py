@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -446,6 +447,56 @@ def test_files_outside_of_the_run_folder_are_not_shown(run_dir, tmp_path):
     assert all(image["source"] is None for image in shown)
     assert shown[0]["failure"] == "base_0.png is outside of the run folder"
     assert "is missing" in shown[5]["failure"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_files_behind_links_are_named_in_place_of_their_content(run_dir, tmp_path, whole):
+    """The run folder may be a stranger's, and its report is shown to others. whole: whole folders are links."""
+    names = [
+        "config.yaml",
+        "summary.json",
+        "stages.json",
+        "select.jsonl",
+        "train/log.jsonl",
+        "evaluation/gallery.jsonl",
+    ]
+    elsewhere = tmp_path / "elsewhere"
+    for name in names:
+        moved = Path(name).parts[0] if whole else name
+        (elsewhere / moved).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(run_dir / moved, elsewhere / moved)
+        (run_dir / moved).symlink_to(elsewhere / moved)
+    run = load_run(run_dir)
+    notes = "\n".join(run.notes)
+    missing = [name for name in names if f"{Path(name).name} cannot be read (" not in notes]
+    assert not missing
+    assert notes.count("is a symbolic link, whose target is not shown") == len(names)
+    assert (run.config, run.summary, run.stages, run.log, run.gallery) == ("", {}, {}, [], [])
+    assert "is a symbolic link" in write_report(run_dir).read_text()
+
+
+def test_a_link_to_nothing_is_named(run_dir):
+    (run_dir / "config.yaml").unlink()
+    (run_dir / "config.yaml").symlink_to(run_dir / "nothing")
+    assert any("config.yaml is a symbolic link" in note for note in load_run(run_dir).notes)
+
+
+def test_the_run_folder_itself_may_be_a_link(run_dir, tmp_path):
+    (tmp_path / "link").symlink_to(run_dir)
+    assert not [note for note in load_run(tmp_path / "link").notes if "link" in note]
+    assert write_report(tmp_path / "link").read_bytes() == write_report(run_dir).read_bytes()
+
+
+def test_a_report_is_not_written_through_a_link(run_dir, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    shutil.rmtree(run_dir / "report", ignore_errors=True)
+    (run_dir / "report").symlink_to(tmp_path / "site")
+    with pytest.raises(OspoError, match="report is a symbolic link"):
+        write_report(run_dir)
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
+    write_report(run_dir, run_dir / "report")  # the user names it
+    assert (tmp_path / "site" / "index.html").read_text() != "mine"
 
 
 def test_broken_lines_and_records_are_skipped(run_dir):
