@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from ospo_fast.records import (
     delete,
     edited_text,
     only_writer,
+    os_errors,
     read_json,
     read_records,
     shown,
@@ -57,7 +59,8 @@ def store_paths(out: Path, stage: str) -> list[Path]:
 
 
 def _shard_paths(out: Path, stage: str) -> list[Path]:
-    return sorted(out.glob(f"{stage}.*-of-*.jsonl"))
+    paths = out.glob(f"{stage}.*-of-*.jsonl")
+    return sorted(path for path in paths if re.fullmatch(r"\d+-of-\d+", path.stem.removeprefix(f"{stage}.")))
 
 
 OnError = Callable[[OspoError], object]  # gets the error of a line that is skipped, see `read_records`
@@ -276,17 +279,27 @@ class Pipeline:
 
         """
         names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else list(stages)
-        out = self.folder()
-        restarts.finish(out, out)
-        work = restarts.folder(out)
-        over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
-        over = over and self.shard is None and STAGES[0].name in names
-        for iteration in range(1, self.config.iterations + 1):
-            for name in names:
-                self._check(find_stage(name), iteration, run=True, over=over)
+        over = self.check_run(names)
         if over:  # which deletes what an earlier such run has made
             self.prepare(stages=names)
-        return self._start_over(work, names, on_report) if over else self._stages(names, on_report)
+        return self._start_over(names, on_report) if over else self._stages(names, on_report)
+
+    def check_run(self, names: Sequence[str]) -> bool:
+        """Check a run of stages as far as possible before it begins. Return whether it starts over as a whole.
+
+        What an earlier run has finished, and could not put in place any more, is put in place.
+        """
+        out = self.folder()
+        with os_errors("use", out):
+            restarts.finish(out, out, self.shard)
+            work = restarts.folder(out)
+            restarts.refuse_links(work)
+            over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
+            over = over and self.shard is None and STAGES[0].name in names
+            for iteration in range(1, self.config.iterations + 1):
+                for name in names:
+                    self._check(find_stage(name), iteration, run=True, over=over)
+        return over
 
     def _stages(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
         reports = []
@@ -301,12 +314,11 @@ class Pipeline:
             self._later = ()
         return reports
 
-    def _start_over(
-        self, work: Path, names: Sequence[str], on_report: Callable[[StageReport], object] | None
-    ) -> list[StageReport]:
-        """Run all stages in the folder `work`, and let its files replace the old ones when they are whole."""
+    def _start_over(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
+        """Run all stages in a folder of its own, and let its files replace the old ones when they are whole."""
         out = self.folder()
-        with contextlib.ExitStack() as locks:
+        work = restarts.folder(out)
+        with os_errors("use", out), contextlib.ExitStack() as locks:
             for folder in (out, *out.glob("iter*")):
                 locks.enter_context(restarts.exclusive(folder, STAGES))
             if not self.resume:
@@ -346,30 +358,49 @@ class Pipeline:
 
         """
         stage, out = find_stage(name), self.folder(iteration)
-        restarts.finish(out, self.folder())
-        config, settings = self._check(stage, iteration)
-        report = StageReport(name, iteration)
-        for folder in {self.folder(), out}:  # also of a stage that has nothing left to do
-            sweep_temporary_files(folder)
-        if not stage.enabled(config):
-            return report
-        process = self._steps if stage.counts_steps else self._items
-        work = restarts.folder(out, stage, self.shard)
-        replaced = (stage,) if self.shard else STAGES[STAGES.index(stage) :]
-        if not (self._continues_stage(work, name, settings) if self.resume else restarts.made_by(out, replaced)):
-            process(stage, out, out, config, settings, report)
-            return report
-        with restarts.exclusive(out, replaced, self.shard):
-            if not self.resume and work.exists():
-                self._check_model(config, iteration, [name])
-                delete(work)
-            try:
-                process(stage, out, work, config, settings, report)
-            finally:
-                begun = restarts.delete_if_empty(work)
-            if begun:  # not where no item could be used
-                restarts.put_in_place(work, out, self.folder())
+        with os_errors("use", out):
+            for folder in dict.fromkeys((self.folder(), out)):
+                restarts.finish(folder, self.folder(), self.shard)
+            work = restarts.folder(out, stage, self.shard)
+            config, settings = self._check(stage, iteration)
+            self._sweep(stage, out)
+            report = StageReport(name, iteration)
+            if not stage.enabled(config):
+                return report
+            process = self._steps if stage.counts_steps else self._items
+            if not self._starts_over(stage, out, settings):
+                with restarts.in_use(out):
+                    process(stage, out, out, config, settings, report)
+                return report
+            with restarts.exclusive(out, self._replaced(stage), self.shard):
+                existed = work.exists()
+                try:
+                    whole = process(stage, out, work, config, settings, report)
+                finally:
+                    if not existed:
+                        restarts.delete_if_empty(work)
+                if whole:
+                    restarts.put_in_place(work, out, self.folder())
+                    if self.shard and stage.finish is not None:  # of all shards
+                        stage.finish(out, read_stage(out, name, lambda error: None))
         return report
+
+    def _sweep(self, stage: Stage, out: Path) -> None:
+        """Delete what a killed process left, also of a stage that has nothing left to do."""
+        for folder in {self.folder(), out}:
+            sweep_temporary_files(folder)
+        if stage.folder is not None:
+            sweep_temporary_files(out / stage.folder, "**/.*.tmp")
+
+    def _starts_over(self, stage: Stage, out: Path, settings: dict[str, Any]) -> bool:
+        """Return whether a stage starts over, or continues to."""
+        if self.resume:
+            return self._continues_stage(restarts.folder(out, stage, self.shard), stage.name, settings)
+        return bool(restarts.made_by(out, self._replaced(stage)))
+
+    def _replaced(self, stage: Stage) -> Sequence[Stage]:
+        """Return the stages whose results go when a stage starts over."""
+        return (stage,) if self.shard else STAGES[STAGES.index(stage) :]
 
     def _continues_stage(self, work: Path, name: str, settings: dict[str, Any]) -> bool:
         """Return whether a folder holds an unfinished stage that starts over, with these settings."""
@@ -393,11 +424,13 @@ class Pipeline:
             restarts.refuse_links(out)
         if stage.folder is not None:
             restarts.refuse_links(out / stage.folder)
+        work = restarts.folder(out, stage, self.shard)
+        restarts.refuse_links(work)
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
             return config, {}  # the run will train its model; what can be checked was checked for the first iteration
         self._check_request(stage, config)
         settings = self._settings(stage, config, iteration)
-        continues = self._continues_stage(restarts.folder(out, stage, self.shard), name, settings)
+        continues = self._continues_stage(work, name, settings)
         own = self.resume and not continues and not over
         self._check_settings(out, name, settings, own=own)
         if self.shard is not None and not self.resume and store_path(out, name).exists():
@@ -405,6 +438,13 @@ class Pipeline:
                 f"The shards of {name} are already merged into {store_path(out, name)}; to run it again, use "
                 f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
             )
+        if self.shard is not None and self._starts_over(stage, out, settings):
+            later = restarts.made_by(out, STAGES[STAGES.index(stage) + 1 :])
+            if later:
+                raise UsageError(
+                    f"{later[0]} was made of results of {name} that a shard would replace; start over with "
+                    f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
+                )
         return config, settings
 
     def _check_request(self, stage: Stage, config: Config) -> None:
@@ -419,20 +459,29 @@ class Pipeline:
 
     def _items(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
-    ) -> None:
-        """Process the items of a stage that are not in its store. It reads `out` and writes `work`."""
+    ) -> bool:
+        """Process the items of a stage that are not in its store. It reads `out` and writes `work`.
+
+        Return whether `work` has all of them: not where no item could be used.
+        """
         # Nothing is written before the inputs are read and the model is loaded, so that a wrong call leaves no trace.
         name, source = stage.name, stage.inputs(config)
+        fresh = work != out and not self.resume  # what an earlier call has made in `work` is not used
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
-        present = self._present(work, name, unusable.append)
+        present = {} if fresh else self._present(work, name, unusable.append)
         if source is None:
-            complete = self._complete(work, name)
+            complete = not fresh and self._complete(work, name)
             waiting, total = list(present.values()), 0
         else:
             found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
             if not found and not unusable:
                 raise UsageError(f"{store_path(out, source)} holds no records; run `ospo-fast {source}` to make them.")
+            if work != out and (gone := present.keys() - {r["item_id"] for r in found}):
+                raise UsageError(
+                    f"{store_path(work, name, self.shard)} has the item {shown(min(gone))}, which {source}.jsonl does "
+                    f"not have any more; run `ospo-fast {name} --no-resume`."
+                )
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
             complete = not waiting
@@ -442,14 +491,18 @@ class Pipeline:
             if stage.finish is not None:
                 stage.finish(work, list(present.values()))
             _warn(name, failed, len(failed))
-            return
+            return not fresh
         model = self.model(report.iteration) if stage.needs_model(config) and not complete else None
         self._check_model(config, report.iteration, self._later if complete else [name, *self._later])
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
-        self._begin(work, stage, settings)
+        if fresh:
+            delete(work)
         context = self._context(report, writes=work)
         with Store(store_path(work, name, self.shard), on_error=lambda error: None) as store:
+            self._begin(work, stage, settings)  # only once no other process writes the store
+            if self.shard is None:
+                _merge_shards(store, work, name)
             before = len(store)
             with self._measured(work, report), self._bar(stage, total) as bar:
                 bar.update(len(present))
@@ -466,14 +519,16 @@ class Pipeline:
             if stage.finish is not None:
                 stage.finish(work, read_stage(work, name, lambda error: None))
         _warn(name, failed, report.items + len(unusable))
+        return True
 
     def _steps(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
-    ) -> None:
+    ) -> bool:
         """Run a stage that counts steps, to its end. It continues from its own files; it reads `out`, writes `work`."""
         source, folder = stage.inputs(config), work / str(stage.folder)
         assert source is not None
-        done = read_json(folder / "done.json", {})
+        fresh = work != out and not self.resume
+        done = {} if fresh else read_json(folder / "done.json", {})
         complete = bool(done)
         unusable: list[OspoError] = []
         found = [] if complete and not store_paths(out, source) else read_stage(out, source, unusable.append)
@@ -486,10 +541,12 @@ class Pipeline:
                     f"run `ospo-fast {stage.name} --no-resume`."
                 )
             report.total = done["step"]
-            return
+            return True
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         model = self.model(report.iteration)
         self._check_model(config, report.iteration, [stage.name, *self._later])
+        if fresh:
+            delete(work)
         with only_writer(folder):
             self._begin(work, stage, settings)
             with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
@@ -500,6 +557,7 @@ class Pipeline:
                 finally:
                     self._models.clear()  # the weights are no longer those of the name that they were loaded by
         self._models[str(self._trained(report.iteration))] = model
+        return True
 
     def _context(self, report: StageReport, **rest: Any) -> StageContext:
         return StageContext(report, shard=self.shard, **rest)
@@ -512,16 +570,12 @@ class Pipeline:
         return _read_stores(paths, on_error)
 
     def _begin(self, out: Path, stage: Stage, settings: dict[str, Any]) -> None:
-        """Save configuration (in the run folder of an iteration) and settings, and merge shards."""
-        sweep_temporary_files(out)
-        if stage.folder is not None:
-            sweep_temporary_files(out / stage.folder, "**/.*.tmp")
+        """Save configuration (in the run folder of an iteration) and settings."""
+        restarts.begin(out)
         starts_over = out.name.startswith(restarts.PREFIX)
         write_atomic((out if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
         key = self._key(stage.name)
         update_json(out / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
-        if self.shard is None:
-            _merge_shards(out, stage.name)
 
     def _key(self, name: str) -> str:
         return name if self.shard is None else f"{name}.{self.shard}"
@@ -551,8 +605,8 @@ class Pipeline:
             if (changed := _changed_setting(saved, settings, out)) is not None:
                 field, before, value = changed
                 raise UsageError(
-                    f"{out}: {key} was made with {field}={before}, now {field}={value}; use the same setting, use "
-                    f"another --out, or start {name} over with --no-resume and without --shard."
+                    f"{out}: {key} was made with {field}={shown(before)}, now {field}={shown(value)}; use "
+                    f"the same setting, use another --out, or start {name} over with --no-resume and without --shard."
                 )
 
     @contextlib.contextmanager
@@ -606,13 +660,9 @@ def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
     return {key: inner for key, inner in found.items() if inner is not None} if isinstance(found, dict) else found
 
 
-def _merge_shards(out: Path, stage: str) -> None:
+def _merge_shards(store: Store, out: Path, stage: str) -> None:
     """Move the records of shards into the stage's store. Raises OspoError while a shard is still being written."""
-    paths = _shard_paths(out, stage)
-    if not paths:
-        return
-    with Store(store_path(out, stage)) as store:
-        for path in paths:
-            with Store(path):
-                store.extend(record for record in read_records(path) if record["item_id"] not in store)
-                path.unlink()
+    for path in _shard_paths(out, stage):
+        with Store(path):
+            store.extend(record for record in read_records(path) if record["item_id"] not in store)
+            path.unlink()

@@ -9,6 +9,8 @@ written leaves the old files as they were. After that, the next command puts the
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,7 @@ from ospo_fast.stages import STAGES, Shard, Stage, find_stage
 
 PREFIX = ".restart"
 _LIST = ".whole.json"
+_IN_USE = ".stages.lock"
 _NAME = rf"\{PREFIX}(\.({'|'.join(stage.name for stage in STAGES)})(\.\d+-of-\d+)?)?"
 
 
@@ -74,32 +77,89 @@ def made_by_run(out: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
+def in_use(out: Path, *, alone: bool = False) -> Iterator[None]:
+    """Hold the lock of a run folder, from before a stage reads its inputs: shared, or `alone` to start over.
+
+    A folder in which no stage has begun has no such lock: nothing in it can be replaced. Raises OspoError if another
+    process holds the lock in a way that excludes this one.
+    """
+    path = out / _IN_USE
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if alone else 0), 0o666)
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    except OSError as error:
+        raise OspoError(f"Cannot lock {path}: {error.strerror}; delete the file.") from error
+    try:
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise OspoError(f"Cannot lock {path}: {error.strerror}.") from error
+            how = "in use by" if alone else "being started over by"
+            raise OspoError(f"{out} is {how} another process; wait for it, or give this one another --out.") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def begin(out: Path) -> None:
+    """Make the lock of a run folder in which a stage begins; see `in_use`."""
+    with os_errors("write", out):
+        os.close(os.open(out / _IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+
+
+@contextlib.contextmanager
 def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) -> Iterator[None]:
-    """Hold the locks of the stages' stores and folders. Raises OspoError if another process writes one of them."""
+    """Hold the locks of a run folder and of the stages' stores and training, to start over.
+
+    A shard replaces its own store alone, so that the others run at the same time. Raises OspoError if another process
+    holds one of the locks.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(in_use(out, alone=shard is None))
         for stage in stages:
             for path in map(_no_link, made_by(out, [stage], shard)):
-                stack.enter_context(only_writer(path) if stage.counts_steps else only_user(path))
+                if stage.counts_steps:
+                    stack.enter_context(only_writer(path))
+                elif path.is_file():
+                    stack.enter_context(only_user(path))
         yield
 
 
 def put_in_place(work: Path, out: Path, run_folder: Path) -> None:
     """Let the files of a folder that is whole take the places of those of `out`, and delete the folder.
 
-    run_folder: that of all iterations, which has config.yaml.
+    The caller holds the locks of `out`; see `exclusive`. run_folder: that of all iterations, which has config.yaml.
     """
     names = sorted(path.name for path in work.iterdir() if not path.name.startswith("."))
-    with only_user(work):
+    with in_use(work, alone=True):
         write_json(work / _LIST, names)
         _move(work, out, run_folder)
 
 
-def finish(out: Path, run_folder: Path) -> None:
-    """Put in place what was whole when its process was killed."""
+def finish(out: Path, run_folder: Path, shard: Shard | None = None) -> None:
+    """Put in place what was whole when its process was killed; of shards, the given one or all if None."""
     for work in sorted(out.glob(f"{PREFIX}*")):
-        if re.fullmatch(_NAME, work.name) and (_no_link(work) / _LIST).exists():
-            with contextlib.suppress(FileNotFoundError), only_user(work):
+        if not (re.fullmatch(_NAME, work.name) and (_no_link(work) / _LIST).exists()):
+            continue
+        _, of = _parts(work)
+        if of and shard is not None and of != str(shard):
+            continue  # its process may be alive
+        with contextlib.ExitStack() as locks:
+            if not of:
+                for folder in (out, *(out.glob("iter*") if work.name == PREFIX else ())):
+                    locks.enter_context(in_use(folder, alone=True))
+            locks.enter_context(in_use(work, alone=True))
+            if (work / _LIST).exists():  # no other process has done it in the meantime
                 _move(work, out, run_folder)
+
+
+def _parts(work: Path) -> tuple[str, str]:
+    """Return the stage and the shard in the name of a folder; both empty for that of a run."""
+    _, _, stage, shard, *_ = (*work.name.split("."), "", "")
+    return stage, shard
 
 
 def _move(work: Path, out: Path, run_folder: Path) -> None:
@@ -110,7 +170,7 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
     settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
     for name, kind in (("settings.json", {}), ("stages.json", [])):
         read_json(out / name, kind)
-    _, _, stage, shard, *_ = (*work.name.split("."), "", "")
+    stage, shard = _parts(work)
     later = STAGES[STAGES.index(find_stage(stage)) :] if stage else STAGES
     old, new = (made_by(at, later, shard) if stage else made_by_run(at) for at in (out, work))
     for path in (*new, *(path for path in old if path.name in {each.name for each in new})):
@@ -121,6 +181,8 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
         for path in old:
             if path.name not in names:
                 delete(path)
+        if shard:
+            _merge_files(work, out, find_stage(stage))
         for path in new:
             if path.is_dir():
                 delete(out / path.name)
@@ -133,10 +195,22 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
                 (work / "config.yaml").replace(run_folder / "config.yaml")
             (work / "settings.json").unlink()  # the mark of a folder that can be continued
         if not shard:
-            unfinished = [path for each in later for path in out.glob(f"{PREFIX}.{each.name}*")]
-            for path in (*unfinished, out / PREFIX):  # what they would replace is gone
-                delete(path)
+            for path in out.glob(f"{PREFIX}*"):  # what they would replace is gone
+                if re.fullmatch(_NAME, path.name) and (path.name == PREFIX or find_stage(_parts(path)[0]) in later):
+                    delete(path)
         delete(work)
+
+
+def _merge_files(work: Path, out: Path, stage: Stage) -> None:
+    """Move the files of a shard's items into the folder of the stage, which other shards write as well."""
+    folder = work / str(stage.folder)
+    if stage.folder is None or not folder.is_dir():
+        return
+    for path in sorted(folder.rglob("*")):
+        target = out / stage.folder / path.relative_to(folder)
+        if not path.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _rename(path, target)
 
 
 def _without(settings: dict[str, Any], gone: set[str]) -> dict[str, Any]:
@@ -159,9 +233,7 @@ def _rename(path: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def delete_if_empty(work: Path) -> bool:
-    """Delete a folder in which nothing was begun. Return whether something was."""
-    begun = (work / "settings.json").exists()
-    if not begun:
+def delete_if_empty(work: Path) -> None:
+    """Delete a folder in which nothing was begun."""
+    if not (work / "settings.json").exists():
         delete(work)
-    return begun

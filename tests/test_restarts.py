@@ -1,0 +1,252 @@
+"""Starting over: what a stage or a run replaces, next to shards, other processes, and files that are not its own."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ospo_fast import restarts
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.pipeline import Pipeline, Shard, read_stage
+from ospo_fast.records import Store, only_user, read_records
+from ospo_fast.stages import STAGE_NAMES, find_stage
+from ospo_fast.stages.image_files import load_codes
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+COUNTS = "prompts.counts={color1: 1, shape1: 1, color2: 1, 2D_spatial: 1, numeracy1: 1, numeracy2: 1}"
+SMALL = [COUNTS, "train.steps=1", "train.batch_size=2", "train.eval_every=0", "masks.layers=[0]"]
+
+
+def pipeline(tiny, out, *overrides, **settings):
+    config = load_config([*SMALL, f"model={tiny}", f"out={out}", *overrides], family="shapes")
+    return Pipeline(config, progress=False, **settings)
+
+
+@pytest.fixture(scope="module")
+def scored(scripted, tiny, tmp_path_factory):
+    """The folder of a run up to its score stage."""
+    out = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch.setattr)
+        pipeline(tiny, out).run(STAGE_NAMES[: STAGE_NAMES.index("score") + 1])
+    return out
+
+
+@pytest.fixture
+def out(scored, tmp_path):
+    return Path(shutil.copytree(scored, tmp_path / "out"))
+
+
+def back_to(out, stage):
+    """Delete what the stages after `stage` made."""
+    names = STAGE_NAMES[: STAGE_NAMES.index(stage) + 1]
+    for path in restarts.made_by(out, [find_stage(name) for name in STAGE_NAMES if name not in names]):
+        restarts.delete(path)
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps({name: settings[name] for name in settings if name in names}))
+
+
+def visible(out):
+    paths = (path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file())
+    return {str(path): (out / path).read_bytes() for path in paths if not any(p.startswith(".") for p in path.parts)}
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stopped(function):
+    def stop(*arguments):
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restarts, "_move", stop)
+        with pytest.raises(StoppedError):
+            function()
+
+
+def test_a_shard_replaces_the_files_of_its_items(tiny, script, tmp_path, out):
+    back_to(out, "perturb")
+    for index in (0, 1):
+        pipeline(tiny, out, shard=Shard(index, 2)).stage("images")
+    before = visible(out)
+    other = pipeline(tiny, out, "images.temperature=0.5", shard=Shard(0, 2), resume=False)
+    with pytest.raises(UsageError, match=r"images\.1-of-2 was made with images\.temperature"):
+        other.stage("images")
+    (out / "images.1-of-2.jsonl").unlink()
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["images.1-of-2"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    other.stage("images")
+    changed = 0
+    for record in read_records(out / "images.0-of-2.jsonl"):
+        for verdict in (record["base_metadata"] | record["negative_metadata"]).values():
+            assert load_codes((out / verdict["path"]).with_suffix(".npz"))["temperature"] == 0.5
+            changed += (out / verdict["path"]).read_bytes() != before[verdict["path"]]
+    assert changed
+    assert visible(out).keys() >= before.keys() - {"images.1-of-2.jsonl"}  # images of the other shard stay
+    assert not list(out.glob(".restart*"))
+
+
+def test_masks_of_a_shard_that_starts_over(tiny, script, out):
+    pipeline(tiny, out).stage("select")
+    for index in (0, 1):
+        pipeline(tiny, out, shard=Shard(index, 2)).stage("masks")
+    diagnostics = (out / "masks" / "diagnostics.json").read_bytes()
+    shutil.rmtree(out / "masks")  # so that what is there below is new
+    pipeline(tiny, out, shard=Shard(1, 2), resume=False).stage("masks")
+    masked = [
+        pair for r in read_records(out / "masks.1-of-2.jsonl") for pair in r.get("pairs", ()) if "mask_path" in pair
+    ]
+    assert masked
+    assert all((out / pair["mask_path"]).exists() for pair in masked)
+    assert (out / "masks" / "diagnostics.json").read_bytes() == diagnostics  # of both shards
+
+
+def test_a_shard_does_not_replace_what_later_stages_used(tiny, script, out):
+    back_to(out, "perturb")
+    pipeline(tiny, out, shard=Shard(0, 1)).stage("images")
+    pipeline(tiny, out, shard=Shard(0, 1)).stage("questions")
+    before = visible(out)
+    with pytest.raises(UsageError, match=r"questions\.0-of-1\.jsonl was made of results of images that a shard would"):
+        pipeline(tiny, out, "images.temperature=0.5", shard=Shard(0, 1), resume=False).stage("images")
+    assert visible(out) == before
+
+
+def test_files_of_other_names_are_no_shards(tiny, script, out):
+    copy = out / "score.copy-of-first.jsonl"
+    shutil.copy(out / "score.jsonl", copy)
+    folder = out / ".restart.score_backup"
+    folder.mkdir()
+    (folder / "file").write_text("mine")
+    before = copy.read_bytes()
+    pipeline(tiny, out).stage("score")
+    pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score")
+    assert copy.read_bytes() == before
+    assert (folder / "file").exists()
+
+
+def test_nothing_starts_over_while_a_stage_has_read_its_inputs(tiny, script, out, monkeypatch):
+    """A stage whose store is not there yet holds no lock of it."""
+    begin, refused = Pipeline._begin, []
+
+    def during(self, *arguments):
+        if not refused:
+            with pytest.raises(
+                OspoError, match=r"out is in use by another process; wait for it, or give this one"
+            ) as e:
+                pipeline(tiny, out, "images.temperature=0.5", resume=False).stage("images")
+            refused.append(str(e.value))
+        begin(self, *arguments)
+
+    monkeypatch.setattr(Pipeline, "_begin", during)
+    pipeline(tiny, out).stage("select")
+    assert refused
+
+
+def test_no_stage_reads_what_is_being_replaced(tiny, script, out, monkeypatch):
+    refused = []
+
+    def during(self, *arguments):
+        if not refused:
+            refused.append(self)
+            with pytest.raises(OspoError, match="out is being started over by another process"):
+                pipeline(tiny, out).stage("select")
+        return append(self, *arguments)
+
+    append = Store.append
+    monkeypatch.setattr(Store, "append", during)
+    pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score")
+    assert refused
+
+
+def test_a_refused_process_changes_no_configuration(tiny, script, out):
+    pipeline(tiny, out).stage("select")
+    lines = (out / "select.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "select.jsonl").write_bytes(lines[0])
+    before = visible(out)
+    with only_user(out / "select.jsonl"), pytest.raises(OspoError, match="is being written by another process"):
+        pipeline(tiny, out, "train.learning_rate=0.5").stage("select")
+    assert visible(out) == before
+
+
+@pytest.mark.parametrize("call", ["missing input", "unknown item"])
+def test_an_unfinished_start_is_kept_until_the_new_one_is_checked(tiny, script, out, call):
+    append, count = Store.append, []
+
+    def stop(self, record):
+        count.append(record)
+        if len(count) == 3:
+            raise StoppedError
+        append(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "append", stop)
+        with pytest.raises(StoppedError):
+            pipeline(tiny, out, "score.batch_size=1", resume=False).stage("score")
+    work = out / ".restart.score"
+    before = (work / "score.jsonl").read_bytes()
+    assert before
+    source = out / f"{find_stage('score').inputs(pipeline(tiny, out).config)}.jsonl"
+    if call == "missing input":
+        source.unlink()
+        with pytest.raises(UsageError, match=rf"There is no {source.name}"):
+            pipeline(tiny, out, "score.batch_size=1", resume=False).stage("score")
+    else:
+        known = json.loads(before.splitlines()[0])["item_id"]
+        lines = source.read_bytes().splitlines(keepends=True)
+        source.write_bytes(b"".join(line for line in lines if json.loads(line)["item_id"] != known))
+        with pytest.raises(UsageError, match=rf"has the item '{known}', which {source.name} does not have any more"):
+            pipeline(tiny, out, "score.batch_size=1").stage("score")
+    assert (work / "score.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_whole_is_put_in_place_before_a_stage_of_an_iteration(tiny, script, tmp_path):
+    out = tmp_path / "out"
+    run = ["iterations=2", "prompts.counts={color2: 2}"]
+    pipeline(tiny, out, *run).run()
+    stopped(lambda: pipeline(tiny, out, *run, "images.temperature=0.5", resume=False).run())
+    assert (out / ".restart" / ".whole.json").exists()
+    settings = (*run, "images.temperature=0.5", "train.learning_rate=1e-4")
+    pipeline(tiny, out, *settings, resume=False).stage("train", 2)
+    done = (out / "iter2" / "train" / "done.json").read_bytes()
+    assert not (out / ".restart").exists()
+    pipeline(tiny, out, *settings).stage("score")
+    assert (out / "iter2" / "train" / "done.json").read_bytes() == done
+
+
+@pytest.mark.parametrize("shard", [None, Shard(0, 2)])
+def test_links_in_an_unfinished_start_are_refused(tiny, script, out, tmp_path, shard):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    work = restarts.folder(out, find_stage("images"), shard)
+    work.mkdir()
+    shutil.copy(out / "settings.json", work)
+    (work / "images").symlink_to(mine)
+    with pytest.raises(OspoError, match="images is a symbolic link"):
+        pipeline(tiny, out, shard=shard).stage("images")
+    assert not list(mine.iterdir())
+
+
+def test_a_killed_write_of_diagnostics_leaves_nothing(tiny, script, out):
+    """Also where the stage is complete, and begins no more."""
+    pipeline(tiny, out).run(["select", "masks"])
+    left = out / "masks" / ".diagnostics.json.0123456789abcdef.tmp"
+    left.write_text("{")
+    pipeline(tiny, out).stage("masks")
+    assert not left.exists()
+
+
+def test_an_inaccessible_folder_is_an_error_of_the_package(tiny, tmp_path):
+    for out in (tmp_path / ("x" * 300), tmp_path / "file" / "out"):
+        (tmp_path / "file").touch()
+        for call in (lambda run: run.stage("prompts"), Pipeline.run):
+            with pytest.raises(OspoError, match=r"Cannot (use|read|write) "):
+                call(pipeline(tiny, out))
+    with contextlib.suppress(OspoError):
+        assert not read_stage(tmp_path, "prompts")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
