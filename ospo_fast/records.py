@@ -24,7 +24,6 @@ import os
 import re
 import reprlib
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -238,6 +237,11 @@ def validate(flat: object, where: str) -> dict[str, Any]:
 
     if not (isinstance(flat.get("item_id"), str) and flat["item_id"]):
         raise OspoError(f"{where}: `item_id` should be a non-empty string, got {shown(flat.get('item_id'))}.")
+    if "pairs" in flat:  # no check of a pair would see it
+        raise OspoError(
+            f"{where}: `pairs` should not be in a file, got {shown(flat['pairs'])}; the first pair has its fields at "
+            "the top level, and `further_pairs` holds the others."
+        )
     check(_STRINGS, "a string", lambda value: isinstance(value, str))
     check(_STRING_LISTS, "a list of strings", lambda value: isinstance(value, list) and _all_are(str, value))
     check("variant_reasons", "a list of strings and nulls", _is_list_of(lambda value: isinstance(value, str | None)))
@@ -337,8 +341,16 @@ def _is_string(value: object) -> bool:
     return isinstance(value, str)
 
 
+# Of numbers in records: their sums, squares and means stay finite.
+_MAX_NUMBER = 1e100
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_NUMBER
+
+
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= cast(float, value) <= 1
 
 
 def _is_answer(value: object) -> bool:
@@ -379,18 +391,16 @@ def _is_pair(value: object) -> bool:
 def _is_mask_stats(value: object) -> bool:
     if not isinstance(value, dict):
         return False
-    layers, alarms, iou = value.get("layers"), value.get("alarms"), value.get("iou")
-    if not (isinstance(layers, list) and isinstance(alarms, list) and isinstance(iou, int | float | None)):
+    layers, alarms = value.get("layers"), value.get("alarms")
+    if not (isinstance(layers, list) and isinstance(alarms, list) and _all_are(int, layers) and _all_are(str, alarms)):
         return False
-    if "iou" not in value:
-        return False
-    if not (_all_are(int, layers) and _all_are(str, alarms)):
+    if not ("iou" in value and (value["iou"] is None or _is_share(value["iou"]))):
         return False
     for side in map(value.get, SIDES):
-        if not isinstance(side, dict) or not isinstance(side.get("coverage"), int | float):
+        if not isinstance(side, dict) or not _is_share(side.get("coverage")):
             return False
         entropy = side.get("entropy")
-        if not isinstance(entropy, list) or len(entropy) != len(layers) or not _all_are((int, float), entropy):
+        if not isinstance(entropy, list) or len(entropy) != len(layers) or not all(map(_is_number, entropy)):
             return False
     return True
 

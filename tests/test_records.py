@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import stat
@@ -391,6 +392,9 @@ ANSWER = {"p_yes": 0.9, "p_no": 0.1, "answer": "yes"}
         (record("1", variant_reasons={"0": "same prompt"}), "`variant_reasons`"),
         (record("1", further_pairs=[{"chosen": "a.png"}]), "`further_pairs`"),
         (record("1", further_pairs={"chosen": "a.png"}), "`further_pairs`"),
+        (record("1", pairs=None), "`pairs` should not be in a file, got None; the first pair has its fields"),
+        (record("1", pairs=[{"chosen": 3}], kept=False), "`pairs` should not be in a file"),
+        (record("1", chosen_score=1e101), "`chosen_score` should be a number"),
     ],
 )
 def test_wrong_types_are_named(value, words):
@@ -421,6 +425,26 @@ def test_mask_statistics_have_what_the_report_reads(path, value, further):
     flat = record("7", **({"further_pairs": [pair]} if further else {"mask_stats": stats}))
     with pytest.raises(OspoError, match="`further_pairs`" if further else "`mask_stats`"):
         validate(flat, "here")
+
+
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("iou", [10**400, 1e308, math.inf, math.nan, -0.5, 1.5, True]),
+        ("chosen.coverage", [10**400, 1e308, math.inf, math.nan, -0.5, 1.5, True]),
+        ("rejected.entropy", [[10**400], [1e308], [-1e308], [math.inf], [math.nan], [True]]),
+    ],
+)
+def test_mask_statistics_have_finite_means(path, values, further):
+    for value in values:
+        stats = json.loads(json.dumps(FLAT["mask_stats"]))
+        *parent, name = path.split(".")
+        (stats[parent[0]] if parent else stats)[name] = value
+        pair = {"chosen": "c.png", "rejected": "r.png", "mask_stats": stats}
+        flat = record("7", **({"further_pairs": [pair]} if further else {"mask_stats": stats}))
+        with pytest.raises(OspoError, match="`further_pairs`" if further else "`mask_stats`"):
+            validate(flat, "here")
 
 
 def test_pairs_in_memory_and_on_disk(tmp_path):
