@@ -73,8 +73,13 @@ def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
     except OspoError:
         raise
     except Exception as error:  # parsers raise anything on damaged files: KeyError, struct.error, MemoryError, …
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise OspoError(f"Cannot read the {what} {str(path)[:300]}: {reason[:300].rstrip('.')}; {remedy}.") from error
+        raise OspoError(f"Cannot read the {what} {str(path)[:300]}: {reason(error)}; {remedy}.") from error
+
+
+def reason(error: Exception) -> str:
+    """Return what an error of a library says, in one line without a full stop."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return str(text)[:300].rstrip(".")
 
 
 def regular(path: Path, *, missing_ok: bool = False) -> Path:

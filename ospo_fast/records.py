@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError, check_text
-from ospo_fast.files import MAX_NESTING, no_link, regular
+from ospo_fast.files import MAX_NESTING, no_link, reason, regular
 
 logger = logging.getLogger(__name__)
 
@@ -434,11 +434,16 @@ def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 @contextlib.contextmanager
 def os_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into an OspoError that says that one cannot `action` (read, write) `path`."""
+    """Turn an OSError into an OspoError that says that one cannot `action` (read, write) `path`.
+
+    In place of `path` it names the file of the error, if that is known and not a temporary one.
+    """
     try:
         yield
     except OSError as error:
-        raise OspoError(f"Cannot {action} {path}: {error.strerror or error}.") from error
+        name = error.filename if isinstance(error.filename, str) else ""
+        named = path if not name or any(map(_TEMPORARY.fullmatch, Path(name).parts)) else name
+        raise OspoError(f"Cannot {action} {named}: {error.strerror or error}.") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -461,12 +466,21 @@ def write_folder(path: Path, save: Callable[[Path], object]) -> None:
     with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path, _new_folder) as (temporary, _):
-            save(temporary)
+            _save(save, temporary, path)
             for inner in temporary.rglob("*"):
                 _sync(inner)
             delete(path)
             temporary.replace(path)
             sync_folder(path.parent)
+
+
+def _save(save: Callable[[Path], object], temporary: Path, path: Path) -> None:
+    try:
+        save(temporary)
+    except (OspoError, OSError):
+        raise
+    except Exception as error:  # libraries have errors of their own for a full disk
+        raise OspoError(f"Cannot write {path}: {reason(error)}.") from error
 
 
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)  # the name of every temporary file and folder

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import (
     Store,
     _is_torn,
@@ -311,6 +311,10 @@ def test_write_atomic_leaves_no_temporary_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+def refused(path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
 def save_two(folder):
     """A library that keeps what is there, as model cards of peft do."""
     for name in ("a", "b"):
@@ -331,6 +335,20 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         write_folder(folder, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert (folder / "a").read_text() == "half of it"
+
+    def full(at):
+        save_two(at)
+        raise RuntimeError("I/O error:\nNo space left on device (os error 28).")  # as of safetensors
+
+    with pytest.raises(
+        OspoError, match=r"^Cannot write .*/adapter: I/O error: No space left on device \(os error 28\)\.$"
+    ):
+        write_folder(folder, full)
+    with pytest.raises(OspoError, match=r"^Cannot write .*/adapter: Permission denied\.$"):  # and not the temporary one
+        write_folder(folder, lambda at: (at / "inner").open("x").close() or refused(at / "inner"))
+    with pytest.raises(UsageError, match=r"^mine$"):
+        write_folder(folder, lambda at: (_ for _ in ()).throw(UsageError("mine")))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     for _ in range(2):
         write_folder(folder, save_two)
         assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
