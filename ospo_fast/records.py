@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -319,14 +320,20 @@ def edited_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[st
 def _check_encodable(flat: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a record. Raise OspoError for lone surrogates, which no file can hold, and for an id with NUL."""
     try:
-        json.dumps(flat, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        place = error.object[max(0, error.start - 40) : error.start + 1]
-        raise OspoError(
-            f"{where}: {place!a} ends in a lone surrogate, half a character that no file can hold; delete it."
-        ) from None
+        _check_surrogates(flat)
+    except ValueError as error:
+        raise OspoError(f"{where}: {error}; delete it.") from None
     check_text(f"{where}: item_id", flat["item_id"])
     return flat
+
+
+def _check_surrogates(value: object) -> None:
+    """Raise ValueError for a value of JSON with a lone surrogate."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        place = error.object[max(0, error.start - 40) : error.start + 1]
+        raise ValueError(f"{place!a} ends in a lone surrogate, half a character that no file can hold") from None
 
 
 def _all_are(kind: type | tuple[type, ...], values: Iterable[object]) -> bool:
@@ -620,10 +627,12 @@ def _is_deep(value: object) -> bool:
 def read_json(path: Path, default: Any) -> Any:
     """Return what a JSON file of a run folder holds, or `default` where there is none.
 
-    Raises OspoError if it cannot be read or holds another type than `default`, where that is not None.
+    Raises OspoError if it is a symbolic link, cannot be read, could not be written again, or holds another type than
+    `default`, where that is not None.
     """
     try:
-        value = parse_json(regular(path).read_bytes()) if path.exists() else default
+        value = parse_json(regular(path).read_bytes()) if no_link(path).exists() else default
+        _check_surrogates(value)
         if default is not None and not isinstance(value, type(default)):
             raise ValueError(f"it holds {type(value).__name__}, expected {type(default).__name__}")
     except (OSError, ValueError) as error:
@@ -776,17 +785,25 @@ class Store(contextlib.AbstractContextManager["Store"]):
 
     def __init__(self, path: str | os.PathLike[str], on_error: Callable[[OspoError], object] | None = None) -> None:
         self.path = Path(path)
-        with os_errors("write", no_link(self.path)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = regular(self.path, missing_ok=True).open("ab", buffering=0)
-            sync_folder(self.path.parent)
+        self._file = self._open()
         try:
-            _lock(self._file, self.path)
             self._repair()
             self._ids = {record["item_id"] for record in read_records(self.path, on_error)}
         except BaseException:
             self._file.close()
             raise
+
+    def _open(self) -> io.FileIO:
+        while True:
+            with os_errors("write", no_link(self.path)), contextlib.ExitStack() as stack:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(regular(self.path, missing_ok=True).open("ab", buffering=0))
+                sync_folder(self.path.parent)
+                _lock(file, self.path)
+                _unshare(self.path)
+                if _is_at(file, self.path):  # else another file has taken its place
+                    stack.pop_all()
+                    return file
 
     def _repair(self) -> None:
         """Remove what a crash left at the end: a torn line, or zero bytes, after which a whole line gets its end."""
@@ -864,10 +881,17 @@ class Store(contextlib.AbstractContextManager["Store"]):
         self._file.close()
 
 
+def _unshare(path: Path) -> None:
+    """Copy a file that has further names, such as those of `cp -al`: appending to it would change them all."""
+    if path.exists() and path.stat().st_nlink > 1:
+        write_atomic(path, path.read_bytes())
+
+
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append one JSON object to a log file, without lock or sync."""
-    with os_errors("write", path):
+    with os_errors("write", no_link(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _unshare(path)
         with regular(path, missing_ok=True).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(value), allow_nan=False) + "\n")
 

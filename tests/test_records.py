@@ -30,6 +30,8 @@ from ospo_fast.records import (
     locked,
     only_user,
     only_writer,
+    os_errors,
+    read_json,
     read_records,
     stable_hash,
     sweep_temporary_files,
@@ -626,6 +628,86 @@ def test_what_is_written_can_be_read_and_what_is_read_can_be_written(tmp_path, d
     with Store(tmp_path / "t.jsonl") as store, fits:
         store.append(record("1", x=nested))
     assert len(list(read_records(tmp_path / "t.jsonl"))) == (depth <= 100)
+
+
+@pytest.mark.parametrize("change", [lambda path: update_json(path, [], list), lambda path: read_json(path, None)])
+def test_a_file_that_could_not_be_written_again_is_refused(tmp_path, change):
+    path = tmp_path / "a.json"
+    for text in (r'["x \ud83d"]', r'[{"\ud83d": 1}]'):
+        path.write_text(text)
+        with pytest.raises(
+            OspoError, match=r"Cannot read .*a\.json: .*\\ud83d' ends in a lone surrogate.*; delete the file"
+        ):
+            change(path)
+        assert path.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["mine", "none"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: read_json(path, None),
+        lambda path: update_json(path, {}, dict),
+        lambda path: append_line(path, {}),
+        Store,
+    ],
+)
+def test_a_file_of_a_run_folder_is_no_link(tmp_path, call, name):
+    """In a run folder of someone else it could lead to any file."""
+    (tmp_path / "mine").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    with pytest.raises(OspoError, match=r"link is a symbolic link, .*; copy the file in its place"):
+        call(tmp_path / "link")
+    assert (tmp_path / "mine").read_text() == "{}"
+    assert not (tmp_path / "none").exists()
+
+
+def append_one(path):
+    with Store(path) as store:
+        store.append(record("2"))
+
+
+@pytest.mark.parametrize("append", [append_one, lambda path: append_line(path, record("2"))])
+def test_a_copy_by_hard_links_is_not_changed(tmp_path, append):
+    path, copy = tmp_path / "s.jsonl", tmp_path / "copy.jsonl"
+    append_line(path, record("1"))
+    os.link(path, copy)
+    before = copy.read_bytes()
+    append(path)
+    assert copy.read_bytes() == before
+    assert [item["item_id"] for item in read_records(path)] == ["1", "2"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["copy.jsonl", "s.jsonl"]
+
+
+def test_a_store_that_is_replaced_before_it_is_locked_is_opened_again(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "s.jsonl", fcntl.flock, []
+    append_line(path, record("1"))
+
+    def late(file, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            write_atomic(path, json.dumps(record("3")).encode())
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    append_one(path)
+    assert [item["item_id"] for item in read_records(path)] == ["3", "2"]
+
+
+def test_errors_of_the_system_name_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    for name, shown in (
+        ("file/inner/a", "file/inner"),
+        ("file/a", "file"),
+        ("x" * 300, "x" * 300),
+        ("x" * 250, "x" * 250),
+    ):
+        with pytest.raises(OspoError, match=rf"^Cannot write {tmp_path / shown}: "):
+            write_atomic(tmp_path / name, b"")
+    with pytest.raises(OspoError, match=r"^Cannot read .*file: "), os_errors("read", tmp_path):
+        (tmp_path / "file").mkdir()
+    with pytest.raises(OspoError, match=f"^Cannot read {tmp_path}: "), os_errors("read", tmp_path):
+        raise OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
