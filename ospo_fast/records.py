@@ -550,7 +550,10 @@ def delete(path: Path) -> None:
 
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
     """Delete the temporary files and folders in a folder that killed processes left: those without a lock."""
-    for path in list(folder.glob(pattern)):
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # another process deletes folders meanwhile
+        found.extend(folder.glob(pattern))
+    for path in found:
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OspoError, OSError), _holding(_open(path), path):
                 delete(path)

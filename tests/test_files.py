@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import ospo_fast.files as files
 from ospo_fast.errors import Failure, OspoError, attempt
-from ospo_fast.files import load_npz, load_tensors, locate, open_image, read_yaml, regular
+from ospo_fast.files import load_npz, load_tensors, locate, no_link, open_image, read_yaml, regular
 
 
 @pytest.fixture
@@ -278,6 +278,19 @@ def test_damaged_tensor_files_are_refused(tmp_path):
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(OspoError, match="Cannot read the masks"):
             load_tensors("masks", path, "do this")
+
+
+def test_links_of_a_run_folder_are_refused(tmp_path):
+    """Also dangling ones; who opens a path that cannot be looked up reports that."""
+    (tmp_path / "file").touch()
+    for name, target in (("link", "file"), ("dangling", "missing"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(OspoError, match=rf"{name} is a symbolic link, .*; copy the file in its place\.$"):
+            no_link(tmp_path / name)
+    for name in ("file", "missing", "file/inner", "x" * 300):
+        assert no_link(tmp_path / name) == tmp_path / name
+    (tmp_path / "run").symlink_to(tmp_path)
+    assert no_link(tmp_path / "run" / "file").exists()  # the run folder itself may be a link
 
 
 def test_only_regular_files_are_opened(tmp_path):

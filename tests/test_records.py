@@ -748,6 +748,18 @@ def test_temporary_files_of_killed_processes_are_swept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, ".c.0123456789abcdef.tmp"])
 
 
+def test_a_folder_that_is_deleted_while_others_are_swept(tmp_path, monkeypatch):
+    (tmp_path / ".a.0123456789abcdef.tmp").touch()
+
+    def glob(folder, pattern):
+        yield from folder.iterdir()
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(Path, "glob", glob)
+    sweep_temporary_files(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("locks", [True, False])
 def test_temporary_files_in_use_are_not_swept(tmp_path, monkeypatch, locks):
     """By any process, also one of another machine or container; without locks of the file system, none is."""
