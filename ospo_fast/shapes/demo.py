@@ -81,6 +81,11 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         OspoError, UsageError: as the stages do.
 
     """
+    with os_errors("read", Path(config.out)):
+        return _run(config, resume=resume, progress=progress)
+
+
+def _run(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
     if config.evaluate.split != "test":
         raise UsageError(
@@ -161,6 +166,11 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
             before = parse_json(regular(path).read_bytes().split(b"\n")[0])["guidance_scale"]
         except (OSError, ValueError, KeyError, TypeError):  # no training yet, none with an evaluation, or a torn line
             continue
+        if not _is_number(before):
+            raise OspoError(
+                f"{path}, line 1: `guidance_scale` should be a number of 0 or more, got {shown(before)}; start over "
+                "with --no-resume."
+            )
         if before != scale:
             raise UsageError(
                 f"evaluate.guidance_scales: got scales of which {scale:g} is best for the base model, expected scales "
@@ -245,7 +255,8 @@ class _Evaluations:
     def alignment(self, name: str, model: UnifiedModel, scales: Sequence[float]) -> dict[float, AlignmentResult]:
         """Return the results on test prompts at each guidance scale."""
         selected = evaluate.select_prompts("test", self.options["per_kind"])
-        prompts, seeds = tuple(description.text for _, description in selected), tuple(self.options["seeds"])
+        kinds, prompts = zip(*((kind, description.text) for kind, description in selected), strict=True)
+        expected = "test", tuple(self.options["seeds"]), kinds, prompts
         found = {}
         for scale in scales:
             path = self._path(f"{name}_{scale}", model, "npz")
@@ -255,10 +266,10 @@ class _Evaluations:
                 )
                 result.save(path)
             result = AlignmentResult.load(path)
-            if (result.split, result.guidance_scale, result.seeds, result.prompts) != ("test", scale, seeds, prompts):
+            if (result.split, result.seeds, result.kinds, result.prompts, result.guidance_scale) != (*expected, scale):
                 raise OspoError(
-                    f"{path} holds an evaluation of other prompts, seeds or guidance than its name tells; delete the "
-                    "file to evaluate again."
+                    f"{path} holds an evaluation of other prompts, seeds or guidance than its name tells, or of other "
+                    "kinds of prompts; delete the file to evaluate again."
                 )
             found[scale] = result
         return found

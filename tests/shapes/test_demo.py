@@ -305,9 +305,11 @@ def test_broken_evaluations_are_named_before_the_work(
 def test_evaluations_of_others_are_refused(run_folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(run_folder, tmp_path / "run"))
     path = next((out / "evaluation").glob("base_*.npz"))
-    dataclasses.replace(evaluate.AlignmentResult.load(path), seeds=(3,)).save(path)
-    with pytest.raises(OspoError, match=f"{path} holds an evaluation of other prompts, seeds or guidance"):
-        demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), progress=False)
+    saved = evaluate.AlignmentResult.load(path)
+    for changed in ({"seeds": (3,)}, {"kinds": ("other",) * len(saved.kinds)}):
+        dataclasses.replace(saved, **changed).save(path)
+        with pytest.raises(OspoError, match=f"{path} holds an evaluation of other prompts, seeds or guidance"):
+            demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), progress=False)
     shutil.move(out / "evaluation", tmp_path / "elsewhere")
     (out / "evaluation").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OspoError, match="symbolic link"):
@@ -375,3 +377,11 @@ def test_training_without_an_evaluation_at_another_scale_is_accepted(tmp_path, l
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "log.jsonl").write_text(line)
     demo._check_validation_scale([tmp_path, tmp_path / "iter2"], 2.0)
+
+
+@pytest.mark.parametrize("value", ["x", [1], None, {}, True, -1])
+def test_a_validation_scale_that_is_no_number_is_named(tmp_path, value):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "log.jsonl").write_text(json.dumps({"guidance_scale": value}) + "\n")
+    with pytest.raises(OspoError, match=r"log\.jsonl, line 1: `guidance_scale` should be a number.*--no-resume"):
+        demo._check_validation_scale([tmp_path], 2.0)
