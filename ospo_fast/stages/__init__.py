@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +139,10 @@ def file_digest(path: str) -> str:
     try:
         return hashlib.sha256(regular(Path(path)).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise UsageError(
+            f"Cannot read {path}: {error.strerror or error}; expected a regular file, which each command reads again, "
+            "so save to one what a pipe gives."
+        ) from error
 
 
 def _plan_prompts(model: UnifiedModel, config: Config, shard: Shard | None) -> int:
@@ -165,7 +169,8 @@ def _check_perturb(config: Config) -> None:
 
 def _check_masks(config: Config) -> None:
     folder = config.masks.official
-    if config.masks.enabled and folder is not None and not Path(folder).is_dir():
+    # Path.is_dir raises for long names and closed folders.
+    if config.masks.enabled and folder is not None and not os.path.isdir(folder):  # noqa: PTH112
         raise UsageError(
             f"masks.official: got {folder!r}, expected the folder of the official masks, which is not there."
         )

@@ -36,7 +36,11 @@ def numbered_prompts(path: str | Path, *, pipe: bool = False) -> list[tuple[int,
             f"The prompt file {path} is not UTF-8 (line {line}: {error.reason}); save it with the encoding UTF-8."
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise UsageError(f"Cannot read the prompt file {path}: {getattr(error, 'strerror', None) or error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"Cannot read the prompt file {path}: {reason}; expected a text file with one prompt per line"
+            + ("." if pipe else ", which each command reads again, so save to one what a pipe gives.")
+        ) from error
     # A mark can also be inside the file, after files were joined. str.splitlines would split at more characters.
     lines = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -1,6 +1,7 @@
 """Prompt files as editors save them: every line keeps its number, and a bad one is named."""
 
 import codecs
+import os
 
 import pytest
 
@@ -47,6 +48,12 @@ def test_files_that_are_refused(tmp_path, data, words):
 def test_paths_that_are_refused(tmp_path, name):
     with pytest.raises(UsageError, match="Cannot read the prompt file"):
         numbered_prompts(f"{tmp_path}/{name}")
+
+
+def test_a_pipe_is_refused_with_what_to_do(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"no regular file; expected a text file with one prompt per line, .* save to"):
+        numbered_prompts(tmp_path / "pipe")
 
 
 def test_keys_ignore_case_spaces_and_full_stop(seconds):
