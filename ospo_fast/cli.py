@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError, UsageError, printable
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 
 if TYPE_CHECKING:
@@ -390,10 +390,20 @@ def _stop_by_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Formatter(logging.Formatter):
+    """Escapes what controls a terminal. Further lines of a message are indented, so that none looks like another."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record, with its traceback."""
+        return "\n    ".join(map(printable, super().format(record).split("\n")))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     came: list[int] = []
     try:
         with _stop_by_signals() as came:
@@ -404,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = _Stopped(came[0]) if stopped else raised
         if "--debug" in given:
             raise error from (raised if stopped else raised.__cause__)
-        print(f"ospo-fast: {' '.join(_sentence(error, given).split())}", file=sys.stderr)
+        print(f"ospo-fast: {printable(' '.join(_sentence(error, given).split()))}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + (error.number if isinstance(error, _Stopped) else signal.SIGINT)
         return 2 if isinstance(error, UsageError) else 1

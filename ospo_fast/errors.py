@@ -75,6 +75,13 @@ def check_text(argument: str, text: object) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """Return a text of any origin for a terminal: what is not printable, such as ESC, as an escape of Python."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def some_failed(what: str, reasons: Sequence[str], total: int) -> str:
     """Format `2 of 10 images failed: …`, with the first three reasons."""
     return f"{len(reasons)} of {total} {what} failed: " + "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")

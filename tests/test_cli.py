@@ -15,6 +15,7 @@ from PIL import Image
 
 from ospo_fast import cli
 from ospo_fast.cli import main
+from ospo_fast.errors import OspoError
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.stages import STAGE_NAMES, StageReport
 
@@ -333,6 +334,25 @@ def test_images_reports_its_throughput(capsys, tmp_path, tiny, monkeypatch):
     assert out.endswith("9 total; generated at 10.52 images/s, 2345.6 GB/s\n")
     drawing["codes_step"] = 2.3091
     assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("2345.6 GB/s, 2.31 codes per step\n")
+
+
+def test_what_controls_a_terminal_is_escaped(capsys, tmp_path, tiny, monkeypatch):
+    """Item ids and names of files are texts of others."""
+
+    def fail(*_, **__):
+        raise OspoError("item \x1b[2J\x9b\u202e é 圓\nof others")
+
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", fail)
+    _, _, err = call(capsys, "prompts", "--model", tiny, "--out", tmp_path)
+    assert err == "ospo-fast: item \\x1b[2J\\x9b\\u202e é 圓 of others\n"
+
+
+def test_warnings_do_not_control_a_terminal(tmp_path):
+    code = (
+        "import logging, ospo_fast.cli as cli; cli.main(['env', '--json']);"
+        "logging.getLogger('ospo_fast.x').warning('item %s', 'a\\x1b[2J\\nospo-fast: done')"
+    )
+    assert python(code).stderr == "WARNING: item a\\x1b[2J\n    ospo-fast: done\n"
 
 
 def test_unexpected_errors_are_one_sentence_unless_debugging(capsys, tmp_path, tiny, monkeypatch):
