@@ -142,7 +142,8 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
     evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
     _silence_libraries()
     pipeline = Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
-    exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)])
+    iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
+    exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
     return pipeline
 
 

@@ -301,6 +301,16 @@ def test_pipes_in_settings_are_refused(refused, tmp_path, key):
     refused(2, str(tmp_path / "pipe"), "prompts", f"{key}={tmp_path / 'pipe'}")
 
 
+def test_refused_requests_leave_no_list_of_prompts(refused, tiny, tmp_path):
+    refused(2, "Iteration 2 starts from", "prompts", "--model", tiny, "--iteration", "2", "--out", "new")
+    for number, link in enumerate(("images", "iter2", "iter2/masks")):
+        out = tmp_path / f"run{number}"
+        (out / link).parent.mkdir(parents=True)
+        (out / link).symlink_to(tmp_path)
+        refused(1, f"{link} is a symbolic link", "run", "--model", tiny, "--out", out, "iterations=2")
+        assert [path.name for path in out.iterdir()] == [link.partition("/")[0]]
+
+
 def test_benchmarks_into_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "out")

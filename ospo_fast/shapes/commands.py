@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ospo_fast.config import Config, model_family
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import find_model
-from ospo_fast.records import check_writable
+from ospo_fast.records import check_writable, os_errors
+from ospo_fast.restarts import refuse_links
 
 if TYPE_CHECKING:
     from ospo_fast.pipeline import Pipeline
@@ -41,18 +42,30 @@ def build_evaluation(config: Config) -> Evaluation | None:
     return build_validation(config.evaluate, config.images.guidance_scale)
 
 
-def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage]) -> None:
+def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequence[int] = (1,)) -> None:
     """Keep a run on the Shapes world from using the evaluation prompts. A run that writes prompts saves their list."""
     config = pipeline.config
     if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
         return
     path = Path(config.out) / "held_out.txt"
-    if any(stage.inputs(config) is None for stage in stages) and not path.exists():
-        # Raises, before anything is written, where the model does not load or a setting is wrong.
-        pipeline.prepare(stages=[stage.name for stage in stages])
-        save_held_out_prompts(path)
-    if path.exists():
-        config.prompts.exclude = str(path)
+    with os_errors("read", path):
+        if any(stage.inputs(config) is None for stage in stages) and not path.exists():
+            _check_request(pipeline, stages, iterations)  # before anything is written
+            save_held_out_prompts(path)
+        if path.exists():
+            config.prompts.exclude = str(path)
+
+
+def _check_request(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequence[int]) -> None:
+    """Raise OspoError where the model does not load, a setting is wrong, or a folder is a link."""
+    for iteration in iterations:
+        folder = pipeline.folder(iteration)
+        if iteration > 1 and folder.is_symlink():
+            refuse_links(folder)
+        for stage in stages:
+            if stage.folder is not None:
+                refuse_links(folder / stage.folder)
+    pipeline.prepare(iterations[0], [stage.name for stage in stages])
 
 
 def save_held_out_prompts(path: Path) -> None:
