@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -252,7 +253,7 @@ def _report(args: argparse.Namespace) -> int:
     if args.operand == "":
         raise UsageError("report: got '' for FOLDER, expected a run folder; leave it out for --out.")
     folder = Path(args.operand or args.out or DEFAULT_OUT)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names and closed folders)
         raise UsageError(f"There is no run folder {folder}; make one with `ospo-fast run --out {folder}`.")
     from ospo_fast.report import write_report
 

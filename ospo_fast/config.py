@@ -22,7 +22,7 @@ from typing import Any
 
 from ospo_fast.errors import OspoError, UsageError, check_text
 from ospo_fast.files import MAX_NESTING, check_yaml, read_bytes, read_yaml
-from ospo_fast.records import parse_json, shown
+from ospo_fast.records import os_errors, parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 MAX_ADAPTERS = 32  # LoRA folders, each on the one before it; more of them, or a circle, are refused
@@ -438,7 +438,10 @@ def _load_file(path: Path) -> Any:
         layer = OmegaConf.load(io.StringIO(read_yaml(path)))
         _check_values(OmegaConf.to_container(layer), str(path))
     except OSError as error:
-        raise UsageError(f"Cannot read the configuration file {path}: {error.strerror or error}.") from error
+        raise UsageError(
+            f"Cannot read the configuration file {path}: {error.strerror or error}; expected a YAML file, which is "
+            "read more than once, so save to one what a pipe gives."
+        ) from error
     except UsageError:
         raise
     except Exception as error:  # OmegaConf raises many, AssertionError for a text in quotes
@@ -472,6 +475,14 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
                 f"{override!r:.200} cannot be read as key=value ({reason}); put quotes around the value."
             ) from error
     return OmegaConf.from_dotlist(list(overrides))
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a run folder has the file. Raises OspoError for a link, which could lead to any file."""
+    with os_errors("read", path):
+        if path.is_symlink():
+            raise OspoError(f"{path} is a symbolic link; copy the file in its place.")
+        return path.exists()
 
 
 def _load_saved(path: Path) -> Any:
@@ -545,7 +556,7 @@ def load_config(
         Config(preset=named)  # raises for an unknown one
     config = pickle.loads(_defaults())
     kept = None
-    if saved is not None and saved.exists():
+    if saved is not None and _exists(saved):
         layer = _load_saved(saved)
         _refuse_choices_of_others(layer, saved, [given for _, given in user])
         config = _merge(config, layer, str(saved))

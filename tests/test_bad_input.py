@@ -301,6 +301,26 @@ def test_pipes_in_settings_are_refused(refused, tmp_path, key):
     refused(2, str(tmp_path / "pipe"), "prompts", f"{key}={tmp_path / 'pipe'}")
 
 
+@pytest.mark.usefixtures("no_waiting")
+def test_a_configuration_by_a_pipe_is_refused_with_what_to_do(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refused(2, "no regular file; expected a YAML file, which is read more", "prompts", "--config", tmp_path / "pipe")
+
+
+def test_a_configuration_of_a_run_folder_is_no_link(refused, tiny, tmp_path):
+    (tmp_path / "c.yaml").write_text("secret: 1\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").symlink_to(tmp_path / "c.yaml")
+    refused(1, "config.yaml is a symbolic link", "prompts", "--model", tiny, "--out", tmp_path / "run")
+
+
+def test_names_that_are_too_long(refused, tiny):
+    name = "a" * 300
+    refused(1, "Cannot read", "prompts", "--model", tiny, "--out", name)
+    refused(2, f"There is no run folder {name}", "report", name)
+    refused(2, "masks.official: got 'aaa", "masks", "--model", tiny, f"masks.official={name}")
+
+
 def test_refused_requests_leave_no_list_of_prompts(refused, tiny, tmp_path):
     refused(2, "Iteration 2 starts from", "prompts", "--model", tiny, "--iteration", "2", "--out", "new")
     for number, link in enumerate(("images", "iter2", "iter2/masks")):
