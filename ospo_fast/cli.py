@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ospo_fast.errors import OspoError, UsageError, printable
+from ospo_fast.config import MAX_ITERATIONS
+from ospo_fast.errors import OspoError, UsageError, check_text, printable
+from ospo_fast.records import shown
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ EXTRAS = (
 )  # fmt: skip
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 DEFAULT_OUT = "ospo-out"
+MAX_IMAGES = 10**6  # of each prompt of generate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,11 +57,21 @@ def _name(text: str) -> str:
     """Return a name of a model, file or folder. An empty one, of a variable that is not set, is no choice of these."""
     if not text:
         raise argparse.ArgumentTypeError("got '', expected a name of at least one character; leave the option out")
-    return text
+    try:
+        return check_text("the name", text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _path(text: str) -> Path:
     return Path(_name(text))
+
+
+def _check_count(option: str, number: int, limit: int) -> None:
+    if number < 1:
+        raise UsageError(f"{option} should be 1 or more, got {shown(number)}.")
+    if number > limit:
+        raise UsageError(f"{option} should be at most {limit}, got {shown(number)}.")
 
 
 _SHARED = (
@@ -99,7 +112,7 @@ _OPTIONS = {
 
 def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name."""
-    from ospo_fast.config import load_config, model_family
+    from ospo_fast.config import check_values, load_config, model_family
 
     named = load_config(args.settings, file=args.config)
     out = args.out or Path(named.out)
@@ -109,14 +122,15 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     config = dataclasses.replace(config, out=str(out), model=model)
     if args.seed is not None:
         config.seed = args.seed
-    if args.model is not None or named.model != "shapes":  # the model of a saved run may be missing until it is needed
-        from ospo_fast.models import find_model
-
-        find_model(model)
     if getattr(args, "masks", None) is not None:
         config.train.masks = args.masks
     if getattr(args, "prompts_file", None) is not None:
         config.prompts.file = str(args.prompts_file)
+    check_values(dataclasses.asdict(config), "command line")  # what it saves, the next command reads
+    if args.model is not None or named.model != "shapes":  # the model of a saved run may be missing until it is needed
+        from ospo_fast.models import find_model
+
+        find_model(model)
     return config
 
 
@@ -137,8 +151,7 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
 
     shard = getattr(args, "shard", None)
     shard = None if shard is None else Shard.parse(shard)
-    if getattr(args, "iteration", 1) < 1:
-        raise UsageError(f"--iteration should be 1 or more, got {args.iteration}.")
+    _check_count("--iteration", getattr(args, "iteration", 1), MAX_ITERATIONS)
     config = _settings(args)
     evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
     _silence_libraries()
@@ -197,8 +210,7 @@ def _generate(args: argparse.Namespace) -> int:
     if (args.operand is None) == (args.prompts_file is None):
         found = "neither" if args.operand is None else "both"
         raise UsageError(f"generate: got {found}, expected one prompt in quotes or --prompts FILE.")
-    if args.num < 1:
-        raise UsageError(f"--num should be 1 or more, got {args.num}.")
+    _check_count("--num", args.num, MAX_IMAGES)
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
     from ospo_fast.stages.generate import generate
@@ -252,7 +264,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     if args.operand == "":
         raise UsageError("report: got '' for FOLDER, expected a run folder; leave it out for --out.")
-    folder = Path(args.operand or args.out or DEFAULT_OUT)
+    folder = Path(check_text("FOLDER", args.operand) if args.operand else args.out or DEFAULT_OUT)
     if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names and closed folders)
         raise UsageError(f"There is no run folder {folder}; make one with `ospo-fast run --out {folder}`.")
     from ospo_fast.report import write_report

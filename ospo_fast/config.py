@@ -81,6 +81,7 @@ def up_to(limit: int | None) -> dict[str, Any]:
 MAX_INTEGER = 10**9
 FLOATS = 1e-20, 1e6
 MAX_BATCH = 2**20
+MAX_ITERATIONS = 10**4
 AT_LEAST_0 = expect("0 or more", lambda value: value >= 0)
 AT_LEAST_1 = expect("1 or more", lambda value: value >= 1)
 BATCH = AT_LEAST_1 | up_to(MAX_BATCH)
@@ -112,11 +113,12 @@ class Section:
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             accepts, value = item.metadata.get("accepts"), getattr(self, item.name)
             key = f"{section}.{item.name}".lstrip(".")
-            if isinstance(value, str):
-                check_text(key, value)
-                if not value:  # as a path it would be the current folder
-                    raise UsageError(f"{key} should be a text of at least one character, got ''; delete the setting.")
+            if value == "":  # as a path it would be the current folder
+                raise UsageError(f"{key} should be a text of at least one character, got ''; delete the setting.")
             values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+            for inner in (*values, *(value if isinstance(value, dict) else ())):
+                if isinstance(inner, str):
+                    check_text(key, inner)
             if any(isinstance(inner, (list, dict)) for inner in values):  # OmegaConf lets them pass in list[int]
                 raise UsageError(f"{key} should hold plain values, got {shown(value)}.")
             if any(isinstance(number, float) and not math.isfinite(number) for number in values):
@@ -338,7 +340,7 @@ class Config(Section):
     templates: str | None = None  # a template set's name or file; None: the model's own
     read_from: list[str] = field(default_factory=list, metadata=FOLDERS)  # where records may name files, besides `out`
     preset: str = field(default="v3", metadata=one_of(*PRESETS))
-    iterations: int = field(default=1, metadata=AT_LEAST_1 | up_to(10**4))
+    iterations: int = field(default=1, metadata=AT_LEAST_1 | up_to(MAX_ITERATIONS))
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
@@ -378,8 +380,8 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
         yield from _leaves(inner, f"{prefix}{name}.")
 
 
-def _check_values(value: Any, source: str, key: str = "") -> None:
-    """Raise UsageError for marks of OmegaConf and integers of more than 64 bits.
+def check_values(value: Any, source: str, key: str = "") -> None:
+    """Raise UsageError for marks of OmegaConf, integers of more than 64 bits, and texts that no file can hold.
 
     `${…}` could carry the environment of this machine into a run by somebody's file. A value `???` would be skipped.
     """
@@ -390,9 +392,11 @@ def _check_values(value: Any, source: str, key: str = "") -> None:
             f"{source}: {key}: got {value!r:.200}, expected a plain value; `${{…}}` and `???` are not resolved, write "
             "the value out."
         )
+    if isinstance(value, str):
+        check_text(f"{source}: {key}", value)
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in children:
-        _check_values(inner, source, f"{key}.{name}".lstrip("."))
+        check_values(inner, source, f"{key}.{name}".lstrip("."))
 
 
 @functools.cache
@@ -436,7 +440,7 @@ def _load_file(path: Path) -> Any:
 
     try:
         layer = OmegaConf.load(io.StringIO(read_yaml(path)))
-        _check_values(OmegaConf.to_container(layer), str(path))
+        check_values(OmegaConf.to_container(layer), str(path))
     except OSError as error:
         raise UsageError(
             f"Cannot read the configuration file {path}: {error.strerror or error}; expected a YAML file, which is "
@@ -466,7 +470,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
                 raise ValueError(f"its key nests more than {MAX_NESTING} deep")
             check_yaml(value)
             layer = OmegaConf.from_dotlist([override])
-            _check_values(OmegaConf.to_container(layer), "command line")
+            check_values(OmegaConf.to_container(layer), "command line")
         except UsageError:
             raise
         except Exception as error:
@@ -608,8 +612,9 @@ def saved_path(value: str, out: Path) -> str:
     """
     if value in MODEL_FILES or not os.path.exists(value):  # noqa: PTH110 (Path.exists raises for long names)
         return value
-    full = Path(value).resolve()
-    return _INSIDE + str(full.relative_to(out.resolve())) if full.is_relative_to(out.resolve()) else str(full)
+    full, folder = Path(value).resolve(), out.resolve()
+    path = _INSIDE + str(full.relative_to(folder)) if full.is_relative_to(folder) else str(full)
+    return check_text("the full path", path)
 
 
 def dump_config(config: Config, out: Path | None = None) -> str:
@@ -625,7 +630,7 @@ def dump_config(config: Config, out: Path | None = None) -> str:
             value = OmegaConf.select(layer, key)
             if value is not None:
                 OmegaConf.update(layer, key, saved_path(value, out))
-        layer.read_from = [str(Path(folder).resolve()) for folder in config.read_from]
+        layer.read_from = [check_text("the full path", str(Path(folder).resolve())) for folder in config.read_from]
         layer.out = _INSIDE
     text: str = OmegaConf.to_yaml(layer)
     return text

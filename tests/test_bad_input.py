@@ -88,6 +88,23 @@ def test_empty_names_of_the_settings(refused, tiny):
     refused(2, "report: got '' for FOLDER", "report", "")
 
 
+@pytest.mark.parametrize("option", ["--model", "--out", "--config", "--prompts"])
+def test_names_that_are_not_utf_8(refused, tiny, option):
+    """What is saved in the run folder has to be UTF-8."""
+    refused(2, "lone surrogate (U+DCE9", "prompts", "--model", tiny, option, os.fsdecode(b"pr\xe9.txt"))
+
+
+def test_other_texts_that_are_not_utf_8(refused, tiny, tmp_path):
+    words = "lone surrogate (U+DCE9"
+    refused(2, f"FOLDER: '\\udce9' holds a {words}", "report", os.fsdecode(b"\xe9"))
+    refused(2, words, "images", "--model", tiny, os.fsdecode(b"read_from=[\xe9]"))
+    deep = tmp_path / os.fsdecode(b"\xe9")
+    deep.mkdir()
+    (deep / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "link.txt").symlink_to(deep / "prompts.txt")
+    refused(2, "the full path", "prompts", "--model", tiny, "--prompts", tmp_path / "link.txt")
+
+
 @pytest.mark.parametrize("command", ["evaluate", "demo"])
 def test_negative_sampling_seeds(refused, tiny, command):
     refused(2, "evaluate.seeds should be a list of", command, "--model", tiny, "evaluate.seeds=[-1]")

@@ -247,6 +247,20 @@ def test_every_number_has_a_limit(key, integer, many):
             load_config([text])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda text: Config(read_from=[text]),
+        lambda text: Config(templates=text),
+        lambda text: config.PromptsConfig(counts={text: 1}),
+        lambda text: load_config([f"read_from=[{text}]"]),
+    ],
+)
+def test_texts_that_no_file_can_hold_are_refused(make):
+    with pytest.raises(UsageError, match="lone surrogate"):
+        make("a\udce9")
+
+
 def test_limits_accept_what_is_used():
     large = ["train.batch_size=1048576", "train.accumulation=1", "train.steps=1000000000", "iterations=10000"]
     large += ["images.draws=10000", "prompts.refresh_every=1000000000", "train.eps=1e-15", "train.loss.mask_blur=1023"]

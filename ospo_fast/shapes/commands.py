@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ospo_fast.config import Config, model_family
+from ospo_fast.config import Config, dump_config, model_family
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import find_model
 from ospo_fast.records import check_writable, os_errors
@@ -65,6 +65,7 @@ def _check_request(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequ
         for stage in stages:
             if stage.folder is not None:
                 refuse_links(folder / stage.folder)
+    dump_config(pipeline.config, pipeline.folder())  # raises for a path that cannot be saved
     pipeline.prepare(iterations[0], [stage.name for stage in stages])
 
 
