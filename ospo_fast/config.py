@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import io
 import math
 import os
 import pickle
@@ -18,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_origin
 
 from ospo_fast.errors import OspoError, UsageError, check_text
 from ospo_fast.files import MAX_NESTING, check_yaml, read_bytes, read_yaml
@@ -304,9 +303,10 @@ class TrainConfig(Section):
         from ospo_fast.loss import OSPOLossConfig  # imports torch
 
         for name, value in self.loss.items():
-            if type(value) in (int, str) and name != "normalize":
+            if type(value) in (int, float, str) and name != "normalize":
                 with contextlib.suppress(ValueError):  # 5, 5.0 and "5" are the same setting
-                    self.loss[name] = int(value) if name == "mask_blur" else float(value)
+                    number = float(value)
+                    self.loss[name] = int(number) if name == "mask_blur" and number.is_integer() else number
         try:
             OSPOLossConfig(**self.loss)
         except UsageError as error:
@@ -352,12 +352,18 @@ class Config(Section):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-def _keys(cls: Any, prefix: str = "") -> list[str]:
-    keys = []
+def _types(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the types of the sections and fields by their dotted keys."""
+    types: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
-        name = prefix + item.name
-        keys += _keys(item.type, name + ".") if dataclasses.is_dataclass(item.type) else [name]
-    return keys
+        types[prefix + item.name] = item.type
+        if dataclasses.is_dataclass(item.type):
+            types |= _types(item.type, f"{prefix}{item.name}.")
+    return types
+
+
+_TYPES = _types(Config)
+_KEYS = [key for key, kind in _TYPES.items() if not dataclasses.is_dataclass(kind)]
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -380,23 +386,68 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
         yield from _leaves(inner, f"{prefix}{name}.")
 
 
-def check_values(value: Any, source: str, key: str = "") -> None:
-    """Raise UsageError for marks of OmegaConf, integers of more than 64 bits, and texts that no file can hold.
+def check_values(value: Any, source: str, key: str = "", kind: Any = None) -> Any:
+    """Return a value of a layer, with whole floats in fields of integers as integers.
 
-    `${…}` could carry the environment of this machine into a run by somebody's file. A value `???` would be skipped.
+    Raises UsageError for what is no plain value of YAML, and for a value in a place of another form. A number in the
+    place of a text would become another text: 010 is 8. `${…}` could carry the environment of this machine into a run
+    by somebody's file. A value `???` would be skipped.
     """
+    form = dict if dataclasses.is_dataclass(kind) else get_origin(kind)
+    if kind in (int, int | None) and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    expected = None
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UsageError(f"{source}: {key} should be below 2^63, got an integer of {value.bit_length()} bits.")
-    if isinstance(value, str) and ("${" in value or value == "???"):
-        raise UsageError(
-            f"{source}: {key}: got {value!r:.200}, expected a plain value; `${{…}}` and `???` are not resolved, write "
-            "the value out."
-        )
+    if value is not None and type(value) not in (str, int, float, bool, list, dict):
+        expected = "a text, number, list or mapping; write it in quotes"
+    elif kind in (str, str | None) and not isinstance(value, str) and (value is not None or kind is str):
+        expected = "a text; write it in quotes"
+    elif form is list and not isinstance(value, list):
+        expected = f"a list; write {key}=[{f'{value:.60}' if isinstance(value, str) else shown(value)}]"
+    elif form is dict and not isinstance(value, dict):
+        expected = f"a section or a mapping; write {key}.NAME=value"
+    elif isinstance(value, str) and ("${" in value or value.lstrip("\\") == "???"):
+        expected = "a plain value; `${…}` and `???` are not resolved, write the value out"
+    elif isinstance(value, dict) and not all(isinstance(name, str) for name in value):
+        expected = "texts as keys; write them in quotes"
+    if expected:
+        place = f"{source}: {key}" if key else source
+        raise UsageError(f"{place}: got {shown(value)}, expected {expected}.")
     if isinstance(value, str):
         check_text(f"{source}: {key}", value)
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, inner in children:
-        check_values(inner, source, f"{key}.{name}".lstrip("."))
+    if isinstance(value, list):
+        inner = str if kind == list[str] else None
+        return [check_values(each, source, f"{key}.{number}", inner) for number, each in enumerate(value)]
+    if isinstance(value, dict):
+        keys = {name: f"{key}.{name}" if key else name for name in value}
+        return {name: check_values(each, source, keys[name], _TYPES.get(keys[name])) for name, each in value.items()}
+    return value
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return the loader of YAML: plain values without dates, and no key twice, of which the last would win."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers: ClassVar[Any] = {
+            first: [each for each in resolvers if not each[0].endswith(":timestamp")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def flatten_mapping(self, node: Any) -> None:
+            if hasattr(node, "flat"):  # what is merged into it may have keys of its own
+                return
+            node.flat = True
+            names = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in names:
+                    raise ValueError(f"the key {key.value!r:.60} occurs twice in a mapping")
+                names.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None)
+            super().flatten_mapping(node)
+
+    return Loader
 
 
 @functools.cache
@@ -412,73 +463,59 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = {*_keys(Config), *(item.name for item in dataclasses.fields(Config))}
-    if others := [key for key in _leaves(OmegaConf.to_container(layer)) if key not in known]:
+    if others := [key for key in _leaves(layer) if key not in _TYPES]:
         from ospo_fast.loss import OSPOLossConfig  # imports torch
 
-        every = [*_keys(Config), *_keys(OSPOLossConfig, "train.loss.")]
+        every = [*_KEYS, *_types(OSPOLossConfig, "train.loss.")]
         if unknown := next((key for key in others if key not in every), None):
             if unknown in _REMOVED:
                 raise UsageError(f"{source}: the configuration key {unknown!r} has been removed; delete it.")
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
     try:
-        return OmegaConf.unsafe_merge(
-            base, layer
-        )  # the other one copies `base` each time, which takes most of the time
-    except (TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{source}: got a list where a section or a mapping is expected: "
-            f"{OmegaConf.to_yaml(layer).strip()!r}; write section.key=value."
-        ) from error
+        return OmegaConf.unsafe_merge(base, layer)  # `merge` copies `base`, which takes most of the time
     except OmegaConfBaseException as error:
         at = f" (key {key})" if (key := getattr(error, "full_key", None)) else ""
         raise UsageError(f"{source}: {str(error).splitlines()[0].rstrip('.')}{at}.") from error
 
 
-def _load_file(path: Path) -> Any:
-    from omegaconf import DictConfig, OmegaConf
+def _load_file(path: Path) -> dict[str, Any]:
+    import yaml
 
     try:
-        layer = OmegaConf.load(io.StringIO(read_yaml(path)))
-        check_values(OmegaConf.to_container(layer), str(path))
+        layer = yaml.load(read_yaml(path), Loader=_loader())
     except OSError as error:
         raise UsageError(
             f"Cannot read the configuration file {path}: {error.strerror or error}; expected a YAML file, which is "
             "read more than once, so save to one what a pipe gives."
         ) from error
-    except UsageError:
-        raise
-    except Exception as error:  # OmegaConf raises many, AssertionError for a text in quotes
+    except Exception as error:  # a loader of YAML raises many
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(layer, DictConfig):
-        found = type(OmegaConf.to_container(layer)).__name__
+    layer = {} if layer is None else layer
+    if not isinstance(layer, dict):
         raise UsageError(
-            f"{path}: got a {found}, expected a mapping of keys to values; write `section: {{key: value}}`."
+            f"{path}: got a {type(layer).__name__}, expected a mapping of keys to values; "
+            "write `section: {key: value}`."
         )
-    return layer
+    return check_values(layer, str(path))  # type: ignore[no-any-return]
 
 
-def _parse_overrides(overrides: Sequence[str]) -> Any:
-    from omegaconf import OmegaConf
-
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
     for override in overrides:
-        key, separator, value = check_text("override", override).partition("=")
+        key, separator, text = check_text("override", override).partition("=")
         if not separator:
             raise UsageError(f"An override reads key=value, got {override!r:.200}.")
         try:
-            if key.count(".") + key.count("[") > MAX_NESTING:
-                raise ValueError(f"its key nests more than {MAX_NESTING} deep")
-            check_yaml(value)
-            layer = OmegaConf.from_dotlist([override])
-            check_values(OmegaConf.to_container(layer), "command line")
-        except UsageError:
-            raise
-        except Exception as error:
+            value = _parse_value(key, text)
+        except Exception as error:  # a loader of YAML raises many
             reason = " ".join(str(error).split())
             raise UsageError(
                 f"{override!r:.200} cannot be read as key=value ({reason}); put quotes around the value."
             ) from error
-    return OmegaConf.from_dotlist(list(overrides))
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        _update(layer, check_values(value, "command line"))
+    return layer
 
 
 def _exists(path: Path) -> bool:
@@ -489,25 +526,51 @@ def _exists(path: Path) -> bool:
         return path.exists()
 
 
-def _load_saved(path: Path) -> Any:
-    """Load a run folder's config.yaml: its paths as seen from here, without fields that have been removed."""
-    from omegaconf import DictConfig, OmegaConf
+def _parse_value(key: str, text: str) -> Any:
+    """Return the value of an override: a text as it is written, unless it begins as YAML that is no plain text."""
+    import yaml
 
+    if key.count(".") > MAX_NESTING:
+        raise ValueError(f"its key nests more than {MAX_NESTING} deep")
+    check_yaml(text)
+    if _TYPES.get(key) in (str, str | None) and not text.startswith(("'", '"', "[", "{", "!", "&", "|", ">")):
+        return None if text.strip() in ("", "~", "null", "Null", "NULL") else text
+    return yaml.load(text, Loader=_loader())
+
+
+def _update(layer: dict[str, Any], other: dict[str, Any]) -> None:
+    """Put the values of a later layer into `layer`, where a mapping adds to the one that is there."""
+    for name, value in other.items():
+        if isinstance(value, dict) and isinstance(layer.get(name), dict):
+            _update(layer[name], value)
+        else:
+            layer[name] = value
+
+
+def _load_saved(path: Path) -> dict[str, Any]:
+    """Load a run folder's config.yaml: its paths as seen from here, without fields that have been removed."""
     layer = _load_file(path)
-    for key in ("out", *_PATHS):
-        value = OmegaConf.select(layer, key)
-        if isinstance(value, str) and value.startswith(_INSIDE):
-            OmegaConf.update(layer, key, str(path.parent / value))
+    for values, name in _path_fields(layer):
+        if isinstance(values[name], str) and values[name].startswith(_INSIDE):
+            values[name] = str(path.parent / values[name])
     for key, equal in _REMOVED.items():
         section, name = key.split(".")
-        values = layer.get(section)
-        value = values.pop(name, equal) if isinstance(values, DictConfig) else equal
+        value = layer.get(section, {}).pop(name, equal)
         if equal is not None and value != equal:
             raise UsageError(
                 f"{path}: {key} has been removed, got {value!r}, expected {equal!r}; use another --out, or the version "
                 "that made the run."
             )
     return layer
+
+
+def _path_fields(layer: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield (section, name) of the paths in a layer, as far as it holds them."""
+    for key in ("out", *_PATHS):
+        section, _, name = key.rpartition(".")
+        values = layer.get(section, {}) if section else layer
+        if name in values:
+            yield values, name
 
 
 def _refuse_choices_of_others(layer: Any, path: Path, given: Sequence[Any]) -> None:
@@ -566,7 +629,7 @@ def load_config(
         config = _merge(config, layer, str(saved))
         kept = config.preset
     if kept is None or named not in (None, kept):
-        config = _merge(config, OmegaConf.create(PRESETS[named or kept or "v3"]), "preset")
+        config = _merge(config, PRESETS[named or kept or "v3"], "preset")
         if family in MODEL_FILES:
             config = _merge(config, _load_file(MODEL_FILES[family]), str(MODEL_FILES[family]))
     if named is not None:
@@ -622,15 +685,16 @@ def dump_config(config: Config, out: Path | None = None) -> str:
 
     With `out`, the run folder that it is saved in, its paths are as in `saved_path`, so that the folder can be moved.
     """
-    from omegaconf import OmegaConf
+    import yaml
 
-    layer = OmegaConf.create(dataclasses.asdict(config))  # `structured` checks all types again, in 20 ms
+    layer = dataclasses.asdict(config)
     if out is not None:
-        for key in _PATHS:
-            value = OmegaConf.select(layer, key)
-            if value is not None:
-                OmegaConf.update(layer, key, saved_path(value, out))
-        layer.read_from = [check_text("the full path", str(Path(folder).resolve())) for folder in config.read_from]
-        layer.out = _INSIDE
-    text: str = OmegaConf.to_yaml(layer)
+        for values, name in _path_fields(layer):
+            if values[name] is not None:
+                values[name] = saved_path(values[name], out)
+        layer["read_from"] = [check_text("the full path", str(Path(f).resolve())) for f in config.read_from]
+        layer["out"] = _INSIDE
+    text: str = yaml.dump(
+        layer, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), allow_unicode=True, sort_keys=False
+    )
     return text

@@ -2,9 +2,12 @@
 
 import dataclasses
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from ospo_fast import config
 from ospo_fast.config import MODEL_FILES, PRESETS, Config, dump_config, load_config, model_family
@@ -132,7 +135,7 @@ TEXTS = ("model", "out", "device", "templates", "prompts.exclude", "prompts.file
         ("train.loss.beta=0", "train.loss.beta is 0.0, expected a positive number"),
         ("train.loss.mask_blur=2", "train.loss.mask_blur is 2, expected an odd number"),
         ("train.loss=3", "command line: .*train.loss"),
-        ("train.loss=[]", "command line: got a list where a section or a mapping is expected"),
+        ("train.loss=[]", r"train.loss: got \[\], expected a section or a mapping; write train.loss.NAME=value"),
         ("images.chunk=2", "the configuration key 'images.chunk' has been removed; delete it"),
         ("images.top_k=abc", "could not be converted to Integer .*images.top_k"),
         ("images=3", "command line"),
@@ -194,11 +197,30 @@ TEXTS = ("model", "out", "device", "templates", "prompts.exclude", "prompts.file
         ("prompts.patience=0", "prompts.patience should be 1 or more"),
         ("evaluate.guidance_scales=[nan]", "evaluate.guidance_scales should be finite"),
         ("evaluate.seeds=[[1]]", r"evaluate.seeds should hold plain values, got \[\[1\]\]"),
-        ("train.lora_targets=[{}]", "train.lora_targets should hold plain values"),
+        ("train.lora_targets=[{}]", "train.lora_targets.0: got {}, expected a text; write it in quotes"),
+        ("train.lora_targets=[q_proj,010]", "train.lora_targets.1: got 8, expected a text; write it in quotes"),
+        ("train.lora_targets=q_proj", r"got 'q_proj', expected a list; write train.lora_targets=\[q_proj\]\.$"),
+        ("train.lora_targets=", "train.lora_targets: got None, expected a list"),
+        ("evaluate.seeds=0", r"evaluate.seeds: got 0, expected a list; write evaluate.seeds=\[0\]"),
+        ("evaluate={seeds: 0}", r"evaluate.seeds: got 0, expected a list; write evaluate.seeds=\[0\]"),
+        ("evaluate.guidance_scales=5", r"got 5, expected a list; write evaluate.guidance_scales=\[5\]"),
+        ("read_from=/tmp", r"read_from: got '/tmp', expected a list; write read_from=\[/tmp\]"),
+        ("train=5", "train: got 5, expected a section or a mapping; write train.NAME=value"),
+        ("prompts.counts=5", "prompts.counts: got 5, expected a section or a mapping"),
+        ("prompts.counts={1: 2}", "prompts.counts: got {1: 2}, expected texts as keys; write them in quotes"),
+        ("prompts={file: 010}", "prompts.file: got 8, expected a text; write it in quotes"),
+        ("out=[a]", r"out: got \['a'\], expected a text; write it in quotes"),
+        ("out=null", "out: got None, expected a text"),
+        ("masks.layers=!!binary aGVsbG8=", "masks.layers: got b'hello', expected a text, number, list or mapping"),
+        ("out=!!python/object/apply:pathlib.PosixPath [a]", "could not determine a constructor for the tag"),
+        ("device=\\\\???", "expected a plain value; .* are not resolved"),
+        ("train={steps: 1, steps: 2}", "the key 'steps' occurs twice"),
+        ("train.lora_alpha=16.5", "could not be converted to Integer"),
+        ("train.loss.mask_blur=5.5", "train.loss.mask_blur is 5.5, expected an odd number"),
         ("train.betas=[[0.9],0.95]", "train.betas should hold plain values"),
         ("prompts.counts={color1: []}", "prompts.counts should hold plain values"),
         ("seed=???", r"command line: seed: got '\?\?\?', expected a plain value"),
-        ("device=0x" + "f" * 6000, r"device should be below 2\^63, got an integer of 24000 bits"),
+        ("seed=0x" + "f" * 6000, r"seed should be below 2\^63, got an integer of 24000 bits"),
         ("train.clip=1" + "0" * 400, r"train.clip should be below 2\^63"),
         *[
             (f"{section}.batch_size=-1", f"{section}.batch_size should be 1 or more, got -1")
@@ -278,6 +300,117 @@ def test_the_environment_does_not_enter_by_a_file(tmp_path, monkeypatch):
         assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{{early_stopping: {}}}",
+        "{{loss: {{normalize: {}}}}}",
+        "{{lora_targets: [{}]}}",
+    ],
+)
+@pytest.mark.parametrize("kind", ["Path", "PosixPath"])
+def test_no_tag_brings_the_environment_into_a_run(tmp_path, monkeypatch, form, kind):
+    """OmegaConf's own loader makes paths of these, and resolves what is in them."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    path = tmp_path / "config.yaml"
+    value = form.format(f'!!python/object/apply:pathlib.{kind} ["${{oc.env:SECRET}}"]')
+    path.write_text(f"train: {value}\n")
+    for source in ({"file": path}, {"saved": path}, {"overrides": [f"train={value}"]}):
+        with pytest.raises(UsageError, match=f"constructor for the tag .*pathlib.{kind}'"):
+            load_config(**source)
+
+
+@pytest.mark.parametrize("value", ["!!binary aGVsbG8=", "!!set {a, b}", "!!timestamp 2024-11-01", "!!omap [a: 1]"])
+def test_values_of_other_types_are_refused(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    for key in ("dtype", "prompts", "masks", "read_from"):
+        path.write_text(f"{key}: {value}\n")
+        with pytest.raises(UsageError, match=rf"c\.yaml: {key}(\.0)?: got "):
+            load_config(file=path)
+    path.write_text(f"masks: {{layers: {value}}}")
+    with pytest.raises(UsageError, match=r"masks\.layers"):
+        load_config(file=path)
+
+
+AS_WRITTEN = (
+    "20241101_1230", "2024_11_01", "010", "1e5", "12:30:00", "no", "0x1f", "a #b", "#b", " a", "a: b", "- a", "true",
+    "2024-11-01", ".5", "1_0.0", "0b_", "=", "a\\b", "nulls", "C:\\x", "a=b", "ä \U0001f600",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
+def test_a_text_is_taken_as_it_is_written(text):
+    for key in ("out", "device", "prompts.file"):
+        found = load_config([f"{key}={text}"])
+        assert getattr(found.prompts if "." in key else found, key.split(".")[-1]) == text
+    assert load_config([f"out='{text}'"]).out == text
+    assert load_config([f"read_from=['{text}']"]).read_from == [text]
+
+
+def test_null_is_none_and_quotes_are_of_yaml():
+    for text in ("null", "~", "", " "):
+        assert load_config(["prompts.file=x", f"prompts.file={text}"]).prompts.file is None
+    assert load_config(["prompts.file='null'"]).prompts.file == "null"
+    assert load_config(['out="a\\tb"']).out == "a\tb"
+    assert load_config(["out=!!str 010"]).out == "010"
+
+
+@pytest.mark.parametrize("value", ["20241101_1230", "010", "no", "12:30:00", "0x1f", "1.5", "[a]", "{a: b}"])
+def test_a_number_in_the_place_of_a_text_is_refused_in_a_file(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    for text in (f"out: {value}", f"prompts: {{file: {value}}}", f"read_from: [{value}]", f"select: {{rule: {value}}}"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=r"c\.yaml: .*: got .*, expected a text; write it in quotes\.$"):
+            load_config(file=path)
+    path.write_text("out: 2024-11-01\ntemplates: 1e5")  # no numbers, and no date
+    assert (load_config(file=path).out, load_config(file=path).templates) == ("2024-11-01", "1e5")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@example("\x85\u2028\ufeff")
+@example("\ufeffa\r\n b ")
+@example("'")
+@settings(max_examples=30, deadline=None)
+def test_a_saved_text_loads_as_the_same(text):
+    if "${" in text or text.lstrip("\\") == "???":
+        return
+    saved = Config(model=text, read_from=[text, *AS_WRITTEN])
+    saved.prompts.file, saved.prompts.counts = text, {text: 3}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_bytes(dump_config(saved).encode())
+        assert load_config(file=file) == saved
+
+
+def test_later_overrides_add_to_mappings_and_replace_lists():
+    settings = load_config(
+        ["prompts.counts={a: 1, b: 2}", "prompts.counts.b=3", "train.betas=[0.1,0.2]", "train.betas=[0,0]"]
+    )
+    assert settings.prompts.counts == {"a": 1, "b": 3}
+    assert settings.train.betas == [0, 0]
+
+
+def test_whole_floats_are_integers(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {lora_alpha: 16.0, max_pairs: 3.0, loss: {mask_blur: 5.0}}")
+    settings = load_config(["train.steps=2.0"], file=path).train
+    found = [settings.lora_alpha, settings.max_pairs, settings.steps, settings.loss["mask_blur"]]
+    assert found == [16, 3, 2, 5]
+    assert all(type(number) is int for number in found)
+
+
+def test_merges_of_yaml_are_read(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("score: &s {batch_size: 2}\nmasks: &m {<<: *s, skip_layers: 1}\nselect: {<<: *s, pairs: 4}\n")
+    settings = load_config(file=path)
+    assert (settings.masks.batch_size, settings.masks.skip_layers) == (2, 1)
+    path.write_text(
+        "images: &s {batch_size: 2}\nperturb: &p {<<: *s, batch_size: 3}\nquestions: {<<: *p, top_p: 0.5}\n"
+    )
+    settings = load_config(file=path)
+    assert (settings.perturb.batch_size, settings.questions.batch_size, settings.questions.top_p) == (3, 3, 0.5)
+
+
 def test_a_run_folder_does_not_choose_a_template_file(tmp_path):
     own, path = tmp_path / "own.yaml", tmp_path / "config.yaml"
     own.write_bytes((Path(config.__file__).parent / "stages" / "templates" / "shapes.yaml").read_bytes())
@@ -321,7 +454,8 @@ def test_a_run_folder_does_not_choose_what_is_read(tmp_path):
         "- " * 30_000,
         "m0: &m0 [x]\n" + "".join(f"m{i}: &m{i} [{', '.join([f'*m{i - 1}'] * 9)}]\n" for i in range(1, 12)),  # 9^11
         "seed: 1\n" * 125_001,
-        '"0"',  # an AssertionError of OmegaConf
+        '"0"',
+        "seed: 1\nseed: 2",
         "model: ${model}",
         "- a\n- b",
         "imagse: {top_k: 1}",
