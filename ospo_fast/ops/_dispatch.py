@@ -203,6 +203,18 @@ def check_int(op: str, name: str, value: Any, low: int, high: int = INT64_MAX, h
     return number
 
 
+def check_float(op: str, name: str, value: Any) -> float:
+    """Return a number as float. Raises OpError for texts, complex numbers, lists and tensors that require grad."""
+    if isinstance(value, float):
+        return value
+    if not isinstance(value, (str, bytes, bytearray)) and not (isinstance(value, Tensor) and value.requires_grad):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # of a tensor of two numbers: RuntimeError
+            pass
+    raise OpError(f"{op}: {name} is {value!r:.100}, expected a number")
+
+
 def is_integer(tensor: Tensor) -> bool:
     """Whether a tensor holds integers: no bool, no complex and no quantized values, which conversions would change."""
     return tensor.dtype in _INTEGERS

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import INT64_MIN, as_int64, check_int, describe, pointer, register_op, result_dtype
+from ospo_fast.ops._dispatch import (
+    INT64_MIN,
+    as_int64,
+    check_float,
+    check_int,
+    describe,
+    pointer,
+    register_op,
+    result_dtype,
+)
 from ospo_fast.ops._transfer import to_device_packed
 
 Bounds = tuple["int | Tensor", "int | Tensor"]
@@ -184,11 +193,12 @@ class ColumnRequest:
             raise OpError(f"attention_columns: out is {got}, expected {dtype} {expected} on {q.device}")
         with torch.no_grad():
             target = q.new_empty(expected, dtype=dtype) if out is None else out
-            scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+            scale = q.shape[-1] ** -0.5 if scale is None else check_float("attention_columns", "scale", scale)
+            weight = check_float("attention_columns", "weight", weight)
             backend = self._resolve(q, backend)
             accumulate = out is not None
             _attention_columns(
-                target, q.detach(), k.detach(), self.tensors, lse, scale, causal, float(weight), accumulate, backend
+                target, q.detach(), k.detach(), self.tensors, lse, scale, causal, weight, accumulate, backend
             )
         return target
 

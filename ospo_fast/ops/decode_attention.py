@@ -57,6 +57,7 @@ def decode_attention(
 
     """
     _check(qkv, cos, sin, keys, values, slots, lengths, heads, out)
+    scale = _dispatch.check_float("decode_attention", "scale", scale)
     rows, (slot_count, kv_heads, positions, width) = qkv.shape[0], keys.shape
     out = qkv.new_empty(rows, heads * width) if out is None else out
     refused = _dispatch.fp32_only(qkv.dtype)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
+from ospo_fast.ops import _dispatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +120,7 @@ class Head:
                 f"Head.guided: unconditional has shape {tuple(unconditional.shape)}, expected that of conditional, "
                 f"{tuple(conditional.shape)}; give both for the same positions"
             )
+        scale = _dispatch.check_float("Head.guided", "scale", scale)
         features = torch.lerp(self.features(unconditional), self.features(conditional), scale)
         return features, Head(self.weight, self.bias)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import describe, pointer, readable, register_op, result_dtype
+from ospo_fast.ops._dispatch import check_float, describe, pointer, readable, register_op, result_dtype
 from ospo_fast.ops.otsu import check_bins, fits_shared_memory, map_error, thresholds_or_nan
 
 
@@ -44,22 +44,23 @@ def object_masks(maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0
             On CUDA it raises nothing: map and threshold are NaN and the mask is empty, as a check would synchronize.
 
     """
-    if maps.dim() != 4 or not maps.is_floating_point() or 0 in maps.shape[2:]:
-        raise OpError(f"object_masks: maps are {describe(maps)}, expected float (B, O, H, W)")
+    _check_maps(maps)
     if valid is not None and (valid.dtype != torch.bool or valid.shape != maps.shape[:2]):
         raise OpError(f"object_masks: valid is {describe(valid)}, expected bool {tuple(maps.shape[:2])}")
     if valid is not None and valid.device != maps.device:
         raise OpError(f"object_masks: valid is on {valid.device}, maps on {maps.device}; move them to one device")
+    scaler = check_float("object_masks", "scaler", scaler)
     if not scaler >= 0:
         raise OpError(f"object_masks: scaler is {scaler}, expected a number >= 0")
     bins = check_bins("object_masks", bins)
-    return ObjectMasks(*_object_masks(maps.detach(), valid, float(scaler), bins))
+    return ObjectMasks(*_object_masks(maps.detach(), valid, scaler, bins))
 
 
 def object_masks_reference(
     maps: Tensor, *, valid: Tensor | None = None, scaler: float = 0.8, bins: int = 256
 ) -> ObjectMasks:
     """Compute `object_masks` in PyTorch, with the same bits on any device; in float64 for float64 maps."""
+    _check_maps(maps)
     x = maps.detach().to(result_dtype(maps))
     if valid is not None:
         x = torch.where(valid[..., None, None], x, 0)
@@ -76,6 +77,7 @@ def soft_masks(found: ObjectMasks, *, scaler: float = 0.8, sharpness: float = 10
 
     `scaler` is the one given to `object_masks`. The union of soft masks is their maximum, cell by cell.
     """
+    scaler, sharpness = check_float("soft_masks", "scaler", scaler), check_float("soft_masks", "sharpness", sharpness)
     scores = sharpness * (found.maps - (found.thresholds * scaler)[..., None, None])
     # In float64: of float32 numbers, torch rounds those at the end of a tensor differently.
     return torch.sigmoid(scores.double()).to(scores)
@@ -103,6 +105,11 @@ def mask_iou(first: Tensor, second: Tensor) -> float | None:
     first, second = first > 0, second > 0
     union = int((first | second).sum())
     return int((first & second).sum()) / union if union else None
+
+
+def _check_maps(maps: Tensor) -> None:
+    if maps.dim() != 4 or not maps.is_floating_point() or 0 in maps.shape[2:]:
+        raise OpError(f"object_masks: maps are {describe(maps)}, expected float (B, O, H, W)")
 
 
 def _check_usable(maps: Tensor, usable: Tensor, bins: int) -> None:

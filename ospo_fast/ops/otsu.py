@@ -35,13 +35,13 @@ def otsu_threshold(maps: Tensor, *, bins: int = 256) -> Tensor:
     Source: Otsu 1979; OSPO paper, object masks.
 
     """
-    if maps.dim() < 2 or not maps.is_floating_point() or 0 in maps.shape[-2:]:
-        raise OpError(f"otsu_threshold: maps are {describe(maps)}, expected float (..., H, W)")
+    _check_form(maps)
     return _otsu_threshold(maps.detach(), check_bins("otsu_threshold", bins))
 
 
 def otsu_threshold_reference(maps: Tensor, *, bins: int = 256) -> Tensor:
     """Compute `otsu_threshold` in PyTorch, with the same bits on any device; in float64 for float64 maps."""
+    _check_form(maps)
     x = _flatten(maps)
     thresholds = thresholds_or_nan(x, bins)
     _check_maps(x, ~thresholds.isnan(), bins)
@@ -120,6 +120,11 @@ def map_error(op: str, cells: Tensor, name: str, bins: int) -> str:
 
 def _flatten(maps: Tensor) -> Tensor:
     return maps.reshape(-1, maps.shape[-2] * maps.shape[-1]).to(result_dtype(maps))
+
+
+def _check_form(maps: Tensor) -> None:
+    if maps.dim() < 2 or not maps.is_floating_point() or 0 in maps.shape[-2:]:
+        raise OpError(f"otsu_threshold: maps are {describe(maps)}, expected float (..., H, W)")
 
 
 def _check_maps(x: Tensor, usable: Tensor, bins: int) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.errors import OpError
-from ospo_fast.ops._dispatch import describe, result_dtype
+from ospo_fast.ops._dispatch import check_float, describe, result_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,13 @@ def preference_loss(
         if other is not None and (other.dim() != 1 or other.shape != chosen.shape or not other.is_floating_point()):
             expected = f"float (B,) as chosen, {tuple(chosen.shape)}"
             raise OpError(f"preference_loss: {name} is {describe(other)}, expected {expected}")
-    beta_cond = beta if beta_cond is None else beta_cond
-    ratio_cond = gamma_beta_ratio if gamma_beta_ratio_cond is None else gamma_beta_ratio_cond
+    op = "preference_loss"
+    beta, gamma_beta_ratio = check_float(op, "beta", beta), check_float(op, "gamma_beta_ratio", gamma_beta_ratio)
+    beta_cond = beta if beta_cond is None else check_float(op, "beta_cond", beta_cond)
+    ratio_cond = gamma_beta_ratio
+    if gamma_beta_ratio_cond is not None:
+        ratio_cond = check_float(op, "gamma_beta_ratio_cond", gamma_beta_ratio_cond)
+    label_smoothing = check_float(op, "label_smoothing", label_smoothing)
     for name, value in (("beta", beta), ("beta_cond", beta_cond)):
         if not value > 0:
             raise OpError(f"preference_loss: {name} is {value}, expected a positive number")

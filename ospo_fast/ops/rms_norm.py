@@ -30,6 +30,7 @@ def add_rms_norm(
     if residual.dim() != 2 or weight.shape != residual.shape[1:] or weight.device != residual.device:
         got = f"{describe(residual)} on {residual.device} and {describe(weight)} on {weight.device}"
         raise OpError(f"add_rms_norm: residual and weight are {got}, expected (M, D) and (D,) on one device")
+    eps = _dispatch.check_float("add_rms_norm", "eps", eps)
     out = torch.empty_like(residual) if out is None else out
     for name, tensor in (("residual", residual), ("delta", delta), ("out", out)):
         if tensor is not None:

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import INT64_MAX, INT64_MIN, as_int64, check_int, describe, pointer, readable, register_op
+from ospo_fast.ops._dispatch import (
+    INT64_MAX,
+    INT64_MIN,
+    as_int64,
+    check_float,
+    check_int,
+    describe,
+    pointer,
+    readable,
+    register_op,
+)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -60,14 +70,17 @@ def sample_codes(
         OpError: wrong shapes, options out of range, rows of z with NaN, +inf or only -inf, also by overflow.
 
     """
+    guidance_scale = check_float("sample_codes", "guidance_scale", guidance_scale)
+    temperature = check_float("sample_codes", "temperature", temperature)
+    top_p = check_float("sample_codes", "top_p", top_p)
     B = _check(cond, uncond, guidance_scale, temperature, top_k, top_p)
     return _sample_codes(
         cond.detach(),
         None if uncond is None or guidance_scale == 1 else uncond.detach(),
-        float(guidance_scale),
-        float(temperature),
+        guidance_scale,
+        temperature,
         min(top_k, cond.shape[1]),
-        float(top_p),
+        top_p,
         _per_row("seeds", seeds, B, cond.device),
         _per_row("step", step, B, cond.device),
     )
@@ -278,7 +291,9 @@ def _check(
         raise OpError(
             f"sample_codes: temperature is {temperature}, expected 1e-30 to 1e30, or 0 for the most likely code"
         )
-    check_int("sample_codes", "top_k", min(top_k, INT64_MAX), 0, hint=" (0 = all codes)")
+    check_int(
+        "sample_codes", "top_k", min(top_k, INT64_MAX) if isinstance(top_k, int) else top_k, 0, hint=" (0 = all codes)"
+    )
     if not 0 < top_p <= 1:
         raise OpError(f"sample_codes: top_p is {top_p}, expected 0 < top_p <= 1 (1 = all codes)")
     return cond.shape[0]

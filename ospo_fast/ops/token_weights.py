@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops._dispatch import check_int, describe, is_integer, pointer, readable, register_op, result_dtype
+from ospo_fast.ops._dispatch import (
+    INT64_MIN,
+    check_float,
+    check_int,
+    describe,
+    is_integer,
+    pointer,
+    readable,
+    register_op,
+    result_dtype,
+)
 
 MAX_BLUR_SIZE = 31  # taps, of the compiled kernels
 MAX_TAPS = 1023  # in PyTorch, where each one is a pass over the padded masks
@@ -41,10 +51,9 @@ def token_weights(
             gamma.
 
     """
-    if mask.dim() != 3 or 0 in mask.shape[1:]:
-        raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
-    if not (mask.is_floating_point() or is_integer(mask) or mask.dtype == torch.bool):
-        raise OpError(f"token_weights: mask is {describe(mask)}, expected bool, integer or float")
+    _check_mask(mask)
+    alpha, gamma = check_float("token_weights", "alpha", alpha), check_float("token_weights", "gamma", gamma)
+    blur_sigma = check_float("token_weights", "blur_sigma", blur_sigma)
     blur_size = check_int("token_weights", "blur_size", blur_size, 1, MAX_TAPS, ", and odd")
     if blur_size % 2 == 0 or not blur_sigma > 0:
         raise OpError(
@@ -53,16 +62,22 @@ def token_weights(
         )
     if not (alpha >= 0 and gamma >= 0):
         raise OpError(f"token_weights: alpha is {alpha}, gamma {gamma}; expected numbers >= 0")
-    return _token_weights(mask.detach(), float(alpha), float(gamma), blur_size, float(blur_sigma))
+    return _token_weights(mask.detach(), alpha, gamma, blur_size, blur_sigma)
 
 
 def token_weights_reference(
     mask: Tensor, *, alpha: float = 1.0, gamma: float = 1.0, blur_size: int = 5, blur_sigma: float = 1.0
 ) -> Tensor:
     """Compute `token_weights` in PyTorch, on any device."""
+    _check_mask(mask)
     # In float64: equal cells must stay equal through the min-max; a gamma below 1 would amplify their rounding.
     # A quarter, which changes no other bit, keeps sums and the range finite.
-    blurred = _blur(mask.double() / 4, blur_size, blur_sigma).flatten(1)
+    if mask.dtype in (torch.int64, torch.uint64):  # float64 holds the differences, not the numbers
+        cells, offset = _differences(mask)
+        border = _blur(torch.ones_like(cells), blur_size, blur_sigma) - 1  # what the padding takes of the offset
+        blurred = (_blur(cells / 4, blur_size, blur_sigma) + offset / 4 * border).flatten(1)
+    else:
+        blurred = _blur(mask.double() / 4, blur_size, blur_sigma).flatten(1)
     low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
     normalized = ((blurred - low) / (high - low + 1e-8 / 4)).clamp(0, 1)
     return (1 + alpha * normalized.pow(gamma)).to(result_dtype(mask))
@@ -90,6 +105,23 @@ def _token_weights(mask: Tensor, alpha: float, gamma: float, blur_size: int, blu
     else:
         _dispatch.native().token_weights(*arguments, torch.get_num_threads())
     return weights
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dim() != 3 or 0 in mask.shape[1:]:
+        raise OpError(f"token_weights: mask has shape {tuple(mask.shape)}, expected (B, H, W)")
+    if not (mask.is_floating_point() or is_integer(mask) or mask.dtype == torch.bool):
+        raise OpError(f"token_weights: mask is {describe(mask)}, expected bool, integer or float")
+
+
+def _differences(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cells of integer masks of 64 bits less their minimum, and the minimum (B, 1, 1), in float64."""
+    unsigned = mask.dtype == torch.uint64
+    numbers = mask.view(torch.int64) ^ INT64_MIN if unsigned else mask  # less 2^63, which keeps the order
+    low = numbers.amin((1, 2), keepdim=True)
+    difference = numbers - low  # modulo 2^64, so its bits are those of the unsigned difference
+    cells = (difference >> 32 & 0xFFFFFFFF).double() * 2**32 + (difference & 0xFFFFFFFF).double()
+    return cells, low.double() + (2.0**63 if unsigned else 0.0)
 
 
 def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:

@@ -2,6 +2,7 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from ospo_fast import ops, otsu_threshold
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.decode_attention import decode_attention
+from ospo_fast.ops.object_masks import soft_masks
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
 
@@ -111,3 +113,67 @@ def test_no_imaginary_part_is_lost_on_the_way_to_an_integer(call: Any) -> None:
     """PyTorch drops it, with a warning only."""
     with pytest.raises(OpError, match="complex64"):
         call(lambda *shape: torch.zeros(shape, dtype=torch.complex64))
+
+
+_ROWS = torch.randn(2)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", "1", b"1", 1j, [1], (), torch.ones(2), torch.ones((), requires_grad=True), 10**400]
+)
+@pytest.mark.parametrize(
+    ("op", "name", "call"),
+    [
+        *[
+            ("token_weights", name, lambda **wrong: ops.token_weights(torch.ones(1, 2, 2), **wrong))
+            for name in ("alpha", "gamma", "blur_sigma")
+        ],
+        ("object_masks", "scaler", lambda **wrong: ops.object_masks(_MAPS, **wrong)),
+        *[
+            ("soft_masks", name, lambda **wrong: soft_masks(ops.object_masks(_MAPS), **wrong))
+            for name in ("scaler", "sharpness")
+        ],
+        *[
+            ("sample_codes", name, lambda **wrong: ops.sample_codes(torch.randn(2, 9), seeds=0, step=0, **wrong))
+            for name in ("guidance_scale", "temperature", "top_p")
+        ],
+        *[
+            (
+                "attention_columns",
+                name,
+                lambda **wrong: ops.attention_columns(_MAPS, _MAPS, torch.zeros(2, 1, 1).long(), rows=(0, 1), **wrong),
+            )
+            for name in ("scale", "weight")
+        ],
+        *[
+            (
+                "preference_loss",
+                name,
+                lambda **wrong: ops.preference_loss(_ROWS, _ROWS, **{"beta": 1.0, "gamma_beta_ratio": 0.0, **wrong}),
+            )
+            for name in ("beta", "gamma_beta_ratio", "beta_cond", "gamma_beta_ratio_cond", "label_smoothing")
+        ],
+        ("Head.guided", "scale", lambda scale: ops.Head(_MAPS[0, 0]).guided(_MAPS, _MAPS, scale)),
+        ("add_rms_norm", "eps", lambda eps: add_rms_norm(None, torch.ones(2, 3), torch.ones(3), eps)),
+        *[
+            (
+                "token_logprobs",
+                name,
+                lambda **wrong: ops.token_logprobs(_HIDDEN, _HEAD, torch.zeros(2, 3).long(), **wrong),
+            )
+            for name in ("temperature", "softcap")
+        ],
+    ],
+)
+def test_what_is_no_number_is_named(op: str, name: str, call: Any, wrong: Any) -> None:
+    with pytest.raises(OpError, match=rf"^{op}: {name} is "):
+        call(**{name: wrong})
+
+
+def test_what_converts_to_a_number_is_one() -> None:
+    mask = torch.tensor([[[0, 1]]])
+    for two in (2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0), torch.tensor([2]), True + 1):
+        assert ops.token_weights(mask, alpha=two, blur_size=1).tolist() == [[1, 3]]
+    for wrong in ("x", None, [1], 1.5):
+        with pytest.raises(OpError, match=r"sample_codes: top_k is .*, expected an integer"):
+            ops.sample_codes(torch.randn(2, 9), seeds=0, step=0, top_k=wrong)

@@ -73,7 +73,7 @@ def test_extremes_stay_finite_and_gradcheck() -> None:
         ({"swapped": torch.zeros(1)}, r"swapped is torch.float32 \(1,\)"),
         ({"chosen": torch.zeros(2, 1)}, r"chosen is torch.float32 \(2, 1\)"),
         ({"rejected": torch.zeros(2).int()}, "rejected is torch.int32"),
-        ({"beta": 0}, "beta is 0, expected a positive number"),
+        ({"beta": 0}, "beta is 0.0, expected a positive number"),
         ({"beta": math.nan}, "beta is nan"),
         ({"beta_cond": -1.0}, "beta_cond is -1.0"),
         ({"label_smoothing": 0.6}, "label_smoothing is 0.6, expected 0 to 0.5"),

@@ -47,6 +47,27 @@ def test_empty_full_and_unblurred_masks() -> None:
     assert token_weights(torch.zeros(0, 6, 6)).shape == (0, 36)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint32, torch.int64, torch.uint64])
+def test_wide_integers_differ_as_small_ones_do(dtype: torch.dtype) -> None:
+    """float64 holds no integer above 2^53 exactly, but the difference of two."""
+    limits = torch.iinfo(dtype)
+    for low, high in ((limits.max - 1, limits.max), (limits.min, limits.min + 1), (limits.min, limits.max)):
+        mask = torch.tensor([[[low, high]], [[high, high]]], dtype=dtype)
+        assert token_weights(mask, blur_size=1).tolist() == [[1, 2], [1, 1]]
+        assert token_weights(mask, blur_sigma=1e-30).tolist() == [[1, 2], [1, 1]]
+    small = torch.randint(0, 9, (2, 5, 6))
+    assert torch.equal(token_weights(small.to(dtype)), token_weights_reference(small.double()).float())
+    shifted = (small + 2**30).to(dtype)  # the padding is 0 still
+    torch.testing.assert_close(token_weights(shifted), token_weights_reference(shifted.double()).float())
+    assert torch.equal(token_weights(shifted.mT[:, ::2]), token_weights(shifted.mT[:, ::2].contiguous()))
+
+
+def test_the_reference_refuses_what_the_op_does() -> None:
+    for mask in (torch.zeros(2, 0, 3), torch.zeros(2, 3), torch.zeros(1, 2, 2, dtype=torch.complex64)):
+        with pytest.raises(OpError, match=r"token_weights: mask "):
+            token_weights_reference(mask)
+
+
 @pytest.mark.parametrize(
     "options",
     [
