@@ -67,7 +67,8 @@ def test_the_extra_is_what_the_stages_import() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(str(node.module).split(".")[0])
-    core = {"torch", "numpy", "triton", "ospo_fast", "typing_extensions", "markupsafe"}  # the latter with torch, jinja2
+    core = {"torch", "numpy", "triton", "ospo_fast"}
+    core |= {"typing_extensions", "markupsafe", "regex", "huggingface_hub"}  # come with torch, jinja2 and transformers
     assert imported - sys.stdlib_module_names - core == set(EXTRAS) - {"accelerate"}
 
 

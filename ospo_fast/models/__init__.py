@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ospo_fast.config import MAX_ADAPTERS
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.files import read_bytes
+from ospo_fast.models import folder_checks
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.resolve import check_kind
-from ospo_fast.oom import short
-from ospo_fast.records import parse_json
+from ospo_fast.oom import out_of_memory, short
 
 if TYPE_CHECKING:
     from ospo_fast.models.janus import JanusUnifiedModel
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["UnifiedModel", "find_model", "load_model"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Keys of config.json that say how many parts are built, each of which has a tensor of its own (labels: of a head).
-_COUNTS = ("num_hidden_layers", "num_res_blocks", "depth", "channel_multiplier", "num_labels")
+_PUBLISHED = ("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B")
 _EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 
 
@@ -78,7 +75,10 @@ def find_model(name_or_path: str | Path) -> Path | None:
                 f"model: the base model of the adapter {folder} is in turn an adapter, and so on, more than "
                 f"{MAX_ADAPTERS} times or in a circle; fix base_model_name_or_path in {base / 'adapter_config.json'}"
             )
-        base = _find_folder(_base_model(base))
+        name, adapter = _base_model(base), base
+        base = _find_folder(name)
+        if base is None:
+            _check_base(name, adapter)
     return folder
 
 
@@ -90,11 +90,11 @@ def _find_folder(name: str) -> Path | None:
         return _EMBEDDED
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
-        _refuse_pipes(path)
+        folder_checks.refuse_pipes(path)
         if not _is_adapter(path):
-            check_kind(_read_json(path / "config.json"), name)
-            if not any(path.glob("*.safetensors")):
-                raise OspoError(f"model: {path} holds no weights (*.safetensors); save or download the model again")
+            check_kind(folder_checks.read_json(path / "config.json"), name)
+            folder_checks.refuse_code(path)
+            folder_checks.weight_files(path)
         return path
     if os.path.exists(path):  # noqa: PTH110 (see above)
         raise OspoError(f"model: {name!r} is a file, expected the folder that holds config.json and the weights")
@@ -132,18 +132,6 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
     return resolved
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(read_bytes(path))
-    except (OSError, ValueError) as error:
-        raise OspoError(
-            f"model: cannot read {path} ({getattr(error, 'strerror', None) or error}); give the folder of a saved model"
-        ) from error
-    if not isinstance(content, dict):
-        raise OspoError(f"model: {path} holds no JSON object; save or download the model again")
-    return content
-
-
 def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
     import transformers
 
@@ -155,20 +143,21 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
         remedy = "check the name and the network, or give the folder of a downloaded copy"
     with _loading(f"{source} cannot be loaded", remedy):
         if folder is None:
-            config, _ = transformers.PreTrainedConfig.get_config_dict(source)
+            config, _ = transformers.PreTrainedConfig.get_config_dict(source, trust_remote_code=False)
             check_kind(config, name)
         else:
-            _check_sizes(folder)
+            folder_checks.check_sizes(folder)
+        # Without a value, transformers asks on the terminal whether to run the code of a folder.
         module, info = transformers.JanusForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
+            source,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True if folder else None,
+            trust_remote_code=False,
         )
-        processor = transformers.JanusProcessor.from_pretrained(source)
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers initializes them at random
-        raise OspoError(f"model: {source} lacks {len(missing)} tensors of the model ({missing[0]}, …); {remedy}")
-    module.to(device).eval()
-    with _loading(f"{source} cannot be loaded", remedy):
-        return JanusUnifiedModel(module, processor, name=name)
+        folder_checks.refuse_missing(info["missing_keys"], source, remedy)
+        processor = transformers.JanusProcessor.from_pretrained(source, trust_remote_code=False)
+        return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
 
 
 @contextlib.contextmanager
@@ -179,58 +168,9 @@ def _loading(problem: str, remedy: str) -> Iterator[None]:
     except OspoError:
         raise
     except Exception as error:  # damaged files raise anything: KeyError, ZeroDivisionError, errors of other packages
+        if out_of_memory(error):
+            remedy = "free some memory, or use another device or a smaller dtype"
         raise OspoError(f"model: {problem} ({short(error)}); {remedy}") from error
-
-
-def _refuse_pipes(folder: Path) -> None:
-    """Raise OspoError for a pipe or a device in the folder of a model, for which other packages would wait."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # a link to nothing
-            mode = path.stat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise OspoError(f"model: {path} is no regular file; delete it, or save or download the model again")
-
-
-def _tensor_shapes(files: Sequence[Path]) -> dict[str, list[int]]:
-    """Return the shape of each tensor in safetensors files, whose headers hold them."""
-    from safetensors import safe_open
-
-    shapes = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118 (no mapping)
-    return shapes
-
-
-def _check_sizes(folder: Path) -> None:
-    """Raise OspoError if the sizes in config.json are not those of the weights, before memory or time depend on them.
-
-    transformers fills tensors of another size at random before it refuses them.
-    """
-    import transformers
-
-    path, remedy = folder / "config.json", "save or download the model again"
-    config, shapes = _read_json(path), _tensor_shapes(sorted(folder.glob("*.safetensors")))
-    count = len(shapes)
-    for section, values in (("", config), *config.items()):
-        for key in _COUNTS if isinstance(values, dict) else ():
-            value = values.get(key)
-            value = len(value) if isinstance(value, list) else value
-            if isinstance(value, (int, float)) and value > count:
-                raise OspoError(
-                    f"model: {key} in {path}{section and f' ({section})'} is {value}, expected at most {count}, as "
-                    f"many as the weights have tensors; {remedy}"
-                )
-    if "quantization_config" in config:  # packed tensors have other shapes
-        return
-    with torch.device("meta"):
-        empty = transformers.JanusForConditionalGeneration(transformers.JanusConfig.from_pretrained(str(folder)))
-    for name, tensor in empty.state_dict().items():
-        if name in shapes and shapes[name] != list(tensor.shape):
-            raise OspoError(
-                f"model: by {path}, {name} has the shape {list(tensor.shape)}, expected that of the weights, "
-                f"{shapes[name]}; {remedy}"
-            )
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -239,7 +179,7 @@ def _is_adapter(folder: Path) -> bool:
 
 def _base_model(folder: Path) -> str:
     """The base model of a LoRA adapter."""
-    base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = folder_checks.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise OspoError(f"model: {folder / 'adapter_config.json'} has no base_model_name_or_path; add the base model")
     if str(base) in (str(folder), folder.name):
@@ -247,30 +187,43 @@ def _base_model(folder: Path) -> str:
     return str(base)
 
 
-def _check_ranks(folder: Path) -> None:
-    """Raise OspoError if a rank in adapter_config.json is above every size in the adapter's weights.
+def _check_base(name: str, folder: Path) -> None:
+    """Raise OspoError unless the hub name in an adapter's folder is published, or the user has loaded it before."""
+    from huggingface_hub import try_to_load_from_cache
 
-    peft fills matrices of that rank at random before it compares them with the weights.
-    """
-    path = folder / "adapter_config.json"
-    config, shapes = _read_json(path), _tensor_shapes(sorted(folder.glob("*.safetensors")))
-    largest = max((size for shape in shapes.values() for size in shape), default=None)
-    pattern = config.get("rank_pattern")
-    for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
-        if largest is not None and isinstance(rank, (int, float)) and rank > largest:
-            raise OspoError(
-                f"model: {path} has the rank {rank}, expected at most {largest}, the largest size in the adapter's "
-                "weights; save or download the adapter again"
-            )
+    cached = None
+    with contextlib.suppress(ValueError):  # no hub name
+        cached = try_to_load_from_cache(name, "config.json")
+    if name not in _PUBLISHED and not isinstance(cached, str):
+        raise OspoError(
+            f"model: the adapter {folder} names the base model {name!r:.60}, expected a folder, a model of the local "
+            f"hub cache, or {' or '.join(_PUBLISHED)}; download the base model yourself if you trust it"
+        )
 
 
 def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
     base = _base_model(folder)
+    with _loading(f"the adapter {folder} cannot be loaded", "save or download it again"):
+        config = folder_checks.check_adapter(folder)
     model = load_model(base, device=device, dtype=dtype)
 
     import peft
 
     with _loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
-        _check_ranks(folder)
-        module = peft.PeftModel.from_pretrained(model.module, str(folder)).merge_and_unload()
+        config = folder_checks.match_targets(config, folder, model.module)
+        # As peft.PeftModel.from_pretrained does, which only warns of tensors that it lacks or does not know.
+        wrapped = peft.PeftModel(model.module, peft.LoraConfig.from_peft_type(**{**config, "inference_mode": True}))
+        tensors = peft.load_peft_weights(
+            str(folder),
+            device=str(device),
+            key_mapping=getattr(model.module, "_checkpoint_conversion_mapping", None),
+        )
+        folder_checks.refuse_tensors(
+            folder, [name for name, tensor in tensors.items() if not tensor.isfinite().all()], "are not finite"
+        )
+        found = peft.set_peft_model_state_dict(wrapped, tensors)
+        own = [name for name in found.missing_keys if ".default" in name]  # the other ones are of the base model
+        folder_checks.refuse_tensors(folder, own, "are missing")
+        folder_checks.refuse_tensors(folder, found.unexpected_keys, "are unknown to the model")
+        module = wrapped.merge_and_unload(safe_merge=True)
     return model.with_module(module.eval(), name=str(folder))

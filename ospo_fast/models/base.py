@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+TEMPLATE_SETS = ("janus", "shapes")  # that ship with the package; a model may name no other
+
 Message = dict[str, Any]
 """One chat turn: {"role": "user" | "assistant" | "system", "content": str}."""
 

@@ -165,7 +165,7 @@ class JanusUnifiedModel(_JanusModule):
         self.yes_ids = self._single_token_ids("yes", "Yes")
         self.no_ids = self._single_token_ids("no", "No")
         self._prefix, self._suffix = self._split_template()
-        size = processor.image_processor.size
+        size = self._check_image_size()
         pixels = _VQ_PIXELS.get(self.device.type, _VQ_PIXELS["cuda"])
         batch_size = max(1, min(64, pixels // int(size["height"] * size["width"])))
         self._vq_limit = BatchSizeLimit(batch_size, "image", "free some, or use a smaller batch_size", fills=True)
@@ -338,6 +338,18 @@ class JanusUnifiedModel(_JanusModule):
             else:
                 pixels[i] = torch.as_tensor(processing(rgb, return_tensors="pt")["pixel_values"][0])
         return pixels.to(self.device, self.dtype)
+
+    def _check_image_size(self) -> dict[str, int]:
+        """Return the size of the processor's images, which must be that of the model: both allocate it."""
+        processing, side = self.processor.image_processor, int(self.module.config.vision_config.image_size)
+        size = {name: processing.size[name] for name in ("height", "width")}
+        least = getattr(processing, "min_size", 1)
+        if size != {"height": side, "width": side} or not 0 <= least <= side:
+            raise OspoError(
+                f"model: the image processor of {self.name} has the size {size} and min_size {least}, expected "
+                f"{side}, the image_size of the vision model, and at most that; use the model's own processor"
+            )
+        return size
 
     def _image_statistics(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (3,) of the processor's normalization, in fp32."""

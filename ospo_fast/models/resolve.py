@@ -8,9 +8,10 @@ from typing import Any, cast
 from torch import nn
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.base import TEMPLATE_SETS, UnifiedModel
 
 _ADAPTER = ("decoder", "head", "grid", "image_prompt", "embed_codes")
+MAX_POSITIONS = 2**20  # a key-value cache and masks of that many are allocated
 _EXPECTED = "what ospo_fast.load_model returns, or a JanusForConditionalGeneration of transformers"
 
 
@@ -31,7 +32,19 @@ def check_kind(config: dict[str, Any], name: str) -> None:
                 f"model: {key} in the config.json of {name} is {value!r:.60}, expected {what}; save or download the "
                 "model again"
             )
+    templates = config.get("template_set")
+    if templates is not None and templates not in TEMPLATE_SETS:
+        raise OspoError(
+            f"model: template_set in the config.json of {name} is {templates!r:.60}, expected one of "
+            f"{', '.join(TEMPLATE_SETS)}; remove it, and name a file of your own in the setting templates"
+        )
     text = config.get("text_config") or {}
+    positions = text.get("max_position_embeddings", 1)
+    if not isinstance(positions, int) or not 1 <= positions <= MAX_POSITIONS:
+        raise OspoError(
+            f"model: max_position_embeddings in the config.json of {name} is {positions!r:.60}, expected 1 to "
+            f"{MAX_POSITIONS}; save or download the model again"
+        )
     if text.get("model_type", "llama") != "llama":
         raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")
 

@@ -1,17 +1,19 @@
 """load_model: each kind of broken checkpoint gives an error of one line, and a LoRA folder gives the merged model."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ospo_fast import models
 from ospo_fast.config import model_family
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models import load_model
+from ospo_fast.models import find_model, folder_checks, load_model
+from ospo_fast.models.base import TEMPLATE_SETS
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.model import build_model, build_processor
 
@@ -232,7 +234,249 @@ def test_sizes_of_quantized_weights_are_not_those_of_the_model(broken: Path) -> 
     """Packed tensors have shapes of their own; the same configuration without the mark is refused."""
     vision = json.loads((broken / "config.json").read_text())["vision_config"]
     edit(broken / "config.json", vision_config={**vision, "hidden_size": 2 * vision["hidden_size"]})
-    with pytest.raises(OspoError, match="expected that of the weights"):
-        models._check_sizes(broken)
-    edit(broken / "config.json", quantization_config={})
-    models._check_sizes(broken)
+    for mark in ({}, {"quantization_config": None}, {"quantization_config": {}}):
+        edit(broken / "config.json", **mark)
+        with pytest.raises(OspoError, match="expected that of the weights"):
+            folder_checks.check_sizes(broken)
+    edit(broken / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    folder_checks.check_sizes(broken)
+    enlarge_vocabulary(broken)
+    with pytest.raises(OspoError, match=r"the model has \d+ weights, expected at most 8 for each of the \d+ bytes"):
+        folder_checks.check_sizes(broken)
+
+
+def enlarge_vocabulary(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    edit(folder / "config.json", text_config={**config, "vocab_size": 2**22})
+
+
+@pytest.fixture
+def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where transformers would allocate a model."""
+    import transformers
+
+    monkeypatch.setattr(
+        transformers.JanusForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("built")
+    )
+
+
+def test_missing_tensors_are_refused_before_any_is_allocated(broken: Path, nothing_is_built: None) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name and "lm_head" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
+    enlarge_vocabulary(broken)
+    refuse(broken, "lacks 2 tensors of the model (lm_head.weight", "again")
+
+
+def test_only_safetensors_that_transformers_would_load_count(broken: Path, nothing_is_built: None) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(broken / "model.safetensors"), broken / "pytorch_model.bin")
+    (broken / "model.safetensors").rename(broken / "x.safetensors")
+    refuse(broken, "holds no weights", "model.safetensors", "again")
+    edit(broken / "config.json", transformers_weights="x.safetensors")
+    refuse(broken, "config.json has transformers_weights", "remove this entry")
+
+
+def test_weights_in_several_files(saved: Path, tmp_path: Path) -> None:
+    module = load_model(saved).module
+    shutil.copytree(saved, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    module.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    assert len(set(names.values())) > 1
+    loaded = load_model(tmp_path / "model").module.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in module.state_dict().items())
+
+    shutil.copy(saved / "model.safetensors", tmp_path / "outside.safetensors")
+    for other in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "missing.safetensors", 3):
+        edit(index, weight_map=dict.fromkeys(names, other))
+        refuse(tmp_path / "model", "model.safetensors.index.json names", "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "entry"),
+    [
+        ("tokenizer_config.json", None, {"tokenizer_class": "Foo", "auto_map": {"AutoTokenizer": ["evil.Foo", None]}}),
+        ("config.json", None, {"auto_map": {"AutoConfig": "evil.Foo"}}),
+        ("config.json", "text_config", {"attn_implementation": "org/kernel"}),
+        ("config.json", None, {"_attn_implementation": "org/kernel"}),
+        ("processor_config.json", "image_processor", {"auto_map": {"AutoImageProcessor": "evil.Foo"}}),
+    ],
+)
+def test_code_that_a_folder_names(
+    broken: Path, name: str, section: str | None, entry: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((broken / name).read_text())
+    (content if section is None else content[section]).update(entry)
+    (broken / name).write_text(json.dumps(content))
+    (broken / "evil.py").write_text("raise SystemExit('code of the folder ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    refuse(broken, f"{name} has {list(entry)[-1]}", "remove this entry")
+    monkeypatch.setattr(folder_checks, "refuse_code", lambda _: None)  # nor does it run without the check
+    with contextlib.suppress(OspoError):
+        load_model(broken)
+
+
+def test_template_sets_of_a_model(broken: Path, tmp_path: Path) -> None:
+    shipped = Path(folder_checks.__file__).parents[1] / "stages" / "templates"
+    assert sorted(file.stem for file in shipped.glob("*.yaml")) == sorted(TEMPLATE_SETS)
+    shutil.copy(shipped / "shapes.yaml", tmp_path / "other.yaml")
+    for value in (str(tmp_path / "other.yaml"), "other", ""):
+        edit(broken / "config.json", template_set=value)
+        refuse(broken, f"template_set in the config.json of {broken} is {value!r:.60}", "janus, shapes", "templates")
+
+
+@pytest.mark.parametrize("value", [2**27, 0, -1, 1.5, "256", None])
+def test_positions_that_the_weights_do_not_bound(broken: Path, value: object) -> None:
+    config = json.loads((broken / "config.json").read_text())["text_config"]
+    edit(broken / "config.json", text_config={**config, "max_position_embeddings": value})
+    refuse(broken, f"max_position_embeddings in the config.json of {broken} is {value!r}, expected 1 to 1048576")
+
+
+@pytest.mark.parametrize("changes", [{"size": {"height": 40000, "width": 48}}, {"min_size": 40000}])
+def test_image_sizes_that_are_not_those_of_the_vision_model(broken: Path, changes: dict[str, object]) -> None:
+    content = json.loads((broken / "processor_config.json").read_text())
+    edit(broken / "processor_config.json", image_processor={**content["image_processor"], **changes})
+    refuse(broken, "the image processor of", "40000", "expected 48, the image_size of the vision model")
+
+
+def test_files_that_no_loader_opens_are_not_looked_at(broken: Path, no_waiting: None) -> None:
+    (broken / ".git").mkdir()
+    os.mkfifo(broken / ".git" / "fsmonitor--daemon.ipc")
+    load_model(broken)
+    (broken / "additional_chat_templates").mkdir()
+    os.mkfifo(broken / "additional_chat_templates" / "x.jinja")
+    refuse(broken, "x.jinja is no regular file")
+
+
+def test_a_device_that_is_full(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.JanusForConditionalGeneration, "to", full)
+    refuse(saved, "cannot be loaded (CUDA out of memory)", "free some memory, or use another device")
+
+
+# Adapters of others
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    """A LoRA folder that peft wrote."""
+    save_adapter(saved, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {name.replace("model.model", "model.old"): value for name, value in t.items()}, "8 tensors"),
+        (lambda t: dict(list(t.items())[1:]), "1 tensors"),
+        (lambda t: {"x": torch.ones(2, 96)}, "8 tensors"),
+        (lambda t: {**t, "base_model.model.x": torch.ones(2)}, "unknown to the model (base_model.model.x"),
+        (lambda t: {name: torch.full_like(value, float("nan")) for name, value in t.items()}, "not finite"),
+        (lambda t: {name: value * float("inf") for name, value in t.items()}, "not finite"),
+    ],
+)
+def test_tensors_of_an_adapter_are_all_there(
+    adapter: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], words: str
+) -> None:
+    edit_tensors(adapter, change)
+    refuse(adapter, words, str(adapter), "again")
+
+
+def test_modules_to_save_are_all_there(saved: Path, tmp_path: Path) -> None:
+    import peft
+
+    model = load_model(saved)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["vision_head"])
+    wrapped = peft.get_peft_model(model.module, config)
+    with torch.no_grad():
+        wrapped.base_model.model.model.generation_head.vision_head.weight.add_(1)
+    wrapped.save_pretrained(tmp_path)
+    expected = wrapped.merge_and_unload().model.generation_head.vision_head.weight
+    assert torch.equal(load_model(tmp_path).module.model.generation_head.vision_head.weight, expected)
+    edit_tensors(tmp_path, lambda tensors: {name: t for name, t in tensors.items() if "vision_head" not in name})
+    refuse(tmp_path, "does not load on", "vision_head")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**8}, "peft_type 'PROMPT_TUNING', expected 'LORA'"),
+        ({"peft_type": "ADALORA", "init_r": 10**6}, "peft_type 'ADALORA', expected 'LORA'"),
+        ({"peft_type": None}, "peft_type None, expected 'LORA'"),
+        ({"megatron_config": {"a": 1}}, "megatron_config or megatron_core"),
+        ({"megatron_core": "evil"}, "megatron_config or megatron_core"),
+        ({"rank_pattern": {"(?:[a-z_.0-9]+)+!": 2}}, "in rank_pattern, expected names of modules"),
+        ({"alpha_pattern": {"(?:[a-z_.0-9]+)+!": 2}}, "in alpha_pattern, expected names of modules"),
+        ({"layers_pattern": ["(a+)+"], "layers_to_transform": [1]}, "in layers_pattern, expected names of modules"),
+        ({"modules_to_save": ["(?:[a-z_.0-9]+)+!"]}, "in modules_to_save, expected names of modules"),
+        ({"target_modules": "(?:(?:[a-z_.0-9])+)+!"}, "target_modules '(?:(?:[a-z_.0-9])+)+!', which"),
+        ({"exclude_modules": "(?:(?:[a-z_.0-9])+)+!|x" * 500}, "which takes too long to match"),
+        ({"target_modules": "no_such_module"}, "matches no module of the base model"),
+        ({"init_lora_weights": "pissa_niter_1000000000"}, "init_lora_weights 'pissa_niter_1000000000'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 10**9}}, "loftq_config.loftq_iter 1000000000"),
+        ({"lora_alpha": 1e300}, "does not load on"),
+    ],
+)
+def test_hostile_values_of_an_adapter(adapter: Path, changes: dict[str, object], words: str, no_waiting: None) -> None:
+    edit(adapter / "adapter_config.json", **changes)
+    refuse(adapter, words, str(adapter))
+
+
+def test_adapters_need_safetensors(adapter: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    edit(adapter / "adapter_config.json", r=300_000)
+    refuse(adapter, f"{adapter} holds no adapter_model.safetensors", "save the adapter with safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_version": "99.0", "some_later_entry": {"a": 1}, "runtime_config": {"ephemeral_gpu_offload": False}},
+        {"rank_pattern": {"^model.language_model.layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 8}},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ".*vision.*"},
+        {"task_type": "CAUSAL_LM", "revision": "main", "megatron_core": "megatron.core", "megatron_config": None},
+        {"init_lora_weights": "gaussian", "exclude_modules": ["vision_model"]},
+    ],
+)
+def test_adapters_that_peft_writes(saved: Path, adapter: Path, changes: dict[str, object]) -> None:
+    expected = load_model(adapter).module.state_dict()
+    edit(adapter / "adapter_config.json", **changes)
+    found = load_model(adapter).module.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_base_models_that_an_adapter_may_name(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the hub cache is one that the user has loaded before; others may not choose what is downloaded."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    name = "some-org/some-model"
+    edit(adapter / "adapter_config.json", base_model_name_or_path=name)
+    refuse(adapter, f"names the base model '{name}', expected a folder", "deepseek-community/Janus-Pro-1B", "download")
+    snapshot = tmp_path / "hub" / "models--some-org--some-model" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1")
+    assert find_model(adapter) == adapter
+    edit(adapter / "adapter_config.json", base_model_name_or_path="deepseek-community/Janus-Pro-1B")
+    assert find_model(adapter) == adapter

@@ -1,0 +1,236 @@
+"""Checks of model and adapter folders, which others may have written, before transformers or peft read them.
+
+Memory and time must depend on what the weights hold, never on numbers or patterns that a configuration merely names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ospo_fast.errors import OspoError
+from ospo_fast.files import read_bytes
+from ospo_fast.records import parse_json
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_AGAIN = "save or download the model again"
+_ADAPTER_AGAIN = "save or download the adapter again"
+_CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+# Keys of config.json that say how many parts are built, each of which has a tensor of its own (labels: of a head).
+_COUNTS = ("num_hidden_layers", "num_res_blocks", "depth", "channel_multiplier", "num_labels")
+_MAX_PACKED = 8  # quantized values in a byte
+# peft puts these entries of adapter_config.json into regular expressions.
+_PATTERN_KEYS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
+_PLAIN = re.compile(r"\^?[\w.]+")
+_INIT = re.compile(r"[A-Za-z_]{1,20}(_niter_\d{1,3})?")
+_MAX_SETTING = 1024  # of a method within an adapter, such as loftq_iter
+_MAX_PATTERN = 10_000  # characters of target_modules
+_MATCH_SECONDS = 5.0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model folder. Raises OspoError."""
+    try:
+        content = parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise OspoError(
+            f"model: cannot read {path} ({getattr(error, 'strerror', None) or error}); give the folder of a saved model"
+        ) from error
+    if not isinstance(content, dict):
+        raise OspoError(f"model: {path} holds no JSON object; {_AGAIN}")
+    return content
+
+
+def refuse_pipes(folder: Path) -> None:
+    """Raise OspoError for a pipe or a device among the files that other packages open, for which they would wait."""
+    for pattern in ("*", "additional_chat_templates/*"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):  # a link to nothing
+                mode = path.stat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise OspoError(f"model: {path} is no regular file; delete it, or {_AGAIN}")
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise OspoError for an entry that makes transformers load code, or other weights than `weight_files`."""
+    for path in (folder / name for name in _CONFIGS):
+        content = read_json(path) if path.is_file() else {}
+        for part in (content, *content.values()):
+            for key, value in part.items() if isinstance(part, dict) else ():
+                kernel = "attn_implementation" in key and "/" in str(value)
+                if kernel or (key in ("auto_map", "transformers_weights") and value):
+                    raise OspoError(
+                        f"model: {path} has {key} {value!r:.60}, which names code or files outside of the installed "
+                        "transformers' own; remove this entry"
+                    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers takes the weights from: one, or those of an index. Raises OspoError."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise OspoError(f"model: {folder} holds no weights ({single.name}, or {index.name} and its files); {_AGAIN}")
+    names = read_json(index).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    files = [folder / name for name in names]
+    for file in files:
+        if file.parent != folder or file.suffix != ".safetensors" or not file.is_file():
+            raise OspoError(
+                f"model: {index} names {file.name!r:.60}, which is no *.safetensors of its folder; {_AGAIN}"
+            )
+    return files
+
+
+def check_sizes(folder: Path) -> None:
+    """Raise OspoError unless the weights are those that config.json describes, before memory or time depend on it.
+
+    transformers fills tensors that are missing or of another size at random, before it refuses the latter.
+    """
+    import transformers
+
+    path, files = folder / "config.json", weight_files(folder)
+    config, shapes = read_json(path), _tensor_shapes(files)
+    count = len(shapes)
+    for section, values in (("", config), *config.items()):
+        for key in _COUNTS if isinstance(values, dict) else ():
+            value = values.get(key)
+            value = len(value) if isinstance(value, list) else value
+            if isinstance(value, (int, float)) and value > count:
+                raise OspoError(
+                    f"model: {key} in {path}{section and f' ({section})'} is {value}, expected at most {count}, as "
+                    f"many as the weights have tensors; {_AGAIN}"
+                )
+    with torch.device("meta"):
+        empty = transformers.JanusForConditionalGeneration(transformers.JanusConfig.from_pretrained(str(folder)))
+    tensors = empty.state_dict(keep_vars=True)
+    if config.get("quantization_config"):  # packed tensors have other names and shapes
+        size, most = sum(tensor.numel() for tensor in tensors.values()), sum(file.stat().st_size for file in files)
+        if size > _MAX_PACKED * most:
+            raise OspoError(
+                f"model: by {path}, the model has {size} weights, expected at most {_MAX_PACKED} for each of the "
+                f"{most} bytes of its files; {_AGAIN}"
+            )
+        return
+    found = set()
+    for name, tensor in tensors.items():
+        # transformers also takes the weights of a model without its head, whose names lack the prefix.
+        shape = shapes.get(name, shapes.get(name.removeprefix("model.")))
+        if shape is not None:
+            found.add(id(tensor))  # tied tensors are one
+            if shape != list(tensor.shape):
+                raise OspoError(
+                    f"model: by {path}, {name} has the shape {list(tensor.shape)}, expected that of the weights, "
+                    f"{shape}; {_AGAIN}"
+                )
+    refuse_missing([name for name, tensor in tensors.items() if id(tensor) not in found], str(folder), _AGAIN)
+
+
+def refuse_missing(names: Iterable[str], source: str, remedy: str) -> None:
+    """Raise OspoError for tensors that weights lack, which transformers initializes at random."""
+    if missing := sorted(names):
+        raise OspoError(f"model: {source} lacks {len(missing)} tensors of the model ({missing[0]}, …); {remedy}")
+
+
+def check_adapter(folder: Path) -> dict[str, Any]:
+    """Return the adapter_config.json of a LoRA folder. Raises OspoError if its weights do not bear it out."""
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise OspoError(
+            f"model: {path} has peft_type {config.get('peft_type')!r:.60}, expected 'LORA'; merge an adapter of "
+            "another kind into its model and save that"
+        )
+    if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
+        raise OspoError(f"model: {path} has megatron_config or megatron_core, which name code; remove these entries")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise OspoError(f"model: {folder} holds no {ADAPTER_WEIGHTS}; save the adapter with safetensors")
+    for key in _PATTERN_KEYS:
+        value = config.get(key) or ()
+        for name in (value,) if isinstance(value, str) else value:
+            if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+                raise OspoError(
+                    f"model: {path} has {name!r:.60} in {key}, expected names of modules without patterns; write the "
+                    "names out"
+                )
+    shapes = _tensor_shapes([folder / ADAPTER_WEIGHTS])
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    # peft fills matrices of that rank at random before it compares them with the weights.
+    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
+        if isinstance(rank, (int, float)) and rank > largest:
+            raise OspoError(
+                f"model: {path} has the rank {rank}, expected at most {largest}, the largest size in the adapter's "
+                f"weights; {_ADAPTER_AGAIN}"
+            )
+    init = str(config.get("init_lora_weights"))
+    if not _INIT.fullmatch(init):
+        raise OspoError(f"model: {path} has init_lora_weights {init!r:.60}, which is no method of peft; use true")
+    for section, values in config.items():
+        for key, value in values.items() if isinstance(values, dict) and section not in _PATTERN_KEYS else ():
+            if isinstance(value, (int, float)) and value > _MAX_SETTING:
+                raise OspoError(
+                    f"model: {path} has {section}.{key} {value}, expected at most {_MAX_SETTING}; {_ADAPTER_AGAIN}"
+                )
+    config.pop("runtime_config", None)  # which peft ignores in a file, and takes as an object elsewhere
+    return config
+
+
+def match_targets(config: dict[str, Any], folder: Path, module: torch.nn.Module) -> dict[str, Any]:
+    """Replace the regular expressions among the targets of an adapter with the names of modules that they match.
+
+    The expressions of others can take exponential time in `re`, which peft uses. `regex` ends them in time.
+    """
+    import regex
+
+    ends = time.monotonic() + _MATCH_SECONDS
+    result = dict(config)
+    for key in ("target_modules", "exclude_modules"):
+        pattern = config.get(key)
+        if not isinstance(pattern, str) or pattern.lower() == "all-linear":
+            continue
+        place = f"model: {folder / 'adapter_config.json'} has {key} {pattern!r:.60}"
+        try:
+            if len(pattern) > _MAX_PATTERN:
+                raise TimeoutError
+            names = [
+                name
+                for name, _ in module.named_modules()
+                if regex.fullmatch(pattern, name, timeout=max(ends - time.monotonic(), 1e-3))
+            ]
+        except TimeoutError:
+            raise OspoError(
+                f"{place}, which takes too long to match; write the names of the modules as a list"
+            ) from None
+        if key == "target_modules" and not names:
+            raise OspoError(f"{place}, which matches no module of the base model; check its base_model_name_or_path")
+        result[key] = names
+    return result
+
+
+def refuse_tensors(folder: Path, names: Sequence[str], problem: str) -> None:
+    """Raise OspoError if there are `names`, of tensors that have a problem."""
+    if names:
+        raise OspoError(
+            f"model: {len(names)} tensors of the adapter {folder} {problem} ({', '.join(sorted(names)[:2])}, …); "
+            f"{_ADAPTER_AGAIN}, or check its base_model_name_or_path"
+        )
+
+
+def _tensor_shapes(files: Sequence[Path]) -> dict[str, list[int]]:
+    """Return the shape of each tensor in safetensors files, whose headers hold them."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118 (no mapping)
+    return shapes
