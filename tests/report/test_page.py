@@ -1,5 +1,6 @@
 """The page: structure, no external requests, no injected markup, and broken runs."""
 
+import errno
 import json
 import re
 import shutil
@@ -576,6 +577,18 @@ def test_output_that_cannot_be_written_is_an_error(run_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OspoError, match="Cannot write"):
         write_report(run_dir, tmp_path / "file" / "page.html")
+
+
+def test_what_the_system_refuses_to_open_is_an_error(run_dir, monkeypatch):
+    with pytest.raises(OspoError, match=r"Cannot write .*too long"):
+        write_report(run_dir, run_dir / ("a" * 300))
+
+    def closed(root):
+        raise PermissionError(errno.EACCES, "Permission denied", str(root / "images"))
+
+    monkeypatch.setattr("ospo_fast.report.page.load_run", closed)
+    with pytest.raises(OspoError, match=r"Cannot read .*Permission denied"):
+        write_report(run_dir)
 
 
 def test_out_is_a_file_or_a_folder(run_dir, tmp_path):
