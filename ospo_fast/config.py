@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
 from ospo_fast.errors import OspoError, UsageError, check_text
-from ospo_fast.files import MAX_NESTING, check_yaml, read_bytes, read_yaml
+from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_yaml
 from ospo_fast.records import os_errors, parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
@@ -521,9 +521,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def _exists(path: Path) -> bool:
     """Return whether a run folder has the file. Raises OspoError for a link, which could lead to any file."""
     with os_errors("read", path):
-        if path.is_symlink():
-            raise OspoError(f"{path} is a symbolic link; copy the file in its place.")
-        return path.exists()
+        return no_link(path).exists()
 
 
 def _parse_value(key: str, text: str) -> Any:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast import restarts
 from ospo_fast.config import Config, MasksConfig, dump_config, saved_path
 from ospo_fast.errors import OspoError, UsageError, some_failed
+from ospo_fast.files import no_link
 from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
     Record,
@@ -67,7 +68,7 @@ OnError = Callable[[OspoError], object]  # gets the error of a line that is skip
 
 
 def _read_stores(paths: Sequence[Path], on_error: OnError | None = None) -> dict[str, Record]:
-    return {record["item_id"]: record for path in paths for record in read_records(path, on_error)}
+    return {record["item_id"]: record for path in paths for record in read_records(no_link(path), on_error)}
 
 
 def read_stage(out: Path, stage: str, on_error: OnError | None = None) -> list[Record]:
@@ -105,7 +106,7 @@ def _check_texts(
     by_id, store = {record["item_id"]: record for record in inputs}, store_path(out, source)
     for earlier, reader in itertools.pairwise(STAGES[: STAGES.index(find_stage(source)) + 1]):
         for path in store_paths(out, earlier.name):
-            for record in read_records(path, lambda error: None):
+            for record in read_records(no_link(path), lambda error: None):
                 if record["item_id"] in by_id:
                     _check_text(record, by_id[record["item_id"]], path, store, reader)
     for item_id, later in finished.items():
@@ -339,7 +340,7 @@ class Pipeline:
     def continues(self, work: Path) -> bool:
         """Return whether a folder holds an unfinished run that starts over, with this configuration."""
         path = work / "config.yaml"
-        return path.is_file() and path.read_bytes() == self._config_text()
+        return no_link(path).is_file() and path.read_bytes() == self._config_text()
 
     def _config_text(self) -> bytes:
         return dump_config(self.config, self.folder()).encode()
@@ -605,7 +606,7 @@ class Pipeline:
             if (changed := _changed_setting(saved, settings, out)) is not None:
                 field, before, value = changed
                 raise UsageError(
-                    f"{out}: {key} was made with {field}={shown(before)}, now {field}={shown(value)}; use "
+                    f"{out}: {key} was made with {field}={before!s:.200}, now {field}={value!s:.200}; use "
                     f"the same setting, use another --out, or start {name} over with --no-resume and without --shard."
                 )
 

@@ -74,3 +74,22 @@ def test_starting_over_locks_stores_and_leaves_them_as_they_are(tmp_path):
     with Store(tmp_path / "select.jsonl"), pytest.raises(OspoError, match="being written by another process"):  # noqa: SIM117
         with restarts.exclusive(tmp_path, STAGES):
             pass
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("prompts.jsonl", "perturb"), ("config.yaml", "run"), ("train/log.jsonl", "train")]
+)
+def test_files_that_are_links_are_not_read(tiny, script, tmp_path, name, stage):
+    """In a run folder of someone else they lead to any file, which a report or a record could show."""
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    run = pipeline(tiny, out, "train.steps=1")
+    run.run()
+    (out / name).rename(mine)
+    (out / name).symlink_to(mine)
+    if stage == "train":
+        (out / "train" / "done.json").unlink()
+    before = mine.read_bytes()
+    run = pipeline(tiny, out, "train.steps=1", "train.save_every=1")
+    with pytest.raises(OspoError, match=rf"{name} is a symbolic link"):
+        load_config(saved=out / "config.yaml", family="shapes") if stage == "run" else run.stage(stage)
+    assert mine.read_bytes() == before

@@ -20,7 +20,7 @@ from ospo_fast.config import MasksConfig
 from ospo_fast.errors import OspoError
 from ospo_fast.experimental.head_capture import HeadCapture
 from ospo_fast.experimental.layer_selection import best_layer, choose_layers
-from ospo_fast.files import read_bytes
+from ospo_fast.files import no_link, read_bytes
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import ItemPair, chunked, locked, parse_json, shown, write_json
 from ospo_fast.stages.masks import (
@@ -129,7 +129,7 @@ def resolve_auto_layers(
     decoder: Any = model.decoder
     with locked(out / ".lock"):
         try:
-            kept = parse_json(read_bytes(path)) if os.path.lexists(path) else {}
+            kept = parse_json(read_bytes(no_link(path))) if os.path.lexists(path) else {}
             # Ignore settings of older versions: config.py refuses values of them that would change the selection.
             if {name: kept.get("asked", {}).get(name, ...) for name in asked} != asked:
                 kept = {"asked": asked, **_search(settings, list(pairs), model, out, read_from)}

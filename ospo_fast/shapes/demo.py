@@ -22,7 +22,7 @@ from ospo_fast import restarts
 from ospo_fast._version import __version__
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.files import locate, open_image, regular
+from ospo_fast.files import locate, no_link, open_image, regular
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
@@ -100,6 +100,7 @@ def _run(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     save_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
+    pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
     results = _Evaluations(pipeline, progress=progress)
     scale, scales = results.guidance("base", base)
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
@@ -163,7 +164,7 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
     """Raise UsageError if training in one of the folders was validated, for early stopping, at another scale."""
     for path in (folder / "train" / "log.jsonl" for folder in folders):
         try:
-            before = parse_json(regular(path).read_bytes().split(b"\n")[0])["guidance_scale"]
+            before = parse_json(regular(no_link(path)).read_bytes().split(b"\n")[0])["guidance_scale"]
         except (OSError, ValueError, KeyError, TypeError):  # no training yet, none with an evaluation, or a torn line
             continue
         if not _is_number(before):
@@ -260,7 +261,7 @@ class _Evaluations:
         found = {}
         for scale in scales:
             path = self._path(f"{name}_{scale}", model, "npz")
-            if not path.exists():
+            if not no_link(path).exists():
                 result = evaluate.evaluate_alignment(
                     model, guidance_scale=scale, **self.options, progress=self.progress
                 )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ospo_fast.config import Config, TrainConfig
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, some_failed
-from ospo_fast.files import MAX_BYTES, read_bytes, reading, regular
+from ospo_fast.files import MAX_BYTES, no_link, read_bytes, reading, regular
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import (
@@ -555,7 +555,7 @@ def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
 def _log_until(path: Path, step: int) -> bytes:
     """Return the lines of a log up to a step, without a torn one."""
     with os_errors("read", path):
-        lines = regular(path).read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = regular(path).read_bytes().splitlines(keepends=True) if no_link(path).exists() else []
     return b"".join(line for line in lines if _line_step(line) <= step)
 
 

@@ -79,7 +79,11 @@ def test_a_value_of_a_json_file_costs_its_own_place(small, tmp_path, pages, host
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("summary.json", b"[" * 100_000, "summary.json cannot be read (its values are nested too deeply)"),
+        (
+            "summary.json",
+            b"[" * 100_000,
+            "summary.json cannot be read (its values are nested too deeply, more than 100 deep)",
+        ),
         ("summary.json", b'{"a": 1e400}', "summary.json: 1 value(s) are taken as missing"),
         ("summary.json", b'{"a": "' + b"x" * 2**20 + b'"}', "summary.json is left out: it has more than 1048576 bytes"),
         (
