@@ -23,6 +23,16 @@ LEAVES = (
     None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, float("nan"),
     float("inf"), "x" * 5000, [], {}, [[]], [None], {"": None}, [0] * 50, [{}], "base_0", *TEXTS,
 )  # fmt: skip
+SECRET = "OSPO_FAST_SOAK_SECRET", "hunter2"  # a variable of the environment, which no input may bring into a result
+TAGS = (
+    "!!str", "!!int", "!!float", "!!bool", "!!null", "!!binary", "!!timestamp", "!!set", "!!omap", "!!pairs", "!", "!x",
+    "!!python/tuple", "!!python/object/apply:pathlib.PosixPath", "!!python/object/apply:pathlib.Path", "&a", "&b",
+)  # fmt: skip
+SCALARS = (
+    "~", "", "010", "0x1f", "0b_", "1_0", "20241101_1230", "1e5", "1.", ".inf", "-.nan", "12:30:00", "2024-11-01", "no",
+    "y", "=", "<<", "a #b", "a b", "'a''b'", '"\\x85"', "*a", "*b", "<<: *a", "{<<: [*a, *b]}", "? x", "[a, 1]",
+    "{1: 2, null: 3}", f'["${{oc.env:{SECRET[0]}}}"]', f"'${{oc.env:{SECRET[0]}}}'", "'???'", "'\\???'", "aGVsbG8=",
+)  # fmt: skip
 ARRAYS = (
     np.zeros(0), np.zeros((0, 3)), np.zeros((2, 0), np.int64), np.full((2, 2), np.nan), np.array(5), np.zeros(1, bool),
     np.array([2**63 - 1, -(2**63)]), np.full(16, -1, np.int16), np.full(64, 255, np.uint8), np.zeros((1, 2, 2)),
@@ -119,6 +129,49 @@ def json_(rng: random.Random, seeds: Sequence[Any]) -> bytes:
     """Return a changed tree as JSON, sometimes with changed characters."""
     data = _dump(tree(rng, seeds))
     return text(rng, [data.decode()]) if rng.random() < 0.1 else data
+
+
+def _flow(rng: random.Random, value: Any) -> str:
+    """Return a tree as YAML on one line, here and there with a tag, anchor, alias, merge or another scalar."""
+    choice = rng.randrange(120)
+    if choice < 3:
+        return rng.choice(SCALARS)
+    before = f"{rng.choice(TAGS)} " if choice < 8 else ""
+    if isinstance(value, dict):
+        items = [f"{_flow(rng, name)}: {_flow(rng, inner)}" for name, inner in value.items()]
+        if choice == 8:
+            items.insert(rng.randrange(len(items) + 1), rng.choice(("<<: *a", "<<: [*a, *b]", "<<: {steps: 1}")))
+        return f"{before}{{{', '.join(items)}}}"
+    if isinstance(value, list):
+        return f"{before}[{', '.join(_flow(rng, inner) for inner in value)}]"
+    if isinstance(value, str) and value.isidentifier() and choice % 2:
+        return before + value
+    return before + json.dumps(value)
+
+
+def yaml_(rng: random.Random, seeds: Sequence[Any]) -> bytes:
+    """Return a changed tree as YAML, sometimes with changed characters, or as JSON."""
+    if rng.random() < 0.3:
+        return json_(rng, seeds)
+    value = tree(rng, seeds) if rng.random() < 0.5 else rng.choice(seeds)
+    try:
+        data = (
+            "\n".join(f"{name}: {_flow(rng, each)}" for name, each in value.items()) if isinstance(value, dict) else ""
+        )
+    except RecursionError:
+        data = ""
+    data = data or "[" * 1000
+    return text(rng, [data]) if rng.random() < 0.1 else data.encode("utf-8", "surrogatepass")
+
+
+def settings(rng: random.Random, seeds: Sequence[Any]) -> bytes:
+    """Return changed lines `key=value`, or lines of the keys of the seeds with other values of YAML."""
+    if rng.random() < 0.5:
+        return text(rng, seeds)
+    chosen = [rng.choice(seeds).partition("=")[0] for _ in range(rng.randrange(1, 4))]
+    values = [{"a": 1}, [0, "b"], "x", 3, 0.5, None]
+    written = [f"{key}={_flow(rng, rng.choice((*values, *SCALARS)))}" for key in chosen]
+    return "\n".join(written).encode("utf-8", "surrogatepass")
 
 
 def lines(rng: random.Random, seeds: Sequence[Any]) -> bytes:

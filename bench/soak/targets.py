@@ -44,6 +44,7 @@ from soak.parts import scratch, scripted
 
 Generator = Callable[[Any, Sequence[Any]], bytes]
 TARGETS: dict[str, "Target"] = {}
+os.environ[inputs.SECRET[0]] = inputs.SECRET[1]
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,20 @@ def arguments(data: bytes) -> None:
             raise RuntimeError(f"the parser ended the process with {stop.code}") from stop
 
 
+def _check_config(found: config.Config) -> None:
+    """Raise AssertionError for a configuration that is not the same once it is saved, or that holds the secret."""
+    text = config.dump_config(found)
+    assert inputs.SECRET[1] not in text
+    assert config.load_config(file=_write("saved.yaml", text.encode())) == found
+
+
 @target(
-    inputs.text, "train.steps=3", "images.guidance_scale=5.0", "masks.layers=[0,1]", "prompts.counts={color1: 2}",
+    inputs.settings, "train.steps=3", "images.guidance_scale=5.0", "masks.layers=[0,1]", "prompts.counts={color1: 2}",
     "train.loss.mask_alpha=1", "select.rule=v2", "train.betas=[0.9,0.95]", "masks.heads=auto",
-    "seed=1", "templates=shapes",
+    "seed=1", "templates=shapes", "out=x", "prompts.file=x", "read_from=[x]", "train.lora_targets=[q_proj]",
 )  # fmt: skip
 def overrides(data: bytes) -> None:
-    config.load_config(_text(data).split("\n"))
+    _check_config(config.load_config(_text(data).split("\n")))
 
 
 _YAML = {
@@ -220,15 +228,21 @@ _YAML = {
 
 
 @target(
-    inputs.json_,
+    inputs.yaml_,
     _YAML,
     {**_YAML, "prompts": {"counts": {"color1": 2}}},
     {**_YAML, "masks": {"layers": [0], "heads": None}, "preset": "v2"},
-    {"model": "shapes"},
+    {
+        "model": "shapes",
+        "dtype": None,
+        "read_from": [],
+        "prompts": {"file": "x"},
+        "train": {"lora_targets": ["q_proj"]},
+    },
 )
 def config_files(data: bytes) -> None:
     path = _write("config.yaml", data)
-    config.load_config(file=path)
+    _check_config(config.load_config(file=path))
     config.dump_config(config.load_config(saved=path), path.parent)
 
 
@@ -242,7 +256,7 @@ def _template_seeds() -> list[Any]:
     return [seed]
 
 
-@target(inputs.json_, make=_template_seeds)
+@target(inputs.yaml_, make=_template_seeds)
 def template_files(data: bytes) -> None:
     templates.load_templates(str(_write("own.yaml", data)))
 
