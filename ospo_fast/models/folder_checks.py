@@ -112,27 +112,39 @@ def check_sizes(folder: Path) -> None:
                 )
     with torch.device("meta"):
         empty = transformers.JanusForConditionalGeneration(transformers.JanusConfig.from_pretrained(str(folder)))
-    tensors = empty.state_dict(keep_vars=True)
-    if config.get("quantization_config"):  # packed tensors have other names and shapes
-        size, most = sum(tensor.numel() for tensor in tensors.values()), sum(file.stat().st_size for file in files)
-        if size > _MAX_PACKED * most:
-            raise OspoError(
-                f"model: by {path}, the model has {size} weights, expected at most {_MAX_PACKED} for each of the "
-                f"{most} bytes of its files; {_AGAIN}"
-            )
-        return
+    tensors, packed = empty.state_dict(keep_vars=True), config.get("quantization_config")
     found = set()
-    for name, tensor in tensors.items():
-        # transformers also takes the weights of a model without its head, whose names lack the prefix.
-        shape = shapes.get(name, shapes.get(name.removeprefix("model.")))
-        if shape is not None:
+    for name, tensor in tensors.items() if not packed else ():
+        if name in shapes:
             found.add(id(tensor))  # tied tensors are one
-            if shape != list(tensor.shape):
-                raise OspoError(
-                    f"model: by {path}, {name} has the shape {list(tensor.shape)}, expected that of the weights, "
-                    f"{shape}; {_AGAIN}"
-                )
-    refuse_missing([name for name, tensor in tensors.items() if id(tensor) not in found], str(folder), _AGAIN)
+            _check_shape(path, name, list(tensor.shape), shapes[name])
+    size, most = sum(weight.numel() for weight in empty.parameters()), sum(file.stat().st_size for file in files)
+    if size > _MAX_PACKED * most:
+        raise OspoError(
+            f"model: by {path}, the model has {size} weights, expected at most {_MAX_PACKED} for each of the {most} "
+            f"bytes of its files; {_AGAIN}"
+        )
+    if packed or all(id(tensor) in found for tensor in tensors.values()):
+        return
+    # transformers also knows names of earlier versions.
+    _, info = transformers.JanusForConditionalGeneration.from_pretrained(
+        None,
+        config=empty.config,
+        state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    for name, shape, built in sorted(info["mismatched_keys"]):
+        _check_shape(path, name, list(built), list(shape))
+    refuse_missing(info["missing_keys"], str(folder), _AGAIN)
+
+
+def _check_shape(path: Path, name: str, built: list[int], shape: list[int]) -> None:
+    if built != shape:
+        raise OspoError(
+            f"model: by {path}, {name} has the shape {built}, expected that of the weights, {shape}; {_AGAIN}"
+        )
 
 
 def refuse_missing(names: Iterable[str], source: str, remedy: str) -> None:

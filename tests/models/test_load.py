@@ -255,9 +255,13 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail where transformers would allocate a model."""
     import transformers
 
-    monkeypatch.setattr(
-        transformers.JanusForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("built")
-    )
+    load = transformers.JanusForConditionalGeneration.from_pretrained
+
+    def from_pretrained(*arguments: object, device_map: str | None = None, **settings: object) -> object:
+        assert device_map == "meta", "built"
+        return load(*arguments, device_map=device_map, **settings)
+
+    monkeypatch.setattr(transformers.JanusForConditionalGeneration, "from_pretrained", from_pretrained)
 
 
 def test_missing_tensors_are_refused_before_any_is_allocated(broken: Path, nothing_is_built: None) -> None:
@@ -267,8 +271,35 @@ def test_missing_tensors_are_refused_before_any_is_allocated(broken: Path, nothi
     kept = {name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name and "lm_head" not in name}
     assert len(kept) < len(tensors)
     save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
-    enlarge_vocabulary(broken)
     refuse(broken, "lacks 2 tensors of the model (lm_head.weight", "again")
+    enlarge_vocabulary(broken)
+    refuse(broken, "config.json, the model has 26", "expected at most 8 for each of the", "again")
+
+
+def test_names_of_earlier_versions_of_transformers(broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def rename(without: str = "") -> None:
+        save_file(
+            {
+                name.replace("language_model.", "language_model.model."): tensor
+                for name, tensor in tensors.items()
+                if not without or without not in name
+            },
+            broken / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+
+    tensors, expected = load_file(broken / "model.safetensors"), load_model(broken).module.state_dict()
+    rename()
+    found = load_model(broken).module.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    rename("layers.1.self_attn.q_proj")
+    refuse(broken, "tensors of the model (model.language_model.layers.1.self_attn.q_proj.weight")
+    rename()
+    text = json.loads((broken / "config.json").read_text())["text_config"]
+    edit(broken / "config.json", text_config={**text, "intermediate_size": 128})
+    refuse(broken, "model.language_model.layers.0.mlp.down_proj.weight has the shape [64, 128], expected that of")
 
 
 def test_only_safetensors_that_transformers_would_load_count(broken: Path, nothing_is_built: None) -> None:
