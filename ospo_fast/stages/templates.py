@@ -162,8 +162,12 @@ def load_templates(name_or_path: str) -> TemplateSet:
         names = ", ".join(sorted(file.stem for file in _FOLDER.glob("*.yaml")))
         raise UsageError(f"templates: got {name_or_path[:200]!r}, expected one of {names}, or the path of a YAML file")
     try:
-        templates = _parse(yaml.load(read_yaml(path), _Loader), path)  # _Loader is a SafeLoader
-    except (yaml.YAMLError, OSError, ValueError, RecursionError, UsageError) as error:
+        try:
+            data = yaml.load(read_yaml(path), _Loader)  # _Loader is a SafeLoader
+        except Exception as error:  # it raises many, such as KeyError for `!!bool x`
+            raise ValueError(str(error) or type(error).__name__) from error
+        templates = _parse(data, path)
+    except (ValueError, UsageError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UsageError(f"templates: {path} is not a template set ({reason}); see shapes.yaml for the form") from error
     templates.check()
