@@ -210,20 +210,15 @@ def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> Jan
     import peft
 
     with _loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
-        config = folder_checks.match_targets(config, folder, model.module)
-        # As peft.PeftModel.from_pretrained does, which only warns of tensors that it lacks or does not know.
-        wrapped = peft.PeftModel(model.module, peft.LoraConfig.from_peft_type(**{**config, "inference_mode": True}))
+        config = {**folder_checks.match_targets(config, folder, model.module), "inference_mode": True}
         tensors = peft.load_peft_weights(
             str(folder),
             device=str(device),
             key_mapping=getattr(model.module, "_checkpoint_conversion_mapping", None),
         )
-        folder_checks.refuse_tensors(
-            folder, [name for name, tensor in tensors.items() if not tensor.isfinite().all()], "are not finite"
-        )
-        found = peft.set_peft_model_state_dict(wrapped, tensors)
-        own = [name for name in found.missing_keys if ".default" in name]  # the other ones are of the base model
-        folder_checks.refuse_tensors(folder, own, "are missing")
-        folder_checks.refuse_tensors(folder, found.unexpected_keys, "are unknown to the model")
+        folder_checks.check_adapter_tensors(folder, config, tensors, model.module)
+        # As peft.PeftModel.from_pretrained does, with the configuration whose patterns are resolved.
+        wrapped = peft.PeftModel(model.module, peft.LoraConfig.from_peft_type(**config))
+        peft.set_peft_model_state_dict(wrapped, tensors)
         module = wrapped.merge_and_unload(safe_merge=True)
     return model.with_module(module.eval(), name=str(folder))

@@ -228,13 +228,33 @@ def match_targets(config: dict[str, Any], folder: Path, module: torch.nn.Module)
     return result
 
 
-def refuse_tensors(folder: Path, names: Sequence[str], problem: str) -> None:
-    """Raise OspoError if there are `names`, of tensors that have a problem."""
-    if names:
-        raise OspoError(
-            f"model: {len(names)} tensors of the adapter {folder} {problem} ({', '.join(sorted(names)[:2])}, …); "
-            f"{_ADAPTER_AGAIN}, or check its base_model_name_or_path"
-        )
+def check_adapter_tensors(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], module: torch.nn.Module
+) -> None:
+    """Raise OspoError unless the tensors of an adapter are finite and exactly those that it needs on `module`.
+
+    peft only warns of missing ones, which it fills at random. Here it fills a model without memory.
+    """
+    import peft
+
+    with torch.device("meta"):
+        empty = type(module)(module.config)
+        plain = peft.LoraConfig.from_peft_type(**{**config, "init_lora_weights": True})
+        wrapped = peft.PeftModel(empty, plain)
+    found = peft.set_peft_model_state_dict(wrapped, {name: tensor.to("meta") for name, tensor in tensors.items()})
+    own, absent = wrapped.state_dict(keep_vars=True), set(found.missing_keys)
+    there = {id(tensor) for name, tensor in own.items() if name not in absent}  # tied tensors are one
+    for problem, names in (
+        ("are not finite", [name for name, tensor in tensors.items() if not tensor.isfinite().all()]),
+        # Names without ".default" are of the base model.
+        ("are missing", [name for name in absent if ".default" in name and id(own.get(name)) not in there]),
+        ("are unknown to the model", found.unexpected_keys),
+    ):
+        if names:
+            raise OspoError(
+                f"model: {len(names)} tensors of the adapter {folder} {problem} ({', '.join(sorted(names)[:2])}, …); "
+                f"{_ADAPTER_AGAIN}, or check its base_model_name_or_path"
+            )
 
 
 def _tensor_shapes(files: Sequence[Path]) -> dict[str, list[int]]:

@@ -445,6 +445,33 @@ def test_modules_to_save_are_all_there(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"bias": "all", "use_rslora": True},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": "all-linear"},
+    ],
+)
+def test_an_adapter_gives_the_weights_that_peft_gives(saved: Path, tmp_path: Path, settings: dict[str, object]) -> None:
+    import peft
+
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    wrapped = peft.get_peft_model(load_model(saved).module, config)
+    with torch.no_grad():
+        for weight in wrapped.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02 * weight.requires_grad)
+    wrapped.save_pretrained(tmp_path)
+    expected = peft.PeftModel.from_pretrained(load_model(saved).module, tmp_path).merge_and_unload().state_dict()
+    found = load_model(tmp_path).module.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**8}, "peft_type 'PROMPT_TUNING', expected 'LORA'"),
@@ -467,6 +494,22 @@ def test_modules_to_save_are_all_there(saved: Path, tmp_path: Path) -> None:
 def test_hostile_values_of_an_adapter(adapter: Path, changes: dict[str, object], words: str, no_waiting: None) -> None:
     edit(adapter / "adapter_config.json", **changes)
     refuse(adapter, words, str(adapter))
+
+
+def test_a_rank_of_one_large_tensor(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that no layer has does not make matrices of its size for all layers."""
+    import peft
+
+    edit(adapter / "adapter_config.json", r=10**6)
+    edit_tensors(adapter, lambda tensors: {**tensors, "x": torch.zeros(10**6, 1)})
+    load = peft.PeftModel.__init__
+
+    def build(self: object, module: torch.nn.Module, *arguments: object, **settings: object) -> None:
+        assert next(module.parameters()).is_meta
+        load(self, module, *arguments, **settings)
+
+    monkeypatch.setattr(peft.PeftModel, "__init__", build)
+    refuse(adapter, "does not load on", "loading state_dict", str(adapter))
 
 
 def test_adapters_need_safetensors(adapter: Path) -> None:
