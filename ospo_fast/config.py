@@ -14,7 +14,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_origin
@@ -458,11 +458,8 @@ def _defaults() -> bytes:
     return pickle.dumps(OmegaConf.structured(Config))
 
 
-def _merge(base: Any, layer: Any, source: str) -> Any:
-    """Merge a layer into `base`, and return it. Raises UsageError that names the source and the key."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
+def _check_keys(layer: dict[str, Any], source: str) -> None:
+    """Raise UsageError that names the source and an unknown key."""
     if others := [key for key in _leaves(layer) if key not in _TYPES]:
         from ospo_fast.loss import OSPOLossConfig  # imports torch
 
@@ -471,8 +468,15 @@ def _merge(base: Any, layer: Any, source: str) -> Any:
             if unknown in _REMOVED:
                 raise UsageError(f"{source}: the configuration key {unknown!r} has been removed; delete it.")
             raise UsageError(f"{source}: unknown configuration key {unknown!r}; {nearest(unknown, every)}.")
+
+
+def _typed(layer: dict[str, Any], source: str) -> Any:
+    """Return a layer with the defaults, in the form of OmegaConf. Raises UsageError that names source and key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        return OmegaConf.unsafe_merge(base, layer)  # `merge` copies `base`, which takes most of the time
+        return OmegaConf.unsafe_merge(pickle.loads(_defaults()), layer)  # `merge` would copy
     except OmegaConfBaseException as error:
         at = f" (key {key})" if (key := getattr(error, "full_key", None)) else ""
         raise UsageError(f"{source}: {str(error).splitlines()[0].rstrip('.')}{at}.") from error
@@ -536,13 +540,15 @@ def _parse_value(key: str, text: str) -> Any:
     return yaml.load(text, Loader=_loader())
 
 
-def _update(layer: dict[str, Any], other: dict[str, Any]) -> None:
-    """Put the values of a later layer into `layer`, where a mapping adds to the one that is there."""
+def _update(layer: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of a later layer into `layer`, where a mapping adds to the one that is there, and return it."""
     for name, value in other.items():
-        if isinstance(value, dict) and isinstance(layer.get(name), dict):
-            _update(layer[name], value)
+        before = layer.get(name)
+        if isinstance(value, dict):
+            layer[name] = _update(before if isinstance(before, dict) else {}, value)
         else:
             layer[name] = value
+    return layer
 
 
 def _load_saved(path: Path) -> dict[str, Any]:
@@ -619,21 +625,29 @@ def load_config(
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
     if named is not None:
         Config(preset=named)  # raises for an unknown one
-    config = pickle.loads(_defaults())
+    layers: list[tuple[str, dict[str, Any]]] = []
     kept = None
     if saved is not None and _exists(saved):
-        layer = _load_saved(saved)
-        _refuse_choices_of_others(layer, saved, [given for _, given in user])
-        config = _merge(config, layer, str(saved))
-        kept = config.preset
+        layers.append((str(saved), _load_saved(saved)))
+        _refuse_choices_of_others(layers[0][1], saved, [given for _, given in user])
+        kept = layers[0][1].get("preset", Config.preset)
     if kept is None or named not in (None, kept):
-        config = _merge(config, PRESETS[named or kept or "v3"], "preset")
+        layers.append(("preset", PRESETS[named or kept or "v3"]))
         if family in MODEL_FILES:
-            config = _merge(config, _load_file(MODEL_FILES[family]), str(MODEL_FILES[family]))
-    if named is not None:
-        config.train.loss = {}  # a named preset brings its own loss, not that of the model family or of the run so far
-    for source, layer in user:
-        config = _merge(config, layer, source)
+            layers.append((str(MODEL_FILES[family]), _load_file(MODEL_FILES[family])))
+    below = len(layers)
+    merged: dict[str, Any] = {}
+    for number, (source, layer) in enumerate([*layers, *user]):
+        _check_keys(layer, source)
+        if number == below and named is not None:  # it brings its own loss, not that of the family or the run so far
+            _update(merged, {"train": {}})["train"].pop("loss", None)
+        _update(merged, layer)
+    try:
+        config = _typed(merged, "configuration")  # a merge takes most of the time
+    except UsageError:
+        for source, layer in (*layers, *user):
+            _typed(layer, source)  # names the source
+        raise
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     return result
