@@ -319,9 +319,7 @@ class Pipeline:
         """Run all stages in a folder of its own, and let its files replace the old ones when they are whole."""
         out = self.folder()
         work = restarts.folder(out)
-        with os_errors("use", out), contextlib.ExitStack() as locks:
-            for folder in (out, *out.glob("iter*")):
-                locks.enter_context(restarts.exclusive(folder, STAGES))
+        with self._alone():
             if not self.resume:
                 delete(work)
             inner = copy.copy(self)
@@ -332,6 +330,23 @@ class Pipeline:
         if model is not None:
             self._models[str(self._trained(self.config.iterations))] = model
         return reports
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the locks of all iterations."""
+        out = self.folder()
+        with os_errors("use", out), contextlib.ExitStack() as locks:
+            for folder in (out, *out.glob("iter*")):
+                locks.enter_context(restarts.exclusive(folder, STAGES))
+            yield
+
+    def begin_over(self) -> None:
+        """Let `run` with `resume=True` start over, as this one would with `resume=False`; see `check_run`."""
+        out = self.folder()
+        if restarts.made_by_run(out):
+            with self._alone():
+                delete(restarts.folder(out))
+                self.save_config(restarts.folder(out))
 
     def save_config(self, work: Path) -> None:
         """Write the configuration to a folder in which the run, or a part of it, starts over."""

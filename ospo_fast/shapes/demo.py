@@ -100,11 +100,13 @@ def _run(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     save_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
-    pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
+    over = pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
+    if not resume:
+        pipeline.begin_over()
     results = _Evaluations(pipeline, progress=progress)
     scale, scales = results.guidance("base", base)
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
-    if resume and not results.starts_over:  # else these folders have the training that is replaced
+    if not over:  # else these folders have the training that is replaced
         _check_validation_scale(folders, scale)
     before = results.alignment("base", base, sorted({1.0, scale}))
     vqa = results.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))

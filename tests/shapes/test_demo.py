@@ -260,6 +260,9 @@ def test_interrupted_restart_keeps_the_old_results(
         demo.run(config(), progress=False)
     assert seen == []
     assert visible(out) == before
+    same = config()
+    same.prompts.exclude = str(out / "held_out.txt")
+    assert Pipeline(same, progress=False).continues(out / ".restart")  # and not the old run, of other settings
 
 
 def test_whole_restart_replaces_the_evaluations(
