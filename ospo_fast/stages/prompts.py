@@ -7,12 +7,11 @@ so that an interrupted run resumes with the same prompts.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -164,8 +163,10 @@ def run(
     rejected: Counter[str] = Counter()
     for kind, count in plan_counts(model, config, None if context is None else context.shard).items():
         entry = templates.kinds[kind]
-        ids = _ids(templates, config, kind, taken)
-        accepted = [record for record in existing if record.get("kind") == kind and _can_be_continued(record)]
+        found = [record for record in existing if record.get("kind") == kind]
+        accepted = list(filter(_can_be_continued, found))
+        ids = [item_id for item_id in _ids(templates, config, kind) if item_id not in taken]
+        count = min(count - (len(found) - len(accepted)), len(accepted) + len(ids))
         seen = {prompt_key(record["prompt"]) for record in accepted}
         for source, answer in _answers(accepted, count, model, config, templates, kind):
             parts = _accept(answer, entry.sub_category, seen, excluded)
@@ -173,7 +174,7 @@ def run(
                 rejected[parts.reason] += 1
                 continue
             seen.add(prompt_key(parts[0]))
-            record = _record(next(ids), kind, entry, *parts)
+            record = _record(ids.pop(0), kind, entry, *parts)
             accepted.append({**record, "source": source})
             total += 1
             yield accepted[-1]
@@ -197,7 +198,7 @@ def _can_be_continued(record: Record) -> bool:
         found = f"it has no {', '.join(missing)}"
     else:
         return True
-    logger.warning("prompts: item %s does not count, and another one is written: %s", record["item_id"], found)
+    logger.warning("prompts: item %s is not used for further prompts: %s", record["item_id"], found)
     return False
 
 
@@ -257,8 +258,8 @@ def _examples(templates: TemplateSet, config: Config, kind: str, block: int, acc
     ]
 
 
-def _ids(templates: TemplateSet, config: Config, kind: str, taken: Container[str]) -> Iterator[str]:
-    """Yield the ids of a kind that are not taken: the category digit and a number, which do not depend on the shard."""
+def _ids(templates: TemplateSet, config: Config, kind: str) -> list[str]:
+    """Return the ids of a kind: the category digit and a number, which do not depend on the shard."""
     counts = _all_counts(templates, config)
     digits = {
         name: _CATEGORIES.index(entry.category) if entry.category in _CATEGORIES else len(_CATEGORIES)
@@ -266,8 +267,7 @@ def _ids(templates: TemplateSet, config: Config, kind: str, taken: Container[str
     }
     earlier = list(digits)[: list(digits).index(kind)]
     first = sum(counts[name] for name in earlier if digits[name] == digits[kind])
-    every = (f"{digits[kind]}{number:06d}" for number in itertools.count(first))
-    return (item_id for item_id in every if item_id not in taken)
+    return [f"{digits[kind]}{number:06d}" for number in range(first, first + counts[kind])]
 
 
 def _record(item_id: str, kind: str, entry: Kind, prompt: str, concepts: str = "", relation: str = "") -> Record:

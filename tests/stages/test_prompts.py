@@ -225,19 +225,28 @@ def test_resume_equals_an_uninterrupted_run(monkeypatch, batch):
         {"relation": None},
     ],
 )
-def test_a_record_without_what_the_next_prompts_need_does_not_count(monkeypatch, caplog, change):
-    """It keeps its place in the store; another prompt is written in place of it, with an id of its own."""
-    settings = config("prompts.refresh_every=1", "prompts.samples_per_call=2", color1=8)
+def test_a_record_without_what_the_next_prompts_need_keeps_its_place(monkeypatch, caplog, change):
+    """It is one of the items of its kind; no id of another kind is given in place of its own."""
+    settings = config("prompts.refresh_every=1", "prompts.samples_per_call=2", color1=8, shape1=2)
     Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
     whole = list(run([], MODEL, settings))
+    every = {record["item_id"] for record in whole}
     broken = [*whole[:5], {**whole[5], **change}]
     for absent in (False, True):
         broken[5] = {name: value for name, value in broken[5].items() if value is not None or not absent}
         more = list(run(broken, MODEL, settings))
-        assert f"item {whole[5]['item_id']} does not count" in caplog.text
+        assert f"item {whole[5]['item_id']} is not used for further prompts" in caplog.text
         ids = [record["item_id"] for record in (*broken, *more)]
-        assert len(more) == 3
-        assert len(set(ids)) == len(ids)
+        assert len(ids) == len(every)
+        assert set(ids) == every
+
+
+def test_ids_that_other_kinds_have_taken_are_not_given(monkeypatch, caplog):
+    settings = config(color1=3)
+    Writer(monkeypatch, lambda kind, seed: answer(f"cup {seed}"))
+    whole = list(run([], MODEL, settings))
+    more = list(run([{**whole[1], "kind": "other"}], MODEL, settings))
+    assert [record["item_id"] for record in more] == [whole[0]["item_id"], whole[2]["item_id"]]
 
 
 def test_ids_of_lines_that_are_gone_are_given_again(monkeypatch):
