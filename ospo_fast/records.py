@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
 
 from ospo_fast.errors import OspoError, check_text
-from ospo_fast.files import MAX_NESTING, no_link, reason, regular
+from ospo_fast.files import MAX_NESTING, no_link, read_bytes, reason, regular
 
 logger = logging.getLogger(__name__)
 
@@ -634,7 +634,7 @@ def read_json(path: Path, default: Any) -> Any:
     `default`, where that is not None.
     """
     try:
-        value = parse_json(regular(path).read_bytes()) if no_link(path).exists() else default
+        value = parse_json(read_bytes(path)) if no_link(path).exists() else default
         _check_surrogates(value)
         if default is not None and not isinstance(value, type(default)):
             raise ValueError(f"it holds {type(value).__name__}, expected {type(default).__name__}")

@@ -829,3 +829,12 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     assert record["base_metadata"]["base_0"]["local_score"] is None
     assert json.loads((tmp_path / "b.json").read_text()) == {"x": [None, 1.5, [None, "y"]]}
     assert json.loads((tmp_path / "c.jsonl").read_text()) == {"loss": None}
+
+
+def test_a_json_file_without_end_is_not_read(tmp_path):
+    """A sparse file takes no disk and would fill the memory."""
+    path = tmp_path / "settings.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OspoError, match=r"Cannot read .*settings\.json: it has 1099511627776 bytes, expected 1 to"):
+        read_json(path, {})

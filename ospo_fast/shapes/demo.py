@@ -55,6 +55,7 @@ SEEDS_NOTE = (
     "are compared image by image"
 )
 GALLERY = 6  # prompts of each headline kind in the gallery
+MAX_LINE = 2**20  # bytes of the first line of a training log
 
 
 def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
     """Raise UsageError if training in one of the folders was validated, for early stopping, at another scale."""
     for path in (folder / "train" / "log.jsonl" for folder in folders):
         try:
-            before = parse_json(regular(no_link(path)).read_bytes().split(b"\n")[0])["guidance_scale"]
+            with regular(no_link(path)).open("rb") as file:
+                before = parse_json(file.readline(MAX_LINE))["guidance_scale"]
         except (OSError, ValueError, KeyError, TypeError):  # no training yet, none with an evaluation, or a torn line
             continue
         if not _is_number(before):
