@@ -482,7 +482,8 @@ def _typed(layer: dict[str, Any], source: str) -> Any:
         raise UsageError(f"{source}: {str(error).splitlines()[0].rstrip('.')}{at}.") from error
 
 
-def _load_file(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
+    """Return the values of a YAML file of settings. Raises UsageError."""
     import yaml
 
     try:
@@ -553,7 +554,7 @@ def _update(layer: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load_saved(path: Path) -> dict[str, Any]:
     """Load a run folder's config.yaml: its paths as seen from here, without fields that have been removed."""
-    layer = _load_file(path)
+    layer = load_file(path)
     for values, name in _path_fields(layer):
         if isinstance(values[name], str) and values[name].startswith(_INSIDE):
             values[name] = str(path.parent / values[name])
@@ -621,7 +622,7 @@ def load_config(
 
     user = [("command line", _parse_overrides(overrides))]
     if file is not None:
-        user.insert(0, (str(file), _load_file(Path(file))))
+        user.insert(0, (str(file), load_file(Path(file))))
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
     if named is not None:
         Config(preset=named)  # raises for an unknown one
@@ -634,7 +635,7 @@ def load_config(
     if kept is None or named not in (None, kept):
         layers.append(("preset", PRESETS[named or kept or "v3"]))
         if family in MODEL_FILES:
-            layers.append((str(MODEL_FILES[family]), _load_file(MODEL_FILES[family])))
+            layers.append((str(MODEL_FILES[family]), load_file(MODEL_FILES[family])))
     below = len(layers)
     merged: dict[str, Any] = {}
     for number, (source, layer) in enumerate([*layers, *user]):
@@ -699,6 +700,17 @@ def dump_config(config: Config, out: Path | None = None) -> str:
     """
     import yaml
 
+    text: str = yaml.dump(
+        saved_values(config, out),
+        Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper),
+        allow_unicode=True,
+        sort_keys=False,
+    )
+    return text
+
+
+def saved_values(config: Config, out: Path | None = None) -> dict[str, Any]:
+    """Return the values of `dump_config`."""
     layer = dataclasses.asdict(config)
     if out is not None:
         for values, name in _path_fields(layer):
@@ -706,7 +718,4 @@ def dump_config(config: Config, out: Path | None = None) -> str:
                 values[name] = saved_path(values[name], out)
         layer["read_from"] = [check_text("the full path", str(Path(f).resolve())) for f in config.read_from]
         layer["out"] = _INSIDE
-    text: str = yaml.dump(
-        layer, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), allow_unicode=True, sort_keys=False
-    )
-    return text
+    return layer

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast import restarts
-from ospo_fast.config import Config, MasksConfig, dump_config, saved_path
+from ospo_fast.config import Config, MasksConfig, dump_config, load_file, saved_path, saved_values
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.files import no_link
 from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
     Record,
     Store,
-    delete,
+    discard,
     edited_text,
     only_writer,
     os_errors,
@@ -321,7 +321,7 @@ class Pipeline:
         work = restarts.folder(out)
         with self._alone():
             if not self.resume:
-                delete(work)
+                discard(work)
             inner = copy.copy(self)
             inner.config, inner.resume, inner._outer = dataclasses.replace(self.config, out=str(work)), True, self
             reports = inner._stages(names, on_report)
@@ -334,10 +334,7 @@ class Pipeline:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the locks of all iterations."""
-        out = self.folder()
-        with os_errors("use", out), contextlib.ExitStack() as locks:
-            for folder in (out, *out.glob("iter*")):
-                locks.enter_context(restarts.exclusive(folder, STAGES))
+        with os_errors("use", self.folder()), restarts.everything(self.folder()):
             yield
 
     def begin_over(self) -> None:
@@ -345,7 +342,7 @@ class Pipeline:
         out = self.folder()
         if restarts.made_by_run(out):
             with self._alone():
-                delete(restarts.folder(out))
+                discard(restarts.folder(out))
                 self.save_config(restarts.folder(out))
 
     def save_config(self, work: Path) -> None:
@@ -353,9 +350,11 @@ class Pipeline:
         write_atomic(work / "config.yaml", self._config_text())
 
     def continues(self, work: Path) -> bool:
-        """Return whether a folder holds an unfinished run that starts over, with this configuration."""
-        path = work / "config.yaml"
-        return no_link(path).is_file() and path.read_bytes() == self._config_text()
+        """Return whether a folder holds an unfinished run that starts over, with settings of the same results."""
+        path = no_link(work / "config.yaml")
+        if not path.is_file():
+            return False
+        return _result_values(load_file(path)) == _result_values(saved_values(self.config, self.folder()))
 
     def _config_text(self) -> bytes:
         return dump_config(self.config, self.folder()).encode()
@@ -411,16 +410,19 @@ class Pipeline:
     def _starts_over(self, stage: Stage, out: Path, settings: dict[str, Any]) -> bool:
         """Return whether a stage starts over, or continues to."""
         if self.resume:
-            return self._continues_stage(restarts.folder(out, stage, self.shard), stage.name, settings)
+            return self._continues_stage(stage, out, settings)
         return bool(restarts.made_by(out, self._replaced(stage)))
 
     def _replaced(self, stage: Stage) -> Sequence[Stage]:
         """Return the stages whose results go when a stage starts over."""
         return (stage,) if self.shard else STAGES[STAGES.index(stage) :]
 
-    def _continues_stage(self, work: Path, name: str, settings: dict[str, Any]) -> bool:
-        """Return whether a folder holds an unfinished stage that starts over, with these settings."""
-        saved = read_json(work / "settings.json", {}).get(self._key(name))
+    def _continues_stage(self, stage: Stage, out: Path, settings: dict[str, Any]) -> bool:
+        """Return whether there is an unfinished start of a stage, with these settings."""
+        if self.shard is not None and store_path(out, stage.name).exists():
+            return False  # the shards that it would replace one of are merged
+        work = restarts.folder(out, stage, self.shard)
+        saved = read_json(work / "settings.json", {}).get(self._key(stage.name))
         return saved is not None and _changed_setting(saved, settings, work) is None
 
     def _check(
@@ -440,13 +442,12 @@ class Pipeline:
             restarts.refuse_links(out)
         if stage.folder is not None:
             restarts.refuse_links(out / stage.folder)
-        work = restarts.folder(out, stage, self.shard)
-        restarts.refuse_links(work)
+        restarts.refuse_links(restarts.folder(out, stage, self.shard))
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
             return config, {}  # the run will train its model; what can be checked was checked for the first iteration
         self._check_request(stage, config)
         settings = self._settings(stage, config, iteration)
-        continues = self._continues_stage(work, name, settings)
+        continues = self._continues_stage(stage, out, settings)
         own = self.resume and not continues and not over
         self._check_settings(out, name, settings, own=own)
         if self.shard is not None and not self.resume and store_path(out, name).exists():
@@ -513,7 +514,7 @@ class Pipeline:
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
         if fresh:
-            delete(work)
+            discard(work)
         context = self._context(report, writes=work)
         with Store(store_path(work, name, self.shard), on_error=lambda error: None) as store:
             self._begin(work, stage, settings)  # only once no other process writes the store
@@ -562,7 +563,7 @@ class Pipeline:
         model = self.model(report.iteration)
         self._check_model(config, report.iteration, [stage.name, *self._later])
         if fresh:
-            delete(work)
+            discard(work)
         with only_writer(folder):
             self._begin(work, stage, settings)
             with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
@@ -674,6 +675,15 @@ def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
         found = dataclasses.asdict(Config()).get(section, {}).get(name, value) if name else value
     # Older versions wrote null for every number of the loss that the preset decides.
     return {key: inner for key, inner in found.items() if inner is not None} if isinstance(found, dict) else found
+
+
+def _result_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a config.yaml without those that change the speed of a stage alone."""
+    for stage in STAGES:
+        if isinstance(section := values.get(stage.name), dict):
+            for name in stage.speed_only:
+                section.pop(name, None)
+    return values
 
 
 def _merge_shards(store: Store, out: Path, stage: str) -> None:

@@ -548,6 +548,17 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder as a whole: a process that is killed meanwhile leaves none of it under its name."""
+    gone = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")  # which is swept
+    try:
+        folder.rename(gone)
+    except FileNotFoundError:
+        return
+    sync_folder(folder.parent)
+    delete(gone)
+
+
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
     """Delete the temporary files and folders in a folder that killed processes left: those without a lock."""
     found: list[Path] = []
@@ -555,7 +566,7 @@ def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
         found.extend(folder.glob(pattern))
     for path in found:
         if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OspoError, OSError), _holding(_open(path), path):
+            with contextlib.suppress(OspoError, OSError), _holding(open_to_lock(path), path):
                 delete(path)
 
 
@@ -742,13 +753,15 @@ def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, entry {number}", value
 
 
-def _open(path: Path, flags: int = 0) -> int:
+def open_to_lock(path: Path, flags: int = 0) -> int:
     """Open a file or a folder to lock it. Raises OSError, also for a symbolic link."""
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would block
     try:
         return os.open(path, os.O_RDWR | flags, 0o666)  # NFS locks no file that is open for reading only
-    except (IsADirectoryError, PermissionError):
-        return os.open(path, os.O_RDONLY | flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return os.open(path, os.O_RDONLY | flags & ~os.O_CREAT)
 
 
 def _lock(file: IO[Any] | int, path: Path, *, wait: bool = False) -> None:
@@ -910,7 +923,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 def only_user(path: Path) -> Iterator[None]:
     """Hold the lock of an existing file or folder, without another file. Raises OspoError if a process holds it."""
     with os_errors("open", path):
-        handle = _open(no_link(path))
+        handle = open_to_lock(no_link(path))
     with _holding(handle, path):
         yield
 
@@ -926,4 +939,4 @@ def _lock_file(path: Path) -> int:
     """Open a file to lock it, created if missing; nothing is created through a symbolic link."""
     with os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _open(regular(no_link(path), missing_ok=True), os.O_CREAT)
+        return open_to_lock(regular(no_link(path), missing_ok=True), os.O_CREAT)

@@ -20,8 +20,11 @@ from typing import Any
 from ospo_fast.errors import OspoError
 from ospo_fast.records import (
     delete,
+    discard,
+    locked,
     only_user,
     only_writer,
+    open_to_lock,
     os_errors,
     read_json,
     sync_folder,
@@ -73,19 +76,23 @@ def made_by(out: Path, stages: Sequence[Stage], shard: Shard | str | None = None
 
 def made_by_run(out: Path) -> list[Path]:
     """Return what all stages of all iterations have made in a run folder."""
-    return made_by(out, STAGES) + [path for path in out.glob("iter*") if re.fullmatch(r"iter\d+", path.name)]
+    return made_by(out, STAGES) + _iterations(out)
+
+
+def _iterations(out: Path) -> list[Path]:
+    return [path for path in out.glob("iter*") if re.fullmatch(r"iter\d+", path.name)]
 
 
 @contextlib.contextmanager
 def in_use(out: Path, *, alone: bool = False) -> Iterator[None]:
     """Hold the lock of a run folder, from before a stage reads its inputs: shared, or `alone` to start over.
 
-    A folder in which no stage has begun has no such lock: nothing in it can be replaced. Raises OspoError if another
-    process holds the lock in a way that excludes this one.
+    A folder in which no stage has begun has no such lock: nothing in it can be replaced. Nor has one without the lock
+    that this process cannot write. Raises OspoError if another process holds the lock in a way that excludes this one.
     """
-    path = out / _IN_USE
+    path = _lock_path(out)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if alone else 0), 0o666)
+        handle = open_to_lock(path, os.O_CREAT if alone or made_by(out, STAGES) else 0)
     except (FileNotFoundError, NotADirectoryError):
         yield
         return
@@ -104,10 +111,17 @@ def in_use(out: Path, *, alone: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def _lock_path(out: Path) -> Path:
+    """Return the lock of a run folder, or of an iteration: next to it, as NFS deletes no folder with open files."""
+    iteration = re.fullmatch(r"iter\d+", out.name) and (out.parent / "config.yaml").is_file()
+    return out.with_name(f".{out.name}{_IN_USE}") if iteration else out / _IN_USE
+
+
 def begin(out: Path) -> None:
     """Make the lock of a run folder in which a stage begins; see `in_use`."""
-    with os_errors("write", out):
-        os.close(os.open(out / _IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))
+    if not out.name.startswith(PREFIX):  # no other process reads what is not in place
+        with os_errors("write", out):
+            os.close(open_to_lock(_lock_path(out), os.O_CREAT))
 
 
 @contextlib.contextmanager
@@ -134,7 +148,7 @@ def put_in_place(work: Path, out: Path, run_folder: Path) -> None:
     The caller holds the locks of `out`; see `exclusive`. run_folder: that of all iterations, which has config.yaml.
     """
     names = sorted(path.name for path in work.iterdir() if not path.name.startswith("."))
-    with in_use(work, alone=True):
+    with _one_shard(work, out):
         write_json(work / _LIST, names)
         _move(work, out, run_folder)
 
@@ -147,13 +161,25 @@ def finish(out: Path, run_folder: Path, shard: Shard | None = None) -> None:
         _, of = _parts(work)
         if of and shard is not None and of != str(shard):
             continue  # its process may be alive
-        with contextlib.ExitStack() as locks:
-            if not of:
-                for folder in (out, *(out.glob("iter*") if work.name == PREFIX else ())):
-                    locks.enter_context(in_use(folder, alone=True))
-            locks.enter_context(in_use(work, alone=True))
+        with everything(out) if work.name == PREFIX else in_use(out, alone=not of), _one_shard(work, out):
             if (work / _LIST).exists():  # no other process has done it in the meantime
                 _move(work, out, run_folder)
+
+
+@contextlib.contextmanager
+def everything(out: Path) -> Iterator[None]:
+    """Hold the locks of a run folder and its iterations, to start over. Raises OspoError as `exclusive` does."""
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(exclusive(out, STAGES))
+        for folder in _iterations(out):
+            if not folder.is_symlink():
+                locks.enter_context(in_use(folder, alone=True))
+        yield
+
+
+def _one_shard(work: Path, out: Path) -> contextlib.AbstractContextManager[None]:
+    """Let one process at a time put shards in place, which have the run folder in common."""
+    return locked(out / ".shards.lock") if _parts(work)[1] else contextlib.nullcontext()
 
 
 def _parts(work: Path) -> tuple[str, str]:
@@ -197,8 +223,8 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
         if not shard:
             for path in out.glob(f"{PREFIX}*"):  # what they would replace is gone
                 if re.fullmatch(_NAME, path.name) and (path.name == PREFIX or find_stage(_parts(path)[0]) in later):
-                    delete(path)
-        delete(work)
+                    discard(path)
+        discard(work)
 
 
 def _merge_files(work: Path, out: Path, stage: Stage) -> None:
@@ -236,4 +262,4 @@ def _rename(path: Path, target: Path) -> None:
 def delete_if_empty(work: Path) -> None:
     """Delete a folder in which nothing was begun."""
     if not (work / "settings.json").exists():
-        delete(work)
+        discard(work)

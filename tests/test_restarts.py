@@ -1,7 +1,10 @@
 """Starting over: what a stage or a run replaces, next to shards, other processes, and files that are not its own."""
 
 import contextlib
+import errno
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -250,3 +253,151 @@ def test_an_inaccessible_folder_is_an_error_of_the_package(tiny, tmp_path):
     with contextlib.suppress(OspoError):
         assert not read_stage(tmp_path, "prompts")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def half_deleted(patch, name="images"):
+    """Let the deletion of a folder stop after it has deleted its part `name`."""
+    from ospo_fast import records
+
+    def stop(folder):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        raise StoppedError
+
+    patch.setattr(records, "delete", stop)
+
+
+@pytest.mark.parametrize("stage", ["images", "run"])
+def test_an_unfinished_start_that_was_half_deleted_is_not_continued(tiny, script, tmp_path, stage):
+    out = tmp_path / "out"
+    settings = ("images.temperature=0.5", "train.learning_rate=1e-3")
+    pipeline(tiny, out).run()
+    before = visible(out)
+
+    def call(*overrides, **more):
+        run = pipeline(tiny, out, *overrides, **more)
+        return run.run() if stage == "run" else run.stage(stage)
+
+    append, count = Store.append, []
+
+    def stop(self, record):
+        count.append(record)
+        if len(count) > (3 if stage == "images" else 20):
+            raise StoppedError
+        append(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "append", stop)
+        with pytest.raises(StoppedError):
+            call(*settings, resume=False)
+    with pytest.MonkeyPatch.context() as patch:
+        half_deleted(patch)
+        with pytest.raises(StoppedError):
+            call(*settings, resume=False)
+    assert visible(out) == before
+    call()  # the old ones are whole, and what was half deleted is swept
+    assert visible(out) == before
+    assert not list(out.glob(".restart*")) + list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))
+    call(*settings, resume=False)
+    for record in read_records(out / "images.jsonl"):
+        for verdict in (record["base_metadata"] | record["negative_metadata"]).values():
+            assert load_codes((out / verdict["path"]).with_suffix(".npz"))["temperature"] == 0.5
+
+
+@pytest.mark.parametrize("stage", ["images", "run"])
+def test_starting_over_on_nfs(tiny, script, tmp_path, monkeypatch, stage):
+    """NFS gives a file that is deleted while it is open another name, so that its folder cannot be deleted."""
+    unlink, numbers = os.unlink, itertools.count()
+
+    def silly(path, *, dir_fd=None):
+        removed = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        for handle in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(int(handle.name)), removed):
+                    other = (
+                        f".nfs{next(numbers)}" if dir_fd is not None else Path(path).with_name(f".nfs{next(numbers)}")
+                    )
+                    return os.rename(path, other, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        return unlink(path, dir_fd=dir_fd)
+
+    out, iterations = tmp_path / "out", ("iterations=2", "prompts.counts={color2: 2}")
+    pipeline(tiny, out, *iterations).run()
+    monkeypatch.setattr(os, "unlink", silly)
+    for temperature in (0.5, 0.6):
+        run = pipeline(tiny, out, *iterations, f"images.temperature={temperature}", resume=False)
+        run.run() if stage == "run" else run.stage("images")
+    assert not list(out.glob(".restart*"))
+    if stage == "run":
+        reports = pipeline(tiny, out, *iterations, "images.temperature=0.6").run()
+        assert not any(report.items for report in reports)
+
+
+def test_a_complete_run_in_a_folder_that_cannot_be_written(tiny, script, out, monkeypatch):
+    opened = os.open
+
+    def read_only(path, flags, *rest, **more):
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *rest, **more)
+
+    for lock in (True, False):
+        if not lock:
+            (out / ".stages.lock").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", read_only)
+            assert pipeline(tiny, out).stage("images").items == 0
+
+
+def test_a_run_that_starts_over_continues_with_another_batch_size(tiny, script, out):
+    pipeline(tiny, out).run()
+    append, count = Store.append, []
+
+    def stop(self, record):
+        count.append(record)
+        if len(count) > 20:
+            raise StoppedError
+        append(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "append", stop)
+        with pytest.raises(StoppedError):
+            pipeline(tiny, out, "images.temperature=0.5", resume=False).run()
+    pipeline(tiny, out, "images.temperature=0.5", "images.batch_size=1").run()
+    assert "temperature: 0.5" in (out / "config.yaml").read_text()
+    assert not (out / ".restart").exists()
+
+
+def test_folders_without_a_lock_get_one(tiny, script, out, monkeypatch):
+    """Those of earlier versions, and copies without hidden files."""
+    (out / ".stages.lock").unlink()
+    test_nothing_starts_over_while_a_stage_has_read_its_inputs(tiny, script, out, monkeypatch)
+
+
+def test_links_and_other_folders_get_no_lock(tiny, script, out, tmp_path):
+    victim, notes = tmp_path / "victim", out / "iter_notes"
+    victim.mkdir()
+    notes.mkdir()
+    (out / "iter9").symlink_to(victim)
+    pipeline(tiny, out, "images.temperature=0.5", resume=False).run()
+    assert not list(victim.iterdir()) + list(notes.iterdir())
+
+
+def test_a_shard_that_starts_over_is_not_continued_after_the_shards_are_merged(tiny, script, out):
+    back_to(out, "perturb")
+    for index in (0, 1):
+        pipeline(tiny, out, shard=Shard(index, 2)).stage("images")
+    append, count = Store.append, []
+
+    def stop(self, record):
+        count.append(record)
+        if len(count) > 1:
+            raise StoppedError
+        append(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "append", stop)
+        with pytest.raises(StoppedError):
+            pipeline(tiny, out, shard=Shard(0, 2), resume=False).stage("images")
+    pipeline(tiny, out).stage("images")  # merges them
+    before = visible(out)
+    assert pipeline(tiny, out, shard=Shard(0, 2)).stage("images").items == 0
+    assert visible(out).keys() - {"images.0-of-2.jsonl"} == before.keys()

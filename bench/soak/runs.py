@@ -37,7 +37,7 @@ KILLS_OF_A_RUN = 6
 OLD = "images.temperature=0.5"  # a setting that the old files of a run that starts over were made with
 HANG = 120  # seconds
 FILE_SIZES = (0, 100, 4_000, 20_000, 100_000, 400_000)  # limits of the size of a file, in bytes
-IGNORED = ("stages.json", ".lock", ".stages.lock", ".train.lock")  # times; locks are empty
+IGNORED = ("stages.json", ".lock", ".stages.lock", ".shards.lock", ".train.lock")  # times; locks are empty
 
 
 class Ending(NamedTuple):

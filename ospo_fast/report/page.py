@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from ospo_fast.errors import Failure, UsageError
-from ospo_fast.records import iter_pairs, os_errors, write_atomic
+from ospo_fast.records import iter_pairs, os_errors, sweep_temporary_files, write_atomic
 from ospo_fast.report import inspector, stats
 from ospo_fast.report.charts import format_number
 from ospo_fast.report.images import Album
@@ -57,6 +57,7 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
     with os_errors("write", target):
         if out is None:
             refuse_links(target.parent)
+            sweep_temporary_files(target.parent)
         if target.is_dir() or (out is not None and target.suffix.lower() not in {".html", ".htm"}):
             target /= "index.html"
     with os_errors("read", run_dir):

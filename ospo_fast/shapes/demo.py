@@ -30,11 +30,13 @@ from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
 from ospo_fast.records import (
     Record,
     delete,
+    discard,
     iter_pairs,
     os_errors,
     parse_json,
     read_json,
     shown,
+    sweep_temporary_files,
     sync_folder,
     write_atomic,
     write_json,
@@ -204,10 +206,11 @@ class _Evaluations:
         self._place, work = out / "evaluation", out / f"{restarts.PREFIX}.evaluation"
         for folder in (self._place, work):
             restarts.refuse_links(folder)
+            sweep_temporary_files(folder, "**/.*.tmp")
         self.starts_over = pipeline.continues(work) if pipeline.resume else self._place.exists()
         self.folder = work if self.starts_over else self._place
         if not pipeline.resume:
-            delete(work)
+            discard(work)
         for path in sorted(self.folder.glob("*.json")):  # a broken one is found before anything is evaluated
             self._read(path)
         if self.starts_over and not work.exists():

@@ -13,7 +13,7 @@ from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.files import open_image
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import check_writable, stable_hash, write_atomic, write_json
+from ospo_fast.records import check_writable, stable_hash, sweep_temporary_files, write_atomic, write_json
 from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def generate(
         OspoError: `out` cannot be written (checked first), or no image could be generated.
 
     """
+    sweep_temporary_files(out)
     files, weights = ImageFiles(model, config.images), _fingerprint(model)
     plan = {
         out / f"{i:04d}_{n}.png": {"prompt": prompt, "seed": config.seed + n, **files.sampling, "weights": weights}
