@@ -74,8 +74,11 @@ def token_weights_reference(
     # A quarter, which changes no other bit, keeps sums and the range finite.
     if mask.dtype in (torch.int64, torch.uint64):  # float64 holds the differences, not the numbers
         cells, offset = _differences(mask)
-        border = _blur(torch.ones_like(cells), blur_size, blur_sigma) - 1  # what the padding takes of the offset
-        blurred = (_blur(cells / 4, blur_size, blur_sigma) + offset / 4 * border).flatten(1)
+        lost = _blur(torch.zeros_like(cells), blur_size, blur_sigma, outside=1)  # the part of the offset in the padding
+        # What all cells lose does not count, and would round off the differences.
+        blurred = (
+            _blur(cells / 4, blur_size, blur_sigma) - offset / 4 * (lost - lost.amin((1, 2), keepdim=True))
+        ).flatten(1)
     else:
         blurred = _blur(mask.double() / 4, blur_size, blur_sigma).flatten(1)
     low, high = blurred.amin(1, keepdim=True), blurred.amax(1, keepdim=True)
@@ -115,23 +118,36 @@ def _check_mask(mask: Tensor) -> None:
 
 
 def _differences(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cells of integer masks of 64 bits less their minimum, and the minimum (B, 1, 1), in float64."""
-    unsigned = mask.dtype == torch.uint64
-    numbers = mask.view(torch.int64) ^ INT64_MIN if unsigned else mask  # less 2^63, which keeps the order
-    low = numbers.amin((1, 2), keepdim=True)
-    difference = numbers - low  # modulo 2^64, so its bits are those of the unsigned difference
-    cells = (difference >> 32 & 0xFFFFFFFF).double() * 2**32 + (difference & 0xFFFFFFFF).double()
-    return cells, low.double() + (2.0**63 if unsigned else 0.0)
+    """Return integer masks of 64 bits less an offset of each, and the offsets (B, 1, 1), in float64.
+
+    The offset is the minimum, but 0 for numbers of up to 32 bits: they get the same weights as in int32.
+    """
+    if unsigned := mask.dtype == torch.uint64:
+        mask = mask.view(torch.int64) ^ INT64_MIN  # less 2^63, which keeps the order
+    low = mask.amin((1, 2), keepdim=True)
+    cells = _unsigned(mask - low)  # modulo 2^64, so its bits are those of the unsigned difference
+    offset = _unsigned(low ^ INT64_MIN) if unsigned else low.double()
+    numbers = cells + offset  # exact where they are used
+    short = numbers.abs().amax((1, 2), keepdim=True) <= 2**32
+    return torch.where(short, numbers, cells), torch.where(short, 0, offset)
 
 
-def _blur(maps: Tensor, size: int, sigma: float) -> Tensor:
-    """Blur one axis, then the other. Cells at the same distance are added first: mirrored maps give mirrored bits."""
+def _unsigned(x: Tensor) -> Tensor:
+    """Return int64 numbers, modulo 2^64, in float64."""
+    return (x >> 32 & 0xFFFFFFFF).double() * 2**32 + (x & 0xFFFFFFFF).double()
+
+
+def _blur(maps: Tensor, size: int, sigma: float, outside: float = 0) -> Tensor:
+    """Blur one axis, then the other, padded with `outside`.
+
+    Cells at the same distance are added first: mirrored maps give mirrored bits.
+    """
     steps = [t / sigma for t in range(size // 2 + 1)]
     taps = [math.exp(-0.5 * (step * step)) for step in steps]  # a power would raise where the product is infinite
     total = sum((2 if t else 1) * tap for t, tap in enumerate(taps))
     for _ in range(2):
         length = maps.shape[-1]
-        padded = F.pad(maps, (size // 2, size // 2))
+        padded = F.pad(maps, (size // 2, size // 2), value=outside)
         result = maps * (taps[0] / total)
         for t, tap in enumerate(taps[1:], 1):
             before, after = (padded.narrow(-1, size // 2 + shift, length) for shift in (-t, t))

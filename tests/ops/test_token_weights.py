@@ -1,4 +1,6 @@
+import math
 import sys
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,8 @@ def test_empty_full_and_unblurred_masks() -> None:
     for dtype in (torch.uint8, torch.float32, torch.bfloat16):
         assert torch.equal(token_weights(mask.to(dtype)), token_weights(mask))
     assert torch.equal(token_weights(mask.transpose(1, 2)), token_weights(mask.transpose(1, 2).contiguous()))
-    assert token_weights(torch.zeros(0, 6, 6)).shape == (0, 36)
+    for none in (torch.zeros(0, 6, 6), torch.zeros(0, 6, 6, dtype=torch.int64)):
+        assert token_weights(none).shape == token_weights_reference(none).shape == (0, 36)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint32, torch.int64, torch.uint64])
@@ -60,6 +63,58 @@ def test_wide_integers_differ_as_small_ones_do(dtype: torch.dtype) -> None:
     shifted = (small + 2**30).to(dtype)  # the padding is 0 still
     torch.testing.assert_close(token_weights(shifted), token_weights_reference(shifted.double()).float())
     assert torch.equal(token_weights(shifted.mT[:, ::2]), token_weights(shifted.mT[:, ::2].contiguous()))
+
+
+def exact_weights(mask: torch.Tensor, size: int, sigma: float) -> np.ndarray[Any, Any]:
+    """The formula in fractions, of one mask."""
+    taps = [Fraction(math.exp(-0.5 * (t / sigma) ** 2)) for t in range(-(size // 2), size // 2 + 1)]
+    rows = [[Fraction(x) for x in row] for row in mask.tolist()]
+    for _ in range(2):
+        padded = [[Fraction(0)] * (size // 2) + row + [Fraction(0)] * (size // 2) for row in rows]
+        blurred = [
+            [sum((a * b for a, b in zip(taps, row[x:], strict=False)), Fraction(0)) / sum(taps) for x in range(length)]
+            for row, length in ((row, len(row) - size + 1) for row in padded)
+        ]
+        rows = [list(column) for column in zip(*blurred, strict=True)]
+    cells = [x for row in rows for x in row]
+    span = max(cells) - min(cells) + Fraction(1, 10**8)
+    return np.array([float(1 + (x - min(cells)) / span) for x in cells])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.int64, torch.uint64])
+@pytest.mark.parametrize("options", [{}, {"gamma": 0.1}, {"blur_size": 3, "blur_sigma": 0.4}, {"blur_size": 1}])
+def test_wide_integers_of_small_values_weigh_as_int32(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    lowest = -(2**31) if dtype == torch.int64 else 0
+    masks = [torch.tensor([[[5, 6, 7]], [[200, 255, 200]]]), torch.randint(0, 9, (3, 5, 6)) + 1]
+    masks += [torch.randint(lowest, 2**31, (3, 4, 7)), torch.randint(lowest, lowest + 4, (3, 4, 7))]
+    for mask in masks:
+        expected = token_weights(mask.int(), **options)
+        assert torch.equal(token_weights(mask.to(dtype), **options), expected)
+        assert torch.equal(token_weights_reference(mask.to(dtype), **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_integers_far_from_zero_with_a_blur(dtype: torch.dtype) -> None:
+    """What the padding takes of every cell must not round off their differences."""
+    for low in (2**62, 2**63 - 2, torch.iinfo(dtype).max - 1, torch.iinfo(dtype).min):
+        for cells in ([[0, 1]], [[0, 1], [0, 0]]):  # the padding takes the same of each
+            mask = torch.tensor([[[low + x for x in row] for row in cells]], dtype=dtype)
+            assert torch.equal(token_weights(mask), token_weights(torch.tensor([cells], dtype=torch.int32)))
+    square = torch.tensor([[[2**62, 2**62 + 1], [2**62, 2**62]]], dtype=dtype)
+    np.testing.assert_allclose(token_weights(square), [[1.3775407, 2, 1, 1.3775407]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64])
+def test_64_bits_against_fractions(dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    for low in (limits.min, limits.max - 5, -(2**33) if limits.min else 2**33, 2**53, 2**62, 2**63 - 6):
+        for span in (5, limits.max - max(low, 0)):
+            # With 0.115, the padding takes less than float64 can subtract from 1.
+            for size, sigma in ((3, 0.115), (3, 0.2), (5, 1.0), (7, 2.0)):
+                random = torch.randint(0, 2**62, (3, 4)).tolist()
+                mask = torch.tensor([[low + x % (span + 1) for x in row] for row in random], dtype=dtype)
+                weights = token_weights(mask[None], blur_size=size, blur_sigma=sigma)[0]
+                np.testing.assert_allclose(weights, exact_weights(mask, size, sigma), rtol=1e-6)
 
 
 def test_the_reference_refuses_what_the_op_does() -> None:
