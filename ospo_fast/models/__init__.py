@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ __all__ = ["UnifiedModel", "find_model", "load_model"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PUBLISHED = ("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B")
+# transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
+_LOCK = threading.RLock()  # an adapter loads its base model
 _EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 
 
@@ -33,7 +36,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> JanusUnifiedModel:
-    """Load a Janus model for inference.
+    """Load a Janus model for inference. Threads that call it at once load one after the other.
 
     Args:
         name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, a folder with a LoRA
@@ -51,9 +54,10 @@ def load_model(
     dtype = _resolve_dtype(dtype, device)
     name = str(name_or_path)
     folder = find_model(name)
-    if folder is not None and _is_adapter(folder):
-        return _load_adapter(folder, device, dtype)
-    return _load_checkpoint(folder, name, device, dtype)
+    with _LOCK:
+        if folder is not None and _is_adapter(folder):
+            return _load_adapter(folder, device, dtype)
+        return _load_checkpoint(folder, name, device, dtype)
 
 
 def find_model(name_or_path: str | Path) -> Path | None:

@@ -1,11 +1,15 @@
 """load_model: each kind of broken checkpoint gives an error of one line, and a LoRA folder gives the merged model."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -409,6 +413,31 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
 
     weights = folder / "adapter_model.safetensors"
     save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("patched", ["transformers.JanusForConditionalGeneration.from_pretrained", "peft.PeftModel"])
+def test_threads_load_one_after_the_other(
+    adapter: Path, saved: Path, patched: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers leaves its patches of torch in place if two loads overlap: every later load would fail."""
+    module, *names = patched.split(".")
+    owner = importlib.import_module(module)
+    for name in names[:-1]:
+        owner = getattr(owner, name)
+    original, both = getattr(owner, names[-1]), threading.Barrier(2)
+
+    def wait_for_the_other(*arguments: Any, **options: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+            raise AssertionError("two threads are here at once")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, names[-1], staticmethod(wait_for_the_other))
+    second = adapter if module == "peft" else saved
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(load_model, [adapter, second]))
+    assert both.broken  # the function was called
+    assert [model.name for model in models] == [str(adapter), str(second)]
 
 
 @pytest.mark.parametrize(
