@@ -555,8 +555,10 @@ def discard(folder: Path) -> None:
         folder.rename(gone)
     except FileNotFoundError:
         return
-    sync_folder(folder.parent)
-    delete(gone)
+    try:
+        sync_folder(folder.parent)
+    finally:
+        delete(gone)
 
 
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
