@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ospo_fast.errors import OspoError
+from ospo_fast.files import no_link
 from ospo_fast.records import (
     delete,
     discard,
@@ -44,13 +45,7 @@ def folder(out: Path, stage: Stage | None = None, shard: Shard | str | None = No
 
     Raises OspoError for a symbolic link, by which a run folder of someone else would have other files changed.
     """
-    return _no_link(out / ".".join(map(str, filter(None, (PREFIX, stage and stage.name, shard)))))
-
-
-def _no_link(path: Path) -> Path:
-    if path.is_symlink():
-        raise OspoError(f"{path} is a symbolic link, which starting over would replace; put the files in its place.")
-    return path
+    return no_link(out / ".".join(map(str, filter(None, (PREFIX, stage and stage.name, shard)))))
 
 
 def refuse_links(folder: Path) -> None:
@@ -134,7 +129,7 @@ def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) ->
     with contextlib.ExitStack() as stack:
         stack.enter_context(in_use(out, alone=shard is None))
         for stage in stages:
-            for path in map(_no_link, made_by(out, [stage], shard)):
+            for path in map(no_link, made_by(out, [stage], shard)):
                 if stage.counts_steps:
                     stack.enter_context(only_writer(path))
                 elif path.is_file():
@@ -156,7 +151,7 @@ def put_in_place(work: Path, out: Path, run_folder: Path) -> None:
 def finish(out: Path, run_folder: Path, shard: Shard | None = None) -> None:
     """Put in place what was whole when its process was killed; of shards, the given one or all if None."""
     for work in sorted(out.glob(f"{PREFIX}*")):
-        if not (re.fullmatch(_NAME, work.name) and (_no_link(work) / _LIST).exists()):
+        if not (re.fullmatch(_NAME, work.name) and (no_link(work) / _LIST).exists()):
             continue
         _, of = _parts(work)
         if of and shard is not None and of != str(shard):
@@ -200,7 +195,7 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
     later = STAGES[STAGES.index(find_stage(stage)) :] if stage else STAGES
     old, new = (made_by(at, later, shard) if stage else made_by_run(at) for at in (out, work))
     for path in (*new, *(path for path in old if path.name in {each.name for each in new})):
-        _no_link(path)
+        no_link(path)
     if not isinstance(names, list) or not {path.name for path in new} <= set(map(str, names)):
         raise OspoError(f"{work / _LIST} does not list the files of its folder; delete the folder {work}.")
     with os_errors("replace the files of", out):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ospo_fast import restarts
+from ospo_fast import records, restarts
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage
@@ -70,6 +70,22 @@ def stopped(function):
         patch.setattr(restarts, "_move", stop)
         with pytest.raises(StoppedError):
             function()
+
+
+@contextlib.contextmanager
+def stopped_after(records):
+    """Stop a block at the record after so many."""
+    append, count = Store.append, itertools.count()
+
+    def stop(self, record):
+        if next(count) >= records:
+            raise StoppedError
+        append(self, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "append", stop)
+        with pytest.raises(StoppedError):
+            yield
 
 
 def test_a_shard_replaces_the_files_of_its_items(tiny, script, tmp_path, out):
@@ -179,18 +195,8 @@ def test_a_refused_process_changes_no_configuration(tiny, script, out):
 
 @pytest.mark.parametrize("call", ["missing input", "unknown item"])
 def test_an_unfinished_start_is_kept_until_the_new_one_is_checked(tiny, script, out, call):
-    append, count = Store.append, []
-
-    def stop(self, record):
-        count.append(record)
-        if len(count) == 3:
-            raise StoppedError
-        append(self, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "append", stop)
-        with pytest.raises(StoppedError):
-            pipeline(tiny, out, "score.batch_size=1", resume=False).stage("score")
+    with stopped_after(2):
+        pipeline(tiny, out, "score.batch_size=1", resume=False).stage("score")
     work = out / ".restart.score"
     before = (work / "score.jsonl").read_bytes()
     assert before
@@ -257,7 +263,6 @@ def test_an_inaccessible_folder_is_an_error_of_the_package(tiny, tmp_path):
 
 def half_deleted(patch, name="images"):
     """Let the deletion of a folder stop after it has deleted its part `name`."""
-    from ospo_fast import records
 
     def stop(folder):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -277,18 +282,8 @@ def test_an_unfinished_start_that_was_half_deleted_is_not_continued(tiny, script
         run = pipeline(tiny, out, *overrides, **more)
         return run.run() if stage == "run" else run.stage(stage)
 
-    append, count = Store.append, []
-
-    def stop(self, record):
-        count.append(record)
-        if len(count) > (3 if stage == "images" else 20):
-            raise StoppedError
-        append(self, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "append", stop)
-        with pytest.raises(StoppedError):
-            call(*settings, resume=False)
+    with stopped_after(3 if stage == "images" else 20):
+        call(*settings, resume=False)
     with pytest.MonkeyPatch.context() as patch:
         half_deleted(patch)
         with pytest.raises(StoppedError):
@@ -349,18 +344,8 @@ def test_a_complete_run_in_a_folder_that_cannot_be_written(tiny, script, out, mo
 
 def test_a_run_that_starts_over_continues_with_another_batch_size(tiny, script, out):
     pipeline(tiny, out).run()
-    append, count = Store.append, []
-
-    def stop(self, record):
-        count.append(record)
-        if len(count) > 20:
-            raise StoppedError
-        append(self, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "append", stop)
-        with pytest.raises(StoppedError):
-            pipeline(tiny, out, "images.temperature=0.5", resume=False).run()
+    with stopped_after(20):
+        pipeline(tiny, out, "images.temperature=0.5", resume=False).run()
     pipeline(tiny, out, "images.temperature=0.5", "images.batch_size=1").run()
     assert "temperature: 0.5" in (out / "config.yaml").read_text()
     assert not (out / ".restart").exists()
@@ -385,18 +370,8 @@ def test_a_shard_that_starts_over_is_not_continued_after_the_shards_are_merged(t
     back_to(out, "perturb")
     for index in (0, 1):
         pipeline(tiny, out, shard=Shard(index, 2)).stage("images")
-    append, count = Store.append, []
-
-    def stop(self, record):
-        count.append(record)
-        if len(count) > 1:
-            raise StoppedError
-        append(self, record)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "append", stop)
-        with pytest.raises(StoppedError):
-            pipeline(tiny, out, shard=Shard(0, 2), resume=False).stage("images")
+    with stopped_after(1):
+        pipeline(tiny, out, shard=Shard(0, 2), resume=False).stage("images")
     pipeline(tiny, out).stage("images")  # merges them
     before = visible(out)
     assert pipeline(tiny, out, shard=Shard(0, 2)).stage("images").items == 0
