@@ -227,6 +227,17 @@ def test_generate_resumes(capsys, tmp_path, tiny, monkeypatch, scripted):
     assert generated[5:] == [0, 3]
 
 
+def test_two_calls_of_generate_do_not_mix(capsys, tmp_path, tiny):
+    """A picture of one with the settings of the other would count as finished."""
+    from ospo_fast.records import only_writer
+
+    with only_writer(tmp_path / "sheet.json"):
+        code, _, error = call(capsys, "generate", "a red circle", "--model", tiny, "--out", tmp_path)
+    assert code == 1
+    assert f"{tmp_path / 'sheet.json'} is being written by another process" in error
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_generate_skips_an_image_that_fails(capsys, tmp_path, tiny, monkeypatch):
     original = ImageGenerator.generate
 

@@ -13,7 +13,7 @@ from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.files import open_image
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import check_writable, stable_hash, sweep_temporary_files, write_atomic, write_json
+from ospo_fast.records import check_writable, only_writer, stable_hash, sweep_temporary_files, write_atomic, write_json
 from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def generate(
         throughput (`Throughput.metrics`), None if no image was generated.
 
     Raises:
-        OspoError: `out` cannot be written (checked first), or no image could be generated.
+        OspoError: `out` cannot be written (checked first) or is being written by another process, or no image could be
+            generated.
 
     """
-    sweep_temporary_files(out)
     files, weights = ImageFiles(model, config.images), _fingerprint(model)
     plan = {
         out / f"{i:04d}_{n}.png": {"prompt": prompt, "seed": config.seed + n, **files.sampling, "weights": weights}
@@ -75,20 +75,22 @@ def generate(
         for n in range(num)
     }
     check_writable(out)
-    todo = {path: settings for path, settings in plan.items() if not (resume and is_finished(path, settings))}
-    with files:
-        ids = [model.image_prompt(settings["prompt"]) for settings in todo.values()]
-        failed = files.generate(ids, todo, progress=progress)
-    existing = [path for path in plan if path not in failed]
-    if not existing:
-        reasons = [f"{reason}; check the weights of the model" for reason in failed.values()]
-        raise OspoError(f"No image could be generated: {(reasons or ['there is no prompt'])[0]}.")
-    entries: list[dict[str, Any]] = []
-    for path, settings in plan.items():
-        entry = {"path": path.name, "prompt": settings["prompt"], "seed": settings["seed"]}
-        entries.append(entry | ({"path": None, "reason": failed[path].reason} if path in failed else {}))
-    sheet = out / "sheet.png"
-    write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
-    result = {"model": config.model, "sheet": str(sheet), **files.sampling, "images": entries}
-    write_json(out / "sheet.json", result)
+    with only_writer(out / "sheet.json"):  # two calls would mix their images
+        sweep_temporary_files(out)
+        todo = {path: settings for path, settings in plan.items() if not (resume and is_finished(path, settings))}
+        with files:
+            ids = [model.image_prompt(settings["prompt"]) for settings in todo.values()]
+            failed = files.generate(ids, todo, progress=progress)
+        existing = [path for path in plan if path not in failed]
+        if not existing:
+            reasons = [f"{reason}; check the weights of the model" for reason in failed.values()]
+            raise OspoError(f"No image could be generated: {(reasons or ['there is no prompt'])[0]}.")
+        entries: list[dict[str, Any]] = []
+        for path, settings in plan.items():
+            entry = {"path": path.name, "prompt": settings["prompt"], "seed": settings["seed"]}
+            entries.append(entry | ({"path": None, "reason": failed[path].reason} if path in failed else {}))
+        sheet = out / "sheet.png"
+        write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
+        result = {"model": config.model, "sheet": str(sheet), **files.sampling, "images": entries}
+        write_json(out / "sheet.json", result)
     return {**result, "drawing": None if files.throughput is None else files.throughput.metrics()}
