@@ -186,8 +186,7 @@ def _parts(work: Path) -> tuple[str, str]:
 def _move(work: Path, out: Path, run_folder: Path) -> None:
     """Do what is left of `put_in_place` once the list is written. Each step can be repeated."""
     # All is read before anything is deleted.
-    if (names := read_json(work / _LIST, None)) is None:
-        return  # another process has just done it
+    names = set(map(str, read_json(work / _LIST, [])))
     settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
     for name, kind in (("settings.json", {}), ("stages.json", [])):
         read_json(out / name, kind)
@@ -196,7 +195,7 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
     old, new = (made_by(at, later, shard) if stage else made_by_run(at) for at in (out, work))
     for path in (*new, *(path for path in old if path.name in {each.name for each in new})):
         no_link(path)
-    if not isinstance(names, list) or not {path.name for path in new} <= set(map(str, names)):
+    if not {path.name for path in new} <= names:
         raise OspoError(f"{work / _LIST} does not list the files of its folder; delete the folder {work}.")
     with os_errors("replace the files of", out):
         for path in old:

@@ -15,10 +15,14 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ospo_fast.generation
-from ospo_fast import cli, config, files, models, pipeline, records
+from ospo_fast import cli, config, files, models, pipeline, records, restarts
 from ospo_fast.errors import OspoError
+from ospo_fast.experimental import layer_search
+from ospo_fast.models import folder_checks
+from ospo_fast.models.folder_checks import ADAPTER_WEIGHTS
 from ospo_fast.pipeline import Pipeline, Shard, stage_metrics
 from ospo_fast.report import load as report_load
 from ospo_fast.report import masks as report_masks
@@ -282,6 +286,42 @@ def model_folders(data: bytes) -> None:
             models.find_model(path.parent)
 
 
+@functools.cache
+def _adapter(process: int) -> Path:
+    """Return the folder of an adapter of the tiny model, without its configuration."""
+    folder = _folder(process) / "adapter"
+    folder.mkdir()
+    shapes = {"lora_A": (2, 16), "lora_B": (16, 2)}
+    save_file({f"q_proj.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}, folder / ADAPTER_WEIGHTS)
+    return folder
+
+
+_ADAPTER = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"v_proj": 1},
+    "init_lora_weights": True, "modules_to_save": None, "loftq_config": {"loftq_iter": 1}, "megatron_config": None,
+}  # fmt: skip
+
+
+@target(inputs.json_, _ADAPTER, {**_ADAPTER, "target_modules": ".*[qv]_proj", "exclude_modules": "x"})
+def adapter_folders(data: bytes) -> None:
+    folder = _adapter(os.getpid())
+    (folder / "adapter_config.json").write_bytes(data)
+    with models._loading("it cannot be loaded", "do this"):
+        folder_checks.match_targets(folder_checks.check_adapter(folder), folder, tiny().module)
+
+
+@target(inputs.json_, {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}, "auto_map": {"AutoModel": "a.B"}})
+def weight_indices(data: bytes) -> None:
+    folder = _write("weights/1.safetensors", b"").parent
+    for name in ("2.safetensors", "../outside.safetensors"):
+        _write(f"weights/{name}", b"")
+    for name in ("model.safetensors.index.json", "processor_config.json"):
+        (folder / name).write_bytes(data)
+    for path in folder_checks.weight_files(folder):
+        assert path.resolve().parent == folder.resolve()
+    folder_checks.refuse_code(folder)
+
+
 # Stores and the other files of a run folder
 
 
@@ -410,6 +450,46 @@ def settings_json(data: bytes) -> None:
     pipeline._check_settings(out, "prompts", {"prompts.patience": 200, "seed": 42, "train.loss": {}}, own=True)
     pipeline._complete(out, "prompts")
     records.update_json(out / "settings.json", {}, lambda saved: {"prompts": {"settings": {}}, **saved})
+
+
+@target(inputs.json_, ["masks.jsonl", "masks"], ["train", "masks.0-of-2.jsonl", "config.yaml", "../outside"])
+def whole_lists(data: bytes) -> None:
+    """The list of what a process that was killed left to be put in place, and the settings next to it."""
+    out = _write("lists/run/config.yaml", b"x").parent
+    outside = _write("lists/outside", b"x")
+    work = out / ".restart.masks"
+    for path in (out / "masks.jsonl", out / "select.jsonl", work / "masks.jsonl", work / "masks" / "0.safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(str(path).encode())
+    for name in (".whole.json", *(("settings.json",) if len(data) % 2 else ())):
+        (work / name).write_bytes(data if name == ".whole.json" else b'{"masks": ' + data + b"}")
+    try:
+        restarts.finish(out, out)
+    except OspoError:
+        assert (out / "masks.jsonl").read_bytes() == str(out / "masks.jsonl").encode()
+        raise
+    finally:
+        assert outside.read_bytes() == b"x"
+        assert (out / "config.yaml").read_bytes() == b"x"
+        assert (out / "select.jsonl").exists()
+    assert (out / "masks.jsonl").read_bytes() == str(work / "masks.jsonl").encode()
+
+
+@target(inputs.json_, make=lambda: [_selection()])
+def layer_selections(data: bytes) -> None:
+    """The layers that replace "auto"."""
+    path = _write("selected/masks/layers.json", data)
+    settings = config.MasksConfig(layers="auto", heads="auto")
+    layer_search.resolve_auto_layers(settings, [], tiny(), path.parents[1])
+
+
+def _selection() -> dict[str, Any]:
+    settings = config.MasksConfig(layers="auto", heads="auto")
+    return {
+        "asked": {name: getattr(settings, name) for name in layer_search._SEARCH_SETTINGS},
+        "layers": [0],
+        "heads": [0],
+    }
 
 
 @target(inputs.json_, {"step": 3, "best_step": 3, "digest": "ab", "left_out": {}})

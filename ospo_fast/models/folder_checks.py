@@ -6,6 +6,7 @@ Memory and time must depend on what the weights hold, never on numbers or patter
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import stat
 import time
@@ -84,7 +85,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
     files = [folder / name for name in names]
     for file in files:
-        if file.parent != folder or file.suffix != ".safetensors" or not file.is_file():
+        # Path.is_file raises for long names.
+        if file.parent != folder or file.suffix != ".safetensors" or not os.path.isfile(file):  # noqa: PTH113
             raise OspoError(
                 f"model: {index} names {file.name!r:.60}, which is no *.safetensors of its folder; {_AGAIN}"
             )
