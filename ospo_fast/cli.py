@@ -112,11 +112,14 @@ _OPTIONS = {
 
 def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name."""
+    from ospo_fast import restarts
     from ospo_fast.config import check_values, load_config, model_family
 
     named = load_config(args.settings, file=args.config)
     out = args.out or Path(named.out)
     folder = out / "config.yaml" if saved else None
+    if saved:  # what a killed process has not put in place yet, has the configuration
+        restarts.finish_run(out, shared=getattr(args, "shard", None) is not None)
     model = args.model or load_config(args.settings, file=args.config, saved=folder).model
     config = load_config(args.settings, file=args.config, saved=folder, family=model_family(model))
     config = dataclasses.replace(config, out=str(out), model=model)

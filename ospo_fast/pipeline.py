@@ -192,7 +192,25 @@ class Pipeline:
         self.evaluation = evaluation
         self._later: Sequence[str] = ()  # in a run, the stages after the present one
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
+        self._lock: restarts.RunLock | None = None  # of the run folder, in a call
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[restarts.RunLock]:
+        """Hold the lock of the run folder, also over several calls; see `restarts.RunLock`."""
+        if self._lock is not None:
+            yield self._lock
+            return
+        out = self.folder()
+        with os_errors("use", out), restarts.RunLock.hold(out, shared=self.shard is not None) as self._lock:
+            try:
+                yield self._lock
+            finally:
+                self._lock = None
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        self._lock.begin()
 
     def folder(self, iteration: int = 1) -> Path:
         """Return the folder of an iteration's stores."""
@@ -280,10 +298,11 @@ class Pipeline:
 
         """
         names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else list(stages)
-        over = self.check_run(names)
-        if over:  # which deletes what an earlier such run has made
-            self.prepare(stages=names)
-        return self._start_over(names, on_report) if over else self._stages(names, on_report)
+        with self.using():
+            over = self.check_run(names)
+            if over:  # which deletes what an earlier such run has made
+                self.prepare(stages=names)
+            return self._start_over(names, on_report) if over else self._stages(names, on_report)
 
     def check_run(self, names: Sequence[str]) -> bool:
         """Check a run of stages as far as possible before it begins. Return whether it starts over as a whole.
@@ -291,8 +310,8 @@ class Pipeline:
         What an earlier run has finished, and could not put in place any more, is put in place.
         """
         out = self.folder()
-        with os_errors("use", out):
-            restarts.finish(out, out, self.shard)
+        with self.using() as lock:
+            restarts.finish(lock, out, out)
             work = restarts.folder(out)
             restarts.refuse_links(work)
             over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
@@ -319,7 +338,8 @@ class Pipeline:
         """Run all stages in a folder of its own, and let its files replace the old ones when they are whole."""
         out = self.folder()
         work = restarts.folder(out)
-        with self._alone():
+        with restarts.exclusive(out, STAGES):
+            sweep_temporary_files(out)
             if not self.resume:
                 discard(work)
             inner = copy.copy(self)
@@ -331,17 +351,11 @@ class Pipeline:
             self._models[str(self._trained(self.config.iterations))] = model
         return reports
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the locks of all iterations."""
-        with os_errors("use", self.folder()), restarts.everything(self.folder()):
-            yield
-
     def begin_over(self) -> None:
         """Let `run` with `resume=True` start over, as this one would with `resume=False`; see `check_run`."""
         out = self.folder()
         if restarts.made_by_run(out):
-            with self._alone():
+            with self.using(), restarts.exclusive(out, STAGES):
                 discard(restarts.folder(out))
                 self.save_config(restarts.folder(out))
 
@@ -373,9 +387,9 @@ class Pipeline:
 
         """
         stage, out = find_stage(name), self.folder(iteration)
-        with os_errors("use", out):
+        with self.using() as lock:
             for folder in dict.fromkeys((self.folder(), out)):
-                restarts.finish(folder, self.folder(), self.shard)
+                restarts.finish(lock, folder, self.folder())
             work = restarts.folder(out, stage, self.shard)
             config, settings = self._check(stage, iteration)
             self._sweep(stage, out)
@@ -384,8 +398,7 @@ class Pipeline:
                 return report
             process = self._steps if stage.counts_steps else self._items
             if not self._starts_over(stage, out, settings):
-                with restarts.in_use(out):
-                    process(stage, out, out, config, settings, report)
+                process(stage, out, out, config, settings, report)
                 return report
             with restarts.exclusive(out, self._replaced(stage), self.shard):
                 existed = work.exists()
@@ -395,7 +408,7 @@ class Pipeline:
                     if not existed:
                         restarts.delete_if_empty(work)
                 if whole:
-                    restarts.put_in_place(work, out, self.folder())
+                    restarts.put_in_place(work, out, self.folder(), lambda: self._check_shard(stage, out, settings))
                     if self.shard and stage.finish is not None:  # of all shards
                         stage.finish(out, read_stage(out, name, lambda error: None))
         return report
@@ -455,14 +468,21 @@ class Pipeline:
                 f"The shards of {name} are already merged into {store_path(out, name)}; to run it again, use "
                 f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
             )
-        if self.shard is not None and self._starts_over(stage, out, settings):
-            later = restarts.made_by(out, STAGES[STAGES.index(stage) + 1 :])
-            if later:
-                raise UsageError(
-                    f"{later[0]} was made of results of {name} that a shard would replace; start over with "
-                    f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
-                )
+        if self._starts_over(stage, out, settings):
+            self._check_shard(stage, out, settings)
         return config, settings
+
+    def _check_shard(self, stage: Stage, out: Path, settings: dict[str, Any]) -> None:
+        """Raise UsageError if a shard that starts over would replace what was used, or differ from other shards."""
+        if self.shard is None:
+            return
+        self._check_settings(out, stage.name, settings, own=False)
+        later = restarts.made_by(out, STAGES[STAGES.index(stage) + 1 :])
+        if later := later + restarts.later_iterations(out, self.folder()):
+            raise UsageError(
+                f"{later[0]} was made of results of {stage.name} that a shard would replace; start over with "
+                f"`ospo-fast {stage.name} --out {self.config.out} --no-resume` without --shard."
+            )
 
     def _check_request(self, stage: Stage, config: Config) -> None:
         """Check the settings of a stage that need neither its folder nor the model."""
@@ -485,11 +505,12 @@ class Pipeline:
         name, source = stage.name, stage.inputs(config)
         fresh = work != out and not self.resume  # what an earlier call has made in `work` is not used
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
-        present = {} if fresh else self._present(work, name, unusable.append)
+        present, inputs_of_shard = {} if fresh else self._present(work, name, unusable.append), {}
         if source is None:
-            complete = not fresh and self._complete(work, name)
+            complete = not fresh and self._complete(work, name) and bool(store_paths(work, name))
             waiting, total = list(present.values()), 0
         else:
+            inputs_of_shard = _inodes(out, source)
             found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
             if not found and not unusable:
@@ -513,11 +534,19 @@ class Pipeline:
         self._check_model(config, report.iteration, self._later if complete else [name, *self._later])
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
+        self._take_lock()
         if fresh:
             discard(work)
         context = self._context(report, writes=work)
         with Store(store_path(work, name, self.shard), on_error=lambda error: None) as store:
-            self._begin(work, stage, settings)  # only once no other process writes the store
+            if not present.keys() >= set(store):
+                raise OspoError(f"Another process has just written to {store.path}; run the command again.")
+            try:
+                self._begin(work, stage, settings, out, inputs_of_shard)  # once no other process writes the store
+            except OspoError:
+                if store.path.stat().st_size == 0:
+                    store.path.unlink()
+                raise
             if self.shard is None:
                 _merge_shards(store, work, name)
             before = len(store)
@@ -562,10 +591,11 @@ class Pipeline:
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         model = self.model(report.iteration)
         self._check_model(config, report.iteration, [stage.name, *self._later])
+        self._take_lock()
         if fresh:
             discard(work)
         with only_writer(folder):
-            self._begin(work, stage, settings)
+            self._begin(work, stage, settings, out, {})
             with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
                 context = self._context(report, writes=work, evaluation=self.evaluation, progress=bar.update)
                 try:
@@ -586,13 +616,24 @@ class Pipeline:
             paths = [path for path in paths if path in (store_path(out, name), store_path(out, name, self.shard))]
         return _read_stores(paths, on_error)
 
-    def _begin(self, out: Path, stage: Stage, settings: dict[str, Any]) -> None:
-        """Save configuration (in the run folder of an iteration) and settings."""
-        restarts.begin(out)
-        starts_over = out.name.startswith(restarts.PREFIX)
-        write_atomic((out if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
-        key = self._key(stage.name)
-        update_json(out / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
+    def _begin(
+        self, work: Path, stage: Stage, settings: dict[str, Any], out: Path, inputs_of_shard: dict[Path, int]
+    ) -> None:
+        """Save configuration (in the run folder of an iteration) and settings.
+
+        Processes of other shards run at the same time. So their settings, and what this one has read, are checked again
+        while none of them begins or replaces anything.
+        """
+        with restarts.one_shard(out) if self.shard else contextlib.nullcontext():
+            if self.shard:
+                self._check_settings(out, stage.name, settings, own=work == out)
+                now = _inodes(out, stage.inputs(self.config))
+                if changed := [path for path, number in inputs_of_shard.items() if now.get(path) != number]:
+                    raise OspoError(f"Another process has just replaced {changed[0]}; run the command again.")
+            key = self._key(stage.name)
+            update_json(work / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
+        starts_over = work.name.startswith(restarts.PREFIX)
+        write_atomic((work if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
 
     def _key(self, name: str) -> str:
         return name if self.shard is None else f"{name}.{self.shard}"
@@ -649,6 +690,11 @@ class Pipeline:
         from tqdm import tqdm
 
         return tqdm(desc=stage.name, total=total or None, unit=stage.unit, delay=2, disable=not self.progress)
+
+
+def _inodes(out: Path, stage: str | None) -> dict[Path, int]:
+    """Return the inode of each store of a stage: it is another one once the store was replaced."""
+    return {path: path.stat().st_ino for path in store_paths(out, stage)} if stage is not None else {}
 
 
 def _warn(stage: str, failed: list[str], total: int) -> None:

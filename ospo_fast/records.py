@@ -25,6 +25,7 @@ import os
 import re
 import reprlib
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -550,15 +551,18 @@ def delete(path: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Delete a folder as a whole: a process that is killed meanwhile leaves none of it under its name."""
-    gone = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")  # which is swept
-    try:
-        folder.rename(gone)
-    except FileNotFoundError:
-        return
-    try:
-        sync_folder(folder.parent)
-    finally:
-        delete(gone)
+    gone = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}.tmp")  # which is swept, once it has no lock
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, OspoError):  # a file system without locks, in which nothing is swept
+            stack.enter_context(_holding(open_to_lock(folder), folder))
+        try:
+            folder.rename(gone)
+        except FileNotFoundError:
+            return
+        try:
+            sync_folder(folder.parent)
+        finally:
+            delete(gone)
 
 
 def sweep_temporary_files(folder: Path, pattern: str = ".*.tmp") -> None:
@@ -780,12 +784,37 @@ def _lock(file: IO[Any] | int, path: Path, *, wait: bool = False) -> None:
         ) from error
 
 
+# Device and inode of each file that this process has locked, and its thread, or 0 of a lock that no one waits for.
+_LOCKS: list[tuple[int, int, int]] = []
+
+
+def remember_lock(handle: int, thread: int = 0) -> None:
+    """Remember that a file is locked, so that `locked` does not wait for its own process."""
+    status = os.fstat(handle)
+    _LOCKS.append((status.st_dev, status.st_ino, thread))
+
+
+def forget_lock(handle: int, thread: int = 0) -> None:
+    """Take back `remember_lock`, before the file is closed."""
+    status = os.fstat(handle)
+    with contextlib.suppress(ValueError):  # it was never locked
+        _LOCKS.remove((status.st_dev, status.st_ino, thread))
+
+
 @contextlib.contextmanager
 def _holding(handle: int, path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a file, and close it; see `_lock`."""
+    thread = threading.get_ident() if wait else 0
     try:
+        status = os.fstat(handle)
+        if wait and any((status.st_dev, status.st_ino, by) in _LOCKS for by in (0, thread)):
+            raise OspoError(f"{path} is a hard link of another lock that this process holds; delete it.")
         _lock(handle, path, wait=wait)
-        yield
+        remember_lock(handle, thread)
+        try:
+            yield
+        finally:
+            forget_lock(handle, thread)
     finally:
         os.close(handle)
 
@@ -848,6 +877,9 @@ class Store(contextlib.AbstractContextManager["Store"]):
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
 
     def append(self, record: Record) -> None:
         """Append one record and return once it is on disk.

@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from ospo_fast.files import no_link
 from ospo_fast.records import (
     delete,
     discard,
+    forget_lock,
     locked,
     only_user,
     only_writer,
     open_to_lock,
     os_errors,
     read_json,
+    remember_lock,
     sync_folder,
     update_json,
     write_json,
@@ -78,56 +80,99 @@ def _iterations(out: Path) -> list[Path]:
     return [path for path in out.glob("iter*") if re.fullmatch(r"iter\d+", path.name)]
 
 
-@contextlib.contextmanager
-def in_use(out: Path, *, alone: bool = False) -> Iterator[None]:
-    """Hold the lock of a run folder, from before a stage reads its inputs: shared, or `alone` to start over.
+def later_iterations(out: Path, run_folder: Path) -> list[Path]:
+    """Return the folders of the iterations after that of `out`, which start from what it trains."""
+    number = 1 if out == run_folder else int(out.name[4:])
+    return [path for path in _iterations(run_folder) if int(path.name[4:]) > number]
 
-    A folder in which no stage has begun has no such lock: nothing in it can be replaced. Nor has one without the lock
-    that this process cannot write. Raises OspoError if another process holds the lock in a way that excludes this one.
+
+class RunLock:
+    """The lock of a run folder and its iterations: one process alone holds it, or those of shards together.
+
+    It is held from before the first check of a command to its end, so that nothing changes that was checked or read. A
+    folder in which nothing was made has no lock, because a refused command leaves no trace: `begin` makes it. Nor has
+    one without the lock that this process cannot write.
     """
-    path = _lock_path(out)
-    try:
-        handle = open_to_lock(path, os.O_CREAT if alone or made_by(out, STAGES) else 0)
-    except (FileNotFoundError, NotADirectoryError):
-        yield
-        return
-    except OSError as error:
-        raise OspoError(f"Cannot lock {path}: {error.strerror}; delete the file.") from error
-    try:
+
+    def __init__(self, out: Path, *, shared: bool) -> None:
+        self.out, self.shared = out, shared
+        self._path, self._handle = out / _IN_USE, -1
+
+    @classmethod
+    @contextlib.contextmanager
+    def hold(cls, out: Path, *, shared: bool) -> Iterator[RunLock]:
+        """Hold the lock of a run folder in the block. Raises OspoError if another process holds it."""
+        lock = cls(out, shared=shared)
         try:
-            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if made_by_run(out) or any(out.glob(f"{PREFIX}*")):
+                try:
+                    lock._take()
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise OspoError(f"Cannot lock {lock._path}: {error.strerror}; delete the file.") from error
+            yield lock
+        finally:
+            lock._release()
+
+    def begin(self) -> None:
+        """Hold the lock of a folder that had none, before the first write. Raises OspoError if it is not empty now."""
+        if self._handle >= 0:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except OSError as error:
+            raise OspoError(
+                f"Cannot write {self.out}: {error.strerror}; choose another run folder with --out."
+            ) from error
+        if not self.shared and made_by_run(self.out):
+            raise OspoError(f"Another process has just written to {self.out}; run the command again.")
+
+    def _take(self) -> None:
+        self._handle = open_to_lock(self._path, os.O_CREAT)
+        self._lock(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
+        remember_lock(self._handle)
+
+    def _release(self) -> None:
+        if self._handle >= 0:
+            forget_lock(self._handle)
+            os.close(self._handle)
+
+    def _lock(self, how: int) -> None:
+        try:
+            try:
+                fcntl.flock(self._handle, how | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise
+                fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # of NFS, where it cannot be written
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise OspoError(f"Cannot lock {path}: {error.strerror}.") from error
-            how = "in use by" if alone else "being started over by"
-            raise OspoError(f"{out} is {how} another process; wait for it, or give this one another --out.") from error
-        yield
-    finally:
-        os.close(handle)
+                raise OspoError(f"Cannot lock {self._path}: {error.strerror}.") from error
+            raise OspoError(
+                f"{self.out} is in use by another process; wait for it, or give this one another --out."
+            ) from error
 
-
-def _lock_path(out: Path) -> Path:
-    """Return the lock of a run folder, or of an iteration: next to it, as NFS deletes no folder with open files."""
-    iteration = re.fullmatch(r"iter\d+", out.name) and (out.parent / "config.yaml").is_file()
-    return out.with_name(f".{out.name}{_IN_USE}") if iteration else out / _IN_USE
-
-
-def begin(out: Path) -> None:
-    """Make the lock of a run folder in which a stage begins; see `in_use`."""
-    if not out.name.startswith(PREFIX):  # no other process reads what is not in place
-        with os_errors("write", out):
-            os.close(open_to_lock(_lock_path(out), os.O_CREAT))
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock alone in the block. Raises OspoError if other shards hold it."""
+        if self.shared and self._handle >= 0:
+            self._lock(fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if self.shared and self._handle >= 0:
+                self._lock(fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
 def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) -> Iterator[None]:
-    """Hold the locks of a run folder and of the stages' stores and training, to start over.
+    """Hold the locks of the stages' stores and training, to start over, besides the `RunLock`.
 
     A shard replaces its own store alone, so that the others run at the same time. Raises OspoError if another process
     holds one of the locks.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(in_use(out, alone=shard is None))
         for stage in stages:
             for path in map(no_link, made_by(out, [stage], shard)):
                 if stage.counts_steps:
@@ -137,44 +182,47 @@ def exclusive(out: Path, stages: Sequence[Stage], shard: Shard | None = None) ->
         yield
 
 
-def put_in_place(work: Path, out: Path, run_folder: Path) -> None:
+def put_in_place(work: Path, out: Path, run_folder: Path, check: Callable[[], object] = lambda: None) -> None:
     """Let the files of a folder that is whole take the places of those of `out`, and delete the folder.
 
     The caller holds the locks of `out`; see `exclusive`. run_folder: that of all iterations, which has config.yaml.
+    check: of a shard, called once no other shard begins or replaces anything.
     """
-    names = sorted(path.name for path in work.iterdir() if not path.name.startswith("."))
-    with _one_shard(work, out):
+    names = sorted(path.name for path in made_by_run(work))
+    with one_shard(out) if _parts(work)[1] else contextlib.nullcontext():
+        check()
         write_json(work / _LIST, names)
         _move(work, out, run_folder)
 
 
-def finish(out: Path, run_folder: Path, shard: Shard | None = None) -> None:
-    """Put in place what was whole when its process was killed; of shards, the given one or all if None."""
-    for work in sorted(out.glob(f"{PREFIX}*")):
-        if not (re.fullmatch(_NAME, work.name) and (no_link(work) / _LIST).exists()):
-            continue
-        _, of = _parts(work)
-        if of and shard is not None and of != str(shard):
-            continue  # its process may be alive
-        with everything(out) if work.name == PREFIX else in_use(out, alone=not of), _one_shard(work, out):
-            if (work / _LIST).exists():  # no other process has done it in the meantime
+def unfinished(out: Path) -> list[Path]:
+    """Return the folders whose files are whole, and not all in place."""
+    found = (path for path in sorted(out.glob(f"{PREFIX}*")) if re.fullmatch(_NAME, path.name))
+    return [path for path in found if (no_link(path) / _LIST).exists()]
+
+
+def finish(lock: RunLock, out: Path, run_folder: Path) -> None:
+    """Put in place what was whole when its process was killed."""
+    for work in unfinished(out):
+        # A shard whose list is there is being put in place by a process that holds the lock, or by none.
+        with one_shard(out) if _parts(work)[1] else lock.alone():
+            if (work / _LIST).exists():
                 _move(work, out, run_folder)
 
 
-@contextlib.contextmanager
-def everything(out: Path) -> Iterator[None]:
-    """Hold the locks of a run folder and its iterations, to start over. Raises OspoError as `exclusive` does."""
-    with contextlib.ExitStack() as locks:
-        locks.enter_context(exclusive(out, STAGES))
-        for folder in _iterations(out):
-            if not folder.is_symlink():
-                locks.enter_context(in_use(folder, alone=True))
-        yield
+def finish_run(out: Path, *, shared: bool) -> None:
+    """Do `finish` in a run folder and its iterations, before its config.yaml is read, which can be replaced."""
+    with os_errors("read", out):
+        folders = [folder for folder in (out, *_iterations(out)) if not folder.is_symlink()]
+        if any(map(unfinished, folders)):
+            with RunLock.hold(out, shared=shared) as lock:
+                for folder in folders:
+                    finish(lock, folder, out)
 
 
-def _one_shard(work: Path, out: Path) -> contextlib.AbstractContextManager[None]:
-    """Let one process at a time put shards in place, which have the run folder in common."""
-    return locked(out / ".shards.lock") if _parts(work)[1] else contextlib.nullcontext()
+def one_shard(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Let one process at a time begin a shard or put one in place: shards have the run folder in common."""
+    return locked(out / ".shards.lock")
 
 
 def _parts(work: Path) -> tuple[str, str]:
@@ -185,16 +233,25 @@ def _parts(work: Path) -> tuple[str, str]:
 
 def _move(work: Path, out: Path, run_folder: Path) -> None:
     """Do what is left of `put_in_place` once the list is written. Each step can be repeated."""
-    # All is read before anything is deleted.
+    # All is read and checked before anything is deleted.
     names = set(map(str, read_json(work / _LIST, [])))
     settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
     for name, kind in (("settings.json", {}), ("stages.json", [])):
         read_json(out / name, kind)
     stage, shard = _parts(work)
     later = STAGES[STAGES.index(find_stage(stage)) :] if stage else STAGES
+    later = later[:1] if shard else later  # a shard replaces nothing that a later stage has used
     old, new = (made_by(at, later, shard) if stage else made_by_run(at) for at in (out, work))
-    for path in (*new, *(path for path in old if path.name in {each.name for each in new})):
-        no_link(path)
+    if not shard:
+        old += later_iterations(out, run_folder) if stage else []
+    refuse_links(work)
+    if shard:
+        refuse_links(out / str(find_stage(stage).folder))
+    for path, place in [(path, out / path.name) for path in new] + [(work / "config.yaml", run_folder / "config.yaml")]:
+        refuse_links(place)
+        if no_link(path).exists() and place.exists() and path.is_dir() != place.is_dir():
+            expected, got = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise OspoError(f"{place} is a {got}, expected a {expected}; delete it.")
     if not {path.name for path in new} <= names:
         raise OspoError(f"{work / _LIST} does not list the files of its folder; delete the folder {work}.")
     with os_errors("replace the files of", out):

@@ -314,7 +314,7 @@ def test_a_replacement_that_was_stopped_is_finished(whole, tiny, script, tmp_pat
             with pytest.MonkeyPatch.context() as patch:
                 made = stop_at(patch, restarts, name, count)
                 with contextlib.suppress(StoppedError):
-                    restarts.finish(out, out)
+                    restarts.finish_run(out, shared=False)
             over(out)
             found = contents(out)
             calls += len(made)
@@ -342,13 +342,13 @@ def test_links_of_a_stranger_are_not_followed(tmp_path):
     before = contents(mine)
     (out / ".restart").symlink_to(mine)
     with pytest.raises(OspoError, match=r"\.restart is a symbolic link"):
-        restarts.finish(out, out)
+        restarts.finish_run(out, shared=False)
     (out / ".restart").unlink()
     inner = prepared(out / ".restart", '["images", "score.jsonl"]')
     shutil.rmtree(inner / "images")
     (inner / "images").symlink_to(mine)
     with pytest.raises(OspoError, match="images is a symbolic link"):
-        restarts.finish(out, out)
+        restarts.finish_run(out, shared=False)
     assert contents(mine) == before
     assert mine.is_dir()
 
@@ -362,7 +362,7 @@ def test_a_replacement_is_checked_before_anything_is_deleted(tmp_path, broken):
     (work / broken).write_text("3")
     before = visible(tmp_path)
     with pytest.raises(OspoError, match=Path(broken).name):
-        restarts.finish(tmp_path, tmp_path)
+        restarts.finish_run(tmp_path, shared=False)
     assert visible(tmp_path) == before
 
 
@@ -370,7 +370,7 @@ def test_folders_of_other_names_are_not_replacements(tmp_path):
     for name in (".restartfoo", ".restart..x", ".restart.score.zzz", ".restart.nothing"):
         prepared(tmp_path / name)
     (tmp_path / "score.jsonl").write_text("{}")
-    restarts.finish(tmp_path, tmp_path)
+    restarts.finish_run(tmp_path, shared=False)
     assert (tmp_path / "score.jsonl").exists()
     assert len(list(tmp_path.glob(".restart*"))) == 4
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ospo_fast import records, restarts
+from ospo_fast.cli import main
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage
@@ -173,7 +174,7 @@ def test_no_stage_reads_what_is_being_replaced(tiny, script, out, monkeypatch):
     def during(self, *arguments):
         if not refused:
             refused.append(self)
-            with pytest.raises(OspoError, match="out is being started over by another process"):
+            with pytest.raises(OspoError, match="out is in use by another process"):
                 pipeline(tiny, out).stage("select")
         return append(self, *arguments)
 
@@ -376,3 +377,218 @@ def test_a_shard_that_starts_over_is_not_continued_after_the_shards_are_merged(t
     before = visible(out)
     assert pipeline(tiny, out, shard=Shard(0, 2)).stage("images").items == 0
     assert visible(out).keys() - {"images.0-of-2.jsonl"} == before.keys()
+
+
+@pytest.mark.parametrize("kind", ["place", "folder in it", "source"])
+def test_what_was_whole_is_not_put_in_place_through_links(tiny, script, tmp_path, out, kind):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    work = out / ".restart.images.0-of-1"
+    (work / ("images/x" if kind == "folder in it" else "" if kind == "source" else "images")).mkdir(parents=True)
+    (work / ".whole.json").write_text('["images"]')
+    if kind == "source":
+        (work / "images").symlink_to(mine)
+    elif kind == "place":
+        (work / "images" / "file").write_text("of someone else")
+        shutil.rmtree(out / "images")
+        (out / "images").symlink_to(mine)
+    else:
+        (work / "images" / "x" / "file").write_text("of someone else")
+        (out / "images" / "x").symlink_to(mine)
+    with pytest.raises(OspoError, match="is a symbolic link"):
+        pipeline(tiny, out).stage("score")
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"file": "mine"}
+
+
+@contextlib.contextmanager
+def during(patch, owner, name, call):
+    """Call `call` once, before the method `name` does its work: as another process would at that time."""
+    method, calls = getattr(owner, name), []
+
+    def wrapped(self, *arguments, **settings):
+        if not calls:
+            calls.append(None)
+            call()
+        return method(self, *arguments, **settings)
+
+    with patch.context() as inner:
+        inner.setattr(owner, name, wrapped)
+        yield
+    assert calls
+
+
+def refused(call):
+    with pytest.raises(OspoError, match="is in use by another process; wait for it, or give this one another --out"):
+        call()
+
+
+def test_one_process_uses_a_run_folder_with_its_iterations(tiny, script, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pipeline(tiny, out).run()
+    before = visible(out)
+
+    def others():
+        refused(pipeline(tiny, out, "images.temperature=0.5", resume=False).run)
+        refused(lambda: pipeline(tiny, out, resume=False).stage("train"))
+        refused(lambda: pipeline(tiny, out, shard=Shard(0, 2)).stage("images"))
+        refused(pipeline(tiny, out, "iterations=2").run)
+
+    with during(monkeypatch, Store, "append", others):
+        assert pipeline(tiny, out, "iterations=2").stage("prompts", 2).items == 6
+    with during(monkeypatch, Pipeline, "model", others):  # also before anything is written
+        pipeline(tiny, out, "iterations=2").stage("perturb", 2)
+    after = visible(out)
+    assert {name: after[name] for name in before} == {**before, "config.yaml": after["config.yaml"]}
+
+
+def test_what_a_later_iteration_made_of_a_replaced_training_goes(tiny, script, tmp_path):
+    out = tmp_path / "out"
+    pipeline(tiny, out).run()
+    pipeline(tiny, out, "iterations=2").stage("prompts", 2)
+    shutil.copytree(out / "iter2", out / "iter3")
+    (out / "iter2" / "prompts.jsonl").unlink()
+    pipeline(tiny, out, "iterations=3", resume=False).stage("prompts", 2)  # nothing was made of it
+    assert (out / "iter2" / "prompts.jsonl").exists()
+    assert (out / "iter3").exists()
+    pipeline(tiny, out, "iterations=3", resume=False).stage("prompts", 2)
+    assert not (out / "iter3").exists()
+    pipeline(tiny, out, "iterations=2", "train.learning_rate=0.01", resume=False).stage("train")
+    assert not (out / "iter2").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_another_process_begins_in_an_empty_folder_stays(tiny, script, tmp_path, monkeypatch, whole):
+    out = tmp_path / "out"
+
+    def other():
+        with contextlib.nullcontext() if whole else stopped_after(2):
+            pipeline(tiny, out, "prompts.temperature=0.5").stage("prompts")
+        other.made = visible(out)
+
+    with (
+        during(monkeypatch, Pipeline, "model", other),
+        pytest.raises(OspoError, match=r"Another process has just written to .*out; run the command again"),
+    ):
+        pipeline(tiny, out).stage("prompts")
+    assert visible(out) == other.made
+
+
+def test_shards_that_begin_at_once_have_the_same_settings(tiny, script, out, monkeypatch):
+    back_to(out, "perturb")
+
+    def other():
+        pipeline(tiny, out, "images.temperature=0.5", shard=Shard(0, 2)).stage("images")
+        other.made = visible(out)
+
+    with (
+        during(monkeypatch, Pipeline, "model", other),
+        pytest.raises(UsageError, match=r"images\.0-of-2 was made with"),
+    ):
+        pipeline(tiny, out, shard=Shard(1, 2)).stage("images")
+    assert visible(out) == other.made
+
+
+def test_the_same_shard_twice(tiny, script, out, monkeypatch):
+    back_to(out, "perturb")
+
+    def other():
+        pipeline(tiny, out, shard=Shard(0, 2)).stage("images")
+
+    with during(monkeypatch, Pipeline, "model", other), pytest.raises(OspoError, match="Another process has just"):
+        pipeline(tiny, out, shard=Shard(0, 2)).stage("images")
+
+
+@pytest.mark.parametrize("first", ["starts over", "uses"])
+def test_a_shard_does_not_replace_what_a_later_stage_uses_meanwhile(tiny, script, out, monkeypatch, first):
+    back_to(out, "perturb")
+    shard = {"shard": Shard(0, 1)}
+    pipeline(tiny, out, **shard).stage("images")
+    before = visible(out)
+
+    def over():
+        pipeline(tiny, out, "images.temperature=0.5", **shard, resume=False).stage("images")
+
+    def use():
+        pipeline(tiny, out, **shard).stage("questions")
+
+    if first == "starts over":
+        with (
+            during(monkeypatch, Store, "append", use),
+            pytest.raises(UsageError, match=r"questions\.0-of-1\.jsonl was"),
+        ):
+            over()
+        after = visible(out)
+        assert {name: after[name] for name in before if name not in NOTES} == {
+            name: before[name] for name in before if name not in NOTES
+        }
+    else:
+        with during(monkeypatch, Store, "__init__", over), pytest.raises(OspoError, match=r"just replaced .*images"):
+            use()
+        assert not (out / "questions.0-of-1.jsonl").exists()
+    assert not list(out.glob(".restart*")) or first == "starts over"
+
+
+NOTES = ("settings.json", "stages.json", "config.yaml")
+
+
+def test_locks_that_are_one_file_are_named(tiny, script, out):
+    (out / ".lock").unlink()
+    os.link(out / ".stages.lock", out / ".lock")
+    with pytest.raises(OspoError, match=r"\.lock is a hard link of another lock"):
+        pipeline(tiny, out).stage("select")
+
+
+def test_other_processes_do_not_sweep_what_is_being_deleted(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    rmtree, left = shutil.rmtree, []
+
+    def sweep_first(path, *arguments, **settings):
+        if not left:
+            left.append(None)
+            records.sweep_temporary_files(tmp_path)
+            left[0] = (path / "inner").exists()
+        rmtree(path, *arguments, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", sweep_first)
+    records.discard(folder)
+    assert left == [True]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_starts_over_sweeps_its_folder(tiny, script, out):
+    (out / ".restart.0123456789abcdef.tmp").mkdir()
+    (out / ".settings.json.0123456789abcdef.tmp").write_text("{")
+    pipeline(tiny, out, resume=False).run(["prompts", "perturb"])
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_files_of_any_name_in_an_unfinished_start(tiny, script, out):
+    with stopped_after(2):
+        pipeline(tiny, out, resume=False).stage("score")
+    Path(os.fsdecode(os.fsencode(out / ".restart.score") + b"/\xff")).touch()
+    pipeline(tiny, out).stage("score")
+    assert not (out / ".restart.score").exists()
+
+
+@pytest.mark.parametrize("name", ["score.jsonl", "config.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_named_before_anything_is_replaced(tiny, script, out, name):
+    stopped(lambda: pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score"))
+    (out / name).unlink()
+    (out / name).mkdir()
+    before = visible(out)
+    for _ in range(2):
+        with pytest.raises(OspoError, match=rf"out/{name} is a folder, expected a file; delete it"):
+            pipeline(tiny, out).stage("score")
+        assert visible(out) == before
+    (out / name).rmdir()
+    assert pipeline(tiny, out).stage("score").items == 0
+    assert len(list(read_records(out / "score.jsonl"))) == 6
+
+
+def test_the_configuration_of_what_was_whole_is_used(tiny, script, out):
+    stopped(lambda: pipeline(tiny, out, "score.batch_size=2", "train.learning_rate=0.01", resume=False).stage("score"))
+    assert main(["select", "--out", str(out)]) == 0
+    saved = load_config(saved=out / "config.yaml", family="shapes")
+    assert (saved.score.batch_size, saved.train.learning_rate) == (2, 0.01)

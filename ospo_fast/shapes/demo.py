@@ -84,36 +84,40 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         OspoError, UsageError: as the stages do.
 
     """
-    with os_errors("read", Path(config.out)):
-        return _run(config, resume=resume, progress=progress)
-
-
-def _run(config: Config, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
     if config.evaluate.split != "test":
         raise UsageError(
             f"evaluate.split: got {config.evaluate.split!r}, expected 'test'; the demo chooses the guidance scale on "
             "validation prompts and compares on test prompts, so delete the setting or use `ospo-fast evaluate`."
         )
-    out = Path(config.out)
-    base = load_model(config.model, device=config.device, dtype=config.dtype)
-    pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
-    pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
-    pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written
+    with os_errors("read", Path(config.out)):
+        base = load_model(config.model, device=config.device, dtype=config.dtype)
+        pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
+        pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
+        pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written
+        with pipeline.using() as lock:  # two demos would delete each other's evaluations
+            lock.begin()
+            return _run(pipeline, base, started)
+
+
+def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, Any]:
+    config, out = pipeline.config, pipeline.folder()
     save_held_out_prompts(out / "held_out.txt")
     config.prompts.exclude = str(out / "held_out.txt")
     pipeline.prepare()
     over = pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
-    if not resume:
+    if not pipeline.resume:
         pipeline.begin_over()
-    results = _Evaluations(pipeline, progress=progress)
+    results = _Evaluations(pipeline)
     scale, scales = results.guidance("base", base)
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
     if not over:  # else these folders have the training that is replaced
         _check_validation_scale(folders, scale)
     before = results.alignment("base", base, sorted({1.0, scale}))
-    vqa = results.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=progress))
-    own = results.get("vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=progress))
+    vqa = results.get("vqa_rendered", base, lambda: evaluate.evaluate_answers(base, progress=pipeline.progress))
+    own = results.get(
+        "vqa_own", base, lambda: evaluate.evaluate_own_answers(base, before[scale], progress=pipeline.progress)
+    )
 
     pipeline.evaluation = evaluate.build_validation(config.evaluate, scale)
     pipeline.run(STAGE_NAMES)  # masks are measured even where training uses those of the policy
@@ -187,6 +191,9 @@ def _check_validation_scale(folders: Sequence[Path], scale: float) -> None:
             )
 
 
+_UNFINISHED = "config.yaml"  # in a folder of evaluations that starts over
+
+
 class _Evaluations:
     """Results of evaluations, kept in `evaluation/` so that a resumed demo does not compute them again.
 
@@ -196,17 +203,18 @@ class _Evaluations:
     Raises OspoError for a broken file and for links among the folders.
     """
 
-    def __init__(self, pipeline: Pipeline, *, progress: bool) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         settings, out = pipeline.config.evaluate, pipeline.folder()
         self.scales = [float(scale) for scale in settings.guidance_scales]
         self.options: dict[str, Any] = {
             "per_kind": settings.per_kind, "seeds": list(settings.seeds), "batch_size": settings.batch_size
         }  # fmt: skip
-        self.progress = progress
+        self.progress = pipeline.progress
         self._place, work = out / "evaluation", out / f"{restarts.PREFIX}.evaluation"
         for folder in (self._place, work):
             restarts.refuse_links(folder)
             sweep_temporary_files(folder, "**/.*.tmp")
+        (self._place / _UNFINISHED).unlink(missing_ok=True)  # of a process that was killed in `put_in_place`
         self.starts_over = pipeline.continues(work) if pipeline.resume else self._place.exists()
         self.folder = work if self.starts_over else self._place
         if not pipeline.resume:
@@ -220,10 +228,11 @@ class _Evaluations:
         """Let the results of a demo that starts over, which are whole, replace the old ones."""
         if self.starts_over:
             with os_errors("replace", self._place):
+                self.folder.stat()
                 delete(self._place)  # a process that is killed here leaves the new results, to be continued
                 self.folder.replace(self._place)
                 sync_folder(self._place.parent)
-                delete(self._place / "config.yaml")
+                delete(self._place / _UNFINISHED)
             self.folder, self.starts_over = self._place, False
 
     @staticmethod

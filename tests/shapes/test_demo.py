@@ -265,6 +265,25 @@ def test_interrupted_restart_keeps_the_old_results(
     assert Pipeline(same, progress=False).continues(out / ".restart")  # and not the old run, of other settings
 
 
+def test_two_demos_in_one_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would delete the evaluations of the other. What a kill left next to replaced ones goes with the next."""
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    before = visible(out)
+    (out / "evaluation" / "config.yaml").touch()
+    config = load_config([*SMALL, f"out={out}"], family="shapes")
+
+    def second(*_: Any, **__: Any) -> None:
+        for resume in (True, False):
+            with pytest.raises(OspoError, match="run is in use by another process"):
+                demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), resume=resume, progress=False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "run", second)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(config, progress=False)
+    assert visible(out) == before
+
+
 def test_whole_restart_replaces_the_evaluations(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
