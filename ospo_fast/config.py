@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
 from ospo_fast.errors import OspoError, UsageError, check_text
-from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_yaml
+from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_yaml, yaml_loader
 from ospo_fast.records import os_errors, parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
@@ -430,10 +430,12 @@ def _loader() -> Any:
     """Return the loader of YAML: plain values without dates, and no key twice, of which the last would win."""
     import yaml
 
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    base: Any = yaml_loader()
+
+    class Loader(base):
         yaml_implicit_resolvers: ClassVar[Any] = {
             first: [each for each in resolvers if not each[0].endswith(":timestamp")]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+            for first, resolvers in base.yaml_implicit_resolvers.items()
         }
 
         def flatten_mapping(self, node: Any) -> None:

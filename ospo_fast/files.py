@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import math
 import os
@@ -17,7 +18,7 @@ import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ospo_fast.errors import OspoError
 
@@ -163,6 +164,38 @@ def check_yaml(text: str) -> None:
             sizes[anchor] = total - before
         if len(opened) > MAX_NESTING or total > MAX_VALUES:
             raise ValueError(f"it nests more than {MAX_NESTING} deep, or has more than {MAX_VALUES} values")
+
+
+@functools.cache
+def yaml_loader() -> Any:
+    """Return a safe loader of YAML without numbers of base 60, such as 1:30, which take quadratic time to read.
+
+    They are texts, as in YAML 1.2, unless a tag says that they are numbers, which is an error.
+    """
+    import yaml
+
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    numbers = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+    class Loader(base):
+        yaml_implicit_resolvers: ClassVar[Any] = {
+            first: [
+                (tag, re.compile(f"(?!.*:){rule.pattern}", rule.flags) if tag in numbers else rule)
+                for tag, rule in resolvers
+            ]
+            for first, resolvers in base.yaml_implicit_resolvers.items()
+        }
+
+    def construct(loader: Any, node: Any) -> Any:
+        if ":" in node.value:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.60} is no number; write it without colons", node.start_mark
+            )
+        return base.yaml_constructors[node.tag](loader, node)
+
+    for tag in numbers:
+        Loader.add_constructor(tag, construct)
+    return Loader
 
 
 def open_image(path: Path) -> Any:

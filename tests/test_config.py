@@ -355,15 +355,61 @@ def test_null_is_none_and_quotes_are_of_yaml():
     assert load_config(["out=!!str 010"]).out == "010"
 
 
-@pytest.mark.parametrize("value", ["20241101_1230", "010", "no", "12:30:00", "0x1f", "1.5", "[a]", "{a: b}"])
+@pytest.mark.parametrize("value", ["20241101_1230", "010", "no", "0x1f", "1.5", "[a]", "{a: b}"])
 def test_a_number_in_the_place_of_a_text_is_refused_in_a_file(tmp_path, value):
     path = tmp_path / "c.yaml"
     for text in (f"out: {value}", f"prompts: {{file: {value}}}", f"read_from: [{value}]", f"select: {{rule: {value}}}"):
         path.write_text(text)
         with pytest.raises(UsageError, match=r"c\.yaml: .*: got .*, expected a text; write it in quotes\.$"):
             load_config(file=path)
-    path.write_text("out: 2024-11-01\ntemplates: 1e5")  # no numbers, and no date
-    assert (load_config(file=path).out, load_config(file=path).templates) == ("2024-11-01", "1e5")
+    path.write_text("out: 2024-11-01\ntemplates: 1e5\nmodel: 12:30:00")  # no numbers, and no date
+    found = load_config(file=path)
+    assert (found.out, found.templates, found.model) == ("2024-11-01", "1e5", "12:30:00")
+
+
+BASE_60 = ("1:30", "-1:1:1", "190:20:30.15", "1" + ":1" * 500)
+
+
+@pytest.mark.parametrize("text", BASE_60)
+def test_numbers_of_base_60_are_texts(tmp_path, text):
+    """PyYAML takes quadratic time to read them as numbers."""
+    path = tmp_path / "c.yaml"
+    for line in (
+        f"seed: {text}",
+        f"images: {{temperature: {text}}}",
+        f"evaluate: {{seeds: [{text}]}}",
+        f"train: {{loss: {{beta: {text}}}}}",
+    ):
+        path.write_text(line)
+        with pytest.raises(UsageError, match=re.escape(text[:20])):
+            load_config(file=path)
+    saved = Config(model=text)
+    path.write_text(dump_config(saved))
+    assert load_config(file=path) == saved
+    for tag in ("int", "float"):
+        path.write_text(f"seed: !!{tag} {text}")
+        for source in ({"file": path}, {"overrides": [f"seed=!!{tag} {text}"]}):
+            with pytest.raises(UsageError, match="is no number; write it without colons"):
+                load_config(**source)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("9" * 5000, "5000 digits"),
+        ("!!int " + "9" * 5000, "5000 digits"),
+        ("0x" + "f" * 5000, "20000 bits"),
+        ("9" * 5000 + ".0", "'inf'"),
+        ("'" + "9" * 5000 + "'", "Integer"),
+    ],
+)
+def test_long_numbers_are_refused(tmp_path, value, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"seed: {value}")
+    with pytest.raises(UsageError, match=rf"c\.yaml.*{words}"):
+        load_config(file=path)
+    with pytest.raises(UsageError, match=words):
+        load_config([f"seed={value}"])
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))

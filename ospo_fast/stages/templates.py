@@ -20,7 +20,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ospo_fast.errors import UsageError, check_text
-from ospo_fast.files import read_yaml
+from ospo_fast.files import read_yaml, yaml_loader
 
 TEMPLATE_NAMES = ("prompts", "perturb", "densify", "questions", "vqa")
 MAX_CHARS = 1_000_000  # of a rendered message
@@ -53,7 +53,7 @@ _JINJA = _Sandbox(
 _compiled = functools.lru_cache(maxsize=256)(_JINJA.from_string)
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class _Loader(yaml_loader()):  # type: ignore[misc]
     """YAML without duplicate keys, of which the last would win, and merges, whose size is exponential."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
