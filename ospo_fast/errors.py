@@ -56,6 +56,11 @@ def attempt(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | 
         return Failure(str(error))
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether an error is a panic of a library in Rust, which is no Exception, though as harmless as one."""
+    return type(error).__name__ == "PanicException"
+
+
 def check_text(argument: str, text: object) -> str:
     """Return a text that every tokenizer and file can take. Raises UsageError for another value.
 

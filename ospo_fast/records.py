@@ -618,19 +618,27 @@ def finite(value: Any) -> Any:
     return value
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, unique: bool = False) -> Any:
     """Parse JSON of any origin; a byte-order mark before it is ignored.
 
     Raises:
         ValueError: it is not valid UTF-8 or JSON, nests more than MAX_NESTING deep, or holds a number of thousands of
-            digits.
+            digits; with `unique`, a key occurs twice in an object.
 
     """
     with contextlib.suppress(RecursionError):
-        value = json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
         if not _is_deep(value):
             return value
     raise ValueError(f"its values are nested too deeply, more than {MAX_NESTING} deep")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return values
 
 
 def _is_deep(value: object) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ospo_fast.config import MAX_ADAPTERS
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError, UsageError, is_panic
 from ospo_fast.models import folder_checks
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.resolve import check_kind
@@ -98,6 +98,7 @@ def _find_folder(name: str) -> Path | None:
         if not _is_adapter(path):
             check_kind(folder_checks.read_json(path / "config.json"), name)
             folder_checks.refuse_code(path)
+            folder_checks.check_tokenizer(path)
             folder_checks.weight_files(path)
         return path
     if os.path.exists(path):  # noqa: PTH110 (see above)
@@ -171,7 +172,9 @@ def _loading(problem: str, remedy: str) -> Iterator[None]:
         yield
     except OspoError:
         raise
-    except Exception as error:  # damaged files raise anything: KeyError, ZeroDivisionError, errors of other packages
+    except BaseException as error:  # damaged files raise anything: KeyError, ZeroDivisionError, panics of tokenizers
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         if out_of_memory(error):
             remedy = "free some memory, or use another device or a smaller dtype"
         raise OspoError(f"model: {problem} ({short(error)}); {remedy}") from error

@@ -6,11 +6,12 @@ Memory and time must depend on what the weights hold, never on numbers or patter
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "pr
 # Keys of config.json that say how many parts are built, each of which has a tensor of its own (labels: of a head).
 _COUNTS = ("num_hidden_layers", "num_res_blocks", "depth", "channel_multiplier", "num_labels")
 _MAX_PACKED = 8  # quantized values in a byte
+# The types of entries in tokenizer.json, and how long one can make a byte of a text. Entries multiply: 24 of ByteLevel
+# fill the memory. Precompiled, which no supported model has, allocates what four of its bytes name.
+_GROWTH = {
+    **dict.fromkeys(("Sequence", "Replace", "Prepend", "Strip", "StripAccents", "Nmt"), 1),
+    **dict.fromkeys(("Split", "CharDelimiterSplit", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits"), 1),
+    **dict.fromkeys(("BertPreTokenizer", "UnicodeScripts", "FixedLength", "Fuse", "ByteFallback"), 1),
+    **dict.fromkeys(("TemplateProcessing", "BertProcessing", "RobertaProcessing"), 1),
+    **dict.fromkeys(("Lowercase", "BPEDecoder", "CTC", "WordPiece"), 2),
+    **dict.fromkeys(("NFC", "NFD"), 3),
+    "ByteLevel": 4,
+    **dict.fromkeys(("Metaspace", "BertNormalizer"), 6),
+    **dict.fromkeys(("NFKC", "NFKD"), 11),
+}
+_MAX_GROWTH = 64
+_MAX_PIECES = 16  # in a list of a post-processor, which adds special tokens: a template repeats lists of ids
 # peft puts these entries of adapter_config.json into regular expressions.
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
 _PLAIN = re.compile(r"\^?[\w.]+")
@@ -37,10 +53,10 @@ _MAX_PATTERN = 10_000  # characters of target_modules
 _MATCH_SECONDS = 5.0
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of a model folder. Raises OspoError."""
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """Read a JSON object of a model folder. Raises OspoError, with `unique` also for keys that occur twice."""
     try:
-        content = parse_json(read_bytes(path))
+        content = parse_json(read_bytes(path), unique=unique)
     except (OSError, ValueError) as error:
         raise OspoError(
             f"model: cannot read {path} ({getattr(error, 'strerror', None) or error}); give the folder of a saved model"
@@ -61,17 +77,76 @@ def refuse_pipes(folder: Path) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """Raise OspoError for an entry that makes transformers load code, or other weights than `weight_files`."""
+    """Raise OspoError for an entry that makes transformers load code, or other files than those checked here."""
     for path in (folder / name for name in _CONFIGS):
         content = read_json(path) if path.is_file() else {}
         for part in (content, *content.values()):
             for key, value in part.items() if isinstance(part, dict) else ():
                 kernel = "attn_implementation" in key and "/" in str(value)
-                if kernel or (key in ("auto_map", "transformers_weights") and value):
+                if kernel or (key in ("auto_map", "transformers_weights", "fast_tokenizer_files") and value):
                     raise OspoError(
                         f"model: {path} has {key} {value!r:.60}, which names code or files outside of the installed "
                         "transformers' own; remove this entry"
                     )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise OspoError for entries of tokenizer.json that take memory or time by what they name."""
+    # `tokenizers` builds all entries of a key that occurs twice.
+    path, remedy = folder / "tokenizer.json", "use the tokenizer.json of the published model"
+    content = read_json(path, unique=True)
+    for sections in (("normalizer", "pre_tokenizer"), ("post_processor",), ("decoder",)):
+        parts, where = [content[name] for name in sections if content.get(name) is not None], " and ".join(sections)
+        entries = [entry for part in parts for entry in _entries(part)]
+        for entry in entries:
+            if not isinstance(entry, dict) or str(entry.get("type")) not in _GROWTH:
+                raise OspoError(
+                    f"model: {path} has {entry!r:.60} in its {where}, expected an object of one of the types "
+                    f"{', '.join(sorted(_GROWTH))}; {remedy}"
+                )
+        if (growth := math.prod(map(_growth, entries))) > _MAX_GROWTH:
+            raise OspoError(
+                f"model: {path} has a {where} that can make a text {growth:.3g} times as long, expected at most "
+                f"{_MAX_GROWTH} times; {remedy}"
+            )
+    if (most := max(_lengths(content.get("post_processor")), default=0)) > _MAX_PIECES:
+        raise OspoError(
+            f"model: {path} has a list of {most} values in its post_processor, expected at most {_MAX_PIECES}; {remedy}"
+        )
+
+
+def _entries(entry: Any) -> Iterator[Any]:
+    """Yield an entry of tokenizer.json and those that it is a sequence of."""
+    yield entry
+    for key in ("normalizers", "pretokenizers", "processors", "decoders") if isinstance(entry, dict) else ():
+        found = entry.get(key)
+        for inner in found if isinstance(found, list) else ():
+            yield from _entries(inner)
+
+
+def _lengths(value: Any) -> Iterator[int]:
+    """Yield the length of each list in a value of JSON."""
+    if isinstance(value, list):
+        yield len(value)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _lengths(inner)
+
+
+def _growth(entry: dict[str, Any]) -> float:
+    """Return the most bytes that an entry makes of one, by its type and by the fields of Replace and Prepend."""
+    pattern, content, before = (entry.get(name) for name in ("pattern", "content", "prepend"))
+    growth = float(_GROWTH[entry["type"]])
+    if isinstance(before, str):
+        growth = max(growth, 1.0 + _size(before))
+    if isinstance(pattern, dict) and isinstance(content, str):
+        text = pattern.get("String")  # else a regular expression, which can match between any two characters
+        plain = isinstance(text, str) and text
+        growth = max(growth, _size(content) / _size(plain) if plain else 1.0 + _size(content))
+    return growth
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def weight_files(folder: Path) -> list[Path]:

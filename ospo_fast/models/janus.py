@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ospo_fast.errors import OspoError, UsageError, check_text
+from ospo_fast.errors import OspoError, UsageError, check_text, is_panic
 from ospo_fast.models.base import Message, Offset
 from ospo_fast.oom import BatchSizeLimit, short
 
@@ -237,7 +237,7 @@ class JanusUnifiedModel(_JanusModule):
     def detokenize(self, ids: Tensor | Sequence[int]) -> str:
         """See `UnifiedModel`."""
         plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        return str(self._tokenizer.decode(plain, skip_special_tokens=True)).strip()
+        return str(self._tokenize(self._tokenizer.decode, plain, skip_special_tokens=True)).strip()
 
     # Embeddings
 
@@ -364,10 +364,26 @@ class JanusUnifiedModel(_JanusModule):
         bos = self._tokenizer.bos_token
         add_bos = not (bos and text.startswith(bos))
         return dict(
-            self._tokenizer(
-                text, add_special_tokens=add_bos, return_offsets_mapping=offsets, return_attention_mask=False
+            self._tokenize(
+                self._tokenizer,
+                text,
+                add_special_tokens=add_bos,
+                return_offsets_mapping=offsets,
+                return_attention_mask=False,
             )
         )
+
+    def _tokenize(self, function: Any, value: Any, **options: Any) -> Any:
+        """Call the tokenizer, or a function of it. Raises OspoError where its own expressions take too long."""
+        try:
+            return function(value, **options)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise OspoError(
+                f"model: the tokenizer of {self.name} fails ({short(error)}); use the tokenizer.json of the published "
+                "model"
+            ) from error
 
     def _render_chat(self, turns: list[dict[str, Any]]) -> str:
         """Apply the chat template of the checkpoint, which runs in the sandbox of transformers."""
@@ -388,8 +404,8 @@ class JanusUnifiedModel(_JanusModule):
         return frozenset((*marked, *self._tokenizer.all_special_ids, *known))
 
     def _refuse_control_tokens(self, argument: str, text: str) -> None:
-        encoded = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        encoded = self._tokenize(
+            self._tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
         )
         unknown, spelled = self._tokenizer.unk_token_id, str(self._tokenizer.unk_token)
         for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):

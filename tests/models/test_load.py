@@ -162,6 +162,104 @@ def test_missing_tokenizer(broken: Path) -> None:
     refuse(broken, str(broken))
 
 
+TEN = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+IDS = {"id": "<bos>", "ids": [1] * 1000, "tokens": ["<bos>"] * 1000}
+SINGLE = [{"Sequence": {"id": "A", "type_id": 0}}]
+TEMPLATE = {"type": "TemplateProcessing", "single": SINGLE, "pair": SINGLE, "special_tokens": {}}
+TYPES = "expected an object of one of the types"
+
+
+@pytest.mark.parametrize(
+    ("section", "entry", "words"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, TYPES),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}, TYPES),
+        ("normalizer", {"type": "Sequence", "normalizers": [TEN] * 9}, "1e+09 times as long"),
+        ("normalizer", {"type": "Sequence", "normalizers": [{**TEN, "prepend": "a"}] * 9}, "1e+09 times as long"),
+        ("normalizer", {"type": "Sequence", "normalizers": [TEN] * 5000}, "inf times as long"),
+        ("normalizer", {**TEN, "pattern": {"Regex": ""}, "content": "a" * 64}, "65 times as long"),
+        ("normalizer", {**TEN, "pattern": {"String": ""}, "content": "a" * 64}, "65 times as long"),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 64}, "65 times as long"),
+        ("normalizer", {"type": "Sequence", "normalizers": [BYTES] * 30}, "times as long"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES] * 30}, "times as long"),
+        ("decoder", {"type": "Sequence", "decoders": [TEN] * 9}, "decoder that can make a text 1e+09 times as long"),
+        ("post_processor", {**TEMPLATE, "single": SINGLE * 17}, "a list of 17 values"),
+        ("post_processor", {**TEMPLATE, "special_tokens": {"<bos>": IDS}}, "a list of 1000"),
+        ("post_processor", {**TEMPLATE, "special_tokens": {"<bos>": list(IDS.values())}}, "a list of 1000"),
+        # Entries are also read as lists of their fields, and without a type.
+        ("post_processor", list(TEMPLATE.values())[1:], TYPES),
+        ("normalizer", list(TEN.values())[1:], TYPES),
+        ("normalizer", [[TEN] * 9], TYPES),
+        ("normalizer", {"normalizers": [TEN] * 9}, TYPES),
+        ("normalizer", {"type": "Sequence", "normalizers": [["a" * 64]]}, TYPES),
+        ("normalizer", {**TEN, "type": 0}, TYPES),
+        ("decoder", {"suffix": ""}, TYPES),
+    ],
+)
+def test_tokenizers_that_take_memory(
+    broken: Path, section: str, entry: object, words: str, nothing_is_built: None
+) -> None:
+    edit(broken / "tokenizer.json", **{"pre_tokenizer": None, section: entry})
+    refuse(broken, f"{broken / 'tokenizer.json'} has ", section, words, "published model")
+
+
+def test_keys_of_a_tokenizer_occur_once(broken: Path, nothing_is_built: None) -> None:
+    """`tokenizers` builds each of them."""
+    path = broken / "tokenizer.json"
+    path.write_text('{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, ' + path.read_text()[1:])
+    refuse(broken, "tokenizer.json", "occurs twice")
+
+
+def test_normalizers_of_published_tokenizers(broken: Path) -> None:
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    for section, entry in (
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}),
+        ("decoder", {"type": "Sequence", "decoders": [{**space, "pattern": {"String": "\u2581"}, "content": " "}]}),
+    ):
+        edit(broken / "tokenizer.json", **{"normalizer": None, "pre_tokenizer": None, section: entry})
+        folder_checks.check_tokenizer(broken)
+
+
+def split(regex: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def test_panics_of_tokenizers(broken: Path, saved: Path) -> None:
+    """They are no Exception."""
+    edit(broken / "tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0})
+    refuse(broken, "cannot be loaded (chunk size must be non-zero)", "again")
+    entries = json.loads((saved / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
+    edit(
+        broken / "tokenizer.json",
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split("(x+x+)+y"), *entries]},
+        decoder={"type": "Strip", "content": ".", "start": 0, "stop": 5},
+    )
+    model = load_model(broken)
+    text = "x" * 40 + "zy"
+    for call in (
+        lambda: model.image_prompt(text),
+        lambda: model.chat([{"role": "user", "content": text}]),
+        lambda: model.detokenize([model.processor.tokenizer.convert_tokens_to_ids(".")]),
+    ):
+        with pytest.raises(OspoError, match=r"the tokenizer of .* fails \(.*published model"):
+            call()
+
+
+def test_only_panics_become_errors(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = load_model(saved)
+    monkeypatch.setattr(folder_checks, "check_sizes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_model(saved)
+    monkeypatch.setattr(model, "_tokenizer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model._tokenize(interrupt, "a")
+
+
 def test_unknown_devices(saved: Path) -> None:
     for device in ("toaster", "mps", "xpu", "meta", torch.device("meta"), ""):
         with pytest.raises(UsageError, match=f"device: got '{device}', expected 'cpu' or 'cuda'"):
@@ -344,6 +442,7 @@ def test_weights_in_several_files(saved: Path, tmp_path: Path) -> None:
         ("config.json", None, {"auto_map": {"AutoConfig": "evil.Foo"}}),
         ("config.json", "text_config", {"attn_implementation": "org/kernel"}),
         ("config.json", None, {"_attn_implementation": "org/kernel"}),
+        ("tokenizer_config.json", None, {"fast_tokenizer_files": ["../tokenizer.1.0.json"]}),
         ("processor_config.json", "image_processor", {"auto_map": {"AutoImageProcessor": "evil.Foo"}}),
     ],
 )
