@@ -42,7 +42,7 @@ _GROWTH = {
     **dict.fromkeys(("Metaspace", "BertNormalizer"), 6),
     **dict.fromkeys(("NFKC", "NFKD"), 11),
 }
-_MAX_GROWTH = 64
+_MAX_GROWTH = 256
 _MAX_PIECES = 16  # in a list of a post-processor, which adds special tokens: a template repeats lists of ids
 # peft puts these entries of adapter_config.json into regular expressions.
 _PATTERN_KEYS = ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save")
