@@ -256,6 +256,8 @@ def validate(flat: object, where: str) -> dict[str, Any]:
     for role in ROLES:
         if flat.get(f"{role}_metadata") is not None:
             _check_images(flat[f"{role}_metadata"], f"{where}: `{role}_metadata`")
+    if twice := set.intersection(*(set(flat.get(f"{role}_metadata") or ()) for role in ROLES)):
+        raise OspoError(f"{where}: the image name {shown(min(twice))} occurs for both roles; each image has its own.")
     lengths = {name: len(flat[name]) for name in _VARIANT_LISTS.split() if flat.get(name) is not None}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())

@@ -380,6 +380,10 @@ ANSWER = {"p_yes": 0.9, "p_no": 0.1, "answer": "yes"}
         ),
         (record("1", base_metadata={"base": {"path": "x"}}), "`base_metadata`: The image name 'base'"),
         (record("1", base_metadata=["x"]), "`base_metadata` should be an object of images"),
+        (
+            record("1", base_metadata={"base_0": {"path": "x"}}, negative_metadata={"base_0": {"path": "y"}}),
+            "the image name 'base_0' occurs for both roles",
+        ),
         (record("1", base_metadata={"base_0": {"path": "x", "kept": "yes"}}), "'base_0': `kept` should be true or"),
         (record("1", base_metadata={"base_0": {"path": "x", "local_score": "x"}}), "`local_score` should be a number"),
         (record("1", base_metadata={"base_0": {"path": "x", "local_score": 10**400}}), "`local_score`"),
