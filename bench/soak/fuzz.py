@@ -121,16 +121,18 @@ def _call_all(name: str, number: int, goal: int, end: float, report: Path) -> No
     with _guards():
         seeds, rng = target.seeds(), random.Random(number)
         tenth = (end - time.monotonic()) / 10
-        _by_hypothesis(target, seeds, min(BY_HYPOTHESIS, goal), time.monotonic() + tenth, call)
+        _by_hypothesis(target, seeds, max(1, min(BY_HYPOTHESIS, goal // 2)), time.monotonic() + tenth, call)
+        begin, before = time.monotonic(), cases
         while cases < goal and time.monotonic() < end:
             call(target.generate(rng, seeds))
+        each = (time.monotonic() - begin) / max(cases - before, 1)
     failures = [entry(data, error, count) for data, error, count in found.values()]
-    report.write_text(json.dumps({"cases": cases, "failures": failures}))
+    report.write_text(json.dumps({"cases": cases, "failures": failures, "each": each}))
 
 
-def fuzz_target(name: str, number: int, goal: int, seconds: float, keep: Path) -> dict[str, Any]:
+def fuzz_target(name: str, number: int, goal: int, seconds: float, keep: Path, part: int = 0) -> dict[str, Any]:
     """Call a target in processes of its own; one that dies is a failure, too, and another one continues."""
-    started = time.monotonic()
+    started, each = time.monotonic(), 0.0
     report = scratch("fuzz") / f"{name}-{os.getpid()}"
     cases, failures = 0, []
     for turn in range(DEATHS):
@@ -149,6 +151,7 @@ def fuzz_target(name: str, number: int, goal: int, seconds: float, keep: Path) -
             told = json.loads(report.read_text())
             cases += told["cases"]
             failures += told["failures"]
+            each = told["each"]
             break
         data = report.with_suffix(".last").read_bytes() if report.with_suffix(".last").exists() else b""
         failures.append(entry(data, f"the process died: {code}", 1))
@@ -159,39 +162,50 @@ def fuzz_target(name: str, number: int, goal: int, seconds: float, keep: Path) -
         texts = [f"{name}: only {cases:,} inputs in {seconds:.0f} s; give it more --minutes"]
     if failures:
         keep.mkdir(parents=True, exist_ok=True)
-        (keep / f"{name}.json").write_text(json.dumps(failures, indent=1) + "\n")
-    return {
-        "name": name,
-        "goal": f"{goal:,} inputs",
-        "cases": cases,
-        "failures": len(texts),
-        "seconds": time.monotonic() - started,
-        "texts": texts,
-    }
+        (keep / f"{name}{f'-{part}' if part else ''}.json").write_text(json.dumps(failures, indent=1) + "\n")
+    seconds = time.monotonic() - started
+    return {"name": name, "cases": cases, "failures": len(texts), "seconds": seconds, "texts": texts, "each": each}
 
 
 def fuzz(options: Options) -> Outcome:
-    """Fuzz every target, the fastest ones first: what they leave of their time is for the later ones."""
+    """Fuzz every target, the fastest ones first, each in as many parts as there are processes.
+
+    A target may take an equal share of the time that is left, or the share of its inputs in all that are still to be
+    called, if that is more: the slowest ones take a hundred times as long as others. What a target leaves over is for
+    the later ones.
+    """
     # What takes seconds at the first call is done before the processes are forked.
     tiny()
     _by_hypothesis(TARGETS["shards"], ["0/1"], 3, options.deadline, lambda data: None)
     outcome = Outcome("fuzz", f"{len(TARGETS)} parsers and readers, 0 uncaught")
-    tried = ((name, options.seed - 1, TRIED, 5.0, options.out / "failed") for name in TARGETS)
-    rates = {row["name"]: row["cases"] / row["seconds"] for row in share(fuzz_target, tried, options)}
-    names = iter(sorted(TARGETS, key=lambda name: -rates.get(name, 0)))
-    left = len(TARGETS)
+    keep, goal = options.out / "failed", -(-options.inputs // options.jobs)
+    tried = ((name, options.seed - 1, TRIED, 5.0, keep) for name in TARGETS)
+    each = {row["name"]: row["each"] for row in share(fuzz_target, tried, options)}
+    names = sorted(TARGETS, key=lambda name: each.get(name, 0.0))
+    parts = iter([(name, part) for name in names for part in range(options.jobs)])
+    waiting = sum(each.values()) * options.jobs
+    left = len(names) * options.jobs
 
     def arguments() -> Iterator[tuple[Any, ...]]:
-        nonlocal left
-        for name in names:
-            seconds = max(options.deadline - time.monotonic(), 1.0) * options.jobs / (left + options.jobs - 1)
-            left -= 1
-            yield name, options.seed, options.inputs, seconds, options.out / "failed"
+        nonlocal left, waiting
+        for name, part in parts:
+            time_left = max(options.deadline - time.monotonic(), 1.0)
+            equal = options.jobs / (left + options.jobs - 1)
+            own = options.jobs * each.get(name, 0.0) / max(waiting, 1e-9)
+            seconds = time_left * min(1.0, max(equal, own))
+            left, waiting = left - 1, waiting - each.get(name, 0.0)
+            yield name, options.seed + 1000 * part, goal, seconds, keep, part
 
-    for row in share(fuzz_target, arguments(), options):
-        outcome.failures += row.pop("texts")
-        outcome.cases += row["cases"]
-        outcome.rows.append(row)
-    outcome.failures += [f"{name}: there was no time to call it" for name in names]
-    outcome.rows.sort(key=lambda row: row["name"])
+    rows: dict[str, dict[str, Any]] = {}
+    for found in share(fuzz_target, arguments(), options):
+        outcome.failures += [text for text in found["texts"] if text not in outcome.failures]
+        outcome.cases += found["cases"]
+        row = rows.setdefault(
+            found["name"],
+            {"name": found["name"], "goal": f"{options.inputs:,} inputs", "cases": 0, "failures": 0, "seconds": 0.0},
+        )
+        for column in ("cases", "failures", "seconds"):
+            row[column] += found[column]
+    outcome.failures += [f"{name}: there was no time to call part {part} of it" for name, part in parts]
+    outcome.rows = [rows[name] for name in sorted(rows)]
     return outcome
