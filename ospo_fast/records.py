@@ -807,8 +807,7 @@ def remember_lock(handle: int, thread: int = 0) -> None:
 def forget_lock(handle: int, thread: int = 0) -> None:
     """Take back `remember_lock`, before the file is closed."""
     status = os.fstat(handle)
-    with contextlib.suppress(ValueError):  # it was never locked
-        _LOCKS.remove((status.st_dev, status.st_ino, thread))
+    _LOCKS.remove((status.st_dev, status.st_ino, thread))
 
 
 @contextlib.contextmanager

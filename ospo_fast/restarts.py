@@ -130,7 +130,12 @@ class RunLock:
 
     def _take(self) -> None:
         self._handle = open_to_lock(self._path, os.O_CREAT)
-        self._lock(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
+        try:
+            self._lock(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
+        except OspoError:
+            os.close(self._handle)
+            self._handle = -1
+            raise
         remember_lock(self._handle)
 
     def _release(self) -> None:
