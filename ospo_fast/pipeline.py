@@ -202,9 +202,12 @@ class Pipeline:
             yield self._lock
             return
         out = self.folder()
-        with os_errors("use", out), restarts.RunLock.hold(out, shared=self.shard is not None) as self._lock:
+        with contextlib.ExitStack() as stack:
+            with os_errors("use", out):  # and not around what the caller does
+                lock = stack.enter_context(restarts.RunLock.hold(out, shared=self.shard is not None))
+            self._lock = lock
             try:
-                yield self._lock
+                yield lock
             finally:
                 self._lock = None
 
@@ -310,7 +313,7 @@ class Pipeline:
         What an earlier run has finished, and could not put in place any more, is put in place.
         """
         out = self.folder()
-        with self.using() as lock:
+        with os_errors("use", out), self.using() as lock:
             restarts.finish(lock, out, out)
             work = restarts.folder(out)
             restarts.refuse_links(work)
@@ -341,7 +344,8 @@ class Pipeline:
         with restarts.exclusive(out, STAGES):
             sweep_temporary_files(out)
             if not self.resume:
-                discard(work)
+                with os_errors("delete", work):
+                    discard(work)
             inner = copy.copy(self)
             inner.config, inner.resume, inner._outer = dataclasses.replace(self.config, out=str(work)), True, self
             reports = inner._stages(names, on_report)
@@ -355,7 +359,7 @@ class Pipeline:
         """Let `run` with `resume=True` start over, as this one would with `resume=False`; see `check_run`."""
         out = self.folder()
         if restarts.made_by_run(out):
-            with self.using(), restarts.exclusive(out, STAGES):
+            with os_errors("use", out), self.using(), restarts.exclusive(out, STAGES):
                 discard(restarts.folder(out))
                 self.save_config(restarts.folder(out))
 
@@ -387,7 +391,7 @@ class Pipeline:
 
         """
         stage, out = find_stage(name), self.folder(iteration)
-        with self.using() as lock:
+        with os_errors("use", out), self.using() as lock:
             for folder in dict.fromkeys((self.folder(), out)):
                 restarts.finish(lock, folder, self.folder())
             work = restarts.folder(out, stage, self.shard)

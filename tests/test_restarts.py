@@ -532,6 +532,15 @@ def test_a_shard_does_not_replace_what_a_later_stage_uses_meanwhile(tiny, script
 NOTES = ("settings.json", "stages.json", "config.yaml")
 
 
+def test_an_error_of_the_caller_is_its_own(tiny, script, out):
+    def broken(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    for settings in ({}, {"resume": False}):
+        with pytest.raises(BrokenPipeError):
+            pipeline(tiny, out, **settings).run(["prompts"], on_report=broken)
+
+
 def test_locks_that_are_one_file_are_named(tiny, script, out):
     (out / ".lock").unlink()
     os.link(out / ".stages.lock", out / ".lock")
