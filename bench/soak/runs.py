@@ -146,9 +146,16 @@ def contents(out: Path) -> dict[str, Any]:
             state.pop("log", None)  # the checksum of the log, which has times
             found[name] = _plain(state)
         if path.name == "log.jsonl":
-            rows = [json.loads(line) for line in found[name].splitlines()]
-            found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+            found[name] = [_without_time(line) for line in found[name].splitlines()]
     return found
+
+
+def _without_time(line: bytes) -> Any:
+    """Return a line of a training log without its time; one that a kill has torn as it is."""
+    try:
+        return {key: value for key, value in json.loads(line).items() if key != "seconds"}
+    except ValueError:
+        return line
 
 
 def differences(whole: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -36,6 +36,14 @@ def test_differences_are_named(tmp_path: Path) -> None:
     assert sorted(half_written(tmp_path)) == ["half written: .x.tmp", "half written: prompts.jsonl"]
 
 
+@pytest.mark.usefixtures("omegaconf")
+def test_a_torn_training_log_is_compared(tmp_path: Path) -> None:
+    from soak.runs import contents
+
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "seconds": 2}\n{"step": 2, "los')
+    assert contents(tmp_path) == {"log.jsonl": [{"step": 1}, b'{"step": 2, "los']}
+
+
 def disturbed(folder: Path, faults: Faults) -> int:
     """Write a file and append a record in a forked process with faults; return how it ended."""
     process = os.fork()
