@@ -479,6 +479,8 @@ def _typed(layer: dict[str, Any], source: str) -> Any:
 
     try:
         return OmegaConf.unsafe_merge(pickle.loads(_defaults()), layer)  # `merge` would copy
+    except RecursionError:
+        raise UsageError(f"{source} nests its values too deeply; expected texts, numbers and lists of them.") from None
     except OmegaConfBaseException as error:
         at = f" (key {key})" if (key := getattr(error, "full_key", None)) else ""
         raise UsageError(f"{source}: {str(error).splitlines()[0].rstrip('.')}{at}.") from error

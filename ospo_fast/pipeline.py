@@ -630,12 +630,16 @@ class Pipeline:
         """
         with restarts.one_shard(out) if self.shard else contextlib.nullcontext():
             if self.shard:
-                self._check_settings(out, stage.name, settings, own=work == out)
+                self._check_settings(out, stage.name, settings, own=self.resume and work == out)
                 now = _inodes(out, stage.inputs(self.config))
                 if changed := [path for path, number in inputs_of_shard.items() if now.get(path) != number]:
                     raise OspoError(f"Another process has just replaced {changed[0]}; run the command again.")
             key = self._key(stage.name)
-            update_json(work / "settings.json", {}, lambda saved: {key: {"settings": settings}, **saved})
+            entry = {key: {"settings": settings}}
+            # Without `resume`, an entry is of a start that failed, or of a store that was deleted.
+            update_json(
+                work / "settings.json", {}, lambda saved: {**entry, **saved} if self.resume else {**saved, **entry}
+            )
         starts_over = work.name.startswith(restarts.PREFIX)
         write_atomic((work if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
 

@@ -132,16 +132,17 @@ class RunLock:
         self._handle = open_to_lock(self._path, os.O_CREAT)
         try:
             self._lock(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
-        except OspoError:
+            remember_lock(self._handle)
+        except BaseException:  # a signal, too
             os.close(self._handle)
             self._handle = -1
             raise
-        remember_lock(self._handle)
 
     def _release(self) -> None:
         if self._handle >= 0:
             forget_lock(self._handle)
             os.close(self._handle)
+            self._handle = -1
 
     def _lock(self, how: int) -> None:
         try:
@@ -218,7 +219,7 @@ def finish(lock: RunLock, out: Path, run_folder: Path) -> None:
 def finish_run(out: Path, *, shared: bool) -> None:
     """Do `finish` in a run folder and its iterations, before its config.yaml is read, which can be replaced."""
     with os_errors("read", out):
-        folders = [folder for folder in (out, *_iterations(out)) if not folder.is_symlink()]
+        folders = [out, *(folder for folder in _iterations(out) if not folder.is_symlink())]
         if any(map(unfinished, folders)):
             with RunLock.hold(out, shared=shared) as lock:
                 for folder in folders:

@@ -540,3 +540,15 @@ def test_family_is_that_of_the_model_or_of_its_base(tmp_path, tiny):
     assert model_family("deepseek-community/Janus-Pro-1B") is None
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny}"}}')
     assert model_family(str(tmp_path)) == "shapes"
+
+
+def test_a_value_that_omegaconf_cannot_follow(tmp_path, monkeypatch):
+    """Lists of up to 100 levels exceed the stack where the caller is deep already."""
+    from omegaconf import OmegaConf
+
+    def deep(*_):
+        raise RecursionError
+
+    monkeypatch.setattr(OmegaConf, "unsafe_merge", deep)
+    with pytest.raises(UsageError, match="nests its values too deeply"):
+        load_config(["seed=1"])

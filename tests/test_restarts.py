@@ -532,6 +532,37 @@ def test_a_shard_does_not_replace_what_a_later_stage_uses_meanwhile(tiny, script
 NOTES = ("settings.json", "stages.json", "config.yaml")
 
 
+@pytest.mark.parametrize("shard", [None, Shard(0, 2)])
+def test_a_start_that_failed_leaves_no_settings_to_the_next(tiny, script, tmp_path, monkeypatch, shard):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "_config_text", lambda _: (_ for _ in ()).throw(OspoError("No space left")))
+        with pytest.raises(OspoError, match="No space left"):
+            pipeline(tiny, out, "prompts.temperature=0.5", shard=shard).stage("prompts")
+    pipeline(tiny, out, shard=shard, resume=False).stage("prompts")
+    assert pipeline(tiny, out, shard=shard).stage("prompts").items == 0  # the settings are those of the records
+    with pytest.raises(UsageError, match=r"was made with prompts\.temperature"):
+        pipeline(tiny, out, "prompts.temperature=0.5", shard=shard).stage("prompts")
+
+
+def test_an_interrupted_lock_is_released(tiny, script, out, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restarts.RunLock, "_lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline(tiny, out).stage("score")
+    assert pipeline(tiny, out).stage("score").items == 0
+
+
+def test_a_run_folder_that_is_a_link_is_finished_before_its_configuration_is_read(tiny, script, tmp_path, out):
+    stopped(lambda: pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score"))
+    (tmp_path / "link").symlink_to(out)
+    restarts.finish_run(tmp_path / "link", shared=False)
+    assert not (out / ".restart.score").exists()
+
+
 def test_an_error_of_the_caller_is_its_own(tiny, script, out):
     def broken(_):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
