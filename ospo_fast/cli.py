@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ospo_fast.config import MAX_ITERATIONS
 from ospo_fast.errors import OspoError, UsageError, check_text, printable
-from ospo_fast.records import shown
+from ospo_fast.records import os_errors, shown
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
     from ospo_fast.pipeline import Pipeline
+    from ospo_fast.restarts import RunLock
 
 # Import names of the packages of the extra `pipeline`.
 EXTRAS = (
@@ -112,14 +113,11 @@ _OPTIONS = {
 
 def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name."""
-    from ospo_fast import restarts
     from ospo_fast.config import check_values, load_config, model_family
 
     named = load_config(args.settings, file=args.config)
     out = args.out or Path(named.out)
     folder = out / "config.yaml" if saved else None
-    if saved:  # what a killed process has not put in place yet, has the configuration
-        restarts.finish_run(out, shared=getattr(args, "shard", None) is not None)
     model = args.model or load_config(args.settings, file=args.config, saved=folder).model
     config = load_config(args.settings, file=args.config, saved=folder, family=model_family(model))
     config = dataclasses.replace(config, out=str(out), model=model)
@@ -137,6 +135,20 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     return config
 
 
+@contextlib.contextmanager
+def _using(args: argparse.Namespace) -> Iterator[tuple[Config, RunLock]]:
+    """Hold the lock of the run folder, from before its configuration is read, and return both."""
+    from ospo_fast import restarts
+    from ospo_fast.config import load_config
+
+    out = args.out or Path(load_config(args.settings, file=args.config).out)
+    with contextlib.ExitStack() as stack:
+        with os_errors("read", out):
+            lock = stack.enter_context(restarts.RunLock.hold(out, shared=getattr(args, "shard", None) is not None))
+        restarts.finish_run(lock)
+        yield _settings(args), lock
+
+
 def _silence_libraries() -> None:
     import transformers
 
@@ -148,20 +160,22 @@ def _show(value: Any, as_json: bool, text: str) -> None:
     print(json.dumps(value) if as_json else text)
 
 
-def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Pipeline:
+@contextlib.contextmanager
+def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pipeline]:
     from ospo_fast.pipeline import Pipeline
     from ospo_fast.shapes.commands import build_evaluation, exclude_held_out_prompts
 
     shard = getattr(args, "shard", None)
     shard = None if shard is None else Shard.parse(shard)
     _check_count("--iteration", getattr(args, "iteration", 1), MAX_ITERATIONS)
-    config = _settings(args)
-    evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
-    _silence_libraries()
-    pipeline = Pipeline(config, resume=args.resume, shard=shard, progress=not args.json, evaluation=evaluation)
-    iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
-    exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
-    return pipeline
+    with _using(args) as (config, lock):
+        evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
+        _silence_libraries()
+        options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
+        pipeline = Pipeline(config, shard=shard, lock=lock, **options)
+        iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
+        exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
+        yield pipeline
 
 
 def _line(report: StageReport) -> str:
@@ -179,16 +193,17 @@ def _throughput(throughput: dict[str, float] | None) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    pipeline = _pipeline(args, STAGES)
     show = None if args.json else lambda report: print(_line(report), flush=True)
-    reports = [dataclasses.asdict(report) for report in pipeline.run(on_report=show)]
+    with _pipeline(args, STAGES) as pipeline:
+        reports = [dataclasses.asdict(report) for report in pipeline.run(on_report=show)]
     _show({"out": pipeline.config.out, "stages": reports}, args.json, f"done: {pipeline.config.out}")
     return 0
 
 
 def _stage(args: argparse.Namespace) -> int:
     stage = find_stage(args.command)
-    report = _pipeline(args, [stage]).stage(stage.name, args.iteration)
+    with _pipeline(args, [stage]) as pipeline:
+        report = pipeline.stage(stage.name, args.iteration)
     _show(dataclasses.asdict(report), args.json, _line(report))
     # The command fails when every item does. A stage that counts steps raises an error where nothing could be done.
     nothing = report.failed >= report.items and (report.items or not report.total)
@@ -197,13 +212,12 @@ def _stage(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     args.out = args.out or Path("demo-out")
-    config = _settings(args)
-    from ospo_fast.shapes import commands, demo
+    with _using(args) as (config, lock):
+        from ospo_fast.shapes import commands, demo
 
-    commands.require_shapes(config)
-
-    _silence_libraries()
-    result = demo.run(config, resume=args.resume, progress=not args.json)
+        commands.require_shapes(config)
+        _silence_libraries()
+        result = demo.run(config, resume=args.resume, progress=not args.json, lock=lock)
     gain = f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"
     _show(result, args.json, f"{gain}\nreport: {Path(config.out) / 'report' / 'index.html'}")
     return 0

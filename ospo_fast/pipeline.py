@@ -175,6 +175,7 @@ class Pipeline:
         progress: show progress bars on stderr for stages that take more than two seconds.
         evaluation: called during training; see `ospo_fast.stages.train.train`.
         model: a loaded model, for iteration 1.
+        lock: that of the run folder, if the caller holds it.
 
     """
 
@@ -187,12 +188,13 @@ class Pipeline:
         progress: bool = True,
         evaluation: Evaluation | None = None,
         model: UnifiedModel | None = None,
+        lock: restarts.RunLock | None = None,
     ) -> None:
         self.config, self.resume, self.shard, self.progress = config, resume, shard, progress
         self.evaluation = evaluation
         self._later: Sequence[str] = ()  # in a run, the stages after the present one
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
-        self._lock: restarts.RunLock | None = None  # of the run folder, in a call
+        self._lock = lock  # in a call, or always
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
 
     @contextlib.contextmanager
@@ -319,10 +321,23 @@ class Pipeline:
             restarts.refuse_links(work)
             over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
             over = over and self.shard is None and STAGES[0].name in names
+            later = restarts.later_iterations(out, out) if self.config.iterations > 1 else []
+            if later and not (self.resume or over):
+                raise UsageError(
+                    f"To start some stages of several iterations over would delete {min(later)}, which they read; "
+                    "start over each stage of an iteration by itself, or the whole run."
+                )
             for iteration in range(1, self.config.iterations + 1):
                 for name in names:
                     self._check(find_stage(name), iteration, run=True, over=over)
         return over
+
+    def check(self, names: Sequence[str], iterations: Sequence[int]) -> None:
+        """Check a call of `run` of stages, or of one `stage`, as far as possible before it begins."""
+        if len(names) > 1:
+            self.check_run(names)
+        else:
+            self._check(find_stage(names[0]), iterations[0])
 
     def _stages(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
         reports = []
@@ -356,7 +371,7 @@ class Pipeline:
         return reports
 
     def begin_over(self) -> None:
-        """Let `run` with `resume=True` start over, as this one would with `resume=False`; see `check_run`."""
+        """Let `run` with `resume=True` start over, as with `resume=False`; see `check_run`."""
         out = self.folder()
         if restarts.made_by_run(out):
             with os_errors("use", out), self.using(), restarts.exclusive(out, STAGES):

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from ospo_fast.stages import STAGES, Shard, Stage, find_stage
 PREFIX = ".restart"
 _LIST = ".whole.json"
 _IN_USE = ".stages.lock"
+_OF_RUN = ("config.yaml", "settings.json")  # in a folder whose iterations are below it
 _NAME = rf"\{PREFIX}(\.({'|'.join(stage.name for stage in STAGES)})(\.\d+-of-\d+)?)?"
 
 
@@ -89,14 +91,18 @@ def later_iterations(out: Path, run_folder: Path) -> list[Path]:
 class RunLock:
     """The lock of a run folder and its iterations: one process alone holds it, or those of shards together.
 
-    It is held from before the first check of a command to its end, so that nothing changes that was checked or read. A
-    folder in which nothing was made has no lock, because a refused command leaves no trace: `begin` makes it. Nor has
-    one without the lock that this process cannot write.
+    It is held from before the first check of a command to its end, so that nothing changes that was checked or read.
+    Where there is none, `begin` makes it before the first write, because a refused command leaves no trace, and finds
+    out whether anything has changed until then. A folder that cannot be written is read under a shared lock.
     """
 
     def __init__(self, out: Path, *, shared: bool) -> None:
-        self.out, self.shared = out, shared
-        self._path, self._handle = out / _IN_USE, -1
+        self.out = out
+        of_run = re.fullmatch(r"iter\d+", out.name) and all((out.parent / name).is_file() for name in _OF_RUN)
+        self._path, self._handle = (out.parent if of_run else out) / _IN_USE, -1
+        self._writes = not out.exists() or os.access(out, os.W_OK)
+        self.shared = shared or not self._writes
+        self._before: dict[Path, object] = {}
 
     @classmethod
     @contextlib.contextmanager
@@ -104,32 +110,36 @@ class RunLock:
         """Hold the lock of a run folder in the block. Raises OspoError if another process holds it."""
         lock = cls(out, shared=shared)
         try:
-            if made_by_run(out) or any(out.glob(f"{PREFIX}*")):
-                try:
-                    lock._take()
-                except OSError as error:
-                    if error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
-                        raise OspoError(f"Cannot lock {lock._path}: {error.strerror}; delete the file.") from error
+            try:
+                lock._take(0)
+            except (FileNotFoundError, NotADirectoryError):
+                lock._before = _state(out)
+            except OSError as error:
+                if lock._writes:
+                    raise OspoError(f"Cannot lock {lock._path}: {error.strerror}; delete the file.") from error
             yield lock
         finally:
             lock._release()
 
     def begin(self) -> None:
-        """Hold the lock of a folder that had none, before the first write. Raises OspoError if it is not empty now."""
+        """Hold the lock, before the first write.
+
+        Raises OspoError if that cannot be, or if another process has written to the folder before it was held.
+        """
         if self._handle >= 0:
             return
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._take()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._take(os.O_CREAT)
         except OSError as error:
             raise OspoError(
                 f"Cannot write {self.out}: {error.strerror}; choose another run folder with --out."
             ) from error
-        if not self.shared and made_by_run(self.out):
+        if not self.shared and _state(self.out) != self._before:
             raise OspoError(f"Another process has just written to {self.out}; run the command again.")
 
-    def _take(self) -> None:
-        self._handle = open_to_lock(self._path, os.O_CREAT)
+    def _take(self, flags: int) -> None:
+        self._handle = open_to_lock(self._path, flags)
         try:
             self._lock(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
             remember_lock(self._handle)
@@ -141,17 +151,14 @@ class RunLock:
     def _release(self) -> None:
         if self._handle >= 0:
             forget_lock(self._handle)
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._handle, fcntl.LOCK_UN)  # of forked processes, too, which have the same open file
             os.close(self._handle)
             self._handle = -1
 
     def _lock(self, how: int) -> None:
         try:
-            try:
-                fcntl.flock(self._handle, how | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno != errno.EBADF:
-                    raise
-                fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # of NFS, where it cannot be written
+            fcntl.flock(self._handle, how | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
                 raise OspoError(f"Cannot lock {self._path}: {error.strerror}.") from error
@@ -162,13 +169,25 @@ class RunLock:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the lock alone in the block. Raises OspoError if other shards hold it."""
-        if self.shared and self._handle >= 0:
-            self._lock(fcntl.LOCK_EX)
+        if not self.shared:
+            yield
+            return
         try:
+            self._lock(fcntl.LOCK_EX)
             yield
         finally:
-            if self.shared and self._handle >= 0:
-                self._lock(fcntl.LOCK_SH)
+            self._lock(fcntl.LOCK_SH)  # a refused conversion has lost it
+
+
+def _state(out: Path) -> dict[Path, object]:
+    """Return what shows that a process has written to a run folder."""
+    found: dict[Path, object] = {}
+    for path in (*made_by_run(out), out / "settings.json"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = path.lstat()
+            file = stat.S_ISREG(status.st_mode)
+            found[path] = (status.st_ino, status.st_size, status.st_mtime_ns) if file else None
+    return found
 
 
 @contextlib.contextmanager
@@ -210,20 +229,18 @@ def unfinished(out: Path) -> list[Path]:
 def finish(lock: RunLock, out: Path, run_folder: Path) -> None:
     """Put in place what was whole when its process was killed."""
     for work in unfinished(out):
+        lock.begin()
         # A shard whose list is there is being put in place by a process that holds the lock, or by none.
         with one_shard(out) if _parts(work)[1] else lock.alone():
             if (work / _LIST).exists():
                 _move(work, out, run_folder)
 
 
-def finish_run(out: Path, *, shared: bool) -> None:
+def finish_run(lock: RunLock) -> None:
     """Do `finish` in a run folder and its iterations, before its config.yaml is read, which can be replaced."""
-    with os_errors("read", out):
-        folders = [out, *(folder for folder in _iterations(out) if not folder.is_symlink())]
-        if any(map(unfinished, folders)):
-            with RunLock.hold(out, shared=shared) as lock:
-                for folder in folders:
-                    finish(lock, folder, out)
+    with os_errors("read", lock.out):
+        for folder in (lock.out, *(folder for folder in _iterations(lock.out) if not folder.is_symlink())):
+            finish(lock, folder, lock.out)
 
 
 def one_shard(out: Path) -> contextlib.AbstractContextManager[None]:

@@ -234,6 +234,11 @@ def stop_at(patch, where, name, count):
     return calls
 
 
+def finish(out):
+    with restarts.RunLock.hold(out, shared=False) as lock:
+        restarts.finish_run(lock)
+
+
 def visible(out):
     """Every file of a run folder but hidden ones, byte by byte."""
     paths = (path.relative_to(out) for path in sorted(Path(out).rglob("*")) if path.is_file())
@@ -314,7 +319,7 @@ def test_a_replacement_that_was_stopped_is_finished(whole, tiny, script, tmp_pat
             with pytest.MonkeyPatch.context() as patch:
                 made = stop_at(patch, restarts, name, count)
                 with contextlib.suppress(StoppedError):
-                    restarts.finish_run(out, shared=False)
+                    finish(out)
             over(out)
             found = contents(out)
             calls += len(made)
@@ -342,13 +347,13 @@ def test_links_of_a_stranger_are_not_followed(tmp_path):
     before = contents(mine)
     (out / ".restart").symlink_to(mine)
     with pytest.raises(OspoError, match=r"\.restart is a symbolic link"):
-        restarts.finish_run(out, shared=False)
+        finish(out)
     (out / ".restart").unlink()
     inner = prepared(out / ".restart", '["images", "score.jsonl"]')
     shutil.rmtree(inner / "images")
     (inner / "images").symlink_to(mine)
     with pytest.raises(OspoError, match="images is a symbolic link"):
-        restarts.finish_run(out, shared=False)
+        finish(out)
     assert contents(mine) == before
     assert mine.is_dir()
 
@@ -362,7 +367,7 @@ def test_a_replacement_is_checked_before_anything_is_deleted(tmp_path, broken):
     (work / broken).write_text("3")
     before = visible(tmp_path)
     with pytest.raises(OspoError, match=Path(broken).name):
-        restarts.finish_run(tmp_path, shared=False)
+        finish(tmp_path)
     assert visible(tmp_path) == before
 
 
@@ -370,7 +375,7 @@ def test_folders_of_other_names_are_not_replacements(tmp_path):
     for name in (".restartfoo", ".restart..x", ".restart.score.zzz", ".restart.nothing"):
         prepared(tmp_path / name)
     (tmp_path / "score.jsonl").write_text("{}")
-    restarts.finish_run(tmp_path, shared=False)
+    finish(tmp_path)
     assert (tmp_path / "score.jsonl").exists()
     assert len(list(tmp_path.glob(".restart*"))) == 4
 

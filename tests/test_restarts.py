@@ -559,8 +559,75 @@ def test_an_interrupted_lock_is_released(tiny, script, out, monkeypatch):
 def test_a_run_folder_that_is_a_link_is_finished_before_its_configuration_is_read(tiny, script, tmp_path, out):
     stopped(lambda: pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score"))
     (tmp_path / "link").symlink_to(out)
-    restarts.finish_run(tmp_path / "link", shared=False)
+    with restarts.RunLock.hold(tmp_path / "link", shared=False) as lock:
+        restarts.finish_run(lock)
     assert not (out / ".restart.score").exists()
+
+
+def test_stages_of_several_iterations_are_not_started_over_without_the_first(tiny, script, tmp_path):
+    out = tmp_path / "out"
+    pipeline(tiny, out).run()
+    pipeline(tiny, out, "iterations=2").stage("prompts", 2)
+    before = visible(out)
+    with pytest.raises(UsageError, match=r"would delete .*iter2, which they read"):
+        pipeline(tiny, out, "iterations=2", resume=False).run(["select", "masks", "train"])
+    assert visible(out) == before
+
+
+def test_a_refused_shard_that_catches_the_error_still_holds_the_lock(out):
+    hold = restarts.RunLock.hold
+    (out / ".stages.lock").touch()
+    with hold(out, shared=True) as first:
+        with hold(out, shared=True):
+            refused(lambda: first.alone().__enter__())
+        refused(lambda: hold(out, shared=False).__enter__())
+        with first.alone():
+            refused(lambda: hold(out, shared=True).__enter__())
+        with hold(out, shared=True):
+            pass
+
+
+def test_a_forked_process_does_not_keep_the_lock(out):
+    with restarts.RunLock.hold(out, shared=False):
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            os.read(reader, 1)
+            os._exit(0)
+    with restarts.RunLock.hold(out, shared=False):
+        os.write(writer, b"x")
+    os.waitpid(child, 0)
+
+
+def test_readers_of_a_folder_that_cannot_be_written(tiny, script, out, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with restarts.RunLock.hold(out, shared=False):
+        assert pipeline(tiny, out).stage("score").items == 0
+
+
+def test_an_iteration_by_itself_is_excluded_by_its_run(tiny, script, tmp_path):
+    out = tmp_path / "out"
+    pipeline(tiny, out).run()
+    pipeline(tiny, out, "iterations=2").stage("prompts", 2)
+    with restarts.RunLock.hold(out, shared=False):
+        refused(lambda: pipeline(tiny, out / "iter2").stage("perturb"))
+
+
+def test_a_refused_command_leaves_no_lock(tiny, script, out):
+    (out / ".stages.lock").unlink()
+    (out / "images.jsonl").unlink()
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UsageError, match=r"There is no images\.jsonl"):
+        pipeline(tiny, out, resume=False).stage("questions")
+    assert sorted(out.rglob("*")) == before
+
+
+def test_commands_hold_the_lock_before_they_read_the_configuration(tiny, script, out, capsys):
+    before = visible(out)
+    with restarts.RunLock.hold(out, shared=False):
+        for command in ("run", "score", "demo"):
+            assert main([command, "--out", str(out), "--no-resume", "--model", str(tiny)]) == 1
+            assert "out is in use by another process" in capsys.readouterr().err
+    assert visible(out) == before
 
 
 def test_an_error_of_the_caller_is_its_own(tiny, script, out):

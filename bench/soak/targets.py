@@ -464,7 +464,8 @@ def whole_lists(data: bytes) -> None:
     for name in (".whole.json", *(("settings.json",) if len(data) % 2 else ())):
         (work / name).write_bytes(data if name == ".whole.json" else b'{"masks": ' + data + b"}")
     try:
-        restarts.finish_run(out, shared=False)
+        with restarts.RunLock.hold(out, shared=False) as lock:
+            restarts.finish_run(lock)
     except OspoError:
         assert (out / "masks.jsonl").read_bytes() == str(out / "masks.jsonl").encode()
         raise

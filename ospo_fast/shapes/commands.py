@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,11 @@ def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage], iterat
     with os_errors("read", path):
         if any(stage.inputs(config) is None for stage in stages) and not path.exists():
             _check_request(pipeline, stages, iterations)  # before anything is written
-            save_held_out_prompts(path)
+            with pipeline.using() as lock:
+                lock.begin()
+                with saved_held_out_prompts(path):
+                    config.prompts.exclude = str(path)
+                    pipeline.check([stage.name for stage in stages], iterations)
         if path.exists():
             config.prompts.exclude = str(path)
 
@@ -69,12 +74,23 @@ def _check_request(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequ
     pipeline.prepare(iterations[0], [stage.name for stage in stages])
 
 
-def save_held_out_prompts(path: Path) -> None:
-    """Write the list of evaluation prompts to a run folder. Raises OspoError that names a folder it cannot write."""
+@contextlib.contextmanager
+def saved_held_out_prompts(path: Path) -> Iterator[None]:
+    """Write the list of evaluation prompts to a run folder, which the block checks a request with.
+
+    A new list goes if it is refused. Raises OspoError that names a folder it cannot write.
+    """
     from ospo_fast.shapes.scenes import write_held_out_prompts
 
     try:
         check_writable(path.parent)
     except OspoError as error:
         raise OspoError(f"{str(error).rstrip('.')}; choose another run folder with --out.") from error
+    existed = path.exists()
     write_held_out_prompts(path)
+    try:
+        yield
+    except OspoError:
+        if not existed:
+            path.unlink(missing_ok=True)
+        raise

@@ -44,7 +44,7 @@ from ospo_fast.records import (
 from ospo_fast.report import write_report
 from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
-from ospo_fast.shapes.commands import save_held_out_prompts
+from ospo_fast.shapes.commands import saved_held_out_prompts
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
 from ospo_fast.shapes.scenes import parse
 from ospo_fast.stages import STAGE_NAMES
@@ -60,7 +60,9 @@ GALLERY = 6  # prompts of each headline kind in the gallery
 MAX_LINE = 2**20  # bytes of the first line of a training log
 
 
-def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[str, Any]:
+def run(
+    config: Config, *, resume: bool = True, progress: bool = True, lock: restarts.RunLock | None = None
+) -> dict[str, Any]:
     """Evaluate the base model, run the stages, evaluate the tuned model. Writes summary.json and report/.
 
     `alignment_std` is the standard error of the gain. `iterations` has the metrics of pairs, masks and stages of every
@@ -75,6 +77,7 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         resume: continue from the content of the run folder. False: start over; the old results go when the new ones are
             whole. A demo that starts over and was interrupted is continued by the same call with `resume=True`.
         progress: show progress bars on stderr.
+        lock: that of the run folder, if the caller holds it.
 
     Returns:
         The content of summary.json.
@@ -92,23 +95,24 @@ def run(config: Config, *, resume: bool = True, progress: bool = True) -> dict[s
         )
     with os_errors("read", Path(config.out)):
         base = load_model(config.model, device=config.device, dtype=config.dtype)
-        pipeline = Pipeline(config, resume=resume, progress=progress, model=base)
+        pipeline = Pipeline(config, resume=resume, progress=progress, model=base, lock=lock)
         pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
         pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written
-        with pipeline.using() as lock:  # two demos would delete each other's evaluations
-            lock.begin()
+        with pipeline.using() as held:  # two demos would delete each other's evaluations
+            held.begin()
             return _run(pipeline, base, started)
 
 
 def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, Any]:
     config, out = pipeline.config, pipeline.folder()
-    save_held_out_prompts(out / "held_out.txt")
-    config.prompts.exclude = str(out / "held_out.txt")
-    pipeline.prepare()
-    over = pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
+    with saved_held_out_prompts(out / "held_out.txt"):
+        config.prompts.exclude = str(out / "held_out.txt")
+        pipeline.prepare()
+        over = pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
     if not pipeline.resume:
         pipeline.begin_over()
     results = _Evaluations(pipeline)
+    pipeline.resume = pipeline.resume or over  # which has begun: a process that is killed from here on is continued
     scale, scales = results.guidance("base", base)
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
     if not over:  # else these folders have the training that is replaced

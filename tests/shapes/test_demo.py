@@ -236,7 +236,14 @@ def visible(folder: Path) -> dict[str, bytes]:
     return {str(name): path.read_bytes() for name, path in paths.items() if not name.parts[0].startswith(".")}
 
 
-@pytest.mark.parametrize("at", ["evaluation", "run"])
+AT: dict[str, Any] = {
+    "evaluation": (evaluate, "evaluate_answers"),
+    "stages": (Pipeline, "run"),
+    "first stage": (Pipeline, "_begin"),
+}
+
+
+@pytest.mark.parametrize("at", AT)
 def test_interrupted_restart_keeps_the_old_results(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -249,7 +256,7 @@ def test_interrupted_restart_keeps_the_old_results(
         return load_config([*SMALL, f"out={out}", "evaluate.per_kind=2", "evaluate.guidance_scales=[4]"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((evaluate, "evaluate_answers") if at == "evaluation" else (Pipeline, "run")), stop)
+        patch.setattr(*AT[at], stop)
         with pytest.raises(KeyboardInterrupt):
             demo.run(config(), resume=False, progress=False)
     assert visible(out) == before
@@ -336,6 +343,15 @@ def test_evaluations_of_others_are_refused(run_folder: Path, tmp_path: Path) -> 
     (out / "evaluation").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OspoError, match="symbolic link"):
         demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), resume=False, progress=False)
+
+
+def test_a_refused_demo_leaves_no_list_of_prompts(run_folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (out / "held_out.txt").unlink()
+    before = visible(out)
+    with pytest.raises(UsageError, match="was made with seed="):
+        demo.run(load_config([*SMALL, f"out={out}", "seed=77"], family="shapes"), progress=False)
+    assert visible(out) == before
 
 
 def test_demo_refuses_another_split(tmp_path: Path) -> None:
