@@ -649,14 +649,13 @@ class Pipeline:
                 now = _inodes(out, stage.inputs(self.config))
                 if changed := [path for path, number in inputs_of_shard.items() if now.get(path) != number]:
                     raise OspoError(f"Another process has just replaced {changed[0]}; run the command again.")
-            key = self._key(stage.name)
-            entry = {key: {"settings": settings}}
+            starts_over = work.name.startswith(restarts.PREFIX)
+            write_atomic((work if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
+            entry = {self._key(stage.name): {"settings": settings}}
             # Without `resume`, an entry is of a start that failed, or of a store that was deleted.
             update_json(
                 work / "settings.json", {}, lambda saved: {**entry, **saved} if self.resume else {**saved, **entry}
             )
-        starts_over = work.name.startswith(restarts.PREFIX)
-        write_atomic((work if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
 
     def _key(self, name: str) -> str:
         return name if self.shard is None else f"{name}.{self.shard}"

@@ -536,13 +536,25 @@ NOTES = ("settings.json", "stages.json", "config.yaml")
 def test_a_start_that_failed_leaves_no_settings_to_the_next(tiny, script, tmp_path, monkeypatch, shard):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "_config_text", lambda _: (_ for _ in ()).throw(OspoError("No space left")))
+        patch.setattr(Pipeline, "_measured", lambda *_: (_ for _ in ()).throw(OspoError("No space left")))
         with pytest.raises(OspoError, match="No space left"):
             pipeline(tiny, out, "prompts.temperature=0.5", shard=shard).stage("prompts")
+    assert json.loads((out / "settings.json").read_text())
     pipeline(tiny, out, shard=shard, resume=False).stage("prompts")
     assert pipeline(tiny, out, shard=shard).stage("prompts").items == 0  # the settings are those of the records
     with pytest.raises(UsageError, match=r"was made with prompts\.temperature"):
         pipeline(tiny, out, "prompts.temperature=0.5", shard=shard).stage("prompts")
+
+
+@pytest.mark.parametrize("shard", [None, Shard(0, 2)])
+def test_a_start_without_configuration_has_no_settings(tiny, script, tmp_path, monkeypatch, shard):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "_config_text", lambda _: (_ for _ in ()).throw(OspoError("No space left")))
+        with pytest.raises(OspoError, match="No space left"):
+            pipeline(tiny, out, "prompts.temperature=0.5", shard=shard).stage("prompts")
+    assert not visible(out)
+    assert pipeline(tiny, out, shard=shard).stage("prompts").items
 
 
 def test_an_interrupted_lock_is_released(tiny, script, out, monkeypatch):

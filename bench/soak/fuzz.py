@@ -172,7 +172,7 @@ def fuzz(options: Options) -> Outcome:
 
     A target may take an equal share of the time that is left, or the share of its inputs in all that are still to be
     called, if that is more: the slowest ones take a hundred times as long as others. What a target leaves over is for
-    the later ones.
+    the later ones. Where the time is not enough for all, the slow ones get equal shares.
     """
     # What takes seconds at the first call is done before the processes are forked.
     tiny()

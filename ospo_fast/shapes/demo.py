@@ -232,7 +232,7 @@ class _Evaluations:
         """Let the results of a demo that starts over, which are whole, replace the old ones."""
         if self.starts_over:
             with os_errors("replace", self._place):
-                self.folder.stat()
+                self.folder.stat()  # the old results stay where there are no new ones
                 delete(self._place)  # a process that is killed here leaves the new results, to be continued
                 self.folder.replace(self._place)
                 sync_folder(self._place.parent)
