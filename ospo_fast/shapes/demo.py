@@ -111,7 +111,7 @@ def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, An
         over = pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
     if not pipeline.resume:
         pipeline.begin_over()
-    results = _Evaluations(pipeline)
+    results = _Evaluations(pipeline, over=over)
     pipeline.resume = pipeline.resume or over  # which has begun: a process that is killed from here on is continued
     scale, scales = results.guidance("base", base)
     folders = [pipeline.folder(n) for n in range(1, config.iterations + 1)]
@@ -207,7 +207,7 @@ class _Evaluations:
     Raises OspoError for a broken file and for links among the folders.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, *, over: bool) -> None:
         settings, out = pipeline.config.evaluate, pipeline.folder()
         self.scales = [float(scale) for scale in settings.guidance_scales]
         self.options: dict[str, Any] = {
@@ -219,9 +219,11 @@ class _Evaluations:
             restarts.refuse_links(folder)
             sweep_temporary_files(folder, "**/.*.tmp")
         (self._place / _UNFINISHED).unlink(missing_ok=True)  # of a process that was killed in `put_in_place`
-        self.starts_over = pipeline.continues(work) if pipeline.resume else self._place.exists()
+        continues = pipeline.resume and pipeline.continues(work)
+        begins = not continues and (over or not pipeline.resume)  # or a process was killed before it did
+        self.starts_over = continues or (begins and self._place.exists())
         self.folder = work if self.starts_over else self._place
-        if not pipeline.resume:
+        if begins:
             discard(work)
         for path in sorted(self.folder.glob("*.json")):  # a broken one is found before anything is evaluated
             self._read(path)

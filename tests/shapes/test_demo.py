@@ -272,6 +272,25 @@ def test_interrupted_restart_keeps_the_old_results(
     assert Pipeline(same, progress=False).continues(out / ".restart")  # and not the old run, of other settings
 
 
+def test_a_restart_that_was_killed_before_its_evaluations(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    before, folders = visible(out), []
+
+    def guidance(self: Any, *_: Any) -> None:
+        folders.append(self.folder.name)
+        raise KeyboardInterrupt
+
+    for resume, name, method in ((False, "__init__", stop), (True, "guidance", guidance)):
+        with monkeypatch.context() as patch:
+            patch.setattr(demo._Evaluations, name, method)
+            with pytest.raises(KeyboardInterrupt):
+                demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), resume=resume, progress=False)
+    assert folders == [".restart.evaluation"]  # and not the results of the run that is replaced
+    assert visible(out) == before
+
+
 def test_two_demos_in_one_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would delete the evaluations of the other. What a kill left next to replaced ones goes with the next."""
     out = Path(shutil.copytree(run_folder, tmp_path / "run"))
