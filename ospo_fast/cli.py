@@ -284,8 +284,10 @@ def _report(args: argparse.Namespace) -> int:
     folder = Path(check_text("FOLDER", args.operand) if args.operand else args.out or DEFAULT_OUT)
     if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names and closed folders)
         raise UsageError(f"There is no run folder {folder}; make one with `ospo-fast run --out {folder}`.")
+    from ospo_fast import restarts
     from ospo_fast.report import write_report
 
+    restarts.finish_killed(folder)
     page = write_report(folder)
     _show({"report": str(page)}, args.json, str(page))
     return 0

@@ -29,6 +29,7 @@ from ospo_fast.records import (
     Store,
     discard,
     edited_text,
+    lock_of,
     only_writer,
     os_errors,
     read_json,
@@ -213,9 +214,10 @@ class Pipeline:
             finally:
                 self._lock = None
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, stage: Stage | None = None, out: Path | None = None) -> None:
+        """Hold the lock of the run folder, and of what a shard of a stage writes in `out`, before the first write."""
         assert self._lock is not None
-        self._lock.begin()
+        self._lock.begin(store_path(out, stage.name, self.shard) if self.shard and stage and out else None)
 
     def folder(self, iteration: int = 1) -> Path:
         """Return the folder of an iteration's stores."""
@@ -321,6 +323,8 @@ class Pipeline:
             restarts.refuse_links(work)
             over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
             over = over and self.shard is None and STAGES[0].name in names
+            if over and self.resume:
+                self._check_unfinished(work, restarts.made_by_run(out))
             later = restarts.later_iterations(out, out) if self.config.iterations > 1 else []
             if later and not (self.resume or over):
                 raise UsageError(
@@ -357,6 +361,7 @@ class Pipeline:
         out = self.folder()
         work = restarts.folder(out)
         with restarts.exclusive(out, STAGES):
+            self._take_lock()
             sweep_temporary_files(out)
             if not self.resume:
                 with os_errors("delete", work):
@@ -375,6 +380,7 @@ class Pipeline:
         out = self.folder()
         if restarts.made_by_run(out):
             with os_errors("use", out), self.using(), restarts.exclusive(out, STAGES):
+                self._take_lock()
                 discard(restarts.folder(out))
                 self.save_config(restarts.folder(out))
 
@@ -427,6 +433,7 @@ class Pipeline:
                     if not existed:
                         restarts.delete_if_empty(work)
                 if whole:
+                    self._take_lock(stage, out)
                     restarts.put_in_place(work, out, self.folder(), lambda: self._check_shard(stage, out, settings))
                     if self.shard and stage.finish is not None:  # of all shards
                         stage.finish(out, read_stage(out, name, lambda error: None))
@@ -487,9 +494,21 @@ class Pipeline:
                 f"The shards of {name} are already merged into {store_path(out, name)}; to run it again, use "
                 f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
             )
+        if continues and not over:
+            replaced = restarts.made_by(out, self._replaced(stage), self.shard)
+            replaced += [] if self.shard else restarts.later_iterations(out, self.folder())
+            self._check_unfinished(restarts.folder(out, stage, self.shard), replaced)
         if self._starts_over(stage, out, settings):
             self._check_shard(stage, out, settings)
         return config, settings
+
+    def _check_unfinished(self, work: Path, replaced: Sequence[Path]) -> None:
+        """Raise UsageError if what an unfinished start would replace was made after it was interrupted."""
+        if newer := restarts.made_after(work, replaced):
+            raise UsageError(
+                f"{newer[0]} was made after a start with --no-resume that is not finished, and would be replaced; "
+                f"delete {work} to keep what is there, or use --no-resume to start over again."
+            )
 
     def _check_shard(self, stage: Stage, out: Path, settings: dict[str, Any]) -> None:
         """Raise UsageError if a shard that starts over would replace what was used, or differ from other shards."""
@@ -498,8 +517,9 @@ class Pipeline:
         self._check_settings(out, stage.name, settings, own=False)
         later = restarts.made_by(out, STAGES[STAGES.index(stage) + 1 :])
         if later := later + restarts.later_iterations(out, self.folder()):
+            keep = f"delete {restarts.folder(out, stage, self.shard)} to keep what is there, or " if self.resume else ""
             raise UsageError(
-                f"{later[0]} was made of results of {stage.name} that a shard would replace; start over with "
+                f"{later[0]} was made of results of {stage.name} that a shard would replace; {keep}start over with "
                 f"`ospo-fast {stage.name} --out {self.config.out} --no-resume` without --shard."
             )
 
@@ -521,23 +541,24 @@ class Pipeline:
         Return whether `work` has all of them: not where no item could be used.
         """
         # Nothing is written before the inputs are read and the model is loaded, so that a wrong call leaves no trace.
-        name, source = stage.name, stage.inputs(config)
+        name, source, place = stage.name, stage.inputs(config), store_path(work, stage.name, self.shard)
         fresh = work != out and not self.resume  # what an earlier call has made in `work` is not used
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
-        present, inputs_of_shard = {} if fresh else self._present(work, name, unusable.append), {}
+        own, inputs_of_shard = _inodes([place]), {}
+        present = {} if fresh else self._present(work, name, unusable.append)
         if source is None:
             complete = not fresh and self._complete(work, name) and bool(store_paths(work, name))
             waiting, total = list(present.values()), 0
         else:
-            inputs_of_shard = _inodes(out, source)
+            inputs_of_shard = _inodes(store_paths(out, source))
             found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
             if not found and not unusable:
                 raise UsageError(f"{store_path(out, source)} holds no records; run `ospo-fast {source}` to make them.")
             if work != out and (gone := present.keys() - {r["item_id"] for r in found}):
                 raise UsageError(
-                    f"{store_path(work, name, self.shard)} has the item {shown(min(gone))}, which {source}.jsonl does "
-                    f"not have any more; run `ospo-fast {name} --no-resume`."
+                    f"{place} has the item {shown(min(gone))}, which {source}.jsonl does not have any more; run "
+                    f"`ospo-fast {name} --no-resume`."
                 )
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
@@ -545,7 +566,8 @@ class Pipeline:
         report.total, report.failed = len(present), len(unusable)
         failed = list(map(str, unusable))
         if complete and not _shard_paths(work, name):
-            if stage.finish is not None:
+            if stage.finish is not None and self._lock is not None and self._lock.writes:
+                self._take_lock(stage, out)
                 stage.finish(work, list(present.values()))
             _warn(name, failed, len(failed))
             return not fresh
@@ -553,11 +575,13 @@ class Pipeline:
         self._check_model(config, report.iteration, self._later if complete else [name, *self._later])
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
-        self._take_lock()
+        self._take_lock(stage, out)
+        if self.shard and _inodes([place]) != own:
+            raise OspoError(f"Another process has just written {place}; run the command again.")
         if fresh:
             discard(work)
         context = self._context(report, writes=work)
-        with Store(store_path(work, name, self.shard), on_error=lambda error: None) as store:
+        with Store(place, on_error=lambda error: None) as store:
             if not present.keys() >= set(store):
                 raise OspoError(f"Another process has just written to {store.path}; run the command again.")
             try:
@@ -646,7 +670,7 @@ class Pipeline:
         with restarts.one_shard(out) if self.shard else contextlib.nullcontext():
             if self.shard:
                 self._check_settings(out, stage.name, settings, own=self.resume and work == out)
-                now = _inodes(out, stage.inputs(self.config))
+                now = _inodes(inputs_of_shard)
                 if changed := [path for path, number in inputs_of_shard.items() if now.get(path) != number]:
                     raise OspoError(f"Another process has just replaced {changed[0]}; run the command again.")
             starts_over = work.name.startswith(restarts.PREFIX)
@@ -714,9 +738,13 @@ class Pipeline:
         return tqdm(desc=stage.name, total=total or None, unit=stage.unit, delay=2, disable=not self.progress)
 
 
-def _inodes(out: Path, stage: str | None) -> dict[Path, int]:
-    """Return the inode of each store of a stage: it is another one once the store was replaced."""
-    return {path: path.stat().st_ino for path in store_paths(out, stage)} if stage is not None else {}
+def _inodes(paths: Iterable[Path]) -> dict[Path, int]:
+    """Return the inodes of stores: of a store that was replaced, it is another one."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_ino
+    return found
 
 
 def _warn(stage: str, failed: list[str], total: int) -> None:
@@ -760,3 +788,4 @@ def _merge_shards(store: Store, out: Path, stage: str) -> None:
         with Store(path):
             store.extend(record for record in read_records(path) if record["item_id"] not in store)
             path.unlink()
+        lock_of(path).unlink(missing_ok=True)  # no shard runs: this process has the run folder for itself

@@ -958,8 +958,13 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, a hidden file next to it. Raises OspoError if another process holds it."""
-    with _holding(_lock_file(folder.with_name(f".{folder.name}.lock")), folder):
+    with _holding(_lock_file(lock_of(folder)), folder):
         yield
+
+
+def lock_of(path: Path) -> Path:
+    """Return the file that `only_writer` locks."""
+    return path.with_name(f".{path.name}.lock")
 
 
 @contextlib.contextmanager

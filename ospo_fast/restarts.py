@@ -12,8 +12,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ PREFIX = ".restart"
 _LIST = ".whole.json"
 _IN_USE = ".stages.lock"
 _OF_RUN = ("config.yaml", "settings.json")  # in a folder whose iterations are below it
+_PATIENCE = 5.0  # seconds that a shard waits for others, which may wait for it
 _NAME = rf"\{PREFIX}(\.({'|'.join(stage.name for stage in STAGES)})(\.\d+-of-\d+)?)?"
 
 
@@ -79,13 +82,27 @@ def made_by_run(out: Path) -> list[Path]:
 
 
 def _iterations(out: Path) -> list[Path]:
-    return [path for path in out.glob("iter*") if re.fullmatch(r"iter\d+", path.name)]
+    return [path for path in out.glob("iter*") if _is_iteration(path)]
+
+
+def _is_iteration(path: Path) -> bool:
+    return re.fullmatch(r"iter\d+", path.name) is not None
 
 
 def later_iterations(out: Path, run_folder: Path) -> list[Path]:
     """Return the folders of the iterations after that of `out`, which start from what it trains."""
     number = 1 if out == run_folder else int(out.name[4:])
     return [path for path in _iterations(run_folder) if int(path.name[4:]) > number]
+
+
+def made_after(work: Path, made: Sequence[Path]) -> list[Path]:
+    """Return the results, of iterations too, that were written after a start was begun or continued in `work`."""
+    path = no_link(work / "config.yaml")  # is written whenever a stage begins
+    if not path.exists():
+        return []
+    begun = path.stat().st_mtime_ns
+    made = [*made, *(each for path in made if _is_iteration(path) for each in made_by(path, STAGES))]
+    return [path for path in made if path.lstat().st_mtime_ns > begun]
 
 
 class RunLock:
@@ -98,11 +115,15 @@ class RunLock:
 
     def __init__(self, out: Path, *, shared: bool) -> None:
         self.out = out
-        of_run = re.fullmatch(r"iter\d+", out.name) and all((out.parent / name).is_file() for name in _OF_RUN)
-        self._path, self._handle = (out.parent if of_run else out) / _IN_USE, -1
-        self._writes = not out.exists() or os.access(out, os.W_OK)
-        self.shared = shared or not self._writes
+        place = Path(os.path.realpath(out))  # an iteration by any path has the lock of its run
+        of_run = _is_iteration(place) and all((place.parent / name).is_file() for name in _OF_RUN)
+        self.run_folder = place.parent if of_run else out
+        self._path, self._handle = self.run_folder / _IN_USE, -1
+        self.writes = not out.exists() or os.access(out, os.W_OK)
+        self.shared = shared or not self.writes
         self._before: dict[Path, object] = {}
+        self._stores: set[Path] = set()
+        self._of_stores = contextlib.ExitStack()
 
     @classmethod
     @contextlib.contextmanager
@@ -113,19 +134,26 @@ class RunLock:
             try:
                 lock._take(0)
             except (FileNotFoundError, NotADirectoryError):
-                lock._before = _state(out)
+                lock._before = _state(lock.run_folder)
             except OSError as error:
-                if lock._writes:
-                    raise OspoError(f"Cannot lock {lock._path}: {error.strerror}; delete the file.") from error
+                if lock.writes:
+                    remedy = "ask its owner for access" if isinstance(error, PermissionError) else "delete the file"
+                    raise OspoError(f"Cannot lock {lock._path}: {error.strerror}; {remedy}.") from error
             yield lock
         finally:
             lock._release()
 
-    def begin(self) -> None:
-        """Hold the lock, before the first write.
+    def begin(self, store: Path | None = None) -> None:
+        """Hold the lock, before the first write; of a shard, also that of its store, which it alone writes.
 
         Raises OspoError if that cannot be, or if another process has written to the folder before it was held.
         """
+        self._begin()
+        if store is not None and store not in self._stores:
+            self._of_stores.enter_context(only_writer(store))
+            self._stores.add(store)
+
+    def _begin(self) -> None:
         if self._handle >= 0:
             return
         try:
@@ -135,7 +163,7 @@ class RunLock:
             raise OspoError(
                 f"Cannot write {self.out}: {error.strerror}; choose another run folder with --out."
             ) from error
-        if not self.shared and _state(self.out) != self._before:
+        if not self.shared and _state(self.run_folder) != self._before:
             raise OspoError(f"Another process has just written to {self.out}; run the command again.")
 
     def _take(self, flags: int) -> None:
@@ -149,6 +177,8 @@ class RunLock:
             raise
 
     def _release(self) -> None:
+        self._of_stores.close()
+        self._stores.clear()
         if self._handle >= 0:
             forget_lock(self._handle)
             with contextlib.suppress(OSError):
@@ -168,21 +198,35 @@ class RunLock:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the lock alone in the block. Raises OspoError if other shards hold it."""
+        """Hold the lock alone in the block. Raises OspoError if other shards hold it for longer than seconds."""
         if not self.shared:
             yield
             return
         try:
-            self._lock(fcntl.LOCK_EX)
+            end = time.monotonic() + _PATIENCE
+            while True:
+                try:
+                    self._lock(fcntl.LOCK_EX)
+                    break
+                except OspoError:
+                    if time.monotonic() > end:
+                        raise
+                fcntl.flock(self._handle, fcntl.LOCK_UN)  # for another shard that waits for this one
+                time.sleep(random.uniform(0.01, 0.1))
             yield
         finally:
-            self._lock(fcntl.LOCK_SH)  # a refused conversion has lost it
+            try:
+                self._lock(fcntl.LOCK_SH)  # a refused conversion has lost it
+            except OspoError:
+                self._release()
+                raise
 
 
 def _state(out: Path) -> dict[Path, object]:
     """Return what shows that a process has written to a run folder."""
     found: dict[Path, object] = {}
-    for path in (*made_by_run(out), out / "settings.json"):
+    folders = [out, *_iterations(out)]
+    for path in (path for folder in folders for path in (folder / "settings.json", *made_by(folder, STAGES))):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             status = path.lstat()
             file = stat.S_ISREG(status.st_mode)
@@ -239,8 +283,22 @@ def finish(lock: RunLock, out: Path, run_folder: Path) -> None:
 def finish_run(lock: RunLock) -> None:
     """Do `finish` in a run folder and its iterations, before its config.yaml is read, which can be replaced."""
     with os_errors("read", lock.out):
-        for folder in (lock.out, *(folder for folder in _iterations(lock.out) if not folder.is_symlink())):
-            finish(lock, folder, lock.out)
+        for folder in _folders(lock.run_folder):
+            finish(lock, folder, lock.run_folder)
+
+
+def finish_killed(out: Path) -> None:
+    """Do `finish_run` for a command that only reads, which needs the lock only if there is something to finish."""
+    lock = RunLock(out, shared=False)
+    with os_errors("read", out):
+        waiting = any(unfinished(folder) for folder in _folders(lock.run_folder))
+    if waiting:
+        with RunLock.hold(out, shared=False) as lock:
+            finish_run(lock)
+
+
+def _folders(run_folder: Path) -> list[Path]:
+    return [run_folder, *(folder for folder in _iterations(run_folder) if not folder.is_symlink())]
 
 
 def one_shard(out: Path) -> contextlib.AbstractContextManager[None]:

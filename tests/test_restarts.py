@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,9 @@ def back_to(out, stage):
 def visible(out):
     paths = (path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file())
     return {str(path): (out / path).read_bytes() for path in paths if not any(p.startswith(".") for p in path.parts)}
+
+
+hold = restarts.RunLock.hold
 
 
 class StoppedError(Exception):
@@ -489,6 +493,42 @@ def test_shards_that_begin_at_once_have_the_same_settings(tiny, script, out, mon
     assert visible(out) == other.made
 
 
+def test_the_same_shard_that_starts_over_twice(tiny, script, out, monkeypatch):
+    back_to(out, "perturb")
+    pipeline(tiny, out, shard=Shard(1, 2)).stage("images")
+    shard = {"shard": Shard(0, 2)}
+
+    def others():
+        for resume in (True, False):
+            with pytest.raises(OspoError, match=r"images\.0-of-2\.jsonl is being written by another process; wait"):
+                pipeline(tiny, out, **shard, resume=resume).stage("images")
+
+    for resume in (False, True):
+        with during(monkeypatch, Store, "append", others), stopped_after(1) if not resume else contextlib.nullcontext():
+            pipeline(tiny, out, **shard, resume=resume).stage("images")
+    assert not list(out.glob(".restart*"))
+    assert pipeline(tiny, out).stage("images").items == 0
+    assert pipeline(tiny, out).stage("questions").items == 6
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_shard_that_another_process_has_just_finished(tiny, script, out, monkeypatch, resume):
+    back_to(out, "perturb")
+    pipeline(tiny, out, shard=Shard(1, 2)).stage("images")
+    with stopped_after(1):
+        pipeline(tiny, out, shard=Shard(0, 2), resume=False).stage("images")
+
+    def other():
+        pipeline(tiny, out, shard=Shard(0, 2)).stage("images")
+
+    with (
+        during(monkeypatch, Pipeline, "model", other),
+        pytest.raises(OspoError, match=r"Another process has just written .*images\.0-of-2\.jsonl"),
+    ):
+        pipeline(tiny, out, shard=Shard(0, 2), resume=resume).stage("images")
+    assert pipeline(tiny, out).stage("questions").items == 6
+
+
 def test_the_same_shard_twice(tiny, script, out, monkeypatch):
     back_to(out, "perturb")
 
@@ -571,7 +611,7 @@ def test_an_interrupted_lock_is_released(tiny, script, out, monkeypatch):
 def test_a_run_folder_that_is_a_link_is_finished_before_its_configuration_is_read(tiny, script, tmp_path, out):
     stopped(lambda: pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score"))
     (tmp_path / "link").symlink_to(out)
-    with restarts.RunLock.hold(tmp_path / "link", shared=False) as lock:
+    with hold(tmp_path / "link", shared=False) as lock:
         restarts.finish_run(lock)
     assert not (out / ".restart.score").exists()
 
@@ -586,8 +626,27 @@ def test_stages_of_several_iterations_are_not_started_over_without_the_first(tin
     assert visible(out) == before
 
 
-def test_a_refused_shard_that_catches_the_error_still_holds_the_lock(out):
-    hold = restarts.RunLock.hold
+def test_shards_that_begin_at_once_finish_what_was_killed_one_after_the_other(out):
+    (out / ".stages.lock").touch()
+    barrier, done = threading.Barrier(2), []
+
+    def shard():
+        with hold(out, shared=True) as lock:
+            barrier.wait()
+            with lock.alone():
+                done.append(1)
+            refused(lambda: hold(out, shared=False).__enter__())
+
+    threads = [threading.Thread(target=shard) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 2
+
+
+def test_a_refused_shard_that_catches_the_error_still_holds_the_lock(out, monkeypatch):
+    monkeypatch.setattr(restarts, "_PATIENCE", 0.0)
     (out / ".stages.lock").touch()
     with hold(out, shared=True) as first:
         with hold(out, shared=True):
@@ -600,19 +659,19 @@ def test_a_refused_shard_that_catches_the_error_still_holds_the_lock(out):
 
 
 def test_a_forked_process_does_not_keep_the_lock(out):
-    with restarts.RunLock.hold(out, shared=False):
+    with hold(out, shared=False):
         reader, writer = os.pipe()
         if (child := os.fork()) == 0:
             os.read(reader, 1)
             os._exit(0)
-    with restarts.RunLock.hold(out, shared=False):
+    with hold(out, shared=False):
         os.write(writer, b"x")
     os.waitpid(child, 0)
 
 
 def test_readers_of_a_folder_that_cannot_be_written(tiny, script, out, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with restarts.RunLock.hold(out, shared=False):
+    with hold(out, shared=False):
         assert pipeline(tiny, out).stage("score").items == 0
 
 
@@ -620,7 +679,7 @@ def test_an_iteration_by_itself_is_excluded_by_its_run(tiny, script, tmp_path):
     out = tmp_path / "out"
     pipeline(tiny, out).run()
     pipeline(tiny, out, "iterations=2").stage("prompts", 2)
-    with restarts.RunLock.hold(out, shared=False):
+    with hold(out, shared=False):
         refused(lambda: pipeline(tiny, out / "iter2").stage("perturb"))
 
 
@@ -635,7 +694,7 @@ def test_a_refused_command_leaves_no_lock(tiny, script, out):
 
 def test_commands_hold_the_lock_before_they_read_the_configuration(tiny, script, out, capsys):
     before = visible(out)
-    with restarts.RunLock.hold(out, shared=False):
+    with hold(out, shared=False):
         for command in ("run", "score", "demo"):
             assert main([command, "--out", str(out), "--no-resume", "--model", str(tiny)]) == 1
             assert "out is in use by another process" in capsys.readouterr().err
@@ -711,3 +770,100 @@ def test_the_configuration_of_what_was_whole_is_used(tiny, script, out):
     assert main(["select", "--out", str(out)]) == 0
     saved = load_config(saved=out / "config.yaml", family="shapes")
     assert (saved.score.batch_size, saved.train.learning_rate) == (2, 0.01)
+
+
+@pytest.mark.parametrize("what", ["score", "run"])
+def test_what_was_made_after_a_start_was_interrupted_is_kept(tiny, script, out, what):
+    """Plain commands would replace it by what the start makes."""
+    with stopped_after(1):
+        over = pipeline(tiny, out, resume=False)
+        over.run() if what == "run" else over.stage(what)
+    (work,) = out.glob(".restart*")
+    pipeline(tiny, out).stage("select")
+    before = visible(out)
+    calls = [lambda: pipeline(tiny, out).run()] + [lambda: pipeline(tiny, out).stage("score")] * (what != "run")
+    for call in calls:
+        with pytest.raises(UsageError, match=rf"select\.jsonl was made after a start .*; delete .*{work.name} to keep"):
+            call()
+    assert visible(out) == before
+    restarts.delete(work)
+    assert pipeline(tiny, out).stage("score").items == 0
+    assert visible(out) == before
+
+
+def test_a_shard_whose_results_were_used_after_it_was_interrupted(tiny, script, out):
+    back_to(out, "perturb")
+    pipeline(tiny, out, shard=Shard(0, 1)).stage("images")
+    with stopped_after(1):
+        pipeline(tiny, out, shard=Shard(0, 1), resume=False).stage("images")
+    pipeline(tiny, out, shard=Shard(0, 1)).stage("questions")
+    with pytest.raises(
+        UsageError, match=r"delete .*\.restart\.images\.0-of-1 to keep what is there, or start over with"
+    ):
+        pipeline(tiny, out, shard=Shard(0, 1)).stage("images")
+    restarts.delete(out / ".restart.images.0-of-1")
+    assert pipeline(tiny, out, shard=Shard(0, 1)).stage("images").items == 0
+
+
+def test_what_another_process_writes_to_an_iteration_is_noticed(out):
+    (out / "iter2").mkdir()
+    (out / "iter2" / "select.jsonl").write_text("")
+    (out / ".stages.lock").unlink()
+    with hold(out, shared=False) as lock:
+        (out / "iter2" / "settings.json").write_text("{}")
+        with pytest.raises(OspoError, match="Another process has just written to"):
+            lock.begin()
+
+
+def test_an_iteration_by_another_path_has_the_lock_of_its_run(out, tmp_path, monkeypatch):
+    (out / "iter2").mkdir()
+    (tmp_path / "link").symlink_to(out / "iter2")
+    monkeypatch.chdir(out / "iter2")
+    with hold(out, shared=False):
+        for path in (Path(), tmp_path / "link", Path("../iter2")):
+            refused(lambda path=path: hold(path, shared=False).__enter__())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_is_whole_is_put_in_place_under_the_lock(tiny, script, out, monkeypatch, resume):
+    stopped(lambda: pipeline(tiny, out, resume=False).stage("score"))
+    (out / ".restart.score" / ".whole.json").unlink()
+    (out / ".stages.lock").unlink()
+    with during(monkeypatch, restarts, "_move", lambda: refused(lambda: hold(out, shared=False).__enter__())):
+        pipeline(tiny, out, resume=resume).stage("score")
+    assert not list(out.glob(".restart*"))
+
+
+def test_a_report_is_of_what_was_whole(tiny, script, out, capsys):
+    stopped(lambda: pipeline(tiny, out, "score.batch_size=2", resume=False).stage("score"))
+    with hold(out, shared=False):
+        assert main(["report", str(out)]) == 1
+        assert "is in use by another process" in capsys.readouterr().err
+    assert not (out / "report").exists()
+    (out / "iter2").mkdir()
+    main(["report", str(out / "iter2")])  # has no records, but a run that is finished first
+    assert not list(out.glob(".restart*"))
+    assert main(["report", str(out)]) == 0
+    with hold(out, shared=False):
+        assert main(["report", str(out)]) == 0  # of a run that is not finished
+
+
+def test_diagnostics_that_are_missing_from_a_folder_that_cannot_be_written(tiny, script, out, monkeypatch):
+    for stage in ("select", "masks"):
+        pipeline(tiny, out).stage(stage)
+    (out / "masks" / "diagnostics.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert pipeline(tiny, out).stage("masks").items == 0
+    assert not (out / "masks" / "diagnostics.json").exists()
+    pipeline(tiny, out).stage("masks")
+    assert (out / "masks" / "diagnostics.json").exists()
+
+
+def test_a_lock_of_someone_else_is_not_to_be_deleted(out, monkeypatch):
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(restarts, "open_to_lock", closed)
+    with pytest.raises(OspoError, match=r"Cannot lock .*\.stages\.lock: Permission denied; ask its owner for access\."):
+        hold(out, shared=False).__enter__()
