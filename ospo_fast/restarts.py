@@ -102,7 +102,8 @@ def made_after(work: Path, made: Sequence[Path]) -> list[Path]:
         return []
     begun = path.stat().st_mtime_ns
     made = [*made, *(each for path in made if _is_iteration(path) for each in made_by(path, STAGES))]
-    return [path for path in made if path.lstat().st_mtime_ns > begun]
+    files = [path / "log.jsonl" if path.is_dir() else path for path in made]  # sweeping changes the time of a folder
+    return [path for path in files if path.is_file() and path.stat().st_mtime_ns > begun]
 
 
 class RunLock:
