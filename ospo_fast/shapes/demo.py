@@ -221,7 +221,7 @@ class _Evaluations:
         (self._place / _UNFINISHED).unlink(missing_ok=True)  # of a process that was killed in `put_in_place`
         continues = pipeline.resume and pipeline.continues(work)
         begins = not continues and (over or not pipeline.resume)  # or a process was killed before it did
-        self.starts_over = continues or (begins and self._place.exists())
+        self.starts_over = continues or (begins and (over or self._place.exists()))
         self.folder = work if self.starts_over else self._place
         if begins:
             discard(work)

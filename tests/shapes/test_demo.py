@@ -272,22 +272,25 @@ def test_interrupted_restart_keeps_the_old_results(
     assert Pipeline(same, progress=False).continues(out / ".restart")  # and not the old run, of other settings
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
 def test_a_restart_that_was_killed_before_its_evaluations(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool
 ) -> None:
     out = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    if not evaluated:
+        shutil.rmtree(out / "evaluation")
     before, folders = visible(out), []
 
     def guidance(self: Any, *_: Any) -> None:
         folders.append(self.folder.name)
         raise KeyboardInterrupt
 
-    for resume, name, method in ((False, "__init__", stop), (True, "guidance", guidance)):
+    for resume, name, method in ((False, "__init__", stop), (True, "guidance", guidance), (True, "guidance", guidance)):
         with monkeypatch.context() as patch:
             patch.setattr(demo._Evaluations, name, method)
             with pytest.raises(KeyboardInterrupt):
                 demo.run(load_config([*SMALL, f"out={out}"], family="shapes"), resume=resume, progress=False)
-    assert folders == [".restart.evaluation"]  # and not the results of the run that is replaced
+    assert folders == [".restart.evaluation"] * 2  # and not the results of the run that is replaced
     assert visible(out) == before
 
 
