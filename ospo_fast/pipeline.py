@@ -318,7 +318,7 @@ class Pipeline:
         """
         out = self.folder()
         with os_errors("use", out), self.using() as lock:
-            restarts.finish(lock, out, out)
+            restarts.finish(lock, out)
             work = restarts.folder(out)
             restarts.refuse_links(work)
             over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
@@ -414,7 +414,7 @@ class Pipeline:
         stage, out = find_stage(name), self.folder(iteration)
         with os_errors("use", out), self.using() as lock:
             for folder in dict.fromkeys((self.folder(), out)):
-                restarts.finish(lock, folder, self.folder())
+                restarts.finish(lock, folder)
             work = restarts.folder(out, stage, self.shard)
             config, settings = self._check(stage, iteration)
             self._sweep(stage, out)
@@ -494,7 +494,7 @@ class Pipeline:
                 f"The shards of {name} are already merged into {store_path(out, name)}; to run it again, use "
                 f"`ospo-fast {name} --out {self.config.out} --no-resume` without --shard."
             )
-        if continues and not over:
+        if self.resume and continues and not over:
             replaced = restarts.made_by(out, self._replaced(stage), self.shard)
             replaced += [] if self.shard else restarts.later_iterations(out, self.folder())
             self._check_unfinished(restarts.folder(out, stage, self.shard), replaced)
@@ -567,7 +567,7 @@ class Pipeline:
         failed = list(map(str, unusable))
         if complete and not _shard_paths(work, name):
             if stage.finish is not None and self._lock is not None and self._lock.writes:
-                self._take_lock(stage, out)
+                self._take_lock()
                 stage.finish(work, list(present.values()))
             _warn(name, failed, len(failed))
             return not fresh
@@ -787,5 +787,5 @@ def _merge_shards(store: Store, out: Path, stage: str) -> None:
     for path in _shard_paths(out, stage):
         with Store(path):
             store.extend(record for record in read_records(path) if record["item_id"] not in store)
+            lock_of(path).unlink(missing_ok=True)  # no shard runs: this process has the run folder for itself
             path.unlink()
-        lock_of(path).unlink(missing_ok=True)  # no shard runs: this process has the run folder for itself

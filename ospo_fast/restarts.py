@@ -26,6 +26,7 @@ from ospo_fast.records import (
     delete,
     discard,
     forget_lock,
+    lock_of,
     locked,
     only_user,
     only_writer,
@@ -44,6 +45,7 @@ _LIST = ".whole.json"
 _IN_USE = ".stages.lock"
 _OF_RUN = ("config.yaml", "settings.json")  # in a folder whose iterations are below it
 _PATIENCE = 5.0  # seconds that a shard waits for others, which may wait for it
+_OF_ITERATION = ".."  # in the list of an iteration that is not used by itself: its run folder
 _NAME = rf"\{PREFIX}(\.({'|'.join(stage.name for stage in STAGES)})(\.\d+-of-\d+)?)?"
 
 
@@ -104,6 +106,10 @@ def made_after(work: Path, made: Sequence[Path]) -> list[Path]:
     made = [*made, *(each for path in made if _is_iteration(path) for each in made_by(path, STAGES))]
     files = [path / "log.jsonl" if path.is_dir() else path for path in made]  # sweeping changes the time of a folder
     return [path for path in files if path.is_file() and path.stat().st_mtime_ns > begun]
+
+
+class InUseError(OspoError):
+    """Another process holds the lock of a run folder."""
 
 
 class RunLock:
@@ -170,7 +176,7 @@ class RunLock:
     def _take(self, flags: int) -> None:
         self._handle = open_to_lock(self._path, flags)
         try:
-            self._lock(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
+            self._wait(fcntl.LOCK_SH) if self.shared else self._lock(fcntl.LOCK_EX)
             remember_lock(self._handle)
         except BaseException:  # a signal, too
             os.close(self._handle)
@@ -193,31 +199,35 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
                 raise OspoError(f"Cannot lock {self._path}: {error.strerror}.") from error
-            raise OspoError(
+            raise InUseError(
                 f"{self.out} is in use by another process; wait for it, or give this one another --out."
             ) from error
 
+    def _wait(self, how: int, needed: Callable[[], bool] = lambda: True) -> None:
+        """Lock for seconds at most, which shards take that finish what was killed, and only while it is needed."""
+        end = time.monotonic() + _PATIENCE
+        while needed():
+            try:
+                self._lock(how)
+                break
+            except InUseError:
+                if time.monotonic() > end:
+                    raise
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # for another shard that waits for this one
+            time.sleep(random.uniform(0.01, 0.1))
+
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the lock alone in the block. Raises OspoError if other shards hold it for longer than seconds."""
+    def alone(self, needed: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Hold the lock alone in the block, unless it is not needed any more. Raises OspoError if others hold it."""
         if not self.shared:
             yield
             return
         try:
-            end = time.monotonic() + _PATIENCE
-            while True:
-                try:
-                    self._lock(fcntl.LOCK_EX)
-                    break
-                except OspoError:
-                    if time.monotonic() > end:
-                        raise
-                fcntl.flock(self._handle, fcntl.LOCK_UN)  # for another shard that waits for this one
-                time.sleep(random.uniform(0.01, 0.1))
+            self._wait(fcntl.LOCK_EX, needed)
             yield
         finally:
             try:
-                self._lock(fcntl.LOCK_SH)  # a refused conversion has lost it
+                self._wait(fcntl.LOCK_SH)
             except OspoError:
                 self._release()
                 raise
@@ -258,11 +268,11 @@ def put_in_place(work: Path, out: Path, run_folder: Path, check: Callable[[], ob
     The caller holds the locks of `out`; see `exclusive`. run_folder: that of all iterations, which has config.yaml.
     check: of a shard, called once no other shard begins or replaces anything.
     """
-    names = sorted(path.name for path in made_by_run(work))
+    names = sorted(path.name for path in made_by_run(work)) + [_OF_ITERATION] * (run_folder != out)
     with one_shard(out) if _parts(work)[1] else contextlib.nullcontext():
         check()
         write_json(work / _LIST, names)
-        _move(work, out, run_folder)
+        _move(work, out)
 
 
 def unfinished(out: Path) -> list[Path]:
@@ -271,30 +281,31 @@ def unfinished(out: Path) -> list[Path]:
     return [path for path in found if (no_link(path) / _LIST).exists()]
 
 
-def finish(lock: RunLock, out: Path, run_folder: Path) -> None:
+def finish(lock: RunLock, out: Path) -> None:
     """Put in place what was whole when its process was killed."""
     for work in unfinished(out):
         lock.begin()
         # A shard whose list is there is being put in place by a process that holds the lock, or by none.
-        with one_shard(out) if _parts(work)[1] else lock.alone():
-            if (work / _LIST).exists():
-                _move(work, out, run_folder)
+        whole = (work / _LIST).exists
+        with one_shard(out) if _parts(work)[1] else lock.alone(whole):
+            if whole():
+                _move(work, out)
 
 
 def finish_run(lock: RunLock) -> None:
     """Do `finish` in a run folder and its iterations, before its config.yaml is read, which can be replaced."""
     with os_errors("read", lock.out):
         for folder in _folders(lock.run_folder):
-            finish(lock, folder, lock.run_folder)
+            finish(lock, folder)
 
 
 def finish_killed(out: Path) -> None:
-    """Do `finish_run` for a command that only reads, which needs the lock only if there is something to finish."""
-    lock = RunLock(out, shared=False)
+    """Do `finish_run` for a command that only reads: it waits for no process that uses the folder."""
+    lock = RunLock(out, shared=True)
     with os_errors("read", out):
         waiting = any(unfinished(folder) for folder in _folders(lock.run_folder))
     if waiting:
-        with RunLock.hold(out, shared=False) as lock:
+        with contextlib.suppress(InUseError), RunLock.hold(out, shared=True) as lock:
             finish_run(lock)
 
 
@@ -313,10 +324,11 @@ def _parts(work: Path) -> tuple[str, str]:
     return stage, shard
 
 
-def _move(work: Path, out: Path, run_folder: Path) -> None:
+def _move(work: Path, out: Path) -> None:
     """Do what is left of `put_in_place` once the list is written. Each step can be repeated."""
     # All is read and checked before anything is deleted.
     names = set(map(str, read_json(work / _LIST, [])))
+    run_folder = out.parent if _OF_ITERATION in names and _is_iteration(out) else out
     settings, rows = read_json(work / "settings.json", {}), read_json(work / "stages.json", [])
     for name, kind in (("settings.json", {}), ("stages.json", [])):
         read_json(out / name, kind)
@@ -340,6 +352,8 @@ def _move(work: Path, out: Path, run_folder: Path) -> None:
         for path in old:
             if path.name not in names:
                 delete(path)
+                if not shard:  # and no other process has the run folder
+                    delete(lock_of(path))
         if shard:
             _merge_files(work, out, find_stage(stage))
         for path in new:
