@@ -204,7 +204,7 @@ class RunLock:
             ) from error
 
     def _wait(self, how: int, needed: Callable[[], bool] = lambda: True) -> None:
-        """Lock for seconds at most, which shards take that finish what was killed, and only while it is needed."""
+        """Lock, after waiting some seconds for shards that finish what was killed, unless it is not needed any more."""
         end = time.monotonic() + _PATIENCE
         while needed():
             try:
@@ -326,6 +326,7 @@ def _parts(work: Path) -> tuple[str, str]:
 
 def _move(work: Path, out: Path) -> None:
     """Do what is left of `put_in_place` once the list is written. Each step can be repeated."""
+    out = Path(os.path.realpath(out))  # the name of an iteration has its number
     # All is read and checked before anything is deleted.
     names = set(map(str, read_json(work / _LIST, [])))
     run_folder = out.parent if _OF_ITERATION in names and _is_iteration(out) else out

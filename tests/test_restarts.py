@@ -651,7 +651,7 @@ def test_shards_that_begin_at_once_finish_what_was_killed(tiny, script, out, sha
 
 
 @pytest.mark.parametrize("by_itself", [True, False])
-def test_a_killed_iteration_is_finished_as_it_was_begun(tiny, script, scored, out, by_itself):
+def test_a_killed_iteration_is_finished_as_it_was_begun(tiny, script, scored, out, monkeypatch, by_itself):
     folder = Path(shutil.copytree(scored, out / "iter2"))
     (out / "iter3").mkdir()
     stopped(lambda: pipeline(tiny, folder, "score.batch_size=2", resume=False).stage("score"))
@@ -659,8 +659,9 @@ def test_a_killed_iteration_is_finished_as_it_was_begun(tiny, script, scored, ou
     if not by_itself:
         stopped(lambda: restarts.put_in_place(work, folder, out))
     config = {path: (path / "config.yaml").read_bytes() for path in (work, folder, out)}
-    with hold(folder, shared=False) as lock:
-        restarts.finish_run(lock)
+    monkeypatch.chdir(folder)
+    with hold(Path(), shared=False) as lock:
+        restarts.finish(lock, Path())
     assert not work.exists()
     assert (out / "iter3").exists() == by_itself
     place, other = (folder, out) if by_itself else (out, folder)
