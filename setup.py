@@ -1,9 +1,12 @@
 """Build `ospo_fast._C` without torch, and install the Triton kernels of `kernels/` as `ospo_fast.kernels`.
 
 Environment:
+    OSPO_FAST_NATIVE      1: compile, fail without a C++ compiler; 0: pure Python, whose operations run the PyTorch
+                          references; unset: compile if a C++ compiler works, and never on Windows
     OSPO_FAST_CUDA        1: compile the CUDA sources, fail without nvcc; 0: skip them; unset: compile them if nvcc is
                           found, in CUDA_HOME if that is set, else on the PATH or in /usr/local/cuda
-    OSPO_FAST_CUDA_ARCHS  architectures to compile for, such as "80+PTX 90 100"
+    OSPO_FAST_CUDA_ARCHS  architectures to compile for, such as "80+PTX 90 100", or "native": those of the cards of this
+                          machine, without CUDA where nvidia-smi finds none
     OSPO_FAST_SANITIZE    1: compile C++ with GCC's AddressSanitizer and UndefinedBehaviorSanitizer, without CUDA; the
                           module loads only where their libraries are preloaded (`make sanitize`)
     MAX_JOBS              parallel compilers (default: one per core)
@@ -33,27 +36,64 @@ def sources(suffix: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(f"*{suffix}"))
 
 
+def switch(name: str, meaning: str) -> bool | None:
+    """Return a variable of the environment that is 1, 0 or unset."""
+    setting = os.environ.get(name, "")
+    if setting not in {"", "0", "1"}:
+        sys.exit(f"{name} is {setting!r}; expected {meaning}")
+    return {"": None, "0": False, "1": True}[setting]
+
+
+def find_cxx() -> str | None:
+    """Find the C++ compiler; None to install pure Python. A compiler that CXX names must be there."""
+    wanted = switch("OSPO_FAST_NATIVE", "1 (compile), 0 (pure Python) or unset (compile if a C++ compiler works)")
+    if wanted is False:
+        for name, value in {"OSPO_FAST_CUDA": wants_cuda(), "OSPO_FAST_SANITIZE": sanitize()}.items():
+            if value:
+                sys.exit(f"OSPO_FAST_NATIVE is 0 but {name} is 1; set only one of them")
+        stale = sorted(path.name for path in (ROOT / "ospo_fast").glob("_C.*"))
+        if stale and "editable_wheel" in sys.argv:
+            sys.exit(f"OSPO_FAST_NATIVE is 0 but ospo_fast/{stale[0]} of an earlier build would be used; delete it")
+        return None
+    if sys.platform == "win32":
+        if wanted:
+            sys.exit("OSPO_FAST_NATIVE is 1, but ospo-fast compiles on Linux and macOS only; on Windows use WSL")
+        return None
+    if cxx := os.environ.get("CXX"):
+        if not (words := shlex.split(cxx)) or shutil.which(words[0]) is None:
+            sys.exit(f"CXX is {cxx!r}, which was not found; expected a C++ compiler, such as g++")
+        return cxx
+    # macOS has a c++ that only asks to install a compiler.
+    cxx = next((name for name in ("c++", "g++", "clang++") if shutil.which(name) and accepts(name)), None)
+    if cxx is None and (wanted or wants_cuda() or sanitize()):
+        name = "OSPO_FAST_NATIVE" if wanted else "OSPO_FAST_CUDA" if wants_cuda() else "OSPO_FAST_SANITIZE"
+        sys.exit(f"{name} is 1 but no C++ compiler was found; install g++ or clang++, or set CXX")
+    return cxx
+
+
+def wants_cuda() -> bool | None:
+    """Return OSPO_FAST_CUDA."""
+    return switch("OSPO_FAST_CUDA", "1 (compile CUDA), 0 (skip it) or unset (if nvcc is found)")
+
+
 def find_nvcc() -> str | None:
     """Find the nvcc to use; None to skip the CUDA sources."""
-    setting = os.environ.get("OSPO_FAST_CUDA", "")
-    if setting not in {"", "0", "1"}:
-        sys.exit(f"OSPO_FAST_CUDA is {setting!r}; expected 1 (compile CUDA), 0 (skip it) or unset (if nvcc is found)")
-    if setting == "0" or sanitize():
+    setting = wants_cuda()
+    if setting is False or sanitize():
+        return None
+    if setting is None and requested_archs() == []:
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folders = [f"{home}/bin"] if home else [None, "/usr/local/cuda/bin"]  # None is the PATH
     nvcc = next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
-    if setting == "1" and nvcc is None:
+    if setting and nvcc is None:
         sys.exit("OSPO_FAST_CUDA is 1 but no nvcc was found; set CUDA_HOME, or unset OSPO_FAST_CUDA to skip CUDA")
     return nvcc
 
 
 def sanitize() -> bool:
     """Return whether to compile with sanitizers."""
-    setting = os.environ.get("OSPO_FAST_SANITIZE", "")
-    if setting not in {"", "0", "1"}:
-        sys.exit(f"OSPO_FAST_SANITIZE is {setting!r}; expected 1 (compile with sanitizers), or 0 or unset (without)")
-    return setting == "1"
+    return bool(switch("OSPO_FAST_SANITIZE", "1 (compile with sanitizers), or 0 or unset (without)"))
 
 
 def sanitizer_flags(cxx: str) -> list[str]:
@@ -72,11 +112,27 @@ def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def requested_archs() -> list[str] | None:
+    """List the architectures of OSPO_FAST_CUDA_ARCHS, those of the cards of this machine for "native"; None: unset."""
+    words = os.environ.get("OSPO_FAST_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+    if words != ["native"]:
+        return words or None
+    try:
+        found = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    except (OSError, subprocess.CalledProcessError):  # no driver, or no card
+        return []
+    return sorted(
+        {line.strip().replace(".", "") for line in found.splitlines()} - {""}, key=lambda arch: (len(arch), arch)
+    )
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """List the architectures to compile for: the requested ones, or those of DEFAULT_ARCHS that this nvcc supports."""
-    requested = os.environ.get("OSPO_FAST_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+    requested = requested_archs()
+    if requested == []:
+        sys.exit("OSPO_FAST_CUDA_ARCHS is 'native' but nvidia-smi lists no card; name architectures, such as '80 90'")
     supported = set(re.findall(r"sm_(\d+)", output(nvcc, "--list-gpu-code")))
-    for arch in requested:
+    for arch in requested or ():
         match = re.fullmatch(r"(\d+)(\+PTX)?", arch)
         if match is None or match[1] not in supported:
             sys.exit(
@@ -112,8 +168,6 @@ class BuildExtension(build_ext):
     """Compile with ninja: C++ by the host compiler, CUDA by nvcc. Links neither torch nor the CUDA driver."""
 
     def build_extension(self, ext: Extension) -> None:
-        if sys.platform == "win32":
-            sys.exit("ospo-fast builds on Linux and macOS; on Windows use WSL")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +190,7 @@ class BuildExtension(build_ext):
         return path
 
     def ninja_file(self, ext: Extension, target: Path) -> str:
-        cxx = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-        if cxx is None:
-            sys.exit("no C++ compiler was found; install g++ or clang++, or set CXX")
-        if not (words := shlex.split(cxx)) or shutil.which(words[0]) is None:
-            sys.exit(f"CXX is {cxx!r}, which was not found; expected a C++ compiler, such as g++")
+        cxx = CXX
 
         def joined(words: list[str]) -> str:
             return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
@@ -174,10 +224,21 @@ class BuildExtension(build_ext):
             cuda += ["--compress-mode=size"] if "--compress-mode" in output(nvcc, "--help") else []
             lines += ["rule cuda", f"  command = {ccache}{nvcc} -MD -MF $out.d {joined(cuda)} -c $in -o $out"]
             lines += ["  depfile = $out.d", "  deps = gcc"]
-            link = [nvcc, "-cudart=static", f"-ccbin={cxx}", "-shared", "-Xlinker=-s"]
+            # nvcc of the package nvidia-cuda-nvcc looks for its libraries in lib64 only.
+            library = Path(nvcc).resolve().parents[1] / "lib"
+            link = [
+                nvcc,
+                *([f"-L{library}"] if (library / "libcudart_static.a").exists() else []),
+                "-cudart=static",
+                f"-ccbin={cxx}",
+                "-shared",
+                "-Xlinker=-s",
+            ]
             link += [f"-Xcompiler={flag}" for flag in openmp]
         else:
-            print(f"ospo-fast: C++ by {cxx}; no CUDA kernels, because OSPO_FAST_CUDA is 0 or no nvcc was found")
+            print(
+                f"ospo-fast: C++ by {cxx}; no CUDA kernels, because OSPO_FAST_CUDA is 0, or no nvcc or card was found"
+            )
             shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
             if sys.platform != "darwin" and not sanitizers:
                 shared.append("-Wl,-s")  # sanitizers name the lines of their findings by the debug information
@@ -202,7 +263,12 @@ class BuildPy(build_py):
         return modules
 
 
+CXX = find_cxx()
+if CXX is None:
+    print("ospo-fast: pure Python; the operations run the PyTorch references, because OSPO_FAST_NATIVE is 0, no C++")
+    print("compiler was found, or this is Windows")
+native = [Extension("ospo_fast._C", sources(".cpp"), depends=sources(".h") + sources(".cuh"))]
 setup(
-    ext_modules=[Extension("ospo_fast._C", sources(".cpp"), depends=sources(".h") + sources(".cuh"))],
+    ext_modules=native if CXX else [],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPy},
 )

@@ -1,10 +1,13 @@
 """The report of `ospo-fast env`: versions, system, devices, the native module, and the backend of each operation."""
 
 import ctypes.util
+import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,8 @@ PACKAGES = (
     "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "flash-attn",
     "xformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "scikit-image",
 )  # fmt: skip
+# Oldest and newest versions that the tests have run with. Others are not refused.
+TESTED = {"python": ("3.10", "3.13"), "torch": ("2.9.0", "2.15.0"), "transformers": ("5.17.0", "5.24.0")}
 
 
 def collect() -> dict[str, Any]:
@@ -23,6 +28,7 @@ def collect() -> dict[str, Any]:
 
     Returns:
         versions: package → version, None where it is not installed.
+        tested: package → {"oldest", "newest": tested versions, "installed": "tested", "older" or "newer", or None}.
         system: os, machine, cpu, cores, threads, memory_gb.
         cuda: torch's CUDA version, driver, devices.
         native: `ospo_fast._C.build_info()`.
@@ -32,6 +38,7 @@ def collect() -> dict[str, Any]:
     return {
         "versions": {"ospo-fast": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
+        "tested": {name: _probe(functools.partial(_tested, name)) for name in TESTED},
         "system": {name: _probe(read) for name, read in _SYSTEM.items()},
         "cuda": _probe(_cuda),
         "native": _probe(_native),
@@ -43,7 +50,11 @@ def render(info: dict[str, Any]) -> str:
     """Return `collect()` as text."""
     lines: list[str] = []
     for title, part in info.items():
-        rows = _op_rows(part) if title == "ops" and "error" not in part else [(n, _text(v)) for n, v in part.items()]
+        rows = [(name, _text(value)) for name, value in part.items()]
+        if title == "ops" and "error" not in part:
+            rows = _op_rows(part)
+        elif title == "tested":
+            rows = [(name, _tested_text(value)) for name, value in part.items()]
         width = max((len(name) for name, _ in rows), default=0)
         lines += [title, *(f"  {name:<{width}}  {text}".rstrip() for name, text in rows), ""]
     return "\n".join(lines)
@@ -59,6 +70,13 @@ def _text(value: object) -> str:
     if isinstance(value, list):
         return "; ".join(map(_text, value)) or "none"
     return str(value)
+
+
+def _tested_text(found: dict[str, str | None]) -> str:
+    if "error" in found:
+        return _text(found)
+    notes = {None: "", "tested": "", "older": ": the installed one is older", "newer": ": the installed one is newer"}
+    return f"{found['oldest']} to {found['newest']}{notes[found['installed']]}"
 
 
 def _op_rows(ops: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, str]]:
@@ -82,6 +100,17 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tested(name: str) -> dict[str, str | None]:
+    """Compare the installed version of a package with those of TESTED; a bug fix release is a tested version."""
+    oldest, newest = TESTED[name]
+    installed = platform.python_version() if name == "python" else _version(name)
+    answer = None
+    if installed is not None:
+        number, first, last = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (installed, oldest, newest))
+        answer = "older" if number < first else "newer" if number > last else "tested"
+    return {"oldest": oldest, "newest": newest, "installed": answer}
 
 
 def _cpu() -> str:
@@ -127,6 +156,8 @@ def _cuda() -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     importlib.import_module("torch")  # first, so that the process loads torch's OpenMP runtime
+    if importlib.util.find_spec("ospo_fast._C") is None:
+        return {"built": "no: pure Python, the operations run the PyTorch references"}
     native = importlib.import_module("ospo_fast._C")
     info: dict[str, Any] = {**native.build_info()}
     info["nvcc"] = info["nvcc"] or "built without"

@@ -63,3 +63,18 @@ def test_text_names_every_operation_and_missing_packages() -> None:
     assert any("xformers" in line and "not installed" in line for line in lines)
     for op in info["ops"]:
         assert any(line.split()[:2] == [op, "cpu"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("2.8.9", "older"), ("2.9.0", "tested"), ("2.15.7+cu130", "tested"), ("2.16.0a0+git", "newer"), ("3.0", "newer")],
+)
+def test_versions_that_are_not_tested_are_named(version: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "TESTED", {"torch": ("2.9.0", "2.15.0")})
+    monkeypatch.setattr(env, "_version", {"torch": version}.get)
+    info = env.collect()
+    assert info["tested"] == {"torch": {"oldest": "2.9.0", "newest": "2.15.0", "installed": expected}}
+    line = next(line for line in env.render(info).splitlines() if "2.9.0 to 2.15.0" in line)
+    assert line.endswith("2.15.0" if expected == "tested" else f"the installed one is {expected}")
+    monkeypatch.setattr(env, "_version", lambda name: None)
+    assert env.collect()["tested"]["torch"]["installed"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import operator
 from collections.abc import Callable, Mapping
@@ -269,6 +270,8 @@ def _triton_error() -> str:
 
 @functools.cache
 def _native() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec("ospo_fast._C") is None:
+        return None, "this is a pure-Python install of ospo_fast; reinstall it where a C++ compiler is found"
     try:
         return importlib.import_module("ospo_fast._C"), ""
     except ImportError as error:
