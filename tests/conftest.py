@@ -18,6 +18,8 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported, because it reads the variable when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+ROOT = Path(__file__).resolve().parents[1]
+REPOSITORY_ONLY = ("tests/golden", "bench/results")  # 10 MB that MANIFEST.in leaves out
 # Import names of packages of the extras. The core imports none of them.
 OPTIONAL = {
     "PIL", "accelerate", "datasets", "hypothesis", "jinja2", "lightning", "matplotlib", "omegaconf", "peft", "psutil",
@@ -43,11 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Skip a module or folder whose import needs an optional package that is not installed."""
+    """Skip a module or folder whose import needs what is not there."""
     report = yield
-    if report.outcome == "failed" and (package := missing_package(report.call.excinfo.value)):
+    if report.outcome == "failed" and (reason := why_skipped(report.call.excinfo.value)):
         report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 0, f"Skipped: {package} is not installed")
+        report.longrepr = (str(collector.path), 0, f"Skipped: {reason}")
     return report
 
 
@@ -55,11 +57,11 @@ def pytest_make_collect_report(
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skip a test that needs an optional package that is not installed."""
+    """Skip a test that needs what is not there."""
     report = yield
-    if report.failed and call.excinfo is not None and (package := missing_package(call.excinfo.value)):
+    if report.failed and call.excinfo is not None and (reason := why_skipped(call.excinfo.value)):
         report.outcome = "skipped"
-        report.longrepr = (str(item.path), 0, f"Skipped: {package} is not installed")
+        report.longrepr = (str(item.path), 0, f"Skipped: {reason}")
     return report
 
 
@@ -76,6 +78,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         except RuntimeError:
             os._exit(1)
     return result
+
+
+def why_skipped(error: BaseException, root: Path = ROOT) -> str | None:
+    """Return why an error only means that something is not there: an optional package, or files of the repository."""
+    if package := missing_package(error):
+        return f"{package} is not installed"
+    cause = getattr(error, "cause", None) or error.__cause__ or error  # pytest wraps errors of imports
+    if isinstance(cause, FileNotFoundError) and (root / "PKG-INFO").exists():
+        path = Path(os.fsdecode(cause.filename or ""))
+        if any(path.is_relative_to(root / folder) for folder in REPOSITORY_ONLY):
+            return f"{path.name} is not part of the source distribution"
+    return None
 
 
 def missing_package(error: BaseException | None) -> str | None:

@@ -49,3 +49,18 @@ def test_error_raised_while_handling_a_missing_package_stays_an_error(conftest: 
 
 def test_packages_of_the_core_are_not_optional(conftest: types.ModuleType) -> None:
     assert not conftest.OPTIONAL & {"ospo_fast", "torch", "numpy", "pytest"}
+
+
+def test_files_that_the_source_distribution_lacks_skip_a_test_there_only(
+    conftest: types.ModuleType, tmp_path: Path
+) -> None:
+    def error(name: str) -> FileNotFoundError:
+        return FileNotFoundError(2, "No such file or directory", str(tmp_path / name))
+
+    golden = error("tests/golden/otsu.npz")
+    assert conftest.why_skipped(golden, tmp_path) is None  # a clone has the file
+    (tmp_path / "PKG-INFO").touch()
+    assert conftest.why_skipped(golden, tmp_path) == "otsu.npz is not part of the source distribution"
+    assert conftest.why_skipped(raised_from(golden), tmp_path) == "otsu.npz is not part of the source distribution"
+    assert conftest.why_skipped(error("tests/conftest.py"), tmp_path) is None
+    assert conftest.why_skipped(OSError("no file name"), tmp_path) is None

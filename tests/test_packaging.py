@@ -1,16 +1,21 @@
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECK = ROOT / "tests" / "installed_wheel.py"
 SHIPPED = (
     "csrc",
+    "docs",
     "kernels",
     "ospo_fast",
     "tests",
@@ -21,12 +26,12 @@ SHIPPED = (
     "MANIFEST.in",
     "LICENSE",
 )
-SHIPPED += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "constraints.txt")
+SHIPPED += ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "SECURITY.md", "constraints.txt")
 
 
 def copy_tree(folder: Path) -> Path:
     """Copy the sources without anything built, so that no build touches the checkout."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -58,7 +63,7 @@ def dist(tree: Path) -> Path:
 @pytest.fixture(scope="module")
 def site(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked wheel."""
-    folder = tmp_path_factory.mktemp("site")
+    folder = tmp_path_factory.mktemp("site") / "site-packages"
     (wheel,) = dist.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
@@ -72,6 +77,9 @@ def test_the_source_distribution_is_complete(dist: Path) -> None:
     assert sources <= names
     assert {"kernels/scale_rows.py", "tests/conftest.py", "bench/run.py", "LICENSE", "constraints.txt"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    # Golden values and results would be two thirds of it.
+    assert not [name for name in names if name.startswith("bench/results") or name.endswith(".npz")]
+    assert [name for name in names if name.startswith("tests/golden/")] == ["tests/golden/README.md"]
 
 
 def test_the_wheel_has_only_the_package(site: Path) -> None:
@@ -87,6 +95,12 @@ def test_the_wheel_has_only_the_package(site: Path) -> None:
     assert not missing
 
 
+def test_the_compiled_operations_of_the_wheel_agree_with_the_references(site: Path, tmp_path: Path) -> None:
+    done = run_installed(site, CHECK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "10 operations run compiled kernels" in done.stdout
+
+
 def test_the_wheel_imports_outside_the_tree_without_torch(site: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
@@ -98,6 +112,51 @@ def test_the_wheel_imports_outside_the_tree_without_torch(site: Path, tmp_path: 
     )
     done = run(sys.executable, "-S", "-I", "-c", code, str(site), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def pure(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked wheel of a machine without a C++ compiler."""
+    folder = tmp_path_factory.mktemp("pure")
+    command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder))
+    done = run(*command, cwd=tree, PATH=str(tmp_path_factory.mktemp("empty")), CXX="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pure Python; the operations run the PyTorch references" in done.stdout
+    (wheel,) = folder.glob("*-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site-packages")
+    return folder / "site-packages"
+
+
+def run_installed(site: Path, script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script with the package of an unpacked wheel, and not with an editable install of this environment."""
+    code = (
+        "import runpy, sys; site, script = sys.argv[1:3]; sys.argv = sys.argv[2:]; sys.path.insert(0, site)\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)]\n"
+        "runpy.run_path(script, run_name='__main__')"
+    )
+    return run(sys.executable, "-I", "-c", code, str(site), str(script), *arguments, cwd=cwd)
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_runs_the_references(pure: Path, tmp_path: Path) -> None:
+    assert not list(pure.rglob("*.so"))
+    done = run_installed(pure, CHECK, "--native", "no", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0 operations run compiled kernels: none, pure Python" in done.stdout
+    # The warning and the report say so.
+    assert "a pure-Python install" in done.stderr
+    done = run_installed(pure, pure / "ospo_fast" / "__main__.py", "env", cwd=tmp_path)
+    assert "built  no: pure Python, the operations run the PyTorch references" in done.stdout
+    assert "a pure-Python install" in done.stdout
+
+
+def test_the_check_of_installed_wheels_finds_what_is_missing(pure: Path, tmp_path: Path) -> None:
+    assert run_installed(pure, CHECK, cwd=tmp_path).returncode != 0  # it should be native
+    (pure / "ospo_fast" / "shapes" / "checkpoint" / "model.safetensors").rename(tmp_path / "moved")
+    try:
+        done = run_installed(pure, CHECK, "--native", "no", cwd=tmp_path)
+    finally:
+        (tmp_path / "moved").rename(pure / "ospo_fast" / "shapes" / "checkpoint" / "model.safetensors")
+    assert "the checkpoint is missing" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ldd")
@@ -161,9 +220,38 @@ def test_architectures_can_be_chosen(tree: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cards", "archs"), [("9.0\\n8.0\\n9.0\\n", ["80", "90"]), ("", []), ("[N/A]\\n", None), (None, [])]
+)
+def test_cuda_is_compiled_for_the_cards_of_this_machine(
+    cards: str | None, archs: list[str] | None, tree: Path, tmp_path: Path
+) -> None:
+    """No card, or no driver: no CUDA. An answer that is no architecture is refused."""
+    if cards is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{cards}'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = build(tree, tmp_path, OSPO_FAST_CUDA_ARCHS="native", PATH=path)
+    if archs is None:
+        assert "OSPO_FAST_CUDA_ARCHS has '[N/A]'; expected numbers" in done.stderr
+        return
+    ninja = (tmp_path / "build.ninja").read_text()
+    assert re.findall(r"code=sm_(\d+)", ninja) == archs
+    assert ("-cudart=static" in ninja) == bool(archs)
+
+
+def test_requested_cuda_without_a_card_to_compile_for_is_refused(tree: Path, tmp_path: Path) -> None:
+    done = build(tree, tmp_path, OSPO_FAST_CUDA="1", OSPO_FAST_CUDA_ARCHS="native")
+    assert done.returncode != 0
+    assert "OSPO_FAST_CUDA_ARCHS is 'native' but nvidia-smi lists no card; name architectures" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("env", "message"),
     [
         ({"OSPO_FAST_CUDA": "yes"}, "OSPO_FAST_CUDA is 'yes'; expected 1"),
+        ({"OSPO_FAST_NATIVE": "yes"}, "OSPO_FAST_NATIVE is 'yes'; expected 1 (compile), 0 (pure Python)"),
+        ({"OSPO_FAST_NATIVE": "0", "OSPO_FAST_CUDA": "1"}, "OSPO_FAST_NATIVE is 0 but OSPO_FAST_CUDA is 1"),
+        ({"OSPO_FAST_NATIVE": "0", "OSPO_FAST_SANITIZE": "1"}, "OSPO_FAST_NATIVE is 0 but OSPO_FAST_SANITIZE is 1"),
         ({"OSPO_FAST_SANITIZE": "yes"}, "OSPO_FAST_SANITIZE is 'yes'; expected 1 (compile with sanitizers)"),
         ({"OSPO_FAST_CUDA_ARCHS": "80 banana"}, "OSPO_FAST_CUDA_ARCHS has 'banana'; expected numbers"),
         ({"OSPO_FAST_CUDA_ARCHS": "120"}, "OSPO_FAST_CUDA_ARCHS has '120'; expected numbers such as 80"),
@@ -219,3 +307,141 @@ def test_a_missing_compiler_is_refused(tree: Path, tmp_path: Path) -> None:
         assert done.returncode != 0
         assert "CXX is 'no-such-compiler -m64', which was not found; expected a C++ compiler" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["OSPO_FAST_NATIVE", "OSPO_FAST_CUDA", "OSPO_FAST_SANITIZE"])
+@pytest.mark.parametrize("works", [True, False])
+def test_a_required_compiler_that_is_missing_or_broken_is_refused(
+    name: str, works: bool, tree: Path, tmp_path: Path
+) -> None:
+    """The c++ of macOS without its tools exists and fails."""
+    if not works:
+        (tmp_path / "c++").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "c++").chmod(0o755)
+    done = build(tree, tmp_path, CXX="", PATH=str(tmp_path), **{name: "1"})
+    assert done.returncode != 0
+    assert f"{name} is 1 but no C++ compiler was found; install g++ or clang++, or set CXX" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def setup(tree: Path, *arguments: str, platform: str = sys.platform, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py as on another platform."""
+    code = (
+        "import runpy, sys, pybind11, setuptools.command.build_ext\n"
+        "sys.platform, sys.argv = sys.argv[1], ['setup.py', *sys.argv[2:]]\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    return run(sys.executable, "-c", code, platform, *arguments, cwd=tree, **env)
+
+
+def test_windows_gets_pure_python_even_with_a_compiler(tree: Path) -> None:
+    done = setup(tree, "--name", platform="win32", CXX="true")
+    assert "pure Python" in done.stdout, done.stderr
+    done = setup(tree, "--name", platform="win32", CXX="true", OSPO_FAST_NATIVE="1")
+    assert "OSPO_FAST_NATIVE is 1, but ospo-fast compiles on Linux and macOS only; on Windows use WSL" in done.stderr
+
+
+def test_an_editable_install_without_kernels_does_not_use_those_of_an_earlier_build(tree: Path) -> None:
+    stale = tree / "ospo_fast" / "_C.cpython-311.so"
+    stale.touch()
+    try:
+        done = setup(tree, "editable_wheel", OSPO_FAST_NATIVE="0")
+        assert done.returncode != 0
+        assert "ospo_fast/_C.cpython-311.so of an earlier build would be used; delete it" in done.stderr
+        assert setup(tree, "--name", OSPO_FAST_NATIVE="0").returncode == 0  # a wheel does not hold it
+    finally:
+        stale.unlink()
+
+
+def ranges() -> dict[str, tuple[str, str]]:
+    from ospo_fast.env import TESTED
+
+    return TESTED
+
+
+def test_the_workflow_builds_and_tests_the_versions_that_env_names() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    tested, matrix = ranges(), workflow["jobs"]["test"]["strategy"]["matrix"]
+    assert tuple(matrix["torch"]) == tested["torch"]
+    assert (matrix["python"][0], matrix["python"][-1]) == tested["python"]
+    assert {(row["runner"].split("-")[0], row["pure"]) for row in matrix["include"] if "pure" in row} == {
+        ("windows", True),
+        ("macos", True),
+    }
+    project = (ROOT / "pyproject.toml").read_text()
+    builds = re.findall(r'^build = "(.*)"', project, re.MULTILINE)[0].split()
+    classified = re.findall(r"Python :: (3\.\d+)", project)
+    assert [f"cp{minor.replace('.', '')}-*" for minor in classified] == builds
+    assert matrix["python"] == classified
+
+
+def test_tested_versions_hold_those_of_the_constraints_and_of_ci() -> None:
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(map(int, re.findall(r"\d+", text)))
+
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name in ("torch", "transformers"):
+        oldest, newest = ranges()[name]
+        pinned = re.findall(rf"^{name}==([\d.]+)", constraints, re.MULTILINE)
+        assert pinned
+        assert all(number(oldest) <= number(version) <= number(newest) for version in pinned), name
+    script = (ROOT / ".ci" / "run").read_text()
+    assert f'versions="{" ".join(ranges()["transformers"])}"' in script
+    # No version above the tested ones is refused by pip.
+    assert not re.findall(r'"(?:torch|transformers|trl|numpy)[^"]*<', (ROOT / "pyproject.toml").read_text())
+
+
+def test_make_says_what_it_installs_before_it_does() -> None:
+    """pip's own output follows, also of the build."""
+    done = run("make", "--dry-run", "--always-make", "install", cwd=ROOT)
+    lines = done.stdout.splitlines()
+    said = next(i for i, line in enumerate(lines) if "minutes" in line)
+    pip = next(i for i, line in enumerate(lines) if "pip install" in line)
+    assert said < pip, lines
+    assert "GB" in "".join(lines[:pip])
+    assert "--quiet" not in lines[pip]
+    assert "OSPO_FAST_CUDA_ARCHS=${OSPO_FAST_CUDA_ARCHS-native}" in lines[pip]
+
+
+def wheels() -> Any:
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / ".ci" / "wheels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_make_wheels_finds_each_python_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one on the PATH that runs; a shim that fails is passed over."""
+
+    def interpreter(folder: str, minor: str, code: str) -> str:
+        path = tmp_path / folder / f"python{minor}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{code}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    interpreter("shims", "3.12", "exit 127")
+    interpreter("shims", "3.9", "echo 3.9")
+    newest = interpreter("bin", "3.13", "echo 3.13")
+    interpreter("other", "3.13", "echo 3.13")
+    pyenv = interpreter("pyenv/versions/3.12.1/bin", "3.12", "echo 3.12")
+    monkeypatch.setenv("PATH", ":".join(str(tmp_path / name) for name in ("shims", "bin", "other")))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    monkeypatch.setenv("UV_PYTHON_INSTALL_DIR", str(tmp_path / "uv"))
+    assert [str(path) for path in wheels().pythons()] == [pyenv, newest]
+
+
+def test_make_wheels_refuses_a_wheel_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = wheels()
+    monkeypatch.setattr(module.sys, "platform", "darwin")  # no auditwheel
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for size, name in ((9_000_000, "small.whl"), (9_000_001, "large.whl")):
+        with (tmp_path / "in" / name).open("wb") as file:
+            file.truncate(size)
+    assert module.repaired(tmp_path / "in" / "small.whl", tmp_path / "out").name == "small.whl"
+    with pytest.raises(SystemExit, match=r"large\.whl has 9\.0 MB, expected at most 9 MB"):
+        module.repaired(tmp_path / "in" / "large.whl", tmp_path / "out")
