@@ -14,13 +14,15 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
 from ospo_fast.errors import OspoError, UsageError, check_text
+from ospo_fast.fields import expect, one_of, setting, up_to
 from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_yaml, yaml_loader
+from ospo_fast.loss_config import OSPOLossConfig
 from ospo_fast.records import os_errors, parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
@@ -60,21 +62,6 @@ _REMOVED = {
 }
 
 
-def expect(text: str, accepts: Callable[[Any], bool]) -> dict[str, Any]:
-    """Return the metadata of a field that accepts only some values. `text` completes "KEY should be …"."""
-    return {"expected": text, "accepts": accepts}
-
-
-def one_of(*choices: str) -> dict[str, Any]:
-    """Return the metadata of a field that accepts only some words."""
-    return expect("one of " + ", ".join(choices), choices.__contains__)
-
-
-def up_to(limit: int | None) -> dict[str, Any]:
-    """Return the metadata of a field whose numbers have another limit than `MAX_INTEGER` and `FLOATS`. None: none."""
-    return {"limit": limit}
-
-
 # What a number may be where its field names no limit. Loops and lists of this many steps are never a user's intent,
 # and products and quotients of a few such floats are numbers of float32.
 MAX_INTEGER = 10**9
@@ -89,6 +76,7 @@ BELOW_1 = expect("in [0, 1)", lambda value: 0 <= value < 1)
 PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
 BETAS = expect("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COUNTS = expect("numbers of 0 or more", lambda value: all(count >= 0 for count in value.values()))
+FILE = expect("a text file in UTF-8")
 FOLDERS = expect("a list of folders", all)
 SCALES = expect("a list of at least one number, each 0 or more", lambda value: value and min(value) >= 0)
 SEEDS = SCALES | up_to(None)
@@ -140,27 +128,41 @@ def _unmet(number: Any, limit: int) -> str | None:
 
 @dataclass
 class TextConfig(Section):
-    """Text sampling of a stage. None: the value of the template set for that stage."""
+    """Text sampling of a stage."""
 
-    temperature: float | None = field(default=None, metadata=AT_LEAST_0)
-    top_p: float | None = field(default=None, metadata=PROBABILITY)
-    max_new_tokens: int | None = field(default=None, metadata=AT_LEAST_1)
-    batch_size: int | None = field(default=None, metadata=BATCH)  # sequences at once; None: as many as fit
+    temperature: float | None = setting(
+        None, "Sampling temperature; 0: always the most probable token. null: that of the template set.", AT_LEAST_0
+    )
+    top_p: float | None = setting(
+        None, "Probability mass that tokens are sampled from. null: that of the template set.", PROBABILITY
+    )
+    max_new_tokens: int | None = setting(
+        None, "Maximum length of an answer in tokens. null: that of the template set.", AT_LEAST_1
+    )
+    batch_size: int | None = setting(None, "Sequences at once. null: as many as fit in memory.", BATCH)
 
 
 @dataclass
 class PromptsConfig(TextConfig):
-    """Stage 1. `counts`: number of prompts of each kind, in place of the template set's numbers."""
+    """Stage 1: the model writes prompts."""
 
-    counts: dict[str, int] = field(default_factory=dict, metadata=COUNTS)
-    samples_per_call: int = field(default=8, metadata=AT_LEAST_1 | up_to(2**16))
-    # Calls after which the few-shot examples are replaced by own accepted answers.
-    refresh_every: int = field(default=100, metadata=AT_LEAST_1)
-    # Calls in a row without a new prompt after which the stage gives up on a kind.
-    patience: int = field(default=200, metadata=AT_LEAST_1)
-    exclude: str | None = None  # file of prompts, one a line, that must never be produced
-    file: str | None = None  # file of prompts, one a line, to use in place of stage 1
-    file_kind: str | None = None  # the kind of the prompts in `file`; None: the last kind of the template set
+    counts: dict[str, int] = setting(
+        dict, "Number of prompts of each kind, in place of the template set's numbers.", COUNTS
+    )
+    samples_per_call: int = setting(8, "Answers to the same few-shot chat, per call.", AT_LEAST_1 | up_to(2**16))
+    refresh_every: int = setting(
+        100, "Calls after which the few-shot examples are replaced by own accepted answers.", AT_LEAST_1
+    )
+    patience: int = setting(
+        200, "Calls in a row without a new prompt after which the stage gives up on a kind.", AT_LEAST_1
+    )
+    exclude: str | None = setting(None, "File of prompts, one per line, that must never be produced.", FILE)
+    file: str | None = setting(None, "File of prompts, one per line, to use in place of stage 1.", FILE)
+    file_kind: str | None = setting(
+        None,
+        "Kind of the prompts of prompts.file. null: the last kind of the template set.",
+        expect("a kind of the set"),
+    )
 
 
 @dataclass
@@ -170,21 +172,30 @@ class PerturbConfig(TextConfig):
 
 @dataclass
 class ImagesConfig(Section):
-    """Stage 3: classifier-free guidance u + w·(c − u), and sampling.
+    """Stage 3: image generation."""
 
-    `prompts`: which form of the variants that have dense prompts is generated, "dense" or "plain".
-    `draws`: images of the prompt per variant. Each variant has one image of its hard negative.
-    """
-
-    prompts: str = field(default="dense", metadata=one_of("dense", "plain"))
-    draws: int = field(default=1, metadata=AT_LEAST_1 | up_to(10**4))
-    guidance_scale: float = field(default=5.0, metadata=AT_LEAST_0)
-    temperature: float = field(default=1.0, metadata=ABOVE_0)
-    top_k: int = field(default=0, metadata=AT_LEAST_0)  # 0: no limit
-    top_p: float = field(default=1.0, metadata=PROBABILITY)
-    batch_size: int | None = field(default=None, metadata=BATCH)  # images at once; None: as many as fit
-    # Codes per image that a step of Jacobi decoding may accept; 0: one code per step. Pays for a few images at once.
-    jacobi_window: int = field(default=0, metadata=WINDOW)
+    prompts: str = setting(
+        "dense",
+        "Form of the prompts that have a dense one: generate from it, or from the plain one.",
+        one_of("dense", "plain"),
+    )
+    draws: int = setting(
+        1,
+        "Images of the prompt per variant; each variant has one image of its hard negative.",
+        AT_LEAST_1 | up_to(10**4),
+    )
+    guidance_scale: float = setting(
+        5.0, "Weight w of classifier-free guidance, logits u + w * (c - u); 1: no guidance.", AT_LEAST_0
+    )
+    temperature: float = setting(1.0, "Sampling temperature of the image codes.", ABOVE_0)
+    top_k: int = setting(0, "Codes that are sampled from, the most probable ones; 0: all.", AT_LEAST_0)
+    top_p: float = setting(1.0, "Probability mass that codes are sampled from.", PROBABILITY)
+    batch_size: int | None = setting(None, "Images at once. null: as many as fit in memory.", BATCH)
+    jacobi_window: int = setting(
+        0,
+        "Codes per image that a step of Jacobi decoding may accept, which pays for a few images at once; 0: off.",
+        WINDOW,
+    )
 
 
 @dataclass
@@ -196,52 +207,72 @@ class QuestionsConfig(TextConfig):
 class ScoreConfig(Section):
     """Stage 4, second half: p_yes and p_no of every question for every image."""
 
-    batch_size: int | None = field(default=None, metadata=BATCH)
+    batch_size: int | None = setting(None, "Questions at once. null: as many as fit in memory.", BATCH)
 
 
 @dataclass
 class SelectConfig(Section):
-    """Stage 5: which pairs are kept.
+    """Stage 5: which pairs are kept."""
 
-    `threshold`: lowest local score of a chosen image (v3). `margin`: lowest margin of an answer (v2).
-    `rejected`: "negative" rejects the image of a hard negative. "own" rejects the worst of the base images that have a
-    wrong answer. It falls back to a hard negative if there is no such image, and under rule "random".
-    `pairs`: maximum number of pairs of an item, all of different images. With "own" only the first has a hard negative.
-    """
-
-    rule: str = field(default="v3", metadata=one_of("v3", "v2", "random"))
-    rejected: str = field(default="negative", metadata=one_of("negative", "own"))
-    pairs: int = field(default=1, metadata=AT_LEAST_1)
-    threshold: float = 0.6
-    margin: float = 0.5
-    batch_size: int = field(default=8, metadata=BATCH)
+    rule: str = setting(
+        "v3",
+        "Filter of the pairs: that of the published version v3 or v2, or none (random).",
+        one_of("v3", "v2", "random"),
+    )
+    rejected: str = setting(
+        "negative",
+        "Rejected image: of a hard negative, or the worst own image with a wrong answer (a hard negative if there is "
+        "none, and by rule random).",
+        one_of("negative", "own"),
+    )
+    pairs: int = setting(
+        1,
+        "Maximum number of pairs of an item, of different images; with rejected=own only the first has a hard "
+        "negative.",
+        AT_LEAST_1,
+    )
+    threshold: float = setting(0.6, "Lowest local score of a chosen image (rule v3).")
+    margin: float = setting(0.5, "Lowest margin between p_yes and p_no of an answer (rule v2).")
+    batch_size: int = setting(8, "Images at once (rule v2).", BATCH)
 
 
 @dataclass
 class MasksConfig(Section):
-    """Object masks.
+    """Object masks from the attention of the image tokens."""
 
-    `layers`: the layers that are averaged. None: all but the first and last `skip_layers`, or, where the default of
-    it leaves none, all. "auto": the best one by the rule `choose` ("contrast" by default), on average over the objects
-    of 64 pairs.
-    `heads`: the heads of these layers that are averaged. None: all. "auto", with `layers` "auto": the best one of all.
-    `rows`: "image" uses the attention of the image tokens, "predicting" that of the tokens that predict them.
-    `choose`: in place of the average, one layer per object: of lowest "entropy", highest "separability", or highest
-    "contrast" of the image's code embeddings inside and around the mask.
-    `soft`: weights from sigmoid(100·(map − threshold)).
-    """
-
-    enabled: bool = True
-    layers: Any = field(default=None, metadata=INDICES)  # list[int] | "auto" | None
-    heads: Any = field(default=None, metadata=INDICES)  # list[int] | "auto" | None
-    skip_layers: int = field(default=5, metadata=AT_LEAST_0)
-    rows: str = field(default="image", metadata=one_of("image", "predicting"))
-    choose: str | None = field(default=None, metadata=one_of("entropy", "separability", "contrast"))
-    soft: bool = False
-    scaler: float = field(default=0.8, metadata=ABOVE_0)  # of Otsu's threshold; the paper has 1.0
-    match: str = field(default="offsets", metadata=one_of("offsets", "substring"))  # the official one: "substring"
-    official: str | None = None  # mask folder of the official implementation, to use in place of own masks
-    batch_size: int = field(default=8, metadata=BATCH)  # pairs at once
+    enabled: bool = setting(True, "Whether there are object masks.")
+    layers: Any = setting(  # list[int] | "auto" | None
+        None,
+        "Layers that are averaged. null: all but the first and last skip_layers (if that leaves none by default: all); "
+        "auto: the best one by the rule choose, on 64 pairs.",
+        INDICES,
+    )
+    heads: Any = setting(  # list[int] | "auto" | None
+        None, "Heads of these layers that are averaged. null: all; auto, with layers=auto: the best one.", INDICES
+    )
+    skip_layers: int = setting(5, "Layers at each end that layers=null leaves out.", AT_LEAST_0)
+    rows: str = setting(
+        "image",
+        "Tokens whose attention is used: those of the image, or those that predict them.",
+        one_of("image", "predicting"),
+    )
+    choose: str | None = setting(
+        None,
+        "One layer per object in place of the average: of lowest entropy, highest separability, or highest contrast of "
+        "the image's code embeddings inside and around the mask.",
+        one_of("entropy", "separability", "contrast"),
+    )
+    soft: bool = setting(False, "Soft masks, sigmoid(100 * (map - threshold)), in place of 0 and 1.")
+    scaler: float = setting(0.8, "Factor of Otsu's threshold: 0.8 in the official code, 1.0 in the paper.", ABOVE_0)
+    match: str = setting(
+        "offsets",
+        "How the tokens of an object are found: by character offsets, or by substring (official code).",
+        one_of("offsets", "substring"),
+    )
+    official: str | None = setting(
+        None, "Mask folder of the official implementation, to use in place of own masks.", expect("a folder")
+    )
+    batch_size: int = setting(8, "Pairs at once.", BATCH)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,42 +284,56 @@ class MasksConfig(Section):
 
 @dataclass
 class TrainConfig(Section):
-    """LoRA on the language model with AdamW. A step uses `batch_size` × `accumulation` pairs.
+    """Stage 5: LoRA training of the language model with AdamW."""
 
-    `masks`: "stored" uses those of the masks stage, "online" those of the current policy, from the training forward.
-    `loss`: fields of `ospo_fast.OSPOLossConfig` that differ from the preset's.
-    """
-
-    masks: str = field(default="stored", metadata=one_of("stored", "online"))
-    lora_rank: int = field(default=64, metadata=AT_LEAST_1 | up_to(2**16))
-    lora_alpha: int = field(default=128, metadata=AT_LEAST_1)
-    lora_dropout: float = field(default=0.05, metadata=BELOW_1)
-    lora_targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata=NAMES,
+    masks: str = setting(
+        "stored",
+        "Object masks of the masks stage, or of the current policy, from the training forward.",
+        one_of("stored", "online"),
     )
-    steps: int = field(default=1000, metadata=AT_LEAST_1)
-    batch_size: int = field(default=16, metadata=BATCH)
-    accumulation: int = field(default=2, metadata=BATCH)
-    learning_rate: float = field(default=1e-5, metadata=ABOVE_0)
-    min_learning_rate: float = field(default=1e-7, metadata=AT_LEAST_0)  # end of the cosine schedule
-    schedule: str = field(default="cosine", metadata=one_of("cosine", "constant"))
-    warmup_ratio: float = field(default=0.05, metadata=BELOW_1)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=BETAS)
-    eps: float = field(default=1e-8, metadata=ABOVE_0)
-    weight_decay: float = field(default=0.0, metadata=AT_LEAST_0)
-    clip: float = field(default=1.0, metadata=ABOVE_0)
-    guidance_scale: float = field(default=1.0, metadata=AT_LEAST_1)  # of the distribution that is trained; 1: none
-    gradient_checkpointing: bool = True
-    # Steps in a row that may be skipped, as their loss or gradient is not finite; one more stops training.
-    max_skipped: int = field(default=5, metadata=AT_LEAST_0)
-    save_every: int = field(default=100, metadata=AT_LEAST_1)
-    eval_every: int = field(default=0, metadata=AT_LEAST_0)  # steps between calls of the evaluation callback; 0: none
-    early_stopping: str | None = None  # the metric of the evaluation that decides, the higher the better
-    patience: int = field(default=3, metadata=AT_LEAST_1)  # evaluations without a better value before training stops
-    max_pairs: int | None = field(default=None, metadata=AT_LEAST_1)
-    max_pairs_per_kind: int | None = field(default=None, metadata=AT_LEAST_1)
-    loss: dict[str, Any] = field(default_factory=dict, metadata=up_to(None))  # `OSPOLossConfig` has its own
+    lora_rank: int = setting(64, "Rank of the LoRA matrices.", AT_LEAST_1 | up_to(2**16))
+    lora_alpha: int = setting(128, "LoRA's alpha: updates are scaled by alpha / rank.", AT_LEAST_1)
+    lora_dropout: float = setting(0.05, "Dropout of LoRA's inputs.", BELOW_1)
+    lora_targets: list[str] = setting(
+        lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "Names of the linear layers of the decoder that get LoRA matrices.",
+        NAMES,
+    )
+    steps: int = setting(1000, "Optimizer steps.", AT_LEAST_1)
+    batch_size: int = setting(16, "Pairs of a forward and backward pass.", BATCH)
+    accumulation: int = setting(2, "Passes per optimizer step, which uses batch_size times accumulation pairs.", BATCH)
+    learning_rate: float = setting(1e-5, "Highest learning rate.", ABOVE_0)
+    min_learning_rate: float = setting(1e-7, "Learning rate at the end of the cosine schedule.", AT_LEAST_0)
+    schedule: str = setting("cosine", "Learning rate after warm-up.", one_of("cosine", "constant"))
+    warmup_ratio: float = setting(0.05, "Fraction of the steps over which the learning rate rises from 0.", BELOW_1)
+    betas: list[float] = setting(lambda: [0.9, 0.95], "beta1 and beta2 of AdamW.", BETAS)
+    eps: float = setting(1e-8, "epsilon of AdamW.", ABOVE_0)
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", AT_LEAST_0)
+    clip: float = setting(1.0, "Maximum norm of the gradient.", ABOVE_0)
+    guidance_scale: float = setting(
+        1.0, "Guidance scale of the distribution that is trained; 1: no guidance.", AT_LEAST_1
+    )
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass, which saves memory.")
+    max_skipped: int = setting(
+        5,
+        "Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops training.",
+        AT_LEAST_0,
+    )
+    save_every: int = setting(100, "Steps between checkpoints.", AT_LEAST_1)
+    eval_every: int = setting(0, "Steps between evaluations; 0: none.", AT_LEAST_0)
+    early_stopping: str | None = setting(
+        None,
+        "Metric of the evaluation that chooses the weights, the higher the better. null: the last weights.",
+        expect("alignment"),
+    )
+    patience: int = setting(3, "Evaluations without a better value before training stops.", AT_LEAST_1)
+    max_pairs: int | None = setting(None, "Maximum number of pairs. null: all.", AT_LEAST_1)
+    max_pairs_per_kind: int | None = setting(
+        None, "Maximum number of pairs of each kind of prompt. null: all.", AT_LEAST_1
+    )
+    loss: dict[str, Any] = setting(  # its own limits are those of `OSPOLossConfig`
+        dict, "Coefficients of the loss that differ from the preset's: the settings train.loss.*.", up_to(None)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,8 +345,6 @@ class TrainConfig(Section):
         self.loss = {name: value for name, value in self.loss.items() if value is not None}
         if not self.loss:
             return
-        from ospo_fast.loss import OSPOLossConfig  # imports torch
-
         for name, value in self.loss.items():
             if type(value) in (int, float, str) and name != "normalize":
                 with contextlib.suppress(ValueError):  # 5, 5.0 and "5" are the same setting
@@ -315,32 +358,49 @@ class TrainConfig(Section):
 
 @dataclass
 class EvaluateConfig(Section):
-    """Alignment on held-out prompts: `per_kind` prompts of each kind, one image per seed and guidance scale.
+    """Alignment on held-out prompts of the Shapes world."""
 
-    `watch_per_kind`: prompts of each headline kind that training evaluates on, of the validation split.
-    """
-
-    split: str = field(default="test", metadata=one_of("test", "validation"))
-    per_kind: int = field(default=50, metadata=AT_LEAST_1)
-    watch_per_kind: int = field(default=40, metadata=AT_LEAST_1)
-    guidance_scales: list[float] = field(default_factory=lambda: [5.0], metadata=SCALES)
-    seeds: list[int] = field(default_factory=lambda: [0], metadata=SEEDS)
-    batch_size: int | None = field(default=None, metadata=BATCH)
+    split: str = setting("test", "Prompts of the command evaluate.", one_of("test", "validation"))
+    per_kind: int = setting(50, "Prompts of each kind.", AT_LEAST_1)
+    watch_per_kind: int = setting(
+        40, "Validation prompts of each headline kind that training evaluates on.", AT_LEAST_1
+    )
+    guidance_scales: list[float] = setting(lambda: [5.0], "Guidance scales of the images.", SCALES)
+    seeds: list[int] = setting(lambda: [0], "Seeds: one image per prompt, seed and guidance scale.", SEEDS)
+    batch_size: int | None = setting(None, "Images at once. null: as many as fit in memory.", BATCH)
 
 
 @dataclass
 class Config(Section):
-    """A whole run."""
+    """A whole run: model, folder, device and version."""
 
-    model: str = "shapes"
-    out: str = "ospo-out"
-    seed: int = field(default=42, metadata=up_to(None))
-    device: str | None = None
-    dtype: str | None = None
-    templates: str | None = None  # a template set's name or file; None: the model's own
-    read_from: list[str] = field(default_factory=list, metadata=FOLDERS)  # where records may name files, besides `out`
-    preset: str = field(default="v3", metadata=one_of(*PRESETS))
-    iterations: int = field(default=1, metadata=AT_LEAST_1 | up_to(MAX_ITERATIONS))
+    model: str = setting(
+        "shapes", "Model that the run starts from.", expect("shapes, a folder, a LoRA folder or a hub name")
+    )
+    out: str = setting("ospo-out", "Run folder.", expect("a folder"))
+    seed: int = setting(42, "Seed of the stages, of training and of generate.", up_to(None))
+    device: str | None = setting(
+        None, "Device. null: CUDA if there is one, else the CPU.", expect("cpu, cuda or cuda:N")
+    )
+    dtype: str | None = setting(
+        None,
+        "Type of the weights. null: bfloat16 on CUDA, float32 on the CPU.",
+        expect("float32, bfloat16, float16 or float64"),
+    )
+    templates: str | None = setting(
+        None, "Template set of the text stages. null: the model's own.", expect("shapes, janus or a YAML file")
+    )
+    read_from: list[str] = setting(
+        list, "Folders in which records may name files, in addition to the run folder.", FOLDERS
+    )
+    preset: str = setting(
+        "v3", "Published version, which sets the loss and some of select, masks and train.", one_of(*PRESETS)
+    )
+    iterations: int = setting(
+        1,
+        "Iterations of self-improvement: each starts from the model that the one before it trained.",
+        AT_LEAST_1 | up_to(MAX_ITERATIONS),
+    )
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
@@ -463,8 +523,6 @@ def _defaults() -> bytes:
 def _check_keys(layer: dict[str, Any], source: str) -> None:
     """Raise UsageError that names the source and an unknown key."""
     if others := [key for key in _leaves(layer) if key not in _TYPES]:
-        from ospo_fast.loss import OSPOLossConfig  # imports torch
-
         every = [*_KEYS, *_types(OSPOLossConfig, "train.loss.")]
         if unknown := next((key for key in others if key not in every), None):
             if unknown in _REMOVED:
@@ -604,6 +662,7 @@ def load_config(
     file: str | Path | None = None,
     saved: Path | None = None,
     family: str | None = None,
+    origins: dict[str, str] | None = None,
 ) -> Config:
     """Load the configuration of a run from all layers.
 
@@ -612,6 +671,7 @@ def load_config(
         file: the user's YAML file.
         saved: `config.yaml` of a run folder, where it exists. It replaces the layers below it.
         family: the model family, a key of `MODEL_FILES`: its file of values applies. None: no file.
+        origins: gets the layer that each value comes from, by dotted key: a file, "preset" or "command line".
 
     Raises:
         UsageError: an unknown key (with the nearest ones), a value of a wrong type or out of range, a file that cannot
@@ -642,17 +702,22 @@ def load_config(
             layers.append((str(MODEL_FILES[family]), load_file(MODEL_FILES[family])))
     below = len(layers)
     merged: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for number, (source, layer) in enumerate([*layers, *user]):
         _check_keys(layer, source)
         if number == below and named is not None:  # it brings its own loss, not that of the family or the run so far
             _update(merged, {"train": {}})["train"].pop("loss", None)
+            found = {key: layer for key, layer in found.items() if not key.startswith("train.loss.")}
         _update(merged, layer)
+        found |= dict.fromkeys(_leaves(layer), source)
     try:
         config = _typed(merged, "configuration")  # a merge takes most of the time
     except UsageError:
         for source, layer in (*layers, *user):
             _typed(layer, source)  # names the source
         raise
+    if origins is not None:
+        origins |= found
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     return result

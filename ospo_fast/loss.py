@@ -2,97 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from ospo_fast.errors import OpError, UsageError
+from ospo_fast.errors import OpError
+from ospo_fast.loss_config import OSPOLossConfig
 from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.ops._dispatch import result_dtype
 from ospo_fast.ops._logprob_call import prepare
 from ospo_fast.ops.cross_entropy import weighted_logprobs
-from ospo_fast.ops.token_weights import MAX_TAPS, spread_weights
+from ospo_fast.ops.token_weights import spread_weights
 
-
-@dataclass(frozen=True)
-class OSPOLossConfig:
-    """Coefficients of the loss; `preset` gives the published ones. The default is "v3" (CVPR 2026).
-
-    Raises UsageError for a field of the wrong type or out of range.
-    """
-
-    beta: float = 5.0  # β of the preference between images
-    gamma_beta_ratio: float = 0.5  # its margin, γ/β
-    beta_cond: float | None = None  # of the preference between prompts; None: as between images
-    gamma_beta_ratio_cond: float | None = None
-    simpo_weight: float = 1.0  # λ of the preference between images
-    cond_weight: float = 0.0  # λ of the preference between prompts
-    sft_weight: float = 2.0  # λ of the SFT term
-    label_smoothing: float = 0.0  # 0 to 0.5
-    mask_alpha: float = 1.0  # token weights are 1 + alpha·m̃^gamma; 0 ignores the masks
-    mask_gamma: float = 1.0
-    normalize: Literal["weights", "length"] = "weights"  # divide by Σw (official code) or by |y| (paper)
-    mask_blur: int = 5  # taps of the blur of the masks, odd: 5 in the official code, 1 (no blur) in the paper
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if expected := _unmet(name, value):
-                raise UsageError(f"OSPOLossConfig: {name} is {value!r}, expected {expected}")
-
-    @classmethod
-    def preset(cls, name: str) -> OSPOLossConfig:
-        """Return the coefficients of version "v1", "v2" or "v3", or of "full": v3 with v2's conditional term."""
-        if name not in _PRESETS:
-            raise UsageError(f"OSPOLossConfig: preset {name!r} is unknown, expected one of {', '.join(_PRESETS)}")
-        return cls(**_PRESETS[name])
-
-
-_MAX = 1e6  # of a coefficient: products with log-probabilities and with each other are numbers of float32
-
-
-def _unmet(name: str, value: Any) -> str:
-    """What a field of `OSPOLossConfig` must be, if this value is not; else empty."""
-    if name == "normalize":
-        return "" if value in ("weights", "length") else "'weights' or 'length'"
-    if name == "mask_blur":
-        odd = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_TAPS and value % 2 == 1
-        return "" if odd else f"an odd number (1: no blur), at most {MAX_TAPS}"
-    if value is None and name.endswith("_cond"):
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return "a finite number"
-    if abs(value) > _MAX:
-        return f"a number of at most {_MAX:g} in size"
-    if name in ("beta", "beta_cond") and value <= 0:
-        return "a positive number"
-    if name.endswith(("_weight", "_alpha", "_gamma")) and value < 0:
-        return "a number >= 0"
-    if name == "label_smoothing" and not 0 <= value <= 0.5:
-        return "0 to 0.5"
-    return ""
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "v1": {"mask_alpha": 0.0},
-    "v2": {
-        "beta": 3.0,
-        "beta_cond": 5.0,
-        "gamma_beta_ratio_cond": 0.5,
-        "simpo_weight": 0.8,
-        "cond_weight": 0.5,
-        "sft_weight": 1.5,
-        "mask_alpha": 0.0,
-    },
-    "v3": {},
-    "full": {"beta_cond": 5.0, "gamma_beta_ratio_cond": 0.5, "cond_weight": 0.5},
-}
+__all__ = ["OSPOLoss", "OSPOLossConfig", "OSPOLossOutput"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,12 @@ PACKAGE = Path(ospo_fast.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "report", "env", "integrations"},
+    {"pipeline", "report", "env", "settings", "integrations"},
     {"stages"},
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "oom", "peak_memory", "stats", "files", "_version"},
+    {"errors", "fields", "loss_config", "oom", "peak_memory", "stats", "files", "_version"},
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 

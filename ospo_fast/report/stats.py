@@ -18,7 +18,7 @@ from ospo_fast.report.inspector import margin, reason_group
 from ospo_fast.report.load import DROPPED, KEPT, MAX_BYTES, UNFINISHED, Item, Run, mapping, number, text
 from ospo_fast.report.masks import coverage, union_iou
 from ospo_fast.stages.mask_stats import run_stats
-from ospo_fast.stages.train import loss_config, uses_masks, uses_stored_masks
+from ospo_fast.stages.train_settings import loss_config, uses_masks, uses_stored_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -161,6 +161,14 @@ def _prompts_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any
     return settings | {"prompts.exclude": digest}
 
 
+def _check_prompts(config: Config) -> None:
+    from ospo_fast.stages.prompt_files import excluded_prompts, numbered_prompts
+
+    excluded_prompts(config)
+    if config.prompts.file is not None:
+        numbered_prompts(config.prompts.file)
+
+
 def _check_perturb(config: Config) -> None:
     from ospo_fast.stages.prompt_files import excluded_prompts
 
@@ -177,7 +185,7 @@ def _check_masks(config: Config) -> None:
 
 
 def _check_train(config: Config) -> None:
-    from ospo_fast.stages.train import loss_config
+    from ospo_fast.stages.train_settings import loss_config
 
     loss_config(config)
 
@@ -197,13 +205,13 @@ def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
 
 
 def _train_inputs(config: Config) -> str:
-    from ospo_fast.stages.train import input_stage
+    from ospo_fast.stages.train_settings import input_stage
 
     return input_stage(config)
 
 
 def _train_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    from ospo_fast.stages.train import mask_settings
+    from ospo_fast.stages.train_settings import mask_settings
 
     settings = {**settings, "preset": config.preset, **mask_settings(config)}
     if config.train.eval_every:  # early stopping selects by the evaluation
@@ -220,6 +228,7 @@ STAGES: tuple[Stage, ...] = (
         options=("prompts",),
         plan=_plan_prompts,
         edit_settings=_prompts_settings,
+        check=_check_prompts,
     ),
     Stage(
         "perturb",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ospo_fast.config import Config, TrainConfig
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, some_failed
 from ospo_fast.files import MAX_BYTES, no_link, read_bytes, reading, regular
-from ospo_fast.loss import OSPOLoss, OSPOLossConfig
+from ospo_fast.loss import OSPOLoss
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import (
     ItemPair,
@@ -60,6 +60,7 @@ from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
 from ospo_fast.stages.object_tokens import find_objects
 from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
+from ospo_fast.stages.train_settings import input_stage, loss_config, mask_settings, uses_masks, uses_stored_masks
 
 if TYPE_CHECKING:
     from ospo_fast.ops import Head
@@ -82,33 +83,6 @@ class Example:
     codes: Tensor  # (2, T): chosen, rejected
     masks: Tensor | None  # (2, H, W) stored masks
     columns: list[list[int]] | None = None  # of each object its tokens, for masks of the policy itself
-
-
-def loss_config(config: Config) -> OSPOLossConfig:
-    """Return the loss of the preset with the values that `train.loss` sets."""
-    return dataclasses.replace(OSPOLossConfig.preset(config.preset), **config.train.loss)
-
-
-def uses_masks(config: Config) -> bool:
-    """Return whether the loss weights tokens by object masks."""
-    return config.masks.enabled and loss_config(config).mask_alpha > 0
-
-
-def uses_stored_masks(config: Config) -> bool:
-    """Return whether the loss weights tokens by the masks of the masks stage."""
-    return uses_masks(config) and config.train.masks == "stored"
-
-
-def input_stage(config: Config) -> str:
-    """Return the stage whose records training reads."""
-    return "masks" if uses_stored_masks(config) else "select"
-
-
-def mask_settings(config: Config) -> dict[str, Any]:
-    """Return the settings of section `masks` that training depends on."""
-    section = dataclasses.asdict(config.masks)
-    used = section if config.train.masks == "online" else {"enabled": config.masks.enabled}
-    return {f"masks.{key}": value for key, value in used.items() if key != "batch_size"}
 
 
 def select_training_pairs(records: Iterable[Record], config: Config) -> list[ItemPair]:
