@@ -10,26 +10,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from ospo_fast._version import __version__
 from ospo_fast.config import MAX_ITERATIONS
 from ospo_fast.errors import OspoError, UsageError, check_text, printable
-from ospo_fast.records import os_errors, shown
+from ospo_fast.records import check_creatable, os_errors, shown
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
+    from ospo_fast.models.base import UnifiedModel
     from ospo_fast.pipeline import Pipeline
     from ospo_fast.restarts import RunLock
 
@@ -38,6 +43,9 @@ EXTRAS = (
     "accelerate", "jinja2", "omegaconf", "peft", "PIL", "psutil", "safetensors", "scipy", "tokenizers", "tqdm",
     "transformers", "yaml",
 )  # fmt: skip
+_CONFIG_PACKAGES = ("omegaconf", "yaml")
+_MODEL_PACKAGES = (*_CONFIG_PACKAGES, "jinja2", "PIL", "safetensors", "tokenizers", "tqdm", "transformers")
+_TRAIN_PACKAGES = (*_MODEL_PACKAGES, "accelerate", "peft")
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 DEFAULT_OUT = "ospo-out"
 MAX_IMAGES = 10**6  # of each prompt of generate
@@ -107,20 +115,30 @@ _OPTIONS = {
         choices=("stored", "online"),
         help="object masks of the masks stage (stored, the default) or of the policy during training (online)",
     ),
+    "show": _option("--show", action="store_true", help="print every setting with its value, origin and meaning"),
+    "markdown": _option(
+        "--markdown", action="store_true", help="print the table of all settings and their defaults in Markdown"
+    ),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
 }
 
 
-def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
-    """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name."""
+def _settings(args: argparse.Namespace, *, saved: bool = True, origins: dict[str, str] | None = None) -> Config:
+    """Return the configuration of a run. An existing run folder keeps the values that the arguments do not name.
+
+    `origins` gets the layer that each value comes from; see `load_config`.
+    """
     from ospo_fast.config import check_values, load_config, model_family
 
     named = load_config(args.settings, file=args.config)
     out = args.out or Path(named.out)
     folder = out / "config.yaml" if saved else None
     model = args.model or load_config(args.settings, file=args.config, saved=folder).model
-    config = load_config(args.settings, file=args.config, saved=folder, family=model_family(model))
+    config = load_config(args.settings, file=args.config, saved=folder, family=model_family(model), origins=origins)
     config = dataclasses.replace(config, out=str(out), model=model)
+    if origins is not None:
+        given = [name for name in ("model", "out", "seed") if getattr(args, name) is not None]
+        origins |= dict.fromkeys(given, "command line")
     if args.seed is not None:
         config.seed = args.seed
     if getattr(args, "masks", None) is not None:
@@ -128,9 +146,11 @@ def _settings(args: argparse.Namespace, *, saved: bool = True) -> Config:
     if getattr(args, "prompts_file", None) is not None:
         config.prompts.file = str(args.prompts_file)
     check_values(dataclasses.asdict(config), "command line")  # what it saves, the next command reads
-    if args.model is not None or named.model != "shapes":  # the model of a saved run may be missing until it is needed
-        from ospo_fast.models import find_model
+    from ospo_fast.models import check_device, find_model
 
+    # What the user names is checked here. Device and model of a saved run may be missing until they are needed.
+    check_device(named.device, named.dtype)
+    if args.model is not None or named.model != "shapes":
         find_model(model)
     return config
 
@@ -142,6 +162,8 @@ def _using(args: argparse.Namespace) -> Iterator[tuple[Config, RunLock]]:
     from ospo_fast.config import load_config
 
     out = args.out or Path(load_config(args.settings, file=args.config).out)
+    if not os.path.exists(out):  # noqa: PTH110 (Path.exists raises for long names)
+        check_creatable(out)
     with contextlib.ExitStack() as stack:
         with os_errors("read", out):
             lock = stack.enter_context(restarts.RunLock.hold(out, shared=getattr(args, "shard", None) is not None))
@@ -150,9 +172,11 @@ def _using(args: argparse.Namespace) -> Iterator[tuple[Config, RunLock]]:
 
 
 def _silence_libraries() -> None:
-    import transformers
-
-    transformers.logging.disable_progress_bar()
+    """Hide progress bars and notices of libraries that say nothing to a user, without importing the libraries."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails is an error of the command
+    if (transformers := sys.modules.get("transformers")) is not None:
+        transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
@@ -170,7 +194,6 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pip
     _check_count("--iteration", getattr(args, "iteration", 1), MAX_ITERATIONS)
     with _using(args) as (config, lock):
         evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
-        _silence_libraries()
         options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
         pipeline = Pipeline(config, shard=shard, lock=lock, **options)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
@@ -213,10 +236,14 @@ def _stage(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     args.out = args.out or Path("demo-out")
     with _using(args) as (config, lock):
-        from ospo_fast.shapes import commands, demo
+        from ospo_fast.pipeline import Pipeline
+        from ospo_fast.shapes import commands
 
         commands.require_shapes(config)
-        _silence_libraries()
+        evaluation = commands.build_evaluation(config)
+        Pipeline(config, lock=lock, evaluation=evaluation).check_settings([stage.name for stage in STAGES])
+        from ospo_fast.shapes import demo  # imports torch
+
         result = demo.run(config, resume=args.resume, progress=not args.json, lock=lock)
     gain = f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"
     _show(result, args.json, f"{gain}\nreport: {Path(config.out) / 'report' / 'index.html'}")
@@ -230,21 +257,21 @@ def _generate(args: argparse.Namespace) -> int:
     _check_count("--num", args.num, MAX_IMAGES)
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
-    from ospo_fast.stages.generate import generate
-    from ospo_fast.stages.object_tokens import check_prompt
-    from ospo_fast.stages.prompt_files import numbered_prompts
+    from ospo_fast.models.vocabulary import UnloadedModel
+    from ospo_fast.stages.prompt_files import normalized, numbered_prompts
 
-    _silence_libraries()
     file = args.prompts_file
-    prompts = [(None, args.operand)] if file is None else numbered_prompts(file, pipe=True)
+    prompts = [(0, args.operand)] if file is None else numbered_prompts(file, pipe=True)
+    if (unloaded := UnloadedModel.find(config.model)) is not None:
+        _check_prompts(cast("UnifiedModel", unloaded), prompts, file)
+    check_creatable(Path(config.out))
     model = load_model(config.model, device=config.device, dtype=config.dtype)
-    for line, prompt in prompts:
-        if (failure := check_prompt(model, prompt)) is not None:
-            place = "" if line is None else f"{file}:{line}: "
-            raise UsageError(f"{place}{str(failure).rstrip('.')}.")
+    _check_prompts(model, prompts, file)
+    from ospo_fast.stages.generate import generate
+
     result = generate(
         model,
-        [prompt for _, prompt in prompts],
+        [normalized(model, prompt) for _, prompt in prompts],
         config,
         num=args.num,
         out=Path(config.out),
@@ -256,16 +283,28 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_prompts(model: UnifiedModel, prompts: Sequence[tuple[int, str]], file: Path | None) -> None:
+    """Raise UsageError for prompts of a file that a model cannot take, or for the one prompt of the command line."""
+    from ospo_fast.stages.object_tokens import check_prompt
+    from ospo_fast.stages.prompt_files import refuse_lines
+
+    results = [(line, check_prompt(model, prompt)) for line, prompt in prompts]
+    if file is not None:
+        refuse_lines(file, results)
+    elif (failure := results[0][1]) is not None:
+        raise UsageError(f"{str(failure).rstrip('.')}.")
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
     from ospo_fast.records import check_writable, write_json
     from ospo_fast.shapes.commands import require_shapes
-    from ospo_fast.shapes.evaluate import evaluate_model
 
     require_shapes(config)
+    check_creatable(Path(config.out))
+    from ospo_fast.shapes.evaluate import evaluate_model  # imports torch
 
-    _silence_libraries()
     model = load_model(config.model, device=config.device, dtype=config.dtype)
     check_writable(Path(config.out))
     metrics = {"model": config.model, **evaluate_model(model, config.evaluate, progress=not args.json)}
@@ -293,6 +332,24 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _config(args: argparse.Namespace) -> int:
+    from ospo_fast import settings
+    from ospo_fast.config import dump_config, saved_values
+
+    if args.markdown:
+        print(settings.render_markdown())
+        return 0
+    origins: dict[str, str] = {}
+    config = _settings(args, origins=origins)
+    if not args.show:
+        _show(saved_values(config), args.json, dump_config(config).rstrip())
+        return 0
+    resolved = settings.resolve(config, origins)
+    width = min(shutil.get_terminal_size((100, 0)).columns, 120)
+    _show(settings.render_json(resolved), args.json, settings.render_text(resolved, width))
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     import subprocess
 
@@ -312,30 +369,80 @@ def _env(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Command:
-    """A command: its function, options and operand, and whether it takes settings."""
+    """A command: its function, options and operand, whether it takes settings, and what it needs."""
 
     run: Callable[[argparse.Namespace], int]
     help: str
     options: tuple[str, ...] = ()
     operand: str | None = None
     takes_settings: bool = True
+    example: str = ""  # arguments that its help shows
+    sections: tuple[str, ...] = ()  # of the settings that its help lists
+    packages: tuple[str, ...] = ()  # of the extra, that it cannot do without
 
 
 _RUN_OPTIONS = tuple(option for stage in STAGES for option in stage.options)
 _COMMANDS = {
-    "demo": _Command(_demo, "all stages on the embedded Shapes world, measured before and after", ("resume",)),
-    "run": _Command(_run, "all stages, one after another", ("resume", *_RUN_OPTIONS)),
+    "demo": _Command(
+        _demo,
+        "all stages on the embedded Shapes world, measured before and after",
+        ("resume",),
+        example="--out demo-out",
+        packages=(*_TRAIN_PACKAGES, "scipy"),
+    ),
+    "run": _Command(
+        _run,
+        "all stages, one after another",
+        ("resume", *_RUN_OPTIONS),
+        example="--out my-run --prompts prompts.txt train.steps=500",
+        packages=_TRAIN_PACKAGES,
+    ),
     **{
         stage.name: _Command(
-            _stage, stage.help, ("resume", "iteration", *(["shard"] if stage.sharded else []), *stage.options)
+            _stage,
+            stage.help,
+            ("resume", "iteration", *(["shard"] if stage.sharded else []), *stage.options),
+            example="--out my-run",
+            sections=(stage.name,),
+            packages=_TRAIN_PACKAGES if stage.counts_steps else _MODEL_PACKAGES,
         )
         for stage in STAGES
     },
-    "generate": _Command(_generate, "images of a prompt, and a contact sheet", ("resume", "prompts", "num"), "PROMPT"),
-    "evaluate": _Command(_evaluate, "alignment on held-out prompts of the Shapes world"),
-    "report": _Command(_report, "the HTML report of a run folder", operand="FOLDER", takes_settings=False),
+    "generate": _Command(
+        _generate,
+        "images of a prompt, and a contact sheet",
+        ("resume", "prompts", "num"),
+        "PROMPT",
+        example="'two red circles' --num 8 --out images images.guidance_scale=2",
+        sections=("images",),
+        packages=_MODEL_PACKAGES,
+    ),
+    "evaluate": _Command(
+        _evaluate,
+        "alignment on held-out prompts of the Shapes world",
+        example="--model my-run/train/model --out my-run",
+        sections=("evaluate",),
+        packages=(*_MODEL_PACKAGES, "scipy"),
+    ),
+    "report": _Command(
+        _report,
+        "the HTML report of a run folder",
+        operand="FOLDER",
+        takes_settings=False,
+        example="my-run",
+        packages=("jinja2", "PIL"),
+    ),
+    "config": _Command(
+        _config,
+        "the configuration of a run as YAML for --config, or every setting with its meaning (--show)",
+        ("show", "markdown"),
+        example="--show preset=v2",
+        packages=_CONFIG_PACKAGES,
+    ),
     "bench": _Command(_bench, "benchmarks of a source checkout; the arguments go to bench/run.py"),
-    "env": _Command(_env, "versions, devices, and the backend of every operation", takes_settings=False),
+    "env": _Command(
+        _env, "versions, devices, and the backend of every operation", takes_settings=False, example="--json"
+    ),
 }
 
 
@@ -344,21 +451,54 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ospo-fast",
         description="Object-centric self-improving preference optimization for text-to-image models.",
-        epilog="Settings are changed by section.key=value anywhere after the command, e.g. images.guidance_scale=2.",
+        epilog=_filled(
+            "Settings are changed by section.key=value anywhere after the command, e.g. images.guidance_scale=2. "
+            "`ospo-fast config --show` explains all of them, `ospo-fast COMMAND --help` the options of a command."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ospo-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
         options = [] if command.run is _bench else [*_SHARED, *(_OPTIONS[option] for option in command.options)]
         description = f"{command.help[0].upper()}{command.help[1:]}."
-        sub = commands.add_parser(name, help=command.help, description=description, parents=options)
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=_filled(description),
+            epilog=_epilog(name, command),
+            parents=options,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(words=[])
         if (command.takes_settings and options) or command.operand:
             sub.add_argument("words", nargs="*", metavar=command.operand or "section.key=value")
     return parser
 
 
+def _epilog(name: str, command: _Command) -> str | None:
+    """Return the end of the help of a command: its settings and an example."""
+    if not command.example:
+        return None
+    example = _filled(f"Example: ospo-fast {name} {command.example}")
+    if not command.takes_settings:
+        return example
+    from ospo_fast.settings import list_settings
+
+    keys = [item.key for item in list_settings() if item.key.split(".")[0] in command.sections]
+    settings = f"{', '.join(keys)}; all of them" if keys else "all of them"
+    return f"{_filled(f'Settings: {settings} with meanings: ospo-fast config --show')}\n\n{example}"
+
+
+def _filled(text: str) -> str:
+    """Wrap a text of the help. argparse would break the name ospo-fast at its hyphen."""
+    return textwrap.fill(text, min(shutil.get_terminal_size().columns, 120) - 2, break_on_hyphens=False)
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Parse arguments. `settings` holds the key=value words, `operand` the other one, `rest` those of bench/run.py."""
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:2], "--help"]
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     if name is not None and name not in _COMMANDS and "-h" not in arguments:
         from ospo_fast.config import nearest
@@ -434,6 +574,9 @@ class _Formatter(logging.Formatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        build_parser().print_help(sys.stderr)
+        return 2
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -441,6 +584,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _stop_by_signals() as came:
             args = _parse(given)
+            _check_packages(_COMMANDS[args.command].packages)
+            _silence_libraries()
             return _COMMANDS[args.command].run(args)
     except (Exception, KeyboardInterrupt) as raised:
         stopped = bool(came) and not isinstance(raised, KeyboardInterrupt)
@@ -451,6 +596,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 128 + (error.number if isinstance(error, _Stopped) else signal.SIGINT)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _check_packages(names: Sequence[str]) -> None:
+    """Raise OspoError for packages that are not installed, before anything is imported that takes seconds."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise OspoError(f"{', '.join(missing)} {are} not installed; run: pip install 'ospo-fast[pipeline]'.")
 
 
 def _sentence(error: BaseException, given: Sequence[str]) -> str:

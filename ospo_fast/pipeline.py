@@ -17,12 +17,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ospo_fast import restarts
 from ospo_fast.config import Config, MasksConfig, dump_config, load_file, saved_path, saved_values
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.files import no_link
+from ospo_fast.models.vocabulary import UnloadedModel
 from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
     Record,
@@ -277,10 +278,14 @@ class Pipeline:
                 f"{model.name}; or name the layers, as in masks.layers=[0]."
             )
 
-    def prepare(self, iteration: int = 1, stages: Sequence[str] = ()) -> None:
-        """Load the model, and check the request to the first stage and the settings of `stages`. Writes nothing."""
+    def check_settings(self, stages: Sequence[str]) -> None:
+        """Check the settings of stages as far as possible without torch, the model and the run folder."""
         for name in stages:
             self._check_request(find_stage(name), self.config)
+
+    def prepare(self, iteration: int = 1, stages: Sequence[str] = ()) -> None:
+        """Load the model, and check the request to the first stage and the settings of `stages`. Writes nothing."""
+        self.check_settings(stages)
         STAGES[0].plan(self.model(iteration), self.config, self.shard)
         self._check_model(self.config, iteration, stages)
 
@@ -530,6 +535,10 @@ class Pipeline:
 
             load_templates(config.templates)
         stage.check(config)
+        # A hub name says nothing about prompts; then they are checked once the model is loaded.
+        model = self._models.get(self.config.model) or UnloadedModel.find(self.config.model)
+        if model is not None:
+            stage.plan(cast("UnifiedModel", model), config, self.shard)
         if stage.counts_steps:
             self._check_early_stopping()
 

@@ -603,6 +603,15 @@ def check_writable(folder: Path) -> None:
             probe.unlink()
 
 
+def check_creatable(folder: Path) -> None:
+    """Raise OspoError for a folder that surely cannot be written or created. Creates nothing."""
+    found = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), Path())
+    # Path.is_dir raises for closed folders.
+    reason = errno.ENOTDIR if not os.path.isdir(found) else 0 if os.access(found, os.W_OK | os.X_OK) else errno.EACCES  # noqa: PTH112
+    if reason:
+        raise OspoError(f"Cannot write {folder}: {os.strerror(reason)}; choose another run folder with --out.")
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically; numbers that are not finite become null."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)

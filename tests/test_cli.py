@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -38,7 +40,6 @@ def python(code):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ([], 2, "command"),
         (["tran"], 2, "no command 'tran'; nearest: train"),
         (["run", "--bogus"], 2, "Unknown argument '--bogus'"),
         (["run", "images.guidence=2"], 2, "nearest: images.guidance_scale"),
@@ -392,6 +393,99 @@ def test_help_names_every_command(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(command in text for command in cli._COMMANDS)
+
+
+def test_without_arguments_the_help_is_printed(capsys):
+    code, out, err = call(capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: ospo-fast")
+    assert all(command in err for command in cli._COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name in cli._COMMANDS if name != "bench"])
+def test_the_help_of_a_command_has_options_settings_and_an_example(capsys, command):
+    texts = []
+    for arguments in ([command, "-h"], ["help", command]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        texts.append(" ".join(capsys.readouterr().out.split()))
+    assert texts[0] == texts[1]
+    assert "--out" in texts[0]
+    example = texts[0].partition("Example: ")[2]
+    assert example.startswith(f"ospo-fast {command} ")
+    cli._parse(shlex.split(example)[1:])  # is accepted
+    assert ("Settings: " in texts[0]) == cli._COMMANDS[command].takes_settings
+    if command in STAGE_NAMES:
+        assert f"{command}.batch_size" in texts[0]
+
+
+def test_config_writes_a_file_that_is_read(capsys, tmp_path, tiny):
+    code, out, _ = call(capsys, "config", "preset=v2", "images.top_k=7", "--model", tiny, "--out", tmp_path / "run")
+    assert code == 0
+    (tmp_path / "mine.yaml").write_text(out)
+    code, out, _ = call(capsys, "config", "--show", "--json", "--config", tmp_path / "mine.yaml", "--seed", "3")
+    settings = json.loads(out)
+    assert settings["images.top_k"]["value"] == 7
+    assert settings["images.top_k"]["origin"] == str(tmp_path / "mine.yaml")
+    assert settings["images.top_k"]["default"] == 0
+    assert settings["images.top_k"]["meaning"].startswith("Codes that are sampled from")
+    assert settings["seed"]["origin"] == "command line"
+    assert settings["seed"]["value"] == 3
+    assert settings["model"]["value"] == str(tiny)
+    assert settings["train.loss.beta"]["value"] == 3.0
+    assert not (tmp_path / "run").exists()
+
+
+def test_case_of_a_prompt_does_not_matter(capsys, tmp_path, tiny):
+    arguments = ["--num", "1", "--model", tiny, "images.guidance_scale=1", "--json"]
+    for name, prompt in (("upper", "Two red Circles"), ("lower", "two red circles")):
+        assert call(capsys, "generate", prompt, "--out", tmp_path / name, *arguments)[0] == 0
+    assert (tmp_path / "upper" / "0000_0.png").read_bytes() == (tmp_path / "lower" / "0000_0.png").read_bytes()
+    (tmp_path / "mine.txt").write_text("A red circle\nTWO blue squares\na red circle\n")
+    where = ["--out", tmp_path / "run", "--model", tiny, "--json"]
+    assert call(capsys, "prompts", "--prompts", tmp_path / "mine.txt", *where)[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["a red circle", "two blue squares"]
+
+
+QUIET = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import scripted
+from ospo_fast.cli import main
+scripted.install()
+reply = scripted.reply
+# Without the answers that do not parse, of which a stage warns.
+scripted.reply = lambda message, seed: next(text for n in range(99) if (text := reply(message, seed + n)) != "um")
+for arguments in json.loads({commands!r}):
+    assert main(arguments) == 0, arguments
+"""
+
+
+def test_no_command_warns_where_nothing_is_wrong(tmp_path, tiny):
+    """In a process of its own, as a user starts it: pytest collects the warnings of its own process."""
+    run, tuned = str(tmp_path / "run"), str(tmp_path / "run" / "train" / "model")
+    model, small = ["--model", str(tiny)], ["images.guidance_scale=1", "--json"]
+    (tmp_path / "mine.txt").write_text("a red circle\ntwo blue crosses\n")
+    evaluation = [
+        "evaluate.per_kind=1",
+        "evaluate.watch_per_kind=1",
+        "evaluate.seeds=[0]",
+        "evaluate.guidance_scales=[1]",
+    ]
+    pairs = ["prompts.file_kind=color2", "images.draws=1", "select.rule=random", "select.rejected=negative"]
+    training = [*pairs, "train.steps=1", "train.batch_size=1", "train.eval_every=1"]
+    commands = [
+        ["run", "--out", run, *model, "--prompts", str(tmp_path / "mine.txt"), *training, *evaluation, *small],
+        ["generate", "Two red circles", "--num", "1", "--model", tuned, "--out", run, *small],
+        ["evaluate", "--model", tuned, "--out", run, *evaluation, *small],
+        ["report", run, "--json"],
+    ]
+    code = QUIET.format(tests=str(Path(__file__).parent), commands=json.dumps(commands))
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 BLOCK = f"import sys\nfor name in {cli.EXTRAS!r}: sys.modules[name] = None\nfrom ospo_fast.cli import main\n"

@@ -1,32 +1,38 @@
-"""Unified models: the protocol that the stages are written against, its adapters, and `load_model`."""
+"""Unified models: the protocol that the stages are written against, its adapters, and `load_model`.
+
+torch is imported when a model is loaded, so that a wrong name, device or dtype is refused without waiting for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ospo_fast.config import MAX_ADAPTERS
 from ospo_fast.errors import OspoError, UsageError, is_panic
 from ospo_fast.models import folder_checks
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.models.resolve import check_kind
-from ospo_fast.oom import out_of_memory, short
 
 if TYPE_CHECKING:
+    import torch
+
     from ospo_fast.models.janus import JanusUnifiedModel
 
-__all__ = ["UnifiedModel", "find_model", "load_model"]
+__all__ = ["UnifiedModel", "check_device", "find_model", "load_model"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_OTHER_DTYPES = ("float", "half", "double")  # torch's other names of these
 _PUBLISHED = ("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B")
 # transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
 _LOCK = threading.RLock()  # an adapter loads its base model
+_HUB_REMEDY = "check the name and the network, or give the folder of a downloaded copy"
 _EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 
 
@@ -50,10 +56,12 @@ def load_model(
             bfloat16, float16 and float64.
 
     """
-    device = _resolve_device(device)
-    dtype = _resolve_dtype(dtype, device)
     name = str(name_or_path)
     folder = find_model(name)
+    if folder is None:
+        _check_hub_model(name)
+    device = _resolve_device(device)
+    dtype = _resolve_dtype(dtype, device)
     with _LOCK:
         if folder is not None and _is_adapter(folder):
             return _load_adapter(folder, device, dtype)
@@ -96,7 +104,7 @@ def _find_folder(name: str) -> Path | None:
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
         folder_checks.refuse_pipes(path)
         if not _is_adapter(path):
-            check_kind(folder_checks.read_json(path / "config.json"), name)
+            folder_checks.check_kind(folder_checks.read_json(path / "config.json"), name)
             folder_checks.refuse_code(path)
             folder_checks.check_tokenizer(path)
             folder_checks.weight_files(path)
@@ -110,7 +118,44 @@ def _find_folder(name: str) -> Path | None:
     return None
 
 
+def _check_hub_model(name: str) -> None:
+    """Raise OspoError for a model of the hub that cannot be found or is not supported, before torch is imported."""
+    import huggingface_hub
+
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            huggingface_hub.model_info(name, timeout=10)  # asks once, a download up to six times
+        path = huggingface_hub.hf_hub_download(name, "config.json")
+    except Exception as error:  # of the network, the hub, or the name
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise OspoError(f"model: {name} cannot be loaded ({reason}); {_HUB_REMEDY}") from error
+    folder_checks.check_kind(folder_checks.read_json(Path(path)), name)
+
+
+def check_device(device: str | None, dtype: str | None) -> None:
+    """Raise UsageError for a device or dtype that `load_model` refuses, as far as that is certain without torch."""
+    if device is not None and not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+        raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cuda' with an optional index")
+    if device is not None and device.startswith("cuda") and _lacks_driver():
+        raise UsageError(f"device: got {device!r}, but there is no NVIDIA driver here (libcuda.so.1); use 'cpu'")
+    if dtype is not None and dtype not in (*_DTYPES, *_OTHER_DTYPES):
+        raise UsageError(f"dtype: got {dtype!r:.60}, expected one of {', '.join(_DTYPES)}")
+
+
+def _lacks_driver() -> bool:
+    """Return whether torch surely finds no CUDA device."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):  # noqa: PTH110 (ROCm's torch uses the name cuda)
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
+
+
 def _resolve_device(device: str | torch.device | None) -> torch.device:
+    import torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -128,12 +173,14 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    import torch
+
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES:
-        expected = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        raise UsageError(f"dtype: got {dtype!r:.60}, expected one of {expected}")
+    if resolved not in [getattr(torch, name) for name in _DTYPES]:
+        raise UsageError(f"dtype: got {dtype!r:.60}, expected one of {', '.join(_DTYPES)}")
+    assert isinstance(resolved, torch.dtype)
     return resolved
 
 
@@ -143,14 +190,9 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
     from ospo_fast.models.janus import JanusUnifiedModel
 
     source = str(folder or name)
-    remedy = "save or download it again"
-    if folder is None:
-        remedy = "check the name and the network, or give the folder of a downloaded copy"
+    remedy = _HUB_REMEDY if folder is None else "save or download it again"
     with _loading(f"{source} cannot be loaded", remedy):
-        if folder is None:
-            config, _ = transformers.PreTrainedConfig.get_config_dict(source, trust_remote_code=False)
-            check_kind(config, name)
-        else:
+        if folder is not None:
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
         module, info = transformers.JanusForConditionalGeneration.from_pretrained(
@@ -168,6 +210,8 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
 @contextlib.contextmanager
 def _loading(problem: str, remedy: str) -> Iterator[None]:
     """Turn every error of the block, which parses files of a checkpoint, into an OspoError."""
+    from ospo_fast.oom import out_of_memory, short
+
     try:
         yield
     except OspoError:

@@ -58,7 +58,8 @@ class UnifiedModel(Protocol):
     def image_prompt(self, prompt: str) -> Tensor:
         """Ids (S,) on the CPU that make the model generate an image of `prompt`.
 
-        The chat template is applied. The last id is begin-of-image.
+        The chat template is applied. The last id is begin-of-image. An adapter may also have `normalize_prompt`, which
+        returns the form of a prompt that records keep (`stages.prompt_files.normalized`).
         """
 
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:

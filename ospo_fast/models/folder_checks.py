@@ -13,15 +13,18 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import OspoError
 from ospo_fast.files import read_bytes
+from ospo_fast.models.base import TEMPLATE_SETS
 from ospo_fast.records import parse_json
 
+if TYPE_CHECKING:
+    import torch
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAX_POSITIONS = 2**20  # a key-value cache and masks of that many are allocated
 
 _AGAIN = "save or download the model again"
 _ADAPTER_AGAIN = "save or download the adapter again"
@@ -64,6 +67,40 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise OspoError(f"model: {path} holds no JSON object; {_AGAIN}")
     return content
+
+
+def check_kind(config: dict[str, Any], name: str) -> None:
+    """Raise OspoError unless a configuration is that of a Janus model with a Llama decoder."""
+    kind = config.get("model_type")
+    if kind == "multi_modality":
+        raise OspoError(
+            f"model: {name} is in DeepSeek's own format; use its conversion for transformers "
+            "(deepseek-community/Janus-Pro-1B, deepseek-community/Janus-Pro-7B)"
+        )
+    if kind != "janus":
+        raise OspoError(f"model: {name} has model_type {kind!r}, expected 'janus' (JanusForConditionalGeneration)")
+    for key, accepted in (("text_config", dict), ("vision_config", dict), ("vq_config", dict), ("template_set", str)):
+        if not isinstance(value := config.get(key), (accepted, type(None))):
+            what = "an object" if accepted is dict else "a text"
+            raise OspoError(
+                f"model: {key} in the config.json of {name} is {value!r:.60}, expected {what}; save or download the "
+                "model again"
+            )
+    templates = config.get("template_set")
+    if templates is not None and templates not in TEMPLATE_SETS:
+        raise OspoError(
+            f"model: template_set in the config.json of {name} is {templates!r:.60}, expected one of "
+            f"{', '.join(TEMPLATE_SETS)}; remove it, and name a file of your own in the setting templates"
+        )
+    text = config.get("text_config") or {}
+    positions = text.get("max_position_embeddings", 1)
+    if not isinstance(positions, int) or not 1 <= positions <= MAX_POSITIONS:
+        raise OspoError(
+            f"model: max_position_embeddings in the config.json of {name} is {positions!r:.60}, expected 1 to "
+            f"{MAX_POSITIONS}; save or download the model again"
+        )
+    if text.get("model_type", "llama") != "llama":
+        raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")
 
 
 def refuse_pipes(folder: Path) -> None:
@@ -173,6 +210,7 @@ def check_sizes(folder: Path) -> None:
 
     transformers fills tensors that are missing or of another size at random, before it refuses the latter.
     """
+    import torch
     import transformers
 
     path, files = folder / "config.json", weight_files(folder)
@@ -313,6 +351,7 @@ def check_adapter_tensors(
     peft only warns of missing ones, which it fills at random. Here it fills a model without memory.
     """
     import peft
+    import torch
 
     with torch.device("meta"):
         empty = type(module)(module.config)

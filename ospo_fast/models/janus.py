@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ospo_fast.errors import OspoError, UsageError, check_text, is_panic
 from ospo_fast.models.base import Message, Offset
+from ospo_fast.models.vocabulary import check_words, find_vocabulary
 from ospo_fast.oom import BatchSizeLimit, short
 
 _PROBE = "OSPO PROBE 7"  # stands for the prompt while the chat template is split
@@ -146,6 +147,7 @@ class JanusUnifiedModel(_JanusModule):
         if not self._tokenizer.is_fast:
             raise OspoError(f"model: {name} has a slow tokenizer, expected a fast one (tokenizer.json)")
         super().__init__(module, name=name)
+        self._vocabulary = find_vocabulary(getattr(self._tokenizer, "backend_tokenizer", None))
         config = module.config
         # save_pretrained writes this entry, so a fine-tuned copy gets the templates of its base model.
         self.templates: str = getattr(config, "template_set", None) or ("shapes" if name == "shapes" else "janus")
@@ -181,9 +183,17 @@ class JanusUnifiedModel(_JanusModule):
         """See `UnifiedModel`. Raises UsageError for an empty prompt, a control token or an unknown word."""
         return self.image_prompt_offsets(prompt)[0]
 
+    def normalize_prompt(self, prompt: str) -> str:
+        """Return a prompt as the model reads it: words that a closed vocabulary has in lower case alone, in lower case.
+
+        Other models tell case apart, and their prompts stay as they are.
+        """
+        return prompt if self._vocabulary is None else self._vocabulary.normalize(prompt)
+
     def image_prompt_offsets(self, prompt: str) -> tuple[Tensor, list[Offset | None]]:
         """See `UnifiedModel`. Raises UsageError like `image_prompt`."""
-        text = check_text("prompt", prompt).strip()
+        prompt = self.normalize_prompt(check_text("prompt", prompt))
+        text = prompt.strip()
         if not text:
             raise UsageError("prompt: got an empty string, expected a description of an image")
         stripped = prompt.index(text)
@@ -202,12 +212,8 @@ class JanusUnifiedModel(_JanusModule):
             spans.append((start + stripped, end + stripped))
         own = [(i, span) for i, span in zip(ids, spans, strict=True) if span is not None]
         self._refuse_control_tokens("prompt", prompt)
-        unknown = dict.fromkeys(repr(prompt[slice(*span)]) for i, span in own if i == self._tokenizer.unk_token_id)
-        if unknown:
-            raise UsageError(
-                f"prompt: {prompt[:60]!r} holds words that {self.name} does not know ({', '.join(unknown)}); "
-                "use words that it knows"
-            )
+        unknown = [prompt[slice(*span)] for i, span in own if i == self._tokenizer.unk_token_id]
+        check_words(self.name, prompt, unknown, self._vocabulary)
         return torch.tensor(ids, dtype=torch.long), spans
 
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:

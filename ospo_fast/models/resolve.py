@@ -8,45 +8,11 @@ from typing import Any, cast
 from torch import nn
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.base import TEMPLATE_SETS, UnifiedModel
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.folder_checks import check_kind
 
 _ADAPTER = ("decoder", "head", "grid", "image_prompt", "embed_codes")
-MAX_POSITIONS = 2**20  # a key-value cache and masks of that many are allocated
 _EXPECTED = "what ospo_fast.load_model returns, or a JanusForConditionalGeneration of transformers"
-
-
-def check_kind(config: dict[str, Any], name: str) -> None:
-    """Raise OspoError unless a configuration is that of a Janus model with a Llama decoder."""
-    kind = config.get("model_type")
-    if kind == "multi_modality":
-        raise OspoError(
-            f"model: {name} is in DeepSeek's own format; use its conversion for transformers "
-            "(deepseek-community/Janus-Pro-1B, deepseek-community/Janus-Pro-7B)"
-        )
-    if kind != "janus":
-        raise OspoError(f"model: {name} has model_type {kind!r}, expected 'janus' (JanusForConditionalGeneration)")
-    for key, accepted in (("text_config", dict), ("vision_config", dict), ("vq_config", dict), ("template_set", str)):
-        if not isinstance(value := config.get(key), (accepted, type(None))):
-            what = "an object" if accepted is dict else "a text"
-            raise OspoError(
-                f"model: {key} in the config.json of {name} is {value!r:.60}, expected {what}; save or download the "
-                "model again"
-            )
-    templates = config.get("template_set")
-    if templates is not None and templates not in TEMPLATE_SETS:
-        raise OspoError(
-            f"model: template_set in the config.json of {name} is {templates!r:.60}, expected one of "
-            f"{', '.join(TEMPLATE_SETS)}; remove it, and name a file of your own in the setting templates"
-        )
-    text = config.get("text_config") or {}
-    positions = text.get("max_position_embeddings", 1)
-    if not isinstance(positions, int) or not 1 <= positions <= MAX_POSITIONS:
-        raise OspoError(
-            f"model: max_position_embeddings in the config.json of {name} is {positions!r:.60}, expected 1 to "
-            f"{MAX_POSITIONS}; save or download the model again"
-        )
-    if text.get("model_type", "llama") != "llama":
-        raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")
 
 
 def resolve_model(model: Any, processor: Any = None) -> UnifiedModel:

@@ -14,9 +14,13 @@ from ospo_fast.records import check_writable, os_errors
 from ospo_fast.restarts import refuse_links
 
 if TYPE_CHECKING:
+    from ospo_fast.models.base import UnifiedModel
     from ospo_fast.pipeline import Pipeline
     from ospo_fast.stages import Stage
     from ospo_fast.stages.train import Evaluation
+
+# What early stopping can select by; the pipeline checks the setting by it.
+VALIDATION_METRICS = ("alignment",)
 
 
 def require_shapes(config: Config) -> None:
@@ -38,9 +42,14 @@ def build_evaluation(config: Config) -> Evaluation | None:
         require_shapes(config)
     elif model_family(config.model) != "shapes":
         return None
-    from ospo_fast.shapes.evaluate import build_validation
 
-    return build_validation(config.evaluate, config.images.guidance_scale)
+    def validate(model: UnifiedModel, step: int) -> dict[str, float]:
+        from ospo_fast.shapes.evaluate import build_validation  # imports torch
+
+        return build_validation(config.evaluate, config.images.guidance_scale)(model, step)
+
+    validate.metrics = VALIDATION_METRICS  # type: ignore[attr-defined]
+    return validate
 
 
 def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequence[int] = (1,)) -> None:

@@ -30,6 +30,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import parse_json, write_atomic
 from ospo_fast.shapes import grammar
 from ospo_fast.shapes.checker import DetectedScene, detect, matches
+from ospo_fast.shapes.commands import VALIDATION_METRICS
 from ospo_fast.shapes.render import CELL, render
 from ospo_fast.shapes.scenes import KINDS, Description, parse, prompts, random_scene
 from ospo_fast.stages.templates import load_templates
@@ -223,8 +224,7 @@ def build_validation(settings: EvaluateConfig, guidance_scale: float) -> Evaluat
         )
         return {**result.headline(), "guidance_scale": guidance_scale}
 
-    # What early stopping can select by; the pipeline checks the setting by it.
-    validate.metrics = ("alignment",)  # type: ignore[attr-defined]
+    validate.metrics = VALIDATION_METRICS  # type: ignore[attr-defined]
     return validate
 
 

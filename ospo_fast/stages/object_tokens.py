@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from ospo_fast.errors import Failure, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ObjectSpan, Record
 from ospo_fast.stages.prompt_files import check_length, image_prompt_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PLACES = (
     "left right top bottom side row rows column columns front behind range middle center centre corner edge above "

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, UsageError, attempt, check_text
 from ospo_fast.files import regular
 from ospo_fast.models.base import UnifiedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_NAMED = 10  # lines of a file in an error
 
 
 def prompt_key(prompt: str) -> str:
@@ -44,11 +49,41 @@ def numbered_prompts(path: str | Path, *, pipe: bool = False) -> list[tuple[int,
     # A mark can also be inside the file, after files were joined. str.splitlines would split at more characters.
     lines = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, prompt in prompts:
-        check_text(f"{path}:{number}: prompt", prompt)  # UTF-16 without a byte-order mark is read as NUL characters
+    # UTF-16 without a byte-order mark is read as NUL characters.
+    refuse_lines(path, [(number, attempt(check_text, "prompt", prompt)) for number, prompt in prompts])
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt; write one prompt per line.")
     return prompts
+
+
+def refuse_lines(path: str | Path, results: Sequence[tuple[int, object]]) -> None:
+    """Raise one UsageError that names the lines of a file whose result is a Failure, the first `MAX_NAMED` of them.
+
+    Args:
+        path: the file.
+        results: (line number, result) of its lines. The reason of a Failure ends with a semicolon and what to do.
+
+    """
+    failed = [(line, result.reason.rstrip(".")) for line, result in results if isinstance(result, Failure)]
+    if len(failed) == 1:
+        raise UsageError(f"{path}:{failed[0][0]}: {failed[0][1]}.")
+    if failed:
+        by_remedy: dict[str, list[str]] = {}
+        for line, reason in failed[:MAX_NAMED]:
+            problem, _, remedy = reason.removeprefix("prompt: ").rpartition("; ")
+            by_remedy.setdefault(remedy, []).append(f"line {line}: {problem}")
+        named = "; ".join(f"{', '.join(problems)}; {remedy}" for remedy, problems in by_remedy.items())
+        more = f"; and {len(failed) - MAX_NAMED} more lines" if len(failed) > MAX_NAMED else ""
+        raise UsageError(f"{path}: {len(failed)} lines cannot be used: {named}{more}.")
+
+
+def normalized(model: UnifiedModel, prompt: str) -> str:
+    """Return a prompt in the form that records and settings keep, so that all stages read the same text.
+
+    A model with a closed vocabulary ignores case; for other models it is the prompt.
+    """
+    normalize = getattr(model, "normalize_prompt", None)
+    return prompt if normalize is None else str(normalize(prompt))
 
 
 def excluded_prompts(config: Config) -> frozenset[str]:

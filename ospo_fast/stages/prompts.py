@@ -21,7 +21,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import Record, shown, stable_hash
 from ospo_fast.stages import Shard, StageContext
 from ospo_fast.stages.object_tokens import check_prompt
-from ospo_fast.stages.prompt_files import excluded_prompts, numbered_prompts, prompt_key
+from ospo_fast.stages.prompt_files import excluded_prompts, normalized, numbered_prompts, prompt_key, refuse_lines
 from ospo_fast.stages.templates import Kind, TemplateSet
 from ospo_fast.stages.text_sampling import load_model_templates, sample_text
 
@@ -288,16 +288,16 @@ def _read_file(config: Config, templates: TemplateSet, model: UnifiedModel) -> l
     kind = config.prompts.file_kind or list(templates.kinds)[-1]
     _check_kind("prompts.file_kind", kind, templates)
     excluded = excluded_prompts(config)
+    prompts = numbered_prompts(config.prompts.file)
+    on_list = f"is on the list of excluded prompts, {config.prompts.exclude}; delete it from one"
+    results = [
+        (line, Failure(f"{prompt!r} {on_list}") if prompt_key(prompt) in excluded else check_prompt(model, prompt))
+        for line, prompt in prompts
+    ]
+    refuse_lines(config.prompts.file, results)
     unique: dict[str, str] = {}
-    for line, prompt in numbered_prompts(config.prompts.file):
-        where = f"{config.prompts.file}:{line}"
-        if prompt_key(prompt) in excluded:
-            raise UsageError(
-                f"{where}: {prompt!r} is on the list of excluded prompts, {config.prompts.exclude}; delete it from one."
-            )
-        if (failure := check_prompt(model, prompt)) is not None:
-            raise UsageError(f"{where}: {failure.reason.rstrip('.')}.")
-        unique.setdefault(prompt_key(prompt), prompt)
+    for _, prompt in prompts:
+        unique.setdefault(prompt_key(prompt), normalized(model, prompt))
     entry = templates.kinds[kind]
     return [_record(f"p{index:06d}", kind, entry, prompt) for index, prompt in enumerate(unique.values())]
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import Config, TextConfig
 from ospo_fast.errors import Failure, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import Record
 from ospo_fast.stages.templates import TemplateSet, load_templates
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load_model_templates(model: UnifiedModel, config: Config) -> TemplateSet:

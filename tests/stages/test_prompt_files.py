@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from ospo_fast.errors import UsageError
-from ospo_fast.stages.prompt_files import numbered_prompts, prompt_key
+from ospo_fast.errors import Failure, UsageError
+from ospo_fast.stages.prompt_files import MAX_NAMED, numbered_prompts, prompt_key, refuse_lines
 
 SPACES = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"  # where str.splitlines would split
 
@@ -32,7 +32,7 @@ def test_lines_and_their_numbers(tmp_path, data, expected):
     ("data", "words"),
     [
         ("a cup\na hat".encode("utf-16"), r"p\.txt is not UTF-8 \(line 1: .*save it with the encoding UTF-8"),
-        ("a cup\na hat".encode("utf-16-le"), r"p\.txt:1: prompt: .*NUL character"),
+        ("a cup\na hat".encode("utf-16-le"), r"p\.txt: 2 lines cannot be used: line 1: .*NUL character"),
         ("a cup\na h\xe4t\n".encode("latin-1"), r"p\.txt is not UTF-8 \(line 2"),
         (b"a cup\n\na \0hat\n", r"p\.txt:3: prompt: .*NUL character"),
         (codecs.BOM_UTF8 + b"\n", "holds no prompt"),
@@ -60,3 +60,38 @@ def test_keys_ignore_case_spaces_and_full_stop(seconds):
     assert prompt_key(" A  red\ncup. ") == prompt_key("a red cup") == "a red cup"
     for unit in (" ", ".", " .", "A ", "\u2028"):
         assert seconds(prompt_key, unit * 100_000) < 10
+
+
+def failures(count, reason="'a {n}' is unknown; use words"):
+    return [(n, Failure(reason.format(n=n))) for n in range(1, count + 1)]
+
+
+def test_one_bad_line_is_named_by_its_place():
+    with pytest.raises(UsageError) as caught:
+        refuse_lines("p.txt", [(1, None), (2, Failure("prompt: 'x' is unknown; use words"))])
+    assert str(caught.value) == "p.txt:2: prompt: 'x' is unknown; use words."
+    refuse_lines("p.txt", [(1, None), (2, "ok")])
+
+
+def test_all_bad_lines_are_named_with_what_to_do_once():
+    with pytest.raises(UsageError) as caught:
+        refuse_lines("p.txt", [*failures(2), (7, Failure("prompt: 'left' names no object; name one"))])
+    assert str(caught.value) == (
+        "p.txt: 3 lines cannot be used: line 1: 'a 1' is unknown, line 2: 'a 2' is unknown; use words; "
+        "line 7: 'left' names no object; name one."
+    )
+
+
+def test_many_bad_lines_are_counted():
+    with pytest.raises(UsageError) as caught:
+        refuse_lines("p.txt", failures(MAX_NAMED + 3))
+    assert f"{MAX_NAMED + 3} lines cannot be used" in str(caught.value)
+    assert f"line {MAX_NAMED}: " in str(caught.value)
+    assert f"line {MAX_NAMED + 1}: " not in str(caught.value)
+    assert str(caught.value).endswith("; and 3 more lines.")
+
+
+def test_all_lines_that_no_tokenizer_can_take_are_named(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"a \0cup\na hat\na \0coat\n")
+    with pytest.raises(UsageError, match=r"2 lines cannot be used: line 1: .*, line 3: .* holds a NUL character; rem"):
+        numbered_prompts(tmp_path / "p.txt")

@@ -1,0 +1,166 @@
+"""Mistakes that need no model are refused before torch and transformers, which take seconds, are imported.
+
+All commands run in one new process, in which an import of a heavy package fails.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+HEAVY = ("torch", "transformers", "peft", "accelerate")
+PROCESS = f"""
+import contextlib, io, json, shlex, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name in {HEAVY!r}:
+            raise AssertionError("imports " + name)
+from ospo_fast import cli
+cli._check_packages(cli._TRAIN_PACKAGES)
+cli._check_packages = lambda names: None  # it looks for the heavy packages
+sys.meta_path.insert(0, Refuse())
+results = {{}}
+for line in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main(shlex.split(line))
+        except SystemExit as error:
+            code = error.code
+    results[line] = [code, out.getvalue(), err.getvalue()]
+json.dump(results, sys.stdout)
+"""
+# The command: exit code and words of the error.
+REFUSED = {
+    "tran": (2, "no command 'tran'; nearest: train"),
+    "run --bogus": (2, "Unknown argument '--bogus'"),
+    "run images.guidence=2": (2, "nearest: images.guidance_scale"),
+    "run images.top_k=many": (2, "could not be converted"),
+    "run images.temperature=-1": (2, "images.temperature should be above 0"),
+    "run preset=v9": (2, "one of v1, v2, v3, full"),
+    "run train.loss.beta=-1": (2, "train.loss.beta is -1.0, expected a positive number"),
+    "run train.loss.betta=1": (2, "nearest: train.loss.beta"),
+    "run --config none.yaml": (2, "Cannot read the configuration file none.yaml"),
+    "run --config bad.yaml": (2, "one of v1, v2, v3, full"),
+    "run templates=nothing": (2, "templates: got 'nothing'"),
+    "run masks.official=/nowhere": (2, "masks.official: got '/nowhere'"),
+    "run 'prompts.counts={circle: 1}'": (2, "no kind 'circle'"),
+    "train train.early_stopping=nope": (2, "a metric of the evaluation: alignment"),
+    "demo train.early_stopping=nope": (2, "a metric of the evaluation: alignment"),
+    "run --out file/out": (1, "Cannot write file/out: Not a directory"),
+    "demo --out file/out": (1, "Cannot write file/out: Not a directory"),
+    "evaluate --out file/out": (1, "Cannot write file/out: Not a directory"),
+    "generate 'a red circle' --out file/out": (1, "Cannot write file/out: Not a directory"),
+    "evaluate --model org/janus": (2, "Shapes world only"),
+    "demo --model org/janus": (2, "Shapes world only"),
+    "generate": (2, "one prompt in quotes or --prompts FILE"),
+    "generate 'a red zebra'": (2, "does not know ('zebra'); use words that it knows: a, above, and, "),
+    "generate 'left of the right'": (2, "names no object"),
+    "generate 'a red circle' --num 0": (2, "--num should be 1 or more"),
+    "images --shard 2/2": (2, "--shard should be i/n"),
+    "images --iteration 0": (2, "--iteration should be 1 or more"),
+    "images --iteration 2": (2, "Iteration 2 starts from"),
+    "perturb prompts.exclude=none.txt": (2, "Cannot read the prompt file none.txt"),
+    "report nowhere": (2, "no run folder nowhere"),
+    "env images.top_k=1": (2, "env takes no settings"),
+    "perturb": (2, "There is no prompts.jsonl"),
+    "images": (2, "There is no perturb.jsonl"),
+    "questions": (2, "There is no images.jsonl"),
+    "score": (2, "There is no questions.jsonl"),
+    "select": (2, "There is no score.jsonl"),
+    "masks": (2, "There is no select.jsonl"),
+    "train": (2, "There is no masks.jsonl"),
+    **{
+        f"{command} --model ./nothing": (1, "there is no folder './nothing'")
+        for command in ("run", "demo", "generate x", "evaluate", "train", "images")
+    },
+    **{
+        f"{command} {setting}": (2, f"{setting.split('=')[0]}: got 'banana', expected")
+        for command in ("run", "demo", "generate x", "evaluate", "images", "train")
+        for setting in ("device=banana", "dtype=banana")
+    },
+    **{
+        f"{command} {file}": (2, words)
+        for command in ("generate --prompts", "run --from-file", "prompts --prompts", "demo")
+        for file, words in {
+            "none.txt": "Cannot read the prompt file none.txt",
+            "empty.txt": "holds no prompt",
+            "latin.txt": "latin.txt is not UTF-8 (line 1",
+            "bad.txt": "bad.txt: 2 lines cannot be used: line 2: 'two zebras' holds words that shapes does not know "
+            "('zebras'), line 3: 'a cup'",
+        }.items()
+    },
+}
+REFUSED = {line.replace("demo ", "demo prompts.file=") if ".txt" in line else line: v for line, v in REFUSED.items()}
+PRINTED = {"--version": "ospo-fast 0.", "help": "usage: ospo-fast", "help train": "Example: ospo-fast train"}
+PRINTED["config --show"] = "  images.guidance_scale = 1.0 (model family shapes; default 5.0)"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "file").write_text("")
+    (folder / "bad.yaml").write_text("preset: v9\n")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "latin.txt").write_bytes(b"a caf\xe9\n")
+    (folder / "bad.txt").write_text("A red circle\ntwo zebras\na cup\n")
+    before = sorted(folder.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS],
+        input=json.dumps([*REFUSED, *PRINTED]),
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(folder.iterdir()) == before
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_without_torch(results, line):
+    code, out, err = results[line]
+    expected, words = REFUSED[line]
+    assert words in err
+    assert code == expected
+    assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize("line", PRINTED)
+def test_printed_without_torch(results, line):
+    code, out, err = results[line]
+    assert (code, err) == (0, "")
+    assert PRINTED[line] in out
+
+
+@pytest.mark.skipif(sys.platform != "linux" or Path("/dev/kfd").exists(), reason="the driver has another name")
+def test_a_device_without_its_driver(monkeypatch):
+    from ospo_fast import models
+    from ospo_fast.errors import UsageError
+
+    def load(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(models.ctypes, "CDLL", load)
+    with pytest.raises(UsageError, match="got 'cuda:1', but there is no NVIDIA driver"):
+        models.check_device("cuda:1", None)
+    monkeypatch.setattr(models.ctypes, "CDLL", lambda name: None)
+    models.check_device("cuda:1", "half")  # a name of torch's
+    models.check_device("cpu", None)
+
+
+def test_packages_of_the_extra_are_looked_for_before_they_are_imported(monkeypatch, capsys):
+    from ospo_fast import cli
+
+    found = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name in ("peft", "jinja2") else found(name)
+    )
+    assert cli.main(["run"]) == 1
+    assert "jinja2, peft are not installed; run: pip install 'ospo-fast[pipeline]'" in capsys.readouterr().err
+    assert set(cli.EXTRAS) >= {name for command in cli._COMMANDS.values() for name in command.packages}
