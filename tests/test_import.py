@@ -22,7 +22,7 @@ LAYERS = [
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "fields", "loss_config", "oom", "peak_memory", "stats", "files", "_version"},
+    {"errors", "fields", "loss_config", "oom", "packages", "peak_memory", "stats", "files", "_version"},
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 
@@ -39,6 +39,48 @@ def test_importing_the_package_imports_nothing_else() -> None:
     loaded = modules_after("import ospo_fast; ospo_fast.__version__; dir(ospo_fast)")
     assert not loaded & {"torch", "numpy", "transformers"}
     assert {name for name in loaded if name.startswith("ospo_fast.")} == {"ospo_fast._version"}
+
+
+# Every public operation at tiny size, under no_grad and with gradients.
+FIRST_CALLS = """
+import sys, torch
+before = set(sys.modules)
+import ospo_fast as of
+linear, maps, labels = torch.nn.Linear(8, 16), torch.rand(2, 3, 4, 4), torch.tensor([1])
+mlp = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 16))
+for grad in (False, True):
+    torch.set_grad_enabled(grad)
+    hidden = torch.randn(1, 8, requires_grad=grad)
+    results = []
+    for head in (linear, mlp, of.Head.of(mlp), of.Head(linear.weight.detach())):
+        results += of.token_logprobs(hidden, head, labels, return_entropy=True)
+        results += [of.token_logprobs(hidden, head, labels, backend=b) for b in ("auto", "torch")]
+        results += [of.cross_entropy(hidden, head, labels)]
+    logps = torch.randn(2, 4, requires_grad=grad)
+    results += [of.sequence_logprobs(logps, torch.ones(2, 4).bool())]
+    results += [of.preference_loss(*logps.T[:3], beta=1.0, gamma_beta_ratio=0.5).simpo]
+    for preset in ("v1", "v2", "v3", "full"):
+        groups, codes = torch.randn(6, 5, 8, requires_grad=grad), torch.tensor([[-100, 1, 2, 3, 4]] * 6)
+        rows = 6 if of.OSPOLossConfig.preset(preset).cond_weight else 4
+        loss = of.OSPOLoss(of.OSPOLossConfig.preset(preset))
+        results += [loss(groups[:rows], codes[:rows], linear, object_masks=torch.rand(4, 2, 2)).loss]
+    if grad:
+        sum(result.sum() for result in results).backward()
+    of.token_weights(maps[:, 0]), of.otsu_threshold(maps), of.object_masks(maps)
+    of.attention_columns(maps, maps, torch.zeros(2, 1, 1).long(), rows=(0, 2))
+    of.sample_codes(logps, seeds=[0, 1], step=0)
+names = {name: getattr(of, name) for name in of.__all__}
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_first_calls_import_nothing_but_this_package() -> None:
+    """torch._dynamo alone would take as long as importing torch."""
+    loaded = subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True, capture_output=True, text=True)
+    others = {
+        name for name in loaded.stdout.split() if name.split(".")[0] not in {"ospo_fast", *sys.stdlib_module_names}
+    }
+    assert not others
 
 
 def test_the_operations_need_torch_and_numpy_only() -> None:

@@ -7,7 +7,7 @@ import inspect
 import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -226,6 +226,8 @@ class AttentionCapture:
         return self.maps
 
     def __enter__(self) -> Self:
+        from ospo_fast.models import _capture_hooks as hooks  # not above, because it imports torch._dynamo
+
         check_readable(self._attention)
         with _LOCK:
             if any(id(part) in _ACTIVE for part, _ in self._parts):
@@ -236,11 +238,11 @@ class AttentionCapture:
             _OWNERS.setdefault(id(self._attention.owner), []).append(self)
             for registry in self._registries:
                 _PATCHES[id(registry)] += 1
-                registry.get_interface = MethodType(_get_interface, registry)
-        self._handles.append(self._attention.owner.register_forward_pre_hook(_before_pass, with_kwargs=True))
+                registry.get_interface = MethodType(hooks.get_interface, registry)
+        self._handles.append(self._attention.owner.register_forward_pre_hook(hooks.before_pass, with_kwargs=True))
         for layer in self._attention.layers:
             if not layer.callers:
-                self._handles.append(layer.module.register_forward_hook(_after_layer))
+                self._handles.append(layer.module.register_forward_hook(hooks.after_layer))
         return self
 
     def __exit__(
@@ -485,55 +487,8 @@ class AttentionCapture:
         return self._attention.is_cross
 
 
-def _get_interface(registry: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace `get_interface` of an AttentionInterface during captures.
-
-    The model asks for its attention as always: its configuration and masks stay the same, each module file gives its
-    own eager function, and modules that are not captured only run what they got.
-    """
-    function = type(registry).get_interface(registry, name, default)
-    return functools.partial(_attend, function)
-
-
-# The reason is part of torch's error where a graph break is not allowed.
-_run_eagerly = functools.partial(
-    torch.compiler.disable,
-    reason="AttentionCapture reads the attention; compile without fullgraph, or generate() with disable_compile=True",
-)
-
-
 def _refuse_reordering(name: str, *_: Any, **__: Any) -> None:
     raise OspoError(f"capture: the cache was asked to change its sequences ({name}), as beams do; use num_beams=1")
-
-
-def _find_active(module: Any) -> tuple[AttentionCapture, int] | None:
-    """The capture of a module in this thread, and the index of its layer. Other threads only run the model."""
-    active = _ACTIVE.get(id(module))
-    return active if active is not None and active[0]._thread == threading.get_ident() else None
-
-
-@_run_eagerly
-def _attend(function: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
-    active = _find_active(module)
-    if active is None:
-        return function(module, *args, **kwargs)
-    capture, index = active
-    return capture._run(index, AttentionCall.from_args(function, module, args, kwargs))
-
-
-@_run_eagerly
-def _before_pass(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for capture in _OWNERS.get(id(owner), ()):
-        if capture._thread == threading.get_ident():
-            capture._begin_pass(args, kwargs)
-
-
-@_run_eagerly
-def _after_layer(module: Any, _: tuple[Any, ...], output: Any) -> None:
-    active = _find_active(module)
-    if active is not None:
-        capture, index = active
-        capture._read_output(index, output)
 
 
 def _find_position(layer: Layer, index: int, cache: Any, length: int, is_cross: bool) -> _Position:
