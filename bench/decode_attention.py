@@ -5,7 +5,6 @@ constants of the kernel are swept, and a cache that fits the L2 cache is read fr
 weights have replaced it.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops.decode_attention import decode_attention, rotate
+from ospo_fast.packages import import_error
 
 # rows, heads, head width, cached positions
 CPU_SHAPES = [(32, 4, 64, 160), (2, 4, 64, 160)]
@@ -89,7 +89,7 @@ def run(out: Path, quick: bool) -> None:
         for name, available, _ in _dispatch.backends(device)["decode_attention"]:
             if available:
                 variants[name] = partial(decode_attention, heads=H, scale=D**-0.5, backend=name)
-        if device == "cuda" and importlib.util.find_spec("flash_attn"):
+        if device == "cuda" and not import_error("flash_attn"):
             variants["flash_attn"] = flash_attn(H, D**-0.5)
         if "triton" in variants and not quick:
             variants |= {

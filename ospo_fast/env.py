@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ospo_fast._version import __version__
+from ospo_fast.packages import import_error
 
 PACKAGES = (
     "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "flash-attn",
@@ -21,13 +22,19 @@ PACKAGES = (
 )  # fmt: skip
 # Oldest and newest versions that the tests have run with. Others are not refused.
 TESTED = {"python": ("3.10", "3.13"), "torch": ("2.9.0", "2.15.0"), "transformers": ("5.17.0", "5.24.0")}
+# Import names of packages whose binaries or kernels may not fit the installed torch, driver or Python.
+_COMPILED = {
+    "triton": "triton", "tokenizers": "tokenizers", "safetensors": "safetensors", "flash-attn": "flash_attn",
+    "xformers": "xformers", "liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy",
+    "quack-kernels": "quack",
+}  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
     """Collect the report as plain values, ready for JSON. A probe that fails leaves its error in place of its values.
 
     Returns:
-        versions: package → version, None where it is not installed.
+        versions: package → version, None where it is not installed; "2.8.3, broken: …" where it cannot be imported.
         tested: package → {"oldest", "newest": tested versions, "installed": "tested", "older" or "newer", or None}.
         system: os, machine, cpu, cores, threads, memory_gb.
         cuda: torch's CUDA version, driver, devices.
@@ -97,9 +104,11 @@ def _probe(read: Callable[[], Any]) -> Any:
 
 def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(name)
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    broken = import_error(_COMPILED[name]) if name in _COMPILED else ""
+    return f"{version}, broken: {broken}" if broken else version
 
 
 def _tested(name: str) -> dict[str, str | None]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.generation.decoder import Decoder, InferenceDecoder
@@ -27,6 +26,7 @@ from ospo_fast.generation.validation import check_batch_size, check_choice, chec
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.resolve import resolve_model
 from ospo_fast.oom import out_of_memory, short
+from ospo_fast.packages import required_by
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class ImageGenerator:
     ) -> None:
         check_batch_size(batch_size)
         check_window(jacobi_window)
+        with required_by("ImageGenerator", "transformers", "tqdm"):
+            import transformers  # noqa: F401
         self.model = resolve_model(model, processor)
         self.throughput: Throughput | None = None
         self.failures: dict[int, Failure] = {}
@@ -158,6 +160,8 @@ class ImageGenerator:
             OspoError: guidance has no effect, or one image does not fit the memory.
 
         """
+        from tqdm.auto import tqdm
+
         sampling = Sampling(guidance_scale, temperature, top_k, top_p)
         check_choice("output", output, ("pil", "codes", "pt"))
         if output != "codes" and not hasattr(self.model, "decode_codes"):

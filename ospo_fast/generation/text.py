@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ospo_fast.errors import Failure
 from ospo_fast.generation.engine import Engine, eval_mode
@@ -55,6 +54,8 @@ def generate_text(
         OspoError: one text does not fit the memory.
 
     """
+    from tqdm.auto import tqdm
+
     sampling = Sampling(temperature=temperature, top_p=top_p)
     check_positive("max_new_tokens", max_new_tokens)
     check_batch_size(batch_size)

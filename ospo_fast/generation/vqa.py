@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.decoder import Cache, Decoder
@@ -110,6 +109,8 @@ def answer_questions(
                     ):
                         word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
                         answer.update(p_yes=p_yes, p_no=p_no, answer=word)
+
+    from tqdm.auto import tqdm
 
     batches = [[i for i, group in enumerate(questions) if group]]
     total = sum(map(len, questions))

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ospo_fast.errors import UsageError
 from ospo_fast.integrations.loss_module import LossModule, split_loss
+from ospo_fast.packages import required_by
+
+with required_by("ospo_fast.integrations.accelerate", "accelerate"):
+    from accelerate import Accelerator
 
 
 def training_step(

@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ospo_fast.errors import OpError, OspoError
 from ospo_fast.models._column_probabilities import (
@@ -29,6 +26,12 @@ from ospo_fast.models._column_probabilities import (
 )
 from ospo_fast.models.capture import pad_columns
 from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
+from ospo_fast.packages import required_by
+
+with required_by("ospo_fast.integrations.attention", "transformers"):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 NAME = "ospo_columns"
 

@@ -23,7 +23,7 @@ from ospo_fast.integrations._patch import replaced
 
 try:
     _ScorerPress: Any = importlib.import_module("kvpress").ScorerPress
-except (ImportError, AttributeError) as error:
+except Exception as error:  # packages with binaries that do not fit raise anything
     raise UsageError(
         f"ospo_fast.integrations.kvpress: ScorerPress of kvpress cannot be imported ({error}), expected kvpress 0.5; "
         "run pip install kvpress, or with transformers >= 5.3: pip install --no-deps kvpress, and its cachetools, fire "

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import lightning
 from torch import Tensor, nn
 
 from ospo_fast.integrations.loss_module import LossModule, split_loss
+from ospo_fast.packages import required_by
+
+with required_by("ospo_fast.integrations.lightning", "lightning", extra="lightning"):
+    import lightning
 
 
 class LossLightningModule(lightning.LightningModule):

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations._deferred_logits import DeferredLogits, deferred_logits, find_causal_lm
 from ospo_fast.ops import IGNORE_INDEX, cross_entropy
+from ospo_fast.packages import required_by
+
+with required_by("ospo_fast.integrations.transformers", "transformers", "accelerate"):
+    from transformers import Trainer
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
 
 def fused_causal_lm_loss(

@@ -16,13 +16,16 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from trl.trainer import utils as trl_utils
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations._deferred_logits import find_causal_lm
 from ospo_fast.integrations._patch import Enabled, replaced, running_head
 from ospo_fast.ops import Head, token_logprobs
 from ospo_fast.ops._head_modules import ResolvedHead, resolve_head
+from ospo_fast.packages import required_by
+
+with required_by("ospo_fast.integrations.trl", "trl", "transformers", extra="trl"):
+    from trl.trainer import utils as trl_utils
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TRL_FUNCTION = "_ChunkedLogProbFunction"  # the name under which trl.trainer.utils calls it

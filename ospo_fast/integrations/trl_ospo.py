@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.experimental.cpo import CPOTrainer
 
 from ospo_fast.errors import OpError, UsageError
 from ospo_fast.integrations._deferred_logits import DeferredLogits, deferred_logits, find_causal_lm
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig, OSPOLossOutput
+from ospo_fast.packages import required_by
+
+with required_by("ospo_fast.integrations.trl_ospo", "trl", "transformers", extra="trl"):
+    from trl.experimental.cpo import CPOTrainer
 
 _METRICS = {
     "rewards/chosen": "chosen_rewards",

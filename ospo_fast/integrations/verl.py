@@ -151,7 +151,10 @@ def _find_functions() -> list[tuple[Any, str]]:
     """Return the modules of verl that are loaded and hold one of the functions, and its name there."""
     found = []
     for name, attribute in ((_TORCH, "FusedLinearForPPO"), (_TRITON, "linear_cross_entropy")):
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:  # packages with binaries that do not fit raise anything
+            raise UsageError(f"use_ospo_fast: {name} cannot be imported ({error}); install verl==0.9.1") from error
         if not hasattr(module, attribute):
             raise UsageError(f"use_ospo_fast: verl has no {name}.{attribute}, expected verl 0.9; install verl==0.9.1")
         found.append((module, attribute))

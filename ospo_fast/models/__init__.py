@@ -19,6 +19,7 @@ from ospo_fast.config import MAX_ADAPTERS
 from ospo_fast.errors import OspoError, UsageError, is_panic
 from ospo_fast.models import folder_checks
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.packages import check_installed, required_by
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ __all__ = ["UnifiedModel", "check_device", "find_model", "load_model"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _OTHER_DTYPES = ("float", "half", "double")  # torch's other names of these
+# Of the extra `pipeline`: what loading and use of a model need.
+_PACKAGES = ("transformers", "tokenizers", "safetensors", "PIL", "jinja2", "tqdm")
 _PUBLISHED = ("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B")
 # transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
 _LOCK = threading.RLock()  # an adapter loads its base model
@@ -51,12 +54,14 @@ def load_model(
         dtype: a torch dtype or its name; default: bfloat16 on CUDA, float32 on the CPU.
 
     Raises:
+        MissingPackageError: a package of the extra `pipeline` is missing.
         OspoError: the checkpoint is missing, broken, or of an unsupported kind.
         UsageError: a device other than the CPU and CUDA, or one that torch does not find; a dtype other than float32,
             bfloat16, float16 and float64.
 
     """
     name = str(name_or_path)
+    check_installed("load_model", *_PACKAGES)
     folder = find_model(name)
     if folder is None:
         _check_hub_model(name)
@@ -185,9 +190,13 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
 
 
 def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
-    import transformers
+    with required_by("load_model"):
+        import transformers
 
-    from ospo_fast.models.janus import JanusUnifiedModel
+        from ospo_fast.models.janus import JanusUnifiedModel
+
+        # Named here, because transformers imports them, and what they need, when they are named.
+        model_class, processor_class = transformers.JanusForConditionalGeneration, transformers.JanusProcessor
 
     source = str(folder or name)
     remedy = _HUB_REMEDY if folder is None else "save or download it again"
@@ -195,7 +204,7 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
         if folder is not None:
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
-        module, info = transformers.JanusForConditionalGeneration.from_pretrained(
+        module, info = model_class.from_pretrained(
             source,
             dtype=dtype,
             output_loading_info=True,
@@ -203,7 +212,7 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
             trust_remote_code=False,
         )
         folder_checks.refuse_missing(info["missing_keys"], source, remedy)
-        processor = transformers.JanusProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = processor_class.from_pretrained(source, trust_remote_code=False)
         return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
 
 
@@ -258,7 +267,8 @@ def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> Jan
         config = folder_checks.check_adapter(folder)
     model = load_model(base, device=device, dtype=dtype)
 
-    import peft
+    with required_by("load_model", "peft", "accelerate"):
+        import peft
 
     with _loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
         config = {**folder_checks.match_targets(config, folder, model.module), "inference_mode": True}

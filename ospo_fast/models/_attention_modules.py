@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ospo_fast.errors import OspoError
+from ospo_fast.packages import required_by
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # the name of transformers' AttentionInterface in its model files
 _KINDS = ("attentions", "decoder_attentions", "cross_attentions", "encoder_attentions")
@@ -64,7 +65,8 @@ def find_attention(model: Any, kind: str | None) -> AttentionLayers:
         OspoError: there are none, or which of them is meant is not clear.
 
     """
-    from transformers import PreTrainedModel
+    with required_by("AttentionCapture", "transformers"):
+        from transformers import PreTrainedModel
 
     root = getattr(model, "module", None) if hasattr(model, "decoder") and hasattr(model, "image_prompt") else model
     if not isinstance(root, nn.Module):

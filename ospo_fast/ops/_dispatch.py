@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ospo_fast.errors import OpError
+from ospo_fast.packages import import_error
 
 logger = logging.getLogger(__name__)
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -261,11 +262,8 @@ def _why_unavailable(op: str, name: str, device: str) -> str:
 
 @functools.cache
 def _triton_error() -> str:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install triton"
-    return ""
+    reason = import_error("triton")
+    return reason and f"triton cannot be imported ({reason}); install triton"
 
 
 @functools.cache
@@ -274,7 +272,7 @@ def _native() -> tuple[ModuleType | None, str]:
         return None, "this is a pure-Python install of ospo_fast; reinstall it where a C++ compiler is found"
     try:
         return importlib.import_module("ospo_fast._C"), ""
-    except ImportError as error:
+    except Exception as error:
         return None, f"ospo_fast._C cannot be imported ({error}); reinstall the package where a C++ compiler is found"
 
 

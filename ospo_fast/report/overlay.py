@@ -64,6 +64,9 @@ def show(image: Any, maps: Any, words: Sequence[str]) -> Image.Image:
         import PIL  # noqa: F401
     except ModuleNotFoundError as error:
         raise OspoError("show needs Pillow; run: pip install pillow") from error
+    except Exception as error:  # its binaries do not fit
+        remedy = "run: pip install --force-reinstall pillow"
+        raise OspoError(f"show needs Pillow, which cannot be imported ({error}); {remedy}") from error
     pixels = _load_pixels(image)
     tensor, labels = _check_maps(maps, pixels.size), _check_words(words)
     if len(labels) != len(tensor):

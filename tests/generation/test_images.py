@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospo_fast.errors import Failure, OspoError, UsageError
-from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, Throughput, images
+from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, Throughput
 from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation.decode_batch import DecodeBatch
 from ospo_fast.generation.requests import Request
@@ -206,7 +206,7 @@ def test_the_progress_bar_counts_every_image(tiny: JanusUnifiedModel, monkeypatc
             self.postfix = text
 
     limit_memory(monkeypatch, 3)
-    monkeypatch.setattr(images, "tqdm", Bar)
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
     poison(tiny, 1)
     codes(tiny, PROMPTS[:2] * 4, list(range(8)), batch_size=5, on_error="skip")
     codes(tiny, [], [], progress=False)
