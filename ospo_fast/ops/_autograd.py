@@ -36,9 +36,11 @@ def first_derivative_only(op: str) -> Callable[[Backward], Backward]:
                     f"{op}: its backward got a batch of gradients (is_grads_batched, vectorize=True), expected one at "
                     "a time; call torch.autograd.grad for each, or pass vectorize=False"
                 )
+            if not torch.is_grad_enabled():  # no create_graph
+                return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # no create_graph
+            if torch.compiler.is_compiling():
                 return results
             sources = (*ctx.edges, *(g for g in grads if g is not None and g.requires_grad))
             return tuple(None if r is None else _Refuse.apply(op, r, *sources) for r in results)  # type: ignore[no-untyped-call]

@@ -132,6 +132,11 @@ def runs_directly(*arguments: Any) -> bool:
             continue
         if isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and not runs_directly(*x)):
             return False
+    return nothing_traces()
+
+
+def nothing_traces() -> bool:
+    """Return whether no mode, tracer or transform is active, for tensors of plain types outside torch.compile."""
     traced = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() or forward_ad._current_level >= 0
     return not traced and torch._C._functorch.peek_interpreter_stack() is None
 

@@ -285,6 +285,14 @@ def _is_called_as_is(attributes: dict[str, Any]) -> bool:
     )  # fmt: skip
 
 
+def is_plain_linear(module: nn.Linear) -> bool:
+    """Return whether an nn.Linear is called as it is, with parameters that no parametrization replaces."""
+    attributes = vars(module)
+    weights = attributes["_parameters"]
+    plain = nn.Linear.forward is _LINEAR_FORWARD and "bias" in weights and type(weights.get("weight")) is nn.Parameter
+    return plain and _is_called_as_is(attributes)
+
+
 def _name(hook: Any) -> str:
     return str(getattr(hook, "__qualname__", type(hook).__name__))
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops._autograd import edges, first_derivative_only, keeps_graph
 from ospo_fast.ops._chunked_head import OPTIONS_SCHEMA, ChunkedHead, RowResults, RowScales, TokenLogprobsOptions
-from ospo_fast.ops._dispatch import register_op, result_dtype, runs_directly
+from ospo_fast.ops._dispatch import register_op, result_dtype
+from ospo_fast.ops._few_rows import few_rows
 from ospo_fast.ops._head_gradients import (
     GRADS_SCHEMA,
     INPUTS_SCHEMA,
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100  # the label of positions without a code, as in torch's cross_entropy
 # Logits that a trained head keeps on a CPU: of three quarters of the rows, of at most 1 GiB.
 KEPT_SHARE, KEPT_BYTES = 3 / 4, 2**30
+_FEW_ROWS_BACKENDS = ("auto", "cpp")
 
 
 if TYPE_CHECKING:
@@ -142,6 +144,11 @@ def token_logprobs(
             refuses; in the backward an adapter that was disabled or merged since; in a second derivative.
 
     """
+    usual = chunk_rows is None and logits_dtype is None and softcap is None and process_group is None
+    if usual and backend in _FEW_ROWS_BACKENDS and not (check_finite or return_entropy):
+        logps = few_rows(hidden, head, labels, ignore_index, temperature)
+        if logps is not None:
+            return logps  # type: ignore[no-any-return]
     call = prepare(
         "token_logprobs", hidden, head, labels, ignore_index=ignore_index, chunk_rows=chunk_rows,
         logits_dtype=logits_dtype, backend=backend, check_finite=check_finite, temperature=temperature,
@@ -225,8 +232,6 @@ def _compute(
         return vocab_parallel_logprobs(call, process_group, return_entropy, keep_logits)
     x, labels, head, options = call.x, call.labels, call.head, call.options
     if not (torch.is_grad_enabled() and call.needs_grad):
-        if not return_entropy and (logps := _few_rows(call)) is not None:
-            return logps, None
         return token_logprobs_op(False, return_entropy, 0, x, labels, head, *options)[:2]
     function: Any
     results: tuple[Tensor, Tensor | None]
@@ -239,32 +244,6 @@ def _compute(
         more = call.check_adapters, edges(x, *head)
         results = function.apply(options, return_entropy, more, x, labels, *head)
     return results
-
-
-def _few_rows(call: Call) -> Tensor | None:
-    """Return ℓ of a few rows of a linear head on a CPU, without gradient, or None if this is not such a call.
-
-    The product of a few rows takes less time than what longer calls need around their products.
-    """
-    x, labels, head, options = call.x, call.labels, call.head, call.options
-    weight, bias = head[0], head[1]
-    assert weight is not None
-    rows, codes = x.shape[0], weight.shape[0]
-    fits = options.backend == "cpp" and rows <= 64 and rows <= options.chunk_rows and not options.check_finite
-    linear = head[2] is None and head[4] is None  # neither a projection nor adapters
-    if not (fits and linear and x.dtype == torch.float32 and runs_directly(x, labels, weight, bias)):
-        return None
-    labels, native = _dispatch.readable(labels), _dispatch.native()
-    labels_at = labels.data_ptr()
-    if native.count_labels(labels_at, rows, options.ignore_index, codes) != rows:
-        return None
-    bias = None if bias is None else _dispatch.readable(bias)
-    logits, logps = F.linear(x, weight), x.new_empty(rows)
-    native.token_logprobs(
-        logits.data_ptr(), 0, _dispatch.pointer(bias), labels_at, 1 / options.temperature, options.softcap, 0, 0, 0,
-        logps.data_ptr(), 0, 0, 0, 0, rows, codes, torch.get_num_threads(),
-    )  # fmt: skip
-    return logps
 
 
 # ---------------------------------------------------------------- autograd, outside the ops: cheaper than inside
