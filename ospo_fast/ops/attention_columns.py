@@ -143,20 +143,22 @@ class ColumnRequest:
             raise OpError(f"{op}: columns are {describe(columns)}, expected integer ({batch}, O, C)")
         if columns.device.type != "meta":
             columns = as_int64(op, "columns", columns.cpu()).resolve_neg().clone()  # as in _bounds
-        if columns.numel() and (int(columns.min()) < -1 or int(columns.max()) >= S):
-            raise OpError(
-                f"{op}: columns are from {int(columns.min())} to {int(columns.max())}, expected -1 to {S - 1}"
-            )
+        if columns.numel():
+            lowest, highest = (int(bound) for bound in columns.aminmax())
+            if lowest < -1 or highest >= S:
+                raise OpError(f"{op}: columns are from {lowest} to {highest}, expected -1 to {S - 1}")
         start, count = _bounds("rows", rows, batch)
         length = rows[1] if isinstance(rows[1], int) else int(count.max()) if batch else 0
-        outside = batch and (int(start.min()) < 0 or int(count.min()) < 0 or bool((start > S - count).any()))
+        starts, counts = start.tolist(), count.tolist()
+        outside = any(
+            first < 0 or number < 0 or first > S - number for first, number in zip(starts, counts, strict=True)
+        )
         if outside or not 0 <= length <= S:
-            raise OpError(
-                f"{op}: rows start at {start.tolist()} and count {count.tolist() or length}, beyond the {S} positions"
-            )
+            raise OpError(f"{op}: rows start at {starts} and count {counts or length}, beyond the {S} positions")
         first, end = _bounds("key_range", (0, S) if key_range is None else key_range, batch)
-        if batch and (int(first.min()) < 0 or int(end.max()) > S or bool((first > end).any())):
-            raise OpError(f"{op}: key_range is {first.tolist()} to {end.tolist()}, expected 0 <= start <= end <= {S}")
+        firsts, ends = first.tolist(), end.tolist()
+        if any(low < 0 or high > S or low > high for low, high in zip(firsts, ends, strict=True)):
+            raise OpError(f"{op}: key_range is {firsts} to {ends}, expected 0 <= start <= end <= {S}")
         share = (1 / (columns >= 0).sum(-1).clamp(min=1).double()).float()
         request = ColumnRequest(columns, start, count, first, end, share, length, S, "torch")
         return request.to(torch.device("cpu") if device is None else device)
@@ -237,6 +239,9 @@ def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
     for value in pair:
         if isinstance(value, int):
             check_int("attention_columns", name, value, INT64_MIN)
+    if all(type(value) is int for value in pair):  # at once, without the copies below
+        first, second = (torch.full((batch,), int(value), dtype=torch.int64, device="cpu") for value in pair)
+        return first, second
     tensors = [torch.as_tensor(value).cpu() for value in pair]
     for value in tensors:
         if not _dispatch.is_integer(value) or tuple(value.shape) not in ((), (batch,)):

@@ -188,15 +188,14 @@ def _sample_codes(
     steps: Tensor,
 ) -> Tensor:
     untouched = torch.iinfo(torch.int64).min  # steps may be any other number
-    codes = torch.zeros(len(cond), dtype=torch.int64, device=cond.device)
+    codes = cond.new_empty(len(cond), dtype=torch.int64)
     error_steps = torch.full_like(codes, untouched)
     sample_codes_into(
         cond, uncond, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
         seeds=seeds, steps=steps, codes=codes, error_steps=error_steps,
     )  # fmt: skip
-    invalid = error_steps != untouched
-    if bool(invalid.any()):
-        rows = invalid.nonzero().flatten().tolist()
+    if len(codes) and error_steps.max().item() != untouched:  # one look at all, cheaper than at each
+        rows = (error_steps != untouched).nonzero().flatten().tolist()
         raise OpError(
             f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits, "
             f"also after guidance ({guidance_scale:g}) and division by the temperature ({temperature:g}) in float32"
@@ -264,6 +263,8 @@ def wrap_int64(value: int) -> int:
 
 
 def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: torch.device) -> Tensor:
+    if type(value) is int and name == "step":
+        return torch.full((B,), check_int("sample_codes", name, value, INT64_MIN), dtype=torch.int64, device=device)
     if not hasattr(value, "__iter__"):
         value = [value] * B
     if not isinstance(value, Tensor):
