@@ -10,6 +10,7 @@ from ospo_fast.stages import STAGE_NAMES
 @pytest.mark.parametrize(
     ("name", "variants"),
     [
+        ("dispatch", {"call", "bare"}),
         ("object_masks", {"ospo_fast", "torch"}),
         ("sample_codes", {"ospo_fast", "torch"}),
         (
