@@ -253,14 +253,24 @@ class BuildExtension(build_ext):
         return "\n".join(lines)
 
 
+# Benchmarks that need a checkout: its history of results, its README, its tests, or hours.
+CHECKOUT_ONLY = {"_gpu_day", "ablations", "code_metrics", "figures"}
+
+
 class BuildPy(build_py):
-    """Add the kernel files at the root to the package `ospo_fast.kernels`."""
+    """Add the kernel files at the root to `ospo_fast.kernels`, and the benchmarks as scripts to ospo_fast/bench/."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules: list[tuple[str, str, str]] = super().find_package_modules(package, package_dir)
         if package == "ospo_fast.kernels":
             modules += [(package, path.stem, str(path)) for path in sorted(Path("kernels").glob("*.py"))]
         return modules
+
+    def build_packages(self) -> None:
+        super().build_packages()
+        for path in sorted(Path("bench").glob("*.py")):
+            if path.stem not in CHECKOUT_ONLY:
+                self.build_module(path.stem, str(path), "ospo_fast.bench")
 
 
 CXX = find_cxx()

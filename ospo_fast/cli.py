@@ -353,9 +353,12 @@ def _config(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     import subprocess
 
-    script = Path(__file__).resolve().parents[1] / "bench" / "run.py"
+    package = Path(__file__).resolve().parent
+    # A checkout has the benchmarks next to the package, a wheel within it.
+    root = package.parent if (package.parent / "pyproject.toml").is_file() else package
+    script = root / "bench" / "run.py"
     if not script.is_file():
-        raise UsageError("The benchmarks are not part of the wheel; run this command in a clone of the repository.")
+        raise OspoError(f"{script} is missing; install ospo-fast again.")
     return subprocess.call([sys.executable, str(script), *(args.rest or ["--all"])])
 
 
@@ -439,7 +442,7 @@ _COMMANDS = {
         example="--show preset=v2",
         packages=_CONFIG_PACKAGES,
     ),
-    "bench": _Command(_bench, "benchmarks of a source checkout; the arguments go to bench/run.py"),
+    "bench": _Command(_bench, "benchmarks, and a run against the official code"),
     "env": _Command(
         _env, "versions, devices, and the backend of every operation", takes_settings=False, example="--json"
     ),
@@ -504,6 +507,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         from ospo_fast.config import nearest
 
         raise UsageError(f"There is no command {name!r}; {nearest(name, list(_COMMANDS))}.")
+    if name == "bench" and arguments[0] == name:  # bench/run.py has a parser of its own, which answers --help too
+        return argparse.Namespace(command=name, rest=arguments[1:])
     args, rest = build_parser().parse_known_args(arguments)
     args.rest = rest
     command = _COMMANDS[args.command]
