@@ -26,6 +26,8 @@ L2_BYTES = 256 * 2**20  # larger than the L2 cache of the supported GPUs
 LEAD = 2_000_000  # clock cycles (about 1 ms) that a GPU sleeps while the host launches a run
 _cases: list[str] = []
 _rehearsal = [False]
+_sizes: dict[str, int] = {}
+_written: dict[Path, None] = {}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,18 @@ class Timing:
     p20_ms: float
     p80_ms: float
     repeats: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A variant of which only a part is timed: run(*prepare(*inputs)), such as a backward after its forward."""
+
+    prepare: Callable[..., tuple[Any, ...]]
+    run: Callable[..., object]
+
+    def __call__(self, *inputs: Any) -> object:
+        """Run both parts."""
+        return self.run(*self.prepare(*inputs))
 
 
 def interleaved(
@@ -53,7 +67,7 @@ def interleaved(
     of the kernels is not hidden by the time of their launches. After a synchronization within a run, launches count.
 
     Args:
-        variants: functions to time, by name.
+        variants: functions to time, by name; of a `Prepared` one, the second part.
         inputs: makes the arguments of one turn, outside the timing. They should be random, because zeros run faster.
         seconds: time that each variant runs for in total.
         warmup: turns that are not timed.
@@ -68,9 +82,11 @@ def interleaved(
     while turn < warmup + 3 or (turn < warmup + max_turns and min(map(sum, times.values())) < seconds * 1e3):
         arguments = inputs()
         for name, run in variants.items():
+            state = run.prepare(*arguments) if isinstance(run, Prepared) else arguments
             if flush is not None:
                 flush.zero_()
-            elapsed = _milliseconds(run, arguments, device)
+            elapsed = _milliseconds(run.run if isinstance(run, Prepared) else run, state, device)
+            del state
             if turn >= warmup:
                 times[name].append(elapsed)
         turn += 1
@@ -187,6 +203,24 @@ def only_cases(names: list[str]) -> None:
     _cases[:] = names
 
 
+def use_sizes(sizes: Mapping[str, int]) -> None:
+    """Measure the benchmarks that take sizes with these, such as N, D and V, in place of their own."""
+    _sizes.clear()
+    _sizes.update(sizes)
+
+
+def given_sizes() -> dict[str, int]:
+    """Return the sizes of `use_sizes`."""
+    return dict(_sizes)
+
+
+def take_written() -> list[Path]:
+    """Return the files of rows that were written since the last call."""
+    paths = list(_written)
+    _written.clear()
+    return paths
+
+
 def grown_memory(module: str, case: str, variant: str, quick: bool) -> dict[str, float]:
     """Return what `_peak_rss.py` measures in a new process; nothing where it cannot be measured."""
     command = [sys.executable, str(Path(__file__).parent / "_peak_rss.py"), module, case, variant]
@@ -261,6 +295,7 @@ def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
         kept = [line for line in kept if (line["op"], line["shapes"], line["dtype"]) not in measured]
         rows = [*(line for line in kept if line["commit"] == commit()), *rows]
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in rows).encode())
+    _written[path] = None
     return path
 
 

@@ -25,7 +25,6 @@ the floor (the products at the measured limit of this device) over the time. `ov
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,19 @@ import torch
 import torch.nn.functional as F
 from _logprob_dispatch import dispatch
 from _logprob_variants import Objective, Variant, bare_gemms, official
-from _measure import ceilings, chosen, dtype_name, grown_memory, interleaved, peak_mb, row, show, write
+from _measure import (
+    Prepared,
+    ceilings,
+    chosen,
+    dtype_name,
+    given_sizes,
+    grown_memory,
+    interleaved,
+    peak_mb,
+    row,
+    show,
+    write,
+)
 
 import ospo_fast
 from ospo_fast.ops._logprob_call import default_chunk_rows
@@ -261,7 +272,10 @@ def working_peers(
             step(*arguments)
             errors_of[name] = error_metrics(name, peer, head, arguments)
         except Exception as error:  # an error of a peer does not stop the benchmark
-            print(f"{name} is skipped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            missing = isinstance(error, ModuleNotFoundError)
+            remedy = "; run: pip install 'ospo-fast[bench]'" if missing else ""
+            first = str(error).splitlines()[0] if str(error) else ""
+            print(f"{name} is skipped: {type(error).__name__}: {first}{remedy}")
         else:
             peers[name] = peer
     return peers, errors_of
@@ -289,6 +303,33 @@ def resident_memory(shape: Shape, names: Sequence[str], where: str, quick: bool)
     names = ("ospo_fast", "eager") if quick else [name for name in names if name != "compiled eager"]
     grown = {name: grown_memory("token_logprobs", shape.name, name, quick) for name in names}
     return {name: {key: value for key, value in found.items() if key != "ms"} for name, found in grown.items()}
+
+
+def times_of_passes(
+    variants: Mapping[str, Variant],
+    head: ospo_fast.Head,
+    inputs: Callable[[], tuple[torch.Tensor, ...]],
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    """Time forward and backward apart: forward_ms and backward_ms, medians, of each variant with gradients."""
+    timed: dict[str, Step] = {}
+    for name, variant in variants.items():
+        if not variant.needs_grad:
+            continue
+
+        def forward(hidden, labels, scale, *_, objective=variant.objective) -> tuple[torch.Tensor, torch.Tensor]:
+            return objective(hidden, head, labels, scale)[0], hidden
+
+        def backward(loss: torch.Tensor, hidden: torch.Tensor) -> object:
+            return torch.autograd.grad(loss, [hidden, *trained_tensors(head)])
+
+        timed[f"forward {name}"] = forward
+        timed[f"backward {name}"] = Prepared(forward, backward)
+    found: dict[str, dict[str, float]] = {}
+    for name, timing in interleaved(timed, inputs, **options).items():
+        which, _, variant = name.partition(" ")
+        found.setdefault(variant, {})[f"{which}_ms"] = round(timing.median_ms, 6)
+    return found
 
 
 def ratio(one: float, two: float) -> float:
@@ -319,6 +360,8 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
     turns = 5 if where == "cpu" and peers else 50 if where == "cuda" and shape.tflop() > 0.1 else 300
     seconds = 0.02 if quick else 5.0 if where == "cpu" else 1.0
     times = interleaved(timed, inputs, seconds=seconds, max_turns=turns)
+    # Of given sizes only: it doubles the time of a run.
+    apart = times_of_passes(variants, head, inputs, seconds=seconds, max_turns=turns) if given_sizes() else {}
     peaks = {name: round(peak_mb(step, *arguments), 3) for name, step in timed.items()}
     grown = resident_memory(shape, list(variants), where, quick)
 
@@ -339,7 +382,7 @@ def measure(shape: Shape, where: str, dtype: torch.dtype, quick: bool) -> list[d
             more["over_without_entropy"] = ratio(ms, times[without].median_ms)
         more |= limits.metrics(limits.floor_ms(flop=tflop * 1e12), timing)
         more |= {"note": variant.note} if variant.note else {}
-        more |= errors_of.get(name, {})
+        more |= apart.get(name, {}) | errors_of.get(name, {})
         rows.append(row("token_logprobs", name, shape.sizes, dtype_name(dtype), timing, **more))
     return rows
 
@@ -422,68 +465,33 @@ CPU_GOALS = (
 )
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Plot time and memory of every variant, one row of panels per shape."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups: dict[tuple, list[dict]] = {}
-    for line in rows:
-        if "peak_mb" in line:
-            groups.setdefault(tuple(line["shapes"].items()), []).append(line)
-    if not groups:
-        return
-    heights = [0.9 + 0.23 * len(lines) for lines in groups.values()]
-    figure, axes = plt.subplots(
-        len(groups), 2, figsize=(12, sum(heights)), squeeze=False, layout="constrained",
-        gridspec_kw={"height_ratios": heights},
-    )  # fmt: skip
-    for (shape, lines), (left, right) in zip(groups.items(), axes, strict=True):
-        lines = lines[::-1]
-        names = [line["variant"] for line in lines]
-        colors = ["#c2410c" if name.startswith("ospo_fast") else "#94a3b8" for name in names]
-        low = [line["median_ms"] - line["p20_ms"] for line in lines]
-        high = [line["p80_ms"] - line["median_ms"] for line in lines]
-        left.barh(names, [line["median_ms"] for line in lines], color=colors, xerr=(low, high))
-        left.set_xlabel("forward + backward, ms (median, 20 to 80 %)")
-        right.barh(names, [line["peak_mb"] for line in lines], color=colors)
-        right.set_xlabel("peak memory above the inputs, MB")
-        right.set_yticklabels([])
-        left.set_title(" ".join(f"{name}={size}" for name, size in shape), loc="left", fontsize=10)
-    first = rows[0]
-    figure.suptitle(f"{first['device']}, {first['dtype']}, torch {first['versions']['torch']}, {first['commit']}")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+def given_shapes() -> list[Shape]:
+    """Return the shape of --N, --D, --V and --model, with the two-layer head of Janus; nothing without them."""
+    if not (sizes := given_sizes()):
+        return []
+    tokens = sizes.pop("tokens")
+    return [Shape("given sizes", **sizes, tokens=tokens if sizes["N"] % tokens == 0 else 0)]
 
 
 def run(out: Path, quick: bool) -> None:
     where, dtype = device_and_dtype()
-    shapes = shapes_of(where, quick)
+    given = given_shapes()
+    shapes = given or shapes_of(where, quick)
     measured: dict[str, list[dict]] = {}
-    path = None
 
-    def keep(case: str, rows: list[dict]) -> Path:
+    def keep(case: str, rows: list[dict]) -> None:
         measured[case] = rows
-        return write([row for rows in measured.values() for row in rows], out, "token_logprobs")
+        write([row for rows in measured.values() for row in rows], out, "token_logprobs")
 
-    try:
-        for shape in shapes:
-            if chosen(shape.name):
-                path = keep(shape.name, measure(shape, where, dtype, quick))
-            if shape is shapes[0] and chosen(f"{shape.name}, chunk_rows"):
-                chunks = sweep(shape, where, dtype, quick)
-                write(chunks, out, "token_logprobs_chunks")
-                show(chunks)
-        if chosen("dispatch"):
-            path = keep("dispatch", dispatch(where, dtype, quick))
-    finally:  # also of an interrupted run
-        if path is not None:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            if quick:  # a panel takes half a second
-                lines = [line for line in lines if line["shapes"] == lines[0]["shapes"]]
-            plot(lines, path.with_suffix(".png"))
+    for shape in shapes:
+        if chosen(shape.name):
+            keep(shape.name, measure(shape, where, dtype, quick))
+        if shape is shapes[0] and not given and chosen(f"{shape.name}, chunk_rows"):
+            chunks = sweep(shape, where, dtype, quick)
+            write(chunks, out, "token_logprobs_chunks")
+            show(chunks)
+    if not given and chosen("dispatch"):
+        keep("dispatch", dispatch(where, dtype, quick))
     show([row for rows in measured.values() for row in rows])
     if where == "cpu" and not quick:
         print("\n".join(filter(None, (goal.line(measured) for goal in CPU_GOALS))))
