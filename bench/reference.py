@@ -425,11 +425,11 @@ def time_pair(
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Time the variants in turns; a variant is named "ospo_fast" or "official", with its pass after a comma."""
-    begin = time.perf_counter()
+    begin = time.perf_counter()  # of the warm-up
     for run in variants.values():
         run(*inputs())
     turns = int(MAX_SECONDS / (time.perf_counter() - begin))
-    times = interleaved(variants, inputs, seconds=0.02 if quick else 1.0, warmup=1, max_turns=3 if quick else turns)
+    times = interleaved(variants, inputs, seconds=0.02 if quick else 1.0, warmup=0, max_turns=3 if quick else turns)
     rows = []
     for name, timing in times.items():
         who, comma, rest = name.partition(",")

@@ -4,8 +4,7 @@
     ospo-fast bench --reference PATH             run a checkout of KU-AGI/OSPO next to this package
     ospo-fast bench compare A B                  compare two folders of results, row by row
 
-In a checkout `python bench/run.py` is the same. A benchmark is a module in this folder with run(out, quick), which
-measures, writes and prints its rows. quick=True uses small sizes, to check that it works.
+In a checkout `python bench/run.py` is the same.
 """
 
 import argparse
@@ -45,6 +44,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def names() -> list[str]:
+    """List the benchmarks: modules of this folder whose run(out, quick) measures, writes and prints its rows.
+
+    With quick=True a benchmark uses small sizes, to check that it works.
+    """
     found = (path.stem for path in HERE.glob("*.py") if not path.stem.startswith("_"))
     return sorted(name for name in found if name not in NO_BENCHMARKS)
 
