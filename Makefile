@@ -21,11 +21,11 @@ TORCH ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test sanitize soak gpu gpu-wheels lint types wheels clean
+.PHONY: help install demo test sanitize soak gpu gpu-wheels lint types docs wheels clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo | test | sanitize | soak | gpu | gpu-wheels | lint | types | wheels | clean | install"
+	@echo "make demo | test | sanitize | soak | gpu | gpu-wheels | lint | types | docs | wheels | clean | install"
 
 # The install is editable: only changes of compiled sources and of requirements install again. CUDA is compiled for the
 # cards of this machine only, which saves minutes; setup.py lists the variables of the build.
@@ -68,6 +68,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The packages of the extra `docs`, which the tests need not have.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # For each Python 3.10 to 3.13 that is found, into dist/. CUDA for all architectures, if nvcc is found.
 wheels: $(STAMP)

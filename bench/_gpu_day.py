@@ -1,4 +1,4 @@
-"""Build for the installed GPU, run the GPU tests, and measure every GPU metric of the README. Run by bench/gpu.sh.
+"""Build for the GPU, run the GPU tests, and measure every GPU metric of docs/benchmarks.md. Run by bench/gpu.sh.
 
   bench/gpu.sh 1|2|3|4     run one part, at most nine minutes; the results are in gpu-out/part-N.tar.gz
   bench/gpu.sh all         run the four parts, then print the whole table
@@ -621,7 +621,7 @@ def merge(folder: Path, results: Path = HERE / "results") -> int:
     for path, data in written.items():
         write_atomic(path, data)
     print("\n".join(messages))
-    print("run python bench/figures.py to update the table in README.md")
+    print("run python bench/figures.py to update the table in docs/benchmarks.md")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The GPU metrics of the README with their goals, computed from the rows in bench/results/.
+"""The GPU metrics of docs/benchmarks.md with their goals, computed from the rows in bench/results/.
 
-    python bench/figures.py            # write the table into README.md
-    python bench/figures.py --check    # exit with 1 if the table in README.md is out of date
+    python bench/figures.py            # write the table into docs/benchmarks.md
+    python bench/figures.py --check    # exit with 1 if that table is out of date
     python bench/figures.py --print    # print the table of every device as text
 
 Ratios compare rows of one run. Floors of times and rooflines of rates come from the bandwidth and the matrix product
@@ -302,7 +302,7 @@ def _cell(found: Measurement | None) -> str:
 
 
 def markdown(devices: dict[str, Results]) -> str:
-    """Return the table of the README, with a column and a line of versions for each GPU."""
+    """Return the table of the page, with a column and a line of versions for each GPU."""
     columns = devices or {"value": Results([])}
     lines = [f"| metric | goal | {' | '.join(columns)} |", f"| --- | --- |{' --- |' * len(columns)}"]
     for metric in METRICS:
@@ -317,12 +317,12 @@ def markdown(devices: dict[str, Results]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, table: str) -> str:
-    """Replace the table between the marks of the README; ValueError if the marks are missing."""
-    head, begin, rest = readme.partition(BEGIN)
+def with_table(page: str, table: str) -> str:
+    """Replace the table between the marks of the page; ValueError if the marks are missing."""
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md: expected {BEGIN} and {END} around the GPU table")
+        raise ValueError(f"the page: expected {BEGIN} and {END} around the GPU table")
     return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
 
 
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--check", action="store_true", help="exit with 1 if the table is out of date; write nothing")
     which.add_argument("--print", action="store_true", help="print the metrics of every device; write nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the table")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="file with the table")
     options = parser.parse_args(arguments)
     try:
         devices = load(options.results)
@@ -341,15 +341,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for device, results in (devices or {"no GPU": Results([])}).items():
                 print(f"{device}\n{text(results)}\n")
             return 0
-        before = options.readme.read_bytes().decode()  # keeps its line ends
+        before = options.page.read_bytes().decode()  # keeps its line ends
         after = with_table(before, markdown(devices))
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{error}")
     if options.check:
-        print("README.md is up to date" if before == after else "README.md is out of date; run python bench/figures.py")
+        print("the table is up to date" if before == after else "the table is out of date; run python bench/figures.py")
         return int(before != after)
     if before != after:
-        write_atomic(options.readme, after.encode())
+        write_atomic(options.page, after.encode())
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures every GPU metric of the README, in four parts of at most nine minutes each; see `bench/gpu.sh --help`.
+# Measures every GPU metric of docs/benchmarks.md, in four parts of at most nine minutes each; see `bench/gpu.sh --help`.
 # PYTHON is the interpreter (python3), with the packages of the pipeline and of the tests.
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 python=${PYTHON:-python3}

@@ -80,7 +80,7 @@ class ImageGenerator:
         jacobi_window: experimental. Codes of an image that one step may generate, 2 or more; 0 for one. The codes stay
             the same (on a GPU up to rounding). It is meant for few images, where a step costs what reading the weights
             costs, and its gain depends on the model (`throughput.codes_per_step`). See
-            `ospo_fast.experimental.jacobi` and the README for measurements.
+            `ospo_fast.experimental.jacobi` and docs/benchmarks.md for measurements.
 
     Attributes:
         batch_size, capture, jacobi_window: the arguments; changes apply to the next call.

@@ -1,4 +1,4 @@
-"""The GPU table of the README is written from the results."""
+"""The GPU table of docs/benchmarks.md is written from the results."""
 
 from pathlib import Path
 from typing import Any
@@ -104,27 +104,27 @@ def test_every_metric_is_measured_by_a_part_of_the_gpu_day() -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_readme_is_up_to_date() -> None:
+def test_the_page_is_up_to_date() -> None:
     """`python bench/figures.py` after a merge."""
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
     table = figures.markdown(figures.load(ROOT / "bench" / "results"))
-    assert figures.with_table(readme, table) == readme
+    assert figures.with_table(page, table) == page
 
 
 def test_the_table_is_written_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n")
+    page, results = tmp_path / "benchmarks.md", tmp_path / "results"
+    page.write_text(f"before\n{figures.BEGIN}\nold\n{figures.END}\nafter\n")
     (results / "card").mkdir(parents=True)
     (results / "card" / "object_masks.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
     (results / "cpu").mkdir()
     (results / "cpu" / "object_masks.jsonl").write_text(json.dumps({**ROWS[1], "driver": None, "device": "CPU"}) + "\n")
-    given = ["--results", str(results), "--readme", str(readme)]
+    given = ["--results", str(results), "--page", str(page)]
     assert figures.main([*given, "--check"]) == 1
-    assert "old" in readme.read_text()
+    assert "old" in page.read_text()
     assert figures.main(given) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "15 µs; floor 3 µs" in text
@@ -133,10 +133,10 @@ def test_the_table_is_written_and_checked(tmp_path: Path, capsys: pytest.Capture
     assert figures.main([*given, "--check"]) == 0
     assert figures.main([*given, "--print"]) == 0
     assert CARD in capsys.readouterr().out
-    readme.write_text("no marks")
+    page.write_text("no marks")
     with pytest.raises(SystemExit, match="2"):
         figures.main(given)
-    assert readme.read_text() == "no marks"
+    assert page.read_text() == "no marks"
 
 
 def test_goals_are_compared_with_the_rounded_value() -> None:
@@ -162,15 +162,15 @@ def test_a_stopped_test_run_misses_its_goal() -> None:
 
 
 def test_an_error_names_the_invalid_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, path = tmp_path / "README.md", tmp_path / "results" / "card" / "op.jsonl"
+    page, path = tmp_path / "benchmarks.md", tmp_path / "results" / "card" / "op.jsonl"
     path.parent.mkdir(parents=True)
-    readme.write_bytes(f"a\r\n{figures.BEGIN}\r\n{figures.END}\r\nb\r\n".encode())
+    page.write_bytes(f"a\r\n{figures.BEGIN}\r\n{figures.END}\r\nb\r\n".encode())
     for line in ("{", "7", '{"op": "a"}'):
         path.write_text(line + "\n")
         with pytest.raises(SystemExit, match="2"):
-            figures.main(["--results", str(path.parents[1]), "--readme", str(readme)])
+            figures.main(["--results", str(path.parents[1]), "--page", str(page)])
         assert "line 1 of" in capsys.readouterr().err
     path.unlink()
-    assert figures.main(["--results", str(path.parents[1]), "--readme", str(readme)]) == 0
-    assert readme.read_bytes().startswith(b"a\r\n")
-    assert readme.read_bytes().endswith(b"\r\nb\r\n")
+    assert figures.main(["--results", str(path.parents[1]), "--page", str(page)]) == 0
+    assert page.read_bytes().startswith(b"a\r\n")
+    assert page.read_bytes().endswith(b"\r\nb\r\n")
