@@ -27,8 +27,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TINY = (
-    *("prompts.counts={color1: 0, shape1: 0, color2: 8, 2D_spatial: 0, numeracy1: 0, numeracy2: 0}", "images.draws=1"),
-    *("masks.layers=[0]", "train.steps=2", "train.batch_size=2", "train.eval_every=0", "train.save_every=1"),
+    *("prompts.counts={color1: 0, shape1: 0, color2: 2, 2D_spatial: 0, numeracy1: 0, numeracy2: 0}", "images.draws=1"),
+    *(
+        "select.rule=random",
+        "masks.layers=[0]",
+        "train.steps=2",
+        "train.batch_size=2",
+        "train.eval_every=0",
+        "train.save_every=1",
+    ),
 )
 SETTINGS_APPLY = {name for name, command in cli._COMMANDS.items() if command.takes_settings}
 PARSED = {"demo": "tests/shapes/test_demo.py", "evaluate": "tests/shapes/test_evaluate.py"}  # these tests run them
