@@ -32,7 +32,7 @@ help:
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else f"ospo-fast needs Python 3.10 or newer; $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)'
 	@echo 'Installing into .venv: PyTorch and the packages of constraints.txt, then the compiled kernels. This takes about'
-	@echo '4 minutes on two cores, and 2 GB of disk (6 GB where PyTorch brings CUDA). pip says below what it does.'
+	@echo '5 minutes on two cores, and 3 GB of disk (7 GB where PyTorch brings CUDA). pip says below what it does.'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	OSPO_FAST_CUDA_ARCHS=$${OSPO_FAST_CUDA_ARCHS-native} $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[pipeline,dev]'
 	@touch $@

@@ -25,7 +25,8 @@ from ospo_fast.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+ELSEWHERE = {"reference-run.md": "tests/bench/test_reference.py"}  # the test that runs the commands of a page
+PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.glob("*.md") if path.name not in ELSEWHERE)]
 TINY = (
     *("prompts.counts={color1: 0, shape1: 0, color2: 2, 2D_spatial: 0, numeracy1: 0, numeracy2: 0}", "images.draws=1"),
     *(
@@ -235,6 +236,12 @@ def test_a_wrong_block_is_found(text: str, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "page.md").write_text(text)
     with pytest.raises((AssertionError, UsageError, ZeroDivisionError)):
         Page(tmp_path / "page.md", tmp_path).run()
+
+
+@pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
+def test_a_page_that_another_test_runs_has_commands_only(page: str, test: str) -> None:
+    assert page in (ROOT / test).read_text(encoding="utf-8")
+    assert {block.language for block in blocks(DOCS / page)} == {"bash"}
 
 
 def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
