@@ -279,7 +279,11 @@ def _generate(args: argparse.Namespace) -> int:
         progress=not args.json,
     )
     made = sum(image["path"] is not None for image in result["images"])
-    _show(result, args.json, f"{made} images and {result['sheet']}{_throughput(result['drawing'])}")
+    sheets = result["sheets"]
+    shown_on = sheets[0] if len(sheets) == 1 else f"{len(sheets)} contact sheets, {sheets[0]} to {sheets[-1]}"
+    if result["on_sheets"] < made:
+        shown_on += f", of the first {result['on_sheets']}"
+    _show(result, args.json, f"{made} images and {shown_on}{_throughput(result['drawing'])}")
     return 0
 
 

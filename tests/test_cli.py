@@ -180,7 +180,7 @@ def test_generate(capsys, tmp_path, tiny):
     assert code == 0
     assert re.fullmatch(r"3 images and \S+sheet.png; generated at [\d.]+ images/s, [\d.]+ GB/s\n", out)
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.size == (3 * 52 + 4, 56)
+    assert sheet.size == (12 + 3 * 204, 12 + 192 + 6 + 2 * 17 + 12)  # three times as large, with two lines of text
     settings = json.loads((tmp_path / "sheet.json").read_text())
     assert [image["seed"] for image in settings["images"]] == [42, 43, 44]
     first = (tmp_path / "0000_1.png").read_bytes()

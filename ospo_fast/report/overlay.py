@@ -13,6 +13,7 @@ import torch
 from ospo_fast.errors import OpError, OspoError
 from ospo_fast.files import open_image
 from ospo_fast.ops import object_masks
+from ospo_fast.stages.contact_sheet import with_escapes, wrap
 
 if TYPE_CHECKING:  # functions import Pillow, so that the name `ospo_fast.show` can be imported without it
     from numpy.typing import NDArray
@@ -228,7 +229,7 @@ def _compose(panels: list[tuple[Image.Image, str, str]]) -> Image.Image:
 
     font = ImageFont.load_default(FONT)
     width, height = max(panels[0][0].width, MIN_WIDTH), panels[0][0].height
-    texts = [(_wrap(_with_escapes(word, font), font, width), _wrap(note, font, width)) for _, word, note in panels]
+    texts = [(wrap(with_escapes(word, font), font, width), wrap(note, font, width)) for _, word, note in panels]
     per_row = min(len(panels), PER_ROW)
     firsts = range(0, len(panels), per_row)
     lines = [max(len(word) + len(note) for word, note in texts[first : first + per_row]) for first in firsts]
@@ -245,26 +246,3 @@ def _compose(panels: list[tuple[Image.Image, str, str]]) -> Image.Image:
                 pen.text((left, top + height + GAP // 2 + LINE * line), text, fill=color, font=font)
         top += height + GAP // 2 + LINE * count + GAP
     return sheet
-
-
-def _with_escapes(text: str, font: Any) -> str:
-    missing = bytes(font.getmask("\U0010ffff"))
-    return "".join(
-        char if char == " " or bytes(font.getmask(char)) != missing else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """The text in lines of at most `width` pixels, broken at spaces, and inside words that are longer than a line."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        lines.append("")
-        for char in word:
-            if lines[-1] and font.getlength(lines[-1] + char) > width:
-                lines.append("")
-            lines[-1] += char
-    return lines

@@ -1,11 +1,11 @@
-"""Images of a user's prompts: PNGs with codes and settings next to them, and a contact sheet."""
+"""Images of a user's prompts: PNGs with codes and settings next to them, and contact sheets."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,23 +13,19 @@ from ospo_fast.config import Config
 from ospo_fast.errors import OspoError
 from ospo_fast.files import open_image
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import check_writable, only_writer, stable_hash, sweep_temporary_files, write_atomic, write_json
+from ospo_fast.records import (
+    check_writable,
+    chunked,
+    only_writer,
+    stable_hash,
+    sweep_temporary_files,
+    write_atomic,
+    write_json,
+)
+from ospo_fast.stages.contact_sheet import PER_SHEET, Entry, columns_of, contact_sheet
 from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-def contact_sheet(images: Sequence[Image], columns: int) -> Image:
-    """Paste images into rows of `columns`, at the positions of images of the first one's size, 4 pixels apart."""
-    import PIL.Image
-
-    width, height = images[0].size
-    rows = math.ceil(len(images) / columns)
-    sheet = PIL.Image.new("RGB", (columns * (width + 4) + 4, rows * (height + 4) + 4), "white")
-    for n, image in enumerate(images):
-        sheet.paste(image, (4 + n % columns * (width + 4), 4 + n // columns * (height + 4)))
-    return sheet
+MAX_SHEETS = 16
 
 
 def _fingerprint(model: UnifiedModel) -> str:
@@ -48,7 +44,9 @@ def generate(
     resume: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Generate `num` images of each prompt: <prompt>_<n>.png with an .npz each, sheet.png and sheet.json.
+    """Generate `num` images of each prompt: <prompt>_<n>.png with an .npz each, contact sheets and sheet.json.
+
+    sheet.png shows the first 64 images, sheet_2.png the next ones, and so on, up to 16 sheets.
 
     Args:
         model: generates the images.
@@ -60,8 +58,9 @@ def generate(
         progress: show a bar on stderr.
 
     Returns:
-        The content of sheet.json (model, settings, and the path, prompt and seed of each image) and `drawing`, the
-        throughput (`Throughput.metrics`), None if no image was generated.
+        The content of sheet.json and `drawing`, the throughput (`Throughput.metrics`), None if no image was generated.
+        sheet.json has the model, the settings, path, prompt and seed of each image, the first `sheet`, all `sheets`,
+        and how many images they show (`on_sheets`).
 
     Raises:
         OspoError: `out` cannot be written (checked first) or is being written by another process, or no image could be
@@ -89,8 +88,34 @@ def generate(
         for path, settings in plan.items():
             entry = {"path": path.name, "prompt": settings["prompt"], "seed": settings["seed"]}
             entries.append(entry | ({"path": None, "reason": failed[path].reason} if path in failed else {}))
-        sheet = out / "sheet.png"
-        write_atomic(sheet, encode_png(contact_sheet([open_image(path) for path in existing[:256]], min(num, 8))))
-        result = {"model": config.model, "sheet": str(sheet), **files.sampling, "images": entries}
+        columns = columns_of(min(len(existing), PER_SHEET), num)
+        per_sheet = PER_SHEET // columns * columns  # whole rows
+        on_sheets = existing[: per_sheet * MAX_SHEETS]
+        sheets = [
+            _write_sheet(out, number, {path: plan[path] for path in paths}, columns)
+            for number, paths in enumerate(chunked(on_sheets, per_sheet), 1)
+        ]
+        for path in out.glob("sheet_*.png"):  # of an earlier call with more images
+            if re.fullmatch(r"sheet_\d+", path.stem) and path not in sheets:
+                path.unlink()
+        result = {
+            "model": config.model,
+            "sheet": str(sheets[0]),
+            "sheets": list(map(str, sheets)),
+            "on_sheets": len(on_sheets),
+            **files.sampling,
+            "images": entries,
+        }
         write_json(out / "sheet.json", result)
     return {**result, "drawing": None if files.throughput is None else files.throughput.metrics()}
+
+
+def _write_sheet(out: Path, number: int, images: dict[Path, dict[str, Any]], columns: int) -> Path:
+    """Write a contact sheet of images (path → prompt and seed)."""
+    entries = [
+        Entry(open_image(path), settings["prompt"], f"{path.stem}, seed {settings['seed']}")
+        for path, settings in images.items()
+    ]
+    sheet = out / ("sheet.png" if number == 1 else f"sheet_{number}.png")
+    write_atomic(sheet, encode_png(contact_sheet(entries, columns)))
+    return sheet
