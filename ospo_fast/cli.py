@@ -204,7 +204,14 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pip
 def _line(report: StageReport) -> str:
     failed = f", {report.failed} failed" if report.failed else ""
     items = f"{report.items} {find_stage(report.stage).unit}s in {report.seconds:.1f} s"
-    return f"{report.stage}: {items}, {report.total} total{failed}{_throughput(report.drawing)}"
+    return f"{report.stage}: {items}, {report.total} total{failed}{_throughput(report.drawing)}{_kept(report.kept)}"
+
+
+def _kept(kept: dict[str, Any] | None) -> str:
+    """Return which weights training with early stopping kept, as the end of a line."""
+    from ospo_fast.pipeline import describe_kept
+
+    return "" if kept is None else f"; {describe_kept(kept)}"
 
 
 def _throughput(throughput: dict[str, float] | None) -> str:
@@ -245,8 +252,9 @@ def _demo(args: argparse.Namespace) -> int:
         from ospo_fast.shapes import demo  # imports torch
 
         result = demo.run(config, resume=args.resume, progress=not args.json, lock=lock)
-    gain = f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"
-    _show(result, args.json, f"{gain}\nreport: {Path(config.out) / 'report' / 'index.html'}")
+    lines = [f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"]
+    lines += [f"train{_kept(row['kept'])}".replace("; ", ": ", 1) for row in result["iterations"] if row["kept"]]
+    _show(result, args.json, "\n".join([*lines, f"report: {Path(config.out) / 'report' / 'index.html'}"]))
     return 0
 
 

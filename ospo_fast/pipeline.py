@@ -167,6 +167,16 @@ def sum_stage_rows(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]
     return metrics
 
 
+def describe_kept(kept: Mapping[str, Any]) -> str:
+    """Say which weights training with early stopping kept, from `kept` of done.json."""
+    metric, value, before = kept.get("metric"), kept.get("value"), kept.get("before")
+    shown_value = f"{value:.3f}" if isinstance(value, float) else "not recorded"
+    if kept.get("step") == 0:
+        return f"the weights from before training are kept ({metric} {shown_value}), as no evaluation was better"
+    start = f"{before:.3f} before training, " if isinstance(before, float) else ""
+    return f"the weights of step {kept.get('step')} are kept ({metric} {start}{shown_value} with them)"
+
+
 class Pipeline:
     """The stages of one run folder.
 
@@ -639,6 +649,7 @@ class Pipeline:
                     f"run `ospo-fast {stage.name} --no-resume`."
                 )
             report.total = done["step"]
+            report.kept = done["kept"] if isinstance(done.get("kept"), dict) else None
             return True
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         model = self.model(report.iteration)
@@ -649,7 +660,14 @@ class Pipeline:
         with only_writer(folder):
             self._begin(work, stage, settings, out, {})
             with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
-                context = self._context(report, writes=work, evaluation=self.evaluation, progress=bar.update)
+                context = self._context(
+                    report,
+                    writes=work,
+                    evaluation=self.evaluation,
+                    progress=bar.update,
+                    begin=lambda done: _begin_steps(bar, done),
+                    status=lambda text: bar.set_postfix_str(text, refresh="evaluating" in text),
+                )
                 try:
                     for _ in stage.run(records, model, config, out, context):
                         pass
@@ -736,7 +754,7 @@ class Pipeline:
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)
                 del entry["total"]
-                for optional in ("cuda_peak_mb", "drawing"):
+                for optional in ("cuda_peak_mb", "drawing", "kept"):
                     if entry[optional] is None:
                         del entry[optional]
                 update_json(out / "stages.json", [], lambda rows: [*rows, entry])
@@ -744,7 +762,22 @@ class Pipeline:
     def _bar(self, stage: Stage, total: int) -> Any:
         from tqdm import tqdm
 
-        return tqdm(desc=stage.name, total=total or None, unit=stage.unit, delay=2, disable=not self.progress)
+        return tqdm(
+            desc=stage.name,
+            total=total or None,
+            unit=stage.unit,
+            delay=2,
+            disable=not self.progress,
+            smoothing=0 if stage.counts_steps else 0.3,  # evaluations between steps are part of the remaining time
+            miniters=1 if stage.counts_steps else None,
+        )
+
+
+def _begin_steps(bar: Any, done: int) -> None:
+    """Start the clock of a bar, which has run during an evaluation, at the first step of a call."""
+    bar.initial = done
+    bar.unpause()
+    bar.update(done)
 
 
 def _inodes(paths: Iterable[Path]) -> dict[Path, int]:

@@ -355,6 +355,27 @@ def test_images_reports_its_throughput(capsys, tmp_path, tiny, monkeypatch):
     assert call(capsys, "images", "--model", tiny, "--out", tmp_path)[1].endswith("2345.6 GB/s, 2.31 codes per step\n")
 
 
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (0, "the weights from before training are kept (alignment 0.500), as no evaluation was better"),
+        (70, "the weights of step 70 are kept (alignment 0.500 before training, 0.625 with them)"),
+    ],
+)
+def test_train_says_which_weights_it_kept(capsys, tmp_path, tiny, monkeypatch, step, text):
+    value = 0.625 if step else 0.5
+    kept = {"step": step, "metric": "alignment", "before": 0.5, "value": value}
+    report = StageReport("train", 1, items=140, total=140, kept=kept)
+    monkeypatch.setattr("ospo_fast.pipeline.Pipeline.stage", lambda *_: report)
+    arguments = ["train", "--model", tiny, "--out", tmp_path, "train.eval_every=0"]
+    assert call(capsys, *arguments)[1].endswith(f"140 total; {text}\n")
+    assert json.loads(call(capsys, *arguments, "--json")[1])["kept"] == kept
+    result = {"alignment_before": 0.5, "alignment_after": value, "iterations": [{"kept": kept}, {"kept": None}]}
+    monkeypatch.setattr("ospo_fast.shapes.demo.run", lambda *_, **__: result)
+    out = call(capsys, "demo", "--out", tmp_path / "demo")[1]
+    assert f" after\ntrain: {text}\nreport: " in out
+
+
 def test_what_controls_a_terminal_is_escaped(capsys, tmp_path, tiny, monkeypatch):
     """Item ids and names of files are texts of others."""
 

@@ -15,10 +15,10 @@ import ospo_fast.stages
 from ospo_fast import restarts
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.pipeline import Pipeline, Shard, read_stage, stage_metrics, store_path
+from ospo_fast.pipeline import Pipeline, Shard, _begin_steps, read_stage, stage_metrics, store_path
 from ospo_fast.records import Store, only_writer, read_records
 from ospo_fast.shapes.scenes import descriptions
-from ospo_fast.stages import STAGE_NAMES
+from ospo_fast.stages import STAGE_NAMES, find_stage
 from ospo_fast.stages.train import Trainer
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
@@ -806,3 +806,27 @@ def test_peak_memory_of_a_stage_is_its_own(whole, tiny, script, tmp_path, monkey
     metrics = stage_metrics(tmp_path / "run")
     assert metrics["score"]["peak_mb"] == score.peak_mb
     assert metrics["select"]["peak_mb"] == select.peak_mb
+
+
+def test_the_clock_of_training_starts_at_its_first_step(tiny, tmp_path, monkeypatch):
+    """The evaluation before it takes longer than many steps."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    pipeline = Pipeline(config(tiny, tmp_path), progress=True)
+    with pipeline._bar(find_stage("train"), 10) as bar:
+        bar.set_postfix_str("evaluating before the first step", refresh=True)
+        now[0] = 100.0
+        _begin_steps(bar, 4)  # of a run that is resumed
+        for _ in range(2):
+            now[0] += 3.0
+            bar.update(1)
+        shown = bar.format_dict
+    assert (shown["n"], shown["elapsed"]) == (6, 6.0)
+    assert "6/10 [00:06<00:12,  3.00s/step" in str(bar)
+
+
+def test_training_shows_no_bar_with_json(tiny, tmp_path, capsys):
+    with Pipeline(config(tiny, tmp_path), progress=False)._bar(find_stage("train"), 10) as bar:
+        bar.set_postfix_str("evaluating before the first step", refresh=True)
+        _begin_steps(bar, 4)
+    assert capsys.readouterr().err == ""

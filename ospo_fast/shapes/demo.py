@@ -350,9 +350,10 @@ def _by_kind(before: AlignmentResult, after: AlignmentResult) -> dict[str, dict[
 
 
 def stage_outcome(folder: Path, *, masks: bool) -> dict[str, Any]:
-    """Return the metrics of the pairs and masks of an iteration's folder."""
+    """Return the metrics of the pairs and masks of an iteration's folder, and which weights training kept."""
     pairs = pair_metrics(read_stage(folder, "select"), folder)
-    return pairs | (mask_metrics(read_stage(folder, "masks"), folder) if masks else {"mask_iou": None})
+    found = mask_metrics(read_stage(folder, "masks"), folder) if masks else {"mask_iou": None}
+    return {**pairs, **found, "kept": read_json(folder / "train" / "done.json", {}).get("kept")}
 
 
 def pair_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class StageReport:
     peak_mb: float = 0.0  # peak resident memory of the process
     cuda_peak_mb: float | None = None  # peak allocation on the GPU; None without a GPU
     drawing: dict[str, float] | None = None  # of the images stage: `Throughput.metrics`
+    kept: dict[str, Any] | None = None  # of training with early stopping: `kept` of done.json
 
 
 @dataclass
@@ -75,6 +76,8 @@ class StageContext:
     writes: Path | None = None  # the folder to write to where it is not the run folder: of a stage that starts over
     evaluation: Any = None  # called during training (`ospo_fast.stages.train.Evaluation`)
     progress: Callable[[int], object] | None = None  # called with the number of steps just done
+    begin: Callable[[int], object] | None = None  # called before the first step, with the number of steps done before
+    status: Callable[[str], object] | None = None  # called with the newest loss and evaluation, as a short text
 
 
 def _always(value: T) -> Callable[[Config], T]:

@@ -403,6 +403,22 @@ class Trainer:
             self.stopped = self.stale >= self.settings.patience
         return {"step": self.step, **metrics}
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the log lines of evaluations, which have no loss."""
+        rows = map(parse_json, _log_until(self.folder / "log.jsonl", self.step).splitlines())
+        return [row for row in rows if "loss" not in row]
+
+    def kept(self) -> dict[str, Any] | None:
+        """Return step and value of the best evaluation, whose weights are kept, and the value before training.
+
+        None without early stopping. At step 0, the kept weights are those before training.
+        """
+        metric = self.settings.early_stopping
+        if not self.best or metric is None:
+            return None
+        before = next((row.get(metric) for row in self.evaluations() if row["step"] == 0), None)
+        return {"step": self.best["step"], "metric": metric, "before": before, "value": self.best["value"]}
+
     def _adapter(self) -> dict[str, Tensor]:
         return {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
 
@@ -516,10 +532,30 @@ class Trainer:
         write_folder(self.folder / "model", self.model.save)
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
+        done |= {"kept": self.kept()}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
         if self.saved is not None:
             delete_others(self.saved)  # one that could not be deleted before
         write_json(self.folder / "done.json", done)  # last: after it, no other call works on this folder
+
+
+class _Log:
+    """log.jsonl; the newest loss and evaluation in it are shown as the status of the stage."""
+
+    def __init__(self, path: Path, context: StageContext, metric: str | None) -> None:
+        self.path, self.status, self.metric = path, context.status, metric or "alignment"
+        self.values: dict[str, str] = {}
+
+    def append(self, row: dict[str, Any]) -> None:
+        append_line(self.path, row)
+        for name in ("loss", self.metric):
+            if name in row:
+                self.values[name] = f"{name} {float(row[name]):.3f}"
+        self.show()
+
+    def show(self, activity: str = "") -> None:
+        if self.status is not None:
+            self.status(", ".join([*self.values.values(), activity]).removesuffix(", "))
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
@@ -560,7 +596,8 @@ def train(
         config: sections `train` and `masks`, `preset`, `seed`.
         out: the run folder.
         context: `evaluation` is called before the first step and every `train.eval_every` steps. `report` gets the
-            steps of this call (`items`), those of the run (`total`) and the number of pairs that `failed`.
+            steps of this call (`items`), those of the run (`total`), the number of pairs that `failed`, and which
+            weights are `kept`. `begin` is called after the evaluation before the first step.
 
     Raises:
         OspoError: no pair to train on, a file that cannot be written, or a checkpoint that is broken or of another
@@ -592,15 +629,20 @@ def train(
     if settings.gradient_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None
+    log = _Log(logfile, context, settings.early_stopping)
     if evaluation is not None and not resumed:
-        append_line(logfile, trainer.evaluate(evaluation))
+        log.show("evaluating before the first step")
+        log.append(trainer.evaluate(evaluation))
+    if context.begin is not None:
+        context.begin(trainer.step)
     due = False
     while trainer.step < settings.steps and not trainer.stopped:
-        append_line(logfile, trainer.train_step())
+        log.append(trainer.train_step())
         trainer.check_skipped()
         last = trainer.step == settings.steps
         if evaluation is not None and (trainer.step % settings.eval_every == 0 or last):
-            append_line(logfile, trainer.evaluate(evaluation))
+            log.show("evaluating")
+            log.append(trainer.evaluate(evaluation))
         due = due or trainer.step % settings.save_every == 0 or last or trainer.stopped
         if due and not trainer.skipped_row:  # every checkpoint follows an update, see `check_skipped`
             trainer.save()
@@ -612,6 +654,7 @@ def train(
         module.gradient_checkpointing_disable()
     trainer.finish(failures)
     context.report.total, context.report.failed = trainer.step, len(failures)
+    context.report.kept = trainer.kept()
 
 
 def run(

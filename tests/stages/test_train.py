@@ -802,3 +802,45 @@ def test_a_save_that_a_kill_ended_is_made_again(tiny, records, run_folder):
     (run_folder / "train" / "done.json").unlink()
     train(records, load_model(tiny), settings, out=run_folder)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == expected
+
+
+def test_kept_weights_are_recorded_and_status_shows_loss_and_evaluation(tiny, records, run_folder):
+    values, events = iter([0.5, 0.3, 0.4]), []
+    settings = config("train.eval_every=1", "train.early_stopping=alignment", "train.patience=2", "train.steps=9")
+
+    def evaluation(model, step):
+        events.append("evaluate")
+        return {"alignment": next(values)}
+
+    def show(name):
+        return lambda value: events.append((name, value))
+
+    callbacks = {name: show(name) for name in ("begin", "progress", "status")}
+    report = train(records, load_model(tiny), settings, run_folder, evaluation=evaluation, **callbacks)
+    assert report.kept == {"step": 0, "metric": "alignment", "before": 0.5, "value": 0.5}
+    assert done(run_folder)["kept"] == report.kept
+    assert events[:4] == [
+        ("status", "evaluating before the first step"), "evaluate", ("status", "alignment 0.500"), ("begin", 0)
+    ]  # fmt: skip
+    texts = [event[1] for event in events if event[0] == "status"]
+    loss = next(row["loss"] for row in lines(run_folder) if "loss" in row)
+    assert texts[2:5] == [
+        f"alignment 0.500, loss {loss:.3f}",
+        f"alignment 0.500, loss {loss:.3f}, evaluating",
+        f"alignment 0.300, loss {loss:.3f}",
+    ]
+    assert [event for event in events if event[0] == "progress"] == [("progress", 1)] * 2
+
+
+def test_a_resumed_training_begins_at_its_step_and_knows_the_value_before(tiny, records, run_folder):
+    settings = config("train.steps=4", "train.save_every=1", "train.eval_every=2", "train.early_stopping=alignment")
+    begun = []
+
+    def evaluation(model, step):
+        return {"alignment": step / 4}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(records, load_model(tiny), settings, out=run_folder, evaluation=evaluation, progress=interrupt_after(3))
+    report = train(records, load_model(tiny), settings, out=run_folder, evaluation=evaluation, begin=begun.append)
+    assert begun == [3]
+    assert report.kept == {"step": 4, "metric": "alignment", "before": 0.0, "value": 1.0}
