@@ -23,7 +23,7 @@ from ospo_fast.errors import OspoError, UsageError, check_text
 from ospo_fast.fields import expect, one_of, setting, up_to
 from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_yaml, yaml_loader
 from ospo_fast.loss_config import OSPOLossConfig
-from ospo_fast.records import os_errors, parse_json, shown
+from ospo_fast.records import local_base, os_errors, parse_json, shown
 
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 MAX_ADAPTERS = 32  # LoRA folders, each on the one before it; more of them, or a circle, are refused
@@ -743,7 +743,7 @@ def model_family(name: str) -> str | None:
             return None
         if not isinstance(base, str):
             return None
-        name = base
+        name = local_base(path, base) or base
     return None
 
 

@@ -41,6 +41,7 @@ from ospo_fast.records import (
     write_atomic,
 )
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
+from ospo_fast.versions import run_versions
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
@@ -753,6 +754,7 @@ class Pipeline:
             if report.items:
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)
+                entry["versions"] = run_versions()
                 del entry["total"]
                 for optional in ("cuda_peak_mb", "drawing", "kept"):
                     if entry[optional] is None:

@@ -612,6 +612,20 @@ def check_creatable(folder: Path) -> None:
         raise OspoError(f"Cannot write {folder}: {os.strerror(reason)}; choose another run folder with --out.")
 
 
+def local_base(adapter: Path, name: object) -> str | None:
+    """Return where the base model of a run's adapter is here: its own configuration has a name for other machines.
+
+    None for an adapter that is not in its run folder, and for a base model that is not there any more.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        folder = Path(os.path.realpath(adapter))
+        base = parse_json(read_bytes(folder.parent / "done.json"))["base_model"]
+        path: str = os.path.normpath(folder.parent / str(base["folder"]))
+        if folder.name == "adapter" and base["name"] == name and os.path.isdir(path):  # noqa: PTH112
+            return path
+    return None
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically; numbers that are not finite become null."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)

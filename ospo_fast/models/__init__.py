@@ -20,6 +20,7 @@ from ospo_fast.errors import OspoError, UsageError, is_panic
 from ospo_fast.models import folder_checks
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.packages import check_installed, required_by
+from ospo_fast.records import local_base
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
                 f"model: the base model of the adapter {folder} is in turn an adapter, and so on, more than "
                 f"{MAX_ADAPTERS} times or in a circle; fix base_model_name_or_path in {base / 'adapter_config.json'}"
             )
-        name, adapter = _base_model(base), base
+        name, adapter = find_base(base), base
         base = _find_folder(name)
         if base is None:
             _check_base(name, adapter)
@@ -237,11 +238,13 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _base_model(folder: Path) -> str:
-    """The base model of a LoRA adapter."""
+def find_base(folder: Path) -> str:
+    """Return the name or the folder of the base model of a LoRA adapter, as `find_model` takes it."""
     base = folder_checks.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise OspoError(f"model: {folder / 'adapter_config.json'} has no base_model_name_or_path; add the base model")
+    if (local := local_base(folder, base)) is not None:
+        return local
     if str(base) in (str(folder), folder.name):
         raise OspoError(f"model: the adapter {folder} names itself as its base model; fix its base_model_name_or_path")
     return str(base)
@@ -262,7 +265,7 @@ def _check_base(name: str, folder: Path) -> None:
 
 
 def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
-    base = _base_model(folder)
+    base = find_base(folder)
     with _loading(f"the adapter {folder} cannot be loaded", "save or download it again"):
         config = folder_checks.check_adapter(folder)
     model = load_model(base, device=device, dtype=dtype)

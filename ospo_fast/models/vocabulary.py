@@ -96,11 +96,11 @@ class UnloadedModel:
 
 def _base_folder(name: str) -> Path | None:
     """Return the folder of a model, of an adapter that of its base model. Raises many errors for damaged ones."""
-    from ospo_fast.models import find_model
+    from ospo_fast.models import find_base, find_model
 
     folder = find_model(name)  # refuses adapters that are bases of each other
-    while folder is not None and (adapter := folder / "adapter_config.json").is_file():
-        folder = find_model(parse_json(read_bytes(adapter))["base_model_name_or_path"])
+    while folder is not None and (folder / "adapter_config.json").is_file():
+        folder = find_model(find_base(folder))
     return folder
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from PIL import Image
 
 from ospo_fast import restarts
-from ospo_fast._version import __version__
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.files import locate, no_link, open_image, regular
@@ -51,6 +49,7 @@ from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.image_files import encode_png
 from ospo_fast.stages.masks import load_unions
 from ospo_fast.stats import standard_error
+from ospo_fast.versions import run_versions
 
 SEEDS_NOTE = (
     "evaluation uses the sampling seeds, evaluate.seeds, and never the training seed, so that runs of different seeds "
@@ -163,7 +162,7 @@ def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, An
             "by_kind": _by_kind(before[scale], after[scale]),
         },
         "stages": stage_metrics(*folders),
-        "versions": _versions(),
+        "versions": run_versions(),
     }
     write_gallery(results.folder, before[scale], after[scale])
     summary["seconds"] = round(results.add_seconds(time.perf_counter() - started), 1)
@@ -441,17 +440,3 @@ def write_gallery(folder: Path, before: AlignmentResult, after: AlignmentResult)
             line[name] = {"path": f"evaluation/{path}", "correct": bool(result.correct[index, 0])}
         lines.append(json.dumps(line))
     write_atomic(folder / "gallery.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    return {
-        "ospo_fast": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "numpy": np.__version__,
-    }

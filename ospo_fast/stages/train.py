@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
@@ -57,6 +57,7 @@ from ospo_fast.stages.checkpoints import (
 )
 from ospo_fast.stages.image_files import pair_codes
 from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
+from ospo_fast.stages.model_card import base_folder, model_card, public_name
 from ospo_fast.stages.object_tokens import find_objects
 from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
@@ -419,6 +420,10 @@ class Trainer:
         before = next((row.get(metric) for row in self.evaluations() if row["step"] == 0), None)
         return {"step": self.best["step"], "metric": metric, "before": before, "value": self.best["value"]}
 
+    def _save_adapter(self, folder: Path, card: bytes) -> None:
+        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").write_bytes(card)  # in place of peft's, which is empty
+
     def _adapter(self) -> dict[str, Tensor]:
         return {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
 
@@ -519,20 +524,29 @@ class Trainer:
             check_tensors("adapter", tensors, self.parameters)
             return tensors
 
-    def finish(self, failures: dict[str, Failure]) -> None:
-        """Save the best adapter, or else the last, and merge it into the model."""
+    def finish(self, failures: dict[str, Failure], pairs: Sequence[ItemPair], out: Path) -> None:
+        """Save the best adapter, or else the last, with a model card of its `pairs`, and merge it into the model.
+
+        The adapter names its base model so that others can load it. `out`, the run folder, keeps where it is here.
+        """
         best = int(self.best.get("step", self.step))
         if best != self.step:
             self._load_adapter(self._read_best(self.best["sha256"]))
         self.peft.eval()
-        save = functools.partial(self.peft.save_pretrained, save_embedding_layers=False)
-        write_folder(self.folder / "adapter", lambda folder: save(str(folder)))
+        base, base_path = public_name(self.model.name), base_folder(self.model.name)
+        self.peft.peft_config["default"].base_model_name_or_path = base
+        trained = {example.pair_id for example in self.examples}
+        pairs = [item for item in pairs if item.pair_id in trained]
+        card = model_card(base, self.config, pairs, self.evaluations(), self.kept(), self.step)
+        write_folder(self.folder / "adapter", lambda folder: self._save_adapter(folder, card))
         self.peft.merge_and_unload()
         self.model.module.requires_grad_(False)
         write_folder(self.folder / "model", self.model.save)
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
         done |= {"kept": self.kept()}
+        if base_path is not None:
+            done |= {"base_model": {"name": base, "folder": _relative(base_path, out / "train", out)}}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
         if self.saved is not None:
             delete_others(self.saved)  # one that could not be deleted before
@@ -556,6 +570,13 @@ class _Log:
     def show(self, activity: str = "") -> None:
         if self.status is not None:
             self.status(", ".join([*self.values.values(), activity]).removesuffix(", "))
+
+
+def _relative(path: Path, start: Path, out: Path) -> str:
+    """Return a path relative to a folder of the run folder if it is in the run, which can be moved, else as it is."""
+    run = out.parent if re.fullmatch(r"iter\d+", out.name) else out
+    inside = path.is_relative_to(os.path.realpath(run))
+    return os.path.relpath(path, os.path.realpath(start)) if inside else str(path)
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
@@ -652,7 +673,7 @@ def train(
             context.progress(1)
     if settings.gradient_checkpointing:
         module.gradient_checkpointing_disable()
-    trainer.finish(failures)
+    trainer.finish(failures, pairs, out)
     context.report.total, context.report.failed = trainer.step, len(failures)
     context.report.kept = trainer.kept()
 

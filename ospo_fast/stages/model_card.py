@@ -1,0 +1,197 @@
+"""The model card of an adapter, and the name of its base model that other machines can use."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ospo_fast.config import MODEL_FILES, Config
+from ospo_fast.records import ItemPair
+from ospo_fast.versions import run_versions
+
+EXAMPLES = 5  # prompts
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")  # of a model in the cache of the hub
+_CITATION = """\
+@article{ospo2025,
+  title   = {OSPO: Object-Centric Self-Improving Preference Optimization for Text-to-Image Generation},
+  journal = {arXiv preprint arXiv:2506.02015},
+  year    = {2025}
+}"""
+_JANUS_LICENSE = "https://github.com/deepseek-ai/DeepSeek-LLM/blob/HEAD/LICENSE-MODEL"
+
+
+def base_folder(name: str) -> Path | None:
+    """Return the folder of a base model; None for an embedded model and a name on the hub."""
+    path = os.path.expanduser(name)  # noqa: PTH111 (Path.expanduser raises for unknown users)
+    return Path(os.path.realpath(path)) if name not in MODEL_FILES and os.path.isdir(path) else None  # noqa: PTH112
+
+
+def public_name(name: str) -> str:
+    """Return a name of a base model that says nothing about this machine: a folder's hub name, or its own.
+
+    Models that training writes are all in folders of the same names: they have the name of their run in front.
+    """
+    folder = base_folder(name)
+    if folder is None:
+        return name
+    if found := _SNAPSHOT.search(folder.as_posix()):
+        return "/".join(found.groups())
+    parts = [part for part in folder.parts if not part.startswith(".")]
+    if parts[-2:-1] == ["train"]:
+        run = parts[-4:-2] if re.fullmatch(r"iter\d+", parts[-3]) else parts[-3:-2]
+        return "-".join([*run, parts[-1]])
+    return folder.name
+
+
+def model_card(
+    base: str,
+    config: Config,
+    pairs: Sequence[ItemPair],
+    evaluations: Sequence[Mapping[str, Any]],
+    kept: Mapping[str, Any] | None,
+    steps: int,
+) -> bytes:
+    """Return the README.md of an adapter, with the metadata of the Hugging Face hub.
+
+    Args:
+        base: the `public_name` of the base model.
+        config: of the training.
+        pairs: that were trained on.
+        evaluations: lines of the training log.
+        kept: `kept` of done.json.
+        steps: number of training steps.
+
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    on_hub = "/" in base
+    janus = on_hub and "janus" in base.lower()
+    license_data: dict[str, Any] = {"license": "apache-2.0"} if base in MODEL_FILES else {}
+    if janus:
+        license_data = {"license": "other", "license_name": "deepseek-model-license", "license_link": _JANUS_LICENSE}
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-to-image",
+        tags=["lora", "ospo", "ospo-fast", "preference-optimization"],
+        **license_data,
+    )
+    sections = {
+        f"OSPO adapter for {base}": (
+            f"A LoRA adapter of the language model of {_code(base)}, trained with ospo-fast by OSPO, object-centric "
+            "self-improving preference optimization: on pairs of a chosen and a rejected image of the same prompt, "
+            "which the base model generated and judged itself."
+        ),
+        "Use": _use(base, config, pairs),
+        "Base model": _base(base),
+        "Training data": _data(config, pairs),
+        "Settings": _settings(config, steps),
+        "Results": _results(evaluations, kept, config),
+        "Versions": ", ".join(f"{name} {version}" for name, version in run_versions().items()),
+        "License": _license(base, janus),
+        "Citation": f"```bibtex\n{_CITATION}\n```",
+    }
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items()).removeprefix("#")
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")).encode()
+
+
+def _use(base: str, config: Config, pairs: Sequence[ItemPair]) -> str:
+    prompt = pairs[0].record["prompt"] if pairs else "a red circle"
+    options = f"seeds=[0], guidance_scale={config.images.guidance_scale:g}"
+    return (
+        "In the folder of this file, after `pip install 'ospo-fast[pipeline]'`:\n\n"
+        "```python\n"
+        "import ospo_fast as of\n"
+        'model = of.load_model(".")  # the base model, with the adapter merged into it\n'
+        f'of.ImageGenerator(model).generate([{" ".join(prompt.split())!r}], {options})[0].save("image.png")\n'
+        "```"
+    )
+
+
+def _base(base: str) -> str:
+    if base in MODEL_FILES:
+        return (
+            f'{_code(base)} is the small model that is part of the package ospo-fast: `ospo_fast.load_model("{base}")` '
+            "loads it. It generates images of 48 x 48 pixels of simple shapes."
+        )
+    if "/" in base:
+        return f"[{base}](https://huggingface.co/{base}) on the Hugging Face hub, in the format of transformers."
+    return (
+        f"{_code(base)} was a folder, not a model of the hub. To load the adapter elsewhere, put a copy of that folder "
+        "under this name into the current folder, or give its place as `base_model_name_or_path` in "
+        "adapter_config.json. (The merged model, in `train/model` of the run folder, needs no base model.)"
+    )
+
+
+def _data(config: Config, pairs: Sequence[ItemPair]) -> str:
+    prompts = {item.record["item_id"]: item.record["prompt"] for item in pairs}
+    kinds = Counter(item.record.get("kind") or item.record.get("sub_category") or "unknown" for item in pairs)
+    rows = "\n".join(f"| {_one_line(kind)} | {count} |" for kind, count in sorted(kinds.items()))
+    examples = "\n".join(f"- {_code(prompt)}" for prompt in list(dict.fromkeys(prompts.values()))[:EXAMPLES])
+    source = " The prompts are those of a file, not of the model." if config.prompts.file is not None else ""
+    return (
+        f"{len(pairs)} pairs of images of {len(prompts)} prompts.{source}\n\n"
+        f"| Kind of prompt | Pairs |\n| --- | ---: |\n{rows}\n\nPrompts, for example:\n\n{examples}"
+    )
+
+
+def _settings(config: Config, steps: int) -> str:
+    train = config.train
+    values = {
+        "preset": config.preset,
+        "seed": config.seed,
+        "steps": steps,
+        "pairs of a step": train.batch_size * train.accumulation,
+        "learning rate": f"{train.learning_rate:g}, {train.schedule}",
+        "LoRA rank, alpha, dropout": f"{train.lora_rank}, {train.lora_alpha}, {train.lora_dropout:g}",
+        "LoRA targets": ", ".join(train.lora_targets),
+        "guidance scale of training": f"{train.guidance_scale:g}",
+        "object masks": train.masks if config.masks.enabled else "none",
+        **{f"loss: {name}": value for name, value in train.loss.items()},
+    }
+    rows = "\n".join(f"| {name} | {_one_line(str(value))} |" for name, value in values.items())
+    return f"| Setting | Value |\n| --- | --- |\n{rows}"
+
+
+def _results(evaluations: Sequence[Mapping[str, Any]], kept: Mapping[str, Any] | None, config: Config) -> str:
+    metric = config.train.early_stopping or "alignment"
+    values = {row["step"]: row for row in evaluations if isinstance(row.get(metric), float | int)}
+    last = kept["step"] if kept else max(values, default=0)
+    chosen = {"before training": values.get(0), f"this adapter (step {last})": values.get(last)}
+    rows = [f"| {name} | {_value(row, metric)} |" for name, row in chosen.items() if row is not None]
+    if not rows:
+        return "Not evaluated during training."
+    note = "of images of held-out validation prompts"
+    if kept:
+        note += ", on which the step was chosen, so that the value after training is somewhat optimistic"
+    base_kept = "\n\nNo evaluation was better than the one before training: the adapter changes nothing."
+    return (
+        f"{metric.capitalize()} {note} (± standard error):\n\n| | {metric} |\n| --- | --- |\n"
+        + "\n".join(rows)
+        + (base_kept if kept and last == 0 else "")
+    )
+
+
+def _value(row: Mapping[str, Any], metric: str) -> str:
+    error = row.get("standard_error")
+    return f"{row[metric]:.3f}" + (f" ± {error:.3f}" if isinstance(error, float | int) else "")
+
+
+def _license(base: str, janus: bool) -> str:
+    if base in MODEL_FILES:
+        return "Apache-2.0, as the package ospo-fast and the model in it."
+    if janus:
+        return f"That of the base model, the [DeepSeek Model License]({_JANUS_LICENSE})."
+    return "That of the base model."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{_one_line(text).replace('`', chr(39))}`"
