@@ -609,7 +609,7 @@ def test_edited_files_are_refused(tiny, script, tmp_path):
     assert pipeline(tiny, tmp_path / "out", *files).stage("prompts").items == 0
     for path, words in ((file, r"prompts\.file="), (templates, "templates="), (held, r"prompts\.exclude=")):
         content = path.read_text()
-        path.write_text(content + "\n# a red circle")
+        path.write_text(content + ("\n# a comment" if path == templates else "\na red circle"))
         with pytest.raises(UsageError, match="prompts was made with " + words):
             pipeline(tiny, tmp_path / "out", *files).stage("prompts")
         path.write_text(content)
