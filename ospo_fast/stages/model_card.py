@@ -15,6 +15,7 @@ from ospo_fast.versions import run_versions
 
 EXAMPLES = 5  # prompts
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")  # of a model in the cache of the hub
+_TRAINED = re.compile(r"([^/]+)(?:/(iter\d+))?/train/([^/]+)$")  # run folder, iteration, folder
 _CITATION = """\
 @article{ospo2025,
   title   = {OSPO: Object-Centric Self-Improving Preference Optimization for Text-to-Image Generation},
@@ -41,9 +42,8 @@ def public_name(name: str) -> str:
     if found := _SNAPSHOT.search(folder.as_posix()):
         return "/".join(found.groups())
     parts = [part for part in folder.parts if not part.startswith(".")]
-    if parts[-2:-1] == ["train"]:
-        run = parts[-4:-2] if re.fullmatch(r"iter\d+", parts[-3]) else parts[-3:-2]
-        return "-".join([*run, parts[-1]])
+    if found := _TRAINED.search("/".join(parts)):
+        return "-".join(filter(None, found.groups()))
     return folder.name
 
 
