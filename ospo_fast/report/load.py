@@ -67,6 +67,10 @@ class Run:
     gallery: list[dict[str, Any]] = field(default_factory=list)
     config: str = ""
     notes: list[str] = field(default_factory=list)
+    own: bool = False  # a run without the summary that the demo writes
+    kept: dict[str, Any] = field(default_factory=dict)  # of train/done.json: which weights training kept
+    adapter: dict[str, Any] = field(default_factory=dict)  # adapter_config.json
+    versions: dict[str, Any] = field(default_factory=dict)
 
 
 def load_run(root: Path) -> Run:
@@ -98,6 +102,12 @@ def load_run(root: Path) -> Run:
     rows = _checked_rows(_read_json(root, "stages.json", notes, []), notes)
     metrics = {**sum_stage_rows(rows), **mapping(summary, "stages")}
     names = [*(stage.name for stage in STAGES if stage.name in metrics), *metrics]
+
+    def read(name: str) -> dict[str, Any]:
+        # The note of a train/ that is a link is that of its log.
+        return {} if (root / "train").is_symlink() else mapping(_read_json(root, name, notes, {}))
+
+    versions = {name: value for row in rows for name, value in mapping(row, "versions").items()}
     return Run(
         root=root,
         summary=summary,
@@ -107,6 +117,10 @@ def load_run(root: Path) -> Run:
         gallery=gallery,
         config=_read_bytes(root, "config.yaml", notes).decode("utf-8", "replace"),
         notes=notes,
+        own=not os.path.lexists(root / "summary.json"),
+        kept=mapping(read("train/done.json"), "kept"),
+        adapter=read("train/adapter/adapter_config.json"),
+        versions=mapping(summary, "versions") or versions,
     )
 
 

@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from ospo_fast.errors import Failure, UsageError
+from ospo_fast.pipeline import describe_kept
 from ospo_fast.records import iter_pairs, os_errors, sweep_temporary_files, write_atomic
 from ospo_fast.report import inspector, stats
 from ospo_fast.report.charts import format_number
@@ -35,7 +36,8 @@ def write_report(run_dir: Path, out: Path | None = None, *, limit: int = 120, ga
     Broken files, images, masks and records are named on the page. The page is written atomically.
 
     Args:
-        run_dir: a run folder, finished or not. Sections without data are omitted, missing values are "not measured".
+        run_dir: a run folder, finished or not. Sections without data are omitted. Values that are missing in the
+            summary.json of a demo are "not measured"; a run without that file has only the values that it knows.
         out: the file, or a folder for index.html; default: run_dir/report/index.html.
         limit: maximum number of prompts in the pair inspector. The page states how many it omits.
         gallery_limit: maximum number of cards in the before/after gallery.
@@ -83,19 +85,24 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
     gallery = stats.gallery(run.gallery, album, gallery_limit)
     with_path = (result for pair, result in zip(pairs, masks, strict=True) if pair.pair.get("mask_path"))
     failures = Counter(map(str, [*album.failures, *(result for result in with_path if isinstance(result, Failure))]))
+    summary = stats.own_summary(run) if run.own else run.summary
     script = (HERE / "report.js").read_text(encoding="utf-8")
     return _template().render(
         title=run.root.resolve().name,
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),  # the package's own file
         script=Markup(script),  # the package's own file
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
-        summary=run.summary,
-        headline=stats.headline(run.summary),
+        own=run.own,
+        selected=not run.own or "pairs" in summary,
+        pictured=bool(album.sources or album.failures),
+        summary=summary,
+        headline=stats.headline(summary),
         kinds=stats.kind_rows(run),
         stages=stats.stage_rows(run),
         guidance=stats.guidance_tables(mapping(run.summary, "evaluation")),
         rule=text(mapping(run.summary, "evaluation").get("rule")),
-        curves=stats.curves(run.log),
+        curves=stats.curves(run.log, run.kept),
+        kept=describe_kept(run.kept) if number(run.kept.get("step")) is not None else "",
         funnel=stats.funnel(run),
         drop_reasons=stats.drop_reasons(run),
         diagnostics=stats.mask_diagnostics([m for m in masks if not isinstance(m, Failure)], records),
@@ -109,7 +116,9 @@ def render(run_dir: Path, *, limit: int, gallery_limit: int) -> str:
         reasons=sorted({item["group"] for item in items if item["group"]}),
         data=script_json({"items": items, "sources": album.sources}),
         pixelated=album.pixelated,
-        versions=mapping(run.summary, "versions"),
+        versions=run.versions,
+        settings=stats.changed_settings(run),
+        adapter=run.adapter,
         config=run.config,
         notes=[*run.notes, *(f"{reason} ({n} times)" if n > 1 else reason for reason, n in failures.items())],
     )

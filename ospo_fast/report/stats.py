@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ospo_fast.config import Config, load_config, model_family
+from ospo_fast.config import Config, load_config, model_family, saved_values
 from ospo_fast.errors import Failure, attempt
 from ospo_fast.ops.object_masks import spatial_entropy
 from ospo_fast.records import ROLES, SIDES, image_verdicts, iter_pairs
@@ -21,7 +23,7 @@ from ospo_fast.stages.mask_stats import run_stats
 from ospo_fast.stages.train_settings import loss_config, uses_masks, uses_stored_masks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ospo_fast.records import Pair, Record
     from ospo_fast.report.images import Album
@@ -56,6 +58,48 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         },
         "seeds": _describe_seeds(mapping(summary, "seeds")),
     }
+
+
+def own_summary(run: Run) -> dict[str, float]:
+    """Return what a run without summary.json knows of the numbers in it: alignment, pairs, and seconds of all stages.
+
+    Alignment is that of the evaluations during training, on validation prompts: before the first step, and of the
+    weights that training kept, or else of the last evaluation.
+    """
+    values: dict[str, float | None] = {}
+    evaluations = {
+        step: line
+        for line in run.log
+        if (step := number(line.get("step"))) is not None and number(line.get("alignment")) is not None
+    }
+    last = number(run.kept.get("step")) if run.kept else max(evaluations, default=None)
+    for side, step in (("before", 0.0), ("after", last)):
+        known = step is not None and (step > 0 or side == "before" or bool(run.kept))
+        line = evaluations.get(step, {}) if step is not None and known else {}
+        values[f"alignment_{side}"] = number(line.get("alignment"))
+        values[f"alignment_{side}_std"] = _count(line.get("standard_error"))
+    if any(item.status != UNFINISHED for item in run.items):
+        values["pairs"] = float(len(_pairs(run.items)))
+    if seconds := [value for row in run.stages.values() if (value := _count(row.get("seconds"))) is not None]:
+        values["seconds"] = sum(seconds)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def changed_settings(run: Run) -> list[tuple[str, str, str]]:
+    """Return key, value and default of each setting that differs from the defaults of the run's preset and model."""
+    config = _config(run)
+    if isinstance(config, Failure):
+        return []
+    # A preset that is named replaces the loss of the model's family, so it is named only where the run named one.
+    named = [] if config.preset == Config.preset else [f"preset={config.preset}"]
+    defaults = load_config(named, family=model_family(config.model))
+    values, usual = (dict(_flatten(saved_values(one))) for one in (config, replace(defaults, preset=Config.preset)))
+    of_run = {"out", "prompts.exclude"}  # paths that each run has
+    return [
+        (key, _yaml(values.get(key)), _yaml(usual.get(key)))
+        for key in dict.fromkeys([*values, *usual])
+        if key not in of_run and values.get(key) != usual.get(key)
+    ]
 
 
 def kind_rows(run: Run) -> list[dict[str, Any]]:
@@ -151,8 +195,11 @@ def drop_reasons(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
     return [(label, counter.most_common()) for label, counter in counts.items() if counter]
 
 
-def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One chart for each quantity of the training log that has at least one finite value."""
+def curves(log: list[dict[str, Any]], kept: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """One chart for each quantity of the training log that has at least one finite value.
+
+    The number over a chart is the last one; over the metric that chose the `kept` weights, that of these weights.
+    """
     charts = []
     for name, label, bounds in CURVES:
         rows = [
@@ -173,7 +220,8 @@ def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
             noisy=name != "lr",
             bounds=bounds,
         )
-        charts.append({"name": name, "label": label, "svg": svg, "last": points[-1][1]})
+        chosen = number(kept.get("value")) if kept and kept.get("metric") == name else None
+        charts.append({"name": name, "label": label, "svg": svg, "last": points[-1][1] if chosen is None else chosen})
     return charts
 
 
@@ -210,13 +258,7 @@ def mask_guide(run: Run) -> dict[str, Any]:
     `recorded` is False where the run has no readable configuration; the settings are then the defaults. `iou` and
     `full` (of a mask of ones) are of the iteration that the page shows, or None.
     """
-    path = run.root / "config.yaml"
-    readable = path.is_file() and path.stat().st_size <= MAX_BYTES
-    loaded = (
-        attempt(load_config, ["templates=null", "read_from=[]"], saved=path)
-        if readable
-        else Failure("no configuration")
-    )
+    loaded = _config(run)
     config = Config() if isinstance(loaded, Failure) else loaded
     loss = attempt(loss_config, config)
     if isinstance(loss, Failure):
@@ -300,6 +342,28 @@ def status_counts(items: list[Item]) -> dict[str, int]:
     """Count the kept, dropped and unfinished items."""
     counts = Counter(item.status for item in items)
     return {name: counts[name] for name in (KEPT, DROPPED, UNFINISHED) if counts[name]}
+
+
+def _config(run: Run) -> Config | Failure:
+    """The configuration of the run, without the files of other folders that it may name."""
+    path = run.root / "config.yaml"
+    if not (path.is_file() and path.stat().st_size <= MAX_BYTES):
+        return Failure("no configuration")
+    return attempt(load_config, ["templates=null", "read_from=[]"], saved=path)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield dotted keys and values. Counts of kinds stay one value: that of the defaults has other kinds."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and (not prefix or key == "train.loss"):
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _yaml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _pairs(items: list[Item]) -> list[Pair]:
