@@ -41,6 +41,7 @@ from ospo_fast.records import (
     write_atomic,
 )
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
+from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
 from ospo_fast.versions import run_versions
 
 if TYPE_CHECKING:
@@ -563,6 +564,7 @@ class Pipeline:
         # Nothing is written before the inputs are read and the model is loaded, so that a wrong call leaves no trace.
         name, source, place = stage.name, stage.inputs(config), store_path(work, stage.name, self.shard)
         fresh = work != out and not self.resume  # what an earlier call has made in `work` is not used
+        again: list[Record] = []  # inputs of finished items whose files were deleted
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
         own, inputs_of_shard = _inodes([place]), {}
         present = {} if fresh else self._present(work, name, unusable.append)
@@ -582,7 +584,12 @@ class Pipeline:
                 )
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
-            complete = not waiting
+            if stage.folder is not None and present and _made_here(work, name):
+                again = [r for r in inputs if r["item_id"] in present and _lost(stage, work, present[r["item_id"]])]
+            complete = not waiting and not again
+            self._check_files(stage, out, config, [*waiting, *again])
+            if present and not complete:
+                self._check_written_once(stage, work, config)
         report.total, report.failed = len(present), len(unusable)
         failed = list(map(str, unusable))
         if complete and not _shard_paths(work, name):
@@ -600,7 +607,7 @@ class Pipeline:
             raise OspoError(f"Another process has just written {place}; run the command again.")
         if fresh:
             discard(work)
-        context = self._context(report, writes=work)
+        context, rest = self._context(report, writes=work), not complete and (source is None or bool(waiting))
         with Store(place, on_error=lambda error: None) as store:
             if not present.keys() >= set(store):
                 raise OspoError(f"Another process has just written to {store.path}; run the command again.")
@@ -616,7 +623,9 @@ class Pipeline:
             with self._measured(work, report), self._bar(stage, total) as bar:
                 bar.update(len(present))
                 try:
-                    for record in [] if complete else stage.run(waiting, model, config, out, context):
+                    if again:
+                        self._make_again(stage, again, present, model, config, context, out=out, work=work)
+                    for record in stage.run(waiting, model, config, out, context) if rest else []:
                         store.append(record)
                         bar.update(1)
                         if (failure := stage.failure(record)) is not None:
@@ -638,7 +647,13 @@ class Pipeline:
         assert source is not None
         fresh = work != out and not self.resume
         done = {} if fresh else read_json(folder / "done.json", {})
-        complete = bool(done)
+        lost = missing_trained(folder, done.get("files")) if done else []
+        if lost and not any((folder / "checkpoints").glob(CHECKPOINTS)):
+            raise OspoError(
+                f"{lost[0]} is missing, and no checkpoint in {folder / 'checkpoints'} that could restore it; run "
+                f"`{self._command(stage.name, report.iteration)} --no-resume` to train again."
+            )
+        complete = bool(done) and not lost
         unusable: list[OspoError] = []
         found = [] if complete and not store_paths(out, source) else read_stage(out, source, unusable.append)
         records = _with_prompts(found, source, unusable.append)
@@ -653,6 +668,11 @@ class Pipeline:
             report.kept = done["kept"] if isinstance(done.get("kept"), dict) else None
             return True
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
+        self._check_files(stage, out, config, records)
+        if lost:
+            logger.warning(
+                "%s: %s; saving the weights of the last checkpoint again", stage.name, describe_missing(lost)
+            )
         model = self.model(report.iteration)
         self._check_model(config, report.iteration, [stage.name, *self._later])
         self._take_lock()
@@ -676,6 +696,58 @@ class Pipeline:
                     self._models.clear()  # the weights are no longer those of the name that they were loaded by
         self._models[str(self._trained(report.iteration))] = model
         return True
+
+    def _command(self, stage: str, iteration: int = 1) -> str:
+        return f"ospo-fast {stage} --out {self.config.out}" + (f" --iteration {iteration}" if iteration > 1 else "")
+
+    def _check_files(self, stage: Stage, out: Path, config: Config, inputs: Sequence[Record]) -> None:
+        """Raise UsageError if a file that a stage would read, and that this run folder once had, was deleted.
+
+        Files that other records than those of a run name are the matter of the stage: an item without them fails.
+        """
+        for maker in (maker for maker in STAGES if maker.folder is not None and _made_here(out, maker.name)):
+            for record in inputs:
+                if lost := missing_files(out, str(maker.folder), stage.reads(config, record)):
+                    command = self._command(maker.name, self._iteration(out))
+                    raise UsageError(
+                        f"{stage.name}: {lost[0]} of item {record['item_id']!r} is missing; run `{command}` to make "
+                        "the missing files again."
+                    )
+
+    def _check_written_once(self, stage: Stage, work: Path, config: Config) -> None:
+        name = stage.writes_once(config)
+        if name is not None and _made_here(work, stage.name) and not (work / name).exists():
+            raise OspoError(
+                f"{work / name} is missing, which the finished items were made with; run "
+                f"`{self._command(stage.name, self._iteration(work))} --no-resume` to make all of them again."
+            )
+
+    def _iteration(self, out: Path) -> int:
+        found = re.fullmatch(r"iter(\d+)", out.name)
+        return int(found[1]) if found and out != self.folder() else 1
+
+    def _make_again(
+        self,
+        stage: Stage,
+        inputs: Sequence[Record],
+        present: Mapping[str, Record],
+        model: UnifiedModel | None,
+        config: Config,
+        context: StageContext,
+        *,
+        out: Path,
+        work: Path,
+    ) -> None:
+        """Make the deleted files of finished items again. Their records, made from the same seeds, stay."""
+        lost = [path for record in inputs for path in _lost(stage, work, present[record["item_id"]])]
+        logger.warning("%s: %s; making the missing files again", stage.name, describe_missing(lost))
+        for _ in stage.run(inputs, model, config, out, context):
+            pass
+        if left := [path for path in lost if not path.exists()]:
+            raise OspoError(
+                f"{stage.name}: {describe_missing(left)} and could not be made again; run "
+                f"`{self._command(stage.name, self._iteration(work))} --no-resume` to make everything again."
+            )
 
     def _context(self, report: StageReport, **rest: Any) -> StageContext:
         return StageContext(report, shard=self.shard, **rest)
@@ -780,6 +852,16 @@ def _begin_steps(bar: Any, done: int) -> None:
     bar.initial = done
     bar.unpause()
     bar.update(done)
+
+
+def _made_here(out: Path, stage: str) -> bool:
+    """Return whether a stage, or a shard of it, ran in a run folder. Imported records have no settings."""
+    return any(key.split(".")[0] == stage for key in read_json(out / "settings.json", {}))
+
+
+def _lost(stage: Stage, out: Path, record: Record) -> list[Path]:
+    """Return the files that a stage wrote for a record and that were deleted."""
+    return missing_files(out, str(stage.folder), stage.writes(record))
 
 
 def _inodes(paths: Iterable[Path]) -> dict[Path, int]:

@@ -238,7 +238,8 @@ def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, sc
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert (report["failed"], report["items"]) == (1, 10)
-    shutil.rmtree(out / "images")
+    for path in out.glob("images/*/*.png"):
+        path.write_bytes(path.read_bytes()[:50])
     assert main(["score", "--out", str(out), "--no-resume"]) == 1
     assert "10 total, 10 failed" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from ospo_fast.config import nearest
 from ospo_fast.errors import UsageError, attempt
 from ospo_fast.files import regular
 from ospo_fast.records import finite, read_json, stable_hash, write_json
+from ospo_fast.stages import run_files
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
@@ -107,6 +108,11 @@ class Stage:
     check: Callable[[Config], None] = lambda config: None
     # The same for settings that depend on the model.
     check_model: Callable[[UnifiedModel, Config], None] = lambda model, config: None
+    # The paths of the files that it wrote for a record of its own, and of those that it reads for one of its inputs.
+    writes: Callable[[Record], list[object]] = lambda record: []
+    reads: Callable[[Config, Record], list[object]] = lambda config, record: []
+    # A file that its first call writes, and that later calls need.
+    writes_once: Callable[[Config], str | None] = lambda config: None
     # Called with the run folder and all records of the stage after it has run.
     finish: Callable[[Path, list[Record]], None] | None = None
 
@@ -207,6 +213,21 @@ def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
         write_json(path, stats)
 
 
+def _masks_reads(config: Config, record: Record) -> list[object]:
+    return [] if config.masks.official is not None else run_files.pair_paths(record)
+
+
+def _train_reads(config: Config, record: Record) -> list[object]:
+    from ospo_fast.stages.train_settings import uses_stored_masks
+
+    return run_files.masked_pair_paths(record) if uses_stored_masks(config) else run_files.pair_paths(record)
+
+
+def _searched_layers(config: Config) -> str | None:
+    searched = config.masks.layers == "auto" and config.masks.official is None
+    return "masks/layers.json" if searched else None
+
+
 def _train_inputs(config: Config) -> str:
     from ospo_fast.stages.train_settings import input_stage
 
@@ -245,14 +266,21 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("perturb"),
         folder="images",
         speed_only=frozenset({"batch_size", "jacobi_window"}),
+        writes=run_files.image_and_codes_paths,
     ),
     Stage("questions", "stage 4: questions about each prompt", inputs=_always("images")),
-    Stage("score", "stage 4: answers of the model to its questions about each image", inputs=_always("questions")),
+    Stage(
+        "score",
+        "stage 4: answers of the model to its questions about each image",
+        inputs=_always("questions"),
+        reads=lambda config, record: run_files.image_paths(record),
+    ),
     Stage(
         "select",
         "stage 5: preference pairs of a chosen and a rejected image",
         inputs=_always("score"),
         needs_model=lambda config: config.select.rule == "v2",
+        reads=lambda config, record: run_files.image_and_codes_paths(record) if config.select.rule == "v2" else [],
     ),
     Stage(
         "masks",
@@ -262,6 +290,9 @@ STAGES: tuple[Stage, ...] = (
         enabled=lambda config: config.masks.enabled,
         in_run=lambda config: config.train.masks == "stored",
         check=_check_masks,
+        writes=run_files.mask_paths,
+        reads=_masks_reads,
+        writes_once=_searched_layers,
         finish=_write_mask_diagnostics,
     ),
     Stage(
@@ -276,6 +307,7 @@ STAGES: tuple[Stage, ...] = (
         edit_settings=_train_settings,
         check=_check_train,
         check_model=_check_lora,
+        reads=_train_reads,
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)

@@ -545,6 +545,8 @@ class Trainer:
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
         done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
         done |= {"kept": self.kept()}
+        saved = (path for name in ("adapter", "model") for path in (self.folder / name).rglob("*"))
+        done |= {"files": sorted(path.relative_to(self.folder).as_posix() for path in saved if path.is_file())}
         if base_path is not None:
             done |= {"base_model": {"name": base, "folder": _relative(base_path, out / "train", out)}}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
@@ -644,6 +646,8 @@ def train(
     trainer = Trainer(model, examples, config, folder, extractor)
     resumed = trainer.resume()
     logfile = folder / "log.jsonl"
+    if not resumed and _log_until(logfile, settings.steps):
+        logger.warning("train: no checkpoint in %s; training starts from step 0 again", folder / "checkpoints")
     write_atomic(logfile, _log_until(logfile, trainer.step if resumed else -1))
     trainer.peft.train()
     module: Any = model.module  # of transformers, which torch's type does not know
