@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -251,7 +252,8 @@ def _demo(args: argparse.Namespace) -> int:
         Pipeline(config, lock=lock, evaluation=evaluation).check_settings([stage.name for stage in STAGES])
         from ospo_fast.shapes import demo  # imports torch
 
-        result = demo.run(config, resume=args.resume, progress=not args.json, lock=lock)
+        announce = None if args.json else functools.partial(print, flush=True)  # before minutes of work
+        result = demo.run(config, resume=args.resume, progress=not args.json, lock=lock, announce=announce)
     lines = [f"alignment {result['alignment_before']:.3f} before, {result['alignment_after']:.3f} after"]
     lines += [f"train{_kept(row['kept'])}".replace("; ", ": ", 1) for row in result["iterations"] if row["kept"]]
     _show(result, args.json, "\n".join([*lines, f"report: {Path(config.out) / 'report' / 'index.html'}"]))

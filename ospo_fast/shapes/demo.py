@@ -21,6 +21,7 @@ from ospo_fast import restarts
 from ospo_fast.config import Config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.files import locate, no_link, open_image, regular
+from ospo_fast.generation import ImageGenerator
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
@@ -57,10 +58,19 @@ SEEDS_NOTE = (
 )
 GALLERY = 6  # prompts of each headline kind in the gallery
 MAX_LINE = 2**20  # bytes of the first line of a training log
+# bench/results/amd-epyc/demo.jsonl: 358.6 s on an idle machine, where 11588 images took 65.0 s of the images stage.
+DEMO_IMAGES = 358.6 / 65.0 * 11588  # images that could be generated in the time of the default demo
+DEMO_MB = 120  # of its finished run folder, by du -sb
+CALIBRATION = 96  # images: about half a second on that machine
 
 
 def run(
-    config: Config, *, resume: bool = True, progress: bool = True, lock: restarts.RunLock | None = None
+    config: Config,
+    *,
+    resume: bool = True,
+    progress: bool = True,
+    lock: restarts.RunLock | None = None,
+    announce: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the base model, run the stages, evaluate the tuned model. Writes summary.json and report/.
 
@@ -77,6 +87,7 @@ def run(
             whole. A demo that starts over and was interrupted is continued by the same call with `resume=True`.
         progress: show progress bars on stderr.
         lock: that of the run folder, if the caller holds it.
+        announce: called once with the expected time and disk space, before the first evaluation.
 
     Returns:
         The content of summary.json.
@@ -98,8 +109,33 @@ def run(
         pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
         pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written
         with pipeline.using() as held:  # two demos would delete each other's evaluations
+            if announce is not None:
+                announce(estimate(base, config))
             held.begin()
             return _run(pipeline, base, started)
+
+
+def estimate(model: UnifiedModel, config: Config) -> str:
+    """Say how long a demo with the default settings takes here, and the disk space of its run folder.
+
+    The time is that of generating images, measured twice, times a constant of a recorded run.
+    """
+    prompts = evaluate.select_prompts("validation", CALIBRATION)[:CALIBRATION]
+    ids = [model.image_prompt(description.text) for _, description in prompts]
+    generator = ImageGenerator(model, batch_size=config.images.batch_size)
+    seconds = []
+    with torch.random.fork_rng():
+        for _ in range(2):
+            started = time.perf_counter()
+            generator.generate(ids, seeds=range(len(ids)), output="codes", progress=False, on_error="skip")
+            seconds.append(time.perf_counter() - started)
+    minutes = max(1, round(min(seconds) / len(ids) * DEMO_IMAGES / 60))
+    bound = "at most about" if (Path(config.out) / "config.yaml").exists() else "about"  # what is finished is kept
+    unit = "minute" if minutes == 1 else "minutes"
+    return (
+        f"The demo with its default settings takes {bound} {minutes} {unit} on this machine and {DEMO_MB} MB in "
+        f"{config.out}."
+    )
 
 
 def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ospo_fast.cli import main
 from ospo_fast.config import Config, load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
@@ -445,3 +447,23 @@ def test_a_validation_scale_that_is_no_number_is_named(tmp_path, value):
     (tmp_path / "train" / "log.jsonl").write_text(json.dumps({"guidance_scale": value}) + "\n")
     with pytest.raises(OspoError, match=r"log\.jsonl, line 1: `guidance_scale` should be a number.*--no-resume"):
         demo._check_validation_scale([tmp_path], 2.0)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_time_and_disk_are_printed_before_the_first_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, *, quiet: bool
+) -> None:
+    def begin(*_: object) -> None:
+        raise OspoError("the first stage begins")
+
+    monkeypatch.setattr(demo, "CALIBRATION", 2)
+    monkeypatch.setattr(demo, "_run", begin)
+    state = torch.random.get_rng_state()
+    out = tmp_path / "out"
+    assert main(["demo", "--out", str(out), *SMALL, *(["--json"] if quiet else [])]) == 1
+    printed = capsys.readouterr().out
+    if quiet:
+        assert "The demo" not in printed
+    else:
+        assert re.match(rf"The demo .* takes about \d+ minutes? on this machine and \d+ MB in {out}\.\n", printed)
+    assert torch.equal(torch.random.get_rng_state(), state)
