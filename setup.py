@@ -254,7 +254,7 @@ class BuildExtension(build_ext):
 
 
 # Benchmarks that need a checkout: its history of results, its README, its tests, or hours.
-CHECKOUT_ONLY = {"_gpu_day", "ablations", "code_metrics", "figures"}
+CHECKOUT_ONLY = {"_gpu_day", "ablations", "code_metrics", "figures", "readme_pictures"}
 
 
 class BuildPy(build_py):

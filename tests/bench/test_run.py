@@ -88,6 +88,9 @@ def test_other_benchmarks_run_after_a_failure(
 
 def test_operations_exclude_runs_of_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bench.names()) > bench.METHOD
+    for name in bench.names():  # every other script is in NO_BENCHMARKS
+        source = (bench.HERE / f"{name}.py").read_text(encoding="utf-8")
+        assert "\ndef run(out: Path, quick: bool)" in source, name
     for name in ("stages", "generation", "sample_codes", "token_logprobs"):
         (tmp_path / f"{name}.py").write_text("")
     monkeypatch.setattr(bench, "HERE", tmp_path)
