@@ -364,7 +364,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_has_the_benchmarks_that_need_no_checkout(installed: Path) -> None:
     shipped = {path.name for path in (installed / "ospo_fast" / "bench").iterdir()}
     assert {"run.py", "_measure.py", "reference.py", "token_logprobs.py", "generation.py", "stages.py"} <= shipped
-    assert not shipped & {"ablations.py", "figures.py", "code_metrics.py", "_gpu_day.py", "gpu.sh", "results"}
+    assert not shipped & {
+        "ablations.py",
+        "figures.py",
+        "readme_pictures.py",
+        "code_metrics.py",
+        "_gpu_day.py",
+        "gpu.sh",
+        "results",
+    }
     assert "__init__.py" not in shipped  # scripts, not a package
 
 
