@@ -37,6 +37,7 @@ from ospo_fast.stages import (
     prompt_files,
     prompts,
     questions,
+    run_files,
     score,
     select,
     templates,
@@ -493,9 +494,11 @@ def _selection() -> dict[str, Any]:
     }
 
 
-@target(inputs.json_, {"step": 3, "best_step": 3, "digest": "ab", "left_out": {}})
+@target(inputs.json_, {"step": 3, "best_step": 3, "digest": "ab", "left_out": {}, "files": [run_files.TRAINED[0]]})
 def done_json(data: bytes) -> None:
     path = _write("done/train/done.json", data)
+    for name in run_files.TRAINED:
+        _write(f"done/train/{name}", b"")
     Pipeline(config.Config(out=str(path.parents[1]), model=str(scratch("model"))), progress=False).stage("train")
 
 
