@@ -103,7 +103,7 @@ def copy(tmp_path: Path) -> Path:
     """The sources, without .git and without built files."""
     folder = tmp_path / "copy"
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "results")
-    for name in ("bench", "csrc", "kernels", "ospo_fast", "tests"):
+    for name in ("bench", "csrc", "docs", "kernels", "ospo_fast", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "README.md"):
         shutil.copy(ROOT / name, folder / name)
@@ -567,7 +567,6 @@ def test_a_rehearsal_of_all_parts_in_a_bare_copy(copy: Path, bare_python: Path, 
     for number, path in enumerate(archives, 1):
         assert path.stat().st_size <= 4 * 2**20
         found = _gpu_day.read_archive(path)
-        assert len(files(path)) <= 8
         assert all(step["state"] == "done" for step in found.manifest["steps"]), found.manifest
         assert all(row["quick"] and row["commit"] == COMMIT for row in found.rows)
         ops[number] = {row["op"] for row in found.rows}
