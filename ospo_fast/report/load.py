@@ -94,11 +94,14 @@ def load_run(root: Path) -> Run:
             f"run a stage with --out {root} first"
         )
     iterations = sorted(path.name for path in root.glob("iter*") if path.is_dir())
+    own = not os.path.lexists(root / "summary.json")
     if iterations:
-        notes.append(
-            "the prompts below are those of the first iteration, the metrics of pairs and masks those of the last; "
-            f"`ospo-fast report` on {', '.join(iterations)} writes reports of the later iterations"
+        shows = (
+            "this page is of the first iteration, also its times and counts"
+            if own
+            else "the prompts below are those of the first iteration, the metrics of pairs and masks those of the last"
         )
+        notes.append(f"{shows}; `ospo-fast report` on {', '.join(iterations)} writes reports of the later iterations")
     rows = _checked_rows(_read_json(root, "stages.json", notes, []), notes)
     metrics = {**sum_stage_rows(rows), **mapping(summary, "stages")}
     names = [*(stage.name for stage in STAGES if stage.name in metrics), *metrics]
@@ -117,7 +120,7 @@ def load_run(root: Path) -> Run:
         gallery=gallery,
         config=_read_bytes(root, "config.yaml", notes).decode("utf-8", "replace"),
         notes=notes,
-        own=not os.path.lexists(root / "summary.json"),
+        own=own,
         kept=mapping(read("train/done.json"), "kept"),
         adapter=read("train/adapter/adapter_config.json"),
         versions=mapping(summary, "versions") or versions,

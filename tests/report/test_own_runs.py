@@ -118,3 +118,12 @@ def test_settings_that_differ_from_the_defaults_are_listed(own_run, pages):
     assert re.search(r"images.guidance_scale ?2.5", page_of(own_run, pages).text("settings"))
     (own_run / "config.yaml").write_text("- x")
     assert stats.changed_settings(load_run(own_run)) == []
+
+
+def test_an_own_run_of_two_iterations_says_that_its_page_is_of_the_first(own_run, pages):
+    (own_run / "iter2").mkdir()
+    page = page_of(own_run, pages)
+    assert "this page is of the first iteration, also its times and counts; `ospo-fast report` on iter2" in page.text(
+        "about"
+    )
+    assert "those of the last" not in page.text("about")
