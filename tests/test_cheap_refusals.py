@@ -89,7 +89,7 @@ REFUSED = {
         for file, words in {
             "none.txt": "Cannot read the prompt file none.txt",
             "empty.txt": "holds no prompt",
-            "latin.txt": "latin.txt is not UTF-8 (line 1",
+            "latin.txt": "latin.txt:1: it is not UTF-8",
             "bad.txt": "bad.txt: 2 lines cannot be used: line 2: 'two zebras' holds words that shapes does not know "
             "('zebras'), line 3: 'a cup'",
         }.items()

@@ -34,26 +34,28 @@ def numbered_prompts(path: str | Path, *, pipe: bool = False) -> list[tuple[int,
     """
     try:
         data = (Path(path) if pipe else regular(Path(path))).read_bytes()
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"The prompt file {path} is not UTF-8 (line {line}: {error.reason}); save it with the encoding UTF-8."
-        ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"Cannot read the prompt file {path}: {reason}; expected a text file with one prompt per line"
             + ("." if pipe else ", which each command reads again, so save to one what a pipe gives.")
         ) from error
-    # A mark can also be inside the file, after files were joined. str.splitlines would split at more characters.
-    lines = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    # UTF-16 without a byte-order mark is read as NUL characters.
-    refuse_lines(path, [(number, attempt(check_text, "prompt", prompt)) for number, prompt in prompts])
+    lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")  # str.splitlines splits at more characters
+    results = [(number, _read_line(line)) for number, line in enumerate(lines, 1)]
+    refuse_lines(path, results)
+    prompts = [(number, str(prompt)) for number, prompt in results if prompt]
     if not prompts:
         raise UsageError(f"The prompt file {path} holds no prompt; write one prompt per line.")
     return prompts
+
+
+def _read_line(line: bytes) -> str | Failure:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Failure(f"it is not UTF-8 ({error.reason}); save the file with the encoding UTF-8")
+    # A mark can also be inside the file, after files were joined. UTF-16 without one is read as NUL characters.
+    return attempt(check_text, "prompt", text.replace("\ufeff", "").strip())
 
 
 def refuse_lines(path: str | Path, results: Sequence[tuple[int, object]]) -> None:

@@ -31,9 +31,13 @@ def test_lines_and_their_numbers(tmp_path, data, expected):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("a cup\na hat".encode("utf-16"), r"p\.txt is not UTF-8 \(line 1: .*save it with the encoding UTF-8"),
+        ("a cup\na hat".encode("utf-16"), r"line 1: it is not UTF-8 \(.*save the file with the encoding UTF-8"),
         ("a cup\na hat".encode("utf-16-le"), r"p\.txt: 2 lines cannot be used: line 1: .*NUL character"),
-        ("a cup\na h\xe4t\n".encode("latin-1"), r"p\.txt is not UTF-8 \(line 2"),
+        ("a cup\na h\xe4t\n".encode("latin-1"), r"p\.txt:2: it is not UTF-8 \(.*encoding UTF-8\.$"),
+        (
+            "h\xe4t\na cup\r\nr\xe9d\r".encode("latin-1"),
+            r"2 lines .*line 1: it is not UTF-8.*, line 3: it is not UTF-8",
+        ),
         (b"a cup\n\na \0hat\n", r"p\.txt:3: prompt: .*NUL character"),
         (codecs.BOM_UTF8 + b"\n", "holds no prompt"),
     ],
