@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -182,7 +183,11 @@ def _silence_libraries() -> None:
 
 
 def _show(value: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(value) if as_json else text)
+    if as_json:
+        from ospo_fast.records import finite
+
+        text = json.dumps(finite(value))
+    print(text)
 
 
 @contextlib.contextmanager
@@ -323,10 +328,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_writable(Path(config.out))
     metrics = {"model": config.model, **evaluate_model(model, config.evaluate, progress=not args.json)}
     write_json(Path(config.out) / "evaluate.json", metrics)
-    lines = [
-        f"guidance {row['guidance_scale']:g}: alignment {row['alignment']:.3f} ± {row['standard_error']:.3f}"
-        for row in metrics["scales"]
-    ]
+    lines = []
+    for row in metrics["scales"]:
+        error = row["standard_error"]  # NaN with one prompt of each kind
+        error = f" ± {error:.3f}" if math.isfinite(error) else " (standard error: too few prompts)"
+        lines.append(f"guidance {row['guidance_scale']:g}: alignment {row['alignment']:.3f}{error}")
     _show(metrics, args.json, "\n".join([*lines, f"answering: {metrics['answering']['all']:.3f}"]))
     return 0
 

@@ -275,9 +275,13 @@ def test_evaluate(capsys, tmp_path, tiny, script):
     settings = ["evaluate.per_kind=1", "evaluate.guidance_scales=[1]", "--model", tiny, "--out", tmp_path]
     code, out, err = call(capsys, "evaluate", *settings, "--json")
     assert code == 0, err
-    figures = json.loads(out)
+    figures = json.loads(out, parse_constant=pytest.fail)  # which it calls for NaN
     assert figures["scales"][0]["alignment"] == 0
+    assert figures["scales"][0]["standard_error"] is None  # of one prompt of each kind
     assert json.loads((tmp_path / "evaluate.json").read_text())["model"] == str(tiny)
+    code, out, _ = call(capsys, "evaluate", *settings)
+    assert code == 0
+    assert "guidance 1: alignment 0.000 (standard error: too few prompts)\n" in out
 
 
 def test_stop_is_one_sentence(capsys, tmp_path, tiny, monkeypatch):
