@@ -741,7 +741,7 @@ class Pipeline:
         """Make the deleted files of finished items again. Their records, made from the same seeds, stay."""
         lost = [path for record in inputs for path in _lost(stage, work, present[record["item_id"]])]
         logger.warning("%s: %s; making the missing files again", stage.name, describe_missing(lost))
-        for _ in stage.run(inputs, model, config, out, context):
+        for _ in stage.run(inputs, model, config, out, dataclasses.replace(context, remake=True)):
             pass
         if left := [path for path in lost if not path.exists()]:
             raise OspoError(

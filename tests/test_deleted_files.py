@@ -65,6 +65,19 @@ def test_deleted_files_of_records_are_made_again(whole, tiny, out, caplog, patte
     assert "missing; making the missing files again" in caplog.text
 
 
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+def test_an_image_that_differs_from_what_is_left_of_it_is_refused(whole, tiny, out, suffix):
+    """As after a change of the device: here, the surviving half is that of another image."""
+    first, second = sorted(out.glob("images/*/base_0.npz"))[:2]
+    (first if suffix == ".npz" else first.with_suffix(".png")).unlink()
+    left = first.with_suffix(".png" if suffix == ".npz" else ".npz")
+    left.write_bytes(second.with_suffix(left.suffix).read_bytes())
+    before = contents(out)
+    with pytest.raises(OspoError, match=f"base_0.png was generated again, but it differs from what {left.name} has"):
+        pipeline(tiny, out).stage("images")
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize(
     "pattern", ["train/adapter", "train/model", "train/model/config.json", "train/model/*token*", "train/adapter/*.md"]
 )

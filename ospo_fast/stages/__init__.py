@@ -73,6 +73,7 @@ class StageContext:
 
     report: StageReport = field(default_factory=lambda: StageReport(""))  # filled in where the stage knows more
     shard: Shard | None = None  # the part of the items to process; None: all of them
+    remake: bool = False  # the records exist, and only files of them that were deleted are made again
     resume: bool = True  # continue from files of an earlier call; False: start over
     writes: Path | None = None  # the folder to write to where it is not the run folder: of a stage that starts over
     evaluation: Any = None  # called during training (`ospo_fast.stages.train.Evaluation`)

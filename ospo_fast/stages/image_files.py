@@ -22,6 +22,8 @@ from ospo_fast.records import SIDES, Pair, os_errors, sync_folder, write_atomic
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_ROUNDING = 2  # of 255: by which the pixels of the same codes differ on another device
+
 
 def encode_png(image: Any) -> bytes:
     """Encode an image as PNG. Compression level 1 takes a third of the time of the default level."""
@@ -77,20 +79,45 @@ def is_finished(path: Path, settings: dict[str, Any]) -> bool:
     return not isinstance(stored, Failure) and all(stored.get(name) == value for name, value in settings.items())
 
 
+def _check_same(path: Path, codes: Tensor, image: Image) -> None:
+    """Raise OspoError if the PNG or the codes that are left of an image are those of another image."""
+    stored, left = attempt(load_codes, path.with_suffix(".npz")), attempt(open_image, path)
+    if isinstance(stored, Failure):
+        same = isinstance(left, Failure) or _max_difference(left, image) <= MAX_ROUNDING
+    else:
+        same = torch.equal(stored["codes"], codes.cpu())
+    if not same:
+        kept = path if isinstance(stored, Failure) else path.with_suffix(".npz")
+        raise OspoError(
+            f"images: {path} was generated again, but it differs from what {kept.name} has of it; other devices and "
+            "versions of torch generate other images, and the records describe the old one. Use those of the run, or "
+            "run the stage images with --no-resume."
+        )
+
+
+def _max_difference(left: Image, image: Image) -> int:
+    a, b = (np.asarray(x, np.int16) for x in (left, image))
+    return int(np.abs(a - b).max()) if a.shape == b.shape else 255
+
+
 class ImageFiles(ImageWriter):
     """Image generation with files written in the background; leaving the context waits for the files."""
 
-    def __init__(self, model: UnifiedModel, settings: ImagesConfig) -> None:
+    def __init__(self, model: UnifiedModel, settings: ImagesConfig, *, remake: bool = False) -> None:
+        """remake: refuse an image that differs from what is left of it, the PNG or the codes."""
         super().__init__(model, self._save_numbered)
         names = ("guidance_scale", "temperature", "top_k", "top_p")
         self.sampling = {name: getattr(settings, name) for name in names}
         self.throughput: Throughput | None = None  # of all images so far
         self._generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
+        self._remake = remake
         self._paths: list[Path] = []  # by the numbers that the writer gets
         self._unwritten: dict[Path, dict[str, Any]] = {}
 
     def _save_numbered(self, number: int, codes: Tensor, image: Image) -> None:
         path = self._paths[number]
+        if self._remake:
+            _check_same(path, codes, image)
         save_image(path, image, codes, self._unwritten[path])
         del self._unwritten[path]
 

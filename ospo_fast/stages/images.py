@@ -85,7 +85,8 @@ def run(
     chunk late, once their images are on disk. `context.report.drawing` is the throughput of all images so far.
 
     Raises:
-        OspoError: no run folder was given, or it cannot be written.
+        OspoError: no run folder was given, or it cannot be written; with `context.remake`, an image differs from the
+            PNG or the codes that are left of it.
 
     """
     if out is None:
@@ -94,7 +95,7 @@ def run(
     out = context.writes or out
     previous: list[Record] = []  # the records of the chunk before
     awaited: list[Path] = []  # the files that they need
-    with ImageFiles(model, settings) as files:
+    with ImageFiles(model, settings, remake=context.remake) as files:
         for chunk in chunked(records, CHUNK):
             found = [attempt(plan_images, record, config.seed, settings.draws, settings.prompts) for record in chunk]
             plans = [[] if isinstance(plan, Failure) else plan for plan in found]
