@@ -1,10 +1,12 @@
 """Train a `LossModule` with Accelerate: one step that is right under gradient accumulation, DDP and FSDP2.
 
+```python
 accelerator = Accelerator(gradient_accumulation_steps=2)
 module = LossModule(model.model, model.lm_head, OSPOLoss())
 module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
 for batch in loader:  # inputs, labels, and the arguments of the loss
     loss, metrics = training_step(accelerator, module, optimizer, batch)
+```
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Attention to words by the name of an attention implementation, in the outputs of the model.
 
+```python
 import ospo_fast.integrations.attention
 
 model.set_attn_implementation("ospo_columns")
 maps = model(ids, columns=columns, rows=(start, count), output_attentions=True).attentions
+```
 
 The import registers the name with transformers. Without `columns`, it is the same as "sdpa".
 """

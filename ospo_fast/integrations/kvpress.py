@@ -1,8 +1,10 @@
 """Prune a cache with kvpress by observed attention, without eager: `BlockwiseObservedAttentionPress`.
 
+```python
 press = BlockwiseObservedAttentionPress(compression_ratio=0.5)
 with press(model):
     model(input_ids, past_key_values=DynamicCache())
+```
 
 kvpress 0.5 requires transformers < 5.3. This press alone also runs with later versions; presses of kvpress that wrap it
 do not. Once kvpress is imported, flex attention fails in transformers, with or without a press.
