@@ -27,16 +27,17 @@ enum class Dtype : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 // Otsu's threshold of each of (count, cells) maps, bitwise equal to scikit-image in float32 where its variances neither
 // overflow nor vanish. NaN for a map with a cell that is not finite, or with a range that float32 cannot divide into
-// `bins` bins.
-void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads);
+// `bins` bins. Returns the number of these maps.
+int64_t otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads);
 
 // object_masks --------------------------------------------------------------------------------------------------------
 
 // See ospo_fast.object_masks. raw and maps (B, O, cells), valid (B, O) or null for all, thresholds (B, O), masks
 // (B, O, cells), unions (B, cells). An object with a cell that is not finite gets threshold and map NaN and an empty
-// mask.
-void object_masks(const float* raw, const uint8_t* valid, float* maps, float* thresholds, uint8_t* masks,
-                  uint8_t* unions, int64_t images, int64_t objects, int64_t cells, float scaler, int bins, int threads);
+// mask. Returns the number of objects without a threshold.
+int64_t object_masks(const float* raw, const uint8_t* valid, float* maps, float* thresholds, uint8_t* masks,
+                     uint8_t* unions, int64_t images, int64_t objects, int64_t cells, float scaler, int bins,
+                     int threads);
 
 // token_weights -------------------------------------------------------------------------------------------------------
 
@@ -137,12 +138,13 @@ void scale_rows(const void* dhidden, const int64_t* packed_row, const float* sca
 // sample_codes --------------------------------------------------------------------------------------------------------
 
 // Sample one code per row of (rows, codes) logits at steps[row], as ospo_fast.sample_codes does, into current[row] and
-// tokens[row · token_stride + steps[row]], where steps are below token_columns. uncond and tokens may be null. temperature 0 takes the most likely code;
-// top_k 0 and top_p 1 keep all codes. A row with NaN, +inf or only -inf gets code 0, and its step in error_steps[row]
-// if that was negative.
-void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
-                  int64_t token_stride, int64_t token_columns, int64_t* current, int64_t* error_steps, int64_t rows,
-                  int64_t codes, float guidance, float temperature, int64_t top_k, double top_p, int threads);
+// tokens[row · token_stride + steps[row]], where steps are below token_columns. uncond and tokens may be null.
+// temperature 0 takes the most likely code; top_k 0 and top_p 1 keep all codes. A row with NaN, +inf or only -inf gets
+// code 0, and its step in error_steps[row] if that was negative. Returns the number of these rows.
+int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps,
+                     int64_t* tokens, int64_t token_stride, int64_t token_columns, int64_t* current,
+                     int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
+                     int64_t top_k, double top_p, int threads);
 
 #ifdef OSPO_CUDA
 int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,

@@ -21,14 +21,15 @@ OSPO_CLONES void binarize(const float* map, int64_t cells, float threshold, uint
 
 }  // namespace
 
-void object_masks(const float* raw, const uint8_t* valid, float* maps, float* thresholds, uint8_t* masks,
-                  uint8_t* unions, int64_t images, int64_t objects, int64_t cells, float scaler, int bins,
-                  int threads) {
+int64_t object_masks(const float* raw, const uint8_t* valid, float* maps, float* thresholds, uint8_t* masks,
+                     uint8_t* unions, int64_t images, int64_t objects, int64_t cells, float scaler, int bins,
+                     int threads) {
     checked_product("object_masks: images x objects x cells", {images, objects, cells});
     check_range("object_masks: cells", cells, 1);
     const int team = team_size(threads, images);
     const OtsuWorkspaces spaces(team, bins, cells);
-#pragma omp parallel num_threads(team)
+    int64_t without = 0;
+#pragma omp parallel num_threads(team) reduction(+ : without)
     {
         const OtsuWorkspace space = spaces.get();
 #pragma omp for schedule(static)
@@ -50,10 +51,12 @@ void object_masks(const float* raw, const uint8_t* valid, float* maps, float* th
                     std::fill_n(map, cells, NAN);
                     thresholds[n] = NAN;
                 }
+                without += std::isnan(thresholds[n]);
                 binarize(map, cells, thresholds[n] * scaler, masks + n * cells, unions + b * cells);
             }
         }
     }
+    return without;
 }
 
 }  // namespace ospo

@@ -103,12 +103,13 @@ float otsu(const float* map, int64_t cells, float low, float high, int bins, con
     return center(best) / scale;
 }
 
-void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads) {
+int64_t otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t cells, int bins, int threads) {
     checked_product("otsu_threshold: count x cells", {count, cells});
     check_range("otsu_threshold: cells", cells, 1);
     const int team = team_size(threads, count);
     const OtsuWorkspaces spaces(team, bins, cells);
-#pragma omp parallel num_threads(team)
+    int64_t without = 0;
+#pragma omp parallel num_threads(team) reduction(+ : without)
     {
         const OtsuWorkspace space = spaces.get();
 #pragma omp for schedule(static)
@@ -116,8 +117,10 @@ void otsu_threshold(const float* maps, float* thresholds, int64_t count, int64_t
             const float* const map = maps + i * cells;
             float low, high;
             thresholds[i] = finite_extrema(map, cells, &low, &high) ? otsu(map, cells, low, high, bins, space) : NAN;
+            without += std::isnan(thresholds[i]);
         }
     }
+    return without;
 }
 
 }  // namespace ospo

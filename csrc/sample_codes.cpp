@@ -175,9 +175,10 @@ int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, 
 
 }  // namespace
 
-void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps, int64_t* tokens,
-                  int64_t token_stride, int64_t token_columns, int64_t* current, int64_t* error_steps, int64_t rows,
-                  int64_t codes, float guidance, float temperature, int64_t top_k, double top_p, int threads) {
+int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps,
+                     int64_t* tokens, int64_t token_stride, int64_t token_columns, int64_t* current,
+                     int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
+                     int64_t top_k, double top_p, int threads) {
     checked_product("sample_codes: rows x codes", {rows, codes});
     check_range("sample_codes: codes", codes, 1, UINT32_MAX);  // candidates are numbers of 32 bits
     check_range("sample_codes: top_k", top_k, 0);
@@ -189,7 +190,8 @@ void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, 
     const int team = team_size(threads, rows);
     const ThreadScratch<uint32_t> keys("sample_codes: codes", team, truncated ? 2 * codes : 0);
     const ThreadScratch<uint64_t> sums("sample_codes: codes", team, truncated ? kDigits + (top_p < 1 ? codes : 0) : 0);
-#pragma omp parallel num_threads(team)
+    int64_t invalid = 0;
+#pragma omp parallel num_threads(team) reduction(+ : invalid)
     {
         const Workspace space{keys.get(), keys.get() + codes, sums.get(), sums.get() + kDigits};
 #pragma omp for schedule(static)
@@ -200,11 +202,13 @@ void sample_codes(const float* cond, const float* uncond, const int64_t* seeds, 
             const int64_t code =
                 truncated ? sample_truncated(c, u, codes, guidance, temperature, top_k, top_p, seed, step, space)
                           : sample(c, u, codes, guidance, temperature, seed, step);
+            invalid += code < 0;
             if (code < 0 && error_steps[row] < 0) error_steps[row] = steps[row];
             current[row] = std::max<int64_t>(code, 0);
             if (tokens) tokens[row * token_stride + steps[row]] = current[row];
         }
     }
+    return invalid;
 }
 
 }  // namespace ospo

@@ -19,6 +19,7 @@ from ospo_fast.errors import OpError
 from ospo_fast.packages import import_error
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 Op = TypeVar("Op", bound=Callable[..., Any])
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -190,10 +191,10 @@ def device_and_stream(device: torch.device) -> tuple[int, int]:
     return int(stream.device_index), int(stream.cuda_stream)
 
 
-def run_checked(function: Callable[..., None], *arguments: Any) -> None:
+def run_checked(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function of the compiled module that checks values which only it reads: what it refuses is an OpError."""
     try:
-        function(*arguments)
+        return function(*arguments)
     except ValueError as error:
         raise OpError(str(error)) from None
 

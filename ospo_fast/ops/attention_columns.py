@@ -148,8 +148,8 @@ class ColumnRequest:
             if lowest < -1 or highest >= S:
                 raise OpError(f"{op}: columns are from {lowest} to {highest}, expected -1 to {S - 1}")
         start, count = _bounds("rows", rows, batch)
-        length = rows[1] if isinstance(rows[1], int) else int(count.max()) if batch else 0
         starts, counts = start.tolist(), count.tolist()
+        length = rows[1] if isinstance(rows[1], int) else max(counts, default=0)
         outside = any(
             first < 0 or number < 0 or first > S - number for first, number in zip(starts, counts, strict=True)
         )
@@ -159,15 +159,13 @@ class ColumnRequest:
         firsts, ends = first.tolist(), end.tolist()
         if any(low < 0 or high > S or low > high for low, high in zip(firsts, ends, strict=True)):
             raise OpError(f"{op}: key_range is {firsts} to {ends}, expected 0 <= start <= end <= {S}")
-        share = (1 / (columns >= 0).sum(-1).clamp(min=1).double()).float()
-        request = ColumnRequest(columns, start, count, first, end, share, length, S, "torch")
-        return request.to(torch.device("cpu") if device is None else device)
+        share = (columns >= 0).sum(-1, dtype=torch.float32).clamp_(min=1).reciprocal_()
+        device = torch.device("cpu") if device is None else device
+        return _on_device((share, columns, start, count, first, end), length, S, device)
 
     def to(self, device: torch.device) -> ColumnRequest:
         """Move a request from the CPU to a device, in one transfer that does not synchronize."""
-        share, columns, start, count, first, end = to_device_packed(self.tensors, device)
-        backend = _dispatch.resolve("attention_columns", "auto", device.type)
-        return ColumnRequest(columns, start, count, first, end, share, self.length, self.positions, backend)
+        return _on_device(self.tensors, self.length, self.positions, device)
 
     def run(
         self,
@@ -211,6 +209,12 @@ class ColumnRequest:
         if backend == "auto":
             return self.backend if q.dtype in _dispatch.DTYPES and self.backend not in refused else "torch"
         return _dispatch.resolve("attention_columns", backend, q.device.type, q.dtype, refused=refused)
+
+
+def _on_device(tensors: Sequence[Tensor], length: int, positions: int, device: torch.device) -> ColumnRequest:
+    share, columns, start, count, first, end = to_device_packed(tensors, device)
+    backend = _dispatch.resolve("attention_columns", "auto", device.type)
+    return ColumnRequest(columns, start, count, first, end, share, length, positions, backend)
 
 
 def _check(q: Tensor, k: Tensor, lse: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops._dispatch import check_float, describe, pointer, readable, register_op, result_dtype
-from ospo_fast.ops.otsu import check_bins, fits_shared_memory, holds_nan, map_error, thresholds_or_nan
+from ospo_fast.ops.otsu import check_bins, fits_shared_memory, map_error, thresholds_or_nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ def _object_masks(maps: Tensor, valid: Tensor | None, scaler: float, bins: int) 
     if backend == "cuda":
         _dispatch.native().object_masks_cuda(*arguments, *_dispatch.device_and_stream(x.device))
     else:
-        _dispatch.native().object_masks(*arguments, torch.get_num_threads())
-        if holds_nan(outputs[1]):
+        without = _dispatch.native().object_masks(*arguments, torch.get_num_threads())
+        if without:
             _check_usable(x, ~outputs[1].isnan(), bins)
     return outputs

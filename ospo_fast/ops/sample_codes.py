@@ -99,11 +99,13 @@ def sample_codes_into(
     codes: Tensor,  # (B,) int64, written
     error_steps: Tensor,  # (B,) int64, written; negative: no invalid logits so far
     tokens: Tensor | None = None,  # (B, T) int64, written at steps
-) -> None:
+) -> int | None:
     """Run `sample_codes` without checks of the options and without host synchronization, as a CUDA graph needs it.
 
     Writes the codes to `codes`, and to column steps[b] of row b of `tokens`. A row with NaN, +inf or only -inf gets
     code 0, and error_steps[b] = steps[b] if error_steps[b] was negative: read `error_steps` once, at the end.
+
+    Returns the number of these rows, or None where only the device knows it.
 
     Raises OpError for vectors or tokens of the wrong shape, and on a CPU for steps beyond the columns of `tokens`,
     which CUDA does not write.
@@ -127,7 +129,7 @@ def sample_codes_into(
         error_steps.copy_(torch.where(invalid & (error_steps < 0), steps, error_steps))
         if tokens is not None:
             tokens.scatter_(1, steps[:, None], codes[:, None])
-        return
+        return None
     # The CUDA kernel reads half precision too.
     dtype = cond.dtype if backend == "cuda" and cond.dtype in _dispatch.DTYPES else torch.float32
     cond, uncond = readable(cond.to(dtype)), None if uncond is None else readable(uncond.to(dtype))
@@ -143,8 +145,9 @@ def sample_codes_into(
         stream = _dispatch.device_and_stream(cond.device)
         number = _dispatch.DTYPES[dtype]
         _dispatch.native().sample_codes_cuda(number, *logits, cond.stride(0), *arguments, *stream)
-    else:
-        _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments, torch.get_num_threads())
+        return None
+    invalid: int = _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments, torch.get_num_threads())
+    return invalid
 
 
 def sample_codes_reference(
@@ -190,11 +193,13 @@ def _sample_codes(
     untouched = torch.iinfo(torch.int64).min  # steps may be any other number
     codes = cond.new_empty(len(cond), dtype=torch.int64)
     error_steps = torch.full_like(codes, untouched)
-    sample_codes_into(
+    invalid = sample_codes_into(
         cond, uncond, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p,
         seeds=seeds, steps=steps, codes=codes, error_steps=error_steps,
     )  # fmt: skip
-    if len(codes) and error_steps.max().item() != untouched:  # one look at all, cheaper than at each
+    if invalid is None and len(codes):
+        invalid = error_steps.max().item() != untouched  # one look at all, cheaper than at each
+    if invalid:
         rows = (error_steps != untouched).nonzero().flatten().tolist()
         raise OpError(
             f"sample_codes: the logits of rows {rows} hold NaN, +inf or only -inf; expected finite logits, "
