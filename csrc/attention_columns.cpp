@@ -72,6 +72,11 @@ void check_request(const ColumnSizes& n, const int64_t* row_start, const int64_t
     }
 }
 
+// Of one column of one head in the mean.
+inline float share_of(const float* share, int64_t object, int64_t heads) {
+    return share[object] / static_cast<float>(heads);
+}
+
 }  // namespace
 
 void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnSizes& n, bool causal, int threads) {
@@ -111,7 +116,7 @@ void block_columns(const BlockTensors& t, const ScoreBlock& block, const ColumnS
             }
             for (int64_t c = 0; c < per_item; ++c) {
                 const int64_t o = b * n.objects + c / n.columns;
-                t.out[o * n.length + i] += sums[c] * t.share[o];
+                t.out[o * n.length + i] += sums[c] * share_of(t.share, o, n.heads);
             }
         }
     }
@@ -170,7 +175,8 @@ void attention_columns(const ColumnTensors& t, const ColumnStrides& s, const Col
             }
             for (int64_t i = 0; i < rows; ++i) {
                 for (int64_t c = 0; c < used; ++c) {
-                    out[objects[c] * n.length + i] += sums[i * used + c] * t.share[b * n.objects + objects[c]];
+                    const float share = share_of(t.share, b * n.objects + objects[c], n.heads);
+                    out[objects[c] * n.length + i] += sums[i * used + c] * share;
                 }
             }
         }

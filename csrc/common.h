@@ -47,7 +47,7 @@ void token_weights(const float* masks, float* weights, int64_t images, int64_t h
 
 // attention_columns ---------------------------------------------------------------------------------------------------
 
-// columns (B, O, C), share (B, O) and out (B, O, length) are contiguous; the bounds have B elements. Strides count
+// columns (B, O, C), share (B, O), 1 / the number of columns of an object, and out (B, O, length) are contiguous; the bounds have B elements. Strides count
 // elements; the last dimension of q and k has stride 1.
 struct ColumnTensors {
     const float *q, *k, *lse, *share;

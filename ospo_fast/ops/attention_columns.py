@@ -78,7 +78,7 @@ def attention_columns(
     if q.device != columns.device:
         raise OpError(f"attention_columns: q is on {q.device}, columns on {columns.device}; move them to one device")
     request = ColumnRequest.from_args(columns, q.shape[0], q.shape[2], rows=rows, key_range=key_range, device=q.device)
-    return request.run(q, k, scale=scale, lse=lse, causal=causal, out=out, weight=weight, backend=backend)
+    return request._run_checked(q, k, scale, lse, causal, out, weight, backend)
 
 
 def attention_columns_reference(
@@ -147,16 +147,14 @@ class ColumnRequest:
             lowest, highest = (int(bound) for bound in columns.aminmax())
             if lowest < -1 or highest >= S:
                 raise OpError(f"{op}: columns are from {lowest} to {highest}, expected -1 to {S - 1}")
-        start, count = _bounds("rows", rows, batch)
-        starts, counts = start.tolist(), count.tolist()
+        (start, count), (starts, counts) = _bounds("rows", rows, batch)
         length = rows[1] if isinstance(rows[1], int) else max(counts, default=0)
         outside = any(
             first < 0 or number < 0 or first > S - number for first, number in zip(starts, counts, strict=True)
         )
         if outside or not 0 <= length <= S:
             raise OpError(f"{op}: rows start at {starts} and count {counts or length}, beyond the {S} positions")
-        first, end = _bounds("key_range", (0, S) if key_range is None else key_range, batch)
-        firsts, ends = first.tolist(), end.tolist()
+        (first, end), (firsts, ends) = _bounds("key_range", (0, S) if key_range is None else key_range, batch)
         if any(low < 0 or high > S or low > high for low, high in zip(firsts, ends, strict=True)):
             raise OpError(f"{op}: key_range is {firsts} to {ends}, expected 0 <= start <= end <= {S}")
         share = (columns >= 0).sum(-1, dtype=torch.float32).clamp_(min=1).reciprocal_()
@@ -181,6 +179,19 @@ class ColumnRequest:
     ) -> Tensor:
         """Compute `attention_columns` of q and k. Only shapes are checked."""
         _check(q, k, lse)
+        return self._run_checked(q, k, scale, lse, causal, out, weight, backend)
+
+    def _run_checked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        scale: float | None,
+        lse: Tensor | None,
+        causal: bool,
+        out: Tensor | None,
+        weight: float,
+        backend: str,
+    ) -> Tensor:
         B, objects, _ = self.columns.shape
         if (q.shape[0], q.shape[2]) != (B, self.positions) or q.device != self.columns.device:
             raise OpError(
@@ -236,26 +247,25 @@ def _check(q: Tensor, k: Tensor, lse: Tensor | None) -> None:
         raise OpError(f"{op}: lse is {describe(lse)}, expected float {(B, heads, S)} (slice off a kernel's padding)")
 
 
-def _bounds(name: str, pair: Bounds, batch: int) -> tuple[Tensor, Tensor]:
-    """Return both bounds as (B,) int64 on the CPU."""
+def _bounds(name: str, pair: Bounds, batch: int) -> tuple[tuple[Tensor, Tensor], tuple[list[int], list[int]]]:
+    """Return both bounds as (B,) int64 on the CPU, and as lists."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise OpError(f"attention_columns: {name} is {pair!r}, expected a pair of ints or (B,) integer tensors")
     for value in pair:
         if isinstance(value, int):
             check_int("attention_columns", name, value, INT64_MIN)
-    if all(type(value) is int for value in pair):  # at once, without the copies below
-        first, second = (torch.full((batch,), int(value), dtype=torch.int64, device="cpu") for value in pair)
-        return first, second
+    first, second = pair
+    if type(first) is int and type(second) is int:  # at once, without the copies below
+        begin, end = (torch.full((batch,), value, dtype=torch.int64, device="cpu") for value in (first, second))
+        return (begin, end), ([first] * batch, [second] * batch)
     tensors = [torch.as_tensor(value).cpu() for value in pair]
     for value in tensors:
         if not _dispatch.is_integer(value) or tuple(value.shape) not in ((), (batch,)):
             expected = f"ints or ({batch},) integer tensors"
             raise OpError(f"attention_columns: {name} holds {describe(value)}, expected {expected}")
     # Copies: later changes of the caller's tensors must not reach a checked request.
-    first, second = (
-        as_int64("attention_columns", name, value).resolve_neg().expand(batch).clone() for value in tensors
-    )
-    return first, second
+    begin, end = (as_int64("attention_columns", name, value).resolve_neg().expand(batch).clone() for value in tensors)
+    return (begin, end), (begin.tolist(), end.tolist())
 
 
 _BLOCK_BYTES = 4 * 2**20  # of scores per block: the fastest size on CPU, where they stay in the cache
@@ -287,20 +297,22 @@ def _attention_columns(
         kernels = _dispatch.triton("attention_columns")
         kernels.attention_columns(out, q, k, columns, bounds, share, lse, scale, causal, weight, accumulate)
         return
-    maps = torch.zeros_like(out, memory_format=torch.contiguous_format)
+    in_place = not accumulate and out.is_contiguous()
+    maps = out.zero_() if in_place else torch.zeros_like(out, memory_format=torch.contiguous_format)
     compute = _compute_native if backend == "cpp" else _compute_torch
-    compute(maps, q, k, lse, (share, columns, *bounds), scale, causal)
+    compute(maps, q, k, lse, request, scale, causal)
     if accumulate:
         out.add_(maps, alpha=weight)
-    else:
+    elif not in_place:
         torch.mul(maps, weight, out=out)
+    elif weight != 1:
+        out.mul_(weight)
 
 
 def _compute_native(
     maps: Tensor, q: Tensor, k: Tensor, lse: Tensor | None, request: Sequence[Tensor], scale: float, causal: bool
 ) -> None:
     """Write the mean probabilities to maps (B, O, length), which holds zeros."""
-    request = (request[0] / q.shape[1], *request[1:])
     q, k = (x.float().resolve_neg() for x in (q, k))
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, heads, S, D), kv, (_, objects, length) = q.shape, k.shape[1], maps.shape

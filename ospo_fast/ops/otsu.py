@@ -84,19 +84,21 @@ def _unit_scale(low: Tensor, high: Tensor) -> Tensor:
 def _otsu_threshold(maps: Tensor, bins: int) -> Tensor:
     if maps.numel() == 0:  # no maps, whose cells may be too many for any memory
         return maps.new_empty(maps.shape[:-2], dtype=result_dtype(maps))
-    x = readable(_flatten(maps))
-    backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type, x.dtype)
-    if backend == "torch" or (backend == "cuda" and not fits_shared_memory(x.shape[1], bins)):
+    backend = _dispatch.resolve("otsu_threshold", "auto", maps.device.type, result_dtype(maps))
+    *shape, H, W = maps.shape
+    cells = H * W
+    if backend == "torch" or (backend == "cuda" and not fits_shared_memory(cells, bins)):
         return otsu_threshold_reference(maps, bins=bins)
-    thresholds = x.new_empty(len(x))
-    arguments = (pointer(x), pointer(thresholds), *x.shape, bins)
+    x = readable(maps.float())
+    thresholds = x.new_empty(shape)
+    arguments = (pointer(x), pointer(thresholds), thresholds.numel(), cells, bins)
     if backend == "cuda":
         _dispatch.native().otsu_threshold_cuda(*arguments, *_dispatch.device_and_stream(x.device))
     else:
         without = _dispatch.native().otsu_threshold(*arguments, torch.get_num_threads())
         if without:
-            _check_maps(x, ~thresholds.isnan(), bins)
-    return thresholds.reshape(maps.shape[:-2])
+            _check_maps(_flatten(x), ~thresholds.isnan().flatten(), bins)
+    return thresholds
 
 
 def check_bins(op: str, bins: int) -> int:

@@ -146,8 +146,8 @@ def sample_codes_into(
         number = _dispatch.DTYPES[dtype]
         _dispatch.native().sample_codes_cuda(number, *logits, cond.stride(0), *arguments, *stream)
         return None
-    invalid: int = _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments, torch.get_num_threads())
-    return invalid
+    failed: int = _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments, torch.get_num_threads())
+    return failed
 
 
 def sample_codes_reference(
@@ -190,7 +190,7 @@ def _sample_codes(
     seeds: Tensor,
     steps: Tensor,
 ) -> Tensor:
-    untouched = torch.iinfo(torch.int64).min  # steps may be any other number
+    untouched = INT64_MIN  # steps may be any other number
     codes = cond.new_empty(len(cond), dtype=torch.int64)
     error_steps = torch.full_like(codes, untouched)
     invalid = sample_codes_into(
