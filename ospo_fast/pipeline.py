@@ -389,7 +389,7 @@ class Pipeline:
             restarts.put_in_place(work, out, out)
         model = self._models.pop(str(inner._trained(self.config.iterations)), None)
         if model is not None:
-            self._models[str(self._trained(self.config.iterations))] = model
+            self._keep_trained(model, self.config.iterations)
         return reports
 
     def begin_over(self) -> None:
@@ -694,8 +694,13 @@ class Pipeline:
                         pass
                 finally:
                     self._models.clear()  # the weights are no longer those of the name that they were loaded by
-        self._models[str(self._trained(report.iteration))] = model
+        self._keep_trained(model, report.iteration)
         return True
+
+    def _keep_trained(self, model: UnifiedModel, iteration: int) -> None:
+        """Keep a model in memory that has the weights of an iteration, under the name that these are saved by."""
+        model.name = str(self._trained(iteration))  # which the adapter of the next iteration names as its base model
+        self._models[model.name] = model
 
     def _command(self, stage: str, iteration: int = 1) -> str:
         return f"ospo-fast {stage} --out {self.config.out}" + (f" --iteration {iteration}" if iteration > 1 else "")

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ospo_fast.stages
 from ospo_fast import restarts
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.models import load_model
 from ospo_fast.pipeline import Pipeline, Shard, _begin_steps, read_stage, stage_metrics, store_path
 from ospo_fast.records import Store, only_writer, read_records
 from ospo_fast.shapes.scenes import descriptions
@@ -116,6 +118,7 @@ import scripted
 scripted.install()
 import ospo_fast.records as records
 from ospo_fast.config import load_config
+from ospo_fast.models import load_model
 from ospo_fast.pipeline import Pipeline
 left = {stop}
 write = records.Store._write
@@ -186,6 +189,21 @@ def test_two_iterations(tiny, script, tmp_path):
     assert first != second
     with pytest.raises(UsageError, match="Iteration 3 starts from"):
         pipeline(tiny, tmp_path / "iter2").stage("prompts", 3)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_the_adapter_of_a_second_iteration_names_the_model_of_the_first(tiny, script, tmp_path, resume):
+    """Also when one process runs both, and the model that it trained stays in memory."""
+    counts = "prompts.counts={color1: 0, shape1: 0, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 0}"
+    out = tmp_path / "run"
+    pipeline(tiny, out, "iterations=2", counts, "train.steps=1", resume=resume).run()
+    train = out / "iter2" / "train"
+    assert json.loads((train / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "run-model"
+    done = json.loads((train / "done.json").read_text())
+    assert done["base_model"] == {"name": "run-model", "folder": "../../train/model"}
+    assert "# OSPO adapter for run-model" in (train / "adapter" / "README.md").read_text()
+    adapter, merged = (load_model(train / name).module.state_dict() for name in ("adapter", "model"))
+    assert all(torch.allclose(value, merged[name], atol=1e-6) for name, value in adapter.items())
 
 
 def test_setting_that_the_folder_does_not_name_had_its_default(whole, tiny, tmp_path):
