@@ -540,8 +540,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     others = [word for word in words if not _is_setting(word)]
     args.operand = others.pop(0) if command.operand and others and not others[0].startswith("-") else None
     if others:
+        # The value of an unknown option can come before it here.
+        unknown = next((word for word in others if word.startswith("-")), others[0])
         raise UsageError(
-            f"Unknown argument {others[0]!r}; see ospo-fast {args.command} --help, settings read section.key=value."
+            f"Unknown argument {unknown!r}; see ospo-fast {args.command} --help, settings read section.key=value."
         )
     if args.settings and not command.takes_settings:
         raise UsageError(f"{args.command} takes no settings, got {args.settings[0]!r}.")

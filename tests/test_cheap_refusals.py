@@ -38,6 +38,8 @@ json.dump(results, sys.stdout)
 REFUSED = {
     "tran": (2, "no command 'tran'; nearest: train"),
     "run --bogus": (2, "Unknown argument '--bogus'"),
+    "run --iteration 2": (2, "Unknown argument '--iteration'"),
+    "generate 'a red circle' --shard 0/2": (2, "Unknown argument '--shard'"),
     "run images.guidence=2": (2, "nearest: images.guidance_scale"),
     "run images.top_k=many": (2, "could not be converted"),
     "run images.temperature=-1": (2, "images.temperature should be above 0"),
