@@ -164,7 +164,7 @@ def _using(args: argparse.Namespace) -> Iterator[tuple[Config, RunLock]]:
     from ospo_fast.config import load_config
 
     out = args.out or Path(load_config(args.settings, file=args.config).out)
-    if not os.path.exists(out):  # noqa: PTH110 (Path.exists raises for long names)
+    if not os.path.isdir(out):  # noqa: PTH112 (Path.is_dir raises for long names)
         check_creatable(out)
     with contextlib.ExitStack() as stack:
         with os_errors("read", out):

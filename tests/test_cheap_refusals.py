@@ -53,6 +53,10 @@ REFUSED = {
     "run 'prompts.counts={circle: 1}'": (2, "no kind 'circle'"),
     "train train.early_stopping=nope": (2, "a metric of the evaluation: alignment"),
     "demo train.early_stopping=nope": (2, "a metric of the evaluation: alignment"),
+    **{
+        f"{command} --out file": (1, "Cannot write file: Not a directory")
+        for command in ("run", "demo", "prompts", "evaluate", "generate 'a red circle'")
+    },
     "run --out file/out": (1, "Cannot write file/out: Not a directory"),
     "demo --out file/out": (1, "Cannot write file/out: Not a directory"),
     "evaluate --out file/out": (1, "Cannot write file/out: Not a directory"),
@@ -85,6 +89,7 @@ REFUSED = {
         for command in ("run", "demo", "generate x", "evaluate", "images", "train")
         for setting in ("device=banana", "dtype=banana")
     },
+    "generate 'a red circle' device=cpu:7": (2, "device: got 'cpu:7', expected an index from 0 to 0"),
     **{
         f"{command} {file}": (2, words)
         for command in ("generate --prompts", "run --from-file", "prompts --prompts", "demo")
