@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,40 @@ from ospo_fast.errors import UsageError
 from ospo_fast.records import write_atomic
 
 Row = dict[str, Any]
-KEYS = {"op", "variant", "shapes", "dtype", "median_ms", "p20_ms", "p80_ms", "device", "versions", "commit"}
+TEXTS, TIMES = ("op", "variant", "dtype", "device", "commit"), ("median_ms", "p20_ms", "p80_ms")
+KEYS = {*TEXTS, *TIMES, "shapes", "versions"}
 MAX_PANELS = 40  # of a plot, which is read on a screen
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file that have times. Raises UsageError for a line that is not a JSON object."""
+    """Return the rows of a file that have times. Raises UsageError for a line that is not a row of a benchmark."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give a folder of results.") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
+        remedy = "delete the line or run the benchmark again"
         if not isinstance(row, dict):
-            raise UsageError(f"{path}:{number} is not a JSON object; delete the line or run the benchmark again.")
-        if row.keys() >= KEYS and isinstance(row["median_ms"], (int, float)) and isinstance(row["shapes"], dict):
+            raise UsageError(f"{path}:{number} is not a JSON object; {remedy}.")
+        if row.keys() >= KEYS:
+            if wrong := _wrong_key(row):
+                raise UsageError(f"{path}:{number} has {wrong} = {row[wrong]!r:.40}; {remedy}.")
             rows.append(row)
     return rows
+
+
+def _wrong_key(row: Row) -> str | None:
+    """Return the first key whose value is not of a row of a benchmark."""
+    numbers = [*TIMES, *(["peak_mb"] if "peak_mb" in row else [])]
+    wrong = [key for key in TEXTS if not isinstance(row[key], str)]
+    wrong += [key for key in ("shapes", "versions") if not isinstance(row[key], dict)]
+    wrong += [key for key in numbers if type(row[key]) not in (int, float) or not 0 <= row[key] <= sys.float_info.max]
+    return wrong[0] if wrong else None
 
 
 # ---------------------------------------------------------------- CSV
@@ -112,8 +130,8 @@ def plot(path: Path, *, first_only: bool = False) -> Path | None:
 Key = tuple[str, str, str, str]
 
 
-def load_folder(folder: Path) -> dict[Key, Row]:
-    """Return the rows of a folder of results, or of one device within it, by file, op and variant, shapes, device.
+def load_folder(folder: Path) -> list[tuple[str, Row]]:
+    """Return the rows of a folder of results, or of one device within it, with the names of their files.
 
     Raises UsageError if there is no such folder, or if it has no rows.
     """
@@ -123,17 +141,19 @@ def load_folder(folder: Path) -> dict[Key, Row]:
     rows = [(path.stem, row) for path in files for row in read_rows(path)]
     if not rows:
         raise UsageError(f"compare: {folder} has no rows (NAME.jsonl or DEVICE/NAME.jsonl); run a benchmark into it.")
-    devices = {row["device"] for _, row in rows}
-    found = {}
-    for stem, row in rows:
-        device = row["device"] if len(devices) > 1 else ""  # one device each: compare it with that of the other folder
-        found[stem, _case(row), row["variant"], device] = row
-    return found
+    return rows
+
+
+def _by_key(first: list[tuple[str, Row]], second: list[tuple[str, Row]]) -> Iterator[dict[Key, Row]]:
+    """Return the rows of two folders by file, op and shapes, variant, and device, unless each folder has one device."""
+    several = any(len({row["device"] for _, row in rows}) > 1 for rows in (first, second))
+    for rows in (first, second):
+        yield {(stem, _case(row), row["variant"], row["device"] if several else ""): row for stem, row in rows}
 
 
 def compare(first: Path, second: Path) -> str:
     """Return a table of the ratios second / first of time and memory, of the rows that both folders have."""
-    one, two = load_folder(first), load_folder(second)
+    one, two = _by_key(load_folder(first), load_folder(second))
     lines = [
         f"{label}: {folder}: {'; '.join(sorted({row['device'] for row in rows.values()}))}; "
         f"commit {', '.join(sorted({row['commit'] for row in rows.values()}))}"
@@ -157,5 +177,5 @@ def compare(first: Path, second: Path) -> str:
         quick = "  small sizes of --quick" if a.get("quick") or b.get("quick") else ""
         lines.append(f"  {name:<{width}}{a['median_ms']:>12.3f}{b['median_ms']:>12.3f}{ratio:>8}{memory:>12}{quick}")
     for label, rows, others in (("A", one, two), ("B", two, one)):
-        lines += [f"only in {label}: {key[1]}: {key[2]}" for key in rows if key not in others]
+        lines += [f"only in {label}: {key[1]}: {key[2]}{key[3] and ', '}{key[3]}" for key in rows if key not in others]
     return "\n".join(lines)

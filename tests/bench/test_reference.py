@@ -230,6 +230,13 @@ def test_a_run_prints_and_writes_differences_times_and_memory(
     assert "conditional loss" in found["missing"]
 
 
+def test_a_nan_in_the_second_of_several_tensors_fails() -> None:
+    one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert reference.check_values("", [one, one], [one, one], [one, one]).passed
+    assert not reference.check_values("", [one, nan], [one, one], [one, one]).passed
+    assert not reference.check_values("", [one, one], [one, nan], [one, one]).passed
+
+
 def test_an_older_layout_has_the_conditional_loss(older: Path) -> None:
     found = _official.open_checkout(older)
     assert not found.missing

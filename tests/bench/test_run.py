@@ -310,9 +310,35 @@ def test_ratios_of_one_device_each(tmp_path: Path, capsys: pytest.CaptureFixture
     assert b in out
 
 
+def test_a_folder_of_several_devices_and_one_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = folder(tmp_path / "a", result("x", 2.0))
+    folder(tmp_path / "a", result("x", 8.0, device="GPU"), device="gpu")
+    assert bench.main(["compare", a, str(tmp_path / "a" / "gpu")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"x, GPU +8\.000 +8\.000 +1\.000", out)
+    assert "only in A: op N=2 fp32: x, CPU" in out
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = folder(tmp_path / "a", result("x", 2.0))
+    (tmp_path / "a" / "other.jsonl").mkdir()
+    assert bench.main(["compare", a, a]) == 2
+    assert "other.jsonl cannot be read (Is a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "there is no folder"), ("", "has no rows"), ("{}\nx", "op.jsonl:2 is not a JSON object")],
+    [
+        (None, "there is no folder"),
+        ("", "has no rows"),
+        ("{}\nx", "op.jsonl:2 is not a JSON object"),
+        ("[" * 100_000, "op.jsonl:1 is not a JSON object"),
+        (json.dumps(result("x", 2.0, device=None)), "op.jsonl:1 has device = None"),
+        (json.dumps(result("x", 2.0, peak_mb="1")), "op.jsonl:1 has peak_mb = '1'"),
+        (json.dumps(result("x", float("nan"))), "op.jsonl:1 has median_ms = nan"),
+        (json.dumps(result("x", 10**400)), "op.jsonl:1 has median_ms = 1000"),
+        (json.dumps(result("x", 2.0, versions=None)), "op.jsonl:1 has versions = None"),
+    ],
 )
 def test_a_folder_without_rows_is_refused(
     text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
