@@ -53,6 +53,8 @@ def few_rows(hidden: Tensor, head: Head | nn.Module, labels: Tensor, ignore_inde
         if not (bias.is_cpu and bias.is_contiguous()) or bias.is_neg():
             return None
         bias_at = bias.data_ptr()
+        if not bias_at:  # its memory has been freed
+            return None
     needs_grad = False
     if torch.is_grad_enabled():
         if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -61,6 +63,7 @@ def few_rows(hidden: Tensor, head: Head | nn.Module, labels: Tensor, ignore_inde
     native = _dispatch._native()[0]
     if (
         native is None or type(ignore_index) is not int or type(temperature) is not float
+        or not _dispatch.INT64_MIN <= ignore_index <= _dispatch.INT64_MAX
         or not 1e-37 <= temperature <= 1e37 or torch.is_autocast_enabled("cpu") or not _dispatch.nothing_traces()
     ):  # fmt: skip
         return None
@@ -109,6 +112,9 @@ class _FewRows(torch.autograd.Function):
     @first_derivative_only("token_logprobs")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
+        # Hooks of saved tensors may return another dtype, which the kernel would read beyond its end.
+        if dhidden.dtype is not _FLOAT:
+            dhidden = dhidden.float()
         grad, dhidden = _dispatch.readable(grad), _dispatch.readable(dhidden)
         out = torch.empty_like(dhidden)
         ctx.native.scale_rows(

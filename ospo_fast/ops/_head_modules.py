@@ -290,7 +290,8 @@ def is_plain_linear(module: nn.Linear) -> bool:
     attributes = vars(module)
     weights = attributes["_parameters"]
     plain = nn.Linear.forward is _LINEAR_FORWARD and "bias" in weights and type(weights.get("weight")) is nn.Parameter
-    return plain and _is_called_as_is(attributes)
+    replaced = "weight" in attributes or "bias" in attributes  # set on the object, which hides the parameter
+    return plain and not replaced and _is_called_as_is(attributes)
 
 
 def _name(hook: Any) -> str:

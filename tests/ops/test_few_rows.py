@@ -76,6 +76,17 @@ def hooked(x: Tensor, head: nn.Linear, y: Tensor) -> Any:
     return token_logprobs(x, head, y)
 
 
+def freed(size: int) -> Tensor:
+    tensor = torch.zeros(size)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def shadowed(head: nn.Linear, name: str) -> nn.Linear:
+    vars(head)[name] = getattr(head, name) * 2
+    return head
+
+
 UNUSUAL: dict[str, Callable[[Tensor, nn.Linear, Tensor], Any]] = {
     "an ignored label": lambda x, head, y: token_logprobs(x, head, torch.tensor([1, -100])),
     "a wrong label": lambda x, head, y: token_logprobs(x, head, torch.tensor([1, CODES])),
@@ -98,6 +109,10 @@ UNUSUAL: dict[str, Callable[[Tensor, nn.Linear, Tensor], Any]] = {
     "the reference": lambda x, head, y: token_logprobs(x, head, y, backend="torch"),
     "a wrong temperature": lambda x, head, y: token_logprobs(x, head, y, temperature=0.0),
     "a wrong ignore_index": lambda x, head, y: token_logprobs(x, head, y, ignore_index="x"),  # type: ignore[call-overload]
+    "an ignore_index beyond int64": lambda x, head, y: token_logprobs(x, head, y, ignore_index=2**63),
+    "a freed bias": lambda x, head, y: token_logprobs(x, Head(head.weight, freed(CODES)), y),
+    "a weight set on the object": lambda x, head, y: token_logprobs(x, shadowed(head, "weight"), y),
+    "a bias set on the object": lambda x, head, y: token_logprobs(x, shadowed(head, "bias"), y),
     "the meta device": lambda x, head, y: token_logprobs(x.to("meta"), head, y),
 }
 
@@ -131,3 +146,14 @@ def test_gradients_of_the_short_path(linear: nn.Linear) -> None:
     (third,) = torch.autograd.grad(logps[[0, 2]].sum(), hidden, create_graph=True)
     with pytest.raises(OpError, match="second derivative"):
         torch.autograd.grad(third.sum(), hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_hooks_of_saved_tensors_may_change_the_dtype(dtype: torch.dtype, linear: nn.Linear) -> None:
+    hidden, labels = torch.randn(64, WIDTH, requires_grad=True), torch.randint(CODES, (64,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.to(dtype), lambda x: x):
+        logps = token_logprobs(hidden, linear, labels)
+    (found,) = torch.autograd.grad(logps.sum(), hidden)
+    (expected,) = torch.autograd.grad(token_logprobs(hidden, linear, labels).sum(), hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
