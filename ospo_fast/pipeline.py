@@ -505,6 +505,8 @@ class Pipeline:
         settings = self._settings(stage, config, iteration)
         continues = self._continues_stage(stage, out, settings)
         own = self.resume and not continues and not over
+        if own:
+            self._check_recorded(stage, out)
         self._check_settings(out, name, settings, own=own)
         if self.shard is not None and not self.resume and store_path(out, name).exists():
             raise UsageError(
@@ -804,6 +806,20 @@ class Pipeline:
             templates = file_digest(templates)
         model = saved_path(saved_path(self.model_name(iteration), self.folder()), self._outer.folder())
         return {**stage.result_settings(config), "seed": config.seed, "model": model, "templates": templates}
+
+    def _check_recorded(self, stage: Stage, out: Path) -> None:
+        """Raise UsageError if a stage has run in a folder, and the settings of its results are gone.
+
+        Records that were copied to a folder have no settings: the stages that made them did not run there.
+        """
+        name = stage.name
+        ran = any(isinstance(row, dict) and row.get("stage") == name for row in read_json(out / "stages.json", []))
+        has_results = (out / str(stage.folder)).exists() if stage.counts_steps else bool(store_paths(out, name))
+        if ran and has_results and not _made_here(out, name):
+            raise UsageError(
+                f"{out / 'settings.json'} does not have the settings that the results of {name} were made with, so "
+                f"they may be others now; restore the file, or start {name} over with --no-resume."
+            )
 
     def _check_settings(self, out: Path, name: str, settings: dict[str, Any], *, own: bool) -> None:
         """Raise UsageError when the stage (`own`), or another shard of it, was made with other settings."""

@@ -105,6 +105,17 @@ def test_training_without_its_checkpoints_starts_over(whole, tiny, out, caplog):
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.parametrize("stage", ["images", "train"])
+def test_results_without_their_settings_are_refused(tiny, out, stage):
+    """They may have been made with others; here, the command names another one."""
+    (out / "settings.json").unlink()
+    before = contents(out)
+    with pytest.raises(UsageError, match=rf"settings\.json does not have the settings that the results of {stage}"):
+        pipeline(tiny, out, "images.guidance_scale=4", "train.learning_rate=0.5").stage(stage)
+    assert contents(out) == before
+    assert not (out / "settings.json").exists()
+
+
 def without(out, stage):
     """Remove the results of a stage and those after it, and their settings."""
     saved, gone = out / "settings.json", STAGE_NAMES[STAGE_NAMES.index(stage) :]
