@@ -14,7 +14,8 @@ from ospo_fast.models.base import UnifiedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_NAMED = 10  # lines of a file in an error
+MAX_NAMED = 10  # lines of a file in an error with their reasons; the others have their numbers only
+MAX_RANGES = 100  # of these numbers
 
 
 def prompt_key(prompt: str) -> str:
@@ -59,7 +60,7 @@ def _read_line(line: bytes) -> str | Failure:
 
 
 def refuse_lines(path: str | Path, results: Sequence[tuple[int, object]]) -> None:
-    """Raise one UsageError that names the lines of a file whose result is a Failure, the first `MAX_NAMED` of them.
+    """Raise one UsageError that names the lines of a file whose result is a Failure, the first ones with reasons.
 
     Args:
         path: the file.
@@ -75,8 +76,21 @@ def refuse_lines(path: str | Path, results: Sequence[tuple[int, object]]) -> Non
             problem, _, remedy = reason.removeprefix("prompt: ").rpartition("; ")
             by_remedy.setdefault(remedy, []).append(f"line {line}: {problem}")
         named = "; ".join(f"{', '.join(problems)}; {remedy}" for remedy, problems in by_remedy.items())
-        more = f"; and {len(failed) - MAX_NAMED} more lines" if len(failed) > MAX_NAMED else ""
+        more = f"; and {_ranges([line for line, _ in failed[MAX_NAMED:]])}" if len(failed) > MAX_NAMED else ""
         raise UsageError(f"{path}: {len(failed)} lines cannot be used: {named}{more}.")
+
+
+def _ranges(lines: Sequence[int]) -> str:
+    """Name lines by their numbers, in ascending order: "lines 3, 5-9"."""
+    runs: list[tuple[int, int]] = []
+    for line in lines:
+        if runs and line == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], line
+        else:
+            runs.append((line, line))
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:MAX_RANGES])
+    more = f", and more up to line {lines[-1]}" if len(runs) > MAX_RANGES else ""
+    return f"{'line' if len(lines) == 1 else 'lines'} {named}{more}"
 
 
 def normalized(model: UnifiedModel, prompt: str) -> str:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ospo_fast.errors import Failure, UsageError
-from ospo_fast.stages.prompt_files import MAX_NAMED, numbered_prompts, prompt_key, refuse_lines
+from ospo_fast.stages.prompt_files import MAX_NAMED, MAX_RANGES, numbered_prompts, prompt_key, refuse_lines
 
 SPACES = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg"  # where str.splitlines would split
 
@@ -86,13 +86,22 @@ def test_all_bad_lines_are_named_with_what_to_do_once():
     )
 
 
-def test_many_bad_lines_are_counted():
+def test_of_many_bad_lines_the_later_ones_have_numbers_only():
     with pytest.raises(UsageError) as caught:
         refuse_lines("p.txt", failures(MAX_NAMED + 3))
     assert f"{MAX_NAMED + 3} lines cannot be used" in str(caught.value)
     assert f"line {MAX_NAMED}: " in str(caught.value)
     assert f"line {MAX_NAMED + 1}: " not in str(caught.value)
-    assert str(caught.value).endswith("; and 3 more lines.")
+    assert str(caught.value).endswith(f"; and lines {MAX_NAMED + 1}-{MAX_NAMED + 3}.")
+
+
+def test_numbers_of_bad_lines_are_bounded():
+    every_second = [(2 * line, failure) for line, failure in failures(MAX_NAMED + MAX_RANGES + 5)]
+    with pytest.raises(UsageError) as caught:
+        refuse_lines("p.txt", every_second)
+    first, last = 2 * (MAX_NAMED + 1), 2 * (MAX_NAMED + MAX_RANGES)
+    assert f"; and lines {first}, {first + 2}, " in str(caught.value)
+    assert str(caught.value).endswith(f", {last}, and more up to line {last + 10}.")
 
 
 def test_all_lines_that_no_tokenizer_can_take_are_named(tmp_path):
