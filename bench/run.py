@@ -212,6 +212,7 @@ def run(name: str, options: argparse.Namespace, measure: Any) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of the profiler that measures memory
     sys.path.insert(0, str(HERE))
     source = importlib.import_module("_source")  # first, because it puts the package on sys.path
     from ospo_fast.errors import OspoError, UsageError

@@ -407,7 +407,9 @@ def test_the_benchmarks_of_a_wheel_run_and_have_its_version(installed: Path, tmp
 
     def bench_of_the_wheel(*arguments: str) -> str:
         command = [sys.executable, "-m", "ospo_fast", "bench", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.stderr == ""  # neither warnings nor what torch's profiler logs
+        return done.stdout
 
     assert "sample_codes" in bench_of_the_wheel("--list").split()
     bench_of_the_wheel("--only", "sample_codes", "--quick", "--out", "here")
