@@ -89,7 +89,8 @@ REFUSED = {
         for command in ("run", "demo", "generate x", "evaluate", "images", "train")
         for setting in ("device=banana", "dtype=banana")
     },
-    "generate 'a red circle' device=cpu:7": (2, "device: got 'cpu:7', expected an index from 0 to 0"),
+    "generate 'a red circle' device=cpu:7": (2, "device: got 'cpu:7', expected 'cpu' or 'cpu:0'"),
+    f"generate 'a red circle' device=cpu:{'9' * 5000}": (2, "expected 'cpu' or 'cpu:0'"),
     **{
         f"{command} {file}": (2, words)
         for command in ("generate --prompts", "run --from-file", "prompts --prompts", "demo")

@@ -142,8 +142,8 @@ def check_device(device: str | None, dtype: str | None) -> None:
     """Raise UsageError for a device or dtype that `load_model` refuses, as far as that is certain without torch."""
     if device is not None and not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
         raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cuda' with an optional index")
-    if device is not None and device.startswith("cpu:") and int(device[4:]):
-        raise UsageError(f"device: got {device!r}, expected an index from 0 to 0")
+    if device is not None and device.startswith("cpu:") and device[4:].strip("0"):
+        raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cpu:0'")
     if device is not None and device.startswith("cuda") and _lacks_driver():
         raise UsageError(f"device: got {device!r}, but there is no NVIDIA driver here (libcuda.so.1); use 'cpu'")
     if dtype is not None and dtype not in (*_DTYPES, *_OTHER_DTYPES):
