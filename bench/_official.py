@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from ospo_fast.errors import OspoError, UsageError
 
 GRID = 24  # the mask of get_batch_logps has this side, and an image GRID² tokens
-CLONE = "git clone https://github.com/KU-AGI/OSPO"
 EXTRA = "pip install 'ospo-fast[bench]'"
 SWAPPED = "policy_swap_chosen_logps"  # the argument of the conditional term
 TRAIN, MASKS, SOFT = "ospo/wrapper/train*.py", "ospo/attention/extract_mask.py", "ospo/utils/attn.py"
@@ -237,12 +236,7 @@ def open_checkout(path: Path) -> Checkout:
 
     Raises UsageError for a folder that is not a checkout, has none of the functions, or fails as it is loaded.
     """
-    if not path.is_dir():
-        kind = "a file" if path.exists() else "not there"
-        raise UsageError(f"--reference: {path} is {kind}, expected the folder of a checkout; run: {CLONE}.")
-    root = path.resolve()
-    if not (root / "ospo").is_dir():
-        raise UsageError(f"--reference: {path} is not a checkout of KU-AGI/OSPO (it has no folder ospo); run: {CLONE}.")
+    root = _source.open_folder(path)
     checkout = Checkout(root, _source.git_commit(root) or "unknown")
     sources = [Source(root, file) for file in _train_files(root)]
     for part, method, argument in (
@@ -263,7 +257,7 @@ def open_checkout(path: Path) -> Checkout:
     _add(checkout, "pair selection", lambda: _functions(root, SELECT, "select_pair"))
     if not checkout.functions:
         reasons = "; ".join(dict.fromkeys(checkout.missing.values()))
-        raise UsageError(f"--reference: {path} has none of the functions to compare ({reasons}); run: {CLONE}.")
+        raise UsageError(f"--reference: {path} has none of the functions to compare ({reasons}); run: {_source.CLONE}.")
     used = {name.split(":")[0] for name in checkout.found.values()}
     named = {package for source in used for package in Source(root, root / source).imported}
     loaded = {"torch", "numpy", "skimage", "ospo", ""} | set(sys.stdlib_module_names)

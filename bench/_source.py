@@ -9,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent  # the checkout, or the package in which a wheel installs this folder
 INSTALLED = ROOT.name == "ospo_fast" and (ROOT / "__init__.py").is_file()
+CLONE = "git clone https://github.com/KU-AGI/OSPO"
 _PATH = str(ROOT.parent if INSTALLED else ROOT)
 if _PATH not in sys.path:  # every benchmark imports this module first, so the package need not be installed
     sys.path.insert(0, _PATH)
@@ -17,6 +18,18 @@ if _PATH not in sys.path:  # every benchmark imports this module first, so the p
 def results_folder() -> Path:
     """Return the folder of results where none is named: bench/results of a checkout, else ./bench-results."""
     return Path("bench-results") if INSTALLED else HERE / "results"
+
+
+def open_folder(path: Path) -> Path:
+    """Return the root of a checkout of KU-AGI/OSPO. Raises UsageError for a folder that is none."""
+    from ospo_fast.errors import UsageError
+
+    if not path.is_dir():
+        kind = "a file" if path.exists() else "not there"
+        raise UsageError(f"--reference: {path} is {kind}, expected the folder of a checkout; run: {CLONE}.")
+    if not (path / "ospo").is_dir():
+        raise UsageError(f"--reference: {path} is not a checkout of KU-AGI/OSPO (it has no folder ospo); run: {CLONE}.")
+    return path.resolve()
 
 
 def git_commit(root: Path) -> str | None:

@@ -140,8 +140,10 @@ def check(parser: Parser, options: argparse.Namespace) -> None:
         others = [name for name in options.only or ["--all or --ops"] if name not in SIZED]
         if others:
             parser.error(f"{given[0]}: {others[0]} has its own sizes; use it with --only {SIZED[0]} or --reference")
-    if options.reference is not None and options.case:
-        parser.error("--case: --reference has no cases; leave it out")
+    if options.reference is not None:
+        if options.case:
+            parser.error("--case: --reference has no cases; leave it out")
+        importlib.import_module("_source").open_folder(options.reference)
     if options.quick and given:
         parser.error(f"{given[0]}: --quick has its own sizes; leave one of them out")
     if options.quick and options.out is None:

@@ -344,9 +344,12 @@ def _report(args: argparse.Namespace) -> int:
     if not os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names and closed folders)
         raise UsageError(f"There is no run folder {folder}; make one with `ospo-fast run --out {folder}`.")
     from ospo_fast import restarts
-    from ospo_fast.report import write_report
+    from ospo_fast.report.load import refuse_empty
 
     restarts.finish_killed(folder)
+    refuse_empty(folder)
+    from ospo_fast.report import write_report  # imports torch
+
     page = write_report(folder)
     _show({"report": str(page)}, args.json, str(page))
     return 0

@@ -72,6 +72,7 @@ REFUSED = {
     "images --iteration 2": (2, "Iteration 2 starts from"),
     "perturb prompts.exclude=none.txt": (2, "Cannot read the prompt file none.txt"),
     "report nowhere": (2, "no run folder nowhere"),
+    "report .": (1, "'.' holds nothing to report"),
     "env images.top_k=1": (2, "env takes no settings"),
     "perturb": (2, "There is no prompts.jsonl"),
     "images": (2, "There is no perturb.jsonl"),

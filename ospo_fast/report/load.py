@@ -127,6 +127,14 @@ def load_run(root: Path) -> Run:
     )
 
 
+def refuse_empty(root: Path) -> None:
+    """Raise the OspoError of `load_run` for a folder without any file of a run; cheaper than the imports of a page."""
+    names = ("summary.json", "train/log.jsonl", "evaluation/gallery.jsonl")
+    has_files = any(os.path.lexists(root / name) for name in names)
+    if not has_files and not any(store_paths(root, stage.name) for stage in STAGES):
+        load_run(root)
+
+
 def find_file(root: Path, *paths: str) -> Path | Failure:
     """Return the first of the files that exists; see `locate`. The later ones are for run folders that were moved."""
     reasons = []

@@ -370,6 +370,17 @@ def test_the_command_shows_its_own_options(arguments: list[str], words: tuple[st
     assert all(word in " ".join(done.stdout.split()) for word in words)
 
 
+@pytest.mark.parametrize(("path", "message"), [("none", "is not there"), (".", "is not a checkout of KU-AGI/OSPO")])
+def test_a_wrong_checkout_is_refused_before_torch_is_imported(path: str, message: str, tmp_path: Path) -> None:
+    arguments = ["--reference", path, "--quick", "--out", "out"]
+    code = f"import sys, run; print(run.main({arguments}), 'torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(BENCH)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout == "2 False\n"
+    assert message in done.stderr
+
+
 def test_the_command_passes_its_exit_code() -> None:
     command = [sys.executable, "-m", "ospo_fast", "bench", "compare", "none", "none"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
