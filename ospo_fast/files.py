@@ -116,10 +116,10 @@ def no_link(path: Path) -> Path:
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """Read a regular file of 1 to `limit` (None: MAX_BYTES) bytes. Raises OSError or ValueError; see `reading`."""
     limit = MAX_BYTES if limit is None else limit
-    size = regular(path).stat().st_size
-    if not 0 < size <= limit:
-        raise ValueError(f"it has {size} bytes, expected 1 to {limit}")
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size  # of this file, and not of one that takes its place meanwhile
+        if not 0 < size <= limit:
+            raise ValueError(f"it has {size} bytes, expected 1 to {limit}")
         return file.read(size)
 
 
