@@ -33,12 +33,14 @@ from ospo_fast.config import MAX_ITERATIONS
 from ospo_fast.errors import OspoError, UsageError, check_text, printable
 from ospo_fast.records import check_creatable, os_errors, shown
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
+from ospo_fast.workers import PeerError
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.pipeline import Pipeline
     from ospo_fast.restarts import RunLock
+    from ospo_fast.workers import Workers
 
 # Import names of the packages of the extra `pipeline`.
 EXTRAS = (
@@ -158,19 +160,74 @@ def _settings(args: argparse.Namespace, *, saved: bool = True, origins: dict[str
 
 
 @contextlib.contextmanager
-def _using(args: argparse.Namespace) -> Iterator[tuple[Config, RunLock]]:
-    """Hold the lock of the run folder, from before its configuration is read, and return both."""
+def _using(args: argparse.Namespace, workers: Workers | None = None) -> Iterator[tuple[Config, RunLock]]:
+    """Hold the lock of the run folder, from before its configuration is read, and return both.
+
+    Of several workers, all come and have the same configuration.
+    """
     from ospo_fast import restarts
     from ospo_fast.config import load_config
 
     out = args.out or Path(load_config(args.settings, file=args.config).out)
     if not os.path.isdir(out):  # noqa: PTH112 (Path.is_dir raises for long names)
         check_creatable(out)
+    shared = getattr(args, "shard", None) is not None
     with contextlib.ExitStack() as stack:
-        with os_errors("read", out):
-            lock = stack.enter_context(restarts.RunLock.hold(out, shared=getattr(args, "shard", None) is not None))
-        restarts.finish_run(lock)
-        yield _settings(args), lock
+        if workers is not None:
+            stack.enter_context(workers.together())
+        with contextlib.nullcontext() if workers is None else workers.first():
+            with os_errors("read", out):
+                lock = stack.enter_context(restarts.RunLock.hold(out, shared=shared, workers=workers))
+            if workers is None or workers.is_first:
+                restarts.finish_run(lock)
+            config = _settings(args)
+        if workers is not None:
+            workers.agree(_facts(args, config), workers.gpu(config.device))
+        yield config, lock
+
+
+def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
+    """Return what all workers of a command must have in common."""
+    from ospo_fast.config import saved_values
+    from ospo_fast.models import find_model
+    from ospo_fast.stages import file_digest
+    from ospo_fast.versions import run_versions
+
+    facts: dict[str, object] = {"command": args.command, "--resume": args.resume}
+    facts["--iteration"] = getattr(args, "iteration", None)
+    for name, value in saved_values(config).items():
+        section = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        facts |= {key: inner for key, inner in section.items() if key != "out"}
+    for name, path in (("prompts.file", config.prompts.file), ("templates", config.templates)):
+        if path is not None and os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for long names)
+            facts[f"content of {name}"] = file_digest(path)
+    if (folder := find_model(config.model)) is not None:
+        facts["files of model"] = {
+            path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()
+        }
+    return facts | {f"version of {name}": version for name, version in run_versions().items()}
+
+
+def _workers() -> Workers | None:
+    """Return the workers that the environment describes, None for one process. Raises UsageError."""
+    from ospo_fast.workers import Workers
+
+    workers = Workers.from_environment()
+    if workers is not None:
+        for handler in logging.root.handlers:
+            handler.setFormatter(_Formatter(f"%(levelname)s: worker {workers.rank}: %(message)s"))
+    return workers
+
+
+def _refuse_workers(command: str) -> None:
+    """Raise UsageError if several workers start a command that one process does."""
+    from ospo_fast.workers import Workers
+
+    if (workers := Workers.from_environment()) is not None:
+        raise UsageError(
+            f"{command} is done by one process, and WORLD_SIZE is {workers.size}; start it without torchrun, or unset "
+            "RANK and WORLD_SIZE."
+        )
 
 
 def _silence_libraries() -> None:
@@ -198,12 +255,14 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pip
     shard = getattr(args, "shard", None)
     shard = None if shard is None else Shard.parse(shard)
     _check_count("--iteration", getattr(args, "iteration", 1), MAX_ITERATIONS)
-    with _using(args) as (config, lock):
+    workers = _workers()
+    with _using(args, workers) as (config, lock):
         evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
         options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
-        pipeline = Pipeline(config, shard=shard, lock=lock, **options)
+        pipeline = Pipeline(config, shard=shard, lock=lock, workers=workers, **options)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
-        exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
+        with contextlib.nullcontext() if workers is None else workers.first():
+            exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
         yield pipeline
 
 
@@ -229,9 +288,12 @@ def _throughput(throughput: dict[str, float] | None) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    show = None if args.json else lambda report: print(_line(report), flush=True)
     with _pipeline(args, STAGES) as pipeline:
+        quiet = args.json or not pipeline.speaks
+        show = None if quiet else lambda report: print(_line(report), flush=True)
         reports = [dataclasses.asdict(report) for report in pipeline.run(on_report=show)]
+    if not pipeline.speaks:
+        return 0
     _show({"out": pipeline.config.out, "stages": reports}, args.json, f"done: {pipeline.config.out}")
     return 0
 
@@ -240,13 +302,15 @@ def _stage(args: argparse.Namespace) -> int:
     stage = find_stage(args.command)
     with _pipeline(args, [stage]) as pipeline:
         report = pipeline.stage(stage.name, args.iteration)
-    _show(dataclasses.asdict(report), args.json, _line(report))
+    if pipeline.speaks:
+        _show(dataclasses.asdict(report), args.json, _line(report))
     # The command fails when every item does. A stage that counts steps raises an error where nothing could be done.
     nothing = report.failed >= report.items and (report.items or not report.total)
     return 1 if not stage.counts_steps and report.failed and nothing else 0
 
 
 def _demo(args: argparse.Namespace) -> int:
+    _refuse_workers("demo")
     args.out = args.out or Path("demo-out")
     with _using(args) as (config, lock):
         from ospo_fast.pipeline import Pipeline
@@ -266,6 +330,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    _refuse_workers("generate")
     if (args.operand is None) == (args.prompts_file is None):
         found = "neither" if args.operand is None else "both"
         raise UsageError(f"generate: got {found}, expected one prompt in quotes or --prompts FILE.")
@@ -315,6 +380,7 @@ def _check_prompts(model: UnifiedModel, prompts: Sequence[tuple[int, str]], file
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    _refuse_workers("evaluate")
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
     from ospo_fast.records import check_writable, write_json
@@ -338,6 +404,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    _refuse_workers("report")
     if args.operand == "":
         raise UsageError("report: got '' for FOLDER, expected a run folder; leave it out for --out.")
     folder = Path(check_text("FOLDER", args.operand) if args.operand else args.out or DEFAULT_OUT)
@@ -618,7 +685,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _silence_libraries()
             return _COMMANDS[args.command].run(args)
     except (Exception, KeyboardInterrupt) as raised:
-        stopped = bool(came) and not isinstance(raised, KeyboardInterrupt)
+        stopped = bool(came) and not isinstance(raised, KeyboardInterrupt | PeerError)
         error = _Stopped(came[0]) if stopped else raised
         if "--debug" in given:
             raise error from (raised if stopped else raised.__cause__)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,11 +28,13 @@ from ospo_fast.files import no_link
 from ospo_fast.models.vocabulary import UnloadedModel
 from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
+    LockedError,
     Record,
     Store,
     discard,
     edited_text,
     lock_of,
+    merge_stores,
     only_writer,
     os_errors,
     read_json,
@@ -43,10 +47,12 @@ from ospo_fast.records import (
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
 from ospo_fast.versions import run_versions
+from ospo_fast.work_sharing import SharedWork, divide
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.stages.train import Evaluation
+    from ospo_fast.workers import Workers
 
 __all__ = ["Pipeline", "Shard", "StageReport", "read_stage", "stage_metrics", "store_path", "store_paths"]
 
@@ -190,6 +196,8 @@ class Pipeline:
         evaluation: called during training; see `ospo_fast.stages.train.train`.
         model: a loaded model, for iteration 1.
         lock: that of the run folder, if the caller holds it.
+        workers: the processes that run the same calls together, in their block `together`. Each of them makes a part
+            of the items, and all of them train; see `ospo_fast.workers`.
 
     """
 
@@ -203,8 +211,18 @@ class Pipeline:
         evaluation: Evaluation | None = None,
         model: UnifiedModel | None = None,
         lock: restarts.RunLock | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.config, self.resume, self.shard, self.progress = config, resume, shard, progress
+        self.workers, self._shared = workers, cast("SharedWork | None", None)
+        if workers is not None:
+            if shard is not None:
+                raise UsageError(
+                    f"--shard: got {shard.index}/{shard.count} in one of {workers.size} workers (WORLD_SIZE), which "
+                    "divide the items by themselves; leave it out."
+                )
+            self.resume = resume or workers.restarted  # what the start before it has made is kept
+            self.progress = progress and workers.is_first
         self.evaluation = evaluation
         self._later: Sequence[str] = ()  # in a run, the stages after the present one
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
@@ -220,12 +238,36 @@ class Pipeline:
         out = self.folder()
         with contextlib.ExitStack() as stack:
             with os_errors("use", out):  # and not around what the caller does
-                lock = stack.enter_context(restarts.RunLock.hold(out, shared=self.shard is not None))
+                shared = self.shard is not None
+                lock = stack.enter_context(restarts.RunLock.hold(out, shared=shared, workers=self.workers))
             self._lock = lock
             try:
                 yield lock
             finally:
-                self._lock = None
+                self._lock = self._shared = None
+
+    def _gather(self, begin: Callable[[], object]) -> None:
+        """Let all workers hold the lock of the run folder, once. The first of them does `begin` before that, alone.
+
+        From then on all of them continue what is there.
+        """
+        if self.workers is None or self._shared is not None:
+            return
+        assert self._lock is not None
+        with self.workers.first():
+            if self.workers.is_first:
+                self._lock.begin()
+                begin()
+        self._shared = self._lock.share(self.workers)
+        self.resume = True
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Let one worker at a time do the block."""
+        return contextlib.nullcontext() if self._shared is None else self._shared.gate()
+
+    def _exclusive(self, out: Path, stages: Sequence[Stage]) -> contextlib.AbstractContextManager[None]:
+        """Hold the locks of what starts over; see `restarts.exclusive`. Workers have the folder for themselves."""
+        return contextlib.nullcontext() if self._shared else restarts.exclusive(out, stages, self.shard)
 
     def _take_lock(self, stage: Stage | None = None, out: Path | None = None) -> None:
         """Hold the lock of the run folder, and of what a shard of a stage writes in `out`, before the first write."""
@@ -256,7 +298,8 @@ class Pipeline:
         name = self.model_name(iteration)
         if name not in self._models:
             self._models.clear()
-            self._models[name] = load_model(name, device=self.config.device, dtype=self.config.dtype)
+            device = self.config.device if self.workers is None else self.workers.device(self.config.device)
+            self._models[name] = load_model(name, device=device, dtype=self.config.dtype)
         self._check_layers(self._models[name])
         return self._models[name]
 
@@ -326,6 +369,13 @@ class Pipeline:
             over = self.check_run(names)
             if over:  # which deletes what an earlier such run has made
                 self.prepare(stages=names)
+            elif self.workers is not None and not self.resume and restarts.made_by_run(self.folder()):
+                raise UsageError(
+                    f"Several workers start one stage over, or the whole run, and not {', '.join(names)}; start over "
+                    "stage by stage."
+                )
+            resume, folder = self.resume, restarts.folder(self.folder())
+            self._gather(lambda: None if resume else discard(folder))
             return self._start_over(names, on_report) if over else self._stages(names, on_report)
 
     def check_run(self, names: Sequence[str]) -> bool:
@@ -377,7 +427,7 @@ class Pipeline:
         """Run all stages in a folder of its own, and let its files replace the old ones when they are whole."""
         out = self.folder()
         work = restarts.folder(out)
-        with restarts.exclusive(out, STAGES):
+        with self._exclusive(out, STAGES):
             self._take_lock()
             sweep_temporary_files(out)
             if not self.resume:
@@ -386,7 +436,9 @@ class Pipeline:
             inner = copy.copy(self)
             inner.config, inner.resume, inner._outer = dataclasses.replace(self.config, out=str(work)), True, self
             reports = inner._stages(names, on_report)
-            restarts.put_in_place(work, out, out)
+            with self._alone():
+                if self._shared is None or work.exists():  # else another worker has done it
+                    restarts.put_in_place(work, out, out)
         model = self._models.pop(str(inner._trained(self.config.iterations)), None)
         if model is not None:
             self._keep_trained(model, self.config.iterations)
@@ -434,6 +486,7 @@ class Pipeline:
                 restarts.finish(lock, folder)
             work = restarts.folder(out, stage, self.shard)
             config, settings = self._check(stage, iteration)
+            self._gather(lambda: self._begin_over(stage, out, settings))
             self._sweep(stage, out)
             report = StageReport(name, iteration)
             if not stage.enabled(config):
@@ -442,7 +495,7 @@ class Pipeline:
             if not self._starts_over(stage, out, settings):
                 process(stage, out, out, config, settings, report)
                 return report
-            with restarts.exclusive(out, self._replaced(stage), self.shard):
+            with self._exclusive(out, self._replaced(stage)):
                 existed = work.exists()
                 try:
                     whole = process(stage, out, work, config, settings, report)
@@ -451,10 +504,21 @@ class Pipeline:
                         restarts.delete_if_empty(work)
                 if whole:
                     self._take_lock(stage, out)
-                    restarts.put_in_place(work, out, self.folder(), lambda: self._check_shard(stage, out, settings))
+                    with self._alone():
+                        if self._shared is None or work.exists():  # else another worker has done it
+                            check = functools.partial(self._check_shard, stage, out, settings)
+                            restarts.put_in_place(work, out, self.folder(), check)
                     if self.shard and stage.finish is not None:  # of all shards
                         stage.finish(out, read_stage(out, name, lambda error: None))
         return report
+
+    def _begin_over(self, stage: Stage, out: Path, settings: dict[str, Any]) -> None:
+        """Begin to start a stage over, so that a call with `resume=True` continues."""
+        if not self.resume and self._starts_over(stage, out, settings):
+            with restarts.exclusive(out, self._replaced(stage)):
+                work = restarts.folder(out, stage)
+                discard(work)
+                self._begin(work, stage, settings, out, {})
 
     def _sweep(self, stage: Stage, out: Path) -> None:
         """Delete what a killed process left, also of a stage that has nothing left to do."""
@@ -593,8 +657,11 @@ class Pipeline:
             if present and not complete:
                 self._check_written_once(stage, work, config)
         report.total, report.failed = len(present), len(unusable)
-        failed = list(map(str, unusable))
+        failed = list(map(str, unusable)) if self.speaks else []
         if complete and not _shard_paths(work, name):
+            if self._shared is not None:
+                self._meet(lambda: None)
+                self._shared.meet()
             if stage.finish is not None and self._lock is not None and self._lock.writes:
                 self._take_lock()
                 stage.finish(work, list(present.values()))
@@ -604,12 +671,26 @@ class Pipeline:
         self._check_model(config, report.iteration, self._later if complete else [name, *self._later])
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
+        order = [r["item_id"] for r in found] if source else []
+        if source is None and (model is not None or _shard_paths(work, name)):
+            order = stage.order(model or self.model(report.iteration), config)
+        if self._shared is not None:
+            self._begin(work, stage, settings, out, {})
+            self._share(stage, found if source else [], present, again, failed, report, config, out=out, work=work)
+            self._meet(lambda: self._merge(stage, work, order))
+            _warn(name, failed, report.items + len(unusable))
+            self._sum_up(work, report)
+            self._shared.meet()
+            return True
         self._take_lock(stage, out)
         if self.shard and _inodes([place]) != own:
             raise OspoError(f"Another process has just written {place}; run the command again.")
         if fresh:
             discard(work)
         context, rest = self._context(report, writes=work), not complete and (source is None or bool(waiting))
+        if self.shard is None:
+            _merge_shards(work, name, order)
+        made: list[str] = []
         with Store(place, on_error=lambda error: None) as store:
             if not present.keys() >= set(store):
                 raise OspoError(f"Another process has just written to {store.path}; run the command again.")
@@ -619,8 +700,6 @@ class Pipeline:
                 if store.path.stat().st_size == 0:
                     store.path.unlink()
                 raise
-            if self.shard is None:
-                _merge_shards(store, work, name)
             before = len(store)
             with self._measured(work, report), self._bar(stage, total) as bar:
                 bar.update(len(present))
@@ -629,6 +708,7 @@ class Pipeline:
                         self._make_again(stage, again, present, model, config, context, out=out, work=work)
                     for record in stage.run(waiting, model, config, out, context) if rest else []:
                         store.append(record)
+                        made.append(record["item_id"])
                         bar.update(1)
                         if (failure := stage.failure(record)) is not None:
                             failed.append(f"{record['item_id']}: {failure}")
@@ -638,8 +718,115 @@ class Pipeline:
                 self._mark_complete(work, name)
             if stage.finish is not None:
                 stage.finish(work, read_stage(work, name, lambda error: None))
+        if self.shard is None and made:
+            known = set(order)
+            if [item_id for item_id in (*present, *made) if item_id in known] != [i for i in order if i in known]:
+                merge_stores(place, [], order)  # an earlier call, of shards or workers, left gaps
         _warn(name, failed, report.items + len(unusable))
         return True
+
+    # ------------------------------------------------------------------ several workers
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process says what all workers see."""
+        return self.workers is None or self.workers.is_first
+
+    def _meet(self, once: Callable[[], object]) -> None:
+        """Wait for the other workers that live, let one of them do `once`, and wait until it is done."""
+        assert self._shared is not None
+        self._shared.meet()
+        with self._shared.gate():
+            once()
+        self._shared.meet()
+
+    def _share(
+        self,
+        stage: Stage,
+        inputs: Sequence[Record],
+        present: Mapping[str, Record],
+        again: Sequence[Record],
+        failed: list[str],
+        report: StageReport,
+        config: Config,
+        *,
+        out: Path,
+        work: Path,
+    ) -> None:
+        """Do the parts of a stage together with the other workers, each part in a store of its own.
+
+        inputs: all of them; empty for the first stage. again: those whose files are made again.
+        """
+        shared, key, first = self._shared, f"{report.iteration}.{stage.name}", stage.inputs(config) is None
+        assert shared is not None
+        parts = divide(inputs, itemgetter("item_id"), shared.workers.size)
+        lost = {record["item_id"] for record in again}
+
+        def do(part: Shard) -> bool:
+            own = parts[part.index]
+            with contextlib.ExitStack() as stack:
+                with shared.gate():
+                    if shared.is_done(key, part):
+                        return True
+                    try:
+                        place = store_path(work, stage.name, part)
+                        store = stack.enter_context(Store(place, on_error=lambda error: None))
+                    except LockedError:
+                        return False
+                shard = part if first and stage.divisible(config) else None
+                context = self._context(report, writes=work, inputs=inputs)
+                context = dataclasses.replace(context, shard=shard)
+                remade = [record for record in own if record["item_id"] in lost]
+                waiting = [r for r in own if r["item_id"] not in present and r["item_id"] not in store]
+                busy = bool(remade or waiting)
+                if first:  # its inputs are what it has made before
+                    waiting = list({**present, **_read_stores([place], lambda error: None)}.values())
+                    busy = shard is not None or part.index == 0
+                model = self.model(report.iteration) if busy and stage.needs_model(config) else None
+                bar.update(len(own) - len(waiting))
+                if remade:
+                    self._make_again(stage, remade, present, model, config, context, out=out, work=work)
+                for record in stage.run(waiting, model, config, out, context) if busy else []:
+                    store.append(record)
+                    report.items += 1
+                    bar.update(1)
+                    if (failure := stage.failure(record)) is not None:
+                        failed.append(f"{record['item_id']}: {failure}")
+                shared.mark_done(key, part)
+            return True
+
+        total = len(parts[shared.workers.rank])
+        with self._measured(work, report), self._bar(stage, total) as bar:
+            try:
+                shared.do_parts(key, do)
+            finally:
+                report.failed = len(failed)
+
+    def _merge(self, stage: Stage, work: Path, order: Sequence[str]) -> None:
+        """Merge the parts of a stage, once all are done and no worker writes one. Nothing is left for a second call."""
+        if not _shard_paths(work, stage.name):
+            return
+        if stage.inputs(self.config) is None:
+            if not _read_stores(store_paths(work, stage.name), lambda error: None):
+                raise OspoError("The model wrote no prompt that could be used, of any kind; see the warnings above.")
+            self._mark_complete(work, stage.name)
+        _merge_shards(work, stage.name, order)
+        if stage.finish is not None:
+            stage.finish(work, read_stage(work, stage.name, lambda error: None))
+
+    def _sum_up(self, work: Path, report: StageReport) -> None:
+        """Give the report of this worker the numbers of all."""
+        assert self._shared is not None
+        rows = [
+            row
+            for row in read_json(work / "stages.json", [])
+            if isinstance(row, dict)
+            and (row.get("launch"), row.get("stage"), row.get("iteration"))
+            == (self._shared.workers.launch, report.stage, report.iteration)
+        ]
+        report.items, report.failed = (sum(row[name] for row in rows) for name in ("items", "failed"))
+        with no_link(store_path(work, report.stage)).open("rb") as file:
+            report.total = sum(1 for _ in file)
 
     def _steps(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
@@ -668,6 +855,8 @@ class Pipeline:
                 )
             report.total = done["step"]
             report.kept = done["kept"] if isinstance(done.get("kept"), dict) else None
+            if self._shared is not None:
+                self._shared.meet()
             return True
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         self._check_files(stage, out, config, records)
@@ -680,8 +869,10 @@ class Pipeline:
         self._take_lock()
         if fresh:
             discard(work)
-        with only_writer(folder):
-            self._begin(work, stage, settings, out, {})
+        writer = only_writer(folder) if self.speaks else contextlib.nullcontext()
+        with self._training_together(model, report.iteration), writer:
+            if self.speaks:
+                self._begin(work, stage, settings, out, {})
             with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
                 context = self._context(
                     report,
@@ -697,7 +888,15 @@ class Pipeline:
                 finally:
                     self._models.clear()  # the weights are no longer those of the name that they were loaded by
         self._keep_trained(model, report.iteration)
+        if self._shared is not None:
+            self._shared.meet()
         return True
+
+    def _training_together(self, model: UnifiedModel, iteration: int) -> contextlib.AbstractContextManager[None]:
+        """Hold the process group of all workers, to train."""
+        if self._shared is None:
+            return contextlib.nullcontext()
+        return self._shared.workers.process_group(model.device.type, f"train.{iteration}")
 
     def _keep_trained(self, model: UnifiedModel, iteration: int) -> None:
         """Keep a model in memory that has the weights of an iteration, under the name that these are saved by."""
@@ -844,11 +1043,14 @@ class Pipeline:
         finally:
             report.seconds = time.perf_counter() - started
             report.peak_mb, report.cuda_peak_mb = memory.mb, memory.cuda_mb
-            if report.items:
+            if report.items and (self.speaks or not find_stage(report.stage).counts_steps):
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)
                 entry["versions"] = run_versions()
                 del entry["total"]
+                if self._shared is not None:
+                    workers = self._shared.workers
+                    entry |= {"workers": workers.size, "worker": workers.rank, "launch": workers.launch}
                 for optional in ("cuda_peak_mb", "drawing", "kept"):
                     if entry[optional] is None:
                         del entry[optional]
@@ -929,10 +1131,12 @@ def _result_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _merge_shards(store: Store, out: Path, stage: str) -> None:
-    """Move the records of shards into the stage's store. Raises OspoError while a shard is still being written."""
-    for path in _shard_paths(out, stage):
-        with Store(path):
-            store.extend(record for record in read_records(path) if record["item_id"] not in store)
+def _merge_shards(out: Path, stage: str, order: Sequence[str]) -> None:
+    """Move the records of shards into the stage's store, which is brought to this order of ids.
+
+    Raises OspoError while a shard is still being written.
+    """
+    if paths := _shard_paths(out, stage):
+        merge_stores(store_path(out, stage), paths, order)
+        for path in paths:
             lock_of(path).unlink(missing_ok=True)  # no shard runs: this process has the run folder for itself
-            path.unlink()

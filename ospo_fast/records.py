@@ -26,7 +26,7 @@ import re
 import reprlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TypedDict, TypeVar, cast
@@ -756,6 +756,57 @@ def read_records(
             yield from_official(value)
 
 
+def merge_stores(place: Path, parts: Sequence[Path], order: Sequence[str]) -> None:
+    """Move the records of further stores to the store `place`, and bring it to the order of these ids.
+
+    The lines stay as they are, byte by byte. Of an item that several stores hold the first line counts. Items that are
+    not in `order` come last. A store with a line that is no record keeps its order and gets the others at its end.
+    A process that is killed leaves either all stores as they were, or the merged one.
+
+    Raises:
+        OspoError: a line of a part is no record, or a store is being written.
+
+    """
+    with contextlib.ExitStack() as stack:
+        for path in (place, *parts):
+            stack.enter_context(Store(path, on_error=lambda error: None))  # which removes torn lines
+        broken: list[OspoError] = []
+        lines = dict(_identified_lines(place, broken.append))
+        old = place.read_bytes()
+        found: dict[str, bytes] = {}
+        for path in parts:
+            found.update((name, line) for name, line in _identified_lines(path) if name not in lines | found)
+        if broken:
+            data = b"".join([old, *(found[name] for name in _ordered(found, order))])
+        else:
+            lines |= found
+            data = b"".join(lines[name] for name in _ordered(lines, order))
+        if data != old:
+            write_atomic(place, data)
+        for path in parts:
+            path.unlink()
+
+
+def _ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    place = {name: number for number, name in enumerate(order)}
+    return sorted(names, key=lambda name: place.get(name, len(place)))
+
+
+def _identified_lines(path: Path, on_error: Callable[[OspoError], object] | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yield (item_id, line) of the records of a JSONL store; see `read_records`."""
+    with os_errors("read", path), regular(path).open("rb") as file:
+        lines = [(where, line) for where, line in _read_lines(file, path)]
+    for where, line in lines:
+        try:
+            name = _check_encodable(validate(_parse_line(line, where), where), where)["item_id"]
+        except OspoError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        yield name, line if line.endswith(b"\n") else line + b"\n"
+
+
 def _is_array(file: BinaryIO) -> bool:
     """Return whether the first character of a file, apart from spaces and a byte-order mark, opens a JSON array."""
     blocks = iter(lambda: file.read(4096), b"")
@@ -803,12 +854,16 @@ def open_to_lock(path: Path, flags: int = 0) -> int:
         return os.open(path, os.O_RDONLY | flags & ~os.O_CREAT)
 
 
+class LockedError(OspoError):
+    """Another process writes a file."""
+
+
 def _lock(file: IO[Any] | int, path: Path, *, wait: bool = False) -> None:
     """Lock an open file, which is that of `path`. Raises OspoError if it cannot, or would wait without `wait`."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
-        raise OspoError(
+        raise LockedError(
             f"{path} is being written by another process; wait for it, or give this one another --out."
         ) from error
     except OSError as error:

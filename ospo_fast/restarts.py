@@ -9,19 +9,23 @@ written leaves the old files as they were. After that, the next command puts the
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import fcntl
+import json
 import os
 import random
 import re
+import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import OspoError
-from ospo_fast.files import no_link
+from ospo_fast.files import no_link, read_bytes
 from ospo_fast.records import (
     delete,
     discard,
@@ -32,6 +36,7 @@ from ospo_fast.records import (
     only_writer,
     open_to_lock,
     os_errors,
+    parse_json,
     read_json,
     remember_lock,
     sync_folder,
@@ -39,6 +44,10 @@ from ospo_fast.records import (
     write_json,
 )  # fmt: skip
 from ospo_fast.stages import STAGES, Shard, Stage, find_stage
+from ospo_fast.work_sharing import SharedWork
+
+if TYPE_CHECKING:
+    from ospo_fast.workers import Workers
 
 PREFIX = ".restart"
 _LIST = ".whole.json"
@@ -115,13 +124,16 @@ class InUseError(OspoError):
 class RunLock:
     """The lock of a run folder and its iterations: one process alone holds it, or those of shards together.
 
+    The workers of one launch (`ospo_fast.workers`) hold it together too, once the first of them has held it alone; see
+    `share`. The file says who holds it.
+
     It is held from before the first check of a command to its end, so that nothing changes that was checked or read.
     Where there is none, `begin` makes it before the first write, because a refused command leaves no trace, and finds
     out whether anything has changed until then. A folder that cannot be written is read under a shared lock.
     """
 
-    def __init__(self, out: Path, *, shared: bool) -> None:
-        self.out = out
+    def __init__(self, out: Path, *, shared: bool, workers: Workers | None = None) -> None:
+        self.out, self._workers, self._launch = out, workers, ""
         place = Path(os.path.realpath(out))  # an iteration by any path has the lock of its run
         of_run = _is_iteration(place) and all((place.parent / name).is_file() for name in _OF_RUN)
         self.run_folder = place.parent if of_run else out
@@ -134,12 +146,16 @@ class RunLock:
 
     @classmethod
     @contextlib.contextmanager
-    def hold(cls, out: Path, *, shared: bool) -> Iterator[RunLock]:
-        """Hold the lock of a run folder in the block. Raises OspoError if another process holds it."""
-        lock = cls(out, shared=shared)
+    def hold(cls, out: Path, *, shared: bool, workers: Workers | None = None) -> Iterator[RunLock]:
+        """Hold the lock of a run folder in the block. Raises OspoError if another process holds it.
+
+        Of several workers the first alone holds it, until `share`.
+        """
+        lock = cls(out, shared=shared, workers=workers)
         try:
             try:
-                lock._take(0)
+                if workers is None or workers.is_first:
+                    lock._take(0)
             except (FileNotFoundError, NotADirectoryError):
                 lock._before = _state(lock.run_folder)
             except OSError as error:
@@ -173,10 +189,41 @@ class RunLock:
         if not self.shared and _state(self.run_folder) != self._before:
             raise OspoError(f"Another process has just written to {self.out}; run the command again.")
 
+    def share(self, workers: Workers) -> SharedWork:
+        """Hold the lock together with the other workers; all of them call this. Raises OspoError if they cannot."""
+        with workers.first():
+            if workers.is_first:
+                self.begin()
+                self._launch = workers.launch
+                self._sign()
+                fcntl.flock(self._handle, fcntl.LOCK_SH)
+            else:
+                self._join(workers)
+            self.shared = True
+        return self._of_stores.enter_context(SharedWork(self.run_folder, workers).held())
+
+    def _join(self, workers: Workers) -> None:
+        self.shared, self._launch = True, workers.launch
+        held = False
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            held = _is_held(self._path)  # by worker 0
+            self._take(0)
+        if self._handle < 0 or _owner(self._path).get("launch") != workers.launch:
+            raise OspoError(
+                f"{self.out}: worker {workers.rank} on {socket.gethostname()} does not see the files of worker 0 "
+                "there; give a run folder on a file system that all workers have in common with --out."
+            )
+        if not held:
+            raise OspoError(
+                f"{self.out}: its file system does not show the file locks (flock) of other machines, without which "
+                "workers overwrite each other's files; use another file system, or mount it with locks."
+            )
+
     def _take(self, flags: int) -> None:
         self._handle = open_to_lock(self._path, flags)
         try:
             self._wait(fcntl.LOCK_SH) if self.shared else self._lock(fcntl.LOCK_EX)
+            self._sign()
             remember_lock(self._handle)
         except BaseException:  # a signal, too
             os.close(self._handle)
@@ -189,9 +236,51 @@ class RunLock:
         if self._handle >= 0:
             forget_lock(self._handle)
             with contextlib.suppress(OSError):
+                if _owner(self._path).get("process") == os.getpid():  # a refused command leaves no trace
+                    os.ftruncate(self._handle, 0)
+            with contextlib.suppress(OSError):
                 fcntl.flock(self._handle, fcntl.LOCK_UN)  # of forked processes, too, which have the same open file
             os.close(self._handle)
             self._handle = -1
+
+    def _sign(self) -> None:
+        """Write who holds the lock to its file; of processes that share it, the newest.
+
+        Raises InUseError if a shard has got the lock that the workers of a launch share.
+        """
+        if self.shared and not self._launch and "launch" in _owner(self._path) and not self._is_alone():
+            raise InUseError(self._in_use())
+        if self.shared and self._launch:
+            return  # the first worker has signed for all
+        command = Path(sys.argv[0]).name
+        if command in ("ospo-fast", "__main__.py"):
+            command = " ".join(["ospo-fast", *sys.argv[1:2]])
+        owner = {"command": command, "process": os.getpid(), "host": socket.gethostname()}
+        owner["since"] = dt.datetime.now().astimezone().isoformat(" ", "seconds")
+        if self._launch:
+            owner["launch"] = self._launch
+        with contextlib.suppress(OSError):  # of a folder that can only be read
+            data = json.dumps(owner).encode()
+            os.pwrite(self._handle, data, 0)
+            os.ftruncate(self._handle, len(data))
+
+    def _is_alone(self) -> bool:
+        """Return whether no other process shares the lock."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            fcntl.flock(self._handle, fcntl.LOCK_SH)
+        return True
+
+    def _in_use(self) -> str:
+        owner = _owner(self._path)
+        names = ("command", "process", "host", "since")
+        who = "" if not all(name in owner for name in names) else (
+            f" ({owner['command']}, process {owner['process']} on {owner['host']}, since {owner['since']})"
+        )  # fmt: skip
+        return f"{self.out} is in use by another process{who}; wait for it, or give this one another --out."
 
     def _lock(self, how: int) -> None:
         try:
@@ -199,9 +288,7 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
                 raise OspoError(f"Cannot lock {self._path}: {error.strerror}.") from error
-            raise InUseError(
-                f"{self.out} is in use by another process; wait for it, or give this one another --out."
-            ) from error
+            raise InUseError(self._in_use()) from error
 
     def _wait(self, how: int, needed: Callable[[], bool] = lambda: True) -> None:
         """Lock, after waiting some seconds for shards that finish what was killed, unless it is not needed any more."""
@@ -222,6 +309,10 @@ class RunLock:
         if not self.shared:
             yield
             return
+        if self._launch:
+            with one_shard(self.run_folder):  # no process but the workers has the folder
+                yield
+            return
         try:
             self._wait(fcntl.LOCK_EX, needed)
             yield
@@ -231,6 +322,27 @@ class RunLock:
             except OspoError:
                 self._release()
                 raise
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Return what the file of a lock says of who holds it, as far as it can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = parse_json(read_bytes(path, 4096))
+        if isinstance(found, dict) and all(isinstance(value, str | int) for value in found.values()):
+            return found
+    return {}
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether another open file holds the lock, alone or with others. Raises OSError."""
+    handle = open_to_lock(path)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _state(out: Path) -> dict[Path, object]:

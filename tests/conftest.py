@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import sys
 import time
 import types
 from collections.abc import Callable, Generator, Iterator
@@ -182,10 +183,20 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def scripted() -> types.ModuleType:
     """Load tests/scripted.py: a tiny model whose texts and answers follow a script."""
-    spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
+    return _load("scripted")
+
+
+@pytest.fixture(scope="session")
+def forked() -> types.ModuleType:
+    """Load tests/forked.py, which starts workers."""
+    return _load("forked")
+
+
+def _load(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -167,7 +167,8 @@ def test_nothing_starts_over_while_a_stage_has_read_its_inputs(tiny, script, out
     def during(self, *arguments):
         if not refused:
             with pytest.raises(
-                OspoError, match=r"out is in use by another process; wait for it, or give this one"
+                OspoError,
+                match=r"out is in use by another process \(.*, process \d+ on .*\); wait for it, or give",
             ) as e:
                 pipeline(tiny, out, "images.temperature=0.5", resume=False).stage("images")
             refused.append(str(e.value))
@@ -429,7 +430,7 @@ def during(patch, owner, name, call):
 
 
 def refused(call):
-    with pytest.raises(OspoError, match="is in use by another process; wait for it, or give this one another --out"):
+    with pytest.raises(OspoError, match=r"is in use by another process.*; wait for it, or give this one another --out"):
         call()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,6 +73,7 @@ class StageContext:
 
     report: StageReport = field(default_factory=lambda: StageReport(""))  # filled in where the stage knows more
     shard: Shard | None = None  # the part of the items to process; None: all of them
+    inputs: Sequence[Record] | None = None  # of several workers: all items, of which the records are a part
     remake: bool = False  # the records exist, and only files of them that were deleted are made again
     resume: bool = True  # continue from files of an earlier call; False: start over
     writes: Path | None = None  # the folder to write to where it is not the run folder: of a stage that starts over
@@ -103,6 +104,9 @@ class Stage:
     needs_model: Callable[[Config], bool] = lambda config: True
     # Of the first stage: check a request before anything is written, and return the expected number of items.
     plan: Callable[[UnifiedModel, Config, Shard | None], int] = lambda model, config, shard: 0
+    # Of the first stage: the ids of its items in the order in which one process makes them, as far as they are known.
+    order: Callable[[UnifiedModel, Config], list[str]] = lambda model, config: []
+    divisible: Callable[[Config], bool] = lambda config: True  # of the first stage: several workers can divide it
     # Change the settings that identify its results, see `result_settings`.
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
     # Raise UsageError for settings that the stage cannot run with, as far as they are known without model and records.
@@ -159,6 +163,12 @@ def _plan_prompts(model: UnifiedModel, config: Config, shard: Shard | None) -> i
     from ospo_fast.stages.prompts import plan_counts
 
     return sum(plan_counts(model, config, shard).values())
+
+
+def _order_prompts(model: UnifiedModel, config: Config) -> list[str]:
+    from ospo_fast.stages.prompts import item_order
+
+    return item_order(model, config)
 
 
 def _prompts_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +262,8 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always(None),
         options=("prompts",),
         plan=_plan_prompts,
+        order=_order_prompts,
+        divisible=lambda config: config.prompts.file is None,  # a file is read at once
         edit_settings=_prompts_settings,
         check=_check_prompts,
     ),

@@ -227,7 +227,7 @@ def run(
         results = iter(())  # a search of layers would find nothing to search on
     else:
         # A layer that one shard selected would depend on which of them came first.
-        searched = items if context.shard is None else []
+        searched = context.inputs if context.inputs is not None else items if context.shard is None else []
         extractor = build_extractor(config.masks, iter_pairs(searched), model, out, config.read_from, target)
         results = _compute_masks(items, model, extractor, out, config.read_from, target)
     for record in items:

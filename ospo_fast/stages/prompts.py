@@ -7,6 +7,7 @@ so that an interrupted run resumes with the same prompts.
 
 from __future__ import annotations
 
+import heapq
 import logging
 import random
 import re
@@ -117,8 +118,26 @@ def plan_counts(model: UnifiedModel, config: Config, shard: Shard | None = None)
     if config.prompts.file_kind is not None:  # it has no effect, but a wrong word is a mistake
         _check_kind("prompts.file_kind", config.prompts.file_kind, templates)
     counts = _all_counts(templates, config)
-    kinds = list(counts) if shard is None else list(counts)[shard.index :: shard.count]
-    return {kind: counts[kind] for kind in kinds}
+    return counts if shard is None else _divide_kinds(counts, shard.count)[shard.index]
+
+
+def _divide_kinds(counts: dict[str, int], parts: int) -> list[dict[str, int]]:
+    """Divide the kinds into parts of nearly the same number of prompts: the largest kinds first."""
+    found: list[list[str]] = [[] for _ in range(parts)]
+    sizes = [(0, number) for number in range(parts)]
+    for kind in sorted(counts, key=lambda kind: -counts[kind]):
+        size, number = heapq.heappop(sizes)
+        found[number].append(kind)
+        heapq.heappush(sizes, (size + counts[kind], number))
+    return [{kind: counts[kind] for kind in counts if kind in kinds} for kinds in found]
+
+
+def item_order(model: UnifiedModel, config: Config) -> list[str]:
+    """Return the ids of the items in the order in which one process makes them; none for prompts of a file."""
+    if config.prompts.file is not None:
+        return []
+    templates = load_model_templates(model, config)
+    return [item_id for kind in _all_counts(templates, config) for item_id in _ids(templates, config, kind)]
 
 
 def _all_counts(templates: TemplateSet, config: Config) -> dict[str, int]:
@@ -183,7 +202,7 @@ def run(
                 "%s: %d of %d prompts; stopped after %d calls without a new one",
                 kind, len(accepted), count, config.prompts.patience,
             )  # fmt: skip
-    if not total:
+    if not total and not (context and context.inputs is not None):  # other workers have other kinds
         reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3)) or "none was requested"
         raise OspoError(f"The model wrote no prompt that could be used: {reasons}.")
 

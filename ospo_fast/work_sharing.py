@@ -1,0 +1,170 @@
+"""What the workers of one launch take, do and have done, in their run folder; see `ospo_fast.workers`.
+
+The items of a stage are divided into as many parts as there are workers. A worker does its own part first. It holds
+the lock of the store of a part as long as it works on it, so that the part of a process that has ended is free at once
+(of a machine that has ended, as soon as the file system gives its locks back), and another worker takes it over. A part
+that is done is marked in `.workers.json`. Each worker holds the lock of a file of its own as long as it lives, so that
+none waits for one that has ended.
+
+No clock is read: a lock is held or it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.records import (
+    LockedError,
+    lock_of,
+    locked,
+    only_writer,
+    open_to_lock,
+    read_json,
+    stable_hash,
+    update_json,
+)
+from ospo_fast.stages import Shard
+from ospo_fast.workers import Workers
+
+T = TypeVar("T")
+
+_MARKS = ".workers.json"
+_PATIENCE = 5.0  # seconds that a worker waits for its own lock, which others look at
+
+
+def divide(items: Sequence[T], name: Callable[[T], str], count: int) -> list[list[T]]:
+    """Divide items by the hash of their names into `count` parts, whose sizes differ by one at most; in order."""
+    ranked = sorted(range(len(items)), key=lambda n: (stable_hash("part", name(items[n])), name(items[n])))
+    parts: list[list[int]] = [sorted(ranked[number::count]) for number in range(count)]
+    return [[items[n] for n in part] for part in parts]
+
+
+class SharedWork:
+    """The marks and locks of a worker in the run folder `out`; see `held`."""
+
+    def __init__(self, out: Path, workers: Workers) -> None:
+        self.out, self.workers = out, workers
+        self._step = 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[SharedWork]:
+        """Hold the lock of this worker in the block. Raises UsageError if another process is the same worker."""
+        workers, end = self.workers, time.monotonic() + _PATIENCE
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(only_writer(self._worker(workers.rank)))
+                    break
+                except LockedError:
+                    if time.monotonic() > end:
+                        taken = f"RANK: got {workers.rank}, which another process in {self.out} has"
+                        raise UsageError(f"{taken}; start each worker once.") from None
+                    time.sleep(0.05)
+            with workers.first():
+                if workers.is_first:
+                    update_json(self._marks, {}, lambda before: {"launch": workers.launch})
+            workers.gone = self.gone
+            yield self
+
+    def _worker(self, rank: int) -> Path:
+        return self.out / f"worker-{rank}"
+
+    @property
+    def _marks(self) -> Path:
+        return self.out / _MARKS
+
+    def gate(self) -> contextlib.AbstractContextManager[None]:
+        """Let one worker at a time do the block."""
+        return locked(self.out / ".shards.lock")
+
+    # ------------------------------------------------------------------ workers
+
+    def lives(self, rank: int) -> bool:
+        """Return whether the process of a worker lives."""
+        if rank == self.workers.rank:
+            return True
+        try:
+            handle = open_to_lock(lock_of(self._worker(rank)))
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others look at the same time
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    def gone(self) -> list[int]:
+        """Return the ranks of the workers whose process has ended."""
+        return [rank for rank in range(self.workers.size) if not self.lives(rank)]
+
+    def meet(self) -> None:
+        """Wait until every worker that lives has called this as often.
+
+        A worker that was started again calls it from the first time on, while it sees that everything is done.
+        """
+        self._step += 1
+        rank, step, pause = str(self.workers.rank), self._step, 0.01
+        self._mark(lambda marks: {**marks, "arrived": {**marks.get("arrived", {}), rank: step}})
+        left = set(range(self.workers.size)) - {self.workers.rank}
+        while left:
+            arrived = self._read("arrived")
+            left = {r for r in left if arrived.get(str(r), 0) < step and self.lives(r)}
+            self.workers.check()
+            if left:
+                time.sleep(pause)
+                pause = min(0.5, 1.3 * pause)
+
+    # ------------------------------------------------------------------ parts
+
+    def _read(self, name: str) -> dict[str, Any]:
+        marks = read_json(self._marks, {})
+        found = marks.get(name, {}) if marks.get("launch") == self.workers.launch else {}
+        return found if isinstance(found, dict) else {}
+
+    def _mark(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        def checked(marks: dict[str, Any]) -> dict[str, Any]:
+            if marks.get("launch") != self.workers.launch:
+                raise OspoError(f"{self._marks} was changed by another process; start the workers again.")
+            return change(marks)
+
+        update_json(self._marks, {}, checked)
+
+    def parts(self) -> list[Shard]:
+        """Return all parts, that of this worker first."""
+        rank, size = self.workers.rank, self.workers.size
+        return [Shard((rank + n) % size, size) for n in range(size)]
+
+    def is_done(self, stage: str, part: Shard) -> bool:
+        """Return whether a part of a stage is marked as done."""
+        return part.index in self._read("done").get(stage, [])
+
+    def mark_done(self, stage: str, part: Shard) -> None:
+        """Mark a part of a stage as done."""
+
+        def change(marks: dict[str, Any]) -> dict[str, Any]:
+            done = marks.get("done", {})
+            return {**marks, "done": {**done, stage: sorted({*done.get(stage, []), part.index})}}
+
+        self._mark(change)
+
+    def do_parts(self, stage: str, do: Callable[[Shard], bool]) -> None:
+        """Call `do` for each part that is not done; it returns False if another worker works on the part.
+
+        Returns once all parts are done, also those of workers that end meanwhile.
+        """
+        left, pause = self.parts(), 0.05
+        while left:
+            left = [part for part in left if not (self.is_done(stage, part) or do(part))]
+            self.workers.check()
+            if left:
+                time.sleep(pause)
+                pause = min(0.5, 1.3 * pause)

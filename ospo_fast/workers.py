@@ -1,0 +1,418 @@
+"""Several processes that run one command together: those of torchrun, or of anything that sets RANK and WORLD_SIZE.
+
+Each of them, a worker, runs the whole command. They meet in the key-value store of `torch.distributed`, compare what
+they were started with, and tell each other of errors there. The stages before training need nothing else of it: which
+work is taken, done and merged is seen in the run folder (`ospo_fast.work_sharing`), so that they survive the end of any
+worker. Training needs all workers, as one process group.
+
+No decision depends on the clocks of the machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+from ospo_fast.errors import OspoError, UsageError, printable
+from ospo_fast.records import shown
+
+logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 10**5
+PATIENCE = 300.0  # seconds that a worker waits for the others to start
+NOTICE = 10.0  # seconds after which it says whom it waits for
+GRACE = 20.0  # seconds that a worker has to end after another has failed, where it can be inside of a library
+_POLL = 0.5  # seconds between two looks for the errors of others
+
+
+class PeerError(OspoError):
+    """Another worker has failed, or has ended."""
+
+
+@dataclass
+class Workers:
+    """The process of a worker, and its number among those that run the command together. See `from_environment`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+    attempt: str = "0"  # of torchrun, which starts all workers again when one has ended
+    patience: float = PATIENCE
+    launch: str = ""  # of all workers, and of no other start of the command
+    _store: Any = None
+    _steps: int = 0  # of `first`
+    _failure: str | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
+    _training: bool = False
+    gone: Callable[[], Sequence[int]] = lambda: ()  # the ranks of workers whose process has ended
+
+    current: ClassVar[Workers | None] = None  # in the block of `together`
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Workers | None:
+        """Return this worker as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe it.
+
+        None for a process by itself: WORLD_SIZE is 1 or not set. Raises UsageError for values that fit no start.
+        """
+        if "WORLD_SIZE" not in environ and "RANK" not in environ:
+            return None
+        size = _number(environ, "WORLD_SIZE", 1, MAX_WORKERS)
+        if size == 1 and "RANK" not in environ:
+            return None
+        rank = _number(environ, "RANK", 0, size - 1)
+        if size == 1:
+            return None
+        address = environ.get("MASTER_ADDR", "")
+        if not address:
+            raise UsageError(
+                f"MASTER_ADDR: it is not set, while WORLD_SIZE is {size}; start the workers with torchrun, or unset "
+                "RANK and WORLD_SIZE for one process."
+            )
+        port = _number(environ, "MASTER_PORT", 0, 2**16 - 1)
+        local = _number(environ, "LOCAL_RANK", 0, MAX_WORKERS) if "LOCAL_RANK" in environ else 0
+        attempt = f"{environ.get('TORCHELASTIC_RUN_ID', '')}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return cls(rank, size, local, address, port, attempt)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that does what one does for all, such as printing."""
+        return self.rank == 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether torchrun has started the workers again, after one of them has ended."""
+        return not self.attempt.endswith(".0")
+
+    def device(self, given: str | None) -> str | None:
+        """Return the device of this worker, where the user gave none or cuda. Raises UsageError if it has no GPU."""
+        import torch
+
+        if given not in (None, "cuda") or not torch.cuda.is_available():
+            return given
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise UsageError(
+                f"LOCAL_RANK: worker {self.rank} got {self.local_rank} on {socket.gethostname()}, expected less than "
+                f"its {count} GPUs; start at most one worker for each GPU."
+            )
+        torch.cuda.set_device(self.local_rank)
+        return f"cuda:{self.local_rank}"
+
+    def gpu(self, given: str | None) -> str | None:
+        """Return what identifies the GPU of this worker among all machines, None without one."""
+        import torch
+
+        device = self.device(given)
+        if device is None or not device.startswith("cuda") or not torch.cuda.is_available():
+            return None
+        return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+
+    # ------------------------------------------------------------------ meeting
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Connect to the other workers in the block; an error of one of them ends the blocks of all.
+
+        Raises:
+            UsageError: a worker did not come.
+            PeerError: another worker has failed, with its reason; or, in training, has ended.
+
+        """
+        self._connect()
+        watcher = threading.Thread(target=self._watch, name="workers", daemon=True)
+        watcher.start()
+        Workers.current = self
+        try:
+            yield
+            self._leave()
+        except PeerError:
+            self._tell("seen", "")
+            raise
+        except BaseException as error:
+            self._over.set()
+            if (reason := self._reason_of(error)) is not None:
+                self._tell("seen", "")
+                raise PeerError(reason) from error
+            if isinstance(error, Exception):
+                self._fail(error)
+            raise
+        finally:
+            self._over.set()
+            Workers.current = None
+
+    def _connect(self) -> None:
+        """Connect to the store: that of torchrun, or else of worker 0."""
+        import torch.distributed as dist
+
+        if not dist.is_available():
+            raise OspoError("This build of torch has no torch.distributed; install another, or start one process.")
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._store = self._client(hosted or self.rank > 0)
+
+    def _client(self, client: bool) -> Any:
+        """Return a connection of its own to the store, for `torch.distributed` too: a call that waits blocks it."""
+        import torch.distributed as dist
+
+        try:
+            return dist.TCPStore(  # type: ignore[attr-defined]
+                self.address,
+                self.port,
+                is_master=not client,
+                timeout=dt.timedelta(seconds=self.patience),
+                wait_for_workers=False,
+                multi_tenant=not client,
+            )
+        except (RuntimeError, ValueError) as error:
+            what = "connect to" if client else "open"
+            raise UsageError(
+                f"Worker {self.rank} of {self.size} cannot {what} {self.address}:{self.port} (MASTER_ADDR, "
+                f"MASTER_PORT): {_first_line(error)}; start all {self.size} workers, and see that the address is that "
+                "of worker 0 and the port is free."
+            ) from error
+
+    def _key(self, *parts: object) -> str:
+        return "/".join(map(str, ("ospo_fast", self.attempt, *parts)))
+
+    def _tell(self, *parts: object) -> None:
+        """Set a key to the last of the parts, if the store is still there."""
+        *name, value = parts
+        with contextlib.suppress(RuntimeError):
+            self._store.set(self._key(*name, self.rank), str(value))
+
+    def _wait(self, keys: Sequence[str], patience: float | None = None) -> None:
+        """Wait until all keys are set. Raises PeerError if a worker fails meanwhile, UsageError after the patience."""
+        start, told = time.monotonic(), False
+        while missing := [key for key in keys if not self._store.check([key])]:
+            self.check()
+            waited = time.monotonic() - start
+            whom = ", ".join(key.rpartition("/")[2] for key in missing[:8])
+            whom = f"worker{'s' * (len(missing) > 1)} {whom}{', …' * (len(missing) > 8)}"
+            if waited > NOTICE and not told:
+                logger.warning("worker %d of %d waits for %s", self.rank, self.size, whom)
+                told = True
+            if waited > (self.patience if patience is None else patience):
+                raise UsageError(
+                    f"WORLD_SIZE: got {self.size}, but {whom} did not come within {waited:.0f} s; start {self.size} "
+                    "workers, or set WORLD_SIZE to the number that is started (torchrun sets it)."
+                )
+            time.sleep(min(0.2, 0.01 + waited / 10))
+
+    def agree(self, facts: Mapping[str, object], gpu: str | None = None) -> None:
+        """Wait for all workers, and compare what they were started with. gpu: what no other worker may have.
+
+        Raises UsageError that names the first fact that differs from that of worker 0, and its values.
+        """
+        own = {"WORLD_SIZE": self.size, **facts, "gpu": gpu}
+        if self.is_first:
+            self.launch = secrets.token_hex(4)
+            own["launch"] = self.launch
+        self._store.set(self._key("worker", self.rank), json.dumps(own, default=str))
+        keys = [self._key("worker", rank) for rank in range(self.size)]
+        self._wait(keys[:1])
+        first = json.loads(self._store.get(keys[0]))
+        self.launch = first["launch"]
+        self._compare(self.rank, own, first)
+        self._wait(keys)
+        if self.is_first:
+            owners: dict[str, int] = {}
+            for rank, key in enumerate(keys):
+                found = json.loads(self._store.get(key))
+                self._compare(rank, found, first)
+                if found["gpu"] is not None and owners.setdefault(found["gpu"], rank) != rank:
+                    raise UsageError(
+                        f"LOCAL_RANK: workers {owners[found['gpu']]} and {rank} have the same GPU, {found['gpu']}; "
+                        "start one worker for each GPU, with its number on its machine as LOCAL_RANK, as torchrun does."
+                    )
+
+    @staticmethod
+    def _compare(rank: int, facts: Mapping[str, object], first: Mapping[str, object]) -> None:
+        for name in first.keys() | facts.keys():
+            if name in ("gpu", "launch"):
+                continue
+            value, before = facts.get(name), first.get(name)
+            if json.dumps(value, default=str, sort_keys=True) != json.dumps(before, default=str, sort_keys=True):
+                raise UsageError(
+                    f"{name}: got {shown(value)} in worker {rank} and {shown(before)} in worker 0; start all workers "
+                    "with the same command, settings, files and versions."
+                )
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Let worker 0 do the block before the others do it. All workers call this in the same order."""
+        self._steps += 1
+        key = self._key("step", self._steps, 0)
+        if not self.is_first:
+            self._wait([key])
+        yield
+        if self.is_first:
+            self._store.set(key, "")
+
+    def _leave(self) -> None:
+        """Keep the store of worker 0 until the others do not need it any more."""
+        self._tell("done", "")
+        if self.is_first:
+            self._wait_quietly("done", GRACE)
+
+    def _wait_quietly(self, name: str, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        keys = [self._key(name, rank) for rank in range(self.size) if rank not in (self.rank, *self.gone())]
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < end and not self._store.check(keys):
+                time.sleep(0.05)
+
+    # ------------------------------------------------------------------ errors
+
+    def check(self) -> None:
+        """Raise PeerError if another worker has failed."""
+        if self._failure is None:
+            with contextlib.suppress(RuntimeError):  # the store has ended with its worker
+                self._look()
+        if self._failure is not None:
+            raise PeerError(self._failure)
+
+    def _look(self) -> None:
+        if self._store.check([self._key("failed")]):
+            self._failure = self._store.get(self._key("failed")).decode()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the others why this worker ends, and give them time to read it where this worker has the store."""
+        kind = "" if isinstance(error, OspoError) else f"{type(error).__name__}: "
+        reason = f"worker {self.rank} on {socket.gethostname()} failed: {kind}{_first_line(error)}"
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(self._key("failed"), "", reason)
+            self._tell("seen", "")
+            if self.is_first:
+                self._wait_quietly("seen", 5.0)
+
+    def _reason_of(self, error: BaseException) -> str | None:
+        """Return why another worker has failed if that has caused an error here, or the signal that ends this one."""
+        if isinstance(error, OspoError):
+            return None
+        caused = isinstance(error, KeyboardInterrupt) or _is_broken_connection(error)
+        end = time.monotonic() + (2.0 if caused else 0.0)
+        while True:
+            with contextlib.suppress(PeerError):
+                self.check()
+                if caused and not isinstance(error, KeyboardInterrupt) and (reason := self._missing()):
+                    return reason
+            if self._failure is not None or time.monotonic() >= end:
+                return self._failure
+            time.sleep(0.1)
+
+    def _missing(self) -> str | None:
+        gone = [rank for rank in self.gone() if rank != self.rank]
+        return None if not gone else _ended(gone)
+
+    def _watch(self) -> None:
+        """End this worker when another has failed, also where it waits inside of a library."""
+        while not self._over.wait(_POLL):
+            with contextlib.suppress(PeerError):
+                self.check()
+                if self._training and (reason := self._missing()) is not None:
+                    self._failure = reason
+            if self._failure is not None:
+                self._interrupt(self._failure)
+                return
+
+    def _interrupt(self, reason: str) -> None:
+        """Interrupt the main thread. It may be inside of a library, which waits for the other worker without end."""
+        # A signal, which also ends a sleep. Without a handler it would end the process without a word, or do nothing.
+        number = next((n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))), None)
+        if number is not None:
+            signal.pthread_kill(cast(int, threading.main_thread().ident), number)
+        if not self._over.wait(GRACE):
+            sys.stderr.write(f"ospo-fast: worker {self.rank} ends: {printable(reason)}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+    # ------------------------------------------------------------------ training
+
+    @contextlib.contextmanager
+    def process_group(self, device: str, name: str) -> Iterator[None]:
+        """Hold the default process group of all workers in the block: gloo, and NCCL for tensors on a GPU.
+
+        Raises PeerError if a worker has ended.
+        """
+        import torch.distributed as dist
+
+        keys = [self._key(name, rank) for rank in range(self.size)]
+        self._tell(name, "")
+        waited = time.monotonic()
+        while True:
+            gone = self.gone()
+            if not gone or time.monotonic() - waited > NOTICE:  # a scheduler may start one again
+                break
+            time.sleep(0.2)
+        if gone:
+            raise PeerError(f"{_ended(gone)}, and training needs all; what was made is kept, so run the command again.")
+        try:
+            self._wait(keys, float("inf"))
+            store = dist.PrefixStore(  # type: ignore[attr-defined]
+                self._key(name, "group"), self._client(True)
+            )
+        except (RuntimeError, UsageError) as error:
+            raise PeerError(
+                f"worker 0 has ended, and training needs all; what was made is kept, so run the command again "
+                f"({_first_line(error)})."
+            ) from error
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.size, timeout=dt.timedelta(minutes=30)
+        )
+        self._training = True
+        try:
+            yield
+            dist.barrier()
+        finally:
+            self._training = False
+            if sys.exc_info()[0] is None or device != "cuda":  # NCCL would wait for the others
+                dist.destroy_process_group()
+
+
+def _ended(ranks: Sequence[int]) -> str:
+    names = ", ".join(map(str, ranks[:8]))
+    return f"worker{'s' * (len(ranks) > 1)} {names} {'have' if len(ranks) > 1 else 'has'} ended"
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Return whether a library reports that another process is gone."""
+    text = f"{type(error).__name__} {error}"
+    return isinstance(error, RuntimeError) and bool(
+        re.search(r"gloo|NCCL|Dist|[Cc]onnection|process group|TCPStore|timed? ?out", text)
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:400].rstrip(".")
+
+
+def _number(environ: Mapping[str, str], name: str, low: int, high: int) -> int:
+    text = environ.get(name)
+    if text is None:
+        other = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+        raise UsageError(
+            f"{name}: it is not set, while {other} is; start the workers with torchrun, which sets both, or unset "
+            f"{other} for one process."
+        )
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UsageError(
+            f"{name}: got {text[:60]!r}, expected an integer from {low} to {high}; start the workers with torchrun, "
+            "which sets it, or unset RANK and WORLD_SIZE for one process."
+        )
+    return int(text)

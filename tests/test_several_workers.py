@@ -1,0 +1,449 @@
+"""Several workers make the records of one process, byte for byte, and survive the end of any of them."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ospo_fast import workers as workers_module
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.pipeline import Pipeline, Shard, read_stage, store_path
+from ospo_fast.records import LockedError, Store, merge_stores, read_records
+from ospo_fast.restarts import RunLock
+from ospo_fast.stages import STAGE_NAMES, find_stage
+from ospo_fast.work_sharing import SharedWork, divide
+from ospo_fast.workers import PeerError, Workers
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+WRITERS = STAGE_NAMES[:-1]
+SMALL = [
+    "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numeracy1: 1, numeracy2: 2}",
+    "masks.batch_size=3", "masks.layers=[0]", "images.batch_size=4", "select.pairs=2",
+]  # fmt: skip
+
+
+def config(tiny, out, *overrides):
+    return load_config([*SMALL, f"model={tiny}", f"out={out}", *overrides], family="shapes")
+
+
+def make(tiny, out, *overrides, stages=WRITERS, facts=None, **settings):
+    """Return the function of a worker that makes all records."""
+
+    def do(rank):
+        workers = Workers.from_environment()
+        try:
+            with workers.together():
+                workers.agree(facts(rank) if facts else {})
+                Pipeline(config(tiny, out, *overrides), progress=False, workers=workers, **settings).run(stages)
+        except OspoError as error:
+            print(f"{type(error).__name__}: {error}")
+            return 1
+        return 0
+
+    return do
+
+
+def contents(out):
+    found = {}
+    for path in sorted(Path(out).rglob("*")):
+        if path.is_file() and path.suffix in (".jsonl", ".png", ".npz", ".safetensors"):
+            found[str(path.relative_to(out))] = path.read_bytes()
+    return found
+
+
+def check_ended(ended, code=0):
+    assert [worker.code for worker in ended] == [code] * len(ended), "\n".join(worker.output for worker in ended)
+
+
+@pytest.fixture(scope="module")
+def whole(scripted, tiny, tmp_path_factory):
+    """The records of one process."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch.setattr)
+        Pipeline(config(tiny, out), progress=False).run(WRITERS)
+    return contents(out)
+
+
+@pytest.mark.parametrize("size", [2, 4, 13])
+def test_records_are_those_of_one_process(whole, tiny, script, tmp_path, size, forked):
+    out = tmp_path / "run"
+    check_ended(forked.run_workers(make(tiny, out), size, tmp_path))
+    assert contents(out) == whole
+    rows = json.loads((out / "stages.json").read_text())
+    for name in WRITERS:
+        found = [row for row in rows if row["stage"] == name]
+        assert sum(row["items"] for row in found) == 12
+        assert {row["workers"] for row in found} == {size}
+        assert len({row["worker"] for row in found}) == len(found)
+    assert len({row["worker"] for row in rows}) >= 2
+    # A second start has nothing to do, for any number of workers.
+    check_ended(forked.run_workers(make(tiny, out), 3, tmp_path))
+    assert contents(out) == whole
+    assert json.loads((out / "stages.json").read_text()) == rows
+
+
+def test_layers_that_are_searched_are_those_of_one_process(tiny, script, tmp_path, forked):
+    searched = "masks.layers=auto"
+    Pipeline(config(tiny, tmp_path / "one", searched), progress=False).run(WRITERS)
+    check_ended(forked.run_workers(make(tiny, tmp_path / "two", searched), 2, tmp_path))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    found = [(tmp_path / name / "masks" / "layers.json").read_text() for name in ("one", "two")]
+    assert found[0] == found[1]
+
+
+def test_prompts_of_a_file_are_those_of_one_process(tiny, script, tmp_path, forked):
+    file = tmp_path / "prompts.txt"
+    file.write_text("two red circles and one blue square\none red circle\nthree blue squares\n")
+    named = f"prompts.file={file}"
+    Pipeline(config(tiny, tmp_path / "one", named), progress=False).run(WRITERS[:3])
+    check_ended(forked.run_workers(make(tiny, tmp_path / "two", named, stages=WRITERS[:3]), 2, tmp_path))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert len(read_stage(tmp_path / "two", "prompts")) == 3
+
+
+def test_another_number_of_workers_continues(whole, tiny, script, tmp_path, monkeypatch, forked):
+    """Workers that are stopped leave stores of their parts; other numbers, and one process, take them over."""
+    out = tmp_path / "run"
+    for size, delay in ((3, 0.9), (2, 1.3), (4, 1.8)):
+        forked.run_workers(make(tiny, out), size, tmp_path, kill=(0, delay))
+    Pipeline(config(tiny, out), progress=False).run(WRITERS)
+    assert contents(out) == whole
+
+
+def test_the_others_take_over_from_a_worker_that_is_killed(whole, tiny, script, tmp_path, forked):
+    """Any worker, worker 0 too, at any time. Nothing is started again."""
+    rng = random.Random(0)
+    taken = 0
+    for number in range(6):
+        out, rank = tmp_path / f"run{number}", rng.randrange(3)
+        ended = forked.run_workers(make(tiny, out), 3, tmp_path, kill=(rank, rng.uniform(0.3, 2.5)))
+        others = [worker for n, worker in enumerate(ended) if n != rank]
+        if all(worker.code == 0 for worker in others):
+            taken += ended[rank].code == -signal.SIGKILL
+        else:  # it was killed before all had come together
+            assert all("has ended" in w.output or "did not come" in w.output or w.code == 0 for w in others)
+            check_ended(forked.run_workers(make(tiny, out), 2, tmp_path))
+        assert contents(out) == whole
+    assert taken >= 1
+
+
+def test_a_worker_that_is_started_again_joins(whole, tiny, script, tmp_path, forked):
+    """A scheduler starts the process of one worker again, while the others wait for no one."""
+    out, marks = tmp_path / "run", tmp_path / "tries"
+
+    def do(rank):
+        if rank == 1 and not marks.exists():
+            marks.write_text("")
+            process = os.fork()
+            if process == 0:
+                os._exit(make(tiny, out, stages=WRITERS[:2])(rank))
+            os.waitpid(process, 0)
+        return make(tiny, out)(rank)
+
+    ended = forked.run_workers(do, 2, tmp_path)
+    check_ended(ended)
+    assert contents(out) == whole
+
+
+def test_deleted_images_are_made_again(whole, tiny, script, tmp_path, forked):
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS[:3])
+    images = sorted((out / "images").rglob("*.png"))
+    for path in images[::5]:
+        path.unlink()
+    check_ended(forked.run_workers(make(tiny, out), 2, tmp_path))
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("stage", ["images", "masks", None])
+def test_starting_over(whole, tiny, script, tmp_path, stage, forked):
+    """The old results stay until the new ones are whole, and are replaced once."""
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out, "images.temperature=0.5", "masks.scaler=0.5"), progress=False).run(WRITERS)
+    old = contents(out)
+    stages = WRITERS if stage is None else [stage]
+
+    def do(rank):
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({})
+            changed = [] if stage != "masks" else ["images.temperature=0.5"]
+            pipeline = Pipeline(config(tiny, out, *changed), progress=False, workers=workers, resume=False)
+            if stage is None:
+                pipeline.run(stages)
+            else:
+                pipeline.stage(stage)
+        return 0
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    new = contents(out)
+    if stage is None:
+        assert new == whole
+    elif stage == "images":
+        assert new["images.jsonl"] == whole["images.jsonl"]
+        assert {n: d for n, d in new.items() if n.startswith("images/")} == {
+            n: d for n, d in whole.items() if n.startswith("images/")
+        }
+        assert "score.jsonl" not in new
+    else:
+        assert new["select.jsonl"] == old["select.jsonl"]
+        assert new["masks.jsonl"] != old["masks.jsonl"]
+    assert not list(out.glob(".restart*"))
+
+
+def test_the_reason_of_a_worker_that_fails_ends_the_others(tiny, script, tmp_path, monkeypatch, forked):
+    """Also where they are inside of a call that takes long."""
+
+    def do(rank):
+        run = find_stage("perturb")._module().run
+
+        def failing(*arguments, **settings):
+            if rank == 1:
+                raise OspoError("The disk of this worker is full; make room.")
+            time.sleep(60)
+            yield from run(*arguments, **settings)
+
+        find_stage("perturb")._module().run = failing
+        try:
+            return make(tiny, tmp_path / "run")(rank)
+        finally:
+            find_stage("perturb")._module().run = run
+
+    ended = forked.run_workers(do, 3, tmp_path)
+    check_ended(ended, 1)
+    assert max(worker.seconds for worker in ended) < 30  # and not the minute
+    for rank, worker in enumerate(ended):
+        assert "The disk of this worker is full; make room" in worker.output
+        assert ("PeerError: worker 1 on" in worker.output) == (rank != 1)
+
+
+def test_workers_of_other_settings_are_refused(tiny, script, tmp_path, forked):
+    facts = lambda rank: {"images.batch_size": 8 if rank == 2 else 4}  # noqa: E731
+    ended = forked.run_workers(make(tiny, tmp_path / "run", facts=facts), 3, tmp_path)
+    check_ended(ended, 1)
+    for worker in ended:
+        assert (
+            "images.batch_size: got 8 in worker 2 and 4 in worker 0; start all workers with the same" in worker.output
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_world_size_that_differs_is_refused(tiny, script, tmp_path, monkeypatch, forked):
+    """From the number that is started, and from that of another worker."""
+    monkeypatch.setattr(workers_module, "NOTICE", 0.5)
+    do = make(tiny, tmp_path / "run")
+
+    def impatient(rank):
+        from_environment = Workers.from_environment
+
+        def patient(*arguments):
+            found = from_environment(*arguments)
+            found.patience = 2.0
+            return found
+
+        Workers.from_environment = patient
+        return do(rank)
+
+    ended = forked.run_workers(impatient, 2, tmp_path, environ={rank: {"WORLD_SIZE": "3"} for rank in range(2)})
+    check_ended(ended, 1)
+    assert all("worker 2 did not come" in w.output or "failed: WORLD_SIZE: got 3" in w.output for w in ended)
+    ended = forked.run_workers(impatient, 2, tmp_path, environ={1: {"WORLD_SIZE": "3"}})
+    check_ended(ended, 1)
+    assert all("WORLD_SIZE: got 3 in worker 1 and 2 in worker 0" in w.output for w in ended)
+    assert not (tmp_path / "run").exists()
+
+
+def test_clocks_that_differ_change_nothing(whole, tiny, script, tmp_path, forked):
+    """No decision depends on the time of day, nor on the value of a monotonic clock, which each machine has its own."""
+
+    def do(rank):
+        clocks = {name: getattr(time, name) for name in ("time", "time_ns", "monotonic")}
+        for name, clock in clocks.items():
+            offset = 10**6 * (-1 if rank else 1) * (10**9 if name == "time_ns" else 1)
+            setattr(time, name, lambda clock=clock, offset=offset: clock() + offset)
+        return make(tiny, tmp_path / "run")(rank)
+
+    check_ended(forked.run_workers(do, 2, tmp_path, kill=(1, 1.5))[:1])
+    assert contents(tmp_path / "run") == whole
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_the_run_folder_is_that_of_the_workers_alone(tiny, script, tmp_path, forked):
+    """A shard by hand and another command are refused, and told who has it."""
+    out = tmp_path / "run"
+    ready, go = tmp_path / "ready", tmp_path / "go"
+
+    def do(rank):
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({})
+            with RunLock.hold(out, shared=False, workers=workers) as lock:
+                lock.share(workers)
+                (tmp_path / f"ready{rank}").write_text("")
+                while not go.exists():
+                    time.sleep(0.01)
+        return 0
+
+    process = os.fork()
+    if process == 0:
+        ended = forked.run_workers(do, 2, tmp_path)
+        os._exit(max(worker.code for worker in ended))
+    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+        time.sleep(0.01)
+    assert not ready.exists()
+    try:
+        for shard in (None, Shard(0, 2)):
+            with pytest.raises(OspoError, match=r"is in use by another process \(.*, process \d+ on .*, since .*\)"):
+                Pipeline(config(tiny, out), progress=False, shard=shard).stage("prompts")
+    finally:
+        go.write_text("")
+    assert os.waitpid(process, 0)[1] == 0
+    Pipeline(config(tiny, out), progress=False, shard=Shard(0, 2)).stage("prompts")
+
+
+def test_a_folder_that_workers_do_not_have_in_common_is_refused(tiny, script, tmp_path, forked):
+    def do(rank):
+        return make(tiny, tmp_path / f"disk{rank}" / "run")(rank)
+
+    ended = forked.run_workers(do, 2, tmp_path)
+    check_ended(ended, 1)
+    assert all("does not see the files of worker 0 there" in worker.output for worker in ended)
+
+
+def test_a_file_system_without_common_locks_is_refused(tiny, script, tmp_path, monkeypatch, forked):
+    monkeypatch.setattr("ospo_fast.restarts._is_held", lambda path: False)
+    ended = forked.run_workers(make(tiny, tmp_path / "run"), 2, tmp_path)
+    check_ended(ended, 1)
+    assert all("does not show the file locks (flock) of other machines" in worker.output for worker in ended)
+
+
+def test_a_worker_that_is_started_twice_is_refused(tmp_path):
+    workers = Workers(0, 2, 0, "localhost", 1)
+    workers.first = contextlib.nullcontext
+    with SharedWork(tmp_path, workers).held(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ospo_fast.work_sharing._PATIENCE", 0.1)
+        with pytest.raises(UsageError, match=r"RANK: got 0, which another process in .* has; start each worker once"):
+            SharedWork(tmp_path, workers).held().__enter__()
+
+
+# ---------------------------------------------------------------- the environment
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"WORLD_SIZE": "4"}, "RANK: it is not set, while WORLD_SIZE is"),
+        ({"RANK": "0"}, "WORLD_SIZE: it is not set, while RANK is"),
+        ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a"}, "RANK: got '4', expected an integer from 0 to 3"),
+        ({"RANK": "-1", "WORLD_SIZE": "4"}, "RANK: got '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', expected an integer from 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE: got 'two'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: it is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, "MASTER_PORT: got 'http'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT: it is not set"),
+    ],
+)
+def test_wrong_environments(environ, message):
+    with pytest.raises(UsageError) as error:
+        Workers.from_environment(environ)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_one_process_has_no_workers(environ):
+    assert Workers.from_environment(environ) is None
+
+
+def test_an_address_without_a_store(tmp_path, forked):
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(forked.free_port())}
+    workers = Workers.from_environment(environ)
+    workers.patience = 1.0
+    message = r"Worker 1 of 2 cannot connect to 127.0.0.1:\d+ .*MASTER_ADDR, MASTER_PORT"
+    with pytest.raises(UsageError, match=message), workers.together():
+        pass
+
+
+def test_a_shard_of_workers_is_refused(tiny, tmp_path):
+    with pytest.raises(UsageError, match=r"--shard: got 0/2 in one of 4 workers"):
+        Pipeline(config(tiny, tmp_path), shard=Shard(0, 2), workers=Workers(0, 4, 0, "a", 1))
+
+
+# ---------------------------------------------------------------- parts and their merge
+
+
+def test_parts_are_equal_and_do_not_depend_on_the_order():
+    items = [f"{n:07d}" for n in range(101)]
+    parts = divide(items, str, 4)
+    assert sorted(map(len, parts)) == [25, 25, 25, 26]
+    assert sorted(itertools.chain.from_iterable(parts)) == items
+    assert all(part == sorted(part) for part in parts)
+    assert [sorted(part) for part in divide(items[::-1], str, 4)] == parts
+    assert divide([], str, 2) == [[], []]
+
+
+def records(*ids):
+    return [{"item_id": item_id, "prompt": f"prompt {item_id}"} for item_id in ids]
+
+
+def test_stores_are_merged_in_order_byte_by_byte(tmp_path):
+    place, parts = tmp_path / "a.jsonl", [tmp_path / f"a.{n}-of-2.jsonl" for n in (0, 1)]
+    place.write_text('{"prompt": "by hand",  "item_id": "5"}\n{"item_id": "extra"}\n')
+    for path, ids in zip(parts, (("3", "1"), ("2", "3")), strict=True):
+        with Store(path) as store:
+            store.extend(records(*ids))
+    with parts[1].open("ab") as file:
+        file.write(b'{"item_id": "torn')
+    merge_stores(place, parts, ["1", "2", "3", "4", "5"])
+    assert [record["item_id"] for record in read_records(place)] == ["1", "2", "3", "5", "extra"]
+    assert b'{"prompt": "by hand",  "item_id": "5"}\n' in place.read_bytes()
+    assert not any(path.exists() for path in parts)
+    before = place.stat()
+    merge_stores(place, [], ["1", "2", "3", "4", "5"])
+    assert place.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_broken_line_is_kept_where_it_is(tmp_path):
+    place, part = tmp_path / "a.jsonl", tmp_path / "a.0-of-1.jsonl"
+    place.write_text('{"item_id": "2"}\nnot JSON\n')
+    with Store(part) as store:
+        store.extend(records("1"))
+    merge_stores(place, [part], ["1", "2"])
+    assert place.read_text().splitlines()[:2] == ['{"item_id": "2"}', "not JSON"]
+    assert [record["item_id"] for record in read_records(place, lambda error: None)] == ["2", "1"]
+
+
+def test_a_store_that_is_written_is_not_merged(tmp_path):
+    place, part = tmp_path / "a.jsonl", tmp_path / "a.0-of-1.jsonl"
+    with Store(part) as store:
+        store.extend(records("1"))
+        with pytest.raises(LockedError):
+            merge_stores(place, [part], ["1"])
+    assert list(read_records(part)) == records("1")
+
+
+def test_gaps_of_an_interrupted_run_are_filled_in_order(tiny, script, tmp_path, whole):
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS[:2])
+    place = store_path(out, "perturb")
+    lines = place.read_bytes().splitlines(keepends=True)
+    store_path(out, "perturb", Shard(0, 2)).write_bytes(b"".join(lines[1::2]))
+    place.write_bytes(lines[4])
+    shutil.rmtree(out / "images", ignore_errors=True)
+    Pipeline(config(tiny, out), progress=False).run(WRITERS)
+    assert contents(out) == whole
+
+
+def test_peer_errors_are_errors_of_the_package():
+    assert issubclass(PeerError, OspoError)
