@@ -149,6 +149,16 @@ def test_any_batch(preset: str) -> None:
         )
 
 
+def test_the_accuracy_of_a_pair_is_that_of_a_batch_of_it_alone() -> None:
+    hidden, labels, head, _ = make_batch(8, 2)
+    loss = OSPOLoss(OSPOLossConfig.preset("v1"))
+    output = loss(hidden.requires_grad_(), labels, head)
+    alone = [float(loss(hidden[[n, n + 8]], labels[[n, n + 8]], head).metrics["accuracy"]) for n in range(8)]
+    assert output.pair_accuracy.tolist() == alone
+    assert set(alone) == {0.0, 1.0}
+    assert not output.pair_accuracy.requires_grad
+
+
 def test_third_group_is_ignored_without_a_conditional_term() -> None:
     hidden, labels, head, masks = make_batch(2, 3)
     loss = OSPOLoss(OSPOLossConfig.preset("v3"))
