@@ -84,6 +84,7 @@ class Example:
     codes: Tensor  # (2, T): chosen, rejected
     masks: Tensor | None  # (2, H, W) stored masks
     columns: list[list[int]] | None = None  # of each object its tokens, for masks of the policy itself
+    category: str = ""  # of its prompt
 
 
 def select_training_pairs(records: Iterable[Record], config: Config) -> list[ItemPair]:
@@ -149,7 +150,8 @@ def _load_example(
     elif uses_masks(config):
         loaded["masks"] = attempt(load_unions, item.pair, out, config.read_from, grid=model.grid)
     failed = next((value for value in loaded.values() if isinstance(value, Failure)), None)
-    return Example(item.pair_id, **loaded) if failed is None else failed
+    category = str(item.record.get("t2i_category") or item.record.get("kind") or "other")
+    return Example(item.pair_id, **loaded, category=category) if failed is None else failed
 
 
 def make_batch(model: UnifiedModel, examples: Sequence[Example], *, swapped: bool) -> tuple[Batch, Tensor | None]:
@@ -286,7 +288,8 @@ class Trainer:
         size = settings.batch_size
         start = self.step * size * settings.accumulation
         indices = shuffled_indices(len(self.examples), self.config.seed, start, size * settings.accumulation)
-        sums: defaultdict[str, float] = defaultdict(float)
+        counts = Counter(self.examples[i].category for i in indices)
+        sums: defaultdict[str, float] = defaultdict(float, dict.fromkeys(map(_accuracy_key, sorted(counts)), 0.0))
         bad: list[Example] = []  # of the batches whose loss is not finite
         for examples in chunked([self.examples[i] for i in indices], size):
             batch, masks = make_batch(self.model, examples, swapped=self.loss.config.cond_weight > 0)
@@ -305,6 +308,8 @@ class Trainer:
             # Read after the backward pass is launched: reading a value synchronizes with the device.
             for name, value in output.metrics.items():
                 sums[name] += float(value) / settings.accumulation
+            for example, accuracy in zip(examples, output.pair_accuracy.tolist(), strict=True):
+                sums[_accuracy_key(example.category)] += accuracy / counts[example.category]
             if not math.isfinite(output.metrics["loss"]):
                 bad += examples
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))
@@ -579,6 +584,10 @@ def _relative(path: Path, start: Path, out: Path) -> str:
     run = out.parent if re.fullmatch(r"iter\d+", out.name) else out
     inside = path.is_relative_to(os.path.realpath(run))
     return os.path.relpath(path, os.path.realpath(start)) if inside else str(path)
+
+
+def _accuracy_key(category: str) -> str:
+    return f"accuracy/{category}"
 
 
 def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,21 @@ def test_order_is_a_stream_of_shuffled_epochs():
 def test_overrides_change_the_loss_of_the_preset():
     loss = loss_config(load_config(["preset=v2", "train.loss.simpo_weight=0.1"]))
     assert (loss.simpo_weight, loss.cond_weight, loss.beta, loss.mask_alpha) == (0.1, 0.5, 3.0, 0.0)
+
+
+def test_the_accuracy_of_a_category_is_that_of_its_pairs(tiny, records, run_folder):
+    """Weighted by the pairs that each category has in a step, their mean is the accuracy of the step."""
+    train(records, load_model(tiny), config(), out=run_folder)
+    categories = [item.record["t2i_category"] for item in select_training_pairs(records, config())]
+    mixed = 0
+    for row in lines(run_folder):
+        indices = shuffled_indices(len(categories), config().seed, 4 * (row["step"] - 1), 4)
+        counts = Counter(categories[index] for index in indices)
+        assert {key for key in row if key.startswith("accuracy/")} == {f"accuracy/{name}" for name in counts}
+        mean = sum(count * row[f"accuracy/{name}"] for name, count in counts.items()) / 4
+        assert row["accuracy"] == pytest.approx(mean)
+        mixed += len(counts) > 1
+    assert mixed > 2
 
 
 def ids(pairs):
