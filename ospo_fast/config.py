@@ -321,6 +321,9 @@ class TrainConfig(Section):
     )
     save_every: int = setting(100, "Steps between checkpoints.", AT_LEAST_1)
     eval_every: int = setting(0, "Steps between evaluations; 0: none.", AT_LEAST_0)
+    sample_every: int = setting(
+        0, "Steps between sample images of prompts of the training pairs, in train/samples; 0: none.", AT_LEAST_0
+    )
     early_stopping: str | None = setting(
         None,
         "Metric of the evaluation that chooses the weights, the higher the better. null: the last weights.",
@@ -400,6 +403,11 @@ class Config(Section):
         1,
         "Iterations of self-improvement: each starts from the model that the one before it trained.",
         AT_LEAST_1 | up_to(MAX_ITERATIONS),
+    )
+    track: str | None = setting(
+        None,
+        "Tracker that gets a live copy of stage reports, training log and sample images. null: none.",
+        one_of("tensorboard", "wandb", "trackio"),
     )
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     perturb: PerturbConfig = field(default_factory=PerturbConfig)

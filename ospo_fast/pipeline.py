@@ -46,6 +46,7 @@ from ospo_fast.records import (
 )
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
+from ospo_fast.stages.tracking import Tracker, check_tracker
 from ospo_fast.versions import run_versions
 from ospo_fast.work_sharing import SharedWork, divide
 
@@ -228,6 +229,7 @@ class Pipeline:
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
         self._lock = lock  # in a call, or always
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
+        self._tracker = Tracker(config, shard)  # of the run folder, also of a run that starts over
 
     @contextlib.contextmanager
     def using(self) -> Iterator[restarts.RunLock]:
@@ -612,6 +614,7 @@ class Pipeline:
             from ospo_fast.stages.templates import load_templates
 
             load_templates(config.templates)
+        check_tracker(config.track)
         stage.check(config)
         # A hub name says nothing about prompts; then they are checked once the model is loaded.
         model = self._models.get(self.config.model) or UnloadedModel.find(self.config.model)
@@ -881,6 +884,7 @@ class Pipeline:
                     progress=bar.update,
                     begin=lambda done: _begin_steps(bar, done),
                     status=lambda text: bar.set_postfix_str(text, refresh="evaluating" in text),
+                    tracker=self._tracker,
                 )
                 try:
                     for _ in stage.run(records, model, config, out, context):
@@ -1043,6 +1047,8 @@ class Pipeline:
         finally:
             report.seconds = time.perf_counter() - started
             report.peak_mb, report.cuda_peak_mb = memory.mb, memory.cuda_mb
+            if self.speaks:
+                self._tracker.report(report)
             if report.items and (self.speaks or not find_stage(report.stage).counts_steps):
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)
@@ -1123,7 +1129,8 @@ def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
 
 
 def _result_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a config.yaml without those that change the speed of a stage alone."""
+    """Return the values of a config.yaml without those that change the speed of a stage alone, or what is tracked."""
+    values.pop("track", None)
     for stage in STAGES:
         if isinstance(section := values.get(stage.name), dict):
             for name in stage.speed_only:

@@ -24,7 +24,8 @@ REPOSITORY_ONLY = ("tests/golden", "bench/results")  # 10 MB that MANIFEST.in le
 # Import names of packages of the extras. The core imports none of them.
 OPTIONAL = {
     "PIL", "accelerate", "datasets", "hypothesis", "jinja2", "lightning", "matplotlib", "omegaconf", "peft", "psutil",
-    "safetensors", "scipy", "selenium", "skimage", "tokenizers", "tqdm", "transformers", "triton", "trl", "yaml",
+    "safetensors", "scipy", "selenium", "skimage", "tensorboard", "tokenizers", "tqdm", "transformers", "triton", "trl",
+    "yaml",
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ REFUSED = {
     "run preset=v9": (2, "one of v1, v2, v3, full"),
     "run train.loss.beta=-1": (2, "train.loss.beta is -1.0, expected a positive number"),
     "run train.loss.betta=1": (2, "nearest: train.loss.beta"),
+    "run track=comet": (2, "track should be one of tensorboard, wandb, trackio, got 'comet'"),
     "run --config none.yaml": (2, "Cannot read the configuration file none.yaml"),
     "run --config bad.yaml": (2, "one of v1, v2, v3, full"),
     "run templates=nothing": (2, "templates: got 'nothing'"),

@@ -99,7 +99,7 @@ def test_show_needs_pillow_only_and_only_when_it_is_called() -> None:
 
 
 def test_the_extra_is_what_the_stages_import() -> None:
-    """A package that nothing imports is not installed for users. peft itself requires accelerate."""
+    """A package that nothing imports is not installed for users."""
     imported = set()
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name == "integrations":  # each module imports the library of its name
@@ -111,7 +111,7 @@ def test_the_extra_is_what_the_stages_import() -> None:
                 imported.add(str(node.module).split(".")[0])
     core = {"torch", "numpy", "triton", "ospo_fast"}
     core |= {"typing_extensions", "markupsafe", "regex", "huggingface_hub"}  # come with torch, jinja2 and transformers
-    assert imported - sys.stdlib_module_names - core == set(EXTRAS) - {"accelerate"}
+    assert imported - sys.stdlib_module_names - core == set(EXTRAS)
 
 
 def test_public_names_exist() -> None:

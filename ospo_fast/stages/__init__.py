@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ospo_fast.errors import Failure
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.records import Record
+    from ospo_fast.stages.tracking import Tracker
 
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ class StageContext:
     progress: Callable[[int], object] | None = None  # called with the number of steps just done
     begin: Callable[[int], object] | None = None  # called before the first step, with the number of steps done before
     status: Callable[[str], object] | None = None  # called with the newest loss and evaluation, as a short text
+    tracker: Tracker | None = None  # gets a copy of the log of training
 
 
 def _always(value: T) -> Callable[[Config], T]:
@@ -313,7 +315,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 5: LoRA training on the pairs",
         inputs=_train_inputs,
         folder="train",
-        speed_only=frozenset({"gradient_checkpointing", "save_every", "max_skipped"}),
+        speed_only=frozenset({"gradient_checkpointing", "save_every", "sample_every", "max_skipped"}),
         options=("masks",),
         sharded=False,
         counts_steps=True,

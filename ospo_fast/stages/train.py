@@ -60,6 +60,7 @@ from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
 from ospo_fast.stages.model_card import base_folder, model_card, public_name
 from ospo_fast.stages.object_tokens import find_objects
 from ospo_fast.stages.prompt_files import image_prompt_ids
+from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.train_settings import input_stage, loss_config, mask_settings, uses_masks, uses_stored_masks
 
@@ -458,6 +459,7 @@ class Trainer:
         settings = dataclasses.asdict(self.settings)
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
             settings.pop(name)
+        settings.pop("sample_every")
         settings |= mask_settings(self.config)
         pairs = [example.pair_id for example in self.examples]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
@@ -565,10 +567,13 @@ class _Log:
 
     def __init__(self, path: Path, context: StageContext, metric: str | None) -> None:
         self.path, self.status, self.metric = path, context.status, metric or "alignment"
+        self.tracker = context.tracker
         self.values: dict[str, str] = {}
 
     def append(self, row: dict[str, Any]) -> None:
         append_line(self.path, row)
+        if self.tracker is not None:
+            self.tracker.log(row)
         for name in ("loss", self.metric):
             if name in row:
                 self.values[name] = f"{name} {float(row[name]):.3f}"
@@ -614,9 +619,9 @@ def train(
 ) -> None:
     """Train `model` in place on the pairs of `records`, and write the results to `out`/train.
 
-    Writes log.jsonl (a line per step and per evaluation), checkpoints/, adapter/ (peft), model/ (merged) and finally
-    done.json. If `train.early_stopping` names a metric, the weights are those of the best evaluation, which
-    best.safetensors holds, else the last.
+    Writes log.jsonl (a line per step and per evaluation), checkpoints/, samples/ (`train.sample_every`), adapter/
+    (peft), model/ (merged) and finally done.json. If `train.early_stopping` names a metric, the weights are those of
+    the best evaluation, which best.safetensors holds, else the last.
     A step whose loss or gradient is not finite is skipped: it makes no update, its log line has `skipped` and the ids
     of its pairs (`not_finite`), and done.json counts these steps and pairs. It keeps its number, its learning rate and
     its pairs, so that the steps after it have the same as without it.
@@ -629,7 +634,8 @@ def train(
         out: the run folder.
         context: `evaluation` is called before the first step and every `train.eval_every` steps. `report` gets the
             steps of this call (`items`), those of the run (`total`), the number of pairs that `failed`, and which
-            weights are `kept`. `begin` is called after the evaluation before the first step.
+            weights are `kept`. `begin` is called after the evaluation before the first step. `tracker` gets a copy of
+            every line of log.jsonl and of the contact sheets of samples.
 
     Raises:
         OspoError: no pair to train on, a file that cannot be written, or a checkpoint that is broken or of another
@@ -664,11 +670,15 @@ def train(
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None
     log = _Log(logfile, context, settings.early_stopping)
+    if context.tracker is not None:
+        context.tracker.start(context.report.iteration, trainer.step if resumed else None)
     if evaluation is not None and not resumed:
         log.show("evaluating before the first step")
         log.append(trainer.evaluate(evaluation))
     if context.begin is not None:
         context.begin(trainer.step)
+    loaded = {example.pair_id for example in examples}
+    sampled = [item for item in pairs if item.pair_id in loaded]
     due = False
     while trainer.step < settings.steps and not trainer.stopped:
         log.append(trainer.train_step())
@@ -677,6 +687,9 @@ def train(
         if evaluation is not None and (trainer.step % settings.eval_every == 0 or last):
             log.show("evaluating")
             log.append(trainer.evaluate(evaluation))
+        if settings.sample_every and trainer.step % settings.sample_every == 0:
+            log.show("generating samples")
+            sample(model, sampled, config, folder, trainer.step, context.tracker)
         due = due or trainer.step % settings.save_every == 0 or last or trainer.stopped
         if due and not trainer.skipped_row:  # every checkpoint follows an update, see `check_skipped`
             trainer.save()
