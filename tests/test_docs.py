@@ -22,6 +22,7 @@ import ospo_fast
 from ospo_fast import cli, models
 from ospo_fast.config import load_config
 from ospo_fast.errors import UsageError
+from tests.launchers import parse_command, parse_torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -73,7 +74,9 @@ class Page:
         self.printed: list[str] = []  # by their first processes
         self.commands: dict[str, Callable[[list[str]], None]] = {
             "accelerate": self.check_accelerate, "bench/gpu.sh": lambda _: None, "make": check_make,
-            "ospo-fast": self.ospo_fast, "pip": check_pip, "python": check_script, "torchrun": self.torchrun,
+            "kubectl": check_launch_file, "ospo-fast": self.ospo_fast, "pip": check_pip, "python": check_script,
+            "sbatch": check_sbatch, "sky": check_launch_file, "tensorboard": lambda words: check_folder(words[-1]),
+            "torchrun": self.torchrun,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -112,11 +115,16 @@ class Page:
             assert (ROOT / PARSED[words[0]]).is_file()
             load_config(args.settings, file=args.config)
             return
+        if "track=tensorboard" in words:
+            pytest.importorskip("tensorboard")
         words = [str(self.tiny) if "/Janus-" in word else word for word in words]
         assert cli.main([*words, *(TINY if words[0] in SETTINGS_APPLY else ())]) == 0, words
 
     def torchrun(self, words: list[str]) -> None:
-        """Start the processes as torchrun does, without its own import of torch."""
+        """Start the processes as torchrun does, without its own import of torch. A run of the package is parsed."""
+        if "-m" in words:
+            parse_torchrun(words)
+            return
         assert words[:2] == ["--standalone", "--nproc-per-node"]
         count = int(words[2])
         with socket.socket() as free:
@@ -145,6 +153,22 @@ class Page:
     def check_accelerate(self, words: list[str]) -> None:
         assert words[0] == "launch"
         check_script(words[1:])
+
+
+def check_launch_file(words: list[str]) -> None:
+    """tests/test_launch.py runs the file."""
+    assert (ROOT / words[-1]).is_relative_to(ROOT / "examples" / "launch")
+    assert (ROOT / words[-1]).is_file()
+
+
+def check_sbatch(words: list[str]) -> None:
+    place = next(n for n, word in enumerate(words) if word.endswith(".sbatch"))
+    check_launch_file(words[: place + 1])
+    parse_command(["run", *words[place + 1 :]])
+
+
+def check_folder(name: str) -> None:
+    assert any(Path(name).iterdir())
 
 
 def check_script(words: list[str]) -> None:
@@ -225,6 +249,9 @@ def test_blocks(
         " ```bash\nmake test\n ```\n",
         "```bash\nospo-fast run train.stepz=1\n```\n",
         "```bash\nospo-fast run --fast\n```\n",
+        "```bash\ntorchrun -m ospo_fast run train.stepz=1\n```\n",
+        "```bash\nsbatch examples/launch/slurm.sbatch train.stepz=1\n```\n",
+        "```bash\nkubectl apply -f examples/ray_data.py\n```\n",
         "```bash\npip install '.[everything]'\n```\n",
         "```bash\npython bench/run.py --fast\n```\n",
         "```yaml\na: 1\n```\n",
@@ -246,7 +273,7 @@ def test_a_page_that_another_test_runs_has_commands_only(page: str, test: str) -
 
 def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 130
+    assert len(text.splitlines()) <= 140
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")]
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link.partition("#")[0]).is_file()] == []
