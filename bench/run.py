@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
-METHOD = {"ablations", "demo", "mask_layers", "stages"}  # runs of the whole method on Shapes, up to hours on a CPU
+METHOD = {
+    "ablations",
+    "demo",
+    "mask_layers",
+    "stages",
+    "workers",
+}  # runs of the whole method on Shapes, up to hours on a CPU
 NO_BENCHMARKS = {"code_metrics", "figures", "readme_pictures", "reference", "run"}
 SIZED = ("token_logprobs",)  # benchmarks that take --N, --D, --V and --model
 # Hidden size, codes, and tokens of an image.

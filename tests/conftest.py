@@ -189,12 +189,12 @@ def scripted() -> types.ModuleType:
 
 @pytest.fixture(scope="session")
 def forked() -> types.ModuleType:
-    """Load tests/forked.py, which starts workers."""
-    return _load("forked")
+    """Load bench/_forked.py, which starts workers."""
+    return _load("_forked", Path(__file__).parents[1] / "bench")
 
 
-def _load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+def _load(name: str, folder: Path = Path(__file__).parent) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

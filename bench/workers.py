@@ -1,0 +1,196 @@
+"""Runs of the Shapes model by 1, 2 and 4 workers: equal records, equal training, kills, and the scaling of each stage.
+
+`equal`: the records, images and masks of a run by N workers, compared byte by byte with those of one process; the
+largest relative difference of the losses of training, and of its weights (of the norm of all of them).
+`kills`: a random worker of 2 to 4 is killed at a random time; then the command is started again, by another number of
+workers, until it ends. Counted are kills that came while the workers ran, runs that the others ended by themselves, and
+items that are lost or doubled, or that differ from those of one process.
+`scaling`: seconds of each stage by one worker over N times those of N workers, each with one thread. Only as many
+workers as there are cores are measured, and interleaved with one.
+
+Workers are forks of this process, so that no time of theirs is that of imports.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _forked
+import _measure as measure
+import torch
+
+from ospo_fast import cli
+from ospo_fast.stages import STAGES
+
+SMALL = ("prompts.counts={color1: 2, shape1: 2, color2: 3, 2D_spatial: 3, numeracy1: 2, numeracy2: 3}",)
+MIDDLE = ("prompts.counts={color1: 6, shape1: 6, color2: 12, 2D_spatial: 12, numeracy1: 6, numeracy2: 12}",)
+LARGE = ("prompts.counts={color1: 24, shape1: 24, color2: 96, 2D_spatial: 128, numeracy1: 32, numeracy2: 128}",)
+TRAINING = ("train.eval_every=0", "train.save_every=1", "train.lora_dropout=0")
+SIZES = (1, 2, 4)
+KILLS = 100
+REPEATS = 3
+Rows = list[dict[str, Any]]
+
+
+def start(out: Path, settings: tuple[str, ...], size: int, **options: Any) -> list[_forked.Ended]:
+    """Run all stages in `out` by `size` workers."""
+
+    def do(rank: int) -> int:
+        torch.set_num_threads(1)
+        return cli.main(["run", "--out", str(out), "--json", *TRAINING, *settings])
+
+    return _forked.run_workers(do, size, out.with_name(f"{out.name}-output"), **options)
+
+
+def ended_well(ended: list[_forked.Ended]) -> None:
+    """Raise RuntimeError with the output of all workers if one of them failed."""
+    if any(worker.code for worker in ended):
+        raise RuntimeError("\n".join(f"worker {n} ended with {w.code}: {w.output}" for n, w in enumerate(ended)))
+
+
+def made(out: Path) -> dict[str, bytes]:
+    """Return all files of records, images and masks."""
+    paths = [path for path in out.rglob("*") if path.suffix in (".jsonl", ".png", ".npz", ".safetensors")]
+    names = {str(path.relative_to(out)): path for path in sorted(paths) if path.is_file()}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith("train/")}
+
+
+def trained(out: Path) -> tuple[list[float], torch.Tensor]:
+    """Return the losses of all steps, and all trained weights in one vector."""
+    from safetensors.torch import load_file
+
+    log = (out / "train" / "log.jsonl").read_text().splitlines()
+    weights = load_file(out / "train" / "adapter" / "adapter_model.safetensors")
+    return [json.loads(line)["loss"] for line in log], torch.cat(
+        [tensor.double().flatten() for _, tensor in sorted(weights.items())]
+    )
+
+
+def equal(folder: Path, settings: tuple[str, ...]) -> Rows:
+    """Compare runs by several workers with that of one process."""
+    rows, first, losses, weights = [], {}, [], torch.zeros(0)
+    for size in SIZES:
+        out, started = folder / f"equal-{size}", time.perf_counter()
+        ended_well(start(out, settings, size))
+        once = (time.perf_counter() - started) * 1e3
+        files, (own_losses, own_weights) = made(out), trained(out)
+        if size == 1:
+            first, losses, weights = files, own_losses, own_weights
+        metrics = {
+            "files": len(files),
+            "different_files": sum(files.get(name) != first.get(name) for name in {*files, *first}),
+            "steps": len(own_losses),
+            "loss_difference": max(abs(a - b) / abs(b) for a, b in zip(own_losses, losses, strict=True)),
+            "weight_difference": float((own_weights - weights).norm() / weights.norm()),
+        }
+        items = len((out / "prompts.jsonl").read_bytes().splitlines())
+        rows.append(_row("equal", {"workers": size, "items": items}, [once], **metrics))
+    return rows
+
+
+def kills(folder: Path, settings: tuple[str, ...], goal: int, seed: int) -> Rows:
+    """Kill workers at random, and compare what the runs end with."""
+    rng, whole = random.Random(seed), folder / "whole"
+    ended_well(start(whole, settings, 1))
+    expected, seconds = made(whole), []
+    counts = dict.fromkeys(("kills", "too_late", "taken_over", "started_again", "lost", "doubled", "different"), 0)
+    for number in itertools.count():
+        if counts["kills"] >= goal:
+            break
+        out, started, ended = folder / f"kill-{number}", time.perf_counter(), []
+        for attempt in itertools.count():
+            size = rng.randint(2, 4)
+            kill = (rng.randrange(size), rng.uniform(0.1, 6.0)) if attempt == 0 else None
+            ended = start(out, settings, size, kill=kill)
+            if kill is not None:
+                hit = ended[kill[0]].code == -signal.SIGKILL
+                counts["kills" if hit else "too_late"] += 1
+                records = {name: data for name, data in made(out).items() if name.endswith(".jsonl")}
+                whole_records = all(records.get(name) == expected[name] for name in expected if name.endswith(".jsonl"))
+                counts["taken_over"] += hit and whole_records
+            counts["started_again"] += attempt > 0
+            if not any(worker.code for worker in ended):
+                break
+            if attempt > 3:
+                ended_well(ended)
+        seconds.append((time.perf_counter() - started) * 1e3)
+        found = made(out)
+        for stage in STAGES[:-1]:
+            name = f"{stage.name}.jsonl"
+            ids, right = (
+                [json.loads(line)["item_id"] for line in files.get(name, b"").splitlines()]
+                for files in (found, expected)
+            )
+            counts["lost"] += len(set(right) - set(ids))
+            counts["doubled"] += len(ids) - len(set(ids))
+        counts["different"] += sum(found.get(name) != expected.get(name) for name in {*found, *expected})
+        shutil.rmtree(out)
+        shutil.rmtree(out.with_name(f"{out.name}-output"))
+    return [_row("kills", {"workers": 4, "kills": counts["kills"]}, seconds, seed=seed, **counts)]
+
+
+def scaling(folder: Path, settings: tuple[str, ...], repeats: int) -> Rows:
+    """Measure the stages by one worker, and by one for each core."""
+    sizes = [size for size in SIZES if size <= (os.cpu_count() or 1)]
+    found: dict[tuple[str, int], list[float]] = {}
+    items: dict[str, int] = {}
+    for repeat, size in itertools.product(range(repeats), sizes):
+        out = folder / f"scaling-{size}-{repeat}"
+        ended_well(start(out, settings, size))
+        rows = json.loads((out / "stages.json").read_text())
+        for stage in STAGES:
+            own = [row for row in rows if row["stage"] == stage.name]
+            items[stage.name] = max(row["items"] for row in own) if stage.counts_steps else sum(r["items"] for r in own)
+            found.setdefault((stage.name, size), []).append(max(row["seconds"] for row in own) * 1e3)
+        shutil.rmtree(out)
+    rows = []
+    for (stage_name, size), times in found.items():
+        efficiency = statistics.median(found[stage_name, 1]) / size / statistics.median(times)
+        shapes = {"workers": size, "items": items[stage_name]}
+        rows.append(_row(f"scaling_{stage_name}", shapes, times, efficiency=round(efficiency, 4)))
+    return rows
+
+
+def _row(variant: str, shapes: dict[str, int], times: list[float], **metrics: Any) -> dict[str, Any]:
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    timing = measure.Timing(statistics.median(times), fifths[0], fifths[3], len(times))
+    return measure.row("workers", variant, shapes, "fp32", timing, **metrics)
+
+
+def run(out: Path, quick: bool) -> None:
+    """Run all parts. `quick`: with few items and two kills."""
+    small, middle, large = (SMALL, SMALL, SMALL) if quick else (SMALL, MIDDLE, LARGE)
+    steps = ("train.steps=2", "train.batch_size=4")
+    parts: list[Callable[[Path], Rows]] = [
+        lambda folder: equal(folder, (*middle, "train.steps=2" if quick else "train.steps=20", "train.batch_size=4")),
+        lambda folder: scaling(
+            folder, (*large, "train.steps=2" if quick else "train.steps=20"), 1 if quick else REPEATS
+        ),
+        lambda folder: kills(folder, (*small, *steps), 2 if quick else KILLS, 0),
+    ]
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        with contextlib.redirect_stdout(None):  # load what is imported and cached when stages first run
+            cli.main(["run", "--out", f"{scratch}/first", "--json", *TRAINING, *small, *steps])
+        for part in parts:
+            rows += part(Path(scratch))
+            measure.write(rows, out, "workers")
+    measure.show(rows)
+    for line in rows:
+        print({name: value for name, value in line.items() if name in ("variant", "shapes") or name in _METRICS})
+
+
+_METRICS = (
+    "different_files", "loss_difference", "weight_difference", "efficiency", "kills", "too_late", "taken_over",
+    "started_again", "lost", "doubled", "different",
+)  # fmt: skip
