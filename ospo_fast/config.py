@@ -284,12 +284,15 @@ class MasksConfig(Section):
 
 @dataclass
 class TrainConfig(Section):
-    """Stage 5: LoRA training of the language model with AdamW."""
+    """Stage 5: training of the language model with AdamW: LoRA matrices, or all weights."""
 
     masks: str = setting(
         "stored",
         "Object masks of the masks stage, or of the current policy, from the training forward.",
         one_of("stored", "online"),
+    )
+    full: bool = setting(
+        False, "Train all weights of the language model but its text embeddings, instead of LoRA matrices."
     )
     lora_rank: int = setting(64, "Rank of the LoRA matrices.", AT_LEAST_1 | up_to(2**16))
     lora_alpha: int = setting(128, "LoRA's alpha: updates are scaled by alpha / rank.", AT_LEAST_1)

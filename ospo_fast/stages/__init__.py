@@ -213,9 +213,10 @@ def _check_train(config: Config) -> None:
 
 
 def _check_lora(model: UnifiedModel, config: Config) -> None:
-    from ospo_fast.stages.train import check_lora
+    from ospo_fast.stages.trained_weights import check_lora
 
-    check_lora(model, config.train)
+    if not config.train.full:
+        check_lora(model, config.train)
 
 
 def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
@@ -312,7 +313,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        "stage 5: LoRA training on the pairs",
+        "stage 5: training on the pairs, of LoRA matrices or of all weights",
         inputs=_train_inputs,
         folder="train",
         speed_only=frozenset({"gradient_checkpointing", "save_every", "sample_every", "max_skipped"}),

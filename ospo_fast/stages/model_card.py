@@ -1,4 +1,4 @@
-"""The model card of an adapter, and the name of its base model that other machines can use."""
+"""The model card of what training makes, an adapter or a model, and the public name of its base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ospo_fast.config import MODEL_FILES, Config
+from ospo_fast.config import MODEL_FILES, Config, TrainConfig
 from ospo_fast.records import ItemPair
 from ospo_fast.versions import run_versions
 
@@ -55,7 +55,7 @@ def model_card(
     kept: Mapping[str, Any] | None,
     steps: int,
 ) -> bytes:
-    """Return the README.md of an adapter, with the metadata of the Hugging Face hub.
+    """Return the README.md of an adapter, or with `train.full` of a model, with the metadata of the Hugging Face hub.
 
     Args:
         base: the `public_name` of the base model.
@@ -73,21 +73,26 @@ def model_card(
     license_data: dict[str, Any] = {"license": "apache-2.0"} if base in MODEL_FILES else {}
     if janus:
         license_data = {"license": "other", "license_name": "deepseek-model-license", "license_link": _JANUS_LICENSE}
+    full = config.train.full
     data = ModelCardData(
         base_model=base if on_hub else None,
-        library_name="peft",
+        library_name="transformers" if full else "peft",
         pipeline_tag="text-to-image",
-        tags=["lora", "ospo", "ospo-fast", "preference-optimization"],
+        tags=[*([] if full else ["lora"]), "ospo", "ospo-fast", "preference-optimization"],
         **license_data,
     )
+    kind = (
+        f"{_code(base)} with another language model"
+        if full
+        else f"A LoRA adapter of the language model of {_code(base)}"
+    )
     sections = {
-        f"OSPO adapter for {base}": (
-            f"A LoRA adapter of the language model of {_code(base)}, trained with ospo-fast by OSPO, object-centric "
-            "self-improving preference optimization: on pairs of a chosen and a rejected image of the same prompt, "
-            "which the base model generated and judged itself."
+        f"OSPO {'model from' if full else 'adapter for'} {base}": (
+            f"{kind}, trained with ospo-fast by OSPO, object-centric self-improving preference optimization: on pairs "
+            "of a chosen and a rejected image of the same prompt, which the base model generated and judged itself."
         ),
         "Use": _use(base, config, pairs),
-        "Base model": _base(base),
+        "Base model": _base(base, full),
         "Training data": _data(config, pairs),
         "Settings": _settings(config, steps),
         "Results": _results(evaluations, kept, config),
@@ -102,17 +107,18 @@ def model_card(
 def _use(base: str, config: Config, pairs: Sequence[ItemPair]) -> str:
     prompt = pairs[0].record["prompt"] if pairs else "a red circle"
     options = f"seeds=[0], guidance_scale={config.images.guidance_scale:g}"
+    loaded = "" if config.train.full else "  # the base model, with the adapter merged into it"
     return (
         "In the folder of this file, after `pip install 'ospo-fast[pipeline]'`:\n\n"
         "```python\n"
         "import ospo_fast as of\n"
-        'model = of.load_model(".")  # the base model, with the adapter merged into it\n'
+        f'model = of.load_model("."){loaded}\n'
         f'of.ImageGenerator(model).generate([{" ".join(prompt.split())!r}], {options})[0].save("image.png")\n'
         "```"
     )
 
 
-def _base(base: str) -> str:
+def _base(base: str, full: bool) -> str:
     if base in MODEL_FILES:
         return (
             f'{_code(base)} is the small model that is part of the package ospo-fast: `ospo_fast.load_model("{base}")` '
@@ -120,6 +126,8 @@ def _base(base: str) -> str:
         )
     if "/" in base:
         return f"[{base}](https://huggingface.co/{base}) on the Hugging Face hub, in the format of transformers."
+    if full:
+        return f"{_code(base)} was a folder, not a model of the hub. This model does not need it."
     return (
         f"{_code(base)} was a folder, not a model of the hub. To load the adapter elsewhere, put a copy of that folder "
         "under this name into the current folder, or give its place as `base_model_name_or_path` in "
@@ -147,8 +155,7 @@ def _settings(config: Config, steps: int) -> str:
         "steps": steps,
         "pairs of a step": train.batch_size * train.accumulation,
         "learning rate": f"{train.learning_rate:g}, {train.schedule}",
-        "LoRA rank, alpha, dropout": f"{train.lora_rank}, {train.lora_alpha}, {train.lora_dropout:g}",
-        "LoRA targets": ", ".join(train.lora_targets),
+        **({"trained weights": "all of the language model but its text embeddings"} if train.full else _lora(train)),
         "guidance scale of training": f"{train.guidance_scale:g}",
         "object masks": train.masks if config.masks.enabled else "none",
         **{f"loss: {name}": value for name, value in train.loss.items()},
@@ -157,18 +164,26 @@ def _settings(config: Config, steps: int) -> str:
     return f"| Setting | Value |\n| --- | --- |\n{rows}"
 
 
+def _lora(train: TrainConfig) -> dict[str, object]:
+    return {
+        "LoRA rank, alpha, dropout": f"{train.lora_rank}, {train.lora_alpha}, {train.lora_dropout:g}",
+        "LoRA targets": ", ".join(train.lora_targets),
+    }
+
+
 def _results(evaluations: Sequence[Mapping[str, Any]], kept: Mapping[str, Any] | None, config: Config) -> str:
     metric = config.train.early_stopping or "alignment"
     values = {row["step"]: row for row in evaluations if isinstance(row.get(metric), float | int)}
     last = kept["step"] if kept else max(values, default=0)
-    chosen = {"before training": values.get(0), f"this adapter (step {last})": values.get(last)}
+    kind = "model" if config.train.full else "adapter"
+    chosen = {"before training": values.get(0), f"this {kind} (step {last})": values.get(last)}
     rows = [f"| {name} | {_value(row, metric)} |" for name, row in chosen.items() if row is not None]
     if not rows:
         return "Not evaluated during training."
     note = "of images of held-out validation prompts"
     if kept:
         note += ", on which the step was chosen, so that the value after training is somewhat optimistic"
-    base_kept = "\n\nNo evaluation was better than the one before training: the adapter changes nothing."
+    base_kept = f"\n\nNo evaluation was better than the one before training: the {kind} changes nothing."
     return (
         f"{metric.capitalize()} {note} (± standard error):\n\n| | {metric} |\n| --- | --- |\n"
         + "\n".join(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ospo_fast.records import SIDES, Record, image_verdicts, iter_pairs
 
-CHECKPOINTS = "step-*.pt"  # in checkpoints/ of a training
+CHECKPOINTS = "step-*"  # in checkpoints/ of a training
 # What any training leaves; done.json of an older version does not list more.
 TRAINED = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model/config.json")
 

@@ -1,4 +1,4 @@
-"""Stage 5, last part: LoRA training of the language model on preference pairs with the OSPO loss."""
+"""Stage 5, last part: training of the language model on preference pairs with the OSPO loss."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.config import Config, TrainConfig
-from ospo_fast.errors import Failure, OspoError, UsageError, attempt, some_failed
-from ospo_fast.files import MAX_BYTES, no_link, read_bytes, reading, regular
-from ospo_fast.loss import OSPOLoss
+from ospo_fast.errors import Failure, OspoError, attempt, some_failed
+from ospo_fast.files import no_link, read_bytes, reading, regular
+from ospo_fast.loss import OSPOLoss, OSPOLossOutput
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import (
     ItemPair,
@@ -43,29 +43,21 @@ from ospo_fast.records import (
     write_json,
 )
 from ospo_fast.stages import StageContext
-from ospo_fast.stages.checkpoints import (
-    REMEDY,
-    check_optimizer,
-    check_progress,
-    check_random_state,
-    check_tensors,
-    checkpoint_path,
-    checkpoint_paths,
-    delete_others,
-    read_checkpoint,
-    write_checkpoint,
-)
+from ospo_fast.stages.checkpoints import REMEDY, check_progress, checkpoint_path, checkpoint_paths, delete_others
 from ospo_fast.stages.image_files import pair_codes
 from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
 from ospo_fast.stages.model_card import base_folder, model_card, public_name
 from ospo_fast.stages.object_tokens import find_objects
+from ospo_fast.stages.parallel import Ranks, own_passes
 from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.train_settings import input_stage, loss_config, mask_settings, uses_masks, uses_stored_masks
+from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
 
 if TYPE_CHECKING:
     from ospo_fast.ops import Head
+    from ospo_fast.stages.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -194,38 +186,6 @@ def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int
     return indices[:length]
 
 
-def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
-    """Raise UsageError for a target that names no linear layer of the decoder."""
-    modules = list(model.decoder.named_modules())
-    for target in settings.lora_targets:
-        found = [module for name, module in modules if f".{name}".endswith(f".{target}")]
-        if not found or not all(isinstance(module, nn.Linear) for module in found):
-            known = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
-            raise UsageError(
-                f"train.lora_targets: got {target!r}, expected names of linear layers of the decoder: "
-                f"{', '.join(known)}."
-            )
-
-
-def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
-    """Add LoRA layers to the language model and freeze everything else; return the PeftModel around `model.module`."""
-    from peft import LoraConfig, get_peft_model
-
-    prefix = next((name for name, module in model.module.named_modules() if module is model.decoder), None)
-    if prefix is None:
-        raise OspoError(f"train: `decoder` of {model.name} should be a submodule of `module`; correct the model class.")
-    start = f"{prefix}." if prefix else ""
-    names = "|".join(map(re.escape, settings.lora_targets))
-    lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=rf"{re.escape(start)}(?:.*\.)?({names})",
-        bias="none",
-    )
-    return get_peft_model(model.module, lora)
-
-
 def build_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> tuple[torch.optim.Optimizer, Any]:
     """Return AdamW and its schedule: warm-up, then constant or a cosine that ends at `min_learning_rate`."""
     from transformers import get_scheduler
@@ -249,7 +209,14 @@ def build_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> tu
 
 
 class Trainer:
-    """One training run in `folder`: adapter, optimizer, schedule and checkpoints."""
+    """One training run in `folder`: weights, optimizer, schedule and checkpoints.
+
+    With several processes each has a Trainer, and all call the same methods. The pairs of a step, their order and the
+    learning rate depend on its number alone, and each process has a part of the pairs (`own_passes`). Random numbers
+    depend on the seed, the step, and the place of a pass in it. So any number of processes computes the same step, up
+    to rounding: sums have another order. The dropout of LoRA is the same where the passes are, which is so if
+    `accumulation` is a multiple of the number of processes. Else other random numbers of the same distribution drop.
+    """
 
     def __init__(
         self,
@@ -258,14 +225,17 @@ class Trainer:
         config: Config,
         folder: Path,
         extractor: MaskExtractor | None = None,  # of the policy's own masks
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.examples, self.config, self.folder, self.extractor = model, examples, config, folder, extractor
-        self.settings = config.train
+        self.settings, self.ranks = config.train, ranks or Ranks()
         torch.manual_seed(stable_hash(config.seed, "lora") % 2**31)
-        self.peft = add_lora(model, self.settings)
-        self.parameters = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
-        self.optimizer, self.schedule = build_optimizer(list(self.parameters.values()), self.settings)
+        full = self.settings.full
+        self.weights = FullWeights(model, self.ranks) if full else LoraWeights(model, self.settings, self.ranks)
+        self.parameters: list[Any] = list(self.weights.parameters.values())
+        self.optimizer, self.schedule = build_optimizer(self.parameters, self.settings)
         self.loss = OSPOLoss(loss_config(config))
+        self.forward = self.weights.distribute(self._compute_loss)
         self.step = 0
         # The best evaluation: its step, its value, and the SHA-256 of best.safetensors.
         self.best: dict[str, Any] = {}
@@ -283,42 +253,39 @@ class Trainer:
         If the loss or the norm of the gradient is not finite, weights and optimizer stay as they are. The step counts
         as one: the next step has the next number, learning rate and pairs.
         """
-        settings, started = self.settings, time.perf_counter()
+        settings, started, ranks = self.settings, time.perf_counter(), self.ranks
         if not self.skipped_row:
             self.last_good = self._moment()
-        size = settings.batch_size
-        start = self.step * size * settings.accumulation
-        indices = shuffled_indices(len(self.examples), self.config.seed, start, size * settings.accumulation)
+        pairs = settings.batch_size * settings.accumulation
+        indices = shuffled_indices(len(self.examples), self.config.seed, self.step * pairs, pairs)
         counts = Counter(self.examples[i].category for i in indices)
         sums: defaultdict[str, float] = defaultdict(float, dict.fromkeys(map(_accuracy_key, sorted(counts)), 0.0))
-        bad: list[Example] = []  # of the batches whose loss is not finite
-        for examples in chunked([self.examples[i] for i in indices], size):
-            batch, masks = make_batch(self.model, examples, swapped=self.loss.config.cond_weight > 0)
-            with _autocast(self.model):
-                hidden, masks = self._forward(batch, masks, examples)
-                head: Head | nn.Module = self.model.head
-                if settings.guidance_scale != 1:
-                    from ospo_fast.ops import Head
-
-                    unconditional = unconditional_hidden_states(self.model, examples, batch)
-                    hidden, head = Head.of(head).guided(hidden, unconditional, settings.guidance_scale)
-                output = self.loss(hidden, batch.labels, head, object_masks=masks)
-            (output.loss / settings.accumulation).backward()
-            if masks is not None and settings.masks == "online":
-                output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
+        bad: list[str] = []  # pairs of the passes whose loss is not finite
+        passes = own_passes(pairs, settings.batch_size, ranks.rank, ranks.size)
+        for number, positions in enumerate(passes, 1):
+            # A pass without pairs keeps the collectives of the others company, with a pair that counts 0.
+            examples = [self.examples[indices[i]] for i in positions or range(1)]
+            share = len(positions) / pairs
+            torch.manual_seed(stable_hash(self.config.seed, "pass", self.step, positions.start))
+            with nullcontext() if number == len(passes) else self.weights.accumulating(self.forward):
+                output = self.forward(examples)
+                (output.loss * (share * ranks.size)).backward()  # the mean over ranks has 1 / size
             # Read after the backward pass is launched: reading a value synchronizes with the device.
             for name, value in output.metrics.items():
-                sums[name] += float(value) / settings.accumulation
-            for example, accuracy in zip(examples, output.pair_accuracy.tolist(), strict=True):
+                sums[name] += float(value) * share if share else 0.0
+            for example, accuracy in zip(examples, output.pair_accuracy.tolist(), strict=True) if share else ():
                 sums[_accuracy_key(example.category)] += accuracy / counts[example.category]
-            if not math.isfinite(output.metrics["loss"]):
-                bad += examples
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip))
+            if share and not math.isfinite(output.metrics["loss"]):
+                bad += [example.pair_id for example in examples]
+        norm = self._clip()
+        *values, count = ranks.sums([*sums.values(), len(bad)])
+        if count:
+            bad = list(chain.from_iterable(ranks.everywhere(lambda: bad)))
         rate = self.schedule.get_last_lr()[0]
         self.step += 1
-        row = {"step": self.step, **sums, "lr": rate, "grad_norm": norm}
+        row = {"step": self.step, **dict(zip(sums, values, strict=True)), "lr": rate, "grad_norm": norm}
         if bad or not math.isfinite(norm):
-            row |= self._skip(bad or [self.examples[i] for i in indices])
+            row |= self._skip(bad or [self.examples[i].pair_id for i in indices])
         else:
             self.optimizer.step()
             self.skipped_row = []
@@ -326,16 +293,47 @@ class Trainer:
         self._set_learning_rate()
         return {**row, "seconds": round(time.perf_counter() - started, 4)}
 
-    def _skip(self, examples: list[Example]) -> dict[str, Any]:
+    def _compute_loss(self, examples: list[Example]) -> OSPOLossOutput:
+        """Return the loss of some pairs, and its metrics."""
+        settings = self.settings
+        batch, masks = make_batch(self.model, examples, swapped=self.loss.config.cond_weight > 0)
+        with _autocast(self.model):
+            hidden, masks = self._forward(batch, masks, examples)
+            head: Head | nn.Module = self.model.head
+            if settings.guidance_scale != 1:
+                from ospo_fast.ops import Head
+
+                unconditional = unconditional_hidden_states(self.model, examples, batch)
+                hidden, head = Head.of(head).guided(hidden, unconditional, settings.guidance_scale)
+            output: OSPOLossOutput = self.loss(hidden, batch.labels, head, object_masks=masks)
+        if masks is not None and settings.masks == "online":
+            output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
+        return output
+
+    def _clip(self) -> float:
+        """Clip the gradient; return its norm over all weights and processes."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _skip(self, pair_ids: list[str]) -> dict[str, Any]:
         """Count a step without an update and its pairs; return what its log line says of them."""
-        pairs = sorted({example.pair_id for example in examples})
-        logger.warning(
+        pairs = sorted(set(pair_ids))
+        self._warn(
             "train: skipping step %d, whose loss or gradient is not finite; its pairs: %s", self.step, ", ".join(pairs)
         )
         self.skipped_row.append(pairs)
         self.skipped_steps += 1
         self.skipped_pairs = dict(Counter(self.skipped_pairs) + Counter(pairs))
         return {"skipped": True, "not_finite": pairs}
+
+    def check_ranks(self) -> None:
+        """Raise OspoError on every rank unless all have the same settings and pairs."""
+        digests = self.ranks.everywhere(self.digest)
+        if (other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)) is not None:
+            raise OspoError(
+                f"train: process {other} has other settings or other pairs than process 0, expected the same on all; "
+                "give every process the same command, and a run folder that all of them see."
+            )
 
     def check_skipped(self) -> None:
         """Raise OspoError after more than `max_skipped` skipped steps in a row, with a checkpoint from before them."""
@@ -352,17 +350,15 @@ class Trainer:
             "resume, or lower train.learning_rate or remove these pairs and use --no-resume."
         )
 
+    def _warn(self, message: str, *values: object) -> None:
+        if self.ranks.rank == 0:
+            logger.warning(message, *values)
+
     def _moment(self) -> dict[str, Any]:
         """Return what changes in a step, apart from weights and optimizer."""
-        return {
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-            "progress": {name: getattr(self, name) for name in _PROGRESS},
-        }
+        return {"progress": {name: getattr(self, name) for name in _PROGRESS}}
 
     def _return_to(self, moment: dict[str, Any]) -> None:
-        torch.set_rng_state(moment["rng"]["cpu"])
-        # The machine can have fewer GPUs than the one that made the checkpoint.
-        torch.cuda.set_rng_state_all(moment["rng"]["cuda"][: torch.cuda.device_count()])
         for name, value in moment["progress"].items():
             setattr(self, name, value)
         self.skipped_row = []
@@ -388,27 +384,35 @@ class Trainer:
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         """Return the callback's metrics; save the adapter if they are the best, and stop if they no longer improve."""
-        self.peft.eval()
-        with torch.random.fork_rng():
-            metrics = evaluation(self.model, self.step)
-        self.peft.train()
+        self.weights.publish()
+        metrics = self.ranks.first(lambda: evaluation(self.model, self.step))
         name = self.settings.early_stopping
         if name is not None:
-            from safetensors.torch import save
-
             if name not in metrics:
                 known = ", ".join(sorted(metrics))
                 raise OspoError(f"train.early_stopping: got {name!r}, expected a metric of the evaluation: {known}.")
             if not self.best or metrics[name] > self.best["value"]:
                 # A float of numpy could be saved, but not loaded with `weights_only`.
                 self.best, self.stale = {"step": self.step, "value": float(metrics[name])}, 0
-                data = save(self._adapter())
-                self.best["sha256"] = hashlib.sha256(data).hexdigest()
-                write_atomic(self.folder / "best.safetensors", data)
+                self.best["sha256"] = self.ranks.first(self._write_best)
             else:
                 self.stale += 1
             self.stopped = self.stale >= self.settings.patience
+        self.weights.train()
         return {"step": self.step, **metrics}
+
+    def sample(self, pairs: Sequence[ItemPair], tracker: Tracker | None) -> None:
+        """Write images of prompts of these pairs; see `ospo_fast.stages.samples`."""
+        self.weights.publish()
+        self.ranks.first(lambda: sample(self.model, pairs, self.config, self.folder, self.step, tracker))
+        self.weights.train()
+
+    def _write_best(self) -> str:
+        from safetensors.torch import save
+
+        data = save(self.weights.whole())
+        write_atomic(self.folder / "best.safetensors", data)
+        return hashlib.sha256(data).hexdigest()
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Return the log lines of evaluations, which have no loss."""
@@ -426,35 +430,22 @@ class Trainer:
         before = next((row.get(metric) for row in self.evaluations() if row["step"] == 0), None)
         return {"step": self.best["step"], "metric": metric, "before": before, "value": self.best["value"]}
 
-    def _save_adapter(self, folder: Path, card: bytes) -> None:
-        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / "README.md").write_bytes(card)  # in place of peft's, which is empty
-
-    def _adapter(self) -> dict[str, Tensor]:
-        return {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-
-    def _load_adapter(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
-
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on, then delete those before it."""
-        self.saved = checkpoint_path(self.folder / "checkpoints", self.step)
-        state = {
-            "digest": self._digest(),
-            "log": self._log_digest(),
-            "adapter": self._adapter(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            **self._moment(),
-        }
-        write_checkpoint(self.saved, state)
-        delete_others(self.saved)
+        self.saved = checkpoint_path(self.folder / "checkpoints", self.step, sharded=self.settings.full)
+        state = {"digest": self.digest(), "log": self.ranks.first(self._log_digest), **self._moment()}
+        self.weights.save_checkpoint(self.saved, state, self.optimizer)
+        self._delete_others()
+
+    def _delete_others(self) -> None:
+        if self.saved is not None:
+            saved = self.saved
+            self.ranks.first(lambda: delete_others(saved))
 
     def _log_digest(self) -> str:
         return hashlib.sha256(_log_until(self.folder / "log.jsonl", self.step)).hexdigest()
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
         """Identify the settings and pairs, which must not change when a run is resumed."""
         settings = dataclasses.asdict(self.settings)
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
@@ -469,54 +460,43 @@ class Trainer:
 
         An older one takes longer, but leads to the same weights and log.
         """
-        paths = checkpoint_paths(self.folder / "checkpoints")
+        paths = self.ranks.first(lambda: checkpoint_paths(self.folder / "checkpoints"))
         broken: list[Failure] = []
         for path in paths:
             state = attempt(self._read_state, path)
-            if not isinstance(state, Failure):
+            failed = self.ranks.any(state if isinstance(state, Failure) else None)
+            if failed is None:
                 break
-            broken.append(state)
+            broken.append(failed)
         else:
             if broken:
                 raise OspoError(broken[0].reason)
             return False
+        assert not isinstance(state, Failure)
         for failed in broken:
-            logger.warning("train: %s Training continues from the older %s.", failed, path.name)
-        if state["digest"] != self._digest():
+            self._warn("train: %s Training continues from the older %s.", failed, path.name)
+        if state["digest"] != self.digest():
             raise OspoError(f"{path} has other settings or other pairs; train into another --out, or with --no-resume.")
-        self._load_adapter(state["adapter"])
-        groups = self.optimizer.state_dict()["param_groups"]  # their values are those of the settings
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.weights.load_checkpoint(state, self.optimizer)
         self._return_to(state)
         self.saved = path
         if self.best:
-            self._read_best()
-        if state["log"] != self._log_digest():
+            self.ranks.first(lambda: self._read_best() and None)
+        if state["log"] != self.ranks.first(self._log_digest):
             log = self.folder / "log.jsonl"
-            logger.warning(
-                "train: lines of %s were lost or changed since the checkpoint; the weights are as before", log
-            )
+            self._warn("train: lines of %s were lost or changed since the checkpoint; the weights are as before", log)
         return True
 
     def _read_state(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint and check what it holds, if it is of this run. Raises OspoError."""
         with reading("checkpoint", path, REMEDY):
-            state: dict[str, Any] = read_checkpoint(path, self._max_bytes())
-            if state["digest"] == self._digest():
-                check_tensors("adapter", state["adapter"], self.parameters)
-                if not all(tensor.isfinite().all() for tensor in state["adapter"].values()):
-                    raise ValueError("its adapter is not finite")
-                check_optimizer(state["optimizer"], list(self.parameters.values()))
+            state: dict[str, Any] = self.weights.read_checkpoint(path)
+            if state["digest"] == self.digest():
+                self.weights.check_checkpoint(state)
                 check_progress(state["progress"], _PROGRESS, self.settings.steps)
-                check_random_state(state["rng"])
                 if not isinstance(state["log"], str):
                     raise ValueError("its checksum of the log should be a text")
         return state
-
-    def _max_bytes(self) -> int:
-        """Return the most bytes that a file of this run can have: the adapter, its moments, and room for the rest."""
-        adapter: int = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        return MAX_BYTES + 4 * adapter
 
     def _read_best(self, sha256: str | None = None) -> dict[str, Tensor]:
         """Read best.safetensors. Raises OspoError if it is broken or does not have this checksum."""
@@ -524,33 +504,48 @@ class Trainer:
 
         path = self.folder / "best.safetensors"
         with reading("checkpoint", path, REMEDY):
-            data = read_bytes(path, self._max_bytes())
+            data = read_bytes(path, self.weights.max_bytes())
             if sha256 not in (None, hashlib.sha256(data).hexdigest()):
                 raise ValueError("its checksum is wrong, as it is damaged or from another run")
             tensors: dict[str, Tensor] = load(data)
-            check_tensors("adapter", tensors, self.parameters)
+            self.weights.check_whole(tensors)
             return tensors
 
     def finish(self, failures: dict[str, Failure], pairs: Sequence[ItemPair], out: Path) -> None:
-        """Save the best adapter, or else the last, with a model card of its `pairs`, and merge it into the model.
+        """Save the best weights, or else the last, with a model card of their `pairs`, and merge them into the model.
 
-        The adapter names its base model so that others can load it. `out`, the run folder, keeps where it is here.
+        An adapter names its base model so that others can load it. `out`, the run folder, keeps where it is here.
         """
         best = int(self.best.get("step", self.step))
+        self.weights.publish()
         if best != self.step:
-            self._load_adapter(self._read_best(self.best["sha256"]))
-        self.peft.eval()
-        base, base_path = public_name(self.model.name), base_folder(self.model.name)
-        self.peft.peft_config["default"].base_model_name_or_path = base
+            self.ranks.everywhere(lambda: self.weights.load_whole(self._read_best(self.best["sha256"])))
+        base = public_name(self.model.name)
         trained = {example.pair_id for example in self.examples}
         pairs = [item for item in pairs if item.pair_id in trained]
-        card = model_card(base, self.config, pairs, self.evaluations(), self.kept(), self.step)
-        write_folder(self.folder / "adapter", lambda folder: self._save_adapter(folder, card))
-        self.peft.merge_and_unload()
-        self.model.module.requires_grad_(False)
-        write_folder(self.folder / "model", self.model.save)
+
+        def card() -> bytes:
+            return model_card(base, self.config, pairs, self.evaluations(), self.kept(), self.step)
+
+        if isinstance(self.weights, LoraWeights):
+            peft = self.weights.peft
+            peft.peft_config["default"].base_model_name_or_path = base
+            self.ranks.first(
+                lambda: write_folder(self.folder / "adapter", lambda path: _save_adapter(peft, path, card()))
+            )
+        self.weights.merge()
+        self.ranks.first(lambda: self._write_results(best, failures, out, card() if self.settings.full else None))
+
+    def _write_results(self, best: int, failures: dict[str, Failure], out: Path, card: bytes | None) -> None:
+        def save(folder: Path) -> None:
+            self.model.save(folder)
+            if card is not None:
+                (folder / "README.md").write_bytes(card)
+
+        base, base_path = public_name(self.model.name), base_folder(self.model.name)
+        write_folder(self.folder / "model", save)
         reasons = {pair_id: failed.reason for pair_id, failed in failures.items()}
-        done = {"step": self.step, "best_step": best, "digest": self._digest(), "left_out": reasons}
+        done = {"step": self.step, "best_step": best, "digest": self.digest(), "left_out": reasons}
         done |= {"kept": self.kept()}
         saved = (path for name in ("adapter", "model") for path in (self.folder / name).rglob("*"))
         done |= {"files": sorted(path.relative_to(self.folder).as_posix() for path in saved if path.is_file())}
@@ -562,16 +557,21 @@ class Trainer:
         write_json(self.folder / "done.json", done)  # last: after it, no other call works on this folder
 
 
+def _save_adapter(peft: Any, folder: Path, card: bytes) -> None:
+    peft.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").write_bytes(card)  # in place of peft's, which is empty
+
+
 class _Log:
     """log.jsonl; the newest loss and evaluation in it are shown as the status of the stage."""
 
-    def __init__(self, path: Path, context: StageContext, metric: str | None) -> None:
-        self.path, self.status, self.metric = path, context.status, metric or "alignment"
+    def __init__(self, path: Path, context: StageContext, metric: str | None, ranks: Ranks) -> None:
+        self.path, self.status, self.metric, self.ranks = path, context.status, metric or "alignment", ranks
         self.tracker = context.tracker
         self.values: dict[str, str] = {}
 
     def append(self, row: dict[str, Any]) -> None:
-        append_line(self.path, row)
+        self.ranks.first(lambda: append_line(self.path, row))
         if self.tracker is not None:
             self.tracker.log(row)
         for name in ("loss", self.metric):
@@ -620,12 +620,17 @@ def train(
     """Train `model` in place on the pairs of `records`, and write the results to `out`/train.
 
     Writes log.jsonl (a line per step and per evaluation), checkpoints/, samples/ (`train.sample_every`), adapter/
-    (peft), model/ (merged) and finally done.json. If `train.early_stopping` names a metric, the weights are those of
-    the best evaluation, which best.safetensors holds, else the last.
+    (peft; not with `train.full`), model/ (merged) and finally done.json. If `train.early_stopping` names a metric, the
+    weights are those of the best evaluation, which best.safetensors holds, else the last.
     A step whose loss or gradient is not finite is skipped: it makes no update, its log line has `skipped` and the ids
     of its pairs (`not_finite`), and done.json counts these steps and pairs. It keeps its number, its learning rate and
     its pairs, so that the steps after it have the same as without it.
     Uses bf16 autocast on CUDA, the model's own dtype on the CPU.
+
+    If torch.distributed is initialized, every process of its default group calls this, with the same records and
+    configuration, a run folder that all see, and the model on its own device. They train together, see `Trainer`: LoRA
+    by DDP, all weights by FSDP2. A training may be resumed by another number of processes. Rank 0 alone writes, except
+    shards of checkpoints, and alone calls `evaluation`. The trained model is in the memory of every process.
 
     Args:
         records: with `pairs`, and with masks if the loss uses stored ones.
@@ -639,17 +644,18 @@ def train(
 
     Raises:
         OspoError: no pair to train on, a file that cannot be written, or a checkpoint that is broken or of another
-            run, or more than `train.max_skipped` skipped steps in a row.
+            run, or more than `train.max_skipped` skipped steps in a row, or processes that differ in these arguments.
+            An error of rank 0 is raised on every rank.
 
     """
-    context = context or StageContext()
+    context, ranks = context or StageContext(), Ranks()
     pairs = select_training_pairs(records, config)
     extractor = None
     if uses_masks(config) and config.train.masks == "online":
-        extractor = build_extractor(config.masks, pairs, model, out, config.read_from)
+        extractor = ranks.first_alone(lambda: build_extractor(config.masks, pairs, model, out, config.read_from))
         config = dataclasses.replace(config, masks=extractor.settings)
     examples, failures = load_examples(pairs, model, config, out)
-    if failures:
+    if failures and ranks.rank == 0:
         reasons = [f"{pair_id}: {failed}" for pair_id, failed in failures.items()]
         logger.warning("train: %s", some_failed("pairs", reasons, len(pairs)))
     if not examples:
@@ -657,19 +663,17 @@ def train(
         raise OspoError(f"train: no pair to train on; see {where}.")
     settings, folder = config.train, (context.writes or out) / "train"
     if not context.resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    trainer = Trainer(model, examples, config, folder, extractor)
+        ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    trainer = Trainer(model, examples, config, folder, extractor, ranks)
+    trainer.check_ranks()
     resumed = trainer.resume()
     logfile = folder / "log.jsonl"
-    if not resumed and _log_until(logfile, settings.steps):
-        logger.warning("train: no checkpoint in %s; training starts from step 0 again", folder / "checkpoints")
-    write_atomic(logfile, _log_until(logfile, trainer.step if resumed else -1))
-    trainer.peft.train()
-    module: Any = model.module  # of transformers, which torch's type does not know
+    ranks.first(lambda: _begin_log(logfile, trainer.step if resumed else None, settings.steps))
     if settings.gradient_checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed = trainer.weights.checkpointed
+        checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None
-    log = _Log(logfile, context, settings.early_stopping)
+    log = _Log(logfile, context, settings.early_stopping, ranks)
     if context.tracker is not None:
         context.tracker.start(context.report.iteration, trainer.step if resumed else None)
     if evaluation is not None and not resumed:
@@ -689,7 +693,7 @@ def train(
             log.append(trainer.evaluate(evaluation))
         if settings.sample_every and trainer.step % settings.sample_every == 0:
             log.show("generating samples")
-            sample(model, sampled, config, folder, trainer.step, context.tracker)
+            trainer.sample(sampled, context.tracker)
         due = due or trainer.step % settings.save_every == 0 or last or trainer.stopped
         if due and not trainer.skipped_row:  # every checkpoint follows an update, see `check_skipped`
             trainer.save()
@@ -698,10 +702,18 @@ def train(
         if context.progress is not None:
             context.progress(1)
     if settings.gradient_checkpointing:
-        module.gradient_checkpointing_disable()
+        trainer.weights.checkpointed.gradient_checkpointing_disable()
     trainer.finish(failures, pairs, out)
     context.report.total, context.report.failed = trainer.step, len(failures)
-    context.report.kept = trainer.kept()
+    context.report.kept = ranks.first(trainer.kept)
+
+
+def _begin_log(path: Path, resumed: int | None, steps: int) -> None:
+    """Leave the lines of a log up to the step of a resumed training, else none."""
+    if resumed is None and _log_until(path, steps):
+        folder = path.parent / "checkpoints"
+        logger.warning("train: no checkpoint in %s; training starts from step 0 again", folder)
+    write_atomic(path, _log_until(path, -1 if resumed is None else resumed))
 
 
 def run(

@@ -25,8 +25,6 @@ from ospo_fast.stages.checkpoints import write_checkpoint
 from ospo_fast.stages.masks import MaskExtractor
 from ospo_fast.stages.teacher_forcing import hidden_states
 from ospo_fast.stages.train import (
-    add_lora,
-    check_lora,
     load_examples,
     loss_config,
     make_batch,
@@ -35,6 +33,7 @@ from ospo_fast.stages.train import (
     shuffled_indices,
     unconditional_hidden_states,
 )
+from ospo_fast.stages.trained_weights import add_lora, check_lora
 
 pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
 
@@ -706,7 +705,7 @@ class Code:
 def test_a_checkpoint_runs_no_code_and_takes_no_memory(trainer, stopped_copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = checkpoint_of(stopped_copy)
-    write_checkpoint(path, {"digest": trainer._digest(), "adapter": Code()})
+    write_checkpoint(path, {"digest": trainer.digest(), "adapter": Code()})
     with pytest.raises(OspoError, match="--no-resume"):
         trainer.resume()
     assert not Path("owned").exists()
