@@ -34,13 +34,14 @@ def run_workers(
     size: int,
     folder: Path,
     *,
-    kill: tuple[int, float] | None = None,
+    kill: tuple[int, float | Callable[[], bool]] | None = None,
     number: int = signal.SIGKILL,
     environ: Mapping[int, Mapping[str, str]] | None = None,
 ) -> list[Ended]:
     """Call `do(rank)` in `size` workers; its result is the exit code.
 
-    kill: (rank, seconds): a worker that gets the signal `number` after some time. environ: further variables of ranks.
+    kill: (rank, when): a worker that gets the signal `number` after some seconds, or once `when()` is true. environ:
+    further variables of ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port, started = str(free_port()), time.monotonic()
@@ -60,11 +61,15 @@ def run_workers(
             if found:
                 output = (folder / f"{rank}.txt").read_text()
                 ended[rank] = Ended(os.waitstatus_to_exitcode(status), output, passed)
-            elif passed > HANG or (kill is not None and kill[0] == rank and passed > kill[1]):
+            elif passed > HANG or (kill is not None and kill[0] == rank and _is_due(kill[1], passed)):
                 os.kill(process, signal.SIGKILL if passed > HANG else number)
                 kill = None
         time.sleep(0.005)
     return [ended[rank] for rank in range(size)]
+
+
+def _is_due(when: float | Callable[[], bool], passed: float) -> bool:
+    return when() if callable(when) else passed > when
 
 
 def _child(do: Callable[[int], int], rank: int, size: int, port: str, output: Path, environ: Mapping[str, str]) -> None:

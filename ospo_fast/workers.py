@@ -315,8 +315,14 @@ class Workers:
             time.sleep(0.1)
 
     def _missing(self) -> str | None:
+        """Return which workers have ended, if any, and tell the others, who would see more of them end."""
         gone = [rank for rank in self.gone() if rank != self.rank]
-        return None if not gone else _ended(gone)
+        if not gone:
+            return None
+        with contextlib.suppress(RuntimeError):
+            self._store.compare_set(self._key("failed"), "", _ended(gone))
+            self._look()
+        return self._failure or _ended(gone)
 
     def _watch(self) -> None:
         """End this worker when another has failed, also where it waits inside of a library."""

@@ -5,13 +5,19 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from ospo_fast import cli
 from ospo_fast import workers as workers_module
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
@@ -275,6 +281,162 @@ def test_clocks_that_differ_change_nothing(whole, tiny, script, tmp_path, forked
 
     check_ended(forked.run_workers(do, 2, tmp_path, kill=(1, 1.5))[:1])
     assert contents(tmp_path / "run") == whole
+
+
+# ---------------------------------------------------------------- the command, with training
+
+
+TRAINING = ["train.steps=8", "train.batch_size=4", "train.accumulation=1", "train.save_every=1", "train.eval_every=0"]
+TRAINING += ["train.lora_rank=4", "train.lora_dropout=0"]
+
+
+def command(tiny, out, *overrides, name="run"):
+    """Return the function of a worker that runs a command."""
+    return lambda rank: cli.main([name, "--model", str(tiny), "--out", str(out), *SMALL, *TRAINING, *overrides])
+
+
+def trained(out):
+    """Return the losses, and all weights in one vector."""
+    log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
+    weights = load_file(out / "train" / "adapter" / "adapter_model.safetensors")
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1))
+    return [row["loss"] for row in log], torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def check_trained(out, whole):
+    """Sums of other orders round differently, and each step begins from what the one before it has rounded."""
+    losses, weights = trained(out)
+    assert losses[0] == pytest.approx(whole[0][0], rel=1e-6)
+    assert losses == pytest.approx(whole[0], rel=1e-5)
+    assert float((weights - whole[1]).norm() / whole[1].norm()) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def run(scripted, tiny, tmp_path_factory, forked):
+    """A run by one process: its records, and what it has trained."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch.setattr)
+        check_ended(forked.run_workers(command(tiny, out), 1, tmp_path_factory.mktemp("output")))
+    return {name: data for name, data in contents(out).items() if not name.startswith("train/")}, trained(out)
+
+
+def check_run(out, run):
+    assert {name: data for name, data in contents(out).items() if not name.startswith("train/")} == run[0]
+    check_trained(out, run[1])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_run_is_that_of_one_process(run, tiny, script, tmp_path, forked, size):
+    out = tmp_path / "run"
+    ended = forked.run_workers(command(tiny, out), size, tmp_path)
+    check_ended(ended)
+    check_run(out, run)
+    assert "done: " in ended[0].output
+    assert "images: 12 items in" in ended[0].output
+    assert "train: 8 steps in" in ended[0].output
+    assert not any("items in" in worker.output or "done" in worker.output for worker in ended[1:])
+    rows = json.loads((out / "stages.json").read_text())
+    assert [row["items"] for row in rows if row["stage"] == "train"] == [8]
+    # One process continues what several have made.
+    assert command(tiny, out)(0) == 0
+    check_run(out, run)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_in_training_ends_the_others_and_loses_nothing(run, tiny, script, tmp_path, forked, rank):
+    out = tmp_path / "run"
+
+    def training():
+        log = out / "train" / "log.jsonl"
+        return log.exists() and log.read_bytes().count(b"\n") >= 2
+
+    slow = command(tiny, out, "train.max_skipped=9")  # which changes no result
+    ended = forked.run_workers(slow, 3, tmp_path, kill=(rank, training))
+    assert ended[rank].code == -signal.SIGKILL
+    for worker in (worker for n, worker in enumerate(ended) if n != rank):
+        assert worker.code == 1, worker.output
+        assert re.search(rf"ospo-fast: workers? .*\b{rank}\b.* ha(s|ve) ended", worker.output)
+        assert worker.seconds - ended[rank].seconds < 10
+    for size in (2, 1):
+        check_ended(forked.run_workers(slow, size, tmp_path))
+        check_run(out, run)
+
+
+def test_torchrun_starts_all_again_after_a_kill(run, tiny, tmp_path):
+    """The whole path of a user: torchrun, its store, its restarts; the model's texts follow no script here."""
+    out = tmp_path / "run"
+    counts = "prompts.counts={color1: 2, shape1: 1, color2: 2, 2D_spatial: 2, numeracy1: 1, numeracy2: 2}"
+    given = [*TRAINING, counts, "images.draws=1"]
+    code = KILLED.format(marker=str(tmp_path / "killed"))
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [str(program), "run", "--out", str(out), *given]
+    done = subprocess.run(
+        [*torchrun, "--standalone", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    assert "done: " in done.stdout
+    one = tmp_path / "one"
+    assert cli.main(["run", "--out", str(one), *given]) == 0
+    assert contents_of_records(out) == contents_of_records(one)
+    check_trained(out, trained(one))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ospo_fast import cli
+from ospo_fast.stages import find_stage
+
+marker = Path({marker!r})
+run = find_stage("score")._module().run
+
+def killed(*arguments, **settings):
+    for record in run(*arguments, **settings):
+        if os.environ["RANK"] == "1" and not marker.exists():
+            marker.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield record
+
+find_stage("score")._module().run = killed
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def contents_of_records(out):
+    return {name: data for name, data in contents(out).items() if not name.startswith("train/")}
+
+
+@pytest.mark.parametrize("name", ["demo", "generate", "evaluate", "report"])
+def test_commands_of_one_process_are_refused(name, tmp_path, monkeypatch, capsys):
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    arguments = ["a red circle"] if name == "generate" else []
+    out = [] if name == "report" else ["--out", str(tmp_path / "out")]
+    assert cli.main([name, *arguments, *out]) == 2
+    assert f"{name} is done by one process, and WORLD_SIZE is 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_of_a_worker_are_named(tiny, script, tmp_path, forked):
+    """Whether they come from the command, or from the environment of a machine."""
+    out = tmp_path / "run"
+    do = lambda rank: command(tiny, out, f"images.temperature={1 + rank / 2}")(rank)  # noqa: E731
+    ended = forked.run_workers(do, 2, tmp_path)
+    check_ended(ended, 1 if "PeerError" in ended[0].output else ended[0].code)
+    assert {worker.code for worker in ended} <= {1, 2}
+    for worker in ended:
+        assert "images.temperature: got 1.5 in worker 1 and 1.0 in worker 0" in worker.output
+    assert not out.exists()
 
 
 # ---------------------------------------------------------------- the run folder
