@@ -5,12 +5,13 @@ holds the SHA-256 of the others: safetensors of torch.distributed.checkpoint, wh
 A checksum shows every damage. It does not prove where a file is from, so that what it holds is checked as well.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ def write_sharded(path: Path, tensors: dict[str, Any], state: dict[str, Any], ra
 
     def write() -> None:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        with os_errors("write the checkpoint", path), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process
+        with os_errors("write the checkpoint", path), _plain_errors():
             save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
 
     ranks.first(begin)
@@ -142,8 +142,7 @@ def load_shards(path: Path, tensors: dict[str, Any], ranks: Ranks) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
     def load() -> None:
-        with reading("checkpoint", path, REMEDY), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process
+        with reading("checkpoint", path, REMEDY), _plain_errors():
             reader = HuggingFaceStorageReader(str(path))
             load_tensors(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
             local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors.values())
@@ -151,6 +150,20 @@ def load_shards(path: Path, tensors: dict[str, Any], ranks: Ranks) -> None:
                 raise ValueError("its weights or moments are not finite")
 
     ranks.everywhere(load)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the first error that torch.distributed.checkpoint collects; leave out its warnings for one process."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:  # which is no Exception
+            first, _ = next(iter(error.failures.values()))
+            raise first from error
 
 
 def delete_others(kept: Path) -> None:

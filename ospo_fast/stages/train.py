@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -297,7 +297,7 @@ class Trainer:
         """Return the loss of some pairs, and its metrics."""
         settings = self.settings
         batch, masks = make_batch(self.model, examples, swapped=self.loss.config.cond_weight > 0)
-        with _autocast(self.model):
+        with _autocast(self.model, settings):
             hidden, masks = self._forward(batch, masks, examples)
             head: Head | nn.Module = self.model.head
             if settings.guidance_scale != 1:
@@ -463,6 +463,8 @@ class Trainer:
         paths = self.ranks.first(lambda: checkpoint_paths(self.folder / "checkpoints"))
         broken: list[Failure] = []
         for path in paths:
+            if (path.suffix == "") is not self.settings.full:
+                self._refuse(path)
             state = attempt(self._read_state, path)
             failed = self.ranks.any(state if isinstance(state, Failure) else None)
             if failed is None:
@@ -476,7 +478,7 @@ class Trainer:
         for failed in broken:
             self._warn("train: %s Training continues from the older %s.", failed, path.name)
         if state["digest"] != self.digest():
-            raise OspoError(f"{path} has other settings or other pairs; train into another --out, or with --no-resume.")
+            self._refuse(path)
         self.weights.load_checkpoint(state, self.optimizer)
         self._return_to(state)
         self.saved = path
@@ -486,6 +488,9 @@ class Trainer:
             log = self.folder / "log.jsonl"
             self._warn("train: lines of %s were lost or changed since the checkpoint; the weights are as before", log)
         return True
+
+    def _refuse(self, path: Path) -> NoReturn:
+        raise OspoError(f"{path} has other settings or other pairs; train into another --out, or with --no-resume.")
 
     def _read_state(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint and check what it holds, if it is of this run. Raises OspoError."""
@@ -595,8 +600,11 @@ def _accuracy_key(category: str) -> str:
     return f"accuracy/{category}"
 
 
-def _autocast(model: UnifiedModel) -> AbstractContextManager[Any]:
-    return torch.autocast("cuda", torch.bfloat16) if model.device.type == "cuda" else nullcontext()
+def _autocast(model: UnifiedModel, settings: TrainConfig) -> AbstractContextManager[Any]:
+    if model.device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    half = settings.full and model.dtype in (torch.bfloat16, torch.float16)  # trained in float32, see `FullWeights`
+    return torch.autocast("cpu", model.dtype) if half else nullcontext()
 
 
 def _log_until(path: Path, step: int) -> bytes:
