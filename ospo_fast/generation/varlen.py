@@ -22,41 +22,57 @@ def varlen_attention(
     longest: int,
     scale: float,
 ) -> Tensor:
-    """Compute softmax(scale · q·Kᵀ)·V of each token over its sequence up to itself → (T, H, D), contiguous; CUDA."""
+    """Compute softmax(scale · q·Kᵀ)·V of each token over its sequence up to itself → (T, H, D), contiguous; CUDA.
+
+    It has gradients.
+    """
     mask = 1  # causal, aligned at the top left
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     y: Tensor = torch.ops.aten._efficient_attention_forward(
-        q[None], k[None], v[None], None, bounds, bounds, longest, longest, 0.0, mask, False, scale=scale
+        q[None], k[None], v[None], None, bounds, bounds, longest, longest, 0.0, mask, backward, scale=scale
     )[0]
     return y[0]
 
 
-def varlen_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Return whether `varlen_attention` works for heads of this width.
+def varlen_runs(device: torch.device, dtype: torch.dtype, width: int, *, backward: bool = False) -> bool:
+    """Return whether `varlen_attention` works for heads of this width, with `backward` also its gradients.
 
     torch may change the operator, so it is tested once.
     """
-    return device.type == "cuda" and _matches_sdpa(device, dtype, width)
+    return device.type == "cuda" and _matches_sdpa(device, dtype, width, backward)
 
 
 @functools.cache
-def _matches_sdpa(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+@torch.enable_grad()
+def _matches_sdpa(device: torch.device, dtype: torch.dtype, width: int, backward: bool = False) -> bool:
     lengths = [5, 1, 70]
     bounds = torch.tensor([0, 5, 6, 76], dtype=torch.int32, device=device)
-    # Not random: the user's generator stays as it is.
-    q, k, v = (torch.linspace(-3, 3, 3 * 76 * 2 * width, device=device).sin().to(dtype).view(3, 76, 2, width)).unbind()
+    own = torch.Generator().manual_seed(0)  # the user's generator stays as it is
+    q, k, v, upstream = torch.randn(4, 76, 2, width, generator=own).to(device, dtype).unbind()
     try:
-        result = varlen_attention(q, k, v, bounds, 70, width**-0.5)
-        expected = [
+        inputs = [x.clone().requires_grad_(backward) for x in (q, k, v)]
+        result = varlen_attention(inputs[0], inputs[1], inputs[2], bounds, 70, width**-0.5)
+        plain = [x.detach().float().requires_grad_(backward) for x in inputs]
+        parts = [
             F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True)
-            for a, b, c in zip(*(x.float().transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
+            for a, b, c in zip(*(x.transpose(0, 1).split(lengths, 1) for x in plain), strict=True)
         ]
-        error = (result.float() - torch.cat([y[0].transpose(0, 1) for y in expected])).abs().max()
-        if bool(error <= 0.05):  # values reach 1: a larger error means other arguments, not rounding
+        expected = torch.cat([y[0].transpose(0, 1) for y in parts])
+        error = (result.float() - expected).abs().max()
+        if backward:
+            found = torch.autograd.grad(result, inputs, upstream)
+            right = torch.autograd.grad(expected, plain, upstream.float())
+            errors = [(x.float() - y).abs().max() / y.abs().max() for x, y in zip(found, right, strict=True)]
+            error = torch.stack([error, *errors]).max()
+        if bool(error <= 0.05):  # of values of 1 to 4: a larger error means other arguments, not rounding
             return True
-        reason = f"its error is {float(error):.2g}"
+        reason = f"its error is {float(error.detach()):.2g}"
     except (AttributeError, RuntimeError, TypeError) as problem:
         if out_of_memory(problem):
             raise  # undecided: a smaller batch tests it again
         reason = str(problem).splitlines()[0][:160]
-    logger.warning("torch's attention over packed sequences cannot be used (%s): prompts run length by length", reason)
+    logger.warning(
+        "torch's attention over packed sequences cannot be used (%s): sequences are padded, or run length by length",
+        reason,
+    )
     return False

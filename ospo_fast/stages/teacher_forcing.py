@@ -56,6 +56,17 @@ def fill(batch: Sequence[T], batch_size: int, device: torch.device) -> list[T]:
     return items + items[:1] * (batch_size - len(items)) if device.type == "cuda" else items
 
 
+def check_lengths(model: UnifiedModel, prompts: Sequence[Tensor], size: int) -> Tensor:
+    """Return the lengths (N,) of prompts. Raises OspoError if one and `size` codes exceed the model's positions."""
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    if int(lengths.max()) + size > model.max_positions:
+        raise OspoError(
+            f"A prompt of {int(lengths.max())} tokens and {size} image tokens do not fit the model's "
+            f"{model.max_positions} positions; shorten the prompt."
+        )
+    return lengths
+
+
 def teacher_forced(
     model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, *, length: int | None = None
 ) -> Batch:
@@ -68,14 +79,8 @@ def teacher_forced(
 
     """
     size = codes.shape[1]
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    longest = int(lengths.max()) + size
-    if longest > model.max_positions:
-        raise OspoError(
-            f"A prompt of {int(lengths.max())} tokens and {size} image tokens do not fit the model's "
-            f"{model.max_positions} positions; shorten the prompt."
-        )
-    padded = longest if length is None else length
+    lengths = check_lengths(model, prompts, size)
+    padded = int(lengths.max()) + size if length is None else length
     ids = torch.full((len(prompts), int(lengths.max())), model.pad_id)
     labels = torch.full((len(prompts), padded), IGNORE_INDEX)
     for n, prompt in enumerate(prompts):

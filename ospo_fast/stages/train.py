@@ -48,6 +48,14 @@ from ospo_fast.stages.image_files import pair_codes
 from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
 from ospo_fast.stages.model_card import base_folder, model_card, public_name
 from ospo_fast.stages.object_tokens import find_objects
+from ospo_fast.stages.packing import (
+    Packed,
+    pack,
+    packed_attention,
+    packed_hidden_states,
+    packing_runs,
+    packs_alike,
+)
 from ospo_fast.stages.parallel import Ranks, own_passes
 from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.samples import sample
@@ -147,20 +155,27 @@ def _load_example(
     return Example(item.pair_id, **loaded, category=category) if failed is None else failed
 
 
-def make_batch(model: UnifiedModel, examples: Sequence[Example], *, swapped: bool) -> tuple[Batch, Tensor | None]:
+def make_batch(
+    model: UnifiedModel, examples: Sequence[Example], *, swapped: bool, packed: bool = False
+) -> tuple[Batch | Packed, Tensor | None]:
     """Return the groups chosen, rejected[, swapped] of the examples, stacked, and their stored masks (2·B, H, W)."""
+    masks = [example.masks[side] for side in (0, 1) for example in examples if example.masks is not None]
+    with torch.no_grad():
+        batch = (pack if packed else teacher_forced)(model, *_sequences(examples, swapped))
+    return batch, torch.stack(masks).to(model.device) if masks else None
+
+
+def _sequences(examples: Sequence[Example], swapped: bool) -> tuple[list[Tensor], Tensor]:
+    """Return prompts and codes (N, T) of the groups."""
     prompts = [example.ids for example in examples] * 2
     codes = [example.codes[side] for side in (0, 1) for example in examples]
     if swapped:
         prompts += [example.rejected_ids for example in examples if example.rejected_ids is not None]
         codes += [example.codes[0] for example in examples]
-    masks = [example.masks[side] for side in (0, 1) for example in examples if example.masks is not None]
-    with torch.no_grad():
-        batch = teacher_forced(model, prompts, torch.stack(codes))
-    return batch, torch.stack(masks).to(model.device) if masks else None
+    return prompts, torch.stack(codes)
 
 
-def unconditional_hidden_states(model: UnifiedModel, examples: Sequence[Example], batch: Batch) -> Tensor:
+def unconditional_hidden_states(model: UnifiedModel, examples: Sequence[Example], batch: Batch | Packed) -> Tensor:
     """Return the hidden states (N, S, D) of a batch of `make_batch` with unconditional prompts.
 
     Rows of the same codes and the same prompt length are computed once.
@@ -236,6 +251,7 @@ class Trainer:
         self.optimizer, self.schedule = build_optimizer(self.parameters, self.settings)
         self.loss = OSPOLoss(loss_config(config))
         self.forward = self.weights.distribute(self._compute_loss)
+        self.packed = self._find_packing()
         self.step = 0
         # The best evaluation: its step, its value, and the SHA-256 of best.safetensors.
         self.best: dict[str, Any] = {}
@@ -267,7 +283,11 @@ class Trainer:
             examples = [self.examples[indices[i]] for i in positions or range(1)]
             share = len(positions) / pairs
             torch.manual_seed(stable_hash(self.config.seed, "pass", self.step, positions.start))
-            with nullcontext() if number == len(passes) else self.weights.accumulating(self.forward):
+            last = number == len(passes)
+            with (
+                nullcontext() if last else self.weights.accumulating(self.forward),
+                packed_attention(self.model) if self.packed else nullcontext(),
+            ):
                 output = self.forward(examples)
                 (output.loss * (share * ranks.size)).backward()  # the mean over ranks has 1 / size
             # Read after the backward pass is launched: reading a value synchronizes with the device.
@@ -296,7 +316,8 @@ class Trainer:
     def _compute_loss(self, examples: list[Example]) -> OSPOLossOutput:
         """Return the loss of some pairs, and its metrics."""
         settings = self.settings
-        batch, masks = make_batch(self.model, examples, swapped=self.loss.config.cond_weight > 0)
+        swapped = self.loss.config.cond_weight > 0
+        batch, masks = make_batch(self.model, examples, swapped=swapped, packed=self.packed)
         with _autocast(self.model, settings):
             hidden, masks = self._forward(batch, masks, examples)
             head: Head | nn.Module = self.model.head
@@ -371,8 +392,27 @@ class Trainer:
             self.schedule.last_epoch = self.step - 1
             self.schedule.step()
 
-    def _forward(self, batch: Batch, masks: Tensor | None, examples: list[Example]) -> tuple[Tensor, Tensor | None]:
+    def _find_packing(self) -> bool:
+        """Return whether sequences are packed without padding, where guidance and online masks do not need it."""
+        settings, model = self.settings, self.model
+        if self.extractor is not None or settings.guidance_scale != 1 or not self.examples:
+            return False
+        dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
+        if not all(self.ranks.everywhere(lambda: packing_runs(model, dtype))):
+            return False
+        self.weights.publish()
+        several = sorted(self.examples, key=lambda example: len(example.ids))[:: max(1, len(self.examples) // 3)]
+        with _autocast(model, settings):
+            alike = packs_alike(model, *_sequences(several[:4], swapped=False))
+        self.weights.train()
+        return all(self.ranks.everywhere(lambda: alike))
+
+    def _forward(
+        self, batch: Batch | Packed, masks: Tensor | None, examples: list[Example]
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the hidden states of the batch and its masks: the stored ones, or those of this forward pass."""
+        if isinstance(batch, Packed):
+            return packed_hidden_states(self.model, batch), masks
         columns = [example.columns for example in examples if example.columns is not None]
         if self.extractor is None or not columns:
             return hidden_states(self.model, batch.embeds), masks

@@ -171,6 +171,11 @@ def test_packed_attention_is_tested_before_it_is_used(
         y = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
         return y[0].transpose(0, 1)
 
+    def half_of_the_keys(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """The right result, with gradients of the keys that are too small."""
+        result: torch.Tensor = by_sdpa(q, 0.5 * k + 0.5 * k.detach(), *rest)
+        return result
+
     def missing(*_: object) -> torch.Tensor:
         raise RuntimeError("no such operation\nand where it was called")
 
@@ -191,8 +196,13 @@ def test_packed_attention_is_tested_before_it_is_used(
     ):
         caplog.clear()
         monkeypatch.setattr(varlen, "varlen_attention", attention)
-        assert varlen._matches_sdpa.__wrapped__(device, torch.bfloat16, 8) == (not reason)
-        assert reason in caplog.text
+        for backward in (False, True):
+            assert varlen._matches_sdpa.__wrapped__(device, torch.bfloat16, 8, backward) == (not reason)
+            assert reason in caplog.text
+            caplog.clear()
+    monkeypatch.setattr(varlen, "varlen_attention", half_of_the_keys)
+    assert varlen._matches_sdpa.__wrapped__(device, torch.bfloat16, 8, False)
+    assert not varlen._matches_sdpa.__wrapped__(device, torch.bfloat16, 8, True)
     # Running out of memory is no verdict.
     monkeypatch.setattr(varlen, "varlen_attention", full)
     for _ in range(2):
