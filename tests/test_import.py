@@ -22,7 +22,19 @@ LAYERS = [
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
     {"kernels", "_C"},
-    {"errors", "fields", "loss_config", "oom", "packages", "peak_memory", "stats", "files", "_version", "versions"},
+    {
+        "cost",
+        "errors",
+        "fields",
+        "loss_config",
+        "oom",
+        "packages",
+        "peak_memory",
+        "stats",
+        "files",
+        "_version",
+        "versions",
+    },
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}
 
