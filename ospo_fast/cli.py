@@ -33,6 +33,7 @@ from ospo_fast.config import MAX_ITERATIONS
 from ospo_fast.errors import OspoError, UsageError, check_text, printable
 from ospo_fast.records import check_creatable, os_errors, shown
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
+from ospo_fast.work import describe
 from ospo_fast.workers import PeerError
 
 if TYPE_CHECKING:
@@ -269,7 +270,14 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pip
 def _line(report: StageReport) -> str:
     failed = f", {report.failed} failed" if report.failed else ""
     items = f"{report.items} {find_stage(report.stage).unit}s in {report.seconds:.1f} s"
-    return f"{report.stage}: {items}, {report.total} total{failed}{_throughput(report.drawing)}{_kept(report.kept)}"
+    ends = f"{_throughput(report.drawing)}{_cost(report)}{_kept(report.kept)}"
+    return f"{report.stage}: {items}, {report.total} total{failed}{ends}"
+
+
+def _cost(report: StageReport) -> str:
+    """Return what a stage cost as the end of a line."""
+    words = "" if report.cost is None else describe(report.cost, report.seconds)
+    return f"; {words}" if words else ""
 
 
 def _kept(kept: dict[str, Any] | None) -> str:

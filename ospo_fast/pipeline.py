@@ -16,6 +16,7 @@ import itertools
 import logging
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -48,6 +49,16 @@ from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, fi
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
 from ospo_fast.stages.tracking import Tracker, check_tracker
 from ospo_fast.versions import run_versions
+from ospo_fast.work import (
+    check_cost,
+    check_worker,
+    counting,
+    describe,
+    device_name,
+    sum_costs,
+    sum_wall_seconds,
+    work_of,
+)
 from ospo_fast.work_sharing import SharedWork, divide
 
 if TYPE_CHECKING:
@@ -136,8 +147,12 @@ def _check_text(record: Record, later: Record, path: Path, later_path: Path, rea
         )
 
 
-def stage_metrics(*folders: Path) -> dict[str, dict[str, float]]:
-    """Return for each stage seconds, items and failed items (summed over calls, shards and folders), and peak MB."""
+def stage_metrics(*folders: Path) -> dict[str, dict[str, Any]]:
+    """Return for each stage seconds, items and failed items (summed over calls, shards and folders), and peak MB.
+
+    Seconds are wall time, see `work.sum_wall_seconds`. Where all entries of a stage have their cost, `work.sum_costs`
+    is added.
+    """
     return sum_stage_rows(row for folder in folders for row in _read_stage_rows(folder))
 
 
@@ -159,20 +174,28 @@ def check_stage_row(row: object, where: str) -> dict[str, Any]:
             raise OspoError(
                 f"{where}: `{name}` should be a number of at least 0, got {shown(value)}; delete the entry."
             )
+    check_worker(row, where)
+    if row.get("cost") is not None:
+        check_cost(row["cost"], where)
     return row
 
 
-def sum_stage_rows(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def sum_stage_rows(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Sum the entries of stages.json; see `stage_metrics`."""
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    entries = defaultdict[str, list[dict[str, Any]]](list)
     for entry in rows:
+        entries[entry["stage"]].append(entry)
         row = metrics.setdefault(entry["stage"], {"seconds": 0.0, "items": 0, "failed": 0, "peak_mb": 0.0})
-        row["seconds"] = round(row["seconds"] + entry["seconds"], 3)
         row["items"] += entry["items"]
         row["failed"] += entry.get("failed") or 0
         row["peak_mb"] = max(row["peak_mb"], entry["peak_mb"])
         if entry.get("cuda_peak_mb") is not None:
             row["cuda_peak_mb"] = max(row.get("cuda_peak_mb", 0.0), entry["cuda_peak_mb"])
+    for name, row in metrics.items():
+        row["seconds"] = round(sum_wall_seconds(entries[name]), 3)
+        if all(entry.get("cost") for entry in entries[name]):  # older versions did not count
+            row |= sum_costs([entry["cost"] for entry in entries[name]], row["seconds"])
     return metrics
 
 
@@ -704,7 +727,7 @@ class Pipeline:
                     store.path.unlink()
                 raise
             before = len(store)
-            with self._measured(work, report), self._bar(stage, total) as bar:
+            with self._measured(work, report, model) as counted, self._bar(stage, total) as bar:
                 bar.update(len(present))
                 try:
                     if again:
@@ -713,6 +736,8 @@ class Pipeline:
                         store.append(record)
                         made.append(record["item_id"])
                         bar.update(1)
+                        stage.count_outcome(record)
+                        bar.set_postfix_str(counted(), refresh=False)
                         if (failure := stage.failure(record)) is not None:
                             failed.append(f"{record['item_id']}: {failure}")
                 finally:
@@ -785,7 +810,6 @@ class Pipeline:
                 if first:  # its inputs are what it has made before
                     waiting = list({**present, **_read_stores([place], lambda error: None)}.values())
                     busy = shard is not None or part.index == 0
-                model = self.model(report.iteration) if busy and stage.needs_model(config) else None
                 bar.update(len(own) - len(waiting))
                 if remade:
                     self._make_again(stage, remade, present, model, config, context, out=out, work=work)
@@ -793,13 +817,16 @@ class Pipeline:
                     store.append(record)
                     report.items += 1
                     bar.update(1)
+                    stage.count_outcome(record)
+                    bar.set_postfix_str(counted(), refresh=False)
                     if (failure := stage.failure(record)) is not None:
                         failed.append(f"{record['item_id']}: {failure}")
                 shared.mark_done(key, part)
             return True
 
         total = len(parts[shared.workers.rank])
-        with self._measured(work, report), self._bar(stage, total) as bar:
+        model = self.model(report.iteration) if stage.needs_model(config) else None
+        with self._measured(work, report, model) as counted, self._bar(stage, total) as bar:
             try:
                 shared.do_parts(key, do)
             finally:
@@ -824,7 +851,7 @@ class Pipeline:
             row
             for row in read_json(work / "stages.json", [])
             if isinstance(row, dict)
-            and (row.get("launch"), row.get("stage"), row.get("iteration"))
+            and (row.get("call"), row.get("stage"), row.get("iteration"))
             == (self._shared.workers.launch, report.stage, report.iteration)
         ]
         report.items, report.failed = (sum(row[name] for row in rows) for name in ("items", "failed"))
@@ -876,7 +903,7 @@ class Pipeline:
         with self._training_together(model, report.iteration), writer:
             if self.speaks:
                 self._begin(work, stage, settings, out, {})
-            with self._measured(work, report), self._bar(stage, config.train.steps) as bar:
+            with self._measured(work, report, model), self._bar(stage, config.train.steps) as bar:
                 context = self._context(
                     report,
                     writes=work,
@@ -1038,26 +1065,33 @@ class Pipeline:
                 )
 
     @contextlib.contextmanager
-    def _measured(self, out: Path, report: StageReport) -> Iterator[None]:
-        """Measure seconds and memory of the block, and append the report to stages.json, after an error too."""
-        memory, started = PeakMemory(), time.perf_counter()
+    def _measured(self, out: Path, report: StageReport, model: UnifiedModel | None) -> Iterator[Callable[[], str]]:
+        """Measure seconds, memory and cost of the block, and append the report to stages.json, after an error too.
+
+        Gives a function that describes the cost until now.
+        """
+        memory, started, work = PeakMemory(), time.perf_counter(), work_of(model)
+        device = "cpu" if model is None else device_name(model.device)
         try:
-            with memory:
-                yield
+            with memory, counting(work):
+                yield lambda: describe(work.cost(time.perf_counter() - started, device), time.perf_counter() - started)
         finally:
             report.seconds = time.perf_counter() - started
+            report.cost = work.cost(report.seconds, device)
             report.peak_mb, report.cuda_peak_mb = memory.mb, memory.cuda_mb
             if self.speaks:
                 self._tracker.report(report)
-            if report.items and (self.speaks or not find_stage(report.stage).counts_steps):
+            if report.items:
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)
                 entry["versions"] = run_versions()
                 del entry["total"]
                 if self._shared is not None:
                     workers = self._shared.workers
-                    entry |= {"workers": workers.size, "worker": workers.rank, "launch": workers.launch}
-                for optional in ("cuda_peak_mb", "drawing", "kept"):
+                    entry |= {"workers": workers.size, "worker": workers.rank, "call": workers.launch}
+                    if find_stage(report.stage).counts_steps and not self.speaks:
+                        entry |= {"items": 0, "failed": 0}  # the steps of all are those of the first
+                for optional in ("cuda_peak_mb", "drawing", "kept", "cost"):
                     if entry[optional] is None:
                         del entry[optional]
                 update_json(out / "stages.json", [], lambda rows: [*rows, entry])

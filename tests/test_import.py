@@ -23,6 +23,7 @@ LAYERS = [
     {"ops"},
     {"kernels", "_C"},
     {
+        "cards",
         "cost",
         "errors",
         "fields",
@@ -34,6 +35,7 @@ LAYERS = [
         "files",
         "_version",
         "versions",
+        "work",
     },
 ]
 RANK = {unit: len(LAYERS) - index for index, layer in enumerate(LAYERS) for unit in layer}

@@ -49,7 +49,7 @@ def contents(out):
             found[name] = path.read_bytes()
     log = found.pop("train/log.jsonl", b"")
     rows = [json.loads(line) for line in log.splitlines()]
-    found["train/log.jsonl"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    found["train/log.jsonl"] = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_s")} for row in rows]
     return found
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ospo_fast.cost import causal
 from ospo_fast.generation.decode_batch import DecodeBatch
 from ospo_fast.generation.decoder import Decoder
 from ospo_fast.generation.module_decoder import build_decoder
@@ -18,6 +19,7 @@ from ospo_fast.generation.requests import CUDA_ROWS, Completion, Request, max_ba
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.oom import BatchSizeLimit
+from ospo_fast.work import count
 
 _SETTINGS = ("scaling", "attention_scaling", "is_causal", "variance_epsilon")
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
@@ -40,7 +42,7 @@ class Engine:
         jacobi_window: int = 0,
         decoder: Decoder | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._text = model, text
         self.decoder = decoder or build_decoder(model, text=text)
         self._batch_size, self._capture, self._item_name = batch_size, capture, "text" if text else "image"
         self.stop_ids = tuple(model.eos_ids) if text else ()  # an image ends after its last code
@@ -120,10 +122,25 @@ class Engine:
         )
         batches = plan_batches(requests, groups, planned)
         try:
-            yield from limit.run(batches, functools.partial(self._decode_batch, make_batch, limit))
+            for batch, completions in limit.run(batches, functools.partial(self._decode_batch, make_batch, limit)):
+                self._count(batch, completions, sampling.branches)
+                yield batch, completions
         finally:
             if limit.max_size < planned:
                 self._max_cache_bytes = limit.max_size * row_bytes
+
+    def _count(self, requests: Sequence[Request], completions: Sequence[Completion], branches: int) -> None:
+        """Count what was generated. Of images, Jacobi decoding takes fewer steps for the same codes."""
+        for request, completion in zip(requests, completions, strict=True):
+            steps = completion.steps if self._text else request.max_tokens
+            tokens = len(request.ids) + steps - 1  # the last one is not read
+            count(
+                tokens=branches * tokens,
+                images=int(not self._text),
+                attended=branches * causal(tokens),
+                codes=0 if self._text else branches * steps,
+                words=steps if self._text else 0,
+            )
 
     def _decode_batch(
         self, make_batch: Callable[..., DecodeBatch], limit: BatchSizeLimit, requests: list[Request]

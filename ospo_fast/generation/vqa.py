@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ospo_fast.cost import causal
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.decoder import Cache, Decoder
 from ospo_fast.generation.engine import eval_mode
@@ -17,6 +18,7 @@ from ospo_fast.generation.requests import max_batch_size, plan_batches
 from ospo_fast.generation.validation import check_batch_size, check_ids
 from ospo_fast.models.base import Message, UnifiedModel
 from ospo_fast.oom import BatchSizeLimit
+from ospo_fast.work import count
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,6 +93,7 @@ def answer_questions(
 
     def answer_batch(batch: list[int]) -> None:
         pixels = model.embed_images(padded([images[i] for i in batch]))
+        count(seen=len(batch))
         asked = [
             (*split[question], row, answer)
             for row, i in enumerate(batch)
@@ -101,9 +104,13 @@ def answer_questions(
         asked.sort(key=lambda item: (item[0], len(item[1])), reverse=True)
         for prefix, same_prefix in itertools.groupby(asked, lambda item: item[0]):
             image_cache = _image_pass(model, decoder, prefix, pixels)
+            count(tokens=len(batch) * len(prefix), attended=len(batch) * causal(len(prefix)))
             for _, same_length in itertools.groupby(same_prefix, lambda item: len(item[1])):
                 for part in plan_batches(list(same_length), None, limit.max_size):
                     _, rests, rows, found = zip(*padded(part), strict=True)
+                    length = len(rests[0])
+                    attended = len(part) * causal(length, before=len(prefix))
+                    count(tokens=len(part) * length, attended=attended, words=len(part))
                     for answer, p_yes, p_no in zip(
                         found, *_probabilities(model, decoder, image_cache, rows, rests), strict=True
                     ):

@@ -131,8 +131,11 @@ def kind_rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+STAGE_COSTS = ("device_seconds", "tokens_s", "images_s", "mfu", "kept", "dropped")  # of `work.sum_costs`
+
+
 def stage_rows(run: Run) -> list[dict[str, Any]]:
-    """Seconds, items, items per second and peak MB of each stage, and its share of the time of the longest stage."""
+    """Seconds, items, rate, cost and peak MB of each stage, and its share of the time of the longest stage."""
     longest = max((_count(metrics.get("seconds")) or 0.0 for metrics in run.stages.values()), default=0.0)
     rows = []
     for name, metrics in run.stages.items():
@@ -141,6 +144,7 @@ def stage_rows(run: Run) -> list[dict[str, Any]]:
         share = seconds / longest if seconds else 0.0
         rows.append(
             {"name": name, "seconds": seconds, "share": share, "items": items, "rate": rate, "peak_mb": peak_mb}
+            | {key: _count(metrics.get(key)) for key in STAGE_COSTS}
         )
     return rows
 

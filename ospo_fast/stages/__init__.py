@@ -16,6 +16,7 @@ from ospo_fast.errors import UsageError, attempt
 from ospo_fast.files import regular
 from ospo_fast.records import finite, read_json, stable_hash, write_json
 from ospo_fast.stages import run_files
+from ospo_fast.work import count
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
@@ -66,6 +67,7 @@ class StageReport:
     cuda_peak_mb: float | None = None  # peak allocation on the GPU; None without a GPU
     drawing: dict[str, float] | None = None  # of the images stage: `Throughput.metrics`
     kept: dict[str, Any] | None = None  # of training with early stopping: `kept` of done.json
+    cost: dict[str, Any] | None = None  # `ospo_fast.work.Work.cost` of this call; None: nothing ran
 
 
 @dataclass
@@ -120,6 +122,9 @@ class Stage:
     reads: Callable[[Config, Record], list[object]] = lambda config, record: []
     # A file that its first call writes, and that later calls need.
     writes_once: Callable[[Config], str | None] = lambda config: None
+    # How much of a record later stages can use, and how much not; None: it counts as one item, and is kept unless it
+    # failed.
+    keeps: Callable[[Record], tuple[int, int]] | None = None
     # Called with the run folder and all records of the stage after it has run.
     finish: Callable[[Path, list[Record]], None] | None = None
 
@@ -139,6 +144,12 @@ class Stage:
         """Return why the stage failed on an item, wholly or in part. None: it did not."""
         result: Failure | None = self._module().failure(record)
         return result
+
+    def count_outcome(self, record: Record) -> None:
+        """Count how many items or pairs of a record of its own are kept and dropped, see `ospo_fast.work`."""
+        failed = self.keeps is None and self.failure(record) is not None
+        kept, dropped = (int(not failed), int(failed)) if self.keeps is None else self.keeps(record)
+        count(kept=kept, dropped=dropped)
 
     def _module(self) -> Any:
         return importlib.import_module(f"ospo_fast.stages.{self.name}")
@@ -237,6 +248,12 @@ def _train_reads(config: Config, record: Record) -> list[object]:
     return run_files.masked_pair_paths(record) if uses_stored_masks(config) else run_files.pair_paths(record)
 
 
+def _kept_pairs(record: Record) -> tuple[int, int]:
+    pairs = record.get("pairs") or []
+    masked = sum(1 for pair in pairs if pair.get("mask_path"))
+    return masked, len(pairs) - masked
+
+
 def _searched_layers(config: Config) -> str | None:
     searched = config.masks.layers == "auto" and config.masks.official is None
     return "masks/layers.json" if searched else None
@@ -297,6 +314,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("score"),
         needs_model=lambda config: config.select.rule == "v2",
         reads=lambda config, record: run_files.image_and_codes_paths(record) if config.select.rule == "v2" else [],
+        keeps=lambda record: (1, 0) if record.get("pairs") else (0, 1),
     ),
     Stage(
         "masks",
@@ -308,6 +326,7 @@ STAGES: tuple[Stage, ...] = (
         check=_check_masks,
         writes=run_files.mask_paths,
         reads=_masks_reads,
+        keeps=_kept_pairs,
         writes_once=_searched_layers,
         finish=_write_mask_diagnostics,
     ),

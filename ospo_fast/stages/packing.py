@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ospo_fast.cost import causal
 from ospo_fast.errors import OspoError
 from ospo_fast.generation.varlen import varlen_attention, varlen_runs
 from ospo_fast.models.base import UnifiedModel
@@ -24,6 +25,7 @@ from ospo_fast.oom import out_of_memory
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.stages.teacher_forcing import check_lengths, hidden_states, teacher_forced
+from ospo_fast.work import count
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ def pack(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Packe
 
 def packed_hidden_states(model: UnifiedModel, batch: Packed) -> Tensor:
     """Return the last hidden states (N, T + 1, D) of the decoder at `rows`; run it in `packed_attention`."""
+    attended = sum(map(causal, (batch.lengths + batch.rows.shape[1] - 1).tolist()))
+    count(tokens=batch.embeds.shape[1], attended=attended, backward=torch.is_grad_enabled())
     hidden: Tensor = model.decoder(
         inputs_embeds=batch.embeds,
         position_ids=batch.positions,

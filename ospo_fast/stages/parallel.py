@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +72,11 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         sums: list[float] = total.tolist()
         return sums
+
+    def total_cost(self, cost: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a cost (`Work.cost`) of a step of this rank with the device seconds, tokens and FLOPs of all ranks."""
+        names = [name for name in ("device_seconds", "tokens", "flops") if cost[name] is not None]
+        return {**cost, **dict(zip(names, self.sums([cost[name] for name in names]), strict=True))}
 
 
 def _outcome(action: Callable[[], T]) -> tuple[T | None, OspoError | None]:

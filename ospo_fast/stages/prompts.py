@@ -25,6 +25,7 @@ from ospo_fast.stages.object_tokens import check_prompt
 from ospo_fast.stages.prompt_files import excluded_prompts, normalized, numbered_prompts, prompt_key, refuse_lines
 from ospo_fast.stages.templates import Kind, TemplateSet
 from ospo_fast.stages.text_sampling import load_model_templates, sample_text
+from ospo_fast.work import count as count_work
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ def run(
             parts = _accept(answer, entry.sub_category, seen, excluded)
             if isinstance(parts, Failure):
                 rejected[parts.reason] += 1
+                count_work(dropped=1)
                 continue
             seen.add(prompt_key(parts[0]))
             record = _record(ids.pop(0), kind, entry, *parts)

@@ -18,11 +18,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ospo_fast.cost import causal
 from ospo_fast.errors import OspoError
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import chunked
+from ospo_fast.work import count
 
 T = TypeVar("T")
 LENGTH_TILE = 16  # positions: prompts of similar lengths share a batch
@@ -96,8 +98,14 @@ def teacher_forced(
     return Batch(embeds, labels, lengths, size)
 
 
-def hidden_states(model: UnifiedModel, embeds: Tensor) -> Tensor:
-    """Return the last hidden states (N, S, D) of the decoder."""
+def hidden_states(model: UnifiedModel, embeds: Tensor, *, layers: int | None = None) -> Tensor:
+    """Return the last hidden states (N, S, D) of the decoder.
+
+    layers: how many run, where a capture ends the pass early.
+    """
+    rows, length = embeds.shape[:2]
+    attended = rows * causal(length)
+    count(tokens=rows * length, attended=attended, layers=layers, backward=torch.is_grad_enabled())
     hidden: Tensor = model.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     return hidden
 

@@ -62,6 +62,7 @@ from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.train_settings import input_stage, loss_config, mask_settings, uses_masks, uses_stored_masks
 from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
+from ospo_fast.work import Work, count, counting, device_name, step_rates, work_of
 
 if TYPE_CHECKING:
     from ospo_fast.ops import Head
@@ -298,8 +299,8 @@ class Trainer:
             if share and not math.isfinite(output.metrics["loss"]):
                 bad += [example.pair_id for example in examples]
         norm = self._clip()
-        *values, count = ranks.sums([*sums.values(), len(bad)])
-        if count:
+        *values, bad_count = ranks.sums([*sums.values(), len(bad)])
+        if bad_count:
             bad = list(chain.from_iterable(ranks.everywhere(lambda: bad)))
         rate = self.schedule.get_last_lr()[0]
         self.step += 1
@@ -327,6 +328,7 @@ class Trainer:
                 unconditional = unconditional_hidden_states(self.model, examples, batch)
                 hidden, head = Head.of(head).guided(hidden, unconditional, settings.guidance_scale)
             output: OSPOLossOutput = self.loss(hidden, batch.labels, head, object_masks=masks)
+        count(codes=len(batch.lengths) * self.model.grid[0] * self.model.grid[1], backward=True)
         if masks is not None and settings.masks == "online":
             output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
         return output
@@ -709,6 +711,8 @@ def train(
     if not examples:
         where = "the warning above" if failures else f"the reasons in {input_stage(config)}.jsonl"
         raise OspoError(f"train: no pair to train on; see {where}.")
+    if ranks.rank == 0:  # all have the same pairs
+        count(kept=len(examples), dropped=len(failures))
     settings, folder = config.train, (context.writes or out) / "train"
     if not context.resume:
         ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -731,9 +735,12 @@ def train(
         context.begin(trainer.step)
     loaded = {example.pair_id for example in examples}
     sampled = [item for item in pairs if item.pair_id in loaded]
-    due = False
+    due, device, shapes = False, device_name(model.device), work_of(model).shapes
     while trainer.step < settings.steps and not trainer.stopped:
-        log.append(trainer.train_step())
+        with counting(Work(shapes)) as work:
+            row = trainer.train_step()
+        cost = ranks.total_cost(work.cost(row["seconds"], device))
+        log.append(row | step_rates(cost, row["seconds"]))
         trainer.check_skipped()
         last = trainer.step == settings.steps
         if evaluation is not None and (trainer.step % settings.eval_every == 0 or last):

@@ -84,6 +84,8 @@ def make_run(root: Path, *, items: int = 14, steps: int = 60, side: int = 48, gr
             ("score", 22.6, 588.9), ("select", 0.2, 431.0), ("masks", 6.4, 640.7), ("train", 118.9, 902.2),
         )
     }  # fmt: skip
+    costs = {"device_seconds": 88.0, "tokens": 4_400_000, "images": 176, "flops": 1e15, "kept": 30, "dropped": 2}
+    stages["images"] |= {**costs, "tokens_s": 50_000.0, "images_s": 2.0, "mfu": 0.412}
 
     def metrics(value: float) -> dict[str, float]:
         return {"alignment": value, "standard_error": 0.016, "prompts": 96}

@@ -91,6 +91,11 @@ def test_a_value_of_a_json_file_costs_its_own_place(small, tmp_path, pages, host
             b'[{"stage": "score", "seconds": -1}]',
             "skipped 1 entries, the first at entry 1: `seconds`",
         ),
+        (
+            "stages.json",
+            b'[{"stage": "score", "seconds": 1, "items": 1, "peak_mb": 1, "cost": {"device": "cpu", "tokens": -1}}]',
+            "skipped 1 entries, the first at entry 1: `cost.device_seconds`",
+        ),
         ("stages.json", b"{}", "stages.json cannot be read (it holds dict, expected list)"),
         ("select.jsonl", b"{" * 2**21, "select.jsonl: skipped 1 broken line(s), the first at line 1: it has more than"),
         ("config.yaml", b"#" * 2**21, "config.yaml is left out"),

@@ -93,6 +93,7 @@ def test_a_whole_run_has_all_sections(run_dir):
     assert "4 min 52 s" in page.text("seconds")
     assert "images" in page.text("stages")
     assert "1 min 28 s" in page.text("stages")
+    assert all(words in page.text("stages") for words in ("MFU", "41.2%", "Dropped"))
     assert "guidance_scale: 1.0" in page.text("about")
 
 
