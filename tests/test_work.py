@@ -41,15 +41,16 @@ def test_work_counts_inside_its_block_only() -> None:
 
 @pytest.mark.parametrize("branches", [1, 2])
 def test_images_count_every_row(model: Any, work: Work, branches: int) -> None:
-    ids = [model.image_prompt(prompt) for prompt in ("a red circle", "two blue squares and a red circle")]
+    prompts = ("a red circle", "a blue circle", "two blue squares and a red circle")
+    ids = [model.image_prompt(prompt) for prompt in prompts]
     with counting(work):
-        ImageGenerator(model).generate(ids, seeds=[0, 1], output="codes", progress=False, guidance_scale=branches)
-    lengths = [len(row) + 36 - 1 for row in ids]  # the last code is not read
-    assert work.tokens == branches * sum(lengths)
-    assert work.images == 2
-    attended = branches * sum(map(causal, lengths))
+        ImageGenerator(model).generate(ids, seeds=range(3), output="codes", progress=False, guidance_scale=branches)
+    lengths = [len(row) for row in ids] + [len(row) for row in ids[1:] if branches == 2]  # unconditional ones: once
+    assert work.tokens == sum(lengths) + branches * 3 * 35  # the last code is not read
+    assert work.images == 3
+    attended = sum(map(causal, lengths)) + branches * sum(causal(35, before=len(row)) for row in ids)
     sizes: ModelShapes = work_of(model).shapes  # type: ignore[assignment]
-    flops = sizes.flops(tokens=work.tokens, attended=attended, codes=branches * 2 * 36, decoded=2)
+    flops = sizes.flops(tokens=work.tokens, attended=attended, codes=branches * 3 * 36, decoded=3)
     assert work.flops == pytest.approx(flops)
 
 

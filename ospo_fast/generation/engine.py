@@ -131,13 +131,16 @@ class Engine:
 
     def _count(self, requests: Sequence[Request], completions: Sequence[Completion], branches: int) -> None:
         """Count what was generated. Of images, Jacobi decoding takes fewer steps for the same codes."""
+        lengths = set()
         for request, completion in zip(requests, completions, strict=True):
-            steps = completion.steps if self._text else request.max_tokens
-            tokens = len(request.ids) + steps - 1  # the last one is not read
+            prompt, steps = len(request.ids), completion.steps if self._text else request.max_tokens
+            # An unconditional prompt is computed once for each length. The last token is not read.
+            prefills = 1 if prompt in lengths else branches
+            lengths.add(prompt)
             count(
-                tokens=branches * tokens,
+                tokens=prefills * prompt + branches * (steps - 1),
                 images=int(not self._text),
-                attended=branches * causal(tokens),
+                attended=prefills * causal(prompt) + branches * causal(steps - 1, before=prompt),
                 codes=0 if self._text else branches * steps,
                 words=steps if self._text else 0,
             )
