@@ -54,6 +54,7 @@ _TRAIN_PACKAGES = (*_MODEL_PACKAGES, "accelerate", "peft")
 _SETTING = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 DEFAULT_OUT = "ospo-out"
 MAX_IMAGES = 10**6  # of each prompt of generate
+MAX_ITEMS, MAX_GPUS = 10**9, 10**5  # of a plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,6 +124,13 @@ _OPTIONS = {
     "show": _option("--show", action="store_true", help="print every setting with its value, origin and meaning"),
     "markdown": _option(
         "--markdown", action="store_true", help="print the table of all settings and their defaults in Markdown"
+    ),
+    "dry_run": _option("--dry-run", action="store_true", help="print the plan of this run and write nothing"),
+    "items": _option("--items", type=int, help="number of prompts (default: those that the settings ask for)"),
+    "gpus": _option("--gpus", type=int, default=1, help="devices that share the work (default: 1)"),
+    "gpu": _option("--gpu", type=_name, help="kind of GPU, such as h100, or cpu (default: the device of this machine)"),
+    "calibrate": _option(
+        "--calibrate", action="store_true", help="measure the rates here, by two short runs in a temporary folder"
     ),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
 }
@@ -249,7 +257,7 @@ def _show(value: Any, as_json: bool, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pipeline]:
+def _pipeline(args: argparse.Namespace, stages: Sequence[Stage], *, planned: bool = False) -> Iterator[Pipeline]:
     from ospo_fast.pipeline import Pipeline
     from ospo_fast.shapes.commands import build_evaluation, exclude_held_out_prompts
 
@@ -261,6 +269,12 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage]) -> Iterator[Pip
         evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
         options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
         pipeline = Pipeline(config, shard=shard, lock=lock, workers=workers, **options)
+        if planned:
+            from ospo_fast.plan import plan_run
+
+            pipeline.check_settings([stage.name for stage in stages])
+            # Refuses a device that is too small.
+            pipeline.plan = plan_run(config, gpus=1 if workers is None else workers.size)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
         with contextlib.nullcontext() if workers is None else workers.first():
             exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
@@ -295,8 +309,43 @@ def _throughput(throughput: dict[str, float] | None) -> str:
     return f"; generated at {throughput['images_s']:.2f} images/s, {throughput['gb_s']:.1f} GB/s{codes}"
 
 
+def _plan(args: argparse.Namespace) -> int:
+    for option, number, limit in (("--items", args.items, MAX_ITEMS), ("--gpus", args.gpus, MAX_GPUS)):
+        if number is not None:
+            _check_count(option, number, limit)
+    config = _settings(args, saved=False)
+    from ospo_fast import plan
+    from ospo_fast.pipeline import Pipeline
+    from ospo_fast.shapes.commands import build_evaluation
+
+    Pipeline(config, evaluation=build_evaluation(config)).check_settings([stage.name for stage in STAGES])
+    card, cuda = plan.find_device(args.gpu, config.device)
+    rates = plan.calibrate(config, build_evaluation) if args.calibrate else None
+    result = plan.make_plan(config, items=args.items, gpus=args.gpus, card=card, cuda=cuda, rates=rates)
+    _show(result, args.json, plan.render(result))
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print the plan of a run, for what its folder does not hold yet. Nothing is written, so no lock is taken."""
+    config = _settings(args)
+    from ospo_fast import plan
+    from ospo_fast.pipeline import Pipeline
+
+    Pipeline(config).check_settings([stage.name for stage in STAGES])
+    workers = _workers()
+    done = plan.count_done(Path(config.out)) if args.resume else None
+    result = plan.plan_run(config, done, gpus=1 if workers is None else workers.size)
+    if workers is not None and not workers.is_first:
+        return 0
+    _show(result, args.json, plan.render(result))
+    return 0
+
+
 def _run(args: argparse.Namespace) -> int:
-    with _pipeline(args, STAGES) as pipeline:
+    if args.dry_run:
+        return _dry_run(args)
+    with _pipeline(args, STAGES, planned=True) as pipeline:
         quiet = args.json or not pipeline.speaks
         show = None if quiet else lambda report: print(_line(report), flush=True)
         reports = [dataclasses.asdict(report) for report in pipeline.run(on_report=show)]
@@ -494,9 +543,16 @@ _COMMANDS = {
     "run": _Command(
         _run,
         "all stages, one after another",
-        ("resume", *_RUN_OPTIONS),
+        ("resume", "dry_run", *_RUN_OPTIONS),
         example="--out my-run --prompts prompts.txt train.steps=500",
         packages=_TRAIN_PACKAGES,
+    ),
+    "plan": _Command(
+        _plan,
+        "memory, time and disk of each stage of a run, before it begins",
+        ("items", "gpus", "gpu", "calibrate", "prompts"),
+        example="--model deepseek-community/Janus-Pro-7B --items 16000 --gpus 8 --gpu h100",
+        packages=(*_CONFIG_PACKAGES, "jinja2"),
     ),
     **{
         stage.name: _Command(

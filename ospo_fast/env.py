@@ -122,7 +122,8 @@ def _tested(name: str) -> dict[str, str | None]:
     return {"oldest": oldest, "newest": newest, "installed": answer}
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor() or "unknown"
@@ -137,7 +138,7 @@ def _threads() -> int:
 _SYSTEM: dict[str, Callable[[], Any]] = {
     "os": platform.platform,
     "machine": platform.machine,
-    "cpu": _cpu,
+    "cpu": cpu_name,
     "cores": lambda: len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
     "threads": _threads,
     "memory_gb": lambda: round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),

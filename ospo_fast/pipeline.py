@@ -44,6 +44,7 @@ from ospo_fast.records import (
     sweep_temporary_files,
     update_json,
     write_atomic,
+    write_json,
 )
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
@@ -248,6 +249,7 @@ class Pipeline:
             self.resume = resume or workers.restarted  # what the start before it has made is kept
             self.progress = progress and workers.is_first
         self.evaluation = evaluation
+        self.plan: dict[str, Any] | None = None  # of a run, which saves it when it begins
         self._later: Sequence[str] = ()  # in a run, the stages after the present one
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
         self._lock = lock  # in a call, or always
@@ -1012,11 +1014,19 @@ class Pipeline:
                     raise OspoError(f"Another process has just replaced {changed[0]}; run the command again.")
             starts_over = work.name.startswith(restarts.PREFIX)
             write_atomic((work if starts_over else self.folder()) / "config.yaml", self._outer._config_text())
+            self._outer._save_plan()
             entry = {self._key(stage.name): {"settings": settings}}
             # Without `resume`, an entry is of a start that failed, or of a store that was deleted.
             update_json(
                 work / "settings.json", {}, lambda saved: {**entry, **saved} if self.resume else {**saved, **entry}
             )
+
+    def _save_plan(self) -> None:
+        """Write the plan of a run that begins. One that continues keeps the plan that it began with."""
+        path = self.folder() / "plan.json"
+        if self.plan is not None and self.speaks and not (path.exists() and self.resume):
+            write_json(path, self.plan)
+            self.plan = None
 
     def _key(self, name: str) -> str:
         return name if self.shard is None else f"{name}.{self.shard}"

@@ -36,6 +36,13 @@ json.dump(results, sys.stdout)
 """
 # The command: exit code and words of the error.
 REFUSED = {
+    "plan --gpu h900": (2, "--gpu: got 'h900', expected one of cpu, h100-pcie, h100-nvl, h100, h200"),
+    "plan --items 0": (2, "--items should be 1 or more"),
+    "plan --gpus 1000000": (2, "--gpus should be at most 100000"),
+    "plan images.top_k=many": (2, "could not be converted"),
+    "plan 'prompts.counts={circle: 1}'": (2, "no kind 'circle'"),
+    "plan --gpu h100 --model nowhere/at/all": (1, "model: there is no folder 'nowhere/at/all'"),
+    "run --dry-run --out file/out images.top_k=many": (2, "could not be converted"),
     "tran": (2, "no command 'tran'; nearest: train"),
     "run --bogus": (2, "Unknown argument '--bogus'"),
     "run --iteration 2": (2, "Unknown argument '--iteration'"),

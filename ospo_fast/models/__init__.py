@@ -65,7 +65,7 @@ def load_model(
     check_installed("load_model", *_PACKAGES)
     folder = find_model(name)
     if folder is None:
-        _check_hub_model(name)
+        check_hub_model(name)
     device = _resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
     with _LOCK:
@@ -124,8 +124,11 @@ def _find_folder(name: str) -> Path | None:
     return None
 
 
-def _check_hub_model(name: str) -> None:
-    """Raise OspoError for a model of the hub that cannot be found or is not supported, before torch is imported."""
+def check_hub_model(name: str) -> Path:
+    """Return the config.json of a model of the hub, before torch is imported.
+
+    Raises OspoError for one that cannot be found or is not supported.
+    """
     import huggingface_hub
 
     try:
@@ -136,6 +139,7 @@ def _check_hub_model(name: str) -> None:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise OspoError(f"model: {name} cannot be loaded ({reason}); {_HUB_REMEDY}") from error
     folder_checks.check_kind(folder_checks.read_json(Path(path)), name)
+    return Path(path)
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
@@ -144,13 +148,13 @@ def check_device(device: str | None, dtype: str | None) -> None:
         raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cuda' with an optional index")
     if device is not None and device.startswith("cpu:") and device[4:].strip("0"):
         raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cpu:0'")
-    if device is not None and device.startswith("cuda") and _lacks_driver():
+    if device is not None and device.startswith("cuda") and lacks_driver():
         raise UsageError(f"device: got {device!r}, but there is no NVIDIA driver here (libcuda.so.1); use 'cpu'")
     if dtype is not None and dtype not in (*_DTYPES, *_OTHER_DTYPES):
         raise UsageError(f"dtype: got {dtype!r:.60}, expected one of {', '.join(_DTYPES)}")
 
 
-def _lacks_driver() -> bool:
+def lacks_driver() -> bool:
     """Return whether torch surely finds no CUDA device."""
     if sys.platform != "linux" or os.path.exists("/dev/kfd"):  # noqa: PTH110 (ROCm's torch uses the name cuda)
         return False

@@ -72,8 +72,10 @@ class UnloadedModel:
     def find(cls, name: str) -> UnloadedModel | None:
         """Read what the folder of a model says. None for a name on the hub, and for a folder that cannot be read."""
         try:
-            folder = _base_folder(name)
-            return None if folder is None else cls(name, model_family(name) or "janus", _read_vocabulary(folder))
+            folder = base_folder(name)
+            return (
+                None if isinstance(folder, str) else cls(name, model_family(name) or "janus", _read_vocabulary(folder))
+            )
         except BaseException as error:  # damaged files raise many; loading the model names what is wrong
             if isinstance(error, Exception) or is_panic(error):
                 return None
@@ -94,14 +96,18 @@ class UnloadedModel:
         return prompt if self._vocabulary is None else self._vocabulary.normalize(prompt)
 
 
-def _base_folder(name: str) -> Path | None:
-    """Return the folder of a model, of an adapter that of its base model. Raises many errors for damaged ones."""
+def base_folder(name: str) -> Path | str:
+    """Return the folder of a model, of an adapter that of its base model; the name of a model on the hub.
+
+    Raises many errors for damaged ones.
+    """
     from ospo_fast.models import find_base, find_model
 
     folder = find_model(name)  # refuses adapters that are bases of each other
     while folder is not None and (folder / "adapter_config.json").is_file():
-        folder = find_model(find_base(folder))
-    return folder
+        name = find_base(folder)
+        folder = find_model(name)
+    return name if folder is None else folder
 
 
 def _read_vocabulary(folder: Path) -> ClosedVocabulary | None:
