@@ -21,8 +21,7 @@ METHOD = {
     "ablations",
     "demo",
     "mask_layers",
-    "stages",
-    "workers",
+METHOD = {"ablations", "demo", "mask_layers", "plan", "stages", "workers"}  # runs of the whole method on Shapes, up to hours on a CPU
 }  # runs of the whole method on Shapes, up to hours on a CPU
 NO_BENCHMARKS = {"code_metrics", "figures", "readme_pictures", "reference", "run"}
 SIZED = ("token_logprobs",)  # benchmarks that take --N, --D, --V and --model
