@@ -47,25 +47,25 @@ CHARACTERS = 4  # of a token, an assumption of floors
 BATCH_ROWS = {"cuda": 96, "cpu": 256}  # CUDA_ROWS and CPU_ROWS of generation/requests.py, which imports torch
 ANSWERS_PER_BATCH = 8  # calls of stage 1 that are sampled together, CALLS_PER_BATCH of stages/prompts.py
 PROCESS = 5e8  # bytes of a process that has imported torch and transformers, on the CPU
-SAMPLE = 48  # items of a calibration
+SAMPLE = 64  # items of a calibration: two chunks of the images stage, whose batches are then full
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """What becomes of items, as shares. The defaults are of a Shapes run, see `source`."""
+    """What becomes of items, as shares. The defaults are of the recorded Shapes run, `source`."""
 
-    accepted: float = 0.841  # of the answers of stage 1
-    variants: float = 0.644  # of the three variants of an item, those with images
-    questions: float = 2.97  # of an item
-    pairs: float = 1.4  # of an item
-    kept: float = 0.897  # of the items, those with a pair
-    source: str = "a Shapes run of 58 prompts"
+    accepted: float = 0.669  # of the answers of stage 1
+    variants: float = 0.675  # of the three variants of an item, those with images
+    questions: float = 3.06  # of an item
+    pairs: float = 1.54  # of an item
+    kept: float = 0.868  # of the items, those with a pair
+    source: str = "bench/results/amd-epyc/plan.jsonl, Shapes"
 
     def for_model(self, model: str) -> Ratios:
         """Return the ratios to plan another model with: at most, where those of the Shapes model are low."""
         if model_family(model) == "shapes":
             return self
-        source = f"at most; the first and the third of {self.source}"
+        source = f"images and pairs: at most; the other shares: {self.source}"
         return dataclasses.replace(self, variants=1.0, pairs=1.0, kept=1.0, source=source)
 
 
@@ -573,7 +573,7 @@ def _sample(config: Config, out: Path, items: int) -> Config:
     small.train = dataclasses.replace(
         config.train, steps=steps, save_every=steps, eval_every=steps if evaluated else 0, early_stopping=None
     )
-    small.evaluate = dataclasses.replace(config.evaluate, watch_per_kind=min(config.evaluate.watch_per_kind, items))
+    small.evaluate = dataclasses.replace(config.evaluate, watch_per_kind=min(config.evaluate.watch_per_kind, 2 * items))
     return small
 
 
