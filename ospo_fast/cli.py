@@ -223,6 +223,8 @@ def _workers() -> Workers | None:
 
     workers = Workers.from_environment()
     if workers is not None:
+        # Where a worker ends, torch's store prints a stack in each of the others.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         for handler in logging.root.handlers:
             handler.setFormatter(_Formatter(f"%(levelname)s: worker {workers.rank}: %(message)s"))
     return workers

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SUMMED = ("device_seconds", "tokens", "images", "flops", "kept", "dropped")
 
 
-@dataclass
+@dataclass(eq=False)  # two works of the same numbers are not one
 class Work:
     """Work of a stage or of a training step.
 

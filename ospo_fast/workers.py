@@ -59,6 +59,7 @@ class Workers:
     _failure: str | None = None
     _over: threading.Event = field(default_factory=threading.Event)
     _training: bool = False
+    _alone: bool = False  # without the store
     gone: Callable[[], Sequence[int]] = lambda: ()  # the ranks of workers whose process has ended
 
     current: ClassVar[Workers | None] = None  # in the block of `together`
@@ -141,12 +142,15 @@ class Workers:
             yield
             self._leave()
         except PeerError:
-            self._tell("seen", "")
+            self._over.set()
+            with contextlib.suppress(KeyboardInterrupt):  # of the watcher, just before
+                self._acknowledge()
             raise
         except BaseException as error:
             self._over.set()
             if (reason := self._reason_of(error)) is not None:
-                self._tell("seen", "")
+                with contextlib.suppress(KeyboardInterrupt):
+                    self._acknowledge()
                 raise PeerError(reason) from error
             if isinstance(error, Exception):
                 self._fail(error)
@@ -279,9 +283,11 @@ class Workers:
 
     def check(self) -> None:
         """Raise PeerError if another worker has failed."""
-        if self._failure is None:
-            with contextlib.suppress(RuntimeError):  # the store has ended with its worker
+        if self._failure is None and not self._alone:
+            try:
                 self._look()
+            except RuntimeError:  # the store has ended with its worker
+                self._alone = True
         if self._failure is not None:
             raise PeerError(self._failure)
 
@@ -290,14 +296,18 @@ class Workers:
             self._failure = self._store.get(self._key("failed")).decode()
 
     def _fail(self, error: Exception) -> None:
-        """Tell the others why this worker ends, and give them time to read it where this worker has the store."""
+        """Tell the others why this worker ends."""
         kind = "" if isinstance(error, OspoError) else f"{type(error).__name__}: "
         reason = f"worker {self.rank} on {socket.gethostname()} failed: {kind}{_first_line(error)}"
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(self._key("failed"), "", reason)
-            self._tell("seen", "")
-            if self.is_first:
-                self._wait_quietly("seen", 5.0)
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Tell that this worker knows why it ends. The one that has the store keeps it until the others know, too."""
+        self._tell("seen", "")
+        if self.is_first:
+            self._wait_quietly("seen", 10.0)
 
     def _reason_of(self, error: BaseException) -> str | None:
         """Return why another worker has failed if that has caused an error here, or the signal that ends this one."""

@@ -153,7 +153,7 @@ def contents(out: Path) -> dict[str, Any]:
 def _without_time(line: bytes) -> Any:
     """Return a line of a training log without its time; one that a kill has torn as it is."""
     try:
-        return {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        return {key: value for key, value in json.loads(line).items() if key not in ("seconds", "tokens_s")}
     except ValueError:
         return line
 

@@ -142,7 +142,7 @@ def packing_runs(model: UnifiedModel, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def packs_alike(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> bool:
+def packing_matches(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> bool:
     """Return whether packed sequences have the hidden states of padded ones, which shows that a decoder can run them.
 
     prompts, codes: see `pack`; of several lengths.

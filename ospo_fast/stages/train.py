@@ -53,8 +53,8 @@ from ospo_fast.stages.packing import (
     pack,
     packed_attention,
     packed_hidden_states,
+    packing_matches,
     packing_runs,
-    packs_alike,
 )
 from ospo_fast.stages.parallel import Ranks, own_passes
 from ospo_fast.stages.prompt_files import image_prompt_ids
@@ -405,9 +405,9 @@ class Trainer:
         self.weights.publish()
         several = sorted(self.examples, key=lambda example: len(example.ids))[:: max(1, len(self.examples) // 3)]
         with _autocast(model, settings):
-            alike = packs_alike(model, *_sequences(several[:4], swapped=False))
+            same = packing_matches(model, *_sequences(several[:4], swapped=False))
         self.weights.train()
-        return all(self.ranks.everywhere(lambda: alike))
+        return all(self.ranks.everywhere(lambda: same))
 
     def _forward(
         self, batch: Batch | Packed, masks: Tensor | None, examples: list[Example]

@@ -46,7 +46,7 @@ def stop_at(step):
 def log(folder):
     """The rows of the log, without the clock."""
     rows = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_s")} for row in rows]
 
 
 def weights(folder):

@@ -108,7 +108,7 @@ def load_pair_ids(made):
 
 def lines(folder):
     rows = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_s")} for row in rows]
 
 
 def weights(folder):
