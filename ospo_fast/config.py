@@ -316,7 +316,10 @@ class TrainConfig(Section):
     guidance_scale: float = setting(
         1.0, "Guidance scale of the distribution that is trained; 1: no guidance.", AT_LEAST_1
     )
-    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass, which saves memory.")
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "Recompute activations in the backward pass, which saves memory. null: if they would not fit into free memory.",
+    )
     max_skipped: int = setting(
         5,
         "Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops training.",

@@ -342,6 +342,7 @@ class Workers:
                 if self._training and (reason := self._missing()) is not None:
                     self._failure = reason
             if self._failure is not None:
+                self._tell("seen", "")  # the main thread may wait for a worker that waits for this
                 self._interrupt(self._failure)
                 return
 

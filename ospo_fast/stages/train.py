@@ -60,6 +60,7 @@ from ospo_fast.stages.parallel import Ranks, own_passes
 from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
+from ospo_fast.stages.train_memory import needs_checkpointing
 from ospo_fast.stages.train_settings import input_stage, loss_config, mask_settings, uses_masks, uses_stored_masks
 from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
 from ospo_fast.work import Work, count, counting, device_name, step_rates, work_of
@@ -394,6 +395,25 @@ class Trainer:
             self.schedule.last_epoch = self.step - 1
             self.schedule.step()
 
+    def needs_checkpointing(self) -> bool:
+        """Return whether layers run again in the backward pass: as set, or as the free memory of a rank asks for."""
+        if self.settings.gradient_checkpointing is not None:
+            return self.settings.gradient_checkpointing
+        prompts = [ids for example in self.examples for ids in (example.ids, example.rejected_ids) if ids is not None]
+        rows = min(
+            self.settings.batch_size, -(-self.settings.batch_size * self.settings.accumulation // self.ranks.size)
+        )
+        groups = 3 if self.loss.config.cond_weight > 0 else 2
+        longest = max(map(len, prompts)) + self.examples[0].codes.shape[1]
+        needed = self.ranks.everywhere(
+            lambda: needs_checkpointing(
+                self.model, self.settings, self.parameters, sequences=groups * rows, longest=longest
+            )
+        )
+        if any(needed) and self.ranks.rank == 0:
+            logger.info("train: activations would not fit into free memory; the backward pass computes them again")
+        return any(needed)
+
     def _find_packing(self) -> bool:
         """Return whether sequences are packed without padding, where guidance and online masks do not need it."""
         settings, model = self.settings, self.model
@@ -718,11 +738,11 @@ def train(
         ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
     trainer = Trainer(model, examples, config, folder, extractor, ranks)
     trainer.check_ranks()
+    checkpointed = trainer.weights.checkpointed if trainer.needs_checkpointing() else None
     resumed = trainer.resume()
     logfile = folder / "log.jsonl"
     ranks.first(lambda: _begin_log(logfile, trainer.step if resumed else None, settings.steps))
-    if settings.gradient_checkpointing:
-        checkpointed = trainer.weights.checkpointed
+    if checkpointed is not None:
         checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None
     log = _Log(logfile, context, settings.early_stopping, ranks)
@@ -756,8 +776,8 @@ def train(
         context.report.items += 1
         if context.progress is not None:
             context.progress(1)
-    if settings.gradient_checkpointing:
-        trainer.weights.checkpointed.gradient_checkpointing_disable()
+    if checkpointed is not None:
+        checkpointed.gradient_checkpointing_disable()
     trainer.finish(failures, pairs, out)
     context.report.total, context.report.failed = trainer.step, len(failures)
     context.report.kept = ranks.first(trainer.kept)

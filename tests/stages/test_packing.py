@@ -131,8 +131,8 @@ def test_training_of_packed_sequences_is_that_of_padded_ones(tiny, made, tmp_pat
         results.append((rows, load_file(out / "train" / "model" / "model.safetensors")))
     (padded_rows, padded), (packed_rows, packed) = results
     for one, other in zip(padded_rows, packed_rows, strict=True):
-        timeless = {"seconds": 0, "tokens_s": 0}
-        assert {**one, **timeless} == pytest.approx({**other, **timeless}, rel=1e-9, abs=1e-9)
+        clock = {"seconds": 0, "tokens_s": 0}
+        assert {**one, **clock} == pytest.approx({**other, **clock}, rel=1e-9, abs=1e-9)
     for name, tensor in padded.items():
         torch.testing.assert_close(packed[name], tensor, rtol=1e-7, atol=1e-9)
 

@@ -317,6 +317,30 @@ def test_gradient_checkpointing_changes_nothing(tiny, made, records, tmp_path):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**20, True)])
+def test_gradient_checkpointing_follows_the_free_memory(tiny, records, run_folder, monkeypatch, free, expected):
+    monkeypatch.setattr("ospo_fast.stages.train_memory.free_bytes", lambda device: free)
+    model = load_model(tiny)
+    seen = []
+    train(records, model, config(), run_folder, progress=lambda _: seen.append(model.module.is_gradient_checkpointing))
+    assert seen == [expected] * 6
+    assert not model.module.is_gradient_checkpointing
+
+
+def test_resume_is_exact_with_and_without_gradient_checkpointing(tiny, made, records, tmp_path):
+    whole, stopped = (shutil.copytree(made, tmp_path / name) for name in ("whole", "stopped"))
+    settings = ["train.lora_dropout=0.2", "train.gradient_checkpointing=false"]
+    train(records, load_model(tiny), config(*settings), out=whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(records, load_model(tiny), config(*settings), out=stopped, progress=interrupt_after(3))
+    settings[1] = "train.gradient_checkpointing=true"
+    train(records, load_model(tiny), config(*settings), out=stopped)
+    for row, expected in zip(lines(stopped), lines(whole), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    one, other = weights(stopped), weights(whole)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-7) for name in one)
+
+
 def test_official_training_set_can_be_trained_on(tiny, made, records, tmp_path):
     """A JSON array with the published fields and absolute image paths, without codes and masks.
 
@@ -419,6 +443,7 @@ def test_online_masks_follow_the_policy(model, records, run_folder, monkeypatch)
         MaskExtractor, "compute", lambda self, c, *a: maps.append(c.maps.clone()) or compute(self, c, *a)
     )
     settings = config(ONLINE, "train.max_pairs=2", "train.accumulation=1", "train.learning_rate=1e-2")
+    settings.train.gradient_checkpointing = True
     result = train(bare, model, settings, out=run_folder)
     assert result.total == len(maps) == 6
     assert all(0 < row["mask_coverage"] < 1 for row in lines(run_folder))
