@@ -132,7 +132,7 @@ def _attention(
 def packing_runs(model: UnifiedModel, dtype: torch.dtype) -> bool:
     """Return whether training of packed sequences pays and works on the device of a model, with products in `dtype`.
 
-    It pays on a GPU. A CPU runs sequences of one length in one call, and each of another length in its own.
+    It pays on a GPU. On a CPU it gains little (`bench/packing.py`): each sequence takes a call of attention of its own.
     """
     config: Any = getattr(model.decoder, "config", None)
     if model.device.type != "cuda" or not getattr(model.decoder, "_supports_attention_backend", False):
