@@ -564,9 +564,10 @@ def _sample(config: Config, out: Path, items: int) -> Config:
     else:
         templates = load_templates(config.templates or model_family(config.model) or "janus")
         total = max(1, count_items(config))
+        counts = {name: config.prompts.counts.get(name, kind.count) for name, kind in templates.kinds.items()}
         small.prompts.counts = {
-            name: math.ceil(config.prompts.counts.get(name, kind.count) * items / total)
-            for name, kind in templates.kinds.items()
+            name: max(min(n, 1), n * items // total)  # no more than `items`, which would begin a third chunk
+            for name, n in counts.items()
         }
     steps = max(2, items // 8)
     evaluated = bool(config.train.eval_every)
