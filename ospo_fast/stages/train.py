@@ -281,7 +281,7 @@ class Trainer:
         bad: list[str] = []  # pairs of the passes whose loss is not finite
         passes = own_passes(pairs, settings.batch_size, ranks.rank, ranks.size)
         for number, positions in enumerate(passes, 1):
-            # A pass without pairs keeps the collectives of the others company, with a pair that counts 0.
+            # A pass without pairs takes part in the collectives of the others, with a pair that counts 0.
             examples = [self.examples[indices[i]] for i in positions or range(1)]
             share = len(positions) / pairs
             torch.manual_seed(stable_hash(self.config.seed, "pass", self.step, positions.start))

@@ -110,8 +110,11 @@ class LoraWeights:
 
     def save_checkpoint(self, path: Path, state: State, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint of weights, optimizer and `state`. Raises OspoError on every rank."""
-        state = {**state, "adapter": self.whole(), "optimizer": optimizer.state_dict()["state"]}
-        self.ranks.first(lambda: write_checkpoint(path, state))
+
+        def write() -> None:
+            write_checkpoint(path, {**state, "adapter": self.whole(), "optimizer": optimizer.state_dict()["state"]})
+
+        self.ranks.first(write)
 
     def read_checkpoint(self, path: Path) -> State:
         """Read a checkpoint. Raises an exception of any kind if it is damaged."""
@@ -155,13 +158,10 @@ class FullWeights:
         embeddings: Any = model.decoder.get_input_embeddings()  # type: ignore[operator]
         model.module.requires_grad_(False)
         self.checkpointed: Any = copy.deepcopy(model.decoder, {id(embeddings): embeddings})
-        for parameter in self.checkpointed.parameters():
-            if parameter is not embeddings.weight:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                parameter.data = parameter.data.to(wide)
-                parameter.requires_grad_(True)
         if ranks.size > 1:
-            _shard(self.checkpointed, {embeddings.weight}, model.device.type, ranks.size)
+            _shard(self.checkpointed, embeddings.weight, model.device.type, ranks.size)
+        else:
+            _unfreeze(self.checkpointed, embeddings.weight)
         self.parameters: dict[str, Any] = {n: p for n, p in self.checkpointed.named_parameters() if p.requires_grad}
         self.checkpointed.train()
         model.decoder = self.checkpointed
@@ -259,8 +259,19 @@ class _Forward(nn.Module):
         return self.run(*args)
 
 
-def _shard(decoder: Any, ignored: set[nn.Parameter], device: str, ranks: int) -> None:
-    """Shard the weights of a decoder of transformers over all processes, block by block."""
+def _unfreeze(module: nn.Module, frozen: nn.Parameter) -> None:
+    """Let the weights of a module train, in float32 at least."""
+    for parameter in module.parameters():
+        if parameter is not frozen and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.requires_grad_(True)
+
+
+def _shard(decoder: Any, frozen: nn.Parameter, device: str, ranks: int) -> None:
+    """Unfreeze the weights of a decoder of transformers and shard them over all processes.
+
+    Block by block: no process holds more than one whole block in float32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -270,7 +281,8 @@ def _shard(decoder: Any, ignored: set[nn.Parameter], device: str, ranks: int) ->
         "mp_policy": half if device == "cuda" else MixedPrecisionPolicy(),
     }
     blocks = set(decoder._no_split_modules or ())
-    for module in list(decoder.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, **options)
-    fully_shard(decoder, ignored_params=ignored, **options)
+    for module in [module for module in decoder.modules() if type(module).__name__ in blocks]:
+        _unfreeze(module, frozen)
+        fully_shard(module, **options)
+    _unfreeze(decoder, frozen)
+    fully_shard(decoder, ignored_params={frozen}, **options)

@@ -21,6 +21,7 @@ FULL = ["train.full=true", "train.learning_rate=1e-4"]
 WATCHED = ["train.eval_every=1", "train.early_stopping=alignment", "train.patience=9"]
 DROPOUT = ["train.lora_dropout=0.2"]
 PLAIN = ["train.lora_dropout=0"]
+FEW = [*PLAIN, "train.batch_size=3", "train.accumulation=1"]  # pairs of a step: fewer than processes
 
 
 def import_worker():
@@ -59,6 +60,8 @@ def runs(tiny, made, tmp_path_factory):
         job("dropout-1", [*DROPOUT, *WATCHED]),
         job("plain-1", PLAIN),
         job("full-1", FULL),
+        job("few-1", FEW),
+        job("fewfull-1", [*FULL, *FEW]),
         job("watched-1", [*FULL, *WATCHED]),
         job("poison-1", PLAIN, poison=poisoned),
         job("plain-1-2", PLAIN, stop=3),
@@ -82,6 +85,8 @@ def runs(tiny, made, tmp_path_factory):
     four = [
         job("plain-4", PLAIN),
         job("watched-4", [*FULL, *WATCHED]),
+        job("few-4", FEW),
+        job("fewfull-4", [*FULL, *FEW]),
         job("poison-4", PLAIN, poison=poisoned),
         job("plain-2-4", PLAIN),
         job("full-2-4", FULL),
@@ -132,7 +137,9 @@ def check_same(folder, other):
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["dropout-2", "plain-2", "plain-4", "full-2", "watched-2", "watched-4"])
+@pytest.mark.parametrize(
+    "name", ["dropout-2", "plain-2", "plain-4", "full-2", "watched-2", "watched-4", "few-4", "fewfull-4"]
+)
 def test_more_processes_train_the_same(runs, name):
     kind = name[:-2]
     check_same(runs / name, runs / f"{kind}-1")
