@@ -21,6 +21,7 @@ from ospo_fast.shapes.commands import build_evaluation
 from ospo_fast.stages import STAGES
 from ospo_fast.stages.prompts import CALLS_PER_BATCH
 
+ROOT = Path(__file__).resolve().parents[1]
 PRO_7B = "deepseek-community/Janus-Pro-7B"
 SMALL = ("prompts.counts={color1: 2, shape1: 1, color2: 2, 2D_spatial: 2, numeracy1: 1, numeracy2: 2}",)
 STEPS = ("train.steps=2", "train.eval_every=2", "evaluate.watch_per_kind=2", "train.batch_size=2")
@@ -42,6 +43,14 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_constants_are_those_of_modules_that_import_torch() -> None:
     assert plan.BATCH_ROWS == {"cuda": CUDA_ROWS, "cpu": CPU_ROWS}
     assert plan.ANSWERS_PER_BATCH == CALLS_PER_BATCH
+
+
+def test_the_default_shares_are_those_of_the_recorded_run() -> None:
+    lines = (ROOT / "bench" / "results" / "amd-epyc" / "plan.jsonl").read_text().splitlines()
+    recorded = next(row["ratios"] for row in map(json.loads, lines) if "ratios" in row)
+    for name, value in dataclasses.asdict(plan.Ratios()).items():
+        if name != "source":
+            assert recorded[name] == pytest.approx(value, rel=0.01)
 
 
 def test_a_published_model_needs_neither_network_nor_torch() -> None:
