@@ -51,6 +51,7 @@ from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_fi
 from ospo_fast.stages.tracking import Tracker, check_tracker
 from ospo_fast.versions import run_versions
 from ospo_fast.work import (
+    add_up,
     check_cost,
     check_worker,
     counting,
@@ -857,6 +858,14 @@ class Pipeline:
             == (self._shared.workers.launch, report.stage, report.iteration)
         ]
         report.items, report.failed = (sum(row[name] for row in rows) for name in ("items", "failed"))
+        report.seconds = max((row["seconds"] for row in rows), default=report.seconds)
+        if report.cost is not None:
+            report.cost |= add_up([row["cost"] for row in rows if "cost" in row])
+        drawings = [row["drawing"] for row in rows if "drawing" in row]
+        if report.drawing is not None:
+            report.drawing |= {name: sum(each[name] for each in drawings) for name in ("images", "images_s", "gb_s")}
+        if self.speaks:
+            self._tracker.report(report)
         with no_link(store_path(work, report.stage)).open("rb") as file:
             report.total = sum(1 for _ in file)
 
@@ -1089,8 +1098,8 @@ class Pipeline:
             report.seconds = time.perf_counter() - started
             report.cost = work.cost(report.seconds, device)
             report.peak_mb, report.cuda_peak_mb = memory.mb, memory.cuda_mb
-            if self.speaks:
-                self._tracker.report(report)
+            if self._shared is None or (self.speaks and find_stage(report.stage).counts_steps):
+                self._tracker.report(report)  # else of all workers, see `_sum_up`
             if report.items:
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)

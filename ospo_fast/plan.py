@@ -28,7 +28,7 @@ from ospo_fast.models import folder_checks
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.records import VARIANTS, iter_pairs
 from ospo_fast.stages import STAGES, Stage
-from ospo_fast.stages.prompt_files import numbered_prompts, prompt_key
+from ospo_fast.stages.prompt_files import divide_kinds, numbered_prompts, prompt_key
 from ospo_fast.stages.templates import TEMPLATE_NAMES, TemplateSet, load_templates
 from ospo_fast.stages.train_settings import loss_config
 
@@ -163,12 +163,23 @@ class _Demands:
         )
         return float(self.shapes.layers * fused * self.itemsize)
 
+    def largest_part(self, stage: Stage, devices: int) -> float:
+        """Return the share of a stage's work that one of several devices has. A kind of prompts is not divided."""
+        if stage.inputs(self.config) is not None or self.config.prompts.file is not None:
+            return 1 / devices
+        counts = self._counts()
+        parts = divide_kinds(counts, devices)
+        return max(sum(part.values()) for part in parts) / max(1, sum(counts.values()))
+
+    def _counts(self) -> dict[str, int]:
+        kinds = self.templates.kinds
+        return {name: self.config.prompts.counts.get(name, kind.count) for name, kind in kinds.items()}
+
     def prompts(self) -> Demand:
         if self.config.prompts.file is not None:
             return Demand({"item": self.waiting("prompts")}, disk=256 * self.waiting("prompts"))
         calls = self.config.prompts.samples_per_call * ANSWERS_PER_BATCH
-        kinds = self.templates.kinds
-        counts = {name: self.config.prompts.counts.get(name, kind.count) for name, kind in kinds.items()}
+        counts = self._counts()
         share = self.waiting("prompts") / max(1, sum(counts.values()))
         answers = sum(calls * math.ceil(n * share / self.ratios.accepted / calls) for n in counts.values())
         return self._texts(answers, "prompts", disk=256 * self.waiting("prompts"), amounts={"answer": answers})
@@ -390,7 +401,7 @@ def make_plan(
                 "amounts": {unit: round(amount) for unit, amount in demand.amounts.items() if unit != "start"},
                 "memory_bytes": round(demand.memory),
                 "needed_bytes": round(demand.needed),
-                "seconds": None if seconds is None else round(seconds / gpus, 3),
+                "seconds": None if seconds is None else round(seconds * demands.largest_part(stage, gpus), 3),
                 "device_seconds": None if seconds is None else round(seconds, 3),
                 "disk_bytes": round(demand.disk),
                 "source": source,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,16 +140,21 @@ def check_cost(cost: object, where: str) -> None:
             )
 
 
+def add_up(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sums of costs; None where one of them is not known."""
+    return {
+        name: None if any(cost[name] is None for cost in costs) else round(sum(cost[name] for cost in costs), 3)
+        for name in _SUMMED
+    }
+
+
 def sum_costs(costs: Iterable[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
     """Sum costs of a stage, and return them with the rates over `seconds` of wall time.
 
     FLOPs, and with them MFU, are None if they are not known of every cost.
     """
     costs = list(costs)
-    total: dict[str, Any] = {
-        name: None if any(cost[name] is None for cost in costs) else round(sum(cost[name] for cost in costs), 3)
-        for name in _SUMMED
-    }
+    total = add_up(costs)
     peaks = [cost["peak_flops"] for cost in costs]
     total["peak_flops"] = None
     if None not in peaks and total["device_seconds"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,3 +122,14 @@ def check_length(model: UnifiedModel, prompt: str, ids: Tensor) -> Failure | Non
     if len(ids) <= limit:
         return None
     return Failure(f"prompt: {prompt[:60]!r} has {len(ids)} tokens, at most {limit} fit; shorten it")
+
+
+def divide_kinds(counts: Mapping[str, int], parts: int) -> list[dict[str, int]]:
+    """Divide the kinds into parts of nearly the same number of prompts: the largest kinds first."""
+    found: list[list[str]] = [[] for _ in range(parts)]
+    sizes = [(0, number) for number in range(parts)]
+    for kind in sorted(counts, key=lambda kind: -counts[kind]):
+        size, number = heapq.heappop(sizes)
+        found[number].append(kind)
+        heapq.heappush(sizes, (size + counts[kind], number))
+    return [{kind: counts[kind] for kind in counts if kind in kinds} for kinds in found]

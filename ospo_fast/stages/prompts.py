@@ -7,7 +7,6 @@ so that an interrupted run resumes with the same prompts.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import random
 import re
@@ -22,7 +21,14 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import Record, shown, stable_hash
 from ospo_fast.stages import Shard, StageContext
 from ospo_fast.stages.object_tokens import check_prompt
-from ospo_fast.stages.prompt_files import excluded_prompts, normalized, numbered_prompts, prompt_key, refuse_lines
+from ospo_fast.stages.prompt_files import (
+    divide_kinds,
+    excluded_prompts,
+    normalized,
+    numbered_prompts,
+    prompt_key,
+    refuse_lines,
+)
 from ospo_fast.stages.templates import Kind, TemplateSet
 from ospo_fast.stages.text_sampling import load_model_templates, sample_text
 from ospo_fast.work import count as count_work
@@ -119,18 +125,7 @@ def plan_counts(model: UnifiedModel, config: Config, shard: Shard | None = None)
     if config.prompts.file_kind is not None:  # it has no effect, but a wrong word is a mistake
         _check_kind("prompts.file_kind", config.prompts.file_kind, templates)
     counts = _all_counts(templates, config)
-    return counts if shard is None else _divide_kinds(counts, shard.count)[shard.index]
-
-
-def _divide_kinds(counts: dict[str, int], parts: int) -> list[dict[str, int]]:
-    """Divide the kinds into parts of nearly the same number of prompts: the largest kinds first."""
-    found: list[list[str]] = [[] for _ in range(parts)]
-    sizes = [(0, number) for number in range(parts)]
-    for kind in sorted(counts, key=lambda kind: -counts[kind]):
-        size, number = heapq.heappop(sizes)
-        found[number].append(kind)
-        heapq.heappush(sizes, (size + counts[kind], number))
-    return [{kind: counts[kind] for kind in counts if kind in kinds} for kinds in found]
+    return counts if shard is None else divide_kinds(counts, shard.count)[shard.index]
 
 
 def item_order(model: UnifiedModel, config: Config) -> list[str]:
