@@ -94,16 +94,24 @@ class _Demands:
     """The demand of every stage, by its name."""
 
     def __init__(
-        self, config: Config, shapes: ModelShapes, items: int, cuda: bool, ratios: Ratios, done: Mapping[str, int]
+        self,
+        config: Config,
+        shapes: ModelShapes,
+        items: int,
+        cuda: bool,
+        ratios: Ratios,
+        done: Mapping[str, int],
+        gpus: int = 1,
     ) -> None:
-        self.config, self.shapes, self.items, self.done = config, shapes, items, done
+        self.config, self.shapes, self.items, self.done, self.gpus = config, shapes, items, done, gpus
         self.ratios = ratios.for_model(config.model)
         dtype = config.dtype or ("bfloat16" if cuda else "float32")
         self.itemsize = {"float64": 8, "double": 8, "bfloat16": 2, "float16": 2, "half": 2}.get(dtype, 4)
         self.rows = BATCH_ROWS["cuda" if cuda else "cpu"]
         self.cuda = cuda
         self.templates = load_templates(config.templates or model_family(config.model) or "janus")
-        self.lora = shapes.lora_weights(config.train.lora_rank, config.train.lora_targets)
+        lora = shapes.lora_weights(config.train.lora_rank, config.train.lora_targets)
+        self.trained = shapes.layer_weights if config.train.full else lora
         self.weights = shapes.parameters * self.itemsize + (0 if cuda else PROCESS)
 
     @cached_property
@@ -269,10 +277,12 @@ class _Demands:
         flops = shapes.flops(
             tokens=rows * length, attended=rows * causal(length), codes=rows * shapes.tokens, backward=True
         )
+        if settings.full:  # the gradients of the weights
+            flops += 2.0 * shapes.layer_weights * rows * length
         size = 2 if self.cuda else 4  # of bf16 autocast
 
         def memory(batch: int) -> float:
-            # LoRA in fp32 with gradient and the two moments of AdamW.
+            # Trained weights in fp32 with gradient and the two moments of AdamW; FSDP2 shards them over the devices.
             tokens = batch * groups * length
             activations = activation_bytes(
                 shapes,
@@ -284,15 +294,18 @@ class _Demands:
                 dropout=settings.lora_dropout > 0,
             )
             head = head_bytes(shapes, batch * groups * shapes.tokens, itemsize=size)
-            return self.weights + 16 * self.lora + activations + head
+            trained = 16 * self.trained / (self.gpus if settings.full else 1)
+            return self.weights + trained + activations + head
 
         amounts = {"pair": float(pairs)}
         if settings.eval_every and steps:
             evaluate = self.config.evaluate
             evaluations = math.ceil(steps / settings.eval_every) + 1  # the first one is before training
             amounts["evaluated image"] = float(evaluations * 3 * evaluate.watch_per_kind * len(evaluate.seeds))
-        # Two checkpoints with both moments while one replaces the other, the adapter, its best state, the merged model.
-        disk = (2 * 12 + 4 + 4) * self.lora + shapes.parameters * self.itemsize if steps else 0.0
+        # Two checkpoints with both moments while one replaces the other, the merged model, the best weights, and the
+        # adapter, which full training has not.
+        others = self.itemsize if settings.full else 4 + 4
+        disk = (2 * 12 + others) * self.trained + shapes.parameters * self.itemsize if steps else 0.0
         return Demand(amounts, disk, memory(settings.batch_size), memory(1), flops)
 
 
@@ -390,7 +403,7 @@ def make_plan(
     rates = rates or recorded_rates(config.model if isinstance(model, Path) else model, card, cpu, results_folder())
     shapes = read_shapes(config.model)
     items = count_items(config) if items is None else items
-    demands = _Demands(config, shapes, items, cuda, rates.ratios, done or {})
+    demands = _Demands(config, shapes, items, cuda, rates.ratios, done or {}, gpus)
     rows: list[dict[str, Any]] = []
     for stage in run_stages(config):
         demand: Demand = getattr(demands, stage.name)()

@@ -97,6 +97,14 @@ def test_settings_change_the_plan() -> None:
     assert made("images.guidance_scale=1")["images"]["seconds"] < 0.7 * base["images"]["seconds"]
     assert made("train.gradient_checkpointing=false")["train"]["memory_bytes"] > 2 * base["train"]["memory_bytes"]
     assert made("train.batch_size=1")["train"]["memory_bytes"] == base["train"]["needed_bytes"]
+    full = made("train.full=true")["train"]
+    layers = plan.read_shapes(PRO_7B).layer_weights
+    lora = base["train"]
+    assert full["memory_bytes"] - lora["memory_bytes"] > 15 * layers  # fp32 weights, gradients and two moments
+    assert full["disk_bytes"] > 24 * layers
+    sharded = rows(plan.make_plan(config("train.full=true", model=PRO_7B), items=1000, gpus=8, card=find_card("h100")))
+    assert full["memory_bytes"] - sharded["train"]["memory_bytes"] == pytest.approx(14 * layers)
+    assert full["device_seconds"] > 1.2 * lora["device_seconds"]
     assert "masks" not in made("masks.enabled=false")
     assert made("dtype=float32")["select"]["memory_bytes"] == 0
 
