@@ -41,7 +41,13 @@ if name == "torchrun":
         time.sleep(0.01)
     sys.exit(int(behavior) if behavior.isdigit() else 0)
 """
-SLURM = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "123456"}
+SLURM = {
+    "SLURM_JOB_NODELIST": "node[7-8]",
+    "SLURM_NNODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_CPUS_PER_TASK": "64",
+    "SLURM_JOB_ID": "123456",
+}
 
 
 class Recorder:
@@ -104,7 +110,7 @@ def test_slurm_runs_torchrun_with_a_rendezvous_on_the_first_node(recorder: Recor
     words = ("--out", "/shared/run1", "train.steps=500", "prompts.counts={color2: 2}")
     assert recorder.run("bash", str(FOLDER / "slurm.sbatch"), *words, **SLURM) == 0
     [(step, _)] = recorder.calls("srun")
-    assert step[0] == "--kill-on-bad-exit=1"
+    assert step[:2] == ["--kill-on-bad-exit=1", "--cpus-per-task=64"]
     [(given, _)] = recorder.calls("torchrun")
     options, args = parse_torchrun(given)
     assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("2", "8", 3)
