@@ -47,6 +47,7 @@ CHARACTERS = 4  # of a token, an assumption of floors
 BATCH_ROWS = {"cuda": 96, "cpu": 256}  # CUDA_ROWS and CPU_ROWS of generation/requests.py, which imports torch
 ANSWERS_PER_BATCH = 8  # calls of stage 1 that are sampled together, CALLS_PER_BATCH of stages/prompts.py
 PROCESS = 5e8  # bytes of a process that has imported torch and transformers, on the CPU
+NOT_SHARED = ("start", "evaluated image")  # every process starts, and waits while the first one evaluates
 SAMPLE = 64  # items of a calibration: two chunks of the images stage, whose batches are then full
 
 
@@ -407,15 +408,15 @@ def make_plan(
     rows: list[dict[str, Any]] = []
     for stage in run_stages(config):
         demand: Demand = getattr(demands, stage.name)()
-        seconds, source = _time(demand, rates.seconds.get(stage.name, {}), rates.source, card)
+        seconds, alone, source = _time(demand, rates.seconds.get(stage.name, {}), rates.source, card)
         rows.append(
             {
                 "stage": stage.name,
                 "amounts": {unit: round(amount) for unit, amount in demand.amounts.items() if unit != "start"},
                 "memory_bytes": round(demand.memory),
                 "needed_bytes": round(demand.needed),
-                "seconds": None if seconds is None else round(seconds * demands.largest_part(stage, gpus), 3),
-                "device_seconds": None if seconds is None else round(seconds, 3),
+                "seconds": None if seconds is None else round(seconds * demands.largest_part(stage, gpus) + alone, 3),
+                "device_seconds": None if seconds is None else round(seconds + alone * gpus, 3),
                 "disk_bytes": round(demand.disk),
                 "source": source,
             }
@@ -440,17 +441,24 @@ FLOOR = "floor"
 UNKNOWN = "not known: measure with ospo-fast plan --calibrate"
 
 
-def _time(demand: Demand, rates: Mapping[str, float], measured: str, card: Card | None) -> tuple[float | None, str]:
-    """Return the seconds of one device and their source."""
+def _time(
+    demand: Demand, rates: Mapping[str, float], measured: str, card: Card | None
+) -> tuple[float | None, float, str]:
+    """Return the seconds of one device that several share, those that they do not share, and the source of both."""
     if not any(demand.amounts.values()):
-        return 0.0, "nothing to do"
+        return 0.0, 0.0, "nothing to do"
     if set(demand.amounts) <= set(rates):
-        return rates.get("start", 0.0) + sum(n * rates[unit] for unit, n in demand.amounts.items()), measured
+        amounts = {"start": 1.0, **demand.amounts}
+        shared, alone = (
+            sum(n * rates.get(unit, 0.0) for unit, n in amounts.items() if (unit in NOT_SHARED) is chosen)
+            for chosen in (False, True)
+        )
+        return shared, alone, measured
     if not (demand.flops or demand.streamed):
-        return (0.0, "not counted: work of the CPU") if card else (None, UNKNOWN)
+        return (0.0, 0.0, "not counted: work of the CPU") if card else (None, 0.0, UNKNOWN)
     if card is not None:
-        return max(demand.flops / card.flops, demand.streamed / card.bandwidth), FLOOR
-    return None, UNKNOWN
+        return max(demand.flops / card.flops, demand.streamed / card.bandwidth), 0.0, FLOOR
+    return None, 0.0, UNKNOWN
 
 
 def _assumptions(demands: _Demands, rates: Rates) -> list[str]:

@@ -145,6 +145,16 @@ def test_a_rate_is_measured_where_results_have_the_device(tmp_path: Path) -> Non
     assert on_cpu["train"]["source"].startswith("not known")
 
 
+def test_devices_share_neither_the_start_of_a_process_nor_evaluations() -> None:
+    rates = plan.Rates({"train": {"pair": 1.0, "evaluated image": 2.0, "start": 3.0}}, "measured: here")
+    small = config("train.steps=2", "train.batch_size=2", "train.eval_every=2", "evaluate.watch_per_kind=1")
+    one, four = (rows(plan.make_plan(small, gpus=n, rates=rates))["train"] for n in (1, 4))
+    pairs, images = one["amounts"]["pair"], one["amounts"]["evaluated image"]
+    assert (one["seconds"], one["device_seconds"]) == (pairs + 2 * images + 3, one["seconds"])
+    assert four["seconds"] == pairs / 4 + 2 * images + 3
+    assert four["device_seconds"] == 4 * four["seconds"]
+
+
 def test_the_table_names_floors_sources_and_what_exceeds_the_card() -> None:
     text = plan.render(plan.make_plan(config(model=PRO_7B), items=16000, gpus=8, card=find_card("l4")))
     assert "on 8 l4, 16,000 items" in text
