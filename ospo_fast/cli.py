@@ -315,6 +315,11 @@ def _plan(args: argparse.Namespace) -> int:
     for option, number, limit in (("--items", args.items, MAX_ITEMS), ("--gpus", args.gpus, MAX_GPUS)):
         if number is not None:
             _check_count(option, number, limit)
+    if args.calibrate and args.gpu is not None:
+        raise UsageError(
+            f"--calibrate: got --gpu {args.gpu[:60]}, expected no other device than the one of this machine, which is "
+            "measured; leave one of both out."
+        )
     config = _settings(args, saved=False)
     from ospo_fast import plan
     from ospo_fast.pipeline import Pipeline

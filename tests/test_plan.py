@@ -249,3 +249,10 @@ def test_calibration_gives_every_stage_a_rate(monkeypatch: pytest.MonkeyPatch) -
     assert 0 < rates.ratios.accepted <= 1
     assert 0 < rates.ratios.variants <= 1
     assert rates.ratios.questions > 1
+
+
+def test_calibration_of_another_device_is_refused(capsys: Any) -> None:
+    assert main(["plan", "--calibrate", "--gpu", "h100"]) == 2
+    message = capsys.readouterr().err
+    assert "--calibrate: got --gpu h100, expected no other device than the one of this machine" in message
+    assert message.count("\n") == 1
