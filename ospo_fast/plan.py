@@ -586,7 +586,7 @@ def calibrate(config: Config, build_evaluation: Callable[[Config], Evaluation | 
 def _sample(config: Config, out: Path, items: int) -> Config:
     """Return the configuration of a small run."""
     small = copy.deepcopy(config)
-    small.out, small.iterations = str(out), 1
+    small.out, small.iterations, small.track = str(out), 1, None
     out.mkdir(parents=True)
     if config.prompts.file is not None:
         prompts = [prompt for _, prompt in numbered_prompts(config.prompts.file)]

@@ -256,3 +256,8 @@ def test_calibration_of_another_device_is_refused(capsys: Any) -> None:
     message = capsys.readouterr().err
     assert "--calibrate: got --gpu h100, expected no other device than the one of this machine" in message
     assert message.count("\n") == 1
+
+
+def test_calibration_is_not_tracked(tmp_path: Path) -> None:
+    small = plan._sample(config("track=tensorboard"), tmp_path / "sample", 8)
+    assert small.track is None
