@@ -555,7 +555,8 @@ def count_done(out: Path) -> dict[str, int]:
     for stage in STAGES:
         if stage.counts_steps:
             folder = out / str(stage.folder)
-            steps = [int(path.stem[5:]) for path in folder.glob("checkpoints/step-*") if path.stem[5:].isdigit()]
+            names = (path.name for path in folder.glob("checkpoints/step-*"))  # without one that is not whole
+            steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{6,18})(?:\.pt)?", name))]
             done[stage.name] = 10**9 if (folder / "done.json").is_file() else max(steps, default=0)
         else:
             done[stage.name] = sum(path.read_bytes().count(b"\n") for path in store_paths(out, stage.name))

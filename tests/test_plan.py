@@ -261,3 +261,9 @@ def test_calibration_of_another_device_is_refused(capsys: Any) -> None:
 def test_calibration_is_not_tracked(tmp_path: Path) -> None:
     small = plan._sample(config("track=tensorboard"), tmp_path / "sample", 8)
     assert small.track is None
+
+
+def test_a_checkpoint_that_is_not_whole_is_no_finished_step(tmp_path: Path) -> None:
+    for name in ("step-000002", "step-000003.partial", "step-000001.pt"):
+        (tmp_path / "train" / "checkpoints" / name).mkdir(parents=True)
+    assert plan.count_done(tmp_path)["train"] == 2
