@@ -5,8 +5,9 @@ largest relative difference of the losses of training, and of its weights (of th
 `kills`: a random worker of 2 to 4 is killed at a random time; then the command is started again, by another number of
 workers, until it ends. Counted are kills that came while the workers ran, runs that the others ended by themselves, and
 items that are lost or doubled, or that differ from those of one process.
-`scaling`: seconds of each stage by one worker over N times those of N workers, each with one thread. Only as many
-workers as there are cores are measured, and interleaved with one.
+`scaling`: seconds of each stage by one worker over N times those of N workers, each bound to a core of its own, with one
+thread, because the images stage uses a second core where it has one. Only as many workers as there are cores are
+measured, and interleaved with one.
 
 Workers are forks of this process, so that no time of theirs is that of imports.
 """
@@ -34,19 +35,23 @@ from ospo_fast.stages import STAGES
 
 SMALL = ("prompts.counts={color1: 2, shape1: 2, color2: 3, 2D_spatial: 3, numeracy1: 2, numeracy2: 3}",)
 MIDDLE = ("prompts.counts={color1: 6, shape1: 6, color2: 12, 2D_spatial: 12, numeracy1: 6, numeracy2: 12}",)
-LARGE = ("prompts.counts={color1: 24, shape1: 24, color2: 96, 2D_spatial: 128, numeracy1: 32, numeracy2: 128}",)
-TRAINING = ("train.eval_every=0", "train.save_every=1", "train.lora_dropout=0")
+LARGE = ("prompts.counts={color1: 48, shape1: 48, color2: 192, 2D_spatial: 256, numeracy1: 64, numeracy2: 256}",)
+TRAINING = ("train.eval_every=0", "train.lora_dropout=0")
 SIZES = (1, 2, 4)
 KILLS = 100
 REPEATS = 3
 Rows = list[dict[str, Any]]
 
 
-def start(out: Path, settings: tuple[str, ...], size: int, **options: Any) -> list[_forked.Ended]:
-    """Run all stages in `out` by `size` workers."""
+def start(
+    out: Path, settings: tuple[str, ...], size: int, *, bound: bool = False, **options: Any
+) -> list[_forked.Ended]:
+    """Run all stages in `out` by `size` workers. bound: each has a core of its own."""
 
     def do(rank: int) -> int:
         torch.set_num_threads(1)
+        if bound:
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
         return cli.main(["run", "--out", str(out), "--json", *TRAINING, *settings])
 
     return _forked.run_workers(do, size, out.with_name(f"{out.name}-output"), **options)
@@ -146,7 +151,7 @@ def scaling(folder: Path, settings: tuple[str, ...], repeats: int) -> Rows:
     items: dict[str, int] = {}
     for repeat, size in itertools.product(range(repeats), sizes):
         out = folder / f"scaling-{size}-{repeat}"
-        ended_well(start(out, settings, size))
+        ended_well(start(out, settings, size, bound=True))
         rows = json.loads((out / "stages.json").read_text())
         for stage in STAGES:
             own = [row for row in rows if row["stage"] == stage.name]
@@ -170,21 +175,22 @@ def _row(variant: str, shapes: dict[str, int], times: list[float], **metrics: An
 def run(out: Path, quick: bool) -> None:
     """Run all parts. `quick`: with few items and two kills."""
     small, middle, large = (SMALL, SMALL, SMALL) if quick else (SMALL, MIDDLE, LARGE)
-    steps = ("train.steps=2", "train.batch_size=4")
-    parts: list[Callable[[Path], Rows]] = [
-        lambda folder: equal(folder, (*middle, "train.steps=2" if quick else "train.steps=20", "train.batch_size=4")),
-        lambda folder: scaling(
-            folder, (*large, "train.steps=2" if quick else "train.steps=20"), 1 if quick else REPEATS
-        ),
-        lambda folder: kills(folder, (*small, *steps), 2 if quick else KILLS, 0),
-    ]
+    few = ("train.steps=2", "train.batch_size=4", "train.save_every=1")
+    several = few if quick else ("train.steps=20", "train.batch_size=4")
+    many = few if quick else ("train.steps=40",)
+    parts: dict[str, Callable[[Path], Rows]] = {
+        "equal": lambda folder: equal(folder, (*middle, *several)),
+        "scaling": lambda folder: scaling(folder, (*large, *many), 1 if quick else REPEATS),
+        "kills": lambda folder: kills(folder, (*small, *few), 2 if quick else KILLS, 0),
+    }
     rows: Rows = []
     with tempfile.TemporaryDirectory() as scratch:
         with contextlib.redirect_stdout(None):  # load what is imported and cached when stages first run
-            cli.main(["run", "--out", f"{scratch}/first", "--json", *TRAINING, *small, *steps])
-        for part in parts:
-            rows += part(Path(scratch))
-            measure.write(rows, out, "workers")
+            cli.main(["run", "--out", f"{scratch}/first", "--json", *TRAINING, *small, *few])
+        for name, part in parts.items():
+            if measure.chosen(name):
+                rows += part(Path(scratch))
+                measure.write(rows, out, "workers")
     measure.show(rows)
     for line in rows:
         print({name: value for name, value in line.items() if name in ("variant", "shapes") or name in _METRICS})

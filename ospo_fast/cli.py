@@ -202,7 +202,7 @@ def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
     from ospo_fast.stages import file_digest
     from ospo_fast.versions import run_versions
 
-    facts: dict[str, object] = {"command": args.command, "--resume": args.resume}
+    facts: dict[str, object] = {"command": args.command, "--resume": args.resume, "--out": config.out}
     facts["--iteration"] = getattr(args, "iteration", None)
     for name, value in saved_values(config).items():
         section = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
@@ -272,11 +272,13 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage], *, planned: boo
         options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
         pipeline = Pipeline(config, shard=shard, lock=lock, workers=workers, **options)
         if planned:
-            from ospo_fast.plan import plan_run
+            from ospo_fast.plan import count_done, plan_run
 
             pipeline.check_settings([stage.name for stage in stages])
             # Refuses a device that is too small.
-            pipeline.plan = plan_run(config, gpus=1 if workers is None else workers.size)
+            done = count_done(Path(config.out)) if args.resume else None
+            sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
+            pipeline.plan = plan_run(config, done, **sizes)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
         with contextlib.nullcontext() if workers is None else workers.first():
             exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
@@ -312,6 +314,7 @@ def _throughput(throughput: dict[str, float] | None) -> str:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    _refuse_workers("plan")
     for option, number, limit in (("--items", args.items, MAX_ITEMS), ("--gpus", args.gpus, MAX_GPUS)):
         if number is not None:
             _check_count(option, number, limit)

@@ -181,6 +181,7 @@ class ModelShapes:
         seen: float = 0,
         layers: int | None = None,
         backward: bool = False,
+        trained: bool = False,
     ) -> float:
         """Return the floating-point operations of matrix products: 2 per weight and row that it multiplies.
 
@@ -192,17 +193,19 @@ class ModelShapes:
             decoded: images that the VQ decoder makes of codes.
             seen: images that the vision encoder embeds.
             layers: decoder layers that run; None: all.
-            backward: add the backward pass. The weights are frozen: gradients flow through them (as many operations as
-                forward), and they have none of their own. Attention takes twice the forward. Recomputed activations
-                are no work of the model, and are not counted.
+            backward: add the backward pass. Gradients flow through the weights (as many operations as forward), and
+                attention takes twice the forward. Recomputed activations are no work of the model, and are not counted.
+            trained: the weights of the decoder layers have gradients of their own (as many operations again); else they
+                are frozen, as those of the head always are.
 
         """
         share = 1.0 if layers is None else layers / self.layers
-        products = 2.0 * (share * self.layer_weights * tokens + self.head_weights * codes)
+        layer_passes, head_passes = (2 + trained, 2) if backward else (1, 1)
+        products = 2.0 * (share * self.layer_weights * tokens * layer_passes + self.head_weights * codes * head_passes)
         attention = 4.0 * share * self.layers * self.attention_width * attended
         vision = 2.0 * self.vision_weights * self.vision_tokens
         vision += 4.0 * self.vision_layers * self.vision_width * self.vision_tokens**2
-        total = products * (2 if backward else 1) + attention * (3 if backward else 1)
+        total = products + attention * (3 if backward else 1)
         return total + 2.0 * self.vocab * self.hidden * words + self.vq_decode_flops * decoded + vision * seen
 
 

@@ -247,7 +247,6 @@ class Pipeline:
                     f"--shard: got {shard.index}/{shard.count} in one of {workers.size} workers (WORLD_SIZE), which "
                     "divide the items by themselves; leave it out."
                 )
-            self.resume = resume or workers.restarted  # what the start before it has made is kept
             self.progress = progress and workers.is_first
         self.evaluation = evaluation
         self.plan: dict[str, Any] | None = None  # of a run, which saves it when it begins
@@ -394,17 +393,35 @@ class Pipeline:
         """
         names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else list(stages)
         with self.using():
-            over = self.check_run(names)
-            if over:  # which deletes what an earlier such run has made
+            self._find_begun()
+            over = self._decide(lambda: self._checked_run(names))
+            new = self.workers is not None and not store_paths(self.folder(), STAGES[0].name)
+            if over or new:  # `over` deletes what an earlier such run has made, and workers leave files of their own
                 self.prepare(stages=names)
-            elif self.workers is not None and not self.resume and restarts.made_by_run(self.folder()):
-                raise UsageError(
-                    f"Several workers start one stage over, or the whole run, and not {', '.join(names)}; start over "
-                    "stage by stage."
-                )
             resume, folder = self.resume, restarts.folder(self.folder())
             self._gather(lambda: None if resume else discard(folder))
             return self._start_over(names, on_report) if over else self._stages(names, on_report)
+
+    def _decide(self, choose: Callable[[], bool]) -> bool:
+        """Return what this process chooses, or the first of several workers: others may see what it has begun."""
+        return choose() if self.workers is None or self._shared is not None else self.workers.decide(choose)
+
+    def _find_begun(self) -> None:
+        """Let workers that were started again continue the start over that they had begun."""
+        if self.workers is not None and self.workers.restarted and not self.resume and self._shared is None:
+            workers, folder = self.workers, self.folder()
+            self.resume = workers.decide(lambda: SharedWork.was_begun(folder, workers))
+
+    def _checked_run(self, names: Sequence[str]) -> bool:
+        over = self.check_run(names)
+        if self.workers is not None:
+            self._check_inputs(find_stage(names[0]), self.folder(), self.config)
+        if not over and self.workers is not None and not self.resume and restarts.made_by_run(self.folder()):
+            raise UsageError(
+                f"Several workers start one stage over, or the whole run, and not {', '.join(names)}; start over "
+                "stage by stage."
+            )
+        return over
 
     def check_run(self, names: Sequence[str]) -> bool:
         """Check a run of stages as far as possible before it begins. Return whether it starts over as a whole.
@@ -513,7 +530,10 @@ class Pipeline:
             for folder in dict.fromkeys((self.folder(), out)):
                 restarts.finish(lock, folder)
             work = restarts.folder(out, stage, self.shard)
+            self._find_begun()
             config, settings = self._check(stage, iteration)
+            if self.workers is not None and self._shared is None:
+                self._check_inputs(stage, out, config)  # a refused command leaves no trace
             self._gather(lambda: self._begin_over(stage, out, settings))
             self._sweep(stage, out)
             report = StageReport(name, iteration)
@@ -539,6 +559,13 @@ class Pipeline:
                     if self.shard and stage.finish is not None:  # of all shards
                         stage.finish(out, read_stage(out, name, lambda error: None))
         return report
+
+    def _check_inputs(self, stage: Stage, out: Path, config: Config) -> None:
+        """Raise UsageError if there is no store of the inputs of a stage, unless it has finished steps."""
+        source = stage.inputs(config)
+        done = stage.counts_steps and (out / str(stage.folder) / "done.json").exists()
+        if source is not None and stage.enabled(config) and not done and not store_paths(out, source):
+            read_stage(out, source)
 
     def _begin_over(self, stage: Stage, out: Path, settings: dict[str, Any]) -> None:
         """Begin to start a stage over, so that a call with `resume=True` continues."""
@@ -662,7 +689,7 @@ class Pipeline:
         again: list[Record] = []  # inputs of finished items whose files were deleted
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
         own, inputs_of_shard = _inodes([place]), {}
-        present = {} if fresh else self._present(work, name, unusable.append)
+        present = {} if fresh else self._present(work, name, unusable)
         if source is None:
             complete = not fresh and self._complete(work, name) and bool(store_paths(work, name))
             waiting, total = list(present.values()), 0
@@ -704,11 +731,15 @@ class Pipeline:
         if source is None and (model is not None or _shard_paths(work, name)):
             order = stage.order(model or self.model(report.iteration), config)
         if self._shared is not None:
+            with self._shared.gate():
+                if place.exists():  # one to which nothing is appended is refused before the work
+                    with Store(place, on_error=lambda error: None):
+                        pass
             self._begin(work, stage, settings, out, {})
             self._share(stage, found if source else [], present, again, failed, report, config, out=out, work=work)
             self._meet(lambda: self._merge(stage, work, order))
             _warn(name, failed, report.items + len(unusable))
-            self._sum_up(work, report)
+            self._sum_up(stage, work, report)
             self._shared.meet()
             return True
         self._take_lock(stage, out)
@@ -847,8 +878,8 @@ class Pipeline:
         if stage.finish is not None:
             stage.finish(work, read_stage(work, stage.name, lambda error: None))
 
-    def _sum_up(self, work: Path, report: StageReport) -> None:
-        """Give the report of this worker the numbers of all."""
+    def _sum_up(self, stage: Stage, work: Path, report: StageReport) -> None:
+        """Give the report of this worker the numbers of all, and send it to the tracker."""
         assert self._shared is not None
         rows = [
             row
@@ -857,17 +888,18 @@ class Pipeline:
             and (row.get("call"), row.get("stage"), row.get("iteration"))
             == (self._shared.workers.launch, report.stage, report.iteration)
         ]
-        report.items, report.failed = (sum(row[name] for row in rows) for name in ("items", "failed"))
         report.seconds = max((row["seconds"] for row in rows), default=report.seconds)
         if report.cost is not None:
             report.cost |= add_up([row["cost"] for row in rows if "cost" in row])
         drawings = [row["drawing"] for row in rows if "drawing" in row]
         if report.drawing is not None:
             report.drawing |= {name: sum(each[name] for each in drawings) for name in ("images", "images_s", "gb_s")}
+        if not stage.counts_steps:
+            report.items, report.failed = (sum(row[name] for row in rows) for name in ("items", "failed"))
+            with no_link(store_path(work, report.stage)).open("rb") as file:
+                report.total = sum(1 for _ in file)
         if self.speaks:
             self._tracker.report(report)
-        with no_link(store_path(work, report.stage)).open("rb") as file:
-            report.total = sum(1 for _ in file)
 
     def _steps(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
@@ -931,6 +963,7 @@ class Pipeline:
                     self._models.clear()  # the weights are no longer those of the name that they were loaded by
         self._keep_trained(model, report.iteration)
         if self._shared is not None:
+            self._sum_up(stage, work, report)
             self._shared.meet()
         return True
 
@@ -1000,12 +1033,22 @@ class Pipeline:
     def _context(self, report: StageReport, **rest: Any) -> StageContext:
         return StageContext(report, shard=self.shard, **rest)
 
-    def _present(self, out: Path, name: str, on_error: OnError) -> dict[str, Record]:
+    def _present(self, out: Path, name: str, unusable: list[OspoError]) -> dict[str, Record]:
         """Return the finished records: of the store and its shards (for a shard: of the store and its own part)."""
+        try:
+            return _read_stores(self._own_stores(out, name), unusable.append)
+        except OspoError:
+            if self._shared is None:
+                raise
+        unusable.clear()
+        with self._shared.gate():  # this worker was started again while another one merges
+            return _read_stores(self._own_stores(out, name), unusable.append)
+
+    def _own_stores(self, out: Path, name: str) -> list[Path]:
         paths = store_paths(out, name)
         if self.shard is not None:
             paths = [path for path in paths if path in (store_path(out, name), store_path(out, name, self.shard))]
-        return _read_stores(paths, on_error)
+        return paths
 
     def _begin(
         self, work: Path, stage: Stage, settings: dict[str, Any], out: Path, inputs_of_shard: dict[Path, int]
@@ -1098,8 +1141,8 @@ class Pipeline:
             report.seconds = time.perf_counter() - started
             report.cost = work.cost(report.seconds, device)
             report.peak_mb, report.cuda_peak_mb = memory.mb, memory.cuda_mb
-            if self._shared is None or (self.speaks and find_stage(report.stage).counts_steps):
-                self._tracker.report(report)  # else of all workers, see `_sum_up`
+            if self._shared is None:
+                self._tracker.report(report)  # else that of all workers, see `_sum_up`
             if report.items:
                 entry = dataclasses.asdict(report) | {"shard": None if self.shard is None else str(self.shard)}
                 entry["seconds"] = round(report.seconds, 3)

@@ -530,8 +530,10 @@ def check_memory(plan: Mapping[str, Any], name: str, memory: int) -> None:
         )
 
 
-def plan_run(config: Config, done: Mapping[str, int] | None = None, *, gpus: int = 1) -> dict[str, Any]:
-    """Plan a run on this machine, or on several with devices as here, `gpus` in all.
+def plan_run(
+    config: Config, done: Mapping[str, int] | None = None, *, gpus: int = 1, processes: int = 1
+) -> dict[str, Any]:
+    """Plan a run on this machine, or on several with devices as here, `gpus` in all; `processes` share this machine.
 
     Raises UsageError if the device is too small for a stage, see `check_memory`.
     """
@@ -543,7 +545,8 @@ def plan_run(config: Config, done: Mapping[str, int] | None = None, *, gpus: int
     else:
         import psutil
 
-        check_memory(plan, "this machine", int(psutil.virtual_memory().total))
+        part = "this machine" if processes == 1 else f"a part in {processes} of this machine"
+        check_memory(plan, part, int(psutil.virtual_memory().total) // processes)
     return plan
 
 

@@ -236,7 +236,8 @@ class RunLock:
         if self._handle >= 0:
             forget_lock(self._handle)
             with contextlib.suppress(OSError):
-                if _owner(self._path).get("process") == os.getpid():  # a refused command leaves no trace
+                # A refused command leaves no trace. Of several workers, the last to leave takes the name away.
+                if self._is_alone() if self._launch else _owner(self._path).get("process") == os.getpid():
                     os.ftruncate(self._handle, 0)
             with contextlib.suppress(OSError):
                 fcntl.flock(self._handle, fcntl.LOCK_UN)  # of forked processes, too, which have the same open file

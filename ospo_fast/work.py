@@ -82,6 +82,7 @@ def count(
     dropped: int = 0,
     layers: int | None = None,
     backward: bool = False,
+    trained: bool = False,
     **rows: float,
 ) -> None:
     """Add to the running works. rows: what `ModelShapes.flops` takes, apart from tokens; images are decoded too."""
@@ -91,7 +92,9 @@ def count(
         work.kept += kept
         work.dropped += dropped
         if work.shapes is not None:
-            work.flops += work.shapes.flops(tokens=tokens, decoded=images, layers=layers, backward=backward, **rows)
+            work.flops += work.shapes.flops(
+                tokens=tokens, decoded=images, layers=layers, backward=backward, trained=trained, **rows
+            )
 
 
 def work_of(model: Any) -> Work:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OspoError
 from ospo_fast.records import (
     LockedError,
     lock_of,
@@ -31,7 +31,7 @@ from ospo_fast.records import (
     update_json,
 )
 from ospo_fast.stages import Shard
-from ospo_fast.workers import Workers
+from ospo_fast.workers import StrangerError, Workers
 
 T = TypeVar("T")
 
@@ -65,12 +65,14 @@ class SharedWork:
                 except LockedError:
                     if time.monotonic() > end:
                         taken = f"RANK: got {workers.rank}, which another process in {self.out} has"
-                        raise UsageError(f"{taken}; start each worker once.") from None
+                        raise StrangerError(f"{taken}; start each worker once.") from None
                     time.sleep(0.05)
             with workers.first():
                 if workers.is_first:
-                    update_json(self._marks, {}, lambda before: {"launch": workers.launch})
+                    marks = {"launch": workers.launch, "launcher": workers.launcher}
+                    update_json(self._marks, {}, lambda before: marks)
             workers.gone = self.gone
+            workers.everyone()  # before that, none of them seems to have ended
             yield self
 
     def _worker(self, rank: int) -> Path:
@@ -79,6 +81,12 @@ class SharedWork:
     @property
     def _marks(self) -> Path:
         return self.out / _MARKS
+
+    @classmethod
+    def was_begun(cls, out: Path, workers: Workers) -> bool:
+        """Return whether the launcher of these workers, which starts them again, had them begin before."""
+        marks = read_json(out / _MARKS, {})
+        return workers.restarted and marks.get("launcher") == workers.launcher
 
     def gate(self) -> contextlib.AbstractContextManager[None]:
         """Let one worker at a time do the block."""
@@ -94,6 +102,8 @@ class SharedWork:
             handle = open_to_lock(lock_of(self._worker(rank)))
         except FileNotFoundError:
             return False
+        except OSError:  # not known: none takes over from a worker that may live
+            return True
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others look at the same time
         except BlockingIOError:
@@ -121,7 +131,7 @@ class SharedWork:
             self.workers.check()
             if left:
                 time.sleep(pause)
-                pause = min(0.5, 1.3 * pause)
+                pause = min(0.2, 1.3 * pause)
 
     # ------------------------------------------------------------------ parts
 
@@ -161,10 +171,10 @@ class SharedWork:
 
         Returns once all parts are done, also those of workers that end meanwhile.
         """
-        left, pause = self.parts(), 0.05
+        left, pause = self.parts(), 0.01
         while left:
             left = [part for part in left if not (self.is_done(stage, part) or do(part))]
             self.workers.check()
             if left:
                 time.sleep(pause)
-                pause = min(0.5, 1.3 * pause)
+                pause = min(0.2, 1.3 * pause)

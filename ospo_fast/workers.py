@@ -24,15 +24,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from ospo_fast.errors import OspoError, UsageError, printable
 from ospo_fast.records import shown
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_WORKERS = 10**5
 PATIENCE = 300.0  # seconds that a worker waits for the others to start
+PATIENCE_TO_LOAD = 1800.0  # and to have loaded what it needs
+SILENCE = 60.0  # seconds without a sign of life after which a worker has ended, before it has its lock
 NOTICE = 10.0  # seconds after which it says whom it waits for
 GRACE = 20.0  # seconds that a worker has to end after another has failed, where it can be inside of a library
 _POLL = 0.5  # seconds between two looks for the errors of others
@@ -40,6 +44,10 @@ _POLL = 0.5  # seconds between two looks for the errors of others
 
 class PeerError(OspoError):
     """Another worker has failed, or has ended."""
+
+
+class StrangerError(UsageError):
+    """A process does not belong to the workers that it has found. They do not end with it."""
 
 
 @dataclass
@@ -52,6 +60,7 @@ class Workers:
     address: str
     port: int
     attempt: str = "0"  # of torchrun, which starts all workers again when one has ended
+    local_size: int = 1  # workers on this machine
     patience: float = PATIENCE
     launch: str = ""  # of all workers, and of no other start of the command
     _store: Any = None
@@ -87,7 +96,8 @@ class Workers:
         port = _number(environ, "MASTER_PORT", 0, 2**16 - 1)
         local = _number(environ, "LOCAL_RANK", 0, MAX_WORKERS) if "LOCAL_RANK" in environ else 0
         attempt = f"{environ.get('TORCHELASTIC_RUN_ID', '')}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        return cls(rank, size, local, address, port, attempt)
+        local_size = _number(environ, "LOCAL_WORLD_SIZE", 1, size) if "LOCAL_WORLD_SIZE" in environ else 1
+        return cls(rank, size, local, address, port, attempt, local_size)
 
     @property
     def is_first(self) -> bool:
@@ -152,7 +162,7 @@ class Workers:
                 with contextlib.suppress(KeyboardInterrupt):
                     self._acknowledge()
                 raise PeerError(reason) from error
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, StrangerError):
                 self._fail(error)
             raise
         finally:
@@ -195,15 +205,26 @@ class Workers:
     def _tell(self, *parts: object) -> None:
         """Set a key to the last of the parts, if the store is still there."""
         *name, value = parts
-        with contextlib.suppress(RuntimeError):
+        if self._alone:  # each call of a store that has ended prints a stack
+            return
+        try:
             self._store.set(self._key(*name, self.rank), str(value))
+        except RuntimeError:
+            self._alone = True
 
     def _wait(self, keys: Sequence[str], patience: float | None = None) -> None:
         """Wait until all keys are set. Raises PeerError if a worker fails meanwhile, UsageError after the patience."""
         start, told = time.monotonic(), False
-        while missing := [key for key in keys if not self._store.check([key])]:
+        signs: dict[int, tuple[bytes, float]] = {}  # of life: the newest of each worker, and when it came here
+        while missing := [key for key in keys if not self._has(key)]:
             self.check()
             waited = time.monotonic() - start
+            for rank in {int(key.rpartition("/")[2]) for key in missing}:
+                sign = self._get(self._key("alive", rank)) if self._has(self._key("alive", rank)) else None
+                if sign is not None and sign != signs.get(rank, (None, 0))[0]:
+                    signs[rank] = sign, time.monotonic()
+                if rank in signs and time.monotonic() - signs[rank][1] > SILENCE:
+                    raise PeerError(f"{_ended([rank])}; run the command again.")
             whom = ", ".join(key.rpartition("/")[2] for key in missing[:8])
             whom = f"worker{'s' * (len(missing) > 1)} {whom}{', …' * (len(missing) > 8)}"
             if waited > NOTICE and not told:
@@ -216,6 +237,21 @@ class Workers:
                 )
             time.sleep(min(0.2, 0.01 + waited / 10))
 
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Return what a call of the store returns. Raises PeerError if the store has ended."""
+        try:
+            return call()
+        except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):
+                self.check()
+            raise PeerError(f"worker 0 has ended; run the command again ({_first_line(error)}).") from error
+
+    def _has(self, key: str) -> bool:
+        return self._ask(lambda: bool(self._store.check([key])))
+
+    def _get(self, key: str) -> bytes:
+        return self._ask(lambda: bytes(self._store.get(key)))
+
     def agree(self, facts: Mapping[str, object], gpu: str | None = None) -> None:
         """Wait for all workers, and compare what they were started with. gpu: what no other worker may have.
 
@@ -225,23 +261,35 @@ class Workers:
         if self.is_first:
             self.launch = secrets.token_hex(4)
             own["launch"] = self.launch
-        self._store.set(self._key("worker", self.rank), json.dumps(own, default=str))
         keys = [self._key("worker", rank) for rank in range(self.size)]
-        self._wait(keys[:1])
-        first = json.loads(self._store.get(keys[0]))
-        self.launch = first["launch"]
-        self._compare(self.rank, own, first)
+        if not self.is_first:
+            self._wait(keys[:1])
+            first = json.loads(self._get(keys[0]))
+            self.launch = first["launch"]
+            try:
+                self._compare(self.rank, own, first)
+            except UsageError as error:
+                # Such as that of another launch with the same MASTER_PORT.
+                if self._has(self._key("agreed")):
+                    raise StrangerError(
+                        f"{str(error).rstrip('.')}, or give another MASTER_PORT, if these are of another command."
+                    ) from None
+                raise
+        self._ask(lambda: self._store.set(keys[self.rank], json.dumps(own, default=str)))
         self._wait(keys)
         if self.is_first:
-            owners: dict[str, int] = {}
-            for rank, key in enumerate(keys):
-                found = json.loads(self._store.get(key))
-                self._compare(rank, found, first)
-                if found["gpu"] is not None and owners.setdefault(found["gpu"], rank) != rank:
-                    raise UsageError(
-                        f"LOCAL_RANK: workers {owners[found['gpu']]} and {rank} have the same GPU, {found['gpu']}; "
-                        "start one worker for each GPU, with its number on its machine as LOCAL_RANK, as torchrun does."
-                    )
+            self._compare_gpus([json.loads(self._get(key)) for key in keys])
+            self._ask(lambda: self._store.set(self._key("agreed"), ""))
+
+    @staticmethod
+    def _compare_gpus(found: Sequence[Mapping[str, Any]]) -> None:
+        owners: dict[str, int] = {}
+        for rank, facts in enumerate(found):
+            if facts["gpu"] is not None and owners.setdefault(facts["gpu"], rank) != rank:
+                raise UsageError(
+                    f"LOCAL_RANK: workers {owners[facts['gpu']]} and {rank} have the same GPU, {facts['gpu']}; "
+                    "start one worker for each GPU, with its number on its machine as LOCAL_RANK, as torchrun does."
+                )
 
     @staticmethod
     def _compare(rank: int, facts: Mapping[str, object], first: Mapping[str, object]) -> None:
@@ -264,7 +312,32 @@ class Workers:
             self._wait([key])
         yield
         if self.is_first:
-            self._store.set(key, "")
+            self._ask(lambda: self._store.set(key, ""))
+
+    def decide(self, choose: Callable[[], bool]) -> bool:
+        """Return what worker 0 chooses. All workers call this in the same order."""
+        self._steps += 1
+        key = self._key("step", self._steps, 0)
+        if self.is_first:
+            chosen = choose()
+            self._ask(lambda: self._store.set(key, "yes" if chosen else "no"))
+            return chosen
+        self._wait([key])
+        return self._get(key) == b"yes"
+
+    def everyone(self) -> None:
+        """Wait until all workers have called this as often. Loading a model before may take long."""
+        self._steps += 1
+        self._tell("everyone", self._steps, "")
+        self._wait([self._key("everyone", self._steps, rank) for rank in range(self.size)], PATIENCE_TO_LOAD)
+
+    @property
+    def launcher(self) -> str:
+        """What identifies the process that has started this one, and that starts it again."""
+        import psutil
+
+        parent = psutil.Process(os.getppid())
+        return f"{socket.gethostname()} {parent.pid} {parent.create_time()}"
 
     def _leave(self) -> None:
         """Keep the store of worker 0 until the others do not need it any more."""
@@ -336,7 +409,9 @@ class Workers:
 
     def _watch(self) -> None:
         """End this worker when another has failed, also where it waits inside of a library."""
+        beats = 0
         while not self._over.wait(_POLL):
+            self._tell("alive", beats := beats + 1)
             with contextlib.suppress(PeerError):
                 self.check()
                 if self._training and (reason := self._missing()) is not None:
@@ -367,37 +442,33 @@ class Workers:
         """
         import torch.distributed as dist
 
-        keys = [self._key(name, rank) for rank in range(self.size)]
         self._tell(name, "")
-        waited = time.monotonic()
-        while True:
-            gone = self.gone()
-            if not gone or time.monotonic() - waited > NOTICE:  # a scheduler may start one again
-                break
-            time.sleep(0.2)
-        if gone:
-            raise PeerError(f"{_ended(gone)}, and training needs all; what was made is kept, so run the command again.")
+        ended_at: float | None = None
+        for rank in range(self.size):
+            while not self._has(self._key(name, rank)):
+                self.check()
+                gone = self.gone()
+                ended_at = (ended_at or time.monotonic()) if gone else None
+                if ended_at is not None and time.monotonic() - ended_at > NOTICE:  # no scheduler starts it again
+                    raise PeerError(
+                        f"{_ended(gone)}, and training needs all; what was made is kept, so run the command again."
+                    )
+                time.sleep(0.1)
+        self._training = True
         try:
-            self._wait(keys, float("inf"))
             store = dist.PrefixStore(  # type: ignore[attr-defined]
                 self._key(name, "group"), self._client(True)
             )
-        except (RuntimeError, UsageError) as error:
-            raise PeerError(
-                f"worker 0 has ended, and training needs all; what was made is kept, so run the command again "
-                f"({_first_line(error)})."
-            ) from error
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.size, timeout=dt.timedelta(minutes=30)
-        )
-        self._training = True
-        try:
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=dt.timedelta(minutes=30)
+            )
             yield
             dist.barrier()
         finally:
             self._training = False
-            if sys.exc_info()[0] is None or device != "cuda":  # NCCL would wait for the others
+            # NCCL would wait for the others.
+            if dist.is_initialized() and (sys.exc_info()[0] is None or device != "cuda"):
                 dist.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ from ospo_fast.records import LockedError, Store, merge_stores, read_records
 from ospo_fast.restarts import RunLock
 from ospo_fast.stages import STAGE_NAMES, find_stage
 from ospo_fast.work_sharing import SharedWork, divide
-from ospo_fast.workers import PeerError, Workers
+from ospo_fast.workers import PeerError, StrangerError, Workers
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -126,8 +126,9 @@ def test_another_number_of_workers_continues(whole, tiny, script, tmp_path, monk
     assert contents(out) == whole
 
 
-def test_the_others_take_over_from_a_worker_that_is_killed(whole, tiny, script, tmp_path, forked):
+def test_the_others_take_over_from_a_worker_that_is_killed(whole, tiny, script, tmp_path, forked, monkeypatch):
     """Any worker, worker 0 too, at any time. Nothing is started again."""
+    monkeypatch.setattr(workers_module, "SILENCE", 3.0)
     rng = random.Random(0)
     taken = 0
     for number in range(6):
@@ -283,6 +284,117 @@ def test_clocks_that_differ_change_nothing(whole, tiny, script, tmp_path, forked
     assert contents(tmp_path / "run") == whole
 
 
+def start_over(tiny, out, stage="images", before=None):
+    """Return the function of a worker that starts a stage over."""
+
+    def do(rank):
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({})
+            if before is not None:
+                before(rank)
+            Pipeline(config(tiny, out), progress=False, workers=workers, resume=False).stage(stage)
+        return 0
+
+    return do
+
+
+def test_workers_that_are_started_again_start_over_once(whole, tiny, script, tmp_path, forked):
+    """What began before by the same launcher is continued, and nothing else."""
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS)
+    again = {rank: {"TORCHELASTIC_RESTART_COUNT": "1"} for rank in range(2)}
+    before = (out / "images.jsonl").stat().st_ino
+    check_ended(
+        forked.run_workers(start_over(tiny, out), 2, tmp_path, environ=again)
+    )  # the first attempt did not begin
+    made = (out / "images.jsonl").stat().st_ino
+    assert made != before
+    assert not (out / "score.jsonl").exists()
+    check_ended(forked.run_workers(start_over(tiny, out), 2, tmp_path, environ=again))  # it did
+    assert (out / "images.jsonl").stat().st_ino == made
+    assert {name: data for name, data in whole.items() if name in contents(out)} == contents(out)
+
+
+def test_a_late_worker_does_as_the_others(whole, tiny, script, tmp_path, forked):
+    """With --no-resume in a new folder, it finds what the others have made there."""
+
+    def do(rank):
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({})
+            time.sleep(2.0 * rank)
+            Pipeline(config(tiny, tmp_path / "run"), progress=False, workers=workers, resume=False).run(WRITERS)
+        return 0
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    assert contents(tmp_path / "run") == whole
+    assert not list((tmp_path / "run").glob(".restart*"))
+
+
+def test_a_worker_that_ends_before_the_others_share_the_folder(tiny, script, tmp_path, forked):
+    def before(rank):
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ended = forked.run_workers(start_over(tiny, tmp_path / "run", "prompts", before), 2, tmp_path)
+    assert ended[1].code == 70
+    assert "PeerError: worker 0 has ended; run the command again" in ended[1].output
+
+
+def test_a_process_of_another_launch_ends_alone(whole, tiny, script, tmp_path, forked):
+    """It has the same MASTER_PORT, as two jobs on one machine can have."""
+
+    def do(rank):
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({"--out": "a"})
+            if rank == 0:
+                process = os.fork()
+                if process == 0:
+                    os.environ["RANK"] = "1"
+                    try:
+                        with Workers.from_environment().together():
+                            Workers.current.agree({"--out": "b"})
+                    except StrangerError as error:
+                        print(error)
+                        sys.stdout.flush()
+                        os._exit(7)
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+            Pipeline(config(tiny, tmp_path / "run"), progress=False, workers=workers).run(WRITERS)
+        return 0
+
+    ended = forked.run_workers(do, 2, tmp_path)
+    check_ended(ended)
+    assert "--out: got 'b' in worker 1 and 'a' in worker 0" in ended[0].output
+    assert "give another MASTER_PORT" in ended[0].output
+    assert contents(tmp_path / "run") == whole
+
+
+def test_an_imported_array_is_refused_before_the_work(tiny, script, tmp_path, forked):
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS)
+    rows = [json.loads(line) for line in (out / "masks.jsonl").read_text().splitlines()]
+    shutil.rmtree(out / "masks")
+    (out / "settings.json").unlink()
+    (out / "stages.json").unlink()
+    (out / "masks.jsonl").write_text(json.dumps(rows[:-2]))
+    before = contents(out)
+    ended = forked.run_workers(make(tiny, out, stages=["masks"]), 2, tmp_path)
+    check_ended(ended, 1)
+    assert all("is a JSON array, to which no record is appended" in worker.output for worker in ended)
+    assert contents(out) == before
+    assert not (out / "settings.json").exists()
+
+
+def test_missing_inputs_leave_no_trace(tiny, script, tmp_path, forked):
+    ended = forked.run_workers(make(tiny, tmp_path / "run", stages=["images"]), 2, tmp_path)
+    check_ended(ended, 1)
+    assert all("There is no perturb.jsonl" in worker.output for worker in ended)
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- the command, with training
 
 
@@ -363,6 +475,22 @@ def test_a_kill_in_training_ends_the_others_and_loses_nothing(run, tiny, script,
         check_run(out, run)
 
 
+def test_a_worker_that_ends_just_before_training(run, tiny, script, tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(workers_module, "NOTICE", 1.0)
+
+    def do(rank):
+        if rank == 1:
+            Workers.process_group = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        return command(tiny, tmp_path / "run")(rank)
+
+    ended = forked.run_workers(do, 2, tmp_path)
+    assert [worker.code for worker in ended] == [1, -signal.SIGKILL]
+    assert "worker 1 has ended, and training needs all; what was made is kept" in ended[0].output
+    assert ended[0].seconds - ended[1].seconds < 20
+    check_ended(forked.run_workers(command(tiny, tmp_path / "run"), 2, tmp_path))
+    check_run(tmp_path / "run", run)
+
+
 def test_torchrun_starts_all_again_after_a_kill(run, tiny, tmp_path):
     """The whole path of a user: torchrun, its store, its restarts; the model's texts follow no script here."""
     out = tmp_path / "run"
@@ -432,7 +560,6 @@ def test_other_settings_of_a_worker_are_named(tiny, script, tmp_path, forked):
     out = tmp_path / "run"
     do = lambda rank: command(tiny, out, f"images.temperature={1 + rank / 2}")(rank)  # noqa: E731
     ended = forked.run_workers(do, 2, tmp_path)
-    check_ended(ended, 1 if "PeerError" in ended[0].output else ended[0].code)
     assert {worker.code for worker in ended} <= {1, 2}
     for worker in ended:
         assert "images.temperature: got 1.5 in worker 1 and 1.0 in worker 0" in worker.output
@@ -454,7 +581,7 @@ def test_the_run_folder_is_that_of_the_workers_alone(tiny, script, tmp_path, for
             with RunLock.hold(out, shared=False, workers=workers) as lock:
                 lock.share(workers)
                 (tmp_path / f"ready{rank}").write_text("")
-                while not go.exists():
+                while not go.exists() and not (rank == 0 and ready.exists()):
                     time.sleep(0.01)
         return 0
 
@@ -464,9 +591,11 @@ def test_the_run_folder_is_that_of_the_workers_alone(tiny, script, tmp_path, for
         os._exit(max(worker.code for worker in ended))
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
         time.sleep(0.01)
-    assert not ready.exists()
     try:
-        for shard in (None, Shard(0, 2)):
+        for shard in (None, Shard(0, 2), Shard(1, 2)):
+            if shard == Shard(1, 2):  # worker 0 leaves before the others
+                ready.write_text("")
+                time.sleep(1.0)
             with pytest.raises(OspoError, match=r"is in use by another process \(.*, process \d+ on .*, since .*\)"):
                 Pipeline(config(tiny, out), progress=False, shard=shard).stage("prompts")
     finally:
@@ -493,7 +622,7 @@ def test_a_file_system_without_common_locks_is_refused(tiny, script, tmp_path, m
 
 def test_a_worker_that_is_started_twice_is_refused(tmp_path):
     workers = Workers(0, 2, 0, "localhost", 1)
-    workers.first = contextlib.nullcontext
+    workers.first, workers.everyone = contextlib.nullcontext, lambda: None
     with SharedWork(tmp_path, workers).held(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("ospo_fast.work_sharing._PATIENCE", 0.1)
         with pytest.raises(UsageError, match=r"RANK: got 0, which another process in .* has; start each worker once"):

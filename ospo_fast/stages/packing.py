@@ -24,7 +24,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.oom import out_of_memory
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
-from ospo_fast.stages.teacher_forcing import check_lengths, hidden_states, teacher_forced
+from ospo_fast.stages.teacher_forcing import check_lengths, hidden_states, passes, teacher_forced
 from ospo_fast.work import count
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def pack(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Packe
 def packed_hidden_states(model: UnifiedModel, batch: Packed) -> Tensor:
     """Return the last hidden states (N, T + 1, D) of the decoder at `rows`; run it in `packed_attention`."""
     attended = sum(map(causal, (batch.lengths + batch.rows.shape[1] - 1).tolist()))
-    count(tokens=batch.embeds.shape[1], attended=attended, backward=torch.is_grad_enabled())
+    count(tokens=batch.embeds.shape[1], attended=attended, **passes(model))
     hidden: Tensor = model.decoder(
         inputs_embeds=batch.embeds,
         position_ids=batch.positions,

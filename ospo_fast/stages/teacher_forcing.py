@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,6 +98,13 @@ def teacher_forced(
     return Batch(embeds, labels, lengths, size)
 
 
+def passes(model: UnifiedModel) -> dict[str, bool]:
+    """Return what `count` is told of a forward pass: whether a backward pass follows, and the decoder is trained."""
+    decoder: Any = model.decoder
+    weight = next(decoder.layers.parameters())
+    return {"backward": torch.is_grad_enabled(), "trained": weight.requires_grad}
+
+
 def hidden_states(model: UnifiedModel, embeds: Tensor, *, layers: int | None = None) -> Tensor:
     """Return the last hidden states (N, S, D) of the decoder.
 
@@ -105,7 +112,7 @@ def hidden_states(model: UnifiedModel, embeds: Tensor, *, layers: int | None = N
     """
     rows, length = embeds.shape[:2]
     attended = rows * causal(length)
-    count(tokens=rows * length, attended=attended, layers=layers, backward=torch.is_grad_enabled())
+    count(tokens=rows * length, attended=attended, layers=layers, **passes(model))
     hidden: Tensor = model.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     return hidden
 

@@ -23,6 +23,7 @@ from ospo_fast.config import Config, saved_values
 from ospo_fast.files import no_link, read_bytes
 from ospo_fast.packages import MissingPackageError
 from ospo_fast.records import write_atomic
+from ospo_fast.work import rates
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,6 +80,9 @@ class Tracker:
         row |= {f"drawing_{key}": value for key, value in (report.drawing or {}).items()}
         if report.seconds:
             row["items_s"] = report.items / report.seconds
+        if report.cost is not None:
+            counted = {key: report.cost[key] for key in ("device_seconds", "kept", "dropped")}
+            row |= {**counted, **rates(report.cost, report.seconds)}
         if report.items:
             self._attempt(lambda: self._open("stages", report.iteration, resumed=True))
             self._attempt(lambda: self._tracker.log({f"{report.stage}/{key}": n for key, n in _numbers(row).items()}))
