@@ -5,7 +5,7 @@ largest relative difference of the losses of training, and of its weights (of th
 `kills`: a random worker of 2 to 4 is killed at a random time; then the command is started again, by another number of
 workers, until it ends. Counted are kills that came while the workers ran, runs that the others ended by themselves, and
 items that are lost or doubled, or that differ from those of one process.
-`scaling`: seconds of each stage by one worker over N times those of N workers. Each has one thread and a core of its own,
+`scaling`: seconds of each stage by one worker over N times those of N workers. Each has one thread and its own core,
 because the images stage uses a second core where it has one. Only as many workers as there are cores are measured, and
 interleaved with one.
 

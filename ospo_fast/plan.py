@@ -471,6 +471,8 @@ def _assumptions(demands: _Demands, rates: Rates) -> list[str]:
         ),
         "images take at most their pixels on the disk",
     ]
+    if rates.seconds and not rates.source.startswith("measured: this"):
+        found.append("measured rates are those of the settings, the type of the weights and the threads of that record")
     if not rates.source.startswith("measured: this"):
         found.append(f"a token has {CHARACTERS} characters, and answers are as long as those in the templates")
     return found

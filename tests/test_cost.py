@@ -60,10 +60,10 @@ def test_a_size_that_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flops_are_those_that_torch_counts(kv_heads: int) -> None:
     module, sizes = llama(num_key_value_heads=kv_heads)
-    module.requires_grad_(False)
     rows, length = 3, 40
     embeds = torch.randn(rows, length, 128, requires_grad=True)
-    for backward in (False, True):
+    for backward, trained in ((False, False), (True, False), (True, True)):
+        module.requires_grad_(trained)
         with (
             FlopCounterMode(display=False) as counter,
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -72,9 +72,10 @@ def test_flops_are_those_that_torch_counts(kv_heads: int) -> None:
             if backward:
                 hidden.sum().backward()
         # The math kernel computes all keys of every query; a causal one computes half of them.
-        full = sizes.flops(tokens=rows * length, attended=rows * length**2, backward=backward)
+        passes = {"backward": backward, "trained": trained}
+        full = sizes.flops(tokens=rows * length, attended=rows * length**2, **passes)
         assert counter.get_total_flops() == full
-        assert sizes.flops(tokens=rows * length, attended=rows * causal(length), backward=backward) < full
+        assert sizes.flops(tokens=rows * length, attended=rows * causal(length), **passes) < full
     assert causal(3, before=10) == 11 + 12 + 13
 
 

@@ -73,13 +73,17 @@ def test_answers_count_an_image_once_for_all_its_questions(model: Any, work: Wor
 
 
 def test_a_backward_pass_counts_when_there_is_one(model: Any) -> None:
+    """And it counts the gradients of the decoder's weights where these are trained."""
     codes = torch.zeros(2, 36, dtype=torch.long)
     batch = teacher_forced(model, [model.image_prompt("a red circle")] * 2, codes)
-    works = [work_of(model) for _ in range(3)]
-    for work, (grad, layers) in zip(works, ((False, None), (True, None), (False, 2)), strict=True):
+    works = [work_of(model) for _ in range(4)]
+    passes = ((False, False, None), (True, False, None), (True, True, None), (False, False, 2))
+    for work, (grad, trained, layers) in zip(works, passes, strict=True):
+        model.decoder.requires_grad_(trained)
         with counting(work), torch.set_grad_enabled(grad):
             hidden_states(model, batch.embeds, layers=layers)
-    forward, both, early = (work.flops for work in works)
+    forward, both, full, early = (work.flops for work in works)
+    assert 2.9 * forward < full <= 3 * forward
     assert works[0].tokens == batch.embeds.shape[0] * batch.embeds.shape[1]
     assert 2 * forward < both < 3 * forward
     assert early == pytest.approx(forward * 2 / 5)
