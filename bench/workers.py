@@ -30,7 +30,7 @@ import _forked
 import _measure as measure
 import torch
 
-from ospo_fast import cli
+from ospo_fast import cli, workers
 from ospo_fast.stages import STAGES
 
 SMALL = ("prompts.counts={color1: 2, shape1: 2, color2: 3, 2D_spatial: 3, numeracy1: 2, numeracy2: 3}",)
@@ -50,6 +50,8 @@ def start(
 
     def do(rank: int) -> int:
         torch.set_num_threads(1)
+        # A worker that is killed before it has come leaves the others waiting for it.
+        workers.PATIENCE, workers.SILENCE = 10.0, 5.0
         if bound:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
         return cli.main(["run", "--out", str(out), "--json", *TRAINING, *settings])

@@ -97,7 +97,7 @@ class Workers:
         local = _number(environ, "LOCAL_RANK", 0, MAX_WORKERS) if "LOCAL_RANK" in environ else 0
         attempt = f"{environ.get('TORCHELASTIC_RUN_ID', '')}.{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         local_size = _number(environ, "LOCAL_WORLD_SIZE", 1, size) if "LOCAL_WORLD_SIZE" in environ else 1
-        return cls(rank, size, local, address, port, attempt, local_size)
+        return cls(rank, size, local, address, port, attempt, local_size, PATIENCE)
 
     @property
     def is_first(self) -> bool:
@@ -410,6 +410,7 @@ class Workers:
     def _watch(self) -> None:
         """End this worker when another has failed, also where it waits inside of a library."""
         beats = 0
+        self._tell("alive", beats)
         while not self._over.wait(_POLL):
             self._tell("alive", beats := beats + 1)
             with contextlib.suppress(PeerError):
