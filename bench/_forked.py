@@ -4,11 +4,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 HANG = 120  # seconds
 
@@ -81,6 +84,8 @@ def _child(do: Callable[[int], int], rank: int, size: int, port: str, output: Pa
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in own.items()} | {"GLOO_SOCKET_IFNAME": "lo"} | environ
+        # The lock of its bars is one for all forks, and a killed one would keep it.
+        tqdm.set_lock(threading.RLock())
         code = do(rank)
     except BaseException:
         traceback.print_exc()
