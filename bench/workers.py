@@ -7,12 +7,14 @@ workers, until it ends. Counted are kills that came while the workers ran, runs 
 items that are lost or doubled, or that differ from those of one process.
 `scaling`: seconds of each stage by one worker over N times those of N workers. Each has one thread and its own core,
 because the images stage uses a second core where it has one. Only as many workers as there are cores are measured, and
-interleaved with one.
+interleaved with one. `machine` is the same of N runs by one process each at the same time, which share nothing: what is
+missing to 1 the cores take from each other.
 
 Workers are forks of this process, so that no time of theirs is that of imports.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -35,11 +37,11 @@ from ospo_fast.stages import STAGES
 
 SMALL = ("prompts.counts={color1: 2, shape1: 2, color2: 3, 2D_spatial: 3, numeracy1: 2, numeracy2: 3}",)
 MIDDLE = ("prompts.counts={color1: 6, shape1: 6, color2: 12, 2D_spatial: 12, numeracy1: 6, numeracy2: 12}",)
-LARGE = ("prompts.counts={color1: 48, shape1: 48, color2: 192, 2D_spatial: 256, numeracy1: 64, numeracy2: 256}",)
+LARGE = ("prompts.counts={color1: 24, shape1: 24, color2: 96, 2D_spatial: 128, numeracy1: 32, numeracy2: 128}",)
 TRAINING = ("train.eval_every=0", "train.lora_dropout=0")
 SIZES = (1, 2, 4)
 KILLS = 100
-REPEATS = 3
+REPEATS = 2
 Rows = list[dict[str, Any]]
 
 
@@ -147,25 +149,46 @@ def kills(folder: Path, settings: tuple[str, ...], goal: int, seed: int) -> Rows
 
 
 def scaling(folder: Path, settings: tuple[str, ...], repeats: int) -> Rows:
-    """Measure the stages by one worker, and by one for each core."""
-    sizes = [size for size in SIZES if size <= (os.cpu_count() or 1)]
-    found: dict[tuple[str, int], list[float]] = {}
+    """Measure the stages by one worker, by one for each core, and by as many runs of one worker at the same time."""
+    cores = max(size for size in SIZES if size <= (os.cpu_count() or 1))
+    found: dict[tuple[str, str], list[float]] = {}
     items: dict[str, int] = {}
-    for repeat, size in itertools.product(range(repeats), sizes):
-        out = folder / f"scaling-{size}-{repeat}"
-        ended_well(start(out, settings, size, bound=True))
-        rows = json.loads((out / "stages.json").read_text())
+    for repeat, case in itertools.product(range(repeats), ("one", "several", "apart")):
+        outs = [folder / f"scaling-{case}-{repeat}-{n}" for n in range(cores if case == "apart" else 1)]
+        if case == "apart":
+            ended_well(_forked.run_workers(functools.partial(_alone, outs, settings), cores, folder / "apart"))
+        else:
+            ended_well(start(outs[0], settings, cores if case == "several" else 1, bound=True))
         for stage in STAGES:
-            own = [row for row in rows if row["stage"] == stage.name]
-            items[stage.name] = max(row["items"] for row in own) if stage.counts_steps else sum(r["items"] for r in own)
-            found.setdefault((stage.name, size), []).append(max(row["seconds"] for row in own) * 1e3)
-        shutil.rmtree(out)
+            rows = [json.loads((out / "stages.json").read_text()) for out in outs]
+            own = [[row for row in each if row["stage"] == stage.name] for each in rows]
+            counts = [row["items"] for row in own[0]]
+            items[stage.name] = max(counts) if stage.counts_steps else sum(counts)
+            # Of runs at the same time the mean: none waits for another.
+            seconds = statistics.mean(max(row["seconds"] for row in each) for each in own)
+            found.setdefault((stage.name, case), []).append(seconds * 1e3)
+        for out in outs:
+            shutil.rmtree(out)
     rows = []
-    for (stage_name, size), times in found.items():
-        efficiency = statistics.median(found[stage_name, 1]) / size / statistics.median(times)
-        shapes = {"workers": size, "items": items[stage_name]}
-        rows.append(_row(f"scaling_{stage_name}", shapes, times, efficiency=round(efficiency, 4)))
+    for stage in STAGES:
+        one, several, apart = (found[stage.name, case] for case in ("one", "several", "apart"))
+        metrics = {
+            "one_ms": round(statistics.median(one), 1),
+            "efficiency": round(statistics.median(one) / cores / statistics.median(several), 4),
+            "machine": round(statistics.median(one) / statistics.median(apart), 4),
+        }
+        shapes = {"workers": cores, "items": items[stage.name]}
+        rows.append(_row(f"scaling_{stage.name}", shapes, several, **metrics))
     return rows
+
+
+def _alone(outs: list[Path], settings: tuple[str, ...], core: int) -> int:
+    """Run all stages as one process on a core."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
+    return cli.main(["run", "--out", str(outs[core]), "--json", *TRAINING, *settings])
 
 
 def _row(variant: str, shapes: dict[str, int], times: list[float], **metrics: Any) -> dict[str, Any]:
@@ -179,7 +202,7 @@ def run(out: Path, quick: bool) -> None:
     small, middle, large = (SMALL, SMALL, SMALL) if quick else (SMALL, MIDDLE, LARGE)
     few = ("train.steps=2", "train.batch_size=4", "train.save_every=1")
     several = few if quick else ("train.steps=20", "train.batch_size=4")
-    many = few if quick else ("train.steps=40",)
+    many = few if quick else ("train.steps=20",)
     parts: dict[str, Callable[[Path], Rows]] = {
         "equal": lambda folder: equal(folder, (*middle, *several)),
         "scaling": lambda folder: scaling(folder, (*large, *many), 1 if quick else REPEATS),
@@ -199,6 +222,6 @@ def run(out: Path, quick: bool) -> None:
 
 
 _METRICS = (
-    "different_files", "loss_difference", "weight_difference", "efficiency", "kills", "too_late", "taken_over",
-    "started_again", "lost", "doubled", "different",
+    "different_files", "loss_difference", "weight_difference", "efficiency", "machine", "kills", "too_late",
+    "taken_over", "started_again", "lost", "doubled", "different",
 )  # fmt: skip
