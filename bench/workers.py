@@ -52,8 +52,8 @@ def start(
 
     def do(rank: int) -> int:
         torch.set_num_threads(1)
-        # A worker that is killed before it has come leaves the others waiting for it.
-        workers.PATIENCE, workers.SILENCE = 10.0, 5.0
+        # A worker that is killed leaves the others waiting for it: before it has come, and before training.
+        workers.PATIENCE, workers.SILENCE, workers.NOTICE = 5.0, 2.0, 0.5
         if bound:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
         return cli.main(["run", "--out", str(out), "--json", *TRAINING, *settings])
