@@ -345,7 +345,8 @@ def _dry_run(args: argparse.Namespace) -> int:
     Pipeline(config).check_settings([stage.name for stage in STAGES])
     workers = _workers()
     done = plan.count_done(Path(config.out)) if args.resume else None
-    result = plan.plan_run(config, done, gpus=1 if workers is None else workers.size)
+    sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
+    result = plan.plan_run(config, done, **sizes)
     if workers is not None and not workers.is_first:
         return 0
     _show(result, args.json, plan.render(result))

@@ -775,7 +775,9 @@ def merge_stores(place: Path, parts: Sequence[Path], order: Sequence[str]) -> No
         old = place.read_bytes()
         found: dict[str, bytes] = {}
         for path in parts:
-            found.update((name, line) for name, line in _identified_lines(path) if name not in lines | found)
+            for name, line in _identified_lines(path):
+                if name not in lines:
+                    found.setdefault(name, line)
         if broken:
             data = b"".join([old, *(found[name] for name in _ordered(found, order))])
         else:

@@ -102,11 +102,11 @@ class SharedWork:
             handle = open_to_lock(lock_of(self._worker(rank)))
         except FileNotFoundError:
             return False
-        except OSError:  # not known: none takes over from a worker that may live
-            return True
+        except OSError:
+            return True  # not known: none takes over from a worker that may live
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others look at the same time
-        except BlockingIOError:
+        except OSError:  # it is locked, or this is not known
             return True
         finally:
             os.close(handle)

@@ -69,6 +69,7 @@ class Workers:
     _over: threading.Event = field(default_factory=threading.Event)
     _training: bool = False
     _alone: bool = False  # without the store
+    _agreed: bool = False
     gone: Callable[[], Sequence[int]] = lambda: ()  # the ranks of workers whose process has ended
 
     current: ClassVar[Workers | None] = None  # in the block of `together`
@@ -162,12 +163,20 @@ class Workers:
                 with contextlib.suppress(KeyboardInterrupt):
                     self._acknowledge()
                 raise PeerError(reason) from error
-            if isinstance(error, Exception) and not isinstance(error, StrangerError):
+            if isinstance(error, Exception) and self._belongs(error):
                 self._fail(error)
             raise
         finally:
             self._over.set()
             Workers.current = None
+
+    def _belongs(self, error: Exception) -> bool:
+        """Return whether this process is one of the workers, and not of another command with the same MASTER_PORT."""
+        if isinstance(error, StrangerError):
+            return False
+        with contextlib.suppress(RuntimeError):
+            return self._agreed or not self._store.check([self._key("agreed")])
+        return False
 
     def _connect(self) -> None:
         """Connect to the store: that of torchrun, or else of worker 0."""
@@ -280,6 +289,7 @@ class Workers:
         if self.is_first:
             self._compare_gpus([json.loads(self._get(key)) for key in keys])
             self._ask(lambda: self._store.set(self._key("agreed"), ""))
+        self._agreed = True
 
     @staticmethod
     def _compare_gpus(found: Sequence[Mapping[str, Any]]) -> None:
@@ -309,7 +319,7 @@ class Workers:
         self._steps += 1
         key = self._key("step", self._steps, 0)
         if not self.is_first:
-            self._wait([key])
+            self._wait_for_first(key)
         yield
         if self.is_first:
             self._ask(lambda: self._store.set(key, ""))
@@ -322,8 +332,11 @@ class Workers:
             chosen = choose()
             self._ask(lambda: self._store.set(key, "yes" if chosen else "no"))
             return chosen
-        self._wait([key])
+        self._wait_for_first(key)
         return self._get(key) == b"yes"
+
+    def _wait_for_first(self, key: str) -> None:
+        self._wait([key], PATIENCE_TO_LOAD if self._agreed else None)
 
     def everyone(self) -> None:
         """Wait until all workers have called this as often. Loading a model before may take long."""

@@ -355,6 +355,8 @@ def test_a_process_of_another_launch_ends_alone(whole, tiny, script, tmp_path, f
                 if process == 0:
                     os.environ["RANK"] = "1"
                     try:
+                        with contextlib.suppress(UsageError), Workers.from_environment().together():
+                            raise UsageError("A wrong setting; correct it.")
                         with Workers.from_environment().together():
                             Workers.current.agree({"--out": "b"})
                     except StrangerError as error:
