@@ -838,7 +838,8 @@ class Pipeline:
                 shard = part if first and stage.divisible(config) else None
                 context = self._context(report, writes=work, inputs=inputs)
                 context = dataclasses.replace(context, shard=shard)
-                remade = [record for record in own if record["item_id"] in lost]
+                # A worker that has ended since can have made some of them.
+                remade = [r for r in own if r["item_id"] in lost and _lost(stage, work, present[r["item_id"]])]
                 waiting = [r for r in own if r["item_id"] not in present and r["item_id"] not in store]
                 busy = bool(remade or waiting)
                 if first:  # its inputs are what it has made before

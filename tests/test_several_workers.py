@@ -173,6 +173,26 @@ def test_deleted_images_are_made_again(whole, tiny, script, tmp_path, forked):
     assert contents(out) == whole
 
 
+def test_images_that_a_killed_worker_has_made_again_are_not_missed(whole, tiny, script, tmp_path, forked):
+    """It ends after it has made them, and before it says so."""
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS[:3])
+    for path in sorted((out / "images").rglob("*.png")):
+        path.unlink()
+
+    def do(rank):
+        if rank == 1:
+            SharedWork.mark_done = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        return make(tiny, out, stages=WRITERS[:3])(rank)
+
+    ended = forked.run_workers(do, 2, tmp_path)
+    assert [worker.code for worker in ended] == [0, -signal.SIGKILL], ended[0].output
+    assert contents(out) == {name: data for name, data in whole.items() if name in contents(out)}
+    assert sorted(contents(out)) == sorted(
+        name for name in whole if name.startswith(("images", "prompts.", "perturb."))
+    )
+
+
 @pytest.mark.parametrize("stage", ["images", "masks", None])
 def test_starting_over(whole, tiny, script, tmp_path, stage, forked):
     """The old results stay until the new ones are whole, and are replaced once."""
