@@ -8,7 +8,7 @@ items that are lost or doubled, or that differ from those of one process.
 `scaling`: seconds of each stage by one worker over N times those of N workers. Each has one thread and its own core,
 because the images stage uses a second core where it has one. Only as many workers as there are cores are measured, and
 interleaved with one. `machine` is the same of N runs by one process each at the same time, which share nothing: what is
-missing to 1 the cores take from each other.
+missing to 1 the cores take from each other. `step` is the median step of training, without what is before and after.
 
 Workers are forks of this process, so that no time of theirs is that of imports.
 """
@@ -41,7 +41,7 @@ LARGE = ("prompts.counts={color1: 24, shape1: 24, color2: 96, 2D_spatial: 128, n
 TRAINING = ("train.eval_every=0", "train.lora_dropout=0")
 SIZES = (1, 2, 4)
 KILLS = 100
-REPEATS = 2
+REPEATS = 3
 Rows = list[dict[str, Any]]
 
 
@@ -167,18 +167,21 @@ def scaling(folder: Path, settings: tuple[str, ...], repeats: int) -> Rows:
             # Of runs at the same time the mean: none waits for another.
             seconds = statistics.mean(max(row["seconds"] for row in each) for each in own)
             found.setdefault((stage.name, case), []).append(seconds * 1e3)
+        logs = [(out / "train" / "log.jsonl").read_text().splitlines() for out in outs]
+        steps = [[json.loads(line)["seconds"] for line in log] for log in logs]
+        found.setdefault(("step", case), []).append(statistics.mean(map(statistics.median, steps)) * 1e3)
+        items["step"] = len(steps[0])
         for out in outs:
             shutil.rmtree(out)
     rows = []
-    for stage in STAGES:
-        one, several, apart = (found[stage.name, case] for case in ("one", "several", "apart"))
+    for name, count in items.items():
+        one, several, apart = (found[name, case] for case in ("one", "several", "apart"))
         metrics = {
             "one_ms": round(statistics.median(one), 1),
             "efficiency": round(statistics.median(one) / cores / statistics.median(several), 4),
             "machine": round(statistics.median(one) / statistics.median(apart), 4),
         }
-        shapes = {"workers": cores, "items": items[stage.name]}
-        rows.append(_row(f"scaling_{stage.name}", shapes, several, **metrics))
+        rows.append(_row(f"scaling_{name}", {"workers": cores, "items": count}, several, **metrics))
     return rows
 
 

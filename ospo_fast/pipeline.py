@@ -821,7 +821,13 @@ class Pipeline:
         """
         shared, key, first = self._shared, f"{report.iteration}.{stage.name}", stage.inputs(config) is None
         assert shared is not None
-        parts = divide(inputs, itemgetter("item_id"), shared.workers.size)
+        model = self.model(report.iteration) if stage.needs_model(config) else None
+        count, total = shared.workers.size, 0
+        parts = divide(inputs, itemgetter("item_id"), count)
+        if first:  # a worker takes its parts one after the other, as they take different times
+            assert model is not None
+            count, total = stage.parts(model, config), stage.plan(model, config, None)
+            parts = [[] for _ in range(count)]
         lost = {record["item_id"] for record in again}
 
         def do(part: Shard) -> bool:
@@ -835,7 +841,7 @@ class Pipeline:
                         store = stack.enter_context(Store(place, on_error=lambda error: None))
                     except LockedError:
                         return False
-                shard = part if first and stage.divisible(config) else None
+                shard = part if first and count > 1 else None
                 context = self._context(report, writes=work, inputs=inputs)
                 context = dataclasses.replace(context, shard=shard)
                 # A worker that has ended since can have made some of them.
@@ -843,9 +849,8 @@ class Pipeline:
                 waiting = [r for r in own if r["item_id"] not in present and r["item_id"] not in store]
                 busy = bool(remade or waiting)
                 if first:  # its inputs are what it has made before
-                    waiting = list({**present, **_read_stores([place], lambda error: None)}.values())
-                    busy = shard is not None or part.index == 0
-                bar.update(len(own) - len(waiting))
+                    waiting, busy = list({**present, **_read_stores([place], lambda error: None)}.values()), True
+                bar.update(0 if first else len(own) - len(waiting))
                 if remade:
                     self._make_again(stage, remade, present, model, config, context, out=out, work=work)
                 for record in stage.run(waiting, model, config, out, context) if busy else []:
@@ -859,11 +864,10 @@ class Pipeline:
                 shared.mark_done(key, part)
             return True
 
-        total = len(parts[shared.workers.rank])
-        model = self.model(report.iteration) if stage.needs_model(config) else None
+        total = total if first else len(parts[shared.workers.rank])
         with self._measured(work, report, model) as counted, self._bar(stage, total) as bar:
             try:
-                shared.do_parts(key, do)
+                shared.do_parts(key, count, do)
             finally:
                 report.failed = len(failed)
 

@@ -122,16 +122,16 @@ class SharedWork:
         A worker that was started again calls it from the first time on, while it sees that everything is done.
         """
         self._step += 1
-        rank, step, pause = str(self.workers.rank), self._step, 0.01
+        rank, step = str(self.workers.rank), self._step
         self._mark(lambda marks: {**marks, "arrived": {**marks.get("arrived", {}), rank: step}})
         left = set(range(self.workers.size)) - {self.workers.rank}
+        wait = _Wait()
         while left:
             arrived = self._read("arrived")
             left = {r for r in left if arrived.get(str(r), 0) < step and self.lives(r)}
             self.workers.check()
             if left:
-                time.sleep(pause)
-                pause = min(0.2, 1.3 * pause)
+                wait.sleep()
 
     # ------------------------------------------------------------------ parts
 
@@ -148,10 +148,9 @@ class SharedWork:
 
         update_json(self._marks, {}, checked)
 
-    def parts(self) -> list[Shard]:
-        """Return all parts, that of this worker first."""
-        rank, size = self.workers.rank, self.workers.size
-        return [Shard((rank + n) % size, size) for n in range(size)]
+    def parts(self, count: int) -> list[Shard]:
+        """Return `count` parts, of which each worker has others first."""
+        return [Shard((self.workers.rank + n) % count, count) for n in range(count)]
 
     def is_done(self, stage: str, part: Shard) -> bool:
         """Return whether a part of a stage is marked as done."""
@@ -166,15 +165,24 @@ class SharedWork:
 
         self._mark(change)
 
-    def do_parts(self, stage: str, do: Callable[[Shard], bool]) -> None:
-        """Call `do` for each part that is not done; it returns False if another worker works on the part.
+    def do_parts(self, stage: str, count: int, do: Callable[[Shard], bool]) -> None:
+        """Call `do` for each of `count` parts that is not done; it returns False if another worker works on the part.
 
         Returns once all parts are done, also those of workers that end meanwhile.
         """
-        left, pause = self.parts(), 0.01
+        left, wait = self.parts(count), _Wait()
         while left:
             left = [part for part in left if not (self.is_done(stage, part) or do(part))]
             self.workers.check()
             if left:
-                time.sleep(pause)
-                pause = min(0.2, 1.3 * pause)
+                wait.sleep()
+
+
+class _Wait:
+    """Sleeps between two looks: a twentieth of the time waited until then, so that little is lost of it."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def sleep(self) -> None:
+        time.sleep(min(max(0.01, (time.monotonic() - self._begun) / 20), 0.5))

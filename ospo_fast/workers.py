@@ -67,6 +67,7 @@ class Workers:
     _steps: int = 0  # of `first`
     _failure: str | None = None
     _over: threading.Event = field(default_factory=threading.Event)
+    _signaling: threading.Lock = field(default_factory=threading.Lock)
     _training: bool = False
     _alone: bool = False  # without the store
     _agreed: bool = False
@@ -153,15 +154,13 @@ class Workers:
             yield
             self._leave()
         except PeerError:
-            self._over.set()
-            with contextlib.suppress(KeyboardInterrupt):  # of the watcher, just before
-                self._acknowledge()
+            self._end_watch()
+            self._acknowledge()
             raise
         except BaseException as error:
-            self._over.set()
+            self._end_watch()
             if (reason := self._reason_of(error)) is not None:
-                with contextlib.suppress(KeyboardInterrupt):
-                    self._acknowledge()
+                self._acknowledge()
                 raise PeerError(reason) from error
             if isinstance(error, Exception) and self._belongs(error):
                 self._fail(error)
@@ -169,6 +168,14 @@ class Workers:
         finally:
             self._over.set()
             Workers.current = None
+
+    def _end_watch(self) -> None:
+        """Let the watcher send no signal any more, and take one that it has just sent."""
+        for _ in range(2):
+            with contextlib.suppress(KeyboardInterrupt):
+                with self._signaling:
+                    self._over.set()
+                time.sleep(0)
 
     def _belongs(self, error: Exception) -> bool:
         """Return whether this process is one of the workers, and not of another command with the same MASTER_PORT."""
@@ -439,8 +446,9 @@ class Workers:
         """Interrupt the main thread. It may be inside of a library, which waits for the other worker without end."""
         # A signal, which also ends a sleep. Without a handler it would end the process without a word, or do nothing.
         number = next((n for n in (signal.SIGTERM, signal.SIGINT) if callable(signal.getsignal(n))), None)
-        if number is not None:
-            signal.pthread_kill(cast(int, threading.main_thread().ident), number)
+        with self._signaling:
+            if number is not None and not self._over.is_set():
+                signal.pthread_kill(cast(int, threading.main_thread().ident), number)
         if not self._over.wait(GRACE):
             sys.stderr.write(f"ospo-fast: worker {self.rank} ends: {printable(reason)}\n")
             sys.stderr.flush()

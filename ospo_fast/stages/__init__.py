@@ -110,7 +110,7 @@ class Stage:
     plan: Callable[[UnifiedModel, Config, Shard | None], int] = lambda model, config, shard: 0
     # Of the first stage: the ids of its items in the order in which one process makes them, as far as they are known.
     order: Callable[[UnifiedModel, Config], list[str]] = lambda model, config: []
-    divisible: Callable[[Config], bool] = lambda config: True  # of the first stage: several workers can divide it
+    parts: Callable[[UnifiedModel, Config], int] = lambda model, config: 1  # of the first stage, for several workers
     # Change the settings that identify its results, see `result_settings`.
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
     # Raise UsageError for settings that the stage cannot run with, as far as they are known without model and records.
@@ -176,6 +176,12 @@ def _plan_prompts(model: UnifiedModel, config: Config, shard: Shard | None) -> i
     from ospo_fast.stages.prompts import plan_counts
 
     return sum(plan_counts(model, config, shard).values())
+
+
+def _count_kinds(model: UnifiedModel, config: Config) -> int:
+    from ospo_fast.stages.prompts import plan_counts
+
+    return max(1, len(plan_counts(model, config)))  # a file is read at once
 
 
 def _order_prompts(model: UnifiedModel, config: Config) -> list[str]:
@@ -283,7 +289,7 @@ STAGES: tuple[Stage, ...] = (
         options=("prompts",),
         plan=_plan_prompts,
         order=_order_prompts,
-        divisible=lambda config: config.prompts.file is None,  # a file is read at once
+        parts=_count_kinds,
         edit_settings=_prompts_settings,
         check=_check_prompts,
     ),
