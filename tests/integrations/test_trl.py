@@ -73,7 +73,9 @@ def test_outputs_and_gradients_are_those_of_trl(
         assert ours.dtype == theirs.dtype, name
         assert ours.requires_grad == (name in ("log_probs", "entropy"))
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(found_gradients, expected_gradients, rtol=2e-5, atol=2e-5)
+    for ours, theirs in zip(found_gradients, expected_gradients, strict=True):
+        # An entry is a sum over rows, in which large terms cancel.
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5 * float(theirs.abs().max()))
     assert scale < 0 or 0 < int(found[4].sum()) < N
 
 

@@ -77,7 +77,7 @@ def test_cross_entropy(
         lambda x, head: -(token_logprobs_reference(x, head, labels, **options) * weights).sum() / count, torch.float64
     )
     # A sum of errors of both signs is small by chance, so it bounds nothing.
-    torch.testing.assert_close(found[0].double(), exact[0], rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=4 * torch.finfo(dtype).eps, atol=0)
     for mine, theirs, best in zip(found[1:], usual[1:], exact[1:], strict=True):
         no_worse(mine, theirs, best)
 

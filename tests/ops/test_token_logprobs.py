@@ -220,7 +220,9 @@ def test_chunks_change_nothing_and_bound_the_logits(
         assert sum(rows) == (2 * active - min(active, 38) if computations is None else computations * active)
         rows.clear()
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+        for mine, whole in zip(other, results[0], strict=True):
+            # An entry of a weight's gradient is a sum over rows, in which large terms cancel.
+            torch.testing.assert_close(mine, whole, rtol=1e-5, atol=2e-6 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("kind", [LINEAR, MLP, SQUARE])
@@ -498,7 +500,8 @@ def test_strided_labels(train_head: bool, backend: str) -> None:
             logps.square().sum().backward()
             results.append([logps.detach(), hidden.grad, *(t.grad for t in head.tensors if train_head)])
         assert all(map(torch.equal, *results)), name
-        torch.testing.assert_close(results[0][0].double(), token_logprobs_reference(hidden.detach(), plain, labels))
+        exact = token_logprobs_reference(hidden.detach(), plain, labels)
+        torch.testing.assert_close(results[0][0].double(), exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("between", [-100, 99])
