@@ -133,7 +133,11 @@ def test_patched_model(
         sum((x * x).sum() for x in outputs).backward()
         results.append((tuple(x.detach() for x in outputs), gradients(model)))
     assert calls == [model.lm_head]
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
+    assert results[1][1].keys() == results[0][1].keys()
+    for name, theirs in results[0][1].items():
+        # An entry is a sum over rows, in which large terms cancel.
+        torch.testing.assert_close(results[1][1][name], theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
     model(batch["input_ids"], temperature=0.7)
     assert len(calls) == 1
 
