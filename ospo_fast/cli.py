@@ -272,17 +272,23 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage], *, planned: boo
         options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
         pipeline = Pipeline(config, shard=shard, lock=lock, workers=workers, **options)
         if planned:
-            from ospo_fast.plan import count_done, plan_run
-
-            pipeline.check_settings([stage.name for stage in stages])
-            # Refuses a device that is too small.
-            done = count_done(Path(config.out)) if args.resume else None
-            sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
-            pipeline.plan = plan_run(config, done, **sizes)
+            pipeline.plan = _plan_run(pipeline, workers)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
         with contextlib.nullcontext() if workers is None else workers.first():
             exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
         yield pipeline
+
+
+def _plan_run(pipeline: Pipeline, workers: Workers | None) -> dict[str, Any]:
+    """Check the settings of a run, and plan what its folder does not hold yet. Refuses a device that is too small."""
+    from ospo_fast.plan import count_done, plan_run
+
+    config = pipeline.config
+    pipeline.check_settings([stage.name for stage in STAGES])
+    with os_errors("use", Path(config.out)):
+        done = count_done(pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)]))
+    sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
+    return plan_run(config, done, **sizes)
 
 
 def _line(report: StageReport) -> str:
@@ -338,15 +344,16 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace) -> int:
     """Print the plan of a run, for what its folder does not hold yet. Nothing is written, so no lock is taken."""
-    config = _settings(args)
-    from ospo_fast import plan
+    from ospo_fast import plan, restarts
+    from ospo_fast.config import load_config
     from ospo_fast.pipeline import Pipeline
 
-    Pipeline(config).check_settings([stage.name for stage in STAGES])
-    workers = _workers()
-    done = plan.count_done(Path(config.out)) if args.resume else None
-    sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
-    result = plan.plan_run(config, done, **sizes)
+    restarts.finish_killed(args.out or Path(load_config(args.settings, file=args.config).out))
+    config = _settings(args)
+    pipeline, workers = Pipeline(config, resume=args.resume), _workers()
+    result = _plan_run(pipeline, workers)
+    with os_errors("use", Path(config.out)):
+        pipeline.check_against_folder([stage.name for stage in STAGES if stage.in_run(config)])
     if workers is not None and not workers.is_first:
         return 0
     _show(result, args.json, plan.render(result))

@@ -72,6 +72,8 @@ __all__ = ["Pipeline", "Shard", "StageReport", "read_stage", "stage_metrics", "s
 
 logger = logging.getLogger(__name__)
 
+_PLACED = ("in place", Shard(0, 1))  # the mark of workers whose run has started over, and is whole
+
 
 def store_path(out: Path, stage: str, shard: Shard | None = None) -> Path:
     """Return the path of a stage's store, or of the store of one shard of it."""
@@ -288,9 +290,25 @@ class Pipeline:
         self._shared = self._lock.share(self.workers)
         self.resume = True
 
-    def _alone(self) -> contextlib.AbstractContextManager[None]:
-        """Let one worker at a time do the block."""
-        return contextlib.nullcontext() if self._shared is None else self._shared.gate()
+    def _finish_killed(self, *folders: Path) -> None:
+        """Put in place what was whole when a process was killed."""
+        assert self._lock is not None
+        for folder in dict.fromkeys((self.folder(), *folders)):
+            restarts.finish(self._lock, folder)
+
+    def _put_in_place(self, work: Path, out: Path, check: Callable[[], object] = lambda: None) -> None:
+        """Do `restarts.put_in_place`, once all workers that live have made their parts of the folder."""
+        shared = self._shared
+        if shared is None:
+            restarts.put_in_place(work, out, self.folder(), check)
+            return
+
+        def once() -> None:
+            if work.exists():  # else another worker has done it
+                shared.mark_done(*_PLACED)
+                restarts.put_in_place(work, out, self.folder(), check)
+
+        shared.once(once)
 
     def _exclusive(self, out: Path, stages: Sequence[Stage]) -> contextlib.AbstractContextManager[None]:
         """Hold the locks of what starts over; see `restarts.exclusive`. Workers have the folder for themselves."""
@@ -400,6 +418,9 @@ class Pipeline:
                 self.prepare(stages=names)
             resume, folder = self.resume, restarts.folder(self.folder())
             self._gather(lambda: None if resume else discard(folder))
+            if over and self._shared is not None and self._shared.is_done(*_PLACED):
+                self._finish_killed()
+                over = False  # this worker was started again after the others had done all
             return self._start_over(names, on_report) if over else self._stages(names, on_report)
 
     def _decide(self, choose: Callable[[], bool]) -> bool:
@@ -428,25 +449,49 @@ class Pipeline:
 
         What an earlier run has finished, and could not put in place any more, is put in place.
         """
+        with os_errors("use", self.folder()), self.using() as lock:
+            restarts.finish(lock, self.folder())
+            return self.check_against_folder(names)
+
+    def check_against_folder(self, names: Sequence[str]) -> bool:
+        """Check a run of stages against what its folder holds, as `check_run` does, and write nothing."""
         out = self.folder()
-        with os_errors("use", out), self.using() as lock:
-            restarts.finish(lock, out)
-            work = restarts.folder(out)
-            restarts.refuse_links(work)
-            over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
-            over = over and self.shard is None and STAGES[0].name in names
-            if over and self.resume:
-                self._check_unfinished(work, restarts.made_by_run(out))
-            later = restarts.later_iterations(out, out) if self.config.iterations > 1 else []
-            if later and not (self.resume or over):
-                raise UsageError(
-                    f"To start some stages of several iterations over would delete {min(later)}, which they read; "
-                    "start over each stage of an iteration by itself, or the whole run."
-                )
-            for iteration in range(1, self.config.iterations + 1):
-                for name in names:
-                    self._check(find_stage(name), iteration, run=True, over=over)
+        work, over = restarts.folder(out), self._runs_over(names)
+        if over and self.resume:
+            self._check_unfinished(work, restarts.made_by_run(out))
+        later = restarts.later_iterations(out, out) if self.config.iterations > 1 else []
+        if later and not (self.resume or over):
+            raise UsageError(
+                f"To start some stages of several iterations over would delete {min(later)}, which they read; "
+                "start over each stage of an iteration by itself, or the whole run."
+            )
+        for iteration in range(1, self.config.iterations + 1):
+            for name in names:
+                self._check(find_stage(name), iteration, run=True, over=over)
         return over
+
+    def _runs_over(self, names: Sequence[str]) -> bool:
+        """Return whether a run of stages starts over as a whole, or continues to."""
+        out = self.folder()
+        work = restarts.folder(out)
+        restarts.refuse_links(work)
+        over = self.continues(work) if self.resume else bool(restarts.made_by_run(out))
+        return over and self.shard is None and STAGES[0].name in names
+
+    def continued(self, names: Sequence[str]) -> dict[str, Path]:
+        """Return the folder whose results each stage of a run continues, in the first iteration."""
+        out = self.folder()
+        if not self.resume:
+            return {}
+        if self._runs_over(names):
+            return dict.fromkeys(names, restarts.folder(out))
+        folders = {}
+        for stage in map(find_stage, names):
+            if self._continues_stage(stage, out, self._settings(stage, self.config, 1)):
+                folders[stage.name] = restarts.folder(out, stage)
+                break  # results of later stages go once this one is whole
+            folders[stage.name] = out
+        return folders
 
     def check(self, names: Sequence[str], iterations: Sequence[int]) -> None:
         """Check a call of `run` of stages, or of one `stage`, as far as possible before it begins."""
@@ -481,9 +526,7 @@ class Pipeline:
             inner = copy.copy(self)
             inner.config, inner.resume, inner._outer = dataclasses.replace(self.config, out=str(work)), True, self
             reports = inner._stages(names, on_report)
-            with self._alone():
-                if self._shared is None or work.exists():  # else another worker has done it
-                    restarts.put_in_place(work, out, out)
+            self._put_in_place(work, out)
         model = self._models.pop(str(inner._trained(self.config.iterations)), None)
         if model is not None:
             self._keep_trained(model, self.config.iterations)
@@ -526,15 +569,16 @@ class Pipeline:
 
         """
         stage, out = find_stage(name), self.folder(iteration)
-        with os_errors("use", out), self.using() as lock:
-            for folder in dict.fromkeys((self.folder(), out)):
-                restarts.finish(lock, folder)
+        with os_errors("use", out), self.using():
+            self._finish_killed(out)
             work = restarts.folder(out, stage, self.shard)
             self._find_begun()
             config, settings = self._check(stage, iteration)
             if self.workers is not None and self._shared is None:
                 self._check_inputs(stage, out, config)  # a refused command leaves no trace
             self._gather(lambda: self._begin_over(stage, out, settings))
+            if self._shared is not None:
+                self._finish_killed(out)  # of another worker, since
             self._sweep(stage, out)
             report = StageReport(name, iteration)
             if not stage.enabled(config):
@@ -552,10 +596,7 @@ class Pipeline:
                         restarts.delete_if_empty(work)
                 if whole:
                     self._take_lock(stage, out)
-                    with self._alone():
-                        if self._shared is None or work.exists():  # else another worker has done it
-                            check = functools.partial(self._check_shard, stage, out, settings)
-                            restarts.put_in_place(work, out, self.folder(), check)
+                    self._put_in_place(work, out, functools.partial(self._check_shard, stage, out, settings))
                     if self.shard and stage.finish is not None:  # of all shards
                         stage.finish(out, read_stage(out, name, lambda error: None))
         return report
@@ -797,9 +838,7 @@ class Pipeline:
     def _meet(self, once: Callable[[], object]) -> None:
         """Wait for the other workers that live, let one of them do `once`, and wait until it is done."""
         assert self._shared is not None
-        self._shared.meet()
-        with self._shared.gate():
-            once()
+        self._shared.once(once)
         self._shared.meet()
 
     def _share(

@@ -27,7 +27,7 @@ from ospo_fast.errors import UsageError
 from ospo_fast.models import folder_checks
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.records import VARIANTS, iter_pairs
-from ospo_fast.stages import STAGES, Stage
+from ospo_fast.stages import STAGES, Stage, find_stage
 from ospo_fast.stages.prompt_files import divide_kinds, numbered_prompts, prompt_key
 from ospo_fast.stages.templates import TEMPLATE_NAMES, TemplateSet, load_templates
 from ospo_fast.stages.train_settings import loss_config
@@ -552,12 +552,17 @@ def plan_run(
     return plan
 
 
-def count_done(out: Path) -> dict[str, int]:
-    """Return of each stage how many items a run folder has finished, and the steps that training can resume from."""
+def count_done(folders: Mapping[str, Path]) -> dict[str, int]:
+    """Return how many items stages have finished, and the steps that training can resume from.
+
+    Args:
+        folders: of each stage the one that holds its results; see `Pipeline.continued`.
+
+    """
     from ospo_fast.pipeline import store_paths
 
     done = {}
-    for stage in STAGES:
+    for stage, out in ((find_stage(name), out) for name, out in folders.items()):
         if stage.counts_steps:
             folder = out / str(stage.folder)
             names = (path.name for path in folder.glob("checkpoints/step-*"))  # without one that is not whole

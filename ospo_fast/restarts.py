@@ -381,10 +381,11 @@ def put_in_place(work: Path, out: Path, run_folder: Path, check: Callable[[], ob
     The caller holds the locks of `out`; see `exclusive`. run_folder: that of all iterations, which has config.yaml.
     check: of a shard, called once no other shard begins or replaces anything.
     """
-    names = sorted(path.name for path in made_by_run(work)) + [_OF_ITERATION] * (run_folder != out)
     with one_shard(out) if _parts(work)[1] else contextlib.nullcontext():
-        check()
-        write_json(work / _LIST, names)
+        if not (work / _LIST).exists():  # else a killed process has moved some of them
+            check()
+            names = sorted(path.name for path in made_by_run(work)) + [_OF_ITERATION] * (run_folder != out)
+            write_json(work / _LIST, names)
         _move(work, out)
 
 

@@ -15,7 +15,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,11 @@ class SharedWork:
                     update_json(self._marks, {}, lambda before: marks)
             workers.gone = self.gone
             workers.everyone()  # before that, none of them seems to have ended
+            if self._read("arrived").get(str(workers.rank)):
+                # This worker was started again. From here on the others wait for it, and what they do once is done.
+                self._arrive(0)
+                with self.gate():
+                    pass
             yield self
 
     def _worker(self, rank: int) -> Path:
@@ -117,21 +122,41 @@ class SharedWork:
         return [rank for rank in range(self.workers.size) if not self.lives(rank)]
 
     def meet(self) -> None:
-        """Wait until every worker that lives has called this as often.
+        """Wait until every worker that lives has called this, or `once`, as often.
 
         A worker that was started again calls it from the first time on, while it sees that everything is done.
         """
         self._step += 1
-        rank, step = str(self.workers.rank), self._step
-        self._mark(lambda marks: {**marks, "arrived": {**marks.get("arrived", {}), rank: step}})
-        left = set(range(self.workers.size)) - {self.workers.rank}
-        wait = _Wait()
+        self._arrive(self._step)
+        left, wait = self._missing(range(self.workers.size)), _Wait()
         while left:
-            arrived = self._read("arrived")
-            left = {r for r in left if arrived.get(str(r), 0) < step and self.lives(r)}
             self.workers.check()
-            if left:
-                wait.sleep()
+            wait.sleep()
+            left = self._missing(left)
+        self.workers.check()
+
+    def once(self, do: Callable[[], object]) -> None:
+        """`meet`, and let one worker at a time call `do`, while every worker that lives waits for it.
+
+        `do` finds nothing to do where another worker has done it.
+        """
+        self.meet()
+        while True:
+            with self.gate():
+                if not self._missing(range(self.workers.size)):
+                    do()
+                    return
+            self._step -= 1  # a worker was started again since
+            self.meet()
+
+    def _arrive(self, step: int) -> None:
+        rank = str(self.workers.rank)
+        self._mark(lambda marks: {**marks, "arrived": {**marks.get("arrived", {}), rank: step}})
+
+    def _missing(self, ranks: Iterable[int]) -> set[int]:
+        """Return which of some workers live and have not come as far as this one."""
+        arrived = self._read("arrived")
+        return {r for r in ranks if arrived.get(str(r), 0) < self._step and self.lives(r)}
 
     # ------------------------------------------------------------------ parts
 

@@ -11,14 +11,15 @@ import pytest
 
 pytest.importorskip("omegaconf")
 
-from ospo_fast import plan
+from ospo_fast import plan, restarts
 from ospo_fast.cards import CARDS, find_card
 from ospo_fast.cli import main
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation.requests import CPU_ROWS, CUDA_ROWS
+from ospo_fast.pipeline import Pipeline
 from ospo_fast.shapes.commands import build_evaluation
-from ospo_fast.stages import STAGES
+from ospo_fast.stages import STAGES, find_stage
 from ospo_fast.stages.prompts import CALLS_PER_BATCH
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +240,47 @@ def test_a_run_keeps_its_plan_and_a_dry_run_takes_off_what_is_finished(capsys: A
     assert rows(left)["images"]["source"] == "nothing to do"
 
 
+def test_a_dry_run_is_refused_where_the_run_would_be(capsys: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["run", "--out", str(out), "--json", *SMALL, *STEPS]
+    assert main(["prompts", *command[1:]]) == 0
+    content = files(out)
+    capsys.readouterr()
+    for changed, word in (("prompts.max_new_tokens=70", "max_new_tokens"), ("seed=5", "seed=")):
+        messages = []
+        for ending in ([], ["--dry-run"]):
+            assert main([*command, changed, *ending]) == 2
+            messages.append(capsys.readouterr().err)
+        assert messages[0] == messages[1]
+        assert "prompts was made with" in messages[0]
+        assert word in messages[0]
+    assert main([*command, "seed=5", "--dry-run", "--no-resume"]) == 0
+    assert files(out) == content
+
+
+@pytest.mark.parametrize("stage", ["images", None])
+def test_a_dry_run_counts_what_a_start_over_has_made(stage: str | None, capsys: Any, tmp_path: Path) -> None:
+    """Its results are in a folder of their own until they are whole. Those of later stages count no more."""
+    out = tmp_path / "run"
+    settings = ["--out", str(out), "--json", *SMALL, *STEPS]
+    assert main(["run", *settings]) == 0
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        # A run calls `_check_files` first in the second stage.
+        patch.setattr(*((restarts, "put_in_place") if stage else (Pipeline, "_check_files")), interrupt)
+        assert main([stage or "run", *settings, "--no-resume"]) == 130
+    begun = restarts.folder(out, find_stage(stage) if stage else None)
+    assert begun.is_dir()
+    capsys.readouterr()
+    assert main(["run", *settings, "--dry-run"]) == 0
+    sources = {row["stage"]: row["source"] for row in json.loads(capsys.readouterr().out)["stages"]}
+    done = {name for name, source in sources.items() if source == "nothing to do"}
+    assert done == ({"prompts"} if stage is None else {"prompts", "perturb", "images"})
+
+
 def test_calibration_gives_every_stage_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SAMPLE", 8)
     small = config(*SMALL, *STEPS)
@@ -266,4 +308,4 @@ def test_calibration_is_not_tracked(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_not_whole_is_no_finished_step(tmp_path: Path) -> None:
     for name in ("step-000002", "step-000003.partial", "step-000001.pt"):
         (tmp_path / "train" / "checkpoints" / name).mkdir(parents=True)
-    assert plan.count_done(tmp_path)["train"] == 2
+    assert plan.count_done({"train": tmp_path}) == {"train": 2}

@@ -658,6 +658,7 @@ def test_a_killed_iteration_is_finished_as_it_was_begun(tiny, script, scored, ou
     stopped(lambda: pipeline(tiny, folder, "score.batch_size=2", resume=False).stage("score"))
     work = folder / ".restart.score"
     if not by_itself:
+        (work / restarts._LIST).unlink()
         stopped(lambda: restarts.put_in_place(work, folder, out))
     config = {path: (path / "config.yaml").read_bytes() for path in (work, folder, out)}
     monkeypatch.chdir(folder)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ospo_fast import cli
+from ospo_fast import cli, restarts
 from ospo_fast import workers as workers_module
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
@@ -335,6 +335,107 @@ def test_workers_that_are_started_again_start_over_once(whole, tiny, script, tmp
     check_ended(forked.run_workers(start_over(tiny, out), 2, tmp_path, environ=again))  # it did
     assert (out / "images.jsonl").stat().st_ino == made
     assert {name: data for name, data in whole.items() if name in contents(out)} == contents(out)
+
+
+def started_over(tiny, out, stage):
+    """Return the function of a worker that starts a stage, or a run, over."""
+
+    def do(rank):
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({})
+            pipeline = Pipeline(config(tiny, out), progress=False, workers=workers, resume=False)
+            pipeline.run(WRITERS) if stage is None else pipeline.stage(stage)
+        return 0
+
+    return do
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def check_whole(out, whole, stage):
+    found = contents(out)
+    assert found == {name: data for name, data in whole.items() if stage is None or name in found}
+    assert stage is None or f"{stage}.jsonl" in found
+    assert not list(out.glob(".restart*"))
+
+
+@pytest.mark.parametrize("stage", ["images", None])
+def test_a_worker_that_is_killed_while_results_are_put_in_place(whole, tiny, script, tmp_path, stage, forked):
+    """What it has moved is not deleted by the one that moves the rest."""
+    out, killed = tmp_path / "run", tmp_path / "killed"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS[: 3 if stage else None])
+    rename = restarts._rename
+
+    def rename_and_end(*paths):
+        rename(*paths)
+        if not killed.exists():
+            killed.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def do(rank):
+        restarts._rename = rename_and_end
+        return started_over(tiny, out, stage)(rank)
+
+    ended = forked.run_workers(do, 2, tmp_path)
+    assert sorted(worker.code for worker in ended) == [-signal.SIGKILL, 0], [worker.output for worker in ended]
+    check_whole(out, whole, stage)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("stage", ["images", None])
+def test_a_worker_that_joins_while_results_are_put_in_place(whole, tiny, script, tmp_path, stage, late, forked):
+    """It had done its part before it was started again. It never replaces the results by nothing.
+
+    late: the others have put them in place before it joins; else it joins just before, and is slow.
+    """
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS[: 3 if stage else None])
+    place, items = Pipeline._put_in_place, Pipeline._items
+    joined, placed, gone = (tmp_path / name for name in ("joined", "placed", "gone"))
+
+    def end(pipeline, *arguments):
+        pipeline._shared._arrive(pipeline._shared._step + 1)  # so that the other one does not wait for this one
+        os._exit(0)
+
+    def place_later(pipeline, *arguments):
+        if not late:
+            wait_for(joined.exists, 20)
+        place(pipeline, *arguments)
+        placed.write_text("")
+        if late:
+            wait_for(gone.exists, 20)
+
+    def items_later(pipeline, *arguments):
+        if not joined.exists():
+            joined.write_text("")
+            wait_for(placed.exists, 0 if late else 2)
+        return items(pipeline, *arguments)
+
+    def do(rank):
+        if rank == 0:
+            Pipeline._put_in_place = place_later
+            return started_over(tiny, out, stage)(rank)
+        process = os.fork()
+        if process == 0:
+            Pipeline._put_in_place = end
+            os._exit(started_over(tiny, out, stage)(rank))
+        os.waitpid(process, 0)
+        if late:
+            wait_for(placed.exists, 20)
+        Pipeline._items = items_later
+        try:
+            return started_over(tiny, out, stage)(rank)
+        finally:
+            gone.write_text("")
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    assert joined.exists()
+    check_whole(out, whole, stage)
 
 
 def test_a_late_worker_does_as_the_others(whole, tiny, script, tmp_path, forked):
