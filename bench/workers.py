@@ -3,8 +3,9 @@
 `equal`: the records, images and masks of a run by N workers, compared byte by byte with those of one process; the
 largest relative difference of the losses of training, and of its weights (of the norm of all of them).
 `kills`: a random worker of 2 to 4 is killed at a random time; then the command is started again, by another number of
-workers, until it ends. Counted are kills that came while the workers ran, runs that the others ended by themselves, and
-items that are lost or doubled, or that differ from those of one process.
+workers, until it ends. A third of the runs start over, in the folder of a run with another seed. Counted are kills that
+came while the workers ran, runs that the others ended by themselves, and items that are lost or doubled, or that differ
+from those of one process.
 `scaling`: seconds of each stage by one worker over N times those of N workers. Each has one thread and its own core,
 because the images stage uses a second core where it has one. Only as many workers as there are cores are measured, and
 interleaved with one. `machine` is the same of N runs by one process each at the same time, which share nothing: what is
@@ -32,7 +33,7 @@ import _forked
 import _measure as measure
 import torch
 
-from ospo_fast import cli, workers
+from ospo_fast import cli, restarts, workers
 from ospo_fast.stages import STAGES
 
 SMALL = ("prompts.counts={color1: 2, shape1: 2, color2: 3, 2D_spatial: 3, numeracy1: 2, numeracy2: 3}",)
@@ -46,9 +47,9 @@ Rows = list[dict[str, Any]]
 
 
 def start(
-    out: Path, settings: tuple[str, ...], size: int, *, bound: bool = False, **options: Any
+    out: Path, settings: tuple[str, ...], size: int, *, bound: bool = False, over: bool = False, **options: Any
 ) -> list[_forked.Ended]:
-    """Run all stages in `out` by `size` workers. bound: each has a core of its own."""
+    """Run all stages in `out` by `size` workers. bound: each has a core of its own; over: with --no-resume."""
 
     def do(rank: int) -> int:
         torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def start(
         workers.PATIENCE, workers.SILENCE, workers.NOTICE = 5.0, 2.0, 0.5
         if bound:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-        return cli.main(["run", "--out", str(out), "--json", *TRAINING, *settings])
+        return cli.main(["run", "--out", str(out), "--json", *["--no-resume"][: 1 * over], *TRAINING, *settings])
 
     return _forked.run_workers(do, size, out.with_name(f"{out.name}-output"), **options)
 
@@ -109,23 +110,31 @@ def equal(folder: Path, settings: tuple[str, ...]) -> Rows:
 
 def kills(folder: Path, settings: tuple[str, ...], goal: int, seed: int) -> Rows:
     """Kill workers at random, and compare what the runs end with."""
-    rng, whole = random.Random(seed), folder / "whole"
+    rng, whole, old = random.Random(seed), folder / "whole", folder / "old"
     ended_well(start(whole, settings, 1))
+    ended_well(start(old, (*settings, "seed=1"), 1))
     expected, seconds = made(whole), []
-    counts = dict.fromkeys(("kills", "too_late", "taken_over", "started_again", "lost", "doubled", "different"), 0)
+    counted = ("kills", "too_late", "over", "taken_over", "started_again", "lost", "doubled", "different")
+    counts = dict.fromkeys(counted, 0)
     for number in itertools.count():
         if counts["kills"] >= goal:
             break
-        out, started, ended = folder / f"kill-{number}", time.perf_counter(), []
+        out, over, ended = folder / f"kill-{number}", rng.random() < 1 / 3, []
+        if over:
+            shutil.copytree(old, out)
+        counts["over"] += over
+        started = time.perf_counter()
         for attempt in itertools.count():
             size = rng.randint(2, 4)
             kill = (rng.randrange(size), rng.uniform(0.1, 6.0)) if attempt == 0 else None
-            ended = start(out, settings, size, kill=kill)
+            begun = (restarts.folder(out) / "config.yaml").exists() or made(out) == expected
+            ended = start(out, settings, size, kill=kill, over=over and not begun)
             if kill is not None:
                 hit = ended[kill[0]].code == -signal.SIGKILL
                 counts["kills" if hit else "too_late"] += 1
-                records = {name: data for name, data in made(out).items() if name.endswith(".jsonl")}
-                whole_records = all(records.get(name) == expected[name] for name in expected if name.endswith(".jsonl"))
+                names = [name for name in expected if name.endswith(".jsonl")]
+                places = [made(out), made(restarts.folder(out))]
+                whole_records = any(all(files.get(n) == expected[n] for n in names) for files in places)
                 counts["taken_over"] += hit and whole_records
             counts["started_again"] += attempt > 0
             if not any(worker.code for worker in ended):
@@ -226,5 +235,5 @@ def run(out: Path, quick: bool) -> None:
 
 _METRICS = (
     "different_files", "loss_difference", "weight_difference", "efficiency", "machine", "kills", "too_late",
-    "taken_over", "started_again", "lost", "doubled", "different",
+    "over", "taken_over", "started_again", "lost", "doubled", "different",
 )  # fmt: skip
