@@ -10,6 +10,8 @@ from those of one process.
 because the images stage uses a second core where it has one. Only as many workers as there are cores are measured, and
 interleaved with one. `machine` is the same of N runs by one process each at the same time, which share nothing: what is
 missing to 1 the cores take from each other. `step` is the median step of training, without what is before and after.
+`memory`: `scaling` with the run folders in memory. Each record is on disk before the next one is made, and there is one
+disk for all cores.
 
 Workers are forks of this process, so that no time of theirs is that of imports.
 """
@@ -43,6 +45,7 @@ TRAINING = ("train.eval_every=0", "train.lora_dropout=0")
 SIZES = (1, 2, 4)
 KILLS = 100
 REPEATS = 3
+MEMORY = Path("/dev/shm")
 Rows = list[dict[str, Any]]
 
 
@@ -157,7 +160,7 @@ def kills(folder: Path, settings: tuple[str, ...], goal: int, seed: int) -> Rows
     return [_row("kills", {"workers": 4, "kills": counts["kills"]}, seconds, seed=seed, **counts)]
 
 
-def scaling(folder: Path, settings: tuple[str, ...], repeats: int) -> Rows:
+def scaling(folder: Path, settings: tuple[str, ...], repeats: int, name_of_case: str = "scaling") -> Rows:
     """Measure the stages by one worker, by one for each core, and by as many runs of one worker at the same time."""
     cores = max(size for size in SIZES if size <= (os.cpu_count() or 1))
     found: dict[tuple[str, str], list[float]] = {}
@@ -190,8 +193,17 @@ def scaling(folder: Path, settings: tuple[str, ...], repeats: int) -> Rows:
             "efficiency": round(statistics.median(one) / cores / statistics.median(several), 4),
             "machine": round(statistics.median(one) / statistics.median(apart), 4),
         }
-        rows.append(_row(f"scaling_{name}", {"workers": cores, "items": count}, several, **metrics))
+        rows.append(_row(f"{name_of_case}_{name}", {"workers": cores, "items": count}, several, **metrics))
     return rows
+
+
+def in_memory(settings: tuple[str, ...], repeats: int) -> Rows:
+    """Measure as `scaling` does, without a disk."""
+    if not MEMORY.is_dir():
+        print(f"memory: not measured, without {MEMORY}")
+        return []
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        return scaling(Path(folder), settings, repeats, "memory")
 
 
 def _alone(outs: list[Path], settings: tuple[str, ...], core: int) -> int:
@@ -218,6 +230,7 @@ def run(out: Path, quick: bool) -> None:
     parts: dict[str, Callable[[Path], Rows]] = {
         "equal": lambda folder: equal(folder, (*middle, *several)),
         "scaling": lambda folder: scaling(folder, (*large, *many), 1 if quick else REPEATS),
+        "memory": lambda folder: in_memory((*large, *many), 1 if quick else REPEATS),
         "kills": lambda folder: kills(folder, (*small, *few), 2 if quick else KILLS, 0),
     }
     rows: Rows = []
