@@ -60,7 +60,7 @@ def start(
         workers.PATIENCE, workers.SILENCE, workers.NOTICE = 5.0, 2.0, 0.5
         if bound:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-        return cli.main(["run", "--out", str(out), "--json", *["--no-resume"][: 1 * over], *TRAINING, *settings])
+        return cli.main(["run", "--out", str(out), "--json", *(["--no-resume"] if over else []), *TRAINING, *settings])
 
     return _forked.run_workers(do, size, out.with_name(f"{out.name}-output"), **options)
 

@@ -175,11 +175,8 @@ def _using(args: argparse.Namespace, workers: Workers | None = None) -> Iterator
     Of several workers, all come and have the same configuration.
     """
     from ospo_fast import restarts
-    from ospo_fast.config import load_config
 
-    out = args.out or Path(load_config(args.settings, file=args.config).out)
-    if not os.path.isdir(out):  # noqa: PTH112 (Path.is_dir raises for long names)
-        check_creatable(out)
+    out = _creatable_out(args)
     shared = getattr(args, "shard", None) is not None
     with contextlib.ExitStack() as stack:
         if workers is not None:
@@ -195,10 +192,21 @@ def _using(args: argparse.Namespace, workers: Workers | None = None) -> Iterator
         yield config, lock
 
 
+def _creatable_out(args: argparse.Namespace) -> Path:
+    """Return the run folder, before its configuration is read. Raises OspoError if it cannot be made."""
+    from ospo_fast.config import load_config
+
+    out: Path = args.out or Path(load_config(args.settings, file=args.config).out)
+    if not os.path.isdir(out):  # noqa: PTH112 (Path.is_dir raises for long names)
+        check_creatable(out)
+    return out
+
+
 def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
     """Return what all workers of a command must have in common."""
     from ospo_fast.config import saved_values
     from ospo_fast.models import find_model
+    from ospo_fast.shapes.commands import HELD_OUT
     from ospo_fast.stages import file_digest
     from ospo_fast.versions import run_versions
 
@@ -207,6 +215,8 @@ def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
     for name, value in saved_values(config).items():
         section = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         facts |= {key: inner for key, inner in section.items() if key != "out"}
+    if config.prompts.exclude is not None and Path(config.prompts.exclude) == Path(config.out) / HELD_OUT:
+        facts["prompts.exclude"] = None  # of the run itself: a worker that is started again finds it in config.yaml
     for name, path in (("prompts.file", config.prompts.file), ("templates", config.templates)):
         if path is not None and os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for long names)
             facts[f"content of {name}"] = file_digest(path)
@@ -285,8 +295,10 @@ def _plan_run(pipeline: Pipeline, workers: Workers | None) -> dict[str, Any]:
 
     config = pipeline.config
     pipeline.check_settings([stage.name for stage in STAGES])
-    with os_errors("use", Path(config.out)):
-        done = count_done(pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)]))
+    done = {}
+    if workers is None or workers.is_first:  # it alone says and keeps the plan
+        with os_errors("use", Path(config.out)):
+            done = count_done(pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)]))
     sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
     return plan_run(config, done, **sizes)
 
@@ -343,14 +355,17 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Print the plan of a run, for what its folder does not hold yet. Nothing is written, so no lock is taken."""
-    from ospo_fast import plan, restarts
-    from ospo_fast.config import load_config
-    from ospo_fast.pipeline import Pipeline
+    """Print the plan of a run, for what its folder does not hold yet.
 
-    restarts.finish_killed(args.out or Path(load_config(args.settings, file=args.config).out))
-    config = _settings(args)
-    pipeline, workers = Pipeline(config, resume=args.resume), _workers()
+    Nothing is written, but what a killed command had finished is put in place. No lock is held.
+    """
+    from ospo_fast import plan, restarts
+    from ospo_fast.pipeline import Pipeline
+    from ospo_fast.shapes.commands import build_evaluation
+
+    restarts.finish_killed(_creatable_out(args))
+    config, workers = _settings(args), _workers()
+    pipeline = Pipeline(config, resume=args.resume, evaluation=build_evaluation(config))
     result = _plan_run(pipeline, workers)
     with os_errors("use", Path(config.out)):
         pipeline.check_against_folder([stage.name for stage in STAGES if stage.in_run(config)])

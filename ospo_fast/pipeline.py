@@ -420,7 +420,7 @@ class Pipeline:
             self._gather(lambda: None if resume else discard(folder))
             if over and self._shared is not None and self._shared.is_done(*_PLACED):
                 self._finish_killed()
-                over = False  # this worker was started again after the others had done all
+                over = folder.exists()  # else this worker was started again after the others had done all
             return self._start_over(names, on_report) if over else self._stages(names, on_report)
 
     def _decide(self, choose: Callable[[], bool]) -> bool:
@@ -550,7 +550,13 @@ class Pipeline:
         path = no_link(work / "config.yaml")
         if not path.is_file():
             return False
-        return _result_values(load_file(path)) == _result_values(saved_values(self.config, self.folder()))
+        try:
+            saved = load_file(path)
+        except UsageError:
+            if path.is_file():
+                raise
+            return False  # another worker has just put the run in place
+        return _result_values(saved) == _result_values(saved_values(self.config, self.folder()))
 
     def _config_text(self) -> bytes:
         return dump_config(self.config, self.folder()).encode()
@@ -586,6 +592,7 @@ class Pipeline:
             process = self._steps if stage.counts_steps else self._items
             if not self._starts_over(stage, out, settings):
                 process(stage, out, out, config, settings, report)
+                self._wait_for_others()
                 return report
             with self._exclusive(out, self._replaced(stage)):
                 existed = work.exists()
@@ -594,7 +601,9 @@ class Pipeline:
                 finally:
                     if not existed:
                         restarts.delete_if_empty(work)
-                if whole:
+                if not whole:
+                    self._wait_for_others()
+                else:
                     self._take_lock(stage, out)
                     self._put_in_place(work, out, functools.partial(self._check_shard, stage, out, settings))
                     if self.shard and stage.finish is not None:  # of all shards
@@ -758,7 +767,6 @@ class Pipeline:
         if complete and not _shard_paths(work, name):
             if self._shared is not None:
                 self._meet(lambda: None)
-                self._shared.meet()
             if stage.finish is not None and self._lock is not None and self._lock.writes:
                 self._take_lock()
                 stage.finish(work, list(present.values()))
@@ -781,7 +789,6 @@ class Pipeline:
             self._meet(lambda: self._merge(stage, work, order))
             _warn(name, failed, report.items + len(unusable))
             self._sum_up(stage, work, report)
-            self._shared.meet()
             return True
         self._take_lock(stage, out)
         if self.shard and _inodes([place]) != own:
@@ -840,6 +847,11 @@ class Pipeline:
         assert self._shared is not None
         self._shared.once(once)
         self._shared.meet()
+
+    def _wait_for_others(self) -> None:
+        """End a stage with as many steps as `_put_in_place` has: a worker that is started again meets at equal ones."""
+        if self._shared is not None:
+            self._shared.meet()
 
     def _share(
         self,
@@ -972,8 +984,6 @@ class Pipeline:
                 )
             report.total = done["step"]
             report.kept = done["kept"] if isinstance(done.get("kept"), dict) else None
-            if self._shared is not None:
-                self._shared.meet()
             return True
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
         self._check_files(stage, out, config, records)
@@ -1008,7 +1018,6 @@ class Pipeline:
         self._keep_trained(model, report.iteration)
         if self._shared is not None:
             self._sum_up(stage, work, report)
-            self._shared.meet()
         return True
 
     def _training_together(self, model: UnifiedModel, iteration: int) -> contextlib.AbstractContextManager[None]:

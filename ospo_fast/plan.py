@@ -7,6 +7,7 @@ FLOPs / peak and bytes / bandwidth. A floor is a lower bound. Nothing here impor
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -569,7 +570,10 @@ def count_done(folders: Mapping[str, Path]) -> dict[str, int]:
             steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{6,18})(?:\.pt)?", name))]
             done[stage.name] = 10**9 if (folder / "done.json").is_file() else max(steps, default=0)
         else:
-            done[stage.name] = sum(path.read_bytes().count(b"\n") for path in store_paths(out, stage.name))
+            done[stage.name] = 0
+            for path in store_paths(out, stage.name):
+                with contextlib.suppress(FileNotFoundError):  # another process has just merged it
+                    done[stage.name] += path.read_bytes().count(b"\n")
     return done
 
 

@@ -73,11 +73,11 @@ class SharedWork:
                     update_json(self._marks, {}, lambda before: marks)
             workers.gone = self.gone
             workers.everyone()  # before that, none of them seems to have ended
+            # A worker that was started again: from here on the others wait for it, and what they do once is done.
             if self._read("arrived").get(str(workers.rank)):
-                # This worker was started again. From here on the others wait for it, and what they do once is done.
                 self._arrive(0)
-                with self.gate():
-                    pass
+            with self.gate():
+                pass
             yield self
 
     def _worker(self, rank: int) -> Path:

@@ -42,7 +42,7 @@ REFUSED = {
     "plan images.top_k=many": (2, "could not be converted"),
     "plan 'prompts.counts={circle: 1}'": (2, "no kind 'circle'"),
     "plan --gpu h100 --model nowhere/at/all": (1, "model: there is no folder 'nowhere/at/all'"),
-    "run --dry-run --out file/out images.top_k=many": (2, "could not be converted"),
+    "run --dry-run images.top_k=many": (2, "could not be converted"),
     "tran": (2, "no command 'tran'; nearest: train"),
     "run --bogus": (2, "Unknown argument '--bogus'"),
     "run --iteration 2": (2, "Unknown argument '--iteration'"),
@@ -66,6 +66,8 @@ REFUSED = {
         for command in ("run", "demo", "prompts", "evaluate", "generate 'a red circle'")
     },
     "run --out file/out": (1, "Cannot write file/out: Not a directory"),
+    "run --dry-run --out file/out": (1, "Cannot write file/out: Not a directory"),
+    "run --dry-run train.early_stopping=foo": (2, "expected null or a metric of the evaluation: alignment"),
     "demo --out file/out": (1, "Cannot write file/out: Not a directory"),
     "evaluate --out file/out": (1, "Cannot write file/out: Not a directory"),
     "generate 'a red circle' --out file/out": (1, "Cannot write file/out: Not a directory"),

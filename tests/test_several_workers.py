@@ -1,6 +1,7 @@
 """Several workers make the records of one process, byte for byte, and survive the end of any of them."""
 
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ospo_fast import cli, restarts
+from ospo_fast import pipeline as pipeline_module
 from ospo_fast import workers as workers_module
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
@@ -438,6 +440,49 @@ def test_a_worker_that_joins_while_results_are_put_in_place(whole, tiny, script,
     check_whole(out, whole, stage)
 
 
+@pytest.mark.parametrize("stage", ["images", None])
+def test_a_worker_that_joins_within_a_step_of_another_waits(whole, tiny, script, tmp_path, stage, forked):
+    """It was killed before it came to any step, so that the others have not noted it."""
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS[: 3 if stage else None])
+    placing, joined, placed = (tmp_path / name for name in ("placing", "joined", "placed"))
+    mark, place, gather = SharedWork.mark_done, Pipeline._put_in_place, Pipeline._gather
+
+    def mark_slowly(shared, name, part):
+        if name == "in place":
+            placing.write_text("")
+            wait_for(joined.exists, 2)
+        mark(shared, name, part)
+
+    def place_and_tell(pipeline, *arguments):
+        place(pipeline, *arguments)
+        placed.write_text("")
+
+    def gather_slowly(pipeline, *arguments):
+        first = pipeline._shared is None
+        gather(pipeline, *arguments)
+        if first:
+            joined.write_text("")
+            wait_for(placed.exists, 20)
+
+    def do(rank):
+        if rank == 0:
+            SharedWork.mark_done, Pipeline._put_in_place = mark_slowly, place_and_tell
+            return started_over(tiny, out, stage)(rank)
+        process = os.fork()
+        if process == 0:
+            Pipeline._share = lambda *arguments, **settings: os._exit(0)
+            os._exit(started_over(tiny, out, stage)(rank))
+        os.waitpid(process, 0)
+        wait_for(placing.exists, 30)
+        Pipeline._gather = gather_slowly
+        return started_over(tiny, out, stage)(rank)
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    assert placing.exists()
+    check_whole(out, whole, stage)
+
+
 def test_a_late_worker_does_as_the_others(whole, tiny, script, tmp_path, forked):
     """With --no-resume in a new folder, it finds what the others have made there."""
 
@@ -597,6 +642,78 @@ def test_a_kill_in_training_ends_the_others_and_loses_nothing(run, tiny, script,
     for size in (2, 1):
         check_ended(forked.run_workers(slow, size, tmp_path))
         check_run(out, run)
+
+
+def test_a_worker_that_joins_after_a_stage_has_started_over(tiny, script, tmp_path, forked):
+    """It sees a stage that is whole where the others have put it in place, and comes to training at the same step."""
+    out = tmp_path / "run"
+    for name in WRITERS[:3]:
+        assert command(tiny, out, name=name)(0) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restarts, "put_in_place", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        assert command(tiny, out, "--no-resume", name="images")(0) == 130
+    assert (out / ".restart.images").exists()
+    place = Pipeline._put_in_place
+
+    def place_and_end(pipeline, *arguments):
+        place(pipeline, *arguments)
+        os._exit(0)
+
+    def do(rank):
+        faulthandler.dump_traceback_later(60, exit=True)
+        if rank == 1:
+            process = os.fork()
+            if process == 0:
+                Pipeline._put_in_place = place_and_end
+                os._exit(command(tiny, out)(rank))
+            os.waitpid(process, 0)
+        return command(tiny, out)(rank)
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    assert (out / "train" / "done.json").exists()
+
+
+def test_a_worker_that_joins_counts_no_store_that_another_merges(tiny, script, tmp_path, forked, monkeypatch):
+    """In a new run of the Shapes model, whose list of evaluation prompts it finds."""
+    out = tmp_path / "run"
+    merging, listed, merged = (tmp_path / name for name in ("merging", "listed", "merged"))
+    merge, share, paths = Pipeline._merge, Pipeline._share, pipeline_module.store_paths
+
+    def merge_slowly(pipeline, stage, *arguments):
+        if stage.name == "perturb":
+            merging.write_text("")
+            wait_for(listed.exists, 5)
+        merge(pipeline, stage, *arguments)
+        if stage.name == "perturb":
+            merged.write_text("")
+
+    def end_at_perturb(pipeline, stage, *arguments, **settings):
+        if stage.name == "perturb":
+            os._exit(0)
+        return share(pipeline, stage, *arguments, **settings)
+
+    def list_slowly(folder, name):
+        found = paths(folder, name)
+        if name == "perturb" and not listed.exists():
+            listed.write_text("")
+            wait_for(merged.exists, 5)
+        return found
+
+    def do(rank):
+        if rank == 0:
+            Pipeline._merge = merge_slowly
+            return command(tiny, out)(rank)
+        process = os.fork()
+        if process == 0:
+            Pipeline._share = end_at_perturb
+            os._exit(command(tiny, out)(rank))
+        os.waitpid(process, 0)
+        wait_for(merging.exists, 30)
+        pipeline_module.store_paths = list_slowly
+        return command(tiny, out)(rank)
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    assert (out / "train" / "done.json").exists()
 
 
 def test_a_worker_that_ends_just_before_training(run, tiny, script, tmp_path, forked, monkeypatch):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # What early stopping can select by; the pipeline checks the setting by it.
 VALIDATION_METRICS = ("alignment",)
+HELD_OUT = "held_out.txt"  # of a run folder: the evaluation prompts
 
 
 def require_shapes(config: Config) -> None:
@@ -57,7 +58,7 @@ def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage], iterat
     config = pipeline.config
     if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
         return
-    path = Path(config.out) / "held_out.txt"
+    path = Path(config.out) / HELD_OUT
     with os_errors("read", path):
         if any(stage.inputs(config) is None for stage in stages) and not path.exists():
             _check_request(pipeline, stages, iterations)  # before anything is written
