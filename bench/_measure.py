@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -151,6 +152,7 @@ def ceilings() -> Ceilings:
 
 def peak_mb(run: Callable[..., object], *arguments: Any) -> float:
     """Return the peak of torch's allocations during run(*arguments) minus those before it, in 10⁶ bytes."""
+    gc.collect()  # what is freed during the run would be taken off
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

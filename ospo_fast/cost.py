@@ -252,7 +252,10 @@ def activation_bytes(
         layer += itemsize * (2 * shapes.hidden + inner)
     layer += itemsize * rank * len(branches)
     kept = shapes.layers * itemsize * shapes.hidden + layer if checkpointing else shapes.layers * layer
-    return tokens * (kept + itemsize * (inner + shapes.hidden) + 4 * shapes.hidden)
+    gradients = itemsize * (inner + shapes.hidden) + 4 * shapes.hidden
+    if itemsize < 4:  # PEFT casts the input of a branch to fp32, and so has its gradient in fp32
+        gradients += 4 * max(branches, default=0)
+    return tokens * (kept + gradients)
 
 
 def head_bytes(shapes: ModelShapes, rows: int, *, itemsize: int = 2, chunk_rows: int = 9216) -> int:

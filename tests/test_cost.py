@@ -106,17 +106,17 @@ def test_activations_are_those_of_a_training_pass(dtype: str, dropout: float, ch
     assert sum(p.numel() for p in trained) == sizes.lora_weights(8)
 
     def run() -> None:
-        adapted.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=kind is torch.bfloat16):
             hidden = module(inputs_embeds=embeds, use_cache=False).last_hidden_state
         hidden.sum().backward()
 
     run()
+    adapted.zero_grad(set_to_none=True)
     peak = peak_mb(run) * 1e6 - sum(p.numel() * p.element_size() for p in trained)
     found = activation_bytes(
         sizes, 4 * 160, checkpointing=checkpointing, itemsize=kind.itemsize, rank=8, dropout=dropout > 0
     )
-    assert found == pytest.approx(peak, rel=0.15)
+    assert found == pytest.approx(peak, rel=0.05)
 
 
 def test_the_head_takes_one_chunk() -> None:
