@@ -765,8 +765,7 @@ class Pipeline:
         report.total, report.failed = len(present), len(unusable)
         failed = list(map(str, unusable)) if self.speaks else []
         if complete and not _shard_paths(work, name):
-            if self._shared is not None:
-                self._meet(lambda: None)
+            self._wait_for_others()
             if stage.finish is not None and self._lock is not None and self._lock.writes:
                 self._take_lock()
                 stage.finish(work, list(present.values()))
@@ -786,7 +785,7 @@ class Pipeline:
                         pass
             self._begin(work, stage, settings, out, {})
             self._share(stage, found if source else [], present, again, failed, report, config, out=out, work=work)
-            self._meet(lambda: self._merge(stage, work, order))
+            self._shared.once(lambda: self._merge(stage, work, order))
             _warn(name, failed, report.items + len(unusable))
             self._sum_up(stage, work, report)
             return True
@@ -842,14 +841,8 @@ class Pipeline:
         """Whether this process says what all workers see."""
         return self.workers is None or self.workers.is_first
 
-    def _meet(self, once: Callable[[], object]) -> None:
-        """Wait for the other workers that live, let one of them do `once`, and wait until it is done."""
-        assert self._shared is not None
-        self._shared.once(once)
-        self._shared.meet()
-
     def _wait_for_others(self) -> None:
-        """End a stage with as many steps as `_put_in_place` has: a worker that is started again meets at equal ones."""
+        """Take a step like `SharedWork.once`. Each path through a stage has as many: workers meet at equal ones."""
         if self._shared is not None:
             self._shared.meet()
 

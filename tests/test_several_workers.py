@@ -483,6 +483,44 @@ def test_a_worker_that_joins_within_a_step_of_another_waits(whole, tiny, script,
     check_whole(out, whole, stage)
 
 
+def test_a_worker_that_joins_after_a_kill_between_mark_and_list(whole, tiny, script, tmp_path, forked):
+    """What is marked and not yet in place is what the run continues, and not the results that it replaces."""
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out, "images.temperature=0.5"), progress=False).run(WRITERS)
+    joined = tmp_path / "joined"
+    mark, once, stages = SharedWork.mark_done, SharedWork.once, Pipeline._stages
+
+    def mark_and_end(shared, name, part):
+        mark(shared, name, part)
+        if name == "in place":
+            os._exit(0)
+
+    def once_later(shared, do):
+        if do.__qualname__.startswith("Pipeline._put_in_place"):
+            shared._arrive(shared._step + 1)
+            wait_for(joined.exists, 20)
+        once(shared, do)
+
+    def stages_and_tell(pipeline, *arguments):
+        joined.write_text("")
+        return stages(pipeline, *arguments)
+
+    def do(rank):
+        if rank == 0:
+            SharedWork.once = once_later
+            return started_over(tiny, out, None)(rank)
+        process = os.fork()
+        if process == 0:
+            SharedWork.mark_done = mark_and_end
+            os._exit(started_over(tiny, out, None)(rank))
+        os.waitpid(process, 0)
+        Pipeline._stages = stages_and_tell
+        return started_over(tiny, out, None)(rank)
+
+    check_ended(forked.run_workers(do, 2, tmp_path))
+    check_whole(out, whole, None)
+
+
 def test_a_late_worker_does_as_the_others(whole, tiny, script, tmp_path, forked):
     """With --no-resume in a new folder, it finds what the others have made there."""
 

@@ -137,7 +137,7 @@ def test_patched_model(
     assert results[1][1].keys() == results[0][1].keys()
     for name, theirs in results[0][1].items():
         # An entry is a sum over rows, in which large terms cancel.
-        torch.testing.assert_close(results[1][1][name], theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+        torch.testing.assert_close(results[1][1][name], theirs, rtol=1e-4, atol=3e-6 * float(theirs.abs().max()))
     model(batch["input_ids"], temperature=0.7)
     assert len(calls) == 1
 
