@@ -44,7 +44,7 @@ LARGE = ("prompts.counts={color1: 24, shape1: 24, color2: 96, 2D_spatial: 128, n
 TRAINING = ("train.eval_every=0", "train.lora_dropout=0")
 SIZES = (1, 2, 4)
 KILLS = 100
-REPEATS = 3
+REPEATS = 5
 MEMORY = Path("/dev/shm")
 Rows = list[dict[str, Any]]
 
