@@ -70,19 +70,22 @@ OSPO_INLINE void rows_of_panel(const float* x, int64_t ldx, const float* w, cons
 }
 
 // The accumulators fill the vector registers: 12 × 2 of 32 with AVX-512, else 6 × 1 in two halves of 16.
-OSPO_FMA_CLONES void panel_wide(const float* x, int64_t ldx, const float* w, const float* bias, float* out,
+OSPO_FMA_AVX512 void panel_wide(const float* x, int64_t ldx, const float* w, const float* bias, float* out,
                                 int64_t ldo, int64_t rows, int64_t depth) {
     rows_of_panel<2>(x, ldx, w, bias, out, ldo, rows, depth);
 }
 
-OSPO_FMA_CLONES void panel_narrow(const float* x, int64_t ldx, const float* w, const float* bias, float* out,
-                                  int64_t ldo, int64_t rows, int64_t depth) {
+OSPO_FMA_BELOW_AVX512 void panel_narrow(const float* x, int64_t ldx, const float* w, const float* bias, float* out,
+                                        int64_t ldo, int64_t rows, int64_t depth) {
     rows_of_panel<1>(x, ldx, w, bias, out, ldo, rows, depth);
 }
 
 bool has_avx512() {
 #ifdef OSPO_HAS_CLONES
-    static const bool found = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    // What x86-64-v4 has.
+    static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                              __builtin_cpu_supports("avx512vl");
     return found;
 #else
     return false;

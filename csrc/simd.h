@@ -12,11 +12,17 @@
 #if __GNUC__ >= 12
 #define OSPO_FMA_CLONES \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("fp-contract=fast")))
+#define OSPO_FMA_AVX512 __attribute__((target("arch=x86-64-v4"), optimize("fp-contract=fast")))
+#define OSPO_FMA_BELOW_AVX512 __attribute__((target_clones("arch=x86-64-v3", "default"), optimize("fp-contract=fast")))
 #else  // GCC 11 does not know these names, and avx2 alone brings no FMA
 #define OSPO_FMA_CLONES OSPO_CLONES __attribute__((optimize("fp-contract=fast")))
+#define OSPO_FMA_AVX512 __attribute__((target("avx512f"), optimize("fp-contract=fast")))
+#define OSPO_FMA_BELOW_AVX512 __attribute__((target_clones("avx2", "default"), optimize("fp-contract=fast")))
 #endif
 #else
 #define OSPO_FMA_CLONES
+#define OSPO_FMA_AVX512
+#define OSPO_FMA_BELOW_AVX512
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
