@@ -140,7 +140,7 @@ class Page:
         self.started.append(
             [
                 subprocess.Popen(
-                    [sys.executable, *words[3:]],
+                    [sys.executable, ROOT / "tests" / "run_script.py", *words[3:]],
                     env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

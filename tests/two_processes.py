@@ -20,7 +20,7 @@ def run_checks(checks: Path, folder: Path) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, checks, str(rank), folder / "store"],
+            [sys.executable, Path(__file__).with_name("run_script.py"), __file__, checks, str(rank), folder / "store"],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -250,7 +250,7 @@ def test_two_processes(tmp_path: Path) -> None:
     }  # fmt: skip
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT],
+            [sys.executable, SCRIPT.parents[1] / "run_script.py", SCRIPT],
             env=env | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

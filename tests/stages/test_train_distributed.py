@@ -38,7 +38,14 @@ def launch(rounds, tiny, made, folder):
     processes = str(max(count for count, _ in rounds))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, WORKER, path], env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [*command, ROOT / "tests" / "run_script.py", WORKER, path],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
