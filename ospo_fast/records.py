@@ -458,14 +458,29 @@ def os_errors(action: str, path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: a temporary file in the same folder, synced, then renamed to `path`."""
-    with os_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path, _new_file) as (temporary, file):
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
+    write_files({path: data})
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write files of one folder, each whole or not at all, as `write_atomic`; the folder is synced once.
+
+    They get their names in the order of `files`. If the machine crashes meanwhile, any of them may be missing.
+    """
+    with contextlib.ExitStack() as stack:
+        temporaries = {}
+        for path, data in files.items():
+            with os_errors("write", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporaries[path], file = stack.enter_context(_temporary(path, _new_file))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            with os_errors("write", path):
+                temporary.replace(path)
+        for folder in {path.parent: None for path in files}:
+            with os_errors("write", folder):
+                sync_folder(folder)
 
 
 def write_folder(path: Path, save: Callable[[Path], object]) -> None:

@@ -40,6 +40,7 @@ from ospo_fast.records import (
     validate,
     variant_index,
     write_atomic,
+    write_files,
     write_folder,
     write_json,
 )
@@ -730,6 +731,29 @@ def test_a_folder_is_synced_where_the_file_system_can(tmp_path, monkeypatch, num
         write_atomic(tmp_path / "a", b"x")
     assert len(folders) == 1
     assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_files_of_a_folder_get_their_names_once_all_are_on_disk(tmp_path, monkeypatch):
+    seen = []
+
+    def fsync(handle):
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        names = sorted(path.name for path in tmp_path.iterdir() if path.name in "ab")
+        seen.append(("folder" if folder else Path(f"/proc/self/fd/{handle}").read_bytes(), names))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_files({tmp_path / "a": b"x", tmp_path / "b": b"y"})
+    assert seen == [(b"x", []), (b"y", []), ("folder", ["a", "b"])]
+
+
+def test_files_are_written_together_or_the_first_one_is_named_that_is_not(tmp_path):
+    (tmp_path / "c").mkdir()
+    with pytest.raises(OspoError, match=f"^Cannot write {tmp_path / ('x' * 300)}: "):
+        write_files({tmp_path / "a": b"x", tmp_path / ("x" * 300): b"y"})
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    with pytest.raises(OspoError, match=f"^Cannot write {tmp_path / 'c'}: "):
+        write_files({tmp_path / "a": b"x", tmp_path / "c": b"y"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
 
 
 def test_temporary_files_of_killed_processes_are_swept(tmp_path):

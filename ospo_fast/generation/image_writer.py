@@ -17,17 +17,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
+SAVERS = 4
+
 
 class ImageWriter:
-    """Background thread that calls save(index, codes (T,), image) for finished images, in order.
+    """Background threads that call save(index, codes (T,) on the CPU, image) for finished images, batch after batch.
 
     A context manager: leaving it waits for all images, also if it is left by an error. An error of `save` is raised by
-    the next call of `take` or `wait`, or at the end; images after it are not saved.
+    the next call of `take` or `wait`, or at the end; images of later batches are not saved.
 
     Args:
         model: its VQ decoder turns codes into pixels. On a GPU it runs in the thread, on a separate stream; on a CPU in
             `take`, since two threads would compete for the cores.
-        save: what to do with an image.
+        save: what to do with an image. Several threads call it, as each waits for the disk most of the time.
         depth: maximum number of queued batches; `take` blocks when the queue is full.
 
     """
@@ -36,6 +38,7 @@ class ImageWriter:
         self._model, self._save, self._depth = model, save, depth
         self._cuda = model.device.type == "cuda"
         self._pool = ThreadPoolExecutor(1, "ospo-fast image writer", _use_own_stream, (model.device,))
+        self._savers = ThreadPoolExecutor(SAVERS, "ospo-fast image saver")
         self._pending: deque[Future[None]] = deque()
         self._failed = False
 
@@ -59,6 +62,7 @@ class ImageWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
+        self._savers.shutdown()
         if error is None:
             self.wait(lambda: not self._pending)
 
@@ -66,8 +70,11 @@ class ImageWriter:
         if self._failed:
             return
         try:
-            for index, row, image in zip(indices, codes, images or self._model.decode_codes(codes), strict=True):
-                self._save(index, row, image)
+            images = images or self._model.decode_codes(codes)
+            for saved in [
+                self._savers.submit(self._save, *of) for of in zip(indices, codes.cpu(), images, strict=True)
+            ]:
+                saved.result()
         except BaseException:
             self._failed = True
             raise

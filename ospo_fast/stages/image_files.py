@@ -17,7 +17,7 @@ from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.files import load_npz, locate, open_image
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import SIDES, Pair, os_errors, sync_folder, write_atomic
+from ospo_fast.records import SIDES, Pair, os_errors, sync_folder, write_atomic, write_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,11 +34,16 @@ def encode_png(image: Any) -> bytes:
 
 def save_codes(path: Path, codes: Tensor, **settings: Any) -> None:
     """Write codes (T,) and the settings that generated them to an .npz, atomically."""
+    write_atomic(path, encode_codes(codes, **settings))
+
+
+def encode_codes(codes: Tensor, **settings: Any) -> bytes:
+    """Encode codes (T,) and the settings that generated them as .npz."""
     largest = int(codes.max()) if codes.numel() else 0
     buffer = io.BytesIO()
     array = codes.cpu().numpy().astype(np.int16 if largest < 2**15 else np.int32)
     np.savez(buffer, codes=array, **settings)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_codes(path: Path) -> dict[str, Any]:
@@ -59,15 +64,19 @@ def load_codes(path: Path) -> dict[str, Any]:
 def save_image(path: Path, image: Any, codes: Tensor, settings: dict[str, Any]) -> None:
     """Write the PNG and then the .npz, which marks the image as finished; see `is_finished`.
 
-    The .npz of an image that was there before goes first: with a new PNG it would mark that one as finished.
+    The .npz of an image that was there before goes first: with a new PNG it would mark that one as finished. If there
+    was a PNG, the new one is on disk before the .npz, which would otherwise mark the old one after a crash.
     """
     mark, data = path.with_suffix(".npz"), encode_png(image)
     with os_errors("replace", mark):
         if os.path.lexists(mark):
             mark.unlink()
             sync_folder(mark.parent)
-    write_atomic(path, data)
-    save_codes(mark, codes, **settings)
+    if os.path.lexists(path):
+        write_atomic(path, data)
+        save_codes(mark, codes, **settings)
+    else:
+        write_files({path: data, mark: encode_codes(codes, **settings)})
 
 
 def is_finished(path: Path, settings: dict[str, Any]) -> bool:

@@ -44,8 +44,9 @@ def test_finished_images_are_saved(tiny: JanusUnifiedModel) -> None:
         writer.take([4, 1], codes[:2])
         writer.take([], codes[:0])
         writer.take([0], codes[2:])
-    assert list(saved) == [4, 1, 0]
-    for (row, image), own, expected in zip(saved.values(), codes, tiny.decode_codes(codes), strict=True):
+    assert sorted(saved) == [0, 1, 4]
+    for index, own, expected in zip([4, 1, 0], codes, tiny.decode_codes(codes), strict=True):
+        row, image = saved[index]
         assert torch.equal(row, own)
         assert image.tobytes() == expected.tobytes()
 
@@ -68,6 +69,32 @@ def test_images_are_saved_in_the_background_and_a_part_can_be_waited_for() -> No
         for gate in gates:
             gate.set()
     assert saved == [0, 1, 2]
+
+
+def test_images_of_a_batch_are_saved_at_the_same_time() -> None:
+    """Each waits for the disk most of the time."""
+    together, saved = threading.Barrier(3, timeout=30), []
+
+    def save(index: int, *_: object) -> None:
+        together.wait()
+        saved.append(index)
+
+    with ImageWriter(MODEL, save) as writer:
+        writer.take([5, 6, 7], torch.tensor([[5], [6], [7]]))
+    assert sorted(saved) == [5, 6, 7]
+
+
+def test_images_of_the_batch_of_a_failed_one_are_saved_and_those_of_later_batches_are_not() -> None:
+    saved: list[int] = []
+
+    def run() -> None:
+        with ImageWriter(MODEL, failing_at(2, saved)) as writer:
+            for first in (0, 4, 8):
+                writer.take(list(range(first, first + 4)), torch.arange(first, first + 4)[:, None])
+
+    with pytest.raises(OSError, match="no space left"):
+        run()
+    assert sorted(saved) == [0, 1, 3]
 
 
 @pytest.mark.parametrize("call", ["take", "wait", "leave"])

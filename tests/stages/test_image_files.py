@@ -1,7 +1,9 @@
 """PNG and .npz files: codes are read back or encoded, and damaged files are reported one by one."""
 
+import os
 import random
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -69,6 +71,32 @@ def test_an_image_that_replaces_another_is_not_finished_before_its_codes_are(mod
         save_image(path, model.decode_codes(codes[None])[0], codes, {"prompt": "a blue square", "seed": 3})
     assert done == [path][:writes]
     assert not is_finished(path, settings)
+
+
+@pytest.mark.parametrize(("deleted", "syncs"), [((".png", ".npz"), 1), ((".npz",), 2), ((".png",), 2), ((), 3)])
+def test_the_names_of_an_image_are_on_disk_before_a_mark_could_be_that_of_the_old_one(
+    model, path, monkeypatch, deleted, syncs
+):
+    """The folder is synced once the old mark is gone, and before the new one where the old image is left."""
+    for suffix in deleted:
+        path.with_suffix(suffix).unlink()
+    sync, seen = os.fsync, []
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            seen.append(tuple(path.with_suffix(suffix).exists() for suffix in (".png", ".npz")))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    codes = torch.zeros(36, dtype=torch.long)
+    save_image(path, model.decode_codes(codes[None])[0], codes, {"prompt": "a blue square", "seed": 3})
+    assert len(seen) == syncs
+    assert seen[-1] == (True, True)
+    if ".npz" not in deleted:
+        assert seen[0] == (".png" not in deleted, False)
+    if ".png" not in deleted:
+        assert seen[-2] == (True, False)
+    assert is_finished(path, {"prompt": "a blue square", "seed": 3})
 
 
 def test_codes_are_read_back_or_encoded(model, path):

@@ -153,10 +153,10 @@ def test_images_are_written_while_the_next_chunk_is_generated(model, tmp_path, m
 
 
 def test_a_full_disk_ends_the_stage(model, tmp_path, monkeypatch):
-    def full(path, data):
+    def full(files):
         raise OSError("no space left")
 
-    monkeypatch.setattr(image_files, "write_atomic", full)
+    monkeypatch.setattr(image_files, "write_files", full)
     monkeypatch.setattr(stage, "CHUNK", 1)
     with pytest.raises(OSError, match="no space left"):
         list(run([item(n) for n in range(3)], model, config(), out=tmp_path))
