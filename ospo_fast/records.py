@@ -469,17 +469,19 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     with contextlib.ExitStack() as stack:
         temporaries = {}
         for path, data in files.items():
-            with os_errors("write", path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporaries[path], file = stack.enter_context(_temporary(path, _new_file))
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            stack.enter_context(
+                os_errors("write", path)
+            )  # closing the file, too, writes what a full disk left buffered
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporaries[path], file = stack.enter_context(_temporary(path, _new_file))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         for path, temporary in temporaries.items():
             with os_errors("write", path):
                 temporary.replace(path)
-        for folder in {path.parent: None for path in files}:
-            with os_errors("write", folder):
+        for folder, path in {path.parent: path for path in files}.items():
+            with os_errors("write", path):
                 sync_folder(folder)
 
 

@@ -756,6 +756,24 @@ def test_files_are_written_together_or_the_first_one_is_named_that_is_not(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
 
 
+@pytest.mark.parametrize("size", [5000, 50000])  # less and more than the buffer of a file
+@pytest.mark.parametrize("second", [False, True])
+def test_a_full_disk_names_the_file(tmp_path, size, second):
+    """What is left in a buffer is written again when the file is closed, which fails again."""
+    code = (
+        "import pathlib, resource, sys; from ospo_fast import records\n"
+        "from ospo_fast.errors import OspoError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "folder, size, second = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])\n"
+        "try: records.write_files({folder / 'a': b'x' * (1 if second else size), folder / 'b': b'x' * size})\n"
+        "except OspoError as error: print(error)"
+    )
+    arguments = [str(tmp_path), str(size), str(int(second))]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith(f"Cannot write {tmp_path / ('b' if second else 'a')}: ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_temporary_files_of_killed_processes_are_swept(tmp_path):
     code = (
         "import os, pathlib, signal, sys; from ospo_fast import records\n"
