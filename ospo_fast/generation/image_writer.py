@@ -29,7 +29,8 @@ class ImageWriter:
     Args:
         model: its VQ decoder turns codes into pixels. On a GPU it runs in the thread, on a separate stream; on a CPU in
             `take`, since two threads would compete for the cores.
-        save: what to do with an image. Several threads call it, as each waits for the disk most of the time.
+        save: what to do with an image. Several threads call it, as each waits for the disk most of the time. It runs no
+            operation of torch: in a forked process, the first ones of several threads race for torch's own threads.
         depth: maximum number of queued batches; `take` blocks when the queue is full.
 
     """
@@ -61,8 +62,10 @@ class ImageWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()
-        self._savers.shutdown()
+        try:
+            self._pool.shutdown()
+        finally:  # Ctrl-C
+            self._savers.shutdown()
         if error is None:
             self.wait(lambda: not self._pending)
 
@@ -71,13 +74,20 @@ class ImageWriter:
             return
         try:
             images = images or self._model.decode_codes(codes)
-            for saved in [
-                self._savers.submit(self._save, *of) for of in zip(indices, codes.cpu(), images, strict=True)
-            ]:
-                saved.result()
+            for saved in [self._begin(*of) for of in zip(indices, codes.cpu(), images, strict=True)]:
+                if saved is not None:
+                    saved.result()
         except BaseException:
             self._failed = True
             raise
+
+    def _begin(self, index: int, codes: Tensor, image: Image) -> Future[None] | None:
+        """Save an image in another thread, or in this one while the interpreter ends, which starts no more work."""
+        try:
+            return self._savers.submit(self._save, index, codes, image)
+        except RuntimeError:
+            self._save(index, codes, image)
+            return None
 
 
 def _use_own_stream(device: torch.device) -> None:

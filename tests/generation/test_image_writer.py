@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -123,3 +125,17 @@ def test_finished_images_are_kept_when_the_caller_fails() -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     assert saved == [1]
+
+
+def test_images_that_wait_when_the_interpreter_ends_are_saved() -> None:
+    """Of a generator of images, for example, that a script left half-read."""
+    code = (
+        "import time, torch; from types import SimpleNamespace\n"
+        "from ospo_fast.generation.image_writer import ImageWriter\n"
+        "def save(index, *_): time.sleep(0.05); print(index, flush=True)\n"
+        "model = SimpleNamespace(device=torch.device('cpu'), decode_codes=lambda codes: codes[:, 0].tolist())\n"
+        "writer = ImageWriter(model, save)\n"
+        "for first in range(0, 12, 4): writer.take(list(range(first, first + 4)), torch.zeros(4, 1, dtype=int))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert sorted(map(int, done.stdout.split())) == list(range(12))

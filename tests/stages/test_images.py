@@ -121,8 +121,8 @@ def test_images_do_not_depend_on_order_or_chunk(model, tmp_path, monkeypatch):
 
 def test_images_are_written_while_the_next_chunk_is_generated(model, tmp_path, monkeypatch):
     """A single writer serves all chunks. A record comes out after its images are on disk."""
-    begun, calls, writers = threading.Event(), [], []
-    original, write = ImageGenerator.generate, image_files.write_atomic
+    begun, calls, writers, waited = threading.Event(), [], [], []
+    original, write = ImageGenerator.generate, image_files.write_files
 
     def generate(self, prompts, **settings):
         calls.append(len(prompts))
@@ -130,13 +130,13 @@ def test_images_are_written_while_the_next_chunk_is_generated(model, tmp_path, m
             begun.set()
         return original(self, prompts, **settings)
 
-    def slow(path, data):
-        if "0000000" in str(path):
-            assert begun.wait(60)  # the first chunk's images wait until the second is being generated
-        write(path, data)
+    def slow(files):
+        if "0000000" in str([*files]):
+            waited.append(begun.wait(60))  # the first chunk's images wait until the second is being generated
+        write(files)
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
-    monkeypatch.setattr(image_files, "write_atomic", slow)
+    monkeypatch.setattr(image_files, "write_files", slow)
     enter = ImageWriter.__enter__
     monkeypatch.setattr(ImageWriter, "__enter__", lambda self: writers.append(self) or enter(self))
     monkeypatch.setattr(stage, "CHUNK", 1)
@@ -145,6 +145,7 @@ def test_images_are_written_while_the_next_chunk_is_generated(model, tmp_path, m
         assert done["item_id"] == f"000000{n}"
         assert len(files(tmp_path / "images" / done["item_id"])) == 12
         assert len(calls) == min(n + 2, 3)
+    assert waited == [True] * 6
     assert sum(isinstance(writer, image_files.ImageFiles) for writer in writers) == 1
     assert context.report.drawing["images"] == 18
     again = StageContext()
