@@ -469,9 +469,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     with contextlib.ExitStack() as stack:
         temporaries = {}
         for path, data in files.items():
-            stack.enter_context(
-                os_errors("write", path)
-            )  # closing the file, too, writes what a full disk left buffered
+            stack.enter_context(os_errors("write", path))  # also of closing, which writes what is left in the buffer
             path.parent.mkdir(parents=True, exist_ok=True)
             temporaries[path], file = stack.enter_context(_temporary(path, _new_file))
             file.write(data)
@@ -480,9 +478,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         for path, temporary in temporaries.items():
             with os_errors("write", path):
                 temporary.replace(path)
-        for folder, path in {path.parent: path for path in files}.items():
-            with os_errors("write", path):
-                sync_folder(folder)
+        sync_folder(path.parent)
 
 
 def write_folder(path: Path, save: Callable[[Path], object]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Self
 
-SAVERS = 4
+SAVERS = 4  # threads, which wait for the disk most of the time
 
 
 class ImageWriter:
@@ -82,7 +82,7 @@ class ImageWriter:
             raise
 
     def _begin(self, index: int, codes: Tensor, image: Image) -> Future[None] | None:
-        """Save an image in another thread, or in this one while the interpreter ends, which starts no more work."""
+        """Save an image in another thread, or in this one where that cannot begin: while the interpreter ends."""
         try:
             return self._savers.submit(self._save, index, codes, image)
         except RuntimeError:
