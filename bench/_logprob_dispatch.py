@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from _logprob_variants import eager
-from _measure import Timing, dtype_name, row
+from _measure import dtype_name, row, timing_of
 
 import ospo_fast
 
@@ -33,9 +33,7 @@ def dispatch(where: str, dtype: torch.dtype, quick: bool) -> list[dict]:
             if name in products:
                 beyond = (ms - base for ms, base in zip(own, times[products[name]], strict=True))
                 more |= {"overhead_us": round(statistics.median(beyond) * 1e3, 2), "beyond": products[name]}
-            fifths = statistics.quantiles(own, n=5, method="inclusive")
-            timing = Timing(statistics.median(own), fifths[0], fifths[3], len(own))
-            rows.append(row("token_logprobs", name, SIZES, dtype_name(dtype), timing, **more))
+            rows.append(row("token_logprobs", name, SIZES, dtype_name(dtype), timing_of(own), **more))
         return rows
     finally:
         torch.set_num_threads(threads)

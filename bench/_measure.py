@@ -91,7 +91,7 @@ def interleaved(
             if turn >= warmup:
                 times[name].append(elapsed)
         turn += 1
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: timing_of(values) for name, values in times.items()}
 
 
 def _milliseconds(run: Callable[..., object], arguments: tuple[Any, ...], device: str) -> float:
@@ -109,8 +109,9 @@ def _milliseconds(run: Callable[..., object], arguments: tuple[Any, ...], device
     return (time.perf_counter() - begin) * 1e3
 
 
-def _timing(values: list[float]) -> Timing:
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
+def timing_of(values: list[float]) -> Timing:
+    """Return the median and the percentiles of times in milliseconds."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
     return Timing(statistics.median(values), fifths[0], fifths[3], len(values))
 
 

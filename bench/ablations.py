@@ -292,7 +292,7 @@ class Bench:
         log = [json.loads(line) for line in (last / "train" / "log.jsonl").read_text().splitlines()]
         watched = [[line["step"], round(line["alignment"], 4)] for line in log if "alignment" in line]
         shutil.rmtree(folder)
-        once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
+        once = measure.timing_of([seconds * 1e3])
         return measure.row(
             "ospo",
             variant.name,

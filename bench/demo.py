@@ -49,7 +49,7 @@ def run(out: Path, quick: bool) -> None:
         seconds = time.perf_counter() - started
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6  # KiB on Linux
-    once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
+    once = measure.timing_of([seconds * 1e3])
     metrics = {name: summary.get(name) for name in METRICS}
     shapes = {"pairs": summary["pairs"]}
     variant = "quick" if quick else "shapes"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _measure import Timing, ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, write
+from _measure import Timing, ceilings, chosen, dtype_name, interleaved, peak_mb, row, show, timing_of, write
 from PIL import Image
 from torch import Tensor
 
@@ -312,9 +312,8 @@ def _alone(run: Variant, inputs: Callable[[], tuple[Any, ...]], ours: bool, befo
         run(*arguments)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
-    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return Timing(statistics.median(times), fifths[0], fifths[3], len(times)), peak
+    return timing_of(times), peak
 
 
 class Cases:

@@ -114,7 +114,7 @@ def run(out: Path, quick: bool) -> None:
                 measured.append((attention, name, pairs.ious(extractor), time.perf_counter() - started, chosen))
         dtype = measure.dtype_name(model.dtype)
         for attention, name, ious, seconds, chosen in measured:
-            once = measure.Timing(seconds * 1e3, seconds * 1e3, seconds * 1e3, 1)
+            once = measure.timing_of([seconds * 1e3])
             error = standard_error(ious)
             metrics = {"rows": attention, "iou": round(float(ious.mean()), 4), "iou_std": round(error, 4)}
             rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **metrics, **chosen))

@@ -4,7 +4,6 @@ The time of a row is that of the whole stage, including the store. Every run sta
 not counted, because it loads modules. `train` counts steps.
 """
 
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def run(out: Path, quick: bool) -> None:
     rows = []
     for stage, reports in zip(STAGES, zip(*runs, strict=True), strict=True):
         times = [report.seconds * 1e3 for report in reports]
-        fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-        timing = measure.Timing(statistics.median(times), fifths[0], fifths[3], len(times))
+        timing = measure.timing_of(times)
         items = reports[0].items
         metrics = {
             "items_s": round(items / timing.median_ms * 1e3, 3),

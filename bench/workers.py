@@ -217,9 +217,7 @@ def _alone(outs: list[Path], settings: tuple[str, ...], core: int) -> int:
 
 
 def _row(variant: str, shapes: dict[str, int], times: list[float], **metrics: Any) -> dict[str, Any]:
-    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
-    timing = measure.Timing(statistics.median(times), fifths[0], fifths[3], len(times))
-    return measure.row("workers", variant, shapes, "fp32", timing, **metrics)
+    return measure.row("workers", variant, shapes, "fp32", measure.timing_of(times), **metrics)
 
 
 def run(out: Path, quick: bool) -> None:
