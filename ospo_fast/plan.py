@@ -578,23 +578,21 @@ def count_done(folders: Mapping[str, Path]) -> dict[str, int]:
 
 
 def calibrate(config: Config, build_evaluation: Callable[[Config], Evaluation | None]) -> Rates:
-    """Measure rates here: run the stages on `SAMPLE` items of the same kinds in a temporary folder.
+    """Measure rates here: run the stages twice on `SAMPLE` items of the same kinds in a temporary folder.
 
-    A first run, of fewer items, pays for what happens once in a process: what it takes longer is the `start` of a
-    stage. build_evaluation: makes the evaluation of training, see `Pipeline`.
+    The first run pays for what happens once in a process, also for each size of batch: what it takes longer is the
+    `start` of a stage. build_evaluation: makes the evaluation of training, see `Pipeline`.
     """
     from ospo_fast.pipeline import Pipeline, stage_metrics
 
     with tempfile.TemporaryDirectory(prefix="ospo-fast-plan-") as folder:
-        first, second = (_sample(config, Path(folder) / str(items), items) for items in (SAMPLE // 4, SAMPLE))
+        first, second = (_sample(config, Path(folder) / name, SAMPLE) for name in ("first", "second"))
         for small in (first, second):
             Pipeline(small, progress=False, evaluation=build_evaluation(small)).run()
         rates, ratios = read_rates(second)
-        demands = _Demands(first, read_shapes(config.model), count_items(first), False, ratios, {})
+        warm = stage_metrics(Path(second.out))
         for name, row in stage_metrics(Path(first.out)).items():
-            amounts: dict[str, float] = getattr(demands, name)().amounts
-            warm = sum(n * rates[name][unit] for unit, n in amounts.items())
-            rates[name]["start"] = max(0.0, row["seconds"] - warm)
+            rates[name]["start"] = max(0.0, row["seconds"] - warm[name]["seconds"])
     return Rates(rates, "measured: this machine, now", dataclasses.replace(ratios, source=f"{ratios.source}, now"))
 
 
