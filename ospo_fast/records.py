@@ -422,17 +422,50 @@ def stable_hash(*parts: object) -> int:
 
 
 def image_index(name: str) -> int:
-    """Return the number in an image name such as `base_2`; see `variant_index`."""
+    """Return the number in the name of an image's entry, such as `base_2`; see `image_variants`."""
     digits = name[len(name.rstrip("0123456789")) :]
     if not 1 <= len(digits) <= 9:
         raise OspoError(f"The image name {name[:60]!r} should end in its number, as in base_0.")
     return int(digits)
 
 
-def variant_index(index: int, record: Mapping[str, Any]) -> int:
-    """Return the variant of image `index` of an item: of V variants, image i + k·V is the k-th further one of i."""
+class ImageVariant(NamedTuple):
+    """The variant of an image. An image of the prompt and one of the hard negative with equal keys may form a pair."""
+
+    key: int | str
+    number: int | None  # place of its hard negative in `negative_prompt`; None: the file name does not say
+
+
+def image_variants(record: Mapping[str, Any]) -> dict[tuple[str, str], ImageVariant]:
+    """Return the variant of each image of an item by its role and the name of its entry, such as ("base", "base_0").
+
+    The images stage numbers entry and file in the same way (`base_2`, `base_2.png`): of V variants, image i + k·V is
+    the k-th further one of variant i. In official records the number of an entry is the place of its file among those
+    that exist, and the file name is the variant (`base_0` may be `01.png` where `00.png` is missing): images with equal
+    file names form a pair (`_match_pair` in ospo/utils/step4/construct_pair.py).
+    """
+    paths = {(role, name): image.get("path") or "" for role, name, image in image_verdicts(cast(Record, record))}
+    if all(_is_numbered(name, path) for (_, name), path in paths.items()):
+        return {entry: _numbered_variant(image_index(entry[1]), record) for entry in paths}
+    variants = {}
+    for entry, path in paths.items():
+        file = os.path.basename(path)  # noqa: PTH119 (Path.name drops a slash at the end)
+        stem = file.partition(".")[0]
+        number = int(stem) if re.fullmatch("[0-9]{1,9}", stem) else None
+        variants[entry] = ImageVariant(file, number)
+    return variants
+
+
+def _is_numbered(name: str, path: str) -> bool:
+    """Return whether a file has the number of its entry after a word. An official file name is a number alone."""
+    found = re.search(r"[^0-9]([0-9]{1,9})$", os.path.splitext(os.path.basename(path))[0])  # noqa: PTH119, PTH122
+    return found is not None and int(found[1]) == image_index(name)
+
+
+def _numbered_variant(index: int, record: Mapping[str, Any]) -> ImageVariant:
     variants = len(record.get("negative_prompt") or ())
-    return index % variants if variants else index
+    number = index % variants if variants else index
+    return ImageVariant(number, number)
 
 
 def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -25,6 +25,7 @@ from ospo_fast.records import (
     chunked,
     from_official,
     image_index,
+    image_variants,
     item_name,
     iter_pairs,
     locked,
@@ -38,7 +39,6 @@ from ospo_fast.records import (
     to_official,
     update_json,
     validate,
-    variant_index,
     write_atomic,
     write_files,
     write_folder,
@@ -528,11 +528,29 @@ def test_hashes_are_stable_and_image_numbers_are_read_from_names():
     assert stable_hash(1, 23) != stable_hash(12, 3)
     assert 0 <= stable_hash("x") < 2**63
     assert image_index("negative_12") == 12
-    assert [variant_index(index, record("a", negative_prompt=["b", "c"])) for index in (0, 1, 2, 5)] == [0, 1, 0, 1]
-    assert variant_index(4, record("a")) == 4
     for name in ("negative", "", "base_²", "9" * 5000):
         with pytest.raises(OspoError, match="base_0"):
             image_index(name)
+
+
+def variants(bases, **fields):
+    found = image_variants(record("a", base_metadata={name: {"path": path} for name, path in bases.items()}, **fields))
+    return list(found.values())
+
+
+def test_the_variant_of_an_image_is_in_its_file_name():
+    # As the images stage names them: of two variants, base_2 is a further image of the first one.
+    own = {f"base_{i}": f"images/a/base_{i}.png" for i in (0, 1, 2, 5)}
+    assert variants(own, negative_prompt=["b", "c"]) == [(0, 0), (1, 1), (0, 0), (1, 1)]
+    assert variants({"base_4": "base_4.png"}) == [(4, 4)]
+    # As official files: the entry has the place among the files that exist, and images of equal file names are a pair.
+    official = {"base_0": "/data/images/base/layout/1000001/01.png", "base_1": "images/base/layout/1000001/02.png"}
+    assert variants(official, negative_prompt=["b", "c", "d"]) == [("01.png", 1), ("02.png", 2)]
+    assert variants({"base_0": "0.png", "base_1": "x1.png"}) == [("0.png", 0), ("x1.png", None)]
+    assert variants({"base_0": "a.png"}) == [("a.png", None)]
+    assert variants({"base_0": "x_1.png", "base_1": "x_0.png"}) == [("x_1.png", None), ("x_0.png", None)]
+    assert variants({"base_0": f"{'9' * 10}.png"}) == [(f"{'9' * 10}.png", None)]
+    assert variants({}) == []
 
 
 IDS = (

@@ -9,8 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import Failure
-from ospo_fast.records import ROLES, ObjectSpan, Pair, Record, image_index, image_verdicts, item_name, variant_index
-from ospo_fast.report.load import Item, Run, number
+from ospo_fast.records import (
+    ROLES,
+    SIDES,
+    ObjectSpan,
+    Pair,
+    Record,
+    image_index,
+    image_variants,
+    image_verdicts,
+    item_name,
+)
+from ospo_fast.report.load import MAX_ENTRIES, Item, Run, number
 from ospo_fast.report.masks import encode_masks
 from ospo_fast.stages.object_tokens import find_spans
 
@@ -58,6 +68,7 @@ def describe(item: Item, run: Run, album: Album, masks: Arrays | Failure | None)
     images = _images(item, run, album)
     pairs = record.get("pairs") or []
     first: Pair = pairs[0] if pairs else {}
+    names = {verdict.get("path"): name for _, name, verdict in image_verdicts(record)}
     return {
         "id": item.record["item_id"],
         "kind": item.kind,
@@ -68,7 +79,7 @@ def describe(item: Item, run: Run, album: Album, masks: Arrays | Failure | None)
         "prompt": record.get("prompt") or "",
         "concepts": record.get("concepts_and_relations") or "",
         "relation": record.get("relation") or "",
-        "pairs": [[image_name(pair["chosen"]), image_name(pair["rejected"])] for pair in pairs],
+        "pairs": [[names.get(pair[side], pair[side]) for side in SIDES] for pair in pairs],  # type: ignore[literal-required]
         "chosenScore": number(first.get("chosen_score")),
         "rejectedScore": number(first.get("rejected_score")),
         "rejectedPrompt": first.get("rejected_prompt") or "",
@@ -78,12 +89,6 @@ def describe(item: Item, run: Run, album: Album, masks: Arrays | Failure | None)
         "images": images,
         "masks": None if masks is None else _masks(record, first, masks),
     }
-
-
-def image_name(path: str) -> str:
-    """The name ("base_1") of an image, from its path."""
-    names = re.findall(r"(?:base|negative)_\d+", path)
-    return str(names[-1]) if names else path
 
 
 def _images(item: Item, run: Run, album: Album) -> dict[str, dict[str, Any]]:
@@ -114,7 +119,11 @@ def _variants(record: Mapping[str, Any], images: Mapping[str, dict[str, Any]]) -
         "denseNegative": record.get("negative_long_prompt") or [],
         "reason": record.get("variant_reasons") or [],
     }
-    variant = {name: variant_index(image_index(name), record) for name in images}
+    numbers = {name: found.number for (_, name), found in image_variants(record).items()}
+    variant = {
+        name: image_index(name) if (number := numbers[name]) is None or number >= MAX_ENTRIES else number
+        for name in images
+    }
     count = max([0, *map(len, columns.values()), *(index + 1 for index in variant.values())])
     variants: list[dict[str, Any]] = []
     for index in range(count):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ospo_fast.config import Config, SelectConfig
 from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import ImageVerdict, Pair, Record, image_index, map_images, stable_hash, variant_index
+from ospo_fast.records import ImageVerdict, Pair, Record, image_variants, image_verdicts, map_images, stable_hash
 from ospo_fast.stages import StageContext
 
 RULES = ("v3", "v2", "random")
@@ -88,9 +88,10 @@ def select_pair(
 
     Args:
         record: `base_metadata` and `negative_metadata`, each {"base_0": {"path", "local_score", "answer_metadata"}, …}.
-        rule: "v3": images filtered by `base_verdict` and `negative_verdict`; pairs are of one variant; the pair
-            of highest base score, the first of equals. "v2": the highest base score of all; rejected is the negative
-            whose mean log-probability under the base prompt is nearest to the chosen's. "random": any index.
+        rule: "v3": images filtered by `base_verdict` and `negative_verdict`; pairs are of one variant (see
+            `records.image_variants`); the pair of highest base score, the first of equals. "v2": the highest base score
+            of all; rejected is the negative whose mean log-probability under the base prompt is nearest to the
+            chosen's. "random": any pair of one variant.
         rng: the generator, or its seed, for "random".
         settings: thresholds, and where the rejected image comes from; the published ones by default.
         logprobs: paths → mean log-probability of each image under the base prompt; "v2" needs it where more than one
@@ -116,6 +117,7 @@ def _select(
     rng: random.Random | int | None,
     logprobs: LogProbs | None,
 ) -> Pair | Failure:
+    variants = image_variants(record)
     if settings.rejected == "own" and rule != "random" and isinstance(pair := _own_pair(record, rule, settings), dict):
         return pair
     bases = _passing(_images(record, "base"), partial(base_verdict, rule=rule, settings=settings))
@@ -127,14 +129,16 @@ def _select(
         return Failure("no negative image shows a difference")
     if rule == "v2":
         return _nearest_pair(_best(bases), list(negatives.values()), logprobs)
-    shared = {index: variant for index in bases if (variant := variant_index(index, record)) in negatives}
+    partners: dict[int | str, Image] = {}  # the first of each variant
+    for name, negative in negatives.items():
+        partners.setdefault(variants["negative", name].key, negative)
+    keyed = [(variants["base", name].key, base) for name, base in bases.items()]
+    shared = [(base, partners[key]) for key, base in keyed if key in partners]
     if not shared:
         return Failure("no variant has both images left")
     if rule == "random":
-        index = (rng if isinstance(rng, random.Random) else random.Random(rng)).choice(list(shared))
-    else:
-        index = max(shared, key=lambda i: bases[i]["local_score"])
-    return _pair(bases[index], negatives[shared[index]])
+        return _pair(*(rng if isinstance(rng, random.Random) else random.Random(rng)).choice(shared))
+    return _pair(*max(shared, key=lambda pair: float(pair[0]["local_score"])))
 
 
 def _images(record: Mapping[str, Any], role: str) -> Mapping[str, Image]:
@@ -142,11 +146,11 @@ def _images(record: Mapping[str, Any], role: str) -> Mapping[str, Image]:
     return images
 
 
-def _passing(images: Mapping[str, Image], judge: Callable[[Image], Verdict]) -> dict[int, Image]:
-    return {image_index(name): image for name, image in images.items() if judge(image).kept}
+def _passing(images: Mapping[str, Image], judge: Callable[[Image], Verdict]) -> dict[str, Image]:
+    return {name: image for name, image in images.items() if judge(image).kept}
 
 
-def _best(images: Mapping[int, Image]) -> Image:
+def _best(images: Mapping[str, Image]) -> Image:
     return max(images.values(), key=lambda image: float(image["local_score"]))
 
 
@@ -236,13 +240,20 @@ def _select_pairs(
             pair = _select(rest, settings.rule, settings, rng, logprobs)
         if isinstance(pair, Failure):
             return pairs or pair
-        if record.get("negative_prompt"):
-            images = {**_images(record, "negative"), **_images(record, "base")}
-            index = next(image_index(name) for name, image in images.items() if image["path"] == pair["rejected"])
-            pair["rejected_prompt"] = record["negative_prompt"][variant_index(index, record)]
+        if (prompt := _rejected_prompt(record, pair["rejected"])) is not None:
+            pair["rejected_prompt"] = prompt
         pairs.append(pair)
         rest = map_images(rest, partial(_unless_used, (pair["chosen"], pair["rejected"])))
     return pairs
+
+
+def _rejected_prompt(record: Record, path: str) -> str | None:
+    """Return the hard negative of the variant of a rejected image; None where the record does not tell it."""
+    prompts, variants = record.get("negative_prompt") or [], image_variants(record)
+    # A path may be that of an image of each role: the rejected one is of the hard negative.
+    entry = next((role, name) for role, name, image in reversed([*image_verdicts(record)]) if image["path"] == path)
+    number = variants[entry].number
+    return prompts[number] if number is not None and number < len(prompts) else None
 
 
 def _unless_used(paths: tuple[str, str], role: str, name: str, image: ImageVerdict) -> ImageVerdict | None:

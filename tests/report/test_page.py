@@ -102,7 +102,8 @@ def test_images_and_pairs_are_grouped_by_hard_negative(run_dir):
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     record = next(record for record in records if record["kept"])
     base = record["base_metadata"]
-    base |= {f"base_{n}": {**base["base_1"], "prompt": "the plain prompt"} for n in (3, 4, 7, 10)}
+    further = {n: {"path": f"images/x/base_{n}.png", "prompt": "the plain prompt"} for n in (3, 4, 7, 10)}
+    base |= {f"base_{n}": {**base["base_1"], **image} for n, image in further.items()}
     base["base_1"]["prompt"] = "the plain prompt"
     record["further_pairs"] = [{"chosen": "images/x/base_4.png", "rejected": "images/x/base_7.png"}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -103,12 +103,6 @@ def test_status_and_reason_follow_the_selection():
     assert (unfinished.status, unfinished.reason) == ("unfinished", "reached the images stage only")
 
 
-def test_image_names_are_read_from_paths():
-    assert inspector.image_name("images/base_9/base_1.png") == "base_1"
-    assert inspector.image_name("/data/negative_2.png") == "negative_2"
-    assert inspector.image_name("x.png") == "x.png"
-
-
 def test_mask_diagnostics_are_means_over_pairs_with_masks():
     full, empty = np.ones((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
     half = full.copy()

@@ -1,7 +1,9 @@
 """Selection: the official results, each rule by hand, and the records that the stage writes."""
 
+import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,72 @@ def test_official_results():
     assert {case["expect"] is None for case in GOLDEN} == {True, False}
     for case in GOLDEN:
         assert select_pair(case["input"]) == case["expect"], case["input"]["item_id"]
+
+
+def official_record(bases, negatives, **fields):
+    """A record as the official scoring writes it: entries have the place of their file among those that exist."""
+
+    def entries(role, margins):
+        return {
+            f"{role}_{place}": {**verdict("", *m), "path": f"images/{role}/layout/1000001/{number:02d}.png"}
+            for place, (number, m) in enumerate(sorted(margins.items()))
+        }
+
+    metadata = {"base_metadata": entries("base", bases), "negative_metadata": entries("negative", negatives)}
+    return {**item({}, {}), **metadata, **fields}
+
+
+def official_pair(bases, negatives):
+    """The pair that the official code makes of {number of the file: margins}: (number of both files), or None."""
+    kept = {number: sum(m) / len(m) for number, m in bases.items() if max(m) > 0 and sum(m) / len(m) >= 0.6}
+    wrong = [number for number, m in negatives.items() if min(m) <= 0]
+    matched = sorted(number for number in kept if number in wrong)
+    return max(matched, key=lambda number: kept[number]) if matched else None  # the first of equals
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_images_of_official_records_pair_by_file_name():
+    # Every pattern of missing images, of 3 base images and 3 hard negatives.
+    subsets = [[n for n in range(3) if pattern >> n & 1] for pattern in range(8)]
+    for base_files, negative_files in itertools.product(subsets, subsets):
+        bases = {n: [0.7 + n / 10] for n in base_files}
+        negatives = {n: [-0.5] for n in negative_files}
+        record, number = official_record(bases, negatives), official_pair(bases, negatives)
+        (done,) = run([record], None, load_config([]))
+        paths = [tuple(Path(path).name for path in found[:2]) + found[2:] for found in images(done)]
+        assert paths == ([] if number is None else [(f"{number:02d}.png", f"{number:02d}.png", f"n{number}")])
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_random_official_records_give_the_official_pairs():
+    rng, counts = random.Random(0), Counter()
+
+    def margins():
+        return {
+            n: [rng.choice((-0.9, -0.2, 0.0, 0.5, 0.7, 0.9, 1.0)) for _ in range(rng.randint(1, 3))]
+            for n in range(rng.randint(1, 6))
+            if rng.random() > 0.15
+        }
+
+    for _ in range(1000):
+        bases, negatives = margins(), margins()
+        number = official_pair(bases, negatives)
+        record = official_record(bases, negatives, negative_prompt=list("abcdef"))
+        (done,) = run([record], None, load_config([]))
+        expected = None if number is None else (f"{number:02d}.png", f"{number:02d}.png", "abcdef"[number])
+        found = [tuple(Path(path).name for path in pair[:2]) + pair[2:] for pair in images(done)]
+        assert found == ([] if expected is None else [expected])
+        counts["missing" if min(len(bases), len(negatives)) < max(len(bases), len(negatives)) else "whole"] += 1
+        counts["pair" if expected else "none"] += 1
+    assert min(counts.values()) > 100
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_a_rejected_image_without_a_known_hard_negative():
+    record = official_record({4: [0.9]}, {4: [-0.9]})  # of a fifth variant, and the item has three hard negatives
+    assert select_pair(record)["rejected"].endswith("/04.png")
+    (done,) = run([record], None, load_config([]))
+    assert "rejected_prompt" not in done["pairs"][0]
 
 
 def test_v3_shares_the_index_and_takes_the_first_of_equals():
@@ -161,8 +229,9 @@ def test_random_is_unfiltered_and_seeded():
 def test_wrong_rule_and_wrong_names():
     with pytest.raises(UsageError, match="one of v3, v2, random, got 'best'"):
         select_pair(GOLDEN[0]["input"], "best")
+    numbered = {"base_metadata": {"base": verdict("b1", 1)}, "negative_metadata": {"negative_0": verdict("n", -1)}}
     with pytest.raises(OspoError, match="base_0"):
-        select_pair({"base_metadata": {"base": verdict("b", 1)}, "negative_metadata": {}})
+        select_pair(numbered)
 
 
 @pytest.mark.usefixtures("omegaconf")
