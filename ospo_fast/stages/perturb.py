@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError, attempt
@@ -12,6 +14,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import VARIANTS, Record, chunked, stable_hash
 from ospo_fast.stages import StageContext
 from ospo_fast.stages.prompt_files import excluded_prompts, prompt_key
+from ospo_fast.stages.templates import TemplateSet
 from ospo_fast.stages.text_sampling import load_model_templates, sample_text, template_variables
 
 CHUNK = 64  # items between two writes to the store
@@ -76,7 +79,9 @@ def run(
     out: Path | None = None,
     context: StageContext | None = None,
 ) -> Iterator[Record]:
-    """Add `perturbed_method`, `negative_prompt`, `long_prompt` and `negative_long_prompt`, a list of three each.
+    """Add `perturbed_method`, `negative_prompt`, `long_prompt` and `negative_long_prompt`: lists, an entry per variant.
+
+    Hard negatives and dense prompts that an item comes with, such as one of an official file, are kept.
 
     A variant fails if an answer fails or does not parse, repeats the prompt, or gives an excluded prompt; those of an
     unknown sub-category all fail. Its prompts are then empty strings, and its entry of `variant_reasons` says why. The
@@ -84,44 +89,82 @@ def run(
     """
     templates, excluded = load_model_templates(model, config), excluded_prompts(config)
     for chunk in chunked(records, CHUNK):
-        methods = [attempt(methods_for, record.get("sub_category") or "") for record in chunk]
-        known = [(record, m) for record, m in zip(chunk, methods, strict=True) if not isinstance(m, Failure)]
-        slots = [(record, variant) for record, _ in known for variant in range(VARIANTS)]
-        variables = [template_variables(record) | {"method": method} for record, m in known for method in m]
-        seeds = [stable_hash(config.seed, "perturb", record["item_id"], variant) for record, variant in slots]
-        answers = sample_text(model, templates, "perturb", config.perturb, variables, seeds)
-        negatives = ["" if isinstance(answer, Failure) else parse_contrast(answer) for answer in answers]
-        failures = [
-            answer if isinstance(answer, Failure) else _check_negative(record["prompt"], negative, excluded)
-            for (record, _), answer, negative in zip(slots, answers, negatives, strict=True)
+        methods = [_methods(record) for record in chunk]
+        slots = [
+            _Slot(record, variant, method)
+            for record, found in zip(chunk, methods, strict=True)
+            if not isinstance(found, Failure)
+            for variant, method in enumerate(found)
         ]
-        rows = [n for n, failed in enumerate(failures) if failed is None]
-        variables = [{"prompt": slots[n][0]["prompt"], "negative_prompt": negatives[n]} for n in rows]
-        seeds = [stable_hash(config.seed, "densify", slots[n][0]["item_id"], slots[n][1]) for n in rows]
-        dense = [("", "")] * len(slots)
-        for n, answer in zip(
-            rows, sample_text(model, templates, "densify", config.perturb, variables, seeds), strict=True
-        ):
-            prompts = answer if isinstance(answer, Failure) else _accept_dense(answer, excluded)
-            if isinstance(prompts, Failure):
-                failures[n] = prompts
+        written = iter(
+            _write_negatives([s for s in slots if s.given("negative_prompt") is None], model, templates, config)
+        )
+        negatives = [next(written) if (text := slot.given("negative_prompt")) is None else text for slot in slots]
+        failures = [
+            negative if isinstance(negative, Failure) else _check_negative(slot.record["prompt"], negative, excluded)
+            for slot, negative in zip(slots, negatives, strict=True)
+        ]
+        texts = ["" if isinstance(negative, Failure) else negative for negative in negatives]
+        dense = [(slot.given("long_prompt") or "", slot.given("negative_long_prompt") or "") for slot in slots]
+        rows = [n for n, failed in enumerate(failures) if failed is None and not all(dense[n])]
+        variables = [{"prompt": slots[n].record["prompt"], "negative_prompt": texts[n]} for n in rows]
+        seeds = [stable_hash(config.seed, "densify", slots[n].record["item_id"], slots[n].variant) for n in rows]
+        answers = sample_text(model, templates, "densify", config.perturb, variables, seeds)
+        for n, answer in zip(rows, answers, strict=True):
+            if isinstance(answer, Failure):
+                failures[n] = answer
             else:
-                dense[n] = prompts
-        starts = iter(range(0, len(slots), VARIANTS))
+                dense[n] = parse_dense(answer)
+        for n, failed in enumerate(failures):
+            failures[n] = failed or _check_dense(dense[n], excluded)
+            if failures[n] is not None:
+                dense[n] = "", ""
+        start = 0
         for record, method in zip(chunk, methods, strict=True):
             if isinstance(method, Failure):
                 yield _without_variants(record, method)
                 continue
-            start = next(starts)
-            rows_of_item = slice(start, start + VARIANTS)
+            own = slice(start, start + len(method))
+            start = own.stop
             yield {
                 **record,
                 "perturbed_method": list(method),
-                "negative_prompt": negatives[rows_of_item],
-                "long_prompt": [base for base, _ in dense[rows_of_item]],
-                "negative_long_prompt": [negative for _, negative in dense[rows_of_item]],
-                "variant_reasons": [failed.reason if failed else None for failed in failures[rows_of_item]],
+                "negative_prompt": texts[own],
+                "long_prompt": [base for base, _ in dense[own]],
+                "negative_long_prompt": [negative for _, negative in dense[own]],
+                "variant_reasons": [failed.reason if failed else None for failed in failures[own]],
             }
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One variant of an item."""
+
+    record: Record
+    variant: int
+    method: str
+
+    def given(self, field: str) -> str | None:
+        """Return the text of a field of variants that the item comes with; None where it has none."""
+        texts: Sequence[str] = cast("Mapping[str, Any]", self.record).get(field) or ()
+        return texts[self.variant] if self.variant < len(texts) else None
+
+
+def _methods(record: Record) -> Sequence[str] | Failure:
+    """Return the perturbation of each variant of an item."""
+    given, methods = record.get("negative_prompt") or [], record.get("perturbed_method") or []
+    if not given:
+        return attempt(methods_for, record.get("sub_category") or "")
+    return methods if len(methods) == len(given) else [""] * len(given)
+
+
+def _write_negatives(
+    slots: Sequence[_Slot], model: UnifiedModel, templates: TemplateSet, config: Config
+) -> list[str | Failure]:
+    variables = [template_variables(slot.record) | {"method": slot.method} for slot in slots]
+    seeds = [stable_hash(config.seed, "perturb", slot.record["item_id"], slot.variant) for slot in slots]
+    answers = sample_text(model, templates, "perturb", config.perturb, variables, seeds)
+    return [answer if isinstance(answer, Failure) else parse_contrast(answer) for answer in answers]
 
 
 def _without_variants(record: Record, failed: Failure) -> Record:
@@ -133,6 +176,8 @@ def _without_variants(record: Record, failed: Failure) -> Record:
 def _check_negative(prompt: str, negative: str, excluded: frozenset[str]) -> Failure | None:
     if not negative:
         return Failure("no contrastive prompt in the answer")
+    if "\n" in negative:
+        return Failure("the hard negative has several lines, so it is an answer without a contrastive prompt")
     if prompt_key(negative) == prompt_key(prompt):
         return Failure("the variant is the prompt itself")
     if prompt_key(negative) in excluded:
@@ -140,13 +185,12 @@ def _check_negative(prompt: str, negative: str, excluded: frozenset[str]) -> Fai
     return None
 
 
-def _accept_dense(answer: str, excluded: frozenset[str]) -> tuple[str, str] | Failure:
-    prompts = parse_dense(answer)
+def _check_dense(prompts: tuple[str, str], excluded: frozenset[str]) -> Failure | None:
     if not all(prompts):
         return Failure("no dense prompts in the answer")
     if any(prompt_key(prompt) in excluded for prompt in prompts):
         return Failure("a dense prompt is on the list of excluded prompts")
-    return prompts
+    return None
 
 
 def failure(record: Record) -> Failure | None:

@@ -6,6 +6,7 @@ import pytest
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError
+from ospo_fast.records import stable_hash
 from ospo_fast.stages import perturb
 from ospo_fast.stages.perturb import METHODS, failure, methods_for, parse_contrast, parse_dense, run
 
@@ -146,3 +147,49 @@ def test_seeds_do_not_depend_on_the_order(asked, monkeypatch):
     assert backward[::-1] == forward
     assert {(v["prompt"], s) for stage, values, seeds in asked for v, s in zip(values, seeds, strict=True)} == first
     assert len(first) == 5 * 3 + 5
+
+
+def test_given_hard_negatives_get_dense_forms_alone(asked):
+    given = [
+        "a red cup and a green hat",
+        "A red cup and a blue hat",
+        "Step 1. Objects: cup\nStep 2. cup - red",
+        "a cup",
+    ]
+    (done,) = run([record(sub="unknown") | {"negative_prompt": given}], MODEL, load_config())
+    assert done["negative_prompt"] == given
+    assert done["perturbed_method"] == [""] * 4
+    assert done["negative_long_prompt"] == [f"long {given[0]}", "", "", f"long {given[3]}"]
+    assert "prompt itself" in done["variant_reasons"][1]
+    assert "several lines" in done["variant_reasons"][2]
+    assert [done["variant_reasons"][n] for n in (0, 3)] == [None, None]
+    seeds = [stable_hash(42, "densify", "0000001", variant) for variant in (0, 3)]
+    assert [(stage, len(v), s) for stage, v, s in asked] == [("perturb", 0, []), ("densify", 2, seeds)]
+    # Next to an item without any, and with the methods of its own.
+    methods = ["drop", "swap", "replace", "replace"]
+    asked.clear()
+    others = [record("a"), record("b") | {"negative_prompt": given, "perturbed_method": methods}, record("c")]
+    first, second, third = run(others, MODEL, load_config())
+    assert (second["perturbed_method"], second["negative_long_prompt"]) == (methods, done["negative_long_prompt"])
+    assert (
+        first["negative_prompt"]
+        == third["negative_prompt"]
+        == ["a green cup and a blue hat", first["prompt"].replace("a red", "A red") + ".", ""]
+    )
+
+
+def test_given_dense_prompts_are_kept(asked, tmp_path):
+    negatives = ["a green cup", "a blue hat", ""]
+    dense = {"long_prompt": ["long base 0", "", ""], "negative_long_prompt": ["long green", "", ""]}
+    item = record() | {"negative_prompt": negatives} | dense
+    (done,) = run([item], MODEL, load_config())
+    assert done["long_prompt"] == ["long base 0", "long a red cup and a blue hat", ""]
+    assert done["negative_long_prompt"] == ["long green", "long a blue hat", ""]
+    assert [len(values) for _, values, _ in asked] == [0, 1]
+    file = tmp_path / "held.txt"
+    file.write_text("Long green.\n")
+    (done,) = run([item], MODEL, load_config([f"prompts.exclude={file}"]))
+    assert (done["variant_reasons"][0], done["long_prompt"][0]) == (
+        "a dense prompt is on the list of excluded prompts",
+        "",
+    )
