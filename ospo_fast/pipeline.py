@@ -22,7 +22,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ospo_fast import restarts
+from ospo_fast import official_files, restarts
 from ospo_fast.config import Config, MasksConfig, dump_config, load_file, saved_path, saved_values
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.files import no_link
@@ -34,6 +34,7 @@ from ospo_fast.records import (
     Store,
     discard,
     edited_text,
+    encode_record,
     lock_of,
     merge_stores,
     only_writer,
@@ -46,7 +47,7 @@ from ospo_fast.records import (
     write_atomic,
     write_json,
 )
-from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage
+from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage, needs
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
 from ospo_fast.stages.tracking import Tracker, check_tracker
 from ospo_fast.versions import run_versions
@@ -100,12 +101,33 @@ def _read_stores(paths: Sequence[Path], on_error: OnError | None = None) -> dict
 def read_stage(out: Path, stage: str, on_error: OnError | None = None) -> list[Record]:
     """Return the records of a stage in a run folder, those of its shards included, each item once.
 
-    Raises UsageError when there is no store, with the command that makes it, and the errors of `read_records`.
+    Without a store, they are those of official files; see `official_files`.
+
+    Raises UsageError when there is neither, with the command that makes the store, and the errors of `read_records`.
     """
     paths = store_paths(out, stage)
-    if not paths:
-        raise UsageError(f"There is no {stage}.jsonl in {out}; run `ospo-fast {stage} --out {out}` first.")
-    return list(_read_stores(paths, on_error).values())
+    if paths:
+        return list(_read_stores(paths, on_error).values())
+    found = _read_official(out, stage, on_error)
+    if found is None:
+        raise UsageError(
+            f"There is no {stage}.jsonl in {out}, and no official file in its place ({official_files.KNOWN}); run "
+            f"`ospo-fast {stage} --out {out}` first."
+        )
+    return [record for record, _ in found.values()]
+
+
+def _read_official(out: Path, stage: str, on_error: OnError | None) -> dict[str, tuple[Record, bool]] | None:
+    """Return the items of official files in place of a store, see `official_files.read_stage`."""
+
+    def stored(name: str) -> tuple[Path, list[Record]] | None:
+        paths = store_paths(out, name)
+        return (paths[0], list(_read_stores(paths, lambda error: None).values())) if paths else None
+
+    def fail(error: OspoError) -> None:
+        raise error
+
+    return official_files.read_stage(out, stage, on_error or fail, stored)
 
 
 def _with_prompts(records: Sequence[Record], source: str, on_error: OnError) -> list[Record]:
@@ -615,7 +637,7 @@ class Pipeline:
         source = stage.inputs(config)
         done = stage.counts_steps and (out / str(stage.folder) / "done.json").exists()
         if source is not None and stage.enabled(config) and not done and not store_paths(out, source):
-            read_stage(out, source)
+            read_stage(out, source, lambda error: None)
 
     def _begin_over(self, stage: Stage, out: Path, settings: dict[str, Any]) -> None:
         """Begin to start a stage over, so that a call with `resume=True` continues."""
@@ -739,16 +761,26 @@ class Pipeline:
         again: list[Record] = []  # inputs of finished items whose files were deleted
         unusable: list[OspoError] = []  # of lines and items of the stores; each is left out alone
         own, inputs_of_shard = _inodes([place]), {}
+        lacks: dict[str, needs.Lack] = {}
         present = {} if fresh else self._present(work, name, unusable)
+        taken: dict[str, Record] = {}  # what official files hold in place of the store
+        if work == out and not fresh and not store_paths(out, name):
+            told = unusable.append if source is None else lambda error: None  # else it is told of the inputs
+            official = _read_official(out, name, told) or {}
+            taken = {item_id: record for item_id, (record, finished) in official.items() if finished}
+        present |= taken
         if source is None:
-            complete = not fresh and self._complete(work, name) and bool(store_paths(work, name))
+            complete = bool(taken) or (not fresh and self._complete(work, name) and bool(store_paths(work, name)))
             waiting, total = list(present.values()), 0
         else:
             inputs_of_shard = _inodes(store_paths(out, source))
             found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
-            if not found and not unusable:
+            if not found:
+                if unusable:
+                    raise OspoError(f"{name}: {some_failed('items', list(map(str, unusable)), len(unusable))}")
                 raise UsageError(f"{store_path(out, source)} holds no records; run `ospo-fast {source}` to make them.")
+            lacks = {r["item_id"]: lack for r in found if (lack := stage.needs(config, r)) is not None}
             if work != out and (gone := present.keys() - {r["item_id"] for r in found}):
                 raise UsageError(
                     f"{place} has the item {shown(min(gone))}, which {source}.jsonl does not have any more; run "
@@ -759,6 +791,8 @@ class Pipeline:
             if stage.folder is not None and present and _made_here(work, name):
                 again = [r for r in inputs if r["item_id"] in present and _lost(stage, work, present[r["item_id"]])]
             complete = not waiting and not again
+            if waiting and len(lacks) == len(found):
+                needs.refuse(name, f"{source}.jsonl" if store_paths(out, source) else str(out), list(lacks.values()))
             self._check_files(stage, out, config, [*waiting, *again])
             if present and not complete:
                 self._check_written_once(stage, work, config)
@@ -780,11 +814,14 @@ class Pipeline:
             order = stage.order(model or self.model(report.iteration), config)
         if self._shared is not None:
             with self._shared.gate():
+                _keep_official(work, name, taken)
                 if place.exists():  # one to which nothing is appended is refused before the work
                     with Store(place, on_error=lambda error: None):
                         pass
             self._begin(work, stage, settings, out, {})
-            self._share(stage, found if source else [], present, again, failed, report, config, out=out, work=work)
+            self._share(
+                stage, found if source else [], present, again, failed, report, config, lacks, out=out, work=work
+            )
             self._shared.once(lambda: self._merge(stage, work, order))
             _warn(name, failed, report.items + len(unusable))
             self._sum_up(stage, work, report)
@@ -794,6 +831,7 @@ class Pipeline:
             raise OspoError(f"Another process has just written {place}; run the command again.")
         if fresh:
             discard(work)
+        _keep_official(work, name, taken)
         context, rest = self._context(report, writes=work), not complete and (source is None or bool(waiting))
         if self.shard is None:
             _merge_shards(work, name, order)
@@ -819,8 +857,7 @@ class Pipeline:
                         bar.update(1)
                         stage.count_outcome(record)
                         bar.set_postfix_str(counted(), refresh=False)
-                        if (failure := stage.failure(record)) is not None:
-                            failed.append(f"{record['item_id']}: {failure}")
+                        failed += _failures(stage, record, lacks)
                 finally:
                     report.items, report.total, report.failed = len(store) - before, len(store), len(failed)
             if source is None:
@@ -855,13 +892,14 @@ class Pipeline:
         failed: list[str],
         report: StageReport,
         config: Config,
+        lacks: Mapping[str, needs.Lack],
         *,
         out: Path,
         work: Path,
     ) -> None:
         """Do the parts of a stage together with the other workers, each part in a store of its own.
 
-        inputs: all of them; empty for the first stage. again: those whose files are made again.
+        inputs: all of them; empty for the first stage. again: those whose files are made again. lacks: what items lack.
         """
         shared, key, first = self._shared, f"{report.iteration}.{stage.name}", stage.inputs(config) is None
         assert shared is not None
@@ -903,8 +941,7 @@ class Pipeline:
                     bar.update(1)
                     stage.count_outcome(record)
                     bar.set_postfix_str(counted(), refresh=False)
-                    if (failure := stage.failure(record)) is not None:
-                        failed.append(f"{record['item_id']}: {failure}")
+                    failed.extend(_failures(stage, record, lacks))
                 shared.mark_done(key, part)
             return True
 
@@ -1223,6 +1260,21 @@ def _begin_steps(bar: Any, done: int) -> None:
     bar.initial = done
     bar.unpause()
     bar.update(done)
+
+
+def _failures(stage: Stage, record: Record, lacks: Mapping[str, needs.Lack]) -> list[str]:
+    """Return why a stage failed on an item, unless an earlier stage has counted it."""
+    failure, lack = stage.failure(record), lacks.get(record["item_id"])
+    if failure is None and lack is not None and not lack.recorded:
+        return [f"{record['item_id']}: {lack.reason}"]
+    return [] if failure is None else [f"{record['item_id']}: {failure}"]
+
+
+def _keep_official(out: Path, name: str, taken: Mapping[str, Record]) -> None:
+    """Write the store of a stage with what official files hold, before anything is added to it: it replaces them."""
+    if taken and not store_paths(out, name):
+        path = store_path(out, name)
+        write_atomic(path, b"".join(encode_record(record, str(path)) for record in taken.values()))
 
 
 def _made_here(out: Path, stage: str) -> bool:

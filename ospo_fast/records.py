@@ -1024,20 +1024,10 @@ class Store(contextlib.AbstractContextManager["Store"]):
                 the store is as it was before.
 
         """
-        where = f"{self.path}: the record to append"
-        try:
-            flat = finite(to_official(record))
-        except RecursionError:
-            flat = None
-        if flat is None or _is_deep(flat):  # what could not be read again
-            raise OspoError(
-                f"{where}: its values are nested too deeply, more than {MAX_NESTING} deep; simplify or delete them."
-            )
-        _check_encodable(validate(flat, where), where)
-        item = flat["item_id"]
+        line, item = encode_record(record, f"{self.path}: the record to append"), record["item_id"]
         if item in self._ids:
             raise OspoError(f"{self.path}: item {item!r} is in the store already; a store holds each item once.")
-        self._write(json.dumps(flat, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._write(line)
         self._ids.add(item)
 
     def extend(self, records: Iterable[Record]) -> None:
@@ -1070,6 +1060,20 @@ def _unshare(path: Path) -> None:
     """Copy a file that has further names, such as those of `cp -al`: appending to it would change them all."""
     if path.exists() and path.stat().st_nlink > 1:
         write_atomic(path, path.read_bytes())
+
+
+def encode_record(record: Record, where: str) -> bytes:
+    """Return the line of a record in a store. Raises OspoError that starts with `where` for a field of a wrong type."""
+    try:
+        flat = finite(to_official(record))
+    except RecursionError:
+        flat = None
+    if flat is None or _is_deep(flat):  # what could not be read again
+        raise OspoError(
+            f"{where}: its values are nested too deeply, more than {MAX_NESTING} deep; simplify or delete them."
+        )
+    _check_encodable(validate(flat, where), where)
+    return json.dumps(flat, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

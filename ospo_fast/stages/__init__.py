@@ -15,7 +15,7 @@ from ospo_fast.config import nearest
 from ospo_fast.errors import UsageError, attempt
 from ospo_fast.files import regular
 from ospo_fast.records import finite, read_json, stable_hash, write_json
-from ospo_fast.stages import run_files
+from ospo_fast.stages import needs, run_files
 from ospo_fast.work import count
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ class Stage:
     check: Callable[[Config], None] = lambda config: None
     # The same for settings that depend on the model.
     check_model: Callable[[UnifiedModel, Config], None] = lambda model, config: None
+    # Return what a record lacks, so that the stage can do nothing with it.
+    needs: Callable[[Config, Record], needs.Lack | None] = lambda config, record: None
+    # Return whether a record has what the stage adds; None: official files do not stand for its store.
+    adds: Callable[[Record], bool] | None = None
     # The paths of the files that it wrote for a record of its own, and of those that it reads for one of its inputs.
     writes: Callable[[Record], list[object]] = lambda record: []
     reads: Callable[[Config, Record], list[object]] = lambda config, record: []
@@ -292,12 +296,15 @@ STAGES: tuple[Stage, ...] = (
         parts=_count_kinds,
         edit_settings=_prompts_settings,
         check=_check_prompts,
+        adds=needs.has_prompt,
     ),
     Stage(
         "perturb",
         "stage 2: hard negatives of the prompts, and dense prompts",
         inputs=_always("prompts"),
         check=_check_perturb,
+        needs=needs.perturb,
+        adds=needs.has_dense_prompts,
     ),
     Stage(
         "images",
@@ -305,13 +312,17 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("perturb"),
         folder="images",
         speed_only=frozenset({"batch_size", "jacobi_window"}),
+        needs=needs.images,
+        adds=needs.has_image,
         writes=run_files.image_and_codes_paths,
     ),
-    Stage("questions", "stage 4: questions about each prompt", inputs=_always("images")),
+    Stage("questions", "stage 4: questions about each prompt", inputs=_always("images"), adds=needs.has_question),
     Stage(
         "score",
         "stage 4: answers of the model to its questions about each image",
         inputs=_always("questions"),
+        needs=needs.score,
+        adds=needs.has_score,
         reads=lambda config, record: run_files.image_paths(record),
     ),
     Stage(
@@ -319,6 +330,8 @@ STAGES: tuple[Stage, ...] = (
         "stage 5: preference pairs of a chosen and a rejected image",
         inputs=_always("score"),
         needs_model=lambda config: config.select.rule == "v2",
+        needs=needs.select,
+        adds=needs.has_pair,
         reads=lambda config, record: run_files.image_and_codes_paths(record) if config.select.rule == "v2" else [],
         keeps=lambda record: (1, 0) if record.get("pairs") else (0, 1),
     ),
@@ -330,6 +343,7 @@ STAGES: tuple[Stage, ...] = (
         enabled=lambda config: config.masks.enabled,
         in_run=lambda config: config.train.masks == "stored",
         check=_check_masks,
+        needs=needs.masks,
         writes=run_files.mask_paths,
         reads=_masks_reads,
         keeps=_kept_pairs,

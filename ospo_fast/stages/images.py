@@ -132,7 +132,8 @@ def _with_reason(record: Record, plan: list[PlannedImage] | Failure) -> Record:
 def _add_images(record: Record, plan: list[PlannedImage], failures: dict[str, Failure]) -> Record:
     """Add the images of an item; a variant with an image that failed has none."""
     failed = {image.variant: failures[image.path] for image in plan if image.path in failures}
-    reasons = list(record.get("variant_reasons") or [None] * len(record.get("long_prompt") or []))
+    variants = record.get("long_prompt") or record.get("negative_prompt") or []
+    reasons = list(record.get("variant_reasons") or [None] * len(variants))
     for variant, reason in failed.items():
         reasons[variant] = reason.reason
     base, negative = (

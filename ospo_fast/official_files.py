@@ -1,0 +1,161 @@
+"""Files of the official implementation (KU-AGI/OSPO), read under their own names in place of a run folder's stores.
+
+Its steps write JSON arrays, whole or in parts (`negative_prompt_0.json`): base_prompt.json, negative_prompt.json,
+long_prompt.json or dense_prompt.json, init_dataset.json, vqa_question.json, vqa_result.json and train.json. Images are
+in images/base|negative/CATEGORY/ITEM/NN.png. The fields of a file say which stage it stands for. What several files
+hold of an item is joined: a hard negative can be in one of them and its dense prompt in another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from ospo_fast.errors import OspoError
+from ospo_fast.records import ROLES, ImageVerdict, Record, edited_text, os_errors, read_records, shown
+from ospo_fast.stages import STAGE_NAMES, STAGES, Stage, find_stage
+from ospo_fast.stages.needs import has_image
+
+FOLDERS = (".", "prompt", "data")  # of a run folder
+NAMES = re.compile(
+    r"((base|negative|long|dense|vqa)_prompt|init_dataset|vqa_question|vqa_result|train)(_[\w.-]+)?\.json"
+)
+KNOWN = "base_prompt.json, negative_prompt.json, long_prompt.json, vqa_question.json, vqa_result.json, train.json"
+_CANDIDATES = {"base": "chosen_candidate", "negative": "rejected_candidate"}  # lists of paths in init_dataset.json
+OnError = Callable[[OspoError], object]
+
+
+class _Item(NamedTuple):
+    """What is known of an item, and the file or store that it is from."""
+
+    record: Record
+    source: Path
+
+
+def find_files(out: Path) -> list[Path]:
+    """Return the official files in a run folder, by their names."""
+    with os_errors("read", out):
+        folders = [folder for name in FOLDERS if (folder := out / name).is_dir()]
+        return sorted(path for folder in folders for path in folder.iterdir() if NAMES.fullmatch(path.name))
+
+
+def read_stage(
+    out: Path, stage: str, on_error: OnError, stored: Callable[[str], tuple[Path, list[Record]] | None]
+) -> dict[str, tuple[Record, bool]] | None:
+    """Return what official files hold in place of the store of a stage; None if it is nothing.
+
+    The items are those of the files of this stage or, if there is none, of the next later one. Where only the image
+    folder stands for the stage images, they are those of an earlier one.
+
+    Args:
+        out: the run folder.
+        stage: its name.
+        on_error: gets the errors of records that cannot be used, which are left out.
+        stored: path and records of the store of a stage, None where there is no store. What it holds of an item
+            completes what files hold.
+
+    Returns:
+        By item_id (record, whether it has what the stage adds).
+
+    Raises:
+        OspoError: a file holds no record, or an item has different texts in two files.
+
+    """
+    if find_stage(stage).adds is None:
+        return None
+    wanted, drawn = STAGE_NAMES.index(stage), STAGE_NAMES.index("images")
+    folder, files = out / "images", find_files(out)
+    has_images = any((folder / role).is_dir() for role in ROLES)
+    if not (files or has_images):
+        return None
+    levels = _read_files(files, on_error)
+    earlier = next(((n, found) for n in range(wanted)[::-1] if (found := stored(STAGE_NAMES[n]))), None)
+    if earlier is not None:
+        path, records = earlier[1]
+        levels[earlier[0]] = {record["item_id"]: _Item(record, path) for record in records}
+    level = min((n for n in levels if n >= wanted), default=None)
+    if level is None and wanted == drawn and has_images and levels:
+        level = max(levels)
+    if level is None:
+        return None
+    result = {}
+    for item_id, item in levels[level].items():
+        for lower in sorted((n for n in levels if n < level), reverse=True):
+            if (other := levels[lower].get(item_id)) is not None:
+                item = _join(item, other)
+        record = item.record
+        if has_images and wanted >= drawn and not has_image(record):
+            record = _with_folder(record, out)
+        result[item_id] = record, level > wanted or _adds(STAGES[wanted], record)
+    return result
+
+
+def _adds(stage: Stage, record: Record) -> bool:
+    return stage.adds is not None and stage.adds(record)
+
+
+def _read_files(paths: list[Path], on_error: OnError) -> dict[int, dict[str, _Item]]:
+    """Return the items of files by the number of the stage that the fields of the file are of."""
+    levels: dict[int, dict[str, _Item]] = {}
+    for path in paths:
+        errors: list[OspoError] = []
+        records = [_with_candidates(record) for record in read_records(path, errors.append)]
+        reached = [n for record in records for n, stage in enumerate(STAGES) if _adds(stage, record)]
+        if not reached:
+            problem = f": {errors[0]}" if errors else ""
+            raise OspoError(
+                f"{path} has the name of an official file, and holds no record with a prompt{problem.rstrip('.')}; "
+                "correct it, or move it out of the run folder."
+            )
+        for error in errors:
+            on_error(error)
+        items = levels.setdefault(max(reached), {})
+        for record in records:
+            item = _Item(record, path)
+            items[record["item_id"]] = _join(items[record["item_id"]], item) if record["item_id"] in items else item
+    return levels
+
+
+def _join(item: _Item, other: _Item) -> _Item:
+    """Add the fields of `other` that an item does not have. Raises OspoError for texts that differ."""
+    joined = cast(Record, {**other.record, **{k: v for k, v in item.record.items() if v is not None}})
+    if (edited := edited_text(other.record, joined)) is not None:
+        field, before, after = edited
+        raise OspoError(
+            f"Item {item.record['item_id']!r:.60}: `{field}` is {shown(before)} in {other.source}, but {shown(after)} "
+            f"in {item.source}; keep the files of one run of the official code in a folder."
+        )
+    return _Item(joined, item.source)
+
+
+def _with_candidates(record: Record) -> Record:
+    """Name the images of init_dataset.json as those of other files."""
+    fields = dict[str, Any](record)
+    for role, field in _CANDIDATES.items():
+        paths = fields.get(field)
+        if isinstance(paths, list) and all(isinstance(path, str) for path in paths):
+            fields.setdefault(f"{role}_metadata", _entries(role, paths))
+    return cast(Record, fields)
+
+
+def _with_folder(record: Record, out: Path) -> Record:
+    """Add the images of an item in the image folder of the official code."""
+    place = [record.get("t2i_category") or "", record["item_id"]]
+    if any(not name or name in (".", "..") or "/" in name for name in place):
+        return record
+    metadata = {}
+    for role in ROLES:
+        folder = Path("images", role, *place)
+        with os_errors("read", out / folder):
+            names = os.listdir(out / folder) if os.path.isdir(out / folder) else []  # noqa: PTH112, PTH208 (long names)
+        paths = [str(folder / name) for name in names if name.endswith(".png") and not name.startswith(".")]
+        metadata[f"{role}_metadata"] = _entries(role, paths)
+    return cast(Record, {**record, **metadata})
+
+
+def _entries(role: str, paths: list[str]) -> dict[str, ImageVerdict]:
+    """Number images as the official scoring does, in the order of their names."""
+    return {f"{role}_{number}": {"path": path} for number, path in enumerate(sorted(paths))}
