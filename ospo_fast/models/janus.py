@@ -222,14 +222,22 @@ class JanusUnifiedModel(_JanusModule):
             raise UsageError("messages: got none, expected at least one chat turn")
         for message in messages:
             self._refuse_control_tokens("messages", check_text("messages", message["content"]))
-        turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        # The templates of converted checkpoints write "System: " before a system message and end-of-text after it. In
+        # DeepSeek's code, whose form the models were trained with, it is a text and an empty line before the turns.
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        turns = [
+            {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]}
+            for m in (messages if system is None else messages[1:])
+        ]
         if image:
             users = [turn for turn in turns if turn["role"] == "user"]
             if not users:
                 raise UsageError("messages: an image belongs to a user message, got none")
             users[-1]["content"].insert(0, {"type": "image"})
         text = self._render_chat(turns)
-        if self.processor.use_default_system_prompt and messages[0]["role"] != "system":
+        if system is not None:
+            text = (system and f"{system}\n\n") + text
+        elif self.processor.use_default_system_prompt:
             from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
             text = DEFAULT_SYSTEM_PROMPT + text

@@ -164,6 +164,60 @@ def test_default_system_prompt(tiny: JanusUnifiedModel) -> None:
     assert adapter.image_prompt(PROMPT).tolist() == tiny.image_prompt(PROMPT).tolist()
 
 
+# In the form of the published conversions: a system message gets a role and an end of text.
+CONVERTED = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>: {% elif m.role == 'assistant' %}<|Assistant|>: "
+    "{% else %}{{ m.role | capitalize }}: {% endif %}{% for part in m.content %}{% if part.type == 'image' %}<image>\n"
+    "{% else %}{{ part.text.strip() }}{% endif %}{% endfor %}{% if m.role == 'user' %}{{ '\n\n' }}"
+    "{% else %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
+)
+# Written down from get_sft_format and process_one of the official code, whose end of text is <eos> here.
+OFFICIAL_CHATS = [
+    ("answer", [("user", "Is it?")], "<|User|>: <boi><image>…<eoi>\nIs it?\n\n<|Assistant|>:"),
+    (
+        "prompts",
+        [("system", "Invent."), ("user", "One."), ("assistant", "Prompt: a cup"), ("user", "Two.")],
+        "Invent.\n\n<|User|>: One.\n\n<|Assistant|>: Prompt: a cup<eos><|User|>: Two.\n\n<|Assistant|>:",
+    ),
+    (
+        "four examples",
+        [("system", "Ask.")] + [("user", "u"), ("assistant", "a")] * 4 + [("user", "u")],
+        "Ask.\n\n" + "<|User|>: u\n\n<|Assistant|>: a<eos>" * 4 + "<|User|>: u\n\n<|Assistant|>:",
+    ),
+    ("no system prompt", [("system", ""), ("user", "u")], "<|User|>: u\n\n<|Assistant|>:"),
+    ("two lines", [("system", "One.\nTwo."), ("user", " u\nv ")], "One.\nTwo.\n\n<|User|>: u\nv\n\n<|Assistant|>:"),
+]
+
+
+@pytest.mark.parametrize(("stage", "messages", "expected"), OFFICIAL_CHATS, ids=[chat[0] for chat in OFFICIAL_CHATS])
+def test_chats_are_the_official_strings(
+    tiny: JanusUnifiedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    messages: list[tuple[str, str]],
+    expected: str,
+) -> None:
+    processor, texts = build_processor(), []
+    processor.chat_template = CONVERTED
+    adapter = JanusUnifiedModel(tiny.module, processor, name="converted")
+    monkeypatch.setattr(adapter, "_encode", lambda text: texts.append(text) or {"input_ids": [0]})
+    adapter.chat([{"role": role, "content": text} for role, text in messages], image=stage == "answer")
+    patches = "<image>" * (tiny.grid[0] * tiny.grid[1])
+    assert texts == [
+        expected.replace(
+            "<boi><image>…<eoi>", f"{processor.tokenizer.boi_token}{patches}{processor.tokenizer.eoi_token}"
+        )
+    ]
+
+
+def test_the_official_string_of_an_image_prompt(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = build_processor()
+    processor.chat_template = CONVERTED
+    adapter = JanusUnifiedModel(tiny.module, processor, name="converted")
+    found = f"{adapter._prefix}a red cup{adapter._suffix}"
+    assert found == f"<|User|>: a red cup\n\n<|Assistant|>:{processor.tokenizer.boi_token}"
+
+
 def test_bad_messages(tiny: JanusUnifiedModel) -> None:
     for messages, image in (([], False), (turn("<image>"), True), ([{"role": "assistant", "content": "x"}], True)):
         with pytest.raises(UsageError, match="messages"):
