@@ -1,4 +1,4 @@
-"""The model card of what training makes, an adapter or a model, and the public name of its base model."""
+"""The model cards of what training makes, an adapter and a model, and the public name of their base model."""
 
 from __future__ import annotations
 
@@ -51,19 +51,22 @@ def model_card(
     base: str,
     config: Config,
     pairs: Sequence[ItemPair],
-    evaluations: Sequence[Mapping[str, Any]],
+    log: Sequence[Mapping[str, Any]],
     kept: Mapping[str, Any] | None,
     steps: int,
+    *,
+    merged: bool = False,
 ) -> bytes:
-    """Return the README.md of an adapter, or with `train.full` of a model, with the metadata of the Hugging Face hub.
+    """Return the README.md of an adapter, or of a model, with the metadata of the Hugging Face hub.
 
     Args:
         base: the `public_name` of the base model.
         config: of the training.
         pairs: that were trained on.
-        evaluations: lines of the training log.
+        log: lines of the training log.
         kept: `kept` of done.json.
         steps: number of training steps.
+        merged: it is the model with the adapter merged. With `train.full` there is no adapter.
 
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -74,28 +77,26 @@ def model_card(
     if janus:
         license_data = {"license": "other", "license_name": "deepseek-model-license", "license_link": _JANUS_LICENSE}
     full = config.train.full
+    adapter = not (full or merged)
     data = ModelCardData(
         base_model=base if on_hub else None,
-        library_name="transformers" if full else "peft",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-to-image",
-        tags=[*([] if full else ["lora"]), "ospo", "ospo-fast", "preference-optimization"],
+        tags=[*(["lora"] if adapter else []), "ospo", "ospo-fast", "preference-optimization"],
         **license_data,
     )
-    kind = (
-        f"{_code(base)} with another language model"
-        if full
-        else f"A LoRA adapter of the language model of {_code(base)}"
-    )
+    change = "another language model" if full else "a LoRA adapter of its language model merged into it"
+    kind = f"A LoRA adapter of the language model of {_code(base)}" if adapter else f"{_code(base)} with {change}"
     sections = {
-        f"OSPO {'model from' if full else 'adapter for'} {base}": (
+        f"OSPO {'adapter for' if adapter else 'model from'} {base}": (
             f"{kind}, trained with ospo-fast by OSPO, object-centric self-improving preference optimization: on pairs "
             "of a chosen and a rejected image of the same prompt, which the base model generated and judged itself."
         ),
-        "Use": _use(base, config, pairs),
-        "Base model": _base(base, full),
+        "Use": _use(base, config, pairs, adapter),
+        "Base model": _base(base, adapter),
         "Training data": _data(config, pairs),
         "Settings": _settings(config, steps),
-        "Results": _results(evaluations, kept, config),
+        "Results": _results(log, kept, config, "adapter" if adapter else "model"),
         "Versions": ", ".join(f"{name} {version}" for name, version in run_versions().items()),
         "License": _license(base, janus),
         "Citation": f"```bibtex\n{_CITATION}\n```",
@@ -104,21 +105,42 @@ def model_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")).encode()
 
 
-def _use(base: str, config: Config, pairs: Sequence[ItemPair]) -> str:
-    prompt = pairs[0].record["prompt"] if pairs else "a red circle"
-    options = f"seeds=[0], guidance_scale={config.images.guidance_scale:g}"
-    loaded = "" if config.train.full else "  # the base model, with the adapter merged into it"
+def _use(base: str, config: Config, pairs: Sequence[ItemPair], adapter: bool) -> str:
+    """Return how to load the files, by code that runs in their folder."""
+    prompt = repr(" ".join((pairs[0].record["prompt"] if pairs else "a red circle").replace("`", "'").split()))
+    scale = config.images.guidance_scale
+    imports, folder, load = "", '"."', 'JanusForConditionalGeneration.from_pretrained(".")'
+    if adapter:
+        imports, folder = "from peft import PeftModel\n", repr(base)
+        if base in MODEL_FILES:
+            imports, folder = f"from ospo_fast.models import find_model\n{imports}", f"find_model({base!r})"
+        load = 'PeftModel.from_pretrained(JanusForConditionalGeneration.from_pretrained(base), ".").merge_and_unload()'
     return (
-        "In the folder of this file, after `pip install 'ospo-fast[pipeline]'`:\n\n"
+        "The code runs in the folder of this file. With ospo-fast, after `pip install 'ospo-fast[pipeline]'`:\n\n"
         "```python\n"
         "import ospo_fast as of\n"
-        f'model = of.load_model("."){loaded}\n'
-        f'of.ImageGenerator(model).generate([{" ".join(prompt.split())!r}], {options})[0].save("image.png")\n'
+        f'model = of.load_model("."){"  # the base model, with the adapter merged into it" if adapter else ""}\n'
+        f'of.ImageGenerator(model).generate([{prompt}], seeds=[0], guidance_scale={scale:g})[0].save("image.png")\n'
+        "```\n\n"
+        f"With {'peft and ' if adapter else ''}transformers, whose sampling has other random numbers:\n\n"
+        "```python\n"
+        f"{imports}from PIL import Image\n"
+        "from transformers import JanusForConditionalGeneration, JanusProcessor\n"
+        f"base = {folder}\n"
+        f"model = {load}\n"
+        "processor = JanusProcessor.from_pretrained(base)\n"
+        f'message = [{{"role": "user", "content": [{{"type": "text", "text": {prompt}}}]}}]\n'
+        "text = processor.apply_chat_template(message, add_generation_prompt=True)\n"
+        'inputs = processor(text=text, generation_mode="image", return_tensors="pt")\n'
+        f'options = {{"guidance_scale": {max(scale, 1.01):g}, "do_sample": True, "top_k": 0}}  # a scale above 1 only\n'
+        'codes = model.generate(**inputs, generation_mode="image", **options)\n'
+        "pixels = model.decode_image_tokens(codes)[0].float().clamp(-1, 1) * 127.5 + 127.5  # (height, width, 3)\n"
+        'Image.fromarray(pixels.round().byte().numpy()).save("image.png")\n'
         "```"
     )
 
 
-def _base(base: str, full: bool) -> str:
+def _base(base: str, adapter: bool) -> str:
     if base in MODEL_FILES:
         return (
             f'{_code(base)} is the small model that is part of the package ospo-fast: `ospo_fast.load_model("{base}")` '
@@ -126,7 +148,7 @@ def _base(base: str, full: bool) -> str:
         )
     if "/" in base:
         return f"[{base}](https://huggingface.co/{base}) on the Hugging Face hub, in the format of transformers."
-    if full:
+    if not adapter:
         return f"{_code(base)} was a folder, not a model of the hub. This model does not need it."
     return (
         f"{_code(base)} was a folder, not a model of the hub. To load the adapter elsewhere, put a copy of that folder "
@@ -171,29 +193,44 @@ def _lora(train: TrainConfig) -> dict[str, object]:
     }
 
 
-def _results(evaluations: Sequence[Mapping[str, Any]], kept: Mapping[str, Any] | None, config: Config) -> str:
+def _results(log: Sequence[Mapping[str, Any]], kept: Mapping[str, Any] | None, config: Config, kind: str) -> str:
     metric = config.train.early_stopping or "alignment"
-    values = {row["step"]: row for row in evaluations if isinstance(row.get(metric), float | int)}
+    steps = [row for row in log if _is_number(row.get("loss"))]
+    values = {row["step"]: row for row in log if "loss" not in row and _is_number(row.get(metric))}
     last = kept["step"] if kept else max(values, default=0)
-    kind = "model" if config.train.full else "adapter"
     chosen = {"before training": values.get(0), f"this {kind} (step {last})": values.get(last)}
     rows = [f"| {name} | {_value(row, metric)} |" for name, row in chosen.items() if row is not None]
-    if not rows:
-        return "Not evaluated during training."
-    note = "of images of held-out validation prompts"
-    if kept:
-        note += ", on which the step was chosen, so that the value after training is somewhat optimistic"
-    base_kept = f"\n\nNo evaluation was better than the one before training: the {kind} changes nothing."
+    text = f"{metric.capitalize()} on validation prompts: not measured."
+    if rows:
+        note = "of images of held-out validation prompts"
+        if kept:
+            note += ", on which the step was chosen, so that the value after training is somewhat optimistic"
+        table = "\n".join(rows)
+        text = f"{metric.capitalize()} {note} (± standard error):\n\n| | {metric} |\n| --- | --- |\n{table}"
+    if rows and kept and last == 0:
+        text += f"\n\nNo evaluation was better than the one before training: the {kind} changes nothing."
+    if not steps:
+        return f"{text}\n\nLoss and accuracy: not measured."
+    tenth = max(1, len(steps) // 10)
+    names = [name for name in ("loss", "accuracy") if all(_is_number(row.get(name)) for row in steps)]
+    ends = {f"first {tenth}": steps[:tenth], f"last {tenth} of {len(steps)}": steps[-tenth:]}
+    means = [
+        f"| {label} | " + " | ".join(f"{sum(row[name] for row in rows) / tenth:.3f}" for name in names) + " |"
+        for label, rows in ends.items()
+    ]
     return (
-        f"{metric.capitalize()} {note} (± standard error):\n\n| | {metric} |\n| --- | --- |\n"
-        + "\n".join(rows)
-        + (base_kept if kept and last == 0 else "")
+        f"{text}\n\nMeans over steps of training (accuracy: the share of pairs whose chosen image has the higher "
+        f"reward):\n\n| steps | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}\n" + "\n".join(means)
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int)
 
 
 def _value(row: Mapping[str, Any], metric: str) -> str:
     error = row.get("standard_error")
-    return f"{row[metric]:.3f}" + (f" ± {error:.3f}" if isinstance(error, float | int) else "")
+    return f"{row[metric]:.3f}" + (f" ± {error:.3f}" if _is_number(error) else "")
 
 
 def _license(base: str, janus: bool) -> str:
@@ -201,7 +238,7 @@ def _license(base: str, janus: bool) -> str:
         return "Apache-2.0, as the package ospo-fast and the model in it."
     if janus:
         return f"That of the base model, the [DeepSeek Model License]({_JANUS_LICENSE})."
-    return "That of the base model."
+    return "That of the base model. Its name in the Hub's form is for you to add, as `license:` in the metadata above."
 
 
 def _one_line(text: str) -> str:

@@ -476,10 +476,9 @@ class Trainer:
         write_atomic(self.folder / "best.safetensors", data)
         return hashlib.sha256(data).hexdigest()
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Return the log lines of evaluations, which have no loss."""
-        rows = map(parse_json, _log_until(self.folder / "log.jsonl", self.step).splitlines())
-        return [row for row in rows if "loss" not in row]
+    def log_rows(self) -> list[dict[str, Any]]:
+        """Return the log lines up to the present step. Those of evaluations have no loss."""
+        return [*map(parse_json, _log_until(self.folder / "log.jsonl", self.step).splitlines())]
 
     def kept(self) -> dict[str, Any] | None:
         """Return step and value of the best evaluation, whose weights are kept, and the value before training.
@@ -489,7 +488,7 @@ class Trainer:
         metric = self.settings.early_stopping
         if not self.best or metric is None:
             return None
-        before = next((row.get(metric) for row in self.evaluations() if row["step"] == 0), None)
+        before = next((row.get(metric) for row in self.log_rows() if row["step"] == 0 and "loss" not in row), None)
         return {"step": self.best["step"], "metric": metric, "before": before, "value": self.best["value"]}
 
     def save(self) -> None:
@@ -579,7 +578,7 @@ class Trainer:
             return tensors
 
     def finish(self, failures: dict[str, Failure], pairs: Sequence[ItemPair], out: Path) -> None:
-        """Save the best weights, or else the last, with a model card of their `pairs`, and merge them into the model.
+        """Save the best weights, or else the last, with model cards of their `pairs`, and merge them into the model.
 
         An adapter names its base model so that others can load it. `out`, the run folder, keeps where it is here.
         """
@@ -591,23 +590,23 @@ class Trainer:
         trained = {example.pair_id for example in self.examples}
         pairs = [item for item in pairs if item.pair_id in trained]
 
-        def card() -> bytes:
-            return model_card(base, self.config, pairs, self.evaluations(), self.kept(), self.step)
+        def card(merged: bool) -> bytes:
+            rows, kept = self.log_rows(), self.kept()
+            return model_card(base, self.config, pairs, rows, kept, self.step, merged=merged)
 
         if isinstance(self.weights, LoraWeights):
             peft = self.weights.peft
             peft.peft_config["default"].base_model_name_or_path = base
             self.ranks.first(
-                lambda: write_folder(self.folder / "adapter", lambda path: _save_adapter(peft, path, card()))
+                lambda: write_folder(self.folder / "adapter", lambda path: _save_adapter(peft, path, card(False)))
             )
         self.weights.merge()
-        self.ranks.first(lambda: self._write_results(best, failures, out, card() if self.settings.full else None))
+        self.ranks.first(lambda: self._write_results(best, failures, out, card(True)))
 
-    def _write_results(self, best: int, failures: dict[str, Failure], out: Path, card: bytes | None) -> None:
+    def _write_results(self, best: int, failures: dict[str, Failure], out: Path, card: bytes) -> None:
         def save(folder: Path) -> None:
             self.model.save(folder)
-            if card is not None:
-                (folder / "README.md").write_bytes(card)
+            (folder / "README.md").write_bytes(card)
 
         base, base_path = public_name(self.model.name), base_folder(self.model.name)
         write_folder(self.folder / "model", save)

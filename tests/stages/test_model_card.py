@@ -1,5 +1,6 @@
 """The card of an adapter, and the name of its base model, which are of use on other machines."""
 
+import ast
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from ospo_fast.config import load_config, model_family
 from ospo_fast.errors import OspoError
 from ospo_fast.models import find_model, load_model
 from ospo_fast.pipeline import read_stage
-from ospo_fast.records import local_base
+from ospo_fast.records import ItemPair, local_base
 from ospo_fast.stages import StageContext, train
 from ospo_fast.stages.model_card import base_folder, model_card, public_name
 
@@ -60,27 +61,73 @@ def test_the_card_is_filled(adapter, made):
         "arXiv:2506.02015",
     ):
         assert part in text
+    rows = [json.loads(line) for line in (adapter.parent / "log.jsonl").read_text().splitlines()]
+    first, last = (row for row in rows if "loss" in row)  # two steps: a tenth is one of them
+    assert f"| first 1 | {first['loss']:.3f} | {first['accuracy']:.3f} |" in text
+    assert f"| last 1 of 2 | {last['loss']:.3f} | {last['accuracy']:.3f} |" in text
     assert re.search(r"ospo_fast \S+, python 3\.\S+, torch \S+, transformers \S+, peft \S+", text)
 
 
+def test_the_merged_model_has_a_card_of_its_own(adapter, tiny):
+    text = (adapter.parent / "model" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers"
+    assert "lora" not in card.data.tags
+    assert "license" not in card.data.to_dict()
+    name = Path(tiny).name
+    for part in (
+        f"# OSPO model from {name}",
+        f"`{name}` with a LoRA adapter of its language model merged into it, trained",
+        "| this model (step 2) | 0.750 ± 0.125 |",
+        "This model does not need it.",
+        "for you to add, as `license:`",
+    ):
+        assert part in text
+    assert "README.md" not in text
+    assert "model/README.md" in json.loads((adapter.parent / "done.json").read_text())["files"]
+
+
 def test_nothing_in_the_adapter_names_a_folder_of_this_machine(adapter, tiny):
-    for path in (adapter / "README.md", adapter / "adapter_config.json"):
+    model = adapter.parent / "model"
+    for path in (adapter / "README.md", adapter / "adapter_config.json", model / "README.md", model / "config.json"):
         text = path.read_text()
         assert not [part for part in (str(tiny), str(adapter.parents[2]), str(Path.home()) + "/") if part in text]
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == Path(tiny).name
 
 
-def test_the_lines_of_the_card_run(made, tmp_path, monkeypatch):
-    """For the embedded model, the adapter alone is enough: in a folder elsewhere, without the run."""
-    folder = Path(shutil.copytree(trained("shapes", tmp_path, made), tmp_path / "published"))
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "shapes"
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_the_code_of_the_cards_runs(made, tmp_path, monkeypatch, kind):
+    """For the embedded model, the folder alone is enough: elsewhere, without the run."""
+    adapter = trained("shapes", tmp_path, made)
+    folder = Path(shutil.copytree(adapter.parent / kind, tmp_path / "published"))
+    if kind == "adapter":
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "shapes"
     text = (folder / "README.md").read_text()
     assert ModelCard(text).data.license == "apache-2.0"
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(code.splitlines()) == 3
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert [("ospo_fast as of" in code, "transformers" in code) for code in blocks] == [(True, False), (False, True)]
+    assert ("peft" in blocks[1]) == (kind == "adapter")
     monkeypatch.chdir(folder)
-    exec(code, {})
-    assert Image.open("image.png").size == (48, 48)
+    models = []
+    for code in blocks:
+        names = {}
+        exec(code, names)
+        models.append(getattr(names["model"], "module", names["model"]))
+        image = Image.open("image.png")
+        assert image.size == (48, 48)
+        assert len(image.getcolors(48 * 48)) > 1
+        Path("image.png").unlink()
+    ours, theirs = (model.state_dict() for model in models)
+    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
+
+
+def test_the_code_of_a_card_with_a_base_model_in_a_folder_runs(adapter, tiny, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(adapter, tmp_path / "published"))
+    load_model(tiny).save(folder / Path(tiny).name)  # as the card says
+    monkeypatch.chdir(folder)
+    for code in re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL):
+        exec(code, {})
+        Path("image.png").unlink()
 
 
 def test_an_adapter_loads_in_its_run_folder_also_when_that_is_moved(adapter, tmp_path):
@@ -141,7 +188,21 @@ def test_a_hub_model_is_linked_and_its_license_named(made):
     assert (data.base_model, data.license) == ("deepseek-community/Janus-Pro-1B", "other")
     assert "https://huggingface.co/deepseek-community/Janus-Pro-1B" in text
     assert "mine.txt" not in text
-    assert "Not evaluated during training." in text
+    assert "Alignment on validation prompts: not measured." in text
+    assert "Loss and accuracy: not measured." in text
+    assert "base = 'deepseek-community/Janus-Pro-1B'\n" in text
     base_kept = {"step": 0, "metric": "alignment", "before": 0.5, "value": 0.5}
     text = model_card("shapes", config, [], [{"step": 0, "alignment": 0.5}], base_kept, 3).decode()
     assert "the adapter changes nothing" in text
+
+
+def test_a_prompt_with_a_fence_stays_inside_of_its_text():
+    """A prompt can come from a file, and the code of the card is to be run."""
+    prompt = "a cup\n```\n\n```python\nraise SystemExit('\" + 1')"
+    pairs = [ItemPair("a", {"item_id": "a", "prompt": prompt}, {})]
+    text = model_card("shapes", load_config([], family="shapes"), pairs, [], None, 3).decode()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert "a cup ''' '''python raise SystemExit('\" + 1')" in texts
