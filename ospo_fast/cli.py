@@ -133,6 +133,13 @@ _OPTIONS = {
         "--calibrate", action="store_true", help="measure the rates here, by two short runs in a temporary folder"
     ),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
+    "root": _option("--root", default="", metavar="PREFIX", help="what paths in train.json begin with (default: DEST)"),
+    "repo": _option("--repo", type=_name, metavar="OWNER/NAME", help="repository of the model"),
+    "dataset": _option("--dataset", type=_name, metavar="OWNER/NAME", help="repository of the pairs"),
+    "what": _option("--what", choices=("adapter", "model"), help="the LoRA adapter (default) or the merged model"),
+    "base": _option("--base", type=_name, metavar="OWNER/NAME", help="hub name of a base model that is a folder here"),
+    "private": _option("--private", action="store_true", help="make new repositories private, refuse public ones"),
+    "dry_push": _option("--dry-run", action="store_true", help="print what would be uploaded, and contact nothing"),
 }
 
 
@@ -251,9 +258,10 @@ def _refuse_workers(command: str) -> None:
         )
 
 
-def _silence_libraries() -> None:
-    """Hide progress bars and notices of libraries that say nothing to a user, without importing the libraries."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _silence_libraries(*, uploads: bool) -> None:
+    """Hide progress bars, except those of uploads, and notices of libraries, without importing the libraries."""
+    if not uploads:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails is an error of the command
     if (transformers := sys.modules.get("transformers")) is not None:
         transformers.logging.disable_progress_bar()
@@ -512,6 +520,43 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _finished_run(args: argparse.Namespace) -> Config:
+    """Return the configuration of a run that a command reads, once what a killed process had finished is in place."""
+    from ospo_fast import restarts
+
+    _refuse_workers(args.command)
+    _check_count("--iteration", args.iteration, MAX_ITERATIONS)
+    restarts.finish_killed(_creatable_out(args))
+    return _settings(args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    if not args.operand:
+        raise UsageError("export: got no folder, expected DEST, a new folder that the pairs are written to.")
+    config = _finished_run(args)
+    from ospo_fast.export import write_export
+
+    result = write_export(config, Path(args.operand), iteration=args.iteration, root=args.root)
+    left_out = f", {len(result['left_out'])} without a mask left out" if result["left_out"] else ""
+    _show(result, args.json, f"{result['pairs']} pairs in {result['out']}{left_out}")
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    config = _finished_run(args)
+    from ospo_fast import push
+
+    names = {name: getattr(args, name) for name in ("repo", "dataset", "what", "base", "iteration")}
+    uploads = push.prepare(config, **names)
+    plan = [{"repo": upload.repo, "kind": upload.kind, "files": upload.sizes()} for upload in uploads]
+    if args.dry_run:
+        _show({"uploads": plan, "private": args.private}, args.json, push.render(uploads, args.private))
+        return 0
+    urls = push.push(uploads, private=args.private)
+    _show({"uploads": plan, "urls": urls}, args.json, "\n".join(urls))
+    return 0
+
+
 def _config(args: argparse.Namespace) -> int:
     from ospo_fast import settings
     from ospo_fast.config import dump_config, saved_values
@@ -621,6 +666,21 @@ _COMMANDS = {
         takes_settings=False,
         example="my-run",
         packages=("jinja2", "PIL"),
+    ),
+    "export": _Command(
+        _export,
+        "the pairs of a run in the layout that the official trainer reads",
+        ("iteration", "root"),
+        "DEST",
+        example="--out my-run my-pairs",
+        packages=_MODEL_PACKAGES,
+    ),
+    "push": _Command(
+        _push,
+        "upload the trained model, the pairs, or both to the Hugging Face hub",
+        ("iteration", "repo", "dataset", "what", "base", "private", "dry_push"),
+        example="--out my-run --repo me/my-model --dataset me/my-pairs --dry-run",
+        packages=_MODEL_PACKAGES,
     ),
     "config": _Command(
         _config,
@@ -779,7 +839,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _stop_by_signals() as came:
             args = _parse(given)
             _check_packages(_COMMANDS[args.command].packages)
-            _silence_libraries()
+            _silence_libraries(uploads=args.command == "push" and not args.json)
             return _COMMANDS[args.command].run(args)
     except (Exception, KeyboardInterrupt) as raised:
         stopped = bool(came) and not isinstance(raised, KeyboardInterrupt | PeerError)

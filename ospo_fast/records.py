@@ -649,13 +649,16 @@ def check_writable(folder: Path) -> None:
             probe.unlink()
 
 
-def check_creatable(folder: Path) -> None:
-    """Raise OspoError for a folder that surely cannot be written or created. Creates nothing."""
+def check_creatable(folder: Path, choose: str = "run folder with --out") -> None:
+    """Raise OspoError for a folder that surely cannot be written or created. Creates nothing.
+
+    `choose` is what the message tells to choose another one of.
+    """
     found = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), Path())
     # Path.is_dir raises for closed folders.
     reason = errno.ENOTDIR if not os.path.isdir(found) else 0 if os.access(found, os.W_OK | os.X_OK) else errno.EACCES  # noqa: PTH112
     if reason:
-        raise OspoError(f"Cannot write {folder}: {os.strerror(reason)}; choose another run folder with --out.")
+        raise OspoError(f"Cannot write {folder}: {os.strerror(reason)}; choose another {choose}.")
 
 
 def local_base(adapter: Path, name: object) -> str | None:
