@@ -133,7 +133,7 @@ _OPTIONS = {
         "--calibrate", action="store_true", help="measure the rates here, by two short runs in a temporary folder"
     ),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
-    "root": _option("--root", default="", metavar="PREFIX", help="what paths in train.json begin with (default: DEST)"),
+    "root": _option("--root", default="", metavar="PREFIX", help="what the paths in train.json begin with"),
     "repo": _option("--repo", type=_name, metavar="OWNER/NAME", help="repository of the model"),
     "dataset": _option("--dataset", type=_name, metavar="OWNER/NAME", help="repository of the pairs"),
     "what": _option("--what", choices=("adapter", "model"), help="the LoRA adapter (default) or the merged model"),
@@ -536,7 +536,7 @@ def _export(args: argparse.Namespace) -> int:
     config = _finished_run(args)
     from ospo_fast.export import write_export
 
-    result = write_export(config, Path(args.operand), iteration=args.iteration, root=args.root)
+    result = write_export(config, Path(args.operand), iteration=args.iteration, root=args.root, progress=not args.json)
     left_out = f", {len(result['left_out'])} without a mask left out" if result["left_out"] else ""
     _show(result, args.json, f"{result['pairs']} pairs in {result['out']}{left_out}")
     return 0
@@ -547,7 +547,7 @@ def _push(args: argparse.Namespace) -> int:
     from ospo_fast import push
 
     names = {name: getattr(args, name) for name in ("repo", "dataset", "what", "base", "iteration")}
-    uploads = push.prepare(config, **names)
+    uploads = push.prepare(config, **names, progress=not args.json)
     plan = [{"repo": upload.repo, "kind": upload.kind, "files": upload.sizes()} for upload in uploads]
     if args.dry_run:
         _show({"uploads": plan, "private": args.private}, args.json, push.render(uploads, args.private))

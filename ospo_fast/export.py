@@ -13,6 +13,7 @@ else of the run folder, such as a path, is in it.
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import logging
@@ -37,6 +38,7 @@ from ospo_fast.records import (
     item_name,
     iter_pairs,
     os_errors,
+    sweep_temporary_files,
     write_folder,
 )
 from ospo_fast.stages.train_settings import uses_stored_masks
@@ -84,16 +86,18 @@ def run_folder(config: Config, iteration: int = 1) -> Path:
     return folder
 
 
-def collect_pairs(config: Config, iteration: int = 1) -> Export:
+def collect_pairs(config: Config, iteration: int = 1, *, progress: bool = False) -> Export:
     """Read the pairs of a run, in the order of its records, and check their images and masks.
 
-    Pairs without a mask are left out where the run has masks.
+    Pairs without a mask are left out where the run has masks. `progress` shows a bar on stderr.
 
     Raises:
         UsageError: no run, or a run whose pairs are not selected, or have no masks yet.
         OspoError: no pair, or images or masks that are missing or damaged.
 
     """
+    from tqdm.auto import tqdm
+
     folder = run_folder(config, iteration)
     export = Export(masked=uses_stored_masks(config) or bool(config.masks.enabled and store_paths(folder, "masks")))
     stage = "masks" if export.masked else "select"
@@ -101,7 +105,7 @@ def collect_pairs(config: Config, iteration: int = 1) -> Export:
     if not pairs:
         raise OspoError(f"There is no pair in {folder}; see the reasons in {stage}.jsonl.")
     failed = []
-    for item in pairs:
+    for item in tqdm(pairs, unit="pair", delay=2, disable=not progress):
         if export.masked and not item.pair.get("mask_path"):
             export.left_out[item.pair_id] = item.pair.get("mask_reason") or "no reason recorded"
         elif isinstance(added := attempt(_add_pair, export, item, config, folder), Failure):
@@ -124,6 +128,8 @@ def _add_pair(export: Export, item: ItemPair, config: Config, folder: Path) -> N
     from ospo_fast.stages.masks import load_unions
 
     record, pair = item.record, item.pair
+    if not (record.get("prompt") or "").strip():
+        raise OspoError("its item has no `prompt`; add it or delete the item")
     category = record.get("t2i_category") or "unknown"
     if not _CATEGORY.fullmatch(category):
         category = item_name(category)
@@ -171,7 +177,9 @@ def check_destination(dest: Path, config: Config) -> None:
     check_creatable(dest, choose="folder")
 
 
-def write_export(config: Config, dest: Path, *, iteration: int = 1, root: str = "") -> dict[str, Any]:
+def write_export(
+    config: Config, dest: Path, *, iteration: int = 1, root: str = "", progress: bool = False
+) -> dict[str, Any]:
     """Write the pairs of a run to `dest`, whole or not at all.
 
     Args:
@@ -179,6 +187,7 @@ def write_export(config: Config, dest: Path, *, iteration: int = 1, root: str = 
         dest: a new or empty folder.
         iteration: of self-improvement.
         root: what train.json has in front of its paths, which are else relative to `dest`.
+        progress: show a bar on stderr.
 
     Returns:
         `out` (of the export), `pairs`, `categories`, `masks` and `left_out` (pairs without a mask, and why).
@@ -187,7 +196,8 @@ def write_export(config: Config, dest: Path, *, iteration: int = 1, root: str = 
     run_folder(config, iteration)
     check_destination(dest, config)
     check_text("--root", root)
-    export = collect_pairs(config, iteration)
+    export = collect_pairs(config, iteration, progress=progress)
+    sweep_temporary_files(dest.parent, f".{glob.escape(dest.name)}.*.tmp")  # of an export that was killed
     files = export.files | {"train.json": export.train_json(root)}
     write_folder(dest, lambda folder: _copy_files(files, folder))
     result = {"out": str(dest), "pairs": len(export.entries), "categories": export.categories()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ def prepare(
     what: str | None = None,
     base: str | None = None,
     iteration: int = 1,
+    progress: bool = False,
 ) -> list[Upload]:
     """Collect and check what goes to the Hub. Contacts nothing and writes nothing.
 
@@ -95,6 +97,7 @@ def prepare(
         what: "adapter" or "model" (merged). None: the adapter, or after `train.full` the model.
         base: the hub name of the base model, where the run has a folder.
         iteration: of self-improvement.
+        progress: show a bar on stderr.
 
     Raises:
         UsageError: names of repositories, or a run without training.
@@ -113,7 +116,7 @@ def prepare(
     if repo is not None:
         uploads.append(Upload(repo, "model", _model_files(config, folder, what, base)))
     if dataset is not None:
-        export = collect_pairs(config, iteration)
+        export = collect_pairs(config, iteration, progress=progress)
         uploads.append(Upload(dataset, "dataset", _dataset_files(config, export, dataset, base, iteration)))
     for upload in uploads:
         _refuse_private(upload, config)
@@ -158,13 +161,13 @@ def _model_files(config: Config, folder: Path, what: str | None, base: str | Non
 def _model_card(config: Config, folder: Path, done: Mapping[str, Any], base: str | None, *, merged: bool) -> bytes:
     from ospo_fast.stages.train import select_training_pairs
 
-    left_out, log = done.get("left_out") or {}, no_link(folder / "train" / "log.jsonl")
+    log = no_link(folder / "train" / "log.jsonl")
     pairs = select_training_pairs(read_stage(folder, input_stage(config)), config)
-    pairs = [item for item in pairs if item.pair_id not in left_out]
-    with reading("training log", log, "give the card of the folder, README.md, in its place"):
-        rows = [row for row in map(parse_json, read_bytes(log).splitlines()) if isinstance(row, dict)]
-    named = base or done.get("base_model", {}).get("name") or public_name(config.model)
-    return model_card(named, config, pairs, rows, done.get("kept"), int(done.get("step", 0)), merged=merged)
+    with reading("results of training in", folder / "train", "correct its log.jsonl and done.json"):
+        pairs = [item for item in pairs if item.pair_id not in done["left_out"]]
+        rows = [parse_json(line) for line in read_bytes(log).splitlines()]
+        named = base or done.get("base_model", {}).get("name") or public_name(config.model)
+        return model_card(named, config, pairs, rows, done.get("kept"), done["step"], merged=merged)
 
 
 def _dataset_files(config: Config, export: Export, name: str, base: str | None, iteration: int) -> Files:
@@ -271,8 +274,9 @@ def _lines(lines: Sequence[str]) -> str:
 def _refuse_private(upload: Upload, config: Config) -> None:
     """Raise OspoError for a text that holds the path of a folder of this machine."""
     out = Path(config.out)
-    folders = {Path.home(), Path.cwd(), out.absolute(), out.resolve(), base_folder(config.model) or Path("/")}
-    known = sorted((str(folder) for folder in folders if folder != Path("/")), key=len, reverse=True)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 (Path.expanduser raises where there is none)
+    folders = {home, Path.cwd(), out.absolute(), out.resolve(), base_folder(config.model) or home}
+    known = sorted((str(folder) for folder in folders if len(folder.parts) > 1), key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w.-])(?:{'|'.join(map(re.escape, known))})(?![\w.-])")
     for name, content in upload.files.items():
         if not name.endswith(_TEXTS) or Path(name).name in _VOCABULARY:

@@ -134,6 +134,24 @@ def test_an_image_of_another_format_becomes_a_png(run, tmp_path):
         assert (image.format, image.getpixel((0, 0))) == ("PNG", COLORS["base_1"])
 
 
+def test_images_of_another_folder_that_the_user_names(run, tmp_path, capsys):
+    text = (run / "masks.jsonl").read_text()
+    (run / "masks.jsonl").write_text(text.replace("images/0000012", f"{tmp_path}/elsewhere"))
+    (run / "images" / "0000012").rename(tmp_path / "elsewhere")
+    refused(
+        capsys, tmp_path, 1, "leads out of the folders that records may name", "export", "--out", run, tmp_path / "d"
+    )
+    assert main(["export", "--out", str(run), str(tmp_path / "d"), f"read_from=[{tmp_path / 'elsewhere'}]"]) == 0
+    assert str(tmp_path) not in (tmp_path / "d" / "train.json").read_text()
+
+
+def test_what_a_killed_export_left_is_swept(run, tmp_path):
+    left = tmp_path / ".dest.0123456789abcdef.tmp"
+    left.mkdir()
+    write_export(load_config([f"out={run}"]), tmp_path / "dest")
+    assert not left.exists()
+
+
 def test_a_later_iteration_and_an_empty_folder(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     shutil.move(tmp_path / "copy", run / "iter2")
@@ -192,6 +210,8 @@ def test_missing_and_damaged_files(run, tmp_path, capsys):
     records = [json.loads(line) for line in (run / "masks.jsonl").read_text().splitlines()]
     (run / "masks.jsonl").write_text(json.dumps({**records[0], "chosen": "../../secret.png"}) + "\n")
     refused(capsys, tmp_path, 1, "leads out of the folders that records may name", *call)
+    (run / "masks.jsonl").write_text(json.dumps({**records[0], "prompt": " "}) + "\n")
+    refused(capsys, tmp_path, 1, "2 of 2 pairs failed: 0000012: its item has no `prompt`; add it", *call)
     (run / "masks.jsonl").write_text(json.dumps(records[2]) + "\n")
     refused(capsys, tmp_path, 1, "There is no pair with a mask in", *call)
     (run / "masks.jsonl").write_text(json.dumps(records[3]) + "\n")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -146,6 +145,13 @@ def test_a_base_that_is_a_folder_gets_its_name_on_the_hub(run, hub, capsys):
     assert "3 pairs of images of 2 prompts" in card.text
     assert "| before training | 0.250 |" in card.text
     assert "/nas/janus" in config.read_text()  # the run stays as it is
+    capsys.readouterr()
+    log = run / "train" / "log.jsonl"
+    for path, data in ((log, "{"), (log, "[1]"), (run / "train" / "done.json", '{"step": 1, "left_out": 5}')):
+        kept = path.read_text()
+        path.write_text(data)
+        refused(capsys, hub, 1, "correct its log.jsonl and done.json", run, "--repo", "me/x", "--base", "org/janus")
+        path.write_text(kept)
 
 
 def test_a_dry_run_contacts_nothing_and_writes_nothing(run, hub, tmp_path, capsys):
@@ -212,7 +218,7 @@ def test_runs_that_are_not_whole(run, hub, capsys):
 
 @pytest.mark.parametrize("place", ["adapter/adapter_config.json", "adapter/README.md", "masks.jsonl"])
 def test_no_path_of_this_machine_is_published(run, hub, capsys, place, monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/someone"))
+    monkeypatch.setenv("HOME", "/home/someone")
     found = "/home/someone/models/janus"
     if place == "masks.jsonl":
         text = (run / place).read_text()
@@ -228,7 +234,7 @@ def test_no_path_of_this_machine_is_published(run, hub, capsys, place, monkeypat
 
 
 def test_addresses_and_pieces_of_a_vocabulary_are_no_paths(run, hub, monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/root"))
+    monkeypatch.setenv("HOME", "/root")
     (run / "train" / "adapter" / "README.md").write_text("https://huggingface.co/root/model and /roots")
     (run / "train" / "adapter" / "tokenizer.json").write_text('{"merges": ["/root/", "/usr/lib"]}')
     assert push(run, "--repo", "me/x") == 0
