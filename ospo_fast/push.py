@@ -233,10 +233,10 @@ def _dataset_card(
     text = f"""\
 # Preference pairs of {base}
 
-{len(export.entries)} pairs of a chosen and a rejected image of the same prompt, which the model `{base}`{later} wrote,
+{len(export.entries)} pairs of a chosen and a rejected image of the same prompt, which the model `{base}`{later}
 generated and judged itself with ospo-fast by OSPO, object-centric self-improving preference optimization
 ([arXiv:2506.02015](https://arxiv.org/abs/2506.02015)): preset {config.preset}, selection by the rule
-{config.select.rule}.
+{config.select.rule}. The prompts are those of {"a file" if config.prompts.file else "the model"}.
 
 | column | meaning |
 | --- | --- |

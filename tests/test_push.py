@@ -110,6 +110,7 @@ def test_datasets_loads_the_uploaded_folder(run, hub, tmp_path):
     assert pairs["rejected_prompt"][:] == ["a blue ball", "a ball", "a ball"]
     text = (folder / "README.md").read_text()
     assert "| attribute | 2 |" in text
+    assert "The prompts are those of the model." in text
     code = text.partition("```python\n")[2].partition("```")[0]
     exec(code.replace('"me/pairs"', f'"{folder}", cache_dir="{tmp_path / "cache"}"'), {})
 
