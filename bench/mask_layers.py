@@ -65,7 +65,7 @@ class Pairs:
         """Return the IoU of each image in which the checker detects an object."""
         unions: list[np.ndarray] = []
         for part in chunked(self.pairs, 32):
-            tasks = mask_tasks(part, self.model, extractor.settings.match, self.out)
+            tasks = mask_tasks(part, self.model, extractor.settings, self.out)
             ready = [task for task in tasks if isinstance(task, MaskTask)]
             assert len(ready) == len(part), tasks
             codes = torch.cat([task.codes for task in ready])

@@ -250,7 +250,15 @@ class MasksConfig(Section):
     heads: Any = setting(  # list[int] | "auto" | None
         None, "Heads of these layers that are averaged. null: all; auto, with layers=auto: the best one.", INDICES
     )
-    skip_layers: int = setting(5, "Layers at each end that layers=null leaves out.", AT_LEAST_0)
+    skip_layers: Any = setting(  # int | list[int]
+        5,
+        "Layers that layers=null leaves out: a number of them at each end, or their indices (official code: 0 to 4 and "
+        "25 to 29 of any model).",
+        expect(
+            "a number of 0 or more, or a list of such numbers",
+            lambda value: all(type(n) is int and n >= 0 for n in (value if isinstance(value, list) else [value])),
+        ),
+    )
     rows: str = setting(
         "image",
         "Tokens whose attention is used: those of the image, or those that predict them.",
@@ -268,6 +276,12 @@ class MasksConfig(Section):
         "offsets",
         "How the tokens of an object are found: by character offsets, or by substring (official code).",
         one_of("offsets", "substring"),
+    )
+    nouns: str = setting(
+        "concepts",
+        "Objects of a prompt: the nouns of its concepts, or every noun and proper noun that spaCy finds (official "
+        "code).",
+        one_of("concepts", "spacy"),
     )
     official: str | None = setting(
         None, "Mask folder of the official implementation, to use in place of own masks.", expect("a folder")

@@ -394,10 +394,13 @@ class Pipeline:
                 )
         skip = settings.skip_layers
         # The default fits the published models; on a smaller one all layers are averaged.
-        if settings.layers is None and 2 * skip >= counts["layers"] and skip != MasksConfig.skip_layers:
+        listed = isinstance(skip, list)
+        left = set(range(counts["layers"])) - set(skip) if listed else counts["layers"] > 2 * skip
+        if settings.layers is None and not left and skip != MasksConfig.skip_layers:
+            expected = "to leave some" if listed else "less than half"
             raise UsageError(
-                f"masks.skip_layers: got {skip}, expected less than half of the {counts['layers']} layers of "
-                f"{model.name}; or name the layers, as in masks.layers=[0]."
+                f"masks.skip_layers: got {skip}, expected {expected} of the {counts['layers']} layers of {model.name}; "
+                "or name the layers, as in masks.layers=[0]."
             )
 
     def check_settings(self, stages: Sequence[str]) -> None:
@@ -825,6 +828,7 @@ class Pipeline:
             self._shared.once(lambda: self._merge(stage, work, order))
             _warn(name, failed, report.items + len(unusable))
             self._sum_up(stage, work, report)
+            self._refuse_failed(report, failed)
             return True
         self._take_lock(stage, out)
         if self.shard and _inodes([place]) != own:
@@ -869,7 +873,13 @@ class Pipeline:
             if [item_id for item_id in (*present, *made) if item_id in known] != [i for i in order if i in known]:
                 merge_stores(place, [], order)  # an earlier call, of shards or workers, left gaps
         _warn(name, failed, report.items + len(unusable))
+        self._refuse_failed(report, failed)
         return True
+
+    def _refuse_failed(self, report: StageReport, failed: Sequence[str]) -> None:
+        """Raise OspoError where a stage has failed on every item, so that no later one can do anything."""
+        if self.shard is None and report.items and report.failed >= report.total:
+            raise OspoError(f"{report.stage}: {some_failed('items', failed, report.total)}")
 
     # ------------------------------------------------------------------ several workers
 

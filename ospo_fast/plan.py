@@ -26,6 +26,7 @@ from ospo_fast.config import Config, model_family
 from ospo_fast.cost import ModelShapes, activation_bytes, causal, head_bytes
 from ospo_fast.errors import UsageError
 from ospo_fast.models import folder_checks
+from ospo_fast.models.base import default_layers
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.records import VARIANTS, iter_pairs
 from ospo_fast.stages import STAGES, Stage, find_stage
@@ -260,7 +261,7 @@ class _Demands:
         pairs = items * self.pairs_per_item
         length = self._image_prompt + shapes.tokens
         layers, skip = self.config.masks.layers, self.config.masks.skip_layers
-        depth = shapes.layers if 2 * skip >= shapes.layers else shapes.layers - skip
+        depth = max(default_layers(skip, shapes.layers), default=shapes.layers - 1) + 1
         depth = max(layer % shapes.layers for layer in layers) + 1 if isinstance(layers, list) else depth
         flops = shapes.flops(tokens=2 * pairs * length, attended=2 * pairs * causal(length), layers=depth)
         token = self.itemsize * (6 * shapes.hidden + 3 * shapes.intermediate + 3 * shapes.attention_width)

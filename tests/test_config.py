@@ -192,7 +192,7 @@ TEXTS = ("model", "out", "device", "templates", "prompts.exclude", "prompts.file
         ),
         ("prompts.counts={color1: 1000000001}", "prompts.counts should be at most 1000000000, got"),
         ("train.betas=[0.9,1]", r"train.betas should be two numbers in \[0, 1\)"),
-        ("masks.skip_layers=-1", "masks.skip_layers should be 0 or more"),
+        ("masks.skip_layers=-1", "masks.skip_layers should be a number of 0 or more"),
         ("prompts.counts.color1=-1", "prompts.counts should be numbers of 0 or more"),
         ("prompts.patience=0", "prompts.patience should be 1 or more"),
         ("evaluate.guidance_scales=[nan]", "evaluate.guidance_scales should be finite"),

@@ -409,6 +409,7 @@ REFUSED = [
     ("masks", "masks.official=/nowhere"),
     ("masks", "masks.layers=[7]"),
     ("masks", "masks.layers=null masks.skip_layers=1"),
+    ("masks", "masks.layers=null masks.skip_layers=[0,1]"),
     ("perturb", "prompts.exclude=/nowhere.txt"),
     ("prompts", "prompts.file=/nowhere.txt"),
     ("prompts", "prompts.counts.nothing=3"),

@@ -194,6 +194,6 @@ def _select_tasks(
     for part in chunked(spread, settings.batch_size):
         if len(tasks) >= SEARCH_PAIRS:
             break
-        found = mask_tasks(part, model, settings.match, out, read_from)
+        found = mask_tasks(part, model, settings, out, read_from)
         tasks += [task for task in found if isinstance(task, MaskTask)]
     return tasks[:SEARCH_PAIRS]

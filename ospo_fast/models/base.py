@@ -25,6 +25,13 @@ Offset = tuple[int, int]
 """Half-open span of characters (start, end)."""
 
 
+def default_layers(skip: int | Sequence[int], count: int) -> list[int]:
+    """Return the layers of `count` that are left after `skip`; see `capture.AttentionCapture`."""
+    if isinstance(skip, int):
+        return list(range(skip, count - skip) if count > 2 * skip else range(count))
+    return [layer for layer in range(count) if layer not in skip]
+
+
 @runtime_checkable
 class UnifiedModel(Protocol):
     """A text-and-image model. Ids are int64; results are on `device` unless stated otherwise; images are RGB (PIL)."""
@@ -73,6 +80,9 @@ class UnifiedModel(Protocol):
 
         With `image`, begin-of-image, T placeholders and end-of-image are put before the text of the last user message.
         """
+
+    def tokens(self, value: str | Tensor | Sequence[int]) -> list[str]:
+        """The tokens of a text by itself, or of ids (S,), as the tokenizer spells them; a text gets no special ones."""
 
     def detokenize(self, ids: Tensor | Sequence[int]) -> str:
         """The text of ids (S,), without special tokens."""

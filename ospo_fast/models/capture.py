@@ -27,6 +27,7 @@ from ospo_fast.models._column_probabilities import (
     repeat_request,
     take_rows,
 )
+from ospo_fast.models.base import default_layers
 from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class AttentionCapture:
         rows: (start, count): the positions of the rows, for example of image tokens; ints or (B,) tensors.
         layers: indices into the tuple that `output_attentions` returns (negative from the end): for most decoders the
             decoder layers. Default: all but the first and last `skip` where there are more than 2 · `skip`, else all.
-        skip: 5 as in the official code.
+        skip: a number of layers at each end, or the indices of the layers that the default leaves out, those that the
+            decoder has. The official code leaves out the indices 0 to 4 and 25 to 29, 5 at each end of 30 layers.
         heads: indices of the heads to average over in these layers (negative from the end); default: all.
         grid: (H, W) with H · W = count; default: the adapter's. Without one the maps are (B, O, rows).
         stop_early: end the forward pass after the last captured layer. The forward call must then be the last statement
@@ -118,7 +120,7 @@ class AttentionCapture:
         columns: Tensor | Sequence[Sequence[Sequence[int]]],
         rows: Bounds,
         layers: Sequence[int] | None = None,
-        skip: int = 5,
+        skip: int | Sequence[int] = 5,
         heads: Sequence[int] | None = None,
         grid: tuple[int, int] | None = None,
         stop_early: bool = False,
@@ -135,7 +137,7 @@ class AttentionCapture:
         self._stop_early = stop_early
         count = len(every)
         if layers is None:
-            layers = range(skip, count - skip) if count > 2 * skip else range(count)
+            layers = default_layers(skip, count)
         self.layers = _resolve_indices("layers", layers, count)
         self._heads = None
         if heads is not None:

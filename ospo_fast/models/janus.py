@@ -248,6 +248,13 @@ class JanusUnifiedModel(_JanusModule):
         text = text.replace(token, self._tokenizer.boi_token + token * patches + self._tokenizer.eoi_token)
         return torch.tensor(self._encode(text)["input_ids"], dtype=torch.long)
 
+    def tokens(self, value: str | Tensor | Sequence[int]) -> list[str]:
+        """See `UnifiedModel`."""
+        if isinstance(value, str):
+            return list(self._tokenize(self._tokenizer.tokenize, value))
+        plain = value.tolist() if isinstance(value, Tensor) else list(value)
+        return list(self._tokenize(self._tokenizer.convert_ids_to_tokens, plain))
+
     def detokenize(self, ids: Tensor | Sequence[int]) -> str:
         """See `UnifiedModel`."""
         plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)

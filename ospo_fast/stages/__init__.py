@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ospo_fast.config import nearest
-from ospo_fast.errors import UsageError, attempt
+from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.files import regular
 from ospo_fast.records import finite, read_json, stable_hash, write_json
 from ospo_fast.stages import needs, run_files
@@ -20,7 +20,6 @@ from ospo_fast.work import count
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
-    from ospo_fast.errors import Failure
     from ospo_fast.models.base import UnifiedModel
     from ospo_fast.records import Record
     from ospo_fast.stages.tracking import Tracker
@@ -225,6 +224,11 @@ def _check_masks(config: Config) -> None:
         raise UsageError(
             f"masks.official: got {folder!r}, expected the folder of the official masks, which is not there."
         )
+    if config.masks.enabled and folder is None and config.masks.nouns == "spacy":
+        from ospo_fast.stages.object_tokens import check_spacy
+
+        if isinstance(failure := attempt(check_spacy), Failure):
+            raise UsageError(f"masks.nouns: got spacy, but {failure.reason}.")
 
 
 def _check_train(config: Config) -> None:

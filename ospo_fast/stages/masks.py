@@ -176,12 +176,16 @@ class MaskTask:
 
 
 def mask_tasks(
-    pairs: Sequence[ItemPair], model: UnifiedModel, match: str, out: Path | None, read_from: Sequence[str] = ()
+    pairs: Sequence[ItemPair],
+    model: UnifiedModel,
+    settings: MasksConfig,
+    out: Path | None,
+    read_from: Sequence[str] = (),
 ) -> list[MaskTask | Failure]:
     """Find the objects of the prompts and read the codes of the images."""
     tasks: list[MaskTask | Failure] = []
     for item, codes in zip(pairs, pair_codes(model, [item.pair for item in pairs], out, read_from), strict=True):
-        objects = find_objects(item.record, model, match)
+        objects = find_objects(item.record, model, settings.match, settings.nouns)
         if isinstance(objects, Failure):
             tasks.append(objects)
         elif isinstance(codes, Failure):
@@ -258,7 +262,7 @@ def _compute_masks(
 ) -> Iterator[_Result]:
     settings = extractor.settings
     for pairs in chunked(iter_pairs(records), settings.batch_size * WINDOW):
-        tasks = mask_tasks(pairs, model, settings.match, out, read_from)
+        tasks = mask_tasks(pairs, model, settings, out, read_from)
         results: dict[str, _Result] = {}
         ready = [task for task in tasks if isinstance(task, MaskTask)]
         for batch in mask_batches(ready, model, settings.batch_size):

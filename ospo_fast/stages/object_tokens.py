@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ospo_fast.errors import Failure, attempt
+from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import ObjectSpan, Record
 from ospo_fast.stages.prompt_files import check_length, image_prompt_ids
@@ -20,6 +22,11 @@ _PLACES = (
     "below background foreground"
 )
 PLACE_WORDS = frozenset(_PLACES.split())
+# The words that the official code leaves out (ospo/attention/extract_object_v2.py).
+_EXCEPTIONS = "left right bottom top side row rows column columns front behind range"
+_OFFICIAL_EXCEPTIONS = frozenset(_EXCEPTIONS.split())
+WITHOUT_VERBS = ("shapes",)  # template sets whose prompts have no verbs
+SPACY_MODEL = "en_core_web_sm"  # of the official code
 MAX_OBJECTS = 100  # per prompt; with MAX_NOUN it bounds the time that a record can take
 MAX_NOUN = 200  # characters
 # Words that end a noun phrase where only the prompt is known.
@@ -50,12 +57,15 @@ class ObjectTokens:
     unmatched: dict[str, str]  # nouns without a token, and why
 
 
-def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectTokens | Failure:
+def find_objects(record: Record, model: UnifiedModel, match: str, source: str = "concepts") -> ObjectTokens | Failure:
     """Find the objects of a record's prompt (`extract_nouns`) and their tokens.
 
     match: "offsets" aligns tokens by character offsets, "substring" is the official match (`tokens_by_substring`).
     """
-    prompt, nouns = record["prompt"], extract_nouns(record)
+    nouns = attempt(extract_nouns, record, source, verbs=model.templates not in WITHOUT_VERBS)
+    if isinstance(nouns, Failure):
+        return nouns
+    prompt = record["prompt"]
     if not nouns:
         return Failure("the prompt names no object")
     if len(nouns) > MAX_OBJECTS:
@@ -67,7 +77,7 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectToken
     if (failure := check_length(model, prompt, ids)) is not None:
         return failure
     found = ObjectTokens(ids, nouns, [], [], {})
-    tokens = [model.detokenize([i]) for i in ids.tolist()] if match == "substring" else []
+    tokens = [_without_marks(token) for token in model.tokens(ids)] if match == "substring" else []
     for noun in nouns:
         spans, columns, reason = find_spans(noun, prompt), [], "no token of the prompt stands for it"
         if len(noun) > MAX_NOUN:
@@ -75,11 +85,9 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectToken
         elif match == "offsets":
             columns = find_tokens(noun, prompt, offsets)
             reason = reason if spans else "the prompt does not hold it as a word"
-        elif isinstance(pieces := attempt(_pieces, noun, model), Failure):
-            reason = pieces.reason
-        else:  # needs no whole word of the prompt
-            columns = tokens_by_substring(pieces, tokens)
-            spans = spans or [span for i in columns if (span := offsets[i]) is not None]
+        else:  # needs no whole word of the prompt, and takes tokens of the chat template, too
+            columns = tokens_by_substring(map(_without_marks, model.tokens(noun.lower().strip())), tokens)
+            spans = spans or [span for i in columns if (span := offsets[i]) is not None] or [(0, 0)]
         if columns and spans:
             found.spans.append({"text": noun, "start": spans[0][0], "end": spans[0][1]})
             found.columns.append(columns)
@@ -90,13 +98,12 @@ def find_objects(record: Record, model: UnifiedModel, match: str) -> ObjectToken
     return found
 
 
-def _pieces(noun: str, model: UnifiedModel) -> list[str]:
-    """The texts of a noun's own tokens, in lower case."""
-    ids, offsets = model.image_prompt_offsets(noun.lower())
-    return [model.detokenize([i]) for i, offset in zip(ids.tolist(), offsets, strict=True) if offset is not None]
+def _without_marks(token: str) -> str:
+    """Return the text of a token without the marks of tokenizers for spaces and line ends."""
+    return token.replace("\u0120", " ").replace("\u010a", "\n").replace("\u2581", " ").strip()
 
 
-def extract_nouns(record: Record) -> list[str]:
+def extract_nouns(record: Record, source: str = "concepts", *, verbs: bool = True) -> list[str]:
     """Return the objects of an item's prompt, in order, without words of place.
 
     The first of these sources that applies:
@@ -104,16 +111,49 @@ def extract_nouns(record: Record) -> list[str]:
     1. `nouns` of the record.
     2. The model's own analysis: of each concept the longest ending that is a term of a relation, or its last word. From
        "red ceiling fan" and "(ceiling fan, red)" comes "ceiling fan".
-    3. The last word of each run of words between articles, prepositions, numbers and similar words of the prompt.
+    3. Where a prompt can have verbs: the heads of its noun phrases by spaCy. Else the last word of each run of words
+       between articles, prepositions, numbers and similar words: a run of other prompts can end in a verb.
+
+    With the source "spacy" 2 and 3 are replaced by the official choice: every noun and proper noun that spaCy finds.
+
+    Raises:
+        OspoError: spaCy or its model is needed and not installed, so that the objects are unknown.
+
     """
     if record.get("nouns"):
         found = _unique(record["nouns"])
+    elif source == "spacy":
+        words = _parse(record["prompt"])
+        return _unique(w.text for w in words if w.pos_ in ("NOUN", "PROPN") and w.text not in _OFFICIAL_EXCEPTIONS)
     else:
         concepts, terms = record.get("concepts_and_relations") or "", _terms(record.get("relation") or "")
         found = _unique(noun for concept in re.split(r"[,;]", concepts) if (noun := _concept_noun(concept, terms)))
         if not any(find_spans(noun, record["prompt"]) for noun in found[:MAX_OBJECTS]):
-            found = _unique(_nouns_by_runs(record["prompt"]))
+            chunks = (chunk.root for chunk in _parse(record["prompt"]).noun_chunks) if verbs else ()
+            by_phrases = (root.text for root in chunks if root.pos_ in ("NOUN", "PROPN"))
+            found = _unique(by_phrases if verbs else _nouns_by_runs(record["prompt"]))
     return [noun for noun in found if noun.casefold() not in PLACE_WORDS]
+
+
+def check_spacy() -> None:
+    """Raise OspoError unless spaCy and its model are installed. Imports neither."""
+    if missing := [name for name in ("spacy", SPACY_MODEL) if importlib.util.find_spec(name) is None]:
+        raise OspoError(
+            f"the objects of the prompt are unknown, since {' and '.join(missing)} are not installed: run `pip install "
+            f"'ospo-fast[nouns]'` and `python -m spacy download {SPACY_MODEL}`, or give the record `nouns`"
+        )
+
+
+@functools.cache
+def _load_spacy() -> Any:
+    check_spacy()
+    import spacy
+
+    return spacy.load(SPACY_MODEL)
+
+
+def _parse(prompt: str) -> Any:
+    return _load_spacy()(prompt)
 
 
 def _unique(nouns: Iterable[str]) -> list[str]:
@@ -201,12 +241,13 @@ def find_tokens(noun: str, prompt: str, offsets: Sequence[tuple[int, int] | None
     return [i for i, token in enumerate(offsets) if token is not None and any(covered[slice(*token)])]
 
 
-def tokens_by_substring(pieces: Sequence[str], tokens: Sequence[str]) -> list[int]:
-    """Find the indices of the tokens that contain any piece of the noun: the official match.
+def tokens_by_substring(pieces: Iterable[str], tokens: Sequence[str]) -> list[int]:
+    """Find the indices of the tokens that contain any piece of the noun: the official match (`extract_target_span`).
 
-    By it "car" finds "carpet". The pieces are the texts of the noun's own tokens, in lower case.
+    By it "car" finds "carpet". The pieces are the tokens of the noun by itself, in lower case and without a space
+    before it; the tokens are those of the prompt. Both are without marks for spaces.
     """
-    parts = {piece.strip().lower() for piece in pieces if piece.strip()}
+    parts = set(filter(None, pieces))
     lengths = sorted(set(map(len, parts)))  # few, however many pieces there are
     return [
         i
@@ -219,7 +260,7 @@ def check_prompt(model: UnifiedModel, prompt: str) -> Failure | None:
     """Return why a user's prompt is refused: the model cannot take it, or it names no object. None: it is accepted."""
     if isinstance(ids := image_prompt_ids(model, prompt), Failure):
         return ids
-    nouns = extract_nouns({"prompt": prompt})
+    nouns = extract_nouns({"prompt": prompt}, verbs=False)  # not fewer than it has
     if not nouns:
         return Failure(f"prompt: {prompt[:60]!r} names no object; name what the image should show")
     if len(nouns) > MAX_OBJECTS:

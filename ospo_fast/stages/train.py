@@ -148,7 +148,7 @@ def _load_example(
         loaded["rejected_ids"] = image_prompt_ids(model, item.pair["rejected_prompt"])
     loaded |= {"codes": codes, "masks": None}
     if uses_masks(config) and config.train.masks == "online":
-        objects = find_objects(item.record, model, config.masks.match)
+        objects = find_objects(item.record, model, config.masks.match, config.masks.nouns)
         loaded["columns"] = objects if isinstance(objects, Failure) else objects.columns
     elif uses_masks(config):
         loaded["masks"] = attempt(load_unions, item.pair, out, config.read_from, grid=model.grid)

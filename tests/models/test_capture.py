@@ -113,7 +113,13 @@ def deep(layers: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("count", "given", "kept"),
-    [(11, {}, [5]), (10, {}, list(range(10))), (4, {"skip": 1}, [1, 2]), (4, {"layers": [-1, 1, 3]}, [1, 3])],
+    [
+        (11, {}, [5]),
+        (10, {}, list(range(10))),
+        (4, {"skip": 1}, [1, 2]),
+        (4, {"layers": [-1, 1, 3]}, [1, 3]),
+        (4, {"skip": [0, 2, 9]}, [1, 3]),
+    ],
 )
 def test_layers_of_a_transformers_model(count: int, given: dict, kept: list[int]) -> None:
     model = deep(count)
