@@ -340,14 +340,24 @@ class TrainConfig(Section):
         AT_LEAST_0,
     )
     save_every: int = setting(100, "Steps between checkpoints.", AT_LEAST_1)
-    eval_every: int = setting(0, "Steps between evaluations; 0: none.", AT_LEAST_0)
+    eval_every: int = setting(
+        0,
+        "Steps between evaluations, and between losses of validation_pairs; 0: no evaluation, and these losses before "
+        "the first and after the last step.",
+        AT_LEAST_0,
+    )
+    validation_pairs: int = setting(
+        0,
+        "Number of pairs, spread over the categories, that do not train, and whose loss is logged; 0: none.",
+        AT_LEAST_0,
+    )
     sample_every: int = setting(
         0, "Steps between sample images of prompts of the training pairs, in train/samples; 0: none.", AT_LEAST_0
     )
     early_stopping: str | None = setting(
         None,
-        "Metric of the evaluation that chooses the weights, the higher the better. null: the last weights.",
-        expect("alignment"),
+        "Metric of the evaluation that chooses the weights. null: the last weights.",
+        expect("alignment or, with validation_pairs, validation/accuracy, validation/margin or validation/loss"),
     )
     patience: int = setting(3, "Evaluations without a better value before training stops.", AT_LEAST_1)
     max_pairs: int | None = setting(None, "Maximum number of pairs. null: all.", AT_LEAST_1)

@@ -24,7 +24,7 @@ __all__ = ["OSPOLoss", "OSPOLossConfig", "OSPOLossOutput"]
 
 @dataclass(frozen=True, eq=False)
 class OSPOLossOutput:
-    """Result of `OSPOLoss`. The terms are unweighted means; `metrics` and `pair_accuracy` are detached."""
+    """Result of `OSPOLoss`. The terms are unweighted means; `metrics` and the values of pairs are detached."""
 
     loss: Tensor  # simpo_weight·simpo + cond_weight·conditional + sft_weight·sft
     simpo: Tensor
@@ -32,6 +32,7 @@ class OSPOLossOutput:
     sft: Tensor
     metrics: dict[str, Tensor]
     pair_accuracy: Tensor  # (B,): 1 where the chosen image has the higher reward, else 0
+    pair_logps: Tensor  # (2, B): log-probabilities of the chosen and of the rejected images, as in `metrics`
 
 
 # DDP and FSDP2 look for the tensors in what a forward returns.
@@ -132,7 +133,8 @@ class OSPOLoss(nn.Module):
             loss = loss + config.cond_weight * conditional
             metrics |= {"conditional": conditional, "swapped_logps": swapped[0].mean()}
         metrics = {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
-        return OSPOLossOutput(loss, simpo, conditional, sft, metrics, terms.accuracy.detach())
+        logps = torch.stack([chosen, rejected]).detach()
+        return OSPOLossOutput(loss, simpo, conditional, sft, metrics, terms.accuracy.detach(), logps)
 
     def _logps(self, hidden: Tensor, head: Head | nn.Module, targets: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (rows, S) of the targets, and the SFT term over the chosen rows, which are `present`."""

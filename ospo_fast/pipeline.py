@@ -50,6 +50,7 @@ from ospo_fast.records import (
 from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage, needs
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
 from ospo_fast.stages.tracking import Tracker, check_tracker
+from ospo_fast.stages.train_settings import check_early_stopping
 from ospo_fast.versions import run_versions
 from ospo_fast.work import (
     add_up,
@@ -369,14 +370,6 @@ class Pipeline:
             self._models[name] = load_model(name, device=device, dtype=self.config.dtype)
         self._check_layers(self._models[name])
         return self._models[name]
-
-    def _check_early_stopping(self) -> None:
-        known, metric = getattr(self.evaluation, "metrics", None), self.config.train.early_stopping
-        if known and metric is not None and metric not in known:
-            names = ", ".join(known)
-            raise UsageError(
-                f"train.early_stopping: got {metric!r}, expected null or a metric of the evaluation: {names}."
-            )
 
     def _check_layers(self, model: UnifiedModel) -> None:
         """Refuse unknown layers and heads before the stages that precede the masks have run."""
@@ -749,7 +742,7 @@ class Pipeline:
         if model is not None:
             stage.plan(cast("UnifiedModel", model), config, self.shard)
         if stage.counts_steps:
-            self._check_early_stopping()
+            check_early_stopping(self.config.train, self.evaluation)
 
     def _items(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
@@ -1026,6 +1019,7 @@ class Pipeline:
             report.kept = done["kept"] if isinstance(done.get("kept"), dict) else None
             return True
         _warn(stage.name, list(map(str, unusable)), len(unusable) + len(records))
+        stage.check_inputs(config, records)
         self._check_files(stage, out, config, records)
         if lost:
             logger.warning(

@@ -301,7 +301,7 @@ class _Demands:
             return self.weights + trained + activations + head
 
         amounts = {"pair": float(pairs)}
-        if settings.eval_every and steps:
+        if settings.eval_every and steps and model_family(self.config.model) == "shapes":  # images of no other world
             evaluate = self.config.evaluate
             evaluations = math.ceil(steps / settings.eval_every) + 1  # the first one is before training
             amounts["evaluated image"] = float(evaluations * 3 * evaluate.watch_per_kind * len(evaluate.seeds))
@@ -616,10 +616,11 @@ def _sample(config: Config, out: Path, items: int) -> Config:
             for name, n in counts.items()
         }
     steps = max(2, items // 8)
-    evaluated = bool(config.train.eval_every)
+    evaluated = bool(config.train.eval_every) and model_family(config.model) == "shapes"
     small.train = dataclasses.replace(
-        config.train, steps=steps, save_every=steps, eval_every=steps if evaluated else 0, early_stopping=None
-    )
+        config.train, steps=steps, save_every=steps, eval_every=steps if evaluated else 0, early_stopping=None,
+        validation_pairs=0,
+    )  # fmt: skip
     small.evaluate = dataclasses.replace(config.evaluate, watch_per_kind=min(config.evaluate.watch_per_kind, 2 * items))
     return small
 

@@ -37,10 +37,18 @@ CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
     ("sft", "SFT term", (None, None)),
     ("accuracy", "Pair accuracy", (0, 1)),
     ("margin", "Reward margin", (None, None)),
+    ("chosen_logps", "Log-probability of chosen images", (None, None)),
+    ("rejected_logps", "Log-probability of rejected images", (None, None)),
+    ("validation/loss", "Loss of held-out pairs", (None, None)),
+    ("validation/accuracy", "Accuracy of held-out pairs", (0, 1)),
+    ("validation/margin", "Reward margin of held-out pairs", (None, None)),
+    ("validation/chosen_logps", "Log-probability of held-out chosen images", (None, None)),
+    ("validation/rejected_logps", "Log-probability of held-out rejected images", (None, None)),
     ("mask_coverage", "Online mask coverage", (0, 1)),
     ("lr", "Learning rate", (0, None)),
     ("grad_norm", "Gradient norm", (0, None)),
 )
+MAX_CATEGORIES = 12  # that have charts of their own
 OUTCOMES = ("fixed", "broken", "correct", "wrong", "unjudged")
 
 
@@ -205,7 +213,7 @@ def curves(log: list[dict[str, Any]], kept: Mapping[str, Any] | None = None) -> 
     The number over a chart is the last one; over the metric that chose the `kept` weights, that of these weights.
     """
     charts = []
-    for name, label, bounds in CURVES:
+    for name, label, bounds in (*CURVES, *_category_curves(log)):
         rows = [
             (step, value, _count(line.get("standard_error")))
             for line in log
@@ -215,18 +223,31 @@ def curves(log: list[dict[str, Any]], kept: Mapping[str, Any] | None = None) -> 
         if not rows or (name == "conditional" and not any(value for _, value, _ in rows)):
             continue
         points = [(step, value) for step, value, _ in rows]
-        markers = name == "alignment"
+        evaluated = name == "alignment" or name.startswith("validation/")
         svg = line_chart(
             points,
             label=f"{label} over {len(points)} training steps, from {points[0][1]:.4g} to {points[-1][1]:.4g}",
-            errors=[error for _, _, error in rows] if markers else None,
-            markers=markers,
+            errors=[error for _, _, error in rows] if name == "alignment" else None,
+            markers=evaluated,
             noisy=name != "lr",
             bounds=bounds,
         )
         chosen = number(kept.get("value")) if kept and kept.get("metric") == name else None
         charts.append({"name": name, "label": label, "svg": svg, "last": points[-1][1] if chosen is None else chosen})
     return charts
+
+
+def _category_curves(log: list[dict[str, Any]]) -> list[tuple[str, str, tuple[None, None]]]:
+    """The log-probabilities of categories of prompts: of the held-out pairs if there are any, else of steps."""
+    labels = {name: label for name, label, _ in CURVES}
+    keys = {key for line in log for key in line}
+    for part in ("validation/", ""):
+        names = [f"{part}{side}_logps" for side in SIDES]
+        found = {key.removeprefix(f"{names[0]}/") for key in keys if key.startswith(f"{names[0]}/")}
+        if found:
+            categories = sorted(found)[:MAX_CATEGORIES]
+            return [(f"{n}/{c}", f"{labels[n]}: {c[:40]}", (None, None)) for c in categories for n in names]
+    return []
 
 
 def mask_diagnostics(masks: list[Arrays], records: list[Record]) -> dict[str, Any] | None:

@@ -37,9 +37,10 @@ def require_shapes(config: Config) -> None:
 def build_evaluation(config: Config) -> Evaluation | None:
     """Return the evaluation of training: alignment on validation prompts. None for a model of another world.
 
-    Raises UsageError for such a model if training is to evaluate. If it is not, the metrics still have their names.
+    Raises UsageError for such a model if training is to evaluate, and has no held-out pairs to do it with. If it is not
+    to evaluate, the metrics still have their names.
     """
-    if config.train.eval_every:
+    if config.train.eval_every and not config.train.validation_pairs:
         require_shapes(config)
     elif model_family(config.model) != "shapes":
         return None

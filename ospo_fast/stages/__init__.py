@@ -114,6 +114,8 @@ class Stage:
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
     # Raise UsageError for settings that the stage cannot run with, as far as they are known without model and records.
     check: Callable[[Config], None] = lambda config: None
+    # The same for settings that depend on its inputs.
+    check_inputs: Callable[[Config, Sequence[Record]], None] = lambda config, records: None
     # The same for settings that depend on the model.
     check_model: Callable[[UnifiedModel, Config], None] = lambda model, config: None
     # Return what a record lacks, so that the stage can do nothing with it.
@@ -235,6 +237,12 @@ def _check_train(config: Config) -> None:
     from ospo_fast.stages.train_settings import loss_config
 
     loss_config(config)
+
+
+def _check_held_out(config: Config, records: Sequence[Record]) -> None:
+    from ospo_fast.stages.training_pairs import check_held_out
+
+    check_held_out(config, records)
 
 
 def _check_lora(model: UnifiedModel, config: Config) -> None:
@@ -365,6 +373,7 @@ STAGES: tuple[Stage, ...] = (
         counts_steps=True,
         edit_settings=_train_settings,
         check=_check_train,
+        check_inputs=_check_held_out,
         check_model=_check_lora,
         reads=_train_reads,
     ),

@@ -196,17 +196,21 @@ def _lora(train: TrainConfig) -> dict[str, object]:
 def _results(log: Sequence[Mapping[str, Any]], kept: Mapping[str, Any] | None, config: Config, kind: str) -> str:
     metric = config.train.early_stopping or "alignment"
     steps = [row for row in log if _is_number(row.get("loss"))]
+    if not any(metric in row for row in log) and config.train.validation_pairs:
+        metric = "validation/loss"
     values = {row["step"]: row for row in log if "loss" not in row and _is_number(row.get(metric))}
     last = kept["step"] if kept else max(values, default=0)
     chosen = {"before training": values.get(0), f"this {kind} (step {last})": values.get(last)}
     rows = [f"| {name} | {_value(row, metric)} |" for name, row in chosen.items() if row is not None]
+    of_pairs = metric.startswith("validation/")
     text = f"{metric.capitalize()} on validation prompts: not measured."
     if rows:
-        note = "of images of held-out validation prompts"
+        note = "of pairs that did not train" if of_pairs else "of images of held-out validation prompts"
         if kept:
             note += ", on which the step was chosen, so that the value after training is somewhat optimistic"
         table = "\n".join(rows)
-        text = f"{metric.capitalize()} {note} (± standard error):\n\n| | {metric} |\n| --- | --- |\n{table}"
+        error = "" if of_pairs else " (± standard error)"
+        text = f"{metric.capitalize()} {note}{error}:\n\n| | {metric} |\n| --- | --- |\n{table}"
     if rows and kept and last == 0:
         text += f"\n\nNo evaluation was better than the one before training: the {kind} changes nothing."
     if not steps:
@@ -229,7 +233,7 @@ def _is_number(value: object) -> bool:
 
 
 def _value(row: Mapping[str, Any], metric: str) -> str:
-    error = row.get("standard_error")
+    error = None if metric.startswith("validation/") else row.get("standard_error")
     return f"{row[metric]:.3f}" + (f" ± {error:.3f}" if _is_number(error) else "")
 
 

@@ -34,7 +34,6 @@ from ospo_fast.records import (
     Record,
     append_line,
     chunked,
-    iter_pairs,
     os_errors,
     parse_json,
     stable_hash,
@@ -61,8 +60,9 @@ from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.train_memory import needs_checkpointing
-from ospo_fast.stages.train_settings import input_stage, loss_config, mask_settings, uses_masks, uses_stored_masks
+from ospo_fast.stages.train_settings import VALIDATION, input_stage, loss_config, mask_settings, uses_masks
 from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
+from ospo_fast.stages.training_pairs import category_of, held_out_ids, select_training_pairs
 from ospo_fast.work import Work, count, counting, device_name, step_rates, work_of
 
 if TYPE_CHECKING:
@@ -88,28 +88,6 @@ class Example:
     masks: Tensor | None  # (2, H, W) stored masks
     columns: list[list[int]] | None = None  # of each object its tokens, for masks of the policy itself
     category: str = ""  # of its prompt
-
-
-def select_training_pairs(records: Iterable[Record], config: Config) -> list[ItemPair]:
-    """Return the pairs to train on: those with a mask if the loss uses stored masks.
-
-    `max_pairs_per_kind` and `max_pairs` limit them. Order and choice depend only on the ids.
-    """
-    settings = config.train
-    pairs = list(iter_pairs(records))
-    usable = [item for item in pairs if not uses_stored_masks(config) or item.pair.get("mask_path")]
-    if len(usable) < len(pairs):
-        logger.warning("skipping %d of %d pairs, which have no object mask", len(pairs) - len(usable), len(pairs))
-    ranked = sorted(usable, key=lambda item: (stable_hash(config.seed, "cap", item.pair_id), item.pair_id))
-    if settings.max_pairs_per_kind is not None:
-        counts: Counter[str] = Counter()
-        usable, ranked = ranked, []
-        for item in usable:
-            kind = item.record.get("kind") or item.record.get("sub_category", "")
-            counts[kind] += 1
-            if counts[kind] <= settings.max_pairs_per_kind:
-                ranked.append(item)
-    return sorted(ranked[: settings.max_pairs], key=lambda item: item.pair_id)
 
 
 def load_examples(
@@ -153,8 +131,7 @@ def _load_example(
     elif uses_masks(config):
         loaded["masks"] = attempt(load_unions, item.pair, out, config.read_from, grid=model.grid)
     failed = next((value for value in loaded.values() if isinstance(value, Failure)), None)
-    category = str(item.record.get("t2i_category") or item.record.get("kind") or "other")
-    return Example(item.pair_id, **loaded, category=category) if failed is None else failed
+    return Example(item.pair_id, **loaded, category=category_of(item.record)) if failed is None else failed
 
 
 def make_batch(
@@ -243,7 +220,9 @@ class Trainer:
         folder: Path,
         extractor: MaskExtractor | None = None,  # of the policy's own masks
         ranks: Ranks | None = None,
+        held_out: Sequence[Example] = (),  # for `validate`
     ) -> None:
+        self.held_out = held_out
         self.model, self.examples, self.config, self.folder, self.extractor = model, examples, config, folder, extractor
         self.settings, self.ranks = config.train, ranks or Ranks()
         torch.manual_seed(stable_hash(config.seed, "lora") % 2**31)
@@ -277,7 +256,7 @@ class Trainer:
         pairs = settings.batch_size * settings.accumulation
         indices = shuffled_indices(len(self.examples), self.config.seed, self.step * pairs, pairs)
         counts = Counter(self.examples[i].category for i in indices)
-        sums: defaultdict[str, float] = defaultdict(float, dict.fromkeys(map(_accuracy_key, sorted(counts)), 0.0))
+        sums: defaultdict[str, float] = defaultdict(float, dict.fromkeys(_category_keys(counts), 0.0))
         bad: list[str] = []  # pairs of the passes whose loss is not finite
         passes = own_passes(pairs, settings.batch_size, ranks.rank, ranks.size)
         for number, positions in enumerate(passes, 1):
@@ -295,8 +274,8 @@ class Trainer:
             # Read after the backward pass is launched: reading a value synchronizes with the device.
             for name, value in output.metrics.items():
                 sums[name] += float(value) * share if share else 0.0
-            for example, accuracy in zip(examples, output.pair_accuracy.tolist(), strict=True) if share else ():
-                sums[_accuracy_key(example.category)] += accuracy / counts[example.category]
+            for name, category, value in _pair_metrics(examples, output) if share else ():
+                sums[f"{name}/{category}"] += value / counts[category]
             if share and not math.isfinite(output.metrics["loss"]):
                 bad += [example.pair_id for example in examples]
         norm = self._clip()
@@ -329,7 +308,8 @@ class Trainer:
                 unconditional = unconditional_hidden_states(self.model, examples, batch)
                 hidden, head = Head.of(head).guided(hidden, unconditional, settings.guidance_scale)
             output: OSPOLossOutput = self.loss(hidden, batch.labels, head, object_masks=masks)
-        count(codes=len(batch.lengths) * self.model.grid[0] * self.model.grid[1], backward=True)
+        codes = len(batch.lengths) * self.model.grid[0] * self.model.grid[1]
+        count(codes=codes, backward=torch.is_grad_enabled())
         if masks is not None and settings.masks == "online":
             output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
         return output
@@ -444,16 +424,23 @@ class Trainer:
             hidden = hidden_states(self.model, batch.embeds)
         return hidden, self.extractor.compute(capture, columns, batch).weights[: 2 * pairs].float()
 
-    def evaluate(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return the callback's metrics; save the adapter if they are the best, and stop if they no longer improve."""
+    def evaluate(self, evaluation: Evaluation | None) -> dict[str, Any]:
+        """Return the metrics of the callback and of the held-out pairs.
+
+        If those that `train.early_stopping` names are the best, save the adapter; if they no longer improve, stop.
+        """
         self.weights.publish()
-        metrics = self.ranks.first(lambda: evaluation(self.model, self.step))
+        metrics: dict[str, Any] = {}
+        if evaluation is not None:
+            metrics |= self.ranks.first(lambda: evaluation(self.model, self.step))
+        if self.held_out:
+            metrics |= self.validate()
         name = self.settings.early_stopping
-        if name is not None:
+        if name is not None and self.settings.eval_every:
             if name not in metrics:
                 known = ", ".join(sorted(metrics))
                 raise OspoError(f"train.early_stopping: got {name!r}, expected a metric of the evaluation: {known}.")
-            if not self.best or metrics[name] > self.best["value"]:
+            if not self.best or _is_better(name, metrics[name], self.best["value"]):
                 # A float of numpy could be saved, but not loaded with `weights_only`.
                 self.best, self.stale = {"step": self.step, "value": float(metrics[name])}, 0
                 self.best["sha256"] = self.ranks.first(self._write_best)
@@ -462,6 +449,36 @@ class Trainer:
             self.stopped = self.stale >= self.settings.patience
         self.weights.train()
         return {"step": self.step, **metrics}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Return the means over the held-out pairs of what training logs, after `weights.publish`: without dropout.
+
+        Each rank has some of the batches. A value that is not finite makes its means so, and the ids of its pairs are
+        `validation/not_finite`.
+        """
+        counts, total = Counter(example.category for example in self.held_out), len(self.held_out)
+
+        def own() -> tuple[dict[str, float], list[str]]:
+            sums, bad = dict.fromkeys([*VALIDATION, *_category_keys(counts)], 0.0), []
+            batches = list(chunked(self.held_out, self.settings.batch_size))
+            for examples in batches[self.ranks.rank :: self.ranks.size]:
+                with packed_attention(self.model) if self.packed else nullcontext():
+                    output = self._compute_loss(examples)
+                for name in VALIDATION:
+                    sums[name] += float(output.metrics[name]) * len(examples) / total
+                for name, category, value in _pair_metrics(examples, output):
+                    sums[f"{name}/{category}"] += value / counts[category]
+                finite = output.pair_logps.isfinite().all(0).tolist()
+                bad += [example.pair_id for example, right in zip(examples, finite, strict=True) if not right]
+            return sums, bad
+
+        parts = self.ranks.everywhere(own)
+        metrics: dict[str, Any] = {f"validation/{name}": sum(part[name] for part, _ in parts) for name in parts[0][0]}
+        if bad := sorted(pair_id for _, pair_ids in parts for pair_id in pair_ids):
+            self._warn("train: values of held-out pairs are not finite at step %d: %s", self.step, ", ".join(bad))
+            metrics["validation/not_finite"] = bad
+        return metrics
 
     def sample(self, pairs: Sequence[ItemPair], tracker: Tracker | None) -> None:
         """Write images of prompts of these pairs; see `ospo_fast.stages.samples`."""
@@ -512,8 +529,10 @@ class Trainer:
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
             settings.pop(name)
         settings.pop("sample_every")
+        if not self.held_out:  # as an older version, which could not hold pairs out
+            settings.pop("validation_pairs")
         settings |= mask_settings(self.config)
-        pairs = [example.pair_id for example in self.examples]
+        pairs = [example.pair_id for example in (*self.examples, *self.held_out)]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
 
     def resume(self) -> bool:
@@ -618,6 +637,8 @@ class Trainer:
         if base_path is not None:
             done |= {"base_model": {"name": base, "folder": _relative(base_path, out / "train", out)}}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
+        if self.held_out:
+            done |= {"validation_pairs": [example.pair_id for example in self.held_out]}
         if self.saved is not None:
             delete_others(self.saved)  # one that could not be deleted before
         write_json(self.folder / "done.json", done)  # last: after it, no other call works on this folder
@@ -640,7 +661,7 @@ class _Log:
         self.ranks.first(lambda: append_line(self.path, row))
         if self.tracker is not None:
             self.tracker.log(row)
-        for name in ("loss", self.metric):
+        for name in ("loss", "validation/loss", self.metric):
             if name in row:
                 self.values[name] = f"{name} {float(row[name]):.3f}"
         self.show()
@@ -657,8 +678,26 @@ def _relative(path: Path, start: Path, out: Path) -> str:
     return os.path.relpath(path, os.path.realpath(start)) if inside else str(path)
 
 
-def _accuracy_key(category: str) -> str:
-    return f"accuracy/{category}"
+_OF_PAIRS = ("accuracy", "chosen_logps", "rejected_logps")  # metrics that each category has as well
+
+
+def _category_keys(categories: Iterable[str]) -> list[str]:
+    return [f"{name}/{category}" for name in _OF_PAIRS for category in sorted(categories)]
+
+
+def _pair_metrics(examples: Sequence[Example], output: OSPOLossOutput) -> Iterator[tuple[str, str, float]]:
+    """Yield (metric, category, value) of each pair."""
+    rows = torch.cat([output.pair_accuracy[None].to(output.pair_logps), output.pair_logps]).tolist()
+    for name, values in zip(_OF_PAIRS, rows, strict=True):
+        for example, value in zip(examples, values, strict=True):
+            yield name, example.category, value
+
+
+def _is_better(metric: str, value: float, best: float) -> bool:
+    """Return whether a value is better than the best one until now: a finite one is better than NaN."""
+    if not math.isfinite(best):
+        return math.isfinite(value)
+    return value < best if metric == "validation/loss" else value > best
 
 
 def _autocast(model: UnifiedModel, settings: TrainConfig) -> AbstractContextManager[Any]:
@@ -689,7 +728,8 @@ def train(
     """Train `model` in place on the pairs of `records`, and write the results to `out`/train.
 
     Writes log.jsonl (a line per step and per evaluation), checkpoints/, samples/ (`train.sample_every`), adapter/
-    (peft; not with `train.full`), model/ (merged) and finally done.json. If `train.early_stopping` names a metric, the
+    (peft; not with `train.full`), model/ (merged) and finally done.json. With `train.validation_pairs`, some pairs do
+    not train: lines of evaluations have their loss (`Trainer.validate`). If `train.early_stopping` names a metric, the
     weights are those of the best evaluation, which best.safetensors holds, else the last.
     A step whose loss or gradient is not finite is skipped: it makes no update, its log line has `skipped` and the ids
     of its pairs (`not_finite`), and done.json counts these steps and pairs. It keeps its number, its learning rate and
@@ -706,7 +746,8 @@ def train(
         model: changed in place; afterwards it is the trained model.
         config: sections `train` and `masks`, `preset`, `seed`.
         out: the run folder.
-        context: `evaluation` is called before the first step and every `train.eval_every` steps. `report` gets the
+        context: `evaluation` is called before the first step, every `train.eval_every` steps and after the last one
+            (with `eval_every=0` never; held-out pairs are then evaluated at both ends). `report` gets the
             steps of this call (`items`), those of the run (`total`), the number of pairs that `failed`, and which
             weights are `kept`. `begin` is called after the evaluation before the first step. `tracker` gets a copy of
             every line of log.jsonl and of the contact sheets of samples.
@@ -732,10 +773,15 @@ def train(
         raise OspoError(f"train: no pair to train on; see {where}.")
     if ranks.rank == 0:  # all have the same pairs
         count(kept=len(examples), dropped=len(failures))
+    held_out = held_out_ids(pairs, config)
+    validating = [example for example in examples if example.pair_id in held_out]
+    examples = [example for example in examples if example.pair_id not in held_out]
+    if not (examples and validating) and held_out:
+        raise OspoError(f"train: no pair to {'validate with' if examples else 'train on'}; see the warning above.")
     settings, folder = config.train, (context.writes or out) / "train"
     if not context.resume:
         ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
-    trainer = Trainer(model, examples, config, folder, extractor, ranks)
+    trainer = Trainer(model, examples, config, folder, extractor, ranks, validating)
     trainer.check_ranks()
     checkpointed = trainer.weights.checkpointed if trainer.needs_checkpointing() else None
     resumed = trainer.resume()
@@ -744,10 +790,11 @@ def train(
     if checkpointed is not None:
         checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None
+    evaluates = evaluation is not None or bool(validating)
     log = _Log(logfile, context, settings.early_stopping, ranks)
     if context.tracker is not None:
         context.tracker.start(context.report.iteration, trainer.step if resumed else None)
-    if evaluation is not None and not resumed:
+    if evaluates and not resumed:
         log.show("evaluating before the first step")
         log.append(trainer.evaluate(evaluation))
     if context.begin is not None:
@@ -762,7 +809,7 @@ def train(
         log.append(row | step_rates(cost, row["seconds"]))
         trainer.check_skipped()
         last = trainer.step == settings.steps
-        if evaluation is not None and (trainer.step % settings.eval_every == 0 or last):
+        if evaluates and (last or (settings.eval_every and trainer.step % settings.eval_every == 0)):
             log.show("evaluating")
             log.append(trainer.evaluate(evaluation))
         if settings.sample_every and trainer.step % settings.sample_every == 0:

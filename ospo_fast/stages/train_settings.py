@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ospo_fast.config import Config
+from ospo_fast.config import Config, TrainConfig
+from ospo_fast.errors import UsageError
 from ospo_fast.loss_config import OSPOLossConfig
+
+VALIDATION = ("loss", "accuracy", "margin", "chosen_logps", "rejected_logps")  # metrics of the held-out pairs
+_CHOOSING = ("validation/accuracy", "validation/margin", "validation/loss")  # those that early stopping can go by
 
 
 def loss_config(config: Config) -> OSPOLossConfig:
@@ -22,6 +26,27 @@ def uses_masks(config: Config) -> bool:
 def uses_stored_masks(config: Config) -> bool:
     """Return whether the loss weights tokens by the masks of the masks stage."""
     return uses_masks(config) and config.train.masks == "stored"
+
+
+def check_early_stopping(train: TrainConfig, evaluation: Any) -> None:
+    """Raise UsageError for a metric that neither the evaluation nor the held-out pairs have, or that is not measured.
+
+    evaluation: its `metrics` names those that it has; without this attribute they are not known. None: there is none.
+    """
+    metric, own = train.early_stopping, getattr(evaluation, "metrics", None)
+    validates = metric in _CHOOSING
+    if metric is None or (evaluation is not None and own is None and not validates):
+        return
+    known = [*(own or ()), *(_CHOOSING if train.validation_pairs else ())]
+    if metric not in known and (known or validates):
+        names = f" or a metric of the evaluation: {', '.join(known)}" if known else ""
+        remedy = "; or hold pairs out by train.validation_pairs" if validates else ""
+        raise UsageError(f"train.early_stopping: got {metric!r}, expected null{names}{remedy}.")
+    if validates and not train.eval_every:
+        raise UsageError(
+            f"train.eval_every: got 0 with train.early_stopping={metric}, expected 1 or more: the steps between two "
+            "values of it."
+        )
 
 
 def input_stage(config: Config) -> str:

@@ -171,6 +171,21 @@ def test_curves_skip_values_that_are_not_finite():
     assert stats.curves([]) == []
 
 
+def test_log_probabilities_have_curves_by_category():
+    log = [
+        {"step": n, "chosen_logps": -2.0 - n, "chosen_logps/color": -1.0, "rejected_logps/color": -3.0} for n in (1, 2)
+    ]
+    assert [chart["name"] for chart in stats.curves(log)] == [
+        "chosen_logps", "chosen_logps/color", "rejected_logps/color",
+    ]  # fmt: skip
+    rows = [{"step": 0, "validation/loss": 0.7, "validation/chosen_logps/<b>": -1.5}]
+    charts = {chart["name"]: chart for chart in stats.curves(log + rows)}  # held-out pairs take their place
+    assert list(charts) == ["chosen_logps", "validation/loss", "validation/chosen_logps/<b>"]
+    assert "<b>" not in charts["validation/chosen_logps/<b>"]["svg"]
+    many = [{"step": 0} | {f"chosen_logps/{n}": -1.0 for n in range(100)}]
+    assert len(stats.curves(many)) == stats.MAX_CATEGORIES
+
+
 def guide_of(tmp_path, config=None, **summary):
     if config is not None:
         (tmp_path / "config.yaml").write_text(config)

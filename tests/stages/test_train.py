@@ -86,17 +86,18 @@ def test_overrides_change_the_loss_of_the_preset():
     assert (loss.simpo_weight, loss.cond_weight, loss.beta, loss.mask_alpha) == (0.1, 0.5, 3.0, 0.0)
 
 
-def test_the_accuracy_of_a_category_is_that_of_its_pairs(tiny, records, run_folder):
-    """Weighted by the pairs that each category has in a step, their mean is the accuracy of the step."""
+def test_the_metrics_of_a_category_are_those_of_its_pairs(tiny, records, run_folder):
+    """Weighted by the pairs that each category has in a step, their mean is that of the step."""
     train(records, load_model(tiny), config(), out=run_folder)
     categories = [item.record["t2i_category"] for item in select_training_pairs(records, config())]
     mixed = 0
     for row in lines(run_folder):
         indices = shuffled_indices(len(categories), config().seed, 4 * (row["step"] - 1), 4)
         counts = Counter(categories[index] for index in indices)
-        assert {key for key in row if key.startswith("accuracy/")} == {f"accuracy/{name}" for name in counts}
-        mean = sum(count * row[f"accuracy/{name}"] for name, count in counts.items()) / 4
-        assert row["accuracy"] == pytest.approx(mean)
+        for metric in ("accuracy", "chosen_logps", "rejected_logps"):
+            assert {key for key in row if key.startswith(f"{metric}/")} == {f"{metric}/{name}" for name in counts}
+            mean = sum(count * row[f"{metric}/{name}"] for name, count in counts.items()) / 4
+            assert row[metric] == pytest.approx(mean)
         mixed += len(counts) > 1
     assert mixed > 2
 

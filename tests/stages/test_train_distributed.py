@@ -21,6 +21,7 @@ FULL = ["train.full=true", "train.learning_rate=1e-4"]
 WATCHED = ["train.eval_every=1", "train.early_stopping=alignment", "train.patience=9"]
 DROPOUT = ["train.lora_dropout=0.2"]
 PLAIN = ["train.lora_dropout=0"]
+HELD_OUT = ["train.validation_pairs=5", "train.eval_every=3"]
 FEW = [*PLAIN, "train.batch_size=3", "train.accumulation=1"]  # pairs of a step: fewer than processes
 
 
@@ -71,6 +72,8 @@ def runs(tiny, made, tmp_path_factory):
         job("fewfull-1", [*FULL, *FEW]),
         job("watched-1", [*FULL, *WATCHED]),
         job("poison-1", PLAIN, poison=poisoned),
+        job("validated-1", [*PLAIN, *HELD_OUT]),
+        job("validatedfull-1", [*FULL, *HELD_OUT]),
         job("plain-1-2", PLAIN, stop=3),
         job("full-1-2", FULL, stop=3),
     ]
@@ -80,6 +83,7 @@ def runs(tiny, made, tmp_path_factory):
         job("full-2", FULL),
         job("watched-2", [*FULL, *WATCHED]),
         job("poison-2", PLAIN, poison=poisoned),
+        job("validatedfull-2", [*FULL, *HELD_OUT]),
         job("plain-1-2", PLAIN),
         job("full-1-2", FULL),
         job("stopped-2", PLAIN, stop=3),
@@ -95,6 +99,7 @@ def runs(tiny, made, tmp_path_factory):
         job("few-4", FEW),
         job("fewfull-4", [*FULL, *FEW]),
         job("poison-4", PLAIN, poison=poisoned),
+        job("validated-4", [*PLAIN, *HELD_OUT]),
         job("plain-2-4", PLAIN),
         job("full-2-4", FULL),
     ]
@@ -145,7 +150,11 @@ def check_same(folder, other):
 
 
 @pytest.mark.parametrize(
-    "name", ["dropout-2", "plain-2", "plain-4", "full-2", "watched-2", "watched-4", "few-4", "fewfull-4"]
+    "name",
+    [
+        *("dropout-2", "plain-2", "plain-4", "full-2", "watched-2", "watched-4", "few-4", "fewfull-4"),
+        *("validated-4", "validatedfull-2"),
+    ],
 )
 def test_more_processes_train_the_same(runs, name):
     kind = name[:-2]
@@ -173,6 +182,13 @@ def test_every_process_has_the_trained_model_and_the_first_alone_evaluates(runs)
         assert all(other["weights"] == first["weights"] for other in others)
         assert {other["steps"] for other in (first, *others)} == {6}
         assert first["kept"] == others[0]["kept"] == {"step": 3, "metric": "alignment", "before": 0.1, "value": 0.6}
+
+
+def test_several_processes_validate(runs):
+    for name in ("validated-4", "validatedfull-2"):
+        rows = [row for row in lines(runs / name) if "validation/loss" in row]
+        assert [row["step"] for row in rows] == [0, 3, 6]
+        assert rows[0]["validation/loss"] != rows[2]["validation/loss"]
 
 
 def test_an_error_of_the_first_process_is_that_of_all(runs):
