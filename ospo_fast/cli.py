@@ -132,6 +132,14 @@ _OPTIONS = {
     "calibrate": _option(
         "--calibrate", action="store_true", help="measure the rates here, by two short runs in a temporary folder"
     ),
+    "from": _option(
+        "--from",
+        dest="from_run",
+        type=_path,
+        metavar="RUN",
+        help="run folder whose settings are the base, and whose finished stages are taken over, up to the first one "
+        "with another setting; it is only read",
+    ),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
     "root": _option("--root", default="", metavar="PREFIX", help="what the paths in train.json begin with"),
     "repo": _option("--repo", type=_name, metavar="OWNER/NAME", help="repository of the model"),
@@ -153,6 +161,10 @@ def _settings(args: argparse.Namespace, *, saved: bool = True, origins: dict[str
     named = load_config(args.settings, file=args.config)
     out = args.out or Path(named.out)
     folder = out / "config.yaml" if saved else None
+    if (source := getattr(args, "from_run", None)) is not None:
+        from ospo_fast import takeover
+
+        folder = folder if takeover.was_taken(source, out) else source / "config.yaml"
     model = args.model or load_config(args.settings, file=args.config, saved=folder).model
     config = load_config(args.settings, file=args.config, saved=folder, family=model_family(model), origins=origins)
     config = dataclasses.replace(config, out=str(out), model=model)
@@ -206,6 +218,17 @@ def _creatable_out(args: argparse.Namespace) -> Path:
     out: Path = args.out or Path(load_config(args.settings, file=args.config).out)
     if not os.path.isdir(out):  # noqa: PTH112 (Path.is_dir raises for long names)
         check_creatable(out)
+    if (source := getattr(args, "from_run", None)) is not None:
+        from ospo_fast.takeover import check_source
+
+        others = {"--no-resume": not args.resume, "--shard": getattr(args, "shard", None) is not None}
+        others["--iteration"] = getattr(args, "iteration", 1) != 1
+        if option := next((name for name, given in others.items() if given), None):
+            raise UsageError(
+                f"--from: got it with {option}, expected one of both: it takes over finished stages of the first "
+                "iteration, once for all shards."
+            )
+        check_source(source, out)
     return out
 
 
@@ -222,7 +245,8 @@ def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
     for name, value in saved_values(config).items():
         section = {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
         facts |= {key: inner for key, inner in section.items() if key != "out"}
-    if config.prompts.exclude is not None and Path(config.prompts.exclude) == Path(config.out) / HELD_OUT:
+    runs = (Path(config.out), getattr(args, "from_run", None))
+    if config.prompts.exclude is not None and Path(config.prompts.exclude) in [r / HELD_OUT for r in runs if r]:
         facts["prompts.exclude"] = None  # of the run itself: a worker that is started again finds it in config.yaml
     for name, path in (("prompts.file", config.prompts.file), ("templates", config.templates)):
         if path is not None and os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for long names)
@@ -289,16 +313,47 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage], *, planned: boo
         evaluation = build_evaluation(config) if any(stage.counts_steps for stage in stages) else None
         options = {"resume": args.resume, "progress": not args.json, "evaluation": evaluation}
         pipeline = Pipeline(config, shard=shard, lock=lock, workers=workers, **options)
-        if planned:
-            pipeline.plan = _plan_run(pipeline, workers)
+        names = [stage.name for stage in stages if not planned or stage.in_run(config)]
+        alone = workers is None or getattr(args, "from_run", None) is None
+        with contextlib.nullcontext() if alone or workers is None else workers.first():
+            taken = _find_finished(args, pipeline, names)
+            if planned:
+                pipeline.plan = _plan_run(pipeline, workers, taken)
+            if taken:
+                _take_over(args, pipeline, names)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)
         with contextlib.nullcontext() if workers is None else workers.first():
             exclude_held_out_prompts(pipeline, [stage for stage in stages if stage.in_run(config)], iterations)
         yield pipeline
 
 
-def _plan_run(pipeline: Pipeline, workers: Workers | None) -> dict[str, Any]:
-    """Check the settings of a run, and plan what its folder does not hold yet. Refuses a device that is too small."""
+def _find_finished(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> dict[str, Path]:
+    """Return the folder of each stage that is still to be taken over from another run."""
+    source = getattr(args, "from_run", None)
+    if source is None:
+        return {}
+    from ospo_fast import takeover
+
+    pipeline.check_settings(names)
+    if takeover.was_taken(source, pipeline.folder()):
+        takeover.use_own_files(pipeline.config, source)
+        return {}
+    return dict.fromkeys(takeover.find_finished(pipeline, source, names), source)
+
+
+def _take_over(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> None:
+    from ospo_fast.takeover import take_over
+
+    taken = take_over(pipeline, args.from_run, names)
+    if pipeline.speaks and not args.json:
+        print(f"taken over from {args.from_run}: {', '.join(taken)}", flush=True)
+
+
+def _plan_run(pipeline: Pipeline, workers: Workers | None, taken: dict[str, Path] | None = None) -> dict[str, Any]:
+    """Check the settings of a run, and plan what its folder does not hold yet. Refuses a device that is too small.
+
+    taken: the folders of stages that it takes over.
+    """
     from ospo_fast.plan import count_done, plan_run
 
     config = pipeline.config
@@ -306,7 +361,8 @@ def _plan_run(pipeline: Pipeline, workers: Workers | None) -> dict[str, Any]:
     done = {}
     if workers is None or workers.is_first:  # it alone says and keeps the plan
         with os_errors("use", Path(config.out)):
-            done = count_done(pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)]))
+            folders = pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)])
+            done = count_done({**folders, **(taken or {})}, extends=config.train.extend is not None)
     sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
     return plan_run(config, done, **sizes)
 
@@ -374,9 +430,10 @@ def _dry_run(args: argparse.Namespace) -> int:
     restarts.finish_killed(_creatable_out(args))
     config, workers = _settings(args), _workers()
     pipeline = Pipeline(config, resume=args.resume, evaluation=build_evaluation(config))
-    result = _plan_run(pipeline, workers)
+    names = [stage.name for stage in STAGES if stage.in_run(config)]
+    result = _plan_run(pipeline, workers, _find_finished(args, pipeline, names))
     with os_errors("use", Path(config.out)):
-        pipeline.check_against_folder([stage.name for stage in STAGES if stage.in_run(config)])
+        pipeline.check_against_folder(names)
     if workers is not None and not workers.is_first:
         return 0
     _show(result, args.json, plan.render(result))
@@ -621,7 +678,7 @@ _COMMANDS = {
     "run": _Command(
         _run,
         "all stages, one after another",
-        ("resume", "dry_run", *_RUN_OPTIONS),
+        ("resume", "from", "dry_run", *_RUN_OPTIONS),
         example="--out my-run --prompts prompts.txt train.steps=500",
         packages=_TRAIN_PACKAGES,
     ),
@@ -636,7 +693,7 @@ _COMMANDS = {
         stage.name: _Command(
             _stage,
             stage.help,
-            ("resume", "iteration", *(["shard"] if stage.sharded else []), *stage.options),
+            ("resume", "from", "iteration", *(["shard"] if stage.sharded else []), *stage.options),
             example="--out my-run",
             sections=(stage.name,),
             packages=_TRAIN_PACKAGES if stage.counts_steps else _MODEL_PACKAGES,

@@ -317,6 +317,12 @@ class TrainConfig(Section):
         NAMES,
     )
     steps: int = setting(1000, "Optimizer steps.", AT_LEAST_1)
+    extend: str | None = setting(
+        None,
+        "Schedule of the steps that a finished training gets when steps is raised: constant keeps the last learning "
+        "rate, cosine falls again from learning_rate, without warm-up. null: it is refused. Not saved in config.yaml.",
+        one_of("constant", "cosine"),
+    )
     batch_size: int = setting(16, "Pairs of a forward and backward pass.", BATCH)
     accumulation: int = setting(2, "Passes per optimizer step, which uses batch_size times accumulation pairs.", BATCH)
     learning_rate: float = setting(1e-5, "Highest learning rate.", ABOVE_0)

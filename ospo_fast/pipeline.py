@@ -47,7 +47,17 @@ from ospo_fast.records import (
     write_atomic,
     write_json,
 )
-from ospo_fast.stages import STAGES, Shard, Stage, StageContext, StageReport, file_digest, find_stage, needs
+from ospo_fast.stages import (
+    STAGES,
+    Shard,
+    Stage,
+    StageContext,
+    StageReport,
+    extension,
+    file_digest,
+    find_stage,
+    needs,
+)
 from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
 from ospo_fast.stages.tracking import Tracker, check_tracker
 from ospo_fast.stages.train_settings import check_early_stopping
@@ -70,7 +80,9 @@ if TYPE_CHECKING:
     from ospo_fast.stages.train import Evaluation
     from ospo_fast.workers import Workers
 
-__all__ = ["Pipeline", "Shard", "StageReport", "read_stage", "stage_metrics", "store_path", "store_paths"]
+__all__ = [
+    "Pipeline", "Shard", "StageReport", "changed_setting", "read_stage", "stage_metrics", "store_path", "store_paths",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -208,10 +220,10 @@ def check_stage_row(row: object, where: str) -> dict[str, Any]:
 
 
 def sum_stage_rows(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sum the entries of stages.json; see `stage_metrics`."""
+    """Sum the entries of stages.json; see `stage_metrics`. Those of stages of another run (`--from`) do not count."""
     metrics: dict[str, dict[str, Any]] = {}
     entries = defaultdict[str, list[dict[str, Any]]](list)
-    for entry in rows:
+    for entry in (row for row in rows if row.get("from") is None):
         entries[entry["stage"]].append(entry)
         row = metrics.setdefault(entry["stage"], {"seconds": 0.0, "items": 0, "failed": 0, "peak_mb": 0.0})
         row["items"] += entry["items"]
@@ -577,7 +589,9 @@ class Pipeline:
         return _result_values(saved) == _result_values(saved_values(self.config, self.folder()))
 
     def _config_text(self) -> bytes:
-        return dump_config(self.config, self.folder()).encode()
+        # What extends a training is said of each extension.
+        config = dataclasses.replace(self.config, train=dataclasses.replace(self.config.train, extend=None))
+        return dump_config(config, self.folder()).encode()
 
     def stage(self, name: str, iteration: int = 1) -> StageReport:
         """Run one stage of one iteration.
@@ -651,9 +665,9 @@ class Pipeline:
             sweep_temporary_files(out / stage.folder, "**/.*.tmp")
 
     def _starts_over(self, stage: Stage, out: Path, settings: dict[str, Any]) -> bool:
-        """Return whether a stage starts over, or continues to."""
+        """Return whether a stage starts over, or continues to, or a finished training gets more steps."""
         if self.resume:
-            return self._continues_stage(stage, out, settings)
+            return self._continues_stage(stage, out, settings) or self._extends(stage, out)
         return bool(restarts.made_by(out, self._replaced(stage)))
 
     def _replaced(self, stage: Stage) -> Sequence[Stage]:
@@ -666,7 +680,46 @@ class Pipeline:
             return False  # the shards that it would replace one of are merged
         work = restarts.folder(out, stage, self.shard)
         saved = read_json(work / "settings.json", {}).get(self._key(stage.name))
-        return saved is not None and _changed_setting(saved, settings, work) is None
+        if saved is None or changed_setting(saved, settings, work) is not None:
+            return False
+        folder, extend = work / str(stage.folder), self.config.train.extend
+        return not stage.counts_steps or extension.last_schedule(folder) == extend  # of an unfinished training
+
+    def _extends(self, stage: Stage, out: Path) -> bool:
+        if not stage.counts_steps or self.config.train.extend is None:
+            return False
+        return extension.extends(out / str(stage.folder), _steps_before(out, stage.name), self.config.train)
+
+    def _check_extension(self, stage: Stage, out: Path, settings: dict[str, Any], over: bool) -> dict[str, Any]:
+        """Check what `train.extend` asks for.
+
+        Returns:
+            The settings that the training there must have been made with: for one that gets more steps, with fewer.
+
+        """
+        train, work, key = self.config.train, restarts.folder(out, stage), f"{stage.name}.steps"
+        if not self.resume or over:
+            raise UsageError(
+                f"train.extend: got {train.extend} with a training that starts over, expected null; leave it out, or "
+                "leave --no-resume out to continue a finished training."
+            )
+        if self._continues_stage(stage, out, settings):
+            return settings
+        before = _steps_before(out, stage.name)
+        extension.check_extension(out / str(stage.folder), before, train)
+        if not self._extends(stage, out):
+            return settings
+        if later := restarts.later_iterations(out, self.folder()):
+            raise UsageError(
+                f"train.extend: {min(later)} starts from the training that would get more steps; extend that of the "
+                "last iteration, with --iteration."
+            )
+        if (work / "settings.json").exists():
+            raise UsageError(
+                f"train.extend: {work} holds an unfinished start of {stage.name} with other settings; finish it by the "
+                "same command, or delete the folder."
+            )
+        return {**settings, key: before}
 
     def _check(
         self, stage: Stage, iteration: int, *, run: bool = False, over: bool = False
@@ -689,12 +742,14 @@ class Pipeline:
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
             return config, {}  # the run will train its model; what can be checked was checked for the first iteration
         self._check_request(stage, config)
-        settings = self._settings(stage, config, iteration)
+        settings = expected = self._settings(stage, config, iteration)
+        if stage.counts_steps and config.train.extend is not None:
+            expected = self._check_extension(stage, out, settings, over)
         continues = self._continues_stage(stage, out, settings)
         own = self.resume and not continues and not over
         if own:
             self._check_recorded(stage, out)
-        self._check_settings(out, name, settings, own=own)
+        self._check_settings(out, name, expected, own=own)
         if self.shard is not None and not self.resume and store_path(out, name).exists():
             raise UsageError(
                 f"The shards of {name} are already merged into {store_path(out, name)}; to run it again, use "
@@ -1030,6 +1085,9 @@ class Pipeline:
         self._take_lock()
         if fresh:
             discard(work)
+        elif self.speaks and work != out and not (work / "settings.json").exists():
+            rows = [row for row in read_json(out / "stages.json", []) if _is_of(row, stage.name)]
+            extension.begin_extension(work, out / str(stage.folder), config.train, rows)
         writer = only_writer(folder) if self.speaks else contextlib.nullcontext()
         with self._training_together(model, report.iteration), writer:
             if self.speaks:
@@ -1186,13 +1244,17 @@ class Pipeline:
         model = saved_path(saved_path(self.model_name(iteration), self.folder()), self._outer.folder())
         return {**stage.result_settings(config), "seed": config.seed, "model": model, "templates": templates}
 
+    def settings_of(self, stage: Stage) -> dict[str, Any]:
+        """Return everything that a stage's results depend on in the first iteration, apart from its inputs."""
+        return self._settings(stage, self.config, 1)
+
     def _check_recorded(self, stage: Stage, out: Path) -> None:
         """Raise UsageError if a stage has run in a folder, and the settings of its results are gone.
 
         Records that were copied to a folder have no settings: the stages that made them did not run there.
         """
         name = stage.name
-        ran = any(isinstance(row, dict) and row.get("stage") == name for row in read_json(out / "stages.json", []))
+        ran = any(_is_of(row, name) for row in read_json(out / "stages.json", []))
         has_results = (out / str(stage.folder)).exists() if stage.counts_steps else bool(store_paths(out, name))
         if ran and has_results and not _made_here(out, name):
             raise UsageError(
@@ -1206,10 +1268,13 @@ class Pipeline:
             counts = own or (self.shard is not None and key != self._key(name))
             if not counts or key.split(".")[0] != name:
                 continue
-            if (changed := _changed_setting(saved, settings, out)) is not None:
+            if (changed := changed_setting(saved, settings, out)) is not None:
                 field, before, value = changed
+                more = f"{field}={value} with {name}.extend=constant or cosine gives a finished {name} more steps; "
+                added = (field, type(before)) == (f"{name}.steps", int) and value > before
                 raise UsageError(
-                    f"{out}: {key} was made with {field}={before!s:.200}, now {field}={value!s:.200}; use "
+                    f"{out}: {key} was made with {field}={before!s:.200}, now {field}={value!s:.200}; "
+                    f"{more if added else ''}use "
                     f"the same setting, use another --out, or start {name} over with --no-resume and without --shard."
                 )
 
@@ -1286,6 +1351,19 @@ def _made_here(out: Path, stage: str) -> bool:
     return any(key.split(".")[0] == stage for key in read_json(out / "settings.json", {}))
 
 
+def _steps_before(out: Path, stage: str) -> int | None:
+    """Return the setting of steps that a stage was made with; None where none is recorded."""
+    saved = read_json(out / "settings.json", {}).get(stage)
+    settings = saved.get("settings") if isinstance(saved, dict) else None
+    steps = settings.get(f"{stage}.steps") if isinstance(settings, dict) else None
+    return steps if type(steps) is int else None
+
+
+def _is_of(row: Any, stage: str) -> bool:
+    """Return whether an entry of stages.json is of a stage."""
+    return isinstance(row, dict) and row.get("stage") == stage
+
+
 def _lost(stage: Stage, out: Path, record: Record) -> list[Path]:
     """Return the files that a stage wrote for a record and that were deleted."""
     return missing_files(out, str(stage.folder), stage.writes(record))
@@ -1305,7 +1383,7 @@ def _warn(stage: str, failed: list[str], total: int) -> None:
         logger.warning("%s: %s", stage, some_failed("items", failed, total))
 
 
-def _changed_setting(saved: Any, settings: dict[str, Any], out: Path) -> tuple[str, Any, Any] | None:
+def changed_setting(saved: Any, settings: dict[str, Any], out: Path) -> tuple[str, Any, Any] | None:
     """Return (name, value before, value now) of a setting that is not as in an entry of settings.json, or None."""
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
         raise OspoError(f"{out / 'settings.json'} holds no settings of a stage; delete the file.")

@@ -554,11 +554,12 @@ def plan_run(
     return plan
 
 
-def count_done(folders: Mapping[str, Path]) -> dict[str, int]:
+def count_done(folders: Mapping[str, Path], *, extends: bool = False) -> dict[str, int]:
     """Return how many items stages have finished, and the steps that training can resume from.
 
     Args:
         folders: of each stage the one that holds its results; see `Pipeline.continued`.
+        extends: a finished training gets more steps.
 
     """
     from ospo_fast.pipeline import store_paths
@@ -569,7 +570,8 @@ def count_done(folders: Mapping[str, Path]) -> dict[str, int]:
             folder = out / str(stage.folder)
             names = (path.name for path in folder.glob("checkpoints/step-*"))  # without one that is not whole
             steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-([0-9]{6,18})(?:\.pt)?", name))]
-            done[stage.name] = 10**9 if (folder / "done.json").is_file() else max(steps, default=0)
+            finished = (folder / "done.json").is_file() and not extends
+            done[stage.name] = 10**9 if finished else max(steps, default=0)
         else:
             done[stage.name] = 0
             for path in store_paths(out, stage.name):

@@ -159,15 +159,18 @@ def _model_files(config: Config, folder: Path, what: str | None, base: str | Non
 
 
 def _model_card(config: Config, folder: Path, done: Mapping[str, Any], base: str | None, *, merged: bool) -> bytes:
-    from ospo_fast.stages.train import select_training_pairs
+    from ospo_fast.stages.extension import read_extensions
+    from ospo_fast.stages.training_pairs import select_training_pairs
 
     log = no_link(folder / "train" / "log.jsonl")
     pairs = select_training_pairs(read_stage(folder, input_stage(config)), config)
     with reading("results of training in", folder / "train", "correct its log.jsonl and done.json"):
-        pairs = [item for item in pairs if item.pair_id not in done["left_out"]]
+        others = {*done["left_out"], *done.get("validation_pairs", ())}
+        pairs = [item for item in pairs if item.pair_id not in others]
         rows = [parse_json(line) for line in read_bytes(log).splitlines()]
         named = base or done.get("base_model", {}).get("name") or public_name(config.model)
-        return model_card(named, config, pairs, rows, done.get("kept"), done["step"], merged=merged)
+        extensions = read_extensions(folder / "train")
+        return model_card(named, config, pairs, rows, done.get("kept"), done["step"], extensions, merged=merged)
 
 
 def _dataset_files(config: Config, export: Export, name: str, base: str | None, iteration: int) -> Files:

@@ -384,9 +384,40 @@ def put_in_place(work: Path, out: Path, run_folder: Path, check: Callable[[], ob
     with one_shard(out) if _parts(work)[1] else contextlib.nullcontext():
         if not (work / _LIST).exists():  # else a killed process has moved some of them
             check()
-            names = sorted(path.name for path in made_by_run(work)) + [_OF_ITERATION] * (run_folder != out)
-            write_json(work / _LIST, names)
+            list_whole(work, *([_OF_ITERATION] if run_folder != out else []))
         _move(work, out)
+
+
+def list_whole(work: Path, *more: str) -> None:
+    """Write the list of the files of a folder, which marks it as whole."""
+    write_json(work / _LIST, [*sorted(path.name for path in made_by_run(work)), *more])
+
+
+@contextlib.contextmanager
+def reading(out: Path) -> Iterator[None]:
+    """Let no process write a run folder in the block, which changes no file of it. Raises InUseError if one does."""
+    lock, handle = RunLock(out, shared=True), -1
+    with contextlib.suppress(FileNotFoundError):  # of a folder that was copied without hidden files
+        handle = open_to_lock(lock._path)
+    try:
+        if handle >= 0 and not _lock_to_read(handle, lock._path):
+            raise InUseError(f"{lock._in_use().partition(';')[0]}; wait for it.")
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _lock_to_read(handle: int, path: Path) -> bool:
+    """Lock a run folder together with others that read it; return whether none writes it."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        return True
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return not _owner(path)  # shards and workers, which share it as well, sign it
+    return False
 
 
 def unfinished(out: Path) -> list[Path]:

@@ -103,6 +103,11 @@ def load_run(root: Path) -> Run:
         )
         notes.append(f"{shows}; `ospo-fast report` on {', '.join(iterations)} writes reports of the later iterations")
     rows = _checked_rows(_read_json(root, "stages.json", notes, []), notes)
+    taken: dict[str, list[str]] = {}
+    for row in (row for row in rows if row.get("from") is not None):
+        taken.setdefault(shown(row["from"]), []).append(row["stage"])
+    for run, stages in taken.items():
+        notes.append(f"{', '.join(dict.fromkeys(stages))}: taken over from the run {run}, with its time and cost there")
     metrics = {**sum_stage_rows(rows), **mapping(summary, "stages")}
     names = [*(stage.name for stage in STAGES if stage.name in metrics), *metrics]
 

@@ -291,6 +291,7 @@ def _train_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
     from ospo_fast.stages.train_settings import mask_settings
 
     settings = {**settings, "preset": config.preset, **mask_settings(config)}
+    del settings["train.extend"]  # says how to get from other settings to these
     if config.train.eval_every:  # early stopping selects by the evaluation
         settings |= {f"evaluate.{key}": getattr(config.evaluate, key) for key in ("watch_per_kind", "seeds")}
     return settings

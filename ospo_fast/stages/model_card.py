@@ -11,6 +11,7 @@ from typing import Any
 
 from ospo_fast.config import MODEL_FILES, Config, TrainConfig
 from ospo_fast.records import ItemPair
+from ospo_fast.stages.extension import Extension
 from ospo_fast.versions import run_versions
 
 EXAMPLES = 5  # prompts
@@ -54,6 +55,7 @@ def model_card(
     log: Sequence[Mapping[str, Any]],
     kept: Mapping[str, Any] | None,
     steps: int,
+    extensions: Sequence[Extension] = (),
     *,
     merged: bool = False,
 ) -> bytes:
@@ -66,6 +68,7 @@ def model_card(
         log: lines of the training log.
         kept: `kept` of done.json.
         steps: number of training steps.
+        extensions: of the training.
         merged: it is the model with the adapter merged. With `train.full` there is no adapter.
 
     """
@@ -95,7 +98,7 @@ def model_card(
         "Use": _use(base, config, pairs, adapter),
         "Base model": _base(base, adapter),
         "Training data": _data(config, pairs),
-        "Settings": _settings(config, steps),
+        "Settings": _settings(config, steps, extensions),
         "Results": _results(log, kept, config, "adapter" if adapter else "model"),
         "Versions": ", ".join(f"{name} {version}" for name, version in run_versions().items()),
         "License": _license(base, janus),
@@ -169,14 +172,15 @@ def _data(config: Config, pairs: Sequence[ItemPair]) -> str:
     )
 
 
-def _settings(config: Config, steps: int) -> str:
+def _settings(config: Config, steps: int, extensions: Sequence[Extension]) -> str:
     train = config.train
+    added = "".join(f", {each.schedule} after step {each.after}" for each in extensions)
     values = {
         "preset": config.preset,
         "seed": config.seed,
         "steps": steps,
         "pairs of a step": train.batch_size * train.accumulation,
-        "learning rate": f"{train.learning_rate:g}, {train.schedule}",
+        "learning rate": f"{train.learning_rate:g}, {train.schedule}{added}",
         **({"trained weights": "all of the language model but its text embeddings"} if train.full else _lora(train)),
         "guidance scale of training": f"{train.guidance_scale:g}",
         "object masks": train.masks if config.masks.enabled else "none",

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +44,7 @@ from ospo_fast.records import (
 )
 from ospo_fast.stages import StageContext
 from ospo_fast.stages.checkpoints import REMEDY, check_progress, checkpoint_path, checkpoint_paths, delete_others
+from ospo_fast.stages.extension import Extension, extended_factor, read_extensions
 from ospo_fast.stages.image_files import pair_codes
 from ospo_fast.stages.masks import MaskExtractor, build_extractor, load_unions
 from ospo_fast.stages.model_card import base_folder, model_card, public_name
@@ -180,8 +182,13 @@ def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int
     return indices[:length]
 
 
-def build_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> tuple[torch.optim.Optimizer, Any]:
-    """Return AdamW and its schedule: warm-up, then constant or a cosine that ends at `min_learning_rate`."""
+def build_optimizer(
+    parameters: list[nn.Parameter], settings: TrainConfig, extensions: Sequence[Extension] = ()
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Return AdamW and its schedule: warm-up, then constant or a cosine that ends at `min_learning_rate`.
+
+    The schedule is that of the steps before the first of the extensions, which have schedules of their own.
+    """
     from transformers import get_scheduler
 
     optimizer = torch.optim.AdamW(
@@ -192,13 +199,16 @@ def build_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> tu
         weight_decay=settings.weight_decay,
     )
     cosine = settings.schedule == "cosine"
+    steps = extensions[0].after if extensions else settings.steps
     schedule = get_scheduler(
         "cosine_with_min_lr" if cosine else "constant_with_warmup",
         optimizer,
-        num_warmup_steps=round(settings.warmup_ratio * settings.steps),
-        num_training_steps=settings.steps,
+        num_warmup_steps=round(settings.warmup_ratio * steps),
+        num_training_steps=steps,
         scheduler_specific_kwargs={"min_lr": settings.min_learning_rate} if cosine else None,
     )
+    if extensions:
+        schedule.lr_lambdas = [partial(extended_factor, schedule.lr_lambdas[0], settings, extensions)]
     return optimizer, schedule
 
 
@@ -229,7 +239,8 @@ class Trainer:
         full = self.settings.full
         self.weights = FullWeights(model, self.ranks) if full else LoraWeights(model, self.settings, self.ranks)
         self.parameters: list[Any] = list(self.weights.parameters.values())
-        self.optimizer, self.schedule = build_optimizer(self.parameters, self.settings)
+        self.extensions = self.ranks.first(lambda: read_extensions(folder))
+        self.optimizer, self.schedule = build_optimizer(self.parameters, self.settings, self.extensions)
         self.loss = OSPOLoss(loss_config(config))
         self.forward = self.weights.distribute(self._compute_loss)
         self.packed = self._find_packing()
@@ -525,7 +536,18 @@ class Trainer:
 
     def digest(self) -> str:
         """Identify the settings and pairs, which must not change when a run is resumed."""
-        settings = dataclasses.asdict(self.settings)
+        return self._digest_of(self.settings.steps, self.extensions)
+
+    def _known_digests(self) -> list[str]:
+        """Return the digest, and those of the training before each of its extensions, which continues from there."""
+        before = [self._digest_of(each.after, self.extensions[:n]) for n, each in enumerate(self.extensions)]
+        return [self.digest(), *before]
+
+    def _digest_of(self, steps: int, extensions: Sequence[Extension]) -> str:
+        settings = dataclasses.asdict(self.settings) | {"steps": steps}
+        del settings["extend"]
+        if extensions:
+            settings["extended"] = [dataclasses.asdict(each) for each in extensions]
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
             settings.pop(name)
         settings.pop("sample_every")
@@ -557,7 +579,7 @@ class Trainer:
         assert not isinstance(state, Failure)
         for failed in broken:
             self._warn("train: %s Training continues from the older %s.", failed, path.name)
-        if state["digest"] != self.digest():
+        if state["digest"] not in self._known_digests():
             self._refuse(path)
         self.weights.load_checkpoint(state, self.optimizer)
         self._return_to(state)
@@ -576,7 +598,7 @@ class Trainer:
         """Read a checkpoint and check what it holds, if it is of this run. Raises OspoError."""
         with reading("checkpoint", path, REMEDY):
             state: dict[str, Any] = self.weights.read_checkpoint(path)
-            if state["digest"] == self.digest():
+            if state["digest"] in self._known_digests():
                 self.weights.check_checkpoint(state)
                 check_progress(state["progress"], _PROGRESS, self.settings.steps)
                 if not isinstance(state["log"], str):
@@ -611,7 +633,7 @@ class Trainer:
 
         def card(merged: bool) -> bytes:
             rows, kept = self.log_rows(), self.kept()
-            return model_card(base, self.config, pairs, rows, kept, self.step, merged=merged)
+            return model_card(base, self.config, pairs, rows, kept, self.step, self.extensions, merged=merged)
 
         if isinstance(self.weights, LoraWeights):
             peft = self.weights.peft
@@ -637,6 +659,8 @@ class Trainer:
         if base_path is not None:
             done |= {"base_model": {"name": base, "folder": _relative(base_path, out / "train", out)}}
         done |= {"skipped_steps": self.skipped_steps, "skipped_pairs": self.skipped_pairs}
+        if self.extensions:
+            done |= {"extended": [dataclasses.asdict(each) for each in self.extensions]}
         if self.held_out:
             done |= {"validation_pairs": [example.pair_id for example in self.held_out]}
         if self.saved is not None:
@@ -735,6 +759,10 @@ def train(
     of its pairs (`not_finite`), and done.json counts these steps and pairs. It keeps its number, its learning rate and
     its pairs, so that the steps after it have the same as without it.
     Uses bf16 autocast on CUDA, the model's own dtype on the CPU.
+
+    Where the folder lists extensions (`ospo_fast.stages.extension`), it continues from a checkpoint of the training
+    before them. A step has the pairs and random numbers of its number, so that it does not matter when an extension was
+    asked for; only the learning rate follows another schedule.
 
     If torch.distributed is initialized, every process of its default group calls this, with the same records and
     configuration, a run folder that all see, and the model on its own device. They train together, see `Trainer`: LoRA

@@ -21,6 +21,7 @@ FULL = ["train.full=true", "train.learning_rate=1e-4"]
 WATCHED = ["train.eval_every=1", "train.early_stopping=alignment", "train.patience=9"]
 DROPOUT = ["train.lora_dropout=0.2"]
 PLAIN = ["train.lora_dropout=0"]
+MORE = ["train.steps=9", "train.extend=cosine"]
 HELD_OUT = ["train.validation_pairs=5", "train.eval_every=3"]
 FEW = [*PLAIN, "train.batch_size=3", "train.accumulation=1"]  # pairs of a step: fewer than processes
 
@@ -72,6 +73,8 @@ def runs(tiny, made, tmp_path_factory):
         job("fewfull-1", [*FULL, *FEW]),
         job("watched-1", [*FULL, *WATCHED]),
         job("poison-1", PLAIN, poison=poisoned),
+        job("extended-1", [*PLAIN, *MORE], extends=str(folder / "plain-1")),
+        job("extendedfull-1", [*FULL, *MORE], extends=str(folder / "full-1")),
         job("validated-1", [*PLAIN, *HELD_OUT]),
         job("validatedfull-1", [*FULL, *HELD_OUT]),
         job("plain-1-2", PLAIN, stop=3),
@@ -83,6 +86,8 @@ def runs(tiny, made, tmp_path_factory):
         job("full-2", FULL),
         job("watched-2", [*FULL, *WATCHED]),
         job("poison-2", PLAIN, poison=poisoned),
+        job("extended-2", [*PLAIN, *MORE], extends=str(folder / "plain-1")),
+        job("extendedfull-2", [*FULL, *MORE], extends=str(folder / "full-1")),
         job("validatedfull-2", [*FULL, *HELD_OUT]),
         job("plain-1-2", PLAIN),
         job("full-1-2", FULL),
@@ -182,6 +187,14 @@ def test_every_process_has_the_trained_model_and_the_first_alone_evaluates(runs)
         assert all(other["weights"] == first["weights"] for other in others)
         assert {other["steps"] for other in (first, *others)} == {6}
         assert first["kept"] == others[0]["kept"] == {"step": 3, "metric": "alignment", "before": 0.1, "value": 0.6}
+
+
+@pytest.mark.parametrize("name", ["extended", "extendedfull"])
+def test_several_processes_extend_what_one_has_trained(runs, name):
+    one, two = (runs / f"{name}-{count}" / ".restart.train" for count in (1, 2))
+    check_same(two, one)
+    assert done(one) == done(two)
+    assert [row["step"] for row in lines(two)] == list(range(1, 10))
 
 
 def test_several_processes_validate(runs):

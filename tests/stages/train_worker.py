@@ -21,6 +21,7 @@ from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
 from ospo_fast.stages import StageContext
 from ospo_fast.stages import train as train_module
+from ospo_fast.stages.extension import begin_extension
 
 SMALL = ["train.steps=6", "train.batch_size=2", "train.save_every=2", "train.lora_rank=4", "train.lora_alpha=8"]
 SMALL += ["train.accumulation=2", "train.learning_rate=1e-3", "masks.layers=[0]", "preset=full"]
@@ -43,8 +44,13 @@ def poisoned(pair_id):
 def run_job(job, tiny, made, rank):
     """Train; return what the process saw: calls of the evaluation, and a digest of the model or the error."""
     out = Path(job["out"])
+    settings, work = load_config([*SMALL, *job["settings"]]), None
     if rank == 0 and not out.exists():
-        shutil.copytree(made, out)
+        shutil.copytree(job.get("extends", made), out)
+    if "extends" in job:
+        work = out / ".restart.train"
+        if rank == 0:
+            begin_extension(work, out / "train", settings.train, [])
     if dist.is_initialized():
         dist.barrier()
     done, evaluated = [], []
@@ -70,8 +76,7 @@ def run_job(job, tiny, made, rank):
     if "poison" in job:
         train_module.make_batch = poisoned(job["poison"])
     try:
-        context = StageContext(progress=progress, evaluation=evaluation)
-        settings = load_config([*SMALL, *job["settings"]])
+        context = StageContext(progress=progress, evaluation=evaluation, writes=work)
         train_module.train(read_stage(out, "masks"), model, settings, out=out, context=context)
     except KeyboardInterrupt:
         return {"stopped": len(done)}
