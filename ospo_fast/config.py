@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
+from ospo_fast import official_settings
 from ospo_fast.errors import OspoError, UsageError, check_text
 from ospo_fast.fields import expect, one_of, setting, up_to
 from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_yaml, yaml_loader
@@ -38,15 +39,22 @@ _OFFICIAL_TRAINING = {
     "learning_rate": 1e-5,
     "schedule": "cosine",
     "warmup_ratio": 0.05,
+    "accumulation": 2,
+    "autocast": None,
 }
+_OFFICIAL_RUN = _OFFICIAL_TRAINING | {"schedule": "official", "accumulation": 16, "autocast": "float16"}
 _V1_TRAINING = _OFFICIAL_TRAINING | {"warmup_ratio": 0.0}
 _V2_TRAINING = _V1_TRAINING | {"lora_rank": 32, "steps": 500, "schedule": "constant"}
+_OUR_MASKS = {"match": "offsets", "nouns": "concepts", "skip_layers": 5}
+# What the official code does where it differs from the paper, or from good sense; docs/official.md lists it.
+_OFFICIAL_MASKS = {"match": "substring", "nouns": "spacy", "skip_layers": [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]}
 # What a preset sets apart from the loss. Every preset sets the same keys, so that one can replace another.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "v1": {"select": {"rule": "v3"}, "masks": {"enabled": False}, "train": _V1_TRAINING},
-    "v2": {"select": {"rule": "v2"}, "masks": {"enabled": False}, "train": _V2_TRAINING},
-    "v3": {"select": {"rule": "v3"}, "masks": {"enabled": True}, "train": _OFFICIAL_TRAINING},
-    "full": {"select": {"rule": "v3"}, "masks": {"enabled": True}, "train": _OFFICIAL_TRAINING},
+    "v1": {"select": {"rule": "v3"}, "masks": {"enabled": False, **_OUR_MASKS}, "train": _V1_TRAINING},
+    "v2": {"select": {"rule": "v2"}, "masks": {"enabled": False, **_OUR_MASKS}, "train": _V2_TRAINING},
+    "v3": {"select": {"rule": "v3"}, "masks": {"enabled": True, **_OUR_MASKS}, "train": _OFFICIAL_TRAINING},
+    "full": {"select": {"rule": "v3"}, "masks": {"enabled": True, **_OUR_MASKS}, "train": _OFFICIAL_TRAINING},
+    "official": {"select": {"rule": "v3"}, "masks": {"enabled": True, **_OFFICIAL_MASKS}, "train": _OFFICIAL_RUN},
 }
 
 # Fields that the config.yaml of an older run may hold: the value that equals today's behavior. None: any value does.
@@ -327,7 +335,11 @@ class TrainConfig(Section):
     accumulation: int = setting(2, "Passes per optimizer step, which uses batch_size times accumulation pairs.", BATCH)
     learning_rate: float = setting(1e-5, "Highest learning rate.", ABOVE_0)
     min_learning_rate: float = setting(1e-7, "Learning rate at the end of the cosine schedule.", AT_LEAST_0)
-    schedule: str = setting("cosine", "Learning rate after warm-up.", one_of("cosine", "constant"))
+    schedule: str = setting(
+        "cosine",
+        "Learning rate after warm-up; official: a cosine over all steps, of which warm-up replaces the first ones.",
+        one_of("cosine", "constant", "official"),
+    )
     warmup_ratio: float = setting(0.05, "Fraction of the steps over which the learning rate rises from 0.", BELOW_1)
     betas: list[float] = setting(lambda: [0.9, 0.95], "beta1 and beta2 of AdamW.", BETAS)
     eps: float = setting(1e-8, "epsilon of AdamW.", ABOVE_0)
@@ -335,6 +347,11 @@ class TrainConfig(Section):
     clip: float = setting(1.0, "Maximum norm of the gradient.", ABOVE_0)
     guidance_scale: float = setting(
         1.0, "Guidance scale of the distribution that is trained; 1: no guidance.", AT_LEAST_1
+    )
+    autocast: str | None = setting(
+        None,
+        "Type of the matrix products of training. null: bfloat16 on CUDA, that of the weights on the CPU.",
+        one_of("bfloat16", "float16"),
     )
     gradient_checkpointing: bool | None = setting(
         None,
@@ -468,6 +485,11 @@ def _types(cls: Any, prefix: str = "") -> dict[str, Any]:
 
 _TYPES = _types(Config)
 _KEYS = [key for key, kind in _TYPES.items() if not dataclasses.is_dataclass(kind)]
+
+
+def is_setting(key: str) -> bool:
+    """Return whether a dotted key is that of a setting."""
+    return key in _KEYS or key in _types(OSPOLossConfig, "train.loss.")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -607,6 +629,8 @@ def load_file(path: Path) -> dict[str, Any]:
             f"{path}: got a {type(layer).__name__}, expected a mapping of keys to values; "
             "write `section: {key: value}`."
         )
+    if official_settings.is_official(layer):
+        layer = official_settings.translate(layer, str(path))
     return check_values(layer, str(path))  # type: ignore[no-any-return]
 
 

@@ -77,7 +77,10 @@ class OSPOLossConfig:
 
     @classmethod
     def preset(cls, name: str) -> "OSPOLossConfig":
-        """Return the coefficients of version "v1", "v2" or "v3", or of "full": v3 with v2's conditional term."""
+        """Return the coefficients of version "v1", "v2" or "v3", or of "full": v3 with v2's conditional term.
+
+        "official" has those of "v3".
+        """
         if name not in _PRESETS:
             raise UsageError(f"OSPOLossConfig: preset {name!r} is unknown, expected one of {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name])
@@ -96,4 +99,5 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "v3": {},
     "full": {"beta_cond": 5.0, "gamma_beta_ratio_cond": 0.5, "cond_weight": 0.5},
+    "official": {},  # as v3; what else it sets is in config.py
 }

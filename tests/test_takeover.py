@@ -1,4 +1,4 @@
-"""A run from the finished stages of another one: what is taken, what is refused, and that the other one stays as it is."""
+"""A run from the finished stages of another one: what is taken, what is refused, and that the other one stays."""
 
 import fcntl
 import json

@@ -187,7 +187,8 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, Any]:
     """Return AdamW and its schedule: warm-up, then constant or a cosine that ends at `min_learning_rate`.
 
-    The schedule is that of the steps before the first of the extensions, which have schedules of their own.
+    "official" is `official_factor`. The schedule is that of the steps before the first of the extensions, which have
+    schedules of their own.
     """
     from transformers import get_scheduler
 
@@ -200,16 +201,33 @@ def build_optimizer(
     )
     cosine = settings.schedule == "cosine"
     steps = extensions[0].after if extensions else settings.steps
-    schedule = get_scheduler(
-        "cosine_with_min_lr" if cosine else "constant_with_warmup",
-        optimizer,
-        num_warmup_steps=round(settings.warmup_ratio * steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs={"min_lr": settings.min_learning_rate} if cosine else None,
-    )
+    schedule: Any
+    if settings.schedule == "official":
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(official_factor, settings, steps))
+    else:
+        schedule = get_scheduler(
+            "cosine_with_min_lr" if cosine else "constant_with_warmup",
+            optimizer,
+            num_warmup_steps=round(settings.warmup_ratio * steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs={"min_lr": settings.min_learning_rate} if cosine else None,
+        )
     if extensions:
         schedule.lr_lambdas = [partial(extended_factor, schedule.lr_lambdas[0], settings, extensions)]
     return optimizer, schedule
+
+
+def official_factor(settings: TrainConfig, steps: int, step: int) -> float:
+    """Return the learning rate after `step` steps, as a share of the highest one, by the official schedule.
+
+    It counts from 1 (`CosineDecayWarmUpRestarts` in ospo/utils/train.py): warm-up begins above 0, and after it comes a
+    cosine over all `steps`, of which the first ones are left out.
+    """
+    count, warmup = step + 1, steps * settings.warmup_ratio
+    if count < warmup:
+        return count / warmup
+    low = settings.min_learning_rate / settings.learning_rate
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(count / steps, 1)))
 
 
 class Trainer:
@@ -410,7 +428,7 @@ class Trainer:
         settings, model = self.settings, self.model
         if self.extractor is not None or settings.guidance_scale != 1 or not self.examples:
             return False
-        dtype = torch.bfloat16 if model.device.type == "cuda" else model.dtype
+        dtype = _compute_dtype(model, settings)
         if not all(self.ranks.everywhere(lambda: packing_runs(model, dtype))):
             return False
         self.weights.publish()
@@ -725,10 +743,17 @@ def _is_better(metric: str, value: float, best: float) -> bool:
 
 
 def _autocast(model: UnifiedModel, settings: TrainConfig) -> AbstractContextManager[Any]:
-    if model.device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
+    if settings.autocast is not None or model.device.type == "cuda":
+        return torch.autocast(model.device.type, _compute_dtype(model, settings))
     half = settings.full and model.dtype in (torch.bfloat16, torch.float16)  # trained in float32, see `FullWeights`
     return torch.autocast("cpu", model.dtype) if half else nullcontext()
+
+
+def _compute_dtype(model: UnifiedModel, settings: TrainConfig) -> torch.dtype:
+    if settings.autocast is not None:
+        dtype: torch.dtype = getattr(torch, settings.autocast)
+        return dtype
+    return torch.bfloat16 if model.device.type == "cuda" else model.dtype
 
 
 def _log_until(path: Path, step: int) -> bytes:
@@ -758,7 +783,8 @@ def train(
     A step whose loss or gradient is not finite is skipped: it makes no update, its log line has `skipped` and the ids
     of its pairs (`not_finite`), and done.json counts these steps and pairs. It keeps its number, its learning rate and
     its pairs, so that the steps after it have the same as without it.
-    Uses bf16 autocast on CUDA, the model's own dtype on the CPU.
+    Uses bf16 autocast on CUDA, the model's own dtype on the CPU, or that of `train.autocast`. The gradient is not
+    scaled: in float16 its smallest values are 0, as in the official code.
 
     Where the folder lists extensions (`ospo_fast.stages.extension`), it continues from a checkpoint of the training
     before them. A step has the pairs and random numbers of its number, so that it does not matter when an extension was

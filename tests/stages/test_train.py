@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import zipfile
 from collections import Counter
@@ -213,6 +214,34 @@ def test_learning_rate_warms_up_and_decays(model, records, run_folder):
     rates = [row["lr"] for row in lines(run_folder)]
     assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
     assert rates[2] > rates[3] > rates[4] > rates[5] > 1e-4
+
+
+def test_the_official_learning_rate(model, records, run_folder):
+    """Of CosineDecayWarmUpRestarts with warmup_iter = 2.04 and max_iter = 6, after the step of its constructor."""
+    settings = config("train.schedule=official", "train.warmup_ratio=0.34", "train.min_learning_rate=1e-4")
+    train(records, model, settings, out=run_folder)
+    rates = [row["lr"] for row in lines(run_folder)]
+    cosine = [0.5 * (1 + math.cos(math.pi * n / 6)) for n in (3, 4, 5, 6)]  # of steps 3 to 6, counted from 1
+    expected = [1e-3 * 1 / 2.04, 1e-3 * 2 / 2.04, *(1e-4 + (1e-3 - 1e-4) * share for share in cosine)]
+    assert rates == pytest.approx(expected)
+    # As the official settings: 50 steps of warm-up of 1000.
+    official = load_config(["preset=official"]).train
+    shares = [train_module.official_factor(official, 1000, step) for step in (0, 48, 49, 999, 2000)]
+    cosine = 0.5 * (1 + math.cos(math.pi * 0.05))
+    assert shares == pytest.approx([1 / 50, 49 / 50, 0.01 + 0.99 * cosine, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float16", 0.02), ("bfloat16", 0.2)])
+def test_training_in_the_type_of_autocast(tiny, records, run_folder, name, tolerance):
+    found, model = set(), load_model(tiny)
+    model.decoder.layers[0].mlp.down_proj.register_forward_hook(lambda module, given, output: found.add(output.dtype))
+    train(records, model, config(f"train.autocast={name}", "train.steps=2"), out=run_folder)
+    assert found == {getattr(torch, name)}
+    rows = lines(run_folder)
+    assert all(math.isfinite(row["loss"]) and "skipped" not in row for row in rows)
+    shutil.rmtree(run_folder / "train")
+    train(records, load_model(tiny), config("train.steps=2"), out=run_folder)
+    assert rows[0]["loss"] == pytest.approx(lines(run_folder)[0]["loss"], rel=tolerance)
 
 
 def interrupt_after(steps):
