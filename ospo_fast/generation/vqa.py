@@ -35,6 +35,7 @@ def answer_questions(
     questions: Sequence[Sequence[str]],
     *,
     template: Callable[[str], list[Message] | Tensor],
+    expected: Sequence[Sequence[Sequence[int]]] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> list[list[Answer]]:
@@ -50,11 +51,13 @@ def answer_questions(
         questions: N lists of questions; they may be empty.
         template: question → chat messages, where the image goes to the start of the last user message; or the token
             ids that `model.chat(messages, image=True)` returned for them.
+        expected: for each question the ids of the spellings of an answer. Its probability, that of the likeliest
+            spelling, becomes the entry `p_expected`.
         batch_size: images per batch, and questions per batch; by default as many as are useful and fit the memory.
         progress: show a bar on stderr if it takes more than two seconds.
 
     Returns:
-        N lists of {"p_yes", "p_no", "answer"}, in the order of the questions.
+        N lists of {"p_yes", "p_no", "answer"}, in the order of the questions; see `expected`.
 
     Raises:
         UsageError: the numbers of images and lists differ, or a question is empty or too long for the model.
@@ -95,9 +98,11 @@ def answer_questions(
         pixels = model.embed_images(padded([images[i] for i in batch]))
         count(seen=len(batch))
         asked = [
-            (*split[question], row, answer)
+            (*split[question], row, answer, spellings)
             for row, i in enumerate(batch)
-            for question, answer in zip(questions[i], answers[i], strict=True)
+            for question, answer, spellings in zip(
+                questions[i], answers[i], expected[i] if expected else [()] * len(questions[i]), strict=True
+            )
         ]
         # All questions with one prefix share the passes over the images. Their batches have rests of one length, the
         # longest first: if memory runs out, it does so early.
@@ -107,15 +112,17 @@ def answer_questions(
             count(tokens=len(batch) * len(prefix), attended=len(batch) * causal(len(prefix)))
             for _, same_length in itertools.groupby(same_prefix, lambda item: len(item[1])):
                 for part in plan_batches(list(same_length), None, limit.max_size):
-                    _, rests, rows, found = zip(*padded(part), strict=True)
+                    _, rests, rows, found, spellings = zip(*padded(part), strict=True)
                     length = len(rests[0])
                     attended = len(part) * causal(length, before=len(prefix))
                     count(tokens=len(part) * length, attended=attended, words=len(part))
-                    for answer, p_yes, p_no in zip(
-                        found, *_probabilities(model, decoder, image_cache, rows, rests), strict=True
-                    ):
+                    wanted = [ids for group in spellings for ids in (model.yes_ids, model.no_ids, group)]
+                    probs = iter(_probabilities(model, decoder, image_cache, rows, rests, wanted))
+                    for answer, p_yes, p_no, p_expected in zip(found, probs, probs, probs, strict=True):
                         word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
                         answer.update(p_yes=p_yes, p_no=p_no, answer=word)
+                        if expected:
+                            answer["p_expected"] = p_expected
 
     from tqdm.auto import tqdm
 
@@ -143,11 +150,19 @@ def _probabilities(
     image_cache: Cache,
     rows: Sequence[int],
     rests: Sequence[Sequence[int]],
-) -> tuple[list[float], list[float]]:
-    """Run the rests of questions, of one length, behind rows of the image cache → p_yes and p_no of each."""
+    wanted: Sequence[Sequence[int]],
+) -> list[float]:
+    """Run the rests of questions, of one length, behind rows of the image cache → the largest probability of each list.
+
+    wanted: lists of ids, as many for each question; the largest of none is 0.
+    """
     start = image_cache.keys.shape[3]
     cache = Cache(decoder, len(rows), start + len(rests[0]))
     cache.copy(slice(None), image_cache, torch.tensor(rows, device=decoder.device), start)
     hidden = decoder(model.embed_tokens(torch.tensor(rests, device=decoder.device)), cache, start)[:, -1]
     probs = decoder.text_logits(hidden).float().softmax(-1)
-    return probs[:, list(model.yes_ids)].amax(1).tolist(), probs[:, list(model.no_ids)].amax(1).tolist()
+    width = max(map(len, wanted))
+    # The first id fills up the list, which changes no maximum.
+    ids = torch.tensor([[*group, *[group[0] if group else 0] * (width - len(group))] for group in wanted])
+    found = probs.gather(1, ids.to(probs.device).view(len(rows), -1)).view(len(wanted), width).amax(1).tolist()
+    return [value if group else 0.0 for value, group in zip(found, wanted, strict=True)]

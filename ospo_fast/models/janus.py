@@ -164,8 +164,8 @@ class JanusUnifiedModel(_JanusModule):
         more = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
         self.eos_ids = tuple(dict.fromkeys([self._special_id("eos_token"), *map(int, more)]))
         self._control_ids = self._find_control_ids()
-        self.yes_ids = self._single_token_ids("yes", "Yes")
-        self.no_ids = self._single_token_ids("no", "No")
+        self.yes_ids = self.single_token_ids("yes", "Yes")
+        self.no_ids = self.single_token_ids("no", "No")
         self._prefix, self._suffix = self._split_template()
         size = self._check_image_size()
         pixels = _VQ_PIXELS.get(self.device.type, _VQ_PIXELS["cuda"])
@@ -259,6 +259,14 @@ class JanusUnifiedModel(_JanusModule):
         """See `UnifiedModel`."""
         plain = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         return str(self._tokenize(self._tokenizer.decode, plain, skip_special_tokens=True)).strip()
+
+    def single_token_ids(self, *words: str) -> tuple[int, ...]:
+        """Return the ids of the words that are one known token. Raises OspoError if none is."""
+        encoded = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        found = [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id]
+        if not found:
+            raise OspoError(f"model: the tokenizer of {self.name} has no single token for any of {', '.join(words)}")
+        return tuple(dict.fromkeys(found))
 
     # Embeddings
 
@@ -451,11 +459,3 @@ class JanusUnifiedModel(_JanusModule):
         if number is None:
             raise OspoError(f"model: the tokenizer of {self.name} has no {kind}, which generation needs")
         return int(number)
-
-    def _single_token_ids(self, *words: str) -> tuple[int, ...]:
-        """Ids of the words that are one known token."""
-        encoded = [self._tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-        found = [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id]
-        if not found:
-            raise OspoError(f"model: the tokenizer of {self.name} has no single token for any of {', '.join(words)}")
-        return tuple(dict.fromkeys(found))

@@ -58,6 +58,23 @@ def test_answers_are_those_of_a_plain_forward_pass(tiny: JanusUnifiedModel, imag
     assert found[3][0] == found[3][1]
 
 
+@torch.no_grad()
+def test_probabilities_of_expected_answers(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+    wanted = [(7, 3, 9), (5,), (3, 20)]
+    expected = [[wanted[(i + n) % 3] for n in range(len(asked))] for i, asked in enumerate(QUESTIONS)]
+    found = answer_questions(tiny, images, QUESTIONS, template=template, expected=expected)
+    same = answer_questions(tiny, images, QUESTIONS, template=template)
+    for row, plain_row in zip(found, same, strict=True):
+        assert [{**answer, "p_expected": 0} for answer in row] == [{**answer, "p_expected": 0} for answer in plain_row]
+    for i, (image, asked) in enumerate(zip(images, QUESTIONS, strict=True)):
+        for n, question in enumerate(asked):
+            ids = tiny.chat(template(question), image=True)[None]
+            pixels = torch.as_tensor(tiny.processor.image_processor([image], return_tensors="pt")["pixel_values"])
+            probs = tiny.module(input_ids=ids, pixel_values=pixels).logits[0, -1].softmax(-1)
+            largest = max(float(probs[number]) for number in expected[i][n])
+            assert found[i][n]["p_expected"] == pytest.approx(largest, rel=1e-4, abs=1e-9)
+
+
 def test_templates_may_put_the_question_before_the_image(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
     def early(question: str) -> list[dict[str, str]]:
         return [*template(question), {"role": "assistant", "content": "yes"}, *template("is there?")]
