@@ -206,26 +206,28 @@ def open_image(path: Path) -> Any:
             it is decoded), more than 8 bits a channel, or more than one frame.
 
     """
+    with reading("image", path, "replace it by one PNG, JPEG, WEBP or BMP image"):
+        return decode_image(read_bytes(path))
+
+
+def decode_image(data: bytes) -> Any:
+    """Decode an RGB image as `open_image`. Raises ValueError and errors of Pillow; see `reading`."""
     from PIL import Image, UnidentifiedImageError
 
-    with reading("image", path, "replace it by one PNG, JPEG, WEBP or BMP image"):
-        data = read_bytes(path)
-        try:
-            opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}") from None
-        with opened as image:
-            width, height = image.size
-            if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
-                raise ValueError(
-                    f"it has {width} x {height} pixels, expected 1 to {MAX_PIXELS} and sides up to {MAX_SIDE}"
-                )
-            if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
-                raise ValueError(f"its mode is {image.mode!r}, expected 8 bits a channel")
-            # The further frames of an MPO file, the JPEG of some cameras, are previews.
-            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
-                raise ValueError(f"it is an animation of {frames} frames, expected one")
-            return image.convert("RGB")
+    try:
+        opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}") from None
+    with opened as image:
+        width, height = image.size
+        if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise ValueError(f"it has {width} x {height} pixels, expected 1 to {MAX_PIXELS} and sides up to {MAX_SIDE}")
+        if image.mode.startswith(("I", "F")):  # Pillow would clip their values at 255
+            raise ValueError(f"its mode is {image.mode!r}, expected 8 bits a channel")
+        # The further frames of an MPO file, the JPEG of some cameras, are previews.
+        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
+            raise ValueError(f"it is an animation of {frames} frames, expected one")
+        return image.convert("RGB")
 
 
 def check_archive(data: bytes, limit: int | None = None) -> None:

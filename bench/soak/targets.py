@@ -307,7 +307,7 @@ _ADAPTER = {
 def adapter_folders(data: bytes) -> None:
     folder = _adapter(os.getpid())
     (folder / "adapter_config.json").write_bytes(data)
-    with models._loading("it cannot be loaded", "do this"):
+    with models.loading("it cannot be loaded", "do this"):
         folder_checks.match_targets(folder_checks.check_adapter(folder), folder, tiny().module)
 
 

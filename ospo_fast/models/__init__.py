@@ -66,8 +66,7 @@ def load_model(
     folder = find_model(name)
     if folder is None:
         check_hub_model(name)
-    device = _resolve_device(device)
-    dtype = _resolve_dtype(dtype, device)
+    device, dtype = resolve_placement(device, dtype)
     with _LOCK:
         if folder is not None and _is_adapter(folder):
             return _load_adapter(folder, device, dtype)
@@ -129,17 +128,22 @@ def check_hub_model(name: str) -> Path:
 
     Raises OspoError for one that cannot be found or is not supported.
     """
+    path = hub_config(name)
+    folder_checks.check_kind(folder_checks.read_json(path), name)
+    return path
+
+
+def hub_config(name: str) -> Path:
+    """Return the config.json of a model of any kind of the hub. Raises OspoError for one that cannot be found."""
     import huggingface_hub
 
     try:
         if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
             huggingface_hub.model_info(name, timeout=10)  # asks once, a download up to six times
-        path = huggingface_hub.hf_hub_download(name, "config.json")
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
     except Exception as error:  # of the network, the hub, or the name
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise OspoError(f"model: {name} cannot be loaded ({reason}); {_HUB_REMEDY}") from error
-    folder_checks.check_kind(folder_checks.read_json(Path(path)), name)
-    return Path(path)
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
@@ -163,6 +167,14 @@ def lacks_driver() -> bool:
     except OSError:
         return True
     return False
+
+
+def resolve_placement(
+    device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the dtype of a model; see `load_model`. Raises UsageError."""
+    device = _resolve_device(device)
+    return device, _resolve_dtype(dtype, device)
 
 
 def _resolve_device(device: str | torch.device | None) -> torch.device:
@@ -207,7 +219,7 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
 
     source = str(folder or name)
     remedy = _HUB_REMEDY if folder is None else "save or download it again"
-    with _loading(f"{source} cannot be loaded", remedy):
+    with loading(f"{source} cannot be loaded", remedy):
         if folder is not None:
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
@@ -224,7 +236,7 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
 
 
 @contextlib.contextmanager
-def _loading(problem: str, remedy: str) -> Iterator[None]:
+def loading(problem: str, remedy: str) -> Iterator[None]:
     """Turn every error of the block, which parses files of a checkpoint, into an OspoError."""
     from ospo_fast.oom import out_of_memory, short
 
@@ -272,14 +284,14 @@ def _check_base(name: str, folder: Path) -> None:
 
 def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
     base = find_base(folder)
-    with _loading(f"the adapter {folder} cannot be loaded", "save or download it again"):
+    with loading(f"the adapter {folder} cannot be loaded", "save or download it again"):
         config = folder_checks.check_adapter(folder)
     model = load_model(base, device=device, dtype=dtype)
 
     with required_by("load_model", "peft", "accelerate"):
         import peft
 
-    with _loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
+    with loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
         config = {**folder_checks.match_targets(config, folder, model.module), "inference_mode": True}
         tensors = peft.load_peft_weights(
             str(folder),

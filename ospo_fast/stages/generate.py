@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ospo_fast.config import Config
-from ospo_fast.errors import OspoError
+from ospo_fast.errors import Failure, OspoError
 from ospo_fast.files import open_image
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.records import (
@@ -28,10 +28,33 @@ from ospo_fast.stages.image_files import ImageFiles, encode_png, is_finished
 MAX_SHEETS = 16
 
 
-def _fingerprint(model: UnifiedModel) -> str:
+def fingerprint(model: UnifiedModel) -> str:
     """Identify the weights: a folder keeps its name when its model is trained again."""
     sums = [float(weight.detach().sum(dtype=torch.float32)) for weight in model.module.parameters()]
     return f"{stable_hash(*sums):x}"
+
+
+def generate_missing(
+    model: UnifiedModel, files: ImageFiles, plan: dict[Path, dict[str, Any]], *, resume: bool = True, progress: bool
+) -> dict[Path, Failure]:
+    """Generate the images of a plan that do not exist with the same settings, and wait until they are written.
+
+    Args:
+        model: generates the images.
+        files: writes them.
+        plan: path → prompt, seed and settings of each image, which its .npz keeps.
+        resume: keep the images that exist with the same settings.
+        progress: show a bar on stderr.
+
+    Returns:
+        The images that failed: path → why.
+
+    """
+    todo = {path: settings for path, settings in plan.items() if not (resume and is_finished(path, settings))}
+    with files:
+        return files.generate(
+            [model.image_prompt(settings["prompt"]) for settings in todo.values()], todo, progress=progress
+        )
 
 
 def generate(
@@ -67,7 +90,7 @@ def generate(
             generated.
 
     """
-    files, weights = ImageFiles(model, config.images), _fingerprint(model)
+    files, weights = ImageFiles(model, config.images), fingerprint(model)
     plan = {
         out / f"{i:04d}_{n}.png": {"prompt": prompt, "seed": config.seed + n, **files.sampling, "weights": weights}
         for i, prompt in enumerate(prompts)
@@ -76,10 +99,7 @@ def generate(
     check_writable(out)
     with only_writer(out / "sheet.json"):  # two calls would mix their images
         sweep_temporary_files(out)
-        todo = {path: settings for path, settings in plan.items() if not (resume and is_finished(path, settings))}
-        with files:
-            ids = [model.image_prompt(settings["prompt"]) for settings in todo.values()]
-            failed = files.generate(ids, todo, progress=progress)
+        failed = generate_missing(model, files, plan, resume=resume, progress=progress)
         existing = [path for path in plan if path not in failed]
         if not existing:
             reasons = [f"{reason}; check the weights of the model" for reason in failed.values()]
