@@ -148,6 +148,29 @@ _OPTIONS = {
     "base": _option("--base", type=_name, metavar="OWNER/NAME", help="hub name of a base model that is a folder here"),
     "private": _option("--private", action="store_true", help="make new repositories private, refuse public ones"),
     "dry_push": _option("--dry-run", action="store_true", help="print what would be uploaded, and contact nothing"),
+    "benchmark": _option(
+        "--benchmark",
+        choices=("geneval2", "geneval", "dpg", "t2i-compbench"),
+        help="generate the images of a public benchmark in the folders that its scorer reads",
+    ),
+    "benchmark_prompts": _option(
+        "--prompts", dest="benchmark_prompts", type=_path, metavar="FILE", help="the prompt file of the benchmark"
+    ),
+    "question_file": _option(
+        "--questions", type=_path, metavar="FILE", help="score images by these questions and their answers"
+    ),
+    "judge": _option(
+        "--judge", type=_name, help="who answers the questions: self, or a vision-language model of transformers"
+    ),
+    "image_folder": _option(
+        "--images", type=_path, metavar="DIR", help="the images to score (default: the model generates them)"
+    ),
+    "baseline": _option(
+        "--baseline", type=_path, metavar="DIR", help="an evaluation with the same questions, to compare with"
+    ),
+    "images_each": _option(
+        "--num", type=int, help="images of each prompt (default: as many as the benchmark has, and 1 for questions)"
+    ),
 }
 
 
@@ -536,6 +559,10 @@ def _check_prompts(model: UnifiedModel, prompts: Sequence[tuple[int, str]], file
 
 def _evaluate(args: argparse.Namespace) -> int:
     _refuse_workers("evaluate")
+    options = {name: getattr(args, name) for name in ("benchmark", "num", "questions", "judge", "images", "baseline")}
+    options["prompts"] = args.benchmark_prompts
+    if any(value is not None for value in options.values()):
+        return _evaluate_images(args, options)
     config = _settings(args, saved=False)
     from ospo_fast.models import load_model
     from ospo_fast.records import check_writable, write_json
@@ -555,6 +582,23 @@ def _evaluate(args: argparse.Namespace) -> int:
         error = f" ± {error:.3f}" if math.isfinite(error) else " (standard error: too few prompts)"
         lines.append(f"guidance {row['guidance_scale']:g}: alignment {row['alignment']:.3f}{error}")
     _show(metrics, args.json, "\n".join([*lines, f"answering: {metrics['answering']['all']:.3f}"]))
+    return 0
+
+
+def _evaluate_images(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Generate the images of a benchmark, or score images by questions."""
+    from ospo_fast.evaluation import commands
+
+    commands.check_options(**options)
+    config, progress = _settings(args, saved=False), not args.json
+    if (name := options["benchmark"]) is not None:
+        result = commands.run_benchmark(config, name, options["prompts"], options["num"], progress=progress)
+        made = f"{len(result['images'])} images in {result['folder']}, for the scorer{_throughput(result['drawing'])}"
+        _show(result, args.json, made)
+        return 0
+    chosen = {key: options[key] for key in ("images", "baseline", "num")}
+    result = commands.run_questions(config, options["questions"], options["judge"], **chosen, progress=progress)
+    _show(result, args.json, commands.describe(result))
     return 0
 
 
@@ -711,9 +755,10 @@ _COMMANDS = {
     ),
     "evaluate": _Command(
         _evaluate,
-        "alignment on held-out prompts of the Shapes world",
+        "alignment on held-out prompts of the Shapes world, or images and scores of public benchmarks",
+        ("benchmark", "benchmark_prompts", "question_file", "judge", "image_folder", "baseline", "images_each"),
         example="--model my-run/train/model --out my-run",
-        sections=("evaluate",),
+        sections=("evaluate", "images"),
         packages=(*_MODEL_PACKAGES, "scipy"),
     ),
     "report": _Command(

@@ -73,6 +73,32 @@ REFUSED = {
     "generate 'a red circle' --out file/out": (1, "Cannot write file/out: Not a directory"),
     "evaluate --model org/janus": (2, "Shapes world only"),
     "demo --model org/janus": (2, "Shapes world only"),
+    "evaluate --benchmark coco": (2, "invalid choice: 'coco'"),
+    "evaluate --benchmark geneval": (2, "needs --prompts FILE, its prompt file, which is not part of this package"),
+    "evaluate --prompts bad.txt": (2, "got --prompts without --benchmark"),
+    "evaluate --num 2": (2, "got --num without --benchmark or --questions"),
+    "evaluate --judge self": (2, "got --judge without --questions"),
+    "evaluate --images .": (2, "got --images without --questions"),
+    "evaluate --baseline .": (2, "got --baseline without --questions"),
+    "evaluate --questions questions.json": (2, "--questions needs --judge"),
+    "evaluate --questions questions.json --judge self --benchmark dpg": (2, "expected one of them"),
+    "evaluate --questions questions.json --judge self --images . --num 2": (2, "got --num and --images"),
+    "evaluate --questions questions.json --judge self --num 0": (2, "--num should be 1 to 10000, got 0"),
+    "evaluate --questions questions.json --judge self --images .": (2, ". has none of benchmark.json, sheet.json"),
+    "evaluate --questions questions.json --judge self --baseline .": (2, ". has no evaluate.json"),
+    "evaluate --questions questions.json --judge text": (1, "text is a 'llama' model without an image input"),
+    "evaluate --questions questions.json --judge ./none": (1, "there is no folder './none'"),
+    "evaluate --questions questions.json --judge self --out file": (1, "Cannot write file: Not a directory"),
+    "evaluate --questions bad.txt --judge self": (2, "bad.txt: 3 lines cannot be used: line 1: it is no JSON"),
+    "evaluate --questions zebra.json --judge self": (2, "'is there a zebra?' holds words that shapes does not know"),
+    "evaluate --benchmark geneval --prompts bad.txt": (2, "bad.txt seems to be of T2I-CompBench++"),
+    "evaluate --benchmark t2i-compbench --prompts bad.txt": (
+        2,
+        "bad.txt: 2 lines cannot be used: line 2: 'two zebras'",
+    ),
+    "evaluate --benchmark dpg --prompts bad.txt": (2, "expected the file of DPG-Bench: the folder dpg_bench/prompts"),
+    "evaluate --benchmark geneval2 --prompts none.jsonl": (2, "--prompts: cannot read none.jsonl: No such file"),
+    "evaluate --benchmark t2i-compbench --prompts good.txt --out file": (1, "Cannot write file: Not a directory"),
     "generate": (2, "one prompt in quotes or --prompts FILE"),
     "generate 'a red zebra'": (2, "does not know ('zebra'); use words that it knows: a, above, and, "),
     "generate 'left of the right'": (2, "names no object"),
@@ -94,7 +120,7 @@ REFUSED = {
     "perturb": (2, "There is no prompts.jsonl"),
     "images": (2, "There is no perturb.jsonl"),
     "questions": (2, "There is no images.jsonl"),
-    "score": (2, "There is no questions.jsonl"),
+    "score": (2, "There is no questions.json"),
     "select": (2, "There is no score.jsonl"),
     "masks": (2, "There is no select.jsonl"),
     "train": (2, "There is no masks.jsonl"),
@@ -134,6 +160,12 @@ def results(tmp_path_factory):
     (folder / "empty.txt").write_text("\n")
     (folder / "latin.txt").write_bytes(b"a caf\xe9\n")
     (folder / "bad.txt").write_text("A red circle\ntwo zebras\na cup\n")
+    (folder / "good.txt").write_text("a red circle\n")
+    (folder / "text").mkdir()
+    (folder / "text" / "config.json").write_text('{"model_type": "llama"}')
+    for name, thing in (("questions", "circle"), ("zebra", "zebra")):
+        row = {"prompt": "a red circle", "questions": [f"is there a {thing}?"]}
+        (folder / f"{name}.json").write_text(json.dumps(row))
     before = sorted(folder.iterdir())
     done = subprocess.run(
         [sys.executable, "-c", PROCESS],

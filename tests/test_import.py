@@ -17,7 +17,7 @@ PACKAGE = Path(ospo_fast.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "plan", "report", "env", "settings", "integrations", "export", "push"},
+    {"pipeline", "plan", "report", "env", "settings", "integrations", "export", "push", "evaluation"},
     {"stages"},
     {"generation", "loss", "models", "records", "config"},
     {"ops"},

@@ -29,8 +29,8 @@ def require_shapes(config: Config) -> None:
     find_model(config.model)
     if model_family(config.model) != "shapes":
         raise UsageError(
-            f"Images can be checked in the Shapes world only, and {config.model!r} is not a model of it; generate them "
-            "with `ospo-fast generate --prompts FILE` and use the scorer of your benchmark."
+            f"Images can be checked in the Shapes world only, and {config.model!r} is not a model of it; use "
+            "`ospo-fast evaluate` with --benchmark for the scorer of a benchmark, or with --questions."
         )
 
 

@@ -1,0 +1,1 @@
+"""Evaluation on public benchmarks: their images for the official scorers, and scores by questions."""
