@@ -171,6 +171,11 @@ _OPTIONS = {
     "images_each": _option(
         "--num", type=int, help="images of each prompt (default: as many as the benchmark has, and 1 for questions)"
     ),
+    "host": _option("--host", type=_name, default="127.0.0.1", help="address to listen at (default: 127.0.0.1)"),
+    "port": _option("--port", type=int, default=8000, help="port to listen at (default: 8000; 0: any free one)"),
+    "token_file": _option(
+        "--token-file", type=_path, metavar="FILE", help="file with the token of clients (default: OSPO_FAST_TOKEN)"
+    ),
 }
 
 
@@ -602,6 +607,16 @@ def _evaluate_images(args: argparse.Namespace, options: dict[str, Any]) -> int:
     return 0
 
 
+def _reward(args: argparse.Namespace) -> int:
+    _refuse_workers("reward")
+    from ospo_fast import reward
+
+    token = reward.read_token(args.token_file)
+    reward.check_address(args.host, args.port)
+    config = _settings(args, saved=False)
+    return reward.serve(config, args.host, args.port, token, announce=functools.partial(print, flush=True))
+
+
 def _report(args: argparse.Namespace) -> int:
     _refuse_workers("report")
     if args.operand == "":
@@ -760,6 +775,14 @@ _COMMANDS = {
         example="--model my-run/train/model --out my-run",
         sections=("evaluate", "images"),
         packages=(*_MODEL_PACKAGES, "scipy"),
+    ),
+    "reward": _Command(
+        _reward,
+        "scores of images over HTTP, for trainers that ask for a reward",
+        ("host", "port", "token_file"),
+        example="--model my-run/train/model --token-file token.txt",
+        sections=("score",),
+        packages=_MODEL_PACKAGES,
     ),
     "report": _Command(
         _report,

@@ -99,6 +99,13 @@ REFUSED = {
     "evaluate --benchmark dpg --prompts bad.txt": (2, "expected the file of DPG-Bench: the folder dpg_bench/prompts"),
     "evaluate --benchmark geneval2 --prompts none.jsonl": (2, "--prompts: cannot read none.jsonl: No such file"),
     "evaluate --benchmark t2i-compbench --prompts good.txt --out file": (1, "Cannot write file: Not a directory"),
+    "reward": (2, "there is no token; set OSPO_FAST_TOKEN, or name a file with --token-file"),
+    "reward --token-file none.txt": (2, "--token-file: cannot read none.txt: No such file"),
+    "reward --token-file empty.txt": (2, "there is no token"),
+    "reward --token-file bad.txt": (2, "16 or more printable ASCII characters"),
+    "reward --token-file token.txt --port 70000": (2, "--port should be 0 to 65535, got 70000"),
+    "reward --token-file token.txt --host 'a b'": (2, "--host: got 'a b'"),
+    "reward --token-file token.txt --model ./nothing": (1, "there is no folder './nothing'"),
     "generate": (2, "one prompt in quotes or --prompts FILE"),
     "generate 'a red zebra'": (2, "does not know ('zebra'); use words that it knows: a, above, and, "),
     "generate 'left of the right'": (2, "names no object"),
@@ -161,6 +168,7 @@ def results(tmp_path_factory):
     (folder / "latin.txt").write_bytes(b"a caf\xe9\n")
     (folder / "bad.txt").write_text("A red circle\ntwo zebras\na cup\n")
     (folder / "good.txt").write_text("a red circle\n")
+    (folder / "token.txt").write_text("0123456789abcdef\n")
     (folder / "text").mkdir()
     (folder / "text" / "config.json").write_text('{"model_type": "llama"}')
     for name, thing in (("questions", "circle"), ("zebra", "zebra")):

@@ -17,7 +17,7 @@ PACKAGE = Path(ospo_fast.__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "plan", "report", "env", "settings", "integrations", "export", "push", "evaluation"},
+    {"pipeline", "plan", "report", "env", "settings", "integrations", "export", "push", "evaluation", "reward"},
     {"stages"},
     {"generation", "loss", "models", "records", "config"},
     {"ops"},
