@@ -40,7 +40,11 @@ TINY = (
     ),
 )
 SETTINGS_APPLY = {name for name, command in cli._COMMANDS.items() if command.takes_settings}
-PARSED = {"demo": "tests/shapes/test_demo.py", "evaluate": "tests/shapes/test_evaluate.py"}  # these tests run them
+PARSED = {  # these tests run them
+    "demo": "tests/shapes/test_demo.py",
+    "evaluate": "tests/evaluation/test_commands.py",
+    "reward": "tests/test_reward.py",
+}
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
