@@ -173,7 +173,7 @@ def _read_dpg_file(line: int, path: Path) -> Entry:
 def _dpg_entry(line: int, name: object, text: object) -> Entry:
     name = check_text("item_id", name)
     # The scorer takes the name up to its first dot for the item.
-    if not name or name != Path(name).name or "." in name:
+    if not name or name != Path(name).name or "." in name or len(name.encode()) > MAX_NAME - len(".png"):
         raise UsageError(f"item_id: got {name[:60]!r}, expected a file name without a dot; rename it")
     return Entry(line, check_prompt_text(text), name=name)
 
@@ -272,11 +272,11 @@ def identify(path: Path) -> tuple[str | None, str]:
         if "vqa_list" in keys:
             return "geneval2", holds
         return "geneval" if {"tag", "include"} <= keys else None, holds
-    header = next(csv.reader([text.split("\n", 1)[0]]), [])
-    if len(header) > 1 and set(map(str.strip, header)) >= _CSV_FIELDS:
-        return "dpg", f"CSV with the columns {', '.join(header)[:120]}"
+    header = text.split("\n", 1)[0].strip().split(",")
+    if set(header) >= _CSV_FIELDS:
+        return "dpg", f"CSV with the columns {','.join(header)[:120]}"
     if path.suffix == ".csv":
-        return None, f"CSV with the columns {', '.join(header)[:120]}"
+        return None, f"CSV with the columns {','.join(header)[:120]}"
     return "t2i-compbench", "text with one prompt on each line"
 
 

@@ -407,7 +407,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
-        raise OspoError(f"Cannot read {path}: {reason(error)}; repeat the command that wrote it.") from error
+        raise OspoError(f"Cannot read {path}: {reason(error)}; write it again, or delete it.") from error
     return content
 
 
@@ -434,11 +434,14 @@ def _read_baseline(folder: Path, items: Sequence[Item], judge: str, model: str) 
     if scored_by.get("model") != model:
         logger.warning("Each model has judged its own images: differences mix both; use --judge MODEL for one judge")
     try:
-        rows = [parse_json(line) for line in read_bytes(folder / SCORES).splitlines()]
+        rows = [parse_json(line) for line in read_bytes(no_link(folder / SCORES)).splitlines()]
         found: dict[str, list[list[float]]] = {}
         for row in rows:
             found.setdefault(row["prompt"], []).append([float(p) for p in row["probabilities"]])
-        return Scores.from_images([found[item.prompt] for item in items])
+        scores = Scores.from_images([found[item.prompt] for item in items])
+        if [*map(len, scores.probabilities)] != [len(item.questions) for item in items]:
+            raise ValueError("a prompt has more or fewer probabilities than questions")
+        return scores
     except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise OspoError(
             f"Cannot read {folder / SCORES}: {reason(cast('Exception', error))}; evaluate the baseline again."

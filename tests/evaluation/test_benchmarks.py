@@ -144,9 +144,11 @@ def test_a_file_of_another_benchmark_is_refused(files, name, other):
     ("content", "holds"),
     [
         ('{"images": [], "annotations": []}', "is of no known benchmark: JSON objects with images, annotations"),
-        ("id,question\n1,2\n", "is of no known benchmark: CSV with the columns id, question"),
+        ("id,question\n1,2\n", "is of no known benchmark: CSV with the columns id,question"),
         ("", "cannot read .*: it has 0 bytes"),
         ("\udcff", "cannot read .*: .*codec can't decode"),
+        ("x" * 200_000, "is of no known benchmark: CSV with the columns xxx"),
+        (" item_id ,text\n", "is of no known benchmark: CSV with the columns item_id ,text"),
         ('{"prompt": "x"}', "is of no known benchmark: JSON objects with prompt;"),
     ],
 )
@@ -180,6 +182,7 @@ def test_unknown_folders_are_refused(tmp_path):
         ("geneval2", "a.jsonl", json.dumps({**GENEVAL2, "prompt": 3}), "prompt: got int, expected a text"),
         ("dpg", "a.csv", f"{CSV}a.b,x,k,1,0,e,e,t,q\n", "a.csv:2: item_id: got 'a.b', expected a file name without"),
         ("dpg", "a.csv", f"{CSV}../a,x,k,1,0,e,e,t,q\n", "item_id: got '../a'"),
+        ("dpg", "a.csv", f"{CSV}{'a' * 252},x,k,1,0,e,e,t,q\n", "item_id: got 'aaaa"),
         ("dpg", "a.csv", f"{CSV}a\n", "a.csv:2: prompt: got NoneType"),
         ("dpg", "a.csv", CSV, "holds no prompt"),
         ("t2i-compbench", "a.txt", "a_b\n", "a.txt:1: prompt: 'a_b' holds '_', and the scorers read the prompt from"),
