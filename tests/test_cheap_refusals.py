@@ -90,7 +90,10 @@ REFUSED = {
     "evaluate --questions questions.json --judge ./none": (1, "there is no folder './none'"),
     "evaluate --questions questions.json --judge self --out file": (1, "Cannot write file: Not a directory"),
     "evaluate --questions bad.txt --judge self": (2, "bad.txt: 3 lines cannot be used: line 1: it is no JSON"),
-    "evaluate --questions zebra.json --judge self": (2, "'is there a zebra?' holds words that shapes does not know"),
+    "evaluate --questions zebra.json --judge self": (
+        2,
+        "questions: 'is there a zebra?' holds words that shapes does not know",
+    ),
     "evaluate --benchmark geneval --prompts bad.txt": (2, "bad.txt seems to be of T2I-CompBench++"),
     "evaluate --benchmark t2i-compbench --prompts bad.txt": (
         2,

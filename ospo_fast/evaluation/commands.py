@@ -59,12 +59,11 @@ def check_options(
         if value is not None and present is None:
             raise UsageError(f"evaluate: got {name} without {needed}, which it belongs to; add {needed}.")
     if benchmark is not None and prompts is None:
-        known = BENCHMARKS.get(benchmark)
-        if known is not None:
-            raise UsageError(
-                f"evaluate: --benchmark {benchmark} needs --prompts FILE, its prompt file, which is not part of this "
-                f"package; get {known.file} of {known.source}."
-            )
+        known = BENCHMARKS[benchmark]
+        raise UsageError(
+            f"evaluate: --benchmark {benchmark} needs --prompts FILE, its prompt file, which is not part of this "
+            f"package; get {known.file} of {known.source}."
+        )
     if questions is not None and judge is None:
         raise UsageError("evaluate: --questions needs --judge: self, or a vision-language model; add it.")
     if num is not None and benchmark is None and questions is None:
@@ -144,10 +143,19 @@ def _listed(out: Path, texts: Sequence[str], images: Images) -> list[dict[str, s
     ]
 
 
-def check_unloaded(name: str, file: Path, lines: Sequence[int], texts: Sequence[str]) -> None:
-    """Raise UsageError for prompts that a model surely cannot take, before it is loaded."""
-    if (unloaded := UnloadedModel.find(name)) is not None:
-        refuse_lines(file, [(n, attempt(unloaded.image_prompt, text)) for n, text in zip(lines, texts, strict=True)])
+def check_unloaded(name: str, file: Path, lines: Sequence[int], texts: Sequence[str], what: str = "prompt") -> None:
+    """Raise UsageError for prompts, or questions, that a model surely cannot take, before it is loaded."""
+    if (unloaded := UnloadedModel.find(name)) is None:
+        return
+    results = [(line, attempt(unloaded.image_prompt, text)) for line, text in zip(lines, texts, strict=True)]
+    refuse_lines(
+        file,
+        [
+            (line, Failure(found.reason.replace("prompt:", f"{what}:", 1)))
+            for line, found in results
+            if isinstance(found, Failure)
+        ],
+    )
 
 
 def check_prompts(model: UnifiedModel, file: Path, lines: Sequence[int], texts: Sequence[str]) -> None:
@@ -237,7 +245,8 @@ def run_questions(
     # What is wrong is found before torch is imported and a model is loaded, as far as its folder says it.
     if judges.is_unified(named):
         asked = [(item.line, judges.asked_text(question)) for item in items for question in item.questions]
-        check_unloaded(named, questions, *zip(*asked, strict=True))
+        places, asked_texts = zip(*asked, strict=True)
+        check_unloaded(named, questions, places, asked_texts, "questions")
     check_creatable(out)
     if images is None:
         check_unloaded(config.model, questions, [item.line for item in items], texts)

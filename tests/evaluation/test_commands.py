@@ -257,7 +257,7 @@ def test_a_judge_that_cannot_answer_is_refused_before_an_image_is_generated(caps
     (files / "questions.jsonl").write_text(json.dumps({**ROWS[1], "answers": ["nine"]}))
     code, _, err = call(capsys, *arguments, "--judge", "self")
     assert code == 2
-    assert "questions.jsonl:1: prompt: 'are there two red circles? Answer in one word.' holds words" in err
+    assert "questions.jsonl:1: questions: 'are there two red circles? Answer in one word.' holds words" in err
     assert generated == []
     assert not (files / "out").exists()
 
