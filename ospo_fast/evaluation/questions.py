@@ -131,7 +131,8 @@ def soft_tifa(probabilities: Sequence[float]) -> tuple[float, float]:
 
     With p_i the probability that the judge gives to the correct answer of question i of the N questions of a prompt,
     AM = (1/N) Σ p_i estimates how many atoms are right, and GM = (Π p_i)^(1/N) whether the whole prompt is. A question
-    with p_i = 0 makes GM 0. Both are averaged over the prompts of a benchmark (arXiv 2512.16853, Soft-TIFA).
+    with p_i = 0 makes GM 0. Both are averaged over the prompts of a benchmark (GenEval 2, arXiv 2512.16853, in the
+    words of section Evaluation of its repository's README).
 
     Args:
         probabilities: N ≥ 1 numbers in [0, 1].

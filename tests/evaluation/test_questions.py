@@ -1,4 +1,4 @@
-"""Question files, Soft-TIFA against a reference written from its paper, and summaries against numbers by hand."""
+"""Question files, Soft-TIFA against a reference written from its definition, and summaries against numbers by hand."""
 
 import json
 from fractions import Fraction
@@ -23,7 +23,7 @@ def write(path, *rows):
 
 
 def reference(probabilities):
-    """Soft-TIFA of a prompt as the paper describes it: the arithmetic mean, and the N-th root of the product.
+    """Soft-TIFA of a prompt by its definition: the arithmetic mean, and the N-th root of the product.
 
     The product is exact, and its root is found by bisection: no logarithm, as in the code under test.
     """
@@ -40,7 +40,7 @@ def reference(probabilities):
     return float(total / len(exact)), float(low)
 
 
-def test_soft_tifa_is_that_of_the_paper():
+def test_soft_tifa_is_that_of_its_definition():
     rng = np.random.default_rng(0)
     cases = [[0.0], [1.0], [0.0, 1.0], [1.0] * 7, [1e-300, 1.0], [5e-324, 0.5], [0.25, 1.0], [0.0, 0.0, 0.0]]
     for _ in range(300):
