@@ -233,6 +233,12 @@ class SelectConfig(Section):
         "none, and by rule random).",
         one_of("negative", "own"),
     )
+    rejected_prompt: str = setting(
+        "variant",
+        "Rejected prompt of a pair: the hard negative of the rejected image, or one that the model asks about and does "
+        "not see in the chosen image (official code of v2).",
+        one_of("variant", "asked"),
+    )
     pairs: int = setting(
         1,
         "Maximum number of pairs of an item, of different images; with rejected=own only the first has a hard "

@@ -270,6 +270,10 @@ def _train_reads(config: Config, record: Record) -> list[object]:
     return run_files.masked_pair_paths(record) if uses_stored_masks(config) else run_files.pair_paths(record)
 
 
+def _select_needs_model(config: Config) -> bool:
+    return config.select.rule == "v2" or config.select.rejected_prompt == "asked"
+
+
 def _kept_pairs(record: Record) -> tuple[int, int]:
     pairs = record.get("pairs") or []
     masked = sum(1 for pair in pairs if pair.get("mask_path"))
@@ -342,10 +346,10 @@ STAGES: tuple[Stage, ...] = (
         "select",
         "stage 5: preference pairs of a chosen and a rejected image",
         inputs=_always("score"),
-        needs_model=lambda config: config.select.rule == "v2",
+        needs_model=_select_needs_model,
         needs=needs.select,
         adds=needs.has_pair,
-        reads=lambda config, record: run_files.image_and_codes_paths(record) if config.select.rule == "v2" else [],
+        reads=lambda config, record: run_files.image_and_codes_paths(record) if _select_needs_model(config) else [],
         keeps=lambda record: (1, 0) if record.get("pairs") else (0, 1),
     ),
     Stage(

@@ -11,9 +11,19 @@ from typing import Any, NamedTuple
 from ospo_fast.config import Config, SelectConfig
 from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.records import ImageVerdict, Pair, Record, image_variants, image_verdicts, map_images, stable_hash
+from ospo_fast.records import (
+    ImageVerdict,
+    Pair,
+    Record,
+    chunked,
+    image_variants,
+    image_verdicts,
+    map_images,
+    stable_hash,
+)
 from ospo_fast.stages import StageContext
 
+CHUNK = 64  # items between two writes to the store
 RULES = ("v3", "v2", "random")
 Image = Mapping[str, Any]  # an entry of base_metadata or negative_metadata
 LogProbs = Callable[[Sequence[str]], "Sequence[float] | Failure"]
@@ -199,27 +209,34 @@ def run(
 ) -> Iterator[Record]:
     """Add `kept`, and either up to `select.pairs` `pairs` or the `reason` for none.
 
-    The entry of each image gets `kept` and `reason`. Only rule "v2" needs a model, for log-probabilities. It makes no
-    pair of an item whose prompt is too long for the model or whose images cannot be read.
+    The entry of each image gets `kept` and `reason`. Rule "v2" needs a model for log-probabilities, and
+    `select.rejected_prompt=asked` for `rejected_prompts.choose_rejected_prompts`. Both make no pair of an item whose
+    prompt is too long for the model or whose images cannot be read.
     """
+    for part in chunked(records, CHUNK):
+        selected = [_select_item(record, model, config, out) for record in part]
+        if config.select.rejected_prompt == "asked" and model is not None:
+            from ospo_fast.stages.rejected_prompts import choose_rejected_prompts
+
+            selected = choose_rejected_prompts(selected, model, config, out)
+        yield from selected
+
+
+def _select_item(record: Record, model: UnifiedModel | None, config: Config, out: Path | None) -> Record:
     settings = config.select
-    for record in records:
-        if not record.get("base_metadata"):
-            reasons = dict.fromkeys(reason for reason in record.get("variant_reasons") or [] if reason)
-            reason = "no image: " + ("; ".join(reasons) or "no variant was generated")
-            yield {**record, "kept": False, "reason": reason}
-        elif not record.get("question") and settings.rule != "random":
-            reason = record.get("question_reason") or "the item has no question"
-            yield {**record, "kept": False, "reason": reason}
-        else:
-            logprobs = None if model is None else partial(_logprobs, record["prompt"], model, config, out)
-            rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))
-            pairs = _select_pairs(record, settings, rng, logprobs)
-            judged = map_images(record, partial(_judge, settings))
-            if isinstance(pairs, Failure):
-                yield {**judged, "kept": False, "reason": pairs.reason}
-            else:
-                yield {**judged, "kept": True, "pairs": pairs}
+    if not record.get("base_metadata"):
+        reasons = dict.fromkeys(reason for reason in record.get("variant_reasons") or [] if reason)
+        reason = "no image: " + ("; ".join(reasons) or "no variant was generated")
+        return {**record, "kept": False, "reason": reason}
+    if not record.get("question") and settings.rule != "random":
+        return {**record, "kept": False, "reason": record.get("question_reason") or "the item has no question"}
+    logprobs = None if model is None else partial(_logprobs, record["prompt"], model, config, out)
+    rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))
+    pairs = _select_pairs(record, settings, rng, logprobs)
+    judged = map_images(record, partial(_judge, settings))
+    if isinstance(pairs, Failure):
+        return {**judged, "kept": False, "reason": pairs.reason}
+    return {**judged, "kept": True, "pairs": pairs}
 
 
 def _judge(settings: SelectConfig, role: str, name: str, image: ImageVerdict) -> ImageVerdict:
