@@ -267,8 +267,8 @@ def test_an_older_layout_has_the_conditional_loss(older: Path) -> None:
         ("extract_mask", "> filters", ">= 1.01 * filters", "object masks, of 1728 cells"),
         ("extract_mask", "(values)", "(values, nbins=128)", "Otsu thresholds of 32 maps"),
         ("attn", "steepness *", "1.01 * steepness *", "soft masks"),
-        ("construct_pair", "LEAST = 0.6", "LEAST = 0.7", "selected pairs, 143 of 400 records"),
-        ("construct_pair", "answer.lower()", "answer", "selected pairs, 133 of 400 records"),
+        ("construct_pair", "LEAST = 0.6", "LEAST = 0.7", "selected pairs, 329 of 1000 records"),
+        ("construct_pair", "answer.lower()", "answer", "selected pairs, 277 of 1000 records"),
     ],
 )
 def test_a_difference_fails(file: str, before: str, after: str, failing: str, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_nothing_of_the_checkout_runs_but_what_is_compared(tmp_path: Path, monke
     """The files change the working folder and import packages when they are imported."""
     monkeypatch.chdir(tmp_path)
     text = SELECT + "\nos.chdir('/')\nraise SystemExit(3)\n"
-    assert not parity(checkout(tmp_path, construct_pair=text))["selected pairs, 182 of 400 records"].difference
+    assert not parity(checkout(tmp_path, construct_pair=text))["selected pairs, 390 of 1000 records"].difference
     assert Path.cwd() == tmp_path
 
 
