@@ -320,7 +320,7 @@ def read_shapes(name: str) -> ModelShapes:
     """
     folder = base_folder(name)
     if isinstance(folder, Path):
-        return ModelShapes.from_config(folder_checks.read_json(folder / "config.json"), name)
+        return ModelShapes.from_config(folder_checks.read_config(folder), name)
     if folder in PUBLISHED:
         width = PUBLISHED[folder]["hidden_size"]
         parts = {"projection_dim": width, "image_token_embed_dim": width}
@@ -329,7 +329,7 @@ def read_shapes(name: str) -> ModelShapes:
         return ModelShapes.from_config({**config, "tie_word_embeddings": False}, name)
     from ospo_fast.models import check_hub_model
 
-    return ModelShapes.from_config(folder_checks.read_json(check_hub_model(folder)), name)
+    return ModelShapes.from_config(folder_checks.read_config(check_hub_model(folder).parent), name)
 
 
 def results_folder() -> Path | None:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from ospo_fast.config import MAX_ADAPTERS
 from ospo_fast.errors import OspoError, UsageError, is_panic
-from ospo_fast.models import folder_checks
+from ospo_fast.models import folder_checks, trainer_files
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.deepseek_config import is_deepseek
 from ospo_fast.packages import check_installed, required_by
 from ospo_fast.records import local_base
 
@@ -33,7 +34,9 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _OTHER_DTYPES = ("float", "half", "double")  # torch's other names of these
 # Of the extra `pipeline`: what loading and use of a model need.
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "PIL", "jinja2", "tqdm")
-_PUBLISHED = ("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B")
+_PUBLISHED = tuple(f"{org}/Janus-Pro-{size}" for org in ("deepseek-community", "deepseek-ai") for size in ("1B", "7B"))
+# Of DeepSeek's layout. transformers' own download takes what it needs.
+_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin")
 # transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
 _LOCK = threading.RLock()  # an adapter loads its base model
 _HUB_REMEDY = "check the name and the network, or give the folder of a downloaded copy"
@@ -49,8 +52,9 @@ def load_model(
     """Load a Janus model for inference. Threads that call it at once load one after the other.
 
     Args:
-        name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, a folder with a LoRA
-            adapter (its base model is loaded and the adapter merged into it), or a name on the Hugging Face hub.
+        name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, one in DeepSeek's layout,
+            a folder with a LoRA adapter (its base model is loaded and the adapter merged into it), a `.ckpt` file of
+            the official trainer, or a name on the Hugging Face hub.
         device: default: CUDA if available, else the CPU.
         dtype: a torch dtype or its name; default: bfloat16 on CUDA, float32 on the CPU.
 
@@ -64,12 +68,12 @@ def load_model(
     name = str(name_or_path)
     check_installed("load_model", *_PACKAGES)
     folder = find_model(name)
-    if folder is None:
-        check_hub_model(name)
+    if folder is None and is_deepseek(folder_checks.read_json(check_hub_model(name))):
+        folder = download(name)
     device, dtype = resolve_placement(device, dtype)
     with _LOCK:
-        if folder is not None and _is_adapter(folder):
-            return _load_adapter(folder, device, dtype)
+        if folder is not None and has_base(folder):
+            return load_on_base(folder, device, dtype)
         return _load_checkpoint(folder, name, device, dtype)
 
 
@@ -77,15 +81,15 @@ def find_model(name_or_path: str | Path) -> Path | None:
     """Find the folder of a model without loading it.
 
     Returns:
-        The folder; None for a name on the Hugging Face hub.
+        The folder, or the file of the official trainer; None for a name on the Hugging Face hub.
 
     Raises:
         OspoError: the folder is missing or holds no supported model, as in `load_model`.
 
     """
-    folder = _find_folder(str(name_or_path))
+    folder = find_folder(str(name_or_path))
     base, adapters = folder, 0
-    while base is not None and _is_adapter(base):
+    while base is not None and has_base(base):
         adapters += 1
         if adapters > MAX_ADAPTERS:
             raise OspoError(
@@ -93,13 +97,13 @@ def find_model(name_or_path: str | Path) -> Path | None:
                 f"{MAX_ADAPTERS} times or in a circle; fix base_model_name_or_path in {base / 'adapter_config.json'}"
             )
         name, adapter = find_base(base), base
-        base = _find_folder(name)
+        base = find_folder(name)
         if base is None:
             _check_base(name, adapter)
     return folder
 
 
-def _find_folder(name: str) -> Path | None:
+def find_folder(name: str) -> Path | None:
     """Find the folder of a model, as `find_model` does, or of an adapter without looking for its base model."""
     if name == "shapes":
         if not (_EMBEDDED / "config.json").is_file():
@@ -109,13 +113,20 @@ def _find_folder(name: str) -> Path | None:
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
         folder_checks.refuse_pipes(path)
         if not _is_adapter(path):
-            folder_checks.check_kind(folder_checks.read_json(path / "config.json"), name)
-            folder_checks.refuse_code(path)
+            config = folder_checks.read_json(path / "config.json")
+            folder_checks.check_kind(config, name)
+            if not is_deepseek(config):  # transformers does not read the files of those
+                folder_checks.refuse_code(path)
             folder_checks.check_tokenizer(path)
-            folder_checks.weight_files(path)
+            folder_checks.weight_files(path, pickled=is_deepseek(config))
+        return path
+    if trainer_files.is_trainer_file(path):
         return path
     if os.path.exists(path):  # noqa: PTH110 (see above)
-        raise OspoError(f"model: {name!r} is a file, expected the folder that holds config.json and the weights")
+        raise OspoError(
+            f"model: {name!r} is a file, expected the folder that holds config.json and the weights, or a .ckpt of the "
+            "official trainer"
+        )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
         raise OspoError(
             f"model: there is no folder {name!r}; expected 'shapes', a folder or a hub name like 'org/model'"
@@ -144,6 +155,16 @@ def hub_config(name: str) -> Path:
     except Exception as error:  # of the network, the hub, or the name
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise OspoError(f"model: {name} cannot be loaded ({reason}); {_HUB_REMEDY}") from error
+
+
+def download(name: str) -> Path:
+    """Return the folder of a model of the hub in DeepSeek's layout. Raises OspoError if it cannot be fetched."""
+    import huggingface_hub
+
+    with loading(f"{name} cannot be loaded", _HUB_REMEDY):
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        folder_checks.check_tokenizer(folder)
+        return folder
 
 
 def check_device(device: str | None, dtype: str | None) -> None:
@@ -220,6 +241,11 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
     source = str(folder or name)
     remedy = _HUB_REMEDY if folder is None else "save or download it again"
     with loading(f"{source} cannot be loaded", remedy):
+        if folder is not None and is_deepseek(folder_checks.read_json(folder / "config.json")):
+            from ospo_fast.models.deepseek import load_deepseek
+
+            module, processor = load_deepseek(folder, dtype)
+            return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
         if folder is not None:
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
@@ -256,8 +282,15 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def has_base(path: Path) -> bool:
+    """Return whether a path that `find_model` returned is that of an adapter, or of a file of the official trainer."""
+    return _is_adapter(path) or trainer_files.is_trainer_file(path)
+
+
 def find_base(folder: Path) -> str:
     """Return the name or the folder of the base model of a LoRA adapter, as `find_model` takes it."""
+    if trainer_files.is_trainer_file(folder):
+        return trainer_files.find_base(folder)
     base = folder_checks.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise OspoError(f"model: {folder / 'adapter_config.json'} has no base_model_name_or_path; add the base model")
@@ -277,27 +310,46 @@ def _check_base(name: str, folder: Path) -> None:
         cached = try_to_load_from_cache(name, "config.json")
     if name not in _PUBLISHED and not isinstance(cached, str):
         raise OspoError(
-            f"model: the adapter {folder} names the base model {name!r:.60}, expected a folder, a model of the local "
-            f"hub cache, or {' or '.join(_PUBLISHED)}; download the base model yourself if you trust it"
+            f"model: {folder} names the base model {name!r:.60}, expected a folder, a model of the local hub cache, or "
+            f"{' or '.join(_PUBLISHED)}; download the base model yourself if you trust it"
         )
 
 
-def _load_adapter(folder: Path, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
-    base = find_base(folder)
-    with loading(f"the adapter {folder} cannot be loaded", "save or download it again"):
-        config = folder_checks.check_adapter(folder)
+def load_on_base(
+    folder: Path, device: torch.device, dtype: torch.dtype, *, base: str | None = None
+) -> JanusUnifiedModel:
+    """Load the base model of an adapter, or of a file of the official trainer, and put its weights into it.
+
+    `base`: in place of the base model that it names.
+    """
+    base = base or find_base(folder)
+    with loading(f"{folder} cannot be loaded", "save or download it again"):
+        trained = trainer_files.TrainerCheckpoint.read(folder) if trainer_files.is_trainer_file(folder) else None
+        config = None if trained else folder_checks.check_adapter(folder)
+        if trained is not None and trained.lora:
+            config = trained.lora_config(base)
     model = load_model(base, device=device, dtype=dtype)
+    if trained is not None and trained.weights:
+        from ospo_fast.models.deepseek import load_weights
+
+        with loading(f"{folder} does not load on {base}", "check its base model"):
+            load_weights(model.module, trained.weights, str(folder))
+    if config is None:
+        return model.with_module(model.module, name=str(folder))
 
     with required_by("load_model", "peft", "accelerate"):
         import peft
 
     with loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
         config = {**folder_checks.match_targets(config, folder, model.module), "inference_mode": True}
-        tensors = peft.load_peft_weights(
-            str(folder),
-            device=str(device),
-            key_mapping=getattr(model.module, "_checkpoint_conversion_mapping", None),
-        )
+        if trained is not None:
+            tensors = {name: tensor.to(device) for name, tensor in trained.lora.items()}
+        else:
+            tensors = peft.load_peft_weights(
+                str(folder),
+                device=str(device),
+                key_mapping=getattr(model.module, "_checkpoint_conversion_mapping", None),
+            )
         folder_checks.check_adapter_tensors(folder, config, tensors, model.module)
         # As peft.PeftModel.from_pretrained does, with the configuration whose patterns are resolved.
         wrapped = peft.PeftModel(model.module, peft.LoraConfig.from_peft_type(**config))

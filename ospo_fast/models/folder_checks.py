@@ -11,13 +11,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import OspoError
-from ospo_fast.files import read_bytes
+from ospo_fast.files import read_bytes, reading
 from ospo_fast.models.base import TEMPLATE_SETS
+from ospo_fast.models.deepseek_config import is_deepseek, to_janus
 from ospo_fast.records import parse_json
 
 if TYPE_CHECKING:
@@ -69,14 +70,23 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     return content
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a folder of either layout, as transformers' layout has it. Raises OspoError."""
+    config = read_json(folder / "config.json")
+    return to_janus(config, str(folder)) if is_deepseek(config) else config
+
+
+def read_text(path: Path) -> str:
+    """Read a text of a model folder. Raises OspoError."""
+    with reading("text", path, _AGAIN):
+        return read_bytes(path).decode()
+
+
 def check_kind(config: dict[str, Any], name: str) -> None:
     """Raise OspoError unless a configuration is that of a Janus model with a Llama decoder."""
+    if is_deepseek(config):
+        config = to_janus(config, name)
     kind = config.get("model_type")
-    if kind == "multi_modality":
-        raise OspoError(
-            f"model: {name} is in DeepSeek's own format; use its conversion for transformers "
-            "(deepseek-community/Janus-Pro-1B, deepseek-community/Janus-Pro-7B)"
-        )
     if kind != "janus":
         raise OspoError(f"model: {name} has model_type {kind!r}, expected 'janus' (JanusForConditionalGeneration)")
     for key, accepted in (("text_config", dict), ("vision_config", dict), ("vq_config", dict), ("template_set", str)):
@@ -186,22 +196,29 @@ def _size(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers takes the weights from: one, or those of an index. Raises OspoError."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise OspoError(f"model: {folder} holds no weights ({single.name}, or {index.name} and its files); {_AGAIN}")
-    names = read_json(index).get("weight_map")
+def weight_files(folder: Path, *, pickled: bool = False) -> list[Path]:
+    """Return the files that the weights are taken from: one, or those of an index. Raises OspoError.
+
+    With `pickled`, where there are no safetensors, they can also be files of `torch.save`.
+    """
+    names = ("model.safetensors", *(["pytorch_model.bin"] if pickled else []))
+    for single, index in ((folder / name, folder / f"{name}.index.json") for name in names):
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            return _indexed_files(index, single.suffix)
+    known = ", or ".join(f"{name}, or {name}.index.json and its files" for name in names)
+    raise OspoError(f"model: {folder} holds no weights ({known}); {_AGAIN}")
+
+
+def _indexed_files(index: Path, suffix: str) -> list[Path]:
+    folder, names = index.parent, read_json(index).get("weight_map")
     names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
     files = [folder / name for name in names]
     for file in files:
         # Path.is_file raises for long names.
-        if file.parent != folder or file.suffix != ".safetensors" or not os.path.isfile(file):  # noqa: PTH113
-            raise OspoError(
-                f"model: {index} names {file.name!r:.60}, which is no *.safetensors of its folder; {_AGAIN}"
-            )
+        if file.parent != folder or file.suffix != suffix or not os.path.isfile(file):  # noqa: PTH113
+            raise OspoError(f"model: {index} names {file.name!r:.60}, which is no *{suffix} of its folder; {_AGAIN}")
     return files
 
 
@@ -215,16 +232,7 @@ def check_sizes(folder: Path) -> None:
 
     path, files = folder / "config.json", weight_files(folder)
     config, shapes = read_json(path), _tensor_shapes(files)
-    count = len(shapes)
-    for section, values in (("", config), *config.items()):
-        for key in _COUNTS if isinstance(values, dict) else ():
-            value = values.get(key)
-            value = len(value) if isinstance(value, list) else value
-            if isinstance(value, (int, float)) and value > count:
-                raise OspoError(
-                    f"model: {key} in {path}{section and f' ({section})'} is {value}, expected at most {count}, as "
-                    f"many as the weights have tensors; {_AGAIN}"
-                )
+    check_counts(path, config, len(shapes))
     with torch.device("meta"):
         empty = transformers.JanusForConditionalGeneration(transformers.JanusConfig.from_pretrained(str(folder)))
     tensors, packed = empty.state_dict(keep_vars=True), config.get("quantization_config")
@@ -232,7 +240,7 @@ def check_sizes(folder: Path) -> None:
     for name, tensor in tensors.items() if not packed else ():
         if name in shapes:
             found.add(id(tensor))  # tied tensors are one
-            _check_shape(path, name, list(tensor.shape), shapes[name])
+            check_shape(path, name, list(tensor.shape), shapes[name])
     size, most = sum(weight.numel() for weight in empty.parameters()), sum(file.stat().st_size for file in files)
     if size > _MAX_PACKED * most:
         raise OspoError(
@@ -251,11 +259,25 @@ def check_sizes(folder: Path) -> None:
         ignore_mismatched_sizes=True,
     )
     for name, shape, built in sorted(info["mismatched_keys"]):
-        _check_shape(path, name, list(built), list(shape))
+        check_shape(path, name, list(built), list(shape))
     refuse_missing(info["missing_keys"], str(folder), _AGAIN)
 
 
-def _check_shape(path: Path, name: str, built: list[int], shape: list[int]) -> None:
+def check_counts(path: Path, config: Mapping[str, Any], count: int) -> None:
+    """Raise OspoError for a number of layers in a config.json above `count`, the number of tensors of the weights."""
+    for section, values in (("", config), *config.items()):
+        for key in _COUNTS if isinstance(values, dict) else ():
+            value = values.get(key)
+            value = len(value) if isinstance(value, list) else value
+            if isinstance(value, (int, float)) and value > count:
+                raise OspoError(
+                    f"model: {key} in {path}{section and f' ({section})'} is {value}, expected at most {count}, as "
+                    f"many as the weights have tensors; {_AGAIN}"
+                )
+
+
+def check_shape(path: Path, name: str, built: list[int], shape: list[int]) -> None:
+    """Raise OspoError unless a tensor has the shape that a configuration gives it."""
     if built != shape:
         raise OspoError(
             f"model: by {path}, {name} has the shape {built}, expected that of the weights, {shape}; {_AGAIN}"

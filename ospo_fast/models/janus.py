@@ -153,7 +153,7 @@ class JanusUnifiedModel(_JanusModule):
         self.templates: str = getattr(config, "template_set", None) or ("shapes" if name == "shapes" else "janus")
         config.template_set = self.templates
         # peft records this as the base model of an adapter; load_model must accept it.
-        module.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+        module.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name
 
         self.bos_id = self._special_id("bos_token")
         self.pad_id = self._special_id("pad_token")

@@ -104,7 +104,10 @@ def _check_peft(model: Any) -> None:
 def _check_module(module: Any) -> None:
     config = getattr(module, "config", None)
     if getattr(config, "model_type", None) == "multi_modality":
-        check_kind({"model_type": "multi_modality"}, type(module).__name__)
+        raise OspoError(
+            f"model: {type(module).__name__} is of DeepSeek's own classes, expected {_EXPECTED}; give its folder to "
+            "load_model"
+        )
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(module, transformers.JanusForConditionalGeneration):
         raise UsageError(f"model: got {type(module).__name__}, expected {_EXPECTED}")

@@ -101,10 +101,10 @@ def base_folder(name: str) -> Path | str:
 
     Raises many errors for damaged ones.
     """
-    from ospo_fast.models import find_base, find_model
+    from ospo_fast.models import find_base, find_model, has_base
 
     folder = find_model(name)  # refuses adapters that are bases of each other
-    while folder is not None and (folder / "adapter_config.json").is_file():
+    while folder is not None and has_base(folder):
         name = find_base(folder)
         folder = find_model(name)
     return name if folder is None else folder

@@ -39,7 +39,7 @@ def public_name(name: str) -> str:
     """
     folder = base_folder(name)
     if folder is None:
-        return name
+        return Path(name).name if name.endswith(".ckpt") else name
     if found := _SNAPSHOT.search(folder.as_posix()):
         return "/".join(found.groups())
     parts = [part for part in folder.parts if not part.startswith(".")]

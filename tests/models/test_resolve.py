@@ -185,7 +185,7 @@ def test_modules_that_load_model_refuses(tiny: JanusUnifiedModel) -> None:
         ImageGenerator(JanusForConditionalGeneration(config))
     official = nn.Linear(2, 2)
     official.config = type("Config", (), {"model_type": "multi_modality"})()  # type: ignore[assignment]
-    with pytest.raises(OspoError, match="in DeepSeek's own format"):
+    with pytest.raises(OspoError, match="of DeepSeek's own classes"):
         ImageGenerator(official)
     with torch.device("meta"):
         empty = JanusForConditionalGeneration(parts)
