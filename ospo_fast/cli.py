@@ -140,6 +140,13 @@ _OPTIONS = {
         help="run folder whose settings are the base, and whose finished stages are taken over, up to the first one "
         "with another setting; it is only read",
     ),
+    "to": _option(
+        "--to",
+        type=_name,
+        metavar="FORM",
+        help="transformers, deepseek, peft or official-lora (default: the other layout)",
+    ),
+    "base_model": _option("--base", type=_name, metavar="MODEL", help="base model of an adapter or a .ckpt file"),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
     "root": _option("--root", default="", metavar="PREFIX", help="what the paths in train.json begin with"),
     "repo": _option("--repo", type=_name, metavar="OWNER/NAME", help="repository of the model"),
@@ -280,9 +287,8 @@ def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
         if path is not None and os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for long names)
             facts[f"content of {name}"] = file_digest(path)
     if (folder := find_model(config.model)) is not None:
-        facts["files of model"] = {
-            path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()
-        }
+        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+        facts["files of model"] = {path.name: path.stat().st_size for path in files if path.is_file()}
     return facts | {f"version of {name}": version for name, version in run_versions().items()}
 
 
@@ -673,6 +679,18 @@ def _push(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    _refuse_workers("convert")
+    if len(args.operands) != 2:
+        raise UsageError(f"convert: got {len(args.operands)} names, expected a checkpoint and a new folder.")
+    from ospo_fast.convert import convert
+
+    source, out = (check_text("the name", word) for word in args.operands)
+    result = convert(source, Path(out), to=args.to, base=args.base)
+    _show(result, args.json, f"{result['from']} to {result['to']}, {result['dtype']}: {result['out']}")
+    return 0
+
+
 def _config(args: argparse.Namespace) -> int:
     from ospo_fast import settings
     from ospo_fast.config import dump_config, saved_values
@@ -718,7 +736,7 @@ class _Command:
     run: Callable[[argparse.Namespace], int]
     help: str
     options: tuple[str, ...] = ()
-    operand: str | None = None
+    operand: str | None = None  # names of the words that are no settings
     takes_settings: bool = True
     example: str = ""  # arguments that its help shows
     sections: tuple[str, ...] = ()  # of the settings that its help lists
@@ -807,6 +825,15 @@ _COMMANDS = {
         example="--out my-run --repo me/my-model --dataset me/my-pairs --dry-run",
         packages=_MODEL_PACKAGES,
     ),
+    "convert": _Command(
+        _convert,
+        "a checkpoint in the other layout: transformers' or DeepSeek's, peft's or the official trainer's",
+        ("to", "base_model"),
+        operand="CHECKPOINT FOLDER",
+        takes_settings=False,
+        example="deepseek-ai/Janus-Pro-1B janus --to transformers",
+        packages=_MODEL_PACKAGES,
+    ),
     "config": _Command(
         _config,
         "the configuration of a run as YAML for --config, or every setting with its meaning (--show)",
@@ -888,9 +915,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         return args
     # argparse returns the words that follow the first option as unknown arguments.
     words = [*args.words, *rest]
-    args.settings = [word for word in words if _is_setting(word)]
-    others = [word for word in words if not _is_setting(word)]
-    args.operand = others.pop(0) if command.operand and others and not others[0].startswith("-") else None
+    # A checkpoint can be named step=000100.ckpt.
+    settings = [_is_setting(word) and (command.takes_settings or not os.path.exists(word)) for word in words]  # noqa: PTH110
+    args.settings = [word for word, found in zip(words, settings, strict=True) if found]
+    others = [word for word, found in zip(words, settings, strict=True) if not found]
+    args.operands = []
+    while len(args.operands) < len((command.operand or "").split()) and others and not others[0].startswith("-"):
+        args.operands.append(others.pop(0))
+    args.operand = args.operands[0] if args.operands else None
     if others:
         # The value of an unknown option can come before it here.
         unknown = next((word for word in others if word.startswith("-")), others[0])

@@ -1,0 +1,189 @@
+"""`ospo-fast convert`: models and LoRA adapters between transformers' layout and that of DeepSeek and its trainer.
+
+torch is imported once the arguments are checked.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.models import check_hub_model, download, find_base, find_folder, find_model, has_base, load_model
+from ospo_fast.models import folder_checks as checks
+from ospo_fast.models.deepseek_config import is_deepseek
+from ospo_fast.models.trainer_files import TrainerCheckpoint, is_trainer_file, write_trainer_lora
+from ospo_fast.records import os_errors, write_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ospo_fast.models.janus import JanusUnifiedModel
+
+MODELS = ("transformers", "deepseek")
+ADAPTERS = {
+    "peft": "a .ckpt of the official trainer with LoRA",
+    "official-lora": "a folder with a LoRA adapter of peft",
+}
+TARGETS = (*MODELS, *ADAPTERS)
+_OTHER = {"deepseek": "transformers", "transformers": "deepseek", "adapter": "official-lora"}
+
+
+def convert(source: str, out: Path, *, to: str | None = None, base: str | None = None) -> dict[str, Any]:
+    """Convert a checkpoint into a new folder, which is written whole or not at all. Values and dtype stay as they are.
+
+    Args:
+        source: a model in any layout, a LoRA adapter, or a `.ckpt` of the official trainer; see `load_model`. Adapters
+            become merged models with `to` transformers or deepseek.
+        out: missing or empty.
+        to: one of `TARGETS`. Default: the other layout; of a `.ckpt` with LoRA peft, of one with all weights
+            transformers.
+        base: the base model of an adapter or `.ckpt`, in place of the one that it names.
+
+    Returns:
+        {"out", "from", "to", "dtype"}.
+
+    Raises:
+        UsageError: an unknown or impossible target, a folder that is not empty, or a base for a model without one.
+        OspoError: the checkpoint is missing, damaged or contradictory, or has no counterpart in the other layout.
+
+    """
+    if to is not None and to not in TARGETS:
+        raise UsageError(f"--to: got {to!r:.60}, expected one of {', '.join(TARGETS)}.")
+    with os_errors("read", out):
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise UsageError(f"convert: {out} exists and is no empty folder; name a new folder.")
+    path = _find(source)
+    if base is not None:
+        if not has_base(path):
+            raise UsageError(f"--base: got {base!r:.60}, and {source} is a whole model; leave the option out.")
+        find_model(base)
+    elif has_base(path):
+        find_model(source)  # names a base model that is not there
+    kind = "ckpt" if is_trainer_file(path) else "adapter" if has_base(path) else _layout(path)
+    trained = TrainerCheckpoint.read(path) if kind == "ckpt" else None
+    if to is None:
+        to = ("peft" if trained.lora else "transformers") if trained else _OTHER[kind]
+    if to in ADAPTERS and not (trained is not None and trained.lora if to == "peft" else kind == "adapter"):
+        raise UsageError(f"--to {to}: got {source}, expected {ADAPTERS[to]}; use --to {' or --to '.join(MODELS)}.")
+    if to in ADAPTERS:
+        dtype = _convert_adapter(path, out, base or find_base(path), trained)
+    else:
+        dtype = _convert_model(path, out, to, base)
+    return {"out": str(out), "from": kind, "to": to, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _find(source: str) -> Path:
+    """Return the folder or file of a checkpoint; one of the hub is downloaded, if it is in DeepSeek's layout."""
+    path = find_folder(source)
+    if path is not None:
+        return path
+    config = check_hub_model(source)
+    if is_deepseek(checks.read_json(config)):
+        return download(source)
+    load_model(source, device="cpu", dtype="bfloat16")  # downloads
+    return config.parent
+
+
+def _layout(folder: Path) -> str:
+    return "deepseek" if is_deepseek(checks.read_json(folder / "config.json")) else "transformers"
+
+
+def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dtype:
+    """Write a whole model, of an adapter the merged one. Returns its dtype."""
+    import torch
+
+    from ospo_fast.models import deepseek, load_on_base
+
+    dtype, unused = _stored(path, base)
+    with torch.no_grad():
+        if has_base(path):
+            model = load_on_base(path, torch.device("cpu"), dtype, base=base)
+        else:
+            model = load_model(path, device="cpu", dtype=dtype)
+
+    def save(folder: Path) -> None:
+        if to == "deepseek":
+            deepseek.save_deepseek(model, folder, unused)
+            return
+        model.save(folder)
+        if unused:
+            from safetensors.torch import save_file
+
+            tensors = {name: tensor.contiguous() for name, tensor in unused.items()}
+            save_file(tensors, folder / deepseek.UNUSED_FILE, metadata={"format": "pt"})
+
+    write_folder(out, save)
+    return dtype
+
+
+def _stored(path: Path, base: str | None) -> tuple[torch.dtype, dict[str, Tensor]]:
+    """Return the dtype of the weights of a checkpoint, and the tensors that only DeepSeek's layout has."""
+    from ospo_fast.models import deepseek
+    from ospo_fast.models.deepseek_names import is_unused
+    from ospo_fast.models.tensor_files import common_dtype, open_tensors
+
+    if has_base(path):
+        weights = TrainerCheckpoint.read(path).weights if is_trainer_file(path) else {}
+        if not weights:
+            return _stored(_find(base or find_base(path)), None)
+        tensors, unused = weights, deepseek.find_unused(weights)
+    elif _layout(path) == "deepseek":
+        tensors = open_tensors(checks.weight_files(path, pickled=True))
+        unused = deepseek.find_unused(tensors)
+    else:
+        tensors = open_tensors(checks.weight_files(path))
+        file = path / deepseek.UNUSED_FILE
+        unused = deepseek.find_unused(open_tensors([file])) if file.is_file() else {}
+    used = {name: tensor for name, tensor in tensors.items() if not is_unused(name)}
+    return common_dtype(used, str(path)), unused
+
+
+def _convert_adapter(path: Path, out: Path, base: str, trained: TrainerCheckpoint | None) -> torch.dtype:
+    """Write LoRA matrices in the other form. Returns their dtype."""
+    from ospo_fast.models.tensor_files import common_dtype, open_tensors
+
+    folder = find_folder(base)
+    named = base if folder is None else str(folder.resolve())
+    if trained is None:
+        config, tensors = checks.check_adapter(path), open_tensors([path / checks.ADAPTER_WEIGHTS])
+        dtype: torch.dtype = common_dtype(tensors, str(path))
+        write_folder(out, lambda place: write_trainer_lora(place, config, tensors, named, path))
+        return dtype
+    tensors, config = trained.lora, trained.lora_config(named)
+    dtype = common_dtype(tensors, str(path))
+    model = load_model(base, device="cpu", dtype=_stored(_find(base), None)[0])
+    checks.check_adapter_tensors(path, config, tensors, model.module)
+    _check_same_base(model, trained, base)
+
+    def save(place: Path) -> None:
+        import peft
+        from safetensors.torch import save_file
+
+        peft.LoraConfig.from_peft_type(**config, inference_mode=True).save_pretrained(str(place))
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, place / checks.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    write_folder(out, save)
+    return dtype
+
+
+def _check_same_base(model: JanusUnifiedModel, trained: TrainerCheckpoint, base: str) -> None:
+    """Raise OspoError unless the frozen weights of a checkpoint with LoRA are those of the base model."""
+    import torch
+
+    from ospo_fast.models.deepseek import load_weights, restore_tensors
+
+    if not trained.weights:
+        return
+    own = restore_tensors(model.module.state_dict())
+    for name, tensor in own.items():
+        stored = trained.weights.get(name)
+        if stored is not None and (stored.shape != tensor.shape or not torch.equal(stored.to(tensor.dtype), tensor)):
+            raise OspoError(
+                f"convert: {name} of {trained.path} is not that of {base}, so the adapter does not belong to this base "
+                "model; name its own with --base, or convert the merged model: --to transformers"
+            )
+    load_weights(model.module, trained.weights, str(trained.path))  # names what is missing
