@@ -90,7 +90,11 @@ def _check_count(option: str, number: int, limit: int) -> None:
 
 
 _SHARED = (
-    _option("--model", type=_name, help="embedded model 'shapes' (default), a folder, a LoRA folder or a hub name"),
+    _option(
+        "--model",
+        type=_name,
+        help="embedded model 'shapes' (default), a folder, a LoRA folder, a .ckpt file or a hub name",
+    ),
     _option("--config", type=_path, help="YAML file of settings"),
     _option("--out", type=_path, help=f"run folder (default: {DEFAULT_OUT})"),
     _option(

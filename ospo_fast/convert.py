@@ -5,6 +5,7 @@ torch is imported once the arguments are checked.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ospo_fast.models.janus import JanusUnifiedModel
+
+logger = logging.getLogger(__name__)
 
 MODELS = ("transformers", "deepseek")
 ADAPTERS = {
@@ -148,6 +151,13 @@ def _convert_adapter(path: Path, out: Path, base: str, trained: TrainerCheckpoin
     folder = find_folder(base)
     named = base if folder is None else str(folder.resolve())
     if trained is None:
+        named = named.replace("deepseek-community/", "deepseek-ai/") if folder is None else named
+        if folder is not None and (has_base(folder) or _layout(folder) != "deepseek"):
+            logger.warning(
+                "%s is not in DeepSeek's layout, and the official code loads no other: convert it too, and name the "
+                "result with --base",
+                base,
+            )
         config, tensors = checks.check_adapter(path), open_tensors([path / checks.ADAPTER_WEIGHTS])
         dtype: torch.dtype = common_dtype(tensors, str(path))
         write_folder(out, lambda place: write_trainer_lora(place, config, tensors, named, path))

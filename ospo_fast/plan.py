@@ -321,10 +321,11 @@ def read_shapes(name: str) -> ModelShapes:
     folder = base_folder(name)
     if isinstance(folder, Path):
         return ModelShapes.from_config(folder_checks.read_config(folder), name)
-    if folder in PUBLISHED:
-        width = PUBLISHED[folder]["hidden_size"]
+    published = folder.replace("deepseek-ai/", "deepseek-community/")  # the same models in another layout
+    if published in PUBLISHED:
+        width = PUBLISHED[published]["hidden_size"]
         parts = {"projection_dim": width, "image_token_embed_dim": width}
-        text = {**PUBLISHED[folder], "vocab_size": 102400}
+        text = {**PUBLISHED[published], "vocab_size": 102400}
         config = {"text_config": text, "vq_config": parts, "vision_config": {"projection_dim": width}}
         return ModelShapes.from_config({**config, "tie_word_embeddings": False}, name)
     from ospo_fast.models import check_hub_model

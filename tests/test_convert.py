@@ -104,6 +104,20 @@ def test_from_transformers_layout_and_back(tmp_path: Path, tied: bool) -> None:
         assert (loaded.templates, loaded.grid) == ("shapes", model.grid)
 
 
+def test_a_config_that_ties_heads_which_differ(tmp_path: Path) -> None:
+    """transformers does not tie them, and JanusConfig says that they are tied unless told otherwise."""
+    write_deepseek(tmp_path / "a")
+    convert(str(tmp_path / "a"), tmp_path / "b")
+    path = tmp_path / "b" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    convert(str(tmp_path / "b"), tmp_path / "c", to="transformers")
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]) == (False, False)
+    convert(str(tmp_path / "b"), tmp_path / "d")
+    assert "tie_word_embeddings" not in json.loads((tmp_path / "d" / "config.json").read_text())["language_config"]
+    assert_same(load_file(tmp_path / "d" / "model.safetensors"), files.tensors())
+
+
 def test_the_list_of_the_official_loader(tmp_path: Path) -> None:
     """Every tensor that DeepSeek's classes have is written, also those that transformers' model does not have."""
     write_deepseek(tmp_path / "a")
@@ -204,6 +218,9 @@ def test_merged_models_of_adapters(base: Path, tmp_path: Path) -> None:
     for to in ("transformers", "deepseek"):
         assert convert(str(path), tmp_path / to, to=to)["dtype"] == "bfloat16"
         assert_same(load_model(tmp_path / to, dtype="bfloat16").module.state_dict(), expected)
+    convert(str(path), tmp_path / "peft")
+    convert(str(tmp_path / "peft"), tmp_path / "of_peft", to="deepseek")
+    assert_same(*(load_file(tmp_path / part / "model.safetensors") for part in ("of_peft", "deepseek")))
     convert(str(tmp_path / "deepseek"), tmp_path / "again")
     unused = load_file(tmp_path / "again" / "deepseek_unused.safetensors")
     assert_same(unused, {name: files.tensors(dtype=torch.bfloat16)[name] for name in unused})

@@ -172,13 +172,14 @@ def _load_processor(folder: Path, vision: Mapping[str, Any]) -> Any:
     pixels = folder_checks.read_json(folder / "preprocessor_config.json")
     tags = {key: str(settings.get(key, default)) for key, default in _TAGS.items()}
     size = pixels.get("image_size", vision["image_size"])
+    if pixels.get("do_normalize", True) is not True:
+        raise OspoError(
+            f"model: do_normalize in the preprocessor_config.json of {folder} is {pixels['do_normalize']!r:.60}, "
+            "expected true, as in the published models"
+        )
     image_processor = transformers.JanusImageProcessorPil(
         size={"height": size, "width": size},
-        **{
-            key: pixels[key]
-            for key in ("min_size", "image_mean", "image_std", "rescale_factor", "do_normalize")
-            if key in pixels
-        },
+        **{key: pixels[key] for key in ("min_size", "image_mean", "image_std", "rescale_factor") if key in pixels},
     )
     template = folder / "chat_template.jinja"
     text = (
@@ -265,6 +266,7 @@ def save_deepseek(model: JanusUnifiedModel, folder: Path, unused: Mapping[str, T
     """
     import huggingface_hub
 
+    model.complete_config()
     module, processor = model.module, model.processor
     dtype = str(model.dtype).removeprefix("torch.")
     config = from_janus(module.config, dtype, model.name)
@@ -275,7 +277,7 @@ def save_deepseek(model: JanusUnifiedModel, folder: Path, unused: Mapping[str, T
         )
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     tensors = restore_tensors(state)
-    if module.config.tie_word_embeddings:  # an own copy, since safetensors takes no tensor twice
+    if model.is_tied:  # an own copy, since safetensors takes no tensor twice
         tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
     tensors |= _complete_unused(module, unused)
     huggingface_hub.save_torch_state_dict(

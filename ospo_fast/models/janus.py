@@ -317,7 +317,7 @@ class JanusUnifiedModel(_JanusModule):
 
     def save(self, path: str | Path) -> None:
         """See `UnifiedModel`. Raises OspoError if the folder cannot be written."""
-        self._complete_generation_config()
+        self.complete_config()
         try:
             self.module.save_pretrained(str(path))
             self.processor.save_pretrained(str(path))
@@ -335,8 +335,18 @@ class JanusUnifiedModel(_JanusModule):
         missing = self._vq_limit.max_size - len(rows)
         return torch.cat((rows, rows[:1].expand(missing, *rows.shape[1:]))) if missing > 0 else rows
 
-    def _complete_generation_config(self) -> None:
-        """Store what transformers' own image generation needs: begin-of-image, and the ids of unconditional prompts."""
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head of text is the embedding, which a config.json may say of weights that differ."""
+        return bool(self.module.lm_head.weight is self._core.language_model.embed_tokens.weight)
+
+    def complete_config(self) -> None:
+        """Store what a saved copy needs: whether the head is tied, and what transformers' image generation reads.
+
+        The latter is begin-of-image, and the ids of unconditional prompts.
+        """
+        config = self.module.config
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = self.is_tied
         if self.module.generation_config is None:
             from transformers import GenerationConfig
 

@@ -153,6 +153,8 @@ def test_an_adapter_on_a_base_in_this_layout(saved: Path, tmp_path: Path) -> Non
 
 
 def test_a_plan_knows_the_sizes(saved: Path) -> None:
+    names = "deepseek-ai/Janus-Pro-7B", "deepseek-community/Janus-Pro-7B"  # known without network
+    assert read_shapes(names[0]) == read_shapes(names[1])
     assert read_shapes(str(saved)) == ModelShapes.from_config(load_model(saved).module.config.to_dict())
 
 
@@ -309,7 +311,11 @@ def test_missing_and_foreign_tokenizers(broken: Path) -> None:
     refuse(broken, "tokenizer.json", "cannot read")
 
 
-def test_a_missing_preprocessor(broken: Path) -> None:
+def test_preprocessors_that_do_not_fit(broken: Path) -> None:
+    edit(broken / "preprocessor_config.json", lambda settings: settings.update(do_normalize=False))
+    refuse(broken, "do_normalize", "preprocessor_config.json", "expected true")
+    edit(broken / "preprocessor_config.json", lambda settings: settings.update(do_normalize=True, image_size=384))
+    refuse(broken, "image processor", "384", "16")
     (broken / "preprocessor_config.json").unlink()
     refuse(broken, "preprocessor_config.json", "cannot read")
 
