@@ -79,15 +79,12 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
 
 
 def _find(source: str) -> Path:
-    """Return the folder or file of a checkpoint; one of the hub is downloaded, if it is in DeepSeek's layout."""
+    """Return the folder or file of a checkpoint; one of the hub is downloaded."""
     path = find_folder(source)
-    if path is not None:
-        return path
-    config = check_hub_model(source)
-    if is_deepseek(checks.read_json(config)):
-        return download(source)
-    load_model(source, device="cpu", dtype="bfloat16")  # downloads
-    return config.parent
+    if path is None:
+        check_hub_model(source)
+        path = download(source)
+    return path
 
 
 def _layout(folder: Path) -> str:

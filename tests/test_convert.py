@@ -329,6 +329,8 @@ def test_lora_without_a_base(base: Path, tmp_path: Path) -> None:
         ({"use_rslora": True}, ("use_rslora True", "--to deepseek")),
         ({"use_dora": True}, ("use_dora True",)),
         ({"alpha_pattern": {"q_proj": 8}}, ("alpha_pattern",)),
+        ({"bias": "lora_only"}, ("bias 'lora_only'",)),
+        ({"init_lora_weights": "pissa"}, ("init_lora_weights 'pissa'",)),
         ({"target_modules": ["q_proj"]}, ("vision_model", "on the language model alone")),
     ],
 )

@@ -35,8 +35,7 @@ _OTHER_DTYPES = ("float", "half", "double")  # torch's other names of these
 # Of the extra `pipeline`: what loading and use of a model need.
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "PIL", "jinja2", "tqdm")
 _PUBLISHED = tuple(f"{org}/Janus-Pro-{size}" for org in ("deepseek-community", "deepseek-ai") for size in ("1B", "7B"))
-# Of DeepSeek's layout. transformers' own download takes what it needs.
-_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin")
+_FILES = ("*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin")  # what a model can need of a hub repository
 # transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
 _LOCK = threading.RLock()  # an adapter loads its base model
 _HUB_REMEDY = "check the name and the network, or give the folder of a downloaded copy"
@@ -158,7 +157,7 @@ def hub_config(name: str) -> Path:
 
 
 def download(name: str) -> Path:
-    """Return the folder of a model of the hub in DeepSeek's layout. Raises OspoError if it cannot be fetched."""
+    """Return the folder of a model of the hub, without files of code. Raises OspoError if it cannot be fetched."""
     import huggingface_hub
 
     with loading(f"{name} cannot be loaded", _HUB_REMEDY):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -378,8 +378,3 @@ def _write_processor(model: JanusUnifiedModel, folder: Path) -> None:
 
 def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def unused_of(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Return `find_unused` of the tensors of files."""
-    return find_unused(open_tensors(files))

@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".ckpt"
-# Of a peft configuration: settings that the official trainer has no key for, and their values without effect.
-_PLAIN = {
-    "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False,
-    "use_qalora": False, "modules_to_save": None, "rank_pattern": None, "alpha_pattern": None,
-    "layer_replication": None, "trainable_token_indices": None, "target_parameters": None, "exclude_modules": None,
-    "alora_invocation_tokens": None, "arrow_config": None,
-}  # fmt: skip
+# Settings of peft that do not change what trained matrices compute. With any other one they are not plain LoRA.
+_FREE = (
+    *(
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+)
 
 
 def is_trainer_file(path: Path) -> bool:
@@ -139,8 +146,10 @@ def write_trainer_lora(
     """
     import torch
 
+    plain = {"bias": "none", "init_lora_weights": True}
     for key, value in config.items():
-        if key in _PLAIN and value and value != _PLAIN[key]:
+        # Other initializations, such as PiSSA, change the base model.
+        if key not in _FREE and value and value != plain.get(key) and (key, value) != ("init_lora_weights", "gaussian"):
             raise OspoError(
                 f"convert: adapter_config.json of {source} has {key} {value!r:.60}, for which the official trainer has "
                 "no setting; convert the merged model instead: --to deepseek"
