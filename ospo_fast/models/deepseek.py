@@ -181,15 +181,16 @@ def _load_processor(folder: Path, vision: Mapping[str, Any]) -> Any:
         size={"height": size, "width": size},
         **{key: pixels[key] for key in ("min_size", "image_mean", "image_std", "rescale_factor") if key in pixels},
     )
-    template = folder / "chat_template.jinja"
-    text = (
-        folder_checks.read_text(template)
-        if template.is_file()
-        else CHAT_TEMPLATE.replace("IMAGE_TAG", tags["image_tag"])
-    )
+    tokenizer, template = _load_tokenizer(folder, tags), folder / "chat_template.jinja"
+    if template.is_file():
+        text = folder_checks.read_text(template)
+    else:
+        text = CHAT_TEMPLATE.replace("IMAGE_TAG", tags["image_tag"])
+        if tokenizer.backend_tokenizer.token_to_id("<|User|>") is None:  # the roles of Janus are plain words
+            text = text.replace("<|User|>", "User").replace("<|Assistant|>", "Assistant")
     return transformers.JanusProcessor(
         image_processor,
-        _load_tokenizer(folder, tags),
+        tokenizer,
         chat_template=text,
         use_default_system_prompt=True,
         num_image_tokens=vision["num_image_tokens"],

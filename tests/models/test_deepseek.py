@@ -111,6 +111,16 @@ def test_tokens_and_texts_of_deepseeks_code(saved: Path) -> None:
     assert model.processor.apply_chat_template(parts, tokenize=False, add_generation_prompt=True) == conversation
 
 
+def test_plain_roles_and_a_chat_template_of_the_folder(broken: Path) -> None:
+    text = (broken / "tokenizer.json").read_text(encoding="utf-8")
+    (broken / "tokenizer.json").write_text(text.replace("<|User|>", "<|X|>"), encoding="utf-8")
+    model = load_model(broken)
+    assert model.detokenize(model.image_prompt("a cat")) == "User: a cat\n\nAssistant:"
+    (broken / "chat_template.jinja").write_text("{{ messages[0]['content'][0]['text'] }} drawn:")
+    model = load_model(broken)
+    assert model.detokenize(model.image_prompt("a cat")) == "a cat drawn:"
+
+
 def test_weights_are_not_copied(saved: Path) -> None:
     """With the dtype of the files, modules use the mapped memory; q, k and v are views of one tensor."""
     from ospo_fast.models.deepseek import load_deepseek
