@@ -14,6 +14,7 @@ from ospo_fast.errors import Failure, OspoError, UsageError, attempt
 from ospo_fast.evaluation.questions import Question
 from ospo_fast.files import reason
 from ospo_fast.models import find_model, folder_checks, hub_config, load_model, loading
+from ospo_fast.models.trainer_files import is_trainer_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,7 +66,7 @@ def is_unified(name: str) -> bool:
     Raises OspoError for a judge that cannot be found, or takes no images.
     """
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
-    if name == "shapes" or (folder / "adapter_config.json").is_file():
+    if name == "shapes" or (folder / "adapter_config.json").is_file() or is_trainer_file(folder):
         find_model(name)
         return True
     if os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names)

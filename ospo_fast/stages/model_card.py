@@ -39,13 +39,18 @@ def public_name(name: str) -> str:
     """
     folder = base_folder(name)
     if folder is None:
-        return Path(name).name if name.endswith(".ckpt") else name
+        return Path(name).name if name.endswith(".ckpt") else _transformers_name(name)
     if found := _SNAPSHOT.search(folder.as_posix()):
-        return "/".join(found.groups())
+        return _transformers_name("/".join(found.groups()))
     parts = [part for part in folder.parts if not part.startswith(".")]
     if found := _TRAINED.search("/".join(parts)):
         return "-".join(filter(None, found.groups()))
     return folder.name
+
+
+def _transformers_name(name: str) -> str:
+    """Return the name on the hub of a model in transformers' layout, which those who load the result need."""
+    return name.replace("deepseek-ai/Janus-", "deepseek-community/Janus-")
 
 
 def model_card(

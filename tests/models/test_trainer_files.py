@@ -10,6 +10,7 @@ import torch
 from ospo_fast.cli import main
 from ospo_fast.config import model_family
 from ospo_fast.errors import OspoError
+from ospo_fast.evaluation.judges import is_unified
 from ospo_fast.models import find_model, load_model
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.stages.model_card import public_name
@@ -84,6 +85,8 @@ def test_other_commands_know_the_file(base: Path, tmp_path: Path, capsys: pytest
     path = tmp_path / "a.ckpt"
     files.write_trainer_file(path, files.trainer_state(files.tensors()), str(base))
     assert (base_folder(str(path)), model_family(str(path)), public_name(str(path))) == (base, None, "a.ckpt")
+    assert is_unified(str(path))
+    assert public_name("deepseek-ai/Janus-Pro-7B") == "deepseek-community/Janus-Pro-7B"
     assert main(["plan", "--model", str(path), "--items", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"]
 
