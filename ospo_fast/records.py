@@ -670,7 +670,7 @@ def local_base(adapter: Path, name: object) -> str | None:
         folder = Path(os.path.realpath(adapter))
         base = parse_json(read_bytes(folder.parent / "done.json"))["base_model"]
         path: str = os.path.normpath(folder.parent / str(base["folder"]))
-        if folder.name == "adapter" and base["name"] == name and os.path.isdir(path):  # noqa: PTH112
+        if folder.name == "adapter" and base["name"] == name and os.path.exists(path):  # noqa: PTH110
             return path
     return None
 

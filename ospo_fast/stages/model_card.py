@@ -27,9 +27,9 @@ _JANUS_LICENSE = "https://github.com/deepseek-ai/DeepSeek-LLM/blob/HEAD/LICENSE-
 
 
 def base_folder(name: str) -> Path | None:
-    """Return the folder of a base model; None for an embedded model and a name on the hub."""
+    """Return the folder or file of a base model; None for an embedded model and a name on the hub."""
     path = os.path.expanduser(name)  # noqa: PTH111 (Path.expanduser raises for unknown users)
-    return Path(os.path.realpath(path)) if name not in MODEL_FILES and os.path.isdir(path) else None  # noqa: PTH112
+    return Path(os.path.realpath(path)) if name not in MODEL_FILES and os.path.exists(path) else None  # noqa: PTH110
 
 
 def public_name(name: str) -> str:
@@ -39,7 +39,7 @@ def public_name(name: str) -> str:
     """
     folder = base_folder(name)
     if folder is None:
-        return Path(name).name if name.endswith(".ckpt") else _transformers_name(name)
+        return _transformers_name(name)
     if found := _SNAPSHOT.search(folder.as_posix()):
         return _transformers_name("/".join(found.groups()))
     parts = [part for part in folder.parts if not part.startswith(".")]

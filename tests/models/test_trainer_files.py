@@ -1,6 +1,7 @@
 """Checkpoints of the official trainer: loaded with the weights that its own merge gives, and refused by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.evaluation.judges import is_unified
 from ospo_fast.models import find_model, load_model
 from ospo_fast.models.vocabulary import base_folder
+from ospo_fast.stages.model_card import base_folder as base_path
 from ospo_fast.stages.model_card import public_name
 from tests.models import deepseek_files as files
 
@@ -78,6 +80,23 @@ def test_an_adapter_on_a_file_of_the_trainer(base: Path, tmp_path: Path) -> None
     wrapped = peft.get_peft_model(model.module, peft.LoraConfig(r=1, target_modules=".*language_model.*q_proj"))
     wrapped.save_pretrained(tmp_path / "adapter")
     again = load_model(tmp_path / "adapter").module.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in load_model(path).module.state_dict().items())
+
+
+def test_an_adapter_of_a_run_finds_its_file_again(base: Path, tmp_path: Path) -> None:
+    """A run records the public name of its base model, and where that is here."""
+    import peft
+
+    path, folder = tmp_path / "a.ckpt", tmp_path / "out" / "train" / "adapter"
+    files.write_trainer_file(path, files.trainer_state(files.tensors()), str(base))
+    wrapped = peft.get_peft_model(
+        load_model(path).module, peft.LoraConfig(r=1, target_modules=".*language_model.*q_proj")
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = public_name(str(path))
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    recorded = {"name": public_name(str(path)), "folder": os.path.relpath(base_path(str(path)) or "", folder.parent)}
+    (folder.parent / "done.json").write_text(json.dumps({"base_model": recorded}))
+    again = load_model(folder).module.state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in load_model(path).module.state_dict().items())
 
 
