@@ -406,7 +406,7 @@ def _image_side(model: str) -> int | None:
     folder = base_folder(model)
     if isinstance(folder, str):
         return None
-    side = (folder_checks.read_json(folder / "config.json").get("vision_config") or {}).get("image_size")
+    side = (folder_checks.read_config(folder).get("vision_config") or {}).get("image_size")
     return side if isinstance(side, int) else None
 
 
