@@ -437,7 +437,9 @@ class Config(Section):
     """A whole run: model, folder, device and version."""
 
     model: str = setting(
-        "shapes", "Model that the run starts from.", expect("shapes, a folder, a LoRA folder or a hub name")
+        "shapes",
+        "Model that the run starts from.",
+        expect("shapes, a folder, a LoRA folder, a .ckpt file or a hub name"),
     )
     out: str = setting("ospo-out", "Run folder.", expect("a folder"))
     seed: int = setting(42, "Seed of the stages, of training and of generate.", up_to(None))
