@@ -185,6 +185,31 @@ def test_killed_while_it_takes_over(runs, capsys, moment):
     ]
 
 
+def test_several_workers_take_over_once_and_extend(runs, capsys, forked):
+    before = content(runs / "first")
+
+    def start(*words):
+        ended = forked.run_workers(lambda rank: main(list(words)), 2, runs)
+        assert [worker.code for worker in ended] == [0, 0], [worker.output for worker in ended]
+        return [worker.output for worker in ended]
+
+    words = ("run", "--out", "second", "--from", "first", "train.loss.beta=3")
+    assert [output.count("taken over from first") for output in start(*words)] == [1, 0]
+    assert content(runs / "first") == before
+    assert stage_metrics(runs / "second").keys() == {"train"}
+    call("run", "--out", "alone", *words[3:], capsys=capsys)
+    second, alone = content(runs / "second"), content(runs / "alone")
+    names = [name for name in alone if not name.startswith("train/") and name.endswith((".jsonl", ".png", ".yaml"))]
+    assert len(names) > 10
+    assert all(second[name] == alone[name] for name in names)
+    for command, steps in (("train", 3), ("run", 4)):
+        start(command, "--out", "second", f"train.steps={steps}", "train.extend=constant")
+        done = json.loads((runs / "second" / "train" / "done.json").read_text())
+        assert (done["step"], len(done["extended"])) == (steps, steps - 2)
+    log = [json.loads(line) for line in (runs / "second" / "train" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+
+
 REFUSED = {
     "run --out second --from nowhere": "--from: got nowhere, expected a run folder, with a config.yaml",
     "run --out second --from images": "--from: got images, expected a run folder, with a config.yaml",
