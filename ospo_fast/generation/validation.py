@@ -73,13 +73,15 @@ def check_guidance_has_effect(cond: Tensor, uncond: Tensor, prompted: Tensor) ->
     prompted (N,) bool on the CPU: rows with another prompt than the unconditional one. Other rows, and rows that are
     not finite, are skipped.
     """
-    rounding = max(1e-4, 2 * torch.finfo(cond.dtype).eps)
+    eps = torch.finfo(cond.dtype).eps
     kept = prompted.to(cond.device) & (cond.isfinite() & uncond.isfinite()).all(1)
     cond, uncond = cond[kept].float(), uncond[kept].float()
     if not len(cond):
         return
     spread = float(cond.max() - cond.min())
-    if spread > 0 and float((cond - uncond).abs().max()) <= rounding * spread:
+    # Of each logit by itself: an untrained model moves its logits by less than bfloat16 rounds the largest of them.
+    rounding = 2 * eps * torch.maximum(cond.abs(), uncond.abs()) + 1e-4 * spread
+    if spread > 0 and bool(((cond - uncond).abs() <= rounding).all()):
         raise OspoError(
             "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
             "check that the model is trained and its weights are complete, or pass guidance_scale=1"

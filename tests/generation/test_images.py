@@ -22,6 +22,7 @@ from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator
 from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation.decode_batch import DecodeBatch
 from ospo_fast.generation.requests import Request
+from ospo_fast.generation.validation import check_guidance_has_effect
 
 if TYPE_CHECKING:
     from ospo_fast.models.janus import JanusUnifiedModel
@@ -136,6 +137,20 @@ def test_guidance_0_is_the_unconditional_distribution(tiny: JanusUnifiedModel) -
     # The unconditional prompt itself may have any guidance: equal branches are expected there.
     assert torch.equal(codes(tiny, [blank], [5], guidance_scale=3.0, temperature=0),
                        codes(tiny, [blank], [5], guidance_scale=1.0, temperature=0))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_small_effect_of_the_prompt_is_one(dtype: torch.dtype) -> None:
+    """An untrained model moves its logits by a share of the spread that bfloat16 rounds the largest of them by."""
+    uncond = torch.linspace(-1, 1, 201).expand(2, 201).to(dtype)
+    prompted = torch.tensor([True, True])
+    moved = (uncond.float() + 0.005 * torch.arange(201.0).cos()).to(dtype)  # at most 0.25% of the spread
+    check_guidance_has_effect(moved, uncond, prompted)
+    rounded = (uncond.float() * (1 + torch.finfo(dtype).eps)).to(dtype)  # the last bit
+    for same in (uncond, rounded):
+        with pytest.raises(OspoError, match="guidance would do nothing"):
+            check_guidance_has_effect(same, uncond, prompted)
+    check_guidance_has_effect(uncond, uncond, torch.tensor([False, False]))
 
 
 def test_guidance_without_effect_is_an_error(tiny: JanusUnifiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
