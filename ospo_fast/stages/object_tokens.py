@@ -115,6 +115,7 @@ def extract_nouns(record: Record, source: str = "concepts", *, verbs: bool = Tru
        between articles, prepositions, numbers and similar words: a run of other prompts can end in a verb.
 
     With the source "spacy" 2 and 3 are replaced by the official choice: every noun and proper noun that spaCy finds.
+    Words of place are then those that the official code leaves out of these.
 
     Raises:
         OspoError: spaCy or its model is needed and not installed, so that the objects are unknown.
@@ -122,6 +123,8 @@ def extract_nouns(record: Record, source: str = "concepts", *, verbs: bool = Tru
     """
     if record.get("nouns"):
         found = _unique(record["nouns"])
+        if source == "spacy":
+            return found
     elif source == "spacy":
         words = _parse(record["prompt"])
         return _unique(w.text for w in words if w.pos_ in ("NOUN", "PROPN") and w.text not in _OFFICIAL_EXCEPTIONS)

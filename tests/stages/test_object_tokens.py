@@ -236,7 +236,8 @@ def test_spacy_tells_nouns_from_verbs(monkeypatch):
     analysed = record | {"concepts_and_relations": "dog, ball"}
     assert extract_nouns(analysed) == ["dog", "ball"]
     assert extract_nouns(analysed, "spacy") == ["dog", "Rex", "ball", "center"]
-    assert extract_nouns(analysed | {"nouns": ["ball"]}, "spacy") == ["ball"]
+    assert extract_nouns(analysed | {"nouns": ["ball", "left"]}, "spacy") == ["ball", "left"]
+    assert extract_nouns(analysed | {"nouns": ["ball", "left"]}) == ["ball"]
 
 
 def test_without_spacy_the_objects_of_a_plain_prompt_are_unknown(monkeypatch):
