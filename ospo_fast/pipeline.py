@@ -876,7 +876,6 @@ class Pipeline:
             self._shared.once(lambda: self._merge(stage, work, order))
             _warn(name, failed, report.items + len(unusable))
             self._sum_up(stage, work, report)
-            self._refuse_failed(report, failed)
             return True
         self._take_lock(stage, out)
         if self.shard and _inodes([place]) != own:
@@ -921,13 +920,7 @@ class Pipeline:
             if [item_id for item_id in (*present, *made) if item_id in known] != [i for i in order if i in known]:
                 merge_stores(place, [], order)  # an earlier call, of shards or workers, left gaps
         _warn(name, failed, report.items + len(unusable))
-        self._refuse_failed(report, failed)
         return True
-
-    def _refuse_failed(self, report: StageReport, failed: Sequence[str]) -> None:
-        """Raise OspoError where a stage has failed on every item, so that no later one can do anything."""
-        if self.shard is None and report.items and report.failed >= report.total:
-            raise OspoError(f"{report.stage}: {some_failed('items', failed, report.total)}")
 
     # ------------------------------------------------------------------ several workers
 

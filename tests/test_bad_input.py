@@ -65,7 +65,8 @@ def run_folder(scripted, tiny, tmp_path_factory):
 
 
 def test_settings_of_a_file(refused, tiny):
-    refused(2, "one of v1, v2, v3, full, got 'v9'", "run", "--config", "c.yaml", files={"c.yaml": "preset: v9"})
+    known = "one of v1, v2, v3, full, official, got 'v9'"
+    refused(2, known, "run", "--config", "c.yaml", files={"c.yaml": "preset: v9"})
 
 
 @pytest.mark.parametrize("command", ["report", "env"])

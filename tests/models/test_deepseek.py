@@ -61,11 +61,11 @@ def refuse(name: Path, *words: str) -> None:
 
 @pytest.mark.parametrize(("form", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)])
 def test_numbers_of_deepseeks_classes(tmp_path: Path, form: str, shards: int) -> None:
-    """deepseek_golden.npz holds what DeepSeek's classes computed with these weights, in float32 on a CPU."""
+    """tests/golden/deepseek.npz holds what DeepSeek's classes computed with these weights, in float32 on a CPU."""
     files.write_files(tmp_path)
     files.write_weights(tmp_path, files.tensors(), form=form, shards=shards)
     model = load_model(tmp_path)
-    core, golden = model.module.model, np.load(HERE / "deepseek_golden.npz")
+    core, golden = model.module.model, np.load(HERE.parent / "golden" / "deepseek.npz")
     ids = torch.arange(24)[None] * 7 % files.VOCABULARY
     codes = torch.arange(16)[None] * 11 % files.CODES
     pixels = torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, 16, 16)).astype(np.float32))
