@@ -670,15 +670,18 @@ def _export(args: argparse.Namespace) -> int:
 
 def _push(args: argparse.Namespace) -> int:
     config = _finished_run(args)
-    from ospo_fast import push
+    from ospo_fast import push, restarts
+    from ospo_fast.export import run_folder
 
     names = {name: getattr(args, name) for name in ("repo", "dataset", "what", "base", "iteration")}
-    uploads = push.prepare(config, **names, progress=not args.json)
-    plan = [{"repo": upload.repo, "kind": upload.kind, "files": upload.sizes()} for upload in uploads]
-    if args.dry_run:
-        _show({"uploads": plan, "private": args.private}, args.json, push.render(uploads, args.private))
-        return 0
-    urls = push.push(uploads, private=args.private)
+    run_folder(config, args.iteration)
+    with restarts.reading(Path(config.out)):  # the files that were checked are those that go
+        uploads = push.prepare(config, **names, progress=not args.json)
+        plan = [{"repo": upload.repo, "kind": upload.kind, "files": upload.sizes()} for upload in uploads]
+        if args.dry_run:
+            _show({"uploads": plan, "private": args.private}, args.json, push.render(uploads, args.private))
+            return 0
+        urls = push.push(uploads, private=args.private)
     _show({"uploads": plan, "urls": urls}, args.json, "\n".join(urls))
     return 0
 

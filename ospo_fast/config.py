@@ -50,11 +50,31 @@ _OUR_MASKS = {"match": "offsets", "nouns": "concepts", "skip_layers": 5}
 _OFFICIAL_MASKS = {"match": "substring", "nouns": "spacy", "skip_layers": [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]}
 # What a preset sets apart from the loss. Every preset sets the same keys, so that one can replace another.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "v1": {"select": {"rule": "v3"}, "masks": {"enabled": False, **_OUR_MASKS}, "train": _V1_TRAINING},
-    "v2": {"select": {"rule": "v2"}, "masks": {"enabled": False, **_OUR_MASKS}, "train": _V2_TRAINING},
-    "v3": {"select": {"rule": "v3"}, "masks": {"enabled": True, **_OUR_MASKS}, "train": _OFFICIAL_TRAINING},
-    "full": {"select": {"rule": "v3"}, "masks": {"enabled": True, **_OUR_MASKS}, "train": _OFFICIAL_TRAINING},
-    "official": {"select": {"rule": "v3"}, "masks": {"enabled": True, **_OFFICIAL_MASKS}, "train": _OFFICIAL_RUN},
+    "v1": {
+        "select": {"rule": "v3", "rejected": "negative"},
+        "masks": {"enabled": False, **_OUR_MASKS},
+        "train": _V1_TRAINING,
+    },
+    "v2": {
+        "select": {"rule": "v2", "rejected": "negative"},
+        "masks": {"enabled": False, **_OUR_MASKS},
+        "train": _V2_TRAINING,
+    },
+    "v3": {
+        "select": {"rule": "v3", "rejected": "negative"},
+        "masks": {"enabled": True, **_OUR_MASKS},
+        "train": _OFFICIAL_TRAINING,
+    },
+    "full": {
+        "select": {"rule": "v3", "rejected": "negative"},
+        "masks": {"enabled": True, **_OUR_MASKS},
+        "train": _OFFICIAL_TRAINING,
+    },
+    "official": {
+        "select": {"rule": "v3", "rejected": "negative"},
+        "masks": {"enabled": True, **_OFFICIAL_MASKS},
+        "train": _OFFICIAL_RUN,
+    },
 }
 
 # Fields that the config.yaml of an older run may hold: the value that equals today's behavior. None: any value does.
@@ -776,6 +796,8 @@ def load_config(
         layers.append(("preset", PRESETS[named or kept or "v3"]))
         if family in MODEL_FILES:
             layers.append((str(MODEL_FILES[family]), load_file(MODEL_FILES[family])))
+            if named == "official":  # its point is to differ from what is best for a family
+                layers.append(("preset", PRESETS[named]))
     below = len(layers)
     merged: dict[str, Any] = {}
     found: dict[str, str] = {}

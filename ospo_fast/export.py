@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ospo_fast import restarts
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, check_text, some_failed
 from ospo_fast.files import locate, no_link, open_image, read_bytes
@@ -93,7 +94,7 @@ def collect_pairs(config: Config, iteration: int = 1, *, progress: bool = False)
 
     Raises:
         UsageError: no run, or a run whose pairs are not selected, or have no masks yet.
-        OspoError: no pair, or images or masks that are missing or damaged.
+        OspoError: no pair, images or masks that are missing or damaged.
 
     """
     from tqdm.auto import tqdm
@@ -196,10 +197,11 @@ def write_export(
     run_folder(config, iteration)
     check_destination(dest, config)
     check_text("--root", root)
-    export = collect_pairs(config, iteration, progress=progress)
-    sweep_temporary_files(dest.parent, f".{glob.escape(dest.name)}.*.tmp")  # of an export that was killed
-    files = export.files | {"train.json": export.train_json(root)}
-    write_folder(dest, lambda folder: _copy_files(files, folder))
+    with os_errors("read", Path(config.out)), restarts.reading(Path(config.out)):
+        export = collect_pairs(config, iteration, progress=progress)
+        sweep_temporary_files(dest.parent, f".{glob.escape(dest.name)}.*.tmp")  # of an export that was killed
+        files = export.files | {"train.json": export.train_json(root)}
+        write_folder(dest, lambda folder: _copy_files(files, folder))
     result = {"out": str(dest), "pairs": len(export.entries), "categories": export.categories()}
     return result | {"masks": export.masked, "left_out": export.left_out}
 

@@ -60,9 +60,13 @@ def locate(path: object, out: Path | None, read_from: Sequence[str | Path] = ())
             return base / path
     except (OSError, ValueError) as error:
         raise OspoError(f"The path {shown} cannot be used ({error}); correct the record.") from error
+    # Of official images, in base/CATEGORY/ITEM or negative/CATEGORY/ITEM, one folder above all of them.
+    parts = found.parts
+    place = next((n for n in range(len(parts) - 4, 0, -1) if parts[n] in ("base", "negative")), len(parts) - 1)
     raise OspoError(
         f"The path {shown} leads out of the folders that records may name: {', '.join(map(str, folders))}; if you "
-        f"trust the record, name the folder of the file: read_from=[{str(found.parent)[:300]}]."
+        f"trust the record, name the folder of the file: read_from=[{str(Path(*parts[:place]))[:300]}]. Where the "
+        "records of a stage say so already, start it over with --no-resume."
     )
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ospo_fast.errors import OspoError
-from ospo_fast.records import ROLES, ImageVerdict, Record, edited_text, os_errors, read_records, shown
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.records import ROLES, ImageVerdict, Pair, Record, edited_text, os_errors, read_records, shown
 from ospo_fast.stages import STAGE_NAMES, STAGES, Stage, find_stage
 from ospo_fast.stages.needs import has_image
 
-FOLDERS = (".", "prompt", "data")  # of a run folder
+FOLDERS = (".", "prompt", *(f"prompt/step{number}" for number in range(1, 5)), "data")  # of a run folder
 NAMES = re.compile(
     r"((base|negative|long|dense|vqa)_prompt|init_dataset|vqa_question|vqa_result|train)(_[\w.-]+)?\.json"
 )
@@ -89,8 +89,27 @@ def read_stage(
         record = item.record
         if has_images and wanted >= drawn and not has_image(record):
             record = _with_folder(record, out)
+        if record.get("pairs"):
+            record = cast(Record, {**record, "pairs": [_with_prompt(record, pair) for pair in record["pairs"]]})
         result[item_id] = record, level > wanted or _adds(STAGES[wanted], record)
     return result
+
+
+def refuse_replacing(folders: Sequence[Path]) -> None:
+    """Raise UsageError for official files in folders of results that a start with --no-resume would replace."""
+    for folder in folders:
+        if not folder.is_dir():
+            continue
+        with os_errors("read", folder):
+            images = [
+                inner for role in ROLES if (inner := folder / role).is_dir() and any(map(Path.is_dir, inner.iterdir()))
+            ]
+            files = [path for path in folder.iterdir() if NAMES.fullmatch(path.name)]
+        if found := [*images, *files]:
+            raise UsageError(
+                f"{found[0]} holds files of the official code, which starting over would delete with the results in "
+                f"{folder}; move them to a folder of their own, for images named by read_from, or use another --out."
+            )
 
 
 def _adds(stage: Stage, record: Record) -> bool:
@@ -115,8 +134,22 @@ def _read_files(paths: list[Path], on_error: OnError) -> dict[int, dict[str, _It
         items = levels.setdefault(max(reached), {})
         for record in records:
             item = _Item(record, path)
-            items[record["item_id"]] = _join(items[record["item_id"]], item) if record["item_id"] in items else item
+            if (other := items.get(record["item_id"])) is not None:
+                _refuse_other(other, item)
+                item = _join(other, item)
+            items[record["item_id"]] = item
     return levels
+
+
+def _refuse_other(item: _Item, other: _Item) -> None:
+    """Raise OspoError if two files of one step have different values of an item."""
+    fields, others = cast("dict[str, Any]", item.record), cast("dict[str, Any]", other.record)
+    for name in fields.keys() & others.keys():
+        if None not in (fields[name], others[name]) and fields[name] != others[name]:
+            raise OspoError(
+                f"Item {item.record['item_id']!r:.60}: `{name}` in {item.source} is not that in {other.source}; keep "
+                "one of the two files in the run folder."
+            )
 
 
 def _join(item: _Item, other: _Item) -> _Item:
@@ -129,6 +162,14 @@ def _join(item: _Item, other: _Item) -> _Item:
             f"in {item.source}; keep the files of one run of the official code in a folder."
         )
     return _Item(joined, item.source)
+
+
+def _with_prompt(record: Record, pair: Pair) -> Pair:
+    """Add the rejected prompt of a pair that has none: the hard negative of the number of the rejected image."""
+    prompts, stem = record.get("negative_prompt") or [], os.path.basename(pair["rejected"]).partition(".")[0]  # noqa: PTH119
+    if pair.get("rejected_prompt") is None and re.fullmatch("[0-9]{1,9}", stem) and int(stem) < len(prompts):
+        return cast(Pair, {**pair, "rejected_prompt": prompts[int(stem)]})
+    return pair
 
 
 def _with_candidates(record: Record) -> Record:

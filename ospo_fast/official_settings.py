@@ -105,10 +105,15 @@ def translate(layer: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the settings of an official file. Raises UsageError that names a key and what to do."""
     values = dict(_leaves(layer))
     section = _section(values, source)
-    settings: dict[str, Any] = {"preset": "official"}
+    settings: dict[str, Any] = {"preset": "official", "select.rejected": "negative"}  # not that of a model's family
     ignored = []
     for key, value in values.items():
         target = _KEYS.get(key, "").format(section)
+        known = [*_KEYS, *_FIXED, *_READ, *_WITHOUT_EFFECT]
+        if key not in known and not key.startswith("dataset.val."):
+            from ospo_fast.config import nearest
+
+            raise UsageError(f"{source}: unknown key {key!r:.80} of the official files; {nearest(key, known)}.")
         if value is None:
             pass
         elif key in _FIXED:
@@ -117,13 +122,8 @@ def translate(layer: Mapping[str, Any], source: str) -> dict[str, Any]:
                 raise UsageError(f"{source}: {key} is {shown(value)}, expected {_listed(accepted)}; {remedy}.")
         elif target and _has_effect(section, target):
             settings[target] = value
-        elif target or key in _WITHOUT_EFFECT or key.startswith("dataset.val."):
-            ignored.append(key)
         elif key not in _READ:
-            from ospo_fast.config import nearest
-
-            known = [*_KEYS, *_FIXED, *_READ, *_WITHOUT_EFFECT]
-            raise UsageError(f"{source}: unknown key {key!r:.80} of the official files; {nearest(key, known)}.")
+            ignored.append(key)
     settings |= _combined(values, section, source)
     if ignored:
         _tell(f"{source} is a file of the official code; without effect here: {', '.join(ignored)}")
@@ -156,11 +156,13 @@ def _section(values: Mapping[str, Any], source: str) -> str:
     """Return the section of ours that a file is of."""
     if "prompt_type" in values:
         kind = values["prompt_type"]
-        if kind not in _SECTIONS:
+        if not isinstance(kind, str) or kind not in _SECTIONS:
             raise UsageError(f"{source}: prompt_type is {shown(kind)}, expected one of {', '.join(_SECTIONS)}.")
         return _SECTIONS[kind]
-    marks = {"skip_layer_idx": "masks", "optimizer.init_lr": "train", "repeat": "prompts", "category": "prompts"}
-    return next((section for mark, section in marks.items() if mark in values), "images")
+    marks = {"skip_layer_idx": "masks", "repeat": "prompts", "category": "prompts"}
+    marks |= dict.fromkeys(("algo", "optimizer", "lora", "base", "dataset", "experiment"), "train")
+    names = {*values, *(key.partition(".")[0] for key in values)}
+    return next((section for mark, section in marks.items() if mark in names), "images")
 
 
 def _combined(values: Mapping[str, Any], section: str, source: str) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def _combined(values: Mapping[str, Any], section: str, source: str) -> dict[str,
     if (model := values.get("ckpt_path") or values.get("model.model_path")) is not None:
         settings["model"] = model
     if (kind := values.get("category")) is not None:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise UsageError(f"{source}: category is {shown(kind)}, expected one of {', '.join(KINDS)}.")
         settings["prompts.counts"] = dict.fromkeys((each for each in KINDS if each != kind), 0)
         if (count := values.get("max_len")) is not None:
@@ -177,11 +179,13 @@ def _combined(values: Mapping[str, Any], section: str, source: str) -> dict[str,
     elif values.get("max_len") is not None:
         settings["prompts.counts"] = dict.fromkeys(KINDS, values["max_len"])
     if (peft := values.get("use_peft")) is not None and section in _TRAINED:
+        if not isinstance(peft, bool):
+            raise UsageError(f"{source}: use_peft is {shown(peft)}, expected true or false.")
         settings["train.full"] = not peft
-    schedules = {"cosine": "official", "constant": "constant", None: "official"}
+    schedules: dict[str | None, str] = {"cosine": "official", "constant": "constant", None: "official"}
     if "optimizer.scheduler_type" in values:
         kind = values["optimizer.scheduler_type"]
-        if kind not in schedules:
+        if not isinstance(kind, str | None) or kind not in schedules:
             raise UsageError(f"{source}: optimizer.scheduler_type is {shown(kind)}, expected cosine or constant.")
         settings["train.schedule"] = schedules[kind]
         if kind == "constant":  # of which the official code has no warm-up

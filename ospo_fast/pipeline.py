@@ -130,6 +130,12 @@ def read_stage(out: Path, stage: str, on_error: OnError | None = None) -> list[R
     return [record for record, _ in found.values()]
 
 
+def count_official(out: Path, stage: str) -> int:
+    """Return how many finished items of a stage official files hold in place of its store."""
+    found = _read_official(out, stage, lambda error: None) or {}
+    return sum(finished for _, finished in found.values())
+
+
 def _read_official(out: Path, stage: str, on_error: OnError | None) -> dict[str, tuple[Record, bool]] | None:
     """Return the items of official files in place of a store, see `official_files.read_stage`."""
 
@@ -759,6 +765,8 @@ class Pipeline:
             replaced = restarts.made_by(out, self._replaced(stage), self.shard)
             replaced += [] if self.shard else restarts.later_iterations(out, self.folder())
             self._check_unfinished(restarts.folder(out, stage, self.shard), replaced)
+        if over or self._starts_over(stage, out, settings):
+            official_files.refuse_replacing(restarts.made_by(out, self._replaced(stage), self.shard))
         if self._starts_over(stage, out, settings):
             self._check_shard(stage, out, settings)
         return config, settings
@@ -815,11 +823,21 @@ class Pipeline:
         lacks: dict[str, needs.Lack] = {}
         present = {} if fresh else self._present(work, name, unusable)
         taken: dict[str, Record] = {}  # what official files hold in place of the store
-        if work == out and not fresh and not store_paths(out, name):
+        if work == out and self.resume and not store_paths(out, name):
             told = unusable.append if source is None else lambda error: None  # else it is told of the inputs
             official = _read_official(out, name, told) or {}
+            if official and source is None and config.prompts.file is not None:
+                raise UsageError(
+                    f"prompts.file: got {config.prompts.file}, and {out} has prompts in official files; leave it out, "
+                    "or use another --out for these prompts."
+                )
             taken = {item_id: record for item_id, (record, finished) in official.items() if finished}
         present |= taken
+        if taken and self.speaks:
+            logger.warning(
+                "%s: taking %d items from official files in %s, made with settings of their own; --no-resume makes them "
+                "again", name, len(taken), out,
+            )  # fmt: skip
         if source is None:
             complete = bool(taken) or (not fresh and self._complete(work, name) and bool(store_paths(work, name)))
             waiting, total = list(present.values()), 0

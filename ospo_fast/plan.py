@@ -563,7 +563,7 @@ def count_done(folders: Mapping[str, Path], *, extends: bool = False) -> dict[st
         extends: a finished training gets more steps.
 
     """
-    from ospo_fast.pipeline import store_paths
+    from ospo_fast.pipeline import count_official, store_paths
 
     done = {}
     for stage, out in ((find_stage(name), out) for name, out in folders.items()):
@@ -578,6 +578,8 @@ def count_done(folders: Mapping[str, Path], *, extends: bool = False) -> dict[st
             for path in store_paths(out, stage.name):
                 with contextlib.suppress(FileNotFoundError):  # another process has just merged it
                     done[stage.name] += path.read_bytes().count(b"\n")
+            if not done[stage.name] and out.is_dir():
+                done[stage.name] = count_official(out, stage.name)
     return done
 
 

@@ -11,6 +11,7 @@ from ospo_fast.cli import main
 from ospo_fast.errors import OspoError
 from ospo_fast.official_files import find_files
 from ospo_fast.pipeline import read_stage
+from ospo_fast.plan import count_done
 from ospo_fast.records import read_records
 
 pytestmark = pytest.mark.usefixtures("omegaconf", "script")
@@ -352,3 +353,75 @@ def test_a_run_continues_from_official_answers(tmp_path, tiny):
     assert call("run", "--model", tiny, "--out", tmp_path, *settings, "train.early_stopping=null") == 0
     assert [r["pairs"][0]["rejected_prompt"] for r in store(tmp_path, "masks")] == [NEGATIVES[0]] * 3
     assert not (tmp_path / "prompts.jsonl").exists()
+
+
+@pytest.mark.parametrize("stage", ["perturb", "images", "run"])
+def test_official_images_are_not_replaced(tmp_path, tiny, capsys, stage):
+    official(tmp_path, "dense_prompt.json", "negative", "dense")
+    official_images(tmp_path)
+    (tmp_path / "perturb.jsonl").write_text(json.dumps(items()[0]) + "\n")
+    before = sorted(path for path in (tmp_path / "images").rglob("*"))
+    code, error = failed(capsys, stage, "--model", tiny, "--out", tmp_path, "--no-resume")
+    assert code == 2
+    assert "images/base holds files of the official code, which starting over would delete" in error
+    assert sorted((tmp_path / "images").rglob("*")) == before
+
+
+def test_official_pairs_in_the_folder_of_training_are_not_replaced(tmp_path, tiny, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "train_mode_argmax_chosen_3.json").write_text("[]")
+    official(tmp_path, "select.jsonl", "negative")
+    code, error = failed(capsys, "train", "--model", tiny, "--out", tmp_path, "--no-resume", "masks.enabled=false")
+    assert code == 2
+    assert "train_mode_argmax_chosen_3.json holds files of the official code" in error
+
+
+def test_two_files_of_a_step_with_other_values_are_refused(tmp_path, tiny, capsys):
+    rows = vqa_result()
+    (tmp_path / "vqa_result_0.json").write_text(json.dumps(rows))
+    rows[0]["base_metadata"]["base_0"]["local_score"] = 0.1
+    (tmp_path / "vqa_result_1.json").write_text(json.dumps(rows[:1]))
+    code, error = failed(capsys, "select", "--model", tiny, "--out", tmp_path)
+    assert code == 1
+    assert f"Item '{IDS[0]}': `base_metadata` in" in error
+    assert "vqa_result_1.json; keep one of the two files" in error
+
+
+def test_own_prompts_next_to_official_ones_are_refused(tmp_path, tiny, capsys):
+    official(tmp_path, "base_prompt.json")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    prompts = tmp_path / "prompts.txt"
+    code, error = failed(capsys, "prompts", "--model", tiny, "--out", tmp_path, "--prompts", prompts)
+    assert code == 2
+    assert "has prompts in official files; leave it out" in error
+
+
+def test_official_answers_without_questions_are_selected(tmp_path, tiny):
+    rows = [{name: value for name, value in row.items() if name != "question"} for row in vqa_result()]
+    (tmp_path / "vqa_result.json").write_text(json.dumps(rows))
+    assert call("select", "--model", tiny, "--out", tmp_path, "select.rejected=negative") == 0
+    assert [len(record["pairs"]) for record in store(tmp_path, "select")] == [3] * 3
+
+
+def test_answers_are_given_again_by_no_resume(tmp_path, tiny):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    official_images(tmp_path)
+    assert call("score", "--model", tiny, "--out", tmp_path) == 0
+    assert not (tmp_path / "score.jsonl").exists()
+    assert call("score", "--model", tiny, "--out", tmp_path, "--no-resume") == 0
+    scores = {image["local_score"] for record in store(tmp_path, "score") for image in record["base_metadata"].values()}
+    assert 0.9 not in scores
+
+
+def test_the_rejected_prompt_of_an_official_pair_is_that_of_its_file(tmp_path):
+    row = {**items()[0], "chosen": "a/00.png", "rejected": "b/02.png"}
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    (record,) = read_stage(tmp_path, "select")
+    assert record["pairs"][0]["rejected_prompt"] == NEGATIVES[2]
+
+
+def test_a_plan_counts_what_official_files_hold(tmp_path):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    assert count_done({"prompts": tmp_path, "score": tmp_path, "select": tmp_path}) == {
+        "prompts": 3, "score": 3, "select": 0,
+    }  # fmt: skip

@@ -21,6 +21,7 @@ from ospo_fast.records import (
     check_creatable,
     check_writable,
     chunked,
+    discard,
     only_writer,
     parse_json,
     stable_hash,
@@ -115,10 +116,12 @@ def run_benchmark(config: Config, name: str, prompts: Path, num: int | None, *, 
     check_writable(out)
     with only_writer(out / MANIFEST):
         facts = {"benchmark": name, "prompts_digest": made_of, "model": config.model, "seed": config.seed, "num": num}
+        folder = out / name
+        if folder.exists():  # of other settings or weights, until it is written again
+            discard(folder)
         write_json(out / MANIFEST, facts)
         images, sampling, drawing = generate_images(model, texts, config, num, progress=progress)
         sweep_temporary_files(out)
-        folder = out / name
         write_folder(folder, lambda temporary: benchmark.write(entries, images, temporary, folder))
         result = {**facts, **sampling, "folder": str(folder), "images": _listed(out, texts, images)}
         write_json(out / MANIFEST, result)

@@ -72,6 +72,9 @@ def read_questions(path: Path) -> list[Item]:
 
 def _parse(line: int, row: dict[str, Any]) -> Item:
     prompt = check_prompt_text(row.get("prompt"))
+    for near in ("question", "answer", "skill"):
+        if near in row and "vqa_list" not in row:
+            raise UsageError(f"{near}: {prompt[:60]!r} has this key, expected {near}s, a list; rename it")
     asked, answers = row.get("questions"), row.get("answers")
     category = row.get("category")
     if asked is None and isinstance(pairs := row.get("vqa_list"), list):

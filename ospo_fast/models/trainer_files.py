@@ -68,6 +68,8 @@ class TrainerCheckpoint:
                     "(model.language_model.…, LoRA matrices without DoRA); check that it is one of its checkpoints"
                 )
             weights[plain] = tensor
+        if not (weights or lora):
+            raise OspoError(f"model: {path} holds no tensors; take a checkpoint of the official trainer")
         return cls(path, weights, lora)
 
     def lora_config(self, base: str) -> dict[str, Any]:

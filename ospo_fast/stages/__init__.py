@@ -224,7 +224,8 @@ def _check_masks(config: Config) -> None:
     # Path.is_dir raises for long names and closed folders.
     if config.masks.enabled and folder is not None and not os.path.isdir(folder):  # noqa: PTH112
         raise UsageError(
-            f"masks.official: got {folder!r}, expected the folder of the official masks, which is not there."
+            f"masks.official: got {folder!r}, expected the folder of the official masks, which is not there; correct "
+            "it, or set masks.official=null for masks of the own model."
         )
     if config.masks.enabled and folder is None and config.masks.nouns == "spacy":
         from ospo_fast.stages.object_tokens import check_spacy

@@ -228,7 +228,11 @@ def _select_item(record: Record, model: UnifiedModel | None, config: Config, out
         reasons = dict.fromkeys(reason for reason in record.get("variant_reasons") or [] if reason)
         reason = "no image: " + ("; ".join(reasons) or "no variant was generated")
         return {**record, "kept": False, "reason": reason}
-    if not record.get("question") and settings.rule != "random":
+    # A record of others can have the answers alone.
+    answered = record.get("question") is None and any(
+        image.get("answer_metadata") for *_, image in image_verdicts(record)
+    )
+    if not (record.get("question") or answered) and settings.rule != "random":
         return {**record, "kept": False, "reason": record.get("question_reason") or "the item has no question"}
     logprobs = None if model is None else partial(_logprobs, record["prompt"], model, config, out)
     rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))

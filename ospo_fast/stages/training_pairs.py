@@ -63,8 +63,13 @@ def held_out_ids(pairs: Sequence[ItemPair], config: Config) -> set[str]:
     if not count:
         return set()
     prompts: defaultdict[str, dict[str, list[str]]] = defaultdict(dict)
-    for item in sorted(pairs, key=lambda item: stable_hash(config.seed, "validation", item.record["prompt"])):
-        prompts[category_of(item.record)].setdefault(item.record["prompt"], []).append(item.pair_id)
+    categories: dict[str, str] = {}  # of a prompt, which can be one of two
+    for item in sorted(
+        pairs, key=lambda item: (stable_hash(config.seed, "validation", item.record["prompt"]), item.pair_id)
+    ):
+        prompt = item.record["prompt"]
+        category = categories.setdefault(prompt, category_of(item.record))
+        prompts[category].setdefault(prompt, []).append(item.pair_id)
     order = sorted(
         ((number + 0.5) / len(own), category, ids)
         for category, own in prompts.items()
