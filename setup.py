@@ -243,18 +243,23 @@ class BuildExtension(build_ext):
             if sys.platform != "darwin" and not sanitizers:
                 shared.append("-Wl,-s")  # sanitizers name the lines of their findings by the debug information
             link = [*shlex.split(cxx), *shared, *openmp, *sanitizers]
-        compile_cxx = f"{ccache}{cxx} -MMD -MF $out.d {joined(flags + include)}{user['CXXFLAGS']} -c $in -o $out"
+        compile_cxx = f"{ccache}{cxx} -MMD -MF $out.d {joined(flags + include)}{user['CXXFLAGS']} $size -c $in -o $out"
         lines += ["rule cxx", f"  command = {compile_cxx}", "  depfile = $out.d", "  deps = gcc"]
         lines += ["rule link", f"  command = {joined(link)} $in{user['LDFLAGS']} -o $out"]
         objects = {file: Path(file).name + ".o" for file in files}
         for file, name in objects.items():
             lines.append(f"build {name}: {'cuda' if file.endswith('.cu') else 'cxx'} {escaped(ROOT / file)}")
+            if name == "bindings.cpp.o" and not sanitizers:  # without loops, and the largest file
+                lines.append("  size = -Os")
         lines += [f"build {escaped(target)}: link {' '.join(objects.values())}", f"default {escaped(target)}", ""]
         return "\n".join(lines)
 
 
 # Benchmarks that need a checkout: its history of results, its README, its tests, or hours.
-CHECKOUT_ONLY = {"_gpu_day", "ablations", "code_metrics", "figures", "readme_pictures"}
+CHECKOUT_ONLY = {
+    "_forked", "_gpu_day", "ablations", "code_metrics", "demo", "figures", "mask_layers", "packing", "plan",
+    "readme_pictures", "real_size", "stages", "workers",
+}  # fmt: skip
 
 
 class BuildPy(build_py):

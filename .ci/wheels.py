@@ -64,6 +64,8 @@ def repaired(wheel: Path, out: Path) -> Path:
     else:
         shutil.copy(wheel, out)
     (made,) = set(out.glob("*.whl")) - before
+    if sys.platform == "linux":
+        run(sys.executable, ROOT / ".ci" / "recompress.py", made)
     size = made.stat().st_size / 1e6
     print(f"{made.name}: {size:.1f} MB")
     if size > LIMIT_MB:

@@ -835,8 +835,8 @@ class Pipeline:
         present |= taken
         if taken and self.speaks:
             logger.warning(
-                "%s: taking %d items from official files in %s, made with settings of their own; --no-resume makes them "
-                "again", name, len(taken), out,
+                "%s: taking %d items from official files in %s, made with other settings; --no-resume makes them again",
+                name, len(taken), out,
             )  # fmt: skip
         if source is None:
             complete = bool(taken) or (not fresh and self._complete(work, name) and bool(store_paths(work, name)))

@@ -400,13 +400,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_wheel_has_the_benchmarks_that_need_no_checkout(installed: Path) -> None:
     shipped = {path.name for path in (installed / "ospo_fast" / "bench").iterdir()}
-    assert {"run.py", "_measure.py", "reference.py", "token_logprobs.py", "generation.py", "stages.py"} <= shipped
+    assert {"run.py", "_measure.py", "reference.py", "token_logprobs.py", "generation.py", "dispatch.py"} <= shipped
     assert not shipped & {
         "ablations.py",
         "figures.py",
         "readme_pictures.py",
         "code_metrics.py",
         "_gpu_day.py",
+        "stages.py",
+        "workers.py",
         "gpu.sh",
         "results",
     }
