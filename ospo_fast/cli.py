@@ -673,10 +673,11 @@ def _push(args: argparse.Namespace) -> int:
     from ospo_fast import push, restarts
     from ospo_fast.export import run_folder
 
-    names = {name: getattr(args, name) for name in ("repo", "dataset", "what", "base", "iteration")}
+    names = {name: getattr(args, name) for name in ("repo", "dataset", "what", "base")}
+    push.check_names(**names)
     run_folder(config, args.iteration)
     with restarts.reading(Path(config.out)):  # the files that were checked are those that go
-        uploads = push.prepare(config, **names, progress=not args.json)
+        uploads = push.prepare(config, **names, iteration=args.iteration, progress=not args.json)
         plan = [{"repo": upload.repo, "kind": upload.kind, "files": upload.sizes()} for upload in uploads]
         if args.dry_run:
             _show({"uploads": plan, "private": args.private}, args.json, push.render(uploads, args.private))

@@ -58,7 +58,7 @@ from ospo_fast.stages import (
     find_stage,
     needs,
 )
-from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, missing_files, missing_trained
+from ospo_fast.stages.run_files import CHECKPOINTS, describe_missing, made_here, missing_files, missing_trained
 from ospo_fast.stages.tracking import Tracker, check_tracker
 from ospo_fast.stages.train_settings import check_early_stopping
 from ospo_fast.versions import run_versions
@@ -857,7 +857,7 @@ class Pipeline:
                 )
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
             waiting, total = [r for r in inputs if r["item_id"] not in present], len(inputs)
-            if stage.folder is not None and present and _made_here(work, name):
+            if stage.folder is not None and present and made_here(work, name):
                 again = [r for r in inputs if r["item_id"] in present and _lost(stage, work, present[r["item_id"]])]
             complete = not waiting and not again
             if waiting and len(lacks) == len(found):
@@ -1142,7 +1142,7 @@ class Pipeline:
 
         Files that other records than those of a run name are the matter of the stage: an item without them fails.
         """
-        for maker in (maker for maker in STAGES if maker.folder is not None and _made_here(out, maker.name)):
+        for maker in (maker for maker in STAGES if maker.folder is not None and made_here(out, maker.name)):
             for record in inputs:
                 if lost := missing_files(out, str(maker.folder), stage.reads(config, record)):
                     command = self._command(maker.name, self._iteration(out))
@@ -1153,7 +1153,7 @@ class Pipeline:
 
     def _check_written_once(self, stage: Stage, work: Path, config: Config) -> None:
         name = stage.writes_once(config)
-        if name is not None and _made_here(work, stage.name) and not (work / name).exists():
+        if name is not None and made_here(work, stage.name) and not (work / name).exists():
             raise OspoError(
                 f"{work / name} is missing, which the finished items were made with; run "
                 f"`{self._command(stage.name, self._iteration(work))} --no-resume` to make all of them again."
@@ -1267,7 +1267,7 @@ class Pipeline:
         name = stage.name
         ran = any(_is_of(row, name) for row in read_json(out / "stages.json", []))
         has_results = (out / str(stage.folder)).exists() if stage.counts_steps else bool(store_paths(out, name))
-        if ran and has_results and not _made_here(out, name):
+        if ran and has_results and not made_here(out, name):
             raise UsageError(
                 f"{out / 'settings.json'} does not have the settings that the results of {name} were made with, so "
                 f"they may be others now; restore the file, or start {name} over with --no-resume."
@@ -1355,11 +1355,6 @@ def _keep_official(out: Path, name: str, taken: Mapping[str, Record]) -> None:
     if taken and not store_paths(out, name):
         path = store_path(out, name)
         write_atomic(path, b"".join(encode_record(record, str(path)) for record in taken.values()))
-
-
-def _made_here(out: Path, stage: str) -> bool:
-    """Return whether a stage, or a shard of it, ran in a run folder. Imported records have no settings."""
-    return any(key.split(".")[0] == stage for key in read_json(out / "settings.json", {}))
 
 
 def _steps_before(out: Path, stage: str) -> int | None:

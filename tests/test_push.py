@@ -110,7 +110,7 @@ def test_datasets_loads_the_uploaded_folder(run, hub, tmp_path):
     assert pairs["rejected_prompt"][:] == ["a blue ball", "a ball", "a ball"]
     text = (folder / "README.md").read_text()
     assert "| attribute | 2 |" in text
-    assert "The prompts are those of the model." in text
+    assert "generated the images from prompts of the model and judged them itself" in text
     code = text.partition("```python\n")[2].partition("```")[0]
     exec(code.replace('"me/pairs"', f'"{folder}", cache_dir="{tmp_path / "cache"}"'), {})
 
@@ -143,7 +143,7 @@ def test_a_base_that_is_a_folder_gets_its_name_on_the_hub(run, hub, capsys):
     assert sent == {"peft_type": "LORA", "base_model_name_or_path": "deepseek-community/Janus-Pro-7B"}
     card = ModelCard((folder / "README.md").read_text())
     assert card.data.base_model == "deepseek-community/Janus-Pro-7B"
-    assert "3 pairs of images of 2 prompts" in card.text
+    assert "3 pairs of images of 1 different prompts" in card.text
     assert "| before training | 0.250 |" in card.text
     assert "/nas/janus" in config.read_text()  # the run stays as it is
     capsys.readouterr()
@@ -153,6 +153,18 @@ def test_a_base_that_is_a_folder_gets_its_name_on_the_hub(run, hub, capsys):
         path.write_text(data)
         refused(capsys, hub, 1, "correct its log.jsonl and done.json", run, "--repo", "me/x", "--base", "org/janus")
         path.write_text(kept)
+
+
+def test_cards_of_pairs_that_were_given(run, hub):
+    """Of a run whose images were not made in it, such as one of an export, no card says whose they are."""
+    (run / "settings.json").unlink()
+    base = ("--base", "deepseek-community/Janus-Pro-7B")
+    assert push(run, "--repo", "me/adapter", "--dataset", "me/pairs", *base) == 0
+    model, dataset = ((hub.folder / "me" / name / "README.md").read_text() for name in ("adapter", "pairs"))
+    assert "on pairs of a chosen and a rejected image of the same prompt, which were given to the run" in model
+    assert "They were given to a run of ospo-fast by OSPO" in dataset
+    assert "The license is that of the given images." in dataset
+    assert "judged" not in model.partition("## Base model")[0]
 
 
 def test_a_dry_run_contacts_nothing_and_writes_nothing(run, hub, tmp_path, capsys):

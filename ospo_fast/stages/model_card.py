@@ -14,6 +14,9 @@ from ospo_fast.records import ItemPair
 from ospo_fast.stages.extension import Extension
 from ospo_fast.versions import run_versions
 
+# Whose images the pairs are of.
+OWN = "which the base model generated and judged itself"
+GIVEN = "which were given to the run with their scores"
 EXAMPLES = 5  # prompts
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")  # of a model in the cache of the hub
 _TRAINED = re.compile(r"([^/]+)(?:/(iter\d+))?/train/([^/]+)$")  # run folder, iteration, folder
@@ -63,6 +66,7 @@ def model_card(
     extensions: Sequence[Extension] = (),
     *,
     merged: bool = False,
+    own: bool = True,
 ) -> bytes:
     """Return the README.md of an adapter, or of a model, with the metadata of the Hugging Face hub.
 
@@ -75,6 +79,7 @@ def model_card(
         steps: number of training steps.
         extensions: of the training.
         merged: it is the model with the adapter merged. With `train.full` there is no adapter.
+        own: the images are of the base model. False: they were given to the run, and their model is not known.
 
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -98,11 +103,11 @@ def model_card(
     sections = {
         f"OSPO {'adapter for' if adapter else 'model from'} {base}": (
             f"{kind}, trained with ospo-fast by OSPO, object-centric self-improving preference optimization: on pairs "
-            "of a chosen and a rejected image of the same prompt, which the base model generated and judged itself."
+            f"of a chosen and a rejected image of the same prompt, {OWN if own else GIVEN}."
         ),
         "Use": _use(base, config, pairs, adapter),
         "Base model": _base(base, adapter),
-        "Training data": _data(config, pairs),
+        "Training data": _data(config, pairs, own),
         "Settings": _settings(config, steps, extensions),
         "Results": _results(log, kept, config, "adapter" if adapter else "model"),
         "Versions": ", ".join(f"{name} {version}" for name, version in run_versions().items()),
@@ -165,14 +170,14 @@ def _base(base: str, adapter: bool) -> str:
     )
 
 
-def _data(config: Config, pairs: Sequence[ItemPair]) -> str:
-    prompts = {item.record["item_id"]: item.record["prompt"] for item in pairs}
+def _data(config: Config, pairs: Sequence[ItemPair], own: bool) -> str:
+    prompts = list(dict.fromkeys(item.record["prompt"] for item in pairs))
     kinds = Counter(item.record.get("kind") or item.record.get("sub_category") or "unknown" for item in pairs)
     rows = "\n".join(f"| {_one_line(kind)} | {count} |" for kind, count in sorted(kinds.items()))
-    examples = "\n".join(f"- {_code(prompt)}" for prompt in list(dict.fromkeys(prompts.values()))[:EXAMPLES])
-    source = " The prompts are those of a file, not of the model." if config.prompts.file is not None else ""
+    examples = "\n".join(f"- {_code(prompt)}" for prompt in prompts[:EXAMPLES])
+    source = " The prompts are those of a file, not of the model." if own and config.prompts.file is not None else ""
     return (
-        f"{len(pairs)} pairs of images of {len(prompts)} prompts.{source}\n\n"
+        f"{len(pairs)} pairs of images of {len(prompts)} different prompts.{source}\n\n"
         f"| Kind of prompt | Pairs |\n| --- | ---: |\n{rows}\n\nPrompts, for example:\n\n{examples}"
     )
 

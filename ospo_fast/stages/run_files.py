@@ -6,11 +6,16 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ospo_fast.records import SIDES, Record, image_verdicts, iter_pairs
+from ospo_fast.records import SIDES, Record, image_verdicts, iter_pairs, read_json
 
 CHECKPOINTS = "step-*"  # in checkpoints/ of a training
 # What any training leaves; done.json of an older version does not list more.
 TRAINED = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model/config.json")
+
+
+def made_here(out: Path, stage: str) -> bool:
+    """Return whether a stage, or a shard of it, ran in a run folder. Imported records have no settings."""
+    return any(key.split(".")[0] == stage for key in read_json(out / "settings.json", {}))
 
 
 def image_paths(record: Record) -> list[object]:

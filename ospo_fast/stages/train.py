@@ -59,6 +59,7 @@ from ospo_fast.stages.packing import (
 )
 from ospo_fast.stages.parallel import Ranks, own_passes
 from ospo_fast.stages.prompt_files import image_prompt_ids
+from ospo_fast.stages.run_files import made_here
 from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.train_memory import needs_checkpointing
@@ -651,7 +652,8 @@ class Trainer:
 
         def card(merged: bool) -> bytes:
             rows, kept = self.log_rows(), self.kept()
-            return model_card(base, self.config, pairs, rows, kept, self.step, self.extensions, merged=merged)
+            own = made_here(out, "images")
+            return model_card(base, self.config, pairs, rows, kept, self.step, self.extensions, merged=merged, own=own)
 
         if isinstance(self.weights, LoraWeights):
             peft = self.weights.peft
