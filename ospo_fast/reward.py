@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -129,7 +130,24 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = SECONDS
     server_version, sys_version = "ospo-fast", ""
 
+    def setup(self) -> None:
+        """Give the client SECONDS to send its whole request: `timeout` alone is that of each part of it."""
+        super().setup()
+        self._deadline = threading.Timer(SECONDS, self._disconnect)
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def _disconnect(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)  # only reading ends: the answer says what was missing
+
+    def finish(self) -> None:
+        """End a connection."""
+        self._deadline.cancel()
+        super().finish()
+
     def do_GET(self) -> None:
+        self._deadline.cancel()
         known = self.path == "/health"
         self._reply(200 if known else 404, {"status": "ok"} if known else _error("Only /score and /health exist."))
 
@@ -138,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = hmac.compare_digest(token.strip().encode(), self.server.token) and scheme.lower() == "bearer"
         # Read in any case: a client that is still sending does not see an answer.
         status, data = self._read(keep=known)
+        self._deadline.cancel()
         if not known:
             self._reply(401, _error("The token is missing or wrong; send the header Authorization: Bearer TOKEN."))
         elif self.path != "/score":
@@ -161,8 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal() and len(length) < 20):
             return 411, b"The header Content-Length is missing or no number; send it."
-        if int(length) > MAX_REQUEST:
-            return 413, f"The body has {length} bytes, expected at most {MAX_REQUEST}; send a smaller image.".encode()
+        keep = keep and int(length) <= MAX_REQUEST
         parts, missing, end = [], int(length), time.monotonic() + SECONDS
         while missing and time.monotonic() < end:
             part = self.rfile.read1(min(missing, 2**16))
@@ -171,6 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
             if keep:
                 parts.append(part)
             missing -= len(part)
+        if int(length) > MAX_REQUEST:
+            return 413, f"The body has {length} bytes, expected at most {MAX_REQUEST}; send a smaller image.".encode()
         if missing:
             return 400, b"The body is shorter than Content-Length says; send all of it."
         return 0, b"".join(parts)
@@ -183,7 +203,12 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 401:
             self.send_header("WWW-Authenticate", "Bearer")
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer a request that is no GET or POST, or no HTTP, in the form of the other answers."""
+        self._reply(code, _error(f"{message or explain or 'The request is no HTTP'}; send GET /health or POST /score."))
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the name of the base class)
         logger.info("%s: %s", self.address_string(), format % args)

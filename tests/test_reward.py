@@ -153,8 +153,20 @@ def test_limits_of_requests(server, monkeypatch):
     monkeypatch.setattr(reward, "MAX_REQUEST", 100)
     status, found = ask(server, BODY)
     assert (status, found["error"][-50:]) == (413, "bytes, expected at most 100; send a smaller image.")
+    # One that no buffer of the connection holds is read to its end: a client that still sends sees no answer.
+    assert ask(server, b"x" * 2**25)[0] == 413
     for length in ("-1", "x", "9" * 5000):
         assert ask(server, b"", Content_Length=length)[0] == 411
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "OPTIONS"])
+def test_other_methods_are_refused_in_the_form_of_the_answers(server, method):
+    status, found = ask(server, method=method)
+    assert status == 501
+    assert found["error"].endswith("; send GET /health or POST /score.")
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.request("HEAD", "/score")
+    assert connection.getresponse().read() == b""
 
 
 def test_a_body_that_does_not_arrive(server, monkeypatch):
@@ -164,6 +176,27 @@ def test_a_body_that_does_not_arrive(server, monkeypatch):
         client.sendall(head.encode() + b"{")
         client.shutdown(socket.SHUT_WR)
         assert b" 400 " in client.recv(1000)
+    assert ask(server, BODY)[0] == 200
+
+
+def test_a_request_that_arrives_byte_by_byte_has_an_end(server, monkeypatch):
+    monkeypatch.setattr(reward, "SECONDS", 0.3)
+    start = time.monotonic()
+
+    def ends_at_a_byte():
+        try:
+            client.sendall(b"x")
+            return not client.recv(1000)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+    with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+        client.settimeout(0.05)
+        while not (ended := ends_at_a_byte()) and time.monotonic() < start + 10:
+            pass
+    assert ended
     assert ask(server, BODY)[0] == 200
 
 
