@@ -59,6 +59,8 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise UsageError(f"convert: {out} exists and is no empty folder; name a new folder.")
     path = _find(source)
+    if path.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+        raise UsageError(f"convert: {out} is in {path}, which is converted; name a folder outside of it.")
     if base is not None:
         if not has_base(path):
             raise UsageError(f"--base: got {base!r:.60}, and {source} is a whole model; leave the option out.")

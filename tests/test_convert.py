@@ -263,6 +263,10 @@ def test_wrong_arguments(base: Path, tmp_path: Path) -> None:
     refuse(UsageError, out, str(out), "no empty folder", "new folder", source=base)
     refuse(UsageError, out / "file", "no empty folder", source=base)
     (out / "file").unlink()
+    (tmp_path / "link").symlink_to(base)
+    for inside in (base / "new", tmp_path / "link" / "new"):
+        refuse(UsageError, inside, "which is converted", "outside of it", source=base)
+        assert not inside.exists()
     convert(str(base), out)
     assert (out / "model.safetensors").is_file()
 
