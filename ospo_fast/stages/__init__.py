@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ospo_fast.config import nearest
+from ospo_fast.config import model_family, nearest
 from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.files import regular
 from ospo_fast.records import finite, read_json, stable_hash, write_json
@@ -227,11 +227,13 @@ def _check_masks(config: Config) -> None:
             f"masks.official: got {folder!r}, expected the folder of the official masks, which is not there; correct "
             "it, or set masks.official=null for masks of the own model."
         )
-    if config.masks.enabled and folder is None and config.masks.nouns == "spacy":
-        from ospo_fast.stages.object_tokens import check_spacy
+    if config.masks.enabled and folder is None:
+        from ospo_fast.stages.object_tokens import WITHOUT_VERBS, check_spacy
 
-        if isinstance(failure := attempt(check_spacy), Failure):
-            raise UsageError(f"masks.nouns: got spacy, but {failure.reason}.")
+        parsed = config.prompts.file is not None and model_family(config.model) not in WITHOUT_VERBS
+        if (config.masks.nouns == "spacy" or parsed) and isinstance(failure := attempt(check_spacy), Failure):
+            given = f"prompts.file: {config.prompts.file} has no concepts" if parsed else "masks.nouns: got spacy"
+            raise UsageError(f"{given}, and {failure.reason}, or set masks.enabled=false.")
 
 
 def _check_train(config: Config) -> None:

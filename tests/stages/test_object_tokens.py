@@ -252,8 +252,11 @@ def test_without_spacy_the_objects_of_a_plain_prompt_are_unknown(monkeypatch):
         )
         assert "pip install 'ospo-fast[nouns]'" in failure.reason
     assert find_objects(record | {"concepts_and_relations": "dog"}, model, "offsets").nouns == ["dog"]
-    with pytest.raises(UsageError, match=r"^masks\.nouns: got spacy, but the objects of the prompt are unknown"):
+    with pytest.raises(UsageError, match=r"^masks\.nouns: got spacy, and the objects of the prompt are unknown"):
         find_stage("masks").check(load_config(["masks.nouns=spacy"]))
+    with pytest.raises(UsageError, match=r"^prompts\.file: p\.txt has no concepts, and the objects .*masks\.enabled=f"):
+        find_stage("masks").check(load_config(["prompts.file=p.txt", "model=org/janus"]))
+    find_stage("masks").check(load_config(["prompts.file=p.txt", "model=shapes"]))
     find_stage("masks").check(load_config(["masks.nouns=spacy", "masks.enabled=false"]))
 
 
