@@ -93,6 +93,7 @@ _REMOVED = {
 # What a number may be where its field names no limit. Loops and lists of this many steps are never a user's intent,
 # and products and quotients of a few such floats are numbers of float32.
 MAX_INTEGER = 10**9
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # of `images`, on which the images depend
 FLOATS = 1e-20, 1e6
 MAX_BATCH = 2**20
 MAX_ITERATIONS = 10**4

@@ -116,6 +116,10 @@ def prepare(
 
     """
     check_names(repo, dataset, what, base)
+    if base is not None and config.model in MODEL_FILES and base != config.model:
+        raise UsageError(
+            f"--base: got {base}, but the model of the run is {config.model}, which has no folder; leave it out."
+        )
     folder = run_folder(config, iteration)
     uploads = []
     if repo is not None:

@@ -68,7 +68,7 @@ def write_run(run: Path) -> Path:
         tensors = {key: torch.tensor(value, dtype=torch.uint8) for key, value in unions.items()}
         save_file(tensors, run / "masks" / f"{name}.safetensors")
     (run / "masks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run / "config.yaml").write_text("model: shapes\npreset: v3\n")
+    (run / "config.yaml").write_text("model: deepseek-community/Janus-Pro-1B\npreset: v3\n")
     (run / "settings.json").write_text('{"images": {"settings": {}}}')  # they are the run's own
     train = run / "train"
     for name in ("adapter", "model"):

@@ -200,6 +200,16 @@ def test_bad_arguments(run, hub, tmp_path, capsys):
         refused(capsys, hub, 2, f"--repo: got '{name}', expected OWNER/NAME", run, "--repo", name)
     refused(capsys, hub, 2, "--dataset: got 'pairs', expected OWNER/NAME", run, "--dataset", "pairs")
     refused(capsys, hub, 2, "--base: got 'janus', expected OWNER/NAME", run, *repo, "--base", "janus")
+    embedded = ("model=shapes", "--base", "deepseek-community/Janus-Pro-7B")
+    refused(
+        capsys,
+        hub,
+        2,
+        "--base: got deepseek-community/Janus-Pro-7B, but the model of the run is shapes",
+        run,
+        *repo,
+        *embedded,
+    )
     refused(capsys, hub, 2, "--what: got model without --repo", run, "--dataset", "me/x", "--what", "model")
     refused(capsys, hub, 2, "invalid choice: 'weights'", run, *repo, "--what", "weights")
     refused(capsys, hub, 2, "There is no run folder", tmp_path / "nowhere", *repo)

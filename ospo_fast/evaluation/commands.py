@@ -6,11 +6,11 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ospo_fast.config import Config
+from ospo_fast.config import SAMPLING, Config
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, some_failed
 from ospo_fast.evaluation.benchmarks import BENCHMARKS, Images, read_benchmark
 from ospo_fast.evaluation.questions import Item, Scores, digest, read_questions, soft_tifa, summarize
@@ -244,7 +244,10 @@ def run_questions(
     texts = [item.prompt for item in items]
     itself = judge == judges.SELF
     named = config.model if itself else judge
-    before = None if baseline is None else _read_baseline(baseline, items, "self" if itself else judge, named)
+    before: Scores | None = None
+    drawn: Mapping[str, Any] = {}
+    if baseline is not None:
+        before, drawn = _read_baseline(baseline, items, "self" if itself else judge, named)
     # What is wrong is found before torch is imported and a model is loaded, as far as its folder says it.
     if judges.is_unified(named):
         asked = [(item.line, judges.asked_text(question)) for item in items for question in item.questions]
@@ -254,24 +257,38 @@ def run_questions(
     if images is None:
         check_unloaded(config.model, questions, [item.line for item in items], texts)
         _check_owner(out, "questions", digest(items))
-        found = None
+        found, origin = None, {"model": config.model}
     else:
         found = find_images(images, texts, config.read_from)
         _check_sizes(found, config.model if itself else None)
+        origin = _origin(images)
+        if itself and origin.get("model", config.model) != config.model:
+            logger.warning(
+                "%s judges images that %s generated; name that one with --model for its own answers",
+                config.model,
+                origin["model"],
+            )
     opened = judges.open_judge(named, config)
     opened.check([question for item in items for question in item.questions])
-    sampling: dict[str, Any] = {}
     if found is None:
         found, sampling = _generate_for(config, opened if itself else None, questions, items, num or 1, progress)
+        origin |= sampling
+    known = drawn.keys() & origin.keys()
+    changed = {name: (drawn[name], origin[name]) for name in SAMPLING if name in known and drawn[name] != origin[name]}
+    if changed:
+        listed = ", ".join(f"{name} {old} and {new}" for name, (old, new) in changed.items())
+        logger.warning(
+            "The images of the baseline were generated with other settings (%s): differences mix both", listed
+        )
     scores, rows = _score(opened, items, found, progress)
     result = {
         "questions": str(questions),
         "questions_digest": digest(items),
-        "model": config.model if images is None else None,
+        "model": None,
         "images": str(out / IMAGES if images is None else images),
         "judge": {"name": "self" if itself else judge, "model": named},
-        **sampling,
-        **({} if baseline is None else {"baseline": str(baseline)}),
+        **origin,
+        **({} if baseline is None else {"baseline": str(baseline), "baseline_differs_in": sorted(changed)}),
         **summarize(items, scores, before),
     }
     check_writable(out)
@@ -423,8 +440,18 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_baseline(folder: Path, items: Sequence[Item], judge: str, model: str) -> Scores:
-    """Return the scores of another evaluation. Raises UsageError for other questions, or another judge."""
+def _origin(folder: Path) -> dict[str, Any]:
+    """Return the model and the sampling settings of images, as far as the list in their folder says them."""
+    name = next(name for name in _LISTS if os.path.isfile(folder / name))  # noqa: PTH113 (see `find_images`)
+    content = {} if name == "image_paths.json" else _read_object(folder / name)
+    return {key: content[key] for key in ("model", *SAMPLING) if key in content}
+
+
+def _read_baseline(folder: Path, items: Sequence[Item], judge: str, model: str) -> tuple[Scores, Mapping[str, Any]]:
+    """Return the scores and the results of another evaluation.
+
+    Raises UsageError for other questions, or another judge.
+    """
     for name in (RESULT, SCORES):
         if not os.path.isfile(folder / name):  # noqa: PTH113 (see `find_images`)
             raise UsageError(
@@ -453,7 +480,7 @@ def _read_baseline(folder: Path, items: Sequence[Item], judge: str, model: str) 
         scores = Scores.from_images([found[item.prompt] for item in items])
         if [*map(len, scores.probabilities)] != [len(item.questions) for item in items]:
             raise ValueError("a prompt has more or fewer probabilities than questions")
-        return scores
+        return scores, result
     except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise OspoError(
             f"Cannot read {folder / SCORES}: {reason(cast('Exception', error))}; evaluate the baseline again."

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ospo_fast.config import ImagesConfig
+from ospo_fast.config import SAMPLING, ImagesConfig
 from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.files import load_npz, locate, open_image
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
@@ -114,8 +114,7 @@ class ImageFiles(ImageWriter):
     def __init__(self, model: UnifiedModel, settings: ImagesConfig, *, remake: bool = False) -> None:
         """remake: refuse an image that differs from what is left of it, the PNG or the codes."""
         super().__init__(model, self._save_numbered)
-        names = ("guidance_scale", "temperature", "top_k", "top_p")
-        self.sampling = {name: getattr(settings, name) for name in names}
+        self.sampling = {name: getattr(settings, name) for name in SAMPLING}
         self.throughput: Throughput | None = None  # of all images so far
         self._generator = ImageGenerator(model, batch_size=settings.batch_size, jacobi_window=settings.jacobi_window)
         self._remake = remake

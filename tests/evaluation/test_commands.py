@@ -163,10 +163,26 @@ def test_questions_about_own_images(capsys, caplog, files, tiny, generated):
     low, high = second["soft_tifa_am"]["difference_interval"]
     assert low <= change <= high
     assert generated == [6, 6]
+    assert second["baseline_differs_in"] == []
+    assert "other settings" not in caplog.text
+    caplog.clear()
     code, _, _ = call(capsys, *arguments[:-2], "--images", "one", "--out", "three")
     assert code == 0
+    assert f"{files / 'model'} judges images that {tiny} generated; name that one with --model" in caplog.text
+    assert json.loads((files / "three" / "evaluate.json").read_text())["model"] == str(tiny)
     assert json.loads((files / "three" / "evaluate.json").read_text())["skills"] == result["skills"]
     assert generated == [6, 6]
+
+
+def test_images_of_other_settings_than_those_of_the_baseline_are_named(capsys, caplog, files, tiny):
+    arguments = ["evaluate", "--questions", "questions.jsonl", "--judge", "self", "--model", tiny]
+    assert call(capsys, *arguments, "images.guidance_scale=5", "--out", "one")[0] == 0
+    for given, more in (([], ["images.guidance_scale=2"]), (["--images", "two"], [])):  # generated, and from a folder
+        out = "three" if given else "two"
+        caplog.clear()
+        assert call(capsys, *arguments, *more, *given, "--out", out, "--baseline", "one")[0] == 0
+        assert "generated with other settings (guidance_scale 5.0 and 2.0): differences mix both" in caplog.text
+        assert json.loads((files / out / "evaluate.json").read_text())["baseline_differs_in"] == ["guidance_scale"]
 
 
 def test_questions_about_images_of_generate_and_of_geneval2(capsys, files, tiny, judge_folder):
