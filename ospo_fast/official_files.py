@@ -126,7 +126,7 @@ def _read_files(paths: list[Path], on_error: OnError) -> dict[int, dict[str, _It
         if not reached:
             problem = f": {errors[0]}" if errors else ""
             raise OspoError(
-                f"{path} has the name of an official file, and holds no record with a prompt{problem.rstrip('.')}; "
+                f"{path} has the name of an official file, and holds no usable record{problem.rstrip('.')}; "
                 "correct it, or move it out of the run folder."
             )
         for error in errors:

@@ -149,16 +149,19 @@ def _read_official(out: Path, stage: str, on_error: OnError | None) -> dict[str,
     return official_files.read_stage(out, stage, on_error or fail, stored)
 
 
-def _with_prompts(records: Sequence[Record], source: str, on_error: OnError) -> list[Record]:
+def _origin(out: Path, stage: str) -> Path:
+    """Return what holds the records of a stage: its store, or the run folder where official files are in its place."""
+    return store_path(out, stage) if store_paths(out, stage) else out
+
+
+def _with_prompts(records: Sequence[Record], origin: Path, on_error: OnError) -> list[Record]:
     """Return the records that have a prompt. Every stage after the first needs one."""
     usable = []
     for record in records:
         if (record.get("prompt") or "").strip():
             usable.append(record)
         else:
-            on_error(
-                OspoError(f"{source}.jsonl: item {record['item_id']!r} has no `prompt`; add it or delete the item.")
-            )
+            on_error(OspoError(f"{origin}: item {record['item_id']!r} has no `prompt`; add it or delete the item."))
     return usable
 
 
@@ -170,7 +173,7 @@ def _check_texts(
     The inputs of `stage`, records of the store of `source`, are compared with the stores that they were made of, and
     with the records that the stage has made of them already. Broken lines are the matter of who reads them as inputs.
     """
-    by_id, store = {record["item_id"]: record for record in inputs}, store_path(out, source)
+    by_id, store = {record["item_id"]: record for record in inputs}, _origin(out, source)
     for earlier, reader in itertools.pairwise(STAGES[: STAGES.index(find_stage(source)) + 1]):
         for path in store_paths(out, earlier.name):
             for record in read_records(no_link(path), lambda error: None):
@@ -843,16 +846,17 @@ class Pipeline:
             waiting, total = list(present.values()), 0
         else:
             inputs_of_shard = _inodes(store_paths(out, source))
-            found = _with_prompts(read_stage(out, source, unusable.append), source, unusable.append)
+            origin = _origin(out, source)
+            found = _with_prompts(read_stage(out, source, unusable.append), origin, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
             if not found:
                 if unusable:
                     raise OspoError(f"{name}: {some_failed('items', list(map(str, unusable)), len(unusable))}")
-                raise UsageError(f"{store_path(out, source)} holds no records; run `ospo-fast {source}` to make them.")
+                raise UsageError(f"{origin} holds no records; run `ospo-fast {source}` to make them.")
             lacks = {r["item_id"]: lack for r in found if (lack := stage.needs(config, r)) is not None}
             if work != out and (gone := present.keys() - {r["item_id"] for r in found}):
                 raise UsageError(
-                    f"{place} has the item {shown(min(gone))}, which {source}.jsonl does not have any more; run "
+                    f"{place} has the item {shown(min(gone))}, which {origin} does not have any more; run "
                     f"`ospo-fast {name} --no-resume`."
                 )
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
@@ -861,7 +865,7 @@ class Pipeline:
                 again = [r for r in inputs if r["item_id"] in present and _lost(stage, work, present[r["item_id"]])]
             complete = not waiting and not again
             if waiting and len(lacks) == len(found):
-                needs.refuse(name, f"{source}.jsonl" if store_paths(out, source) else str(out), list(lacks.values()))
+                needs.refuse(name, str(out) if origin == out else origin.name, list(lacks.values()))
             self._check_files(stage, out, config, [*waiting, *again])
             if present and not complete:
                 self._check_written_once(stage, work, config)
@@ -1073,7 +1077,7 @@ class Pipeline:
         complete = bool(done) and not lost
         unusable: list[OspoError] = []
         found = [] if complete and not store_paths(out, source) else read_stage(out, source, unusable.append)
-        records = _with_prompts(found, source, unusable.append)
+        records = _with_prompts(found, _origin(out, source), unusable.append)
         _check_texts(out, stage, source, records, {}, folder)
         if complete:
             if type(done.get("step")) is not int:

@@ -293,6 +293,20 @@ def test_items_that_lack_something_are_counted_and_named(tmp_path, tiny, capsys,
     assert f"1 of 3 items failed: {IDS[1]}: it has no `long_prompt` and `negative_long_prompt`" in caplog.text
 
 
+def test_what_is_wrong_in_official_files_is_not_said_of_a_store(tmp_path, tiny, capsys, caplog):
+    """There is no prompts.jsonl that could be corrected."""
+    changed = [{**item, "prompt": "a green square"} for item in items()[:1]]
+    (tmp_path / "perturb.jsonl").write_text(json.dumps(changed[0]) + "\n")
+    official(tmp_path, "base_prompt.json")
+    code, error = failed(capsys, "perturb", "--model", tiny, "--out", tmp_path)
+    assert code == 2
+    assert f"`prompt` is 'two red circles' in {tmp_path}, but 'a green square' in {tmp_path / 'perturb.jsonl'}" in error
+    (tmp_path / "perturb.jsonl").unlink()
+    (tmp_path / "base_prompt.json").write_text(json.dumps([*items()[:2], {"item_id": "7", "prompt": " "}]))
+    failed(capsys, "perturb", "--model", tiny, "--out", tmp_path)
+    assert "prompts.jsonl" not in caplog.text
+
+
 def test_texts_that_differ_between_official_files_are_refused(tmp_path, tiny, capsys):
     official(tmp_path, "base_prompt.json")
     changed = items()
@@ -312,6 +326,7 @@ def test_a_file_with_an_official_name_and_other_content_is_refused(tmp_path, tin
     code, error = failed(capsys, "perturb", "--model", tiny, "--out", tmp_path)
     assert code == 1
     assert "base_prompt.json" in error
+    assert "with a prompt" not in error  # of records that lack something else
 
 
 @pytest.mark.parametrize("place", [("../../layout", IDS[0]), ("layout", ".."), ("layout", "a/b")])
