@@ -847,6 +847,7 @@ class Pipeline:
         else:
             inputs_of_shard = _inodes(store_paths(out, source))
             origin = _origin(out, source)
+            named = str(out) if origin == out else origin.name
             found = _with_prompts(read_stage(out, source, unusable.append), origin, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
             if not found:
@@ -856,7 +857,7 @@ class Pipeline:
             lacks = {r["item_id"]: lack for r in found if (lack := stage.needs(config, r)) is not None}
             if work != out and (gone := present.keys() - {r["item_id"] for r in found}):
                 raise UsageError(
-                    f"{place} has the item {shown(min(gone))}, which {origin} does not have any more; run "
+                    f"{place} has the item {shown(min(gone))}, which {named} does not have any more; run "
                     f"`ospo-fast {name} --no-resume`."
                 )
             inputs = [r for r in found if self.shard is None or self.shard.holds(r["item_id"])]
@@ -865,7 +866,7 @@ class Pipeline:
                 again = [r for r in inputs if r["item_id"] in present and _lost(stage, work, present[r["item_id"]])]
             complete = not waiting and not again
             if waiting and len(lacks) == len(found):
-                needs.refuse(name, str(out) if origin == out else origin.name, list(lacks.values()))
+                needs.refuse(name, named, list(lacks.values()))
             self._check_files(stage, out, config, [*waiting, *again])
             if present and not complete:
                 self._check_written_once(stage, work, config)
