@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 HANG = 120  # seconds
@@ -86,6 +87,8 @@ def _child(do: Callable[[int], int], rank: int, size: int, port: str, output: Pa
         os.environ |= {name: str(value) for name, value in own.items()} | {"GLOO_SOCKET_IFNAME": "lo"} | environ
         # The lock of its bars is one for all forks, and a killed one would keep it.
         tqdm.set_lock(threading.RLock())
+        # The threads of OpenMP are not in a fork, where a parallel region waits for them without end.
+        torch.set_num_threads(1)
         code = do(rank)
     except BaseException:
         traceback.print_exc()

@@ -779,7 +779,7 @@ def test_torchrun_starts_all_again_after_a_kill(run, tiny, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ = {**os.environ, "OMP_NUM_THREADS": f"{torch.get_num_threads()}", "PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = [str(program), "run", "--out", str(out), *given]
     done = subprocess.run(
         [*torchrun, "--standalone", *arguments],
