@@ -393,6 +393,7 @@ def _plan_run(pipeline: Pipeline, workers: Workers | None, taken: dict[str, Path
     taken: the folders of stages that it takes over.
     """
     from ospo_fast.plan import count_done, plan_run
+    from ospo_fast.restarts import later_iterations
 
     config = pipeline.config
     pipeline.check_settings([stage.name for stage in STAGES])
@@ -400,7 +401,9 @@ def _plan_run(pipeline: Pipeline, workers: Workers | None, taken: dict[str, Path
     if workers is None or workers.is_first:  # it alone says and keeps the plan
         with os_errors("use", Path(config.out)):
             folders = pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)])
-            done = count_done({**folders, **(taken or {})}, extends=config.train.extend is not None)
+            # Of several iterations, which the plan does not count, the last one is extended.
+            extends = config.train.extend is not None and not later_iterations(Path(config.out), Path(config.out))
+            done = count_done({**folders, **(taken or {})}, extends=extends)
     sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
     return plan_run(config, done, **sizes)
 

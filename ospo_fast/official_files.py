@@ -25,6 +25,7 @@ NAMES = re.compile(
 )
 KNOWN = "base_prompt.json, negative_prompt.json, long_prompt.json, vqa_question.json, vqa_result.json, train.json"
 _CANDIDATES = {"base": "chosen_candidate", "negative": "rejected_candidate"}  # lists of paths in init_dataset.json
+IMAGES = "images"  # the folder of images of both roles
 OnError = Callable[[OspoError], object]
 
 
@@ -67,7 +68,7 @@ def read_stage(
     if find_stage(stage).adds is None:
         return None
     wanted, drawn = STAGE_NAMES.index(stage), STAGE_NAMES.index("images")
-    folder, files = out / "images", find_files(out)
+    folder, files = out / IMAGES, find_files(out)
     has_images = any((folder / role).is_dir() for role in ROLES)
     if not (files or has_images):
         return None
@@ -189,7 +190,7 @@ def _with_folder(record: Record, out: Path) -> Record:
         return record
     metadata = {}
     for role in ROLES:
-        folder = Path("images", role, *place)
+        folder = Path(IMAGES, role, *place)
         with os_errors("read", out / folder):
             names = os.listdir(out / folder) if os.path.isdir(out / folder) else []  # noqa: PTH112, PTH208 (long names)
         paths = [str(folder / name) for name in names if name.endswith(".png") and not name.startswith(".")]

@@ -121,7 +121,7 @@ def read_stage(out: Path, stage: str, on_error: OnError | None = None) -> list[R
     paths = store_paths(out, stage)
     if paths:
         return list(_read_stores(paths, on_error).values())
-    found = _read_official(out, stage, on_error)
+    found = read_official(out, stage, on_error)
     if found is None:
         raise UsageError(
             f"There is no {stage}.jsonl in {out}, and no official file in its place ({official_files.KNOWN}); run "
@@ -132,11 +132,11 @@ def read_stage(out: Path, stage: str, on_error: OnError | None = None) -> list[R
 
 def count_official(out: Path, stage: str) -> int:
     """Return how many finished items of a stage official files hold in place of its store."""
-    found = _read_official(out, stage, lambda error: None) or {}
+    found = read_official(out, stage, lambda error: None) or {}
     return sum(finished for _, finished in found.values())
 
 
-def _read_official(out: Path, stage: str, on_error: OnError | None) -> dict[str, tuple[Record, bool]] | None:
+def read_official(out: Path, stage: str, on_error: OnError | None) -> dict[str, tuple[Record, bool]] | None:
     """Return the items of official files in place of a store, see `official_files.read_stage`."""
 
     def stored(name: str) -> tuple[Path, list[Record]] | None:
@@ -296,6 +296,7 @@ class Pipeline:
             self.progress = progress and workers.is_first
         self.evaluation = evaluation
         self.plan: dict[str, Any] | None = None  # of a run, which saves it when it begins
+        self._runs = False  # stages are called as parts of a run
         self._later: Sequence[str] = ()  # in a run, the stages after the present one
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
         self._lock = lock  # in a call, or always
@@ -540,7 +541,7 @@ class Pipeline:
             self._check(find_stage(names[0]), iterations[0])
 
     def _stages(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
-        reports = []
+        reports, self._runs = [], True
         try:
             for iteration in range(1, self.config.iterations + 1):
                 for index, name in enumerate(names, 1):
@@ -549,7 +550,7 @@ class Pipeline:
                     if on_report is not None:
                         on_report(reports[-1])
         finally:
-            self._later = ()
+            self._later, self._runs = (), False
         return reports
 
     def _start_over(self, names: Sequence[str], on_report: Callable[[StageReport], object] | None) -> list[StageReport]:
@@ -695,9 +696,20 @@ class Pipeline:
         return not stage.counts_steps or extension.last_schedule(folder) == extend  # of an unfinished training
 
     def _extends(self, stage: Stage, out: Path) -> bool:
-        if not stage.counts_steps or self.config.train.extend is None:
+        extend = self.config.train.extend
+        if not stage.counts_steps or extend is None or restarts.later_iterations(out, self.folder()):
             return False
-        return extension.extends(out / str(stage.folder), _steps_before(out, stage.name), self.config.train)
+        return extension.extends(out / str(stage.folder), steps_before(out, stage.name), self.config.train)
+
+    def _steps_before_extension(self, stage: Stage, out: Path, *, run: bool) -> int | None:
+        """Return the steps of a training of an earlier iteration, if the last one has or gets more; else None."""
+        later, extend = restarts.later_iterations(out, self.folder()), self.config.train.extend
+        if not stage.counts_steps or not later or (extend is not None and not run):
+            return None
+        last = max(later, key=self._iteration)
+        if found := extension.read_extensions(last / str(stage.folder)):
+            return found[0].after
+        return steps_before(out, stage.name) if extend is not None else None
 
     def _check_extension(self, stage: Stage, out: Path, settings: dict[str, Any], over: bool) -> dict[str, Any]:
         """Check what `train.extend` asks for.
@@ -714,14 +726,14 @@ class Pipeline:
             )
         if self._continues_stage(stage, out, settings):
             return settings
-        before = _steps_before(out, stage.name)
+        before = steps_before(out, stage.name)
         extension.check_extension(out / str(stage.folder), before, train)
-        if not self._extends(stage, out):
+        if before == train.steps:
             return settings
         if later := restarts.later_iterations(out, self.folder()):
             raise UsageError(
                 f"train.extend: {min(later)} starts from the training that would get more steps; extend that of the "
-                "last iteration, with --iteration."
+                "last iteration, with --iteration, or by `ospo-fast run`."
             )
         if (work / "settings.json").exists():
             raise UsageError(
@@ -750,6 +762,8 @@ class Pipeline:
         restarts.refuse_links(restarts.folder(out, stage, self.shard))
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
             return config, {}  # the run will train its model; what can be checked was checked for the first iteration
+        if self.resume and not over and (steps := self._steps_before_extension(stage, out, run=run or self._runs)):
+            config.train = dataclasses.replace(config.train, steps=steps, extend=None)
         self._check_request(stage, config)
         settings = expected = self._settings(stage, config, iteration)
         if stage.counts_steps and config.train.extend is not None:
@@ -828,7 +842,7 @@ class Pipeline:
         taken: dict[str, Record] = {}  # what official files hold in place of the store
         if work == out and self.resume and not store_paths(out, name):
             told = unusable.append if source is None else lambda error: None  # else it is told of the inputs
-            official = _read_official(out, name, told) or {}
+            official = read_official(out, name, told) or {}
             if official and source is None and config.prompts.file is not None:
                 raise UsageError(
                     f"prompts.file: got {config.prompts.file}, and {out} has prompts in official files; leave it out, "
@@ -1362,7 +1376,7 @@ def _keep_official(out: Path, name: str, taken: Mapping[str, Record]) -> None:
         write_atomic(path, b"".join(encode_record(record, str(path)) for record in taken.values()))
 
 
-def _steps_before(out: Path, stage: str) -> int | None:
+def steps_before(out: Path, stage: str) -> int | None:
     """Return the setting of steps that a stage was made with; None where none is recorded."""
     saved = read_json(out / "settings.json", {}).get(stage)
     settings = saved.get("settings") if isinstance(saved, dict) else None

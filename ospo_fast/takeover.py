@@ -2,12 +2,14 @@
 
 The other run is only read. What is taken over is put together in a hidden folder and takes its place as a whole, as
 what starts over does (`ospo_fast.restarts`). Stores and logs are copied. Other files are hard links where the file
-system has them: stages replace them, and do not write into them.
+system has them: stages replace them, and do not write into them. Official files in place of stores are copied before
+that, under their own names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +18,29 @@ from typing import TYPE_CHECKING, Any
 from ospo_fast import restarts
 from ospo_fast.copies import copy_file, copy_folder
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.pipeline import Pipeline, changed_setting, read_stage, store_path, store_paths
-from ospo_fast.records import os_errors, read_json, write_atomic, write_folder, write_json
+from ospo_fast.files import locate, regular
+from ospo_fast.official_files import IMAGES, find_files
+from ospo_fast.pipeline import (
+    Pipeline,
+    changed_setting,
+    read_official,
+    read_stage,
+    steps_before,
+    store_path,
+    store_paths,
+)
+from ospo_fast.records import ROLES, os_errors, read_json, write_atomic, write_folder, write_json
 from ospo_fast.shapes.commands import HELD_OUT
 from ospo_fast.stages import STAGES, Stage, find_stage
-from ospo_fast.stages.run_files import describe_missing, missing_files, missing_trained
+from ospo_fast.stages.extension import check_extension
+from ospo_fast.stages.run_files import (
+    describe_missing,
+    image_paths,
+    mask_paths,
+    missing_files,
+    missing_trained,
+    pair_paths,
+)
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
@@ -88,10 +108,19 @@ def _find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> li
         if reason:
             break
         taken.append(stage.name)
+    if reason and config.train.extend is not None and wanted[-1].counts_steps:
+        raise UsageError(
+            f"train.extend: got {config.train.extend} with --from {source}, expected null: {reason}, so that its "
+            "training is not taken over; leave it out."
+        )
     lacking = next((stage.name for stage in wanted if stage.name not in (*taken, *names)), None)
     if lacking is not None or not taken:
-        rest = f"{names[0]} has no inputs; start from it with `ospo-fast run`" if taken else "nothing can be taken over"
-        raise UsageError(f"--from {source}: {reason}, so that {rest}, or run the stages without --from.")
+        rest = (
+            f"{names[0]} has no inputs; start from it with `ospo-fast run`, or"
+            if taken
+            else "nothing can be taken over;"
+        )
+        raise UsageError(f"--from {source}: {reason}, so that {rest} run the stages without --from.")
     return taken
 
 
@@ -99,8 +128,11 @@ def _why_not(view: Pipeline, stage: Stage, source: Path, taken: Sequence[str]) -
     """Return why a stage of the run folder `source`, as `view` sees it, is not taken over; empty: it is."""
     name, saved = stage.name, read_json(source / "settings.json", {}).get(stage.name)
     if saved is None:
-        return f"{name} was not made there"
-    if (changed := changed_setting(saved, view.settings_of(stage), source)) is not None:
+        return _why_not_given(source, stage, view.config)
+    if stage.counts_steps and view.config.train.extend is not None:
+        check_extension(source / str(stage.folder), steps_before(source, name), view.config.train)
+    settings = _settings(view, stage, source)
+    if (changed := changed_setting(saved, settings, source)) is not None:
         field, before, value = changed
         return f"{name} was made with {field}={before!s:.200}, now {field}={value!s:.200}"
     unfinished = f"{name} is not finished there"
@@ -120,6 +152,53 @@ def _why_not(view: Pipeline, stage: Stage, source: Path, taken: Sequence[str]) -
         path for record in records.values() for path in missing_files(source, str(stage.folder), stage.writes(record))
     ]
     return unfinished if not complete else f"of {name}, {describe_missing(lost)}" if lost else ""
+
+
+def _settings(pipeline: Pipeline, stage: Stage, source: Path) -> dict[str, Any]:
+    """Return the settings of a stage that is taken over: of a training that gets more steps, with those before."""
+    settings = pipeline.settings_of(stage)
+    if stage.counts_steps and pipeline.config.train.extend is not None:
+        settings[f"{stage.name}.steps"] = steps_before(source, stage.name)
+    return settings
+
+
+def _why_not_given(source: Path, stage: Stage, config: Config) -> str:
+    """Return why official files do not stand for a stage of a run folder; empty: they hold all of its items.
+
+    Raises UsageError if they name other files of the folder than those in `images`.
+    """
+    found = None if store_paths(source, stage.name) else read_official(source, stage.name, lambda error: None)
+    if not found:
+        return f"{stage.name} was not made there"
+    finished, inputs = {item_id for item_id, (_, is_finished) in found.items() if is_finished}, stage.inputs(config)
+    if not finished or (inputs is not None and not _records(source, inputs).keys() <= finished):
+        return f"{stage.name} was not made there, and official files do not hold all of it"
+    for record, _ in found.values():
+        for path in [*image_paths(record), *pair_paths(record), *mask_paths(record)]:
+            if _is_below(path, source) and Path(str(path)).parts[0] != IMAGES:
+                raise UsageError(
+                    f"--from {source}: official files name {path}, and only their files in the folder images are taken "
+                    "over; copy the run folder and start what has changed over there, with --no-resume."
+                )
+    return ""
+
+
+def _is_below(path: object, source: Path) -> bool:
+    try:
+        return bool(locate(path, source))
+    except OspoError:
+        return False  # it stays where it is
+
+
+def _refuse_other_files(source: Path, out: Path) -> None:
+    """Raise UsageError for official files in `out` that the run folder `source` does not have."""
+    for path in find_files(out) if out.is_dir() else ():
+        other = source / path.relative_to(out)
+        if not (other.is_file() and filecmp.cmp(other, path, shallow=False)):
+            raise UsageError(
+                f"--from: got {source}, but {out} has {path.relative_to(out)} of another run; give another --out, or "
+                "leave --from out."
+            )
 
 
 def _records(source: Path, name: str) -> dict[str, Record]:
@@ -143,24 +222,32 @@ def take_over(pipeline: Pipeline, source: Path, names: Sequence[str]) -> list[st
     config, out, run = pipeline.config, pipeline.folder(), _name(source)
     with os_errors("read", source), restarts.reading(source), pipeline.using() as lock:
         taken = find_finished(pipeline, source, names)
-        lock.begin()
-        if (source / HELD_OUT).is_file():
-            write_atomic(out / HELD_OUT, (source / HELD_OUT).read_bytes())
-        use_own_files(config, source)
         stages = [find_stage(name) for name in taken]
+        _refuse_other_files(source, out)
+        lock.begin()
+        for path in (source / HELD_OUT, *find_files(source)):
+            if path.is_file():
+                write_atomic(out / path.relative_to(source), regular(path).read_bytes())
+        use_own_files(config, source)
         saved = read_json(source / "settings.json", {})
         rows = [
             row for row in read_json(source / "stages.json", []) if isinstance(row, dict) and row.get("stage") in taken
         ]
         settings: dict[str, Any] = {_MARK: {"run": run, "stages": taken}}
-        settings |= {stage.name: {**saved[stage.name], "settings": pipeline.settings_of(stage)} for stage in stages}
+        settings |= {
+            stage.name: {**saved[stage.name], "settings": _settings(pipeline, stage, source)}
+            for stage in stages
+            if stage.name in saved
+        }
 
         def save(place: Path) -> None:
             for stage in stages:
-                if not stage.counts_steps:
+                if not stage.counts_steps and stage.name in saved:
                     copy_file(store_path(source, stage.name), store_path(place, stage.name))
-                if stage.folder is not None and (source / stage.folder).exists():
-                    copy_folder(source / stage.folder, place / stage.folder)
+            folders = [stage.folder for stage in stages if stage.folder is not None]
+            for name in folders if IMAGES in folders else [*folders, *(f"{IMAGES}/{role}" for role in ROLES)]:
+                if (source / name).exists():
+                    copy_folder(source / name, place / name)
             write_json(place / "settings.json", settings)
             write_json(place / "stages.json", [{_MARK: run, **row} for row in rows])
             pipeline.save_config(place)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ospo_fast.official_files import find_files
 from ospo_fast.pipeline import read_stage
 from ospo_fast.plan import count_done
 from ospo_fast.records import read_records
+from ospo_fast.stages import STAGE_NAMES
 
 pytestmark = pytest.mark.usefixtures("omegaconf", "script")
 
@@ -67,6 +69,11 @@ def official_images(folder, missing=(), side=32):
                 color = tuple(rng.randrange(256) for _ in range(3))
                 if (item_id, role, number) not in missing:
                     Image.new("RGB", (side, side), color).save(place / f"{number:02d}.png")
+
+
+def content(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def call(*arguments):
@@ -364,10 +371,76 @@ def test_a_run_continues_from_official_answers(tmp_path, tiny):
     (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
     official(tmp_path, "prompt/negative_prompt.json", "negative")
     official_images(tmp_path)
-    settings = ("masks.layers=[0]", "train.steps=1", "train.batch_size=1", "train.eval_every=0", "iterations=1")
-    assert call("run", "--model", tiny, "--out", tmp_path, *settings, "train.early_stopping=null") == 0
+    assert call("run", "--model", tiny, "--out", tmp_path, *TRAINING) == 0
     assert [r["pairs"][0]["rejected_prompt"] for r in store(tmp_path, "masks")] == [NEGATIVES[0]] * 3
     assert not (tmp_path / "prompts.jsonl").exists()
+
+
+TRAINING = (
+    "masks.layers=[0]",
+    "train.steps=1",
+    "train.batch_size=1",
+    "train.eval_every=0",
+    "train.early_stopping=null",
+)
+
+
+def test_a_run_of_official_files_is_taken_over(tmp_path, tiny, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    official(first, "prompt/negative_prompt.json", "negative")
+    official_images(first)
+    assert call("run", "--model", tiny, "--out", first, *TRAINING) == 0
+    before = content(first)
+    assert call("run", "--out", second, "--from", first, "select.margin=0.4") == 0
+    assert content(first) == before
+    after = content(second)
+    given = [name for name in before if name.split("/")[0] in ("vqa_result.json", "prompt", "images")]
+    assert len(given) > 2
+    assert all(after[name] == before[name] for name in given)
+    assert [row["stage"] for row in json.loads(after["stages.json"])] == ["select", "masks", "train"]
+    assert json.loads(after["settings.json"])["from"]["stages"] == list(STAGE_NAMES[:5])
+    assert call("run", "--out", second, "--from", first, "select.margin=0.4") == 0
+    assert content(second) == after | {"plan.json": content(second)["plan.json"]}
+    # What it starts from cannot be mixed with other files.
+    third = tmp_path / "third"
+    official(third, "base_prompt.json")
+    code, error = failed(capsys, "run", "--out", third, "--from", first, "select.margin=0.4")
+    assert (code, sorted(content(third))) == (2, ["base_prompt.json"])
+    assert f"--from: got {first}, but {third} has base_prompt.json of another run; give another --out" in error
+
+
+def test_what_official_files_do_not_hold_is_not_taken_over(tmp_path, tiny, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    official(first, "negative_prompt.json", "negative")
+    official_images(first)
+    for stage in ("perturb", "questions"):
+        assert call(stage, "--model", tiny, "--out", first) == 0
+    assert call("images", "--out", second, "--from", first, "--model", tiny, "perturb.temperature=0.5") == 2
+    assert "perturb was made with perturb.temperature=None, now" in capsys.readouterr().err
+    assert call("perturb", "--out", second, "--from", first, "--model", tiny, "perturb.temperature=0.5") == 0
+    assert json.loads((second / "settings.json").read_text())["from"]["stages"] == ["prompts"]
+    assert call("score", "--out", second, "--from", first, "--model", tiny, "perturb.temperature=0.5") == 2
+    assert "There is no questions.jsonl in" in capsys.readouterr().err
+    assert len(list((second / "images").rglob("*.png"))) == 18
+    code, error = failed(capsys, "train", "--out", tmp_path / "third", "--from", first)
+    assert (code, (tmp_path / "third").exists()) == (2, False)
+    assert "score was not made there, so that train has no inputs; start from it with `ospo-fast run`, or run" in error
+    rows = vqa_result()
+    rows[0]["base_metadata"]["base_0"]["path"] = "step3/0.png"
+    (first / "vqa_result.json").write_text(json.dumps(rows))
+    code, error = failed(capsys, "run", "--out", tmp_path / "third", "--from", first)
+    assert (code, (tmp_path / "third").exists()) == (2, False)
+    assert (
+        f"--from {first}: official files name step3/0.png, and only their files in the folder images are taken" in error
+    )
+    (first / "vqa_result.json").unlink()
+    for role in ("base", "negative"):
+        shutil.rmtree(first / "images" / role / "layout" / IDS[1])
+    code, error = failed(capsys, "score", "--out", tmp_path / "third", "--from", first)
+    assert (code, (tmp_path / "third").exists()) == (2, False)
+    assert "images was not made there, and official files do not hold all of it, so that score has no inputs" in error
 
 
 @pytest.mark.parametrize("stage", ["perturb", "images", "run"])

@@ -115,6 +115,33 @@ def test_the_same_settings_take_the_training_too(runs, capsys):
     assert content(runs / "first") == before
 
 
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_training_is_taken_over_and_extended(runs, capsys, command):
+    more = ("train.steps=4", "train.extend=constant")
+    call("train", "--out", "first", "--no-resume", "train.save_every=1", capsys=capsys)
+    before = content(runs / "first")
+    printed = call(command, "--out", "second", "--from", "first", *more, capsys=capsys)
+    assert f"taken over from first: {', '.join(STAGES)}\n" in printed
+    assert content(runs / "first") == before
+    call(command, "--out", "second", "--from", "first", *more, capsys=capsys)
+    call("train", "--out", "first", *more, capsys=capsys)
+    first, second = content(runs / "first" / "train"), content(runs / "second" / "train")
+    assert first["model/model.safetensors"] == second["model/model.safetensors"]
+    assert first["extended.json"] == second["extended.json"]
+    assert json.loads(second["done.json"])["step"] == 4
+    # A training that ended otherwise is refused before anything is copied.
+    for words, expected in {
+        "train.steps=3 train.extend=constant": "train.steps: got 3 with train.extend=constant, expected more than",
+        "train.steps=9 train.extend=cosine masks.soft=true": (
+            "train.extend: got cosine with --from first, expected null: masks was made with masks.soft=False, now "
+            "masks.soft=True, so that its training is not taken over; leave it out"
+        ),
+        "train.steps=9 train.extend=cosine train.clip=2": "train was made with train.clip=1.0, now train.clip=2.0",
+    }.items():
+        assert expected in call("run", "--out", "third", "--from", "first", *words.split(), code=2, capsys=capsys)
+        assert not (runs / "third").exists()
+
+
 def test_a_command_of_a_stage(runs, capsys):
     printed = call("masks", "--out", "second", "--from", "first", "masks.soft=true", capsys=capsys)
     assert f"taken over from first: {', '.join(STAGES[:-2])}\n" in printed

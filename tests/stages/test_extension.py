@@ -293,3 +293,27 @@ def test_a_run_extends_its_training(tiny, copy, extended):
     reports = pipeline(tiny, copy, *MORE).run()
     assert [report.items for report in reports] == [0] * 7 + [3]
     assert files(copy / "train") == files(extended / "train")
+
+
+def test_a_run_of_several_iterations_extends_the_last(tiny, script, tmp_path):
+    """The settings of the run have the new number of steps, which the trainings before the last one do not have."""
+    out, one, more = tmp_path / "run", ("iterations=2",), ("train.steps=3", "train.extend=constant")
+    pipeline(tiny, out, *one, "train.steps=2").run()
+    first = files(out / "train")
+    for _ in range(2):  # the second call has nothing to do
+        reports = pipeline(tiny, out, *more).run()
+    assert {report.items for report in reports} == {0}
+    done = json.loads((out / "iter2" / "train" / "done.json").read_text())
+    assert (done["step"], [each["after"] for each in done["extended"]]) == (3, [2])
+    assert files(out / "train") == first
+    assert {report.items for report in pipeline(tiny, out).run()} == {0}
+    # The first one is trained to its own end, also where its weights have to be saved again.
+    (out / "train" / "model" / "config.json").unlink()
+    with pytest.raises(UsageError, match="iter2"):
+        pipeline(tiny, out, *more).stage("train")
+    pipeline(tiny, out).run()
+    assert files(out / "train") == first
+    with pytest.raises(UsageError, match=r"train was made with train\.steps=3, now train\.steps=9"):
+        pipeline(tiny, out, "train.steps=9").run()
+    pipeline(tiny, out, "train.steps=4", "train.extend=cosine").stage("train", 2)
+    assert {report.items for report in pipeline(tiny, out).run()} == {0}
