@@ -102,15 +102,36 @@ def refuse_replacing(folders: Sequence[Path]) -> None:
         if not folder.is_dir():
             continue
         with os_errors("read", folder):
-            images = [
-                inner for role in ROLES if (inner := folder / role).is_dir() and any(map(Path.is_dir, inner.iterdir()))
-            ]
             files = [path for path in folder.iterdir() if NAMES.fullmatch(path.name)]
-        if found := [*images, *files]:
+        if found := [*_image_folders(folder), *files]:
             raise UsageError(
                 f"{found[0]} holds files of the official code, which starting over would delete with the results in "
                 f"{folder}; move them to a folder of their own, for images named by read_from, or use another --out."
             )
+
+
+def check_prompts(out: Path, file: str | None) -> None:
+    """Raise UsageError if a run folder has official images without their prompts, or official prompts next to `file`.
+
+    file: the setting prompts.file.
+    """
+    if find_files(out):
+        if file is not None:
+            raise UsageError(
+                f"prompts.file: got {file}, and {out} has prompts in official files; leave it out, or use another "
+                "--out for these prompts."
+            )
+    elif found := _image_folders(out / IMAGES):
+        raise UsageError(
+            f"{found[0]} holds images of the official code, and {out} has no file with their prompts; put the file "
+            f"there ({KNOWN}), or use another --out for other prompts."
+        )
+
+
+def _image_folders(folder: Path) -> list[Path]:
+    with os_errors("read", folder):
+        folders = [inner for role in ROLES if (inner := folder / role).is_dir()]
+        return [inner for inner in folders if any(map(Path.is_dir, inner.iterdir()))]
 
 
 def _adds(stage: Stage, record: Record) -> bool:

@@ -762,6 +762,8 @@ class Pipeline:
         restarts.refuse_links(restarts.folder(out, stage, self.shard))
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
             return config, {}  # the run will train its model; what can be checked was checked for the first iteration
+        if self.resume and not over and stage.inputs(config) is None and not store_paths(out, name):
+            official_files.check_prompts(out, config.prompts.file)
         if self.resume and not over and (steps := self._steps_before_extension(stage, out, run=run or self._runs)):
             config.train = dataclasses.replace(config.train, steps=steps, extend=None)
         self._check_request(stage, config)
@@ -843,11 +845,6 @@ class Pipeline:
         if work == out and self.resume and not store_paths(out, name):
             told = unusable.append if source is None else lambda error: None  # else it is told of the inputs
             official = read_official(out, name, told) or {}
-            if official and source is None and config.prompts.file is not None:
-                raise UsageError(
-                    f"prompts.file: got {config.prompts.file}, and {out} has prompts in official files; leave it out, "
-                    "or use another --out for these prompts."
-                )
             taken = {item_id: record for item_id, (record, finished) in official.items() if finished}
         present |= taken
         if taken and self.speaks:

@@ -479,9 +479,21 @@ def test_own_prompts_next_to_official_ones_are_refused(tmp_path, tiny, capsys):
     official(tmp_path, "base_prompt.json")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     prompts = tmp_path / "prompts.txt"
+    before = content(tmp_path)
     code, error = failed(capsys, "prompts", "--model", tiny, "--out", tmp_path, "--prompts", prompts)
-    assert code == 2
+    assert (code, content(tmp_path)) == (2, before)
     assert "has prompts in official files; leave it out" in error
+
+
+@pytest.mark.parametrize("stage", ["prompts", "run"])
+def test_official_images_without_prompts_are_refused(tmp_path, tiny, capsys, stage):
+    official_images(tmp_path)
+    before = content(tmp_path)
+    code, error = failed(capsys, stage, "--model", tiny, "--out", tmp_path)
+    assert (code, content(tmp_path)) == (2, before)
+    assert f"{tmp_path / 'images' / 'base'} holds images of the official code, and {tmp_path} has no file with" in error
+    official(tmp_path, "base_prompt.json")
+    assert call("prompts", "--model", tiny, "--out", tmp_path) == 0
 
 
 def test_official_answers_without_questions_are_selected(tmp_path, tiny):
