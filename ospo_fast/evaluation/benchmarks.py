@@ -58,8 +58,10 @@ class Benchmark:
     write: Callable[[Sequence[Entry], Images, Path, Path], None]
 
 
-def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_lines(path: Path, option: str = "--prompts") -> list[tuple[int, dict[str, Any]]]:
     """Read (line, object) from a JSON array or JSON lines, one object each; of an array the line is the place.
+
+    option: what names the file.
 
     Raises UsageError for a file that cannot be read or holds anything else.
     """
@@ -72,7 +74,8 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             rows = [(number, attempt(_parse_line, line)) for number, line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"Cannot read {str(path)[:300]}: {reason(error)}; expected JSON lines, or a JSON array, of objects."
+            f"{option}: cannot read {str(path)[:300]}: {reason(error)}; expected JSON lines, or a JSON array, of "
+            "objects."
         ) from error
     wrong = Failure("it is no JSON object; write one object on each line")
     rows = [(number, row if isinstance(row, (dict, Failure)) else wrong) for number, row in rows]
@@ -154,7 +157,7 @@ def _read_dpg(path: Path) -> list[Entry]:
     try:
         rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"))))
     except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"Cannot read {str(path)[:300]}: {reason(error)}; download it again.") from error
+        raise UsageError(f"--prompts: cannot read {str(path)[:300]}: {reason(error)}; download it again.") from error
     found: dict[str, Entry] = {}
     results: list[tuple[int, object]] = []
     for line, row in enumerate(rows, 2):
@@ -272,7 +275,7 @@ def identify(path: Path) -> tuple[str | None, str]:
         if "vqa_list" in keys:
             return "geneval2", holds
         return "geneval" if {"tag", "include"} <= keys else None, holds
-    header = text.split("\n", 1)[0].strip().split(",")
+    header = next(csv.reader([text.split("\n", 1)[0].strip()[:10_000]]), [])
     if set(header) >= _CSV_FIELDS:
         return "dpg", f"CSV with the columns {','.join(header)[:120]}"
     if path.suffix == ".csv":

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -249,7 +250,9 @@ def run_questions(
     if baseline is not None:
         before, drawn = _read_baseline(baseline, items, "self" if itself else judge, named)
     # What is wrong is found before torch is imported and a model is loaded, as far as its folder says it.
-    if judges.is_unified(named):
+    with nullcontext() if itself else judges.naming_option():
+        unified = judges.is_unified(named)
+    if unified:
         asked = [(item.line, judges.asked_text(question)) for item in items for question in item.questions]
         places, asked_texts = zip(*asked, strict=True)
         check_unloaded(named, questions, places, asked_texts, "questions")
@@ -268,7 +271,8 @@ def run_questions(
                 config.model,
                 origin["model"],
             )
-    opened = judges.open_judge(named, config)
+    with nullcontext() if itself else judges.naming_option():
+        opened = judges.open_judge(named, config)
     opened.check([question for item in items for question in item.questions])
     if found is None:
         found, sampling = _generate_for(config, opened if itself else None, questions, items, num or 1, progress)

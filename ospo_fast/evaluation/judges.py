@@ -90,6 +90,16 @@ def is_unified(name: str) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def naming_option() -> Iterator[None]:
+    """Name --judge in the errors of the block about a model."""
+    try:
+        yield
+    except OspoError as error:
+        text = str(error)
+        raise type(error)(f"--judge: {text.removeprefix('model: ')}" if text.startswith("model: ") else text) from error
+
+
 def open_judge(name: str, config: Config) -> Judge:
     """Load a judge: a unified model, or of another model its processor; that loads its weights at the first answer."""
     if not is_unified(name):

@@ -62,7 +62,7 @@ def read_questions(path: Path) -> list[Item]:
             raise UsageError(f"prompt: {item.prompt[:60]!r} is also that of line {first}; join their questions")
         return item
 
-    results = [(line, attempt(make, line, row)) for line, row in read_lines(path)]
+    results = [(line, attempt(make, line, row)) for line, row in read_lines(path, "--questions")]
     refuse_lines(path, results)
     items = [item for _, item in results if isinstance(item, Item)]
     if not items:

@@ -111,6 +111,8 @@ def test_the_csv_of_dpg_has_a_line_for_each_question(tmp_path):
     assert [(entry.name, entry.prompt) for entry in read_benchmark("dpg", path)] == [
         ("whoops1", "Red, and\nblue."), ("7", "x"),
     ]  # fmt: skip
+    path.write_text('"item_id","text","a, b"\n"7","x",""\n')
+    assert [(entry.name, entry.prompt) for entry in read_benchmark("dpg", path)] == [("7", "x")]
     path.write_text(f"{CSV}a,x,k,1,0,e,e,t,q\na,y,k,2,0,e,e,t,q\n")
     with pytest.raises(UsageError, match="item_id 'a' has another text than in row 2; download it again"):
         read_benchmark("dpg", path)

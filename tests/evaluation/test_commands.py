@@ -265,6 +265,12 @@ def test_baselines_that_are_refused(capsys, files, tiny, judge_folder):
     refused("one has no scores.jsonl; give the --out of another `ospo-fast evaluate --questions`")
 
 
+@pytest.mark.parametrize("name", ["nonexistent", "no/such/judge", "questions.jsonl"])
+def test_a_judge_that_does_not_exist_is_named(capsys, files, tiny, generated, name):
+    code, _, err = call(capsys, "evaluate", "--questions", "questions.jsonl", "--model", tiny, "--judge", name)
+    assert (code, err.startswith("ospo-fast: --judge: "), name in err) == (1, True, True)
+
+
 def test_a_judge_that_cannot_answer_is_refused_before_an_image_is_generated(capsys, files, tiny, generated, text_model):
     arguments = ["evaluate", "--questions", "questions.jsonl", "--model", tiny, "--out", "out"]
     code, _, err = call(capsys, *arguments, "--judge", text_model)

@@ -152,7 +152,9 @@ def test_what_is_no_json_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"q.txt:1: it is no JSON .*; write one object on each line"):
         read_questions(tmp_path / "q.txt")
     (tmp_path / "q.json").write_text("[1")
-    with pytest.raises(UsageError, match=r"Cannot read .*q.json: .*; expected JSON lines, or a JSON array"):
+    with pytest.raises(
+        UsageError, match=r"--questions: cannot read .*q.json: .*; expected JSON lines, or a JSON array"
+    ):
         read_questions(tmp_path / "q.json")
-    with pytest.raises(UsageError, match=r"Cannot read .*none.jsonl: No such file"):
+    with pytest.raises(UsageError, match=r"--questions: cannot read .*none.jsonl: No such file"):
         read_questions(tmp_path / "none.jsonl")
