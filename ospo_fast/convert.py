@@ -106,6 +106,9 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
         else:
             model = load_model(path, device="cpu", dtype=dtype)
 
+    if bad := [name for name, tensor in model.module.state_dict().items() if not tensor.isfinite().all()]:
+        logger.warning("%s has %d tensors with values that are not finite (%s, …)", path, len(bad), bad[0])
+
     def save(folder: Path) -> None:
         if to == "deepseek":
             deepseek.save_deepseek(model, folder, unused)

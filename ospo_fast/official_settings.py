@@ -83,7 +83,6 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 # Keys that are read together with others.
 _READ = ("model.model_path", "ckpt_path", "prompt_type", "category", "max_len", "use_peft", "optimizer.scheduler_type",
          "base.world_size", "experiment.gradient_accumulation_steps")  # fmt: skip
-# Places, processes, logs: the run folder has the files, torchrun the processes.
 # Places, processes, logs: the run folder has the files, torchrun the processes. Seeds: the random numbers are others.
 _NO_EFFECT = (
     "seed seed_list world_size num_workers data_path save_path save_name save_dir image_path save_attn img_constraint "
@@ -98,7 +97,7 @@ _WITHOUT_EFFECT = frozenset(_NO_EFFECT.split())
 
 def is_official(layer: Mapping[str, Any]) -> bool:
     """Return whether the content of a YAML file has keys of the official files."""
-    return bool(_MARKS & layer.keys())
+    return bool(_MARKS & layer.keys()) or isinstance(layer.get("model"), Mapping)  # ours is a text
 
 
 def translate(layer: Mapping[str, Any], source: str) -> dict[str, Any]:

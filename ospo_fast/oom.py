@@ -91,5 +91,6 @@ def release() -> None:
 
 
 def short(error: BaseException) -> str:
-    """Return the first line of an error, cut to 160 characters."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    """Return the first line of an error, cut to 160 characters; with the second one if it says only where."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:160]

@@ -104,6 +104,27 @@ def test_from_transformers_layout_and_back(tmp_path: Path, tied: bool) -> None:
         assert (loaded.templates, loaded.grid) == ("shapes", model.grid)
 
 
+def test_values_that_are_not_finite_are_converted_and_told_of(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny, tmp_path / "a")
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.aligner.fc1.weight"].view(-1)[5] = torch.inf
+    save_file(weights, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    convert(str(tmp_path / "a"), tmp_path / "b")
+    assert "has 1 tensors with values that are not finite (model.aligner.fc1.weight, …)" in caplog.text
+    convert(str(tmp_path / "b"), tmp_path / "c")
+    assert_same(load_file(tmp_path / "c" / "model.safetensors"), weights)
+
+
+def test_a_value_of_another_type_in_a_config_is_named(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "a")
+    config = json.loads((tiny / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = "2"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    refuse(OspoError, tmp_path / "b", "num_hidden_layers", "expected int, got str (value: '2')", source=tmp_path / "a")
+
+
 def test_a_config_that_ties_heads_which_differ(tmp_path: Path) -> None:
     """transformers does not tie them, and JanusConfig says that they are tied unless told otherwise."""
     write_deepseek(tmp_path / "a")

@@ -132,6 +132,11 @@ def test_what_cannot_be_done_is_refused(tmp_path, key, value, expected):
     assert expected in str(raised.value)
 
 
+def test_a_file_of_a_model_alone(tmp_path):
+    assert load(tmp_path, {"model": {"model_path": None}}).model == "shapes"
+    assert load(tmp_path, {"model": {"model_path": "org/janus"}}).model == "org/janus"
+
+
 def test_the_official_preset():
     config = load_config(["preset=official"])
     assert config.masks.skip_layers == [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]

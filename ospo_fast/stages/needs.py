@@ -102,7 +102,8 @@ def _no_image(record: Record) -> Lack:
         return Lack("; ".join(reasons), _again("perturb and images"), recorded=True)
     return Lack(
         "it has no image in `base_metadata` and `negative_metadata`",
-        "run the stage images, or put the official folder images, which holds base and negative, into the run folder",
+        "run the stage images, or put the official folder images, with PNG files in base and negative, into the run "
+        "folder",
     )
 
 
