@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,9 @@ CHARACTERS = 4  # of a token, an assumption of floors
 BATCH_ROWS = {"cuda": 96, "cpu": 256}  # CUDA_ROWS and CPU_ROWS of generation/requests.py, which imports torch
 ANSWERS_PER_BATCH = 8  # calls of stage 1 that are sampled together, CALLS_PER_BATCH of stages/prompts.py
 PROCESS = 5e8  # bytes of a process that has imported torch and transformers, on the CPU
-NOT_SHARED = ("start", "evaluated image")  # every process starts, and waits while the first one evaluates
+# Every process starts, and waits while the first one evaluates and makes samples.
+NOT_SHARED = ("start", "evaluated image", "sampled image")
+SAMPLES = 8  # images of each train.sample_every steps, COUNT of stages/samples.py, which imports torch
 SAMPLE = 64  # items of a calibration: two chunks of the images stage, whose batches are then full
 
 
@@ -91,6 +93,8 @@ class Demand:
     needed: float = 0.0  # bytes with batches of one
     flops: float = 0.0
     streamed: float = 0.0  # bytes that are read from memory at least
+    # Of units without a rate of their own: the stage and the unit whose rate they have a share of, and the share.
+    derived: Mapping[str, tuple[str, str, float]] = field(default_factory=dict)
 
 
 class _Demands:
@@ -276,12 +280,10 @@ class _Demands:
         groups = 3 if loss_config(self.config).cond_weight > 0 else 2
         pairs = steps * settings.batch_size * settings.accumulation
         length = math.ceil(self._image_prompt + shapes.tokens)
-        rows = pairs * groups
-        flops = shapes.flops(
-            tokens=rows * length, attended=rows * causal(length), codes=rows * shapes.tokens, backward=True
+        of_pair = partial(
+            shapes.flops, tokens=groups * length, attended=groups * causal(length), codes=groups * shapes.tokens
         )
-        if settings.full:  # the gradients of the weights
-            flops += 2.0 * shapes.layer_weights * rows * length
+        trained, validated = of_pair(backward=True, trained=settings.full), of_pair()
         size = 2 if self.cuda else 4  # of bf16 autocast
 
         def memory(batch: int) -> float:
@@ -297,19 +299,30 @@ class _Demands:
                 dropout=settings.lora_dropout > 0,
             )
             head = head_bytes(shapes, batch * groups * shapes.tokens, itemsize=size)
-            trained = 16 * self.trained / (self.gpus if settings.full else 1)
-            return self.weights + trained + activations + head
+            state = 16 * self.trained / (self.gpus if settings.full else 1)
+            return self.weights + state + activations + head
 
         amounts = {"pair": float(pairs)}
+        # The first evaluation is before training; held-out pairs are always evaluated at both ends.
+        evaluations = math.ceil(steps / settings.eval_every) + 1 if settings.eval_every else 2
+        held_out = min(settings.validation_pairs, math.ceil(self.items * self.pairs_per_item))
+        if held_out and steps:
+            amounts["validated pair"] = float(evaluations * held_out)
+        if settings.sample_every and steps // settings.sample_every:
+            amounts["sampled image"] = float(steps // settings.sample_every * SAMPLES)
+        flops = pairs * trained + amounts.get("validated pair", 0.0) * validated
+        derived = {
+            "validated pair": ("train", "pair", validated / trained),
+            "sampled image": ("images", "image", 1.0),
+        }
         if settings.eval_every and steps and model_family(self.config.model) == "shapes":  # images of no other world
             evaluate = self.config.evaluate
-            evaluations = math.ceil(steps / settings.eval_every) + 1  # the first one is before training
             amounts["evaluated image"] = float(evaluations * 3 * evaluate.watch_per_kind * len(evaluate.seeds))
         # Two checkpoints with both moments while one replaces the other, the merged model, the best weights, and the
         # adapter, which full training has not.
         others = self.itemsize if settings.full else 4 + 4
         disk = (2 * 12 + others) * self.trained + shapes.parameters * self.itemsize if steps else 0.0
-        return Demand(amounts, disk, memory(settings.batch_size), memory(1), flops)
+        return Demand(amounts, disk, memory(settings.batch_size), memory(1), flops, derived=derived)
 
 
 def read_shapes(name: str) -> ModelShapes:
@@ -411,7 +424,12 @@ def make_plan(
     rows: list[dict[str, Any]] = []
     for stage in run_stages(config):
         demand: Demand = getattr(demands, stage.name)()
-        seconds, alone, source = _time(demand, rates.seconds.get(stage.name, {}), rates.source, card)
+        known = {
+            unit: share * rates.seconds[maker][of]
+            for unit, (maker, of, share) in demand.derived.items()
+            if of in rates.seconds.get(maker, {})
+        }
+        seconds, alone, source = _time(demand, {**known, **rates.seconds.get(stage.name, {})}, rates.source, card)
         rows.append(
             {
                 "stage": stage.name,
@@ -624,7 +642,7 @@ def _sample(config: Config, out: Path, items: int) -> Config:
     evaluated = bool(config.train.eval_every) and model_family(config.model) == "shapes"
     small.train = dataclasses.replace(
         config.train, steps=steps, save_every=steps, eval_every=steps if evaluated else 0, early_stopping=None,
-        validation_pairs=0,
+        validation_pairs=0, sample_every=0,
     )  # fmt: skip
     small.evaluate = dataclasses.replace(config.evaluate, watch_per_kind=min(config.evaluate.watch_per_kind, 2 * items))
     return small

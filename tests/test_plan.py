@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation.requests import CPU_ROWS, CUDA_ROWS
 from ospo_fast.pipeline import Pipeline
 from ospo_fast.shapes.commands import build_evaluation
-from ospo_fast.stages import STAGES, find_stage
+from ospo_fast.stages import STAGES, find_stage, samples
 from ospo_fast.stages.prompts import CALLS_PER_BATCH
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_constants_are_those_of_modules_that_import_torch() -> None:
     assert plan.BATCH_ROWS == {"cuda": CUDA_ROWS, "cpu": CPU_ROWS}
     assert plan.ANSWERS_PER_BATCH == CALLS_PER_BATCH
+    assert plan.SAMPLES == samples.COUNT
 
 
 def test_the_default_shares_are_those_of_the_recorded_run() -> None:
@@ -154,6 +156,27 @@ def test_devices_share_neither_the_start_of_a_process_nor_evaluations() -> None:
     assert (one["seconds"], one["device_seconds"]) == (pairs + 2 * images + 3, one["seconds"])
     assert four["seconds"] == pairs / 4 + 2 * images + 3
     assert four["device_seconds"] == 4 * four["seconds"]
+
+
+def test_held_out_pairs_and_samples_are_planned() -> None:
+    rates = plan.Rates({"train": {"pair": 1.0}, "images": {"image": 0.5}}, "measured: here")
+    given = ("train.steps=7", "train.batch_size=2", "train.accumulation=1", "train.eval_every=0")
+    less = rows(plan.make_plan(config(*given), items=100, rates=rates))["train"]
+    more = (*given, "train.validation_pairs=10", "train.sample_every=3")
+    both = rows(plan.make_plan(config(*more), items=100, rates=rates))["train"]
+    assert both["amounts"] == {"pair": 14, "validated pair": 20, "sampled image": 16}
+    # A forward pass takes as many operations as the backward pass through frozen weights; attention takes half of it.
+    assert less["seconds"] + 16 * 0.5 + 20 / 3 < both["seconds"] < less["seconds"] + 16 * 0.5 + 20 / 2
+    often = plan.make_plan(config(*more, "train.eval_every=2", "train.sample_every=0"), items=100)
+    assert rows(often)["train"]["amounts"]["validated pair"] == 50
+    few = plan.make_plan(config(*given, "train.validation_pairs=1000"), items=10)
+    assert rows(few)["train"]["amounts"]["validated pair"] == 2 * math.ceil(10 * plan.Ratios().pairs)
+    card = find_card("h100")
+    floors = [
+        rows(plan.make_plan(config(*words, model=PRO_7B), items=100, card=card))["train"]["seconds"]
+        for words in (given, more)
+    ]
+    assert 1 + 20 / 14 / 3 < floors[1] / floors[0] < 1 + 20 / 14 / 2
 
 
 def test_the_table_names_floors_sources_and_what_exceeds_the_card() -> None:
