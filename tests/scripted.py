@@ -4,6 +4,7 @@ The script answers the last user message in the forms of the Shapes world, and o
 not parse. Images are the random model's own.
 """
 
+import dataclasses
 import functools
 import hashlib
 import random
@@ -58,6 +59,24 @@ def reply(message: str, seed: int) -> str:
 def generate_text(model, prompts, *, seeds, **settings):
     texts = [model.detokenize(ids) for ids in prompts]
     return [reply(text.strip(), seed) for text, seed in zip(texts, seeds, strict=True)]
+
+
+def fail_image(setattr_, failing):
+    """Let the image number `failing` of every call of the generator fail. setattr_: that of monkeypatch."""
+    from ospo_fast.generation import ImageGenerator
+
+    original = ImageGenerator.generate
+
+    def generate(self, prompts, *, callback, **settings):
+        def partly(batch):
+            keep = [n for n, index in enumerate(batch.indices) if index != failing]
+            callback(dataclasses.replace(batch, indices=[batch.indices[n] for n in keep], codes=batch.codes[keep]))
+
+        codes = original(self, prompts, callback=partly, **settings)
+        codes[failing] = -1
+        return codes
+
+    setattr_(ImageGenerator, "generate", generate)
 
 
 def answer_questions(model, images, questions, *, template, **settings):

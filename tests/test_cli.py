@@ -1,6 +1,5 @@
 """The command line: commands, exit codes, and errors of one sentence."""
 
-import dataclasses
 import json
 import os
 import re
@@ -239,19 +238,8 @@ def test_two_calls_of_generate_do_not_mix(capsys, tmp_path, tiny):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_generate_skips_an_image_that_fails(capsys, tmp_path, tiny, monkeypatch):
-    original = ImageGenerator.generate
-
-    def generate(self, prompts, *, callback, **settings):
-        def partly(batch):
-            keep = [n for n, index in enumerate(batch.indices) if index != 1]
-            callback(dataclasses.replace(batch, indices=[batch.indices[n] for n in keep], codes=batch.codes[keep]))
-
-        codes = original(self, prompts, callback=partly, **settings)
-        codes[1] = -1
-        return codes
-
-    monkeypatch.setattr(ImageGenerator, "generate", generate)
+def test_generate_skips_an_image_that_fails(capsys, tmp_path, tiny, scripted, monkeypatch):
+    scripted.fail_image(monkeypatch.setattr, 1)
     arguments = ["images.guidance_scale=1", "a red circle", "--model", tiny, "--out", tmp_path, "--num", 3]
     code, out, _ = call(capsys, "generate", *arguments)
     assert code == 0

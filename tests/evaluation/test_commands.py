@@ -1,6 +1,5 @@
 """`ospo-fast evaluate` with --benchmark and with --questions."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -115,19 +114,8 @@ def test_a_benchmark_is_continued(capsys, files, tiny, generated, scripted):
     assert "out holds the images of another prompt file (geneval); choose another folder with --out." in err
 
 
-def test_a_benchmark_without_all_its_images_has_no_folder(capsys, files, tiny, monkeypatch):
-    original = ImageGenerator.generate
-
-    def generate(self, prompts, *, callback, **settings):
-        def partly(batch):
-            keep = [n for n, index in enumerate(batch.indices) if index != 1]
-            callback(dataclasses.replace(batch, indices=[batch.indices[n] for n in keep], codes=batch.codes[keep]))
-
-        codes = original(self, prompts, callback=partly, **settings)
-        codes[1] = -1
-        return codes
-
-    monkeypatch.setattr(ImageGenerator, "generate", generate)
+def test_a_benchmark_without_all_its_images_has_no_folder(capsys, files, tiny, scripted, monkeypatch):
+    scripted.fail_image(monkeypatch.setattr, 1)
     arguments = ["evaluate", "--benchmark", "dpg", "--prompts", "dpg", "--model", tiny, "--out", "out", "--num", 1]
     code, _, err = call(capsys, *arguments)
     assert code == 1

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from ospo_fast.cost import ModelShapes
-from ospo_fast.errors import OspoError
 from ospo_fast.models import find_model, load_model
 from ospo_fast.models.deepseek_config import from_janus, is_published_size, to_janus
 from ospo_fast.plan import read_shapes
 from tests.models import deepseek_files as files
+from tests.models.refusals import Code, refuse
 from tests.models.test_deepseek_names import PUBLISHED
 
 HERE = Path(__file__).parent
@@ -48,15 +48,6 @@ def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
     weights = files.tensors()
     change(weights)
     files.write_weights(folder, weights)
-
-
-def refuse(name: Path, *words: str) -> None:
-    with pytest.raises(OspoError) as caught:
-        load_model(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 @pytest.mark.parametrize(("form", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 3)])
@@ -328,14 +319,6 @@ def test_preprocessors_that_do_not_fit(broken: Path) -> None:
     refuse(broken, "image processor", "384", "16")
     (broken / "preprocessor_config.json").unlink()
     refuse(broken, "preprocessor_config.json", "cannot read")
-
-
-class Code:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"import pathlib; pathlib.Path({str(self.target)!r}).touch(); raise SystemExit",)
 
 
 def test_pickles_with_code_never_run(broken: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ospo_fast.models import find_model, folder_checks, load_model
 from ospo_fast.models.base import TEMPLATE_SETS
 from ospo_fast.models.janus import JanusUnifiedModel
 from ospo_fast.shapes.model import build_model, build_processor
+from tests.models.refusals import refuse
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +38,6 @@ def broken(saved: Path, tmp_path: Path) -> Path:
 
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def refuse(name: str | Path, *words: str) -> None:
-    with pytest.raises(OspoError) as caught:
-        load_model(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 def test_missing_folders() -> None:

@@ -3,20 +3,19 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ospo_fast.cli import main
 from ospo_fast.config import model_family
-from ospo_fast.errors import OspoError
 from ospo_fast.evaluation.judges import is_unified
 from ospo_fast.models import find_model, load_model
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.stages.model_card import base_folder as base_path
 from ospo_fast.stages.model_card import public_name
 from tests.models import deepseek_files as files
+from tests.models.refusals import Code, refuse
 
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
 LORA_Q = "model.language_model.base_model.model.model.layers.1.self_attn.q_proj.lora_{}.default.weight"
@@ -28,15 +27,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.write_files(folder)
     files.write_weights(folder, files.tensors(), form="bin")
     return folder
-
-
-def refuse(name: Path, *words: str) -> None:
-    with pytest.raises(OspoError) as caught:
-        load_model(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -148,14 +138,6 @@ def test_tensors_of_other_models(base: Path, tmp_path: Path) -> None:
     refuse(path, "does not load on", str(base))
     files.write_trainer_file(path, {**state, LORA_Q.format("A"): torch.full((2, 32), torch.nan)}, str(base))
     refuse(path, "not finite", "q_proj.lora_A")
-
-
-class Code:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return exec, (f"import pathlib; pathlib.Path({str(self.target)!r}).touch(); raise SystemExit",)
 
 
 def test_code_never_runs(base: Path, tmp_path: Path) -> None:
