@@ -8,6 +8,8 @@ hold of an item is joined: a hard negative can be in one of them and its dense p
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import ROLES, ImageVerdict, Pair, Record, edited_text, os_errors, read_records, shown
 from ospo_fast.stages import STAGE_NAMES, STAGES, Stage, find_stage
 from ospo_fast.stages.needs import has_image
+
+logger = logging.getLogger(__name__)
 
 FOLDERS = (".", "prompt", *(f"prompt/step{number}" for number in range(1, 5)), "data")  # of a run folder
 NAMES = re.compile(
@@ -126,6 +130,16 @@ def check_prompts(out: Path, file: str | None) -> None:
             f"{found[0]} holds images of the official code, and {out} has no file with their prompts; put the file "
             f"there ({KNOWN}), or use another --out for other prompts."
         )
+
+
+@functools.cache  # every stage of a run reads them
+def tell_of_shapes(out: Path) -> None:
+    """Warn that official files are read for the embedded model, which is the default: it was probably not meant."""
+    logger.warning(
+        "%s has official files, and the model is the embedded one of the Shapes world, with defaults of its own "
+        "(select.rejected=own); name your model with --model",
+        out,
+    )
 
 
 def _image_folders(folder: Path) -> list[Path]:

@@ -385,6 +385,17 @@ TRAINING = (
 )
 
 
+@pytest.mark.parametrize("given", [[], ["preset=official"], ["model"]])
+def test_official_files_of_another_model_than_meant(tmp_path, tiny, caplog, given):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    official(tmp_path, "negative_prompt.json", "negative")
+    assert call("select", "--out", tmp_path, *(["--model", tiny] if given == ["model"] else given)) == 0
+    told = f"{tmp_path} has official files, and the model is the embedded one" in caplog.text
+    assert told == (given != ["model"])
+    settings = json.loads((tmp_path / "settings.json").read_text())["select"]["settings"]
+    assert settings["select.rejected"] == ("negative" if given == ["preset=official"] else "own")
+
+
 def test_a_run_of_official_files_is_taken_over(tmp_path, tiny, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
