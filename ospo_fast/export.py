@@ -7,8 +7,8 @@
     object_mask/negative/CATEGORY/ITEM/NN_mask.pt  under the name of the chosen image
 
 NN is the number of the hard negative, so that `negative_prompt[NN]` is the rejected prompt. ITEM is `ItemPair.name`:
-each further pair of an item is an entry of its own. What an entry has of the record is listed in `FIELDS`; nothing
-else of the run folder, such as a path, is in it.
+each further pair of an item is an entry of its own. Names that an export gave stay in an export of its pairs. What an
+entry has of the record is listed in `FIELDS`; nothing else of the run folder, such as a path, is in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ FIELDS = (  # of a record, that an entry has
     "long_prompt", "negative_long_prompt", "question", "nouns",
 )  # fmt: skip
 _CATEGORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+_EXPORTED = re.compile(r"[a-z0-9_]{1,64}(-[0-9a-f]{24})?(-[0-9]{1,9})?")  # the form of names of further pairs
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 Files = dict[str, Path | bytes]  # what is in a folder, by relative path: a file to copy, or its content
@@ -106,10 +107,10 @@ def collect_pairs(config: Config, iteration: int = 1, *, progress: bool = False)
     if not pairs:
         raise OspoError(f"There is no pair in {folder}; see the reasons in {stage}.jsonl.")
     failed = []
-    for item in tqdm(pairs, unit="pair", delay=2, disable=not progress):
+    for item, name in zip(tqdm(pairs, unit="pair", delay=2, disable=not progress), _names(pairs), strict=True):
         if export.masked and not item.pair.get("mask_path"):
             export.left_out[item.pair_id] = item.pair.get("mask_reason") or "no reason recorded"
-        elif isinstance(added := attempt(_add_pair, export, item, config, folder), Failure):
+        elif isinstance(added := attempt(_add_pair, export, item, name, config, folder), Failure):
             failed.append(f"{item.pair_id}: {added}")
     if failed:
         what = some_failed("pairs", failed, len(pairs)).rstrip(".")
@@ -122,7 +123,18 @@ def collect_pairs(config: Config, iteration: int = 1, *, progress: bool = False)
     return export
 
 
-def _add_pair(export: Export, item: ItemPair, config: Config, folder: Path) -> None:
+def _names(pairs: Sequence[ItemPair]) -> list[str]:
+    """Return the names of pairs: that of `ItemPair`, or the id of an item that an export named."""
+    names = [item.name for item in pairs]
+    taken = set(names)
+    for number, item in enumerate(pairs):
+        item_id = item.record["item_id"]
+        if item.pair_id == item_id and _EXPORTED.fullmatch(item_id) and item_id not in taken:
+            names[number] = item_id
+    return names
+
+
+def _add_pair(export: Export, item: ItemPair, name: str, config: Config, folder: Path) -> None:
     import torch
 
     from ospo_fast.stages.image_files import encode_png
@@ -134,9 +146,9 @@ def _add_pair(export: Export, item: ItemPair, config: Config, folder: Path) -> N
     category = record.get("t2i_category") or "unknown"
     if not _CATEGORY.fullmatch(category):
         category = item_name(category)
-    entry: dict[str, Any] = {"item_id": item.name, "t2i_category": category}
-    entry |= {name: value for name, value in record.items() if name in FIELDS and value is not None}
-    place, number = f"{category}/{item.name}", f"{_variant(item):02d}"
+    entry: dict[str, Any] = {"item_id": name, "t2i_category": category}
+    entry |= {key: value for key, value in record.items() if key in FIELDS and value is not None}
+    place, number = f"{category}/{name}", f"{_variant(item):02d}"
     for side, role in zip(SIDES, ROLES, strict=True):
         path = locate(pair.get(side), folder, config.read_from)
         image = open_image(path)
@@ -148,10 +160,10 @@ def _add_pair(export: Export, item: ItemPair, config: Config, folder: Path) -> N
             torch.save(union.to(torch.uint8, copy=True), buffer)
             export.files[f"object_mask/{role}/{place}/{number}_mask.pt"] = buffer.getvalue()
     fields: Mapping[str, Any] = pair
-    for name in ("chosen_score", "rejected_score", "rejected_prompt"):
-        if fields.get(name) is not None:
-            entry[name] = fields[name]
-    if item.name != record["item_id"]:
+    for key in ("chosen_score", "rejected_score", "rejected_prompt"):
+        if fields.get(key) is not None:
+            entry[key] = fields[key]
+    if name != record["item_id"]:
         entry["source_item_id"] = record["item_id"]
     export.entries.append(entry)
 

@@ -87,6 +87,25 @@ def test_files_and_train_json(dest, run):
         assert entry["negative_prompt"][int(Path(entry["rejected"]).stem)] == entry["rejected_prompt"]
 
 
+def test_an_export_of_an_export_keeps_names(dest, tmp_path):
+    """Also where another item's further pair would have the name, which is then made different as that of any id."""
+    config = load_config(["masks.enabled=false"])
+    entries = json.loads((dest / "train.json").read_text())
+    for name in ("again", "third"):
+        config.out = str(dest)
+        write_export(config, dest := tmp_path / name)
+        found = json.loads((dest / "train.json").read_text())
+        assert [entry["item_id"] for entry in found] == [entry["item_id"] for entry in entries]
+        assert [entry["chosen"] for entry in found] == [entry["chosen"] for entry in entries]
+    entries[0]["further_pairs"] = [{"chosen": entries[0]["chosen"], "rejected": entries[0]["rejected"]}]
+    (dest / "train.json").write_text(json.dumps(entries))
+    config.out = str(dest)
+    write_export(config, tmp_path / "last")
+    found = [entry["item_id"] for entry in json.loads((tmp_path / "last" / "train.json").read_text())]
+    clash = f"0000012_1-{hashlib.sha256(b'0000012-1').hexdigest()[:24]}"
+    assert found == ["0000012", "0000012-1", clash, EVIL]
+
+
 @pytest.mark.parametrize(("root", "folder"), [("", "dest"), ("data/mine", "."), ("data/mine/", ".")])
 def test_the_steps_of_the_official_trainer_read_it(run, tmp_path, monkeypatch, root, folder):
     target = tmp_path / "dest" if folder == "dest" else tmp_path / "data" / "mine"
