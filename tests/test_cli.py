@@ -281,6 +281,15 @@ def test_stop_is_one_sentence(capsys, tmp_path, tiny, monkeypatch):
     assert (code, err) == (130, "ospo-fast: Stopped; run the same command again to resume.\n")
 
 
+@pytest.fixture
+def _hangup():
+    """Tests that were started by nohup ignore SIGHUP, and what they call would do so too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_end_a_command_as_ctrl_c_does(capsys, tmp_path, tiny, monkeypatch, number):
     def stop(*_, **__):
