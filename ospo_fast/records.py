@@ -479,14 +479,24 @@ def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def os_errors(action: str, path: Path) -> Iterator[None]:
     """Turn an OSError into an OspoError that says that one cannot `action` (read, write) `path`.
 
-    In place of `path` it names the file of the error, if that is known and not a temporary one.
+    In place of `path` it names the file of the error, if that is known and not a temporary one, and what to do.
     """
     try:
         yield
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else ""
         named = path if not name or any(map(_TEMPORARY.fullmatch, Path(name).parts)) else name
-        raise OspoError(f"Cannot {action} {named}: {error.strerror or error}.") from error
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and its disk")
+        raise OspoError(f"Cannot {action} {named}: {error.strerror or error}; {remedy}.") from error
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask its owner for access, or choose another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and repeat the command"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 def write_atomic(path: Path, data: bytes) -> None:

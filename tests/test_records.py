@@ -347,7 +347,9 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         OspoError, match=r"^Cannot write .*/adapter: I/O error: No space left on device \(os error 28\)\.$"
     ):
         write_folder(folder, full)
-    with pytest.raises(OspoError, match=r"^Cannot write .*/adapter: Permission denied\.$"):  # and not the temporary one
+    with pytest.raises(
+        OspoError, match=r"^Cannot write .*/adapter: Permission denied; ask its owner .*\.$"
+    ):  # not the temporary
         write_folder(folder, lambda at: (at / "inner").open("x").close() or refused(at / "inner"))
     with pytest.raises(UsageError, match=r"^mine$"):
         write_folder(folder, lambda at: (_ for _ in ()).throw(UsageError("mine")))
