@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.records import ROLES, ImageVerdict, Pair, Record, edited_text, os_errors, read_records, shown
 from ospo_fast.stages import STAGE_NAMES, STAGES, Stage, find_stage
-from ospo_fast.stages.needs import has_image
+from ospo_fast.stages.needs import has_image, has_pair, has_question
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,10 @@ def read_stage(
             record = _with_folder(record, out)
         if record.get("pairs"):
             record = cast(Record, {**record, "pairs": [_with_prompt(record, pair) for pair in record["pairs"]]})
-        result[item_id] = record, level > wanted or _adds(STAGES[wanted], record)
+        full = _with_folder(record, out) if has_images and not has_image(record) else record
+        # Questions are made of the prompt alone, and need no dense prompts and images before them.
+        steps = (stage for stage in STAGES[wanted:] if stage == STAGES[wanted] or stage.adds is not has_question)
+        result[item_id] = record, any(_adds(stage, full) for stage in steps)
     return result
 
 
@@ -111,6 +114,19 @@ def refuse_replacing(folders: Sequence[Path]) -> None:
             raise UsageError(
                 f"{found[0]} holds files of the official code, which starting over would delete with the results in "
                 f"{folder}; move them to a folder of their own, for images named by read_from, or use another --out."
+            )
+
+
+def refuse_other_prompts(out: Path, stage: Stage) -> None:
+    """Raise UsageError if a stage would make prompts again of which official files name the images."""
+    if STAGES.index(stage) >= STAGE_NAMES.index("images"):
+        return
+    for path in find_files(out):
+        records = map(_with_candidates, read_records(path, lambda error: None))
+        if any(has_image(record) or has_pair(record) for record in records):
+            raise UsageError(
+                f"{path} has images, which {stage.name} would make other prompts for; move it out of the run folder, "
+                "or use another --out. Hard negatives of official images are in their negative_prompt.json."
             )
 
 
@@ -193,9 +209,13 @@ def _join(item: _Item, other: _Item) -> _Item:
     joined = cast(Record, {**other.record, **{k: v for k, v in item.record.items() if v is not None}})
     if (edited := edited_text(other.record, joined)) is not None:
         field, before, after = edited
+        remedy = "keep the files of one run of the official code in a folder"
+        if other.source.suffix == ".jsonl":
+            after_it = STAGES[STAGE_NAMES.index(other.source.name.partition(".")[0]) + 1].name
+            remedy += f", or run `ospo-fast {after_it} --no-resume` to make what follows of {other.source.name} again"
         raise OspoError(
             f"Item {item.record['item_id']!r:.60}: `{field}` is {shown(before)} in {other.source}, but {shown(after)} "
-            f"in {item.source}; keep the files of one run of the official code in a folder."
+            f"in {item.source}; {remedy}."
         )
     return _Item(joined, item.source)
 

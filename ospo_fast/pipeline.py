@@ -786,6 +786,8 @@ class Pipeline:
             self._check_unfinished(restarts.folder(out, stage, self.shard), replaced)
         if over or self._starts_over(stage, out, settings):
             official_files.refuse_replacing(restarts.made_by(out, self._replaced(stage), self.shard))
+            if not over:
+                official_files.refuse_other_prompts(out, stage)
         if self._starts_over(stage, out, settings):
             self._check_shard(stage, out, settings)
         return config, settings
@@ -863,6 +865,7 @@ class Pipeline:
                 official_files.tell_of_shapes(out)
             found = _with_prompts(read_stage(out, source, unusable.append), origin, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
+            found = [stage.clear(record) for record in found]
             if not found:
                 if unusable:
                     raise OspoError(f"{name}: {some_failed('items', list(map(str, unusable)), len(unusable))}")

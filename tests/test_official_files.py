@@ -385,6 +385,65 @@ TRAINING = (
 )
 
 
+@pytest.mark.parametrize("lost", [1, 3])
+def test_an_image_that_cannot_be_scored_again_has_no_score(tmp_path, tiny, capsys, lost):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    official(tmp_path, "negative_prompt.json", "negative")
+    official_images(tmp_path)
+    for number in range(lost):
+        (tmp_path / "images" / "base" / "layout" / IDS[1] / f"{number:02d}.png").unlink()
+    assert call("score", "--model", tiny, "--out", tmp_path, "--no-resume") == 0
+    images = list(store(tmp_path, "score")[1]["base_metadata"].values())
+    assert ["local_score" in image for image in images] == ["reason" not in image for image in images]
+    assert sum("reason" in image for image in images) == lost
+    assert call("select", "--out", tmp_path, "select.rule=random", "select.pairs=3") == 0
+    record = store(tmp_path, "select")[1]
+    assert len(record.get("pairs") or []) == 3 - lost
+    assert all(Path(tmp_path, pair["chosen"]).exists() for pair in record.get("pairs") or [])
+
+
+def test_pairs_that_are_not_made_again_go(tmp_path, tiny):
+    rows = [row | {"chosen": "a.png", "rejected": "b.png"} for row in vqa_result()]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    settings = ("select.rule=v3", "select.threshold=1", "select.rejected=negative")
+    assert call("select", "--model", tiny, "--out", tmp_path, "--no-resume", *settings) in (0, 1)
+    assert [(record["kept"], record.get("pairs")) for record in store(tmp_path, "select")] == [(False, None)] * 3
+
+
+@pytest.mark.parametrize("stage", ["prompts", "perturb"])
+def test_prompts_of_official_images_are_not_made_again(tmp_path, tiny, capsys, stage):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    before = content(tmp_path)
+    (tmp_path / "perturb.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items()))
+    before = content(tmp_path)
+    code, error = failed(capsys, stage, "--model", tiny, "--out", tmp_path, "--no-resume")
+    assert (code, content(tmp_path)) == (2, before)
+    assert f"vqa_result.json has images, which {stage} would make other prompts for; move it out" in error
+
+
+def test_questions_made_again_name_what_follows(tmp_path, tiny, capsys):
+    (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    official(tmp_path, "negative_prompt.json", "negative")
+    official_images(tmp_path)
+    assert call("questions", "--model", tiny, "--out", tmp_path, "--no-resume") == 0
+    code, error = failed(capsys, "select", "--out", tmp_path)
+    assert code == 1
+    assert "or run `ospo-fast score --no-resume` to make what follows of questions.jsonl again" in error
+    for words in (["score", "--no-resume"], ["select"]):
+        assert call(*words, "--out", tmp_path) == 0
+
+
+def test_questions_do_not_stand_for_images(tmp_path, tiny, capsys):
+    official(tmp_path, "vqa_question.json", "question")
+    official(tmp_path, "negative_prompt.json", "negative")
+    assert call("perturb", "--out", tmp_path, "--model", tiny) == 0
+    assert call("images", "--out", tmp_path) == 0
+    assert all(record["base_metadata"] for record in store(tmp_path, "images"))
+    assert call("score", "--out", tmp_path) == 0
+    assert [record["question"] for record in store(tmp_path, "score")] == [item["question"] for item in items()]
+    assert not (tmp_path / "questions.jsonl").exists()
+
+
 @pytest.mark.parametrize("given", [[], ["preset=official"], ["model"]])
 def test_official_files_of_another_model_than_meant(tmp_path, tiny, caplog, given):
     (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))

@@ -9,19 +9,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ospo_fast.config import model_family, nearest
 from ospo_fast.errors import Failure, UsageError, attempt
 from ospo_fast.files import regular
-from ospo_fast.records import finite, read_json, stable_hash, write_json
+from ospo_fast.records import finite, image_verdicts, map_images, read_json, stable_hash, write_json
 from ospo_fast.stages import needs, run_files
 from ospo_fast.work import count
 
 if TYPE_CHECKING:
     from ospo_fast.config import Config
     from ospo_fast.models.base import UnifiedModel
-    from ospo_fast.records import Record
+    from ospo_fast.records import ImageVerdict, Record
     from ospo_fast.stages.tracking import Tracker
 
 T = TypeVar("T")
@@ -122,6 +122,9 @@ class Stage:
     needs: Callable[[Config, Record], needs.Lack | None] = lambda config, record: None
     # Return whether a record has what the stage adds; None: official files do not stand for its store.
     adds: Callable[[Record], bool] | None = None
+    # Fields of a record, and of the entry of each of its images, that it makes, whatever was there before.
+    fields: frozenset[str] = frozenset()
+    image_fields: frozenset[str] = frozenset()
     # The paths of the files that it wrote for a record of its own, and of those that it reads for one of its inputs.
     writes: Callable[[Record], list[object]] = lambda record: []
     reads: Callable[[Config, Record], list[object]] = lambda config, record: []
@@ -144,6 +147,22 @@ class Stage:
         """Process records. See `run` of the stage's module."""
         result: Iterator[Record] = self._module().run(records, model, config, out=out, context=context)
         return result
+
+    def clear(self, record: Record) -> Record:
+        """Return a record without what this stage and later ones make, of which official records have some already.
+
+        Else what was made of other images or questions would stay where they make nothing.
+        """
+        later = STAGES[STAGES.index(self) :]
+        fields = frozenset[str]().union(*(stage.fields for stage in later))
+        of_image = frozenset[str]().union(*(stage.image_fields for stage in later))
+        record = cast("Record", {name: value for name, value in record.items() if name not in fields})
+        if all(of_image.isdisjoint(entry) for *_, entry in image_verdicts(record)):
+            return record
+        return map_images(
+            record,
+            lambda role, name, entry: cast("ImageVerdict", {k: v for k, v in entry.items() if k not in of_image}),
+        )
 
     def failure(self, record: Record) -> Failure | None:
         """Return why the stage failed on an item, wholly or in part. None: it did not."""
@@ -334,15 +353,23 @@ STAGES: tuple[Stage, ...] = (
         speed_only=frozenset({"batch_size", "jacobi_window"}),
         needs=needs.images,
         adds=needs.has_image,
+        fields=frozenset({"base_metadata", "negative_metadata"}),
         writes=run_files.image_and_codes_paths,
     ),
-    Stage("questions", "stage 4: questions about each prompt", inputs=_always("images"), adds=needs.has_question),
+    Stage(
+        "questions",
+        "stage 4: questions about each prompt",
+        inputs=_always("images"),
+        adds=needs.has_question,
+        fields=frozenset({"question", "question_reason"}),
+    ),
     Stage(
         "score",
         "stage 4: answers of the model to its questions about each image",
         inputs=_always("questions"),
         needs=needs.score,
         adds=needs.has_score,
+        image_fields=frozenset({"local_score", "answer_metadata", "reason"}),
         reads=lambda config, record: run_files.image_paths(record),
     ),
     Stage(
@@ -352,6 +379,7 @@ STAGES: tuple[Stage, ...] = (
         needs_model=_select_needs_model,
         needs=needs.select,
         adds=needs.has_pair,
+        fields=frozenset({"kept", "reason", "pairs"}),
         reads=lambda config, record: run_files.image_and_codes_paths(record) if _select_needs_model(config) else [],
         keeps=lambda record: (1, 0) if record.get("pairs") else (0, 1),
     ),

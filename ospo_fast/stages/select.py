@@ -40,10 +40,10 @@ def base_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None =
     """Decide whether a base image may be chosen.
 
     v3: at least one answer is yes and local_score ≥ threshold. v2: no answer is no and every p_yes − p_no > margin.
-    random: always. By v3 and v2 an image without answers may not be chosen.
+    random: always, except for an image that could not be read. By v3 and v2 one without answers may not be chosen.
     """
     if rule == "random":
-        return Verdict(True, "no filter")
+        return _unfiltered(image)
     settings, answers = settings or SelectConfig(), _answers(image)
     if not answers:
         return _unanswered(image)
@@ -63,11 +63,11 @@ def base_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None =
 def negative_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None = None) -> Verdict:
     """Decide whether an image of a hard negative may be rejected.
 
-    v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. random: always. By v3 and v2
-    an image without answers may not be rejected.
+    v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. random: always, except for an
+    image that could not be read. By v3 and v2 one without answers may not be rejected.
     """
     if rule == "random":
-        return Verdict(True, "no filter")
+        return _unfiltered(image)
     settings, answers = settings or SelectConfig(), _answers(image)
     if not answers:
         return _unanswered(image)
@@ -80,6 +80,11 @@ def negative_verdict(image: Image, rule: str = "v3", settings: SelectConfig | No
 
 def _answers(image: Image) -> list[str]:
     return [str(answer["answer"]).strip().lower() for answer in image.get("answer_metadata") or []]
+
+
+def _unfiltered(image: Image) -> Verdict:
+    failed = image.get("reason") if image.get("kept") is None else None  # of the stage score, and not of a selection
+    return Verdict(False, failed) if failed else Verdict(True, "no filter")
 
 
 def _unanswered(image: Image) -> Verdict:

@@ -124,7 +124,8 @@ def _load_example(
         if not item.pair.get("rejected_prompt"):
             raise OspoError(
                 f"Item {item.pair_id} has no rejected_prompt, which the conditional term needs; use records of the "
-                "stage perturb, or set train.loss.cond_weight=0."
+                "stage perturb, or set train.loss.cond_weight=0. Of official pairs, put the negative_prompt.json that "
+                "their images are of into the run folder, and run `ospo-fast select --no-resume`."
             )
         loaded["rejected_ids"] = image_prompt_ids(model, item.pair["rejected_prompt"])
     loaded |= {"codes": codes, "masks": None}
