@@ -376,15 +376,22 @@ def _find_finished(args: argparse.Namespace, pipeline: Pipeline, names: Sequence
     if takeover.was_taken(source, pipeline.folder()):
         takeover.use_own_files(pipeline.config, source)
         return {}
-    return dict.fromkeys(takeover.find_finished(pipeline, source, names), source)
+    config = pipeline.config
+    if config.train.extend is not None and config.iterations > 1 and not hasattr(args, "iteration"):
+        raise UsageError(
+            f"train.extend: got {config.train.extend} with --from {source} and iterations={config.iterations}; "
+            "iterations after the first are not taken over; add iterations=1, or leave train.extend out."
+        )
+    taken, _ = takeover.find_finished(pipeline, source, names)
+    return dict.fromkeys(taken, source)
 
 
 def _take_over(args: argparse.Namespace, pipeline: Pipeline, names: Sequence[str]) -> None:
     from ospo_fast.takeover import take_over
 
-    taken = take_over(pipeline, args.from_run, names)
+    taken, reason = take_over(pipeline, args.from_run, names)
     if pipeline.speaks and not args.json:
-        print(f"taken over from {args.from_run}: {', '.join(taken)}", flush=True)
+        print(f"taken over from {args.from_run}: {', '.join(taken)}{reason and f'; {reason}'}", flush=True)
 
 
 def _plan_run(pipeline: Pipeline, workers: Workers | None, taken: dict[str, Path] | None = None) -> dict[str, Any]:

@@ -701,15 +701,18 @@ class Pipeline:
             return False
         return extension.extends(out / str(stage.folder), steps_before(out, stage.name), self.config.train)
 
-    def _steps_before_extension(self, stage: Stage, out: Path, *, run: bool) -> int | None:
-        """Return the steps of a training of an earlier iteration, if the last one has or gets more; else None."""
-        later, extend = restarts.later_iterations(out, self.folder()), self.config.train.extend
-        if not stage.counts_steps or not later or (extend is not None and not run):
+    def _own_steps(self, stage: Stage, out: Path, *, run: bool) -> int | None:
+        """Return the steps that a training of an earlier iteration was made with, in place of those of the settings.
+
+        They are those of the newest training, which is checked in a run of all iterations (`run`).
+        """
+        later, train = restarts.later_iterations(out, self.folder()), self.config.train
+        if not stage.counts_steps or not later or (train.extend is not None and not run):
             return None
-        last = max(later, key=self._iteration)
-        if found := extension.read_extensions(last / str(stage.folder)):
-            return found[0].after
-        return steps_before(out, stage.name) if extend is not None else None
+        steps = (steps_before(each, stage.name) for each in sorted(later, key=self._iteration, reverse=True))
+        newest = next((number for number in steps if number is not None), None)
+        decided = newest is not None if run else newest == train.steps
+        return steps_before(out, stage.name) if decided or train.extend is not None else None
 
     def _check_extension(self, stage: Stage, out: Path, settings: dict[str, Any], over: bool) -> dict[str, Any]:
         """Check what `train.extend` asks for.
@@ -761,10 +764,13 @@ class Pipeline:
             restarts.refuse_links(out / stage.folder)
         restarts.refuse_links(restarts.folder(out, stage, self.shard))
         if run and iteration > 1 and not self._trained(iteration - 1).exists():
+            done, train = out / str(stage.folder) / "done.json", config.train
+            if stage.counts_steps and train.extend is not None and not over and done.exists():  # that model was deleted
+                extension.check_extension(done.parent, steps_before(out, name), train)
             return config, {}  # the run will train its model; what can be checked was checked for the first iteration
         if self.resume and not over and stage.inputs(config) is None and not store_paths(out, name):
             official_files.check_prompts(out, config.prompts.file)
-        if self.resume and not over and (steps := self._steps_before_extension(stage, out, run=run or self._runs)):
+        if self.resume and not over and (steps := self._own_steps(stage, out, run=run or self._runs)):
             config.train = dataclasses.replace(config.train, steps=steps, extend=None)
         self._check_request(stage, config)
         settings = expected = self._settings(stage, config, iteration)
@@ -1087,9 +1093,14 @@ class Pipeline:
         done = {} if fresh else read_json(folder / "done.json", {})
         lost = missing_trained(folder, done.get("files")) if done else []
         if lost and not any((folder / "checkpoints").glob(CHECKPOINTS)):
+            command = f"{self._command(stage.name, report.iteration)} --no-resume"
+            if config.train.steps != self.config.train.steps:  # of an earlier iteration, see `_own_steps`
+                command += f" train.steps={config.train.steps}"
+            later = restarts.later_iterations(out, self.folder())
             raise OspoError(
                 f"{lost[0]} is missing, and no checkpoint in {folder / 'checkpoints'} that could restore it; run "
-                f"`{self._command(stage.name, report.iteration)} --no-resume` to train again."
+                f"`{command}` to train again"
+                + (f", which deletes what follows from {min(later)} on." if later else ".")
             )
         complete = bool(done) and not lost
         unusable: list[OspoError] = []

@@ -77,8 +77,8 @@ def was_taken(source: Path, out: Path) -> bool:
     return True
 
 
-def find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> list[str]:
-    """Return the stages that `pipeline` can take over from a run folder, of those up to the last of `names`.
+def find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> tuple[list[str], str]:
+    """Return the stages that `pipeline` can take over from a run folder, and why not the next one up to `names`' last.
 
     They are finished there, and their settings and those of all stages before them are the same.
 
@@ -96,7 +96,7 @@ def find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> lis
         return _find_finished(pipeline, source, names)
 
 
-def _find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> list[str]:
+def _find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> tuple[list[str], str]:
     config = dataclasses.replace(pipeline.config, out=str(source))  # its settings name paths as seen from there
     taken, reason = list[str](), ""
     last = STAGES.index(find_stage(names[-1]))
@@ -121,7 +121,7 @@ def _find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> li
             else "nothing can be taken over;"
         )
         raise UsageError(f"--from {source}: {reason}, so that {rest} run the stages without --from.")
-    return taken
+    return taken, reason
 
 
 def _why_not(view: Pipeline, stage: Stage, source: Path, taken: Sequence[str]) -> str:
@@ -213,15 +213,15 @@ def use_own_files(config: Config, source: Path) -> None:
         config.prompts.exclude = str(Path(config.out) / HELD_OUT)
 
 
-def take_over(pipeline: Pipeline, source: Path, names: Sequence[str]) -> list[str]:
-    """Copy the finished stages to the run folder of `pipeline`, all or none, and return their names.
+def take_over(pipeline: Pipeline, source: Path, names: Sequence[str]) -> tuple[list[str], str]:
+    """Copy the finished stages to the run folder of `pipeline`, all or none. Return what `find_finished` does.
 
     It has no results yet. See `find_finished` for what is taken, and raised. The configuration of the pipeline is the
     one that the stages are taken over for.
     """
     config, out, run = pipeline.config, pipeline.folder(), _name(source)
     with os_errors("read", source), restarts.reading(source), pipeline.using() as lock:
-        taken = find_finished(pipeline, source, names)
+        taken, reason = find_finished(pipeline, source, names)
         stages = [find_stage(name) for name in taken]
         _refuse_other_files(source, out)
         lock.begin()
@@ -256,7 +256,7 @@ def take_over(pipeline: Pipeline, source: Path, names: Sequence[str]) -> list[st
         work = restarts.folder(out)
         write_folder(work, save)
         restarts.put_in_place(work, out, out)
-    return taken
+    return taken, reason
 
 
 def _name(source: Path) -> str:

@@ -58,7 +58,8 @@ def test_a_changed_loss_takes_everything_but_training(runs, capsys):
     before = content(runs / "first")
     printed = call("run", "--out", "second", "--from", "first", "train.loss.beta=3", capsys=capsys)
     assert content(runs / "first") == before
-    assert printed.startswith(f"taken over from first: {', '.join(STAGES[:-1])}\n")
+    reason = "; train was made with train.loss={"
+    assert printed.startswith(f"taken over from first: {', '.join(STAGES[:-1])}{reason}")
     second = runs / "second"
     assert items(second) == {"train": 2}
     assert stage_metrics(second).keys() == {"train"}
@@ -131,6 +132,7 @@ def test_a_training_is_taken_over_and_extended(runs, capsys, command):
     assert json.loads(second["done.json"])["step"] == 4
     # A training that ended otherwise is refused before anything is copied.
     for words, expected in {
+        "train.steps=9 train.extend=cosine iterations=2": "iterations=2; iterations after the first are",
         "train.steps=3 train.extend=constant": "train.steps: got 3 with train.extend=constant, expected more than",
         "train.steps=9 train.extend=cosine masks.soft=true": (
             "train.extend: got cosine with --from first, expected null: masks was made with masks.soft=False, now "
@@ -144,7 +146,8 @@ def test_a_training_is_taken_over_and_extended(runs, capsys, command):
 
 def test_a_command_of_a_stage(runs, capsys):
     printed = call("masks", "--out", "second", "--from", "first", "masks.soft=true", capsys=capsys)
-    assert f"taken over from first: {', '.join(STAGES[:-2])}\n" in printed
+    reason = "; masks was made with masks.soft=False, now masks.soft=True\n"
+    assert f"taken over from first: {', '.join(STAGES[:-2])}{reason}" in printed
     assert not (runs / "second" / "train").exists()
     words = ("train", "--out", "third", "--from", "first", "masks.soft=true")
     error = call(*words, code=2, capsys=capsys)
@@ -181,7 +184,8 @@ def test_an_unfinished_stage_is_not_taken(runs, capsys, stage):
         lines = (first / f"{stage}.jsonl").read_bytes().splitlines(keepends=True)
         (first / f"{stage}.jsonl").write_bytes(b"".join(lines[:-1]))
     printed = call("run", "--out", "second", "--from", "first", capsys=capsys)
-    assert printed.splitlines()[0] == f"taken over from first: {', '.join(STAGES[: STAGES.index(stage)])}"
+    reason = f"; {stage} is not finished there"
+    assert printed.splitlines()[0] == f"taken over from first: {', '.join(STAGES[: STAGES.index(stage)])}{reason}"
 
 
 class StoppedError(KeyboardInterrupt):

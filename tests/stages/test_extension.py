@@ -317,3 +317,24 @@ def test_a_run_of_several_iterations_extends_the_last(tiny, script, tmp_path):
         pipeline(tiny, out, "train.steps=9").run()
     pipeline(tiny, out, "train.steps=4", "train.extend=cosine").stage("train", 2)
     assert {report.items for report in pipeline(tiny, out).run()} == {0}
+    # A wrong number is refused before the deleted weights are saved again.
+    shutil.rmtree(out / "train" / "model")
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(UsageError, match=r"got 1 with train.extend=constant, expected more than the 4 steps"):
+        pipeline(tiny, out, "train.steps=1", "train.extend=constant").run()
+    assert ((out / "train" / "model").exists(), (out / "config.yaml").read_bytes()) == (False, before)
+    checkpoints = shutil.copytree(out / "train" / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(out / "train" / "checkpoints")
+    with pytest.raises(OspoError, match=r"--no-resume train.steps=2` to train again, which deletes what follows from"):
+        pipeline(tiny, out).run()
+    shutil.copytree(checkpoints, out / "train" / "checkpoints")
+    pipeline(tiny, out).run()
+    # A third iteration has the newest number of steps, also where it is not trained yet.
+    pipeline(tiny, out, "iterations=3").run(["prompts", "perturb"])
+    assert (out / "iter3").exists()
+    for more in ((), ("train.steps=5", "train.extend=constant")):
+        for _ in range(2):
+            pipeline(tiny, out, *more).run()
+    found = [json.loads((at / "train" / "done.json").read_text()) for at in (out, out / "iter2", out / "iter3")]
+    assert [(done["step"], len(done.get("extended") or [])) for done in found] == [(2, 0), (4, 2), (5, 1)]
+    assert files(out / "train") == first
