@@ -646,11 +646,26 @@ class Pipeline:
                 if not whole:
                     self._wait_for_others()
                 else:
+                    self._check_made(stage, out, work)
                     self._take_lock(stage, out)
                     self._put_in_place(work, out, functools.partial(self._check_shard, stage, out, settings))
                     if self.shard and stage.finish is not None:  # of all shards
                         stage.finish(out, read_stage(out, name, lambda error: None))
         return report
+
+    def _check_made(self, stage: Stage, out: Path, work: Path) -> None:
+        """Raise OspoError, and keep the old results, if a start over has made nothing that a later stage could use."""
+        if self.shard is not None or stage.counts_steps:
+            return  # a shard replaces its own part alone; a training without results has raised an error
+        records = read_stage(work, stage.name, lambda error: None)
+        failures = [f"{record['item_id']}: {failure}" for record in records if (failure := stage.failure(record))]
+        if len(failures) < len(records) or not records:
+            return
+        self._wait_for_others()
+        if self.speaks:
+            discard(work)
+        what = some_failed("items", failures, len(records)).rstrip(".")
+        raise OspoError(f"{stage.name}: {what}. The old results in {out} and of later stages are kept.")
 
     def _check_inputs(self, stage: Stage, out: Path, config: Config) -> None:
         """Raise UsageError if there is no store of the inputs of a stage, unless it has finished steps."""

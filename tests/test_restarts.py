@@ -15,7 +15,7 @@ import pytest
 from ospo_fast import records, restarts
 from ospo_fast.cli import main
 from ospo_fast.config import load_config
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage
 from ospo_fast.records import Store, only_user, read_records
 from ospo_fast.stages import STAGE_NAMES, find_stage
@@ -893,3 +893,15 @@ def test_a_lock_of_someone_else_is_not_to_be_deleted(out, monkeypatch):
     monkeypatch.setattr(restarts, "open_to_lock", closed)
     with pytest.raises(OspoError, match=r"Cannot lock .*\.stages\.lock: Permission denied; ask its owner for access\."):
         hold(out, shared=False).__enter__()
+
+
+@pytest.mark.parametrize("stage", ["score", "masks"])
+def test_a_start_over_that_makes_nothing_replaces_nothing(tiny, script, out, monkeypatch, stage):
+    pipeline(tiny, out).run()
+    before = visible(out)
+    module = find_stage(stage)._module()
+    monkeypatch.setattr(module, "failure", lambda record: Failure("no"))
+    with pytest.raises(OspoError, match=rf"{stage}: .* items failed: .*The old results in .* and of later"):
+        pipeline(tiny, out, resume=False).stage(stage)
+    assert visible(out) == before
+    assert not (out / f".restart.{stage}").exists()
