@@ -122,7 +122,7 @@ class Stage:
     needs: Callable[[Config, Record], needs.Lack | None] = lambda config, record: None
     # Return whether a record has what the stage adds; None: official files do not stand for its store.
     adds: Callable[[Record], bool] | None = None
-    # Fields of a record, and of the entry of each of its images, that it makes, whatever was there before.
+    # Fields of a record, and of the entry of each of its images, that it makes; earlier values go.
     fields: frozenset[str] = frozenset()
     image_fields: frozenset[str] = frozenset()
     # The paths of the files that it wrote for a record of its own, and of those that it reads for one of its inputs.
