@@ -399,20 +399,25 @@ def _plan_run(pipeline: Pipeline, workers: Workers | None, taken: dict[str, Path
 
     taken: the folders of stages that it takes over.
     """
+    from ospo_fast.pipeline import count_official, store_paths
     from ospo_fast.plan import count_done, plan_run
     from ospo_fast.restarts import later_iterations
 
     config = pipeline.config
     pipeline.check_settings([stage.name for stage in STAGES])
-    done = {}
+    done, given = dict[str, int](), 0
+    first = STAGES[0].name
     if workers is None or workers.is_first:  # it alone says and keeps the plan
         with os_errors("use", Path(config.out)):
             folders = pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)])
+            place = (taken or {}).get(first) or folders.get(first)
+            if place is not None and place.is_dir() and not store_paths(place, first):
+                given = count_official(place, first)  # which no further prompts are added to
             # Of several iterations, which the plan does not count, the last one is extended.
             extends = config.train.extend is not None and not later_iterations(Path(config.out), Path(config.out))
             done = count_done({**folders, **(taken or {})}, extends=extends)
     sizes = {} if workers is None else {"gpus": workers.size, "processes": workers.local_size}
-    return plan_run(config, done, **sizes)
+    return plan_run(config, done, items=given or None, **sizes)
 
 
 def _line(report: StageReport) -> str:

@@ -554,15 +554,22 @@ def check_memory(plan: Mapping[str, Any], name: str, memory: int) -> None:
 
 
 def plan_run(
-    config: Config, done: Mapping[str, int] | None = None, *, gpus: int = 1, processes: int = 1
+    config: Config,
+    done: Mapping[str, int] | None = None,
+    *,
+    items: int | None = None,
+    gpus: int = 1,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Plan a run on this machine, or on several with devices as here, `gpus` in all; `processes` share this machine.
+
+    items: of files that stand for the prompts; None: those of the settings.
 
     Raises UsageError if the device is too small for a stage, see `check_memory`.
     """
     found = local_gpu(config.device)
     card = find_card(found[0]) if found else None
-    plan = make_plan(config, gpus=gpus, card=card, cuda=found is not None, done=done)
+    plan = make_plan(config, items=items, gpus=gpus, card=card, cuda=found is not None, done=done)
     if found:
         check_memory(plan, *found)
     else:

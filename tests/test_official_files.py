@@ -590,6 +590,21 @@ def test_the_rejected_prompt_of_an_official_pair_is_that_of_its_file(tmp_path):
     assert record["pairs"][0]["rejected_prompt"] == NEGATIVES[2]
 
 
+def test_a_run_is_planned_for_the_items_of_official_files(tmp_path, tiny, capsys):
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "vqa_result.json").write_text(json.dumps(vqa_result()))
+    official(first, "negative_prompt.json", "negative")
+    official_images(first)
+    assert call("run", "--model", tiny, "--out", first, *TRAINING, "--dry-run") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["items"] == 3
+    assert [sum(row["amounts"].values()) for row in plan["stages"][:6]] == [0, 0, 0, 0, 0, 3]
+    assert call("run", "--model", tiny, "--out", first, *TRAINING) == 0
+    assert call("run", "--from", first, "--out", tmp_path / "second", "select.margin=0.4", "--dry-run") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["items"] == 3
+
+
 def test_a_plan_counts_what_official_files_hold(tmp_path):
     (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
     assert count_done({"prompts": tmp_path, "score": tmp_path, "select": tmp_path}) == {
