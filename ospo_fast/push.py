@@ -123,7 +123,7 @@ def prepare(
     folder = run_folder(config, iteration)
     uploads = []
     if repo is not None:
-        uploads.append(Upload(repo, "model", _model_files(config, folder, what, base)))
+        uploads.append(Upload(repo, "model", _model_files(config, folder, what, base, iteration)))
     if dataset is not None:
         export = collect_pairs(config, iteration, progress=progress)
         uploads.append(Upload(dataset, "dataset", _dataset_files(config, export, dataset, base, iteration)))
@@ -132,9 +132,9 @@ def prepare(
     return uploads
 
 
-def _model_files(config: Config, folder: Path, what: str | None, base: str | None) -> Files:
+def _model_files(config: Config, folder: Path, what: str | None, base: str | None, iteration: int) -> Files:
     train = folder / "train"
-    remedy = f"run `ospo-fast train --out {config.out}` first"
+    remedy = f"run `ospo-fast train --out {config.out}{f' --iteration {iteration}' * (iteration > 1)}` first"
     no_link(train)
     done = read_json(train / "done.json", {})
     if not done:
