@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models import check_hub_model, download, find_base, find_folder, find_model, has_base, load_model
+from ospo_fast.models import (
+    check_hub_model,
+    download,
+    find_base,
+    find_folder,
+    find_model,
+    has_base,
+    load_model,
+    loading,
+)
 from ospo_fast.models import folder_checks as checks
 from ospo_fast.models.deepseek_config import is_deepseek
 from ospo_fast.models.trainer_files import TrainerCheckpoint, is_trainer_file, write_trainer_lora
+from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.records import os_errors, write_folder
 
 if TYPE_CHECKING:
@@ -31,6 +41,7 @@ ADAPTERS = {
     "official-lora": "a folder with a LoRA adapter of peft",
 }
 TARGETS = (*MODELS, *ADAPTERS)
+_OTHER_BASE = "name its own base model with --base"
 _OTHER = {"deepseek": "transformers", "transformers": "deepseek", "adapter": "official-lora"}
 
 
@@ -106,7 +117,8 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
         else:
             model = load_model(path, device="cpu", dtype=dtype)
 
-    if bad := [name for name, tensor in model.module.state_dict().items() if not tensor.isfinite().all()]:
+    values = {**model.module.state_dict(), **unused}
+    if bad := [name for name, tensor in values.items() if not tensor.isfinite().all()]:
         logger.warning("%s has %d tensors with values that are not finite (%s, …)", path, len(bad), bad[0])
 
     def save(folder: Path) -> None:
@@ -162,12 +174,16 @@ def _convert_adapter(path: Path, out: Path, base: str, trained: TrainerCheckpoin
             )
         config, tensors = checks.check_adapter(path), open_tensors([path / checks.ADAPTER_WEIGHTS])
         dtype: torch.dtype = common_dtype(tensors, str(path))
+        if isinstance(at := base_folder(base), Path):
+            with loading(f"the adapter {path} does not load on {base}", _OTHER_BASE):
+                checks.check_adapter_fits(path, config, tensors, at)
         write_folder(out, lambda place: write_trainer_lora(place, config, tensors, named, path))
         return dtype
     tensors, config = trained.lora, trained.lora_config(named)
     dtype = common_dtype(tensors, str(path))
     model = load_model(base, device="cpu", dtype=_stored(_find(base), None)[0])
-    checks.check_adapter_tensors(path, config, tensors, model.module)
+    with loading(f"the adapter {path} does not load on {base}", _OTHER_BASE):
+        checks.check_adapter_tensors(path, config, tensors, model.module)
     _check_same_base(model, trained, base)
 
     def save(place: Path) -> None:

@@ -91,6 +91,7 @@ def release() -> None:
 
 
 def short(error: BaseException) -> str:
-    """Return the first line of an error, cut to 160 characters; with the second one if it says only where."""
+    """Return the first line of an error, cut to 160 characters; with one more, of 200, if it says only where."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:160]
+    more = f" {lines[1][:200]}" if lines[0].endswith(":") and len(lines) > 1 else ""
+    return lines[0][:160] + more

@@ -125,6 +125,22 @@ def test_a_value_of_another_type_in_a_config_is_named(tiny: Path, tmp_path: Path
     refuse(OspoError, tmp_path / "b", "num_hidden_layers", "expected int, got str (value: '2')", source=tmp_path / "a")
 
 
+@pytest.mark.parametrize("to", ["official-lora", "peft", "transformers"])
+def test_a_base_of_another_size_is_refused(base: Path, tmp_path: Path, to: str) -> None:
+    from ospo_fast.models.janus import JanusUnifiedModel
+    from ospo_fast.shapes.model import build_model, build_processor
+
+    model = JanusUnifiedModel(build_model(hidden=64, layers=2, intermediate=96, heads=4), build_processor(), name="x")
+    model.save(other := tmp_path / "other")
+    path = tmp_path / "a.ckpt"
+    files.write_trainer_file(path, files.trainer_state(files.tensors(), whole=False), str(base))
+    if to == "official-lora":
+        convert(str(path), tmp_path / "adapter")
+        path = tmp_path / "adapter"
+    words = (str(path), f"does not load on {other}", "--base" if to in ("official-lora", "peft") else "config.yaml")
+    refuse(OspoError, tmp_path / "b", *words, source=path, to=to, base=str(other))
+
+
 def test_a_config_that_ties_heads_which_differ(tmp_path: Path) -> None:
     """transformers does not tie them, and JanusConfig says that they are tied unless told otherwise."""
     write_deepseek(tmp_path / "a")

@@ -339,7 +339,8 @@ def load_on_base(
     with required_by("load_model", "peft", "accelerate"):
         import peft
 
-    with loading(f"the adapter {folder} does not load on {base}", "check its base_model_name_or_path"):
+    remedy = "check its base_model_name_or_path" if trained is None else "check model.model_path of its config.yaml"
+    with loading(f"the adapter {folder} does not load on {base}", remedy):
         config = {**folder_checks.match_targets(config, folder, model.module), "inference_mode": True}
         if trained is not None:
             tensors = {name: tensor.to(device) for name, tensor in trained.lora.items()}

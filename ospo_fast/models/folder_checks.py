@@ -365,6 +365,17 @@ def match_targets(config: dict[str, Any], folder: Path, module: torch.nn.Module)
     return result
 
 
+def check_adapter_fits(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Path) -> None:
+    """Do `check_adapter_tensors` by the configuration of a base model alone, without its weights."""
+    import torch
+    import transformers
+
+    sizes = {name: value for name, value in read_config(base).items() if name != "architectures"}
+    with torch.device("meta"):
+        module = transformers.JanusForConditionalGeneration(transformers.JanusConfig(**sizes))
+    check_adapter_tensors(folder, match_targets(config, folder, module), tensors, module)
+
+
 def check_adapter_tensors(
     folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], module: torch.nn.Module
 ) -> None:

@@ -128,9 +128,9 @@ def find_base(path: Path) -> str:
     name = model.get("model_path") if isinstance(model, dict) else None
     remedy = f"name it in model.model_path of {_config_file(path)}, or run: ospo-fast convert {path} OUT --base MODEL"
     if not isinstance(name, str) or not name:
-        raise OspoError(
-            f"model: the base model of {path} is not known: there is no {_config_file(path).name}; {remedy}"
-        )
+        file = _config_file(path)
+        lack = f"{file.name} has no model.model_path" if file.is_file() else f"there is no {file.name}"
+        raise OspoError(f"model: the base model of {path} is not known: {lack}; {remedy}")
     on_hub = name.count("/") == 1 and not name.startswith((".", "~", "/"))
     if not on_hub and not os.path.isdir(os.path.expanduser(name)):  # noqa: PTH111, PTH112 (they raise for some names)
         raise OspoError(f"model: the base model of {path} is {name!r:.120}, and there is no such folder; {remedy}")

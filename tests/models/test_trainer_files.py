@@ -112,6 +112,10 @@ def test_base_models_that_are_not_here(tmp_path: Path) -> None:
     refuse(path, "is not known", remedy)
     (tmp_path / "config.yaml").unlink()
     refuse(path, "is not known", "there is no config.yaml", remedy)
+    for text in ("a: 1", "model: {model_path: null}"):
+        path.with_name("config.yaml").write_text(text)
+        refuse(path, "is not known", "config.yaml has no model.model_path", remedy)
+    path.with_name("config.yaml").unlink()
     (tmp_path / "config.yaml").write_text("model: [")
     refuse(path, "config.yaml", "next to the checkpoint")
 
