@@ -242,8 +242,10 @@ def test_images_that_cannot_be_read_are_counted(capsys, run_folder, tmp_path, sc
     assert (report["failed"], report["items"]) == (1, 10)
     for path in out.glob("images/*/*.png"):
         path.write_bytes(path.read_bytes()[:50])
+    before = contents(out)
     assert main(["score", "--out", str(out), "--no-resume"]) == 1
-    assert "10 total, 10 failed" in capsys.readouterr().out
+    assert "score: 10 of 10 items failed: " in capsys.readouterr().err
+    assert contents(out) == before
 
 
 def place_pipe(path):

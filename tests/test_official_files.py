@@ -14,7 +14,7 @@ from ospo_fast.official_files import find_files
 from ospo_fast.pipeline import read_stage
 from ospo_fast.plan import count_done
 from ospo_fast.records import read_records
-from ospo_fast.stages import STAGE_NAMES
+from ospo_fast.stages import STAGE_NAMES, find_stage
 
 pytestmark = pytest.mark.usefixtures("omegaconf", "script")
 
@@ -400,6 +400,26 @@ def test_an_image_that_cannot_be_scored_again_has_no_score(tmp_path, tiny, capsy
     record = store(tmp_path, "select")[1]
     assert len(record.get("pairs") or []) == 3 - lost
     assert all(Path(tmp_path, pair["chosen"]).exists() for pair in record.get("pairs") or [])
+
+
+def test_a_stage_clears_what_it_and_later_ones_make():
+    image = {"path": "a.png", "prompt": "p", "local_score": 0.5, "answer_metadata": [], "reason": "r"}
+    pair = {"chosen": "a.png", "rejected": "b.png", "mask_path": "m", "mask_stats": {}, "rejected_prompt": "q"}
+    before = {"item_id": "1", "prompt": "p", "question": ["q"], "base_metadata": {"base_0": image}, "pairs": [pair]}
+    texts = {"item_id": "1", "prompt": "p"}
+    plain, found = {"path": "a.png", "prompt": "p"}, dict(before)
+    for stage, expected in (
+        ("train", before),
+        ("masks", before | {"pairs": [{k: v for k, v in pair.items() if not k.startswith("mask")}]}),
+        ("select", {k: v for k, v in before.items() if k != "pairs"}),
+        ("score", texts | {"question": ["q"], "base_metadata": {"base_0": plain}, "negative_metadata": {}}),
+        ("questions", texts | {"base_metadata": {"base_0": plain}, "negative_metadata": {}}),
+        ("images", texts),
+        ("perturb", texts),
+    ):
+        assert find_stage(stage).clear(before) == expected
+    assert before == found
+    assert find_stage("images").clear(texts) == texts
 
 
 def test_pairs_that_are_not_made_again_go(tmp_path, tiny):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -122,9 +122,10 @@ class Stage:
     needs: Callable[[Config, Record], needs.Lack | None] = lambda config, record: None
     # Return whether a record has what the stage adds; None: official files do not stand for its store.
     adds: Callable[[Record], bool] | None = None
-    # Fields of a record, and of the entry of each of its images, that it makes; earlier values go.
+    # Fields of a record, and of the entry of each of its images or pairs, that it makes; earlier values go.
     fields: frozenset[str] = frozenset()
     image_fields: frozenset[str] = frozenset()
+    pair_fields: frozenset[str] = frozenset()
     # The paths of the files that it wrote for a record of its own, and of those that it reads for one of its inputs.
     writes: Callable[[Record], list[object]] = lambda record: []
     reads: Callable[[Config, Record], list[object]] = lambda config, record: []
@@ -154,15 +155,16 @@ class Stage:
         Else what was made of other images or questions would stay where they make nothing.
         """
         later = STAGES[STAGES.index(self) :]
-        fields = frozenset[str]().union(*(stage.fields for stage in later))
-        of_image = frozenset[str]().union(*(stage.image_fields for stage in later))
-        record = cast("Record", {name: value for name, value in record.items() if name not in fields})
-        if all(of_image.isdisjoint(entry) for *_, entry in image_verdicts(record)):
-            return record
-        return map_images(
-            record,
-            lambda role, name, entry: cast("ImageVerdict", {k: v for k, v in entry.items() if k not in of_image}),
+        own, of_image, of_pair = (
+            frozenset[str]().union(*(getattr(stage, name) for stage in later))
+            for name in ("fields", "image_fields", "pair_fields")
         )
+        record = cast("Record", _without(record, own))
+        if not all(of_image.isdisjoint(entry) for *_, entry in image_verdicts(record)):
+            record = map_images(record, lambda role, name, entry: cast("ImageVerdict", _without(entry, of_image)))
+        if not all(of_pair.isdisjoint(pair) for pair in record.get("pairs") or []):
+            record = cast("Record", {**record, "pairs": [_without(pair, of_pair) for pair in record["pairs"]]})
+        return record
 
     def failure(self, record: Record) -> Failure | None:
         """Return why the stage failed on an item, wholly or in part. None: it did not."""
@@ -183,6 +185,10 @@ class Stage:
         section = dataclasses.asdict(getattr(config, self.name))
         settings = {f"{self.name}.{key}": value for key, value in section.items() if key not in self.speed_only}
         return self.edit_settings(config, settings)
+
+
+def _without(value: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: inner for name, inner in value.items() if name not in names}
 
 
 def file_digest(path: str) -> str:
@@ -392,6 +398,8 @@ STAGES: tuple[Stage, ...] = (
         in_run=lambda config: config.train.masks == "stored",
         check=_check_masks,
         needs=needs.masks,
+        fields=frozenset({"objects", "unmatched_objects", "mask", "mask_reason"}),
+        pair_fields=frozenset({"mask_path", "mask_stats", "mask_reason"}),
         writes=run_files.mask_paths,
         reads=_masks_reads,
         keeps=_kept_pairs,
