@@ -22,7 +22,7 @@ from ospo_fast import cli, restarts
 from ospo_fast import pipeline as pipeline_module
 from ospo_fast import workers as workers_module
 from ospo_fast.config import load_config
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.pipeline import Pipeline, Shard, read_stage, store_path
 from ospo_fast.records import LockedError, Store, merge_stores, read_records
 from ospo_fast.restarts import RunLock
@@ -320,6 +320,22 @@ def start_over(tiny, out, stage="images", before=None):
         return 0
 
     return do
+
+
+def test_workers_whose_start_over_makes_nothing_keep_the_old_results(tiny, script, tmp_path, forked):
+    out = tmp_path / "run"
+    Pipeline(config(tiny, out), progress=False).run(WRITERS)
+    before = contents(out)
+
+    def fail(rank):
+        find_stage("score")._module().failure = lambda record: Failure("no")
+
+    ended = forked.run_workers(start_over(tiny, out, "score", fail), 2, tmp_path)
+    assert all("items failed: " in each.output and "of later stages are kept" in each.output for each in ended)
+    assert all(worker.code not in (0, -signal.SIGKILL) for worker in ended)
+    assert contents(out) == before
+    assert not (out / ".restart.score").exists()
+    check_ended(forked.run_workers(start_over(tiny, out, "score"), 2, tmp_path))
 
 
 def test_workers_that_are_started_again_start_over_once(whole, tiny, script, tmp_path, forked):
