@@ -92,11 +92,10 @@ def read_stage(
             if (other := levels[lower].get(item_id)) is not None:
                 item = _join(item, other)
         record = item.record
-        if has_images and wanted >= drawn and not has_image(record):
-            record = _with_folder(record, out)
+        full = _with_folder(record, out) if has_images and not has_image(record) else record
+        record = full if wanted >= drawn else record
         if record.get("pairs"):
             record = cast(Record, {**record, "pairs": [_with_prompt(record, pair) for pair in record["pairs"]]})
-        full = _with_folder(record, out) if has_images and not has_image(record) else record
         # Questions are made of the prompt alone, and need no dense prompts and images before them.
         steps = (stage for stage in STAGES[wanted:] if stage == STAGES[wanted] or stage.adds is not has_question)
         result[item_id] = record, any(_adds(stage, full) for stage in steps)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast import restarts
 from ospo_fast.copies import copy_file, copy_folder
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import Failure, OspoError, UsageError, attempt
 from ospo_fast.files import locate, regular
 from ospo_fast.official_files import IMAGES, find_files
 from ospo_fast.pipeline import (
@@ -104,7 +104,7 @@ def _find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> tu
         stage for stage in STAGES[: last + 1] if stage.enabled(config) and (stage.in_run(config) or stage.name in names)
     ]
     for stage in wanted:
-        reason = _why_not(Pipeline(config, progress=False), stage, source, taken)
+        reason = _why_not(Pipeline(config, progress=False), stage, source)
         if reason:
             break
         taken.append(stage.name)
@@ -124,7 +124,7 @@ def _find_finished(pipeline: Pipeline, source: Path, names: Sequence[str]) -> tu
     return taken, reason
 
 
-def _why_not(view: Pipeline, stage: Stage, source: Path, taken: Sequence[str]) -> str:
+def _why_not(view: Pipeline, stage: Stage, source: Path) -> str:
     """Return why a stage of the run folder `source`, as `view` sees it, is not taken over; empty: it is."""
     name, saved = stage.name, read_json(source / "settings.json", {}).get(stage.name)
     if saved is None:
@@ -175,19 +175,13 @@ def _why_not_given(source: Path, stage: Stage, config: Config) -> str:
         return f"{stage.name} was not made there, and official files do not hold all of it"
     for record, _ in found.values():
         for path in [*image_paths(record), *pair_paths(record), *mask_paths(record)]:
-            if _is_below(path, source) and Path(str(path)).parts[0] != IMAGES:
+            below = not isinstance(attempt(locate, path, source), Failure)  # else it stays where it is
+            if below and Path(str(path)).parts[0] != IMAGES:
                 raise UsageError(
                     f"--from {source}: official files name {path}, and only their files in the folder images are taken "
                     "over; copy the run folder and start what has changed over there, with --no-resume."
                 )
     return ""
-
-
-def _is_below(path: object, source: Path) -> bool:
-    try:
-        return bool(locate(path, source))
-    except OspoError:
-        return False  # it stays where it is
 
 
 def _refuse_other_files(source: Path, out: Path) -> None:

@@ -117,6 +117,19 @@ def test_values_that_are_not_finite_are_converted_and_told_of(
     assert_same(load_file(tmp_path / "c" / "model.safetensors"), weights)
 
 
+def test_values_of_unused_tensors_that_are_not_finite_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = write_deepseek(tmp_path / "a")
+    name = next(name for name in weights if ".attn_pool." in name)
+    weights[name].view(-1)[0] = torch.nan
+    files.write_weights(tmp_path / "a", weights)
+    convert(str(tmp_path / "a"), tmp_path / "b")
+    assert f"1 tensors with values that are not finite ({name}, …)" in caplog.text
+    convert(str(tmp_path / "b"), tmp_path / "c")
+    assert_same(load_file(tmp_path / "c" / "model.safetensors"), weights)
+
+
 def test_a_value_of_another_type_in_a_config_is_named(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "a")
     config = json.loads((tiny / "config.json").read_text())
