@@ -882,10 +882,10 @@ class Pipeline:
             inputs_of_shard = _inodes(store_paths(out, source))
             origin = _origin(out, source)
             named = str(out) if origin == out else origin.name
-            if origin == out and config.model == "shapes" and self.speaks:
-                official_files.tell_of_shapes(out)
             found = _with_prompts(read_stage(out, source, unusable.append), origin, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
+            if origin == out and config.model == "shapes" and self.speaks:
+                official_files.tell_of_shapes(out)
             found = [stage.clear(record) for record in found]
             if not found:
                 if unusable:

@@ -464,6 +464,12 @@ def test_questions_do_not_stand_for_images(tmp_path, tiny, capsys):
     assert not (tmp_path / "questions.jsonl").exists()
 
 
+def test_a_folder_without_official_files_is_not_said_to_have_some(tmp_path, capsys, caplog):
+    code, error = failed(capsys, "select", "--out", tmp_path / "run")
+    assert (code, caplog.text) == (2, "")
+    assert error.startswith("ospo-fast: There is no score.jsonl in")
+
+
 @pytest.mark.parametrize("given", [[], ["preset=official"], ["model"]])
 def test_official_files_of_another_model_than_meant(tmp_path, tiny, caplog, given):
     (tmp_path / "vqa_result.json").write_text(json.dumps(vqa_result()))
