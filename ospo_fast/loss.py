@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,7 +69,12 @@ class OSPOLoss(nn.Module):
         self._grouping_checked = False
 
     def forward(
-        self, hidden: Tensor, labels: Tensor, head: Head | nn.Module, *, object_masks: Tensor | None = None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Head | nn.Module,
+        *,
+        object_masks: Tensor | Sequence[Tensor] | None = None,
     ) -> OSPOLossOutput:
         """Compute the loss of B pairs, given as groups of B rows: chosen, rejected and, if cond_weight > 0, swapped.
 
@@ -78,7 +84,8 @@ class OSPOLoss(nn.Module):
                 predicted from hidden[:, :-1] here. A row without image tokens has log-probability 0.
             head: see `token_logprobs`.
             object_masks: (2·B, H, W) of the chosen, then the rejected images, on the grid of their tokens. Swapped rows
-                use those of the chosen. None: every token has weight 1.
+                use those of the chosen. A sequence of them for images of several grids, in the order of their tokens.
+                None: every token has weight 1.
 
         Returns:
             The loss, its terms, and metrics: loss, simpo, sft, accuracy, margin, chosen_rewards, rejected_rewards,
@@ -91,7 +98,8 @@ class OSPOLoss(nn.Module):
 
         """
         config = self.config
-        pairs = self._count_pairs(hidden, labels, object_masks)
+        grids = [object_masks] if isinstance(object_masks, Tensor) else list(object_masks or ())
+        pairs = self._count_pairs(hidden, labels, grids)
         if not self._grouping_checked and not torch.compiler.is_compiling():
             self._check_grouping(labels, pairs)
         rows = pairs * (3 if config.cond_weight > 0 else 2)
@@ -100,8 +108,8 @@ class OSPOLoss(nn.Module):
         present = targets != IGNORE_INDEX
         # Before the GEMMs: on a GPU the checks of the weights synchronize with all work launched until then.
         weights = None
-        if object_masks is not None and config.mask_alpha > 0:
-            weights = self._weights(object_masks, pairs, present)
+        if grids and config.mask_alpha > 0:
+            weights = self._weights(grids, pairs, present)
         logps, sft = self._logps(hidden[:rows], head, targets, present[:pairs])
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
         chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()
@@ -165,16 +173,16 @@ class OSPOLoss(nn.Module):
         total, chosen_logps = weighted_logprobs(call, (present.to(result_dtype(call.x)) / count).flatten())
         return torch.cat([chosen_logps.view(targets[:pairs].shape), rejected_logps]), -total
 
-    def _weights(self, object_masks: Tensor, pairs: int, present: Tensor) -> Tensor:
+    def _weights(self, grids: Sequence[Tensor], pairs: int, present: Tensor) -> Tensor:
         """Weights (rows, S) of the tokens that are `present`; swapped rows have those of the chosen images."""
         config = self.config
-        weights = token_weights(
-            object_masks, alpha=config.mask_alpha, gamma=config.mask_gamma, blur_size=config.mask_blur
-        )
+        options: dict[str, Any] = {"gamma": config.mask_gamma, "blur_size": config.mask_blur}
+        found = [token_weights(masks, alpha=config.mask_alpha, **options) for masks in grids]
+        weights = found[0] if len(found) == 1 else torch.cat(found, 1)
         weights = torch.cat([weights, weights[:pairs]])[: len(present)]
         finite = None
-        if self.check_finite and object_masks.is_floating_point():
-            finite = object_masks.isfinite().flatten(1).all(1)
+        if self.check_finite and any(masks.is_floating_point() for masks in grids):
+            finite = torch.stack([masks.isfinite().flatten(1).all(1) for masks in grids]).all(0)
             finite = torch.cat([finite, finite[:pairs]])[: len(present)]
         return spread_weights(weights, present, finite)
 
@@ -191,7 +199,7 @@ class OSPOLoss(nn.Module):
                 "rows do, but cond_weight is 0; remove the swapped rows or set cond_weight above 0"
             )
 
-    def _count_pairs(self, hidden: Tensor, labels: Tensor, object_masks: Tensor | None) -> int:
+    def _count_pairs(self, hidden: Tensor, labels: Tensor, grids: Sequence[Tensor]) -> int:
         """Check the shapes; return B."""
         if hidden.dim() != 3:
             raise OpError(f"OSPOLoss: hidden has shape {tuple(hidden.shape)}, expected (G·B, S, D)")
@@ -199,8 +207,8 @@ class OSPOLoss(nn.Module):
             raise OpError(
                 f"OSPOLoss: labels have shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:2])} as hidden"
             )
-        for name, tensor in (("labels", labels), ("object_masks", object_masks)):
-            if tensor is not None and tensor.device != hidden.device:
+        for name, tensor in (("labels", labels), *(("object_masks", masks) for masks in grids)):
+            if tensor.device != hidden.device:
                 raise OpError(
                     f"OSPOLoss: {name} are on {tensor.device}, hidden is on {hidden.device}; "
                     f"use {name}.to(hidden.device)"
@@ -209,17 +217,18 @@ class OSPOLoss(nn.Module):
         if self.config.cond_weight > 0:
             groups, needed = 3, "chosen, rejected, swapped (for cond_weight > 0)"
             remedy = "; add the swapped rows or set cond_weight=0"
-        if object_masks is None:
+        if not grids:
             if rows == 0 or rows % groups:
                 expected = f"a positive multiple of {groups}: the groups {needed}{remedy}"
                 raise OpError(f"OSPOLoss: hidden has {rows} rows, expected {expected}")
             return rows // groups
-        if object_masks.dim() != 3 or object_masks.shape[0] % 2:
-            raise OpError(
-                f"OSPOLoss: object_masks have shape {tuple(object_masks.shape)}, expected (2·B, H, W): "
-                "the chosen's, then the rejected's"
-            )
-        pairs = object_masks.shape[0] // 2
+        for masks in grids:
+            if masks.dim() != 3 or masks.shape[0] % 2 or len(masks) != len(grids[0]):
+                raise OpError(
+                    f"OSPOLoss: object_masks have shape {tuple(masks.shape)}, expected (2·B, H, W): "
+                    "the chosen's, then the rejected's"
+                )
+        pairs = len(grids[0]) // 2
         if rows not in (groups * pairs, 3 * pairs):
             expected = f"{groups * pairs}: the groups {needed}{remedy}"
             raise OpError(f"OSPOLoss: hidden has {rows} rows for object_masks of {pairs} pairs, expected {expected}")

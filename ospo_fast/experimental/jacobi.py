@@ -57,7 +57,7 @@ class JacobiDecodeBatch(DecodeBatch):
         # By step: the length of the row that samples it, its code, and its `window_error_steps`. Windows reach past the
         # last step.
         self._length_at, self.tokens, self._error_step_at = integers(3, rows, self.max_tokens + window)
-        self._passes = integers(rows)
+        self._passes, self._partner_shift = integers(2, rows)
         # Row n: if n codes are kept, the positions of the next drafts in the window. Behind its end the last one is
         # repeated, since neighboring codes are often equal.
         kept, position = torch.arange(window + 1, device=device)[:, None], torch.arange(window, device=device)
@@ -68,6 +68,8 @@ class JacobiDecodeBatch(DecodeBatch):
         super().prefill(requests)
         total, prompts = self.max_tokens, self.lengths[0, :, None]
         steps = torch.arange(self.tokens.shape[1], device=prompts.device)
+        # An unconditional prompt may have another length.
+        self._partner_shift.copy_(self.lengths[-1] - self.lengths[0])
         # The code of step s is sampled from the hidden state at position prompt + s − 1.
         self._length_at.copy_(torch.where((prompts < 0) | (steps >= total), -1, prompts + steps - 1))
         self._window_steps.copy_(torch.where(prompts < 0, total, 1) + steps[: self._window])
@@ -88,7 +90,7 @@ class JacobiDecodeBatch(DecodeBatch):
         lengths = torch.gather(self._length_at, 1, steps, out=self._window_lengths[0])
         self._engine.embed(self._drafts.view(-1), self._window_x[:half])
         if self.sampling.branches == 2:
-            self._window_lengths[1] = lengths
+            self._window_lengths[1] = torch.where(lengths < 0, lengths, lengths + self._partner_shift[:, None])
             self._window_x[half:] = self._window_x[:half]
         hidden = self._engine.decoder.step(
             self._window_x, self.cache, self._window_cache_rows.view(-1), self._window_lengths.view(-1),

@@ -72,7 +72,9 @@ class LayerSearch(MaskExtractor):
         width = _max_tokens(columns)
         token_maps = layer_maps.view(L, N, sizes.shape[1], width, H, W)
         used = torch.arange(width, device=sizes.device) < sizes[..., None]
-        features = _code_embeddings(batch).view(N, H, W, -1) if self.settings.choose == "contrast" else None
+        features = (
+            _code_embeddings(batch, capture.cells).view(N, H, W, -1) if self.settings.choose == "contrast" else None
+        )
         choice = choose_layers(token_maps, used, rule=str(self.settings.choose), features=features)
         layer_maps = token_maps.sum(3) / sizes.clamp(min=1)[..., None, None]
         masks = self.threshold(choice.maps, layer_maps, finite, capture.layers, sizes)
@@ -83,9 +85,10 @@ def _max_tokens(columns: Columns) -> int:
     return max((len(tokens) for item in columns for tokens in item), default=0)
 
 
-def _code_embeddings(batch: Batch) -> Tensor:
-    """The embeddings (N, T, D) of the images' codes: what each cell of the image shows."""
-    [index] = to_device_packed([batch.lengths[:, None] + torch.arange(batch.tokens)], batch.embeds.device)
+def _code_embeddings(batch: Batch, cells: Sequence[int] | None) -> Tensor:
+    """The embeddings (N, H·W, D) of the images' codes: what each cell of the image shows."""
+    places = torch.arange(batch.tokens) if cells is None else torch.tensor(cells)
+    [index] = to_device_packed([batch.lengths[:, None] + places], batch.embeds.device)
     return batch.embeds.detach().gather(1, index[..., None].expand(-1, -1, batch.embeds.shape[2])).float()
 
 

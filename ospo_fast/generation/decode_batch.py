@@ -79,31 +79,37 @@ class DecodeBatch:
         columns = torch.tensor([(len(r.ids), r.seed, r.max_tokens, 1, i) for i, r in enumerate(requests)]).T.to(device)
         self.lengths[:, :count], self.seeds[:count], self.limits[:count], self.active[:count] = columns[:4]
         self.cache_rows[:, :count] = columns[4] + self.slots * torch.arange(branches, device=device)[:, None]
-        self._sample(self._run_prompts(requests))
+        unconditional = self._unconditional_prompts(requests)
+        for ids, same in unconditional:
+            self.lengths[1, same] = len(ids)
+        self._sample(self._run_prompts(requests, unconditional))
 
-    def _run_prompts(self, requests: Sequence[Request]) -> Tensor:
-        """Fill the cache, and return the logits (branches · rows, V) of the first token."""
-        engine, count = self._engine, len(requests)
-        prompts, cache_rows = [r.ids for r in requests], list(range(count))
-        # An unconditional prompt depends on the length alone: one of each length is computed and copied.
+    def _unconditional_prompts(self, requests: Sequence[Request]) -> list[tuple[Tensor, list[int]]]:
+        """Return each unconditional prompt and the requests that it belongs to: it depends on their length alone."""
         by_length: dict[int, list[int]] = {}
         if self.sampling.branches == 2:
             for i, request in enumerate(requests):
                 by_length.setdefault(len(request.ids), []).append(i)
-        for first, *_ in by_length.values():
-            prompts.append(engine.model.unconditional(requests[first].ids))
-            cache_rows.append(self.slots + first)
+        return [(self._engine.model.unconditional(requests[same[0]].ids), same) for same in by_length.values()]
+
+    def _run_prompts(self, requests: Sequence[Request], unconditional: list[tuple[Tensor, list[int]]]) -> Tensor:
+        """Fill the cache, and return the logits (branches · rows, V) of the first token."""
+        engine, count = self._engine, len(requests)
+        prompts, cache_rows = [r.ids for r in requests], list(range(count))
+        for ids, same in unconditional:  # each is computed once, and copied
+            prompts.append(ids)
+            cache_rows.append(self.slots + same[0])
         last = engine.decoder.prefill(prompts, self.cache, cache_rows)
         hidden = last.new_zeros(len(self.x), engine.decoder.width)
         hidden[:count] = last[:count]
         has_prompt = torch.ones(count, dtype=torch.bool)
-        for n, (length, same) in enumerate(by_length.items(), count):
+        for n, (ids, same) in enumerate(unconditional, count):
             computed = slice(cache_rows[n], cache_rows[n] + 1)
-            self.cache.copy([self.slots + i for i in same], self.cache, computed, length)
+            self.cache.copy([self.slots + i for i in same], self.cache, computed, len(ids))
             hidden[[self.rows + i for i in same]] = last[n]
-            has_prompt[same] = torch.tensor([not torch.equal(prompts[i], prompts[n]) for i in same])
+            has_prompt[same] = torch.tensor([not torch.equal(prompts[i], ids) for i in same])
         logits = engine.logits(hidden)
-        if by_length:
+        if unconditional:
             check_guidance_has_effect(logits[:count], logits[self.rows : self.rows + count], has_prompt)
         return logits
 
@@ -116,8 +122,9 @@ class DecodeBatch:
         self._engine.embed(self.codes, self.x[: self.rows])
         if self.sampling.branches == 2:
             self.x[self.rows :] = self.x[: self.rows]
+        positions = self._engine.rotary_positions(self.lengths, self.steps)
         hidden = self._engine.decoder.step(
-            self.x, self.cache, self.cache_rows.view(-1), self.lengths.view(-1), self._buffers
+            self.x, self.cache, self.cache_rows.view(-1), self.lengths.view(-1), self._buffers, positions=positions
         )
         self.lengths += self.active
         self._sample(self._engine.logits(hidden))
@@ -126,6 +133,7 @@ class DecodeBatch:
         """Sample one token per row into `codes` and column `steps` of `tokens`, and end requests."""
         state = {"seeds": self.seeds, "steps": self.steps, "codes": self.codes, "error_steps": self.error_steps}
         self.sampling.sample(logits, **state, tokens=self.tokens)
+        self._engine.put_structure(self.codes, self.steps)
         # A finished row keeps its `steps`, so its later samples overwrite one unused column.
         self.steps += self.active
         if self._stop_ids is not None:

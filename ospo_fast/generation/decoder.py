@@ -1,4 +1,4 @@
-"""Forward pass of a loaded Llama decoder, with a cache that is written in place.
+"""Forward pass of a loaded decoder of Llama's kind (`models.architectures`), with a cache that is written in place.
 
 Each row of the cache starts at position 0 and has its own length, so there is no padding, no mask and no position
 bookkeeping. Plain layers are fused (`projections`): query, key and value in one product, gate and up in another.
@@ -84,17 +84,32 @@ class Buffers:
         self.qkv = empty((decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim)
         self.attended = empty(decoder.heads * decoder.head_dim)
         self.gate_up, self.gated = empty(2 * decoder.inner), empty(decoder.inner)
+        self.branch = empty(decoder.width if decoder.has_branch_norms else 0)
 
 
 class Layer:
-    """One decoder layer of transformers, with its matrix products of one `kind` where they are plain."""
+    """One decoder layer of transformers, with its matrix products of one `kind` where they are plain.
+
+    Attributes:
+        norm, mlp_norm: RMS norms before attention and MLP, of the residual stream; None: they read it as it is.
+        out_norm, down_norm: RMS norms of the results of attention and MLP; None: they are added as they are.
+        head_norms: norms of queries and keys, each a function of (M, H, D); None where there are none.
+
+    """
 
     def __init__(self, module: Any, kind: Kind) -> None:
         attention, mlp = module.self_attn, module.mlp
-        self.norm, self.mlp_norm = module.input_layernorm, module.post_attention_layernorm
+        first, second = module.input_layernorm, module.post_attention_layernorm
+        self.norm, self.mlp_norm = first, second
+        self.out_norm = getattr(module, "post_self_attn_layernorm", None)
+        self.down_norm = getattr(module, "post_mlp_layernorm", None)
+        if type(module).__name__ == "ChameleonSwinDecoderLayer":  # the same names in other places
+            self.norm, self.mlp_norm, self.out_norm, self.down_norm = None, None, first, second
+        self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self.qkv = build_projection([attention.q_proj, attention.k_proj, attention.v_proj], kind)
         self.out = build_projection([attention.o_proj], kind)
-        self.gate_up = build_projection([mlp.gate_proj, mlp.up_proj], kind)
+        both = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        self.gate_up = build_projection(both, kind)
         self.down = build_projection([mlp.down_proj], kind)
         self.projections = (self.qkv, self.out, self.gate_up, self.down)
 
@@ -107,11 +122,12 @@ class Decoder(ABC):
         plain: its layers run without modules of adapters, so that its steps can be captured in a CUDA graph.
         packed: its products run on packed weights, where the number of rows has no influence on their bits.
         calls_modules: its modules run as they are, and the embeddings and the head have to as well.
+        has_branch_norms: the results of attention or MLP have norms of their own.
 
     """
 
     layers: Sequence[Any]
-    plain = packed = calls_modules = False
+    plain = packed = calls_modules = has_branch_norms = False
 
     def __init__(self, model: UnifiedModel) -> None:
         module: Any = model.decoder
@@ -151,6 +167,7 @@ class Decoder(ABC):
         buffers: Buffers | None = None,
         *,
         shared_slots: bool = False,
+        positions: Tensor | None = None,  # (A, M) int64: rotary positions on each axis, where they are not the lengths
     ) -> Tensor:
         """Run one token per row, with embeddings x → hidden states (M, D). Its keys and values are stored.
 
@@ -201,6 +218,14 @@ class InferenceDecoder(Decoder):
         self._norm = module.norm
         self._scale = float(first.scaling)
         self._cos, self._sin = self._rotary_tables(module.rotary_emb)
+        self._axes = self._rotary_axes(module.rotary_emb)
+        # The kernel of a step rotates whole heads, at one position per row.
+        self._rotates_before = self._axes is not None or self._cos.shape[1] < self.head_dim
+        if self._rotates_before:
+            blank = self._cos.new_ones(len(self._cos), self.head_dim)
+            self._kernel_tables = blank, torch.zeros_like(blank)
+        else:
+            self._kernel_tables = self._cos, self._sin
         kind = self._projection_kind(module)
         self.layers: list[Layer] = []
         try:
@@ -219,6 +244,7 @@ class InferenceDecoder(Decoder):
             self.layers = [Layer(layer, kind) for layer in module.layers]
         self.plain = not any(isinstance(p, ModuleProjection) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
+        self.has_branch_norms = any(layer.out_norm is not None for layer in self.layers)
 
     def _projection_kind(self, module: Any) -> Kind:
         """Choose by the total memory of the device, not by the free memory, so that every run computes the same."""
@@ -231,13 +257,45 @@ class InferenceDecoder(Decoder):
         return PackedLinear if self.dtype == torch.float32 and packed_linear_runs() else FusedProjection
 
     def _rotary_tables(self, rotary: Any) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (P, D) of all positions."""
+        """Cosines and sines (P, R) of all positions; R ≤ D, the part of a head that is rotated."""
         index = torch.arange(self.model.max_positions, device=self.device)[None]
         cos, sin = rotary(torch.empty(0, device=self.device, dtype=self.dtype), index)
         # `rotate` shifts without a sign: the sine carries the sign of rotate_half.
-        half = self.head_dim // 2
+        half = cos.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
         return cos[0].contiguous(), sin[0].contiguous()
+
+    def _rotary_axes(self, rotary: Any) -> Tensor | None:
+        """The axis of positions (R,) that turns each part of a head; None for a decoder with one axis."""
+        layout = getattr(self.model, "layout", None)
+        if layout is None or layout.positions is None:
+            return None
+        found = []
+        for axis in range(len(layout.positions)):
+            index = torch.zeros(len(layout.positions), 1, 1, dtype=torch.long, device=self.device)
+            index[axis] = 1
+            found.append(rotary(torch.empty(0, device=self.device), index)[1][0, 0])
+        axes = torch.stack(found) != 0
+        if not bool((axes.sum(0) == 1).all()):
+            raise OspoError(
+                f"model: rotary_emb of {self.model.name} turns a part of a head by several axes; use another model"
+            )
+        return axes.int().argmax(0)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the first R of the D values of heads."""
+        width = cos.shape[-1]
+        if width == x.shape[-1]:
+            return rotate(x, cos, sin)
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), -1)
+
+    def _tables_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (M, 1, R) at positions (A, M), or (M,) of one axis."""
+        if self._axes is None or positions.dim() == 1:
+            return self._cos[positions][:, None], self._sin[positions][:, None]
+        part = torch.arange(len(self._axes), device=positions.device)
+        own = positions[self._axes].T  # (M, R)
+        return self._cos[own, part][:, None], self._sin[own, part][:, None]
 
     def refresh(self) -> None:
         """See `Decoder`."""
@@ -317,7 +375,7 @@ class InferenceDecoder(Decoder):
                 cos, sin = self._cos[start:end], self._sin[start:end]
                 parts = qkv[tokens].view(-1, length, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
                 q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), 1)
-                k = rotate(k, cos, sin)
+                k = self._rotate(k, cos, sin)
                 cache.keys[i][rows, :, start:end], cache.values[i][rows, :, start:end] = k, v
                 mask = None
                 if start:
@@ -327,7 +385,7 @@ class InferenceDecoder(Decoder):
                     k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
                 with sdpa_kernel(_PREFILL_BACKENDS, set_priority=True) if k.is_cuda else nullcontext():
                     attended = F.scaled_dot_product_attention(
-                        rotate(q, cos, sin),
+                        self._rotate(q, cos, sin),
                         k,
                         v,
                         attn_mask=mask,
@@ -342,12 +400,12 @@ class InferenceDecoder(Decoder):
 
     def _attend_packed(self, cache: Cache, rows: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Attend:
         """Attention of packed prompts in one call. Token t is stored at positions[t] of cache row rows[t]."""
-        cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
+        cos, sin = self._tables_at(positions)
         total, rotated, group = len(rows), self.heads + self.kv_heads, self.heads // self.kv_heads
 
         def attend(i: int, qkv: Tensor, y: Tensor) -> Tensor:
             parts = qkv[:total].view(total, -1, self.head_dim)
-            q, k = rotate(parts[:, :rotated], cos, sin).split((self.heads, self.kv_heads), 1)
+            q, k = self._rotate(parts[:, :rotated], cos, sin).split((self.heads, self.kv_heads), 1)
             v = parts[:, rotated:]
             for stored, new in ((cache.keys[i], k), (cache.values[i], v)):
                 stored.transpose(1, 2)[rows, positions] = new
@@ -368,12 +426,19 @@ class InferenceDecoder(Decoder):
         buffers: Buffers | None = None,
         *,
         shared_slots: bool = False,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """See `Decoder`."""
+        tables = None
+        if self._rotates_before:
+            tables = self._tables_at(lengths.clamp(min=0) if positions is None else positions)
 
         def attend(i: int, qkv: Tensor, out: Tensor) -> Tensor:
+            if tables is not None:
+                heads = qkv.view(len(qkv), -1, self.head_dim)[:, : self.heads + self.kv_heads]
+                heads.copy_(self._rotate(heads, *tables))
             return decode_attention(
-                qkv, self._cos, self._sin, cache.keys[i], cache.values[i], cache_rows, lengths,
+                qkv, *self._kernel_tables, cache.keys[i], cache.values[i], cache_rows, lengths,
                 heads=self.heads, scale=self._scale, out=out, shared_slots=shared_slots,
             )  # fmt: skip
 
@@ -386,12 +451,28 @@ class InferenceDecoder(Decoder):
         next_norms = [layer.norm for layer in self.layers[1:]] + [self._norm]
         h = _add_norm(None, x, self.layers[0].norm, b.normed)
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            y = attend(i, layer.qkv(h, b.qkv), b.attended)
-            h = _add_norm(layer.out(y, b.delta), x, layer.mlp_norm, b.normed)
+            qkv = layer.qkv(h, b.qkv)
+            self._norm_heads(layer, qkv)
+            y = attend(i, qkv, b.attended)
+            h = _add_norm(_norm(layer.out(y, b.delta), layer.out_norm, b.branch), x, layer.mlp_norm, b.normed)
             y = silu_mul(layer.gate_up(h, b.gate_up), out=b.gated)
-            h = _add_norm(layer.down(y, b.delta), x, next_norm, b.normed)
+            h = _add_norm(_norm(layer.down(y, b.delta), layer.down_norm, b.branch), x, next_norm, b.normed)
         return h
+
+    def _norm_heads(self, layer: Layer, qkv: Tensor) -> None:
+        """Apply the norms of queries and keys to qkv (M, (H + 2·Hkv)·D), in place."""
+        if layer.head_norms is not None:
+            parts = qkv.view(len(qkv), -1, self.head_dim).split((self.heads, self.kv_heads, self.kv_heads), 1)
+            for part, norm in zip(parts, layer.head_norms, strict=False):
+                part.copy_(norm(part))
+
+
+def _norm(x: Tensor, norm: Any, out: Tensor) -> Tensor:
+    return x if norm is None else add_rms_norm(None, x, norm.weight, norm.variance_epsilon, out=out)
 
 
 def _add_norm(delta: Tensor | None, x: Tensor, norm: Any, out: Tensor) -> Tensor:
+    """Add delta to x (M, D), and return the norm of the sum, in `out`; without a norm, x itself."""
+    if norm is None:
+        return x if delta is None else x.add_(delta)
     return add_rms_norm(delta, x, norm.weight, norm.variance_epsilon, out=out)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ospo_fast.cost import causal
+from ospo_fast.errors import UsageError
 from ospo_fast.generation.decode_batch import DecodeBatch
 from ospo_fast.generation.decoder import Decoder
 from ospo_fast.generation.module_decoder import build_decoder
@@ -18,6 +19,7 @@ from ospo_fast.generation.projections import PackedHead, head_projection
 from ospo_fast.generation.requests import CUDA_ROWS, Completion, Request, max_batch_size, plan_batches
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 from ospo_fast.oom import BatchSizeLimit
 from ospo_fast.work import count
 
@@ -46,12 +48,29 @@ class Engine:
         self.decoder = decoder or build_decoder(model, text=text)
         self._batch_size, self._capture, self._item_name = batch_size, capture, "text" if text else "image"
         self.stop_ids = tuple(model.eos_ids) if text else ()  # an image ends after its last code
+        layout, device = image_layout(model), model.device
+        # Structure token j of an image is number K + j. Behind step n comes `_given[n]`; −1: the code that is sampled.
+        self._structure = [] if text else list(dict.fromkeys(token for _, token in layout.structure))
+        self._given: Tensor | None = None
+        if self._structure:
+            given = {place: model.num_codes + self._structure.index(token) for place, token in layout.structure}
+            # One more: the step counter of a finished row is the number of tokens.
+            self._given = torch.tensor([given.get(n, -1) for n in range(layout.tokens + 1)], device=device)
+        # By which the rotary positions of an image token differ from its position in the cache, (A, N).
+        self._shift: Tensor | None = None
+        if layout.positions is not None and not text:
+            self._shift = (torch.tensor(layout.positions) - torch.arange(layout.tokens)).to(device)
         # Of image codes: the head, and the embedding of every code. Text tokens use the model's own modules, and so do
         # codes where hooks have to see every one.
         self._head = None if text else head_projection(model.head, self.decoder.packed)
-        rows = 0 if text or self.decoder.calls_modules else model.num_codes
-        self._table = torch.empty(rows, model.hidden_size, device=model.device, dtype=model.dtype)
-        self._window = max(1, min(jacobi_window, model.grid[0] * model.grid[1] - 1))
+        rows = 0 if text or self.decoder.calls_modules else model.num_codes + len(self._structure)
+        self._table = torch.empty(rows, model.hidden_size, device=device, dtype=model.dtype)
+        if jacobi_window and (self._structure or self._shift is not None):
+            raise UsageError(
+                f"jacobi_window: got {jacobi_window}, expected 0, because images of {model.name} have structure tokens "
+                "or positions of their own between the codes"
+            )
+        self._window = max(1, min(jacobi_window, layout.tokens - 1))
         self._batch_class: Callable[..., DecodeBatch] = DecodeBatch
         if self._window > 1:
             from ospo_fast.experimental.jacobi import JacobiDecodeBatch
@@ -70,15 +89,38 @@ class Engine:
 
     def _embed_codes(self) -> None:
         if len(self._table):
-            self._table.copy_(self.model.embed_codes(torch.arange(len(self._table), device=self.model.device)))
+            model, count = self.model, self.model.num_codes
+            self._table[:count].copy_(model.embed_codes(torch.arange(count, device=model.device)))
+            if self._structure:
+                self._table[count:].copy_(model.embed_tokens(torch.tensor(self._structure, device=model.device)))
 
     def embed(self, ids: Tensor, out: Tensor) -> None:
-        """Write the embeddings of tokens (M,) into `out` (M, D)."""
+        """Write the embeddings of tokens (M,) into `out` (M, D); a structure token has a number behind the codes."""
         if len(self._table):
             torch.index_select(self._table, 0, ids, out=out)
+        elif self._head is None:
+            out.copy_(self.model.embed_tokens(ids[:, None])[:, 0])
+        elif self._structure and int(ids.max()) >= self.model.num_codes:  # then all of a batch are structure tokens
+            given = torch.tensor(self._structure, device=ids.device)[ids - self.model.num_codes]
+            out.copy_(self.model.embed_tokens(given[:, None])[:, 0])
         else:
-            embed = self.model.embed_tokens if self._head is None else self.model.embed_codes
-            out.copy_(embed(ids[:, None])[:, 0])
+            out.copy_(self.model.embed_codes(ids[:, None])[:, 0])
+
+    def put_structure(self, tokens: Tensor, steps: Tensor) -> None:
+        """Replace the tokens (M,) sampled at `steps` (M,) that are structure tokens of an image."""
+        if self._given is not None:
+            given = self._given[steps]
+            torch.where(given < 0, tokens, given, out=tokens)
+
+    def rotary_positions(self, lengths: Tensor, steps: Tensor) -> Tensor | None:
+        """Return positions (A, B·M) of image tokens before step `steps` (M,) at `lengths` (B, M) of the cache.
+
+        None: the positions are the lengths.
+        """
+        if self._shift is None:
+            return None
+        positions: Tensor = (lengths + self._shift[:, (steps - 1).clamp(min=0)][:, None]).clamp(min=0)
+        return positions.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits (M, V), rows contiguous, of hidden states (M, D)."""
@@ -95,7 +137,16 @@ class Engine:
         groups: see `plan_batches`.
         """
         # Rounded up, so that later calls with longer prompts can reuse the buffers and the graph.
-        length = -(-max(len(r.ids) + r.max_tokens for r in requests) // 64) * 64
+        length = max(len(r.ids) + r.max_tokens for r in requests)
+        if sampling.branches == 2:
+            partners = {len(r.ids): self.model.unconditional(r.ids) for r in requests}  # they depend on the length
+            length = max(length, max(map(len, partners.values())) + max(r.max_tokens for r in requests))
+            if length > self.model.max_positions:
+                raise UsageError(
+                    f"guidance_scale: got {sampling.guidance_scale}, but the unconditional prompt of {self.model.name} "
+                    f"and an image take {length} of its {self.model.max_positions} positions; use 1, or smaller images"
+                )
+        length = -(-length // 64) * 64
         if self._batch is not None and (self._batch.sampling != sampling or self._batch.length < length):
             self._batch = None  # before the free memory is measured
         row_bytes = sampling.branches * self.decoder.row_bytes(length)

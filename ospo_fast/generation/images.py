@@ -24,6 +24,7 @@ from ospo_fast.generation.sampling import Sampling
 from ospo_fast.generation.throughput import Throughput, streamed_bytes
 from ospo_fast.generation.validation import check_batch_size, check_choice, check_ids, check_positive, check_window
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 from ospo_fast.models.resolve import resolve_model
 from ospo_fast.oom import out_of_memory, short
 from ospo_fast.packages import required_by
@@ -172,12 +173,13 @@ class ImageGenerator:
         check_choice("on_error", on_error, ("raise", "skip"))
         check_positive("num_images", num_images)
         ids = [ids for ids in self._tokenize(prompts) for _ in range(num_images)]
-        tokens = self.model.grid[0] * self.model.grid[1]
-        requests = make_requests(ids, seeds, [tokens] * len(ids))
+        layout = image_layout(self.model)
+        sampled = list(layout.code_positions)
+        requests = make_requests(ids, seeds, [layout.tokens] * len(ids))
         total = len(requests)
         if groups is not None and len(groups) != total:
             raise UsageError(f"groups: got {len(groups)} of them, expected {total}, one for each image")
-        codes = torch.full((total, tokens), -1, dtype=torch.long)
+        codes = torch.full((total, layout.codes), -1, dtype=torch.long)
         images: dict[int, Any] = {}
         with (
             self._one_at_a_time,
@@ -191,14 +193,14 @@ class ImageGenerator:
             for batch, completions in self._current_engine().decode(requests, sampling, groups) if total else ():
                 seconds, steps = time.perf_counter() - begin, [completion.steps for completion in completions]
                 streamed = streamed_bytes(self.model, [len(r.ids) for r in batch], sampling.branches, steps)
-                speed += Throughput(len(batch), seconds, streamed, len(batch) * tokens, sum(steps))
+                speed += Throughput(len(batch), seconds, streamed, len(batch) * layout.tokens, sum(steps))
                 self.throughput = speed
                 finished = []
                 for request, completion in zip(batch, completions, strict=True):
                     if isinstance(completion.tokens, Failure):
                         self.failures[request.index] = completion.tokens
                     else:
-                        codes[request.index] = completion.tokens
+                        codes[request.index] = completion.tokens[sampled]
                         finished.append(request.index)
                 if output != "codes":
                     writer.take(finished, codes[finished])
@@ -222,7 +224,7 @@ class ImageGenerator:
         """Token ids of every prompt; each text is tokenized once."""
         if isinstance(prompts, (str, Tensor)):
             raise UsageError("prompts: got a single prompt, expected a list of them")
-        tokens = self.model.grid[0] * self.model.grid[1]
+        tokens = image_layout(self.model).tokens
         tokenize = functools.cache(self.model.image_prompt)
         result = []
         for i, prompt in enumerate(prompts):

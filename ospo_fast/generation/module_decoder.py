@@ -107,6 +107,7 @@ class ModuleDecoder(Decoder):
         buffers: Buffers | None = None,
         *,
         shared_slots: bool = False,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """See `Decoder`."""
         hidden = torch.zeros_like(x)
@@ -115,15 +116,16 @@ class ModuleDecoder(Decoder):
         # Shorter ones first: with shared_slots, longer ones read what these store.
         for length in sorted(groups):
             rows = torch.tensor(groups[length], device=x.device)
-            hidden[rows] = self._run(x[rows, None], cache, cache_rows[rows], length)[:, 0]
+            own = {} if positions is None else {"position_ids": positions[:, rows, None]}
+            hidden[rows] = self._run(x[rows, None], cache, cache_rows[rows], length, **own)[:, 0]
         return hidden
 
-    def _run(self, x: Tensor, cache: Cache, rows: Tensor | slice, start: int) -> Tensor:
+    def _run(self, x: Tensor, cache: Cache, rows: Tensor | slice, start: int, **options: Tensor) -> Tensor:
         """Run x (B, S, D) at positions start … start+S−1 of `rows` → hidden states (B, S, D)."""
         from ospo_fast.generation.stored_cache import CACHE_ARGUMENT, StoredCache
 
         past = StoredCache(cache, rows, start, self._positions)
-        hidden = self._forward(x, **{CACHE_ARGUMENT: past}, use_cache=True)
+        hidden = self._forward(x, **{CACHE_ARGUMENT: past}, use_cache=True, **options)
         if not self._checked and x.shape[1] > 1 and not start:
             self._checked = True
             if not past.is_complete:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ospo_fast.models.architectures import find_architecture
 from ospo_fast.models.base import UnifiedModel
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -27,9 +28,10 @@ _ROW_WISE_MODULES = (
     "peft.tuners.", "peft.utils.other", "bitsandbytes.nn", "transformers.activations", "transformers.integrations.",
 )  # fmt: skip
 _JANUS = ("JanusVQVAEHead", "JanusVQVAEAlignerMLP")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+_HEAD_NORMS = ("q_norm", "k_norm")
 _ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_MLP_PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
@@ -60,40 +62,53 @@ def _overrides(model: UnifiedModel, text: bool) -> Iterator[str]:
             if found := _changed_rows(part):
                 yield f"{path} {found}"
 
-    llama: Any = sys.modules.get("transformers.models.llama.modeling_llama")
-    if llama is None or type(decoder) is not llama.LlamaModel:
-        yield f"the decoder is a {type(decoder).__name__}, expected LlamaModel"
+    known = find_architecture(decoder)
+    if known is None:
+        yield f"the decoder is a {type(decoder).__name__}, which the fused decoder does not know"
         return
-    yield from check("the decoder", decoder, llama.LlamaModel)
-    yield from check("rotary_emb", decoder.rotary_emb, llama.LlamaRotaryEmbedding)
+    names, library = known
+    kinds: dict[str, Any] = {
+        name: getattr(library, getattr(names, name)) for name in ("decoder", "attention", "mlp", "rotary", "norm")
+    }
+    yield from check("the decoder", decoder, kinds["decoder"])
+    yield from check("rotary_emb", decoder.rotary_emb, kinds["rotary"])
     if getattr(decoder.rotary_emb, "rope_type", "default") == "longrope":
         yield "rotary_emb has the type longrope, which depends on the length of the sequence"
-    yield from check("norm", decoder.norm, llama.LlamaRMSNorm)
+    yield from check("norm", decoder.norm, kinds["norm"])
     yield from check("layers", decoder.layers, nn.ModuleList)
     yield from check_rows("embed_tokens", decoder.embed_tokens)
     config, scaling = decoder.config, None
     for i, layer in enumerate(decoder.layers):
-        if found := _changed(layer, llama.LlamaDecoderLayer):
+        layer_kind = getattr(library, next((n for n in names.layers if n == type(layer).__name__), names.layers[0]))
+        if found := _changed(layer, layer_kind):
             yield f"layers.{i} {found}"
             return  # its parts may have other names
+        used.add(layer_kind)
         attention, mlp = layer.self_attn, layer.mlp
-        yield from check(f"layers.{i}.self_attn", attention, llama.LlamaAttention)
-        yield from check(f"layers.{i}.mlp", mlp, llama.LlamaMLP)
+        yield from check(f"layers.{i}.self_attn", attention, kinds["attention"])
+        yield from check(f"layers.{i}.mlp", mlp, kinds["mlp"])
         for name in _NORMS:
-            yield from check(f"layers.{i}.{name}", getattr(layer, name), llama.LlamaRMSNorm)
+            if hasattr(layer, name):
+                yield from check(f"layers.{i}.{name}", getattr(layer, name), kinds["norm"])
+        for name in _HEAD_NORMS:
+            if hasattr(attention, name):
+                head_kind = getattr(library, names.head_norm) if names.head_norm else kinds["norm"]
+                yield from check(f"layers.{i}.self_attn.{name}", getattr(attention, name), head_kind)
         for name in _ATTENTION_PROJECTIONS:
             yield from check_rows(f"layers.{i}.self_attn.{name}", getattr(attention, name))
         for name in _MLP_PROJECTIONS:
-            yield from check_rows(f"layers.{i}.mlp.{name}", getattr(mlp, name))
-        if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-            yield f"layers.{i}.mlp.act_fn is a {type(mlp.act_fn).__name__}, expected SiLU"
-        yield from check_rows(f"layers.{i}.mlp.act_fn", mlp.act_fn)
+            if hasattr(mlp, name):
+                yield from check_rows(f"layers.{i}.mlp.{name}", getattr(mlp, name))
+        act_name = "act_fn" if hasattr(mlp, "act_fn") else "activation_fn"
+        activation = getattr(mlp, act_name)
+        if type(activation).__name__ not in ("SiLU", "SiLUActivation"):
+            yield f"layers.{i}.mlp.{act_name} is a {type(activation).__name__}, expected SiLU"
+        yield from check_rows(f"layers.{i}.mlp.{act_name}", activation)
         scaling = attention.scaling if scaling is None else scaling
         if attention.scaling != scaling:
             yield f"layers.{i}.self_attn has a scaling of its own"
         if attention.config is not config:
             yield f"layers.{i}.self_attn has a configuration of its own"
-    used.add(llama.LlamaDecoderLayer)
     if len(decoder.layers) > config.num_hidden_layers or not getattr(config, "is_causal", True):
         yield "the decoder's configuration has fewer layers, or is not causal"
     if text:
@@ -107,20 +122,20 @@ def _overrides(model: UnifiedModel, text: bool) -> Iterator[str]:
     for kind in used:
         if not _is_original(kind):
             yield f"the class {kind.__name__} has a patched forward"
-    yield from _functions(llama, config)
+    yield from _functions(library, config)
 
 
-def _functions(llama: Any, config: Any) -> Iterator[str]:
+def _functions(library: Any, config: Any) -> Iterator[str]:
     """Functions of transformers that were replaced, and a registered attention."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for name in ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "create_causal_mask", "eager_attention_forward"):
-        if not _is_own(getattr(llama, name, None)):
-            yield f"{llama.__name__}.{name} was replaced"
+        if not _is_own(getattr(library, name, None)):
+            yield f"{library.__name__}.{name} was replaced"
     implementation = config._attn_implementation or "eager"
     functions = [
-        ALL_ATTENTION_FUNCTIONS.get(implementation, getattr(llama, "eager_attention_forward", None)),
+        ALL_ATTENTION_FUNCTIONS.get(implementation, getattr(library, "eager_attention_forward", None)),
         ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, None),
     ]
     if implementation not in _ATTENTIONS or not all(map(_in_libraries, functions)):

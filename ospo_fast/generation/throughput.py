@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def streamed_bytes(
     config: Any = model.decoder.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     position: int = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    tokens = model.grid[0] * model.grid[1]
+    tokens = image_layout(model).tokens
     steps = [tokens] * len(lengths) if steps is None else steps
     # A step reads what the cache holds by then: the prompt, and over all steps half of the codes.
     cached = sum(n * length + n * (tokens + 1) // 2 for n, length in zip(steps, lengths, strict=True))

@@ -1,8 +1,8 @@
 """The protocol of a unified model: everything that the stages and the generation engine may ask of it.
 
-A unified model generates text and images with one decoder. An image is `grid[0] * grid[1]` codes of a codebook, which
-are generated one by one after a begin-of-image token. An adapter (`models/janus.py`) implements the protocol for one
-family of checkpoints.
+A unified model generates text and images with one decoder. An image is a sequence of codes of a codebook, which are
+generated one by one after its prompt, with structure tokens between them where the family has some
+(`models/layout.py`). An adapter implements the protocol for one family of checkpoints (`models/families.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor, nn
+
+    from ospo_fast.models.layout import ImageLayout
 
 TEMPLATE_SETS = ("janus", "shapes")  # that ship with the package; a model may name no other
 
@@ -40,13 +42,14 @@ class UnifiedModel(Protocol):
     module: nn.Module  # the whole transformers model
     decoder: nn.Module  # the language model without its head (LlamaModel), called with inputs_embeds
     head: nn.Module  # hidden (..., D) → logits (..., num_codes) of the image codes
-    grid: tuple[int, int]  # rows and columns of codes; an image has T = rows * columns codes
-    num_codes: int
+    grid: tuple[int, int]  # rows and columns of codes of the image
+    layout: ImageLayout  # of the T codes of an image and the tokens between them; `image_layout` where there is none
+    num_codes: int  # K, of the codebook; codes are 0 … K−1 wherever they are in the vocabulary
     hidden_size: int
     max_positions: int
     bos_id: int
     pad_id: int
-    boi_id: int  # begin of image
+    boi_id: int  # begin of image: the last token of an image prompt
     eoi_id: int  # end of image
     image_id: int  # placeholder of one embedded image patch
     eos_ids: tuple[int, ...]  # end-of-text tokens
@@ -73,12 +76,16 @@ class UnifiedModel(Protocol):
         """The ids of `image_prompt`, and the character span of each in `prompt`; None for tokens of the template."""
 
     def unconditional(self, ids: Tensor) -> Tensor:
-        """The unconditional prompt for guidance of ids (S,): same length, with padding in place of the prompt."""
+        """The unconditional prompt (S',) for guidance of the image prompt ids (S,), on the CPU.
+
+        It ends in the same token. Its length may be another one, and is the same for prompts of one length.
+        """
 
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:
         """Ids (S,) on the CPU, ready to generate the next assistant turn.
 
-        With `image`, begin-of-image, T placeholders and end-of-image are put before the text of the last user message.
+        With `image`, P placeholders `image_id`, between the tokens that mark an image, are put before the text of the
+        last user message.
         """
 
     def tokens(self, value: str | Tensor | Sequence[int]) -> list[str]:
@@ -94,13 +101,13 @@ class UnifiedModel(Protocol):
         """Image codes (...) → decoder input embeddings (..., D) for image generation."""
 
     def embed_images(self, images: list[Image]) -> Tensor:
-        """Images → embeddings (N, T, D) for image understanding, which replace the placeholders of a chat prompt."""
+        """Images → embeddings (N, P, D) for image understanding, which replace the P placeholders of a chat prompt."""
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) → logits (..., V) over the text vocabulary."""
 
     def decode_codes(self, codes: Tensor) -> list[Image]:
-        """Codes (N, T) → images. Their pixels do not depend on the other images of a call."""
+        """Codes (N, T) of all grids → images. Their pixels do not depend on the other images of a call."""
 
     def encode_images(self, images: list[Image]) -> Tensor:
         """Images → codes (N, T) int64, which do not depend on the other images of a call."""

@@ -28,6 +28,7 @@ from ospo_fast.models._column_probabilities import (
     take_rows,
 )
 from ospo_fast.models.base import default_layers
+from ospo_fast.models.layout import ImageLayout
 from ospo_fast.ops.attention_columns import Bounds, ColumnRequest
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class AttentionCapture:
         skip: a number of layers at each end, or the indices of the layers that the default leaves out, those that the
             decoder has. The official code leaves out the indices 0 to 4 and 25 to 29, 5 at each end of 30 layers.
         heads: indices of the heads to average over in these layers (negative from the end); default: all.
-        grid: (H, W) with H · W = count; default: the adapter's. Without one the maps are (B, O, rows).
+        grid: (H, W) with H · W = count; default: the adapter's, of whose image tokens the maps have the codes alone.
+            Without one the maps are (B, O, rows).
         stop_early: end the forward pass after the last captured layer. The forward call must then be the last statement
             of the context, because it does not return.
         attentions: of an encoder-decoder, the output to capture: "decoder_attentions", "cross_attentions" (columns are
@@ -142,7 +144,7 @@ class AttentionCapture:
         self._heads = None
         if heads is not None:
             self._heads = _resolve_indices("heads", heads, self._attention.heads or _ENDLESS)  # checked in each layer
-        self._grid = _resolve_grid(model, grid, rows)
+        self._grid, self.cells = _resolve_grid(model, grid, rows)
         self._handles: list[Any] = []
         self._thread = 0
         self._reset()
@@ -175,7 +177,11 @@ class AttentionCapture:
         return self._with_grid(self._captured())
 
     def _with_grid(self, maps: Tensor) -> Tensor:
-        return maps if self._grid is None else maps.view(*maps.shape[:-1], *self._grid)
+        if self._grid is None:
+            return maps
+        if self.cells is not None:
+            maps = maps[..., self.cells]
+        return maps.view(*maps.shape[:-1], *self._grid)
 
     def _captured(self) -> Tensor:
         """(layers, B, O, rows)."""
@@ -533,15 +539,22 @@ def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     return torch.stack([x[:, head] for head in heads], dim=1)
 
 
-def _resolve_grid(model: Any, grid: tuple[int, int] | None, rows: Bounds) -> tuple[int, int] | None:
+def _resolve_grid(
+    model: Any, grid: tuple[int, int] | None, rows: Bounds
+) -> tuple[tuple[int, int] | None, list[int] | None]:
+    """Return the grid, and which rows are its cells; None: all of them, in order."""
     count = int(rows[1].max()) if isinstance(rows[1], Tensor) else int(rows[1])
+    layout: ImageLayout | None = getattr(model, "layout", None)
+    if grid is None and layout is not None and layout.tokens == count:
+        cells = list(layout.grid_positions)
+        return layout.grid, None if len(cells) == count else cells
     if grid is None:
         grid = getattr(model, "grid", None)
     if grid is not None and grid[0] * grid[1] != count:
         raise OspoError(
             f"capture: rows holds {count} positions, the grid {grid[0]} by {grid[1]}; give the grid= that fits"
         )
-    return grid
+    return grid, None
 
 
 def pad_columns(columns: Sequence[Sequence[Sequence[int]]]) -> Tensor:

@@ -17,6 +17,7 @@ from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.files import load_npz, locate, open_image
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 from ospo_fast.records import SIDES, Pair, os_errors, sync_folder, write_atomic, write_files
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def _stored_codes(path: Path, model: UnifiedModel) -> Tensor | Failure:
     if isinstance(stored, Failure):
         return stored
     codes: Tensor = stored["codes"]
-    size = model.grid[0] * model.grid[1]
+    size = image_layout(model).codes
     if codes.shape != (size,) or int(codes.min()) < 0 or int(codes.max()) >= model.num_codes:
         largest = f" and values up to {int(codes.max())}" if codes.numel() else ""
         return Failure(

@@ -162,7 +162,7 @@ def extract_masks(
     """
     batch = teacher_forced(model, prompts, codes, length=max(padded_length(model, ids) for ids in prompts))
     with extractor.capture(model, columns, batch, stop_early=True) as capture:
-        hidden_states(model, batch.embeds, layers=max(capture.layers) + 1)
+        hidden_states(model, batch.embeds, layers=max(capture.layers) + 1, positions=batch.positions)
     return extractor.compute(capture, columns, batch)
 
 

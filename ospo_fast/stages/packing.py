@@ -21,6 +21,7 @@ from ospo_fast.cost import causal
 from ospo_fast.errors import OspoError
 from ospo_fast.generation.varlen import varlen_attention, varlen_runs
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import embed_image, image_layout
 from ospo_fast.oom import out_of_memory
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
@@ -41,30 +42,31 @@ class Packed:
     positions: Tensor  # (1, ΣL) int64, from 0 in each sequence
     bounds: Tensor  # (N + 1,) int32: first token of each sequence, and the end of the last
     longest: int
-    rows: Tensor  # (N, T + 1) int64: where in ΣL the tokens of each image are, and the token before them
-    labels: Tensor  # (N, T + 1) int64, unshifted: IGNORE_INDEX, then the codes
+    rows: Tensor  # (N, T + 1) int64: where in ΣL the T tokens of each image are, and the token before them
+    labels: Tensor  # (N, T + 1) int64, unshifted: IGNORE_INDEX, then the codes; IGNORE_INDEX for structure tokens
     lengths: Tensor  # (N,) int64 on the CPU, tokens of each prompt
 
 
 def pack(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor) -> Packed:
-    """Embed N prompts, ids (L_n,) that end in begin-of-image, each followed by its row of the codes (N, T).
+    """Embed N prompts, ids (L_n,) that end in begin-of-image, each followed by the image of its row of the codes.
 
     Raises:
         OspoError: a sequence is longer than the model's positions.
 
     """
-    size = codes.shape[1]
+    spread = image_layout(model).spread(codes, IGNORE_INDEX)
+    size = spread.shape[1]
     lengths = check_lengths(model, prompts, size)
     totals = [length + size for length in lengths.tolist()]
     ends = list(itertools.accumulate(totals, initial=0))
     rows = torch.tensor(ends[1:])[:, None] + torch.arange(-size - 1, 0)
-    labels = F.pad(codes, (1, 0), value=IGNORE_INDEX)
+    labels = F.pad(spread, (1, 0), value=IGNORE_INDEX)
     positions = torch.cat([torch.arange(total) for total in totals])[None]
     ids, codes, rows, labels, positions, bounds = to_device_packed(
         (torch.cat(list(prompts)), codes, rows, labels, positions, torch.tensor(ends, dtype=torch.int32)), model.device
     )
     texts = model.embed_tokens(ids).split(lengths.tolist())
-    parts = [part for pair in zip(texts, model.embed_codes(codes), strict=True) for part in pair]
+    parts = [part for pair in zip(texts, embed_image(model, codes), strict=True) for part in pair]
     return Packed(torch.cat(parts)[None], positions, bounds, max(totals), rows, labels, lengths)
 
 
@@ -136,6 +138,8 @@ def packing_runs(model: UnifiedModel, dtype: torch.dtype) -> bool:
     """
     config: Any = getattr(model.decoder, "config", None)
     if model.device.type != "cuda" or not getattr(model.decoder, "_supports_attention_backend", False):
+        return False
+    if image_layout(model).positions is not None:  # packed sequences have one axis
         return False
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return varlen_runs(model.device, dtype, width, backward=True)

@@ -11,6 +11,7 @@ from ospo_fast.config import Config
 from ospo_fast.errors import Failure, UsageError, attempt, check_text
 from ospo_fast.files import regular
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +119,7 @@ def image_prompt_ids(model: UnifiedModel, prompt: str) -> Tensor | Failure:
 
 def check_length(model: UnifiedModel, prompt: str, ids: Tensor) -> Failure | None:
     """Return a Failure if the ids (S,) of an image prompt leave no positions for an image."""
-    limit = model.max_positions - model.grid[0] * model.grid[1]
+    limit = model.max_positions - image_layout(model).tokens
     if len(ids) <= limit:
         return None
     return Failure(f"prompt: {prompt[:60]!r} has {len(ids)} tokens, at most {limit} fit; shorten it")

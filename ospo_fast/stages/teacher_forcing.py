@@ -1,4 +1,4 @@
-"""Teacher-forced sequences: a prompt that ends in begin-of-image, then the codes of an image, padded on the right.
+"""Teacher-forced sequences: a prompt that ends in begin-of-image, then the tokens of an image, padded on the right.
 
 Attention is causal: no position that counts sees the padding, so it needs no mask. But its sums have an order that
 depends on the length of the padded sequence. Where results must have the same bits in any batch, batches hold sequences
@@ -21,6 +21,7 @@ from torch import Tensor
 from ospo_fast.cost import causal
 from ospo_fast.errors import OspoError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import embed_image, image_layout
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import chunked
@@ -37,12 +38,13 @@ class Batch:
     embeds: Tensor  # (N, S, D)
     labels: Tensor  # (N, S) int64, unshifted: the codes at their own positions, IGNORE_INDEX elsewhere
     lengths: Tensor  # (N,) int64 on the CPU, tokens of each prompt: where its image starts
-    tokens: int  # T, codes of an image
+    tokens: int  # of an image: its codes, and the structure tokens between them
+    positions: Tensor | None = None  # (A, N, S) rotary positions, of a decoder with several axes
 
 
 def padded_length(model: UnifiedModel, prompt: Tensor) -> int:
     """Return the positions of a prompt (L,) and an image: rounded up, but no more than the model has."""
-    length = len(prompt) + model.grid[0] * model.grid[1]
+    length = len(prompt) + image_layout(model).tokens
     return max(length, min(-(-length // LENGTH_TILE) * LENGTH_TILE, model.max_positions))
 
 
@@ -80,22 +82,27 @@ def teacher_forced(
         OspoError: a sequence is longer than the model's positions.
 
     """
-    size = codes.shape[1]
+    layout = image_layout(model)
+    size = layout.tokens if layout.structure else codes.shape[1]
     lengths = check_lengths(model, prompts, size)
     padded = int(lengths.max()) + size if length is None else length
     ids = torch.full((len(prompts), int(lengths.max())), model.pad_id)
     labels = torch.full((len(prompts), padded), IGNORE_INDEX)
+    spread = layout.spread(codes, IGNORE_INDEX)
     for n, prompt in enumerate(prompts):
         ids[n, : len(prompt)] = prompt
-        labels[n, len(prompt) : len(prompt) + size] = codes[n]
+        labels[n, len(prompt) : len(prompt) + size] = spread[n]
+    positions = None
+    if layout.positions is not None:
+        positions = layout.rotary_positions(lengths.tolist(), padded, model.device)
     ids, labels, codes = to_device_packed((ids, labels, codes), model.device)
     text = model.embed_tokens(ids)
-    image = model.embed_codes(codes)
+    image = embed_image(model, codes)
     embeds = text.new_zeros(len(prompts), padded, text.shape[-1])
     embeds[:, : text.shape[1]] = text
     for n, start in enumerate(lengths.tolist()):
         embeds[n, start : start + size] = image[n]
-    return Batch(embeds, labels, lengths, size)
+    return Batch(embeds, labels, lengths, size, positions)
 
 
 def passes(model: UnifiedModel) -> dict[str, bool]:
@@ -105,21 +112,24 @@ def passes(model: UnifiedModel) -> dict[str, bool]:
     return {"backward": torch.is_grad_enabled(), "trained": weight.requires_grad}
 
 
-def hidden_states(model: UnifiedModel, embeds: Tensor, *, layers: int | None = None) -> Tensor:
+def hidden_states(
+    model: UnifiedModel, embeds: Tensor, *, layers: int | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Return the last hidden states (N, S, D) of the decoder.
 
-    layers: how many run, where a capture ends the pass early.
+    layers: how many run, where a capture ends the pass early. positions: of the `Batch`.
     """
     rows, length = embeds.shape[:2]
     attended = rows * causal(length)
     count(tokens=rows * length, attended=attended, layers=layers, **passes(model))
-    hidden: Tensor = model.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    options = {} if positions is None else {"position_ids": positions}
+    hidden: Tensor = model.decoder(inputs_embeds=embeds, use_cache=False, **options).last_hidden_state
     return hidden
 
 
 @torch.no_grad()
 def mean_logprobs(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor, *, batch_size: int) -> list[float]:
-    """Return the mean over the image tokens of log p(code | prompt, codes before), for each of N images.
+    """Return the mean over the codes of log p(code | prompt, tokens before), for each of N images.
 
     prompts: N × ids (L_n,). codes: (N, T). batch_size: images per forward pass; a mean does not depend on the others.
     """
@@ -129,8 +139,8 @@ def mean_logprobs(model: UnifiedModel, prompts: Sequence[Tensor], codes: Tensor,
     for rows in equal_batches(range(len(prompts)), lambda n: len(prompts[n]), batch_size):
         filled = fill(rows, batch_size, model.device)
         batch = teacher_forced(model, [prompts[n] for n in filled], codes[filled])
-        hidden = hidden_states(model, batch.embeds)[:, :-1]
+        hidden = hidden_states(model, batch.embeds, positions=batch.positions)[:, :-1]
         for n, own, labels in zip(rows, hidden, batch.labels[:, 1:], strict=False):
             # Image by image: the products of the head have one size, and fsum rounds once.
-            means[n] = math.fsum(token_logprobs(own, model.head, labels).tolist()) / batch.tokens
+            means[n] = math.fsum(token_logprobs(own, model.head, labels).tolist()) / codes.shape[1]
     return means

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ospo_fast.config import Config, TrainConfig
@@ -30,6 +31,7 @@ from ospo_fast.errors import Failure, OspoError, attempt, some_failed
 from ospo_fast.files import no_link, read_bytes, reading, regular
 from ospo_fast.loss import OSPOLoss, OSPOLossOutput
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 from ospo_fast.records import (
     ItemPair,
     Record,
@@ -161,16 +163,28 @@ def _sequences(examples: Sequence[Example], swapped: bool) -> tuple[list[Tensor]
 def unconditional_hidden_states(model: UnifiedModel, examples: Sequence[Example], batch: Batch | Packed) -> Tensor:
     """Return the hidden states (N, S, D) of a batch of `make_batch` with unconditional prompts.
 
-    Rows of the same codes and the same prompt length are computed once.
+    They are at the positions of the batch, also where an unconditional prompt has another length. Rows of the same
+    codes and the same prompt length are computed once.
     """
     sides = [(side, n) for side in (0, 1, 0) for n in range(len(examples))]  # the third group: swapped, if present
     rows = [(*row, length) for row, length in zip(sides, batch.lengths.tolist(), strict=False)]
     distinct = list(dict.fromkeys(rows))
-    prompts = [model.unconditional(torch.zeros(length, dtype=torch.long)) for *_, length in distinct]
+    prompts = [model.unconditional(torch.full((length,), model.boi_id)) for *_, length in distinct]
     codes = torch.stack([examples[n].codes[side] for side, n, _ in distinct])
     with torch.no_grad():
-        unconditional = teacher_forced(model, prompts, codes)
-    return hidden_states(model, unconditional.embeds)[[distinct.index(row) for row in rows]]
+        partner = teacher_forced(model, prompts, codes)
+    found = hidden_states(model, partner.embeds, positions=partner.positions)
+    order = [distinct.index(row) for row in rows]
+    own, total = batch.lengths.tolist(), batch.embeds.shape[1]
+    if all(int(partner.lengths[n]) == length for n, length in zip(order, own, strict=True)):
+        return found[order]
+    before = 1  # the token before an image predicts its first code
+    moved = []
+    for n, length in zip(order, own, strict=True):
+        begin = int(partner.lengths[n]) - before
+        image = found[n, begin : begin + partner.tokens + before]
+        moved.append(F.pad(image, (0, 0, length - before, total - length - partner.tokens)))
+    return torch.stack(moved)
 
 
 def shuffled_indices(count: int, seed: int, start: int, length: int) -> list[int]:
@@ -338,8 +352,9 @@ class Trainer:
 
                 unconditional = unconditional_hidden_states(self.model, examples, batch)
                 hidden, head = Head.of(head).guided(hidden, unconditional, settings.guidance_scale)
-            output: OSPOLossOutput = self.loss(hidden, batch.labels, head, object_masks=masks)
-        codes = len(batch.lengths) * self.model.grid[0] * self.model.grid[1]
+            object_masks = None if masks is None else image_layout(self.model).masks(masks)
+            output: OSPOLossOutput = self.loss(hidden, batch.labels, head, object_masks=object_masks)
+        codes = len(batch.lengths) * image_layout(self.model).codes
         count(codes=codes, backward=torch.is_grad_enabled())
         if masks is not None and settings.masks == "online":
             output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
@@ -415,7 +430,7 @@ class Trainer:
             self.settings.batch_size, -(-self.settings.batch_size * self.settings.accumulation // self.ranks.size)
         )
         groups = 3 if self.loss.config.cond_weight > 0 else 2
-        longest = max(map(len, prompts)) + self.examples[0].codes.shape[1]
+        longest = max(map(len, prompts)) + image_layout(self.model).tokens
         needed = self.ranks.everywhere(
             lambda: needs_checkpointing(
                 self.model, self.settings, self.parameters, sequences=groups * rows, longest=longest
@@ -448,11 +463,11 @@ class Trainer:
             return packed_hidden_states(self.model, batch), masks
         columns = [example.columns for example in examples if example.columns is not None]
         if self.extractor is None or not columns:
-            return hidden_states(self.model, batch.embeds), masks
+            return hidden_states(self.model, batch.embeds, positions=batch.positions), masks
         pairs = len(columns)
         columns = columns * 2 + [[]] * (len(batch.lengths) - 2 * pairs)  # swapped rows take the masks of the chosen
         with self.extractor.capture(self.model, columns, batch, stop_early=False) as capture:
-            hidden = hidden_states(self.model, batch.embeds)
+            hidden = hidden_states(self.model, batch.embeds, positions=batch.positions)
         return hidden, self.extractor.compute(capture, columns, batch).weights[: 2 * pairs].float()
 
     def evaluate(self, evaluation: Evaluation | None) -> dict[str, Any]:

@@ -73,10 +73,16 @@ def test_attention_skips_texts_that_have_ended(
     step, seen = InferenceDecoder.step, []
 
     def noting(
-        self: InferenceDecoder, x: Tensor, cache: Cache, cache_rows: Tensor, lengths: Tensor, *rest: object
+        self: InferenceDecoder,
+        x: Tensor,
+        cache: Cache,
+        cache_rows: Tensor,
+        lengths: Tensor,
+        *rest: object,
+        **options: object,
     ) -> Tensor:
         seen.append(lengths.tolist())
-        return step(self, x, cache, cache_rows, lengths, *rest)
+        return step(self, x, cache, cache_rows, lengths, *rest, **options)
 
     monkeypatch.setattr(InferenceDecoder, "step", noting)
     monkeypatch.setattr(InferenceDecoder, "pad_rows", lambda self, rows, batch_size, row_bytes: 5)

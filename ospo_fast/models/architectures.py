@@ -1,0 +1,76 @@
+"""Decoders of transformers that `generation.decoder` computes itself: the classes of their parts, by module.
+
+All are a Llama's layers, with the differences that `generation.decoder.Layer` reads from a layer: norms of queries and
+keys, norms behind attention and MLP, biases, a gate and an up projection in one, and several axes of rotary positions.
+A decoder that is not here runs by its own modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The names of the classes of one decoder."""
+
+    module: str  # that the classes are of, in `transformers.models`
+    decoder: str
+    layers: tuple[str, ...]
+    attention: str
+    mlp: str
+    rotary: str
+    norm: str  # of the residual stream
+    head_norm: str | None = None  # of queries and keys
+
+
+_ARCHITECTURES = (
+    Architecture(
+        module="llama.modeling_llama",
+        decoder="LlamaModel",
+        layers=("LlamaDecoderLayer",),
+        attention="LlamaAttention",
+        mlp="LlamaMLP",
+        rotary="LlamaRotaryEmbedding",
+        norm="LlamaRMSNorm",
+    ),
+    Architecture(
+        module="emu3.modeling_emu3",
+        decoder="Emu3TextModel",
+        layers=("Emu3DecoderLayer",),
+        attention="Emu3Attention",
+        mlp="Emu3MLP",
+        rotary="Emu3RotaryEmbedding",
+        norm="Emu3RMSNorm",
+    ),
+    Architecture(
+        module="chameleon.modeling_chameleon",
+        decoder="ChameleonModel",
+        layers=("ChameleonDecoderLayer", "ChameleonSwinDecoderLayer"),
+        attention="ChameleonAttention",
+        mlp="ChameleonMLP",
+        rotary="ChameleonRotaryEmbedding",
+        norm="ChameleonRMSNorm",
+        head_norm="ChameleonLayerNorm",
+    ),
+    Architecture(
+        module="glm_image.modeling_glm_image",
+        decoder="GlmImageTextModel",
+        layers=("GlmImageTextDecoderLayer",),
+        attention="GlmImageTextAttention",
+        mlp="GlmImageTextMLP",
+        rotary="GlmImageTextRotaryEmbedding",
+        norm="GlmImageRMSNorm",
+    ),
+)
+
+
+def find_architecture(decoder: Any) -> tuple[Architecture, Any] | None:
+    """Return the architecture of a decoder, and the module of transformers that defines it; None for another class."""
+    for found in _ARCHITECTURES:
+        module = sys.modules.get(f"transformers.models.{found.module}")
+        if module is not None and type(decoder) is getattr(module, found.decoder, None):
+            return found, module
+    return None
