@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ospo_fast.models.janus import JanusUnifiedModel
+    from ospo_fast.models.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
     import torch
 
     from ospo_fast.models import deepseek, load_on_base
+    from ospo_fast.models.janus import JanusUnifiedModel
 
     dtype, unused = _stored(path, base)
     with torch.no_grad():
@@ -116,13 +117,18 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
             model = load_on_base(path, torch.device("cpu"), dtype, base=base)
         else:
             model = load_model(path, device="cpu", dtype=dtype)
+    if to == "deepseek" and not isinstance(model, JanusUnifiedModel):
+        raise UsageError(
+            f"convert: {path} is a {model.module.config.model_type!r} model, expected a Janus model, the only "
+            "kind that DeepSeek's layout is for; use --to transformers"
+        )
 
     values = {**model.module.state_dict(), **unused}
     if bad := [name for name, tensor in values.items() if not tensor.isfinite().all()]:
         logger.warning("%s has %d tensors with values that are not finite (%s, …)", path, len(bad), bad[0])
 
     def save(folder: Path) -> None:
-        if to == "deepseek":
+        if isinstance(model, JanusUnifiedModel) and to == "deepseek":
             deepseek.save_deepseek(model, folder, unused)
             return
         model.save(folder)
@@ -198,7 +204,7 @@ def _convert_adapter(path: Path, out: Path, base: str, trained: TrainerCheckpoin
     return dtype
 
 
-def _check_same_base(model: JanusUnifiedModel, trained: TrainerCheckpoint, base: str) -> None:
+def _check_same_base(model: Adapter, trained: TrainerCheckpoint, base: str) -> None:
     """Raise OspoError unless the frozen weights of a checkpoint with LoRA are those of the base model."""
     import torch
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from ospo_fast.models.janus import JanusUnifiedModel
+    from ospo_fast.models.adapter import Adapter
 
 SELF = "self"
 MAX_CHATS = 10_000
@@ -113,7 +113,7 @@ class UnifiedJudge:
     Questions with another answer than yes or no are asked for one word.
     """
 
-    def __init__(self, model: JanusUnifiedModel, config: Config) -> None:
+    def __init__(self, model: Adapter, config: Config) -> None:
         from ospo_fast.stages.text_sampling import load_model_templates
 
         self.name, self.model, self._batch_size = model.name, model, config.score.batch_size

@@ -20,13 +20,14 @@ from ospo_fast.errors import OspoError, UsageError, is_panic
 from ospo_fast.models import folder_checks, trainer_files
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.deepseek_config import is_deepseek
+from ospo_fast.models.families import find_family
 from ospo_fast.packages import check_installed, required_by
 from ospo_fast.records import local_base
 
 if TYPE_CHECKING:
     import torch
 
-    from ospo_fast.models.janus import JanusUnifiedModel
+    from ospo_fast.models.adapter import Adapter
 
 __all__ = ["UnifiedModel", "check_device", "find_model", "load_model"]
 
@@ -47,21 +48,23 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> JanusUnifiedModel:
-    """Load a Janus model for inference. Threads that call it at once load one after the other.
+    image_size: tuple[int, int] | None = None,
+) -> Adapter:
+    """Load a unified model for inference. Threads that call it at once load one after the other.
 
     Args:
         name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, one in DeepSeek's layout,
             a folder with a LoRA adapter (its base model is loaded and the adapter merged into it), a `.ckpt` file of
-            the official trainer, or a name on the Hugging Face hub.
+            the official trainer, or a name on the Hugging Face hub; of one of the families in `models.families`.
         device: default: CUDA if available, else the CPU.
         dtype: a torch dtype or its name; default: bfloat16 on CUDA, float32 on the CPU.
+        image_size: height and width in pixels of the images that it generates; default: its own.
 
     Raises:
         MissingPackageError: a package of the extra `pipeline` is missing.
         OspoError: the checkpoint is missing, broken, or of an unsupported kind.
         UsageError: a device other than the CPU and CUDA, or one that torch does not find; a dtype other than float32,
-            bfloat16, float16 and float64.
+            bfloat16, float16 and float64; an image size that the model does not know.
 
     """
     name = str(name_or_path)
@@ -72,8 +75,8 @@ def load_model(
     device, dtype = resolve_placement(device, dtype)
     with _LOCK:
         if folder is not None and has_base(folder):
-            return load_on_base(folder, device, dtype)
-        return _load_checkpoint(folder, name, device, dtype)
+            return load_on_base(folder, device, dtype, image_size=image_size)
+        return _load_checkpoint(folder, name, device, dtype, image_size)
 
 
 def find_model(name_or_path: str | Path) -> Path | None:
@@ -228,23 +231,29 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
     return resolved
 
 
-def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype: torch.dtype) -> JanusUnifiedModel:
+def _load_checkpoint(
+    folder: Path | None,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    image_size: tuple[int, int] | None,
+) -> Adapter:
+    config = folder_checks.read_json(hub_config(name) if folder is None else folder / "config.json")
+    family = find_family({"model_type": "janus"} if is_deepseek(config) else config, name)
     with required_by("load_model"):
-        import transformers
-
-        from ospo_fast.models.janus import JanusUnifiedModel
-
+        adapter_class = family.adapter_class()
         # Named here, because transformers imports them, and what they need, when they are named.
-        model_class, processor_class = transformers.JanusForConditionalGeneration, transformers.JanusProcessor
+        model_class = family.transformers_class(family.model_class)
+        processor_class = family.transformers_class(family.processor_class)
 
     source = str(folder or name)
     remedy = _HUB_REMEDY if folder is None else "save or download it again"
     with loading(f"{source} cannot be loaded", remedy):
-        if folder is not None and is_deepseek(folder_checks.read_json(folder / "config.json")):
+        if folder is not None and is_deepseek(config):
             from ospo_fast.models.deepseek import load_deepseek
 
             module, processor = load_deepseek(folder, dtype)
-            return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
+            return adapter_class(module.to(device).eval(), processor, name=name, image_size=image_size)
         if folder is not None:
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
@@ -257,7 +266,7 @@ def _load_checkpoint(folder: Path | None, name: str, device: torch.device, dtype
         )
         folder_checks.refuse_missing(info["missing_keys"], source, remedy)
         processor = processor_class.from_pretrained(source, trust_remote_code=False)
-        return JanusUnifiedModel(module.to(device).eval(), processor, name=name)
+        return adapter_class(module.to(device).eval(), processor, name=name, image_size=image_size)
 
 
 @contextlib.contextmanager
@@ -315,8 +324,13 @@ def _check_base(name: str, folder: Path) -> None:
 
 
 def load_on_base(
-    folder: Path, device: torch.device, dtype: torch.dtype, *, base: str | None = None
-) -> JanusUnifiedModel:
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    base: str | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Adapter:
     """Load the base model of an adapter, or of a file of the official trainer, and put its weights into it.
 
     `base`: in place of the base model that it names.
@@ -327,7 +341,7 @@ def load_on_base(
         config = None if trained else folder_checks.check_adapter(folder)
         if trained is not None and trained.lora:
             config = trained.lora_config(base)
-    model = load_model(base, device=device, dtype=dtype)
+    model = load_model(base, device=device, dtype=dtype, image_size=image_size)
     if trained is not None and trained.weights:
         from ospo_fast.models.deepseek import load_weights
 

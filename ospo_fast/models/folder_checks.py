@@ -19,6 +19,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.files import read_bytes, reading
 from ospo_fast.models.base import TEMPLATE_SETS
 from ospo_fast.models.deepseek_config import is_deepseek, to_janus
+from ospo_fast.models.families import find_family
 from ospo_fast.records import parse_json
 
 if TYPE_CHECKING:
@@ -83,13 +84,11 @@ def read_text(path: Path) -> str:
 
 
 def check_kind(config: dict[str, Any], name: str) -> None:
-    """Raise OspoError unless a configuration is that of a Janus model with a Llama decoder."""
+    """Raise OspoError unless a configuration is that of a model of one of the families."""
     if is_deepseek(config):
         config = to_janus(config, name)
-    kind = config.get("model_type")
-    if kind != "janus":
-        raise OspoError(f"model: {name} has model_type {kind!r}, expected 'janus' (JanusForConditionalGeneration)")
-    for key, accepted in (("text_config", dict), ("vision_config", dict), ("vq_config", dict), ("template_set", str)):
+    family = find_family(config, name)
+    for key, accepted in (*((key, dict) for key in family.sections), ("template_set", str)):
         if not isinstance(value := config.get(key), (accepted, type(None))):
             what = "an object" if accepted is dict else "a text"
             raise OspoError(
@@ -102,15 +101,15 @@ def check_kind(config: dict[str, Any], name: str) -> None:
             f"model: template_set in the config.json of {name} is {templates!r:.60}, expected one of "
             f"{', '.join(TEMPLATE_SETS)}; remove it, and name a file of your own in the setting templates"
         )
-    text = config.get("text_config") or {}
+    text = (config.get("text_config") or {}) if family.text_types else config
     positions = text.get("max_position_embeddings", 1)
     if not isinstance(positions, int) or not 1 <= positions <= MAX_POSITIONS:
         raise OspoError(
             f"model: max_position_embeddings in the config.json of {name} is {positions!r:.60}, expected 1 to "
             f"{MAX_POSITIONS}; save or download the model again"
         )
-    if text.get("model_type", "llama") != "llama":
-        raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected 'llama'")
+    if family.text_types and text.get("model_type", family.text_types[0]) not in family.text_types:
+        raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected {family.text_types[0]!r}")
 
 
 def refuse_pipes(folder: Path) -> None:
@@ -228,13 +227,14 @@ def check_sizes(folder: Path) -> None:
     transformers fills tensors that are missing or of another size at random, before it refuses the latter.
     """
     import torch
-    import transformers
 
     path, files = folder / "config.json", weight_files(folder)
     config, shapes = read_json(path), _tensor_shapes(files)
     check_counts(path, config, len(shapes))
+    family = find_family(config, str(folder))
+    model_class = family.transformers_class(family.model_class)
     with torch.device("meta"):
-        empty = transformers.JanusForConditionalGeneration(transformers.JanusConfig.from_pretrained(str(folder)))
+        empty = model_class(model_class.config_class.from_pretrained(str(folder)))
     tensors, packed = empty.state_dict(keep_vars=True), config.get("quantization_config")
     found = set()
     for name, tensor in tensors.items() if not packed else ():
@@ -250,7 +250,7 @@ def check_sizes(folder: Path) -> None:
     if packed or all(id(tensor) in found for tensor in tensors.values()):
         return
     # transformers also knows names of earlier versions.
-    _, info = transformers.JanusForConditionalGeneration.from_pretrained(
+    _, info = model_class.from_pretrained(
         None,
         config=empty.config,
         state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
@@ -367,12 +367,8 @@ def match_targets(config: dict[str, Any], folder: Path, module: torch.nn.Module)
 
 def check_adapter_fits(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], base: Path) -> None:
     """Do `check_adapter_tensors` by the configuration of a base model alone, without its weights."""
-    import torch
-    import transformers
-
     sizes = {name: value for name, value in read_config(base).items() if name != "architectures"}
-    with torch.device("meta"):
-        module = transformers.JanusForConditionalGeneration(transformers.JanusConfig(**sizes))
+    module = find_family(sizes, str(base)).build_empty(sizes)
     check_adapter_tensors(folder, match_targets(config, folder, module), tensors, module)
 
 

@@ -1,0 +1,118 @@
+"""Emu3 (arXiv 2409.18869): text and image codes in one vocabulary; transformers' `Emu3ForConditionalGeneration`.
+
+Generation and chat are two checkpoints, Emu3-Gen and Emu3-Chat, of one architecture. Formats are those of the official
+code (baaivision/Emu3, `emu3/mllm/processing_emu3.py` and `image_generation.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ospo_fast.errors import UsageError
+from ospo_fast.models.adapter import VocabularyAdapter, fit_images
+from ospo_fast.models.base import Message
+from ospo_fast.models.layout import ImageLayout
+
+# In place of the prompt, for guidance; of the official script.
+_NEGATIVE = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+_SYSTEM = "You are a helpful assistant."
+_END_OF_ROW = "<|extra_200|>"
+
+
+class Emu3UnifiedModel(VocabularyAdapter):
+    """Adapter of an Emu3 model and its processor. `UnifiedModel` documents the members.
+
+    image_size: any multiple of the factor of the VQ model, 8 in the published ones; default: the processor's area.
+    """
+
+    decoder_path = "model.text_model"
+    special_tokens = VocabularyAdapter.special_tokens | {"boi_id": "image_wrapper_token"}
+
+    def __init__(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> None:
+        self._factor = int(module.model.vqmodel.spatial_scale_factor)
+        grid = self._find_grid(processor, image_size, name)
+        end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name)
+        self.layout = ImageLayout.rows(grid, end_of_row)
+        self._end_of_row = end_of_row
+        super().__init__(
+            module, processor, name=name, text=module.config.text_config,
+            code_ids=module.model.vocabulary_mapping.img2bpe,
+            num_codes=int(module.config.vq_config.codebook_size),
+        )  # fmt: skip
+        # The two published halves differ in nothing but their weights and their names.
+        half = Path(name).name.lower()
+        self.generates_images, self.chats = "chat" not in half, "gen" not in half
+        negative = self._encode(f"{self._prefix}{_NEGATIVE}{self._suffix}")["input_ids"]
+        self._negative = torch.tensor(negative, dtype=torch.long)
+
+    def _find_grid(self, processor: Any, image_size: tuple[int, int] | None, name: str) -> tuple[int, int]:
+        if image_size is None:
+            height, width = processor.calculate_generate_size(processor.ratio, processor.image_area, self._factor)
+            return int(height), int(width)
+        if any(side < self._factor or side % self._factor for side in image_size):
+            raise UsageError(
+                f"image_size: got {image_size[0]}x{image_size[1]}, expected multiples of {self._factor}, the pixels "
+                f"of a code of {name}"
+            )
+        return image_size[0] // self._factor, image_size[1] // self._factor
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of images in pixels."""
+        return self.grid[0] * self._factor, self.grid[1] * self._factor
+
+    def unconditional(self, ids: Tensor) -> Tensor:
+        """See `UnifiedModel`: the negative prompt of the official script."""
+        return self._negative
+
+    # Text
+
+    def _split_template(self) -> tuple[str, str]:
+        return str(self._tokenizer.bos_token), self._size_text()
+
+    def _size_text(self) -> str:
+        tokenizer, (height, width) = self._tokenizer, self.grid
+        return f"{tokenizer.boi_token}{height}*{width}{tokenizer.image_wrapper_token}"
+
+    def _chat_text(self, messages: list[Message], image: bool) -> str:
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": _SYSTEM}, *messages]
+        return str(self._tokenizer.bos_token) + self._render_image_chat(messages, image)
+
+    def _image_text(self) -> str:
+        tokenizer, (height, width) = self._tokenizer, self.grid
+        placeholders = tokenizer.image_token * (height * (width + 1))
+        return f"{self._size_text()}{placeholders}{tokenizer.eof_token}{tokenizer.eoi_token}"
+
+    # Pixels and codes
+
+    def embed_images(self, images: list[Image.Image]) -> Tensor:
+        """See `UnifiedModel`: the codes, with an end of row behind the last row too."""
+        codes = self.encode_images(images)
+        rows = self.code_ids.to(codes.device)[codes].view(len(codes), *self.grid)
+        ends = rows.new_full((*rows.shape[:2], 1), self._end_of_row)
+        return self.embed_tokens(torch.cat([rows, ends], -1).flatten(1))
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        processing = self.processor.image_processor
+        pixels: Tensor = self.module.model.vqmodel.decode(codes.view(-1, *self.grid)).float()
+        mean, std = (pixels.new_tensor(value)[:, None, None] for value in (processing.image_mean, processing.image_std))
+        return pixels * std + mean
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        sizes = torch.tensor([pixels.shape[2:]] * len(pixels), device=pixels.device)
+        return torch.stack(self.module.model.vqmodel.encode(pixels, sizes, return_dict=True).image_tokens).flatten(1)
+
+    def _pixels(self, images: list[Image.Image]) -> Tensor:
+        processing = self.processor.image_processor
+        return fit_images(images, self.image_size, processing.image_mean, processing.image_std).to(
+            self.device, self.dtype
+        )

@@ -1,0 +1,87 @@
+"""The families of unified models: their classes in transformers, and their adapters. Light to import."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ospo_fast.errors import OspoError
+
+if TYPE_CHECKING:
+    from ospo_fast.models.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints."""
+
+    model_type: str  # in config.json
+    model_class: str  # in transformers
+    processor_class: str
+    adapter: str  # module and class, see `ospo_fast.models.base`
+    since: str  # the oldest version of transformers that has them in the form that the adapter reads
+    text_types: tuple[str, ...] = ()  # accepted model_type of text_config
+    sections: tuple[str, ...] = ()  # keys of config.json that hold objects
+
+    def adapter_class(self) -> Callable[..., Adapter]:
+        """Import the adapter, and with it torch."""
+        module, _, name = self.adapter.partition(":")
+        found: Callable[..., Adapter] = getattr(importlib.import_module(module), name)
+        return found
+
+    def transformers_class(self, name: str) -> Any:
+        """Return a class of transformers. Raises OspoError if the installed version does not have it."""
+        import transformers
+
+        found = getattr(transformers, name, None)
+        if found is None:
+            raise OspoError(
+                f"model: {self.model_type!r} models need {name} of transformers, which {transformers.__version__} does "
+                f'not have; install "transformers>={self.since}"'
+            )
+        return found
+
+    def build_empty(self, config: dict[str, Any]) -> Any:
+        """Build the module of a configuration without memory for its weights."""
+        import torch
+
+        model_class = self.transformers_class(self.model_class)
+        with torch.device("meta"):
+            return model_class(model_class.config_class(**config))
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(
+            "janus",
+            "JanusForConditionalGeneration",
+            "JanusProcessor",
+            "ospo_fast.models.janus:JanusUnifiedModel",
+            since="5.17",
+            text_types=("llama",),
+            sections=("text_config", "vision_config", "vq_config"),
+        ),
+        Family(
+            "emu3",
+            "Emu3ForConditionalGeneration",
+            "Emu3Processor",
+            "ospo_fast.models.emu3:Emu3UnifiedModel",
+            since="5.17",
+            text_types=("emu3_text_model",),
+            sections=("text_config", "vq_config", "vocabulary_map"),
+        ),
+    )
+}
+
+
+def find_family(config: dict[str, Any], name: str) -> Family:
+    """Return the family of a config.json in transformers' layout. Raises OspoError for another kind of model."""
+    kind = config.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        known = ", ".join(map(repr, FAMILIES))
+        raise OspoError(f"model: {name} has model_type {kind!r:.60}, expected one of {known}; use a model of these")
+    return family
