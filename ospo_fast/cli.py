@@ -544,7 +544,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError(f"generate: got {found}, expected one prompt in quotes or --prompts FILE.")
     _check_count("--num", args.num, MAX_IMAGES)
     config = _settings(args, saved=False)
-    from ospo_fast.models import load_model
+    from ospo_fast.models import open_model
     from ospo_fast.models.vocabulary import UnloadedModel
     from ospo_fast.stages.prompt_files import normalized, numbered_prompts
 
@@ -553,7 +553,7 @@ def _generate(args: argparse.Namespace) -> int:
     if (unloaded := UnloadedModel.find(config.model)) is not None:
         _check_prompts(cast("UnifiedModel", unloaded), prompts, file)
     check_creatable(Path(config.out))
-    model = load_model(config.model, device=config.device, dtype=config.dtype)
+    model = open_model(config)
     _check_prompts(model, prompts, file)
     from ospo_fast.stages.generate import generate
 
@@ -594,7 +594,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if any(value is not None for value in options.values()):
         return _evaluate_images(args, options)
     config = _settings(args, saved=False)
-    from ospo_fast.models import load_model
+    from ospo_fast.models import open_model
     from ospo_fast.records import check_writable, write_json
     from ospo_fast.shapes.commands import require_shapes
 
@@ -602,7 +602,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_creatable(Path(config.out))
     from ospo_fast.shapes.evaluate import evaluate_model  # imports torch
 
-    model = load_model(config.model, device=config.device, dtype=config.dtype)
+    model = open_model(config)
     check_writable(Path(config.out))
     metrics = {"model": config.model, **evaluate_model(model, config.evaluate, progress=not args.json)}
     write_json(Path(config.out) / "evaluate.json", metrics)

@@ -114,6 +114,7 @@ NAMES = expect(
     # Not more: what names match is found by a regular expression, and a run folder's own configuration may name them.
     lambda value: value and all(re.fullmatch(r"[A-Za-z0-9_.]+", name) for name in value),
 )
+_SIZE = re.compile(r"[1-9]\d{0,4}x[1-9]\d{0,4}")
 WINDOW = expect("0 (off), or 2 or more", lambda value: value == 0 or value >= 2)
 INDICES = expect(
     "a list of integers, or auto",
@@ -475,6 +476,11 @@ class Config(Section):
     templates: str | None = setting(
         None, "Template set of the text stages. null: the model's own.", expect("shapes, janus or a YAML file")
     )
+    image_size: str | None = setting(
+        None,
+        "Height and width in pixels of the images, for models that know several sizes. null: the model's own.",
+        expect("height x width, such as 512x768", lambda value: bool(_SIZE.fullmatch(value))),
+    )
     read_from: list[str] = setting(
         list, "Folders in which records may name files, in addition to the run folder.", FOLDERS
     )
@@ -500,6 +506,14 @@ class Config(Section):
     masks: MasksConfig = field(default_factory=MasksConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def image_size(config: Config) -> tuple[int, int] | None:
+    """Return height and width of the images in pixels; None: those of the model."""
+    if config.image_size is None:
+        return None
+    height, _, width = config.image_size.partition("x")
+    return int(height), int(width)
 
 
 def _types(cls: Any, prefix: str = "") -> dict[str, Any]:

@@ -383,13 +383,13 @@ class Pipeline:
 
     def model(self, iteration: int = 1) -> UnifiedModel:
         """Load the model that an iteration starts from. Raises UsageError for layers or heads that it lacks."""
-        from ospo_fast.models import load_model
+        from ospo_fast.models import open_model
 
         name = self.model_name(iteration)
         if name not in self._models:
             self._models.clear()
             device = self.config.device if self.workers is None else self.workers.device(self.config.device)
-            self._models[name] = load_model(name, device=device, dtype=self.config.dtype)
+            self._models[name] = open_model(self.config, name, device=device)
         self._check_layers(self._models[name])
         return self._models[name]
 
@@ -1300,7 +1300,8 @@ class Pipeline:
         if templates is not None and Path(templates).is_file():
             templates = file_digest(templates)
         model = saved_path(saved_path(self.model_name(iteration), self.folder()), self._outer.folder())
-        return {**stage.result_settings(config), "seed": config.seed, "model": model, "templates": templates}
+        size = {} if config.image_size is None else {"image_size": config.image_size}  # earlier runs have no such entry
+        return {**stage.result_settings(config), "seed": config.seed, "model": model, "templates": templates, **size}
 
     def settings_of(self, stage: Stage) -> dict[str, Any]:
         """Return everything that a stage's results depend on in the first iteration, apart from its inputs."""

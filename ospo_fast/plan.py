@@ -24,7 +24,7 @@ from ospo_fast import env
 from ospo_fast.cards import CARD_NAMES, Card, find_card
 from ospo_fast.config import Config, model_family
 from ospo_fast.cost import ModelShapes, activation_bytes, causal, head_bytes
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import folder_checks
 from ospo_fast.models.base import default_layers
 from ospo_fast.models.vocabulary import base_folder
@@ -333,7 +333,7 @@ def read_shapes(name: str) -> ModelShapes:
     """
     folder = base_folder(name)
     if isinstance(folder, Path):
-        return ModelShapes.from_config(folder_checks.read_config(folder), name)
+        return _janus_shapes(folder_checks.read_config(folder), name)
     published = folder.replace("deepseek-ai/", "deepseek-community/")  # the same models in another layout
     if published in PUBLISHED:
         width = PUBLISHED[published]["hidden_size"]
@@ -343,7 +343,17 @@ def read_shapes(name: str) -> ModelShapes:
         return ModelShapes.from_config({**config, "tie_word_embeddings": False}, name)
     from ospo_fast.models import check_hub_model
 
-    return ModelShapes.from_config(folder_checks.read_config(check_hub_model(folder).parent), name)
+    return _janus_shapes(folder_checks.read_config(check_hub_model(folder).parent), name)
+
+
+def _janus_shapes(config: dict[str, Any], name: str) -> ModelShapes:
+    kind = config.get("model_type")
+    if kind not in (None, "janus"):
+        raise OspoError(
+            f"plan: {name} is a {kind!r:.60} model, whose cost is not known, expected a Janus model; time a run "
+            "of a few items instead"
+        )
+    return ModelShapes.from_config(config, name)
 
 
 def results_folder() -> Path | None:

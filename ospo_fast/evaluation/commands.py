@@ -110,9 +110,9 @@ def run_benchmark(config: Config, name: str, prompts: Path, num: int | None, *, 
     made_of = f"{stable_hash(name, *texts):x}"
     check_creatable(out)
     _check_owner(out, name, made_of)
-    from ospo_fast.models import load_model
+    from ospo_fast.models import open_model
 
-    model = load_model(config.model, device=config.device, dtype=config.dtype)
+    model = open_model(config)
     check_prompts(model, prompts, lines, texts)
     check_writable(out)
     with only_writer(out / MANIFEST):
@@ -322,10 +322,10 @@ def _generate_for(
     config: Config, judge: Any, file: Path, items: Sequence[Item], num: int, progress: bool
 ) -> tuple[Images, dict[str, Any]]:
     """Generate images of the items by the model of the judge, or by one that is loaded for it alone."""
-    from ospo_fast.models import load_model
+    from ospo_fast.models import open_model
 
     texts = [item.prompt for item in items]
-    model = load_model(config.model, device=config.device, dtype=config.dtype) if judge is None else judge.model
+    model = open_model(config) if judge is None else judge.model
     check_prompts(model, file, [item.line for item in items], texts)
     out = Path(config.out)
     check_writable(out)

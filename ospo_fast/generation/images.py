@@ -23,7 +23,7 @@ from ospo_fast.generation.requests import GenerationError, make_requests
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.generation.throughput import Throughput, streamed_bytes
 from ospo_fast.generation.validation import check_batch_size, check_choice, check_ids, check_positive, check_window
-from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.base import UnifiedModel, run_check
 from ospo_fast.models.layout import image_layout
 from ospo_fast.models.resolve import resolve_model
 from ospo_fast.oom import out_of_memory, short
@@ -70,11 +70,12 @@ class ImageGenerator:
     padded to 96 images, or to `batch_size` if given; with another `batch_size` they may round differently.
 
     Args:
-        model: from `load_model`, or a `JanusForConditionalGeneration` of transformers, also inside of a PeftModel.
+        model: from `load_model`, or the module of transformers, also inside of a PeftModel.
             Hooks and patched forwards in its decoder and its head take effect. They make generation slower, because its
             modules then run one by one, and codes may round differently in another batch. A warning names the module.
             Which rows a hook sees differs from transformers' `generate`: equal prompts run once, for example.
-        processor: the `JanusProcessor` of such a module. Without it prompts are token ids, and `output` is "codes".
+        processor: the processor of such a module. Without it, which a Janus alone allows, prompts are token ids, and
+            `output` is "codes".
         batch_size: images per batch; by default as many as are useful and fit the free memory. A batch that runs out
             of memory is halved and generated again, and later batches are no larger.
         capture: replay the steps from a CUDA graph; False runs them one by one, with the same results.
@@ -107,6 +108,7 @@ class ImageGenerator:
         with required_by("ImageGenerator", "transformers", "tqdm"):
             import transformers  # noqa: F401
         self.model = resolve_model(model, processor)
+        run_check(self.model, "check_generation")
         self.throughput: Throughput | None = None
         self.failures: dict[int, Failure] = {}
         self.batch_size, self.capture, self.jacobi_window = batch_size, capture, jacobi_window
@@ -170,6 +172,8 @@ class ImageGenerator:
                 f"output: got {output!r}, which needs the image statistics of the processor, expected 'codes'; pass "
                 "processor=JanusProcessor.from_pretrained(…) to ImageGenerator, or output='codes'"
             )
+        if output != "codes":
+            run_check(self.model, "check_pixels")
         check_choice("on_error", on_error, ("raise", "skip"))
         check_positive("num_images", num_images)
         ids = [ids for ids in self._tokenize(prompts) for _ in range(num_images)]

@@ -13,9 +13,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ospo_fast.config import MAX_ADAPTERS
+from ospo_fast.config import MAX_ADAPTERS, Config, image_size
 from ospo_fast.errors import OspoError, UsageError, is_panic
 from ospo_fast.models import folder_checks, trainer_files
 from ospo_fast.models.base import UnifiedModel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ospo_fast.models.adapter import Adapter
 
-__all__ = ["UnifiedModel", "check_device", "find_model", "load_model"]
+__all__ = ["UnifiedModel", "check_device", "find_model", "load_model", "open_model"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _OTHER_DTYPES = ("float", "half", "double")  # torch's other names of these
@@ -77,6 +77,13 @@ def load_model(
         if folder is not None and has_base(folder):
             return load_on_base(folder, device, dtype, image_size=image_size)
         return _load_checkpoint(folder, name, device, dtype, image_size)
+
+
+def open_model(config: Config, name: str | None = None, *, device: str | None = None) -> Adapter:
+    """Load the model of a configuration, or `name`, as it says; device: in place of that of the configuration."""
+    return load_model(
+        name or config.model, device=device or config.device, dtype=config.dtype, image_size=image_size(config)
+    )
 
 
 def find_model(name_or_path: str | Path) -> Path | None:
@@ -241,7 +248,7 @@ def _load_checkpoint(
     config = folder_checks.read_json(hub_config(name) if folder is None else folder / "config.json")
     family = find_family({"model_type": "janus"} if is_deepseek(config) else config, name)
     with required_by("load_model"):
-        adapter_class = family.adapter_class()
+        family.adapter_class()
         # Named here, because transformers imports them, and what they need, when they are named.
         model_class = family.transformers_class(family.model_class)
         processor_class = family.transformers_class(family.processor_class)
@@ -253,20 +260,36 @@ def _load_checkpoint(
             from ospo_fast.models.deepseek import load_deepseek
 
             module, processor = load_deepseek(folder, dtype)
-            return adapter_class(module.to(device).eval(), processor, name=name, image_size=image_size)
+            return family.adapt(module.to(device).eval(), processor, name=name, image_size=image_size)
         if folder is not None:
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
-        module, info = model_class.from_pretrained(
-            source,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True if folder else None,
-            trust_remote_code=False,
-        )
+        with _expecting(model_class, family.other_tensors):
+            module, info = model_class.from_pretrained(
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True if folder else None,
+                trust_remote_code=False,
+            )
         folder_checks.refuse_missing(info["missing_keys"], source, remedy)
+        if family.other_tensors is not None:
+            at = folder or download(name)
+            family.adapter_class().load_rest(module, folder_checks.weight_files(at))
         processor = processor_class.from_pretrained(source, trust_remote_code=False)
-        return adapter_class(module.to(device).eval(), processor, name=name, image_size=image_size)
+        return family.adapt(module.to(device).eval(), processor, name=name, image_size=image_size)
+
+
+@contextlib.contextmanager
+def _expecting(model_class: Any, names: str | None) -> Iterator[None]:
+    """Let transformers not report tensors that a class does not have; the lock of `load_model` is held."""
+    before = model_class._keys_to_ignore_on_load_unexpected
+    if names is not None:
+        model_class._keys_to_ignore_on_load_unexpected = [*(before or ()), names]
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = before
 
 
 @contextlib.contextmanager

@@ -169,8 +169,6 @@ class Adapter(ModuleAdapter):
     bos_id: int
     eoi_id: int
     image_id: int
-    generates_images = True  # False: a checkpoint of the family that only chats
-    chats = True  # False: one that only generates images
 
     def __init__(self, module: Any, processor: Any, *, name: str, text: Any) -> None:
         super().__init__(module, name=name, text=text)
@@ -203,6 +201,15 @@ class Adapter(ModuleAdapter):
         batch_size = max(1, min(64, pixels // (height * width)))
         self._vq_limit = BatchSizeLimit(batch_size, "image", "free some, or use a smaller batch_size", fills=True)
 
+    def check_generation(self) -> None:
+        """Raise OspoError for a checkpoint of the family that generates no images."""
+
+    def check_chat(self) -> None:
+        """Raise OspoError for a checkpoint of the family that does not chat."""
+
+    def check_pixels(self) -> None:
+        """Raise OspoError if `decode_codes` lacks what it needs."""
+
     # What a family says
 
     @property
@@ -233,6 +240,10 @@ class Adapter(ModuleAdapter):
     @abstractmethod
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         """Images → pixels (N, 3, H, W) for the encoder, of this device and dtype."""
+
+    @classmethod
+    def load_rest(cls, module: Any, files: list[Path]) -> None:
+        """Load tensors of the weight files that the class of transformers has not, into a module on the CPU."""
 
     def with_module(self, module: Any, *, name: str) -> Adapter:
         """An adapter of another module with the processor, the template set and the image size of this one."""
@@ -280,6 +291,7 @@ class Adapter(ModuleAdapter):
 
     def chat(self, messages: list[Message], *, image: bool = False) -> Tensor:
         """See `UnifiedModel`. Raises UsageError for a text with a control token, or an image without user message."""
+        self.check_chat()
         if not messages:
             raise UsageError("messages: got none, expected at least one chat turn")
         for message in messages:
@@ -404,10 +416,12 @@ class Adapter(ModuleAdapter):
             raise UsageError(f"messages: the text holds the image token {token!r}; remove it")
         return text.replace(token, self._image_text()) if image else text
 
-    def _render_chat(self, turns: list[dict[str, Any]]) -> str:
+    def _render_chat(self, turns: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """Apply the chat template of the checkpoint, which runs in the sandbox of transformers."""
         try:
-            text: str = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text: str = self.processor.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # a template can raise any error
             raise OspoError(
                 f"model: the chat template of {self.name} cannot be applied ({short(error)}); "
@@ -435,11 +449,17 @@ class Adapter(ModuleAdapter):
                 raise UsageError(f"{argument}: {text[:60]!r} holds a control token of the model, {token!r}; remove it")
 
     def _special_id(self, kind: str) -> int:
-        token = getattr(self._tokenizer, kind, None)
+        token = self._special_token(kind)
         number = None if token is None else self._tokenizer.convert_tokens_to_ids(token)
-        if number is None:
-            raise OspoError(f"model: the tokenizer of {self.name} has no {kind}, which generation needs")
+        if number is None or (number == self._tokenizer.unk_token_id and token != self._tokenizer.unk_token):
+            raise OspoError(
+                f"model: the tokenizer of {self.name} has no {kind}, which generation needs; use the tokenizer of the "
+                "published model"
+            )
         return int(number)
+
+    def _special_token(self, kind: str) -> str | None:
+        return getattr(self._tokenizer, kind, None)
 
 
 class VocabularyAdapter(Adapter):
@@ -521,6 +541,12 @@ class VocabularyAdapter(Adapter):
     def embed_codes(self, codes: Tensor) -> Tensor:
         """See `UnifiedModel`."""
         return self.embed_tokens(self._code_ids[codes.to(self._code_ids.device)])
+
+    def _embed_rows(self, images: list[Image.Image], end_of_row: int) -> Tensor:
+        """Images → embeddings (N, H · (W + 1), D) of their codes, with a structure token behind every row."""
+        codes = self.encode_images(images)
+        rows = self._code_ids[codes].view(len(codes), *self.grid)
+        return self.embed_tokens(torch.cat([rows, rows.new_full((*rows.shape[:2], 1), end_of_row)], -1).flatten(1))
 
     def _answer_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # Byte-level tokenizers write the space before a word into its token.

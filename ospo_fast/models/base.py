@@ -34,6 +34,13 @@ def default_layers(skip: int | Sequence[int], count: int) -> list[int]:
     return [layer for layer in range(count) if layer not in skip]
 
 
+def run_check(model: object, name: str) -> None:
+    """Run a check of an adapter that has it: `check_generation`, `check_chat` or `check_pixels`, see `Adapter`."""
+    check = getattr(model, name, None)
+    if check is not None:
+        check()
+
+
 @runtime_checkable
 class UnifiedModel(Protocol):
     """A text-and-image model. Ids are int64; results are on `device` unless stated otherwise; images are RGB (PIL)."""

@@ -6,6 +6,7 @@ code (baaivision/Emu3, `emu3/mllm/processing_emu3.py` and `image_generation.py`)
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.adapter import VocabularyAdapter, fit_images
 from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
@@ -47,9 +48,6 @@ class Emu3UnifiedModel(VocabularyAdapter):
             code_ids=module.model.vocabulary_mapping.img2bpe,
             num_codes=int(module.config.vq_config.codebook_size),
         )  # fmt: skip
-        # The two published halves differ in nothing but their weights and their names.
-        half = Path(name).name.lower()
-        self.generates_images, self.chats = "chat" not in half, "gen" not in half
         negative = self._encode(f"{self._prefix}{_NEGATIVE}{self._suffix}")["input_ids"]
         self._negative = torch.tensor(negative, dtype=torch.long)
 
@@ -63,6 +61,21 @@ class Emu3UnifiedModel(VocabularyAdapter):
                 f"of a code of {name}"
             )
         return image_size[0] // self._factor, image_size[1] // self._factor
+
+    def check_generation(self) -> None:
+        """Raise OspoError for Emu3-Chat: the two checkpoints differ in nothing but their weights and their names."""
+        if "chat" in Path(self.name).name.lower():
+            raise OspoError(
+                f"model: {self.name} is the half of Emu3 that chats, expected that for images; use Emu3-Gen"
+            )
+
+    def check_chat(self) -> None:
+        """Raise OspoError for Emu3-Gen."""
+        if re.search(r"\bgen\b", Path(self.name).name.lower()):
+            raise OspoError(
+                f"model: {self.name} is the half of Emu3 that generates images, expected that for chats; name "
+                "Emu3-Chat in prompts.model, perturb.model, questions.model and score.model"
+            )
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -96,10 +109,7 @@ class Emu3UnifiedModel(VocabularyAdapter):
 
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         """See `UnifiedModel`: the codes, with an end of row behind the last row too."""
-        codes = self.encode_images(images)
-        rows = self.code_ids.to(codes.device)[codes].view(len(codes), *self.grid)
-        ends = rows.new_full((*rows.shape[:2], 1), self._end_of_row)
-        return self.embed_tokens(torch.cat([rows, ends], -1).flatten(1))
+        return self._embed_rows(images, self._end_of_row)
 
     def _decode(self, codes: Tensor) -> Tensor:
         processing = self.processor.image_processor

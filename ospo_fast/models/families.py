@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +23,17 @@ class Family:
     since: str  # the oldest version of transformers that has them in the form that the adapter reads
     text_types: tuple[str, ...] = ()  # accepted model_type of text_config
     sections: tuple[str, ...] = ()  # keys of config.json that hold objects
+    other_tensors: str | None = None  # an expression for the names of those that `Adapter.load_rest` loads
 
-    def adapter_class(self) -> Callable[..., Adapter]:
-        """Import the adapter, and with it torch."""
+    def adapter_class(self) -> Any:
+        """Import the class of its adapter, and with it torch."""
         module, _, name = self.adapter.partition(":")
-        found: Callable[..., Adapter] = getattr(importlib.import_module(module), name)
-        return found
+        return getattr(importlib.import_module(module), name)
+
+    def adapt(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> Adapter:
+        """Return the adapter of a module and its processor."""
+        adapter: Adapter = self.adapter_class()(module, processor, name=name, image_size=image_size)
+        return adapter
 
     def transformers_class(self, name: str) -> Any:
         """Return a class of transformers. Raises OspoError if the installed version does not have it."""
@@ -72,6 +76,24 @@ FAMILIES = {
             since="5.17",
             text_types=("emu3_text_model",),
             sections=("text_config", "vq_config", "vocabulary_map"),
+        ),
+        Family(
+            "chameleon",
+            "ChameleonForConditionalGeneration",
+            "ChameleonProcessor",
+            "ospo_fast.models.chameleon:ChameleonUnifiedModel",
+            since="5.17",
+            sections=("vq_config", "vocabulary_map"),
+            other_tensors=r"model\.vqmodel\.decoder\.",
+        ),
+        Family(
+            "glm_image",
+            "GlmImageForConditionalGeneration",
+            "GlmImageProcessor",
+            "ospo_fast.models.glm_image:GlmImageUnifiedModel",
+            since="5.17",
+            text_types=("glm_image_text",),
+            sections=("text_config", "vision_config", "vq_config"),
         ),
     )
 }

@@ -9,19 +9,21 @@ from torch import nn
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.families import FAMILIES, find_family
 from ospo_fast.models.folder_checks import check_kind
 
 _ADAPTER = ("decoder", "head", "grid", "image_prompt", "embed_codes")
-_EXPECTED = "what ospo_fast.load_model returns, or a JanusForConditionalGeneration of transformers"
+_CLASSES = " or ".join(family.model_class for family in FAMILIES.values())
+_EXPECTED = f"what ospo_fast.load_model returns, or a {_CLASSES} of transformers"
 
 
 def resolve_model(model: Any, processor: Any = None) -> UnifiedModel:
     """Return the adapter of `model`.
 
     Args:
-        model: an adapter, or a JanusForConditionalGeneration. The latter may be inside of a PeftModel, torch.compile or
-            DistributedDataParallel.
-        processor: the JanusProcessor of a module. Without it the adapter takes token ids only.
+        model: an adapter, or a module of transformers of one of the families (`models.families`). The latter may be
+            inside of a PeftModel, torch.compile or DistributedDataParallel.
+        processor: that of a module. Without it the adapter takes token ids only, and the module has to be a Janus.
 
     Raises:
         UsageError: another kind of model or processor; a processor for an adapter, which has one.
@@ -35,24 +37,32 @@ def resolve_model(model: Any, processor: Any = None) -> UnifiedModel:
         return cast("UnifiedModel", model)
     module = _unwrap(model)
     _check_module(module)
-    from ospo_fast.models.janus import JanusTokenModel, JanusUnifiedModel
+    from ospo_fast.models.janus import JanusTokenModel
 
     config, path = module.config, module.name_or_path
-    name = path or type(module).__name__
+    name, family = path or type(module).__name__, find_family(module.config.to_dict(), path)
+    if processor is None and family.model_type != "janus":
+        raise UsageError(
+            f"processor: got none, expected the {family.processor_class} of {name}, whose tokens its images need; pass "
+            f"processor={family.processor_class}.from_pretrained(…)"
+        )
     if processor is None:
         return cast("UnifiedModel", JanusTokenModel(module, name=name))
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise UsageError(
-                f"processor: got {type(processor).__name__}, expected a JanusProcessor (JanusProcessor.from_pretrained)"
+                f"processor: got {type(processor).__name__}, expected a {family.processor_class} "
+                f"({family.processor_class}.from_pretrained)"
             )
     templates = getattr(config, "template_set", None)
     try:
-        adapter = JanusUnifiedModel(module, processor, name=name)
+        adapter = cast("UnifiedModel", family.adapt(module, processor, name=name))
     finally:  # the module is the user's: what an adapter records for files that the pipeline saves is taken back
         module.name_or_path = path
         if templates is None and hasattr(config, "template_set"):
             del config.template_set
+    if family.model_type != "janus":
+        return adapter
     settings = module.generation_config
     stored = getattr(settings, "generation_kwargs", None) or {}
     for what, own, expected in (
@@ -108,8 +118,9 @@ def _check_module(module: Any) -> None:
             f"model: {type(module).__name__} is of DeepSeek's own classes, expected {_EXPECTED}; give its folder to "
             "load_model"
         )
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.JanusForConditionalGeneration):
+    names = {family.model_class for family in FAMILIES.values()}
+    kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")}
+    if names.isdisjoint(kinds):
         raise UsageError(f"model: got {type(module).__name__}, expected {_EXPECTED}")
     check_kind(module.config.to_dict(), module.name_or_path or type(module).__name__)
     for name, weight in module.named_parameters():

@@ -22,7 +22,7 @@ from ospo_fast.config import Config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.files import locate, no_link, open_image, regular
 from ospo_fast.generation import ImageGenerator
-from ospo_fast.models import load_model
+from ospo_fast.models import open_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics
@@ -104,7 +104,7 @@ def run(
             "validation prompts and compares on test prompts, so delete the setting or use `ospo-fast evaluate`."
         )
     with os_errors("read", Path(config.out)):
-        base = load_model(config.model, device=config.device, dtype=config.dtype)
+        base = open_model(config)
         pipeline = Pipeline(config, resume=resume, progress=progress, model=base, lock=lock)
         pipeline.evaluation = evaluate.build_validation(config.evaluate, 1.0)  # its scale is chosen below
         pipeline.prepare(stages=STAGE_NAMES)  # a wrong request fails before anything is written

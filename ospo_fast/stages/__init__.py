@@ -280,6 +280,24 @@ def _check_lora(model: UnifiedModel, config: Config) -> None:
         check_lora(model, config.train)
 
 
+def _check_images(model: UnifiedModel, config: Config) -> None:
+    from ospo_fast.models.base import run_check
+
+    run_check(model, "check_generation")
+    run_check(model, "check_pixels")
+
+
+def _check_chat(model: UnifiedModel, config: Config) -> None:
+    from ospo_fast.models.base import run_check
+
+    run_check(model, "check_chat")
+
+
+def _check_prompt_chat(model: UnifiedModel, config: Config) -> None:
+    if config.prompts.file is None:
+        _check_chat(model, config)
+
+
 def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
     from ospo_fast.stages.mask_stats import run_stats
 
@@ -341,6 +359,7 @@ STAGES: tuple[Stage, ...] = (
         parts=_count_kinds,
         edit_settings=_prompts_settings,
         check=_check_prompts,
+        check_model=_check_prompt_chat,
         adds=needs.has_prompt,
     ),
     Stage(
@@ -348,6 +367,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 2: hard negatives of the prompts, and dense prompts",
         inputs=_always("prompts"),
         check=_check_perturb,
+        check_model=_check_chat,
         needs=needs.perturb,
         adds=needs.has_dense_prompts,
     ),
@@ -357,6 +377,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("perturb"),
         folder="images",
         speed_only=frozenset({"batch_size", "jacobi_window"}),
+        check_model=_check_images,
         needs=needs.images,
         adds=needs.has_image,
         fields=frozenset({"base_metadata", "negative_metadata"}),
@@ -366,6 +387,7 @@ STAGES: tuple[Stage, ...] = (
         "questions",
         "stage 4: questions about each prompt",
         inputs=_always("images"),
+        check_model=_check_chat,
         adds=needs.has_question,
         fields=frozenset({"question", "question_reason"}),
     ),
@@ -373,6 +395,7 @@ STAGES: tuple[Stage, ...] = (
         "score",
         "stage 4: answers of the model to its questions about each image",
         inputs=_always("questions"),
+        check_model=_check_chat,
         needs=needs.score,
         adds=needs.has_score,
         image_fields=frozenset({"local_score", "answer_metadata", "reason"}),

@@ -33,6 +33,8 @@ def needs_checkpointing(
     """
     config: Any = getattr(model.module, "config", None)
     try:
+        if config.model_type != "janus":
+            return True
         shapes = ModelShapes.from_config(config.to_dict(), model.name)
     except (AttributeError, OspoError):
         return True

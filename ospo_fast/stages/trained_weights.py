@@ -28,12 +28,13 @@ from ospo_fast.stages.checkpoints import (
 from ospo_fast.stages.parallel import Ranks
 
 State = dict[str, Any]
+_GATE_UP = ("gate_proj", "up_proj")
 
 
 def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
     """Raise UsageError for a target that names no linear layer of the decoder."""
     modules = list(model.decoder.named_modules())
-    for target in settings.lora_targets:
+    for target in lora_targets(model, settings):
         found = [module for name, module in modules if f".{name}".endswith(f".{target}")]
         if not found or not all(isinstance(module, nn.Linear) for module in found):
             known = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
@@ -41,6 +42,24 @@ def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
                 f"train.lora_targets: got {target!r}, expected names of linear layers of the decoder: "
                 f"{', '.join(known)}."
             )
+
+
+def lora_targets(model: UnifiedModel, settings: TrainConfig) -> list[str]:
+    """Return `train.lora_targets`, where a decoder has gate and up projection in one, that one for them."""
+    found = {name.rpartition(".")[2] for name, _ in model.decoder.named_modules()}
+    fused = "gate_up_proj" if "gate_up_proj" in found else None
+    named = [fused if fused and name in _GATE_UP and name not in found else name for name in settings.lora_targets]
+    return list(dict.fromkeys(named))
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Turn off the dropout of a model for good: its noise would be part of what the loss compares."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # that layers of transformers hand to a function
+            if isinstance(vars(part).get(name), float):
+                setattr(part, name, 0.0)
 
 
 def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
@@ -51,7 +70,7 @@ def add_lora(model: UnifiedModel, settings: TrainConfig) -> Any:
     if prefix is None:
         raise OspoError(f"train: `decoder` of {model.name} should be a submodule of `module`; correct the model class.")
     start = f"{prefix}." if prefix else ""
-    names = "|".join(map(re.escape, settings.lora_targets))
+    names = "|".join(map(re.escape, lora_targets(model, settings)))
     lora = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
@@ -67,6 +86,7 @@ class LoraWeights:
 
     def __init__(self, model: UnifiedModel, settings: TrainConfig, ranks: Ranks) -> None:
         self.model, self.ranks = model, ranks
+        disable_dropout(model.decoder)
         self.peft = add_lora(model, settings)
         self.peft.train()
         self.parameters: dict[str, Any] = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
@@ -157,6 +177,7 @@ class FullWeights:
         self.model, self.ranks, self.plain = model, ranks, model.decoder
         embeddings: Any = model.decoder.get_input_embeddings()  # type: ignore[operator]
         model.module.requires_grad_(False)
+        disable_dropout(model.decoder)
         self.checkpointed: Any = copy.deepcopy(model.decoder, {id(embeddings): embeddings})
         if ranks.size > 1:
             _shard(self.checkpointed, embeddings.weight, model.device.type, ranks.size)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from ospo_fast.models.adapter import Adapter
+from ospo_fast.models.families import FAMILIES
 
 CODES = 24
 WORDS = "yes no Yes No a red blue green circle square cross two and Questions: ? Is there the image user assistant"
@@ -114,3 +119,152 @@ def build_emu3(*, image_area: int = 64, layers: int = 2, **sizes: int) -> tuple[
     processor = Emu3Processor(processing, tokenizer, chat_template=EMU3_CHAT)
     processor.image_area = image_area
     return randomize(module), processor
+
+
+def build_chameleon(*, lumina: bool = False, decoder: bool = True, swin: bool = False, **sizes: int) -> tuple[Any, Any]:
+    from transformers import (
+        ChameleonConfig,
+        ChameleonForConditionalGeneration,
+        ChameleonImageProcessor,
+        ChameleonProcessor,
+        ChameleonVQVAEConfig,
+        GenerationConfig,
+    )
+
+    from ospo_fast.models.chameleon import VQDecoder
+
+    # The names of codes are in another order than their ids, as in the published vocabulary.
+    digits = str.maketrans("0123456789", "ABCDEFGHIJ")
+    order = [(7 * n + 3) % CODES for n in range(CODES)]
+    visual = [f"IMGIMG{str(code).translate(digits)}Z" for code in order]
+    reserved = [f"<reserved{n:05d}>" for n in (8706, 8799, *range(8800, 8810))]
+    tokenizer = build_tokenizer(
+        ["<s>", "<pad>", "</s>", "<unk>", "<racm3:break>", "<eoss>", "<image>", *reserved],
+        visual,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        sep_token="<reserved08706>",
+    )
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vq = ChameleonVQVAEConfig(
+        num_embeddings=CODES, embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1, 1],
+        num_res_blocks=0, resolution=8, attn_type="none",
+    )  # fmt: skip
+    shape = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, **sizes,
+    }  # fmt: skip
+    config = ChameleonConfig(
+        vocab_size=len(tokenizer),
+        vq_config=vq,
+        vocabulary_map={**tokenizer.get_vocab()},
+        max_position_embeddings=512,
+        swin_norm=swin,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        **shape,
+        **ids,
+        **({"mask_image_logits": False} if lumina else {}),
+    )
+    module = ChameleonForConditionalGeneration(config)
+    if decoder:
+        module.model.vqmodel.decoder = VQDecoder(vq)
+    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ids)
+    processing = ChameleonImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return randomize(module), ChameleonProcessor(processing, tokenizer, image_seq_length=16)
+
+
+def build_glm_image(*, target: tuple[int, int] = (64, 96), **sizes: int) -> tuple[Any, Any]:
+    from transformers import (
+        GenerationConfig,
+        GlmImageConfig,
+        GlmImageForConditionalGeneration,
+        GlmImageImageProcessorPil,
+        GlmImageProcessor,
+    )
+
+    # The ids of codes and of the tokens behind them come first, and rows of lm_head have the same numbers.
+    vision = [f"<|dit_token_{n}|>" for n in range(CODES + 4)]
+    base = Tokenizer.from_str(_byte_level())
+    content = json.loads(base.to_str())
+    shift = len(vision)
+    content["model"]["vocab"] = {
+        **{token: n for n, token in enumerate(vision)},
+        **{token: n + shift for token, n in content["model"]["vocab"].items()},
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in vision])
+    others = ["<|endoftext|>", "<|image|>", "<sop>", "<eop>"]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in others])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        bos_token=f"<|dit_token_{CODES}|>",
+        eos_token=f"<|dit_token_{CODES + 1}|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"},
+    )
+    shape = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, **sizes,
+    }  # fmt: skip
+    config = GlmImageConfig(
+        text_config={
+            **shape,
+            "vocab_size": len(fast),
+            "vision_vocab_size": len(vision),
+            "max_position_embeddings": 1024,
+            "pad_token_id": fast.pad_token_id,
+            "eos_token_id": CODES + 1,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 16,
+            "image_size": 64,
+            "spatial_merge_size": 1,
+        },
+        vq_config={"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 16},
+        image_token_id=fast.convert_tokens_to_ids("<|image|>"),
+        image_start_token_id=CODES,
+        image_end_token_id=CODES + 1,
+    )
+    module = GlmImageForConditionalGeneration(config)
+    module.generation_config = GenerationConfig(pad_token_id=fast.pad_token_id, eos_token_id=CODES + 1)
+    processing = GlmImageImageProcessorPil(
+        patch_size=16, temporal_patch_size=1, merge_size=1, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        size={"shortest_edge": 16, "longest_edge": 2**20},
+    )  # fmt: skip
+    processor = GlmImageProcessor(processing, fast)
+    processor.target_h, processor.target_w = target
+    return randomize(module), processor
+
+
+_BUILDERS: dict[str, tuple[str, Callable[[], tuple[Any, Any]], tuple[int, int] | None]] = {
+    "emu3": ("emu3", build_emu3, (8, 10)),
+    "chameleon": ("chameleon", build_chameleon, None),
+    "chameleon, swin": ("chameleon", functools.partial(build_chameleon, swin=True), None),
+    "lumina": ("chameleon", functools.partial(build_chameleon, lumina=True), (8, 12)),
+    "glm_image": ("glm_image", build_glm_image, (64, 96)),
+}
+VARIANTS = list(_BUILDERS)
+
+
+def build(variant: str, name: str = "tiny") -> Adapter:
+    """The adapter of a tiny random model."""
+    family, builder, image_size = _BUILDERS[variant]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module, processor = builder()
+    return FAMILIES[family].adapt(module, processor, name=name, image_size=image_size)

@@ -1,0 +1,174 @@
+"""What holds for every family: greedy codes, any batch, attention maps, folders, adapters, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ospo_fast as of
+from ospo_fast.errors import UsageError
+from ospo_fast.generation import ImageGenerator
+from ospo_fast.generation.decoder import InferenceDecoder
+from ospo_fast.models.adapter import Adapter
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import embed_image
+from tests.models.tiny_families import VARIANTS, build
+
+PROMPTS = ["a red circle", "two blue squares and a cross", "a cross"]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(variant: str) -> Adapter:
+    return build(variant)
+
+
+def logits_of(model: Adapter, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Logits of the codes behind ids (S,) of a prompt and `count` tokens of its image, by transformers' own layers."""
+    positions = None
+    if model.layout.positions is not None:
+        prompt = len(ids) - count
+        image = torch.tensor(model.layout.positions)[:, :count] + prompt
+        positions = torch.cat([torch.arange(prompt).expand(len(image), -1), image], 1)[:, None]
+    options = {} if positions is None else {"position_ids": positions}
+    hidden = model.decoder(inputs_embeds=model.embed_tokens(ids)[None], **options).last_hidden_state[0, -1]
+    logits: torch.Tensor = model.module.lm_head(hidden)
+    return logits[model.code_ids]  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def greedy(model: Adapter, prompt: str, scale: float = 1.0) -> list[int]:
+    """Greedy codes without a cache, token by token."""
+    branches = [model.image_prompt(prompt)]
+    if scale != 1:
+        branches.append(model.unconditional(branches[0]))
+    given, codes = dict(model.layout.structure), []
+    for n in range(model.layout.tokens):
+        token = given.get(n)
+        if token is None:
+            logits = [logits_of(model, ids, n) for ids in branches]
+            guided = logits[0] if scale == 1 else logits[1] + scale * (logits[0] - logits[1])
+            codes.append(int(guided.argmax()))
+            token = int(model.code_ids[codes[-1]])  # type: ignore[attr-defined]
+        branches = [torch.cat([ids, torch.tensor([token])]) for ids in branches]
+    return codes
+
+
+def test_protocol(model: Adapter) -> None:
+    assert isinstance(model, UnifiedModel)
+    assert sum(weight.numel() for weight in model.module.parameters()) <= 300_000
+    assert model.image_prompt("a red circle")[-1] == model.boi_id == model.unconditional(torch.tensor([1]))[-1]
+    assert model.layout.codes == sum(height * width for height, width in model.layout.grids)
+
+
+def test_prompt_offsets_are_those_of_the_words(model: Adapter) -> None:
+    prompt = "a red circle"
+    ids, spans = model.image_prompt_offsets(prompt)
+    assert torch.equal(ids, model.image_prompt(prompt))
+    assert "".join(prompt[slice(*span)] for span in spans if span) == prompt.replace(" ", "")
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_greedy_codes_are_those_of_the_modules(model: Adapter, scale: float) -> None:
+    generator = ImageGenerator(model)
+    codes = generator.generate(
+        PROMPTS, seeds=[0, 1, 2], guidance_scale=scale, temperature=0, output="codes", progress=False
+    )
+    assert type(generator._engine.decoder) is InferenceDecoder  # type: ignore[union-attr]
+    assert codes.tolist() == [greedy(model, prompt, scale) for prompt in PROMPTS]
+    assert len(set(codes.flatten().tolist())) > 2  # else the test would show little
+
+
+def test_codes_do_not_depend_on_the_batch(model: Adapter) -> None:
+    def codes(prompts: list[str], seeds: list[int], **options: Any) -> torch.Tensor:
+        found: torch.Tensor = ImageGenerator(model, **options).generate(
+            prompts, seeds=seeds, guidance_scale=3.0, output="codes", progress=False
+        )
+        return found
+
+    together = codes(PROMPTS, [5, 6, 7])
+    assert torch.equal(together[1:2], codes(PROMPTS[1:2], [6]))
+    assert torch.equal(together, codes(PROMPTS, [5, 6, 7], batch_size=2))
+    assert torch.equal(together.flip(0), codes(PROMPTS[::-1], [7, 6, 5]))
+
+
+def test_modules_with_hooks_generate_the_same_codes(model: Adapter) -> None:
+    options: dict[str, Any] = {"guidance_scale": 3.0, "temperature": 0, "output": "codes", "progress": False}
+    expected = ImageGenerator(model).generate(PROMPTS, seeds=[0, 1, 2], **options)
+    layers: Any = model.decoder.layers
+    handle = layers[0].mlp.register_forward_hook(lambda *_: None)
+    try:
+        assert torch.equal(ImageGenerator(model).generate(PROMPTS, seeds=[0, 1, 2], **options), expected)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_maps_are_those_of_eager_attention(model: Adapter) -> None:
+    from ospo_fast.stages.teacher_forcing import hidden_states, teacher_forced
+
+    prompts = [model.image_prompt(prompt) for prompt in PROMPTS[:2]]
+    codes = torch.randint(0, model.num_codes, (2, model.layout.codes), generator=torch.Generator().manual_seed(0))
+    batch = teacher_forced(model, prompts, codes)
+    columns = [[[1, 2]], [[2]]]
+    rows = (batch.lengths - 1, batch.tokens)
+    with of.AttentionCapture(model, columns=columns, rows=rows, layers=[0, 1]) as capture:
+        hidden_states(model, batch.embeds, positions=batch.positions)
+    model.module.set_attn_implementation("eager")
+    options = {} if batch.positions is None else {"position_ids": batch.positions}
+    found = model.decoder(inputs_embeds=batch.embeds, output_attentions=True, use_cache=False, **options)
+    maps = torch.stack(found.attentions).mean((0, 2))
+    for n, (length, [tokens]) in enumerate(zip(batch.lengths.tolist(), columns, strict=True)):
+        cells = [length - 1 + place for place in model.layout.grid_positions]
+        expected = maps[n][cells][:, tokens].mean(-1).view(model.grid)
+        assert torch.allclose(capture.maps[n, 0], expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_single_steps(model: Adapter) -> None:
+    from ospo_fast.stages.teacher_forcing import mean_logprobs
+
+    prompt = model.image_prompt(PROMPTS[1])
+    codes = torch.randint(0, model.num_codes, (1, model.layout.codes), generator=torch.Generator().manual_seed(1))
+    [found] = mean_logprobs(model, [prompt], codes, batch_size=1)
+    given, ids, logps, left = dict(model.layout.structure), prompt, [], codes[0].tolist()
+    for n in range(model.layout.tokens):
+        token = given.get(n)
+        if token is None:
+            code = left.pop(0)
+            logps.append(float(logits_of(model, ids, n).log_softmax(-1)[code]))
+            token = int(model.code_ids[code])  # type: ignore[attr-defined]
+        ids = torch.cat([ids, torch.tensor([token])])
+    assert found == pytest.approx(sum(logps) / len(logps), abs=1e-5)
+
+
+def test_embeddings_of_an_image_are_those_of_its_tokens(model: Adapter) -> None:
+    codes = torch.arange(model.layout.codes)[None] % model.num_codes
+    tokens = model.layout.spread(model.code_ids[codes], -1)[0]  # type: ignore[attr-defined]
+    for place, token in model.layout.structure:
+        tokens[place] = token
+    assert torch.equal(embed_image(model, codes)[0], model.embed_tokens(tokens))
+
+
+def test_a_saved_folder_loads_with_the_same_codes(variant: str, model: Adapter, tmp_path: Path) -> None:
+    model.save(tmp_path / "saved")
+    loaded = of.load_model(tmp_path / "saved", image_size=model.image_size)
+    assert loaded.layout == model.layout
+    options: dict[str, Any] = {"guidance_scale": 3.0, "output": "codes", "progress": False}
+    codes = [ImageGenerator(m).generate(PROMPTS, seeds=[1, 2, 3], **options) for m in (model, loaded)]
+    assert torch.equal(*codes)
+
+
+def test_modules_are_taken_with_their_processor(variant: str, model: Adapter) -> None:
+    module, processor = model.module, model.processor
+    with pytest.raises(UsageError, match=r"processor: got none, expected the \w+Processor of"):
+        ImageGenerator(module)
+    if "lumina" not in variant:  # whose default size is beyond the positions of a tiny model
+        assert ImageGenerator(module, processor).model.num_codes == model.num_codes

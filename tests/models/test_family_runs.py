@@ -1,0 +1,131 @@
+"""Every stage, from prompts to training and evaluation, on a tiny random model of each family, with a stop within."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ospo_fast as of
+from ospo_fast.cli import main
+from ospo_fast.config import load_config
+from ospo_fast.errors import UsageError
+from ospo_fast.generation import ImageGenerator
+from ospo_fast.loss import OSPOLoss
+from ospo_fast.pipeline import Pipeline, read_stage
+from tests import scripted
+from tests.models.tiny_families import build
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+SETTINGS = [
+    "prompts.counts={color1: 2, shape1: 1, color2: 3, 2D_spatial: 3, numeracy1: 0, numeracy2: 0}",
+    "templates=shapes",
+    "images.guidance_scale=3",
+    "train.steps=3",
+    "train.batch_size=2",
+    "train.save_every=1",
+    "train.eval_every=0",
+    "masks.layers=[0]",
+]
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted texts and answers. The chats of the families have other texts around a message."""
+    import ospo_fast.generation
+
+    def generate_text(model: Any, prompts: Any, *, seeds: Any, **_: Any) -> list[str]:
+        texts = [re.split(r"USER: ", model.detokenize(ids))[-1].replace("ASSISTANT:", "").strip() for ids in prompts]
+        return [scripted.reply(text, seed) for text, seed in zip(texts, seeds, strict=True)]
+
+    monkeypatch.setattr(ospo_fast.generation, "generate_text", generate_text)
+    monkeypatch.setattr(ospo_fast.generation, "answer_questions", scripted.answer_questions)
+
+
+def settings_of(variant: str, folder: Path, out: Path, *more: str) -> Any:
+    model = build(variant)
+    if not folder.exists():
+        model.save(folder)
+    height, width = model.image_size
+    overrides = [*SETTINGS, f"model={folder}", f"out={out}", f"image_size={height}x{width}", *more]
+    return load_config(overrides, family="shapes")
+
+
+def run(config: Any, stages: list[str] | None = None) -> None:
+    Pipeline(config, progress=False).run(stages)
+
+
+@pytest.mark.parametrize("variant", ["emu3", "chameleon", "lumina"])
+def test_a_run(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, folder = tmp_path / "run", tmp_path / "model"
+    config = settings_of(variant, folder, out)
+    monkeypatch.setattr(OSPOLoss, "forward", stopped := _Stop(OSPOLoss.forward, after=1))
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    stopped.left = 10**6
+    run(config)  # continues from the checkpoint
+    pairs = [pair for record in read_stage(out, "masks") for pair in record.get("pairs") or []]
+    assert pairs
+    assert all(Path(out, pair["mask_path"]).is_file() for pair in pairs)
+    log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3]
+    whole = tmp_path / "whole"
+    run(settings_of(variant, folder, whole))
+    for name in ("adapter_model.safetensors",):
+        assert Path(out, "train", "adapter", name).read_bytes() == Path(whole, "train", "adapter", name).read_bytes()
+
+    size = build(variant).image_size
+    base, trained = (of.load_model(path, image_size=size) for path in (folder, out / "train" / "model"))
+    assert trained.layout == base.layout
+    options: dict[str, Any] = {"seeds": [0], "guidance_scale": 3.0, "output": "codes", "progress": False}
+    codes = [ImageGenerator(model).generate(["a red circle"], **options) for model in (base, trained)]
+    assert codes[0].shape == codes[1].shape
+    with torch.no_grad():
+        changed = [n for n, p in trained.module.named_parameters() if not torch.equal(p, _parameter(base.module, n))]
+    assert changed
+    assert all(name.split(".")[-2] in config.train.lora_targets for name in changed)
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter:
+    return module.get_parameter(name)
+
+
+class _Stop:
+    """A method that ends the process, as ^C does, after some calls."""
+
+    def __init__(self, method: Any, after: int) -> None:
+        self.method, self.left = method, after
+
+    def __get__(self, owner: Any, kind: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return self.method(owner, *arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("variant", ["emu3", "chameleon"])
+def test_generate_and_evaluate(variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build(variant)
+    model.save(tmp_path / "model")
+    size = "x".join(map(str, model.image_size))
+    options = [f"--model={tmp_path / 'model'}", f"image_size={size}"]
+    assert main(["generate", "a red circle", "--num=2", f"--out={tmp_path / 'images'}", *options]) == 0
+    assert len(list((tmp_path / "images").glob("0000_*.png"))) == 2
+    capsys.readouterr()
+
+
+def test_another_image_size_is_another_run(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    run(settings_of("emu3", folder, tmp_path / "run"), ["prompts", "perturb", "images"])
+    other = settings_of("emu3", folder, tmp_path / "run")
+    other.image_size = "10x8"
+    with pytest.raises(UsageError, match="image_size"):
+        run(other, ["images"])
