@@ -121,12 +121,13 @@ def find_folder(name: str) -> Path | None:
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
         folder_checks.refuse_pipes(path)
+        path = folder_checks.model_part(path)
         if not _is_adapter(path):
             config = folder_checks.read_json(path / "config.json")
             folder_checks.check_kind(config, name)
             if not is_deepseek(config):  # transformers does not read the files of those
                 folder_checks.refuse_code(path)
-            folder_checks.check_tokenizer(path)
+            folder_checks.check_tokenizer(folder_checks.processor_part(path))
             folder_checks.weight_files(path, pickled=is_deepseek(config))
         return path
     if trainer_files.is_trainer_file(path):
@@ -276,7 +277,8 @@ def _load_checkpoint(
         if family.other_tensors is not None:
             at = folder or download(name)
             family.adapter_class().load_rest(module, folder_checks.weight_files(at))
-        processor = processor_class.from_pretrained(source, trust_remote_code=False)
+        processor_source = source if folder is None else str(folder_checks.processor_part(folder))
+        processor = processor_class.from_pretrained(processor_source, trust_remote_code=False)
         return family.adapt(module.to(device).eval(), processor, name=name, image_size=image_size)
 
 

@@ -500,10 +500,10 @@ class VocabularyAdapter(Adapter):
         self._code_ids = self.code_ids.to(self.device)
 
     @staticmethod
-    def vocabulary_id(processor: Any, token: str, name: str) -> int:
+    def vocabulary_id(processor: Any, token: str | None, name: str) -> int:
         """Return the id of a structure token. Raises OspoError if the tokenizer does not have it."""
         tokenizer = processor.tokenizer
-        number = tokenizer.convert_tokens_to_ids(token)
+        number = None if token is None else tokenizer.convert_tokens_to_ids(token)
         if number is None or number == tokenizer.unk_token_id:
             raise OspoError(
                 f"model: the tokenizer of {name} has no token {token!r}, which its images need; use the "

@@ -41,7 +41,7 @@ class ChameleonUnifiedModel(VocabularyAdapter):
         self._is_lumina = any(hasattr(config, key) for key in _LUMINA_KEYS)
         side = vq.resolution // self._factor
         if self._is_lumina:
-            grid = self._lumina_grid(image_size, name)
+            grid = self._lumina_grid(processor, image_size, name)
             self._end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name)
             self.layout = ImageLayout.rows(grid, self._end_of_row)
         else:
@@ -64,13 +64,15 @@ class ChameleonUnifiedModel(VocabularyAdapter):
         self._unconditional = torch.tensor(start if self._is_lumina else [self.bos_id, *start])
         self.boi_id = start[-1]
 
-    def _lumina_grid(self, image_size: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    def _lumina_grid(self, processor: Any, image_size: tuple[int, int] | None, name: str) -> tuple[int, int]:
         unit, size = 2 * self._factor, image_size or (_LUMINA_SIDE, _LUMINA_SIDE)
         if any(side < unit or side % unit for side in size):
             raise UsageError(
                 f"image_size: got {size[0]}x{size[1]}, expected multiples of {unit}, the pixels that a size token of "
                 f"{name} counts"
             )
+        for side in size:
+            self.vocabulary_id(processor, _size_token(side // unit), name)
         return size[0] // self._factor, size[1] // self._factor
 
     @classmethod
@@ -127,7 +129,7 @@ class ChameleonUnifiedModel(VocabularyAdapter):
 
     def _start_tokens(self) -> list[str]:
         """Begin-of-image, and of Lumina-mGPT the size."""
-        sizes = [f"<reserved{_FIRST_SIZE + side // 2:05d}>" for side in self.grid] if self._is_lumina else []
+        sizes = [_size_token(side // 2) for side in self.grid] if self._is_lumina else []
         return [str(self.processor.image_start_token), *sizes]
 
     def _chat_text(self, messages: list[Message], image: bool) -> str:
@@ -163,6 +165,10 @@ class ChameleonUnifiedModel(VocabularyAdapter):
 
     def _pixels(self, images: list[Image.Image]) -> Tensor:
         return fit_images(images, self.image_size, [0.5] * 3, [0.5] * 3).to(self.device, self.dtype)
+
+
+def _size_token(count: int) -> str:
+    return f"<reserved{_FIRST_SIZE + count:05d}>"
 
 
 class VQDecoder(nn.Module):

@@ -40,6 +40,8 @@ class Emu3UnifiedModel(VocabularyAdapter):
     def __init__(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> None:
         self._factor = int(module.model.vqmodel.spatial_scale_factor)
         grid = self._find_grid(processor, image_size, name)
+        for token in ("boi_token", "eof_token"):
+            self.vocabulary_id(processor, getattr(processor.tokenizer, token, None), name)
         end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name)
         self.layout = ImageLayout.rows(grid, end_of_row)
         self._end_of_row = end_of_row

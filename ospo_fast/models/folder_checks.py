@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_POSITIONS = 2**20  # a key-value cache and masks of that many are allocated
 
+_MODEL_PART = "vision_language_encoder"  # of a pipeline of diffusers, next to `processor`
 _AGAIN = "save or download the model again"
 _ADAPTER_AGAIN = "save or download the adapter again"
 _CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
@@ -110,6 +111,26 @@ def check_kind(config: dict[str, Any], name: str) -> None:
         )
     if family.text_types and text.get("model_type", family.text_types[0]) not in family.text_types:
         raise OspoError(f"model: {name} has a {text['model_type']!r} language model, expected {family.text_types[0]!r}")
+
+
+def model_part(folder: Path) -> Path:
+    """Return the folder of the autoregressive model in that of a pipeline of diffusers; other folders as they are."""
+    part = folder / _MODEL_PART
+    is_pipeline = (folder / "model_index.json").is_file() and not (folder / "config.json").is_file()
+    if is_pipeline and (part / "config.json").is_file():
+        refuse_pipes(part)
+        return part
+    return folder
+
+
+def processor_part(folder: Path) -> Path:
+    """Return the folder of the processor of a model folder: in a pipeline of diffusers, one next to it."""
+    part = folder.parent / "processor"
+    if folder.name == _MODEL_PART and not (folder / "tokenizer.json").is_file() and part.is_dir():
+        refuse_pipes(part)
+        refuse_code(part)
+        return part
+    return folder
 
 
 def refuse_pipes(folder: Path) -> None:

@@ -48,6 +48,12 @@ class GlmImageUnifiedModel(VocabularyAdapter):
         preview = int(math.sqrt(ratio) * _PREVIEW), int(math.sqrt(1 / ratio) * _PREVIEW)
         self.layout = ImageLayout((preview, grid), positions=_positions((preview, grid)))
         self._pipeline: Any = None
+        # save_pretrained writes this entry, so a fine-tuned copy has the pixels of its base model.
+        for folder in (Path(name), Path(name).parent):
+            if (folder / "model_index.json").is_file():
+                module.config.pixel_pipeline = str(folder.resolve())
+        for token in (processor.grid_bos_token, processor.grid_eos_token):
+            self.vocabulary_id(processor, token, name)
         count = int(module.config.vq_config.num_embeddings)
         super().__init__(
             module, processor, name=name, text=module.config.text_config,
@@ -119,26 +125,38 @@ class GlmImageUnifiedModel(VocabularyAdapter):
         from ospo_fast.packages import check_installed
 
         self._pipeline_folder()
-        check_installed(f"images of {self.name}", "diffusers")
+        check_installed(f"Images of {self.name}", "diffusers", extra="glm")
 
-    def _pipeline_folder(self) -> Path:
-        folder = Path(self.module.name_or_path).parent
-        if not (folder / "model_index.json").is_file():
+    def _pipeline_folder(self) -> str:
+        folder = str(getattr(self.module.config, "pixel_pipeline", ""))
+        if not folder or not (Path(folder) / "model_index.json").is_file():
             raise OspoError(
-                f"model: {self.name} is not the vision_language_encoder of a pipeline (there is no model_index.json in "
-                f"{folder}), which makes pixels of its codes; give the folder of zai-org/GLM-Image"
+                f"model: {self.name} has no pipeline that makes pixels of its codes"
+                f"{f' (there is no model_index.json in {folder})' if folder else ''}; give the whole folder of "
+                "zai-org/GLM-Image, of which this is the part vision_language_encoder"
             )
         return folder
 
-    def _decode(self, codes: Tensor) -> Tensor:
-        if self._pipeline is None:
-            self.check_pixels()
+    def _load_pipeline(self) -> Any:
+        self.check_pixels()
+        from ospo_fast.models import loading
+
+        folder = self._pipeline_folder()
+        with loading(f"the pipeline {folder} cannot be loaded", "download zai-org/GLM-Image again"):
             from diffusers import GlmImagePipeline
 
-            self._pipeline = GlmImagePipeline.from_pretrained(
-                str(self._pipeline_folder()), vision_language_encoder=None, torch_dtype=self.dtype, use_safetensors=True
-            ).to(self.device)
-            self._pipeline.set_progress_bar_config(disable=True)
+            found = GlmImagePipeline.from_pretrained(
+                folder,
+                vision_language_encoder=None,
+                torch_dtype=self.dtype,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        found.set_progress_bar_config(disable=True)
+        return found.to(self.device)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        self._pipeline = self._pipeline or self._load_pipeline()
         grid = codes[:, -self.grid[0] * self.grid[1] :].view(-1, 1, *self.grid).float()
         prior = F.interpolate(grid, scale_factor=2.0, mode="nearest").long().flatten(1)
         height, width = self.image_size

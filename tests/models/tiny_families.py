@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -268,3 +269,29 @@ def build(variant: str, name: str = "tiny") -> Adapter:
         torch.manual_seed(0)
         module, processor = builder()
     return FAMILIES[family].adapt(module, processor, name=name, image_size=image_size)
+
+
+def save_glm_pipeline(folder: Path, module: Any, processor: Any) -> Path:
+    """Save a GLM-Image model as the folder of a pipeline of diffusers, of which the other parts are tiny and random."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    pipeline = GlmImagePipeline(
+        tokenizer=ByT5Tokenizer(),
+        processor=processor,
+        text_encoder=T5EncoderModel(T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+        vision_language_encoder=module,
+        vae=AutoencoderKL(
+            block_out_channels=[8, 8, 8, 8], down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4, sample_size=64,
+        ),
+        transformer=GlmImageTransformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+            text_embed_dim=8, time_embed_dim=8, condition_dim=4, prior_vq_quantizer_codebook_size=CODES,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
