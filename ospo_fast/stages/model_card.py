@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ospo_fast.config import MODEL_FILES, Config, TrainConfig
+from ospo_fast.config import MODEL_FILES, Config, TrainConfig, image_size
+from ospo_fast.errors import attempt
 from ospo_fast.records import ItemPair
 from ospo_fast.stages.extension import Extension
 from ospo_fast.versions import run_versions
@@ -54,6 +55,19 @@ def public_name(name: str) -> str:
 def _transformers_name(name: str) -> str:
     """Return the name on the hub of a model in transformers' layout, which those who load the result need."""
     return name.replace("deepseek-ai/Janus-", "deepseek-community/Janus-")
+
+
+def _is_janus(name: str) -> bool:
+    """Return whether a model is a Janus, whose use with transformers the card shows."""
+    from ospo_fast.models import folder_checks, vocabulary
+
+    if name in MODEL_FILES:
+        return True
+    folder = attempt(vocabulary.base_folder, name)
+    if isinstance(folder, Path):
+        config = attempt(folder_checks.read_json, folder / "config.json")
+        return isinstance(config, dict) and config.get("model_type") in ("janus", "multi_modality")
+    return "janus" in name.lower()
 
 
 def model_card(
@@ -128,13 +142,19 @@ def _use(base: str, config: Config, pairs: Sequence[ItemPair], adapter: bool) ->
         if base in MODEL_FILES:
             imports, folder = f"from ospo_fast.models import find_model\n{imports}", f"find_model({base!r})"
         load = 'PeftModel.from_pretrained(JanusForConditionalGeneration.from_pretrained(base), ".").merge_and_unload()'
-    return (
+    size = f", image_size={image_size(config)}" if config.image_size else ""
+    own = (
         "The code runs in the folder of this file. With ospo-fast, after `pip install 'ospo-fast[pipeline]'`:\n\n"
         "```python\n"
         "import ospo_fast as of\n"
-        f'model = of.load_model("."){"  # the base model, with the adapter merged into it" if adapter else ""}\n'
+        f'model = of.load_model("."{size}){"  # the base model, with the adapter merged into it" if adapter else ""}\n'
         f'of.ImageGenerator(model).generate([{prompt}], seeds=[0], guidance_scale={scale:g})[0].save("image.png")\n'
-        "```\n\n"
+        "```"
+    )
+    if not _is_janus(config.model):
+        return own
+    return (
+        f"{own}\n\n"
         f"With {'peft and ' if adapter else ''}transformers, whose sampling has other random numbers:\n\n"
         "```python\n"
         f"{imports}from PIL import Image\n"

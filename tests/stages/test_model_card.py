@@ -206,3 +206,13 @@ def test_a_prompt_with_a_fence_stays_inside_of_its_text():
     for code in blocks:
         texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
         assert "a cup ''' '''python raise SystemExit('\" + 1')" in texts
+
+
+def test_a_model_of_another_family_is_used_with_ospo_fast_alone(tmp_path: Path) -> None:
+    from tests.models.tiny_families import build
+
+    build("emu3").save(tmp_path / "emu3")
+    config = load_config([f"model={tmp_path / 'emu3'}", "image_size=8x10"])
+    text = model_card("emu3", config, [], [], None, 3).decode()
+    assert 'of.load_model(".", image_size=(8, 10))' in text
+    assert "Janus" not in text
