@@ -20,6 +20,7 @@ from ospo_fast.models import (
     has_base,
     load_model,
     loading,
+    lumina,
 )
 from ospo_fast.models import folder_checks as checks
 from ospo_fast.models.deepseek_config import is_deepseek
@@ -54,7 +55,8 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
         out: missing or empty.
         to: one of `TARGETS`. Default: the other layout; of a `.ckpt` with LoRA peft, of one with all weights
             transformers.
-        base: the base model of an adapter or `.ckpt`, in place of the one that it names.
+        base: the base model of an adapter or `.ckpt`, in place of the one that it names; of a Lumina-mGPT the Anole
+            whose VQ model it uses.
 
     Returns:
         {"out", "from", "to", "dtype"}.
@@ -72,14 +74,19 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
     path = _find(source)
     if path.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
         raise UsageError(f"convert: {out} is in {path}, which is converted; name a folder outside of it.")
+    is_lumina = path.is_dir() and not has_base(path) and lumina.is_original(path)
+    if is_lumina and base is None:
+        raise UsageError(f"--base: got none, expected an Anole, whose VQ model the Lumina-mGPT {source} uses; name it.")
     if base is not None:
-        if not has_base(path):
+        if not has_base(path) and not is_lumina:
             raise UsageError(f"--base: got {base!r:.60}, and {source} is a whole model; leave the option out.")
         find_model(base)
     elif has_base(path):
         find_model(source)  # names a base model that is not there
     kind = "ckpt" if is_trainer_file(path) else "adapter" if has_base(path) else _layout(path)
     trained = TrainerCheckpoint.read(path) if kind == "ckpt" else None
+    if is_lumina:
+        to = to or "transformers"
     if to is None:
         to = ("peft" if trained.lora else "transformers") if trained else _OTHER[kind]
     if to in ADAPTERS and not (trained is not None and trained.lora if to == "peft" else kind == "adapter"):
@@ -113,7 +120,9 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
 
     dtype, unused = _stored(path, base)
     with torch.no_grad():
-        if has_base(path):
+        if base is not None and not has_base(path):
+            model = lumina.load_lumina(path, base, dtype)
+        elif has_base(path):
             model = load_on_base(path, torch.device("cpu"), dtype, base=base)
         else:
             model = load_model(path, device="cpu", dtype=dtype)

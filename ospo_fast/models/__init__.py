@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import MAX_ADAPTERS, Config, image_size
 from ospo_fast.errors import OspoError, UsageError, is_panic
-from ospo_fast.models import folder_checks, trainer_files
+from ospo_fast.models import folder_checks, lumina, trainer_files
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.deepseek_config import is_deepseek
 from ospo_fast.models.families import find_family
@@ -127,7 +127,8 @@ def find_folder(name: str) -> Path | None:
             folder_checks.check_kind(config, name)
             if not is_deepseek(config):  # transformers does not read the files of those
                 folder_checks.refuse_code(path)
-            folder_checks.check_tokenizer(folder_checks.processor_part(path))
+            if not lumina.is_original(path):  # which is converted with the tokenizer of another model
+                folder_checks.check_tokenizer(folder_checks.processor_part(path))
             folder_checks.weight_files(path, pickled=is_deepseek(config))
         return path
     if trainer_files.is_trainer_file(path):
@@ -263,6 +264,7 @@ def _load_checkpoint(
             module, processor = load_deepseek(folder, dtype)
             return family.adapt(module.to(device).eval(), processor, name=name, image_size=image_size)
         if folder is not None:
+            lumina.refuse_original(folder)
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
         with _expecting(model_class, family.other_tensors):

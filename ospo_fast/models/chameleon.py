@@ -19,10 +19,10 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.adapter import VocabularyAdapter, fit_images, refuse_other_size
 from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
+from ospo_fast.models.lumina import is_lumina
 
 _DECODER = "model.vqmodel.decoder."
-# Of Lumina-mGPT, in its configuration only, and its tokens: the end of a row, and sizes in pairs of codes from 0 on.
-_LUMINA_KEYS = ("mask_image_logits", "z_loss_weight")
+# Tokens of Lumina-mGPT: the end of a row, and sizes in pairs of codes from 0 on.
 _END_OF_ROW, _FIRST_SIZE = "<reserved08799>", 8800
 _LUMINA_SIDE = 768  # pixels, of the images of Lumina-mGPT
 
@@ -38,7 +38,7 @@ class ChameleonUnifiedModel(VocabularyAdapter):
     def __init__(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> None:
         config, vq = module.config, module.config.vq_config
         self._factor = 2 ** (len(vq.channel_multiplier) - 1)
-        self._is_lumina = any(hasattr(config, key) for key in _LUMINA_KEYS)
+        self._is_lumina = is_lumina(config.to_dict())
         side = vq.resolution // self._factor
         if self._is_lumina:
             grid = self._lumina_grid(processor, image_size, name)
@@ -111,6 +111,11 @@ class ChameleonUnifiedModel(VocabularyAdapter):
         return self._unconditional
 
     # Text
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """See `UnifiedModel`: a text has no image codes, as in the forward pass of transformers."""
+        logits = super().text_logits(hidden)
+        return logits.index_fill(-1, self._code_ids, torch.finfo(logits.dtype).min)
 
     def _special_token(self, kind: str) -> str | None:
         """The tokenizer need not name the tokens of images: the processor knows them."""

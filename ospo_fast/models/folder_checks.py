@@ -250,7 +250,7 @@ def check_sizes(folder: Path) -> None:
     import torch
 
     path, files = folder / "config.json", weight_files(folder)
-    config, shapes = read_json(path), _tensor_shapes(files)
+    config, shapes = read_json(path), tensor_shapes(files)
     check_counts(path, config, len(shapes))
     family = find_family(config, str(folder))
     model_class = family.transformers_class(family.model_class)
@@ -332,7 +332,7 @@ def check_adapter(folder: Path) -> dict[str, Any]:
                     f"model: {path} has {name!r:.60} in {key}, expected names of modules without patterns; write the "
                     "names out"
                 )
-    shapes = _tensor_shapes([folder / ADAPTER_WEIGHTS])
+    shapes = tensor_shapes([folder / ADAPTER_WEIGHTS])
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     # peft fills matrices of that rank at random before it compares them with the weights.
     for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
@@ -423,7 +423,7 @@ def check_adapter_tensors(
             )
 
 
-def _tensor_shapes(files: Sequence[Path]) -> dict[str, list[int]]:
+def tensor_shapes(files: Sequence[Path]) -> dict[str, list[int]]:
     """Return the shape of each tensor in safetensors files, whose headers hold them."""
     from safetensors import safe_open
 

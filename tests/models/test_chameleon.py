@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import ospo_fast as of
+from ospo_fast.convert import convert
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.models.chameleon import ChameleonUnifiedModel
@@ -120,3 +121,48 @@ def test_a_tokenizer_without_a_structure_token_is_refused(token: str) -> None:
     processor.tokenizer._tokenizer = type(processor.tokenizer.backend_tokenizer).from_str(content)
     with pytest.raises(OspoError, match=r"the tokenizer of tiny has no .*use the tokenizer of the published model"):
         ChameleonUnifiedModel(module, processor, name="tiny")
+
+
+def save_original_lumina(folder: Path) -> Any:
+    """Save a Lumina-mGPT in its own layout; return the same model in that of transformers."""
+    from safetensors.torch import load_file, save_file
+
+    model: Any = build("lumina")
+    with torch.no_grad():  # one row of the norms for all heads
+        for name, weight in model.module.named_parameters():
+            if ".q_norm." in name or ".k_norm." in name:
+                weight.copy_(weight[:1].expand_as(weight))
+    model.module.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: t[:1] if "_norm." in name and t.dim() == 2 else t for name, t in tensors.items()}
+    kept = {name: t.contiguous() for name, t in kept.items() if "vqmodel" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def test_a_lumina_in_its_own_layout_is_converted(tmp_path: Path) -> None:
+    expected = save_original_lumina(tmp_path / "lumina")
+    anole: Any = build("chameleon")
+    anole.save(tmp_path / "anole")
+    with pytest.raises(OspoError, match=r"is a Lumina-mGPT without the VQ model.*--base leloy/Anole"):
+        of.load_model(tmp_path / "lumina")
+    with pytest.raises(UsageError, match="--base: got none, expected an Anole"):
+        convert(str(tmp_path / "lumina"), tmp_path / "new")
+    result = convert(str(tmp_path / "lumina"), tmp_path / "new", base=str(tmp_path / "anole"))
+    assert result["to"] == "transformers"
+    model: Any = of.load_model(tmp_path / "new", image_size=(8, 12))
+    assert model.layout == expected.layout
+    own, right = model.module.state_dict(), expected.module.state_dict()
+    assert all(torch.equal(own[name], right[name]) for name in right if "vqmodel" not in name)
+    vq = anole.module.state_dict()
+    assert all(torch.equal(own[name], vq[name]) for name in vq if "vqmodel" in name)
+
+
+def test_a_lumina_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    save_original_lumina(tmp_path / "lumina")
+    module, processor = build_chameleon(hidden_size=64)
+    ChameleonUnifiedModel(module, processor, name="anole").save(tmp_path / "anole")
+    build("emu3").save(tmp_path / "emu3")
+    with pytest.raises(OspoError, match="does not have in that shape; name the Anole of its size with --base"):
+        convert(str(tmp_path / "lumina"), tmp_path / "new", base=str(tmp_path / "anole"))
+    assert not (tmp_path / "new").exists()

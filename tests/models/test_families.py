@@ -10,7 +10,7 @@ import torch
 
 import ospo_fast as of
 from ospo_fast.errors import UsageError
-from ospo_fast.generation import ImageGenerator
+from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.models.adapter import Adapter
 from ospo_fast.models.base import UnifiedModel
@@ -172,3 +172,41 @@ def test_modules_are_taken_with_their_processor(variant: str, model: Adapter) ->
         ImageGenerator(module)
     if "lumina" not in variant:  # whose default size is beyond the positions of a tiny model
         assert ImageGenerator(module, processor).model.num_codes == model.num_codes
+
+
+@pytest.mark.parametrize("variant", ["emu3", "chameleon"])
+@torch.no_grad()
+def test_answers_are_those_of_a_forward_pass_of_transformers(variant: str) -> None:
+    from PIL import Image
+
+    model: Any = build(variant)
+    height, width = model.image_size
+    images = [Image.effect_noise((width, height), 60 + 30 * n).convert("RGB") for n in range(2)]
+    asked = ["Is there a circle?", "Is there a cross?"]
+
+    def template(question: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": question}]
+
+    found = answer_questions(model, images, [asked, asked[:1]], template=template, progress=False)
+    sizes = {"image_sizes": torch.tensor([[height, width]])} if variant == "emu3" else {}
+    for image, questions, answers in zip(images, (asked, asked[:1]), found, strict=True):
+        for question, answer in zip(questions, answers, strict=True):
+            ids = model.chat(template(question), image=True)[None]
+            logits = model.module(input_ids=ids, pixel_values=model._pixels([image]), **sizes).logits
+            probs = logits[0, -1].softmax(-1)
+            assert answer["p_yes"] == pytest.approx(float(probs[list(model.yes_ids)].max()), rel=1e-4)
+            assert answer["p_no"] == pytest.approx(float(probs[list(model.no_ids)].max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["emu3", "chameleon"])
+def test_greedy_texts_are_those_of_generate(variant: str) -> None:
+    from ospo_fast.generation import generate_text
+
+    model: Any = build(variant)
+    prompts = [model.chat([{"role": "user", "content": text}]) for text in ("Is there a circle?", "a")]
+    texts = generate_text(model, prompts, seeds=[0, 1], max_new_tokens=8, temperature=0, progress=False)
+    for ids, text in zip(prompts, texts, strict=True):
+        found = model.module.generate(
+            input_ids=ids[None], max_new_tokens=8, do_sample=False, eos_token_id=list(model.eos_ids)
+        )
+        assert text == model.detokenize(found[0, len(ids) :])
