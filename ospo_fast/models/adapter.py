@@ -37,6 +37,15 @@ def refuse_other_size(name: str, image_size: tuple[int, int] | None, known: Sequ
         )
 
 
+def check_positions(name: str, tokens: int, text: Any) -> None:
+    """Raise OspoError if the tokens of an image leave none of the positions of a decoder for its prompt."""
+    if tokens >= int(text.max_position_embeddings):
+        raise OspoError(
+            f"model: an image of {name} takes {tokens} tokens, expected fewer than its {text.max_position_embeddings} "
+            "positions; set a smaller image_size"
+        )
+
+
 def fit_images(
     images: Sequence[Image.Image], size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
@@ -176,11 +185,7 @@ class Adapter(ModuleAdapter):
         self._tokenizer = processor.tokenizer
         if not self._tokenizer.is_fast:
             raise OspoError(f"model: {name} has a slow tokenizer, expected a fast one (tokenizer.json)")
-        if self.layout.tokens >= self.max_positions:
-            raise OspoError(
-                f"model: an image of {name} takes {self.layout.tokens} tokens, expected fewer than its "
-                f"{self.max_positions} positions; set a smaller image_size"
-            )
+        check_positions(name, self.layout.tokens, text)
         self._vocabulary = find_vocabulary(getattr(self._tokenizer, "backend_tokenizer", None))
         config = module.config
         # save_pretrained writes this entry, so a fine-tuned copy gets the templates of its base model.

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import PROBE, VocabularyAdapter, fit_images
+from ospo_fast.models.adapter import PROBE, VocabularyAdapter, check_positions, fit_images
 from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
 
@@ -46,6 +46,7 @@ class GlmImageUnifiedModel(VocabularyAdapter):
         grid = size[0] // _UNIT, size[1] // _UNIT
         ratio = grid[0] / grid[1]
         preview = int(math.sqrt(ratio) * _PREVIEW), int(math.sqrt(1 / ratio) * _PREVIEW)
+        check_positions(name, grid[0] * grid[1], module.config.text_config)  # before lists of that many are made
         self.layout = ImageLayout((preview, grid), positions=_positions((preview, grid)))
         self._pipeline: Any = None
         # save_pretrained writes this entry, so a fine-tuned copy has the pixels of its base model.

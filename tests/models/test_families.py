@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ospo_fast as of
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.models.adapter import Adapter
@@ -210,3 +210,35 @@ def test_greedy_texts_are_those_of_generate(variant: str) -> None:
             input_ids=ids[None], max_new_tokens=8, do_sample=False, eos_token_id=list(model.eos_ids)
         )
         assert text == model.detokenize(found[0, len(ids) :])
+
+
+def test_jacobi_decoding_with_an_unconditional_prompt_of_another_length() -> None:
+    model = build("chameleon")
+    options: dict[str, Any] = {"guidance_scale": 3.0, "output": "codes", "progress": False}
+    expected = ImageGenerator(model).generate(PROMPTS, seeds=[0, 1, 2], **options)
+    assert torch.equal(ImageGenerator(model, jacobi_window=4).generate(PROMPTS, seeds=[0, 1, 2], **options), expected)
+
+
+@pytest.mark.parametrize("variant", ["emu3", "lumina", "glm_image"])
+def test_jacobi_decoding_is_refused_where_tokens_are_not_codes_in_a_row(variant: str) -> None:
+    generator = ImageGenerator(build(variant), jacobi_window=4)
+    with pytest.raises(UsageError, match="jacobi_window: got 4, expected 0, because images of tiny have structure"):
+        generator.generate(PROMPTS[:1], seeds=[0], output="codes", progress=False)
+
+
+def test_guidance_that_does_not_fit_the_positions_is_refused() -> None:
+    model = build("emu3")
+    prompt = model.image_prompt("a")
+    model.max_positions = len(prompt) + model.layout.tokens
+    options: dict[str, Any] = {"seeds": [0], "output": "codes", "progress": False}
+    assert len(ImageGenerator(model).generate(["a"], guidance_scale=1, **options)) == 1
+    with pytest.raises(
+        UsageError, match=r"guidance_scale: got 3\.0, but the unconditional prompt of tiny and an image"
+    ):
+        ImageGenerator(model).generate(["a"], guidance_scale=3.0, **options)
+
+
+def test_a_grid_is_not_set_where_a_row_has_an_end() -> None:
+    model = build("emu3")
+    with pytest.raises(OspoError, match="the grid of tiny was set, expected its own; load it with another image_size"):
+        model.grid = (2, 2)

@@ -107,3 +107,11 @@ def test_a_folder_of_the_pipeline(model: Any, tmp_path: Path) -> None:
     copied: Any = of.load_model(tmp_path / "copy", image_size=(64, 96))
     assert copied.decode_codes(codes.repeat(2, 1))[1].tobytes() == pixels.tobytes()
     assert copied.decode_codes((codes + 1) % model.num_codes)[0].tobytes() != pixels.tobytes()
+
+
+def test_an_image_beyond_the_positions_is_refused_at_once() -> None:
+    module, processor = build_glm_image(target=(99968, 99968))
+    with pytest.raises(
+        OspoError, match=r"an image of tiny takes 9759376 tokens, expected fewer than its 1024 positions"
+    ):
+        GlmImageUnifiedModel(module, processor, name="tiny")
