@@ -242,3 +242,27 @@ def test_a_grid_is_not_set_where_a_row_has_an_end() -> None:
     model = build("emu3")
     with pytest.raises(OspoError, match="the grid of tiny was set, expected its own; load it with another image_size"):
         model.grid = (2, 2)
+
+
+@pytest.mark.parametrize("name", ["Emu3ForConditionalGeneration", "Emu3Processor"])
+def test_a_family_that_transformers_is_too_old_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    build("emu3").save(tmp_path / "saved")
+    monkeypatch.setattr(transformers, name, None)  # what is not there
+    remedy = f"need {name} of transformers, which {transformers.__version__} does not have; install"
+    with pytest.raises(OspoError, match=rf"'emu3' models {remedy} \"transformers>=5.17\""):
+        of.load_model(tmp_path / "saved")
+
+
+def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    known = "'janus', 'emu3', 'chameleon', 'glm_image'"
+    with pytest.raises(OspoError, match=f"has model_type 'llama', expected one of {known}; use a model of these"):
+        of.load_model(tmp_path)
+
+
+def test_an_image_size_of_a_model_with_one_size(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="image_size: got 96x96, expected a size that shapes knows: 48x48"):
+        of.load_model("shapes", image_size=(96, 96))
+    assert of.load_model("shapes", image_size=(48, 48)).image_size == (48, 48)
