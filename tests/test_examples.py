@@ -1,8 +1,12 @@
-"""Every example trains with and without ospo_fast, and the curves agree. That of Ray generates images."""
+"""Every example trains with and without ospo_fast, and the curves agree.
+
+That of Ray generates images. That of an own family is an adapter: what holds for the families is tested for it, too.
+"""
 
 import importlib.util
 import io
 import json
+import logging
 import sys
 import types
 from pathlib import Path
@@ -11,9 +15,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ospo_fast as of
+from ospo_fast.errors import UsageError
+from ospo_fast.generation import answer_questions
+from ospo_fast.generation.decoder import InferenceDecoder
+from ospo_fast.generation.module_decoder import ModuleDecoder
+from ospo_fast.models import UnifiedModel
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 STEPS = 50
@@ -53,7 +63,7 @@ class OspoOps(TorchDispatchMode):
 
 
 def test_every_example_is_tested() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*MOVES, "ray_data"])
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*MOVES, "own_family", "ray_data"])
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -139,3 +149,73 @@ def test_actors_of_ray_give_the_images_of_one_generator(tmp_path: Path, monkeypa
             assert (row["prompt"], row["seed"]) == (prompts[index // 3], 5 + index % 3)
             assert row["codes"].tolist() == codes[index].tolist()
             assert PIL.Image.open(io.BytesIO(row["png"])).tobytes() == images[index].tobytes()
+
+
+def test_an_own_family_generates_trains_and_chats(tmp_path: Path) -> None:
+    example = load("own_family")
+    found = example.main(["--out", str(tmp_path / "image.png")])
+    assert found["losses"][1] < found["losses"][0]
+    model, prompts = example.build_model(), ["a dark square", "a square"]
+    assert isinstance(model, UnifiedModel)
+    assert PIL.Image.open(tmp_path / "image.png").size == model.image_size[::-1]
+    assert torch.equal(model.encode_images(model.decode_codes(found["codes"])), found["codes"])
+    options: dict[str, Any] = {"guidance_scale": 3.0, "output": "codes"}
+    generator = of.ImageGenerator(model)
+    codes = generator.generate(prompts, seeds=[0, 1], **options)
+    assert type(generator._engine.decoder) is InferenceDecoder  # type: ignore[union-attr]
+    assert torch.equal(of.ImageGenerator(model, batch_size=1).generate(prompts, seeds=[0, 1], **options), codes)
+    assert len(set(codes.flatten().tolist())) > 4
+
+    def chat(question: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": question}]
+
+    assert int((model.chat(chat("is it dark ?"), image=True) == model.image_id).sum()) == model.layout.tokens
+    [[answer]] = answer_questions(model, model.decode_codes(codes[:1]), [["is it dark ?"]], template=chat)
+    assert 0 < answer["p_yes"] < 1
+    with pytest.raises(UsageError, match="'red'"):
+        model.image_prompt("a red square")
+    with pytest.raises(UsageError, match="control token"):
+        model.image_prompt("a code3 square")
+
+
+def test_an_own_family_with_soft_capped_attention_runs_by_its_modules(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    example = load("own_family")
+    processor = example.build_model().processor
+    config = Gemma2Config(
+        vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128, sliding_window=8,
+        attn_logit_softcapping=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = Gemma2ForCausalLM(config).eval()
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        for weight in module.model.layers.parameters():
+            # So large that the cap has an effect.
+            weight.copy_(torch.randn(weight.shape) * (0.3 if weight.dim() == 2 else 0.1))
+    model = example.ToyAdapter(module, processor, name="toy")
+    generator = of.ImageGenerator(model)
+    options: dict[str, Any] = {"guidance_scale": 1.0, "temperature": 0, "output": "codes"}
+    with caplog.at_level(logging.WARNING):
+        [codes] = generator.generate(["a dark square"], seeds=[0], **options)
+        generator.generate(["a square"], seeds=[0], **options)
+    assert type(generator._engine.decoder) is ModuleDecoder  # type: ignore[union-attr]
+    [warning] = [record.getMessage() for record in caplog.records if record.name.startswith("ospo_fast")]
+    assert "the decoder is a Gemma2Model, which the fused decoder does not know" in warning
+
+    @torch.no_grad()
+    def greedy() -> list[int]:
+        given, ids, expected = dict(model.layout.structure), model.image_prompt("a dark square").tolist(), []
+        for n in range(model.layout.tokens):
+            if n not in given:
+                hidden = module.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
+                expected.append(int(model.head(hidden).argmax()))
+            ids.append(given[n] if n in given else int(model.code_ids[expected[-1]]))
+        return expected
+
+    assert codes.tolist() == greedy()
+    for layer in module.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert codes.tolist() != greedy()
