@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from ospo_fast.errors import OspoError, UsageError, check_text, is_panic
+from ospo_fast.errors import Failure, OspoError, UsageError, attempt, check_text, is_panic
 from ospo_fast.models.base import Message, Offset
 from ospo_fast.models.layout import ImageLayout, embed_image
 from ospo_fast.models.vocabulary import check_words, find_vocabulary
@@ -199,7 +199,7 @@ class Adapter(ModuleAdapter):
         more = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
         self.eos_ids = tuple(dict.fromkeys([self._special_id("eos_token"), *map(int, more)]))
         self._control_ids = self._find_control_ids()
-        self.yes_ids, self.no_ids = self._answer_ids()
+        self.yes_ids, self.no_ids = ((), ()) if isinstance(attempt(self.check_chat), Failure) else self._answer_ids()
         self._prefix, self._suffix = self._split_template()
         height, width = self.image_size
         pixels = _VQ_PIXELS.get(self.device.type, _VQ_PIXELS["cuda"])
@@ -326,7 +326,7 @@ class Adapter(ModuleAdapter):
         return tuple(dict.fromkeys(found))
 
     def _answer_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The spellings of yes and of no; none of a model that does not answer."""
+        """The spellings of yes and of no."""
         return self.single_token_ids("yes", "Yes"), self.single_token_ids("no", "No")
 
     # Pixels and codes

@@ -48,7 +48,6 @@ class UnifiedModel(Protocol):
     name: str  # as given by the user: "shapes", a hub name or a folder
     module: nn.Module  # the whole transformers model
     decoder: nn.Module  # the language model without its head (LlamaModel), called with inputs_embeds
-    head: nn.Module  # hidden (..., D) → logits (..., num_codes) of the image codes
     grid: tuple[int, int]  # rows and columns of codes of the image
     layout: ImageLayout  # of the T codes of an image and the tokens between them; `image_layout` where there is none
     num_codes: int  # K, of the codebook; codes are 0 … K−1 wherever they are in the vocabulary
@@ -63,6 +62,10 @@ class UnifiedModel(Protocol):
     yes_ids: tuple[int, ...]  # single-token spellings of the answer yes
     no_ids: tuple[int, ...]
     templates: str  # default template set: "shapes" or "janus"
+
+    @property
+    def head(self) -> nn.Module:
+        """Module of hidden (..., D) → logits (..., K) of the image codes."""
 
     @property
     def device(self) -> torch.device:

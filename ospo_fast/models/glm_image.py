@@ -84,9 +84,6 @@ class GlmImageUnifiedModel(VocabularyAdapter):
         self.check_chat()
         return hidden
 
-    def _answer_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (), ()
-
     def _split_template(self) -> tuple[str, str]:
         turns = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]
         before, after = PROBE, ""
