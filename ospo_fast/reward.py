@@ -225,7 +225,7 @@ def serve(config: Config, host: str, port: int, token: str, *, announce: Callabl
     """
     from ospo_fast.evaluation.judges import open_judge
 
-    judge = open_judge(config.model, config)
+    judge = open_judge(config.model, config, "model")
     try:
         server = Server((host, port), judge, token)
     except OSError as error:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +16,7 @@ from ospo_fast.evaluation.benchmarks import BENCHMARKS, Images, read_benchmark
 from ospo_fast.evaluation.questions import Item, Scores, digest, read_questions, soft_tifa, summarize
 from ospo_fast.files import locate, no_link, open_image, read_bytes, reason
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.chat import is_unified
 from ospo_fast.models.vocabulary import UnloadedModel
 from ospo_fast.records import (
     check_creatable,
@@ -250,9 +250,8 @@ def run_questions(
     if baseline is not None:
         before, drawn = _read_baseline(baseline, items, "self" if itself else judge, named)
     # What is wrong is found before torch is imported and a model is loaded, as far as its folder says it.
-    with nullcontext() if itself else judges.naming_option():
-        unified = judges.is_unified(named)
-    if unified:
+    option = "model" if itself else "--judge"
+    if is_unified(named, option):
         asked = [(item.line, judges.asked_text(question)) for item in items for question in item.questions]
         places, asked_texts = zip(*asked, strict=True)
         check_unloaded(named, questions, places, asked_texts, "questions")
@@ -271,8 +270,7 @@ def run_questions(
                 config.model,
                 origin["model"],
             )
-    with nullcontext() if itself else judges.naming_option():
-        opened = judges.open_judge(named, config)
+    opened = judges.open_judge(named, config, option)
     opened.check([question for item in items for question in item.questions])
     if found is None:
         found, sampling = _generate_for(config, opened if itself else None, questions, items, num or 1, progress)

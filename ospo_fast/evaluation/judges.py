@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt
 from ospo_fast.evaluation.questions import Question
-from ospo_fast.files import reason
-from ospo_fast.models import find_model, folder_checks, hub_config, load_model, loading
-from ospo_fast.models.trainer_files import is_trainer_file
+from ospo_fast.models.base import Message
+from ospo_fast.models.chat import ChatModel, open_text_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,8 +22,6 @@ SELF = "self"
 MAX_CHATS = 10_000
 OPEN_QUESTION = "{} Answer in one word."
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_IMAGE_KEYS = ("vision", "image", "vq_config")  # in the keys of a configuration whose model takes images
-_REMEDY = "name a vision-language model of transformers, such as Qwen/Qwen3-VL-8B-Instruct"
 
 Verdict = dict[str, float]
 """{"p_yes", "p_no", "p_expected"}: probabilities of the answers yes and no, and of the expected answer."""
@@ -60,51 +54,15 @@ def asked_text(question: Question) -> str:
     return question.text if question.answer in ("yes", "no") else OPEN_QUESTION.format(question.text)
 
 
-def is_unified(name: str) -> bool:
-    """Return whether a judge is a unified model of this package, before torch is imported.
+def open_judge(name: str, config: Config, option: str = "--judge") -> Judge:
+    """Load a judge: a unified model, or of another model its processor; that loads its weights at the first answer.
 
-    Raises OspoError for a judge that cannot be found, or takes no images.
+    Raises OspoError, which names `option`, for a model that cannot be found or cannot answer.
     """
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
-    if name == "shapes" or (folder / "adapter_config.json").is_file() or is_trainer_file(folder):
-        find_model(name)
-        return True
-    if os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names)
-        path = folder / "config.json"
-        folder_checks.refuse_pipes(folder)
-    else:
-        find_model(name)  # refuses what is no name on the hub
-        path = hub_config(name)
-    config = folder_checks.read_json(path)
-    if config.get("model_type") in ("janus", "multi_modality"):
-        find_model(name)
-        return True
-    if not any(mark in key for key in config for mark in _IMAGE_KEYS):
-        raise OspoError(
-            f"--judge: {name} is a {config.get('model_type')!r:.60} model without an image input (config.json has no "
-            f"vision_config); {_REMEDY}"
-        )
-    if os.path.isdir(folder):  # noqa: PTH112
-        folder_checks.refuse_code(folder)
-        folder_checks.weight_files(folder)
-    return False
-
-
-@contextlib.contextmanager
-def naming_option() -> Iterator[None]:
-    """Name --judge in the errors of the block about a model."""
-    try:
-        yield
-    except OspoError as error:
-        text = str(error)
-        raise type(error)(f"--judge: {text.removeprefix('model: ')}" if text.startswith("model: ") else text) from error
-
-
-def open_judge(name: str, config: Config) -> Judge:
-    """Load a judge: a unified model, or of another model its processor; that loads its weights at the first answer."""
-    if not is_unified(name):
-        return VisionJudge(name, config)
-    return UnifiedJudge(load_model(name, device=config.device, dtype=config.dtype), config)
+    model = open_text_model(name, option, device=config.device, dtype=config.dtype)
+    if isinstance(model, ChatModel):
+        return VisionJudge(model)
+    return UnifiedJudge(cast("Adapter", model), config)
 
 
 class UnifiedJudge:
@@ -173,26 +131,19 @@ class VisionJudge:
     distribution of the next token.
     """
 
-    def __init__(self, name: str, config: Config) -> None:
-        from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoProcessor
-
-        self.name, self._config, self._model = name, config, None
-        self._source = os.path.expanduser(name)  # noqa: PTH111
-        with loading(f"the processor of the judge {name} cannot be loaded", _REMEDY), _package_named(name):
-            found = AutoConfig.from_pretrained(self._source, trust_remote_code=False)
-            if type(found) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-                raise OspoError(f"--judge: {name} is a {found.model_type!r} model, which writes no answers; {_REMEDY}")
-            self._processor: Any = AutoProcessor.from_pretrained(self._source, trust_remote_code=False)
-        self._tokenizer: Any = getattr(self._processor, "tokenizer", None)
-        if self._tokenizer is None or getattr(self._processor, "image_processor", None) is None:
-            raise OspoError(f"--judge: {name} has no processor of texts and images; {_REMEDY}")
+    def __init__(self, model: ChatModel) -> None:
+        self.name, self.model = model.name, model
         self._ids: dict[str, tuple[int, ...]] = {}
 
     def check(self, questions: Sequence[Question]) -> None:
         """See `Judge`."""
-        for answer in dict.fromkeys(("yes", "no", *(question.answer for question in questions))):
+        for answer in dict.fromkeys(question.answer for question in questions):
             self._answer_ids(answer)
-        self._prompt(questions[0].text)
+        for text in dict.fromkeys(question.text for question in questions):
+            if isinstance(found := attempt(self.model.prompt, _messages(text), image=True), Failure):
+                raise UsageError(
+                    f"questions: {text[:60]!r} cannot be asked of {self.name}: {found.reason.rstrip('.')}."
+                )
 
     def answer(
         self, images: Sequence[Image], questions: Sequence[Sequence[Question]], *, progress: bool = False
@@ -209,72 +160,21 @@ class VisionJudge:
         return answers
 
     def _ask(self, image: Image, question: Question) -> Verdict:
-        import torch
-
-        model = self._load()
-        with loading(f"the judge {self.name} cannot answer {question.text[:60]!r}", _REMEDY), torch.inference_mode():
-            inputs = self._processor(images=[image], text=[self._prompt(question.text)], return_tensors="pt")
-            inputs = inputs.to(model.device, model.dtype)  # converts floating-point inputs alone
-            probs = model(**inputs).logits[0, -1].float().softmax(-1)
-            answers = dict(zip(_KEYS, ("yes", "no", question.answer), strict=True))
-            return _finite(
-                {key: float(probs[list(self._answer_ids(a))].sum()) for key, a in answers.items()}, self.name
-            )
-
-    def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": OPEN_QUESTION.format(question)}]
-        with loading(f"the judge {self.name} takes no chat with an image", _REMEDY):
-            return str(
-                self._processor.apply_chat_template(
-                    [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-                )
-            )
+        wanted = [self.model.yes_ids, self.model.no_ids, self._answer_ids(question.answer)]
+        found = self.model.answer(self.model.encode(image, _messages(question.text)), wanted)
+        return _finite(dict(zip(_KEYS, found, strict=True)), self.name)
 
     def _answer_ids(self, answer: str) -> tuple[int, ...]:
         if answer not in self._ids:
-            words = [space + word for word in spellings(answer) for space in ("", " ")]
-            encoded = [self._tokenizer.encode(word, add_special_tokens=False) for word in words]
-            found = [ids[0] for ids in encoded if len(ids) == 1 and ids[0] != self._tokenizer.unk_token_id]
-            if not found:
-                raise OspoError(
-                    f"--judge: the tokenizer of {self.name} has no single token for the answer {answer!r}, whose "
-                    "probability is asked for; name another judge"
-                )
-            self._ids[answer] = tuple(dict.fromkeys(found))
+            self._ids[answer] = self.model.token_ids(*spellings(answer))
         return self._ids[answer]
 
-    def _load(self) -> Any:
-        if self._model is None:
-            from transformers import AutoModelForImageTextToText
 
-            from ospo_fast.models import resolve_placement
-
-            device, dtype = resolve_placement(self._config.device, self._config.dtype)
-            with loading(f"the judge {self.name} cannot be loaded", _REMEDY):
-                module, info = AutoModelForImageTextToText.from_pretrained(
-                    self._source,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
-                folder_checks.refuse_missing(info["missing_keys"], self.name, _REMEDY)
-                self._model = module.to(device).eval()
-        return self._model
-
-
-@contextlib.contextmanager
-def _package_named(name: str) -> Iterator[None]:
-    """Turn an ImportError of transformers, whose processors of some models need further packages, into an OspoError."""
-    try:
-        yield
-    except ImportError as error:
-        raise OspoError(
-            f"--judge: {name} needs a package that is not installed ({reason(error)[:120]}); install it, or {_REMEDY}"
-        ) from error
+def _messages(question: str) -> list[Message]:
+    return [{"role": "user", "content": OPEN_QUESTION.format(question)}]
 
 
 def _finite(verdict: Verdict, name: str) -> Verdict:
     if not all(map(math.isfinite, verdict.values())):
         raise OspoError(f"The answers of the judge {name} are not finite; check its weights, or use dtype=float32.")
-    return {key: min(1.0, p) for key, p in verdict.items()}  # a sum can round to more
+    return verdict

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, check_text, is_panic
 from ospo_fast.models.base import Message, Offset
+from ospo_fast.models.control_tokens import ENCODED, find_control_ids, refuse_control_tokens
 from ospo_fast.models.layout import ImageLayout, embed_image
 from ospo_fast.models.vocabulary import check_words, find_vocabulary
 from ospo_fast.oom import BatchSizeLimit, short
@@ -435,23 +436,13 @@ class Adapter(ModuleAdapter):
         return text
 
     def _find_control_ids(self) -> frozenset[int]:
-        """Return the ids that no user's text may hold. A tokenizer can also have words among its added tokens."""
-        added = self._tokenizer.added_tokens_decoder.items()
-        marked = [i for i, token in added if token.special or (token.content[:1], token.content[-1:]) == ("<", ">")]
+        """Return the ids that no user's text may hold."""
         known = (self.bos_id, self.pad_id, self.boi_id, self.eoi_id, self.image_id, *self.eos_ids)
-        return frozenset((*marked, *self._tokenizer.all_special_ids, *known))
+        return find_control_ids(self._tokenizer, known)
 
     def _refuse_control_tokens(self, argument: str, text: str) -> None:
-        encoded = self._tokenize(
-            self._tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-        )
-        unknown, spelled = self._tokenizer.unk_token_id, str(self._tokenizer.unk_token)
-        for i, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            # A word that the tokenizer does not know has the id of the token for unknown words, which is a control
-            # token only where the text spells it.
-            token = text[start:end].strip()
-            if i in self._control_ids and (i != unknown or token.casefold() == spelled.casefold()):
-                raise UsageError(f"{argument}: {text[:60]!r} holds a control token of the model, {token!r}; remove it")
+        encoded = self._tokenize(self._tokenizer, text, **ENCODED)
+        refuse_control_tokens(argument, text, self._tokenizer, encoded, self._control_ids)
 
     def _special_id(self, kind: str) -> int:
         token = self._special_token(kind)

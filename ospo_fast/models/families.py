@@ -23,6 +23,7 @@ class Family:
     since: str  # the oldest version of transformers that has them in the form that the adapter reads
     text_types: tuple[str, ...] = ()  # accepted model_type of text_config
     sections: tuple[str, ...] = ()  # keys of config.json that hold objects
+    chats: bool = True  # False: its checkpoints only generate images
     other_tensors: str | None = None  # an expression for the names of those that `Adapter.load_rest` loads
 
     def adapter_class(self) -> Any:
@@ -94,6 +95,7 @@ FAMILIES = {
             since="5.17",
             text_types=("glm_image_text",),
             sections=("text_config", "vision_config", "vq_config"),
+            chats=False,
         ),
     )
 }

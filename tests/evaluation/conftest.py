@@ -14,7 +14,7 @@ CHAT = (
 )
 
 
-def save_tokenizer(folder: Path, words=WORDS):
+def save_tokenizer(folder: Path, words=WORDS, extra=None):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ def save_tokenizer(folder: Path, words=WORDS):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, extra_special_tokens={"image_token": "<image>"}
+        tokenizer_object=tokenizer, **special, extra_special_tokens=extra or {"image_token": "<image>"}
     )
     fast.save_pretrained(folder)
     return fast

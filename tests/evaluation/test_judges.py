@@ -9,9 +9,10 @@ from PIL import Image
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.evaluation.judges import UnifiedJudge, VisionJudge, is_unified, open_judge, spellings
+from ospo_fast.evaluation.judges import UnifiedJudge, VisionJudge, open_judge, spellings
 from ospo_fast.evaluation.questions import Question
 from ospo_fast.models import load_model
+from ospo_fast.models.chat import ChatModel, is_unified
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -99,7 +100,7 @@ def test_a_judge_without_a_processor_of_images_is_refused(judge_folder, tmp_path
     folder = shutil.copytree(judge_folder, tmp_path / "judge")
     for path in folder.glob("*processor*"):
         path.unlink()
-    with pytest.raises(OspoError, match=r"the processor of the judge .* cannot be loaded .*; name a vision-language"):
+    with pytest.raises(OspoError, match=r"--judge: the processor of .* cannot be loaded .*; name a vision-language"):
         open_judge(str(folder), load_config([]))
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: object())
     with pytest.raises(OspoError, match="has no processor of texts and images; name a vision-language model"):
@@ -161,8 +162,8 @@ def test_a_question_that_a_unified_model_cannot_take_is_refused(tiny):
 
 
 def test_answers_that_are_not_finite_are_an_error(judge_folder, images):
-    judge = VisionJudge(str(judge_folder), load_config([]))
+    judge = VisionJudge(ChatModel(str(judge_folder)))
     with torch.no_grad():
-        judge._load().lm_head.weight.fill_(float("nan"))
+        judge.model.load().lm_head.weight.fill_(float("nan"))
     with pytest.raises(OspoError, match="are not finite"):
         judge.answer(images[:1], [QUESTIONS[:1]])

@@ -9,8 +9,8 @@ import torch
 
 from ospo_fast.cli import main
 from ospo_fast.config import model_family
-from ospo_fast.evaluation.judges import is_unified
 from ospo_fast.models import find_model, load_model
+from ospo_fast.models.chat import is_unified
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.stages.model_card import base_folder as base_path
 from ospo_fast.stages.model_card import public_name
