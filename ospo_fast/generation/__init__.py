@@ -1,5 +1,6 @@
 """The generation engine: images, texts and yes/no answers of a unified model, bitwise independent of the batch."""
 
+from ospo_fast.generation.chat_text import generate_chat_text
 from ospo_fast.generation.image_writer import ImageWriter
 from ospo_fast.generation.images import GeneratedBatch, ImageGenerator
 from ospo_fast.generation.requests import GenerationError
@@ -14,5 +15,6 @@ __all__ = [
     "ImageWriter",
     "Throughput",
     "answer_questions",
+    "generate_chat_text",
     "generate_text",
 ]
