@@ -290,9 +290,14 @@ def _facts(args: argparse.Namespace, config: Config) -> dict[str, object]:
     for name, path in (("prompts.file", config.prompts.file), ("templates", config.templates)):
         if path is not None and os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for long names)
             facts[f"content of {name}"] = file_digest(path)
-    if (folder := find_model(config.model)) is not None:
-        files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-        facts["files of model"] = {path.name: path.stat().st_size for path in files if path.is_file()}
+    places = {"model": find_model(config.model)}
+    for stage in STAGES:
+        if (other := stage.other_model(config)) is not None:
+            places[f"{stage.name}.model"] = Path(os.path.expanduser(other))  # noqa: PTH111 (raises for unknown users)
+    for key, folder in places.items():
+        if folder is not None and os.path.exists(folder):  # noqa: PTH110 (Path.exists raises for long names)
+            files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+            facts[f"files of {key}"] = {path.name: path.stat().st_size for path in files if path.is_file()}
     return facts | {f"version of {name}": version for name, version in run_versions().items()}
 
 

@@ -29,7 +29,10 @@ from ospo_fast.records import local_base, os_errors, parse_json, shown
 MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
 MAX_ADAPTERS = 32  # LoRA folders, each on the one before it; more of them, or a circle, are refused
 
-_PATHS = ("model", "templates", "prompts.exclude", "prompts.file", "masks.official")
+_PATHS = (
+    *("model", "templates", "prompts.exclude", "prompts.file", "masks.official"),
+    *("prompts.model", "perturb.model", "questions.model", "score.model"),
+)
 
 _OFFICIAL_TRAINING = {
     "lora_rank": 64,
@@ -106,6 +109,7 @@ PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
 BETAS = expect("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COUNTS = expect("numbers of 0 or more", lambda value: all(count >= 0 for count in value.values()))
 FILE = expect("a text file in UTF-8")
+MODEL = expect("shapes, a folder, a LoRA folder, a .ckpt file or a hub name")
 FOLDERS = expect("a list of folders", all)
 SCALES = expect("a list of at least one number, each 0 or more", lambda value: value and min(value) >= 0)
 SEEDS = SCALES | up_to(None)
@@ -170,6 +174,11 @@ class TextConfig(Section):
         None, "Maximum length of an answer in tokens. null: that of the template set.", AT_LEAST_1
     )
     batch_size: int | None = setting(None, "Sequences at once. null: as many as fit in memory.", BATCH)
+    model: str | None = setting(
+        None,
+        "Model that writes these texts, a unified one or any chat model of transformers. null: the run's own.",
+        MODEL,
+    )
 
 
 @dataclass
@@ -193,6 +202,11 @@ class PromptsConfig(TextConfig):
         "Kind of the prompts of prompts.file. null: the last kind of the template set.",
         expect("a kind of the set"),
     )
+
+    @property
+    def writer(self) -> str | None:
+        """The model that writes the prompts in place of the run's own; None: that does, or they are in a file."""
+        return self.model if self.file is None else None
 
 
 @dataclass
@@ -238,6 +252,11 @@ class ScoreConfig(Section):
     """Stage 4, second half: p_yes and p_no of every question for every image."""
 
     batch_size: int | None = setting(None, "Questions at once. null: as many as fit in memory.", BATCH)
+    model: str | None = setting(
+        None,
+        "Model that answers, a unified one or any vision-language model of transformers. null: the run's own.",
+        MODEL,
+    )
 
 
 @dataclass
@@ -461,7 +480,7 @@ class Config(Section):
     model: str = setting(
         "shapes",
         "Model that the run starts from.",
-        expect("shapes, a folder, a LoRA folder, a .ckpt file or a hub name"),
+        MODEL,
     )
     out: str = setting("ospo-out", "Run folder.", expect("a folder"))
     seed: int = setting(42, "Seed of the stages, of training and of generate.", up_to(None))

@@ -77,6 +77,7 @@ from ospo_fast.work_sharing import SharedWork, divide
 
 if TYPE_CHECKING:
     from ospo_fast.models.base import UnifiedModel
+    from ospo_fast.models.chat import TextModel
     from ospo_fast.stages.train import Evaluation
     from ospo_fast.workers import Workers
 
@@ -301,6 +302,8 @@ class Pipeline:
         self._outer = self  # of a run that starts over: the pipeline of the folder that it will be in
         self._lock = lock  # in a call, or always
         self._models: dict[str, UnifiedModel] = {} if model is None else {config.model: model}
+        self._other: TextModel | None = None  # runs the present stage in place of the run's own
+        self._checked = set[object]()  # what is not checked twice
         self._tracker = Tracker(config, shard)  # of the run folder, also of a run that starts over
 
     @contextlib.contextmanager
@@ -388,10 +391,54 @@ class Pipeline:
         name = self.model_name(iteration)
         if name not in self._models:
             self._models.clear()
-            device = self.config.device if self.workers is None else self.workers.device(self.config.device)
-            self._models[name] = open_model(self.config, name, device=device)
+            self._models[name] = open_model(self.config, name, device=self._device)
         self._check_layers(self._models[name])
         return self._models[name]
+
+    @property
+    def _device(self) -> str | None:
+        return self.config.device if self.workers is None else self.workers.device(self.config.device)
+
+    def _stage_model(self, stage: Stage, iteration: int) -> TextModel:
+        """Load the model that runs a stage: that of the iteration, or the one of its own setting."""
+        if (name := stage.other_model(self.config)) is None:
+            return self.model(iteration)
+        if self._other is None:
+            from ospo_fast.models.chat import ChatModel, open_text_model
+
+            self._models.clear()  # the memory may not hold both
+            self._other = open_text_model(
+                name,
+                f"{stage.name}.model",
+                device=self._device,
+                dtype=self.config.dtype,
+                images=stage.asks_about_images,
+            )
+            if isinstance(self._other, ChatModel):
+                self._other.load()  # before anything is written
+        return self._other
+
+    @contextlib.contextmanager
+    def _freeing_other(self) -> Iterator[None]:
+        """Free the other model of a stage after the block."""
+        try:
+            yield
+        finally:
+            self._other = None
+
+    def _check_other_model(self, stage: Stage, config: Config) -> None:
+        """Raise OspoError for an other model of a stage that cannot run it, as far as its weights are not needed.
+
+        Where a stage has results, its model was found before, and is not needed to read them.
+        """
+        name = stage.other_model(config)
+        key = ("other model", name, stage.asks_about_images)
+        if name is None or key in self._checked or (self.resume and store_paths(Path(config.out), stage.name)):
+            return
+        from ospo_fast.models.chat import check_model
+
+        check_model(name, f"{stage.name}.model", images=stage.asks_about_images)
+        self._checked.add(key)
 
     def _check_layers(self, model: UnifiedModel) -> None:
         """Refuse unknown layers and heads before the stages that precede the masks have run."""
@@ -430,14 +477,16 @@ class Pipeline:
         self._check_model(self.config, iteration, stages)
 
     def _check_model(self, config: Config, iteration: int, stages: Sequence[str]) -> None:
-        """Raise UsageError for settings of stages that the model does not allow. It is loaded if one of them needs it.
+        """Raise UsageError for settings of stages that the model does not allow. It is loaded if one of them has some.
 
         Before a stage of a run begins, this is called for all later ones too: nothing should run for hours, and then
         be refused.
         """
         for stage in map(find_stage, stages):
-            if stage.enabled(config) and stage.needs_model(config):
+            key, runs = (stage.name, iteration), stage.enabled(config) and stage.other_model(config) is None
+            if stage.check_model is not None and runs and key not in self._checked:
                 stage.check_model(self.model(iteration), config)
+                self._checked.add(key)
 
     def run(
         self, stages: Sequence[str] | None = None, *, on_report: Callable[[StageReport], object] | None = None
@@ -617,7 +666,7 @@ class Pipeline:
 
         """
         stage, out = find_stage(name), self.folder(iteration)
-        with os_errors("use", out), self.using():
+        with os_errors("use", out), self.using(), self._freeing_other():
             self._finish_killed(out)
             work = restarts.folder(out, stage, self.shard)
             self._find_begun()
@@ -848,6 +897,7 @@ class Pipeline:
             stage.plan(cast("UnifiedModel", model), config, self.shard)
         if stage.counts_steps:
             check_early_stopping(self.config.train, self.evaluation)
+        self._check_other_model(stage, config)
 
     def _items(
         self, stage: Stage, out: Path, work: Path, config: Config, settings: dict[str, Any], report: StageReport
@@ -916,13 +966,13 @@ class Pipeline:
                 stage.finish(work, list(present.values()))
             _warn(name, failed, len(failed))
             return not fresh
-        model = self.model(report.iteration) if stage.needs_model(config) and not complete else None
         self._check_model(config, report.iteration, self._later if complete else [name, *self._later])
+        model = self._stage_model(stage, report.iteration) if stage.needs_model(config) and not complete else None
         if model is not None and source is None:
             total = stage.plan(model, config, self.shard)
         order = [r["item_id"] for r in found] if source else []
         if source is None and (model is not None or _shard_paths(work, name)):
-            order = stage.order(model or self.model(report.iteration), config)
+            order = stage.order(model or self._stage_model(stage, report.iteration), config)
         if self._shared is not None:
             with self._shared.gate():
                 _keep_official(work, name, taken)
@@ -1014,7 +1064,7 @@ class Pipeline:
         """
         shared, key, first = self._shared, f"{report.iteration}.{stage.name}", stage.inputs(config) is None
         assert shared is not None
-        model = self.model(report.iteration) if stage.needs_model(config) else None
+        model = self._stage_model(stage, report.iteration) if stage.needs_model(config) else None
         count, total = shared.workers.size, 0
         parts = divide(inputs, itemgetter("item_id"), count)
         if first:  # a worker takes its parts one after the other, as they take different times
@@ -1215,7 +1265,7 @@ class Pipeline:
         stage: Stage,
         inputs: Sequence[Record],
         present: Mapping[str, Record],
-        model: UnifiedModel | None,
+        model: TextModel | None,
         config: Config,
         context: StageContext,
         *,
@@ -1299,9 +1349,17 @@ class Pipeline:
         templates = config.templates
         if templates is not None and Path(templates).is_file():
             templates = file_digest(templates)
-        model = saved_path(saved_path(self.model_name(iteration), self.folder()), self._outer.folder())
-        size = {} if config.image_size is None else {"image_size": config.image_size}  # earlier runs have no such entry
-        return {**stage.result_settings(config), "seed": config.seed, "model": model, "templates": templates, **size}
+        results, other = stage.result_settings(config), stage.other_model(config)
+        model = size = None
+        if other is None:
+            model, size = self._saved_path(self.model_name(iteration)), config.image_size
+        else:
+            results[f"{stage.name}.model"] = self._saved_path(other)
+        sized = {} if size is None else {"image_size": size}  # earlier runs have no such entry
+        return {**results, "seed": config.seed, "model": model, "templates": templates, **sized}
+
+    def _saved_path(self, path: str) -> str:
+        return saved_path(saved_path(path, self.folder()), self._outer.folder())
 
     def settings_of(self, stage: Stage) -> dict[str, Any]:
         """Return everything that a stage's results depend on in the first iteration, apart from its inputs."""
@@ -1338,7 +1396,7 @@ class Pipeline:
                 )
 
     @contextlib.contextmanager
-    def _measured(self, out: Path, report: StageReport, model: UnifiedModel | None) -> Iterator[Callable[[], str]]:
+    def _measured(self, out: Path, report: StageReport, model: TextModel | None) -> Iterator[Callable[[], str]]:
         """Measure seconds, memory and cost of the block, and append the report to stages.json, after an error too.
 
         Gives a function that describes the cost until now.

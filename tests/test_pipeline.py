@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import ospo_fast.stages.templates
 from ospo_fast import restarts
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models import load_model
+from ospo_fast.models import chat, load_model
+from ospo_fast.models.chat import ChatModel
 from ospo_fast.pipeline import Pipeline, Shard, _begin_steps, read_stage, stage_metrics, store_path
 from ospo_fast.records import Store, only_writer, read_records
 from ospo_fast.shapes.scenes import descriptions
 from ospo_fast.stages import STAGE_NAMES, find_stage
 from ospo_fast.stages.train import Trainer
+from tests.models import tiny_chat
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -850,3 +853,170 @@ def test_training_shows_no_bar_with_json(tiny, tmp_path, capsys):
         bar.set_postfix_str("evaluating before the first step", refresh=True)
         _begin_steps(bar, 4)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Settings of models that write questions and answer them in place of the run's own."""
+    folder = tmp_path_factory.mktemp("others")
+    speaker = tiny_chat.save_speaker(folder / "speaker", "is there a red circle ?")
+    judge = tiny_chat.save("llava", folder / "judge")
+    return [f"questions.model={speaker}", f"score.model={judge}", "select.rule=random"]
+
+
+FIRST_STAGES = STAGE_NAMES[: STAGE_NAMES.index("select") + 1]
+
+
+@pytest.fixture(scope="module")
+def by_others(scripted, tiny, others, tmp_path_factory):
+    """An uninterrupted run from its start to its pairs."""
+    out = tmp_path_factory.mktemp("by-others")
+    with pytest.MonkeyPatch.context() as patch:
+        scripted.install(patch.setattr)
+        pipeline(tiny, out, *others).run(FIRST_STAGES)
+    return out
+
+
+def test_other_models_run_stages(whole, by_others, others):
+    for name in ("prompts", "perturb", "images"):
+        assert (by_others / f"{name}.jsonl").read_bytes() == (whole / f"{name}.jsonl").read_bytes()
+    records = read_stage(by_others, "select")
+    assert {tuple(record["question"]) for record in records} == {("is there a red circle ?",)}
+    verdicts = [verdict for record in records for verdict in record["base_metadata"].values()]
+    assert len({verdict["local_score"] for verdict in verdicts}) > 5
+    assert all(record["pairs"] for record in records)
+    judge = ChatModel(others[1].partition("=")[2])
+    image = Image.open(by_others / verdicts[0]["path"])
+    asked = [{"role": "user", "content": "is there a red circle ? Please answer 'yes' or 'no' without explanation."}]
+    found = judge.answer(judge.encode(image, asked), (judge.yes_ids, judge.no_ids))
+    (answer,) = verdicts[0]["answer_metadata"]
+    assert [answer["p_yes"], answer["p_no"]] == pytest.approx(found, abs=1e-6)
+    costs = {row["stage"]: row["cost"] for row in json.loads((by_others / "stages.json").read_text())}
+    assert costs["questions"]["flops"] is None
+    assert costs["questions"]["tokens"] > 100
+
+
+def test_stages_of_other_models_resume(by_others, tiny, others, script, tmp_path, monkeypatch):
+    append, made = Store.append, []
+
+    def stopping(store, record):
+        if len(made) in stops:
+            stops.remove(len(made))
+            raise KeyboardInterrupt
+        made.append(record)
+        append(store, record)
+
+    stops = [40, 54]  # within questions and score
+    monkeypatch.setattr(Store, "append", stopping)
+    monkeypatch.setattr("ospo_fast.stages.questions.CHUNK", 2)
+    monkeypatch.setattr("ospo_fast.stages.score.CHUNK", 2)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline(tiny, tmp_path, *others).run(FIRST_STAGES)
+    pipeline(tiny, tmp_path, *others).run(FIRST_STAGES)
+    assert not stops
+    for name in FIRST_STAGES:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (by_others / f"{name}.jsonl").read_bytes()
+
+
+def test_a_stage_of_another_model_loads_that_one_alone_and_frees_it(by_others, tiny, others, tmp_path, monkeypatch):
+    shutil.copytree(by_others, tmp_path, dirs_exist_ok=True)
+    for name in ("questions", "score", "select"):
+        store_path(tmp_path, name).unlink()
+    opened = []
+    original = chat.open_text_model
+    monkeypatch.setattr(
+        chat, "open_text_model", lambda name, *rest, **given: opened.append(name) or original(name, *rest, **given)
+    )
+    monkeypatch.setattr(Pipeline, "model", lambda *_: pytest.fail("the run's own model was loaded"))
+    run = pipeline(tiny, tmp_path, *others)
+    for name in ("questions", "score", "score"):
+        run.stage(name)
+        assert run._other is None
+    assert opened == [setting.partition("=")[2] for setting in others[:2]]
+    assert (tmp_path / "score.jsonl").read_bytes() == (by_others / "score.jsonl").read_bytes()
+
+
+def test_another_model_cannot_change_in_the_middle_of_a_stage(by_others, tiny, others, tmp_path):
+    shutil.copytree(by_others, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(UsageError, match=r"score was made with score.model=.*judge, now score.model=None"):
+        pipeline(tiny, tmp_path, others[0], others[2]).stage("score")
+
+
+def test_a_finished_stage_does_not_need_its_model_any_more(by_others, tiny, others, tmp_path):
+    shutil.copytree(by_others, tmp_path, dirs_exist_ok=True)
+    gone = [f"{setting}-gone" for setting in others[:2]]
+    saved = json.loads((tmp_path / "settings.json").read_text())
+    for setting in gone:
+        key, _, path = setting.partition("=")
+        saved[key.partition(".")[0]]["settings"][key] = path
+    (tmp_path / "settings.json").write_text(json.dumps(saved))
+    reports = pipeline(tiny, tmp_path, *gone, others[2]).run(FIRST_STAGES)
+    assert [report.items for report in reports] == [0] * len(FIRST_STAGES)
+    with pytest.raises(OspoError, match=r"^questions.model: there is no folder"):
+        pipeline(tiny, tmp_path, *gone, others[2], resume=False).run(FIRST_STAGES)
+
+
+def test_another_model_inside_of_the_run_folder_moves_with_it(by_others, tiny, others, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(by_others, run)
+    shutil.copytree(others[1].partition("=")[2], run / "judge")
+    (run / "score.jsonl").unlink()
+    pipeline(tiny, run, others[0], f"score.model={run / 'judge'}", others[2], resume=False).stage("score")
+    run.rename(moved)
+    assert "  model: ./judge\n" in (moved / "config.yaml").read_text()
+    saved = load_config([f"out={moved}"], saved=moved / "config.yaml", family="shapes")
+    assert saved.score.model == str(moved / "judge")
+    assert Pipeline(saved, progress=False).stage("score").items == 0
+
+
+@pytest.mark.parametrize("name", ["questions", "score", "perturb", "prompts"])
+def test_another_model_is_checked_before_the_run_begins(tiny, others, tmp_path, name):
+    def refused(value, words):
+        with pytest.raises(OspoError, match=f"^{name}.model: {words}"):
+            pipeline(tiny, tmp_path / "run", f"{name}.model={value}").run()
+        assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+    refused(tmp_path / "none", "there is no folder")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip", "vision_config": {}}')
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
+    refused(tmp_path / "clip", ".* is a 'clip' model, which writes no answers; name a")
+    if name == "score":
+        refused(others[0].partition("=")[2], ".* is a 'llama' model without an image input")
+
+
+def test_another_unified_model_runs_stages_as_its_own_run_does(whole, tiny, script, tmp_path, monkeypatch):
+    """The own model only generates the images, and need not chat."""
+    own = tmp_path / "own"
+    shutil.copytree(tiny, own)
+
+    def check_chat(model):
+        if model.name == str(own):
+            raise OspoError("model: it only generates images")
+
+    monkeypatch.setattr("ospo_fast.models.adapter.Adapter.check_chat", check_chat)
+    names = ("prompts", "perturb", "questions", "score")
+    others = [f"{name}.model={tiny}" for name in names]
+    with pytest.raises(OspoError, match="it only generates images"):
+        pipeline(own, tmp_path / "run", *others[1:]).run(FIRST_STAGES)
+    run = pipeline(own, tmp_path / "run", *others)
+    run.run(FIRST_STAGES)
+    for name in FIRST_STAGES:
+        assert (tmp_path / "run" / f"{name}.jsonl").read_bytes() == (whole / f"{name}.jsonl").read_bytes()
+    saved = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert [saved[name]["settings"]["model"] for name in names] == [None] * 4
+    assert saved["images"]["settings"]["model"] == str(own)
+
+
+def test_prompts_of_another_template_set_are_counted_by_it(tiny, others, tmp_path):
+    speaker = others[0].partition("=")[2]
+    plan = find_stage("prompts").plan
+    own, other, set_by_name = (
+        plan(None, load_config([f"prompts.model={name}", *more]), None)
+        for name, more in ((tiny, []), (speaker, []), (speaker, ["templates=shapes"]))
+    )
+    assert own == set_by_name < other
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = pipeline(tiny, tmp_path, f"prompts.model={tmp_path / 'none'}", f"prompts.file={tmp_path / 'prompts.txt'}")
+    given.check_settings(["prompts"])  # which no model writes

@@ -29,6 +29,7 @@ from ospo_fast.restarts import RunLock
 from ospo_fast.stages import STAGE_NAMES, find_stage
 from ospo_fast.work_sharing import SharedWork, divide
 from ospo_fast.workers import PeerError, StrangerError, Workers
+from tests.models import tiny_chat
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -107,6 +108,15 @@ def test_layers_that_are_searched_are_those_of_one_process(tiny, script, tmp_pat
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     found = [(tmp_path / name / "masks" / "layers.json").read_text() for name in ("one", "two")]
     assert found[0] == found[1]
+
+
+def test_stages_of_other_models_make_the_records_of_one_process(tiny, script, tmp_path, forked):
+    speaker = tiny_chat.save_speaker(tmp_path / "speaker", "is there a red circle ?")
+    others = [f"questions.model={speaker}", f"score.model={tiny_chat.save('llava', tmp_path / 'judge')}"]
+    others += [f"{name}.model={tiny}" for name in ("prompts", "perturb")]
+    Pipeline(config(tiny, tmp_path / "one", *others), progress=False).run(WRITERS[:5])
+    check_ended(forked.run_workers(make(tiny, tmp_path / "two", *others, stages=WRITERS[:5]), 2, tmp_path))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_prompts_of_a_file_are_those_of_one_process(tiny, script, tmp_path, forked):

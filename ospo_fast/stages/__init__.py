@@ -21,6 +21,7 @@ from ospo_fast.work import count
 if TYPE_CHECKING:
     from ospo_fast.config import Config
     from ospo_fast.models.base import UnifiedModel
+    from ospo_fast.models.chat import TextModel
     from ospo_fast.records import ImageVerdict, Record
     from ospo_fast.stages.tracking import Tracker
 
@@ -105,19 +106,22 @@ class Stage:
     enabled: Callable[[Config], bool] = lambda config: True  # it does something under a configuration
     in_run: Callable[[Config], bool] = lambda config: True  # a run of all stages includes it
     needs_model: Callable[[Config], bool] = lambda config: True
+    # The model that runs it in place of the run's own; None: the own one.
+    other_model: Callable[[Config], str | None] = lambda config: None
+    asks_about_images: bool = False  # so that the other model has to take them
     # Of the first stage: check a request before anything is written, and return the expected number of items.
-    plan: Callable[[UnifiedModel, Config, Shard | None], int] = lambda model, config, shard: 0
+    plan: Callable[[TextModel, Config, Shard | None], int] = lambda model, config, shard: 0
     # Of the first stage: the ids of its items in the order in which one process makes them, as far as they are known.
-    order: Callable[[UnifiedModel, Config], list[str]] = lambda model, config: []
-    parts: Callable[[UnifiedModel, Config], int] = lambda model, config: 1  # of the first stage, for several workers
+    order: Callable[[TextModel, Config], list[str]] = lambda model, config: []
+    parts: Callable[[TextModel, Config], int] = lambda model, config: 1  # of the first stage, for several workers
     # Change the settings that identify its results, see `result_settings`.
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
     # Raise UsageError for settings that the stage cannot run with, as far as they are known without model and records.
     check: Callable[[Config], None] = lambda config: None
     # The same for settings that depend on its inputs.
     check_inputs: Callable[[Config, Sequence[Record]], None] = lambda config, records: None
-    # The same for settings that depend on the model.
-    check_model: Callable[[UnifiedModel, Config], None] = lambda model, config: None
+    # The same for settings that depend on the model; None: there are none.
+    check_model: Callable[[UnifiedModel, Config], None] | None = None
     # Return what a record lacks, so that the stage can do nothing with it.
     needs: Callable[[Config, Record], needs.Lack | None] = lambda config, record: None
     # Return whether a record has what the stage adds; None: official files do not stand for its store.
@@ -143,7 +147,7 @@ class Stage:
         return "step" if self.counts_steps else "item"
 
     def run(
-        self, records: Iterable[Record], model: UnifiedModel | None, config: Config, out: Path, context: StageContext
+        self, records: Iterable[Record], model: TextModel | None, config: Config, out: Path, context: StageContext
     ) -> Iterator[Record]:
         """Process records. See `run` of the stage's module."""
         result: Iterator[Record] = self._module().run(records, model, config, out=out, context=context)
@@ -202,19 +206,19 @@ def file_digest(path: str) -> str:
         ) from error
 
 
-def _plan_prompts(model: UnifiedModel, config: Config, shard: Shard | None) -> int:
+def _plan_prompts(model: TextModel, config: Config, shard: Shard | None) -> int:
     from ospo_fast.stages.prompts import plan_counts
 
     return sum(plan_counts(model, config, shard).values())
 
 
-def _count_kinds(model: UnifiedModel, config: Config) -> int:
+def _count_kinds(model: TextModel, config: Config) -> int:
     from ospo_fast.stages.prompts import plan_counts
 
     return max(1, len(plan_counts(model, config)))  # a file is read at once
 
 
-def _order_prompts(model: UnifiedModel, config: Config) -> list[str]:
+def _order_prompts(model: TextModel, config: Config) -> list[str]:
     from ospo_fast.stages.prompts import item_order
 
     return item_order(model, config)
@@ -354,6 +358,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 1: the model writes prompts",
         inputs=_always(None),
         options=("prompts",),
+        other_model=lambda config: config.prompts.writer,
         plan=_plan_prompts,
         order=_order_prompts,
         parts=_count_kinds,
@@ -366,6 +371,7 @@ STAGES: tuple[Stage, ...] = (
         "perturb",
         "stage 2: hard negatives of the prompts, and dense prompts",
         inputs=_always("prompts"),
+        other_model=lambda config: config.perturb.model,
         check=_check_perturb,
         check_model=_check_chat,
         needs=needs.perturb,
@@ -387,6 +393,7 @@ STAGES: tuple[Stage, ...] = (
         "questions",
         "stage 4: questions about each prompt",
         inputs=_always("images"),
+        other_model=lambda config: config.questions.model,
         check_model=_check_chat,
         adds=needs.has_question,
         fields=frozenset({"question", "question_reason"}),
@@ -395,6 +402,8 @@ STAGES: tuple[Stage, ...] = (
         "score",
         "stage 4: answers of the model to its questions about each image",
         inputs=_always("questions"),
+        other_model=lambda config: config.score.model,
+        asks_about_images=True,
         check_model=_check_chat,
         needs=needs.score,
         adds=needs.has_score,

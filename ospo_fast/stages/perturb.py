@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError, attempt
-from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.chat import TextModel
 from ospo_fast.records import VARIANTS, Record, chunked, stable_hash
 from ospo_fast.stages import StageContext
 from ospo_fast.stages.prompt_files import excluded_prompts, prompt_key
@@ -73,7 +73,7 @@ def _dense_part(answer: str, label: re.Match[str] | None) -> str:
 
 def run(
     records: Iterable[Record],
-    model: UnifiedModel,
+    model: TextModel,
     config: Config,
     *,
     out: Path | None = None,
@@ -159,7 +159,7 @@ def _methods(record: Record) -> Sequence[str] | Failure:
 
 
 def _write_negatives(
-    slots: Sequence[_Slot], model: UnifiedModel, templates: TemplateSet, config: Config
+    slots: Sequence[_Slot], model: TextModel, templates: TemplateSet, config: Config
 ) -> list[str | Failure]:
     variables = [template_variables(slot.record) | {"method": slot.method} for slot in slots]
     seeds = [stable_hash(config.seed, "perturb", slot.record["item_id"], slot.variant) for slot in slots]

@@ -18,6 +18,7 @@ from typing import cast
 from ospo_fast.config import Config, nearest
 from ospo_fast.errors import Failure, OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.chat import TextModel
 from ospo_fast.records import Record, shown, stable_hash
 from ospo_fast.stages import Shard, StageContext
 from ospo_fast.stages.object_tokens import check_prompt
@@ -30,7 +31,7 @@ from ospo_fast.stages.prompt_files import (
     refuse_lines,
 )
 from ospo_fast.stages.templates import Kind, TemplateSet
-from ospo_fast.stages.text_sampling import load_model_templates, sample_text
+from ospo_fast.stages.text_sampling import load_model_templates, load_named_templates, sample_text
 from ospo_fast.work import count as count_work
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def check_wording(prompt: str, sub_category: str) -> Failure | None:
     return None
 
 
-def plan_counts(model: UnifiedModel, config: Config, shard: Shard | None = None) -> dict[str, int]:
+def plan_counts(model: TextModel, config: Config, shard: Shard | None = None) -> dict[str, int]:
     """Return how many prompts of each kind to write: of all kinds, or of those of a shard.
 
     A file of prompts in place of the stage (`prompts.file`) is checked, and there are no kinds.
@@ -116,11 +117,11 @@ def plan_counts(model: UnifiedModel, config: Config, shard: Shard | None = None)
         UsageError: a kind that the template set does not have, or a file of prompts that cannot be used.
 
     """
-    templates = load_model_templates(model, config)
+    templates = _load_templates(model, config)
     if config.prompts.file is not None:
         if shard is not None:
             raise UsageError("Prompts from a file are read at once; run the stage without --shard.")
-        _read_file(config, templates, model)
+        _read_file(config, templates, cast("UnifiedModel", model))
         return {}
     if config.prompts.file_kind is not None:  # it has no effect, but a wrong word is a mistake
         _check_kind("prompts.file_kind", config.prompts.file_kind, templates)
@@ -128,12 +129,18 @@ def plan_counts(model: UnifiedModel, config: Config, shard: Shard | None = None)
     return counts if shard is None else divide_kinds(counts, shard.count)[shard.index]
 
 
-def item_order(model: UnifiedModel, config: Config) -> list[str]:
+def item_order(model: TextModel, config: Config) -> list[str]:
     """Return the ids of the items in the order in which one process makes them; none for prompts of a file."""
     if config.prompts.file is not None:
         return []
-    templates = load_model_templates(model, config)
+    templates = _load_templates(model, config)
     return [item_id for kind in _all_counts(templates, config) for item_id in _ids(templates, config, kind)]
+
+
+def _load_templates(model: TextModel, config: Config) -> TemplateSet:
+    """Return the template set of the model that writes the prompts, which may not be loaded yet."""
+    writer = config.prompts.writer
+    return load_model_templates(model, config) if writer is None else load_named_templates(writer, config)
 
 
 def _all_counts(templates: TemplateSet, config: Config) -> dict[str, int]:
@@ -152,7 +159,7 @@ def _check_kind(setting: str, kind: str, templates: TemplateSet) -> None:
 
 def run(
     records: Iterable[Record],
-    model: UnifiedModel,
+    model: TextModel,
     config: Config,
     *,
     out: Path | None = None,
@@ -168,10 +175,11 @@ def run(
         OspoError: no prompt of any kind was accepted.
 
     """
-    existing, templates = list(records), load_model_templates(model, config)
+    existing, templates = list(records), _load_templates(model, config)
     if config.prompts.file is not None:
         present = {record["item_id"] for record in existing}
-        yield from (record for record in _read_file(config, templates, model) if record["item_id"] not in present)
+        own = cast("UnifiedModel", model)
+        yield from (record for record in _read_file(config, templates, own) if record["item_id"] not in present)
         return
     excluded = excluded_prompts(config)
     total, taken = len(existing), {record["item_id"] for record in existing}
@@ -219,7 +227,7 @@ def _can_be_continued(record: Record) -> bool:
 
 
 def _answers(
-    accepted: list[Record], count: int, model: UnifiedModel, config: Config, templates: TemplateSet, kind: str
+    accepted: list[Record], count: int, model: TextModel, config: Config, templates: TemplateSet, kind: str
 ) -> Iterator[tuple[dict[str, int], str | Failure]]:
     """Yield (call and sample, answer) until `accepted`, to which the caller appends, holds `count` records.
 

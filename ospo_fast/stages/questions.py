@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure
-from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.chat import TextModel
 from ospo_fast.records import Record, chunked, stable_hash
 from ospo_fast.stages import StageContext
 from ospo_fast.stages.text_sampling import load_model_templates, sample_text, template_variables
@@ -32,7 +32,7 @@ def parse_questions(answer: str) -> list[str]:
 
 def run(
     records: Iterable[Record],
-    model: UnifiedModel,
+    model: TextModel,
     config: Config,
     *,
     out: Path | None = None,

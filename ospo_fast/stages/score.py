@@ -7,17 +7,21 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
 from ospo_fast.config import Config
 from ospo_fast.errors import Failure, attempt
 from ospo_fast.files import locate, open_image
-from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.chat import ChatModel, TextModel
 from ospo_fast.records import Answer, ImageVerdict, Record, chunked, image_verdicts, map_images
 from ospo_fast.stages import StageContext
+from ospo_fast.stages.templates import TemplateSet
 from ospo_fast.stages.text_sampling import chat_ids, load_model_templates
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ CHUNK = 64  # items between two writes to the store
 
 def run(
     records: Iterable[Record],
-    model: UnifiedModel,
+    model: TextModel,
     config: Config,
     *,
     out: Path | None = None,
@@ -37,13 +41,15 @@ def run(
     local_score = mean over the questions of p_yes − p_no, in [−1, 1]. Questions too long for the model are removed.
     An item without questions has images without a score. So has an image that cannot be read or whose answers are not
     finite: its `reason` says so. The select stage drops both.
+
+    A chat model answers one question at a time, and its p_yes is the sum over the spellings (`ChatModel.answer`).
     """
     from ospo_fast.generation import answer_questions
 
     templates = load_model_templates(model, config)
     for part in chunked(records, CHUNK):
-        questions = dict.fromkeys(question for record in part for question in record.get("question") or [])
-        chats = {q: chat_ids(model, templates, "vqa", {"question": q}, image=True) for q in questions}
+        texts = dict.fromkeys(question for record in part for question in record.get("question") or [])
+        chats = {q: chat_ids(model, templates, "vqa", {"question": q}, image=True) for q in texts}
         chunk = [_remove_long_questions(record, chats) for record in part]
         scored: dict[tuple[str, str, str], ImageVerdict] = {}
         slots, images = [], []
@@ -57,18 +63,42 @@ def run(
                     slots.append((record, role, name, verdict))
                     images.append(image)
         if images:
-            results = answer_questions(
-                model,
-                images,
-                [record["question"] for record, *_ in slots],
-                template=cast("dict[str, Tensor]", chats).__getitem__,
-                batch_size=config.score.batch_size,
-                progress=False,
-            )
+            asked = [record["question"] for record, *_ in slots]
+            if isinstance(model, ChatModel):
+                results = [
+                    _ask(model, templates, image, questions) for image, questions in zip(images, asked, strict=True)
+                ]
+            else:
+                found = answer_questions(
+                    model,
+                    images,
+                    asked,
+                    template=cast("dict[str, Tensor]", chats).__getitem__,
+                    batch_size=config.score.batch_size,
+                    progress=False,
+                )
+                results = cast("list[list[Answer] | Failure]", found)
             for (record, role, name, verdict), answers in zip(slots, results, strict=True):
-                scored[record["item_id"], role, name] = with_answers(verdict, cast("list[Answer]", answers))
+                scored[record["item_id"], role, name] = (
+                    {**verdict, "reason": answers.reason}
+                    if isinstance(answers, Failure)
+                    else with_answers(verdict, answers)
+                )
         for record in chunk:
             yield map_images(record, partial(_look_up, scored, record["item_id"]))
+
+
+def _ask(model: ChatModel, templates: TemplateSet, image: Image, questions: list[str]) -> list[Answer] | Failure:
+    """Answer questions about an image one by one. A Failure if the model does not take it."""
+    answers: list[Answer] = []
+    for question in questions:
+        inputs = attempt(model.encode, image, templates.messages("vqa", question=question))
+        if isinstance(inputs, Failure):
+            return inputs
+        p_yes, p_no = model.answer(inputs, (model.yes_ids, model.no_ids))
+        word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
+        answers.append({"p_yes": p_yes, "p_no": p_no, "answer": word})
+    return answers
 
 
 def _look_up(

@@ -7,8 +7,10 @@ import pytest
 from ospo_fast.config import load_config
 from ospo_fast.errors import Failure
 from ospo_fast.models import load_model
+from ospo_fast.models.chat import ChatModel
 from ospo_fast.stages import perturb, questions, select
 from ospo_fast.stages.questions import failure, parse_questions, run
+from tests.models import tiny_chat
 
 pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
 
@@ -97,3 +99,32 @@ def test_failed_texts_of_the_perturb_stage_are_reasons(tiny, monkeypatch):
     assert all("not finite" in reason for reason in failed["variant_reasons"])
     monkeypatch.setattr("ospo_fast.generation.generate_text", failing("dense", reply))
     assert all("not finite" in r for done in perturb.run(items, model, load_config()) for r in done["variant_reasons"])
+
+
+def test_another_model_writes_the_questions(tmp_path):
+    """A text depends on the seed of its item, and a text that the model cannot take fails alone."""
+    model = ChatModel(str(tiny_chat.save("llama", tmp_path / "llama")), images=False)
+    prompts = ["a red circle", "a blue square", "a red <image> circle", "a red circle " * 800]
+    items = [{"item_id": str(n), "prompt": prompt, "sub_category": "layout1"} for n, prompt in enumerate(prompts)]
+    config = load_config(["questions.max_new_tokens=12", "questions.temperature=9"])
+    done = list(run(items, model, config))
+    assert all(isinstance(record["question"], list) for record in done)
+    assert "holds a control token of the model, '<image>'" in done[2]["question_reason"]
+    assert "no position for an answer" in done[3]["question_reason"]
+    speaker = ChatModel(str(tiny_chat.save_speaker(tmp_path / "speaker", "is there a red circle ?")), images=False)
+    asked = [record["question"] for record in run(items, speaker, load_config())]
+    assert asked == [["is there a red circle ?"], ["is there a red circle ?"], [], []]
+
+
+def test_the_seeds_of_another_model_are_those_of_the_items(tmp_path, monkeypatch):
+    model = ChatModel(str(tiny_chat.save("llama", tmp_path)), images=False)
+    texts = {}
+    monkeypatch.setattr(questions, "parse_questions", lambda text: [text])
+    config = load_config(["questions.max_new_tokens=12", "questions.temperature=9"])
+    items = [{"item_id": str(n), "prompt": "a red circle", "sub_category": "layout1"} for n in range(6)]
+    for size in (1, 6):
+        monkeypatch.setattr(questions, "CHUNK", size)
+        texts[size] = [record["question"] for record in run(items, model, config)]
+    assert texts[1] == texts[6]
+    assert len({text for (text,) in texts[1]}) > 4
+    assert [record["question"] for record in run(items[3:], model, config)] == texts[1][3:]

@@ -1,12 +1,15 @@
 """Stage 4, second part: scores from answers, and images and questions that fail alone."""
 
 import pytest
+import torch
 from PIL import Image
 
 from ospo_fast.config import load_config
 from ospo_fast.models import load_model
+from ospo_fast.models.chat import ChatModel
 from ospo_fast.stages import score, select
 from ospo_fast.stages.score import failure, run, with_answers
+from tests.models import tiny_chat
 
 pytestmark = pytest.mark.usefixtures("omegaconf")  # nearly every test reads a configuration
 
@@ -120,3 +123,43 @@ def test_too_long_questions_are_dropped_and_answers_that_are_not_finite_fail(mod
     (scored,) = run(items[:1], model, load_config(), out=tmp_path)
     (dropped,) = select.run([scored], None, load_config())
     assert dropped["reason"] == "no base image passed: the answers are not finite"
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_another_model_answers(tmp_path, family):
+    """Its answers are those of a plain forward pass, and an image or a question that it cannot take fails alone."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    judge = tiny_chat.save(family, tmp_path / "judge")
+    model, question = ChatModel(str(judge)), "is there a red circle ?"
+    mark, repeats = tiny_chat.MARKS[family], {"llava": 27, "gemma3": 26}[family]  # which fit without the image
+    long, control = "is there a red " * repeats + "circle ?", f"is there a {mark} ?"
+    items = [
+        image_item(tmp_path, "a", ["base_0", "negative_0"], [question, control]),
+        image_item(tmp_path, "b", ["base_0", "negative_0"], [question]),
+        image_item(tmp_path, "c", ["base_0", "negative_0"], [long]),
+    ]
+    one, two, three = run(items, model, load_config(), out=tmp_path)
+    processor = AutoProcessor.from_pretrained(judge)
+    plain = AutoModelForImageTextToText.from_pretrained(judge)
+    ids = processor.tokenizer.convert_tokens_to_ids
+    first = "<s> " if family == "gemma3" else ""
+    asked = f"{question} Please answer 'yes' or 'no' without explanation."
+    text = f"{first}user : {mark} {asked} assistant :"
+    margins = []
+    for record in (one, two):
+        verdict = record["base_metadata"]["base_0"]
+        with torch.no_grad():
+            image = Image.open(tmp_path / verdict["path"])
+            probs = plain(**processor(images=image, text=text, return_tensors="pt")).logits[0, -1].softmax(-1)
+        (answer,) = verdict["answer_metadata"]
+        assert answer["p_yes"] == pytest.approx(float(probs[ids("yes")] + probs[ids("Yes")]), abs=1e-5)
+        assert answer["p_no"] == pytest.approx(float(probs[ids("no")] + probs[ids("No")]), abs=1e-5)
+        assert answer["answer"] == ("yes" if answer["p_yes"] > answer["p_no"] else "no")
+        margins.append(verdict["local_score"])
+        assert margins[-1] == pytest.approx(answer["p_yes"] - answer["p_no"])
+    assert one["question"] == [question]
+    assert "holds a control token" in one["question_reason"]
+    assert margins[0] != margins[1]
+    assert "at most 128 fit" in three["base_metadata"]["base_0"]["reason"]
+    assert "local_score" not in three["base_metadata"]["base_0"]
