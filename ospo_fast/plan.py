@@ -31,7 +31,8 @@ from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.records import VARIANTS, iter_pairs
 from ospo_fast.stages import STAGES, Stage, find_stage
 from ospo_fast.stages.prompt_files import divide_kinds, numbered_prompts, prompt_key
-from ospo_fast.stages.templates import TEMPLATE_NAMES, TemplateSet, load_templates
+from ospo_fast.stages.templates import TEMPLATE_NAMES, TemplateSet
+from ospo_fast.stages.text_sampling import load_named_templates
 from ospo_fast.stages.train_settings import loss_config
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ class Ratios:
     kept: float = 0.868  # of the items, those with a pair
     source: str = "bench/results/amd-epyc/plan.jsonl, Shapes"
 
-    def for_model(self, model: str) -> Ratios:
-        """Return the ratios to plan another model with: at most, where those of the Shapes model are low."""
-        if model_family(model) == "shapes":
+    def for_run(self, config: Config) -> Ratios:
+        """Return the ratios to plan other models with: at most, where those of the Shapes model are low."""
+        if model_family(config.model) == "shapes" and not any(stage.other_model(config) for stage in STAGES):
             return self
         source = f"images and pairs: at most; the other shares: {self.source}"
         return dataclasses.replace(self, variants=1.0, pairs=1.0, kept=1.0, source=source)
@@ -95,6 +96,7 @@ class Demand:
     streamed: float = 0.0  # bytes that are read from memory at least
     # Of units without a rate of their own: the stage and the unit whose rate they have a share of, and the share.
     derived: Mapping[str, tuple[str, str, float]] = field(default_factory=dict)
+    known: bool = True  # False: another model than that of the plan does it, so that memory and FLOPs are not known
 
 
 class _Demands:
@@ -111,12 +113,12 @@ class _Demands:
         gpus: int = 1,
     ) -> None:
         self.config, self.shapes, self.items, self.done, self.gpus = config, shapes, items, done, gpus
-        self.ratios = ratios.for_model(config.model)
+        self.ratios = ratios.for_run(config)
         dtype = config.dtype or ("bfloat16" if cuda else "float32")
         self.itemsize = {"float64": 8, "double": 8, "bfloat16": 2, "float16": 2, "half": 2}.get(dtype, 4)
         self.rows = BATCH_ROWS["cuda" if cuda else "cpu"]
         self.cuda = cuda
-        self.templates = load_templates(config.templates or model_family(config.model) or "janus")
+        self.templates = _load_templates(config)
         lora = shapes.lora_weights(config.train.lora_rank, config.train.lora_targets)
         self.trained = shapes.layer_weights if config.train.full else lora
         self.weights = shapes.parameters * self.itemsize + (0 if cuda else PROCESS)
@@ -421,12 +423,14 @@ def make_plan(
 
     Returns:
         `stages`: of each the amounts, `memory_bytes` per device, `needed_bytes` with batches of one, `seconds` of wall
-        time, `device_seconds`, `disk_bytes` and the `source` of the times. A time is None where nothing is known.
+        time, `device_seconds`, `disk_bytes` and the `source` of the times. A time is None where nothing is known, and
+        so is the memory of a stage that another model does.
 
     """
     cuda = card is not None if cuda is None else cuda
     cpu = str(env.cpu_name())
     model = base_folder(config.model)
+    measured = rates is not None  # with the models of this configuration
     rates = rates or recorded_rates(config.model if isinstance(model, Path) else model, card, cpu, results_folder())
     shapes = read_shapes(config.model)
     items = count_items(config) if items is None else items
@@ -434,18 +438,21 @@ def make_plan(
     rows: list[dict[str, Any]] = []
     for stage in run_stages(config):
         demand: Demand = getattr(demands, stage.name)()
+        of_stage = rates.seconds.get(stage.name, {})
+        if stage.other_model(config) is not None:
+            demand, of_stage = dataclasses.replace(demand, known=False), of_stage if measured else {}
         known = {
             unit: share * rates.seconds[maker][of]
             for unit, (maker, of, share) in demand.derived.items()
             if of in rates.seconds.get(maker, {})
         }
-        seconds, alone, source = _time(demand, {**known, **rates.seconds.get(stage.name, {})}, rates.source, card)
+        seconds, alone, source = _time(demand, {**known, **of_stage}, rates.source, card)
         rows.append(
             {
                 "stage": stage.name,
                 "amounts": {unit: round(amount) for unit, amount in demand.amounts.items() if unit != "start"},
-                "memory_bytes": round(demand.memory),
-                "needed_bytes": round(demand.needed),
+                "memory_bytes": round(demand.memory) if demand.known else None,
+                "needed_bytes": round(demand.needed) if demand.known else None,
                 "seconds": None if seconds is None else round(seconds * demands.largest_part(stage, gpus) + alone, 3),
                 "device_seconds": None if seconds is None else round(seconds + alone * gpus, 3),
                 "disk_bytes": round(demand.disk),
@@ -485,9 +492,9 @@ def _time(
             for chosen in (False, True)
         )
         return shared, alone, measured
-    if not (demand.flops or demand.streamed):
+    if demand.known and not (demand.flops or demand.streamed):
         return (0.0, 0.0, "not counted: work of the CPU") if card else (None, 0.0, UNKNOWN)
-    if card is not None:
+    if card is not None and demand.known:
         return max(demand.flops / card.flops, demand.streamed / card.bandwidth), 0.0, FLOOR
     return None, 0.0, UNKNOWN
 
@@ -514,11 +521,16 @@ def run_stages(config: Config) -> list[Stage]:
     return [stage for stage in STAGES if stage.in_run(config) and stage.enabled(config)]
 
 
+def _load_templates(config: Config) -> TemplateSet:
+    """Return the template set of the model that writes the prompts."""
+    return load_named_templates(config.prompts.writer or config.model, config)
+
+
 def count_items(config: Config) -> int:
     """Return how many items a run has: the prompts of its file, or those that it asks the model for."""
     if config.prompts.file is not None:
         return len({prompt_key(prompt) for _, prompt in numbered_prompts(config.prompts.file)})
-    templates: TemplateSet = load_templates(config.templates or model_family(config.model) or "janus")
+    templates = _load_templates(config)
     return sum(config.prompts.counts.get(name, kind.count) for name, kind in templates.kinds.items())
 
 
@@ -554,7 +566,8 @@ def local_gpu(device: str | None) -> tuple[str, int] | None:
 
 def check_memory(plan: Mapping[str, Any], name: str, memory: int) -> None:
     """Raise UsageError if a stage does not fit a device of `memory` bytes, even with batches of one."""
-    worst = max(plan["stages"], key=lambda row: row["needed_bytes"])
+    known = [row for row in plan["stages"] if row["needed_bytes"] is not None]
+    worst = max(known, key=lambda row: row["needed_bytes"])
     if worst["needed_bytes"] > memory:
         raise UsageError(
             f"model: got {plan['model']} on {name} with {memory / 1e9:.1f} GB, expected at least "
@@ -648,7 +661,7 @@ def _sample(config: Config, out: Path, items: int) -> Config:
         small.prompts.file = str(out.with_suffix(".txt"))
         Path(small.prompts.file).write_text("\n".join(chosen) + "\n", encoding="utf-8")
     else:
-        templates = load_templates(config.templates or model_family(config.model) or "janus")
+        templates = _load_templates(config)
         total = max(1, count_items(config))
         counts = {name: config.prompts.counts.get(name, kind.count) for name, kind in templates.kinds.items()}
         small.prompts.counts = {
@@ -702,8 +715,9 @@ def render(plan: Mapping[str, Any]) -> str:
     rows = [head]
     for row in plan["stages"]:
         amounts = ", ".join(f"{n:,} {unit}{'s' if n != 1 else ''}" for unit, n in row["amounts"].items())
-        fits = plan["device_memory_bytes"] is None or row["memory_bytes"] <= plan["device_memory_bytes"]
-        memory = _size(row["memory_bytes"]) + ("" if fits else " (!)")
+        needed, limit = row["memory_bytes"], plan["device_memory_bytes"]
+        fits = None in (needed, limit) or needed <= limit
+        memory = "not known" if needed is None else _size(needed) + ("" if fits else " (!)")
         times = [_duration(row[name], row["source"]) for name in ("seconds", "device_seconds")]
         rows.append((row["stage"], amounts, memory, *times, _size(row["disk_bytes"]), row["source"]))
     bound = FLOOR if plan["floor"] else ""

@@ -199,6 +199,31 @@ def test_a_file_of_prompts_gives_the_items(tmp_path: Path) -> None:
     assert rows(made)["prompts"]["amounts"] == {"item": 2}
 
 
+@pytest.mark.parametrize("card", ["h100", None])
+def test_what_another_model_takes_is_not_known_until_it_is_measured(card: str | None) -> None:
+    others = ("questions.model=org/chat", "score.model=org/vision")
+    found = find_card(card) if card else None
+    base, made = (plan.make_plan(config(*settings), card=found) for settings in ((), others))
+    for name, row in rows(made).items():
+        if name in ("questions", "score"):
+            keys = ("memory_bytes", "needed_bytes", "seconds", "device_seconds")
+            assert [row[key] for key in keys] == [None] * 4
+            assert row["source"] == plan.UNKNOWN
+        else:
+            assert (row["needed_bytes"], row["source"]) == (
+                rows(base)[name]["needed_bytes"],
+                rows(base)[name]["source"],
+            )
+    assert made["seconds"] is None
+    assert "images and pairs: at most" in made["assumptions"][0]  # the recorded shares are of the Shapes model alone
+    table = {line.split()[0]: line for line in plan.render(made).splitlines()[2:]}
+    assert table["score"].count("not known") == 4
+    plan.check_memory(made, "a card", 10**12)
+    measured = plan.Rates({"questions": {"item": 2.0}}, "measured: this machine, now")
+    row = rows(plan.make_plan(config(*others), card=found, rates=measured))["questions"]
+    assert row["seconds"] == pytest.approx(2.0 * made["items"])
+
+
 def test_a_model_that_cannot_be_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no network")
