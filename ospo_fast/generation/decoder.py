@@ -259,6 +259,9 @@ class InferenceDecoder(Decoder):
     def _rotary_tables(self, rotary: Any) -> tuple[Tensor, Tensor]:
         """Cosines and sines (P, R) of all positions; R ≤ D, the part of a head that is rotated."""
         index = torch.arange(self.model.max_positions, device=self.device)[None]
+        layout = getattr(self.model, "layout", None)
+        if layout is not None and layout.positions is not None:  # of text: the same on every axis
+            index = index.expand(len(layout.positions), 1, -1)
         cos, sin = rotary(torch.empty(0, device=self.device, dtype=self.dtype), index)
         # `rotate` shifts without a sign: the sine carries the sign of rotate_half.
         half = cos.shape[-1] // 2

@@ -24,6 +24,7 @@ _NEGATIVE = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
+_AREA = 720 * 720  # pixels
 _SYSTEM = "You are a helpful assistant."
 _END_OF_ROW = "<|extra_200|>"
 
@@ -55,7 +56,9 @@ class Emu3UnifiedModel(VocabularyAdapter):
 
     def _find_grid(self, processor: Any, image_size: tuple[int, int] | None, name: str) -> tuple[int, int]:
         if image_size is None:
-            height, width = processor.calculate_generate_size(processor.ratio, processor.image_area, self._factor)
+            # Processors say both since transformers 5.23.
+            area, ratio = getattr(processor, "image_area", _AREA), getattr(processor, "ratio", "1:1")
+            height, width = processor.calculate_generate_size(ratio, area, self._factor)
             return int(height), int(width)
         if any(side < self._factor or side % self._factor for side in image_size):
             raise UsageError(

@@ -23,6 +23,7 @@ from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
 
 _UNIT = 32  # pixels of a code of the image
+_TARGET = 1152, 768  # pixels, of processors that do not say it: those before transformers 5.23
 _PREVIEW = 16  # codes of a side of a square preview
 _REMEDY = "name a vision-language model in questions.model, score.model, prompts.model and perturb.model"
 
@@ -37,7 +38,8 @@ class GlmImageUnifiedModel(VocabularyAdapter):
     special_tokens = VocabularyAdapter.special_tokens | {"boi_id": "bos_token", "eoi_id": "eos_token"}
 
     def __init__(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> None:
-        size = image_size or (int(processor.target_h) // _UNIT * _UNIT, int(processor.target_w) // _UNIT * _UNIT)
+        default = getattr(processor, "target_h", _TARGET[0]), getattr(processor, "target_w", _TARGET[1])
+        size = image_size or (int(default[0]) // _UNIT * _UNIT, int(default[1]) // _UNIT * _UNIT)
         if any(side < _UNIT or side % _UNIT for side in size) or max(size) > 4 * min(size):
             raise UsageError(
                 f"image_size: got {size[0]}x{size[1]}, expected multiples of {_UNIT} with a ratio of at most 4, which "
@@ -137,9 +139,13 @@ class GlmImageUnifiedModel(VocabularyAdapter):
 
     def _load_pipeline(self) -> Any:
         self.check_pixels()
-        from ospo_fast.models import loading
+        from ospo_fast.models import folder_checks, loading
 
         folder = self._pipeline_folder()
+        for part in Path(folder).iterdir():
+            if part.is_dir():
+                folder_checks.refuse_pipes(part)
+                folder_checks.refuse_code(part)
         with loading(f"the pipeline {folder} cannot be loaded", "download zai-org/GLM-Image again"):
             from diffusers import GlmImagePipeline
 
@@ -182,8 +188,10 @@ class GlmImageUnifiedModel(VocabularyAdapter):
         model, codes = self.module.model, []
         for grid, part in zip(self.layout.grids, pixels.split([h * w for h, w in self.layout.grids], 1), strict=True):
             grids = torch.tensor([[1, *grid]] * len(part), device=part.device)
-            features = model.get_image_features(part.flatten(0, 1), grids, return_dict=True).pooler_output
-            codes.append(model.get_image_tokens(features).view(len(part), -1))
+            features = model.visual(part.flatten(0, 1), grid_thw=grids, return_dict=True).pooler_output
+            features = features.view(len(part), *grid, -1).permute(0, 3, 1, 2)
+            # Image by image, as transformers does.
+            codes.append(torch.stack([model.vqmodel.encode(image[None]).image_tokens for image in features]))
         return torch.cat(codes, 1)
 
 

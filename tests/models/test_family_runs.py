@@ -111,15 +111,29 @@ class _Stop:
         return call
 
 
-@pytest.mark.parametrize("variant", ["emu3", "chameleon"])
-def test_generate_and_evaluate(variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("variant", ["emu3", "chameleon", "lumina"])
+def test_generate_and_evaluate(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the answers are the model's own
     model = build(variant)
     model.save(tmp_path / "model")
-    size = "x".join(map(str, model.image_size))
-    options = [f"--model={tmp_path / 'model'}", f"image_size={size}"]
+    options = [f"--model={tmp_path / 'model'}", f"image_size={'x'.join(map(str, model.image_size))}"]
     assert main(["generate", "a red circle", "--num=2", f"--out={tmp_path / 'images'}", *options]) == 0
     assert len(list((tmp_path / "images").glob("0000_*.png"))) == 2
-    capsys.readouterr()
+    row = {"prompt": "a red circle", "questions": ["Is there a circle?"], "skills": ["object"], "category": "one"}
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps(row))
+    command = [
+        "evaluate",
+        f"--questions={questions}",
+        f"--out={tmp_path / 'scores'}",
+        "--judge=self",
+        "--num=2",
+        *options,
+    ]
+    assert main(command) == 0
+    scores = json.loads((tmp_path / "scores" / "evaluate.json").read_text())
+    assert 0 < scores["soft_tifa_am"]["mean"] < 1
+    assert len(list((tmp_path / "scores").rglob("*.png"))) == 2
 
 
 def test_another_image_size_is_another_run(tmp_path: Path) -> None:
