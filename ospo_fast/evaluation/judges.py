@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
-from ospo_fast.config import Config
+from ospo_fast.config import Config, image_size
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt
 from ospo_fast.evaluation.questions import Question
 from ospo_fast.models.base import Message
@@ -59,7 +59,8 @@ def open_judge(name: str, config: Config, option: str = "--judge") -> Judge:
 
     Raises OspoError, which names `option`, for a model that cannot be found or cannot answer.
     """
-    model = open_text_model(name, option, device=config.device, dtype=config.dtype)
+    size = image_size(config) if name == config.model else None  # another model has its own
+    model = open_text_model(name, option, device=config.device, dtype=config.dtype, image_size=size)
     if isinstance(model, ChatModel):
         return VisionJudge(model)
     return UnifiedJudge(cast("Adapter", model), config)

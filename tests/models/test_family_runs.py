@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 import ospo_fast as of
 from ospo_fast.cli import main
 from ospo_fast.config import load_config
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.loss import OSPOLoss
+from ospo_fast.models.glm_image import GlmImageUnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage
 from tests import scripted
 from tests.models.tiny_families import build
@@ -89,6 +91,40 @@ def test_a_run(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         changed = [n for n, p in trained.module.named_parameters() if not torch.equal(p, _parameter(base.module, n))]
     assert changed
     assert all(name.split(".")[-2] in config.train.lora_targets for name in changed)
+
+
+def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, folder = tmp_path / "run", tmp_path / "model"
+    other = scripted.save_tiny(tmp_path / "other")
+    with pytest.raises(OspoError, match="only generates images, expected a model that chats"):
+        run(settings_of("glm_image", folder, out))
+    assert not out.exists()
+    others = [f"{stage}.model={other}" for stage in ("prompts", "perturb", "questions", "score")]
+    with pytest.raises(OspoError, match="has no pipeline that makes pixels of its codes"):
+        run(settings_of("glm_image", folder, out, *others))
+    # In place of that pipeline, whose pictures take seconds each: a gray value for each code.
+    monkeypatch.setattr(GlmImageUnifiedModel, "check_pixels", lambda self: None)
+    monkeypatch.setattr(GlmImageUnifiedModel, "_load_pipeline", lambda self: _gray)
+    run(settings_of("glm_image", folder, out, *others))
+    pairs = [pair for record in read_stage(out, "masks") for pair in record.get("pairs") or []]
+    assert pairs
+    log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3]
+    trained = of.load_model(out / "train" / "model", image_size=(64, 96))
+    changed = {name.split(".")[-2] for name, p in trained.module.named_parameters() if _differs(folder, name, p)}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def _differs(folder: Path, name: str, parameter: torch.Tensor) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return not torch.equal(file.get_tensor(name), parameter)
+
+
+def _gray(*, height: int, width: int, prior_token_ids: torch.Tensor, **_: Any) -> Any:
+    cells = prior_token_ids.view(1, 1, height // 16, width // 16) / 24
+    return SimpleNamespace(images=torch.nn.functional.interpolate(cells, (height, width)).expand(-1, 3, -1, -1))
 
 
 def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter:
