@@ -28,6 +28,7 @@ from ospo_fast.stages.checkpoints import (
 from ospo_fast.stages.parallel import Ranks
 
 State = dict[str, Any]
+_TRAINED = ("layers", "norm")  # of a decoder, with train.full
 _GATE_UP = ("gate_proj", "up_proj")
 
 
@@ -175,14 +176,17 @@ class FullWeights:
 
     def __init__(self, model: UnifiedModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.plain = model, ranks, model.decoder
-        embeddings: Any = model.decoder.get_input_embeddings()  # type: ignore[operator]
         model.module.requires_grad_(False)
         disable_dropout(model.decoder)
-        self.checkpointed: Any = copy.deepcopy(model.decoder, {id(embeddings): embeddings})
+        # Embeddings, and the VQ model where a decoder holds it.
+        others = [part for name, part in model.decoder.named_children() if name not in _TRAINED]
+        others = [part for part in others if next(part.parameters(), None) is not None]
+        self.checkpointed: Any = copy.deepcopy(model.decoder, {id(part): part for part in others})
+        frozen = {weight for part in others for weight in part.parameters()}
         if ranks.size > 1:
-            _shard(self.checkpointed, embeddings.weight, model.device.type, ranks.size)
+            _shard(self.checkpointed, frozen, model.device.type, ranks.size)
         else:
-            _unfreeze(self.checkpointed, embeddings.weight)
+            _unfreeze(self.checkpointed, frozen)
         self.parameters: dict[str, Any] = {n: p for n, p in self.checkpointed.named_parameters() if p.requires_grad}
         self.checkpointed.train()
         model.decoder = self.checkpointed
@@ -280,15 +284,15 @@ class _Forward(nn.Module):
         return self.run(*args)
 
 
-def _unfreeze(module: nn.Module, frozen: nn.Parameter) -> None:
+def _unfreeze(module: nn.Module, frozen: set[nn.Parameter]) -> None:
     """Let the weights of a module train, in float32 at least."""
     for parameter in module.parameters():
-        if parameter is not frozen and not parameter.requires_grad:
+        if parameter not in frozen and not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
 
 
-def _shard(decoder: Any, frozen: nn.Parameter, device: str, ranks: int) -> None:
+def _shard(decoder: Any, frozen: set[nn.Parameter], device: str, ranks: int) -> None:
     """Unfreeze the weights of a decoder of transformers and shard them over all processes.
 
     Block by block: no process holds more than one whole block in float32.
@@ -306,4 +310,4 @@ def _shard(decoder: Any, frozen: nn.Parameter, device: str, ranks: int) -> None:
         _unfreeze(module, frozen)
         fully_shard(module, **options)
     _unfreeze(decoder, frozen)
-    fully_shard(decoder, ignored_params={frozen}, **options)
+    fully_shard(decoder, ignored_params=frozen, **options)

@@ -115,6 +115,17 @@ def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
 
 
+def test_full_training_leaves_the_vq_model_as_it_is(tmp_path: Path) -> None:
+    out, folder = tmp_path / "run", tmp_path / "model"
+    run(settings_of("chameleon", folder, out, "train.full=true", "dtype=bfloat16"))
+    trained = of.load_model(out / "train" / "model", dtype="bfloat16")
+    assert trained.module.dtype == torch.bfloat16
+    base = of.load_model(folder, dtype="bfloat16")
+    changed = [n for n, p in trained.module.named_parameters() if not torch.equal(p, _parameter(base.module, n))]
+    assert changed
+    assert all(name.startswith(("model.layers.", "model.norm.")) for name in changed)
+
+
 def _differs(folder: Path, name: str, parameter: torch.Tensor) -> bool:
     from safetensors import safe_open
 
