@@ -16,7 +16,7 @@ from ospo_fast.config import SAMPLING, ImagesConfig
 from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.files import load_npz, locate, open_image
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
-from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.base import UnifiedModel, run_check
 from ospo_fast.models.layout import image_layout
 from ospo_fast.records import SIDES, Pair, os_errors, sync_folder, write_atomic, write_files
 
@@ -114,6 +114,7 @@ class ImageFiles(ImageWriter):
 
     def __init__(self, model: UnifiedModel, settings: ImagesConfig, *, remake: bool = False) -> None:
         """remake: refuse an image that differs from what is left of it, the PNG or the codes."""
+        run_check(model, "check_pixels")
         super().__init__(model, self._save_numbered)
         self.sampling = {name: getattr(settings, name) for name in SAMPLING}
         self.throughput: Throughput | None = None  # of all images so far

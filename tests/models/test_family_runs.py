@@ -183,6 +183,16 @@ def test_generate_and_evaluate(variant: str, tmp_path: Path, monkeypatch: pytest
     assert len(list((tmp_path / "scores").rglob("*.png"))) == 2
 
 
+def test_images_without_pixels_are_refused_before_any_is_generated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("glm_image").save(tmp_path / "model")
+    command = ["generate", "a cross", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", "image_size=64x96"]
+    assert main(command) == 1
+    assert "has no pipeline that makes pixels of its codes; give the whole folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_image_size_is_another_run(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     run(settings_of("emu3", folder, tmp_path / "run"), ["prompts", "perturb", "images"])
