@@ -710,9 +710,10 @@ class Pipeline:
         failures = [f"{record['item_id']}: {failure}" for record in records if (failure := stage.failure(record))]
         if len(failures) < len(records) or not records:
             return
-        self._wait_for_others()
-        if self.speaks:
+        if self._shared is None:
             discard(work)
+        else:  # by the first that finds all here: once it has raised the error, the others stop waiting
+            self._shared.once(lambda: discard(work))
         what = some_failed("items", failures, len(records)).rstrip(".")
         raise OspoError(f"{stage.name}: {what}. The old results in {out} and of later stages are kept.")
 
