@@ -28,7 +28,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "80+PTX 90 100+PTX 120"
+# Code for 80 runs on all of 8.x, and so on. What is after them runs the PTX of one: of 100, the newest that both data
+# center cards and others are after, or of the newest that nvcc knows.
+DEFAULT_ARCHS = ("80", "90", "100", "120")
+PTX_ARCH = "100"
 
 
 def sources(suffix: str) -> list[str]:
@@ -139,10 +142,13 @@ def cuda_archs(nvcc: str) -> list[str]:
                 f"OSPO_FAST_CUDA_ARCHS has {arch!r}; expected numbers such as 80 or 90+PTX that this nvcc supports: "
                 f"{' '.join(sorted(supported, key=int))}"
             )
-    archs = requested or [arch for arch in DEFAULT_ARCHS.split() if arch.removesuffix("+PTX") in supported]
+    if requested:
+        return requested
+    archs = [arch for arch in DEFAULT_ARCHS if arch in supported]
     if not archs:
-        sys.exit(f"{nvcc} supports none of the architectures {DEFAULT_ARCHS}; set OSPO_FAST_CUDA_ARCHS")
-    return archs
+        sys.exit(f"{nvcc} supports none of the architectures {' '.join(DEFAULT_ARCHS)}; set OSPO_FAST_CUDA_ARCHS")
+    ptx = PTX_ARCH if PTX_ARCH in archs else archs[-1]
+    return [f"{arch}+PTX" if arch == ptx else arch for arch in archs]
 
 
 def gencode(archs: list[str]) -> list[str]:
