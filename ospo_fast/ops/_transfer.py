@@ -1,4 +1,4 @@
-"""Copy small tensors to a device without host synchronization."""
+"""Copies between devices: of small tensors without host synchronization, and to the CPU for float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+WITHOUT_FLOAT64 = ("mps",)  # device types
 _ALIGNMENT = 16  # bytes: what Triton specializes kernels for
 
 
@@ -18,8 +19,13 @@ def to_device_packed(tensors: Sequence[Tensor], device: torch.device) -> list[Te
     packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for part, tensor in zip(packed.split(sizes), tensors, strict=True):
         _view_as(part, tensor).copy_(tensor)
-    on_device = packed.to(device, non_blocking=True)
+    on_device = packed.to(device, non_blocking=packed.is_pinned())
     return [_view_as(part, tensor) for part, tensor in zip(on_device.split(sizes), tensors, strict=True)]
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device does not have it. It has a gradient."""
+    return (x.cpu() if x.device.type in WITHOUT_FLOAT64 else x).double()
 
 
 def _view_as(part: Tensor, tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
 from ospo_fast.ops._dispatch import check_float, describe, pointer, readable, register_op, result_dtype
+from ospo_fast.ops._transfer import widen
 from ospo_fast.ops.otsu import check_bins, fits_shared_memory, map_error, thresholds_or_nan
 
 
@@ -80,7 +81,7 @@ def soft_masks(found: ObjectMasks, *, scaler: float = 0.8, sharpness: float = 10
     scaler, sharpness = check_float("soft_masks", "scaler", scaler), check_float("soft_masks", "sharpness", sharpness)
     scores = sharpness * (found.maps - (found.thresholds * scaler)[..., None, None])
     # In float64: of float32 numbers, torch rounds those at the end of a tensor differently.
-    return torch.sigmoid(scores.double()).to(scores)
+    return torch.sigmoid(widen(scores)).to(scores)
 
 
 def spatial_entropy(maps: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def spatial_entropy(maps: Tensor) -> Tensor:
 
     A map of zeros gives 0. Negative cells count as 0.
     """
-    cells = maps.flatten(-2).double().clamp(min=0)
+    cells = widen(maps.flatten(-2)).clamp(min=0)
     largest = cells.amax(-1, keepdim=True)
     cells = cells / torch.where(largest > 0, largest, 1)  # sums of the largest numbers would be infinite
     return normalized_entropy(cells / cells.sum(-1, keepdim=True).clamp(min=1))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops._dispatch import check_float, describe, result_dtype
+from ospo_fast.ops._transfer import widen
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,20 +74,20 @@ def preference_loss(
         raise OpError(f"preference_loss: label_smoothing is {label_smoothing}, expected 0 to 0.5")
 
     # float64 costs nothing for B numbers, and the loss of a confident pair, exp(−x), amplifies each rounding of x.
-    dtype = result_dtype(chosen)
-    chosen, rejected = chosen.double(), rejected.double()
+    device, dtype = chosen.device, result_dtype(chosen)
+    chosen, rejected = widen(chosen), widen(rejected)
     simpo = _smoothed(beta * (chosen - rejected - gamma_beta_ratio), label_smoothing)
     conditional = None
     if swapped is not None:
-        conditional = _smoothed(beta_cond * (chosen - swapped.double() - ratio_cond), label_smoothing).to(dtype)
+        conditional = _smoothed(beta_cond * (chosen - widen(swapped) - ratio_cond), label_smoothing).to(device, dtype)
     chosen_rewards, rejected_rewards = beta * chosen.detach(), beta * rejected.detach()
     return PreferenceLoss(
-        simpo=simpo.to(dtype),
+        simpo=simpo.to(device, dtype),
         conditional=conditional,
-        chosen_rewards=chosen_rewards.to(dtype),
-        rejected_rewards=rejected_rewards.to(dtype),
-        accuracy=(chosen_rewards > rejected_rewards).to(dtype),
-        margin=(chosen_rewards - rejected_rewards).to(dtype),
+        chosen_rewards=chosen_rewards.to(device, dtype),
+        rejected_rewards=rejected_rewards.to(device, dtype),
+        accuracy=(chosen_rewards > rejected_rewards).to(device, dtype),
+        margin=(chosen_rewards - rejected_rewards).to(device, dtype),
     )
 
 

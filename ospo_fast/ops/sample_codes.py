@@ -31,6 +31,7 @@ from ospo_fast.ops._dispatch import (
     readable,
     register_op,
 )
+from ospo_fast.ops._transfer import WITHOUT_FLOAT64
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -162,6 +163,12 @@ def sample_codes_reference(
     steps: Tensor,  # (B,) int64
 ) -> tuple[Tensor, Tensor]:
     """Compute `sample_codes` in PyTorch: codes (B,), 0 for rows of invalid logits, and which rows these are, (B,)."""
+    if cond.device.type in WITHOUT_FLOAT64:
+        codes, invalid = sample_codes_reference(
+            cond.cpu(), None if uncond is None else uncond.cpu(), guidance_scale=guidance_scale,
+            temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds.cpu(), steps=steps.cpu(),
+        )  # fmt: skip
+        return codes.to(cond.device), invalid.to(cond.device)
     z = cond.float()
     if uncond is not None:
         z = uncond.float() + guidance_scale * (z - uncond.float())

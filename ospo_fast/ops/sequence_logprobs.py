@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops._dispatch import describe, result_dtype
+from ospo_fast.ops._transfer import widen
 
 
 def sequence_logprobs(
@@ -41,9 +42,9 @@ def sequence_logprobs(
         raise OpError(f"sequence_logprobs: token_mask is {describe(token_mask)}, expected bool {tuple(logps.shape)}")
     if weights is not None and weights.shape != logps.shape:
         raise OpError(f"sequence_logprobs: weights are {describe(weights)}, expected shape {tuple(logps.shape)}")
-    dtype = torch.float64  # sums of numbers close to the largest ones of fp32 are finite
-    zero = logps.new_zeros((), dtype=dtype)
-    w = token_mask.to(dtype) if weights is None else torch.where(token_mask, weights.to(dtype), zero)
-    total = (w * torch.where(token_mask, logps.to(dtype), zero)).sum(1)
-    norm = w.sum(1) if normalize == "weights" else token_mask.sum(1).to(dtype)
-    return (total / norm.clamp(min=1)).to(result_dtype(logps))
+    values = widen(logps)  # sums of numbers close to the largest ones of fp32 are finite
+    token_mask, zero = token_mask.to(values.device), values.new_zeros(())
+    w = token_mask.to(values.dtype) if weights is None else torch.where(token_mask, widen(weights), zero)
+    total = (w * torch.where(token_mask, values, zero)).sum(1)
+    norm = w.sum(1) if normalize == "weights" else token_mask.sum(1).to(values.dtype)
+    return (total / norm.clamp(min=1)).to(logps.device, result_dtype(logps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from ospo_fast.ops._dispatch import (
     register_op,
     result_dtype,
 )
+from ospo_fast.ops._transfer import WITHOUT_FLOAT64
 
 MAX_BLUR_SIZE = 31  # taps, of the compiled kernels
 MAX_TAPS = 1023  # in PyTorch, where each one is a pass over the padded masks
@@ -70,6 +72,9 @@ def token_weights_reference(
 ) -> Tensor:
     """Compute `token_weights` in PyTorch, on any device."""
     _check_mask(mask)
+    if mask.device.type in WITHOUT_FLOAT64:
+        options: dict[str, Any] = {"alpha": alpha, "gamma": gamma, "blur_size": blur_size, "blur_sigma": blur_sigma}
+        return token_weights_reference(mask.cpu(), **options).to(mask.device)
     # In float64: equal cells must stay equal through the min-max; a gamma below 1 would amplify their rounding.
     # A quarter, which changes no other bit, keeps sums and the range finite.
     if mask.dtype in (torch.int64, torch.uint64):  # float64 holds the differences, not the numbers

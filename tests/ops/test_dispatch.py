@@ -16,6 +16,17 @@ from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
 
 
+def test_every_op_runs_its_reference_on_other_devices() -> None:
+    """Such as MPS, which no kernel is for."""
+    for op, rows in _dispatch.backends("mps").items():
+        assert _dispatch.resolve(op, "auto", "mps", torch.float32) == "torch"
+        assert [name for name, available, _ in rows if available] == ["torch"]
+        for name, _, reason in rows[:-1]:
+            assert reason.endswith("not on mps")
+            with pytest.raises(OpError, match="not on mps; use 'auto' or 'torch'"):
+                _dispatch.resolve(op, name, "mps")
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_op_has_a_backend_and_reasons(device: str) -> None:
     table = _dispatch.backends(device)
