@@ -485,11 +485,11 @@ class Config(Section):
     out: str = setting("ospo-out", "Run folder.", expect("a folder"))
     seed: int = setting(42, "Seed of the stages, of training and of generate.", up_to(None))
     device: str | None = setting(
-        None, "Device. null: CUDA if there is one, else the CPU.", expect("cpu, cuda or cuda:N")
+        None, "Device. null: CUDA if there is one, else Apple MPS, else the CPU.", expect("cpu, cuda, cuda:N or mps")
     )
     dtype: str | None = setting(
         None,
-        "Type of the weights. null: bfloat16 on CUDA, float32 on the CPU.",
+        "Type of the weights. null: bfloat16 on CUDA, else float32.",
         expect("float32, bfloat16, float16 or float64"),
     )
     templates: str | None = setting(

@@ -185,7 +185,8 @@ def _ops() -> dict[str, dict[str, dict[str, Any]]]:
     from ospo_fast.ops._dispatch import backends
 
     table: dict[str, dict[str, dict[str, Any]]] = {}
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for device in (name for name, available in present.items() if available):
         for op, rows in backends(device).items():
             chosen = next(name for name, available, _ in rows if available)
             others = {name: reason or "lower priority" for name, _, reason in rows if name != chosen}

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 B = TypeVar("B", bound="Sequence[Any] | Tensor")
 
-# Messages of Triton, the CUDA runtime, cuBLAS, cuDNN, the compiled module and torch's CPU allocator.
+# Messages of Triton, the CUDA runtime, cuBLAS, cuDNN, the compiled module, MPS and torch's CPU allocator.
 _MESSAGES = re.compile(
     "out of memory|_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|can't allocate memory|not enough memory",
     re.IGNORECASE,
@@ -88,6 +88,8 @@ def release() -> None:
     """Return the unused memory of torch's allocator to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def short(error: BaseException) -> str:

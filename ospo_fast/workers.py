@@ -115,6 +115,13 @@ class Workers:
         """Return the device of this worker, where the user gave none or cuda. Raises UsageError if it has no GPU."""
         import torch
 
+        if given is not None and given.startswith("mps") and self.size > 1:
+            raise UsageError(
+                f"device: got {given!r} with {self.size} workers, expected 'cpu': processes that train together cannot "
+                "exchange tensors of MPS; or start one process without torchrun."
+            )
+        if given is None and self.size > 1 and not torch.cuda.is_available():
+            return "cpu"  # and not MPS, see above
         if given not in (None, "cuda") or not torch.cuda.is_available():
             return given
         count = torch.cuda.device_count()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ospo_fast.errors import OspoError
-from ospo_fast.oom import BatchSizeLimit, out_of_memory
+from ospo_fast.oom import BatchSizeLimit, out_of_memory, release
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from ospo_fast.oom import BatchSizeLimit, out_of_memory
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.00 GB)"),
         RuntimeError("sample_codes: cudaErrorMemoryAllocation"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         MemoryError("std::bad_alloc"),
@@ -51,6 +52,14 @@ def test_an_error_raised_from_one_is_recognized() -> None:
     with pytest.raises(RuntimeError) as caught:
         capture()
     assert out_of_memory(caught.value)
+
+
+def test_unused_memory_of_mps_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[str] = []
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: released.append("mps"))
+    release()
+    assert released == ["mps"]
 
 
 def test_batches_are_halved_and_later_ones_no_larger(caplog: pytest.LogCaptureFixture) -> None:

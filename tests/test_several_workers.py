@@ -1043,3 +1043,14 @@ def test_gaps_of_an_interrupted_run_are_filled_in_order(tiny, script, tmp_path, 
 
 def test_peer_errors_are_errors_of_the_package():
     assert issubclass(PeerError, OspoError)
+
+
+def test_several_workers_do_not_share_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    workers = Workers(1, 2, 1, "localhost", 1)
+    assert (workers.device(None), workers.device("cpu")) == ("cpu", "cpu")
+    with pytest.raises(UsageError, match="device: got 'mps' with 2 workers, expected 'cpu'"):
+        workers.device("mps")
+    alone = Workers(0, 1, 0, "localhost", 1)
+    assert (alone.device(None), alone.device("mps")) == (None, "mps")

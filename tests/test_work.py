@@ -12,7 +12,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.generation import ImageGenerator, answer_questions, generate_text
 from ospo_fast.pipeline import check_stage_row, sum_stage_rows
 from ospo_fast.stages.teacher_forcing import hidden_states, teacher_forced
-from ospo_fast.work import Work, count, counting, describe, rates, step_rates, work_of
+from ospo_fast.work import Work, count, counting, describe, device_name, rates, step_rates, work_of
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -163,3 +163,9 @@ def test_rows_of_older_versions_have_no_cost() -> None:
 def test_wrong_costs_and_workers_are_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(OspoError, match=f"entry 1: {words}"):
         check_stage_row({**row(1.0), **values}, "entry 1")
+
+
+def test_devices_without_a_name_have_that_of_their_type():
+    import torch
+
+    assert [device_name(torch.device(name)) for name in ("cpu", "mps")] == ["cpu", "mps"]

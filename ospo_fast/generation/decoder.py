@@ -254,7 +254,8 @@ class InferenceDecoder(Decoder):
             return FusedProjection if 2 * size <= 0.8 * total else UnfusedProjection
         if size > COPIED_BYTES:
             return UnfusedProjection
-        return PackedLinear if self.dtype == torch.float32 and packed_linear_runs() else FusedProjection
+        packs = self.device.type == "cpu" and self.dtype == torch.float32 and packed_linear_runs()
+        return PackedLinear if packs else FusedProjection
 
     def _rotary_tables(self, rotary: Any) -> tuple[Tensor, Tensor]:
         """Cosines and sines (P, R) of all positions; R ≤ D, the part of a head that is rotated."""
@@ -384,7 +385,8 @@ class InferenceDecoder(Decoder):
                 if start:
                     k, v = cache.keys[i][rows, :, :end], cache.values[i][rows, :, :end]
                     mask = torch.ones(length, end, dtype=torch.bool, device=k.device).tril(start)
-                if k.is_cuda and grouped:  # the first of the backends takes no groups
+                repeats = grouped and k.device.type != "cpu"  # the first of the backends of CUDA takes no groups
+                if repeats:
                     k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
                 with sdpa_kernel(_PREFILL_BACKENDS, set_priority=True) if k.is_cuda else nullcontext():
                     attended = F.scaled_dot_product_attention(
@@ -394,7 +396,7 @@ class InferenceDecoder(Decoder):
                         attn_mask=mask,
                         is_causal=mask is None,
                         scale=self._scale,
-                        enable_gqa=grouped and not k.is_cuda,
+                        enable_gqa=grouped and not repeats,
                     )
                 y[tokens] = attended.transpose(1, 2).flatten(2).flatten(0, 1)
             return y

@@ -102,4 +102,6 @@ def max_batch_size(decoder: Decoder, item_bytes: int, window: int = 1) -> int:
         free, _ = torch.cuda.mem_get_info(decoder.device)
         unused = torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
         return max(1, min(CUDA_ROWS // window, int(0.8 * (free + unused)) // item_bytes))
-    return max(1, min(CPU_ROWS // window, CPU_BYTES // item_bytes))
+    # Another device shares the main memory, and pads like a GPU.
+    rows = CPU_ROWS if decoder.device.type == "cpu" else CUDA_ROWS
+    return max(1, min(rows // window, CPU_BYTES // item_bytes))

@@ -33,6 +33,8 @@ __all__ = ["UnifiedModel", "check_device", "find_model", "load_model", "open_mod
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _OTHER_DTYPES = ("float", "half", "double")  # torch's other names of these
+_DEVICES = "'cpu', 'cuda' or 'mps' with an optional index"
+_MPS_FLOAT64 = "dtype: got float64 with device mps, which does not have it, expected float32, bfloat16 or float16"
 # Of the extra `pipeline`: what loading and use of a model need.
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "PIL", "jinja2", "tqdm")
 _PUBLISHED = tuple(f"{org}/Janus-Pro-{size}" for org in ("deepseek-community", "deepseek-ai") for size in ("1B", "7B"))
@@ -56,15 +58,15 @@ def load_model(
         name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, one in DeepSeek's layout,
             a folder with a LoRA adapter (its base model is loaded and the adapter merged into it), a `.ckpt` file of
             the official trainer, or a name on the Hugging Face hub; of one of the families in `models.families`.
-        device: default: CUDA if available, else the CPU.
-        dtype: a torch dtype or its name; default: bfloat16 on CUDA, float32 on the CPU.
+        device: default: CUDA if available, else Apple MPS if available, else the CPU.
+        dtype: a torch dtype or its name; default: bfloat16 on CUDA, else float32.
         image_size: height and width in pixels of the images that it generates; default: its own.
 
     Raises:
         MissingPackageError: a package of the extra `pipeline` is missing.
         OspoError: the checkpoint is missing, broken, or of an unsupported kind.
-        UsageError: a device other than the CPU and CUDA, or one that torch does not find; a dtype other than float32,
-            bfloat16, float16 and float64; an image size that the model does not know.
+        UsageError: a device other than the CPU, CUDA and MPS, or one that torch does not find; a dtype other than
+            float32, bfloat16, float16 and float64, which MPS does not have; an image size that the model does not know.
 
     """
     name = str(name_or_path)
@@ -180,14 +182,18 @@ def download(name: str) -> Path:
 
 def check_device(device: str | None, dtype: str | None) -> None:
     """Raise UsageError for a device or dtype that `load_model` refuses, as far as that is certain without torch."""
-    if device is not None and not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
-        raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cuda' with an optional index")
-    if device is not None and device.startswith("cpu:") and device[4:].strip("0"):
-        raise UsageError(f"device: got {device!r:.60}, expected 'cpu' or 'cpu:0'")
+    if device is not None and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device):
+        raise UsageError(f"device: got {device!r:.60}, expected {_DEVICES}")
+    if device is not None and device.startswith(("cpu:", "mps:")) and device[4:].strip("0"):
+        raise UsageError(f"device: got {device!r:.60}, expected '{device[:3]}' or '{device[:3]}:0'")
+    if device is not None and device.startswith("mps") and sys.platform != "darwin":
+        raise UsageError(f"device: got {device!r}, which macOS alone has; use 'cpu'")
     if device is not None and device.startswith("cuda") and lacks_driver():
         raise UsageError(f"device: got {device!r}, but there is no NVIDIA driver here (libcuda.so.1); use 'cpu'")
     if dtype is not None and dtype not in (*_DTYPES, *_OTHER_DTYPES):
         raise UsageError(f"dtype: got {dtype!r:.60}, expected one of {', '.join(_DTYPES)}")
+    if device is not None and device.startswith("mps") and dtype in ("float64", "double"):
+        raise UsageError(_MPS_FLOAT64)
 
 
 def lacks_driver() -> bool:
@@ -209,19 +215,28 @@ def resolve_placement(
     return device, _resolve_dtype(dtype, device)
 
 
+def _default_device() -> torch.device:
+    import torch
+
+    mps = torch.backends.mps.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
 def _resolve_device(device: str | torch.device | None) -> torch.device:
     import torch
 
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _default_device()
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
         resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise UsageError(f"device: got {str(device)!r:.60}, expected 'cpu' or 'cuda' with an optional index")
+    if resolved is None or resolved.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device: got {str(device)!r:.60}, expected {_DEVICES}")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device: got {str(resolved)!r}, but torch finds no CUDA device; use 'cpu'")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device: got {str(resolved)!r}, but torch finds no MPS device; use 'cpu'")
     count = torch.cuda.device_count() if resolved.type == "cuda" else 1
     if (resolved.index or 0) >= count:
         raise UsageError(f"device: got {str(resolved)!r}, expected an index from 0 to {count - 1}")
@@ -231,12 +246,14 @@ def _resolve_device(device: str | torch.device | None) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     import torch
 
-    if dtype is None:
+    if dtype is None:  # MPS: not every macOS has bfloat16
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if resolved not in [getattr(torch, name) for name in _DTYPES]:
         raise UsageError(f"dtype: got {dtype!r:.60}, expected one of {', '.join(_DTYPES)}")
     assert isinstance(resolved, torch.dtype)
+    if (device.type, resolved) == ("mps", torch.float64):
+        raise UsageError(_MPS_FLOAT64)
     return resolved
 
 

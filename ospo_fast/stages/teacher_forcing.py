@@ -57,7 +57,7 @@ def equal_batches(items: Iterable[T], length: Callable[[T], int], batch_size: in
 def fill(batch: Sequence[T], batch_size: int, device: torch.device) -> list[T]:
     """Repeat the first item up to `batch_size` on a GPU, see above; its results are to be ignored."""
     items = list(batch)
-    return items + items[:1] * (batch_size - len(items)) if device.type == "cuda" else items
+    return items if device.type == "cpu" else items + items[:1] * (batch_size - len(items))
 
 
 def check_lengths(model: UnifiedModel, prompts: Sequence[Tensor], size: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ospo_fast.errors import OspoError
 from ospo_fast.generation import decoder as decoder_module
 from ospo_fast.generation import varlen
-from ospo_fast.generation.decoder import ROW_TILE, Cache, InferenceDecoder
+from ospo_fast.generation.decoder import CPU_BYTES, ROW_TILE, Cache, InferenceDecoder
 from ospo_fast.generation.projections import (
     FusedProjection,
     ModuleProjection,
@@ -19,6 +19,8 @@ from ospo_fast.generation.projections import (
     UnfusedProjection,
     head_projection,
 )
+from ospo_fast.generation.requests import CUDA_ROWS, max_batch_size
+from ospo_fast.ops.linear import PackedLinear
 
 if TYPE_CHECKING:
     from ospo_fast.models.janus import JanusUnifiedModel
@@ -277,8 +279,17 @@ def test_batches_are_padded_where_products_depend_on_their_size(monkeypatch: pyt
     assert [decoder.pad_rows(n, 7, 1000) for n in (1, ROW_TILE, ROW_TILE + 1)] == [ROW_TILE, ROW_TILE, 2 * ROW_TILE]
     # 32 rows of a large model would not fit the memory.
     assert [decoder.pad_rows(n, 7, 2**30) for n in (1, 7)] == [7, 7]
-    decoder.device = torch.device("cuda")
-    assert [decoder.pad_rows(n, 64, 1000) for n in (1, 64)] == [64, 64]
+    for device in ("cuda", "mps"):
+        decoder.device = torch.device(device)
+        assert [decoder.pad_rows(n, 64, 1000) for n in (1, 64)] == [64, 64]
+
+
+def test_packed_weights_are_for_cpus_alone() -> None:
+    decoder = InferenceDecoder(Bare(llama()))
+    assert decoder._projection_kind(decoder.model.decoder) in (PackedLinear, FusedProjection)
+    decoder.device = torch.device("mps")
+    assert decoder._projection_kind(decoder.model.decoder) is FusedProjection
+    assert [max_batch_size(decoder, size) for size in (1, CPU_BYTES // 7)] == [CUDA_ROWS, 7]
 
 
 @pytest.mark.parametrize(("products", "threads"), [("packed", 1), ("packed", 2), ("fused", 2)], indirect=["products"])

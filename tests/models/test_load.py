@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from ospo_fast import models as loading
 from ospo_fast.config import model_family
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import find_model, folder_checks, load_model
@@ -253,8 +255,8 @@ def test_only_panics_become_errors(saved: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unknown_devices(saved: Path) -> None:
-    for device in ("toaster", "mps", "xpu", "meta", torch.device("meta"), ""):
-        with pytest.raises(UsageError, match=f"device: got '{device}', expected 'cpu' or 'cuda'"):
+    for device in ("toaster", "xpu", "meta", torch.device("meta"), ""):
+        with pytest.raises(UsageError, match=f"device: got '{device}', expected 'cpu', 'cuda' or 'mps'"):
             load_model(saved, device=device)
     with pytest.raises(UsageError, match="device: got 'cuda:99'"):
         load_model(saved, device="cuda:99")
@@ -266,6 +268,38 @@ def test_an_index_of_a_device_that_is_not_there(saved: Path, monkeypatch: pytest
     for device in ("cuda:2", "cpu:1"):
         with pytest.raises(UsageError, match=f"device: got '{device}', expected an index from 0 to"):
             load_model(saved, device=device)
+
+
+def test_mps_where_it_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine of the tests has it: only what is decided by the name of the device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="device: got 'mps', but torch finds no MPS device; use 'cpu'"):
+        loading.resolve_placement("mps", None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert loading._default_device() == torch.device("mps")
+    assert loading.resolve_placement("mps", None) == (torch.device("mps"), torch.float32)
+    assert loading.resolve_placement("mps:0", "bfloat16") == (torch.device("mps:0"), torch.bfloat16)
+    assert loading.resolve_placement("cpu", None) == (torch.device("cpu"), torch.float32)
+    for dtype in ("float64", torch.float64):
+        with pytest.raises(UsageError, match="dtype: got float64 with device mps, which does not have it, expected"):
+            loading.resolve_placement("mps", dtype)
+    with pytest.raises(UsageError, match="device: got 'mps:1', expected an index from 0 to 0"):
+        loading.resolve_placement("mps:1", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading._default_device() == torch.device("cuda")
+
+
+def test_mps_is_checked_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(UsageError, match="device: got 'mps', which macOS alone has; use 'cpu'"):
+        loading.check_device("mps", None)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    loading.check_device("mps", "float16")
+    with pytest.raises(UsageError, match="device: got 'mps:1', expected 'mps' or 'mps:0'"):
+        loading.check_device("mps:1", None)
+    with pytest.raises(UsageError, match="dtype: got float64 with device mps"):
+        loading.check_device("mps", "float64")
 
 
 def test_dtypes(saved: Path) -> None:

@@ -75,7 +75,8 @@ def test_lengths_of_a_batch_depend_on_each_prompt_alone(model):
 
 
 def test_batches_are_filled_on_a_gpu():
-    assert fill([4, 5], 4, torch.device("cuda")) == [4, 5, 4, 4]
+    for device in ("cuda", "mps"):
+        assert fill([4, 5], 4, torch.device(device)) == [4, 5, 4, 4]
     assert fill([4, 5], 4, torch.device("cpu")) == [4, 5]
 
 
