@@ -30,11 +30,16 @@ def import_error(name: str) -> str:
     return ""
 
 
-def check_installed(what: str, *names: str, extra: str = "pipeline") -> None:
-    """Raise MissingPackageError if packages that `what`, a public name, needs are not installed. Imports nothing."""
-    if missing := [name for name in names if not _is_installed(name)]:
+def check_installed(what: str, *names: str, extra: str = "pipeline", one_of_them: bool = False) -> None:
+    """Raise MissingPackageError if packages that `what`, a public name, needs are not installed. Imports nothing.
+
+    one_of_them: one of the packages is enough.
+    """
+    missing = [name for name in names if not _is_installed(name)]
+    if missing and (len(missing) == len(names) or not one_of_them):
         are = "are" if len(missing) > 1 else "is"
-        message = f"{what} needs {', '.join(missing)}, which {are} not installed; {_install(extra)}"
+        listed = (" or " if one_of_them else ", ").join(missing)
+        message = f"{what} needs {listed}, which {are} not installed; {_install(extra)}"
         raise MissingPackageError(message, name=missing[0])
 
 

@@ -95,6 +95,9 @@ def test_packages_that_are_there() -> None:
     with pytest.raises(ImportError, match="x needs no_such_a, no_such_b, which are not installed") as caught:
         check_installed("x", "json", "no_such_a", "no_such_b")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    check_installed("x", "json", "no_such_a", one_of_them=True)
+    with pytest.raises(ImportError, match="x needs no_such_a or no_such_b, which are not installed"):
+        check_installed("x", "no_such_a", "no_such_b", one_of_them=True)
 
 
 def test_the_report_says_which_packages_are_broken(tmp_path: Path) -> None:
