@@ -218,9 +218,11 @@ def _settings(args: argparse.Namespace, *, saved: bool = True, origins: dict[str
         config.prompts.file = str(args.prompts_file)
     check_values(dataclasses.asdict(config), "command line")  # what it saves, the next command reads
     from ospo_fast.models import check_device, find_model
+    from ospo_fast.models.quantized import check_quantize
 
     # What the user names is checked here. Device and model of a saved run may be missing until they are needed.
     check_device(named.device, named.dtype)
+    check_quantize(named.quantize, named.dtype)
     if args.model is not None or named.model != "shapes":
         find_model(model)
     return config
@@ -330,6 +332,9 @@ def _silence_libraries(*, uploads: bool) -> None:
     if not uploads:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails is an error of the command
+    # transformers and peft import those that are installed, which warn of kernels that they lack.
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if (transformers := sys.modules.get("transformers")) is not None:
         transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

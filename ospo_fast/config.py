@@ -492,6 +492,11 @@ class Config(Section):
         "Type of the weights. null: bfloat16 on CUDA, else float32.",
         expect("float32, bfloat16, float16 or float64"),
     )
+    quantize: str | None = setting(
+        None,
+        "Bits of the weights of the decoder's layers: int8 or int4, for generation and LoRA. null: those of dtype.",
+        one_of("int8", "int4"),
+    )
     templates: str | None = setting(
         None, "Template set of the text stages. null: the model's own.", expect("shapes, janus or a YAML file")
     )

@@ -119,7 +119,7 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
     from ospo_fast.models.janus import JanusUnifiedModel
 
     dtype, unused = _stored(path, base)
-    with torch.no_grad():
+    with torch.no_grad():  # never quantized: what is written should be exact
         if base is not None and not has_base(path):
             model = lumina.load_lumina(path, base, dtype)
         elif has_base(path):

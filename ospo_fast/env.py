@@ -18,7 +18,7 @@ from ospo_fast.packages import import_error
 
 PACKAGES = (
     "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "flash-attn",
-    "xformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "scikit-image",
+    "xformers", "bitsandbytes", "torchao", "liger-kernel", "cut-cross-entropy", "quack-kernels", "scikit-image",
 )  # fmt: skip
 # Oldest and newest versions that the tests have run with. Others are not refused.
 TESTED = {"python": ("3.10", "3.13"), "torch": ("2.9.0", "2.15.0"), "transformers": ("5.17.0", "5.24.0")}
@@ -26,7 +26,7 @@ TESTED = {"python": ("3.10", "3.13"), "torch": ("2.9.0", "2.15.0"), "transformer
 _COMPILED = {
     "triton": "triton", "tokenizers": "tokenizers", "safetensors": "safetensors", "flash-attn": "flash_attn",
     "xformers": "xformers", "liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy",
-    "quack-kernels": "quack",
+    "quack-kernels": "quack", "bitsandbytes": "bitsandbytes", "torchao": "torchao",
 }  # fmt: skip
 
 

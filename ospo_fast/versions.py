@@ -5,7 +5,7 @@ import platform
 
 from ospo_fast._version import __version__
 
-_NAMES = ("torch", "transformers", "peft", "numpy")
+_NAMES = ("torch", "transformers", "peft", "bitsandbytes", "torchao", "numpy")
 
 
 def run_versions() -> dict[str, str]:

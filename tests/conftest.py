@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY_ONLY = ("tests/golden", "bench/results")  # 10 MB that MANIFEST.in leaves out
 # Import names of packages of the extras. The core imports none of them.
 OPTIONAL = {
-    "PIL", "accelerate", "datasets", "hypothesis", "jinja2", "lightning", "matplotlib", "omegaconf", "peft", "psutil",
-    "safetensors", "scipy", "selenium", "skimage", "tensorboard", "tokenizers", "tqdm", "transformers", "triton", "trl",
-    "yaml",
+    "PIL", "accelerate", "bitsandbytes", "datasets", "hypothesis", "jinja2", "lightning", "matplotlib", "omegaconf",
+    "peft", "psutil", "safetensors", "scipy", "selenium", "skimage", "tensorboard", "tokenizers", "torchao", "tqdm",
+    "transformers", "triton", "trl", "yaml",
 }  # fmt: skip
 
 

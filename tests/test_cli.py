@@ -42,7 +42,7 @@ def python(code):
         (["tran"], 2, "no command 'tran'; nearest: train"),
         (["run", "--bogus"], 2, "Unknown argument '--bogus'"),
         (["run", "images.guidence=2"], 2, "nearest: images.guidance_scale"),
-        (["run", "qwzk=2"], 2, "unknown configuration key 'qwzk'; known: model, out, seed, device, dtype, templates, "),
+        (["run", "qwzk=2"], 2, "unknown configuration key 'qwzk'; known: model, out, seed, device, dtype, quantize, "),
         (["run", "images.top_k=many"], 2, "could not be converted"),
         (["run", "preset=v9"], 2, "one of v1, v2, v3, full"),
         (["run", "--seed", "x"], 2, "--seed"),

@@ -125,7 +125,7 @@ def test_the_extra_is_what_the_stages_import() -> None:
                 imported.add(str(node.module).split(".")[0])
     core = {"torch", "numpy", "triton", "ospo_fast"}
     core |= {"typing_extensions", "markupsafe", "regex", "huggingface_hub"}  # come with torch, jinja2 and transformers
-    core |= {"spacy", "diffusers"}  # of the extras `nouns` and `glm`
+    core |= {"spacy", "diffusers", "bitsandbytes", "torchao"}  # of the extras `nouns`, `glm` and `quantize`
     assert imported - sys.stdlib_module_names - core == set(EXTRAS)
 
 

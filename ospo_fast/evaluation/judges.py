@@ -59,8 +59,16 @@ def open_judge(name: str, config: Config, option: str = "--judge") -> Judge:
 
     Raises OspoError, which names `option`, for a model that cannot be found or cannot answer.
     """
-    size = image_size(config) if name == config.model else None  # another model has its own
-    model = open_text_model(name, option, device=config.device, dtype=config.dtype, image_size=size)
+    own = name == config.model
+    model = open_text_model(
+        name,
+        option,
+        device=config.device,
+        dtype=config.dtype,
+        image_size=image_size(config) if own else None,  # another model has its own
+        # Another judge keeps whole weights: it should judge the images of all models in the same way.
+        quantize=config.quantize if own else None,
+    )
     if isinstance(model, ChatModel):
         return VisionJudge(model)
     return UnifiedJudge(cast("Adapter", model), config)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import MAX_ADAPTERS, Config, image_size
 from ospo_fast.errors import OspoError, UsageError, is_panic
-from ospo_fast.models import folder_checks, lumina, trainer_files
+from ospo_fast.models import folder_checks, lumina, quantized, trainer_files
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.deepseek_config import is_deepseek
 from ospo_fast.models.families import find_family
@@ -51,6 +51,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     image_size: tuple[int, int] | None = None,
+    quantize: str | None = None,
 ) -> Adapter:
     """Load a unified model for inference. Threads that call it at once load one after the other.
 
@@ -61,30 +62,38 @@ def load_model(
         device: default: CUDA if available, else Apple MPS if available, else the CPU.
         dtype: a torch dtype or its name; default: bfloat16 on CUDA, else float32.
         image_size: height and width in pixels of the images that it generates; default: its own.
+        quantize: "int8" or "int4": bits of the linear layers of the decoder's layers. They are read in `dtype` first. A
+            LoRA adapter is then not merged but kept as it is, on its quantized base model.
 
     Raises:
-        MissingPackageError: a package of the extra `pipeline` is missing.
+        MissingPackageError: a package of the extra `pipeline` is missing, or with `quantize` both of `quantize`.
         OspoError: the checkpoint is missing, broken, or of an unsupported kind.
         UsageError: a device other than the CPU, CUDA and MPS, or one that torch does not find; a dtype other than
-            float32, bfloat16, float16 and float64, which MPS does not have; an image size that the model does not know.
+            float32, bfloat16, float16 and float64, which MPS does not have; an image size that the model does not know;
+            `quantize` with another value, or of a model whose files are quantized.
 
     """
     name = str(name_or_path)
     check_installed("load_model", *_PACKAGES)
+    quantized.check_quantize(quantize, dtype)
     folder = find_model(name)
     if folder is None and is_deepseek(folder_checks.read_json(check_hub_model(name))):
         folder = download(name)
     device, dtype = resolve_placement(device, dtype)
     with _LOCK:
         if folder is not None and has_base(folder):
-            return load_on_base(folder, device, dtype, image_size=image_size)
-        return _load_checkpoint(folder, name, device, dtype, image_size)
+            return load_on_base(folder, device, dtype, image_size=image_size, quantize=quantize)
+        return _load_checkpoint(folder, name, device, dtype, image_size, quantize)
 
 
 def open_model(config: Config, name: str | None = None, *, device: str | None = None) -> Adapter:
     """Load the model of a configuration, or `name`, as it says; device: in place of that of the configuration."""
     return load_model(
-        name or config.model, device=device or config.device, dtype=config.dtype, image_size=image_size(config)
+        name or config.model,
+        device=device or config.device,
+        dtype=config.dtype,
+        image_size=image_size(config),
+        quantize=config.quantize,
     )
 
 
@@ -263,11 +272,14 @@ def _load_checkpoint(
     device: torch.device,
     dtype: torch.dtype,
     image_size: tuple[int, int] | None,
+    quantize: str | None,
 ) -> Adapter:
     config = folder_checks.read_json(hub_config(name) if folder is None else folder / "config.json")
     family = find_family({"model_type": "janus"} if is_deepseek(config) else config, name)
+    if quantize is not None and config.get("quantization_config") is not None:
+        raise UsageError(f"quantize: got {quantize!r} for {name}, whose files are quantized, expected null")
     with required_by("load_model"):
-        family.adapter_class()
+        decoder_path = family.adapter_class().decoder_path
         # Named here, because transformers imports them, and what they need, when they are named.
         model_class = family.transformers_class(family.model_class)
         processor_class = family.transformers_class(family.processor_class)
@@ -279,7 +291,8 @@ def _load_checkpoint(
             from ospo_fast.models.deepseek import load_deepseek
 
             module, processor = load_deepseek(folder, dtype)
-            return family.adapt(module.to(device).eval(), processor, name=name, image_size=image_size)
+            module = quantized.to_device(module, decoder_path, device, quantize)
+            return family.adapt(module.eval(), processor, name=name, image_size=image_size)
         if folder is not None:
             lumina.refuse_original(folder)
             folder_checks.check_sizes(folder)
@@ -298,7 +311,8 @@ def _load_checkpoint(
             family.adapter_class().load_rest(module, folder_checks.weight_files(at))
         processor_source = source if folder is None else str(folder_checks.processor_part(folder))
         processor = processor_class.from_pretrained(processor_source, trust_remote_code=False)
-        return family.adapt(module.to(device).eval(), processor, name=name, image_size=image_size)
+        module = quantized.to_device(module, decoder_path, device, quantize)
+        return family.adapt(module.eval(), processor, name=name, image_size=image_size)
 
 
 @contextlib.contextmanager
@@ -374,23 +388,33 @@ def load_on_base(
     *,
     base: str | None = None,
     image_size: tuple[int, int] | None = None,
+    quantize: str | None = None,
 ) -> Adapter:
     """Load the base model of an adapter, or of a file of the official trainer, and put its weights into it.
 
-    `base`: in place of the base model that it names.
+    base: in place of the base model that it names. quantize: of the base model, after everything but the matrices of
+    LoRA, which stay exact: merging would round them to the few bits of the weights.
     """
+    import torch
+
     base = base or find_base(folder)
     with loading(f"{folder} cannot be loaded", "save or download it again"):
         trained = trainer_files.TrainerCheckpoint.read(folder) if trainer_files.is_trainer_file(folder) else None
         config = None if trained else folder_checks.check_adapter(folder)
         if trained is not None and trained.lora:
             config = trained.lora_config(base)
-    model = load_model(base, device=device, dtype=dtype, image_size=image_size)
+    model = load_model(
+        base, device=device if quantize is None else torch.device("cpu"), dtype=dtype, image_size=image_size
+    )
     if trained is not None and trained.weights:
         from ospo_fast.models.deepseek import load_weights
 
         with loading(f"{folder} does not load on {base}", "check its base model"):
             load_weights(model.module, trained.weights, str(folder))
+    if quantize is not None:
+        if getattr(model.module.config, "quantization_config", None) is not None:
+            raise UsageError(f"quantize: got {quantize!r} for {base}, whose files are quantized, expected null")
+        quantized.to_device(model.module, model.decoder_path, device, quantize)
     if config is None:
         return model.with_module(model.module, name=str(folder))
 
@@ -412,5 +436,9 @@ def load_on_base(
         # As peft.PeftModel.from_pretrained does, with the configuration whose patterns are resolved.
         wrapped = peft.PeftModel(model.module, peft.LoraConfig.from_peft_type(**config))
         peft.set_peft_model_state_dict(wrapped, tensors)
-        module = wrapped.merge_and_unload(safe_merge=True)
+        if quantize is None:
+            module = wrapped.merge_and_unload(safe_merge=True)
+        else:
+            module = wrapped.get_base_model()
+            quantized.check_adapter_layers(module, str(folder))
     return model.with_module(module.eval(), name=str(folder))

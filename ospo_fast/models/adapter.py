@@ -20,6 +20,7 @@ from ospo_fast.errors import Failure, OspoError, UsageError, attempt, check_text
 from ospo_fast.models.base import Message, Offset
 from ospo_fast.models.control_tokens import ENCODED, find_control_ids, refuse_control_tokens
 from ospo_fast.models.layout import ImageLayout, embed_image
+from ospo_fast.models.quantized import is_quantized
 from ospo_fast.models.vocabulary import check_words, find_vocabulary
 from ospo_fast.oom import BatchSizeLimit, short
 
@@ -365,7 +366,11 @@ class Adapter(ModuleAdapter):
         return torch.cat([empty, *(codes for _, codes in self._vq_limit.run([images], encode))])
 
     def save(self, path: str | Path) -> None:
-        """See `UnifiedModel`. Raises OspoError if the folder cannot be written."""
+        """See `UnifiedModel`. Raises OspoError if the folder cannot be written, UsageError for a quantized model."""
+        if is_quantized(self.module):
+            raise UsageError(
+                f"save: {self.name} was loaded with quantize, expected whole weights; load it without, and save that"
+            )
         self.complete_config()
         try:
             self.module.save_pretrained(str(path))

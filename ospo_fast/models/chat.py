@@ -95,6 +95,7 @@ def open_text_model(
     dtype: str | None,
     images: bool = True,
     image_size: tuple[int, int] | None = None,
+    quantize: str | None = None,
 ) -> TextModel:
     """Load a unified model, or of a chat model its processor; that loads its weights when they are used.
 
@@ -105,11 +106,12 @@ def open_text_model(
         dtype: see `load_model`.
         images: it is asked about images, and has to take them.
         image_size: of a unified model, see `load_model`.
+        quantize: of a unified model, see `load_model`.
 
     """
     if is_unified(name, option, images=images):
         with naming(option):
-            model = load_model(name, device=device, dtype=dtype, image_size=image_size)
+            model = load_model(name, device=device, dtype=dtype, image_size=image_size, quantize=quantize)
             model.check_chat()
             return model
     return ChatModel(name, option=option, device=device, dtype=dtype, images=images)

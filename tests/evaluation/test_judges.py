@@ -75,6 +75,23 @@ def test_a_unified_model_is_asked_as_by_the_stage_score(tiny):
         assert row[1]["p_expected"] == answer["p_no"]
 
 
+def test_the_run_s_own_model_is_quantized_as_a_judge_and_others_are_not(tiny, monkeypatch):
+    given = []
+
+    class LoadedError(Exception):
+        pass
+
+    def load(name, *, quantize, **options):
+        given.append(quantize)
+        raise LoadedError
+
+    monkeypatch.setattr("ospo_fast.evaluation.judges.load_model", load)
+    for model in (str(tiny), "shapes"):
+        with pytest.raises(LoadedError):
+            open_judge(str(tiny), load_config(["quantize=int8", f"model={model}"]))
+    assert given == ["int8", None]
+
+
 def test_spellings():
     assert spellings("two") == ("two", "Two", "2")
     assert spellings("yes") == ("yes", "Yes")
