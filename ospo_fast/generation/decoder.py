@@ -37,6 +37,7 @@ from ospo_fast.generation.projections import (
 )
 from ospo_fast.generation.varlen import varlen_attention, varlen_runs
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.quantized import stored_bytes
 from ospo_fast.oom import out_of_memory, release, short
 from ospo_fast.ops.decode_attention import decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
@@ -248,7 +249,7 @@ class InferenceDecoder(Decoder):
 
     def _projection_kind(self, module: Any) -> Kind:
         """Choose by the total memory of the device, not by the free memory, so that every run computes the same."""
-        size = sum(p.numel() * p.element_size() for p in module.layers.parameters())
+        size = stored_bytes(module.layers)
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             return FusedProjection if 2 * size <= 0.8 * total else UnfusedProjection

@@ -9,6 +9,7 @@ from typing import Any
 
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
+from ospo_fast.models.quantized import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,7 @@ class Throughput:
 def weight_bytes(model: UnifiedModel) -> int:
     """Return the bytes of weights that one step reads: of the decoder's layers and of the head."""
     decoder: Any = model.decoder
-    weights = [*decoder.layers.parameters(), *model.head.parameters()]
-    return sum(weight.numel() * weight.element_size() for weight in weights)
+    return stored_bytes(decoder.layers, model.head)
 
 
 def streamed_bytes(

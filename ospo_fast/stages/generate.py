@@ -13,6 +13,7 @@ from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OspoError
 from ospo_fast.files import open_image
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.quantized import stored_tensors
 from ospo_fast.records import (
     check_writable,
     chunked,
@@ -30,7 +31,7 @@ MAX_SHEETS = 16
 
 def fingerprint(model: UnifiedModel) -> str:
     """Identify the weights: a folder keeps its name when its model is trained again."""
-    sums = [float(weight.detach().sum(dtype=torch.float32)) for weight in model.module.parameters()]
+    sums = [float(tensor.detach().sum(dtype=torch.float32)) for tensor in stored_tensors(model.module)]
     return f"{stable_hash(*sums):x}"
 
 
