@@ -26,6 +26,7 @@ from ospo_fast import official_files, restarts
 from ospo_fast.config import Config, MasksConfig, dump_config, load_file, saved_path, saved_values
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.files import no_link
+from ospo_fast.models.quantized import is_quantized
 from ospo_fast.models.vocabulary import UnloadedModel
 from ospo_fast.peak_memory import PeakMemory
 from ospo_fast.records import (
@@ -1228,7 +1229,12 @@ class Pipeline:
         return self._shared.workers.process_group(model.device.type, f"train.{iteration}")
 
     def _keep_trained(self, model: UnifiedModel, iteration: int) -> None:
-        """Keep a model in memory that has the weights of an iteration, under the name that these are saved by."""
+        """Keep a model in memory that has the weights of an iteration, under the name that these are saved by.
+
+        A quantized one is loaded again: in memory its adapter is not merged, in the folder it is.
+        """
+        if is_quantized(model.module):
+            return
         model.name = str(self._trained(iteration))  # which the adapter of the next iteration names as its base model
         self._models[model.name] = model
 
@@ -1351,13 +1357,15 @@ class Pipeline:
         if templates is not None and Path(templates).is_file():
             templates = file_digest(templates)
         results, other = stage.result_settings(config), stage.other_model(config)
-        model = size = None
+        model = size = quantize = None
         if other is None:
             model, size = self._saved_path(self.model_name(iteration)), config.image_size
+            quantize = config.quantize
         else:
             results[f"{stage.name}.model"] = self._saved_path(other)
+        own = {"seed": config.seed, "model": model, "templates": templates, "quantize": quantize}
         sized = {} if size is None else {"image_size": size}  # earlier runs have no such entry
-        return {**results, "seed": config.seed, "model": model, "templates": templates, **sized}
+        return {**results, **own, **sized}
 
     def _saved_path(self, path: str) -> str:
         return saved_path(saved_path(path, self.folder()), self._outer.folder())
@@ -1512,7 +1520,8 @@ def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
     if field in saved:
         found = saved[field]
     else:
-        found = dataclasses.asdict(Config()).get(section, {}).get(name, value) if name else value
+        default = dataclasses.asdict(Config()).get(section, value)
+        found = default.get(name, value) if isinstance(default, dict) else default
     # Older versions wrote null for every number of the loss that the preset decides.
     return {key: inner for key, inner in found.items() if inner is not None} if isinstance(found, dict) else found
 

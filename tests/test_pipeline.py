@@ -19,7 +19,7 @@ from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import chat, load_model
 from ospo_fast.models.chat import ChatModel
-from ospo_fast.pipeline import Pipeline, Shard, _begin_steps, read_stage, stage_metrics, store_path
+from ospo_fast.pipeline import Pipeline, Shard, _begin_steps, changed_setting, read_stage, stage_metrics, store_path
 from ospo_fast.records import Store, only_writer, read_records
 from ospo_fast.shapes.scenes import descriptions
 from ospo_fast.stages import STAGE_NAMES, find_stage
@@ -220,6 +220,16 @@ def test_setting_that_the_folder_does_not_name_had_its_default(whole, tiny, tmp_
     pipeline(tiny, tmp_path).stage("train")
     with pytest.raises(UsageError, match=r"images was made with images\.temperature=1\.0, now .*=0\.5"):
         pipeline(tiny, tmp_path, "images.temperature=0.5").stage("images")
+
+
+def test_runs_of_older_versions_had_whole_weights(tmp_path):
+    for saved, now, expected in (
+        ({}, None, None),
+        ({}, "int4", ("quantize", None, "int4")),
+        ({"quantize": "int4"}, None, ("quantize", "int4", None)),
+        ({"quantize": "int4"}, "int4", None),
+    ):
+        assert changed_setting({"settings": saved}, {"quantize": now}, tmp_path) == expected
 
 
 def test_other_settings_are_refused_and_a_restart_deletes_later_stages(whole, tiny, script, tmp_path):

@@ -265,10 +265,15 @@ def _check_masks(config: Config) -> None:
             raise UsageError(f"{given}, and {failure.reason}, or set masks.enabled=false.")
 
 
+_FULL = "train.full: got true with quantize={}, whose weights do not train, expected train.full=false or quantize=null."
+
+
 def _check_train(config: Config) -> None:
     from ospo_fast.stages.train_settings import loss_config
 
     loss_config(config)
+    if config.train.full and config.quantize is not None:
+        raise UsageError(_FULL.format(config.quantize))
 
 
 def _check_held_out(config: Config, records: Sequence[Record]) -> None:
@@ -278,10 +283,13 @@ def _check_held_out(config: Config, records: Sequence[Record]) -> None:
 
 
 def _check_lora(model: UnifiedModel, config: Config) -> None:
+    from ospo_fast.models.quantized import is_quantized
     from ospo_fast.stages.trained_weights import check_lora
 
     if not config.train.full:
         check_lora(model, config.train)
+    elif is_quantized(model.module):
+        raise UsageError(_FULL.format(f"the quantized {model.name}"))
 
 
 def _check_images(model: UnifiedModel, config: Config) -> None:

@@ -32,6 +32,7 @@ from ospo_fast.files import no_link, read_bytes, reading, regular
 from ospo_fast.loss import OSPOLoss, OSPOLossOutput
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
+from ospo_fast.models.quantized import is_quantized
 from ospo_fast.records import (
     ItemPair,
     Record,
@@ -682,7 +683,7 @@ class Trainer:
 
     def _write_results(self, best: int, failures: dict[str, Failure], out: Path, card: bytes) -> None:
         def save(folder: Path) -> None:
-            self.model.save(folder)
+            self._merged().save(folder)
             (folder / "README.md").write_bytes(card)
 
         base, base_path = public_name(self.model.name), base_folder(self.model.name)
@@ -702,6 +703,16 @@ class Trainer:
         if self.saved is not None:
             delete_others(self.saved)  # one that could not be deleted before
         write_json(self.folder / "done.json", done)  # last: after it, no other call works on this folder
+
+    def _merged(self) -> UnifiedModel:
+        """Return the trained model without adapters: of a quantized one, its base model in full with the adapter."""
+        from ospo_fast.models import load_on_base
+
+        model: Any = self.model
+        if not is_quantized(model.module):
+            return self.model
+        size, cpu = getattr(model, "image_size", None), torch.device("cpu")
+        return load_on_base(self.folder / "adapter", cpu, model.dtype, base=model.name, image_size=size)
 
 
 def _save_adapter(peft: Any, folder: Path, card: bytes) -> None:
@@ -764,7 +775,7 @@ def _autocast(model: UnifiedModel, settings: TrainConfig) -> AbstractContextMana
     if settings.autocast is not None or model.device.type == "cuda":
         return torch.autocast(model.device.type, _compute_dtype(model, settings))
     half = settings.full and model.dtype in (torch.bfloat16, torch.float16)  # trained in float32, see `FullWeights`
-    return torch.autocast("cpu", model.dtype) if half else nullcontext()
+    return torch.autocast(model.device.type, model.dtype) if half else nullcontext()
 
 
 def _compute_dtype(model: UnifiedModel, settings: TrainConfig) -> torch.dtype:

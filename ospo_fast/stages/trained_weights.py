@@ -16,6 +16,7 @@ from ospo_fast.config import TrainConfig
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.files import MAX_BYTES
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.quantized import is_quantized
 from ospo_fast.stages.checkpoints import (
     check_optimizer,
     check_tensors,
@@ -33,8 +34,13 @@ _GATE_UP = ("gate_proj", "up_proj")
 
 
 def check_lora(model: UnifiedModel, settings: TrainConfig) -> None:
-    """Raise UsageError for a target that names no linear layer of the decoder."""
+    """Raise UsageError for a target that names no linear layer of the decoder, or a model with an adapter in it."""
     modules = list(model.decoder.named_modules())
+    if any("base_layer" in module._modules for _, module in modules):  # whose adapter training would replace
+        raise UsageError(
+            f"quantize: {model.name} is an adapter, which quantize keeps apart from its base model, expected a whole "
+            "model for training; merge it by `ospo-fast convert`, or set quantize=null."
+        )
     for target in lora_targets(model, settings):
         found = [module for name, module in modules if f".{name}".endswith(f".{target}")]
         if not found or not all(isinstance(module, nn.Linear) for module in found):
@@ -161,8 +167,9 @@ class LoraWeights:
         return MAX_BYTES + 4 * weights
 
     def merge(self) -> None:
-        """Turn the model into the trained one, for good."""
-        self.peft.merge_and_unload()
+        """Turn the model into the trained one, for good. Quantized layers keep their adapters, which stay exact."""
+        if not is_quantized(self.model.module):
+            self.peft.merge_and_unload()
         self.model.module.requires_grad_(False)
 
 
