@@ -27,6 +27,7 @@ from ospo_fast.cost import ModelShapes, activation_bytes, causal, head_bytes
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import folder_checks
 from ospo_fast.models.base import default_layers
+from ospo_fast.models.quantized import BYTES
 from ospo_fast.models.vocabulary import base_folder
 from ospo_fast.records import VARIANTS, iter_pairs
 from ospo_fast.stages import STAGES, Stage, find_stage
@@ -122,6 +123,9 @@ class _Demands:
         lora = shapes.lora_weights(config.train.lora_rank, config.train.lora_targets)
         self.trained = shapes.layer_weights if config.train.full else lora
         self.weights = shapes.parameters * self.itemsize + (0 if cuda else PROCESS)
+        self.layer_bytes = shapes.layer_weights * float(BYTES.get(config.quantize or "", self.itemsize))
+        if cuda:  # a CPU holds whole weights while it loads them
+            self.weights += round(self.layer_bytes) - shapes.layer_weights * self.itemsize
 
     @cached_property
     def lengths(self) -> dict[str, tuple[float, float]]:
@@ -165,7 +169,7 @@ class _Demands:
             tokens = prompt + answer
             flops += shapes.flops(tokens=number * tokens, attended=number * causal(tokens), words=number * answer)
             steps = answer * math.ceil(number / self.rows)
-            streamed += steps * (shapes.layer_weights + shapes.vocab * shapes.hidden) * size
+            streamed += steps * (self.layer_bytes + shapes.vocab * shapes.hidden * size)
             streamed += number * answer * shapes.cache_bytes(1, size) * (prompt + answer / 2)
             longest = max(longest, tokens)
         row = shapes.cache_bytes(math.ceil(longest), size)
@@ -174,7 +178,9 @@ class _Demands:
         return Demand(amounts, disk, weights + batch * row, self.weights + row, flops, streamed)
 
     def _copies(self) -> float:
-        """Bytes of the fused copies of weights that generation makes."""
+        """Bytes of the fused copies of weights that generation makes; quantized ones are not fused."""
+        if self.config.quantize is not None:
+            return 0.0
         fused = sum(
             math.prod(self.shapes.linear_layers[n]) for n in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         )
@@ -220,7 +226,8 @@ class _Demands:
             codes=number * branches * shapes.tokens,
             decoded=number,
         )
-        streamed = 1.0 * shapes.tokens * math.ceil(number / self.rows) * shapes.streamed_weights * size
+        weights = (shapes.streamed_weights - shapes.layer_weights) * size + self.layer_bytes
+        streamed = 1.0 * shapes.tokens * math.ceil(number / self.rows) * weights
         streamed += number * branches * shapes.cache_bytes(1, size) * shapes.tokens * (prompt + shapes.tokens / 2)
         row = branches * shapes.cache_bytes(math.ceil(tokens), size)
         # A PNG takes at most its pixels, and an .npz has 2 kB in addition to its codes.

@@ -76,6 +76,19 @@ def test_a_published_model_needs_neither_network_nor_torch() -> None:
     assert 14e9 < found["images"]["needed_bytes"] < 16e9 < found["images"]["memory_bytes"]
 
 
+def test_quantized_weights_take_less_memory_and_are_not_copied() -> None:
+    layers = plan.read_shapes(PRO_7B).layer_weights
+
+    def memory(kind: str, stage: str, cuda: bool = True) -> int:
+        made: int = rows(plan.make_plan(config(f"quantize={kind}", model=PRO_7B), cuda=cuda))[stage]["memory_bytes"]
+        return made
+
+    assert memory("null", "train") - memory("int8", "train") == layers  # of two bytes of each weight, one
+    assert memory("null", "train") - memory("int4", "train") == pytest.approx((2 - 0.53) * layers)
+    assert memory("null", "images") - memory("int8", "images") > 2 * layers
+    assert memory("null", "train", cuda=False) == memory("int4", "train", cuda=False)  # whole while they are read
+
+
 def test_more_devices_take_less_time_and_the_same_device_time() -> None:
     one, four = (plan.make_plan(config(model=PRO_7B), items=100, gpus=n, card=find_card("h200")) for n in (1, 4))
     assert one["seconds"] == pytest.approx(4 * four["seconds"], rel=1e-3)
