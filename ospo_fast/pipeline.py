@@ -1363,9 +1363,8 @@ class Pipeline:
             quantize = config.quantize
         else:
             results[f"{stage.name}.model"] = self._saved_path(other)
-        own = {"seed": config.seed, "model": model, "templates": templates, "quantize": quantize}
-        sized = {} if size is None else {"image_size": size}  # earlier runs have no such entry
-        return {**results, **own, **sized}
+        own = {"model": model, "image_size": size, "quantize": quantize}
+        return {**results, "seed": config.seed, "templates": templates, **own}
 
     def _saved_path(self, path: str) -> str:
         return saved_path(saved_path(path, self.folder()), self._outer.folder())

@@ -197,6 +197,7 @@ def test_another_image_size_is_another_run(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     run(settings_of("emu3", folder, tmp_path / "run"), ["prompts", "perturb", "images"])
     other = settings_of("emu3", folder, tmp_path / "run")
-    other.image_size = "10x8"
-    with pytest.raises(UsageError, match="image_size"):
-        run(other, ["images"])
+    for size in ("10x8", None):
+        other.image_size = size
+        with pytest.raises(UsageError, match="image_size"):
+            run(other, ["images"])
