@@ -366,7 +366,10 @@ def _pipeline(args: argparse.Namespace, stages: Sequence[Stage], *, planned: boo
         with contextlib.nullcontext() if alone or workers is None else workers.first():
             taken = _find_finished(args, pipeline, names)
             if planned:
-                pipeline.plan = _plan_run(pipeline, workers, taken)
+                from ospo_fast.plan import UnknownCostError
+
+                with contextlib.suppress(UnknownCostError):  # such a run has no plan
+                    pipeline.plan = _plan_run(pipeline, workers, taken)
             if taken:
                 _take_over(args, pipeline, names)
         iterations = [args.iteration] if hasattr(args, "iteration") else range(1, config.iterations + 1)

@@ -334,11 +334,15 @@ class _Demands:
         return Demand(amounts, disk, memory(settings.batch_size), memory(1), flops, derived=derived)
 
 
+class UnknownCostError(OspoError):
+    """A model whose cost cannot be told from its configuration. A run of it has no plan."""
+
+
 def read_shapes(name: str) -> ModelShapes:
     """Return the sizes of a model: a folder, a LoRA folder, the embedded model, or a name on the hub.
 
     Of the models of `PUBLISHED`, and of those in the hub cache, this needs no network, and weights are never read.
-    Raises OspoError for a model that cannot be found.
+    Raises OspoError for a model that cannot be found, UnknownCostError for one that is no Janus.
     """
     folder = base_folder(name)
     if isinstance(folder, Path):
@@ -358,7 +362,7 @@ def read_shapes(name: str) -> ModelShapes:
 def _janus_shapes(config: dict[str, Any], name: str) -> ModelShapes:
     kind = config.get("model_type")
     if kind not in (None, "janus"):
-        raise OspoError(
+        raise UnknownCostError(
             f"plan: {name} is a {kind!r:.60} model, whose cost is not known, expected a Janus model; time a run "
             "of a few items instead"
         )

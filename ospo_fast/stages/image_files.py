@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ospo_fast.config import SAMPLING, ImagesConfig
 from ospo_fast.errors import Failure, OspoError, attempt
-from ospo_fast.files import load_npz, locate, open_image
+from ospo_fast.files import load_npz, locate, open_image, reading
 from ospo_fast.generation import ImageGenerator, ImageWriter, Throughput
 from ospo_fast.models.base import UnifiedModel, run_check
 from ospo_fast.models.layout import image_layout
@@ -219,11 +219,30 @@ def stack_codes(codes: Sequence[Tensor | Failure]) -> Tensor | Failure:
     return torch.stack([entry for entry in codes if isinstance(entry, Tensor)])
 
 
+def _other_size(path: Path, model: UnifiedModel) -> Failure | None:
+    """Return a Failure for an image of another size than the model has now: its codes are in another grid."""
+    size = getattr(model, "image_size", None)
+    if size is None or not path.is_file():
+        return None
+    from PIL import Image
+
+    with reading("image", path, "make it again with --no-resume"), Image.open(path) as image:  # its header alone
+        width, height = image.size
+    if (height, width) == tuple(size):
+        return None
+    return Failure(
+        f"{path}: the image has {height} x {width} pixels, the model generates {size[0]} x {size[1]}; use the "
+        "image_size of the run"
+    )
+
+
 def _stored_codes(path: Path, model: UnifiedModel) -> Tensor | Failure:
     stored = attempt(load_codes, path.with_suffix(".npz"))
     if isinstance(stored, Failure):
         return stored
     codes: Tensor = stored["codes"]
+    if (other := _other_size(path, model)) is not None:
+        return other
     size = image_layout(model).codes
     if codes.shape != (size,) or int(codes.min()) < 0 or int(codes.max()) >= model.num_codes:
         largest = f" and values up to {int(codes.max())}" if codes.numel() else ""
