@@ -17,8 +17,9 @@ from ospo_fast._version import __version__
 from ospo_fast.packages import import_error
 
 PACKAGES = (
-    "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "flash-attn",
-    "xformers", "bitsandbytes", "torchao", "liger-kernel", "cut-cross-entropy", "quack-kernels", "scikit-image",
+    "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "diffusers",
+    "flash-attn", "xformers", "bitsandbytes", "torchao", "liger-kernel", "cut-cross-entropy", "quack-kernels",
+    "scikit-image",
 )  # fmt: skip
 # Oldest and newest versions that the tests have run with. Others are not refused.
 TESTED = {"python": ("3.10", "3.13"), "torch": ("2.9.0", "2.15.0"), "transformers": ("5.17.0", "5.24.0")}

@@ -98,7 +98,13 @@ class OSPOLoss(nn.Module):
 
         """
         config = self.config
-        grids = [object_masks] if isinstance(object_masks, Tensor) else list(object_masks or ())
+        given = () if object_masks is None else object_masks
+        grids = [given] if isinstance(given, Tensor) else list(given)
+        if object_masks is not None and not (grids and all(isinstance(masks, Tensor) for masks in grids)):
+            raise OpError(
+                f"OSPOLoss: object_masks is {type(object_masks).__name__} of "
+                f"{[type(masks).__name__ for masks in grids]}, expected a tensor, or one for each grid of an image"
+            )
         pairs = self._count_pairs(hidden, labels, grids)
         if not self._grouping_checked and not torch.compiler.is_compiling():
             self._check_grouping(labels, pairs)

@@ -36,6 +36,7 @@ from ospo_fast.generation.projections import (
     build_projection,
 )
 from ospo_fast.generation.varlen import varlen_attention, varlen_runs
+from ospo_fast.models.architectures import layer_norms
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.quantized import stored_bytes
 from ospo_fast.oom import out_of_memory, release, short
@@ -100,12 +101,7 @@ class Layer:
 
     def __init__(self, module: Any, kind: Kind) -> None:
         attention, mlp = module.self_attn, module.mlp
-        first, second = module.input_layernorm, module.post_attention_layernorm
-        self.norm, self.mlp_norm = first, second
-        self.out_norm = getattr(module, "post_self_attn_layernorm", None)
-        self.down_norm = getattr(module, "post_mlp_layernorm", None)
-        if type(module).__name__ == "ChameleonSwinDecoderLayer":  # the same names in other places
-            self.norm, self.mlp_norm, self.out_norm, self.down_norm = None, None, first, second
+        self.norm, self.mlp_norm, self.out_norm, self.down_norm = layer_norms(module)
         self.head_norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
         self.qkv = build_projection([attention.q_proj, attention.k_proj, attention.v_proj], kind)
         self.out = build_projection([attention.o_proj], kind)

@@ -228,7 +228,7 @@ def eval_mode(model: UnifiedModel) -> Iterator[None]:
 
 def signature(model: UnifiedModel) -> tuple[object, ...]:
     """Return a signature of modules, hooks and weight addresses. A change requires a new `Engine`."""
-    found: list[object] = []
+    found: list[object] = [image_layout(model)]
     for root in (model.decoder, model.head):
         for module in root.modules():
             found += [id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks)]

@@ -74,6 +74,8 @@ def load_model(
 
     """
     name = str(name_or_path)
+    if image_size is not None:
+        image_size = _check_image_size(image_size)
     check_installed("load_model", *_PACKAGES)
     quantized.check_quantize(quantize, dtype)
     folder = find_model(name)
@@ -84,6 +86,15 @@ def load_model(
         if folder is not None and has_base(folder):
             return load_on_base(folder, device, dtype, image_size=image_size, quantize=quantize)
         return _load_checkpoint(folder, name, device, dtype, image_size, quantize)
+
+
+def _check_image_size(image_size: Any) -> tuple[int, int]:
+    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else ()
+    if len(size) != 2 or not all(type(side) is int and 0 <= side < 10**5 for side in size):
+        raise UsageError(
+            f"image_size: got {image_size!r:.60}, expected two integers, height and width in pixels, such as (512, 768)"
+        )
+    return size
 
 
 def open_model(config: Config, name: str | None = None, *, device: str | None = None) -> Adapter:

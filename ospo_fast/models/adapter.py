@@ -39,6 +39,35 @@ def refuse_other_size(name: str, image_size: tuple[int, int] | None, known: Sequ
         )
 
 
+def checked_id(config: Any, name: str, token: str, number: int) -> int:
+    """Return the id of a token. Raises OspoError unless it is that of the vocabulary in config.json, where one is.
+
+    transformers gives a token that the tokenizer lacks, and tokenizer_config.json names, an id of its own.
+    """
+    known = getattr(config, "vocabulary_map", None) or {}
+    expected = known.get(token)
+    other = next((name for name, i in known.items() if i == number and name != token), None)
+    if (expected is not None and expected != number) or (expected is None and other is not None):
+        raise OspoError(
+            f"model: the tokenizer of {name} gives {token!r} the id {number}, which config.json gives "
+            f"{other!r}; use the tokenizer of the published model"
+        )
+    return number
+
+
+def remembered_size(module: Any) -> tuple[int, int] | None:
+    """Return the image size (height, width) that a saved copy was made with, None for that of its family."""
+    size = getattr(module.config, "generated_size", None)
+    if size is None:
+        return None
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int for side in size)):
+        raise OspoError(
+            f"model: generated_size in config.json is {size!r:.60}, expected height and width in pixels; remove "
+            "the entry"
+        )
+    return size[0], size[1]
+
+
 def check_positions(name: str, tokens: int, text: Any) -> None:
     """Raise OspoError if the tokens of an image leave none of the positions of a decoder for its prompt."""
     if tokens >= int(text.max_position_embeddings):
@@ -457,10 +486,20 @@ class Adapter(ModuleAdapter):
                 f"model: the tokenizer of {self.name} has no {kind}, which generation needs; use the tokenizer of the "
                 "published model"
             )
-        return int(number)
+        return checked_id(self.module.config, self.name, str(token), int(number))
 
     def _special_token(self, kind: str) -> str | None:
         return getattr(self._tokenizer, kind, None)
+
+
+def _rows_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear layer of this weight and bias: parameters, or rows of parameters, which get their gradients."""
+    head = nn.Linear(1, 1, bias=False)
+    if not isinstance(weight, nn.Parameter):
+        del head.weight, head.bias
+    head.weight, head.bias = weight, bias  # type: ignore[assignment]
+    head.in_features, head.out_features = weight.shape[1], weight.shape[0]
+    return head.eval()
 
 
 class VocabularyAdapter(Adapter):
@@ -484,6 +523,11 @@ class VocabularyAdapter(Adapter):
                 f"model: the vocabulary of {name} has ids for {len(code_ids)} codes, expected the {num_codes} of its "
                 "VQ model; use the config.json of the published model"
             )
+        if len(set(code_ids.values())) != num_codes:
+            raise OspoError(
+                f"model: the vocabulary of {name} has one id for several codes, expected {num_codes} different ones; "
+                "use the config.json of the published model"
+            )
         self.num_codes = num_codes
         self.code_ids = torch.tensor([code_ids[code] for code in range(num_codes)])
         rows = len(module.lm_head.weight)
@@ -499,10 +543,17 @@ class VocabularyAdapter(Adapter):
         self._head: tuple[tuple[Any, ...], nn.Linear] | None = None
         super().__init__(module, processor, name=name, text=text)
         self._code_ids = self.code_ids.to(self.device)
+        named = (self.bos_id, self.pad_id, self.boi_id, self.eoi_id, self.image_id, *self.eos_ids)
+        own = {*named, *(token for _, token in self.layout.structure)}
+        if taken := sorted(own.intersection(self.code_ids.tolist())):
+            raise OspoError(
+                f"model: the tokenizer of {name} gives {self._tokenizer.convert_ids_to_tokens(taken[0])!r} the id "
+                f"{taken[0]}, which is an image code of the model; use the tokenizer of the published model"
+            )
 
     @staticmethod
-    def vocabulary_id(processor: Any, token: str | None, name: str) -> int:
-        """Return the id of a structure token. Raises OspoError if the tokenizer does not have it."""
+    def vocabulary_id(processor: Any, token: str | None, name: str, config: Any = None) -> int:
+        """Return the id of a structure token. Raises OspoError if the tokenizer does not have it as `config` says."""
         tokenizer = processor.tokenizer
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
         if number is None or number == tokenizer.unk_token_id:
@@ -510,7 +561,7 @@ class VocabularyAdapter(Adapter):
                 f"model: the tokenizer of {name} has no token {token!r}, which its images need; use the "
                 "tokenizer of the published model"
             )
-        return int(number)
+        return checked_id(config, name, str(token), int(number))
 
     @property  # type: ignore[misc] # without the setter of the base class: the rows have no module of their own
     def head(self) -> nn.Module:
@@ -524,14 +575,21 @@ class VocabularyAdapter(Adapter):
                 "a plain nn.Linear, whose rows of the image codes are read; leave it as it was loaded"
             )
         weight, bias = full.weight, full.bias
-        key = (id(full), weight.data_ptr(), weight.dtype, weight.device, None if self._slice else weight._version)
+        rows: Any = self._slice or self._code_ids.to(weight.device)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return _rows_of(weight[rows], None if bias is None else bias[rows])
+        key = (id(full), weight.data_ptr(), weight.dtype, weight.device)
         if self._head is None or self._head[0] != key:
-            rows: Any = self._slice or self._code_ids.to(weight.device)
-            head = nn.Linear(1, 1, bias=False)
-            head.weight = nn.Parameter(weight.detach()[rows], requires_grad=False)
-            head.bias = None if bias is None else nn.Parameter(bias.detach()[rows], requires_grad=False)
-            head.in_features, head.out_features = weight.shape[1], self.num_codes
-            self._head = key, head.eval()
+            head = _rows_of(
+                nn.Parameter(weight.detach()[rows], requires_grad=False),
+                None if bias is None else nn.Parameter(bias.detach()[rows], requires_grad=False),
+            )
+            self._head = key, head
+        elif not self._slice:  # copies, of weights that may have changed
+            head = self._head[1]
+            head.weight.data.copy_(weight.detach()[rows])
+            if bias is not None:
+                head.bias.data.copy_(bias.detach()[rows])
         return self._head[1]
 
     @property
@@ -540,8 +598,9 @@ class VocabularyAdapter(Adapter):
         return (self._embeddings,)
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """See `UnifiedModel`."""
-        return self.embed_tokens(self._code_ids[codes.to(self._code_ids.device)])
+        """See `UnifiedModel`. A code that is none fails, as an id that is none."""
+        ids = nn.functional.embedding(codes.to(self._code_ids.device), self._code_ids[:, None])
+        return self.embed_tokens(ids[..., 0])
 
     def _embed_rows(self, images: list[Image.Image], end_of_row: int) -> Tensor:
         """Images → embeddings (N, H · (W + 1), D) of their codes, with a structure token behind every row."""

@@ -24,6 +24,7 @@ class Architecture:
     rotary: str
     norm: str  # of the residual stream
     head_norm: str | None = None  # of queries and keys
+    norms_behind: tuple[str, ...] = ()  # of `layers`, those whose two norms are behind attention and MLP
 
 
 _ARCHITECTURES = (
@@ -54,6 +55,7 @@ _ARCHITECTURES = (
         rotary="ChameleonRotaryEmbedding",
         norm="ChameleonRMSNorm",
         head_norm="ChameleonLayerNorm",
+        norms_behind=("ChameleonSwinDecoderLayer",),
     ),
     Architecture(
         module="glm_image.modeling_glm_image",
@@ -65,6 +67,18 @@ _ARCHITECTURES = (
         norm="GlmImageRMSNorm",
     ),
 )
+
+
+_BEHIND = frozenset(name for found in _ARCHITECTURES for name in found.norms_behind)
+
+
+def layer_norms(layer: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the norms of a layer: before attention and MLP, and behind them; None where there is none."""
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    if type(layer).__name__ in _BEHIND:
+        return None, None, first, second
+    behind = (getattr(layer, name, None) for name in ("post_self_attn_layernorm", "post_mlp_layernorm"))
+    return first, second, *behind
 
 
 def find_architecture(decoder: Any) -> tuple[Architecture, Any] | None:

@@ -548,6 +548,11 @@ def _resolve_grid(
     if grid is None and layout is not None and layout.tokens == count:
         cells = list(layout.grid_positions)
         return layout.grid, None if len(cells) == count else cells
+    if grid is None and layout is not None and layout.tokens != layout.grid[0] * layout.grid[1]:
+        raise OspoError(
+            f"capture: rows holds {count} positions, expected the {layout.tokens} tokens of an image, of which the "
+            "maps have the codes; or give grid="
+        )
     if grid is None:
         grid = getattr(model, "grid", None)
     if grid is not None and grid[0] * grid[1] != count:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import VocabularyAdapter, fit_images, refuse_other_size
+from ospo_fast.models.adapter import VocabularyAdapter, check_positions, fit_images, refuse_other_size, remembered_size
 from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
 from ospo_fast.models.lumina import is_lumina
@@ -41,8 +41,9 @@ class ChameleonUnifiedModel(VocabularyAdapter):
         self._is_lumina = is_lumina(config.to_dict())
         side = vq.resolution // self._factor
         if self._is_lumina:
-            grid = self._lumina_grid(processor, image_size, name)
-            self._end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name)
+            grid = self._lumina_grid(processor, config, image_size or remembered_size(module), name)
+            self._end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name, config)
+            check_positions(name, grid[0] * grid[1], config)
             self.layout = ImageLayout.rows(grid, self._end_of_row)
         else:
             refuse_other_size(name, image_size, [(vq.resolution, vq.resolution)])
@@ -64,7 +65,9 @@ class ChameleonUnifiedModel(VocabularyAdapter):
         self._unconditional = torch.tensor(start if self._is_lumina else [self.bos_id, *start])
         self.boi_id = start[-1]
 
-    def _lumina_grid(self, processor: Any, image_size: tuple[int, int] | None, name: str) -> tuple[int, int]:
+    def _lumina_grid(
+        self, processor: Any, config: Any, image_size: tuple[int, int] | None, name: str
+    ) -> tuple[int, int]:
         unit, size = 2 * self._factor, image_size or (_LUMINA_SIDE, _LUMINA_SIDE)
         if any(side < unit or side % unit for side in size):
             raise UsageError(
@@ -72,7 +75,7 @@ class ChameleonUnifiedModel(VocabularyAdapter):
                 f"{name} counts"
             )
         for side in size:
-            self.vocabulary_id(processor, _size_token(side // unit), name)
+            self.vocabulary_id(processor, _size_token(side // unit), name, config)
         return size[0] // self._factor, size[1] // self._factor
 
     @classmethod

@@ -66,7 +66,8 @@ def is_unified(name: str, option: str = "model", *, images: bool = True) -> bool
         config = folder_checks.read_json(path)
         if is_deepseek(config) or config.get("model_type") in FAMILIES:
             folder_checks.check_kind(config, name)
-            if not getattr(FAMILIES.get(config["model_type"]), "chats", True):
+            family = FAMILIES.get(config["model_type"])
+            if family is not None and not family.chats_as(config, name):
                 raise OspoError(f"model: {name} only generates images, expected a model that chats; {_VISION_REMEDY}")
             find_model(name)
             return True

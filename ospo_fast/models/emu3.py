@@ -6,8 +6,6 @@ code (baaivision/Emu3, `emu3/mllm/processing_emu3.py` and `image_generation.py`)
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import VocabularyAdapter, fit_images
+from ospo_fast.models.adapter import VocabularyAdapter, check_positions, fit_images, remembered_size
 from ospo_fast.models.base import Message
+from ospo_fast.models.families import find_half
 from ospo_fast.models.layout import ImageLayout
 
 # In place of the prompt, for guidance; of the official script.
@@ -40,10 +39,11 @@ class Emu3UnifiedModel(VocabularyAdapter):
 
     def __init__(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> None:
         self._factor = int(module.model.vqmodel.spatial_scale_factor)
-        grid = self._find_grid(processor, image_size, name)
+        grid = self._find_grid(processor, image_size or remembered_size(module), name)
         for token in ("boi_token", "eof_token"):
-            self.vocabulary_id(processor, getattr(processor.tokenizer, token, None), name)
-        end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name)
+            self.vocabulary_id(processor, getattr(processor.tokenizer, token, None), name, module.config)
+        end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name, module.config)
+        check_positions(name, grid[0] * grid[1], module.config.text_config)
         self.layout = ImageLayout.rows(grid, end_of_row)
         self._end_of_row = end_of_row
         super().__init__(
@@ -51,6 +51,8 @@ class Emu3UnifiedModel(VocabularyAdapter):
             code_ids=module.model.vocabulary_mapping.img2bpe,
             num_codes=int(module.config.vq_config.codebook_size),
         )  # fmt: skip
+        if self._half is not None:  # save_pretrained writes this entry: a copy has another name
+            module.config.emu3_half = self._half
         negative = self._encode(f"{self._prefix}{_NEGATIVE}{self._suffix}")["input_ids"]
         self._negative = torch.tensor(negative, dtype=torch.long)
 
@@ -67,16 +69,20 @@ class Emu3UnifiedModel(VocabularyAdapter):
             )
         return image_size[0] // self._factor, image_size[1] // self._factor
 
+    @property
+    def _half(self) -> str | None:
+        return find_half(self.module.config.to_dict(), self.name)
+
     def check_generation(self) -> None:
         """Raise OspoError for Emu3-Chat: the two checkpoints differ in nothing but their weights and their names."""
-        if "chat" in Path(self.name).name.lower():
+        if self._half == "chat":
             raise OspoError(
                 f"model: {self.name} is the half of Emu3 that chats, expected that for images; use Emu3-Gen"
             )
 
     def check_chat(self) -> None:
         """Raise OspoError for Emu3-Gen."""
-        if re.search(r"\bgen\b", Path(self.name).name.lower()):
+        if self._half == "gen":
             raise OspoError(
                 f"model: {self.name} is the half of Emu3 that generates images, expected that for chats; name "
                 "Emu3-Chat in prompts.model, perturb.model, questions.model and score.model"

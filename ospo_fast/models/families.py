@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,9 @@ from ospo_fast.errors import OspoError
 
 if TYPE_CHECKING:
     from ospo_fast.models.adapter import Adapter
+
+
+_HALF = re.compile(r"emu3[-_.]?(gen|chat)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,13 @@ class Family:
     def adapt(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> Adapter:
         """Return the adapter of a module and its processor."""
         adapter: Adapter = self.adapter_class()(module, processor, name=name, image_size=image_size)
+        if image_size is not None:
+            module.config.generated_size = list(image_size)  # save_pretrained writes this entry
         return adapter
+
+    def chats_as(self, config: dict[str, Any], name: str) -> bool:
+        """Return whether a checkpoint of this family chats, as far as its config.json and its name say."""
+        return self.chats and not (self.model_type == "emu3" and find_half(config, name) == "gen")
 
     def transformers_class(self, name: str) -> Any:
         """Return a class of transformers. Raises OspoError if the installed version does not have it."""
@@ -99,6 +110,15 @@ FAMILIES = {
         ),
     )
 }
+
+
+def find_half(config: dict[str, Any], name: str) -> str | None:
+    """Return "gen" or "chat" for a checkpoint of Emu3, whose halves differ in weights alone; None if not known."""
+    half = config.get("emu3_half")
+    if half in ("gen", "chat"):
+        return str(half)
+    found = _HALF.findall(os.path.realpath(name) if os.path.exists(name) else name)  # noqa: PTH110 (for long names)
+    return str(found[-1]).lower() if found else None
 
 
 def find_family(config: dict[str, Any], name: str) -> Family:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import PROBE, VocabularyAdapter, check_positions, fit_images
+from ospo_fast.models.adapter import PROBE, VocabularyAdapter, check_positions, fit_images, remembered_size
 from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
 
@@ -38,6 +38,7 @@ class GlmImageUnifiedModel(VocabularyAdapter):
     special_tokens = VocabularyAdapter.special_tokens | {"boi_id": "bos_token", "eoi_id": "eos_token"}
 
     def __init__(self, module: Any, processor: Any, *, name: str, image_size: tuple[int, int] | None = None) -> None:
+        image_size = image_size or remembered_size(module)
         default = getattr(processor, "target_h", _TARGET[0]), getattr(processor, "target_w", _TARGET[1])
         size = image_size or (int(default[0]) // _UNIT * _UNIT, int(default[1]) // _UNIT * _UNIT)
         if any(side < _UNIT or side % _UNIT for side in size) or max(size) > 4 * min(size):
@@ -63,6 +64,12 @@ class GlmImageUnifiedModel(VocabularyAdapter):
             code_ids=dict(enumerate(range(count))), num_codes=count,
         )  # fmt: skip
         self.eos_ids = ()  # it writes no text
+        for attribute, key in (("boi_id", "image_start_token_id"), ("eoi_id", "image_end_token_id")):
+            if (own := getattr(self, attribute)) != (expected := int(getattr(module.config, key))):
+                raise OspoError(
+                    f"model: the tokenizer of {name} gives the token of {key} the id {own}, config.json {expected}; "
+                    "use the tokenizer of the published model"
+                )
         empty = self._encode(f"{self._prefix}{self._suffix}")["input_ids"]
         self._unconditional = torch.tensor(empty, dtype=torch.long)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ospo_fast.errors import OspoError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -80,7 +82,10 @@ class ImageLayout:
 
         if len(self.grids) == 1:
             return masks
-        return [interpolate(masks[:, None], grid, mode="area")[:, 0] for grid in self.grids[:-1]] + [masks]
+        if tuple(masks.shape[1:]) != self.grid:
+            raise OspoError(f"masks: got the shape {tuple(masks.shape)}, expected (B, {self.grid[0]}, {self.grid[1]})")
+        values = masks if masks.is_floating_point() else masks.float()
+        return [interpolate(values[:, None], grid, mode="area")[:, 0] for grid in self.grids[:-1]] + [masks]
 
     def rotary_positions(self, lengths: Sequence[int], total: int, device: torch.device) -> Tensor:
         """Return the positions (A, B, total) of prompts of these lengths, of the image behind each, and of padding."""

@@ -83,6 +83,8 @@ def teacher_forced(
 
     """
     layout = image_layout(model)
+    if (layout.structure or len(layout.grids) > 1) and codes.shape[1] != layout.codes:
+        raise OspoError(f"codes: got {codes.shape[1]} of an image, expected {layout.codes}, those of {model.name}.")
     size = layout.tokens if layout.structure else codes.shape[1]
     lengths = check_lengths(model, prompts, size)
     padded = int(lengths.max()) + size if length is None else length

@@ -11,6 +11,7 @@ import ospo_fast as of
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.models.emu3 import _NEGATIVE, Emu3UnifiedModel
+from ospo_fast.models.families import find_half
 from tests.models.tiny_families import build, build_emu3
 
 
@@ -150,3 +151,19 @@ def test_a_changed_lm_head_is_refused(model: Any, change: str) -> None:
         model.module.lm_head.weight = model.module.lm_head[0].weight
     with pytest.raises(OspoError, match=r"lm_head of tiny is a .*expected a plain nn\.Linear"):
         ImageGenerator(model).generate(["a"], seeds=[0], output="codes", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [("BAAI/Emu3-Gen-hf", "gen"), ("/a/models--BAAI--Emu3-Chat-hf/snapshots/0123", "chat"), ("Emu3_Gen", "gen"),
+     ("Emu3Chat", "chat"), ("WeChat-Gen", None), ("mine", None)],
+)  # fmt: skip
+def test_the_half_of_a_name(name: str, half: str | None) -> None:
+    assert find_half({}, name) == half
+    assert find_half({"emu3_half": "gen"}, name) == "gen"
+
+
+def test_a_copy_is_the_half_of_its_base(tmp_path: Path) -> None:
+    build("emu3", "Emu3-Chat-hf").save(tmp_path / "copy")
+    with pytest.raises(OspoError, match="is the half of Emu3 that chats"):
+        ImageGenerator(of.load_model(tmp_path / "copy"))

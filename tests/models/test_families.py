@@ -14,6 +14,7 @@ from ospo_fast.generation import ImageGenerator, answer_questions
 from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.models.adapter import Adapter
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.families import FAMILIES
 from ospo_fast.models.layout import embed_image
 from tests.models.tiny_families import VARIANTS, build
 
@@ -266,3 +267,95 @@ def test_an_image_size_of_a_model_with_one_size(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="image_size: got 96x96, expected a size that shapes knows: 48x48"):
         of.load_model("shapes", image_size=(96, 96))
     assert of.load_model("shapes", image_size=(48, 48)).image_size == (48, 48)
+
+
+@pytest.mark.parametrize("size", [(8, 8, 8), "8x8", 8, (8,), ("8", "8"), (8.0, 8.0), (40_000_000, 8), (-8, 8)])
+def test_image_sizes_that_are_none_are_refused(size: Any) -> None:
+    with pytest.raises(UsageError, match=r"image_size: got .*, expected two integers, height and width in pixels"):
+        of.load_model("shapes", image_size=size)
+
+
+@pytest.mark.parametrize("variant", ["emu3", "lumina", "glm_image"])
+def test_a_saved_copy_keeps_its_image_size(variant: str, tmp_path: Path) -> None:
+    model = build(variant)
+    model.save(tmp_path / "saved")
+    assert of.load_model(tmp_path / "saved").image_size == model.image_size
+    assert ImageGenerator(model.module, model.processor).model.layout == model.layout
+
+
+@pytest.mark.parametrize("variant", ["emu3", "chameleon"])
+def test_the_head_has_the_weights_of_now_and_their_gradients(variant: str) -> None:
+    model = build(variant)
+    hidden = torch.randn(3, model.hidden_size)
+    with torch.no_grad():
+        before = model.head(hidden)
+        model.module.lm_head.weight.data.neg_()
+        assert torch.equal(model.head(hidden), -before)
+    logps = of.token_logprobs(hidden, model.head, torch.tensor([0, 1, 2]))
+    logps.sum().backward()
+    rows = model.module.lm_head.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert rows == sorted(model.code_ids.tolist())  # type: ignore[attr-defined]
+    model.module.requires_grad_(False)
+    assert not of.token_logprobs(hidden, model.head, torch.tensor([0, 1, 2])).requires_grad
+
+
+@pytest.mark.parametrize(("variant", "count"), [("emu3", 20), ("lumina", 24), ("glm_image", 6)])
+def test_maps_of_rows_that_are_no_image_are_refused(variant: str, count: int) -> None:
+    model = build(variant)
+    with pytest.raises(OspoError, match=rf"rows holds {count} positions, expected the {model.layout.tokens} tokens"):
+        of.AttentionCapture(model, columns=[[[1]]], rows=(8, count))
+    of.AttentionCapture(model, columns=[[[1]]], rows=(8, count), grid=(1, count))
+
+
+def test_codes_that_are_none_are_refused() -> None:
+    from ospo_fast.stages.teacher_forcing import teacher_forced
+
+    for variant in ("emu3", "glm_image"):
+        model = build(variant)
+        codes = torch.full((1, model.layout.codes), -1)
+        with pytest.raises((IndexError, RuntimeError)):
+            model.embed_codes(codes)
+        with pytest.raises(OspoError, match=rf"codes: got 6 of an image, expected {model.layout.codes}"):
+            teacher_forced(model, [model.image_prompt("a")], torch.zeros(1, 6, dtype=torch.long))
+
+
+def test_masks_of_several_grids() -> None:
+    layout = build("glm_image").layout
+    masks = torch.zeros(2, *layout.grid, dtype=torch.bool)
+    masks[0, 0] = True
+    preview, own = layout.masks(masks)
+    assert own is masks
+    assert preview.shape[1:] == layout.grids[0]
+    with pytest.raises(OspoError, match=r"masks: got the shape \(2, 3, 3\), expected \(B, 2, 3\)"):
+        layout.masks(torch.zeros(2, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("variant", "token"),
+    [
+        ("emu3", "<|image start|>"),
+        ("emu3", "<|extra_201|>"),
+        ("chameleon", "<reserved08706>"),
+        ("glm_image", "<|dit_token_24|>"),
+    ],
+)
+def test_a_token_that_transformers_adds_again_is_refused(variant: str, token: str, tmp_path: Path) -> None:
+    import json
+
+    build(variant).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
+    content["model"]["vocab"].pop(token, None)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(OspoError, match="use the tokenizer of the published model"):
+        of.load_model(tmp_path)
+
+
+def test_two_codes_of_one_id_are_refused() -> None:
+    from tests.models.tiny_families import build_emu3
+
+    module, processor = build_emu3()
+    mapping = module.config.vocabulary_map
+    mapping["<|visual token 000003|>"] = mapping["<|visual token 000004|>"]
+    with pytest.raises(OspoError, match="has one id for several codes, expected 24 different ones"):
+        FAMILIES["emu3"].adapt(module, processor, name="tiny", image_size=(8, 8))

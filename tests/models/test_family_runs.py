@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,3 +202,32 @@ def test_another_image_size_is_another_run(tmp_path: Path) -> None:
         other.image_size = size
         with pytest.raises(UsageError, match="image_size"):
             run(other, ["images"])
+
+
+def test_the_command_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings_of("emu3", tmp_path / "model", tmp_path / "run")  # saves the model
+    command = ["run", f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'run'}", "image_size=8x10", *SETTINGS]
+    assert main([*command, "--dry-run"]) == 1
+    assert "whose cost is not known, expected a Janus model" in capsys.readouterr().err
+    assert main(command) == 0
+    assert (tmp_path / "run" / "train" / "model").is_dir()
+    # Other stages of another size would read the codes in another grid.
+    shutil.rmtree(tmp_path / "run" / "masks")
+    for name in ("masks.jsonl", "settings.json"):
+        (tmp_path / "run" / name).unlink()
+    main(["masks", f"--out={tmp_path / 'run'}", "image_size=10x8"])
+    pairs = [pair for record in read_stage(tmp_path / "run", "masks") for pair in record.get("pairs") or []]
+    assert pairs
+    assert all("8 x 10 pixels, the model generates 10 x 8" in pair["mask_reason"] for pair in pairs)
+
+
+def test_models_that_do_not_chat_are_refused_before_a_run(tmp_path: Path) -> None:
+    other = tmp_path / "Emu3-Gen-hf"
+    build("emu3").save(other)
+    with pytest.raises(OspoError, match=r"score\.model: .*only generates images, expected a model that chats"):
+        run(settings_of("chameleon", tmp_path / "model", tmp_path / "run", f"score.model={other}"))
+    texts = [f"{stage}.model=shapes" for stage in ("prompts", "perturb", "questions", "score")]
+    texts += ["select.rejected_prompt=asked", "preset=v2"]
+    with pytest.raises(OspoError, match="is the half of Emu3 that generates images, expected that for chats"):
+        run(settings_of("emu3", other, tmp_path / "run", *texts))
+    assert not (tmp_path / "run").exists()
