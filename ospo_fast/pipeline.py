@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ospo_fast import official_files, restarts
-from ospo_fast.config import Config, MasksConfig, dump_config, load_file, saved_path, saved_values
+from ospo_fast.config import Config, MasksConfig, dump_config, image_size, load_file, saved_path, saved_values
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.files import no_link
 from ospo_fast.models.quantized import is_quantized
@@ -414,6 +414,7 @@ class Pipeline:
                 device=self._device,
                 dtype=self.config.dtype,
                 images=stage.asks_about_images,
+                image_size=image_size(self.config) if name == self.config.model else None,
             )
             if isinstance(self._other, ChatModel):
                 self._other.load()  # before anything is written

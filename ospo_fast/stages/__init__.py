@@ -310,6 +310,11 @@ def _check_prompt_chat(model: UnifiedModel, config: Config) -> None:
         _check_chat(model, config)
 
 
+def _check_asked(model: UnifiedModel, config: Config) -> None:
+    if config.select.rejected_prompt == "asked":
+        _check_chat(model, config)
+
+
 def _write_mask_diagnostics(out: Path, records: list[Record]) -> None:
     from ospo_fast.stages.mask_stats import run_stats
 
@@ -423,6 +428,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 5: preference pairs of a chosen and a rejected image",
         inputs=_always("score"),
         needs_model=_select_needs_model,
+        check_model=_check_asked,
         needs=needs.select,
         adds=needs.has_pair,
         fields=frozenset({"kept", "reason", "pairs"}),

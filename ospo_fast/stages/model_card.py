@@ -57,17 +57,25 @@ def _transformers_name(name: str) -> str:
     return name.replace("deepseek-ai/Janus-", "deepseek-community/Janus-")
 
 
-def _is_janus(name: str) -> bool:
-    """Return whether a model is a Janus, whose use with transformers the card shows."""
+def _origin_of(config: Config, own: bool) -> str:
+    """Say where the images and their scores are from."""
+    others = {"questions asked": config.questions.model, "answers given": config.score.model}
+    named = [f"{what} by {_code(public_name(model))}" for what, model in others.items() if model is not None]
+    if not own or not named:
+        return OWN if own else GIVEN
+    return f"which the base model generated, with {' and '.join(named)}"
+
+
+def _kind(name: str) -> str | None:
+    """Return the model_type of a model; None for one that is not there any more."""
     from ospo_fast.models import folder_checks, vocabulary
 
-    if name in MODEL_FILES:
-        return True
+    if name in MODEL_FILES or ("janus" in name.lower() and base_folder(name) is None):
+        return "janus"
     folder = attempt(vocabulary.base_folder, name)
-    if isinstance(folder, Path):
-        config = attempt(folder_checks.read_json, folder / "config.json")
-        return isinstance(config, dict) and config.get("model_type") in ("janus", "multi_modality")
-    return "janus" in name.lower()
+    config = attempt(folder_checks.read_json, folder / "config.json") if isinstance(folder, Path) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return "janus" if kind == "multi_modality" else kind
 
 
 def model_card(
@@ -117,10 +125,10 @@ def model_card(
     sections = {
         f"OSPO {'adapter for' if adapter else 'model from'} {base}": (
             f"{kind}, trained with ospo-fast by OSPO, object-centric self-improving preference optimization: on pairs "
-            f"of a chosen and a rejected image of the same prompt, {OWN if own else GIVEN}."
+            f"of a chosen and a rejected image of the same prompt, {_origin_of(config, own)}."
         ),
         "Use": _use(base, config, pairs, adapter),
-        "Base model": _base(base, adapter),
+        "Base model": _base(base, adapter, _kind(config.model)),
         "Training data": _data(config, pairs, own),
         "Settings": _settings(config, steps, extensions),
         "Results": _results(log, kept, config, "adapter" if adapter else "model"),
@@ -151,7 +159,7 @@ def _use(base: str, config: Config, pairs: Sequence[ItemPair], adapter: bool) ->
         f'of.ImageGenerator(model).generate([{prompt}], seeds=[0], guidance_scale={scale:g})[0].save("image.png")\n'
         "```"
     )
-    if not _is_janus(config.model):
+    if _kind(config.model) != "janus":
         return own
     return (
         f"{own}\n\n"
@@ -173,7 +181,7 @@ def _use(base: str, config: Config, pairs: Sequence[ItemPair], adapter: bool) ->
     )
 
 
-def _base(base: str, adapter: bool) -> str:
+def _base(base: str, adapter: bool, kind: str | None) -> str:
     if base in MODEL_FILES:
         return (
             f'{_code(base)} is the small model that is part of the package ospo-fast: `ospo_fast.load_model("{base}")` '
@@ -182,7 +190,8 @@ def _base(base: str, adapter: bool) -> str:
     if "/" in base:
         return f"[{base}](https://huggingface.co/{base}) on the Hugging Face hub, in the format of transformers."
     if not adapter:
-        return f"{_code(base)} was a folder, not a model of the hub. This model does not need it."
+        pixels = " Its pixels need the other parts of that folder." if kind == "glm_image" else ""
+        return f"{_code(base)} was a folder, not a model of the hub. This model does not need it.{pixels}"
     return (
         f"{_code(base)} was a folder, not a model of the hub. To load the adapter elsewhere, put a copy of that folder "
         "under this name into the current folder, or give its place as `base_model_name_or_path` in "

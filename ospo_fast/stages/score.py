@@ -89,16 +89,22 @@ def run(
 
 
 def _ask(model: ChatModel, templates: TemplateSet, image: Image, questions: list[str]) -> list[Answer] | Failure:
-    """Answer questions about an image one by one. A Failure if the model does not take it."""
+    """Answer questions about an image one by one. A Failure if the model takes none of them.
+
+    A question that is too long with this image is skipped: what an image takes depends on its size.
+    """
     answers: list[Answer] = []
+    failed: Failure | None = None
     for question in questions:
         inputs = attempt(model.encode, image, templates.messages("vqa", question=question))
         if isinstance(inputs, Failure):
-            return inputs
+            logger.warning("skipping the question %.60r of an image: %s", question, inputs)
+            failed = inputs
+            continue
         p_yes, p_no = model.answer(inputs, (model.yes_ids, model.no_ids))
         word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
         answers.append({"p_yes": p_yes, "p_no": p_no, "answer": word})
-    return answers
+    return failed if failed is not None and not answers else answers
 
 
 def _look_up(
