@@ -359,3 +359,18 @@ def test_two_codes_of_one_id_are_refused() -> None:
     mapping["<|visual token 000003|>"] = mapping["<|visual token 000004|>"]
     with pytest.raises(OspoError, match="has one id for several codes, expected 24 different ones"):
         FAMILIES["emu3"].adapt(module, processor, name="tiny", image_size=(8, 8))
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_layers_generate_as_the_modules_do(
+    variant: str, model: Adapter, quantize: str, tmp_path: Path
+) -> None:
+    model.save(tmp_path)
+    loaded = of.load_model(tmp_path, quantize=quantize)
+    generator = ImageGenerator(loaded)
+    codes = generator.generate(
+        PROMPTS, seeds=[0, 1, 2], guidance_scale=3.0, temperature=0, output="codes", progress=False
+    )
+    assert codes.tolist() == [greedy(loaded, prompt, 3.0) for prompt in PROMPTS]
+    layers: Any = loaded.decoder.layers
+    assert type(layers[0].mlp.down_proj.weight.data) is not torch.Tensor
