@@ -21,6 +21,7 @@ import _source
 import torch
 
 from ospo_fast import env
+from ospo_fast.packages import silence_imports
 from ospo_fast.records import write_atomic
 
 L2_BYTES = 256 * 2**20  # larger than the L2 cache of the supported GPUs
@@ -179,6 +180,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @functools.cache  # a report takes 40 ms, and a benchmark makes many rows
 def _environment() -> dict[str, Any]:
+    silence_imports()  # the report imports packages to find out whether they are broken
     info = env.collect()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         info["versions"]["trl"] = importlib.metadata.version("trl")  # a peer, which the report does not list

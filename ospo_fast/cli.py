@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from ospo_fast._version import __version__
 from ospo_fast.config import MAX_ITERATIONS
 from ospo_fast.errors import OspoError, UsageError, check_text, printable
+from ospo_fast.packages import silence_imports
 from ospo_fast.records import check_creatable, os_errors, shown
 from ospo_fast.stages import STAGES, Shard, Stage, StageReport, find_stage
 from ospo_fast.work import describe
@@ -332,9 +333,7 @@ def _silence_libraries(*, uploads: bool) -> None:
     if not uploads:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails is an error of the command
-    # transformers and peft import those that are installed, which warn of kernels that they lack.
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_imports()
     if (transformers := sys.modules.get("transformers")) is not None:
         transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

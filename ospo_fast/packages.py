@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 from collections.abc import Iterator
 
 from ospo_fast.errors import OspoError
@@ -28,6 +29,12 @@ def import_error(name: str) -> str:
     except BaseException as error:
         return _reason(error)
     return ""
+
+
+def silence_imports() -> None:
+    """Hide the notices of packages that others import if they are installed, and that warn of kernels they lack."""
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def check_installed(what: str, *names: str, extra: str = "pipeline", one_of_them: bool = False) -> None:

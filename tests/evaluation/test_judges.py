@@ -85,7 +85,7 @@ def test_the_run_s_own_model_is_quantized_as_a_judge_and_others_are_not(tiny, mo
         given.append(quantize)
         raise LoadedError
 
-    monkeypatch.setattr("ospo_fast.evaluation.judges.load_model", load)
+    monkeypatch.setattr("ospo_fast.models.chat.load_model", load)
     for model in (str(tiny), "shapes"):
         with pytest.raises(LoadedError):
             open_judge(str(tiny), load_config(["quantize=int8", f"model={model}"]))
