@@ -30,6 +30,7 @@ _cases: list[str] = []
 _rehearsal = [False]
 _sizes: dict[str, int] = {}
 _written: dict[Path, None] = {}
+silence_imports()
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @functools.cache  # a report takes 40 ms, and a benchmark makes many rows
 def _environment() -> dict[str, Any]:
-    silence_imports()  # the report imports packages to find out whether they are broken
     info = env.collect()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         info["versions"]["trl"] = importlib.metadata.version("trl")  # a peer, which the report does not list

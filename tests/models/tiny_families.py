@@ -211,6 +211,7 @@ def build_glm_image(*, target: tuple[int, int] = (64, 96), **sizes: int) -> tupl
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, **sizes,
     }  # fmt: skip
+    frequencies = shape["hidden_size"] // shape["num_attention_heads"] // 4  # of half of the head
     config = GlmImageConfig(
         text_config={
             **shape,
@@ -223,7 +224,7 @@ def build_glm_image(*, target: tuple[int, int] = (64, 96), **sizes: int) -> tupl
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
-                "mrope_section": [2, 1, 1],
+                "mrope_section": [frequencies // 2, frequencies // 4, frequencies // 4],
                 "partial_rotary_factor": 0.5,
             },
         },
