@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ospo_fast as of
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import answer_questions
 from ospo_fast.generation.decoder import InferenceDecoder
 from ospo_fast.generation.module_decoder import ModuleDecoder
@@ -186,7 +186,7 @@ def test_an_own_family_with_soft_capped_attention_runs_by_its_modules(caplog: py
     config = Gemma2Config(
         vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128, sliding_window=8,
-        attn_logit_softcapping=1.0,
+        attn_logit_softcapping=1.0, final_logit_softcapping=None,
     )  # fmt: skip
     torch.manual_seed(0)
     module = Gemma2ForCausalLM(config).eval()
@@ -196,6 +196,10 @@ def test_an_own_family_with_soft_capped_attention_runs_by_its_modules(caplog: py
             # So large that the cap has an effect.
             weight.copy_(torch.randn(weight.shape) * (0.3 if weight.dim() == 2 else 0.1))
     model = example.ToyAdapter(module, processor, name="toy")
+    config.final_logit_softcapping = 30.0
+    with pytest.raises(OspoError, match=r"final_logit_softcapping of toy is 30.0, expected none: logits are those"):
+        example.ToyAdapter(module, processor, name="toy")
+    config.final_logit_softcapping = None
     generator = of.ImageGenerator(model)
     options: dict[str, Any] = {"guidance_scale": 1.0, "temperature": 0, "output": "codes"}
     with caplog.at_level(logging.WARNING):

@@ -502,6 +502,10 @@ def _rows_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return head.eval()
 
 
+# Of configurations: what forward passes of transformers do to the logits behind lm_head.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
 class VocabularyAdapter(Adapter):
     """A family whose image codes are ids of the vocabulary of the decoder. Their head is rows of `lm_head`.
 
@@ -536,6 +540,12 @@ class VocabularyAdapter(Adapter):
                 f"model: ids of codes of {name} are up to {int(self.code_ids.max())}, expected at most {rows - 1}, the "
                 "last row of its lm_head; use the config.json of the published model"
             )
+        for key in _LOGIT_CHANGES:
+            if (value := getattr(text, key, None)) not in (None, 1):
+                raise OspoError(
+                    f"model: {key} of {name} is {value!r:.60}, expected none: logits are those of lm_head as they are; "
+                    "use a model without it, or an adapter whose head applies it"
+                )
         first = int(self.code_ids[0])
         self._slice = None
         if torch.equal(self.code_ids, torch.arange(first, first + num_codes)):
