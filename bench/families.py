@@ -55,11 +55,14 @@ def build(family: str, quick: bool) -> tuple[str, Adapter]:
     sizes = {} if quick else SIZES
     builders: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
         "emu3": (tiny_families.build_emu3, (8, 10) if quick else (24, 24)),
+        "emu3_5": (tiny_families.build_emu3_5, (8, 12) if quick else (24, 24)),
         "chameleon": (tiny_families.build_chameleon, None),
         "lumina": (lambda **given: tiny_families.build_chameleon(lumina=True, **given), (8, 12) if quick else (24, 24)),
         "glm_image": (tiny_families.build_glm_image, (64, 96) if quick else (384, 384)),
     }
     builder, image_size = builders[family]
+    if family == "emu3_5" and not quick:
+        sizes = {**sizes, "head_dim": 64}
     torch.manual_seed(0)
     module, processor = builder(**sizes)
     if family == "chameleon" and not quick:  # its size is that of its VQ model
@@ -89,7 +92,7 @@ def generate(model: Any, ids: Tensor) -> Tensor:
 
 def run(out: Path, quick: bool) -> None:
     rows: list[dict[str, Any]] = []
-    for family in ("emu3", "chameleon", "lumina", "glm_image"):
+    for family in ("emu3", "emu3_5", "chameleon", "lumina", "glm_image"):
         rows += measure(family, quick)
     write(rows, out, "families")
     show(rows)

@@ -17,10 +17,10 @@ from ospo_fast.models import (
     find_base,
     find_folder,
     find_model,
+    find_original,
     has_base,
     load_model,
     loading,
-    lumina,
 )
 from ospo_fast.models import folder_checks as checks
 from ospo_fast.models.deepseek_config import is_deepseek
@@ -56,7 +56,7 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
         to: one of `TARGETS`. Default: the other layout; of a `.ckpt` with LoRA peft, of one with all weights
             transformers.
         base: the base model of an adapter or `.ckpt`, in place of the one that it names; of a Lumina-mGPT the Anole
-            whose VQ model it uses.
+            whose VQ model it uses; of an Emu3.5 the folder of its vision tokenizer.
 
     Returns:
         {"out", "from", "to", "dtype"}.
@@ -74,18 +74,18 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
     path = _find(source)
     if path.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
         raise UsageError(f"convert: {out} is in {path}, which is converted; name a folder outside of it.")
-    is_lumina = path.is_dir() and not has_base(path) and lumina.is_original(path)
-    if is_lumina and base is None:
-        raise UsageError(f"--base: got none, expected an Anole, whose VQ model the Lumina-mGPT {source} uses; name it.")
+    original = find_original(path) if path.is_dir() and not has_base(path) else None
+    if original is not None and base is None:
+        raise UsageError(f"--base: got none, expected {original.BASE} {source}; name it.")
     if base is not None:
-        if not has_base(path) and not is_lumina:
+        if not has_base(path) and original is None:
             raise UsageError(f"--base: got {base!r:.60}, and {source} is a whole model; leave the option out.")
-        find_model(base)
+        find_model(base) if original is None else original.check_base(base)
     elif has_base(path):
         find_model(source)  # names a base model that is not there
     kind = "ckpt" if is_trainer_file(path) else "adapter" if has_base(path) else _layout(path)
     trained = TrainerCheckpoint.read(path) if kind == "ckpt" else None
-    if is_lumina:
+    if original is not None:
         to = to or "transformers"
     if to is None:
         to = ("peft" if trained.lora else "transformers") if trained else _OTHER[kind]
@@ -121,7 +121,7 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
     dtype, unused = _stored(path, base)
     with torch.no_grad():  # never quantized: what is written should be exact
         if base is not None and not has_base(path):
-            model = lumina.load_lumina(path, base, dtype)
+            model = find_original(path).load_original(path, base, dtype)
         elif has_base(path):
             model = load_on_base(path, torch.device("cpu"), dtype, base=base)
         else:

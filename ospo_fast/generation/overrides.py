@@ -107,6 +107,8 @@ def _overrides(model: UnifiedModel, text: bool) -> Iterator[str]:
         scaling = attention.scaling if scaling is None else scaling
         if attention.scaling != scaling:
             yield f"layers.{i}.self_attn has a scaling of its own"
+        if getattr(attention, "sliding_window", None) is not None:
+            yield f"layers.{i}.self_attn has a sliding window"
         if attention.config is not config:
             yield f"layers.{i}.self_attn has a configuration of its own"
     if len(decoder.layers) > config.num_hidden_layers or not getattr(config, "is_causal", True):

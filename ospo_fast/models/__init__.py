@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast.config import MAX_ADAPTERS, Config, image_size
 from ospo_fast.errors import OspoError, UsageError, is_panic
-from ospo_fast.models import folder_checks, lumina, quantized, trainer_files
+from ospo_fast.models import emu3_5_files, folder_checks, lumina, quantized, trainer_files
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.deepseek_config import is_deepseek
 from ospo_fast.models.families import find_family
@@ -131,6 +131,8 @@ def find_model(name_or_path: str | Path) -> Path | None:
         base = find_folder(name)
         if base is None:
             _check_base(name, adapter)
+    if base is not None and base.is_dir():
+        refuse_original(base)
     return folder
 
 
@@ -144,7 +146,7 @@ def find_folder(name: str) -> Path | None:
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
         folder_checks.refuse_pipes(path)
         path = folder_checks.model_part(path)
-        if not _is_adapter(path):
+        if not _is_adapter(path) and not emu3_5_files.is_original(path):  # of which transformers reads nothing
             config = folder_checks.read_json(path / "config.json")
             folder_checks.check_kind(config, name)
             if not is_deepseek(config):  # transformers does not read the files of those
@@ -165,6 +167,17 @@ def find_folder(name: str) -> Path | None:
             f"model: there is no folder {name!r}; expected 'shapes', a folder or a hub name like 'org/model'"
         )
     return None
+
+
+def find_original(folder: Path) -> Any:
+    """Return the module that converts a folder in the layout of its own family, None for other folders."""
+    return next((files for files in (lumina, emu3_5_files) if files.is_original(folder)), None)
+
+
+def refuse_original(folder: Path) -> None:
+    """Raise OspoError for a folder that has to be converted first."""
+    if (files := find_original(folder)) is not None:
+        files.refuse_original(folder)
 
 
 def check_hub_model(name: str) -> Path:
@@ -305,7 +318,6 @@ def _load_checkpoint(
             module = quantized.to_device(module, decoder_path, device, quantize)
             return family.adapt(module.eval(), processor, name=name, image_size=image_size)
         if folder is not None:
-            lumina.refuse_original(folder)
             folder_checks.check_sizes(folder)
         # Without a value, transformers asks on the terminal whether to run the code of a folder.
         with _expecting(model_class, family.other_tensors):

@@ -66,6 +66,15 @@ _ARCHITECTURES = (
         rotary="GlmImageTextRotaryEmbedding",
         norm="GlmImageRMSNorm",
     ),
+    Architecture(
+        module="qwen3.modeling_qwen3",
+        decoder="Qwen3Model",
+        layers=("Qwen3DecoderLayer",),
+        attention="Qwen3Attention",
+        mlp="Qwen3MLP",
+        rotary="Qwen3RotaryEmbedding",
+        norm="Qwen3RMSNorm",
+    ),
 )
 
 

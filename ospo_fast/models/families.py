@@ -22,7 +22,7 @@ class Family:
     """A family of checkpoints."""
 
     model_type: str  # in config.json
-    model_class: str  # in transformers
+    model_class: str  # in transformers, or "module:class"
     processor_class: str
     adapter: str  # module and class, see `ospo_fast.models.base`
     since: str  # the oldest version of transformers that has them in the form that the adapter reads
@@ -48,10 +48,11 @@ class Family:
         return self.chats and not (self.model_type == "emu3" and find_half(config, name) == "gen")
 
     def transformers_class(self, name: str) -> Any:
-        """Return a class of transformers. Raises OspoError if the installed version does not have it."""
+        """Return a class of transformers, or of "module:class". Raises OspoError if transformers does not have it."""
         import transformers
 
-        found = getattr(transformers, name, None)
+        module, _, own = name.rpartition(":")
+        found = getattr(importlib.import_module(module) if module else transformers, own, None)
         if found is None:
             raise OspoError(
                 f"model: {self.model_type!r} models need {name} of transformers, which {transformers.__version__} does "
@@ -88,6 +89,15 @@ FAMILIES = {
             since="5.17",
             text_types=("emu3_text_model",),
             sections=("text_config", "vq_config", "vocabulary_map"),
+        ),
+        Family(
+            "emu3_5",
+            "ospo_fast.models.emu3_5:Emu35ForCausalLM",
+            "Emu3Processor",
+            "ospo_fast.models.emu3_5:Emu35UnifiedModel",
+            since="5.17",
+            sections=("vq_config",),
+            chats=False,
         ),
         Family(
             "chameleon",
@@ -127,5 +137,8 @@ def find_family(config: dict[str, Any], name: str) -> Family:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(map(repr, FAMILIES))
-        raise OspoError(f"model: {name} has model_type {kind!r:.60}, expected one of {known}; use a model of these")
+        remedy = "use a model of these"
+        if kind == "Emu3":  # with code of its own
+            remedy = "use the repository with -hf at its end; an Emu3.5 is converted, as a downloaded folder"
+        raise OspoError(f"model: {name} has model_type {kind!r:.60}, expected one of {known}; {remedy}")
     return family

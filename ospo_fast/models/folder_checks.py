@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ospo_fast.errors import OspoError
-from ospo_fast.files import read_bytes, reading
+from ospo_fast.files import read_bytes, reading, regular
 from ospo_fast.models.base import TEMPLATE_SETS
 from ospo_fast.models.deepseek_config import is_deepseek, to_janus
 from ospo_fast.models.families import find_family
@@ -429,6 +429,6 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, list[int]]:
 
     shapes = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with reading("weights", path, _AGAIN), safe_open(regular(path), framework="pt") as file:
             shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118 (no mapping)
     return shapes

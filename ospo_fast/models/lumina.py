@@ -1,7 +1,7 @@
 """Lumina-mGPT in its own layout: the language model of a Chameleon alone, with norms of queries and keys per shard.
 
-transformers' layout has one row of such a norm for each head, and the VQ model: `load_lumina` puts the weights into an
-Anole, which has the same VQ model and its decoder of pixels. Only safetensors are read.
+transformers' layout has one row of such a norm for each head, and the VQ model: `load_original` puts the weights into
+an Anole, which has the same VQ model and its decoder of pixels. Only safetensors are read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ospo_fast.models.adapter import Adapter
 
+BASE = "an Anole, whose VQ model is that of"
 KEYS = ("mask_image_logits", "z_loss_weight")  # in its configuration only
 _HEAD_NORMS = (".q_norm.", ".k_norm.")
 
@@ -46,7 +47,14 @@ def refuse_original(folder: Path) -> None:
         )
 
 
-def load_lumina(folder: Path, base: str, dtype: torch.dtype) -> Adapter:
+def check_base(base: str) -> None:
+    """Raise OspoError for a base that is no model."""
+    from ospo_fast.models import find_model
+
+    find_model(base)
+
+
+def load_original(folder: Path, base: str, dtype: torch.dtype) -> Adapter:
     """Load a Lumina-mGPT on the CPU, with the VQ model and the processor of `base`, an Anole in transformers' layout.
 
     Raises:

@@ -13,7 +13,7 @@ from ospo_fast.models.families import FAMILIES, find_family
 from ospo_fast.models.folder_checks import check_kind
 
 _ADAPTER = ("decoder", "head", "grid", "image_prompt", "embed_codes")
-_CLASSES = " or ".join(family.model_class for family in FAMILIES.values())
+_CLASSES = " or ".join(family.model_class for family in FAMILIES.values() if ":" not in family.model_class)
 _EXPECTED = f"what ospo_fast.load_model returns, or a {_CLASSES} of transformers"
 
 
@@ -118,8 +118,9 @@ def _check_module(module: Any) -> None:
             f"model: {type(module).__name__} is of DeepSeek's own classes, expected {_EXPECTED}; give its folder to "
             "load_model"
         )
-    names = {family.model_class for family in FAMILIES.values()}
-    kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models.")}
+    names = {family.model_class.rpartition(":")[2] for family in FAMILIES.values()}
+    modules = ("transformers.models.", "ospo_fast.models.")
+    kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(modules)}
     if names.isdisjoint(kinds):
         raise UsageError(f"model: got {type(module).__name__}, expected {_EXPECTED}")
     check_kind(module.config.to_dict(), module.name_or_path or type(module).__name__)

@@ -258,7 +258,7 @@ def test_a_family_that_transformers_is_too_old_for(name: str, tmp_path: Path, mo
 
 def test_other_kinds_of_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    known = "'janus', 'emu3', 'chameleon', 'glm_image'"
+    known = "'janus', 'emu3', 'emu3_5', 'chameleon', 'glm_image'"
     with pytest.raises(OspoError, match=f"has model_type 'llama', expected one of {known}; use a model of these"):
         of.load_model(tmp_path)
 

@@ -36,6 +36,8 @@ SETTINGS = [
     "masks.layers=[0]",
 ]
 
+TEXTS = ("prompts", "perturb", "questions", "score")  # stages that ask a model
+
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +65,11 @@ def run(config: Any, stages: list[str] | None = None) -> None:
     Pipeline(config, progress=False).run(stages)
 
 
-@pytest.mark.parametrize("variant", ["emu3", "chameleon", "lumina"])
+@pytest.mark.parametrize("variant", ["emu3", "emu3_5", "chameleon", "lumina"])
 def test_a_run(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, folder = tmp_path / "run", tmp_path / "model"
-    config = settings_of(variant, folder, out)
+    others = [f"{stage}.model={scripted.save_tiny(tmp_path / 'other')}" for stage in TEXTS if variant == "emu3_5"]
+    config = settings_of(variant, folder, out, *others)
     monkeypatch.setattr(OSPOLoss, "forward", stopped := _Stop(OSPOLoss.forward, after=1))
     with pytest.raises(KeyboardInterrupt):
         run(config)
@@ -78,7 +81,7 @@ def test_a_run(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3]
     whole = tmp_path / "whole"
-    run(settings_of(variant, folder, whole))
+    run(settings_of(variant, folder, whole, *others))
     for name in ("adapter_model.safetensors",):
         assert Path(out, "train", "adapter", name).read_bytes() == Path(whole, "train", "adapter", name).read_bytes()
 
@@ -100,7 +103,7 @@ def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch
     with pytest.raises(OspoError, match="only generates images, expected a model that chats"):
         run(settings_of("glm_image", folder, out))
     assert not out.exists()
-    others = [f"{stage}.model={other}" for stage in ("prompts", "perturb", "questions", "score")]
+    others = [f"{stage}.model={other}" for stage in TEXTS]
     with pytest.raises(OspoError, match="has no pipeline that makes pixels of its codes"):
         run(settings_of("glm_image", folder, out, *others))
     # In place of that pipeline, whose pictures take seconds each: a gray value for each code.

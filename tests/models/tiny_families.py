@@ -122,6 +122,38 @@ def build_emu3(*, image_area: int = 64, layers: int = 2, **sizes: int) -> tuple[
     return randomize(module), processor
 
 
+def build_emu3_5(**sizes: int) -> tuple[Any, Any]:
+    from transformers import Emu3ImageProcessor, Emu3Processor, GenerationConfig
+
+    from ospo_fast.models.emu3_5 import Emu35Config, Emu35ForCausalLM
+    from ospo_fast.models.emu3_5_files import NAMED_TOKENS
+
+    structure = ["<|endoftext|>", *(f"<|extra_{n}|>" for n in (100, 200, 201, 203, 204))]
+    structure += ["<|image token|>", "<|image start|>", "<|image end|>"]
+    visual = [f"<|visual token {code:06d}|>" for code in range(CODES)]
+    tokenizer = build_tokenizer([*structure, *visual], **NAMED_TOKENS)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Emu35Config(
+        vocab_size=len(tokenizer),
+        **{
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 32, **sizes,
+        },
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        vq_config={
+            "embed_dim": 4, "num_embeddings": CODES, "latent_channels": 4, "resolution": 16, "base_channels": 32,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": [8],
+        },
+        **ids,
+    )  # fmt: skip
+    module = Emu35ForCausalLM(config)
+    module.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, **ids)
+    return randomize(module), Emu3Processor(Emu3ImageProcessor(), tokenizer)
+
+
 def build_chameleon(*, lumina: bool = False, decoder: bool = True, swin: bool = False, **sizes: int) -> tuple[Any, Any]:
     from transformers import (
         ChameleonConfig,
@@ -255,6 +287,7 @@ def build_glm_image(*, target: tuple[int, int] = (64, 96), **sizes: int) -> tupl
 
 _BUILDERS: dict[str, tuple[str, Callable[[], tuple[Any, Any]], tuple[int, int] | None]] = {
     "emu3": ("emu3", build_emu3, (8, 10)),
+    "emu3_5": ("emu3_5", build_emu3_5, (8, 12)),
     "chameleon": ("chameleon", build_chameleon, None),
     "chameleon, swin": ("chameleon", functools.partial(build_chameleon, swin=True), None),
     "lumina": ("chameleon", functools.partial(build_chameleon, lumina=True), (8, 12)),
