@@ -69,6 +69,18 @@ def contents(out):
     return found
 
 
+def once_all_have_come(out, delay):
+    """Return the time of a kill: some seconds after the workers have agreed. Before that, no other takes its part."""
+    begun = []
+
+    def due():
+        if not begun and (out / "settings.json").exists():
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() > begun[0] + delay
+
+    return due
+
+
 def check_ended(ended, code=0):
     assert [worker.code for worker in ended] == [code] * len(ended), "\n".join(worker.output for worker in ended)
 
@@ -143,14 +155,7 @@ def test_the_others_take_over_from_a_worker_that_is_killed(whole, tiny, script, 
     rng, killed = random.Random(0), 0
     for number in range(6):
         out, rank, delay = tmp_path / f"run{number}", rng.randrange(3), rng.uniform(0, 1.5)
-        begun = []
-
-        def due(out=out, delay=delay, begun=begun):
-            if not begun and (out / "settings.json").exists():
-                begun.append(time.monotonic())
-            return bool(begun) and time.monotonic() > begun[0] + delay
-
-        ended = forked.run_workers(make(tiny, out), 3, tmp_path, kill=(rank, due))
+        ended = forked.run_workers(make(tiny, out), 3, tmp_path, kill=(rank, once_all_have_come(out, delay)))
         check_ended([worker for n, worker in enumerate(ended) if n != rank])
         killed += ended[rank].code == -signal.SIGKILL
         assert contents(out) == whole
@@ -313,8 +318,9 @@ def test_clocks_that_differ_change_nothing(whole, tiny, script, tmp_path, forked
             setattr(time, name, lambda clock=clock, offset=offset: clock() + offset)
         return make(tiny, tmp_path / "run")(rank)
 
-    check_ended(forked.run_workers(do, 2, tmp_path, kill=(1, 1.5))[:1])
-    assert contents(tmp_path / "run") == whole
+    out = tmp_path / "run"
+    check_ended(forked.run_workers(do, 2, tmp_path, kill=(1, once_all_have_come(out, 0.5)))[:1])
+    assert contents(out) == whole
 
 
 def start_over(tiny, out, stage="images", before=None):
