@@ -151,7 +151,12 @@ _OPTIONS = {
         metavar="FORM",
         help="transformers, deepseek, peft or official-lora (default: the other layout)",
     ),
-    "base_model": _option("--base", type=_name, metavar="MODEL", help="base model of an adapter or a .ckpt file"),
+    "base_model": _option(
+        "--base",
+        type=_name,
+        metavar="MODEL",
+        help="base model of an adapter or a .ckpt file, Anole of a Lumina-mGPT, vision tokenizer of an Emu3.5",
+    ),
     "num": _option("--num", type=int, default=4, help="images of each prompt (default: 4)"),
     "root": _option("--root", default="", metavar="PREFIX", help="what the paths in train.json begin with"),
     "repo": _option("--repo", type=_name, metavar="OWNER/NAME", help="repository of the model"),

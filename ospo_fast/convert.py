@@ -47,7 +47,9 @@ _OTHER = {"deepseek": "transformers", "transformers": "deepseek", "adapter": "of
 
 
 def convert(source: str, out: Path, *, to: str | None = None, base: str | None = None) -> dict[str, Any]:
-    """Convert a checkpoint into a new folder, which is written whole or not at all. Values and dtype stay as they are.
+    """Convert a checkpoint into a new folder, which is written whole or not at all.
+
+    Values and dtype stay as they are, but the VQ model that `base` adds gets the dtype of the language model.
 
     Args:
         source: a model in any layout, a LoRA adapter, or a `.ckpt` of the official trainer; see `load_model`. Adapters
@@ -72,8 +74,10 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise UsageError(f"convert: {out} exists and is no empty folder; name a new folder.")
     path = _find(source)
-    if path.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
-        raise UsageError(f"convert: {out} is in {path}, which is converted; name a folder outside of it.")
+    for folder in (str(path), base or str(path)):
+        inside = Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder))
+        if inside and os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names)
+            raise UsageError(f"convert: {out} is in {folder}, which is converted; name a folder outside of it.")
     original = find_original(path) if path.is_dir() and not has_base(path) else None
     if original is not None and base is None:
         raise UsageError(f"--base: got none, expected {original.BASE} {source}; name it.")
@@ -175,6 +179,8 @@ def _stored(path: Path, base: str | None) -> tuple[torch.dtype, dict[str, Tensor
 
 def _convert_adapter(path: Path, out: Path, base: str, trained: TrainerCheckpoint | None) -> torch.dtype:
     """Write LoRA matrices in the other form. Returns their dtype."""
+    from huggingface_hub import try_to_load_from_cache
+
     from ospo_fast.models.tensor_files import common_dtype, open_tensors
 
     folder = find_folder(base)
@@ -189,7 +195,15 @@ def _convert_adapter(path: Path, out: Path, base: str, trained: TrainerCheckpoin
             )
         config, tensors = checks.check_adapter(path), open_tensors([path / checks.ADAPTER_WEIGHTS])
         dtype: torch.dtype = common_dtype(tensors, str(path))
-        if isinstance(at := base_folder(base), Path):
+        at = base_folder(base)
+        file = try_to_load_from_cache(at, "config.json") if isinstance(at, str) else at / "config.json"
+        found = checks.read_json(Path(file)) if isinstance(file, (str, Path)) else {}
+        if found and not is_deepseek(found) and found.get("model_type") != "janus":
+            raise UsageError(
+                f"--to official-lora: got {path} on a {found.get('model_type')!r:.60} model, expected an adapter of a "
+                "Janus, the only kind that the official trainer has; use --to transformers."
+            )
+        if isinstance(at, Path):
             with loading(f"the adapter {path} does not load on {base}", _OTHER_BASE):
                 checks.check_adapter_fits(path, config, tensors, at)
         write_folder(out, lambda place: write_trainer_lora(place, config, tensors, named, path))

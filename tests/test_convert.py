@@ -399,6 +399,23 @@ def test_adapters_that_the_official_trainer_cannot_express(
     refuse(OspoError, tmp_path / "out", *words, source=tmp_path / "peft")
 
 
+@pytest.mark.parametrize("family", ["glm_image", "emu3"])  # the former has Janus' names of layers
+def test_adapters_of_other_families_have_no_official_trainer(family: str, tmp_path: Path) -> None:
+    import peft
+
+    from tests.models.tiny_families import build
+
+    build(family).save(tmp_path / "base")
+    target = f".*{build(family).decoder_path}.*q_proj"
+    wrapped = peft.get_peft_model(build(family).module, peft.LoraConfig(r=2, target_modules=target))
+    wrapped.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "peft")
+    words = (f"on a '{family}' model", "expected an adapter of a Janus", "use --to transformers")
+    refuse(UsageError, tmp_path / "out", *words, source=tmp_path / "peft")
+    convert(str(tmp_path / "peft"), tmp_path / "merged", to="transformers")
+    assert load_model(tmp_path / "merged").num_codes == build(family).num_codes
+
+
 def test_the_command(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,12 +65,18 @@ class Emu35UnifiedModel(VocabularyAdapter):
         self._factor = 2 ** (len(self._vq.channel_multiplier) - 1)
         grid = self._find_grid(image_size or remembered_size(module), name)
         for token in ("<|extra_100|>", getattr(processor.tokenizer, "boi_token", None)):
-            self.vocabulary_id(processor, token, name)
-        end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name)
+            self.vocabulary_id(processor, token, name, config)
+        end_of_row = self.vocabulary_id(processor, _END_OF_ROW, name, config)
         check_positions(name, grid[0] * grid[1], config)
         self.layout = ImageLayout.rows(grid, end_of_row)
         count = int(self._vq.num_embeddings)
         ids = {n: self.vocabulary_id(processor, f"<|visual token {n:06d}|>", name) for n in range(count)}
+        first = self.vocabulary_id(processor, "<|visual token 000000|>", name, config)
+        if list(ids.values()) != list(range(first, first + count)):
+            raise OspoError(
+                f"model: the tokenizer of {name} has its visual tokens in another order than their codes; use that of "
+                "the published model"
+            )
         super().__init__(module, processor, name=name, text=config, code_ids=ids, num_codes=count)
         self.eos_ids = ()  # it writes no text here
         empty = self._encode(f"{self._tokenizer.bos_token}{_BEFORE.format(task='')}{self._suffix}")["input_ids"]

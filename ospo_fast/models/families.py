@@ -31,6 +31,11 @@ class Family:
     chats: bool = True  # False: its checkpoints only generate images
     other_tensors: str | None = None  # an expression for the names of those that `Adapter.load_rest` loads
 
+    @property
+    def is_own(self) -> bool:
+        """Whether its class is of this package, which then has also written the files."""
+        return ":" in self.model_class
+
     def adapter_class(self) -> Any:
         """Import the class of its adapter, and with it torch."""
         module, _, name = self.adapter.partition(":")
@@ -96,7 +101,7 @@ FAMILIES = {
             "Emu3Processor",
             "ospo_fast.models.emu3_5:Emu35UnifiedModel",
             since="5.17",
-            sections=("vq_config",),
+            sections=("vq_config", "vocabulary_map"),
             chats=False,
         ),
         Family(

@@ -90,7 +90,8 @@ def check_kind(config: dict[str, Any], name: str) -> None:
         config = to_janus(config, name)
     family = find_family(config, name)
     for key, accepted in (*((key, dict) for key in family.sections), ("template_set", str)):
-        if not isinstance(value := config.get(key), (accepted, type(None))):
+        optional = () if family.is_own and key == "vq_config" else (type(None),)  # others have defaults
+        if not isinstance(value := config.get(key), (accepted, *optional)):
             what = "an object" if accepted is dict else "a text"
             raise OspoError(
                 f"model: {key} in the config.json of {name} is {value!r:.60}, expected {what}; save or download the "
@@ -182,6 +183,32 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
+def check_token_ids(folder: Path, tokenizer: Any, *, known: bool = True) -> None:
+    """Raise OspoError unless a loaded tokenizer has the tokens of the files of its folder, with their ids.
+
+    `tokenizers` numbers added tokens in their order: one that is missing in the file moves all behind it, and there is
+    only a warning. transformers gives one that is missing, and that tokenizer_config.json names, an id of its own.
+    known: refuse the latter too.
+    """
+    path, remedy = folder / "tokenizer.json", "use the tokenizer of the published model"
+    content, settings = read_json(path), folder / "tokenizer_config.json"
+    added = [entry for entry in content.get("added_tokens") or () if isinstance(entry, dict)]
+    ids = tokenizer.convert_tokens_to_ids([entry.get("content") for entry in added])
+    for entry, own in zip(added, ids, strict=True):
+        if own != entry.get("id"):
+            raise OspoError(
+                f"model: {path} gives {entry.get('content')!r:.60} the id {entry.get('id')}, and with the tokens of "
+                f"this file it gets {own}, as if others were missing; {remedy}"
+            )
+    stored = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
+    stored = {str(number): entry for number, entry in stored.items()} if isinstance(stored, dict) else {}
+    names = {entry.get("content") for entry in added}
+    for token, own in tokenizer.get_added_vocab().items() if known else ():
+        other = stored.get(str(own))
+        if token not in names and (other.get("content") if isinstance(other, dict) else other) != token:
+            raise OspoError(f"model: {path} has no token {token!r:.60}, which {settings} names; {remedy}")
+
+
 def _entries(entry: Any) -> Iterator[Any]:
     """Yield an entry of tokenizer.json and those that it is a sequence of."""
     yield entry
@@ -262,6 +289,11 @@ def check_sizes(folder: Path) -> None:
         if name in shapes:
             found.add(id(tensor))  # tied tensors are one
             check_shape(path, name, list(tensor.shape), shapes[name])
+    if family.is_own and (unknown := sorted(set(shapes) - set(tensors))):
+        raise OspoError(
+            f"model: {folder} has {len(unknown)} tensors ({unknown[0]}, …) that the model of its config.json does not "
+            f"have; {_AGAIN}"
+        )
     size, most = sum(weight.numel() for weight in empty.parameters()), sum(file.stat().st_size for file in files)
     if size > _MAX_PACKED * most:
         raise OspoError(

@@ -13,7 +13,7 @@ from ospo_fast.models.families import FAMILIES, find_family
 from ospo_fast.models.folder_checks import check_kind
 
 _ADAPTER = ("decoder", "head", "grid", "image_prompt", "embed_codes")
-_CLASSES = " or ".join(family.model_class for family in FAMILIES.values() if ":" not in family.model_class)
+_CLASSES = " or ".join(family.model_class for family in FAMILIES.values() if not family.is_own)
 _EXPECTED = f"what ospo_fast.load_model returns, or a {_CLASSES} of transformers"
 
 

@@ -28,7 +28,8 @@ CONFIG = {
     "auto_map": {"AutoModelForCausalLM": "modeling_emu3.Emu3ForCausalLM"},
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 24, "max_position_embeddings": 512,
-    "pad_token_id": len(RANKS), "bos_token_id": BOS, "eos_token_id": BOS + 1,
+    "pad_token_id": len(RANKS), "bos_token_id": BOS, "eos_token_id": BOS + 1, "img_token_id": BOS + 2,
+    "boi_token_id": BOS + 3, "eoi_token_id": BOS + 4, "eol_token_id": BOS - 3, "eof_token_id": BOS - 2,
 }  # fmt: skip
 VISION = {
     "ddconfig": {

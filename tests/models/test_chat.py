@@ -165,6 +165,22 @@ def test_damaged_folders_name_the_setting(folder, monkeypatch):
         check_model(str(folder), "score.model", images=True)
 
 
+def test_a_tokenizer_that_lacks_a_token_before_others_is_refused(folder):
+    """The ids of those behind it would be one less."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    content["added_tokens"] = [
+        {**content["added_tokens"][0], "content": token, "id": len(vocabulary) + number}
+        for token, number in (("<x>", 1), ("<y>", 2))
+    ]
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        OspoError, match=r"^score.model: .*tokenizer.json gives '<x>' the id \d+, and with the tokens of"
+    ):
+        open_text_model(str(folder), "score.model", device="cpu", dtype=None)
+
+
 def test_a_processor_that_needs_a_package_for_images_alone_is_not_needed_for_texts(folder, monkeypatch):
     def fail(*_, **__):
         raise ImportError("the processor requires the Torchvision library")

@@ -126,7 +126,7 @@ def build_emu3_5(**sizes: int) -> tuple[Any, Any]:
     from transformers import Emu3ImageProcessor, Emu3Processor, GenerationConfig
 
     from ospo_fast.models.emu3_5 import Emu35Config, Emu35ForCausalLM
-    from ospo_fast.models.emu3_5_files import NAMED_TOKENS
+    from ospo_fast.models.emu3_5_tokenizer import NAMED_TOKENS
 
     structure = ["<|endoftext|>", *(f"<|extra_{n}|>" for n in (100, 200, 201, 203, 204))]
     structure += ["<|image token|>", "<|image start|>", "<|image end|>"]
