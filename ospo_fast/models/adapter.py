@@ -563,13 +563,21 @@ class VocabularyAdapter(Adapter):
 
     @staticmethod
     def vocabulary_id(processor: Any, token: str | None, name: str, config: Any = None) -> int:
-        """Return the id of a structure token. Raises OspoError if the tokenizer does not have it as `config` says."""
+        """Return the id of a structure token.
+
+        Raises OspoError if the tokenizer lacks it, splits it in a text, or has it at another id than `config` says.
+        """
         tokenizer = processor.tokenizer
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
         if number is None or number == tokenizer.unk_token_id:
             raise OspoError(
                 f"model: the tokenizer of {name} has no token {token!r}, which its images need; use the "
                 "tokenizer of the published model"
+            )
+        if list(tokenizer(token, add_special_tokens=False)["input_ids"]) != [number]:
+            raise OspoError(
+                f"model: the tokenizer of {name} splits {token!r} in a text, expected one token; use the tokenizer of "
+                "the published model"
             )
         return checked_id(config, name, str(token), int(number))
 

@@ -70,13 +70,15 @@ class Emu35UnifiedModel(VocabularyAdapter):
         check_positions(name, grid[0] * grid[1], config)
         self.layout = ImageLayout.rows(grid, end_of_row)
         count = int(self._vq.num_embeddings)
-        ids = {n: self.vocabulary_id(processor, f"<|visual token {n:06d}|>", name) for n in range(count)}
-        first = self.vocabulary_id(processor, "<|visual token 000000|>", name, config)
-        if list(ids.values()) != list(range(first, first + count)):
-            raise OspoError(
-                f"model: the tokenizer of {name} has its visual tokens in another order than their codes; use that of "
-                "the published model"
-            )
+        tokens = [f"<|visual token {n:06d}|>" for n in range(count)]
+        first = self.vocabulary_id(processor, tokens[0], name, config)
+        for n, own in enumerate(processor.tokenizer.convert_tokens_to_ids(tokens)):
+            if own != first + n:
+                raise OspoError(
+                    f"model: the tokenizer of {name} gives {tokens[n]!r} the id {own}, expected {first + n}, because "
+                    "codes follow one another; use the tokenizer of the published model"
+                )
+        ids = dict(enumerate(range(first, first + count)))
         super().__init__(module, processor, name=name, text=config, code_ids=ids, num_codes=count)
         self.eos_ids = ()  # it writes no text here
         empty = self._encode(f"{self._tokenizer.bos_token}{_BEFORE.format(task='')}{self._suffix}")["input_ids"]

@@ -202,7 +202,9 @@ def check_token_ids(folder: Path, tokenizer: Any, *, known: bool = True) -> None
             )
     stored = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
     stored = {str(number): entry for number, entry in stored.items()} if isinstance(stored, dict) else {}
-    names = {entry.get("content") for entry in added}
+    vocabulary = content.get("model", {}).get("vocab") or ()  # an object, or a list of tokens and scores
+    names = {token[0] if isinstance(token, list) else token for token in vocabulary}
+    names |= {entry.get("content") for entry in added}
     for token, own in tokenizer.get_added_vocab().items() if known else ():
         other = stored.get(str(own))
         if token not in names and (other.get("content") if isinstance(other, dict) else other) != token:

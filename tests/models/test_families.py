@@ -353,6 +353,32 @@ def test_a_tokenizer_without_any_of_its_named_tokens_is_refused(variant: str, tm
             of.load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("variant", "last", "split"),
+    [("chameleon", "</s>", None), ("emu3_5", "<|image token|>", r"splits '<\|extra_100\|>'")],
+)
+def test_a_named_token_can_be_in_the_vocabulary_of_the_model(
+    variant: str, last: str, split: str | None, tmp_path: Path
+) -> None:
+    """A tokenizer.json may have few added tokens. Those without a name are then split in a text."""
+    import json
+
+    build(variant).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    count = next(n for n, entry in enumerate(content["added_tokens"]) if entry["content"] == last) + 1
+    moved, content["added_tokens"] = content["added_tokens"][:count], content["added_tokens"][count:]
+    content["model"]["vocab"] |= {entry["content"]: entry["id"] for entry in moved}
+    path.write_text(json.dumps(content))
+    if split is not None:
+        with pytest.raises(OspoError, match=split):
+            of.load_model(tmp_path)
+        return
+    models: list[Any] = [of.load_model(tmp_path), build(variant)]
+    prompts = [model.image_prompt("a red circle").tolist() for model in models]
+    assert prompts[0] == prompts[1]
+
+
 def test_two_codes_of_one_id_are_refused() -> None:
     from tests.models.tiny_families import build_emu3
 
