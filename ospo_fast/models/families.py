@@ -29,6 +29,7 @@ class Family:
     text_types: tuple[str, ...] = ()  # accepted model_type of text_config
     sections: tuple[str, ...] = ()  # keys of config.json that hold objects
     chats: bool = True  # False: its checkpoints only generate images
+    pixels_apart: bool = False  # a trained copy has not the parts of the folder of its base model that make pixels
     other_tensors: str | None = None  # an expression for the names of those that `Adapter.load_rest` loads
 
     @property
@@ -122,6 +123,7 @@ FAMILIES = {
             text_types=("glm_image_text",),
             sections=("text_config", "vision_config", "vq_config"),
             chats=False,
+            pixels_apart=True,
         ),
     )
 }

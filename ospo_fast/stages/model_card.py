@@ -11,6 +11,7 @@ from typing import Any
 
 from ospo_fast.config import MODEL_FILES, Config, TrainConfig, image_size
 from ospo_fast.errors import attempt
+from ospo_fast.models.families import FAMILIES
 from ospo_fast.records import ItemPair
 from ospo_fast.stages.extension import Extension
 from ospo_fast.versions import run_versions
@@ -190,7 +191,8 @@ def _base(base: str, adapter: bool, kind: str | None) -> str:
     if "/" in base:
         return f"[{base}](https://huggingface.co/{base}) on the Hugging Face hub, in the format of transformers."
     if not adapter:
-        pixels = " Its pixels need the other parts of that folder." if kind == "glm_image" else ""
+        family = FAMILIES.get(kind or "")
+        pixels = " Its pixels need the other parts of that folder." if family and family.pixels_apart else ""
         return f"{_code(base)} was a folder, not a model of the hub. This model does not need it.{pixels}"
     return (
         f"{_code(base)} was a folder, not a model of the hub. To load the adapter elsewhere, put a copy of that folder "

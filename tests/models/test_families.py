@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,17 @@ def test_a_named_token_can_be_in_the_vocabulary_of_the_model(
     models: list[Any] = [of.load_model(tmp_path), build(variant)]
     prompts = [model.image_prompt("a red circle").tolist() for model in models]
     assert prompts[0] == prompts[1]
+
+
+def test_stages_loss_and_engine_name_no_family() -> None:
+    """A family of one's own works in them like those of the package. Janus is the one of the method."""
+    root = Path(of.__file__).parent
+    names = re.compile("|".join({*FAMILIES, "anole", "lumina"} - {"janus"}), re.IGNORECASE)
+    files = [path for part in ("stages", "generation", "ops", "evaluation") for path in (root / part).rglob("*")]
+    files += [root / name for name in ("loss.py", "pipeline.py", "reward.py", "workers.py")]
+    files = [path for path in files if path.suffix in (".py", ".yaml")]
+    assert len(files) > 60
+    assert not [path for path in files if names.search(path.read_text())]
 
 
 def test_two_codes_of_one_id_are_refused() -> None:

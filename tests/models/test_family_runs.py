@@ -114,6 +114,7 @@ def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch
     assert pairs
     log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3]
+    assert "Its pixels need the other parts of that folder." in (out / "train" / "model" / "README.md").read_text()
     trained = of.load_model(out / "train" / "model", image_size=(64, 96))
     changed = {name.split(".")[-2] for name, p in trained.module.named_parameters() if _differs(folder, name, p)}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
