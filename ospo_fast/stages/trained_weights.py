@@ -313,7 +313,8 @@ def _shard(decoder: Any, frozen: set[nn.Parameter], device: str, ranks: int) -> 
         "mp_policy": half if device == "cuda" else MixedPrecisionPolicy(),
     }
     blocks = set(decoder._no_split_modules or ())
-    for module in [module for module in decoder.modules() if type(module).__name__ in blocks]:
+    parts = [part for name, part in decoder.named_children() if name in _TRAINED]  # others are shared with the model
+    for module in [module for part in parts for module in part.modules() if type(module).__name__ in blocks]:
         _unfreeze(module, frozen)
         fully_shard(module, **options)
     _unfreeze(decoder, frozen)

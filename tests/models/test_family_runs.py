@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ospo_fast as of
 from ospo_fast.cli import main
@@ -20,6 +21,7 @@ from ospo_fast.generation import ImageGenerator
 from ospo_fast.loss import OSPOLoss
 from ospo_fast.models.glm_image import GlmImageUnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage
+from ospo_fast.workers import Workers
 from tests import scripted
 from tests.models.tiny_families import build
 
@@ -95,6 +97,55 @@ def test_a_run(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         changed = [n for n, p in trained.module.named_parameters() if not torch.equal(p, _parameter(base.module, n))]
     assert changed
     assert all(name.split(".")[-2] in config.train.lora_targets for name in changed)
+    check_adapter(out, trained, size)
+
+
+def check_adapter(out: Path, trained: Any, size: tuple[int, int]) -> None:
+    """The adapter on its base model is the merged model."""
+    adapted = dict(of.load_model(out / "train" / "adapter", image_size=size).module.named_parameters())
+    for name, weight in trained.module.named_parameters():
+        torch.testing.assert_close(adapted[name], weight, rtol=1e-6, atol=1e-7)
+
+
+def run_two(config: Any, forked: Any, output: Path) -> None:
+    """Do a run with two processes."""
+
+    def do(rank: int) -> int:
+        workers = Workers.from_environment()
+        with workers.together():
+            workers.agree({})
+            Pipeline(config, progress=False, workers=workers).run()
+        return 0
+
+    ended = forked.run_workers(do, 2, output)
+    assert [worker.code for worker in ended] == [0, 0], "\n".join(worker.output for worker in ended)
+
+
+@pytest.mark.parametrize("variant", ["emu3", "emu3_5", "lumina"])
+def test_two_processes_make_the_records_and_the_adapter_of_one(variant: str, tmp_path: Path, forked: Any) -> None:
+    others = [f"{stage}.model={scripted.save_tiny(tmp_path / 'other')}" for stage in TEXTS if variant == "emu3_5"]
+    run(settings_of(variant, tmp_path / "model", tmp_path / "one", *others))
+    run_two(settings_of(variant, tmp_path / "model", tmp_path / "two", *others), forked, tmp_path / "output")
+    for name in ("images.jsonl", "score.jsonl", "select.jsonl", "masks.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    one, two = (load_file(tmp_path / out / "train" / "adapter" / "adapter_model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, matrix in one.items():
+        torch.testing.assert_close(two[name], matrix, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["emu3", "chameleon", "lumina"])
+def test_two_processes_that_train_all_weights(variant: str, tmp_path: Path, forked: Any) -> None:
+    """FSDP2 shards the layers. A Chameleon's decoder holds the VQ model, whose blocks are frozen and stay whole."""
+    full, size = ("train.full=true", "dtype=bfloat16"), build(variant).image_size
+    run(settings_of(variant, tmp_path / "model", tmp_path / "one", *full))
+    run_two(settings_of(variant, tmp_path / "model", tmp_path / "two", *full), forked, tmp_path / "output")
+    paths = (tmp_path / "one" / "train" / "model", tmp_path / "two" / "train" / "model", tmp_path / "model")
+    one, two, base = (of.load_model(path, dtype="bfloat16", image_size=size).module.state_dict() for path in paths)
+    for name, weight in one.items():
+        if "vqmodel" in name or "embed" in name:
+            assert torch.equal(two[name], base[name])
+        torch.testing.assert_close(two[name], weight, rtol=2e-2, atol=2e-3)
 
 
 def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +160,11 @@ def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch
     # In place of that pipeline, whose pictures take seconds each: a gray value for each code.
     monkeypatch.setattr(GlmImageUnifiedModel, "check_pixels", lambda self: None)
     monkeypatch.setattr(GlmImageUnifiedModel, "_load_pipeline", lambda self: _gray)
-    run(settings_of("glm_image", folder, out, *others))
+    monkeypatch.setattr(OSPOLoss, "forward", stopped := _Stop(OSPOLoss.forward, after=1))
+    with pytest.raises(KeyboardInterrupt):
+        run(settings_of("glm_image", folder, out, *others))
+    stopped.left = 10**6
+    run(settings_of("glm_image", folder, out, *others))  # continues from the checkpoint
     pairs = [pair for record in read_stage(out, "masks") for pair in record.get("pairs") or []]
     assert pairs
     log = [json.loads(line) for line in (out / "train" / "log.jsonl").read_text().splitlines()]
@@ -117,6 +172,7 @@ def test_a_run_of_a_model_that_only_generates_images(tmp_path: Path, monkeypatch
     assert "Its pixels need the other parts of that folder." in (out / "train" / "model" / "README.md").read_text()
     trained = of.load_model(out / "train" / "model", image_size=(64, 96))
     changed = {name.split(".")[-2] for name, p in trained.module.named_parameters() if _differs(folder, name, p)}
+    check_adapter(out, trained, (64, 96))
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
 
 
