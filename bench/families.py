@@ -30,27 +30,6 @@ SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "
 WORDS = ("red", "blue", "green", "two", "cross", "circle", "square", "a")
 
 
-class AllowedTokens:
-    """A logits processor of transformers: at each step of an image, the codes or the one structure token."""
-
-    def __init__(self, model: Any, prompt: int) -> None:
-        self._codes, self._prompt = model.code_ids, prompt
-        self._given = dict(model.layout.structure)
-        self._mask: Tensor | None = None
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Mask the scores (B, V) of the next token."""
-        if self._mask is None:
-            self._mask = torch.full_like(scores[:1], -torch.inf)
-            self._mask[:, self._codes] = 0
-        given = self._given.get(ids.shape[1] - self._prompt)
-        if given is None:
-            return scores + self._mask
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, given] = 0
-        return forced
-
-
 def build(family: str, quick: bool) -> tuple[str, Adapter]:
     sizes = {} if quick else SIZES
     builders: dict[str, tuple[Callable[..., Any], tuple[int, int] | None]] = {
@@ -84,7 +63,7 @@ def generate(model: Any, ids: Tensor) -> Tensor:
         do_sample=True,
         top_k=0,
         eos_token_id=None,
-        logits_processor=[AllowedTokens(model, ids.shape[1])],
+        logits_processor=[tiny_families.AllowedTokens(model, ids.shape[1])],
         **options,
     )
     return found

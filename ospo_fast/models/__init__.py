@@ -315,7 +315,7 @@ def _load_checkpoint(
             from ospo_fast.models.deepseek import load_deepseek
 
             module, processor = load_deepseek(folder, dtype)
-            folder_checks.check_token_ids(folder, processor.tokenizer)
+            folder_checks.check_token_ids(source, processor.tokenizer)
             module = quantized.to_device(module, decoder_path, device, quantize)
             return family.adapt(module.eval(), processor, name=name, image_size=image_size)
         if folder is not None:
@@ -335,8 +335,7 @@ def _load_checkpoint(
             family.adapter_class().load_rest(module, folder_checks.weight_files(at))
         processor_source = source if folder is None else str(folder_checks.processor_part(folder))
         processor = processor_class.from_pretrained(processor_source, trust_remote_code=False)
-        if folder is not None:
-            folder_checks.check_token_ids(Path(processor_source), processor.tokenizer)
+        folder_checks.check_token_ids(processor_source, processor.tokenizer)
         module = quantized.to_device(module, decoder_path, device, quantize)
         return family.adapt(module.eval(), processor, name=name, image_size=image_size)
 

@@ -149,8 +149,7 @@ class ChatModel:
                 raise OspoError(f"model: {name} has no processor of texts and images; {self._remedy}")
             if not getattr(tokenizer, "is_fast", False):
                 raise OspoError(f"model: {name} has no fast tokenizer (tokenizer.json); {self._remedy}")
-            if os.path.isfile(os.path.join(self._source, "tokenizer.json")):  # noqa: PTH113, PTH118
-                folder_checks.check_token_ids(Path(self._source), tokenizer, known=False)
+            folder_checks.check_token_ids(self._source, tokenizer, known=False)
             self._tokenizer: Any = tokenizer
             self._control_ids = find_control_ids(tokenizer)
             whole = images or getattr(self._processor, "chat_template", None)

@@ -90,7 +90,7 @@ def check_kind(config: dict[str, Any], name: str) -> None:
         config = to_janus(config, name)
     family = find_family(config, name)
     for key, accepted in (*((key, dict) for key in family.sections), ("template_set", str)):
-        optional = () if family.is_own and key == "vq_config" else (type(None),)  # others have defaults
+        optional = () if family.is_own and accepted is dict else (type(None),)  # those of transformers have defaults
         if not isinstance(value := config.get(key), (accepted, *optional)):
             what = "an object" if accepted is dict else "a text"
             raise OspoError(
@@ -183,15 +183,21 @@ def check_tokenizer(folder: Path) -> None:
         )
 
 
-def check_token_ids(folder: Path, tokenizer: Any, *, known: bool = True) -> None:
-    """Raise OspoError unless a loaded tokenizer has the tokens of the files of its folder, with their ids.
+def check_token_ids(source: str, tokenizer: Any, *, known: bool = True) -> None:
+    """Raise OspoError unless a loaded tokenizer has the tokens of its files, with their ids.
 
     `tokenizers` numbers added tokens in their order: one that is missing in the file moves all behind it, and there is
     only a warning. transformers gives one that is missing, and that tokenizer_config.json names, an id of its own.
-    known: refuse the latter too.
+    source: the folder or the hub name that it was loaded from. known: refuse the latter too.
     """
-    path, remedy = folder / "tokenizer.json", "use the tokenizer of the published model"
-    content, settings = read_json(path), folder / "tokenizer_config.json"
+    from huggingface_hub import try_to_load_from_cache
+
+    path, remedy = Path(source, "tokenizer.json"), "use the tokenizer of the published model"
+    if not os.path.isdir(source):  # noqa: PTH112 (Path.is_dir raises for long names)
+        path = Path(str(try_to_load_from_cache(source, "tokenizer.json")))
+    if not path.is_file():
+        return  # made of other files, of which none names ids
+    content, settings = read_json(path), path.with_name("tokenizer_config.json")
     added = [entry for entry in content.get("added_tokens") or () if isinstance(entry, dict)]
     ids = tokenizer.convert_tokens_to_ids([entry.get("content") for entry in added])
     for entry, own in zip(added, ids, strict=True):

@@ -17,7 +17,7 @@ from ospo_fast.models.adapter import Adapter
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.families import FAMILIES
 from ospo_fast.models.layout import embed_image
-from tests.models.tiny_families import VARIANTS, build
+from tests.models.tiny_families import VARIANTS, AllowedTokens, build
 
 PROMPTS = ["a red circle", "two blue squares and a cross", "a cross"]
 
@@ -331,6 +331,30 @@ def test_masks_of_several_grids() -> None:
         layout.masks(torch.zeros(2, 3, 3))
 
 
+@pytest.mark.parametrize("variant", ["emu3_5", "chameleon", "chameleon, swin", "lumina"])
+def test_greedy_codes_are_those_of_generate(variant: str) -> None:
+    """In float32. Emu3 and GLM-Image have tests of their own, with what their processors give to `generate`."""
+    model: Any = build(variant)
+    if variant != "emu3_5":
+        model.module.model.vocabulary_mapping.image_tokens = []  # its forward pass masks the logits of codes
+    codes = ImageGenerator(model).generate(
+        PROMPTS, seeds=[0, 1, 2], guidance_scale=1, temperature=0, output="codes", progress=False
+    )
+    structure = {n for n, _ in model.layout.structure}
+    for prompt, own in zip(PROMPTS, codes, strict=True):
+        ids = model.image_prompt(prompt)[None]
+        found = model.module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=model.layout.tokens,
+            do_sample=False,
+            eos_token_id=None,
+            logits_processor=[AllowedTokens(model, ids.shape[1])],
+        )[0, ids.shape[1] :]
+        kept = [token for n, token in enumerate(found.tolist()) if n not in structure]
+        assert kept == model.code_ids[own.cpu()].tolist()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tokenizer_without_any_of_its_named_tokens_is_refused(variant: str, tmp_path: Path) -> None:
     """transformers adds it again, with another id, and `tokenizers` moves the ids of those behind it."""
@@ -352,6 +376,34 @@ def test_a_tokenizer_without_any_of_its_named_tokens_is_refused(variant: str, tm
         path.write_text(json.dumps(content))
         with pytest.raises(OspoError, match="use the tokenizer of the published model"):
             of.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_tokenizer_of_the_hub_is_checked_too(damaged: bool, tmp_path: Path) -> None:
+    """Loaded from the local cache of the hub, without a network, in a process that has it as its cache."""
+    import json
+    import os
+    import subprocess
+    import sys
+
+    repository = tmp_path / "hub" / "models--BAAI--Emu3-Gen-hf"
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    build("emu3").save(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    if damaged:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != "<|extra_201|>"]
+        path.write_text(json.dumps(content))
+    code = 'import ospo_fast as of; print(of.load_model("BAAI/Emu3-Gen-hf", image_size=(8, 10)).grid)'
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if damaged:
+        assert "and with the tokens of this file it gets" in ended.stderr
+    else:
+        assert ended.stdout.endswith("(4, 5)\n"), ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def build_emu3_5(**sizes: int) -> tuple[Any, Any]:
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
+        vocabulary_map={token: tokenizer.convert_tokens_to_ids(token) for token in [*structure, visual[0]]},
         vq_config={
             "embed_dim": 4, "num_embeddings": CODES, "latent_channels": 4, "resolution": 16, "base_channels": 32,
             "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": [8],
@@ -283,6 +284,27 @@ def build_glm_image(*, target: tuple[int, int] = (64, 96), **sizes: int) -> tupl
     processor = GlmImageProcessor(processing, fast)
     processor.target_h, processor.target_w = target
     return randomize(module), processor
+
+
+class AllowedTokens:
+    """A logits processor of transformers: at each step of an image, the codes or the one structure token."""
+
+    def __init__(self, model: Any, prompt: int) -> None:
+        self._codes, self._prompt = model.code_ids, prompt
+        self._given = dict(model.layout.structure)
+        self._mask: torch.Tensor | None = None
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask the scores (B, V) of the next token."""
+        if self._mask is None:
+            self._mask = torch.full_like(scores[:1], -torch.inf)
+            self._mask[:, self._codes] = 0
+        given = self._given.get(ids.shape[1] - self._prompt)
+        if given is None:
+            return scores + self._mask
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, given] = 0
+        return forced
 
 
 _BUILDERS: dict[str, tuple[str, Callable[[], tuple[Any, Any]], tuple[int, int] | None]] = {
