@@ -98,7 +98,7 @@ def convert(source: str, out: Path, *, to: str | None = None, base: str | None =
     if to in ADAPTERS:
         dtype = _convert_adapter(path, out, base or find_base(path), trained)
     else:
-        dtype = _convert_model(path, out, to, base)
+        dtype = _convert_model(path, out, to, base, original)
     return {"out": str(out), "from": kind, "to": to, "dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -115,8 +115,8 @@ def _layout(folder: Path) -> str:
     return "deepseek" if is_deepseek(checks.read_json(folder / "config.json")) else "transformers"
 
 
-def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dtype:
-    """Write a whole model, of an adapter the merged one. Returns its dtype."""
+def _convert_model(path: Path, out: Path, to: str, base: str | None, original: Any) -> torch.dtype:
+    """Write a whole model, of an adapter the merged one. original: see `find_original`. Returns its dtype."""
     import torch
 
     from ospo_fast.models import deepseek, load_on_base
@@ -124,8 +124,8 @@ def _convert_model(path: Path, out: Path, to: str, base: str | None) -> torch.dt
 
     dtype, unused = _stored(path, base)
     with torch.no_grad():  # never quantized: what is written should be exact
-        if base is not None and not has_base(path):
-            model = find_original(path).load_original(path, base, dtype)
+        if original is not None:
+            model = original.load_original(path, base, dtype)
         elif has_base(path):
             model = load_on_base(path, torch.device("cpu"), dtype, base=base)
         else:

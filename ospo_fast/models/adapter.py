@@ -39,6 +39,15 @@ def refuse_other_size(name: str, image_size: tuple[int, int] | None, known: Sequ
         )
 
 
+def refuse_other_multiples(name: str, image_size: tuple[int, int], pixels: int, *, of: str = "a code") -> None:
+    """Raise UsageError for an image size that is no multiple of the pixels of a code, or of what counts them."""
+    if any(side < pixels or side % pixels for side in image_size):
+        raise UsageError(
+            f"image_size: got {image_size[0]}x{image_size[1]}, expected multiples of {pixels}, the pixels of {of} of "
+            f"{name}"
+        )
+
+
 def checked_id(config: Any, name: str, token: str, number: int) -> int:
     """Return the id of a token. Raises OspoError unless it is that of the vocabulary in config.json, where one is.
 
@@ -504,6 +513,27 @@ def _rows_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 # Of configurations: what forward passes of transformers do to the logits behind lm_head.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class ImagesOnly:
+    """Members of the adapter of a family that only generates images. To be named before the other base class."""
+
+    name: str
+
+    def check_chat(self) -> None:
+        """Raise OspoError."""
+        raise OspoError(
+            f"model: {self.name} only generates images, expected a model that chats; name a vision-language model in "
+            "prompts.model, perturb.model, questions.model and score.model"
+        )
+
+    def _chat_text(self, messages: list[Message], image: bool) -> str:
+        self.check_chat()
+        return ""
+
+    def _image_text(self) -> str:
+        self.check_chat()
+        return ""
 
 
 class VocabularyAdapter(Adapter):

@@ -15,8 +15,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import VocabularyAdapter, check_positions, fit_images, refuse_other_size, remembered_size
+from ospo_fast.errors import OspoError
+from ospo_fast.models.adapter import (
+    VocabularyAdapter,
+    check_positions,
+    fit_images,
+    refuse_other_multiples,
+    refuse_other_size,
+    remembered_size,
+)
 from ospo_fast.models.base import Message
 from ospo_fast.models.layout import ImageLayout
 from ospo_fast.models.lumina import is_lumina
@@ -69,11 +76,7 @@ class ChameleonUnifiedModel(VocabularyAdapter):
         self, processor: Any, config: Any, image_size: tuple[int, int] | None, name: str
     ) -> tuple[int, int]:
         unit, size = 2 * self._factor, image_size or (_LUMINA_SIDE, _LUMINA_SIDE)
-        if any(side < unit or side % unit for side in size):
-            raise UsageError(
-                f"image_size: got {size[0]}x{size[1]}, expected multiples of {unit}, the pixels that a size token of "
-                f"{name} counts"
-            )
+        refuse_other_multiples(name, size, unit, of="a size token")
         for side in size:
             self.vocabulary_id(processor, _size_token(side // unit), name, config)
         return size[0] // self._factor, size[1] // self._factor

@@ -12,8 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import VocabularyAdapter, check_positions, fit_images, remembered_size
+from ospo_fast.errors import OspoError
+from ospo_fast.models.adapter import (
+    VocabularyAdapter,
+    check_positions,
+    fit_images,
+    refuse_other_multiples,
+    remembered_size,
+)
 from ospo_fast.models.base import Message
 from ospo_fast.models.families import find_half
 from ospo_fast.models.layout import ImageLayout
@@ -62,11 +68,7 @@ class Emu3UnifiedModel(VocabularyAdapter):
             area, ratio = getattr(processor, "image_area", _AREA), getattr(processor, "ratio", "1:1")
             height, width = processor.calculate_generate_size(ratio, area, self._factor)
             return int(height), int(width)
-        if any(side < self._factor or side % self._factor for side in image_size):
-            raise UsageError(
-                f"image_size: got {image_size[0]}x{image_size[1]}, expected multiples of {self._factor}, the pixels "
-                f"of a code of {name}"
-            )
+        refuse_other_multiples(name, image_size, self._factor)
         return image_size[0] // self._factor, image_size[1] // self._factor
 
     @property

@@ -15,9 +15,15 @@ from torch import Tensor
 from transformers import AutoConfig, ChameleonVQVAEConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
-from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import VocabularyAdapter, check_positions, fit_images, remembered_size
-from ospo_fast.models.base import Message
+from ospo_fast.errors import OspoError
+from ospo_fast.models.adapter import (
+    ImagesOnly,
+    VocabularyAdapter,
+    check_positions,
+    fit_images,
+    refuse_other_multiples,
+    remembered_size,
+)
 from ospo_fast.models.chameleon import VQDecoder
 from ospo_fast.models.layout import ImageLayout
 
@@ -49,11 +55,12 @@ class Emu35ForCausalLM(Qwen3ForCausalLM):
         self.post_init()
 
 
-class Emu35UnifiedModel(VocabularyAdapter):
+class Emu35UnifiedModel(ImagesOnly, VocabularyAdapter):
     """Adapter of an Emu3.5 and its processor. `UnifiedModel` documents the members.
 
-    The official model may write a text first, and begins the image itself; here the prompt of an image ends behind
-    begin-of-image and its size. image_size: any multiple of the pixels of a code, 16 in the published ones.
+    None of the official tasks is a question about an image, so that there is no chat here. The official model may write
+    a text first, and begins the image itself; here the prompt of an image ends behind begin-of-image and its size.
+    image_size: any multiple of the pixels of a code, 16 in the published ones.
     """
 
     decoder_path = "model"
@@ -87,11 +94,7 @@ class Emu35UnifiedModel(VocabularyAdapter):
     def _find_grid(self, image_size: tuple[int, int] | None, name: str) -> tuple[int, int]:
         if image_size is None:
             return _GRID
-        if any(side < self._factor or side % self._factor for side in image_size):
-            raise UsageError(
-                f"image_size: got {image_size[0]}x{image_size[1]}, expected multiples of {self._factor}, the pixels "
-                f"of a code of {name}"
-            )
+        refuse_other_multiples(name, image_size, self._factor)
         return image_size[0] // self._factor, image_size[1] // self._factor
 
     @property
@@ -105,25 +108,10 @@ class Emu35UnifiedModel(VocabularyAdapter):
 
     # Text
 
-    def check_chat(self) -> None:
-        """Raise OspoError: of the tasks that the official code knows, none is a question about an image."""
-        raise OspoError(
-            f"model: {self.name} only generates images, expected a model that chats; name one in prompts.model, "
-            "perturb.model, questions.model and score.model"
-        )
-
     def _split_template(self) -> tuple[str, str]:
         tokenizer, (height, width) = self._tokenizer, self.grid
         start = f"{tokenizer.boi_token}{height}*{width}{tokenizer.image_wrapper_token}"
         return f"{tokenizer.bos_token}{_BEFORE.format(task=_TASK)}", f"{_AFTER}{start}"
-
-    def _chat_text(self, messages: list[Message], image: bool) -> str:
-        self.check_chat()
-        return ""
-
-    def _image_text(self) -> str:
-        self.check_chat()
-        return ""
 
     # Pixels and codes
 

@@ -18,17 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
-from ospo_fast.models.adapter import PROBE, VocabularyAdapter, check_positions, fit_images, remembered_size
-from ospo_fast.models.base import Message
+from ospo_fast.models.adapter import PROBE, ImagesOnly, VocabularyAdapter, check_positions, fit_images, remembered_size
 from ospo_fast.models.layout import ImageLayout
 
 _UNIT = 32  # pixels of a code of the image
 _TARGET = 1152, 768  # pixels, of processors that do not say it: those before transformers 5.23
 _PREVIEW = 16  # codes of a side of a square preview
-_REMEDY = "name a vision-language model in questions.model, score.model, prompts.model and perturb.model"
 
 
-class GlmImageUnifiedModel(VocabularyAdapter):
+class GlmImageUnifiedModel(ImagesOnly, VocabularyAdapter):
     """Adapter of a GLM-Image model and its processor. `UnifiedModel` documents the members.
 
     image_size: multiples of 32 pixels, of a ratio of at most 4; default: that of the processor.
@@ -84,10 +82,6 @@ class GlmImageUnifiedModel(VocabularyAdapter):
 
     # Text
 
-    def check_chat(self) -> None:
-        """Raise OspoError: the model answers nothing."""
-        raise OspoError(f"model: {self.name} only generates images, expected a model that chats; {_REMEDY}")
-
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Raise OspoError: there is no head of text."""
         self.check_chat()
@@ -116,14 +110,6 @@ class GlmImageUnifiedModel(VocabularyAdapter):
                 return_attention_mask=False,
             )
         )
-
-    def _chat_text(self, messages: list[Message], image: bool) -> str:
-        self.check_chat()
-        return ""
-
-    def _image_text(self) -> str:
-        self.check_chat()
-        return ""
 
     # Pixels and codes
 

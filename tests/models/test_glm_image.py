@@ -66,7 +66,7 @@ def test_codes_of_an_image_are_those_of_transformers(model: Any) -> None:
 
 
 def test_it_does_not_chat(model: Any) -> None:
-    remedy = r"name a vision-language model in questions\.model"
+    remedy = r"name a vision-language model in prompts\.model, perturb\.model, questions\.model and score\.model"
     for call in (lambda: model.chat([{"role": "user", "content": "a"}]), lambda: model.text_logits(torch.zeros(1, 32))):
         with pytest.raises(OspoError, match=remedy):
             call()
