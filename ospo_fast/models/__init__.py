@@ -330,6 +330,7 @@ def _load_checkpoint(
                 trust_remote_code=False,
             )
         folder_checks.refuse_missing(info["missing_keys"], source, remedy)
+        folder_checks.refuse_unknown(info["unexpected_keys"], module, source, remedy)
         if family.other_tensors is not None:
             at = folder or download(name)
             family.adapter_class().load_rest(module, folder_checks.weight_files(at))

@@ -253,6 +253,7 @@ class ChatModel:
                     trust_remote_code=False,
                 )
                 folder_checks.refuse_missing(info["missing_keys"], self.name, self._remedy)
+                folder_checks.refuse_unknown(info["unexpected_keys"], module, self.name, self._remedy)
                 self._module = module.to(self.device).eval()
         return self._module
 

@@ -297,11 +297,6 @@ def check_sizes(folder: Path) -> None:
         if name in shapes:
             found.add(id(tensor))  # tied tensors are one
             check_shape(path, name, list(tensor.shape), shapes[name])
-    if family.is_own and (unknown := sorted(set(shapes) - set(tensors))):
-        raise OspoError(
-            f"model: {folder} has {len(unknown)} tensors ({unknown[0]}, …) that the model of its config.json does not "
-            f"have; {_AGAIN}"
-        )
     size, most = sum(weight.numel() for weight in empty.parameters()), sum(file.stat().st_size for file in files)
     if size > _MAX_PACKED * most:
         raise OspoError(
@@ -349,6 +344,28 @@ def refuse_missing(names: Iterable[str], source: str, remedy: str) -> None:
     """Raise OspoError for tensors that weights lack, which transformers initializes at random."""
     if missing := sorted(names):
         raise OspoError(f"model: {source} lacks {len(missing)} tensors of the model ({missing[0]}, …); {remedy}")
+
+
+def refuse_unknown(names: Iterable[str], module: torch.nn.Module, source: str, remedy: str) -> None:
+    """Raise OspoError for tensors of parts that a list of `module` does not have, such as layers beyond the last one.
+
+    They were left out, so that what the config.json describes is another model. Of tensors elsewhere, which a
+    published file may have for other uses, transformers warns.
+    """
+    modules = dict(module.named_modules())
+    found = []
+    for name in sorted(names):
+        parts = name.split(".")
+        for n, part in enumerate(parts):
+            parent, own = ".".join(parts[:n]), ".".join(parts[: n + 1])
+            if part.isdecimal() and type(modules.get(parent)).__name__ == "ModuleList" and own not in modules:
+                found.append(name)
+                break
+    if found:
+        raise OspoError(
+            f"model: {source} has {len(found)} tensors ({found[0]}, …) of more parts than its config.json describes; "
+            f"{remedy}"
+        )
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:

@@ -378,6 +378,21 @@ def test_a_tokenizer_without_any_of_its_named_tokens_is_refused(variant: str, tm
             of.load_model(tmp_path)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_of_more_layers_than_the_configuration_are_refused(variant: str, tmp_path: Path) -> None:
+    import json
+
+    build(variant).save(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    text = config if "num_hidden_layers" in config else config["text_config"]
+    text["num_hidden_layers"] -= 1
+    text.pop("layer_types", None)
+    path.write_text(json.dumps(config))
+    with pytest.raises(OspoError, match=r"tensors \(.*layers\.1\..* of more parts than its config.json describes"):
+        of.load_model(tmp_path)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_tokenizer_of_the_hub_is_checked_too(damaged: bool, tmp_path: Path) -> None:
     """Loaded from the local cache of the hub, without a network, in a process that has it as its cache."""
