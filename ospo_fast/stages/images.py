@@ -103,19 +103,19 @@ def run(
             planned = [(image, image.settings(files.sampling)) for plan in plans for image in plan]
             missing = [image for image, values in planned if not is_finished(out / image.path, values)]
             ids: dict[str, Any] = {p: image_prompt_ids(model, p) for p in {image.prompt for image in missing}}
-            failures = {i.path: ids[i.prompt] for i in missing if isinstance(ids[i.prompt], Failure)}
-            todo = {out / image.path: image for image in missing if image.path not in failures}
+            invalid = {i.path: ids[i.prompt] for i in missing if isinstance(ids[i.prompt], Failure)}
+            todo = {out / image.path: image for image in missing if image.path not in invalid}
             failed = files.generate(
                 [ids[image.prompt] for image in todo.values()],
                 {path: image.settings(files.sampling) for path, image in todo.items()},
                 groups=[path.parent for path in todo],  # the images of an item
             )
-            failures |= {todo[path].path: reason for path, reason in failed.items()}
+            failures = {todo[path].path: reason for path, reason in failed.items()}
             if files.throughput is not None:
                 context.report.drawing = files.throughput.metrics()
             files.wait_for(awaited)
             yield from previous
-            previous = [_add_images(record, plan, failures) for record, plan in zip(chunk, plans, strict=True)]
+            previous = [_add_images(record, plan, invalid, failures) for record, plan in zip(chunk, plans, strict=True)]
             awaited = list(todo)
         files.wait_for(awaited)
         yield from previous
@@ -129,18 +129,21 @@ def _with_reason(record: Record, plan: list[PlannedImage] | Failure) -> Record:
     return {**record, "variant_reasons": [plan.reason] * variants}
 
 
-def _add_images(record: Record, plan: list[PlannedImage], failures: dict[str, Failure]) -> Record:
-    """Add the images of an item; a variant with an image that failed has none."""
-    failed = {image.variant: failures[image.path] for image in plan if image.path in failures}
+def _add_images(
+    record: Record, plan: list[PlannedImage], invalid: dict[str, Failure], failures: dict[str, Failure]
+) -> Record:
+    """Add the images of an item: none of a variant with an invalid prompt, and all but those that failed of others."""
+    skipped = {image.variant for image in plan if image.path in invalid}
     variants = record.get("long_prompt") or record.get("negative_prompt") or []
     reasons = list(record.get("variant_reasons") or [None] * len(variants))
-    for variant, reason in failed.items():
-        reasons[variant] = reason.reason
+    for image in plan:
+        if (failed := invalid.get(image.path, failures.get(image.path))) is not None:
+            reasons[image.variant] = failed.reason
     base, negative = (
         {
             image.name: ImageVerdict(path=image.path, prompt=image.prompt)
             for image in plan
-            if image.variant not in failed and image.name.startswith(role)
+            if image.variant not in skipped and image.path not in failures and image.name.startswith(role)
         }
         for role in ROLES
     )
@@ -152,8 +155,5 @@ def failure(record: Record) -> Failure | None:
     prompts = record.get("long_prompt") or []
     if len(prompts) != len(record.get("negative_long_prompt") or []):
         return Failure(record["variant_reasons"][0] or "the variants lack prompts")
-    for variant, prompt in enumerate(prompts):
-        reason = record["variant_reasons"][variant]
-        if prompt and reason and f"base_{variant}" not in record["base_metadata"]:
-            return Failure(reason)
-    return None
+    reasons = (reason for prompt, reason in zip(prompts, record["variant_reasons"], strict=True) if prompt)
+    return next((Failure(reason) for reason in reasons if reason), None)

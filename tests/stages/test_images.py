@@ -211,12 +211,13 @@ def test_an_interruption_loses_only_the_current_batch(model, tmp_path, monkeypat
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_a_variant_with_a_failed_image_has_no_image(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("role", ["base", "negative"])
+def test_a_failed_image_takes_no_other_along(model, tmp_path, monkeypatch, role):
     original = ImageGenerator.generate
-    failing = model.image_prompt("a red circle on a black background")
+    failing = model.image_prompt("a red circle on a black background" if role == "base" else "a blue circle")
 
     def generate(self, prompts, *, callback, **settings):
-        bad = next(n for n, ids in enumerate(prompts) if torch.equal(ids, failing))
+        bad = [n for n, ids in enumerate(prompts) if torch.equal(ids, failing)][role == "negative"]
 
         def others(batch):
             kept = [n for n, index in enumerate(batch.indices) if index != bad]
@@ -228,11 +229,12 @@ def test_a_variant_with_a_failed_image_has_no_image(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
     (done,) = run([item(1)], model, config(), out=tmp_path)
-    assert list(done["base_metadata"]) == ["base_0", "base_2"]
-    assert list(done["negative_metadata"]) == ["negative_0", "negative_2"]
+    left = {name: [f"{name}_{n}" for n in range(3) if (name, n) != (role, 1)] for name in ("base", "negative")}
+    assert {name: list(done[f"{name}_metadata"]) for name in left} == left
+    assert [reason is None for reason in done["variant_reasons"]] == [True, False, True]
     assert "not finite" in done["variant_reasons"][1]
     assert failure(done).reason == done["variant_reasons"][1]
-    assert not (tmp_path / "images/0000001/base_1.png").exists()
+    assert not (tmp_path / f"images/0000001/{role}_1.png").exists()
 
 
 def test_a_variant_with_an_invalid_prompt_has_no_image(model, tmp_path):
