@@ -60,6 +60,10 @@ class Pairs:
         for item in self.pairs:
             for path in (item.pair["chosen"], item.pair["rejected"]):
                 self.truth.append(demo.object_cells(Image.open(self.out / path), model.grid))
+        numbers: dict[str, int] = {}
+        owners = [numbers.setdefault(item.record["item_id"], len(numbers)) for item in self.pairs for _ in SIDES]
+        # Of each IoU the number of its prompt, whose images are not independent.
+        self.prompts = [number for number, cells in zip(owners, self.truth, strict=True) if cells is not None]
 
     def ious(self, extractor: MaskExtractor) -> np.ndarray:
         """Return the IoU of each image in which the checker detects an object."""
@@ -115,7 +119,7 @@ def run(out: Path, quick: bool) -> None:
         dtype = measure.dtype_name(model.dtype)
         for attention, name, ious, seconds, chosen in measured:
             once = measure.timing_of([seconds * 1e3])
-            error = standard_error(ious)
+            error = standard_error(ious, pairs.prompts)
             metrics = {"rows": attention, "iou": round(float(ious.mean()), 4), "iou_std": round(error, 4)}
             rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **metrics, **chosen))
             layers = " ".join(f"{key} {value}" for key, value in chosen.items() if value)
