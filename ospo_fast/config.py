@@ -51,33 +51,38 @@ _V2_TRAINING = _V1_TRAINING | {"lora_rank": 32, "steps": 500, "schedule": "const
 _OUR_MASKS = {"match": "offsets", "nouns": "concepts", "skip_layers": 5}
 # What the official code does where it differs from the paper, or from good sense; docs/official.md lists it.
 _OFFICIAL_MASKS = {"match": "substring", "nouns": "spacy", "skip_layers": [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]}
-# What a preset sets apart from the loss. Every preset sets the same keys, so that one can replace another.
+
+
+def _preset(
+    rule: str, rejected: str, masks: dict[str, Any], train: dict[str, Any], **method: str
+) -> dict[str, dict[str, Any]]:
+    """Return what a preset sets apart from the loss. All set the same keys, so that one can replace another."""
+    pairs = {"select": {"rule": rule, "rejected": rejected}, "masks": masks}
+    training = {**train, "objective": method.get("objective", "preference")}
+    return {"score": {"reward": method.get("reward", "vqa")}, **pairs, "train": training}
+
+
+_MASKED, _UNMASKED = {"enabled": True, **_OUR_MASKS}, {"enabled": False, **_OUR_MASKS}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "v1": {
-        "select": {"rule": "v3", "rejected": "negative"},
-        "masks": {"enabled": False, **_OUR_MASKS},
-        "train": _V1_TRAINING,
-    },
-    "v2": {
-        "select": {"rule": "v2", "rejected": "negative"},
-        "masks": {"enabled": False, **_OUR_MASKS},
-        "train": _V2_TRAINING,
-    },
-    "v3": {
-        "select": {"rule": "v3", "rejected": "negative"},
-        "masks": {"enabled": True, **_OUR_MASKS},
-        "train": _OFFICIAL_TRAINING,
-    },
-    "full": {
-        "select": {"rule": "v3", "rejected": "negative"},
-        "masks": {"enabled": True, **_OUR_MASKS},
-        "train": _OFFICIAL_TRAINING,
-    },
-    "official": {
-        "select": {"rule": "v3", "rejected": "negative"},
-        "masks": {"enabled": True, **_OFFICIAL_MASKS},
-        "train": _OFFICIAL_RUN,
-    },
+    "v1": _preset("v3", "negative", _UNMASKED, _V1_TRAINING),
+    "v2": _preset("v2", "negative", _UNMASKED, _V2_TRAINING),
+    "v3": _preset("v3", "negative", _MASKED, _OFFICIAL_TRAINING),
+    "full": _preset("v3", "negative", _MASKED, _OFFICIAL_TRAINING),
+    "official": _preset("v3", "negative", {"enabled": True, **_OFFICIAL_MASKS}, _OFFICIAL_RUN),
+    # Other methods on the same engine; docs/methods.md has their sources, and where they differ from them.
+    "dpo": _preset("best", "lowest", _UNMASKED, _OFFICIAL_TRAINING),
+    "sft": _preset("v3", "lowest", _UNMASKED, _OFFICIAL_TRAINING),
+    "suder": _preset("best", "lowest", _UNMASKED, _OFFICIAL_TRAINING, reward="dual"),
+    "grpo": _preset("v3", "lowest", _UNMASKED, _OFFICIAL_TRAINING, objective="grpo"),
+}
+# What the values of a model family do not change, where a preset is named: all of an official run, whose point is to
+# differ from what is best for a family, and what makes another method, apart from its optimizer.
+OVER_FAMILY = {"official": PRESETS["official"]} | {
+    name: {
+        section: {key: value for key, value in values.items() if key not in _OFFICIAL_TRAINING | _OUR_MASKS}
+        for section, values in PRESETS[name].items()
+    }
+    for name in ("dpo", "sft", "suder", "grpo")
 }
 
 # Fields that the config.yaml of an older run may hold: the value that equals today's behavior. None: any value does.
@@ -257,6 +262,12 @@ class ScoreConfig(Section):
         "Model that answers, a unified one or any vision-language model of transformers. null: the run's own.",
         MODEL,
     )
+    reward: str = setting(
+        "vqa",
+        "Score of an image: the mean margin of the answers to the questions (vqa), or the mean log-probability of the "
+        "tokens of its prompt as a caption of it (dual).",
+        one_of("vqa", "dual"),
+    )
 
 
 @dataclass
@@ -265,14 +276,15 @@ class SelectConfig(Section):
 
     rule: str = setting(
         "v3",
-        "Filter of the pairs: that of the published version v3 or v2, or none (random).",
-        one_of("v3", "v2", "random"),
+        "Filter of the pairs: that of the published version v3 or v2; none, and the highest score is chosen (best); or "
+        "none, and any pair (random).",
+        one_of("v3", "v2", "best", "random"),
     )
     rejected: str = setting(
         "negative",
-        "Rejected image: of a hard negative, or the worst own image with a wrong answer (a hard negative if there is "
-        "none, and by rule random).",
-        one_of("negative", "own"),
+        "Rejected image: of a hard negative; the worst own image with a wrong answer (own; a hard negative if there is "
+        "none, and by rule random); or the own image of the lowest score, right or wrong (lowest).",
+        one_of("negative", "own", "lowest"),
     )
     rejected_prompt: str = setting(
         "variant",
@@ -360,6 +372,17 @@ class TrainConfig(Section):
         "Object masks of the masks stage, or of the current policy, from the training forward.",
         one_of("stored", "online"),
     )
+    objective: str = setting(
+        "preference",
+        "What trains: the loss of preference pairs, or GRPO on groups of images that are generated in each step.",
+        one_of("preference", "grpo"),
+    )
+    group_size: int = setting(
+        8, "Images of a prompt in a step of GRPO.", expect("2 or more", lambda value: value >= 2) | up_to(10**4)
+    )
+    kl_weight: float = setting(
+        0.01, "Weight of the KL divergence from the model before training, in GRPO; 0: none.", AT_LEAST_0
+    )
     full: bool = setting(
         False, "Train all weights of the language model but its text embeddings, instead of LoRA matrices."
     )
@@ -378,7 +401,7 @@ class TrainConfig(Section):
         "rate, cosine falls again from learning_rate, without warm-up. null: it is refused. Not saved in config.yaml.",
         one_of("constant", "cosine"),
     )
-    batch_size: int = setting(16, "Pairs of a forward and backward pass.", BATCH)
+    batch_size: int = setting(16, "Pairs (in GRPO: prompts) of a forward and backward pass.", BATCH)
     accumulation: int = setting(2, "Passes per optimizer step, which uses batch_size times accumulation pairs.", BATCH)
     learning_rate: float = setting(1e-5, "Highest learning rate.", ABOVE_0)
     min_learning_rate: float = setting(1e-7, "Learning rate at the end of the cosine schedule.", AT_LEAST_0)
@@ -509,7 +532,10 @@ class Config(Section):
         list, "Folders in which records may name files, in addition to the run folder.", FOLDERS
     )
     preset: str = setting(
-        "v3", "Published version, which sets the loss and some of select, masks and train.", one_of(*PRESETS)
+        "v3",
+        "Published version or other method, which sets the loss and some of score, select, masks and train; method is "
+        "another name of it.",
+        one_of(*PRESETS),
     )
     iterations: int = setting(
         1,
@@ -556,7 +582,7 @@ _KEYS = [key for key, kind in _TYPES.items() if not dataclasses.is_dataclass(kin
 
 def is_setting(key: str) -> bool:
     """Return whether a dotted key is that of a setting."""
-    return key in _KEYS or key in _types(OSPOLossConfig, "train.loss.")
+    return key in (*_KEYS, "method") or key in _types(OSPOLossConfig, "train.loss.")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -720,6 +746,17 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return layer
 
 
+def _rename_method(layer: dict[str, Any], source: str) -> None:
+    """Let `method` be another name of `preset`. Raises UsageError where a layer has both."""
+    if "method" in layer:
+        method = layer.pop("method")
+        if layer.setdefault("preset", method) != method:
+            raise UsageError(
+                f"{source}: got method={method!r} and preset={layer['preset']!r}, which are two names of one setting; "
+                "delete one of them."
+            )
+
+
 def _exists(path: Path) -> bool:
     """Return whether a run folder has the file. Raises OspoError for a link, which could lead to any file."""
     with os_errors("read", path):
@@ -822,6 +859,8 @@ def load_config(
     user = [("command line", _parse_overrides(overrides))]
     if file is not None:
         user.insert(0, (str(file), load_file(Path(file))))
+    for source, layer in user:
+        _rename_method(layer, source)
     named = next((layer.get("preset") for _, layer in reversed(user) if layer.get("preset") is not None), None)
     if named is not None:
         Config(preset=named)  # raises for an unknown one
@@ -835,8 +874,8 @@ def load_config(
         layers.append(("preset", PRESETS[named or kept or "v3"]))
         if family in MODEL_FILES:
             layers.append((str(MODEL_FILES[family]), load_file(MODEL_FILES[family])))
-            if named == "official":  # its point is to differ from what is best for a family
-                layers.append(("preset", PRESETS[named]))
+            if named in OVER_FAMILY:
+                layers.append(("preset", OVER_FAMILY[named]))
     below = len(layers)
     merged: dict[str, Any] = {}
     found: dict[str, str] = {}

@@ -15,7 +15,7 @@ from torch.utils._pytree import register_dataclass
 from ospo_fast.errors import OpError
 from ospo_fast.loss_config import OSPOLossConfig
 from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
-from ospo_fast.ops._dispatch import result_dtype
+from ospo_fast.ops._dispatch import describe, result_dtype
 from ospo_fast.ops._logprob_call import prepare
 from ospo_fast.ops.cross_entropy import weighted_logprobs
 from ospo_fast.ops.token_weights import spread_weights
@@ -43,8 +43,10 @@ register_dataclass(OSPOLossOutput)
 class OSPOLoss(nn.Module):
     """Compute mean over pairs of (λ_simpo·SimPO + λ_cond·conditional) + λ_sft·SFT.
 
-    SimPO compares the chosen with the rejected image. The conditional term (v2) compares the chosen image under its own
-    prompt with the same image under the rejected prompt. SFT is the unweighted mean of −ℓ over all chosen image tokens.
+    SimPO compares the chosen with the rejected image. With `config.reference` it compares their log-probabilities minus
+    those under a reference model, which with normalize="sum" and gamma_beta_ratio=0 is DPO. The conditional term (v2)
+    compares the chosen image under its own prompt with the same image under the rejected prompt. SFT is the unweighted
+    mean of −ℓ over all chosen image tokens.
 
     Args:
         config: the coefficients; None = preset "v3".
@@ -75,6 +77,7 @@ class OSPOLoss(nn.Module):
         head: Head | nn.Module,
         *,
         object_masks: Tensor | Sequence[Tensor] | None = None,
+        reference_logps: Tensor | None = None,
     ) -> OSPOLossOutput:
         """Compute the loss of B pairs, given as groups of B rows: chosen, rejected and, if cond_weight > 0, swapped.
 
@@ -86,10 +89,13 @@ class OSPOLoss(nn.Module):
             object_masks: (2·B, H, W) of the chosen, then the rejected images, on the grid of their tokens. Swapped rows
                 use those of the chosen. A sequence of them for images of several grids, in the order of their tokens.
                 None: every token has weight 1.
+            reference_logps: (2·B,) float, for `config.reference`: sequence log-probabilities of the chosen, then the
+                rejected images under the reference model, such as `pair_logps.flatten()` of its loss.
 
         Returns:
             The loss, its terms, and metrics: loss, simpo, sft, accuracy, margin, chosen_rewards, rejected_rewards,
-            chosen_logps, rejected_logps, and with the conditional term conditional and swapped_logps.
+            chosen_logps, rejected_logps, and with the conditional term conditional and swapped_logps. With a reference,
+            accuracy, margin and rewards are of the log-probabilities minus those of the reference.
 
         Raises:
             OpError: wrong shapes or devices, too few groups, masks of another grid or (`check_finite`) not finite, at
@@ -119,9 +125,10 @@ class OSPOLoss(nn.Module):
         logps, sft = self._logps(hidden[:rows], head, targets, present[:pairs])
         sequences = sequence_logprobs(logps, present, weights, normalize=config.normalize)
         chosen, rejected, *swapped = sequences.view(-1, pairs).unbind()
+        reference = self._reference(reference_logps, chosen)
         terms = preference_loss(
-            chosen,
-            rejected,
+            chosen - reference[0],
+            rejected - reference[1],
             *swapped,
             beta=config.beta,
             gamma_beta_ratio=config.gamma_beta_ratio,
@@ -149,6 +156,20 @@ class OSPOLoss(nn.Module):
         metrics = {name: value.detach() for name, value in {"loss": loss, **metrics}.items()}
         logps = torch.stack([chosen, rejected]).detach()
         return OSPOLossOutput(loss, simpo, conditional, sft, metrics, terms.accuracy.detach(), logps)
+
+    def _reference(self, given: Tensor | None, chosen: Tensor) -> Tensor:
+        """Return the log-probabilities (2, B) under the reference model; zeros without one."""
+        if not self.config.reference:
+            if given is not None:
+                raise OpError("OSPOLoss: got reference_logps with reference=False in the config; set reference=True")
+            return chosen.new_zeros(2, 1)
+        expected = (2 * len(chosen),)
+        if given is None or given.shape != expected or not given.is_floating_point():
+            raise OpError(
+                f"OSPOLoss: reference_logps is {'None' if given is None else describe(given)}, expected float "
+                f"{expected}: those of the chosen, then of the rejected images (reference=True in the config)"
+            )
+        return given.detach().to(chosen).view(2, -1)
 
     def _logps(self, hidden: Tensor, head: Head | nn.Module, targets: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (rows, S) of the targets, and the SFT term over the chosen rows, which are `present`."""

@@ -19,7 +19,7 @@ def _is_taps(value: Any) -> bool:
 _POSITIVE = expect("a positive number", lambda value: value > 0)
 _AT_LEAST_0 = expect("a number >= 0", lambda value: value >= 0)
 _SMOOTHING = expect("0 to 0.5", lambda value: 0 <= value <= 0.5)
-_NORMALIZE = expect("'weights' or 'length'", lambda value: value in ("weights", "length"))
+_NORMALIZE = expect("'weights', 'length' or 'sum'", lambda value: value in ("weights", "length", "sum"))
 _TAPS = expect(f"an odd number (1: no blur), at most {_MAX_TAPS}", _is_taps)
 
 
@@ -61,10 +61,16 @@ class OSPOLossConfig:
         1.0, "alpha of the token weights 1 + alpha * m^gamma, of the blurred mask m; 0: masks are ignored.", _AT_LEAST_0
     )
     mask_gamma: float = setting(1.0, "gamma, the exponent of the blurred mask in the token weights.", _AT_LEAST_0)
-    normalize: Literal["weights", "length"] = setting(
+    normalize: Literal["weights", "length", "sum"] = setting(
         "weights",
-        "Divide a log-probability by the sum of the token weights (official code) or by the length (paper).",
+        "Divide a log-probability by the sum of the token weights (official code), the length (paper), or 1 (sum).",
         _NORMALIZE,
+    )
+    reference: bool = setting(
+        False,
+        "Subtract the log-probabilities of a reference model, that before training, in the preference between images "
+        "(DPO).",
+        expect("true or false", lambda value: isinstance(value, bool)),
     )
     mask_blur: int = setting(
         5, "Taps of the blur of the masks, in cells of the code grid: 5 in the official code, 1 in the paper.", _TAPS
@@ -74,12 +80,17 @@ class OSPOLossConfig:
         for item in fields(self):
             if expected := _unmet(item, getattr(self, item.name)):
                 raise UsageError(f"OSPOLossConfig: {item.name} is {getattr(self, item.name)!r}, expected {expected}")
+        if self.reference and self.cond_weight > 0:
+            raise UsageError(
+                f"OSPOLossConfig: cond_weight is {self.cond_weight!r} with reference=True, expected 0: the preference "
+                "between prompts has no reference"
+            )
 
     @classmethod
     def preset(cls, name: str) -> "OSPOLossConfig":
         """Return the coefficients of version "v1", "v2" or "v3", or of "full": v3 with v2's conditional term.
 
-        "official" has those of "v3".
+        "official" has those of "v3". "dpo", "sft", "suder" and "grpo" are other methods, see docs/methods.md.
         """
         if name not in _PRESETS:
             raise UsageError(f"OSPOLossConfig: preset {name!r} is unknown, expected one of {', '.join(_PRESETS)}")
@@ -100,4 +111,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "v3": {},
     "full": {"beta_cond": 5.0, "gamma_beta_ratio_cond": 0.5, "cond_weight": 0.5},
     "official": {},  # as v3; what else it sets is in config.py
+    "dpo": {
+        "beta": 0.1,
+        "gamma_beta_ratio": 0.0,
+        "sft_weight": 0.0,
+        "mask_alpha": 0.0,
+        "normalize": "sum",
+        "reference": True,
+    },
+    "sft": {"simpo_weight": 0.0, "sft_weight": 1.0, "mask_alpha": 0.0},
+    "suder": {"mask_alpha": 0.0},
+    "grpo": {"simpo_weight": 0.0, "sft_weight": 0.0, "mask_alpha": 0.0},
 }

@@ -311,6 +311,8 @@ class _Demands:
             state = 16 * self.trained / (self.gpus if settings.full else 1)
             return self.weights + state + activations + head
 
+        if settings.objective == "grpo":
+            return self._train_groups(pairs * settings.group_size, trained, memory)
         amounts = {"pair": float(pairs)}
         # The first evaluation is before training; held-out pairs are always evaluated at both ends.
         evaluations = math.ceil(steps / settings.eval_every) + 1 if settings.eval_every else 2
@@ -332,6 +334,23 @@ class _Demands:
         others = self.itemsize if settings.full else 4 + 4
         disk = (2 * 12 + others) * self.trained + shapes.parameters * self.itemsize if steps else 0.0
         return Demand(amounts, disk, memory(settings.batch_size), memory(1), flops, derived=derived)
+
+    def _train_groups(self, images: float, pair: float, memory: Callable[[int], float]) -> Demand:
+        """Demand of GRPO, which generates, scores and trains on this many images; `pair`: FLOPs of a pair."""
+        settings, shapes = self.config.train, self.shapes
+        length = math.ceil(self._image_prompt + shapes.tokens)
+        one = partial(shapes.flops, tokens=length, attended=causal(length), codes=shapes.tokens)
+        trained = one(backward=True, trained=False) + (one() if settings.kl_weight > 0 else 0.0)
+        amounts = {"trained image": images, "generated image": images, "scored image": images}
+        derived = {
+            "trained image": ("train", "pair", trained / pair),
+            "generated image": ("images", "image", 1.0),
+            "scored image": ("score", "image", 1.0),
+        }
+        groups = 3 if loss_config(self.config).cond_weight > 0 else 2  # sequences that `memory` counts for a pair
+        rows = math.ceil(settings.batch_size * settings.group_size / groups)
+        disk = (2 * 12 + 8) * self.trained + shapes.parameters * self.itemsize
+        return Demand(amounts, disk, memory(rows), memory(1), images * trained, derived=derived)
 
 
 class UnknownCostError(OspoError):

@@ -56,6 +56,34 @@ def test_presets_set_the_same_keys(preset):
     assert loss_config(config) == OSPOLossConfig.preset(preset)
 
 
+@pytest.mark.parametrize("method", ["dpo", "sft", "suder", "grpo"])
+def test_a_family_does_not_change_what_makes_a_method(method):
+    """`method` is another name of `preset`; the optimizer and the number of images are those of the family."""
+    named, config = (load_config([f"{key}={method}"], family="shapes") for key in ("preset", "method"))
+    assert config == named
+    preset, shapes = PRESETS[method], load_config(family="shapes")
+    assert config.select.rejected == preset["select"]["rejected"] == "lowest"
+    assert (config.select.rule, config.score.reward) == (preset["select"]["rule"], preset["score"]["reward"])
+    assert (config.train.objective, config.masks.enabled) == (preset["train"]["objective"], False)
+    assert loss_config(config) == OSPOLossConfig.preset(method)
+    assert config.train.lora_rank == shapes.train.lora_rank
+    assert config.images == shapes.images
+
+
+def test_method_and_preset_together(tmp_path):
+    assert load_config(["method=v2", "preset=v2"]).preset == "v2"
+    with pytest.raises(UsageError, match="command line: got method='dpo' and preset='v2', which are two names"):
+        load_config(["method=dpo", "preset=v2"])
+    path = tmp_path / "c.yaml"
+    path.write_text("method: dpo\n")
+    assert load_config(file=path).preset == "dpo"
+    assert load_config(["preset=v1"], file=path).preset == "v1"  # the later layer
+    with pytest.raises(UsageError, match="preset should be one of v1"):
+        load_config(["method=ppo"])
+    with pytest.raises(UsageError, match="preset"):
+        load_config(["method=[1]"])
+
+
 def test_preset_v2_has_its_own_rule_and_schedule_and_no_masks():
     config = load_config(["preset=v2"])
     assert (config.select.rule, config.train.schedule, config.train.steps) == ("v2", "constant", 500)
@@ -139,9 +167,9 @@ TEXTS = ("model", "out", "device", "templates", "prompts.exclude", "prompts.file
         ("images.chunk=2", "the configuration key 'images.chunk' has been removed; delete it"),
         ("images.top_k=abc", "could not be converted to Integer .*images.top_k"),
         ("images=3", "command line"),
-        ("preset=v9", "preset should be one of v1, v2, v3, full, official, got 'v9'"),
+        ("preset=v9", "preset should be one of v1, v2, v3, full, official, dpo, sft, suder, grpo, got 'v9'"),
         ("iterations=0", "^iterations should be 1 or more, got 0"),
-        ("select.rule=v4", "select.rule should be one of v3, v2, random, got 'v4'"),
+        ("select.rule=v4", "select.rule should be one of v3, v2, best, random, got 'v4'"),
         ("masks.layers=best", "masks.layers should be a list of integers, or auto, got 'best'"),
         ("masks.layers=[1,x]", "masks.layers should be a list of integers, or auto"),
         ("masks.heads=[]", "masks.heads should be a list of integers, or auto, got"),

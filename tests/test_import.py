@@ -178,6 +178,7 @@ def test_public_methods_and_fields() -> None:
         "labels",
         "head",
         "object_masks",
+        "reference_logps",
     ]
     for preset in ("v1", "v2", "v3", "full"):
         assert set(PRESET_FIELDS.split()) <= set(vars(ospo_fast.OSPOLossConfig.preset(preset)))

@@ -42,7 +42,7 @@ def definition(
         if masks is not None:
             mask = masks[row if row < 2 * pairs else row - 2 * pairs]
             weights = token_weights(mask[None].double(), alpha=config.mask_alpha, gamma=config.mask_gamma)[0]
-        norm = weights.sum() if config.normalize == "weights" else len(positions)
+        norm = {"weights": weights.sum(), "length": len(positions), "sum": 1}[config.normalize]
         scores.append((weights * tokens).sum() / norm)
         if row < pairs:
             chosen.append(tokens)
@@ -108,7 +108,9 @@ def test_presets() -> None:
         ({"beta": 1e308}, r"beta is 1e\+308, expected a number of at most 1e\+06 in size"),
         ({"mask_blur": 3.0}, "mask_blur is 3.0"),
         ({"label_smoothing": 0.7}, "label_smoothing is 0.7, expected 0 to 0.5"),
-        ({"normalize": "sum"}, "normalize is 'sum', expected 'weights' or 'length'"),
+        ({"normalize": "mean"}, "normalize is 'mean', expected 'weights', 'length' or 'sum'"),
+        ({"reference": 1}, "reference is 1, expected true or false"),
+        ({"reference": True, "cond_weight": 0.5}, "cond_weight is 0.5 with reference=True, expected 0"),
     ],
 )
 def test_wrong_configurations(fields: dict[str, Any], message: str) -> None:
@@ -116,7 +118,44 @@ def test_wrong_configurations(fields: dict[str, Any], message: str) -> None:
         OSPOLossConfig(**fields)
 
 
-@pytest.mark.parametrize("normalize", ["weights", "length"])
+def test_a_reference_makes_it_dpo() -> None:
+    """−log σ(β·((log π(w) − log ref(w)) − (log π(l) − log ref(l)))) of sums over tokens (arXiv 2305.18290)."""
+    config = OSPOLossConfig.preset("dpo")
+    hidden, labels, head, _ = make_batch(3, 2)
+    before = OSPOLoss(replace(config, reference=False))(hidden, labels, head).pair_logps.flatten()
+    logps = F.log_softmax(head.to(torch.float64)(hidden.double()), -1)
+    sums = []
+    for row in range(6):
+        positions = (labels[row] != -100).nonzero().flatten()
+        sums.append(sum(logps[row, t - 1, labels[row, t]] for t in positions))
+    torch.testing.assert_close(before.double(), torch.stack(sums), rtol=1e-5, atol=0)
+    same = OSPOLoss(config)(hidden, labels, head, reference_logps=before)
+    assert float(same.loss) == pytest.approx(math.log(2))
+    assert float(same.metrics["margin"]) == pytest.approx(0, abs=1e-5)
+    reference = before + torch.randn(6)
+    moved = OSPOLoss(config)(hidden, labels, head, reference_logps=reference)
+    ratios = (torch.stack(sums) - reference.double()).view(2, 3)
+    expected = -F.logsigmoid(0.1 * (ratios[0] - ratios[1])).mean()
+    assert float(moved.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.equal(moved.pair_accuracy, (ratios[0] > ratios[1]).float())
+    assert torch.equal(moved.pair_logps.flatten(), before)
+
+
+def test_wrong_references() -> None:
+    hidden, labels, head, _ = make_batch(3, 2)
+    loss, plain = OSPOLoss(OSPOLossConfig.preset("dpo")), OSPOLoss()
+    for given, message in (
+        (None, r"reference_logps is None, expected float \(6,\)"),
+        (torch.zeros(2, 3), r"reference_logps is torch.float32 \(2, 3\), expected float \(6,\)"),
+        (torch.zeros(6).long(), r"reference_logps is torch.int64 \(6,\), expected float \(6,\)"),
+    ):
+        with pytest.raises(OpError, match=message):
+            loss(hidden, labels, head, reference_logps=given)
+    with pytest.raises(OpError, match="got reference_logps with reference=False"):
+        plain(hidden, labels, head, reference_logps=torch.zeros(6))
+
+
+@pytest.mark.parametrize("normalize", ["weights", "length", "sum"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("preset", ["v1", "v2", "v3", "full"])
 def test_against_the_definition(preset: str, masked: bool, normalize: Any) -> None:

@@ -1,4 +1,7 @@
-"""The generation engine: images, texts and yes/no answers of a unified model, bitwise independent of the batch."""
+"""The generation engine: images, texts, yes/no answers and likelihoods of captions, bitwise independent of the batch.
+
+All are of a unified model.
+"""
 
 from ospo_fast.generation.chat_text import generate_chat_text
 from ospo_fast.generation.image_writer import ImageWriter
@@ -6,7 +9,7 @@ from ospo_fast.generation.images import GeneratedBatch, ImageGenerator
 from ospo_fast.generation.requests import GenerationError
 from ospo_fast.generation.text import generate_text
 from ospo_fast.generation.throughput import Throughput
-from ospo_fast.generation.vqa import answer_questions
+from ospo_fast.generation.vqa import answer_questions, caption_logprobs
 
 __all__ = [
     "GeneratedBatch",
@@ -15,6 +18,7 @@ __all__ = [
     "ImageWriter",
     "Throughput",
     "answer_questions",
+    "caption_logprobs",
     "generate_chat_text",
     "generate_text",
 ]

@@ -1,10 +1,11 @@
-"""Yes/no answers about images: one pass per image, then a short one per question behind it."""
+"""Yes/no answers about images, and likelihoods of captions: one pass per image, then a short one per text behind it."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 T = TypeVar("T")
+Logits = Callable[[Tensor], Tensor]
 Answer = dict[str, Any]
 """{"p_yes": float, "p_no": float, "answer": "yes" | "no" | "tie"}"""
 
@@ -74,15 +76,112 @@ def answer_questions(
         chat = template(question)
         ids = chat if isinstance(chat, Tensor) else model.chat(chat, image=True)
         check_ids(f"question {question[:60]!r}", ids, model, 1)
-        numbers = ids.tolist()
-        cut = len(numbers) - numbers[::-1].index(model.image_id)
-        split[question] = tuple(numbers[:cut]), tuple(numbers[cut:])
+        split[question] = _split(model, ids)
     answers: list[list[Answer]] = [[{} for _ in group] for group in questions]
-    if not split:
-        return answers
+    asked = [
+        [
+            Continuation(*split[question], (answer, spellings))
+            for question, answer, spellings in zip(
+                questions[i], answers[i], expected[i] if expected else [()] * len(questions[i]), strict=True
+            )
+        ]
+        for i in range(len(images))
+    ]
+
+    def read(logits: Logits, hidden: Tensor, given: list[tuple[Answer, Sequence[int]]]) -> None:
+        wanted = [ids for _, spellings in given for ids in (model.yes_ids, model.no_ids, spellings)]
+        probs = iter(_probabilities(logits(hidden[:, -1]), wanted))
+        for (answer, _), p_yes, p_no, p_expected in zip(given, probs, probs, probs, strict=False):
+            word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
+            answer.update(p_yes=p_yes, p_no=p_no, answer=word)
+            if expected:
+                answer["p_expected"] = p_expected
+
+    continue_images(model, images, asked, read, words=1, unit="question", batch_size=batch_size, progress=progress)
+    return answers
+
+
+@torch.no_grad()
+def caption_logprobs(
+    model: UnifiedModel,
+    images: Sequence[Image],
+    captions: Sequence[Tensor],
+    *,
+    request: Tensor,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Return the mean over the tokens of a caption of log p(token | image, request, tokens before), for each image.
+
+    Args:
+        model: from `load_model`.
+        images: N images.
+        captions: N × ids (S_n,) int64.
+        request: ids of the request for a caption, from `model.chat(messages, image=True)`.
+        batch_size: see `answer_questions`.
+        progress: show a bar on stderr if it takes more than two seconds.
+
+    Returns:
+        N numbers, NaN where logits are not finite.
+
+    Raises:
+        UsageError: the numbers of images and captions differ, or a caption is empty or too long for the model.
+        OspoError: one image does not fit the memory.
+
+    """
+    if len(images) != len(captions):
+        raise UsageError(f"captions: got {len(captions)} for {len(images)} images, expected one for each image")
+    check_batch_size(batch_size)
+    prefix, before = _split(model, request)
+    means = [math.nan] * len(images)
+    asked = []
+    for i, ids in enumerate(captions):
+        if not len(ids):
+            raise UsageError("captions: got an empty one, expected ids of at least one token")
+        check_ids("caption", torch.cat([request, ids]), model, 1)
+        asked.append([Continuation(prefix, (*before, *ids[:-1].tolist()), (i, ids))])
+
+    def read(logits: Logits, hidden: Tensor, given: list[tuple[int, Tensor]]) -> None:
+        for states, (i, ids) in zip(hidden, given, strict=False):
+            # Image by image: the products of the head have one size, and fsum rounds once.
+            logps = logits(states[-len(ids) :]).float().log_softmax(-1).cpu().gather(1, ids[:, None])
+            means[i] = math.fsum(logps.flatten().tolist()) / len(ids) if logps.isfinite().all() else math.nan
+
+    continue_images(model, images, asked, read, words=0, unit="caption", batch_size=batch_size, progress=progress)
+    return means
+
+
+class Continuation(NamedTuple):
+    """Ids that follow an image: those up to its last placeholder, which rows can share, and those behind it."""
+
+    prefix: tuple[int, ...]
+    rest: tuple[int, ...]
+    given: Any  # what `read` gets for it
+
+
+def continue_images(
+    model: UnifiedModel,
+    images: Sequence[Image],
+    asked: Sequence[Sequence[Continuation]],
+    read: Callable[[Logits, Tensor, list[Any]], None],
+    *,
+    words: int,
+    unit: str,
+    batch_size: int | None,
+    progress: bool,
+) -> None:
+    """Run every continuation of every image, and call `read` with their hidden states and what they give.
+
+    read: gets the function of hidden states (…, D) → logits, the states (M, L, D) of the L ids of `rest`, and the
+    `given` of M or fewer continuations: padding rows follow them.
+
+    words: logits of a continuation that `read` computes, to be counted; 0: of all ids of `rest`.
+    """
+    if not any(asked):
+        return
     decoder = build_decoder(model, text=True)
-    longest = max(len(prefix) + len(rest) for prefix, rest in split.values())
-    # Caches of an image and of a question; and half a cache that is being copied, or a pass.
+    longest = max(len(one.prefix) + len(one.rest) for group in asked for one in group)
+    # Caches of an image and of a continuation; and half a cache that is being copied, or a pass.
     row_bytes = decoder.row_bytes(longest)
     item_bytes = 2 * row_bytes + max(row_bytes // 2, decoder.pass_bytes(longest))
     limit = BatchSizeLimit(
@@ -94,44 +193,38 @@ def answer_questions(
     def padded(items: list[T]) -> list[T]:
         return items + items[:1] * (decoder.pad_rows(len(items), limit.max_size, row_bytes) - len(items))
 
-    def answer_batch(batch: list[int]) -> None:
+    def run_batch(batch: list[int]) -> None:
         pixels = model.embed_images(padded([images[i] for i in batch]))
         count(seen=len(batch))
-        asked = [
-            (*split[question], row, answer, spellings)
-            for row, i in enumerate(batch)
-            for question, answer, spellings in zip(
-                questions[i], answers[i], expected[i] if expected else [()] * len(questions[i]), strict=True
-            )
-        ]
-        # All questions with one prefix share the passes over the images. Their batches have rests of one length, the
-        # longest first: if memory runs out, it does so early.
-        asked.sort(key=lambda item: (item[0], len(item[1])), reverse=True)
-        for prefix, same_prefix in itertools.groupby(asked, lambda item: item[0]):
+        rows = [(one, row) for row, i in enumerate(batch) for one in asked[i]]
+        # All continuations with one prefix share the passes over the images. Their batches have rests of one length,
+        # the longest first: if memory runs out, it does so early.
+        rows.sort(key=lambda item: (item[0].prefix, len(item[0].rest)), reverse=True)
+        for prefix, same_prefix in itertools.groupby(rows, lambda item: item[0].prefix):
             image_cache = _image_pass(model, decoder, prefix, pixels)
             count(tokens=len(batch) * len(prefix), attended=len(batch) * causal(len(prefix)))
-            for _, same_length in itertools.groupby(same_prefix, lambda item: len(item[1])):
+            for length, same_length in itertools.groupby(same_prefix, lambda item: len(item[0].rest)):
                 for part in plan_batches(list(same_length), None, limit.max_size):
-                    _, rests, rows, found, spellings = zip(*padded(part), strict=True)
-                    length = len(rests[0])
+                    ones, caches = zip(*padded(part), strict=True)
                     attended = len(part) * causal(length, before=len(prefix))
-                    count(tokens=len(part) * length, attended=attended, words=len(part))
-                    wanted = [ids for group in spellings for ids in (model.yes_ids, model.no_ids, group)]
-                    probs = iter(_probabilities(model, decoder, image_cache, rows, rests, wanted))
-                    for answer, p_yes, p_no, p_expected in zip(found, probs, probs, probs, strict=True):
-                        word = "yes" if p_yes > p_no else "no" if p_no > p_yes else "tie"
-                        answer.update(p_yes=p_yes, p_no=p_no, answer=word)
-                        if expected:
-                            answer["p_expected"] = p_expected
+                    count(tokens=len(part) * length, attended=attended, words=len(part) * (words or length))
+                    hidden = _continue(model, decoder, image_cache, caches, [one.rest for one in ones])
+                    read(decoder.text_logits, hidden, [one.given for one, _ in part])
 
     from tqdm.auto import tqdm
 
-    batches = [[i for i, group in enumerate(questions) if group]]
-    total = sum(map(len, questions))
-    with eval_mode(model), tqdm(total=total, unit="question", delay=2, disable=not progress) as bar:
-        for batch, _ in limit.run(batches, answer_batch):
-            bar.update(sum(len(questions[i]) for i in batch))
-    return answers
+    batches = [[i for i, group in enumerate(asked) if group]]
+    total = sum(map(len, asked))
+    with eval_mode(model), tqdm(total=total, unit=unit, delay=2, disable=not progress) as bar:
+        for batch, _ in limit.run(batches, run_batch):
+            bar.update(sum(len(asked[i]) for i in batch))
+
+
+def _split(model: UnifiedModel, ids: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids of a chat up to its last placeholder of an image, and those behind it."""
+    numbers = ids.tolist()
+    cut = len(numbers) - numbers[::-1].index(model.image_id)
+    return tuple(numbers[:cut]), tuple(numbers[cut:])
 
 
 def _image_pass(model: UnifiedModel, decoder: Decoder, prefix: Sequence[int], pixels: Tensor) -> Cache:
@@ -144,25 +237,25 @@ def _image_pass(model: UnifiedModel, decoder: Decoder, prefix: Sequence[int], pi
     return cache
 
 
-def _probabilities(
-    model: UnifiedModel,
-    decoder: Decoder,
-    image_cache: Cache,
-    rows: Sequence[int],
-    rests: Sequence[Sequence[int]],
-    wanted: Sequence[Sequence[int]],
-) -> list[float]:
-    """Run the rests of questions, of one length, behind rows of the image cache → the largest probability of each list.
-
-    wanted: lists of ids, as many for each question; the largest of none is 0.
-    """
+def _continue(
+    model: UnifiedModel, decoder: Decoder, image_cache: Cache, rows: Sequence[int], rests: Sequence[Sequence[int]]
+) -> Tensor:
+    """Run rests of one length L behind rows of the image cache → their hidden states (M, L, D)."""
     start = image_cache.keys.shape[3]
     cache = Cache(decoder, len(rows), start + len(rests[0]))
     cache.copy(slice(None), image_cache, torch.tensor(rows, device=decoder.device), start)
-    hidden = decoder(model.embed_tokens(torch.tensor(rests, device=decoder.device)), cache, start)[:, -1]
-    probs = decoder.text_logits(hidden).float().softmax(-1)
+    return decoder(model.embed_tokens(torch.tensor(rests, device=decoder.device)), cache, start)
+
+
+def _probabilities(logits: Tensor, wanted: Sequence[Sequence[int]]) -> list[float]:
+    """Return the largest probability of each list of ids, under logits (M, V).
+
+    wanted: three lists for each of the first rows; the largest of none is 0.
+    """
+    probs = logits.float().softmax(-1)
     width = max(map(len, wanted))
     # The first id fills up the list, which changes no maximum.
     ids = torch.tensor([[*group, *[group[0] if group else 0] * (width - len(group))] for group in wanted])
-    found = probs.gather(1, ids.to(probs.device).view(len(rows), -1)).view(len(wanted), width).amax(1).tolist()
+    rows = len(wanted) // 3
+    found = probs[:rows].gather(1, ids.to(probs.device).view(rows, -1)).view(len(wanted), width).amax(1).tolist()
     return [value if group else 0.0 for value, group in zip(found, wanted, strict=True)]

@@ -17,15 +17,15 @@ def sequence_logprobs(
     token_mask: Tensor,
     weights: Tensor | None = None,
     *,
-    normalize: Literal["weights", "length"] = "weights",
+    normalize: Literal["weights", "length", "sum"] = "weights",
 ) -> Tensor:
-    """Compute the weighted mean Σ w·ℓ / max(N, 1) over the tokens in the mask.
+    """Compute the weighted mean Σ w·ℓ / max(N, 1) over the tokens in the mask, or the weighted sum.
 
     Args:
         logps: (B, T) float, ℓ.
         token_mask: (B, T) bool. Values outside the mask, NaN included, reach no result.
         weights: (B, T) or None for ones, w.
-        normalize: "weights", N = Σ w (official code), or "length", N = number of tokens (paper).
+        normalize: "weights", N = Σ w (official code), "length", N = number of tokens (paper), or "sum", N = 1 (DPO).
 
     Returns:
         (B,) fp32 (float64 for float64 logps). A row without tokens gives 0 and zero gradients.
@@ -34,8 +34,8 @@ def sequence_logprobs(
         OpError: shapes that differ, a mask that is not bool, an unknown `normalize`.
 
     """
-    if normalize not in ("weights", "length"):
-        raise OpError(f"sequence_logprobs: normalize is {normalize!r}, expected 'weights' or 'length'")
+    if normalize not in ("weights", "length", "sum"):
+        raise OpError(f"sequence_logprobs: normalize is {normalize!r}, expected 'weights', 'length' or 'sum'")
     if logps.dim() != 2 or not logps.is_floating_point():
         raise OpError(f"sequence_logprobs: logps is {describe(logps)}, expected float (B, T)")
     if token_mask.shape != logps.shape or token_mask.dtype != torch.bool:
@@ -46,5 +46,6 @@ def sequence_logprobs(
     token_mask, zero = token_mask.to(values.device), values.new_zeros(())
     w = token_mask.to(values.dtype) if weights is None else torch.where(token_mask, widen(weights), zero)
     total = (w * torch.where(token_mask, values, zero)).sum(1)
-    norm = w.sum(1) if normalize == "weights" else token_mask.sum(1).to(values.dtype)
-    return (total / norm.clamp(min=1)).to(logps.device, result_dtype(logps))
+    if normalize != "sum":
+        total = total / (w.sum(1) if normalize == "weights" else token_mask.sum(1).to(values.dtype)).clamp(min=1)
+    return total.to(logps.device, result_dtype(logps))

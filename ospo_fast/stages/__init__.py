@@ -269,9 +269,11 @@ _FULL = "train.full: got true with quantize={}, whose weights do not train, expe
 
 
 def _check_train(config: Config) -> None:
-    from ospo_fast.stages.train_settings import loss_config
+    from ospo_fast.stages.train_settings import check_grpo, loss_config
 
     loss_config(config)
+    if config.train.objective == "grpo":
+        check_grpo(config)
     if config.train.full and config.quantize is not None:
         raise UsageError(_FULL.format(config.quantize))
 
@@ -330,7 +332,14 @@ def _masks_reads(config: Config, record: Record) -> list[object]:
 def _train_reads(config: Config, record: Record) -> list[object]:
     from ospo_fast.stages.train_settings import uses_stored_masks
 
+    if not _on_pairs(config):
+        return []
     return run_files.masked_pair_paths(record) if uses_stored_masks(config) else run_files.pair_paths(record)
+
+
+def _on_pairs(config: Config) -> bool:
+    """Return whether training is on pairs, and not on images that it generates itself."""
+    return config.train.objective == "preference"
 
 
 def _select_needs_model(config: Config) -> bool:
@@ -384,6 +393,7 @@ STAGES: tuple[Stage, ...] = (
         "perturb",
         "stage 2: hard negatives of the prompts, and dense prompts",
         inputs=_always("prompts"),
+        in_run=_on_pairs,
         other_model=lambda config: config.perturb.model,
         check=_check_perturb,
         check_model=_check_chat,
@@ -395,6 +405,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 3: images of prompts and hard negatives",
         inputs=_always("perturb"),
         folder="images",
+        in_run=_on_pairs,
         speed_only=frozenset({"batch_size", "jacobi_window"}),
         check_model=_check_images,
         needs=needs.images,
@@ -405,7 +416,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "questions",
         "stage 4: questions about each prompt",
-        inputs=_always("images"),
+        inputs=lambda config: "images" if _on_pairs(config) else "prompts",
         other_model=lambda config: config.questions.model,
         check_model=_check_chat,
         adds=needs.has_question,
@@ -415,6 +426,7 @@ STAGES: tuple[Stage, ...] = (
         "score",
         "stage 4: answers of the model to its questions about each image",
         inputs=_always("questions"),
+        in_run=_on_pairs,
         other_model=lambda config: config.score.model,
         asks_about_images=True,
         check_model=_check_chat,
@@ -427,6 +439,7 @@ STAGES: tuple[Stage, ...] = (
         "select",
         "stage 5: preference pairs of a chosen and a rejected image",
         inputs=_always("score"),
+        in_run=_on_pairs,
         needs_model=_select_needs_model,
         check_model=_check_asked,
         needs=needs.select,
@@ -441,7 +454,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("select"),
         folder="masks",
         enabled=lambda config: config.masks.enabled,
-        in_run=lambda config: config.train.masks == "stored",
+        in_run=lambda config: config.train.masks == "stored" and _on_pairs(config),
         check=_check_masks,
         needs=needs.masks,
         fields=frozenset({"objects", "unmatched_objects", "mask", "mask_reason"}),

@@ -20,6 +20,26 @@ from ospo_fast.versions import run_versions
 OWN = "which the base model generated and judged itself"
 GIVEN = "which were given to the run with their scores"
 EXAMPLES = 5  # prompts
+_OSPO = (
+    "OSPO, object-centric self-improving preference optimization: on pairs of a chosen and a rejected image of the "
+    "same prompt"
+)
+# Of the presets that are other methods: what they do, and the papers that they follow (docs/methods.md).
+_METHODS = {
+    "dpo": (
+        "DPO with the model before training as the reference: on pairs of the best and the worst image of a prompt",
+        "2305.18290, 2412.05818",
+    ),
+    "sft": ("supervised fine-tuning: on the best images of a prompt", ""),
+    "suder": (
+        "SimPO: on pairs of the images under which the model finds their prompt most and least likely",
+        "2506.07963, 2405.14734",
+    ),
+    "grpo": (
+        "GRPO: on groups of images of a prompt, whose reward is their score by the model before training",
+        "2402.03300",
+    ),
+}
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")  # of a model in the cache of the hub
 _TRAINED = re.compile(r"([^/]+)(?:/(iter\d+))?/train/([^/]+)$")  # run folder, iteration, folder
 _CITATION = """\
@@ -118,15 +138,17 @@ def model_card(
         base_model=base if on_hub else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-to-image",
-        tags=[*(["lora"] if adapter else []), "ospo", "ospo-fast", "preference-optimization"],
+        tags=[*(["lora"] if adapter else []), *_tags(config)],
         **license_data,
     )
     change = "another language model" if full else "a LoRA adapter of its language model merged into it"
     kind = f"A LoRA adapter of the language model of {_code(base)}" if adapter else f"{_code(base)} with {change}"
+    method, papers = _METHODS.get(config.preset, (_OSPO, None))
+    origin = "all of the base model" if config.train.objective == "grpo" else _origin_of(config, own)
+    name = "OSPO" if papers is None else config.preset.upper()
     sections = {
-        f"OSPO {'adapter for' if adapter else 'model from'} {base}": (
-            f"{kind}, trained with ospo-fast by OSPO, object-centric self-improving preference optimization: on pairs "
-            f"of a chosen and a rejected image of the same prompt, {_origin_of(config, own)}."
+        f"{name} {'adapter for' if adapter else 'model from'} {base}": (
+            f"{kind}, trained with ospo-fast by {method}, {origin}."
         ),
         "Use": _use(base, config, pairs, adapter),
         "Base model": _base(base, adapter, _kind(config.model)),
@@ -135,10 +157,20 @@ def model_card(
         "Results": _results(log, kept, config, "adapter" if adapter else "model"),
         "Versions": ", ".join(f"{name} {version}" for name, version in run_versions().items()),
         "License": _license(base, janus),
-        "Citation": f"```bibtex\n{_CITATION}\n```",
+        "Citation": f"```bibtex\n{_CITATION}\n```" if papers is None else _papers(papers),
     }
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items()).removeprefix("#")
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")).encode()
+
+
+def _tags(config: Config) -> list[str]:
+    name = config.preset if config.preset in _METHODS else "ospo"
+    return [name, "ospo-fast", *([] if config.preset in ("sft", "grpo") else ["preference-optimization"])]
+
+
+def _papers(numbers: str) -> str:
+    links = [f"[arXiv {n}](https://arxiv.org/abs/{n})" for n in numbers.split(", ") if n]
+    return ", ".join([*links, "and the package, ospo-fast"]) if links else "The package, ospo-fast."
 
 
 def _use(base: str, config: Config, pairs: Sequence[ItemPair], adapter: bool) -> str:
@@ -207,9 +239,12 @@ def _data(config: Config, pairs: Sequence[ItemPair], own: bool) -> str:
     rows = "\n".join(f"| {_one_line(kind)} | {count} |" for kind, count in sorted(kinds.items()))
     examples = "\n".join(f"- {_code(prompt)}" for prompt in prompts[:EXAMPLES])
     source = " The prompts are those of a file, not of the model." if own and config.prompts.file is not None else ""
+    number, unit = f"{len(pairs)} pairs of images of {len(prompts)}", "Pairs"
+    if config.train.objective == "grpo":
+        number, unit = str(len(prompts)), "Prompts"
     return (
-        f"{len(pairs)} pairs of images of {len(prompts)} different prompts.{source}\n\n"
-        f"| Kind of prompt | Pairs |\n| --- | ---: |\n{rows}\n\nPrompts, for example:\n\n{examples}"
+        f"{number} different prompts.{source}\n\n"
+        f"| Kind of prompt | {unit} |\n| --- | ---: |\n{rows}\n\nPrompts, for example:\n\n{examples}"
     )
 
 
@@ -220,7 +255,7 @@ def _settings(config: Config, steps: int, extensions: Sequence[Extension]) -> st
         "preset": config.preset,
         "seed": config.seed,
         "steps": steps,
-        "pairs of a step": train.batch_size * train.accumulation,
+        "prompts of a step" if train.objective == "grpo" else "pairs of a step": train.batch_size * train.accumulation,
         "learning rate": f"{train.learning_rate:g}, {train.schedule}{added}",
         **({"trained weights": "all of the language model but its text embeddings"} if train.full else _lora(train)),
         "guidance scale of training": f"{train.guidance_scale:g}",

@@ -86,10 +86,10 @@ def images(config: Config, record: Record) -> Lack | None:
 
 
 def score(config: Config, record: Record) -> Lack | None:
-    """Needs a question and an image."""
+    """Needs an image and, but for the dual reward, a question."""
     if not has_image(record):
         return _no_image(record)
-    if has_question(record):
+    if has_question(record) or config.score.reward == "dual":
         return None
     if reason := record.get("question_reason"):
         return Lack(reason, _again("questions"), recorded=True)
@@ -108,16 +108,17 @@ def _no_image(record: Record) -> Lack:
 
 
 def select(config: Config, record: Record) -> Lack | None:
-    """Needs images and, except by rule random, answers about them."""
+    """Needs images and, except by rule random, answers about them or, by rule best, scores of them."""
     found = [verdict for *_, verdict in image_verdicts(record)]
     if not found:
         return _no_image(record)
-    if config.select.rule == "random" or any(verdict.get("answer_metadata") for verdict in found):
+    field = "local_score" if config.select.rule == "best" else "answer_metadata"
+    if config.select.rule == "random" or any(verdict.get(field) not in (None, []) for verdict in found):
         return None
     reasons = list(dict.fromkeys(reason for verdict in found if (reason := verdict.get("reason"))))
     if reason := record.get("question_reason") or "; ".join(reasons):
         return Lack(reason, _again("questions and score"), recorded=True)
-    lacking = "its images have no `answer_metadata`" if record.get("question") else "it has no `question`"
+    lacking = f"its images have no `{field}`" if record.get("question") else "it has no `question`"
     return Lack(lacking, "run the stages questions and score")
 
 

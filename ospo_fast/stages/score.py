@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, attempt
+from ospo_fast.errors import Failure, OspoError, UsageError, attempt
 from ospo_fast.files import locate, open_image
 from ospo_fast.models.chat import ChatModel, TextModel
 from ospo_fast.records import Answer, ImageVerdict, Record, chunked, image_verdicts, map_images
@@ -22,6 +23,8 @@ from ospo_fast.stages.text_sampling import chat_ids, load_model_templates
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ospo_fast.models.base import UnifiedModel
 
 logger = logging.getLogger(__name__)
 
@@ -38,30 +41,26 @@ def run(
 ) -> Iterator[Record]:
     """Add answers and local score to each image of an item.
 
-    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. Questions too long for the model are removed.
-    An item without questions has images without a score. So has an image that cannot be read or whose answers are not
-    finite: its `reason` says so. The select stage drops both.
+    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. With `score.reward=dual` it is the mean over the
+    tokens of the item's prompt of log p(token | image, request for a caption, tokens before): SUDER's reward of
+    generation (arXiv 2506.07963). Then there are no answers, and no questions are needed.
+
+    Questions too long for the model are removed. An item without questions has images without a score. So has an image
+    that cannot be read or whose score is not finite: its `reason` says so. The select stage drops both.
 
     A chat model answers one question at a time, and its p_yes is the sum over the spellings (`ChatModel.answer`).
     """
     from ospo_fast.generation import answer_questions
 
     templates = load_model_templates(model, config)
+    if config.score.reward == "dual":
+        yield from _score_captions(records, model, templates, config, out)
+        return
     for part in chunked(records, CHUNK):
         texts = dict.fromkeys(question for record in part for question in record.get("question") or [])
         chats = {q: chat_ids(model, templates, "vqa", {"question": q}, image=True) for q in texts}
         chunk = [_remove_long_questions(record, chats) for record in part]
-        scored: dict[tuple[str, str, str], ImageVerdict] = {}
-        slots, images = [], []
-        for record in chunk:
-            for role, name, verdict in image_verdicts(record) if record.get("question") else ():
-                path = attempt(locate, verdict.get("path"), out, config.read_from)
-                image = path if isinstance(path, Failure) else attempt(open_image, path)
-                if isinstance(image, Failure):
-                    scored[record["item_id"], role, name] = {**verdict, "reason": image.reason}
-                else:
-                    slots.append((record, role, name, verdict))
-                    images.append(image)
+        slots, images, scored = _open_images([record for record in chunk if record.get("question")], config, out)
         if images:
             asked = [record["question"] for record, *_ in slots]
             if isinstance(model, ChatModel):
@@ -86,6 +85,93 @@ def run(
                 )
         for record in chunk:
             yield map_images(record, partial(_look_up, scored, record["item_id"]))
+
+
+def _open_images(
+    records: list[Record], config: Config, out: Path | None
+) -> tuple[list[tuple[Record, str, str, ImageVerdict]], list[Image], dict[tuple[str, str, str], ImageVerdict]]:
+    """Return (record, role, name, entry) of each image that can be read, the images, and the entries of the others."""
+    slots, images, failed = [], [], {}
+    for record in records:
+        for role, name, verdict in image_verdicts(record):
+            path = attempt(locate, verdict.get("path"), out, config.read_from)
+            image = path if isinstance(path, Failure) else attempt(open_image, path)
+            if isinstance(image, Failure):
+                failed[record["item_id"], role, name] = cast("ImageVerdict", {**verdict, "reason": image.reason})
+            else:
+                slots.append((record, role, name, verdict))
+                images.append(image)
+    return slots, images, failed
+
+
+def _score_captions(
+    records: Iterable[Record], model: TextModel, templates: TemplateSet, config: Config, out: Path | None
+) -> Iterator[Record]:
+    """Score images by the likelihood of the prompt of their item."""
+    from ospo_fast.generation import caption_logprobs
+
+    if isinstance(model, ChatModel):
+        raise UsageError(
+            f"score.model: got {config.score.model!r} with score.reward=dual, expected a unified model, whose "
+            "likelihoods the reward is of; use one, or score.reward=vqa."
+        )
+    request = model.chat(templates.messages("caption"), image=True)
+    for chunk in chunked(records, CHUNK):
+        captions: dict[str, Tensor | Failure] = {
+            record["prompt"]: attempt(_caption_ids, model, record["prompt"], len(request)) for record in chunk
+        }
+        usable = [record for record in chunk if not isinstance(captions[record["prompt"]], Failure)]
+        slots, images, scored = _open_images(usable, config, out)
+        for record in chunk:
+            if isinstance(failed := captions[record["prompt"]], Failure):
+                for role, name, verdict in image_verdicts(record):
+                    scored[record["item_id"], role, name] = {**verdict, "reason": failed.reason}
+        texts = [cast("Tensor", captions[record["prompt"]]) for record, *_ in slots]
+        scores = caption_logprobs(
+            model, images, texts, request=request, batch_size=config.score.batch_size, progress=False
+        )
+        for (record, role, name, verdict), score in zip(slots, scores, strict=True):
+            found: ImageVerdict = {**verdict, "local_score": score}
+            if not math.isfinite(score):
+                found = {**verdict, "reason": "the likelihood of the prompt is not finite"}
+            scored[record["item_id"], role, name] = found
+        for record in chunk:
+            yield map_images(record, partial(_look_up, scored, record["item_id"]))
+
+
+def _caption_ids(model: UnifiedModel, prompt: str, before: int) -> Tensor:
+    """Return the ids (S,) of the tokens of a prompt. Raises OspoError if they do not fit behind a request."""
+    ids, offsets = model.image_prompt_offsets(prompt)
+    own = ids[torch.tensor([offset is not None and offset[0] < offset[1] for offset in offsets])]
+    if not 0 < len(own) < model.max_positions - before:
+        raise OspoError(f"{len(own)} tokens of the prompt do not fit behind an image and the request for a caption")
+    return own
+
+
+class Scorer:
+    """Scores of images as the stage gives them, for training on images that no record has."""
+
+    def __init__(self, model: UnifiedModel, config: Config) -> None:
+        self.model, self.config, self.templates = model, config, load_model_templates(model, config)
+        self._chats: dict[str, Tensor | Failure] = {}
+
+    def score(self, images: list[Image], prompts: list[str], questions: list[list[str]]) -> list[float]:
+        """Return the local score of each image of a prompt with these questions; NaN if it cannot be scored."""
+        from ospo_fast.generation import answer_questions, caption_logprobs
+
+        batch_size = self.config.score.batch_size
+        if self.config.score.reward == "dual":
+            request = self.model.chat(self.templates.messages("caption"), image=True)
+            texts = [_caption_ids(self.model, prompt, len(request)) for prompt in prompts]
+            return caption_logprobs(self.model, images, texts, request=request, batch_size=batch_size, progress=False)
+        for text in {text for group in questions for text in group} - self._chats.keys():
+            self._chats[text] = chat_ids(self.model, self.templates, "vqa", {"question": text}, image=True)
+        asked = [[text for text in group if not isinstance(self._chats[text], Failure)] for group in questions]
+        chats = cast("dict[str, Tensor]", self._chats)
+        found = answer_questions(
+            self.model, images, asked, template=chats.__getitem__, batch_size=batch_size, progress=False
+        )
+        return [_margin(answers) if answers else math.nan for answers in found]
 
 
 def _ask(model: ChatModel, templates: TemplateSet, image: Image, questions: list[str]) -> list[Answer] | Failure:
@@ -127,14 +213,19 @@ def with_answers(verdict: ImageVerdict, answers: list[Answer]) -> ImageVerdict:
     """Add answers and their mean margin to an image's entry, or a `reason` if an answer is not finite."""
     if not all(math.isfinite(answer["p_yes"]) and math.isfinite(answer["p_no"]) for answer in answers):
         return {**verdict, "reason": "the answers are not finite"}
-    margin = sum(answer["p_yes"] - answer["p_no"] for answer in answers) / len(answers)
-    return {**verdict, "local_score": margin, "answer_metadata": answers}
+    return {**verdict, "local_score": _margin(answers), "answer_metadata": answers}
+
+
+def _margin(answers: Sequence[Mapping[str, Any]]) -> float:
+    margins = [float(answer["p_yes"]) - float(answer["p_no"]) for answer in answers]
+    return sum(margins) / len(margins)
 
 
 def failure(record: Record) -> Failure | None:
     """Return why an image of an item has no score; None where all have one, or where there is no image."""
     if not record.get("base_metadata"):
         return None
-    if not record.get("question"):
+    found = [verdict for *_, verdict in image_verdicts(record)]
+    if not record.get("question") and not any("local_score" in verdict or "reason" in verdict for verdict in found):
         return Failure(record.get("question_reason") or "the item has no question")
     return next((Failure(verdict["reason"]) for *_, verdict in image_verdicts(record) if verdict.get("reason")), None)

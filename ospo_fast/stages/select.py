@@ -24,7 +24,7 @@ from ospo_fast.records import (
 from ospo_fast.stages import StageContext
 
 CHUNK = 64  # items between two writes to the store
-RULES = ("v3", "v2", "random")
+RULES = ("v3", "v2", "best", "random")
 Image = Mapping[str, Any]  # an entry of base_metadata or negative_metadata
 LogProbs = Callable[[Sequence[str]], "Sequence[float] | Failure"]
 
@@ -40,10 +40,13 @@ def base_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None =
     """Decide whether a base image may be chosen.
 
     v3: at least one answer is yes and local_score ≥ threshold. v2: no answer is no and every p_yes − p_no > margin.
-    random: always, except for an image that could not be read. By v3 and v2 one without answers may not be chosen.
+    best: every image with a score. random: always, except for an image that could not be read. By v3 and v2 one without
+    answers may not be chosen.
     """
     if rule == "random":
         return _unfiltered(image)
+    if rule == "best":
+        return _scored(image)
     settings, answers = settings or SelectConfig(), _answers(image)
     if not answers:
         return _unanswered(image)
@@ -63,11 +66,14 @@ def base_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None =
 def negative_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None = None) -> Verdict:
     """Decide whether an image of a hard negative may be rejected.
 
-    v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. random: always, except for an
-    image that could not be read. By v3 and v2 one without answers may not be rejected.
+    v3: at least one answer is not yes (a tie is not yes). v2: some p_no − p_yes > margin. best: every image with a
+    score. random: always, except for an image that could not be read. By v3 and v2 one without answers may not be
+    rejected.
     """
     if rule == "random":
         return _unfiltered(image)
+    if rule == "best":
+        return _scored(image)
     settings, answers = settings or SelectConfig(), _answers(image)
     if not answers:
         return _unanswered(image)
@@ -85,6 +91,11 @@ def _answers(image: Image) -> list[str]:
 def _unfiltered(image: Image) -> Verdict:
     failed = image.get("reason") if image.get("kept") is None else None  # of the stage score, and not of a selection
     return Verdict(False, failed) if failed else Verdict(True, "no filter")
+
+
+def _scored(image: Image) -> Verdict:
+    score = image.get("local_score")
+    return Verdict(False, image.get("reason") or "no score") if score is None else Verdict(True, f"score {score:.2f}")
 
 
 def _unanswered(image: Image) -> Verdict:
@@ -106,7 +117,7 @@ def select_pair(
         rule: "v3": images filtered by `base_verdict` and `negative_verdict`; pairs are of one variant (see
             `records.image_variants`); the pair of highest base score, the first of equals. "v2": the highest base score
             of all; rejected is the negative whose mean log-probability under the base prompt is nearest to the
-            chosen's. "random": any pair of one variant.
+            chosen's. "best": as v3, of all images with a score. "random": any pair of one variant.
         rng: the generator, or its seed, for "random".
         settings: thresholds, and where the rejected image comes from; the published ones by default.
         logprobs: paths → mean log-probability of each image under the base prompt; "v2" needs it where more than one
@@ -133,6 +144,8 @@ def _select(
     logprobs: LogProbs | None,
 ) -> Pair | Failure:
     variants = image_variants(record)
+    if settings.rejected == "lowest":
+        return _lowest_pair(record, rule, settings)
     if settings.rejected == "own" and rule != "random" and isinstance(pair := _own_pair(record, rule, settings), dict):
         return pair
     bases = _passing(_images(record, "base"), partial(base_verdict, rule=rule, settings=settings))
@@ -180,6 +193,18 @@ def _own_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> P
     if not others:
         return Failure("no other base image is wrong")
     return _pair(best, min(others, key=lambda image: float(image["local_score"])))
+
+
+def _lowest_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> Pair | Failure:
+    """The best of the base images that the rule accepts, and the one of the lowest score of all others with a score."""
+    scored = {name: image for name, image in _images(record, "base").items() if image.get("local_score") is not None}
+    bases = _passing(scored, partial(base_verdict, rule=rule, settings=settings))
+    if not bases:
+        return Failure("no base image passed")
+    best, lowest = _best(bases), min(scored.values(), key=lambda image: float(image["local_score"]))
+    if not float(lowest["local_score"]) < float(best["local_score"]):
+        return Failure("no other base image has a lower score")
+    return _pair(best, lowest)
 
 
 def _nearest_pair(chosen: Image, negatives: list[Image], logprobs: LogProbs | None) -> Pair | Failure:
@@ -237,7 +262,7 @@ def _select_item(record: Record, model: UnifiedModel | None, config: Config, out
     answered = record.get("question") is None and any(
         image.get("answer_metadata") for *_, image in image_verdicts(record)
     )
-    if not (record.get("question") or answered) and settings.rule != "random":
+    if not (record.get("question") or answered) and settings.rule not in ("best", "random"):
         return {**record, "kept": False, "reason": record.get("question_reason") or "the item has no question"}
     logprobs = None if model is None else partial(_logprobs, record["prompt"], model, config, out)
     rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))

@@ -23,6 +23,7 @@ from ospo_fast.errors import UsageError, check_text
 from ospo_fast.files import read_yaml, yaml_loader
 
 TEMPLATE_NAMES = ("prompts", "perturb", "densify", "questions", "vqa")
+OPTIONAL = ("caption",)  # for score.reward=dual
 MAX_CHARS = 1_000_000  # of a rendered message
 _FOLDER = Path(__file__).with_name("templates")
 _ROLES = ("system", "user", "assistant")
@@ -89,11 +90,13 @@ class TemplateSet:
     _examples: dict[str, list[str]]
 
     def messages(self, stage: str, **variables: Any) -> list[dict[str, str]]:
-        """Chat messages (`role`, `content`) of `stage`: prompts, perturb, densify, questions or vqa.
+        """Chat messages (`role`, `content`) of `stage`: prompts, perturb, densify, questions, vqa or caption.
 
         Messages that render to an empty string are omitted. Raises UsageError for a template that fails, uses an
         unknown variable or gives more than MAX_CHARS characters, or does what the sandbox forbids.
         """
+        if stage not in self._stages:
+            raise UsageError(f"templates: {self._path} has no {stage}, which score.reward=dual needs; add its messages")
         rendered = []
         for number, message in enumerate(self._stages[stage]["messages"], 1):
             try:
@@ -126,6 +129,9 @@ class TemplateSet:
             self.messages("questions", **item)
         self.messages("densify", prompt=text, negative_prompt=text)
         self.messages("vqa", question=text)
+        for stage in OPTIONAL:
+            if stage in self._stages:
+                self.messages(stage)
 
 
 def _render(template: str, variables: dict[str, Any]) -> str:
@@ -199,7 +205,10 @@ def _parse(data: Any, path: Path) -> TemplateSet:
         kinds=kinds,
         few_shot={kind: counts.get(kind, 0) for kind in kinds},
         _path=path,
-        _stages={stage: _stage(stage, _mapping(data, stage)) for stage in TEMPLATE_NAMES},
+        _stages={
+            stage: _stage(stage, _mapping(data, stage))
+            for stage in (*TEMPLATE_NAMES, *(name for name in OPTIONAL if name in data))
+        },
         _examples=examples,
     )
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,12 @@ from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_force
 from ospo_fast.stages.train_memory import needs_checkpointing
 from ospo_fast.stages.train_settings import VALIDATION, input_stage, loss_config, mask_settings, uses_masks
 from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
-from ospo_fast.stages.training_pairs import category_of, held_out_ids, select_training_pairs
+from ospo_fast.stages.training_pairs import (
+    category_of,
+    held_out_ids,
+    select_training_pairs,
+    select_training_prompts,
+)
 from ospo_fast.work import Work, count, counting, device_name, step_rates, work_of
 
 if TYPE_CHECKING:
@@ -94,6 +99,7 @@ class Example:
     masks: Tensor | None  # (2, H, W) stored masks
     columns: list[list[int]] | None = None  # of each object its tokens, for masks of the policy itself
     category: str = ""  # of its prompt
+    reference: Tensor | None = None  # (2,) log-probabilities of both images before training
 
 
 def load_examples(
@@ -137,6 +143,8 @@ def _load_example(
         loaded["columns"] = objects if isinstance(objects, Failure) else objects.columns
     elif uses_masks(config):
         loaded["masks"] = attempt(load_unions, item.pair, out, config.read_from, grid=model.grid)
+    if loss_config(config).reference:
+        loaded["reference"] = torch.zeros(2)  # until `Trainer.add_references`
     failed = next((value for value in loaded.values() if isinstance(value, Failure)), None)
     return Example(item.pair_id, **loaded, category=category_of(item.record)) if failed is None else failed
 
@@ -161,21 +169,29 @@ def _sequences(examples: Sequence[Example], swapped: bool) -> tuple[list[Tensor]
     return prompts, torch.stack(codes)
 
 
-def unconditional_hidden_states(model: UnifiedModel, examples: Sequence[Example], batch: Batch | Packed) -> Tensor:
-    """Return the hidden states (N, S, D) of a batch of `make_batch` with unconditional prompts.
+def unconditional_hidden_states(
+    model: UnifiedModel, codes: Tensor, images: Sequence[int], batch: Batch | Packed
+) -> Tensor:
+    """Return the hidden states (N, S, D) of a batch with unconditional prompts.
 
     They are at the positions of the batch, also where an unconditional prompt has another length. Rows of the same
-    codes and the same prompt length are computed once.
+    image and the same prompt length are computed once.
+
+    Args:
+        model: whose states they are.
+        codes: (M, T) of the images.
+        images: of each row of the batch, or of more, which image it has, 0 to M − 1.
+        batch: with the prompts.
+
     """
-    sides = [(side, n) for side in (0, 1, 0) for n in range(len(examples))]  # the third group: swapped, if present
-    rows = [(*row, length) for row, length in zip(sides, batch.lengths.tolist(), strict=False)]
+    rows = list(zip(images, batch.lengths.tolist(), strict=False))
     distinct = list(dict.fromkeys(rows))
-    prompts = [model.unconditional(torch.full((length,), model.boi_id)) for *_, length in distinct]
-    codes = torch.stack([examples[n].codes[side] for side, n, _ in distinct])
+    prompts = [model.unconditional(torch.full((length,), model.boi_id)) for _, length in distinct]
     with torch.no_grad():
-        partner = teacher_forced(model, prompts, codes)
+        partner = teacher_forced(model, prompts, codes[[image for image, _ in distinct]])
     found = hidden_states(model, partner.embeds, positions=partner.positions)
-    order = [distinct.index(row) for row in rows]
+    number = {row: n for n, row in enumerate(distinct)}
+    order = [number[row] for row in rows]
     own, total = batch.lengths.tolist(), batch.embeds.shape[1]
     if all(int(partner.lengths[n]) == length for n, length in zip(order, own, strict=True)):
         return found[order]
@@ -248,7 +264,7 @@ def official_factor(settings: TrainConfig, steps: int, step: int) -> float:
 
 
 class Trainer:
-    """One training run in `folder`: weights, optimizer, schedule and checkpoints.
+    """One training run in `folder`: weights, optimizer, schedule and checkpoints. The loss is that of pairs.
 
     With several processes each has a Trainer, and all call the same methods. The pairs of a step, their order and the
     learning rate depend on its number alone, and each process has a part of the pairs (`own_passes`). Random numbers
@@ -257,10 +273,13 @@ class Trainer:
     `accumulation` is a multiple of the number of processes. Else other random numbers of the same distribution drop.
     """
 
+    # Metrics that each category has as well.
+    of_category: ClassVar[tuple[str, ...]] = ("accuracy", "chosen_logps", "rejected_logps")
+
     def __init__(
         self,
         model: UnifiedModel,
-        examples: list[Example],
+        examples: list[Any],
         config: Config,
         folder: Path,
         extractor: MaskExtractor | None = None,  # of the policy's own masks
@@ -302,13 +321,14 @@ class Trainer:
         pairs = settings.batch_size * settings.accumulation
         indices = shuffled_indices(len(self.examples), self.config.seed, self.step * pairs, pairs)
         counts = Counter(self.examples[i].category for i in indices)
-        sums: defaultdict[str, float] = defaultdict(float, dict.fromkeys(_category_keys(counts), 0.0))
+        sums: defaultdict[str, float] = defaultdict(float, dict.fromkeys(self._category_keys(counts), 0.0))
         bad: list[str] = []  # pairs of the passes whose loss is not finite
         passes = own_passes(pairs, settings.batch_size, ranks.rank, ranks.size)
         for number, positions in enumerate(passes, 1):
             # A pass without pairs takes part in the collectives of the others, with a pair that counts 0.
             examples = [self.examples[indices[i]] for i in positions or range(1)]
             share = len(positions) / pairs
+            examples = self.prepare(examples)
             torch.manual_seed(stable_hash(self.config.seed, "pass", self.step, positions.start))
             last = number == len(passes)
             with (
@@ -320,7 +340,7 @@ class Trainer:
             # Read after the backward pass is launched: reading a value synchronizes with the device.
             for name, value in output.metrics.items():
                 sums[name] += float(value) * share if share else 0.0
-            for name, category, value in _pair_metrics(examples, output) if share else ():
+            for name, category, value in self._pair_metrics(examples, output) if share else ():
                 sums[f"{name}/{category}"] += value / counts[category]
             if share and not math.isfinite(output.metrics["loss"]):
                 bad += [example.pair_id for example in examples]
@@ -340,26 +360,73 @@ class Trainer:
         self._set_learning_rate()
         return {**row, "seconds": round(time.perf_counter() - started, 4)}
 
-    def _compute_loss(self, examples: list[Example]) -> OSPOLossOutput:
+    def prepare(self, examples: list[Any]) -> list[Any]:
+        """Return the examples of a pass as `_compute_loss` takes them."""
+        return examples
+
+    def _compute_loss(self, examples: list[Any]) -> Any:
         """Return the loss of some pairs, and its metrics."""
         settings = self.settings
         swapped = self.loss.config.cond_weight > 0
         batch, masks = make_batch(self.model, examples, swapped=swapped, packed=self.packed)
-        with _autocast(self.model, settings):
-            hidden, masks = self._forward(batch, masks, examples)
-            head: Head | nn.Module = self.model.head
-            if settings.guidance_scale != 1:
-                from ospo_fast.ops import Head
-
-                unconditional = unconditional_hidden_states(self.model, examples, batch)
-                hidden, head = Head.of(head).guided(hidden, unconditional, settings.guidance_scale)
+        # Swapped rows take the masks of the chosen.
+        columns = [] if self.extractor is None else [example.columns for example in examples] * 2
+        reference = None
+        if self.loss.config.reference:
+            reference = torch.stack([example.reference for example in examples], 1).flatten().to(self.model.device)
+        with autocast(self.model, settings):
+            hidden, online = self._forward(batch, columns)
+            masks = masks if online is None else online
+            codes = torch.stack([example.codes[side] for side in (0, 1) for example in examples])
+            images = [*range(len(codes)), *range(len(examples))]  # swapped rows have the codes of the chosen
+            hidden, head = self._guided(hidden, codes, images, batch)
             object_masks = None if masks is None else image_layout(self.model).masks(masks)
-            output: OSPOLossOutput = self.loss(hidden, batch.labels, head, object_masks=object_masks)
-        codes = len(batch.lengths) * image_layout(self.model).codes
-        count(codes=codes, backward=torch.is_grad_enabled())
+            output: OSPOLossOutput = self.loss(
+                hidden, batch.labels, head, object_masks=object_masks, reference_logps=reference
+            )
+        count(codes=len(batch.lengths) * image_layout(self.model).codes, backward=torch.is_grad_enabled())
         if masks is not None and settings.masks == "online":
             output.metrics["mask_coverage"] = (masks > 0.5).float().mean()
         return output
+
+    def _guided(
+        self, hidden: Tensor, codes: Tensor, images: Sequence[int], batch: Batch | Packed
+    ) -> tuple[Tensor, Head | nn.Module]:
+        """Return hidden states and head of the distribution that trains; see `unconditional_hidden_states`."""
+        head: Head | nn.Module = self.model.head
+        if self.settings.guidance_scale == 1:
+            return hidden, head
+        from ospo_fast.ops import Head
+
+        unconditional = unconditional_hidden_states(self.model, codes, images, batch)
+        return Head.of(head).guided(hidden, unconditional, self.settings.guidance_scale)
+
+    @torch.no_grad()
+    def add_references(self) -> None:
+        """Let every pair have its log-probabilities under the weights of now, those before training.
+
+        Each rank computes a part of them.
+        """
+        if not self.loss.config.reference:
+            return
+        batches = list(chunked([*self.examples, *self.held_out], self.settings.batch_size))
+
+        def own() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for examples in batches[self.ranks.rank :: self.ranks.size]:
+                with packed_attention(self.model) if self.packed else nullcontext():
+                    logps = self._compute_loss(examples).pair_logps.float().cpu()
+                found |= {example.pair_id: column for example, column in zip(examples, logps.unbind(1), strict=True)}
+            return found
+
+        self.weights.publish()
+        parts = self.ranks.everywhere(own)
+        self.weights.train()
+        found = {pair_id: logps for part in parts for pair_id, logps in part.items()}
+        self.examples, self.held_out = (
+            [dataclasses.replace(example, reference=found[example.pair_id]) for example in examples]
+            for examples in (self.examples, self.held_out)
+        )
 
     def _clip(self) -> float:
         """Clip the gradient; return its norm over all weights and processes."""
@@ -430,16 +497,21 @@ class Trainer:
         rows = min(
             self.settings.batch_size, -(-self.settings.batch_size * self.settings.accumulation // self.ranks.size)
         )
-        groups = 3 if self.loss.config.cond_weight > 0 else 2
         longest = max(map(len, prompts)) + image_layout(self.model).tokens
+        sequences = self.rows_of_example * rows
         needed = self.ranks.everywhere(
             lambda: needs_checkpointing(
-                self.model, self.settings, self.parameters, sequences=groups * rows, longest=longest
+                self.model, self.settings, self.parameters, sequences=sequences, longest=longest
             )
         )
         if any(needed) and self.ranks.rank == 0:
             logger.info("train: activations would not fit into free memory; the backward pass computes them again")
         return any(needed)
+
+    @property
+    def rows_of_example(self) -> int:
+        """Sequences of a forward pass for each example."""
+        return 3 if self.loss.config.cond_weight > 0 else 2
 
     def _find_packing(self) -> bool:
         """Return whether sequences are packed without padding, where guidance and online masks do not need it."""
@@ -451,25 +523,27 @@ class Trainer:
             return False
         self.weights.publish()
         several = sorted(self.examples, key=lambda example: len(example.ids))[:: max(1, len(self.examples) // 3)]
-        with _autocast(model, settings):
+        with autocast(model, settings):
             same = packing_matches(model, *_sequences(several[:4], swapped=False))
         self.weights.train()
         return all(self.ranks.everywhere(lambda: same))
 
     def _forward(
-        self, batch: Batch | Packed, masks: Tensor | None, examples: list[Example]
+        self, batch: Batch | Packed, columns: Sequence[list[list[int]] | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden states of the batch and its masks: the stored ones, or those of this forward pass."""
+        """Return the hidden states of the batch, and masks of this forward pass of its first rows, or None.
+
+        columns: of each of these rows the tokens of its objects; see `Example`.
+        """
         if isinstance(batch, Packed):
-            return packed_hidden_states(self.model, batch), masks
-        columns = [example.columns for example in examples if example.columns is not None]
-        if self.extractor is None or not columns:
-            return hidden_states(self.model, batch.embeds, positions=batch.positions), masks
-        pairs = len(columns)
-        columns = columns * 2 + [[]] * (len(batch.lengths) - 2 * pairs)  # swapped rows take the masks of the chosen
-        with self.extractor.capture(self.model, columns, batch, stop_early=False) as capture:
+            return packed_hidden_states(self.model, batch), None
+        given = [tokens for tokens in columns if tokens is not None]
+        if self.extractor is None or not given:
+            return hidden_states(self.model, batch.embeds, positions=batch.positions), None
+        rows = given + [[]] * (len(batch.lengths) - len(given))
+        with self.extractor.capture(self.model, rows, batch, stop_early=False) as capture:
             hidden = hidden_states(self.model, batch.embeds, positions=batch.positions)
-        return hidden, self.extractor.compute(capture, columns, batch).weights[: 2 * pairs].float()
+        return hidden, self.extractor.compute(capture, rows, batch).weights[: len(given)].float()
 
     def evaluate(self, evaluation: Evaluation | None) -> dict[str, Any]:
         """Return the metrics of the callback and of the held-out pairs.
@@ -507,14 +581,14 @@ class Trainer:
         counts, total = Counter(example.category for example in self.held_out), len(self.held_out)
 
         def own() -> tuple[dict[str, float], list[str]]:
-            sums, bad = dict.fromkeys([*VALIDATION, *_category_keys(counts)], 0.0), []
+            sums, bad = dict.fromkeys([*VALIDATION, *self._category_keys(counts)], 0.0), []
             batches = list(chunked(self.held_out, self.settings.batch_size))
             for examples in batches[self.ranks.rank :: self.ranks.size]:
                 with packed_attention(self.model) if self.packed else nullcontext():
                     output = self._compute_loss(examples)
                 for name in VALIDATION:
                     sums[name] += float(output.metrics[name]) * len(examples) / total
-                for name, category, value in _pair_metrics(examples, output):
+                for name, category, value in self._pair_metrics(examples, output):
                     sums[f"{name}/{category}"] += value / counts[category]
                 finite = output.pair_logps.isfinite().all(0).tolist()
                 bad += [example.pair_id for example, right in zip(examples, finite, strict=True) if not right]
@@ -526,6 +600,16 @@ class Trainer:
             self._warn("train: values of held-out pairs are not finite at step %d: %s", self.step, ", ".join(bad))
             metrics["validation/not_finite"] = bad
         return metrics
+
+    def _category_keys(self, categories: Iterable[str]) -> list[str]:
+        return [f"{name}/{category}" for name in self.of_category for category in sorted(categories)]
+
+    def _pair_metrics(self, examples: Sequence[Any], output: Any) -> Iterator[tuple[str, str, float]]:
+        """Yield (metric, category, value) of each pair."""
+        rows = torch.cat([output.pair_accuracy[None].to(output.pair_logps), output.pair_logps]).tolist()
+        for name, values in zip(self.of_category, rows, strict=True):
+            for example, value in zip(examples, values, strict=True):
+                yield name, example.category, value
 
     def sample(self, pairs: Sequence[ItemPair], tracker: Tracker | None) -> None:
         """Write images of prompts of these pairs; see `ospo_fast.stages.samples`."""
@@ -749,21 +833,6 @@ def _relative(path: Path, start: Path, out: Path) -> str:
     return os.path.relpath(path, os.path.realpath(start)) if inside else str(path)
 
 
-_OF_PAIRS = ("accuracy", "chosen_logps", "rejected_logps")  # metrics that each category has as well
-
-
-def _category_keys(categories: Iterable[str]) -> list[str]:
-    return [f"{name}/{category}" for name in _OF_PAIRS for category in sorted(categories)]
-
-
-def _pair_metrics(examples: Sequence[Example], output: OSPOLossOutput) -> Iterator[tuple[str, str, float]]:
-    """Yield (metric, category, value) of each pair."""
-    rows = torch.cat([output.pair_accuracy[None].to(output.pair_logps), output.pair_logps]).tolist()
-    for name, values in zip(_OF_PAIRS, rows, strict=True):
-        for example, value in zip(examples, values, strict=True):
-            yield name, example.category, value
-
-
 def _is_better(metric: str, value: float, best: float) -> bool:
     """Return whether a value is better than the best one until now: a finite one is better than NaN."""
     if not math.isfinite(best):
@@ -771,7 +840,8 @@ def _is_better(metric: str, value: float, best: float) -> bool:
     return value < best if metric == "validation/loss" else value > best
 
 
-def _autocast(model: UnifiedModel, settings: TrainConfig) -> AbstractContextManager[Any]:
+def autocast(model: UnifiedModel, settings: TrainConfig) -> AbstractContextManager[Any]:
+    """Return the context of the matrix products of training."""
     if settings.autocast is not None or model.device.type == "cuda":
         return torch.autocast(model.device.type, _compute_dtype(model, settings))
     half = settings.full and model.dtype in (torch.bfloat16, torch.float16)  # trained in float32, see `FullWeights`
@@ -842,12 +912,20 @@ def train(
 
     """
     context, ranks = context or StageContext(), Ranks()
-    pairs = select_training_pairs(records, config)
+    grpo = config.train.objective == "grpo"
+    pairs = (select_training_prompts if grpo else select_training_pairs)(records, config)
     extractor = None
     if uses_masks(config) and config.train.masks == "online":
         extractor = ranks.first_alone(lambda: build_extractor(config.masks, pairs, model, out, config.read_from))
         config = dataclasses.replace(config, masks=extractor.settings)
-    examples, failures = load_examples(pairs, model, config, out)
+    if grpo:
+        from ospo_fast.stages.grpo import GroupTrainer, load_groups
+
+        make_trainer: type[Trainer] = GroupTrainer
+        found: tuple[list[Any], dict[str, Failure]] = load_groups(pairs, model, config)
+    else:
+        make_trainer, found = Trainer, load_examples(pairs, model, config, out)
+    examples, failures = found
     if failures and ranks.rank == 0:
         reasons = [f"{pair_id}: {failed}" for pair_id, failed in failures.items()]
         logger.warning("train: %s", some_failed("pairs", reasons, len(pairs)))
@@ -864,8 +942,9 @@ def train(
     settings, folder = config.train, (context.writes or out) / "train"
     if not context.resume:
         ranks.first(lambda: shutil.rmtree(folder, ignore_errors=True))
-    trainer = Trainer(model, examples, config, folder, extractor, ranks, validating)
+    trainer = make_trainer(model, examples, config, folder, extractor, ranks, validating)
     trainer.check_ranks()
+    trainer.add_references()
     checkpointed = trainer.weights.checkpointed if trainer.needs_checkpointing() else None
     resumed = trainer.resume()
     logfile = folder / "log.jsonl"

@@ -51,7 +51,28 @@ def check_early_stopping(train: TrainConfig, evaluation: Any) -> None:
 
 def input_stage(config: Config) -> str:
     """Return the stage whose records training reads."""
+    if config.train.objective == "grpo":
+        return "questions"
     return "masks" if uses_stored_masks(config) else "select"
+
+
+def check_grpo(config: Config) -> None:
+    """Raise UsageError for settings that GRPO cannot follow."""
+    train, images = config.train, config.images
+    found: list[tuple[str, Any, Any, str]] = [
+        ("train.full", train.full, False, "the judge of the images is the model before training, which LoRA keeps"),
+        ("train.validation_pairs", train.validation_pairs, 0, "there are no pairs"),
+        ("score.model", config.score.model, None, "the model that trains is the judge"),
+        ("images.top_k", images.top_k, 0, "all codes of the distribution train"),
+        ("images.top_p", images.top_p, 1.0, "all codes of the distribution train"),
+    ]
+    if uses_masks(config):
+        found.append(("train.masks", train.masks, "online", "the images that train have no stored masks"))
+    for key, value, expected, reason in found:
+        if value != expected:
+            expected = "null" if expected is None else str(expected).lower()
+            value = str(value).lower() if isinstance(value, bool) else value
+            raise UsageError(f"{key}: got {value} with train.objective=grpo, expected {expected}: {reason}.")
 
 
 def mask_settings(config: Config) -> dict[str, Any]:

@@ -121,6 +121,11 @@ class LoraWeights:
         """Make the model ready for the next step after `publish`."""
         self.peft.train()
 
+    def before_training(self) -> AbstractContextManager[Any]:
+        """Return a context in which `model` has the weights from before training."""
+        context: AbstractContextManager[Any] = self.peft.disable_adapter()
+        return context
+
     def whole(self) -> dict[str, Tensor]:
         """Return the trained weights, on the CPU, as of the last call of `publish`."""
         return {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}

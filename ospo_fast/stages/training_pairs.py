@@ -31,6 +31,11 @@ def select_training_pairs(records: Iterable[Record], config: Config) -> list[Ite
     return _limited(usable, config)
 
 
+def select_training_prompts(records: Iterable[Record], config: Config) -> list[ItemPair]:
+    """Return the items that GRPO trains on, with no pair; see `select_training_pairs` for the limits."""
+    return _limited([ItemPair(record["item_id"], record, {}) for record in records], config)
+
+
 def _usable(pairs: Iterable[ItemPair], config: Config) -> list[ItemPair]:
     return [item for item in pairs if not uses_stored_masks(config) or item.pair.get("mask_path")]
 

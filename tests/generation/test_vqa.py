@@ -11,7 +11,7 @@ from _measure import peak_mb
 from PIL import Image
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation import answer_questions, vqa
+from ospo_fast.generation import answer_questions, caption_logprobs, vqa
 from ospo_fast.generation.decoder import InferenceDecoder
 
 if TYPE_CHECKING:
@@ -163,3 +163,31 @@ def test_bad_arguments_are_refused(tiny: JanusUnifiedModel, images: list[Image.I
         answer_questions(tiny, images[:1], [["is there a star? " * 60]], template=template)
     with pytest.raises(UsageError, match="batch_size"):
         answer_questions(tiny, images, QUESTIONS, template=template, batch_size=0)
+
+
+@torch.no_grad()
+def test_likelihoods_of_captions(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+    request = tiny.chat(template("is there one object?"), image=True)
+    captions = [torch.arange(9, 9 + length) for length in (3, 5, 5, 1)]
+    found = caption_logprobs(tiny, images, captions, request=request)
+    for image, ids, mean in zip(images, captions, found, strict=True):
+        pixels = torch.as_tensor(tiny.processor.image_processor([image], return_tensors="pt")["pixel_values"])
+        logits = tiny.module(input_ids=torch.cat([request, ids])[None], pixel_values=pixels).logits[0]
+        logps = logits[len(request) - 1 : -1].log_softmax(-1).gather(1, ids[:, None])
+        assert mean == pytest.approx(float(logps.mean()), rel=1e-4)
+    order = [3, 0, 2, 1]
+    moved = [[images[i] for i in order] * 9, [captions[i] for i in order] * 9]
+    for size in (None, 1, 7):
+        assert caption_logprobs(tiny, *moved, request=request, batch_size=size) == [found[i] for i in order] * 9
+    assert caption_logprobs(tiny, [], [], request=request) == []
+
+
+def test_wrong_captions(tiny: JanusUnifiedModel, images: list[Image.Image]) -> None:
+    request = tiny.chat(template("is there one object?"), image=True)
+    for captions, message in (
+        ([torch.tensor([9])], "got 1 for 4 images, expected one for each image"),
+        ([torch.tensor([], dtype=torch.long)] * 4, "got an empty one"),
+        ([torch.full((10_000,), 9)] * 4, "positions"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            caption_logprobs(tiny, images, captions, request=request)

@@ -7,7 +7,7 @@ from ospo_fast import sequence_logprobs
 from ospo_fast.errors import OpError
 
 
-@pytest.mark.parametrize("normalize", ["weights", "length"])
+@pytest.mark.parametrize("normalize", ["weights", "length", "sum"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_formula(weighted: bool, normalize: Any) -> None:
     batch, tokens = 5, 9
@@ -19,7 +19,7 @@ def test_formula(weighted: bool, normalize: Any) -> None:
     for row in range(batch):
         w = [1.0 if weights is None else float(weights[row, t]) for t in range(tokens) if mask[row, t]]
         total = sum(a * float(logps[row, t]) for a, t in zip(w, mask[row].nonzero().flatten(), strict=True))
-        norm = max(sum(w) if normalize == "weights" else len(w), 1)
+        norm = {"weights": max(sum(w), 1), "length": max(len(w), 1), "sum": 1}[normalize]
         assert float(result[row]) == pytest.approx(total / norm, rel=1e-5, abs=1e-6)
 
 
@@ -49,7 +49,7 @@ def test_dtypes_and_gradcheck() -> None:
         ({"token_mask": torch.ones(2, 3).bool()}, r"token_mask is torch.bool \(2, 3\), expected bool \(2, 4\)"),
         ({"token_mask": torch.ones(2, 4)}, "token_mask is torch.float32"),
         ({"weights": torch.ones(4)}, r"weights are torch.float32 \(4,\), expected shape \(2, 4\)"),
-        ({"normalize": "sum"}, "normalize is 'sum', expected 'weights' or 'length'"),
+        ({"normalize": "mean"}, "normalize is 'mean', expected 'weights', 'length' or 'sum'"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], message: str) -> None:

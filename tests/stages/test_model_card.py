@@ -216,3 +216,26 @@ def test_a_model_of_another_family_is_used_with_ospo_fast_alone(tmp_path: Path) 
     text = model_card("emu3", config, [], [], None, 3).decode()
     assert 'of.load_model(".", image_size=(8, 10))' in text
     assert "Janus" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "says", "paper"),
+    [
+        ("v3", "by OSPO, object-centric self-improving", "ospo2025"),
+        ("dpo", "by DPO with the model before training as the reference", "2305.18290"),
+        ("sft", "by supervised fine-tuning: on the best images", "The package, ospo-fast."),
+        ("suder", "by SimPO: on pairs of the images under which", "2506.07963"),
+        ("grpo", "by GRPO: on groups of images of a prompt", "2402.03300"),
+    ],
+)
+def test_the_card_names_the_method(method, says, paper):
+    pairs = [ItemPair("1", {"prompt": "a red circle", "kind": "color1"}, {})]
+    text = model_card("shapes", load_config([f"method={method}"]), pairs, [], None, 2).decode()
+    assert says in text
+    assert paper in text.partition("## Citation")[2]
+    assert ("ospo2025" in text) == (method == "v3")
+    name = "ospo" if method == "v3" else method
+    assert f"# {name.upper()} adapter for shapes" in text
+    assert name in ModelCard(text).data.tags
+    assert ("\n1 different prompts." in text) == (method == "grpo")
+    assert ("1 pairs of images of 1 different prompts." in text) == (method != "grpo")

@@ -1,13 +1,17 @@
 """Stage 4, second part: scores from answers, and images and questions that fail alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 from ospo_fast.config import load_config
+from ospo_fast.errors import UsageError
+from ospo_fast.generation import caption_logprobs
 from ospo_fast.models import load_model
 from ospo_fast.models.chat import ChatModel
-from ospo_fast.stages import score, select
+from ospo_fast.stages import score, select, templates
 from ospo_fast.stages.score import failure, run, with_answers
 from tests.models import tiny_chat
 
@@ -163,3 +167,39 @@ def test_another_model_answers(tmp_path, family):
     assert margins[0] != margins[1]
     assert "at most 128 fit" in three["base_metadata"]["base_0"]["reason"]
     assert "local_score" not in three["base_metadata"]["base_0"]
+
+
+def test_the_dual_reward_is_the_likelihood_of_the_prompt(tmp_path, model):
+    """Of each image, negative ones included, that of the item's prompt as its caption; questions are not needed."""
+    good = {**image_item(tmp_path, "a", ["base_0", "negative_0"], []), "prompt": "a red circle"}
+    broken = {**image_item(tmp_path, "b", ["base_0", "base_1"], []), "prompt": "a blue square and a red circle"}
+    (tmp_path / "b" / "base_0.png").write_bytes(b"nothing")
+    long = {**image_item(tmp_path, "c", ["base_0"], []), "prompt": "a red circle and a " * 90}
+    none = {**image_item(tmp_path, "d", [], []), "prompt": "a red circle"}
+    items = [good, broken, long, none]
+    done = list(run(items, model, load_config(["score.reward=dual"]), out=tmp_path))
+    request = model.chat([{"role": "user", "content": "Prompt:"}], image=True)
+    ids, offsets = model.image_prompt_offsets("a red circle")
+    caption = ids[[n for n, offset in enumerate(offsets) if offset is not None]]
+    assert model.detokenize(caption).strip() == "a red circle"
+    images = [Image.open(tmp_path / "a" / f"{name}.png") for name in ("base_0", "negative_0")]
+    expected = caption_logprobs(model, images, [caption] * 2, request=request)
+    found = [done[0][f"{role}_metadata"][f"{role}_0"] for role in ("base", "negative")]
+    assert [verdict["local_score"] for verdict in found] == expected
+    assert not any("answer_metadata" in verdict for verdict in found)
+    assert "image" in done[1]["base_metadata"]["base_0"]["reason"]
+    assert done[1]["base_metadata"]["base_1"]["local_score"] < 0
+    assert "do not fit" in done[2]["base_metadata"]["base_0"]["reason"]
+    assert [failure(record) is None for record in done] == [True, False, False, True]
+
+
+def test_the_dual_reward_needs_a_unified_model_and_its_template(tmp_path, model):
+    record = {**image_item(tmp_path, "a", ["base_0"], []), "prompt": "a red circle"}
+    judge = ChatModel(str(tiny_chat.save("llava", tmp_path / "judge")))
+    with pytest.raises(UsageError, match=r"score\.model: got .* with score.reward=dual, expected a unified model"):
+        list(run([record], judge, load_config(["score.reward=dual"]), out=tmp_path))
+    path = tmp_path / "mine.yaml"
+    text = (Path(templates.__file__).with_name("templates") / "shapes.yaml").read_text()
+    path.write_text(text[: text.index("caption:")])
+    with pytest.raises(UsageError, match=r"has no caption, which score\.reward=dual needs; add its messages"):
+        list(run([record], model, load_config(["score.reward=dual", f"templates={path}"]), out=tmp_path))

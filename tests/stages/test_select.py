@@ -66,6 +66,33 @@ def official_pair(bases, negatives):
     return max(matched, key=lambda number: kept[number]) if matched else None  # the first of equals
 
 
+def test_the_best_and_the_lowest_of_the_own_images():
+    record = item({0: [0.2], 1: [0.9], 2: [0.7]}, {0: [-0.9]})
+    lowest = SelectConfig(rejected="lowest")
+    for rule in ("best", "v3"):
+        pair = select_pair(record, rule, settings=lowest)
+        assert (pair["chosen"], pair["rejected"]) == ("b1.png", "b0.png")
+    wrong = item({0: [-0.2], 1: [-0.9], 2: [0.1]}, {})
+    assert select_pair(wrong, "v3", settings=lowest) is None  # none passes
+    assert select_pair(wrong, "best", settings=lowest)["chosen"] == "b2.png"
+    assert select_pair(item({0: [0.7], 1: [0.7]}, {}), "best", settings=lowest) is None  # none is lower
+    assert select_pair(item({0: [0.7]}, {0: [-0.9]}), "best", settings=lowest) is None
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_images_with_a_score_and_no_answers_can_be_selected_by_score_alone():
+    record = item({0: [0.2], 1: [0.9], 2: [0.7], 3: [0.1]}, {0: [-0.9]})
+    for verdict in record["base_metadata"].values():
+        del verdict["answer_metadata"]
+    record |= {"question": []}
+    del record["base_metadata"]["base_2"]["local_score"]
+    (done,) = run([record], None, load_config(["select.rule=best", "select.rejected=lowest", "select.pairs=3"]))
+    assert [(pair["chosen"], pair["rejected"]) for pair in done["pairs"]] == [("b1.png", "b3.png")]
+    assert [verdict["kept"] for verdict in done["base_metadata"].values()] == [True, True, False, True]
+    (done,) = run([record], None, load_config(["select.rejected=lowest"]))
+    assert not done["kept"]
+
+
 @pytest.mark.usefixtures("omegaconf")
 def test_images_of_official_records_pair_by_file_name():
     # Every pattern of missing images, of 3 base images and 3 hard negatives.
@@ -227,8 +254,8 @@ def test_random_is_unfiltered_and_seeded():
 
 
 def test_wrong_rule_and_wrong_names():
-    with pytest.raises(UsageError, match="one of v3, v2, random, got 'best'"):
-        select_pair(GOLDEN[0]["input"], "best")
+    with pytest.raises(UsageError, match="one of v3, v2, best, random, got 'v4'"):
+        select_pair(GOLDEN[0]["input"], "v4")
     numbered = {"base_metadata": {"base": verdict("b1", 1)}, "negative_metadata": {"negative_0": verdict("n", -1)}}
     with pytest.raises(OspoError, match="base_0"):
         select_pair(numbered)

@@ -185,7 +185,8 @@ def test_training_of_the_guided_distribution(model, records, run_folder):
 
     def guided_loss():
         batch, masks = make_batch(model, examples, swapped=True)
-        unconditional = unconditional_hidden_states(model, examples, batch)
+        codes = torch.stack([example.codes[side] for side in (0, 1) for example in examples])
+        unconditional = unconditional_hidden_states(model, codes, [*range(len(codes)), *range(len(examples))], batch)
         hidden, head = Head.of(model.head).guided(hidden_states(model, batch.embeds), unconditional, 3.0)
         return hidden, head, OSPOLoss(loss_config(settings))(hidden, batch.labels, head, object_masks=masks)
 

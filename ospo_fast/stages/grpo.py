@@ -1,0 +1,257 @@
+"""GRPO (arXiv 2402.03300) with the model's own score of its images as the reward.
+
+A step generates a group of images of each of its prompts with the weights of now, scores them, and trains on all of
+them: those above the mean of their group are raised, the others lowered. Each image trains once. So the policy that
+generated it is the one that trains, the importance ratio is 1, and clipping it would change nothing. The judge, and the
+reference of the divergence, is the model before training, whose weights LoRA leaves as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ospo_fast.config import Config
+from ospo_fast.errors import Failure
+from ospo_fast.generation import ImageGenerator
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
+from ospo_fast.ops import IGNORE_INDEX, token_logprobs, token_weights
+from ospo_fast.ops.token_weights import spread_weights
+from ospo_fast.records import ItemPair, stable_hash
+from ospo_fast.stages.object_tokens import find_objects
+from ospo_fast.stages.prompt_files import image_prompt_ids
+from ospo_fast.stages.score import Scorer
+from ospo_fast.stages.teacher_forcing import hidden_states, teacher_forced
+from ospo_fast.stages.train import Trainer, autocast
+from ospo_fast.stages.train_settings import loss_config, uses_masks
+from ospo_fast.stages.trained_weights import LoraWeights
+from ospo_fast.stages.training_pairs import category_of
+from ospo_fast.work import count
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ospo_fast.ops import Head
+
+EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt to train on, and in a step its images."""
+
+    pair_id: str  # of its item
+    ids: Tensor  # (S,) of the prompt
+    prompt: str
+    questions: list[str]
+    category: str
+    columns: list[list[int]] | None = None  # of each object its tokens, for token weights
+    rejected_ids: None = None
+    codes: Tensor | None = None  # (G, T)
+    rewards: Tensor | None = None  # (G,), NaN for an image that failed
+
+
+@dataclass(frozen=True, eq=False)
+class GRPOLoss:
+    """Result of `grpo_loss`: the loss, its terms, and detached metrics."""
+
+    loss: Tensor  # policy + kl_weight · kl
+    metrics: dict[str, Tensor]
+    rewards: Tensor  # (P,): the mean of each group
+
+
+def load_groups(
+    items: Sequence[ItemPair], model: UnifiedModel, config: Config
+) -> tuple[list[Group], dict[str, Failure]]:
+    """Load the prompts of items, and collect by id those that fail: without a question, or too long for the model."""
+    groups: list[Group] = []
+    failures: dict[str, Failure] = {}
+    for item in items:
+        group = _load_group(item, model, config)
+        if isinstance(group, Failure):
+            failures[item.pair_id] = group
+        else:
+            groups.append(group)
+    return groups, failures
+
+
+def _load_group(item: ItemPair, model: UnifiedModel, config: Config) -> Group | Failure:
+    record, columns = item.record, None
+    ids = image_prompt_ids(model, record["prompt"])
+    if isinstance(ids, Failure):
+        return ids
+    questions = record.get("question") or []
+    if not questions and config.score.reward == "vqa":
+        return Failure(record.get("question_reason") or "the item has no question; run the stage questions")
+    if uses_masks(config):
+        objects = find_objects(record, model, config.masks.match, config.masks.nouns)
+        if isinstance(objects, Failure):
+            return objects
+        columns = objects.columns
+    return Group(item.pair_id, ids, record["prompt"], questions, category_of(record), columns)
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Return (r − mean) / (std + 1e-4) of each group (P, G), in float32.
+
+    The deviation has the divisor G − 1. Of rewards that are NaN, the advantage is 0, and those of the others are as
+    without them. A group with fewer than two rewards has advantages of 0.
+    """
+    valid = rewards.isfinite()
+    number = valid.sum(1, keepdim=True)
+    values = torch.where(valid, rewards, 0).float()
+    centered = torch.where(valid, values - values.sum(1, keepdim=True) / number.clamp(min=1), 0)
+    deviation = (centered.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
+    return torch.where(number > 1, centered / (deviation + EPSILON), 0)
+
+
+def grpo_loss(
+    logps: Tensor,
+    present: Tensor,
+    rewards: Tensor,
+    *,
+    weights: Tensor | None = None,
+    reference: Tensor | None = None,
+    kl_weight: float = 0.0,
+) -> GRPOLoss:
+    """Compute mean over images of Σ_t w_t·(−A·r_t + kl_weight·KL_t) / Σ_t w_t.
+
+    With r_t = exp(ℓ_t − ℓ_t detached), whose value is 1, A of `group_advantages`, and the estimate
+    KL_t = exp(ref_t − ℓ_t) − (ref_t − ℓ_t) − 1 of the divergence from the reference.
+
+    Args:
+        logps: (P·G, S) float, ℓ of the tokens of G images of each of P prompts.
+        present: (P·G, S) bool, the tokens that count.
+        rewards: (P, G) float, NaN for images without one, which the loss leaves out.
+        weights: (P·G, S) of the tokens; None: 1.
+        reference: (P·G, S), log-probabilities under the reference model; None: no divergence.
+        kl_weight: of the divergence.
+
+    Returns:
+        The loss, and metrics: loss, policy, kl, reward, reward_std (the mean deviation in a group), and no_signal, the
+        share of groups whose rewards are all the same.
+
+    """
+    advantages = group_advantages(rewards).to(logps).view(-1, 1)
+    counted = present & rewards.isfinite().view(-1, 1)
+    w = counted.to(logps.dtype) if weights is None else torch.where(counted, weights.to(logps.dtype), 0)
+    w = w / w.sum(1, keepdim=True).clamp(min=1) / counted.any(1).sum().clamp(min=1)
+    policy = -(w * advantages * torch.exp(logps - logps.detach())).sum()
+    kl = logps.new_zeros(())
+    if reference is not None:
+        gap = torch.where(counted, reference.detach() - logps, 0)
+        kl = (w * (torch.expm1(gap) - gap)).sum()
+    loss = policy + kl_weight * kl
+    means = torch.nanmean(rewards, 1)
+    deviations = torch.where(rewards.isfinite(), rewards - means[:, None], 0).square().mean(1).sqrt()
+    metrics = {
+        "loss": loss,
+        "policy": policy,
+        "kl": kl,
+        "reward": means.nanmean(),
+        "reward_std": deviations.mean(),
+        "no_signal": (deviations == 0).float().mean(),
+    }
+    return GRPOLoss(loss, {name: value.detach() for name, value in metrics.items()}, means)
+
+
+class GroupTrainer(Trainer):
+    """Training by GRPO; see `Trainer`, whose examples are prompts here."""
+
+    weights: LoraWeights
+
+    of_category: ClassVar[tuple[str, ...]] = ("reward",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.generator = ImageGenerator(self.model, batch_size=self.config.images.batch_size)
+        self.scorer = Scorer(self.model, self.config)
+
+    @property
+    def rows_of_example(self) -> int:
+        """See `Trainer`."""
+        return self.settings.group_size
+
+    def _find_packing(self) -> bool:
+        return False
+
+    def prepare(self, examples: list[Any]) -> list[Any]:
+        """Return the prompts with images of the policy of now, and their rewards."""
+        settings, size = self.settings, self.settings.group_size
+        seeds = [
+            stable_hash(self.config.seed, "rollout", self.step, group.pair_id, n)
+            for group in examples
+            for n in range(size)
+        ]
+        self.weights.publish()
+        codes = self.generator.generate(
+            [group.ids for group in examples],
+            seeds=seeds,
+            num_images=size,
+            guidance_scale=settings.guidance_scale,
+            temperature=self.config.images.temperature,
+            output="codes",
+            on_error="skip",
+            progress=False,
+        )
+        made = (codes >= 0).all(1).tolist()
+        kept = [n for n, whole in enumerate(made) if whole]
+        images = self.model.decode_codes(codes[kept])
+        rewards = torch.full((len(codes),), torch.nan)
+        owners = [examples[n // size] for n in kept]
+        prompts, questions = [group.prompt for group in owners], [group.questions for group in owners]
+        with self.weights.before_training():  # the judge stays the same
+            scores = self.scorer.score(images, prompts, questions)
+        rewards[kept] = torch.tensor(scores, dtype=torch.float32)
+        self.weights.train()
+        return [
+            dataclasses.replace(group, codes=own.clamp(min=0), rewards=scores)
+            for group, own, scores in zip(examples, codes.split(size), rewards.split(size), strict=True)
+        ]
+
+    def _compute_loss(self, examples: list[Any]) -> GRPOLoss:
+        settings, size, config = self.settings, self.settings.group_size, loss_config(self.config)
+        codes = torch.cat([group.codes for group in examples])
+        with torch.no_grad():
+            batch = teacher_forced(self.model, [group.ids for group in examples for _ in range(size)], codes)
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        present = targets != IGNORE_INDEX
+        columns = [group.columns for group in examples for _ in range(size)]
+        images, temperature = range(len(codes)), self.config.images.temperature
+
+        def logps(hidden: Tensor) -> Tensor:
+            head: Head | nn.Module
+            hidden, head = self._guided(hidden, codes, images, batch)
+            return token_logprobs(hidden, head, targets, temperature=temperature)
+
+        with autocast(self.model, settings):
+            reference = None
+            if settings.kl_weight > 0:
+                with torch.no_grad(), self.weights.before_training():
+                    reference = logps(hidden_states(self.model, batch.embeds, positions=batch.positions))
+            hidden, masks = self._forward(batch, columns)
+            own = logps(hidden)
+        weights = None
+        if masks is not None:
+            options: dict[str, Any] = {"gamma": config.mask_gamma, "blur_size": config.mask_blur}
+            grids = [token_weights(grid, alpha=config.mask_alpha, **options) for grid in _grids(self.model, masks)]
+            weights = spread_weights(torch.cat(grids, 1), present)
+        count(codes=len(codes) * image_layout(self.model).codes, backward=torch.is_grad_enabled())
+        rewards = torch.stack([group.rewards for group in examples]).to(own.device)
+        return grpo_loss(own, present, rewards, weights=weights, reference=reference, kl_weight=settings.kl_weight)
+
+    def _pair_metrics(self, examples: Sequence[Any], output: Any) -> Iterator[tuple[str, str, float]]:
+        for group, reward in zip(examples, output.rewards.tolist(), strict=True):
+            yield "reward", group.category, reward
+
+
+def _grids(model: UnifiedModel, masks: Tensor) -> list[Tensor]:
+    found = image_layout(model).masks(masks)
+    return [found] if isinstance(found, Tensor) else list(found)

@@ -1,0 +1,202 @@
+"""GRPO: advantages and loss by hand, images of the policy of now, exact resumption, and settings that it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from ospo_fast.cli import main
+from ospo_fast.config import load_config
+from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.generation import answer_questions
+from ospo_fast.models import load_model
+from ospo_fast.pipeline import read_stage
+from ospo_fast.stages import StageContext, find_stage
+from ospo_fast.stages import train as train_module
+from ospo_fast.stages.grpo import EPSILON, GroupTrainer, group_advantages, grpo_loss, load_groups
+from ospo_fast.stages.train import hidden_states
+from ospo_fast.stages.training_pairs import select_training_prompts
+
+pytestmark = pytest.mark.usefixtures("omegaconf")
+
+
+def config(*overrides):
+    small = ["train.steps=4", "train.batch_size=2", "train.save_every=2", "train.lora_rank=4", "train.lora_alpha=8"]
+    small += ["train.accumulation=2", "train.learning_rate=1e-3", "train.group_size=3", "method=grpo"]
+    return load_config([*small, *overrides])
+
+
+@pytest.fixture(scope="session")
+def records(made):
+    return read_stage(made, "questions")
+
+
+def lines(folder):
+    rows = [json.loads(line) for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_s")} for row in rows]
+
+
+def trainer(tiny, records, folder, *overrides):
+    settings, model = config(*overrides), load_model(tiny)
+    groups, failures = load_groups(select_training_prompts(records, settings), model, settings)
+    assert not failures
+    return GroupTrainer(model, groups, settings, folder)
+
+
+def test_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.5, torch.nan], [0.2, 0.2, 0.2, 0.2], [0.3, torch.nan, torch.nan, torch.nan]])
+    found = group_advantages(rewards)
+    deviation = torch.tensor([1.0, 0.0, 0.5]).std() + EPSILON
+    assert found[0].tolist() == pytest.approx([0.5 / float(deviation), -0.5 / float(deviation), 0, 0])
+    assert found[1:].tolist() == [[0] * 4] * 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_loss_and_gradient_by_hand(kl_weight, weighted):
+    groups, size, tokens = 2, 3, 5
+    logps = (-torch.rand(groups * size, tokens, dtype=torch.float64)).requires_grad_()
+    reference = -torch.rand(groups * size, tokens, dtype=torch.float64)
+    present = torch.rand(groups * size, tokens) < 0.8
+    present[:, 0] = True
+    weights = 1 + torch.rand(groups * size, tokens, dtype=torch.float64) if weighted else None
+    rewards = torch.tensor([[0.9, -0.2, 0.1], [0.5, torch.nan, 0.7]])
+    output = grpo_loss(logps, present, rewards, weights=weights, reference=reference, kl_weight=kl_weight)
+    advantages = group_advantages(rewards).double().flatten()
+    means = []
+    for row in (0, 1, 2, 3, 5):  # the fourth image of all has no reward
+        w = (weights if weights is not None else torch.ones_like(logps))[row][present[row]]
+        gap = (reference - logps)[row][present[row]]
+        value = -advantages[row] * logps[row][present[row]] + kl_weight * (gap.exp() - gap - 1)
+        means.append((w * value).sum() / w.sum())
+    (expected,) = torch.autograd.grad(torch.stack(means).mean(), logps)
+    (found,) = torch.autograd.grad(output.loss, logps)
+    torch.testing.assert_close(found, expected)
+    assert output.metrics["reward"] == pytest.approx((0.8 / 3 + 0.6) / 2)
+    assert output.metrics["no_signal"] == 0
+    assert not any(value.requires_grad for value in output.metrics.values())
+
+
+def test_without_any_reward_nothing_moves():
+    logps = torch.randn(3, 4, requires_grad=True)
+    output = grpo_loss(logps, torch.ones(3, 4).bool(), torch.full((1, 3), torch.nan), reference=torch.randn(3, 4))
+    output.loss.backward()
+    assert output.loss == 0
+    assert not logps.grad.any()
+
+
+def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, tmp_path):
+    """After a step both come from other weights than before it, and the answers from the same ones."""
+    made = trainer(tiny, records, tmp_path, "train.learning_rate=3e-2", "train.guidance_scale=1.5")
+    examples = made.examples[:2]
+    before, again = made.prepare(examples), made.prepare(examples)
+    for one, other in zip(before, again, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.rewards, other.rewards)
+    judge = load_model(tiny)
+    for group in before:
+        asked = [group.questions] * 3
+        chat = made.scorer._chats.__getitem__
+        answers = answer_questions(judge, judge.decode_codes(group.codes), asked, template=chat)
+        expected = [sum(a["p_yes"] - a["p_no"] for a in row) / len(row) for row in answers]
+        assert group.rewards.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    for _ in range(3):
+        made.train_step()
+    made.step = 0  # whose seeds are those of before
+    after = made.prepare(examples)
+    assert not all(torch.equal(one.codes, other.codes) for one, other in zip(before, after, strict=True))
+    for group in after:
+        answers = answer_questions(
+            judge, judge.decode_codes(group.codes), [group.questions] * 3, template=made.scorer._chats.__getitem__
+        )
+        expected = [sum(a["p_yes"] - a["p_no"] for a in row) / len(row) for row in answers]
+        assert group.rewards.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_the_reference_is_the_model_before_training(tiny, records, tmp_path):
+    made = trainer(tiny, records, tmp_path, "train.kl_weight=0.5", "train.learning_rate=3e-2")
+    first = made.train_step()
+    assert first["kl"] == pytest.approx(0, abs=1e-9)
+    assert made.train_step()["kl"] > 1e-7
+    base = load_model(tiny)
+    embeds = base.embed_tokens(base.image_prompt("a red circle"))[None]
+    with made.weights.before_training(), torch.no_grad():
+        torch.testing.assert_close(hidden_states(made.model, embeds), hidden_states(base, embeds))
+    assert all(p.requires_grad for p in made.parameters)
+    assert set(first) >= {"loss", "policy", "kl", "reward", "reward_std", "no_signal"}
+    assert {key for key in first if key.startswith("reward/")} <= {"reward/attribute", "reward/layout"}
+
+
+def test_training_resumes_exactly(tiny, records, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train_module.train(records, load_model(tiny), config(), out=whole)
+
+    def stop(steps):
+        if len(lines(part)) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_module.train(records, load_model(tiny), config(), out=part, context=StageContext(progress=stop))
+    train_module.train(records, load_model(tiny), config(), out=part)
+    assert lines(part) == lines(whole)
+    assert (part / "train/model/model.safetensors").read_bytes() == (
+        whole / "train/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_token_weights_come_from_the_forward_pass(tiny, records, tmp_path):
+    masked = ["masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=3", "masks.layers=[0]"]
+    settings = config(*masked, "train.steps=2")
+    train_module.train(records, load_model(tiny), settings, out=tmp_path / "masked")
+    train_module.train(records, load_model(tiny), config("train.steps=2"), out=tmp_path / "plain")
+    assert lines(tmp_path / "masked")[0]["reward"] == lines(tmp_path / "plain")[0]["reward"]
+    assert lines(tmp_path / "masked")[0]["grad_norm"] != lines(tmp_path / "plain")[0]["grad_norm"]
+    with pytest.raises(UsageError, match=r"train\.masks: got stored with train.objective=grpo, expected online"):
+        find_stage("train").check(config("masks.enabled=true", "train.loss.mask_alpha=1"))
+
+
+def test_prompts_that_cannot_train_are_reported(tiny, records, tmp_path):
+    broken = [{**records[0], "question": [], "question_reason": "no question could be read"}, *records[1:]]
+    report = StageContext()
+    train_module.train(broken, load_model(tiny), config("train.steps=1"), out=tmp_path, context=report)
+    assert report.report.failed == 1
+    done = json.loads((tmp_path / "train" / "done.json").read_text())
+    assert done["left_out"] == {records[0]["item_id"]: "no question could be read"}
+    silent = [{**record, "question": []} for record in records]
+    with pytest.raises(OspoError, match="no pair to train on"):
+        train_module.train(silent, load_model(tiny), config(), out=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.full=true", "train.full: got true with train.objective=grpo, expected false"),
+        ("train.validation_pairs=3", "train.validation_pairs: got 3 with train.objective=grpo, expected 0"),
+        ("score.model=llava", "score.model: got llava with train.objective=grpo, expected null"),
+        ("images.top_k=5", "images.top_k: got 5 with train.objective=grpo, expected 0"),
+        ("images.top_p=0.9", "images.top_p: got 0.9 with train.objective=grpo, expected 1.0"),
+    ],
+)
+def test_settings_that_grpo_cannot_follow(setting, message):
+    with pytest.raises(UsageError, match=message):
+        find_stage("train").check(config(setting))
+    find_stage("train").check(load_config([setting]))
+
+
+def test_wrong_group_size():
+    with pytest.raises(UsageError, match=r"train.group_size should be 2 or more, got 1"):
+        config("train.group_size=1")
+
+
+def test_a_run_needs_prompts_and_questions_alone(tiny, made, tmp_path, scripted, monkeypatch, capsys):
+    scripted.install(monkeypatch.setattr)
+    counts = "prompts.counts={color1: 2, shape1: 0, color2: 2, 2D_spatial: 0, numeracy1: 0, numeracy2: 0}"
+    small = ["train.steps=2", "train.batch_size=2", "train.group_size=2", "train.accumulation=1", "train.lora_rank=4"]
+    arguments = ["--model", str(tiny), "--out", str(tmp_path / "run"), "method=grpo", counts, *small]
+    assert main(["run", *arguments, "train.eval_every=0", "train.early_stopping=null"]) == 0
+    stores = {path.stem for path in (tmp_path / "run").glob("*.jsonl")}
+    assert stores == {"prompts", "questions"}
+    assert not (tmp_path / "run" / "images").exists()
+    assert (tmp_path / "run" / "train" / "model" / "model.safetensors").exists()
+    assert main(["report", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
