@@ -129,7 +129,7 @@ def grpo_loss(
     Args:
         logps: (P·G, S) float, ℓ of the tokens of G images of each of P prompts.
         present: (P·G, S) bool, the tokens that count.
-        rewards: (P, G) float, NaN for images without one, which the loss leaves out.
+        rewards: (P, G) float, NaN for images without one, which add 0.
         weights: (P·G, S) of the tokens; None: 1.
         reference: (P·G, S), log-probabilities under the reference model; None: no divergence.
         kl_weight: of the divergence.
@@ -142,7 +142,7 @@ def grpo_loss(
     advantages = group_advantages(rewards).to(logps).view(-1, 1)
     counted = present & rewards.isfinite().view(-1, 1)
     w = counted.to(logps.dtype) if weights is None else torch.where(counted, weights.to(logps.dtype), 0)
-    w = w / w.sum(1, keepdim=True).clamp(min=1) / counted.any(1).sum().clamp(min=1)
+    w = w / w.sum(1, keepdim=True).clamp(min=1) / len(logps)
     policy = -(w * advantages * torch.exp(logps - logps.detach())).sum()
     kl = logps.new_zeros(())
     if reference is not None:

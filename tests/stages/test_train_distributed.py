@@ -23,6 +23,8 @@ DROPOUT = ["train.lora_dropout=0.2"]
 PLAIN = ["train.lora_dropout=0"]
 MORE = ["train.steps=9", "train.extend=cosine"]
 HELD_OUT = ["train.validation_pairs=5", "train.eval_every=3"]
+DPO = [*PLAIN, "preset=dpo", "train.guidance_scale=1.5"]
+GRPO = [*PLAIN, "preset=grpo", "train.group_size=3", "train.batch_size=1", "train.kl_weight=0.1"]
 FEW = [*PLAIN, "train.batch_size=3", "train.accumulation=1"]  # pairs of a step: fewer than processes
 
 
@@ -77,8 +79,13 @@ def runs(tiny, made, tmp_path_factory):
         job("extendedfull-1", [*FULL, *MORE], extends=str(folder / "full-1")),
         job("validated-1", [*PLAIN, *HELD_OUT]),
         job("validatedfull-1", [*FULL, *HELD_OUT]),
+        job("dpo-1", DPO),
+        job("dpofull-1", [*DPO, *FULL, *HELD_OUT]),
+        job("grpo-1", GRPO),
         job("plain-1-2", PLAIN, stop=3),
         job("full-1-2", FULL, stop=3),
+        job("dpofull-1-2", [*DPO, *FULL, *HELD_OUT], stop=3),
+        job("grpo-1-2", GRPO, stop=3),
     ]
     two = [
         job("dropout-2", [*DROPOUT, *WATCHED]),
@@ -89,8 +96,13 @@ def runs(tiny, made, tmp_path_factory):
         job("extended-2", [*PLAIN, *MORE], extends=str(folder / "plain-1")),
         job("extendedfull-2", [*FULL, *MORE], extends=str(folder / "full-1")),
         job("validatedfull-2", [*FULL, *HELD_OUT]),
+        job("dpo-2", DPO),
+        job("dpofull-2", [*DPO, *FULL, *HELD_OUT]),
+        job("grpo-2", GRPO),
         job("plain-1-2", PLAIN),
         job("full-1-2", FULL),
+        job("dpofull-1-2", [*DPO, *FULL, *HELD_OUT]),
+        job("grpo-1-2", GRPO),
         job("stopped-2", PLAIN, stop=3),
         job("stopped-2", PLAIN),
         job("broken-2", [*PLAIN, *WATCHED], broken=2),
@@ -158,7 +170,7 @@ def check_same(folder, other):
     "name",
     [
         *("dropout-2", "plain-2", "plain-4", "full-2", "watched-2", "watched-4", "few-4", "fewfull-4"),
-        *("validated-4", "validatedfull-2"),
+        *("validated-4", "validatedfull-2", "dpo-2", "dpofull-2", "grpo-2"),
     ],
 )
 def test_more_processes_train_the_same(runs, name):
@@ -168,7 +180,9 @@ def test_more_processes_train_the_same(runs, name):
     assert several == alone
 
 
-@pytest.mark.parametrize("name", ["plain-1-2", "full-1-2", "plain-2-1", "full-2-1", "plain-2-4", "full-2-4"])
+@pytest.mark.parametrize(
+    "name", ["plain-1-2", "full-1-2", "plain-2-1", "full-2-1", "plain-2-4", "full-2-4", "dpofull-1-2", "grpo-1-2"]
+)
 def test_another_number_of_processes_resumes(runs, name):
     check_same(runs / name, runs / f"{name.split('-')[0]}-1")
 
