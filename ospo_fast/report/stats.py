@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CURVES: tuple[tuple[str, str, tuple[float | None, float | None]], ...] = (
     ("alignment", "Alignment", (0, 1)),
+    ("reward", "Mean reward", (None, None)),
+    ("kl", "KL divergence from the model before training", (0, None)),
     ("loss", "Loss", (None, None)),
     ("simpo", "SimPO term", (None, None)),
     ("conditional", "Conditional term", (None, None)),
@@ -188,6 +190,11 @@ def funnel(run: Run) -> list[dict[str, Any]]:
     return [{"name": name, "label": label, "count": count, "of": of} for name, label, count, of in steps]
 
 
+def on_pairs(run: Run) -> bool:
+    """Return whether training is on pairs: that of GRPO is on prompts alone."""
+    return not any("policy" in row for row in run.log)
+
+
 def drop_reasons(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
     """Count the reasons why hard negatives, prompts, images and masks were dropped.
 
@@ -203,6 +210,8 @@ def drop_reasons(run: Run) -> list[tuple[str, list[tuple[str, int]]]]:
         "Negative images not judged wrong": _dropped_images(records, "negative"),
         "Pairs without masks": (pair.get("mask_reason") for pair in _pairs(run.items)),
     }
+    if not on_pairs(run):
+        del reasons["Prompts without a pair"]
     counts = {label: Counter(reason_group(reason) for reason in given if reason) for label, given in reasons.items()}
     return [(label, counter.most_common()) for label, counter in counts.items() if counter]
 

@@ -224,3 +224,12 @@ def test_the_guide_has_the_mask_iou_of_the_iteration_that_is_shown(tmp_path):
     guide = guide_of(tmp_path, mask_iou=0.4, mask_iou_all_ones=0.2, iterations=[first, {"mask_iou": 0.4}])
     assert (guide["iou"], guide["full"]) == (0.5, 0.3)
     assert guide_of(tmp_path, iterations=["x"], mask_iou=0.4)["iou"] is None
+
+
+def test_a_run_of_grpo_has_rewards_and_no_prompts_without_a_pair(tmp_path):
+    asked = Item({"item_id": "1", "prompt": "a", "question": ["is it?"]}, "questions")
+    log = [{"step": n, "loss": 0.0, "policy": 0.0, "kl": 0.1 * n, "reward": 0.5 + n / 10} for n in (1, 2)]
+    assert [chart["name"] for chart in stats.curves(log)] == ["reward", "kl", "loss"]
+    assert stats.drop_reasons(run_of(tmp_path, [asked], log=log)) == []
+    unfinished = [("Prompts without a pair", [("reached the questions stage only", 1)])]
+    assert stats.drop_reasons(run_of(tmp_path, [asked])) == unfinished
