@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ospo_fast._version import __version__
 
 if TYPE_CHECKING:
-    from ospo_fast.generation import ImageGenerator
+    from ospo_fast.generation import ImageGenerator, exact_logprobs
     from ospo_fast.loss import OSPOLoss, OSPOLossConfig
     from ospo_fast.models import load_model
     from ospo_fast.models.capture import AttentionCapture
@@ -38,6 +38,7 @@ __all__ = [
     "__version__",
     "attention_columns",
     "cross_entropy",
+    "exact_logprobs",
     "load_model",
     "object_masks",
     "otsu_threshold",
@@ -56,6 +57,7 @@ _MODULES = {
     "ImageGenerator": "generation",
     "OSPOLoss": "loss",
     "OSPOLossConfig": "loss",
+    "exact_logprobs": "generation",
     "load_model": "models",
     "select_pair": "stages.select",
     "show": "report.overlay",

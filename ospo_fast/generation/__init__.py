@@ -4,6 +4,7 @@ All are of a unified model.
 """
 
 from ospo_fast.generation.chat_text import generate_chat_text
+from ospo_fast.generation.exact import exact_hidden_states, exact_logprobs
 from ospo_fast.generation.image_writer import ImageWriter
 from ospo_fast.generation.images import GeneratedBatch, ImageGenerator
 from ospo_fast.generation.requests import GenerationError
@@ -19,6 +20,8 @@ __all__ = [
     "Throughput",
     "answer_questions",
     "caption_logprobs",
+    "exact_hidden_states",
+    "exact_logprobs",
     "generate_chat_text",
     "generate_text",
 ]

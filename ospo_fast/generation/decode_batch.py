@@ -56,6 +56,8 @@ class DecodeBatch:
         """Set the state of all rows (2·branches + 6, rows) and their tokens, and allocate the buffers of a step."""
         decoder, branches, self.rows = self._engine.decoder, self.sampling.branches, len(tokens)
         self._state, self.tokens = state, tokens
+        # By step, as the tokens.
+        self.logps = torch.zeros(tokens.shape if self.sampling.return_logps else 0, device=decoder.device)
         self.cache_rows, self.lengths = state[:branches], state[branches : 2 * branches]
         # active: 1 while the request generates. codes: sampled last. error_steps: first step with bad logits, or −1.
         self.active, self.seeds, self.steps, self.limits, self.codes, self.error_steps = state[2 * branches :]
@@ -99,7 +101,8 @@ class DecodeBatch:
         for ids, same in unconditional:  # each is computed once, and copied
             prompts.append(ids)
             cache_rows.append(self.slots + same[0])
-        last = engine.decoder.prefill(prompts, self.cache, cache_rows)
+        head = engine.guided_head if self.sampling.return_logps else None
+        last = engine.decoder.prefill(prompts, self.cache, cache_rows, exact=head is not None)
         hidden = last.new_zeros(len(self.x), engine.decoder.width)
         hidden[:count] = last[:count]
         has_prompt = torch.ones(count, dtype=torch.bool)
@@ -111,6 +114,8 @@ class DecodeBatch:
         logits = engine.logits(hidden)
         if unconditional:
             check_guidance_has_effect(logits[:count], logits[self.rows : self.rows + count], has_prompt)
+        if self.sampling.return_logps:
+            return engine.guided_logits(hidden, self.sampling)
         return logits
 
     def step(self) -> None:
@@ -127,12 +132,19 @@ class DecodeBatch:
             self.x, self.cache, self.cache_rows.view(-1), self.lengths.view(-1), self._buffers, positions=positions
         )
         self.lengths += self.active
-        self._sample(self._engine.logits(hidden))
+        if self.sampling.return_logps:
+            self._sample(self._engine.guided_logits(hidden, self.sampling))
+        else:
+            self._sample(self._engine.logits(hidden))
 
     def _sample(self, logits: Tensor) -> None:
         """Sample one token per row into `codes` and column `steps` of `tokens`, and end requests."""
         state = {"seeds": self.seeds, "steps": self.steps, "codes": self.codes, "error_steps": self.error_steps}
-        self.sampling.sample(logits, **state, tokens=self.tokens)
+        if self.sampling.return_logps:
+            logps = self.sampling.sample_guided(logits, **state, tokens=self.tokens)
+            self.logps.scatter_(1, self.steps[:, None], logps[:, None])
+        else:
+            self.sampling.sample(logits, **state, tokens=self.tokens)
         self._engine.put_structure(self.codes, self.steps)
         # A finished row keeps its `steps`, so its later samples overwrite one unused column.
         self.steps += self.active
@@ -166,7 +178,8 @@ class DecodeBatch:
     def _complete(self, rows: Tensor) -> None:
         """Read the results of rows from the device."""
         vectors = (vector[rows].tolist() for vector in (self.cache_rows[0], self.steps, self.error_steps))
-        for request, n, error_step, tokens in zip(*vectors, self.tokens[rows].cpu(), strict=True):
+        logps = self.logps[rows].cpu() if self.sampling.return_logps else [None] * len(rows)
+        for request, n, error_step, tokens, own in zip(*vectors, self.tokens[rows].cpu(), logps, strict=True):
             if request >= len(self._requests):
                 continue  # a padding row
             # A finished row keeps running. Invalid logits in it, which have step n, are ignored.
@@ -174,4 +187,4 @@ class DecodeBatch:
                 result: Tensor | Failure = Failure(f"the logits are not finite at token {error_step}")
             else:
                 result = tokens[: n - (int(tokens[n - 1]) in self._engine.stop_ids)]
-            self._completions[request] = Completion(result, n)
+            self._completions[request] = Completion(result, n, None if own is None else own[:n])

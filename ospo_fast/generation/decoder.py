@@ -40,7 +40,7 @@ from ospo_fast.models.architectures import layer_norms
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.quantized import stored_bytes
 from ospo_fast.oom import out_of_memory, release, short
-from ospo_fast.ops.decode_attention import decode_attention, rotate
+from ospo_fast.ops.decode_attention import attends_row_by_row, decode_attention, rotate
 from ospo_fast.ops.linear import PackedLinear, packed_linear_runs
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
@@ -119,12 +119,13 @@ class Decoder(ABC):
         plain: its layers run without modules of adapters, so that its steps can be captured in a CUDA graph.
         packed: its products run on packed weights, where the number of rows has no influence on their bits.
         calls_modules: its modules run as they are, and the embeddings and the head have to as well.
+        exact: the bits of a token's hidden state depend on the tokens up to it alone, if prompts run with `exact`.
         has_branch_norms: the results of attention or MLP have norms of their own.
 
     """
 
     layers: Sequence[Any]
-    plain = packed = calls_modules = has_branch_norms = False
+    plain = packed = calls_modules = exact = has_branch_norms = False
 
     def __init__(self, model: UnifiedModel) -> None:
         module: Any = model.decoder
@@ -151,8 +152,13 @@ class Decoder(ABC):
         """
 
     @abstractmethod
-    def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
-        """Run prompts (S,) of any lengths into `cache_rows` → the last hidden state of each (N, D)."""
+    def prefill(
+        self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int], *, exact: bool = False
+    ) -> Tensor:
+        """Run prompts (S,) of any lengths into `cache_rows` → the last hidden state of each (N, D).
+
+        exact: in the kernels of `step`, of a decoder that is `exact`.
+        """
 
     @abstractmethod
     def step(
@@ -241,6 +247,7 @@ class InferenceDecoder(Decoder):
             self.layers = [Layer(layer, kind) for layer in module.layers]
         self.plain = not any(isinstance(p, ModuleProjection) for layer in self.layers for p in layer.projections)
         self.packed = self.plain and kind is PackedLinear
+        self.exact = self.packed and attends_row_by_row(self.head_dim)
         self.has_branch_norms = any(layer.out_norm is not None for layer in self.layers)
 
     def _projection_kind(self, module: Any) -> Kind:
@@ -326,8 +333,11 @@ class InferenceDecoder(Decoder):
         attend = self._attend_runs(cache, [(slice(0, rows * length), slice(0, rows), length)], start)
         return self._run_layers(x.reshape(rows * length, -1).clone(), attend).view(rows, length, -1)
 
-    def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int], *, exact: bool = False
+    ) -> Tensor:
         """See `Decoder`."""
+        run = self._prefill_exact if exact else self._prefill_piece
         last = torch.empty(len(prompts), self.width, device=self.device, dtype=self.dtype)
         pieces: list[list[int]] = [[]]
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -335,8 +345,16 @@ class InferenceDecoder(Decoder):
                 pieces.append([])
             pieces[-1].append(i)
         for piece in pieces:
-            last[piece] = self._prefill_piece([prompts[j] for j in piece], cache, [cache_rows[j] for j in piece])
+            last[piece] = run([prompts[j] for j in piece], cache, [cache_rows[j] for j in piece])
         return last
+
+    def _prefill_exact(self, prompts: list[Tensor], cache: Cache, cache_rows: list[int]) -> Tensor:
+        """Run every token of the prompts as a row of one step."""
+        x = self.model.embed_tokens(torch.cat(prompts).to(self.device)).clone()  # the layers add to x in place
+        counts = torch.tensor([len(ids) for ids in prompts])
+        rows = torch.tensor(cache_rows).repeat_interleave(counts)
+        positions = torch.cat([torch.arange(len(ids)) for ids in prompts])
+        return self.step(x, cache, rows, positions, shared_slots=True)[counts.cumsum(0) - 1]
 
     def _prefill_piece(self, prompts: list[Tensor], cache: Cache, cache_rows: list[int]) -> Tensor:
         """Run prompts of ascending lengths, one behind the other, as the rows of one pass."""

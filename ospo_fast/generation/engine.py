@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from ospo_fast.cost import causal
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OpError, OspoError, UsageError
 from ospo_fast.generation.decode_batch import DecodeBatch
-from ospo_fast.generation.decoder import Decoder
+from ospo_fast.generation.decoder import COPIED_BYTES, Decoder
 from ospo_fast.generation.module_decoder import build_decoder
-from ospo_fast.generation.projections import PackedHead, head_projection
+from ospo_fast.generation.projections import GuidedHead, PackedHead, head_projection
 from ospo_fast.generation.requests import CUDA_ROWS, Completion, Request, max_batch_size, plan_batches
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
 from ospo_fast.oom import BatchSizeLimit
+from ospo_fast.ops.head import Head
 from ospo_fast.work import count
 
 _SETTINGS = ("scaling", "attention_scaling", "is_causal", "variance_epsilon")
@@ -85,7 +86,20 @@ class Engine:
         self.decoder.refresh()
         if self._head is not None:
             self._head.refresh()
+        if head := self.__dict__.get("guided_head"):  # once it has been used
+            head.refresh()
         self._embed_codes()
+
+    @functools.cached_property
+    def guided_head(self) -> GuidedHead | None:
+        """Head of log-probabilities that `generation.exact` computes again; None where it cannot."""
+        return GuidedHead(Head.of(self.model.head)) if why_not_exact(self.model, self.decoder) is None else None
+
+    def guided_logits(self, hidden: Tensor, sampling: Sampling) -> Tensor:
+        """Compute guided logits (rows, V) fp32 of hidden states (branches · rows, D)."""
+        if self.guided_head is not None:
+            return self.guided_head(hidden, sampling.guidance_scale, sampling.branches)
+        return sampling.guided(self.logits(hidden))
 
     def _embed_codes(self) -> None:
         if len(self._table):
@@ -211,6 +225,29 @@ class Engine:
         except BaseException:
             self._batch = None  # free buffers and graph before a smaller batch is tried
             raise
+
+
+def why_not_exact(model: UnifiedModel, decoder: Decoder) -> str | None:
+    """Return why another forward pass may round the log-probabilities of a model differently, None if it does not."""
+    if decoder.dtype != torch.float32 or decoder.device.type != "cpu":
+        return f"its decoder is {decoder.dtype} on {decoder.device}, expected float32 on a CPU"
+    if not decoder.plain:
+        return "its decoder has layers that are no linear layers, if with plain LoRA adapters, such as quantized ones"
+    if not decoder.packed:
+        return (
+            f"its decoder has no packed weights, expected the compiled module, a CPU with vector instructions and at "
+            f"most {COPIED_BYTES >> 30} GiB of weights"
+        )
+    if not decoder.exact:
+        return f"its heads have width {decoder.head_dim}, expected a multiple of 16 up to 256"
+    try:
+        head = Head.of(model.head)
+    except (OpError, OspoError) as error:
+        return str(error)
+    tensors = [tensor for tensor in head.tensors if tensor is not None]
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        return f"its head is {head.weight.dtype} on {head.weight.device}, expected float32 on a CPU"
+    return None
 
 
 @contextmanager

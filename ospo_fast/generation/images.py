@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -19,10 +18,10 @@ from ospo_fast.generation.engine import Engine, eval_mode, signature
 from ospo_fast.generation.image_writer import ImageWriter
 from ospo_fast.generation.module_decoder import ModuleDecoder, warn_of_modules
 from ospo_fast.generation.overrides import find_override
-from ospo_fast.generation.requests import GenerationError, make_requests
+from ospo_fast.generation.requests import GenerationError, make_requests, tokenize_prompts
 from ospo_fast.generation.sampling import Sampling
 from ospo_fast.generation.throughput import Throughput, streamed_bytes
-from ospo_fast.generation.validation import check_batch_size, check_choice, check_ids, check_positive, check_window
+from ospo_fast.generation.validation import check_batch_size, check_choice, check_positive, check_window
 from ospo_fast.models.base import UnifiedModel, run_check
 from ospo_fast.models.layout import image_layout
 from ospo_fast.models.resolve import resolve_model
@@ -38,6 +37,7 @@ class GeneratedBatch:
     codes: Tensor  # (len(indices), T) int64
     done: int
     total: int
+    logps: Tensor | None = None  # (len(indices), T) fp32, with `return_logps`
 
 
 class _OneAtATime:
@@ -133,6 +133,7 @@ class ImageGenerator:
         progress: bool = True,
         on_error: str = "raise",
         groups: Sequence[Hashable] | None = None,
+        return_logps: bool = False,
     ) -> Any:
         """Generate `num_images` images of each prompt, in input order (all images of the first prompt first).
 
@@ -153,9 +154,13 @@ class ImageGenerator:
                 are finished. "skip": the result is None (−1 in codes, NaN in "pt"), and `failures` holds the reason.
             groups: one value per image. Neighbors of one group, such as the images of an item, share a batch if they
                 fit one.
+            return_logps: return the log-probabilities of the codes, too: each under the distribution that it was
+                sampled from, with guidance, temperature and truncation; 0 for temperature 0. `exact_logprobs` gives the
+                same bits where it can, see docs/images.md.
 
         Returns:
-            The images, as `output` says.
+            The images, as `output` says. With `return_logps` a pair of them and log-probabilities (N, T) fp32 on the
+            CPU, NaN for images that failed.
 
         Raises:
             UsageError: an invalid argument; a call from the callback.
@@ -165,7 +170,12 @@ class ImageGenerator:
         """
         from tqdm.auto import tqdm
 
-        sampling = Sampling(guidance_scale, temperature, top_k, top_p)
+        sampling = Sampling(guidance_scale, temperature, top_k, top_p, return_logps)
+        if return_logps and self.jacobi_window:
+            raise UsageError(
+                f"return_logps: got True with jacobi_window {self.jacobi_window}, expected 0, because a window samples "
+                "codes from logits of other bits; set jacobi_window=0"
+            )
         check_choice("output", output, ("pil", "codes", "pt"))
         if output != "codes" and not hasattr(self.model, "decode_codes"):
             raise UsageError(
@@ -176,7 +186,7 @@ class ImageGenerator:
             run_check(self.model, "check_pixels")
         check_choice("on_error", on_error, ("raise", "skip"))
         check_positive("num_images", num_images)
-        ids = [ids for ids in self._tokenize(prompts) for _ in range(num_images)]
+        ids = [ids for ids in tokenize_prompts(self.model, prompts) for _ in range(num_images)]
         layout = image_layout(self.model)
         sampled = list(layout.code_positions)
         requests = make_requests(ids, seeds, [layout.tokens] * len(ids))
@@ -184,6 +194,7 @@ class ImageGenerator:
         if groups is not None and len(groups) != total:
             raise UsageError(f"groups: got {len(groups)} of them, expected {total}, one for each image")
         codes = torch.full((total, layout.codes), -1, dtype=torch.long)
+        logps = torch.full((total, layout.codes), torch.nan, dtype=torch.float32) if return_logps else None
         images: dict[int, Any] = {}
         with (
             self._one_at_a_time,
@@ -205,13 +216,16 @@ class ImageGenerator:
                         self.failures[request.index] = completion.tokens
                     else:
                         codes[request.index] = completion.tokens[sampled]
+                        if logps is not None and completion.logps is not None:
+                            logps[request.index] = completion.logps[sampled]
                         finished.append(request.index)
                 if output != "codes":
                     writer.take(finished, codes[finished])
                 bar.update(len(batch))
                 bar.set_postfix_str(speed.bandwidth, refresh=False)
                 if callback is not None:
-                    callback(GeneratedBatch(finished, codes[finished], speed.images, total))
+                    own = None if logps is None else logps[finished]
+                    callback(GeneratedBatch(finished, codes[finished], speed.images, total, own))
                 begin = time.perf_counter()
             failures = self.failures
         results = codes if output == "codes" else _collect_images(images, total, output)
@@ -221,32 +235,10 @@ class ImageGenerator:
                 prompt = prompts[n // num_images]
                 name = repr(prompt[:60]) if isinstance(prompt, str) else f"{len(prompt)} token ids"
                 failed[n] = f"image {n} ({name}, seed {requests[n].seed}): {failure}"
-            raise GenerationError.from_failures("images", results, failed)
-        return results
-
-    def _tokenize(self, prompts: Sequence[str | Tensor]) -> list[Tensor]:
-        """Token ids of every prompt; each text is tokenized once."""
-        if isinstance(prompts, (str, Tensor)):
-            raise UsageError("prompts: got a single prompt, expected a list of them")
-        tokens = image_layout(self.model).tokens
-        tokenize = functools.cache(self.model.image_prompt)
-        result = []
-        for i, prompt in enumerate(prompts):
-            if isinstance(prompt, str) and not prompt.strip():
-                raise UsageError(f"prompts[{i}]: got an empty string, expected a description of an image")
-            ids = tokenize(prompt) if isinstance(prompt, str) else prompt
-            if not isinstance(ids, Tensor):
-                raise UsageError(
-                    f"prompts[{i}]: got {type(prompt).__name__}, expected a text or an int64 tensor of token ids (S,)"
-                )
-            ids = ids.cpu()
-            check_ids(f"prompts[{i}]", ids, self.model, tokens)
-            if int(ids[-1]) != self.model.boi_id:
-                raise UsageError(
-                    f"prompts[{i}]: token ids must end in begin-of-image ({self.model.boi_id}), got {int(ids[-1])}"
-                )
-            result.append(ids.long())
-        return result
+            error = GenerationError.from_failures("images", results, failed)
+            error.results = results if logps is None else (results, logps)
+            raise error
+        return results if logps is None else (results, logps)
 
     def _current_engine(self) -> Engine:
         """The engine, with the weights that the model has now, and the options that the generator has now."""

@@ -87,7 +87,9 @@ class ModuleDecoder(Decoder):
         # Without a mask, attention may take the first query for the first key: token by token none is needed.
         return torch.cat([self._run(x[:, i : i + 1], cache, rows, start + i) for i in range(x.shape[1])], 1)
 
-    def prefill(self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int]) -> Tensor:
+    def prefill(
+        self, prompts: Sequence[Tensor], cache: Cache, cache_rows: Sequence[int], *, exact: bool = False
+    ) -> Tensor:
         """See `Decoder`."""
         last = torch.empty(len(prompts), self.width, device=self.device, dtype=self.dtype)
         for length, same in _groups(map(len, prompts)).items():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ospo_fast.generation.overrides import is_changed
-from ospo_fast.ops.linear import PackedLinear, bias_or_zeros, gelu_
+from ospo_fast.ops.head import Head
+from ospo_fast.ops.linear import LinearWeights, PackedLinear, bias_or_zeros, gelu_
 
 
 class Projection(Protocol):
@@ -24,13 +25,36 @@ class Projection(Protocol):
         ...
 
 
-Kind = Callable[[Sequence[nn.Linear]], Projection]
+Kind = Callable[[Sequence[Any]], Projection]
 """`PackedLinear`, `FusedProjection` or `UnfusedProjection`: how plain layers with the same input are computed."""
 
 
 def is_plain(module: Any) -> bool:
     """Return whether a module is nn.Linear without adapter, quantization, parametrization, hook or patched forward."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_changed(module)
+
+
+def with_adapters(module: Any) -> nn.Linear | LinearWeights | None:
+    """Return a plain layer, or the weights of one with plain LoRA adapters of peft; None for others.
+
+    Adapters of other dtypes, merged ones that are disabled, variants of LoRA, and biases of adapters are others.
+    """
+    if is_plain(module):
+        return module  # type: ignore[no-any-return]
+    kind = type(module)
+    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear") or is_changed(module):
+        return None
+    base = module.get_base_layer()
+    if not is_plain(base) or (module.disable_adapters and module.merged):
+        return None
+    inactive = module.disable_adapters or module.merged
+    names = [] if inactive else [name for name in module.active_adapters if name in module.lora_A]
+    layers = [(module.lora_A[name], module.lora_B[name]) for name in names]
+    plain = all(is_plain(part) and part.weight.dtype == base.weight.dtype for pair in layers for part in pair)
+    if not plain or module.lora_variant.keys() & set(names) or any(b.bias is not None for _, b in layers):
+        return None
+    adapters = [(a.weight, b.weight, float(module.scaling[n])) for n, (a, b) in zip(names, layers, strict=True)]
+    return LinearWeights(base.weight, base.bias, tuple(adapters))
 
 
 class FusedProjection:
@@ -99,7 +123,13 @@ class ModuleProjection:
 
 
 def build_projection(modules: Sequence[nn.Module], kind: Kind) -> Projection:
-    """Return the product of modules with the same input, of `kind` if all of them are plain."""
+    """Return the product of modules with the same input, of `kind` if all of them are plain.
+
+    `PackedLinear` copies weights anyway, and so takes those of LoRA adapters, too.
+    """
+    if kind is PackedLinear:
+        found = [layer for module in modules if (layer := with_adapters(module)) is not None]
+        return kind(found) if len(found) == len(modules) else ModuleProjection(modules)
     plain = [module for module in modules if isinstance(module, nn.Linear) and is_plain(module)]
     return kind(plain) if len(plain) == len(modules) else ModuleProjection(modules)
 
@@ -118,6 +148,30 @@ class PackedHead:
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute logits (M, V) of hidden states (M, D)."""
         return self._last(gelu_(self._first(x)), out)
+
+
+class GuidedHead:
+    """Logits of classifier-free guidance with the bits of `Head.guided` and `token_logprobs` (batch_invariant=True)."""
+
+    def __init__(self, head: Head) -> None:
+        weight, self._bias, proj_weight, proj_bias = head.tensors
+        self._first = None if proj_weight is None else PackedLinear([LinearWeights(proj_weight, proj_bias)])
+        self._last = PackedLinear([LinearWeights(weight)])
+
+    def refresh(self) -> None:
+        """See `Projection`."""
+        if self._first is not None:
+            self._first.refresh()
+        self._last.refresh()
+
+    def __call__(self, hidden: Tensor, scale: float, branches: int) -> Tensor:
+        """Compute logits (M, V) of hidden states (branches · M, D), the conditional ones first."""
+        features = hidden if self._first is None else gelu_(self._first(hidden))
+        if branches == 2:
+            c, u = features.chunk(2)
+            features = u + (c - u) * scale
+        logits = self._last(features)  # the bias is added to the sum, as the softmax step does
+        return logits if self._bias is None else logits.add_(self._bias)
 
 
 def head_projection(head: nn.Module, packed: bool) -> Projection:

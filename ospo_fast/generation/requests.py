@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Hashable, Sequence
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from ospo_fast.errors import Failure, OspoError, UsageError, some_failed
 from ospo_fast.generation.decoder import CPU_BYTES, Decoder
+from ospo_fast.generation.validation import check_ids
+from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 from ospo_fast.ops.sample_codes import wrap_int64
 
 T = TypeVar("T")
@@ -59,6 +63,30 @@ class Completion:
 
     tokens: Tensor | Failure  # (n,) int64 on the CPU, without the stop token
     steps: int  # decoder passes, prefill included
+    logps: Tensor | None = None  # (n,) fp32 on the CPU, of `tokens`
+
+
+def tokenize_prompts(model: UnifiedModel, prompts: Sequence[str | Tensor]) -> list[Tensor]:
+    """Return the token ids (S,) int64 on the CPU of every prompt of an image; each text is tokenized once."""
+    if isinstance(prompts, (str, Tensor)):
+        raise UsageError("prompts: got a single prompt, expected a list of them")
+    tokens = image_layout(model).tokens
+    tokenize = functools.cache(model.image_prompt)
+    result = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UsageError(f"prompts[{i}]: got an empty string, expected a description of an image")
+        ids = tokenize(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(ids, Tensor):
+            raise UsageError(
+                f"prompts[{i}]: got {type(prompt).__name__}, expected a text or an int64 tensor of token ids (S,)"
+            )
+        ids = ids.cpu()
+        check_ids(f"prompts[{i}]", ids, model, tokens)
+        if int(ids[-1]) != model.boi_id:
+            raise UsageError(f"prompts[{i}]: token ids must end in begin-of-image ({model.boi_id}), got {int(ids[-1])}")
+        result.append(ids.long())
+    return result
 
 
 def make_requests(prompts: Sequence[Tensor], seeds: Sequence[int] | Tensor, max_tokens: Sequence[int]) -> list[Request]:

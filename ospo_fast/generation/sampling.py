@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.validation import check_number
-from ospo_fast.ops.sample_codes import sample_codes_into
+from ospo_fast.ops._chunked_head import logits_logprobs
+from ospo_fast.ops.sample_codes import _truncate, sample_codes_into
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    return_logps: bool = False
 
     def __post_init__(self) -> None:
         # A guided logit u + w·(c − u) of a larger scale may be no number of float32.
@@ -33,6 +35,30 @@ class Sampling:
     def branches(self) -> int:
         """Decoder rows per request: with guidance one with the prompt and one without."""
         return 1 if self.guidance_scale == 1 else 2
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """Return the guided logits (rows, V) fp32 of logits (branches · rows, V), as `sample_codes` computes them."""
+        rows = len(logits) // self.branches
+        cond, uncond = logits[:rows].float(), logits[rows:].float()
+        return cond if self.branches == 1 else uncond + self.guidance_scale * (cond - uncond)
+
+    def sample_guided(self, logits: Tensor, **vectors: Tensor) -> Tensor:
+        """Sample from guided logits (rows, V) fp32 into `vectors`; return the log-probabilities (rows,) of the codes.
+
+        They are those of the distribution that is sampled: with temperature, and renormalized after truncation. Rows of
+        invalid logits get NaN.
+        """
+        temperature = self.temperature
+        sample_codes_into(
+            logits, guidance_scale=1.0, temperature=temperature, top_k=self.top_k, top_p=self.top_p, **vectors
+        )
+        if not temperature:
+            return (logits.amax(1) * 0).abs()  # NaN of NaN and of infinity
+        if 0 < self.top_k < logits.shape[1] or self.top_p < 1:
+            scaled = logits / logits.new_full((), temperature)
+            logits = _truncate(scaled, min(self.top_k, logits.shape[1]), self.top_p)
+            temperature = 1.0
+        return logits_logprobs(logits, vectors["codes"], temperature)
 
     def sample(self, logits: Tensor, **vectors: Tensor) -> None:
         """Sample from logits (branches · rows, V), branch by branch, into `vectors`; see `sample_codes_into`."""

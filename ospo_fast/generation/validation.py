@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models.base import UnifiedModel
+from ospo_fast.models.layout import image_layout
 from ospo_fast.ops._dispatch import is_integer
 
 
@@ -85,4 +86,17 @@ def check_guidance_has_effect(cond: Tensor, uncond: Tensor, prompted: Tensor) ->
         raise OspoError(
             "guidance: the logits with and without the prompt are equal, so guidance would do nothing; "
             "check that the model is trained and its weights are complete, or pass guidance_scale=1"
+        )
+
+
+def check_codes(codes: Tensor, images: int, model: UnifiedModel) -> None:
+    """Require the codes (N, T) of `images` images of the model."""
+    expected = f"({images}, {image_layout(model).codes}), those of an image of {model.name} for each prompt"
+    if not isinstance(codes, Tensor) or not is_integer(codes) or codes.shape != (images, image_layout(model).codes):
+        got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
+        raise UsageError(f"codes: got {got}, expected integers {expected}")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < model.num_codes:
+        raise UsageError(
+            f"codes: got values from {int(codes.min())} to {int(codes.max())}, expected 0 to {model.num_codes - 1}, "
+            f"the codebook of {model.name}; leave out images that failed, which have -1"
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops.linear import LinearWeights, PackedLinear, gelu_
 
 # Whether addmm can accumulate in a wider dtype than that of its factors.
 _ADDMM_WIDENS = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
@@ -37,11 +38,12 @@ class TokenLogprobsOptions(NamedTuple):
     check_finite: bool
     temperature: float
     softcap: float  # 0: none
+    batch_invariant: bool = False
 
 
 OPTIONS_SCHEMA = (
     "int ignore_index, int chunk_rows, bool fp32_logits, str backend, bool check_finite, float temperature, "
-    "float softcap"
+    "float softcap, bool batch_invariant"
 )
 
 
@@ -89,6 +91,11 @@ class ChunkedHead:
             wide = torch.promote_types(self.logits_dtype, torch.float32)
             bias = _dispatch.readable(bias.to(self.logits_dtype if self.backend == "cuda" else wide))
         self.bias = bias
+        self.packed = self.packed_proj = None
+        if options.batch_invariant:
+            self.packed = PackedLinear([LinearWeights(weight)])
+            if proj_weight is not None:
+                self.packed_proj = PackedLinear([LinearWeights(proj_weight, self.proj_bias)])
         self.features = None if proj_weight is None else weight.new_empty(chunk_rows, proj_weight.shape[0])
         self.buffers: dict[str, Tensor] = {}
 
@@ -163,6 +170,9 @@ class ChunkedHead:
 
     def project(self, x: Tensor, pre: Tensor, features: Tensor) -> None:
         """Compute features = gelu(proj_weight·x + proj_bias), and `pre`, which is what `gelu_backward` reads."""
+        if self.packed_proj is not None:
+            gelu_(features.copy_(self.packed_proj(_dispatch.readable(x), pre)))
+            return
         if self.backend == "cuda":
             torch.mm(x, self.proj_weight.t(), out=pre)
             _dispatch.triton("gelu").gelu(pre, self.proj_bias, features)
@@ -183,6 +193,8 @@ class ChunkedHead:
     def logits(self, features: Tensor, rows: Tensor | slice, out: Tensor | None = None) -> Tensor:
         """Compute the logits (n, V) of `features` (n, F), which belong to x[rows], without bias."""
         z = self.logits_buffer(len(features)) if out is None else out
+        if self.packed is not None:
+            return self.packed(_dispatch.readable(features), z)
         weight = self.logits_weight.t()
         if z.dtype == weight.dtype:
             torch.mm(features.to(z.dtype), weight, out=z)
@@ -232,6 +244,17 @@ class ChunkedHead:
         if name not in self.buffers:
             self.buffers[name] = self.weight.new_empty(self.chunk_rows, width, dtype=dtype)
         return self.buffers[name][:rows]
+
+
+def logits_logprobs(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / temperature)[labels] (n,) of fp32 logits (n, V), as `token_logprobs` computes it."""
+    backend = _dispatch.resolve("token_logprobs", "auto", logits.device.type, logits.dtype)
+    options = TokenLogprobsOptions(0, len(logits), False, backend, False, temperature, 0.0)
+    logps = logits.new_empty(len(logits))
+    step = _softmax_torch if backend == "torch" else _softmax_native
+    z = logits.clone() if backend == "torch" else logits  # the reference destroys them
+    step(z, None, labels, RowResults(logps), RowScales(), options, None, logits.dtype)
+    return logps
 
 
 def _softmax_torch(

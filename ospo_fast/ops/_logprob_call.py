@@ -54,6 +54,7 @@ def prepare(
     temperature: float,
     softcap: float | None,
     process_group: Any,
+    batch_invariant: bool = False,
 ) -> Call:
     """Check and flatten the inputs of an op; resolve its head and options."""
     if type(hidden) is not Tensor or type(labels) is not Tensor:
@@ -90,7 +91,11 @@ def prepare(
         chunk_rows = default_chunk_rows(weights.num_codes, 4 if fp32_logits else x.element_size(), device)
     chunk_rows = min(chunk_rows, _dispatch.INT64_MAX)
     backend = _dispatch.resolve("token_logprobs", backend, device, x.dtype)
-    options = TokenLogprobsOptions(ignore_index, chunk_rows, fp32_logits, backend, check_finite, temperature, softcap)
+    if batch_invariant:
+        _check_invariant(op, x, backend, resolved.lora_weight is not None, process_group)
+    options = TokenLogprobsOptions(
+        ignore_index, chunk_rows, fp32_logits, backend, check_finite, temperature, softcap, batch_invariant
+    )
     if labels.dim() != 1:
         x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
     return Call(
@@ -100,6 +105,22 @@ def prepare(
         ), options, autocast,
         resolved.check_adapters,
     )  # fmt: skip
+
+
+def _check_invariant(op: str, x: Tensor, backend: str, has_adapters: bool, process_group: Any) -> None:
+    """Raise OpError where products depend on the number of rows."""
+    got = ""
+    if x.dtype != torch.float32 or backend != "cpp":
+        got = f"hidden is {x.dtype} on {x.device}, with backend {backend!r}"
+    elif has_adapters:
+        got = "the head has LoRA adapters"
+    elif process_group is not None:
+        got = "the head is split over processes"
+    if got:
+        raise OpError(
+            f"{op}: batch_invariant=True, but {got}; expected float32 on cpu, the compiled module ('cpp') and a whole, "
+            "plain head; leave it out, and compare with a tolerance"
+        )
 
 
 def _positive(op: str, name: str, value: Any, neutral: str) -> float:

@@ -60,9 +60,7 @@ def decode_attention(
     scale = _dispatch.check_float("decode_attention", "scale", scale)
     rows, (slot_count, kv_heads, positions, width) = qkv.shape[0], keys.shape
     out = qkv.new_empty(rows, heads * width) if out is None else out
-    refused = _dispatch.fp32_only(qkv.dtype)
-    if width % 16 or width > 256:
-        refused = {"cpp": f"the heads have width {width}, expected a multiple of 16 up to 256"}
+    refused = _dispatch.fp32_only(qkv.dtype) or _refused_width(width)
     backend = _dispatch.resolve("decode_attention", backend, qkv.device.type, refused=refused)
     if not rows:
         return out
@@ -78,6 +76,17 @@ def decode_attention(
     else:
         decode_attention_reference(*arguments)
     return out
+
+
+def _refused_width(width: int) -> dict[str, str]:
+    if width % 16 or width > 256:
+        return {"cpp": f"the heads have width {width}, expected a multiple of 16 up to 256"}
+    return {}
+
+
+def attends_row_by_row(width: int) -> bool:
+    """Return whether fp32 heads of this width on a CPU have the same bits in any batch: in the compiled kernel."""
+    return _dispatch.resolve("decode_attention", "auto", "cpu", refused=_refused_width(width)) == "cpp"
 
 
 def _check(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
+from ospo_fast.ops.linear import invariant_gelu, invariant_linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,17 +87,24 @@ class Head:
         """Whether any tensor requires grad."""
         return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """Compute the input (..., F) of the last layer from hidden (..., D)."""
+    def features(self, hidden: Tensor, *, batch_invariant: bool = False) -> Tensor:
+        """Compute the input (..., F) of the last layer from hidden (..., D).
+
+        batch_invariant: with the same bits in any batch, for fp32 on a CPU; see `token_logprobs`.
+        """
         if self.proj_weight is None:
             return hidden
+        if batch_invariant:
+            return invariant_gelu(invariant_linear(hidden, self.proj_weight, self.proj_bias))
         return F.gelu(F.linear(hidden, self.proj_weight, self.proj_bias))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute all logits (..., V) of hidden (..., D): for sampling and tests."""
         return F.linear(self.features(hidden), self.weight, self.bias)
 
-    def guided(self, conditional: Tensor, unconditional: Tensor, scale: float) -> tuple[Tensor, Head]:
+    def guided(
+        self, conditional: Tensor, unconditional: Tensor, scale: float, *, batch_invariant: bool = False
+    ) -> tuple[Tensor, Head]:
         """Return features and a linear head on them with the logits of classifier-free guidance.
 
         For the logits c and u of the hidden states `conditional` and `unconditional` (..., D), weight · features + bias
@@ -107,6 +115,7 @@ class Head:
             conditional: (..., D) float, hidden states under the prompt.
             unconditional: (..., D) float, of the same positions under the unconditional prompt.
             scale: guidance scale; 1 gives the logits of `conditional`.
+            batch_invariant: give features of a row the same bits in any batch, for fp32 on a CPU; see `token_logprobs`.
 
         Returns:
             Features (..., F) and a head on them with `weight` and `bias`.
@@ -121,7 +130,11 @@ class Head:
                 f"{tuple(conditional.shape)}; give both for the same positions"
             )
         scale = _dispatch.check_float("Head.guided", "scale", scale)
-        features = torch.lerp(self.features(unconditional), self.features(conditional), scale)
+        if batch_invariant:  # lerp rounds differently in vectors and at their ends
+            u = self.features(unconditional, batch_invariant=True)
+            features = u + (self.features(conditional, batch_invariant=True) - u) * scale
+        else:
+            features = torch.lerp(self.features(unconditional), self.features(conditional), scale)
         return features, Head(self.weight, self.bias)
 
     def to(self, dtype: torch.dtype) -> Head:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         softcap: float | None
         keep_logits: bool | None
         process_group: Any
+        batch_invariant: bool
 
 
 @overload
@@ -96,6 +97,7 @@ def token_logprobs(
     return_entropy: bool = False,
     keep_logits: bool | None = None,
     process_group: Any = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ℓ = log p[labels], p = softmax(s), with the logits z = head(hidden) of `chunk_rows` rows in memory.
 
@@ -134,17 +136,22 @@ def token_logprobs(
         process_group: processes that share the codes of a vocab-parallel head, in the order of their rows. `hidden`,
             `labels` and the loss must be the same on all of them. They exchange (rows,) numbers in two all-reduces, and
             in the backward the gradients of what is not split.
+        batch_invariant: give ℓ of a row the same bits with any other rows, in any order, `chunk_rows` and number of
+            threads, by products that sum in one order; for fp32 on a CPU. Without it BLAS chooses kernels by the number
+            of rows. ℓ has the bits of `ImageGenerator.generate(return_logps=True)`, see docs/images.md.
 
     Returns:
         (...) fp32 (float64 for float64 inputs), 0 where ignored; with `return_entropy` a pair of ℓ and the entropies.
 
     Raises:
         OpError: wrong shapes, dtypes or devices, labels outside [0, V), a temperature or soft-cap that is not positive,
-            an unsupported head, processes that disagree on V or on the number of rows, results that `check_finite`
-            refuses; in the backward an adapter that was disabled or merged since; in a second derivative.
+            an unsupported head, `batch_invariant` where it cannot hold, processes that disagree on V or on the number
+            of rows, results that `check_finite` refuses; in the backward an adapter that was disabled or merged since;
+            in a second derivative.
 
     """
     usual = chunk_rows is None and logits_dtype is None and softcap is None and process_group is None
+    usual = usual and not batch_invariant
     if usual and backend in _FEW_ROWS_BACKENDS and not (check_finite or return_entropy):
         logps = few_rows(hidden, head, labels, ignore_index, temperature)
         if logps is not None:
@@ -152,7 +159,7 @@ def token_logprobs(
     call = prepare(
         "token_logprobs", hidden, head, labels, ignore_index=ignore_index, chunk_rows=chunk_rows,
         logits_dtype=logits_dtype, backend=backend, check_finite=check_finite, temperature=temperature,
-        softcap=softcap, process_group=process_group,
+        softcap=softcap, process_group=process_group, batch_invariant=batch_invariant,
     )  # fmt: skip
     if call.autocast:
         with torch.autocast(hidden.device.type, enabled=False):  # the inputs are cast already
