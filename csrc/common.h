@@ -146,6 +146,11 @@ int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seed
                      int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
                      int64_t top_k, double top_p, int threads);
 
+// logps (rows) = log p[label], p the distribution that sample_codes samples from (rows, codes) guided logits with top_k or
+// top_p; temperature > 0. -inf for a label that is not kept, NaN for a row with NaN, +inf or only -inf.
+void truncated_logprobs(const float* logits, const int64_t* labels, float* logps, int64_t rows, int64_t codes,
+                        float temperature, int64_t top_k, double top_p, int threads);
+
 #ifdef OSPO_CUDA
 int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,
                         void* stream);

@@ -127,12 +127,34 @@ Cut find_cut(const uint32_t* keys, const uint64_t* weights, int64_t count, uint6
     return {prefix, need};
 }
 
-// `sample` from the codes that top_k and top_p keep.
-int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, float guidance, float temperature,
-                         int64_t top_k, double top_p, uint64_t seed, uint64_t step, const Workspace& space) {
+// The codes that top_k and top_p keep are among `count` candidates: those above the cut, and the first ones with its key.
+struct Kept {
+    int64_t count;  // 0 for a row with NaN, +inf or only -inf
+    Cut cut;
+    uint64_t ties;
+    uint32_t max;  // the largest key
+
+    // Call function(code, key) for each code that is kept, in ascending order.
+    template <typename F>
+    OSPO_INLINE void each(const Workspace& space, F function) const {
+        uint64_t left = ties;
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t key = space.keys[i];
+            if (key < cut.key) continue;
+            if (key == cut.key) {
+                if (left == 0) continue;
+                --left;
+            }
+            function(space.codes[i], key);
+        }
+    }
+};
+
+Kept truncate(const float* cond, const float* uncond, int64_t codes, float guidance, float temperature, int64_t top_k,
+              double top_p, const Workspace& space) {
     uint32_t *const keys = space.keys, *const candidates = space.codes;
     const uint32_t max = compute_keys(cond, uncond, codes, guidance, temperature, keys);
-    if (max <= key_of(-kInfinity)) return -1;
+    if (max <= key_of(-kInfinity)) return {0, {0, 0}, 0, max};
     uint32_t min = 0;
     if (top_k > 0 && top_k < codes) min = find_cut(keys, nullptr, codes, top_k, space.sums).key;
     if (top_p < 1) min = std::max(min, key_of(logit_of(max) - 30.0f));  // smaller logits have weight 0
@@ -155,22 +177,38 @@ int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, 
         compute_weights(&cut.key, 1, logit_of(max), &weight);
         ties = (cut.missing + weight - 1) / weight;
     }
+    return {count, cut, ties, max};
+}
+
+// `sample` from the codes that top_k and top_p keep.
+int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, float guidance, float temperature,
+                         int64_t top_k, double top_p, uint64_t seed, uint64_t step, const Workspace& space) {
+    const Kept kept = truncate(cond, uncond, codes, guidance, temperature, top_k, top_p, space);
     Best best;
     PhiloxWords random{};
     uint32_t block = ~0u;
-    for (int64_t i = 0; i < count; ++i) {
-        if (keys[i] < cut.key) continue;
-        if (keys[i] == cut.key) {
-            if (ties == 0) continue;
-            --ties;
-        }
-        if (candidates[i] / 4 != block) {
-            block = candidates[i] / 4;
+    kept.each(space, [&](uint32_t code, uint32_t key) {
+        if (code / 4 != block) {
+            block = code / 4;
             random = philox(seed, block, step);
         }
-        best.offer(candidates[i], logit_of(keys[i]), random.word[candidates[i] % 4]);
-    }
+        best.offer(code, logit_of(key), random.word[code % 4]);
+    });
     return best.code;
+}
+
+// The log-probability of a code among those that are kept: -inf of others, NaN of invalid rows.
+float truncated_logprob(const float* logits, int64_t label, int64_t codes, float temperature, int64_t top_k,
+                        double top_p, const Workspace& space) {
+    const Kept kept = truncate(logits, nullptr, codes, 1.0f, temperature, top_k, top_p, space);
+    if (kept.count == 0) return NAN;
+    double total = 0, own = -kInfinity;
+    kept.each(space, [&](uint32_t code, uint32_t key) {
+        const double below = double{logit_of(key)} - logit_of(kept.max);
+        total += std::exp(below);
+        if (code == label) own = below;
+    });
+    return static_cast<float>(own - std::log(total));
 }
 
 }  // namespace
@@ -209,6 +247,23 @@ int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seed
         }
     }
     return invalid;
+}
+
+void truncated_logprobs(const float* logits, const int64_t* labels, float* logps, int64_t rows, int64_t codes,
+                        float temperature, int64_t top_k, double top_p, int threads) {
+    checked_product("truncated_logprobs: rows x codes", {rows, codes});
+    check_range("truncated_logprobs: codes", codes, 1, UINT32_MAX);
+    check_range("truncated_logprobs: top_k", top_k, 0);
+    const int team = team_size(threads, rows);
+    const ThreadScratch<uint32_t> keys("truncated_logprobs: codes", team, 2 * codes);
+    const ThreadScratch<uint64_t> sums("truncated_logprobs: codes", team, kDigits + codes);
+#pragma omp parallel num_threads(team)
+    {
+        const Workspace space{keys.get(), keys.get() + codes, sums.get(), sums.get() + kDigits};
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row)
+            logps[row] = truncated_logprob(logits + row * codes, labels[row], codes, temperature, top_k, top_p, space);
+    }
 }
 
 }  // namespace ospo

@@ -59,6 +59,10 @@ def sample_codes(
     error_steps: int, rows: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float,
     threads: int, /
 ) -> int: ...
+def truncated_logprobs(
+    logits: int, labels: int, logps: int, rows: int, codes: int, temperature: float, top_k: int, top_p: float,
+    threads: int, /
+) -> None: ...
 def otsu_threshold_cuda(
     maps: int, thresholds: int, count: int, cells: int, bins: int, device: int, stream: int, /
 ) -> None: ...

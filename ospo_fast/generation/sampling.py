@@ -9,7 +9,7 @@ from torch import Tensor
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.validation import check_number
 from ospo_fast.ops._chunked_head import logits_logprobs
-from ospo_fast.ops.sample_codes import _truncate, sample_codes_into
+from ospo_fast.ops.sample_codes import sample_codes_into, truncated_logprobs
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,10 @@ class Sampling:
         )
         if not temperature:
             return (logits.amax(1) * 0).abs()  # NaN of NaN and of infinity
+        codes = vectors["codes"]
         if 0 < self.top_k < logits.shape[1] or self.top_p < 1:
-            scaled = logits / logits.new_full((), temperature)
-            logits = _truncate(scaled, min(self.top_k, logits.shape[1]), self.top_p)
-            temperature = 1.0
-        return logits_logprobs(logits, vectors["codes"], temperature)
+            return truncated_logprobs(logits, codes, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
+        return logits_logprobs(logits, codes, temperature)
 
     def sample(self, logits: Tensor, **vectors: Tensor) -> None:
         """Sample from logits (branches · rows, V), branch by branch, into `vectors`; see `sample_codes_into`."""

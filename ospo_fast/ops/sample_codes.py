@@ -182,6 +182,28 @@ def sample_codes_reference(
     return scores.argmax(1).masked_fill(invalid, 0), invalid
 
 
+def truncated_logprobs(
+    logits: Tensor,  # (B, V) fp32
+    codes: Tensor,  # (B,) int64
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Tensor:
+    """Compute the log-probability (B,) of each code in what `sample_codes` keeps of its row of guided logits.
+
+    The temperature is positive. NaN for rows of invalid logits, without host synchronization.
+    """
+    top_k = min(top_k, logits.shape[1])
+    if _dispatch.resolve("sample_codes", "auto", logits.device.type) != "cpp":
+        z = _truncate(logits / logits.new_full((), temperature), top_k, top_p)
+        return z.log_softmax(1).gather(1, codes[:, None])[:, 0]
+    logits, codes, logps = readable(logits), readable(codes), logits.new_empty(len(logits))
+    pointers = pointer(logits, torch.float32), pointer(codes, torch.int64), pointer(logps, torch.float32)
+    _dispatch.native().truncated_logprobs(*pointers, *logits.shape, temperature, top_k, top_p, torch.get_num_threads())
+    return logps
+
+
 @register_op(
     "sample_codes(Tensor cond, Tensor? uncond, float guidance_scale, float temperature, int top_k, float top_p,"
     " Tensor seeds, Tensor steps) -> Tensor",

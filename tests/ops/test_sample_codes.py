@@ -10,7 +10,7 @@ from torch import Tensor
 from ospo_fast import sample_codes
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.sample_codes import _truncate, _weights, philox4x32, sample_codes_into
+from ospo_fast.ops.sample_codes import _truncate, _weights, philox4x32, sample_codes_into, truncated_logprobs
 
 # Known answers of the Random123 distribution: counter, key → words.
 KNOWN = [
@@ -358,3 +358,24 @@ def test_cuda_graph_capture(V: int) -> None:
             expected = sample_codes(*logits, guidance_scale=5.0, seeds=seeds, step=step, **options)  # type: ignore[arg-type]
             assert torch.equal(tokens[:, step], expected)
         assert (error_steps == -1).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(7, 1.0), (0, 0.7), (40, 0.9), (1, 1.0), (600, 0.5), (0, 1e-6)])
+def test_log_probabilities_after_truncation(top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of codes that are kept and sampled, of others, and of invalid rows; in C++ and by the reference."""
+    logits = (torch.randn(60, 531) * 3).round(decimals=1)  # with ties
+    given: dict[str, Any] = {"temperature": 0.8, "top_k": top_k, "top_p": top_p}
+    codes = sample_codes(logits, **given, seeds=list(range(60)), step=3)
+    found = truncated_logprobs(logits, codes, **given)
+    kept = _truncate(logits / torch.tensor(0.8), min(top_k, 531), top_p)
+    expected = kept.double().log_softmax(1)
+    torch.testing.assert_close(found.double(), expected.gather(1, codes[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    others = torch.randint(0, 531, (60,))
+    every = truncated_logprobs(logits, others, **given)
+    torch.testing.assert_close(every.double(), expected.gather(1, others[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    logits[0, 5], logits[1], logits[2, 530] = torch.nan, -torch.inf, torch.inf
+    invalid = truncated_logprobs(logits, codes, **given)
+    assert bool(invalid[:3].isnan().all())
+    assert torch.equal(invalid[3:], found[3:])
+    monkeypatch.setattr(_dispatch, "resolve", lambda *_, **__: "torch")
+    torch.testing.assert_close(truncated_logprobs(logits, codes, **given), invalid, equal_nan=True)
