@@ -1,4 +1,4 @@
-"""Ablations of the method in the Shapes world, with the same prompts and seeds for all variants.
+"""Ablations of the method in a Shapes world, with the same prompts and seeds for all variants.
 
 Each training seed has one run of stages 1 to 4, which the variants share. They differ in selection, masks and training.
 Alignment is that of `ospo_fast.shapes.evaluate`, at the guidance scale that is best for the base model on validation
@@ -8,9 +8,12 @@ prompts. `run` measures all variants of `TABLE` on test prompts and plots their 
     python bench/ablations.py all --plot                                   print and plot the existing rows
     python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]         try settings on validation prompts
 
+`--world shapes-large` measures in the world of small objects, where `all` is `MASKS`: the variants of the masks. Its
+results are in ablations-large.jsonl.
+
 Each row is written as soon as it is measured. Rows of the same commit and settings are not measured again, so an
 interrupted table resumes. KEY is one of the configuration; settings of stages 1 to 4 need a run of their own. Trials
-are appended to OUT/shapes/trials.jsonl with all their settings.
+are appended to OUT/WORLD/trials.jsonl with all their settings.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
-from ospo_fast.shapes.scenes import write_held_out_prompts
+from ospo_fast.shapes.scenes import SHAPES_WORLD, WORLDS, World, write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stats import standard_error
 
@@ -108,6 +111,8 @@ TABLE = (
     Variant("two iterations", ("iterations=2",)),
     Variant("three iterations", ("iterations=3",)),
 )
+MASKS = TABLE[:5]
+NO_MASK = "no mask"  # the variant that the others are compared with, prompt by prompt
 OLD_NAMES = {  # of variants in rows of earlier commits
     "true mask": "ground-truth masks",
     "mask of ones": "masks of ones",
@@ -139,12 +144,14 @@ class Bench:
         per_kind: int,
         extra: tuple[str, ...] = (),
         sampling: tuple[int, ...] = SAMPLING,
+        world: World = SHAPES_WORLD,
     ) -> None:
         self.folder, self.split, self.per_kind, self.extra, self.sampling = folder, split, per_kind, extra, sampling
+        self.world = world
         measure.commit()  # of the code that is loaded now, before anything changes
         folder.mkdir(parents=True, exist_ok=True)
-        write_held_out_prompts(folder / "held_out.txt")
-        self.base = load_model("shapes")
+        write_held_out_prompts(folder / "held_out.txt", world)
+        self.base = load_model(world.name)
         self.scale, self.scales = self._kept("guidance", lambda: self.choose_guidance(self.base))
         self.before = {scale: self.evaluate_headline(self.base, scale) for scale in sorted({1.0, self.scale})}
         self.further_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
@@ -157,7 +164,7 @@ class Bench:
 
     def choose_guidance(self, model: UnifiedModel) -> tuple[float, dict[float, dict[str, float]]]:
         """Return a model's best guidance scale on validation prompts, and the headline at every scale of the demo."""
-        scales = load_config(family="shapes").evaluate.guidance_scales
+        scales = load_config(family=self.world.name).evaluate.guidance_scales
         return evaluate.choose_guidance(model, scales, per_kind=self.per_kind, seeds=SAMPLING, progress=False)
 
     def evaluate_headline(self, model: UnifiedModel, scale: float) -> evaluate.AlignmentResult:
@@ -212,8 +219,13 @@ class Bench:
 
     def config(self, settings: Sequence[str], seed: int, out: Path) -> Config:
         """Load the configuration of the demo with these settings."""
-        fixed = (f"out={out}", f"seed={seed}", f"prompts.exclude={self.folder / 'held_out.txt'}")
-        return load_config([*settings, *self.extra, *fixed], family="shapes")
+        fixed = (
+            f"model={self.world.name}",
+            f"out={out}",
+            f"seed={seed}",
+            f"prompts.exclude={self.folder / 'held_out.txt'}",
+        )
+        return load_config([*settings, *self.extra, *fixed], family=self.world.name)
 
     def shared_run(self, variant: Variant, seed: int) -> Path:
         """Run stages 1 to 4 of a variant, unless another one has; return the run folder."""
@@ -235,7 +247,7 @@ class Bench:
             for stage in STAGE_NAMES:
                 pipeline.stage(stage, iteration)
                 if stage == "masks" and variant.masks:
-                    _replace_masks(pipeline.folder(iteration), variant.masks)
+                    _replace_masks(pipeline.folder(iteration), variant.masks, self.world)
         return folder, pipeline.model(config.iterations + 1), time.perf_counter() - started
 
     def measured(self, variant: Variant, seed: int, row: dict[str, Any]) -> bool:
@@ -286,8 +298,9 @@ class Bench:
             compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)
         last = Pipeline(config, progress=False).folder(config.iterations)
-        pairs = demo.pair_metrics(read_stage(last, "select"), last)
-        masks = demo.mask_metrics(read_stage(last, "masks"), last) if (last / "masks.jsonl").exists() else {}
+        pairs = demo.pair_metrics(read_stage(last, "select"), last, self.world)
+        masked = (last / "masks.jsonl").exists()
+        masks = demo.mask_metrics(read_stage(last, "masks"), last, self.world) if masked else {}
         done = json.loads((last / "train" / "done.json").read_text())
         log = [json.loads(line) for line in (last / "train" / "log.jsonl").read_text().splitlines()]
         watched = [[line["step"], round(line["alignment"], 4)] for line in log if "alignment" in line]
@@ -321,6 +334,10 @@ def _compare(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) 
         "gain": after.gain(before),
         "kinds_before": {kind: value["alignment"] for kind, value in before.by_kind().items()},
         "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
+        "right": {
+            kind: "".join(str(n) for k, n in zip(after.kinds, after.correct.sum(1), strict=True) if k == kind)
+            for kind in dict.fromkeys(after.kinds)
+        },
     }
 
 
@@ -336,7 +353,7 @@ def _without_none(value: Any) -> Any:
     return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
 
 
-def _replace_masks(folder: Path, kind: str) -> None:
+def _replace_masks(folder: Path, kind: str, world: World) -> None:
     """Replace the unions in the mask files of a run."""
     for pair_id, _, pair in iter_pairs(read_stage(folder, "masks")):
         if not pair.get("mask_path"):
@@ -347,7 +364,7 @@ def _replace_masks(folder: Path, kind: str) -> None:
         for side in ("chosen", "rejected"):
             union = tensors[f"{side}_union"]
             if kind == "true":
-                cells = demo.object_cells(Image.open(folder / str(pair[side])), union.shape)
+                cells = demo.object_cells(Image.open(folder / str(pair[side])), union.shape, world)
                 mask = np.zeros_like(union) if cells is None else cells
             elif kind == "ones":
                 mask = np.ones_like(union)
@@ -364,6 +381,25 @@ def pooled(rows: list[dict[str, Any]], scale: str) -> dict[str, float]:
     return {"gain": float(gains.mean()), "error_prompts": prompts, "error_seeds": standard_error(gains)}
 
 
+def differences(
+    rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str
+) -> dict[str, tuple[float, float]]:
+    """Return the mean difference in alignment to other rows, and its standard error over prompts.
+
+    The headline is `all`; the other keys are its kinds. Rows and reference have the same prompts and sampling seeds.
+    `right` of a row has, for each prompt, the number of its images that are right.
+    """
+
+    def rates(many: list[dict[str, Any]], kind: str) -> np.ndarray:
+        counts = [list(map(int, row[scale]["right"][kind])) for row in many]
+        return np.mean(counts, axis=0) / len(many[0]["sampling"])
+
+    changes = {kind: rates(rows, kind) - rates(reference, kind) for kind in rows[0][scale]["right"]}
+    found = {kind: (float(change.mean()), standard_error(change)) for kind, change in changes.items()}
+    means, errors = zip(*found.values(), strict=True)
+    return {"all": (float(np.mean(means)), float(np.sqrt(np.square(errors).sum())) / len(errors)), **found}
+
+
 @contextmanager
 def _folder(kept: Path | None) -> Iterator[Path]:
     if kept is not None:
@@ -378,17 +414,25 @@ def run(out: Path, quick: bool) -> None:
 
 
 def _table(
-    table: Sequence[Variant], seeds: Sequence[int], out: Path, *, quick: bool = False, kept: Path | None = None
+    table: Sequence[Variant],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    quick: bool = False,
+    kept: Path | None = None,
+    world: World = SHAPES_WORLD,
 ) -> None:
     """Measure the variants with every seed; their rows replace older ones in the results.
 
     Rows of other variants stay if they compare with the same results of the base model and have the current settings
     of their variant. `kept` is the folder of the runs; None: a temporary one.
     """
-    name = "ablations-quick" if quick else "ablations"
+    name = _file_name(world) + "-quick" * quick
     path = measure.result_path(out, name)
     with _folder(kept) as folder:
-        bench = Bench(folder, split="test", per_kind=2 if quick else PER_KIND, extra=QUICK if quick else ())
+        bench = Bench(
+            folder, split="test", per_kind=2 if quick else PER_KIND, extra=QUICK if quick else (), world=world
+        )
         rows = read_rows(path) if path.exists() else []
         variants = {variant.name: variant for variant in TABLE}
         rows = _in_order(
@@ -408,6 +452,10 @@ def _table(
                 measure.write(rows, out, name)
     _show(rows)
     plot(rows, path.with_suffix(".png"))
+
+
+def _file_name(world: World) -> str:
+    return world.name.replace("shapes", "ablations", 1)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -464,6 +512,14 @@ def _show(rows: list[dict[str, Any]]) -> None:
             found = pooled(mine, key)
             errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
             print(f"{name:<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
+    reference = [row for row in rows if row["variant"] == NO_MASK]
+    for name in dict.fromkeys(row["variant"] for row in rows if reference):
+        mine = [row for row in rows if row["variant"] == name]
+        for key in [key for key, value in mine[0].items() if key.startswith("at ") and "right" in value]:
+            if name != NO_MASK and all("right" in row.get(key, ()) for row in (*mine, *reference)):
+                found = differences(mine, reference, key)
+                shown = ", ".join(f"{kind} {mean:+.3f} ± {error:.3f}" for kind, (mean, error) in found.items())
+                print(f"{name:<40} {key:<19} minus {NO_MASK}: {shown}", flush=True)
 
 
 def main() -> None:
@@ -481,10 +537,12 @@ def main() -> None:
     )
     parser.add_argument("--sampling", type=int, help="number of sampling seeds of a trial (6); the table has two")
     parser.add_argument("--folder", type=Path, help="folder to keep the runs of stages 1 to 4 in")
+    parser.add_argument("--world", choices=WORLDS, default="shapes", help="the world, and its embedded model")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
+    world = WORLDS[options.world]
     if options.plot:
-        path = measure.result_path(options.out, "ablations")
+        path = measure.result_path(options.out, _file_name(world))
         if not path.exists():
             parser.error(f"--plot: {path} does not exist; measure with --table first")
         rows = _in_order(read_rows(path))
@@ -492,22 +550,23 @@ def main() -> None:
         plot(rows, path.with_suffix(".png"))
         return
     if options.table:
-        named = [variant for variant in TABLE if options.name in (variant.name, "all")]
+        whole = TABLE if world is SHAPES_WORLD else MASKS
+        named = whole if options.name == "all" else [variant for variant in TABLE if variant.name == options.name]
         if not named or options.settings or options.masks or options.sampling:
             known = ", ".join(repr(variant.name) for variant in TABLE)
             parser.error(
                 f"--table: got {options.name!r}, expected all or one of {known}, and no settings, --masks or --sampling"
             )
-        _table(named, options.seeds or SEEDS, options.out, kept=options.folder)
+        _table(named, options.seeds or SEEDS, options.out, kept=options.folder, world=world)
         return
     if options.sampling is not None and options.sampling < 1:
         parser.error(f"--sampling: got {options.sampling}, expected 1 or more")
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
     with _folder(options.folder) as folder:
         sampling = tuple(range(6 if options.sampling is None else options.sampling))
-        bench = Bench(folder, split="validation", per_kind=options.per_kind, sampling=sampling)
+        bench = Bench(folder, split="validation", per_kind=options.per_kind, sampling=sampling, world=world)
         rows = []
-        trials = options.out / "shapes" / "trials.jsonl"
+        trials = options.out / world.name / "trials.jsonl"
         trials.parent.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds or SEEDS[:1]:
             rows.append(bench.measure(variant, seed))

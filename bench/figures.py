@@ -286,7 +286,7 @@ def load(results: Path) -> dict[str, Results]:
     """Load the rows of every GPU in a folder of results, by device name."""
     rows: dict[str, list[Row]] = {}
     for path in sorted(results.glob("*/*.jsonl")):
-        if path.parent.name != "shapes":  # trials of the method, in another format
+        if path.parent.name not in ("shapes", "shapes-large"):  # trials of the method, in another format
             for row in parse_rows(str(path), path.read_text()):
                 if row.get("driver"):
                     rows.setdefault(row["device"], []).append(row)

@@ -1,4 +1,6 @@
-"""IoU of the masks of each attention layer and head with the true objects of the Shapes world.
+"""IoU of the masks of each attention layer and head with the true objects of a Shapes world.
+
+    python bench/mask_layers.py [--world shapes-large]
 
 The pairs are of one run on training prompts. For the rows of the image tokens and for the rows that predict them, it
 measures the masks of every layer, of every head, of the mean of all layers, of the layer that a rule chooses for each
@@ -6,6 +8,7 @@ object without ground truth, and of the layer or head that `masks.layers=auto` (
 objects. Baselines are a mask of ones and random masks of the same size.
 """
 
+import argparse
 import dataclasses
 import tempfile
 import time
@@ -18,14 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ospo_fast.config import Config, load_config
+from ospo_fast.config import MODEL_FILES, Config, load_config
 from ospo_fast.experimental.layer_selection import RULES
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops.object_masks import mask_iou
 from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.records import SIDES, chunked, iter_pairs
-from ospo_fast.shapes import demo
+from ospo_fast.shapes import demo, evaluate
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.masks import MaskExtractor, MaskTask, build_extractor, extract_masks, mask_tasks
 from ospo_fast.stats import standard_error
@@ -59,7 +62,8 @@ class Pairs:
         self.truth: list[np.ndarray | None] = []
         for item in self.pairs:
             for path in (item.pair["chosen"], item.pair["rejected"]):
-                self.truth.append(demo.object_cells(Image.open(self.out / path), model.grid))
+                image = Image.open(self.out / path)
+                self.truth.append(demo.object_cells(image, model.grid, evaluate.world_of(model)))
         numbers: dict[str, int] = {}
         owners = [numbers.setdefault(item.record["item_id"], len(numbers)) for item in self.pairs for _ in SIDES]
         # Of each IoU the number of its prompt, whose images are not independent.
@@ -96,11 +100,11 @@ class Pairs:
         return self.compare([cells.reshape(self.model.grid) for cells in shuffled])
 
 
-def run(out: Path, quick: bool) -> None:
+def run(out: Path, quick: bool, world: str = "shapes") -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config([f"out={folder}", *([QUICK] if quick else [])], family="shapes")
-        model = load_model("shapes")
+        config = load_config([f"model={world}", f"out={folder}", *([QUICK] if quick else [])], family=world)
+        model = load_model(world)
         Pipeline(config, progress=False, model=model).run(STAGE_NAMES[: STAGE_NAMES.index("masks")])
         pairs = Pairs(model, config, PAIRS)
         measured: list[tuple[str, str, np.ndarray, float, dict[str, Any]]] = [
@@ -124,4 +128,12 @@ def run(out: Path, quick: bool) -> None:
             rows.append(measure.row("mask_layers", name, {"images": len(ious)}, dtype, once, **metrics, **chosen))
             layers = " ".join(f"{key} {value}" for key, value in chosen.items() if value)
             print(f"{attention:<11} {name:<42} {ious.mean():.3f} ± {error:.3f}  {layers}", flush=True)
-    measure.write(rows, out, "mask_layers")
+    measure.write(rows, out, world.replace("shapes", "mask_layers", 1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--world", choices=MODEL_FILES, default="shapes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    options = parser.parse_args()
+    run(options.out, False, options.world)

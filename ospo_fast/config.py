@@ -26,7 +26,11 @@ from ospo_fast.files import MAX_NESTING, check_yaml, no_link, read_bytes, read_y
 from ospo_fast.loss_config import OSPOLossConfig
 from ospo_fast.records import local_base, os_errors, parse_json, shown
 
-MODEL_FILES = {"shapes": Path(__file__).parent / "shapes" / "config.yaml"}
+# Of the embedded models, whose images a checker judges.
+MODEL_FILES = {
+    "shapes": Path(__file__).parent / "shapes" / "config.yaml",
+    "shapes-large": Path(__file__).parent / "shapes" / "config-large.yaml",
+}
 MAX_ADAPTERS = 32  # LoRA folders, each on the one before it; more of them, or a circle, are refused
 
 _PATHS = (

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ospo_fast import official_files, restarts
-from ospo_fast.config import Config, MasksConfig, dump_config, image_size, load_file, saved_path, saved_values
+from ospo_fast.config import (
+    MODEL_FILES,
+    Config,
+    MasksConfig,
+    dump_config,
+    image_size,
+    load_file,
+    saved_path,
+    saved_values,
+)
 from ospo_fast.errors import OspoError, UsageError, some_failed
 from ospo_fast.files import no_link
 from ospo_fast.models.quantized import is_quantized
@@ -937,7 +946,7 @@ class Pipeline:
             named = str(out) if origin == out else origin.name
             found = _with_prompts(read_stage(out, source, unusable.append), origin, unusable.append)
             _check_texts(out, stage, source, found, present, store_path(work, name))
-            if origin == out and config.model == "shapes" and self.speaks:
+            if origin == out and config.model in MODEL_FILES and self.speaks:
                 official_files.tell_of_shapes(out)
             found = [stage.clear(record) for record in found]
             if not found:

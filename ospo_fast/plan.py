@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ospo_fast import env
 from ospo_fast.cards import CARD_NAMES, Card, find_card
-from ospo_fast.config import Config, model_family
+from ospo_fast.config import MODEL_FILES, Config, model_family
 from ospo_fast.cost import ModelShapes, activation_bytes, causal, head_bytes
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import folder_checks
@@ -70,7 +70,7 @@ class Ratios:
 
     def for_run(self, config: Config) -> Ratios:
         """Return the ratios to plan other models with: at most, where those of the Shapes model are low."""
-        if model_family(config.model) == "shapes" and not any(stage.other_model(config) for stage in STAGES):
+        if model_family(config.model) in MODEL_FILES and not any(stage.other_model(config) for stage in STAGES):
             return self
         source = f"images and pairs: at most; the other shares: {self.source}"
         return dataclasses.replace(self, variants=1.0, pairs=1.0, kept=1.0, source=source)
@@ -326,7 +326,7 @@ class _Demands:
             "validated pair": ("train", "pair", validated / trained),
             "sampled image": ("images", "image", 1.0),
         }
-        if settings.eval_every and steps and model_family(self.config.model) == "shapes":  # images of no other world
+        if settings.eval_every and steps and model_family(self.config.model) in MODEL_FILES:  # images of no other world
             evaluate = self.config.evaluate
             amounts["evaluated image"] = float(evaluations * 3 * evaluate.watch_per_kind * len(evaluate.seeds))
         # Two checkpoints with both moments while one replaces the other, the merged model, the best weights, and the
@@ -699,7 +699,7 @@ def _sample(config: Config, out: Path, items: int) -> Config:
             for name, n in counts.items()
         }
     steps = max(2, items // 8)
-    evaluated = bool(config.train.eval_every) and model_family(config.model) == "shapes"
+    evaluated = bool(config.train.eval_every) and model_family(config.model) in MODEL_FILES
     small.train = dataclasses.replace(
         config.train, steps=steps, save_every=steps, eval_every=steps if evaluated else 0, early_stopping=None,
         validation_pairs=0, sample_every=0,

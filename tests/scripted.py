@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ospo_fast.shapes import grammar
-from ospo_fast.shapes.scenes import descriptions, parse
+from ospo_fast.shapes.scenes import SHAPES_WORLD, WORLDS, descriptions, parse
 
 
-def save_tiny(folder: Path, seed: int = 0) -> Path:
+def save_tiny(folder: Path, seed: int = 0, world=SHAPES_WORLD) -> Path:
     """Save a random tiny model for `load_model`.
 
     Its weights are larger than at initialization, so that images and attention depend on the prompt.
@@ -25,40 +25,40 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 
     from ospo_fast.shapes.model import build_model, build_processor
 
-    model = build_model(seed, hidden=32, layers=2, intermediate=48, heads=2)
-    model.config.template_set = "shapes"
+    model = build_model(seed, world, hidden=32, layers=2, intermediate=48, heads=2)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and ("language_model" in name or "generation_head" in name):
                 weight.mul_(6)
     model.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    build_processor(world).save_pretrained(folder)
     return folder
 
 
 known_descriptions = functools.cache(descriptions)  # a list of thousands takes a tenth of a second
 
 
-def reply(message: str, seed: int) -> str:
+def reply(message: str, seed: int, world=SHAPES_WORLD) -> str:
     """Answer the last user message."""
     head, _, rest = message.partition(" ")
     rng = np.random.default_rng(seed % 2**32)
     if rng.random() < 0.1:
         return "um"
     if head == "prompt":
-        known = known_descriptions(rest)
+        known = known_descriptions(rest, world)
         return grammar.stage1_answer(known[int(rng.integers(len(known)))])
     if head == "dense:":
-        first, second = (parse(part) for part in rest.split(" / "))
+        first, second = (parse(part, world) for part in rest.split(" / "))
         return grammar.densify_answer(*grammar.densify(first, second, rng))
     if head == "questions:":
-        return grammar.questions_answer(parse(rest))
-    return f"Contrastive Prompt: {grammar.perturb(parse(rest), head[:-1], 'attribute2', rng).text}"
+        return grammar.questions_answer(parse(rest, world))
+    return f"Contrastive Prompt: {grammar.perturb(parse(rest, world), head[:-1], 'attribute2', rng).text}"
 
 
 def generate_text(model, prompts, *, seeds, **settings):
     texts = [model.detokenize(ids) for ids in prompts]
-    return [reply(text.strip(), seed) for text, seed in zip(texts, seeds, strict=True)]
+    world = WORLDS.get(model.templates, SHAPES_WORLD)
+    return [reply(text.strip(), seed, world) for text, seed in zip(texts, seeds, strict=True)]
 
 
 def fail_image(setattr_, failing):

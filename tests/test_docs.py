@@ -238,7 +238,7 @@ def test_blocks(
         return
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_EMBEDDED", tiny)
+    monkeypatch.setitem(models._EMBEDDED, "shapes", tiny)
     if any("ospo-fast" in block.code for block in blocks(path)):
         request.getfixturevalue("script")
     page = Page(path, tiny)

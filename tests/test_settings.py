@@ -44,7 +44,8 @@ def test_the_table_of_the_documentation_is_current(capsys):
     page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == page, "run: ospo-fast config --markdown > docs/configuration.md"
     assert all(f"| `{key}` |" in page for key, _ in EVERY if key != "train.loss")
-    assert "| `train.steps` | integer | `1000`, `350` for shapes | 1 or more | Optimizer steps. |" in page
+    numbers = "`1000`, `350` for shapes, `350` for shapes-large"
+    assert f"| `train.steps` | integer | {numbers} | 1 or more | Optimizer steps. |" in page
     assert "| `masks.choose` | text or null | `null` | one of entropy, separability, contrast |" in page
 
 

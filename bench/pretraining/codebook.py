@@ -1,14 +1,15 @@
-"""Part 1 of pretraining: the VQ model, which encodes images of the Shapes world into codes and decodes them.
+"""Part 1 of pretraining: the VQ model, which encodes images of a Shapes world into codes and decodes them.
 
 `JanusVQVAE.forward` cannot train its encoder, because it decodes indices and normalizes the codebook. This loop uses
 cosine quantization with straight-through gradients, updates the codebook by moving averages, and restarts unused
-codes at badly represented vectors.
+codes at badly represented vectors. Some codes are reserved (`reserved_codes`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,16 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ospo_fast.shapes.checker import detect
-from ospo_fast.shapes.render import CELL, render_array
-from ospo_fast.shapes.scenes import BACKGROUNDS, Scene, random_scene
+from ospo_fast.shapes.render import render_array
+from ospo_fast.shapes.scenes import COLORS, LARGE_WORLD, SHAPES, WORLDS, Scene, World, random_scene
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
 
 logger = logging.getLogger(__name__)
-BATCH = 24
+OBJECT_WEIGHTS = {"shapes": 8.0, "shapes-large": 16.0}  # objects are about two thirds of the loss
 WARM = 300  # steps without quantization before the codebook is initialized from the features
 DECAY = 0.99
+_LOOKS = [(color, shape, size) for color in COLORS for shape in SHAPES for size in LARGE_WORLD.sizes]
 COMMITMENT = 0.5
 
 
@@ -77,19 +79,48 @@ class Codebook:
             self.sums[dead], self.counts[dead] = vectors[sampled] * 0.5, torch.full((len(dead),), 0.5)
 
 
-def _batch(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, weights of their pixels (objects count more), and for each patch its background index or -1 (object)."""
-    scenes = [random_scene(rng) for _ in range(count)]
+def world_of(model: JanusForConditionalGeneration) -> World:
+    """Return the world of a model of `build_model`."""
+    return WORLDS[model.config.template_set]
+
+
+def _batch(rng: np.random.Generator, count: int, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, weights of their pixels (objects count more), and for each patch its reserved code, or -1.
+
+    Small objects are twice as many as in scenes of the world, because each image teaches little about them.
+    """
+    if world.textured:
+        world = replace(world, counts=world.counts * 2)
+    scenes = [random_scene(rng, world) for _ in range(count)]
     pixels = to_tensor(render_array(scenes))
-    back = torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in scenes])
+    back = torch.tensor([-1 if world.textured else world.backgrounds.index(scene.background) for scene in scenes])
     plain = torch.ones(count, pixels.shape[-1], pixels.shape[-1], dtype=torch.bool)
     for row, scene in zip(plain, scenes, strict=True):
         for obj in scene.objects:
             r, c = obj.cell
-            row[r * CELL : (r + 1) * CELL, c * CELL : (c + 1) * CELL] = False
-    weights = torch.where(plain, 1.0, 8.0)[:, None]
-    patches = plain[:, ::8, ::8]
-    return pixels, weights, torch.where(patches, back[:, None, None], -1)
+            row[r * world.cell : (r + 1) * world.cell, c * world.cell : (c + 1) * world.cell] = False
+    weights = torch.where(plain, 1.0, OBJECT_WEIGHTS[world.name])[:, None]
+    fixed = torch.where(plain[:, ::8, ::8], back[:, None, None], -1)
+    if world.textured:
+        for row, scene in zip(fixed, scenes, strict=True):
+            for obj in scene.objects:
+                row[obj.cell] = _LOOKS.index((obj.color, obj.shape, obj.size))
+    return pixels, weights, fixed
+
+
+def reserved_codes(world: World, width: int) -> Tensor:
+    """The first codes, (codes, width) unit vectors, which stay as they are.
+
+    Plain background has one code for each color. Otherwise about a hundred codes would stand for it, one for each
+    neighborhood, and generating an image would be guessing among them. On textures it is the small objects that have
+    one code for each color, shape and size, the normalized sum of a unit vector for each of the three. Objects are 2%
+    of an image, so that textures would take the codes otherwise.
+    """
+    if not world.textured:
+        return torch.eye(width)[: len(world.backgrounds)]
+    units = iter(torch.eye(width))
+    color, shape, size = ({name: next(units) for name in names} for names in (COLORS, SHAPES, LARGE_WORLD.sizes))
+    return F.normalize(torch.stack([color[c] + shape[s] + size[z] for c, s, z in _LOOKS]), dim=1)
 
 
 def train(
@@ -97,6 +128,7 @@ def train(
     *,
     steps: int,
     seed: int,
+    batch: int = 24,
     state: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
     save_every: int = 500,
@@ -105,12 +137,12 @@ def train(
 
     `save` is called with the state of the training every `save_every` steps; `state` resumes from it.
     """
-    vq = model.model.vqmodel
+    vq, world = model.model.vqmodel, world_of(model)
     parameters = [p for name, p in vq.named_parameters() if not name.startswith("quantize")]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     book: Codebook | None = None
-    reserved = torch.eye(vq.quantize.embedding_dim)[: len(BACKGROUNDS)]
+    reserved = reserved_codes(world, vq.quantize.embedding_dim)
     start = 0
     if state:
         vq.load_state_dict(state["vq"])
@@ -123,24 +155,22 @@ def train(
         remaining = 1 - step / steps
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 50) * min(1.0, max(remaining / 0.5, 0.02))
-        pixels, weights, plain = _batch(rng, BATCH)
+        pixels, weights, fixed = _batch(rng, batch, world)
         features = vq.quant_conv(vq.encoder(pixels))
         directions = F.normalize(features, dim=1)
         flat = directions.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
         if step == WARM:
-            many = torch.cat([flat.detach(), *(_vectors(vq, rng) for _ in range(16))])
+            many = torch.cat([flat.detach(), *(_vectors(vq, rng, batch, world) for _ in range(16))])
             centers = _kmeans(many, vq.quantize.num_embeddings, generator)
             centers[: len(reserved)] = reserved
             book = Codebook(centers)
-        # Plain background has one fixed code for each color. Otherwise about a hundred codes would stand for it, one
-        # for each neighborhood, and generating an image would be guessing among them.
-        backgrounds = plain.reshape(-1)
-        is_plain = backgrounds >= 0
-        background_error = (flat[is_plain] - reserved[backgrounds[is_plain]]).square().sum(1).mean()
+        given = fixed.reshape(-1)
+        is_fixed = given >= 0
+        fixed_error = (flat[is_fixed] - reserved[given[is_fixed]]).square().sum(1).mean()
         quantized, commitment = directions, flat.new_zeros(())
         if book is not None:
             nearest = (flat.detach() @ book.codes.T).argmax(1)
-            nearest = torch.where(is_plain, backgrounds, nearest)
+            nearest = torch.where(is_fixed, given, nearest)
             codes = book.codes[nearest]
             commitment = (flat - codes).square().sum(1).mean()
             straight = flat + (codes - flat).detach()
@@ -149,7 +179,7 @@ def train(
             book.codes[: len(reserved)] = reserved
         rebuilt = vq.decoder(vq.post_quant_conv(quantized))
         error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
-        loss = error + COMMITMENT * (commitment + background_error)
+        loss = error + COMMITMENT * (commitment + fixed_error)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -167,9 +197,9 @@ def train(
     return evaluate(model, seed=seed + 1)
 
 
-def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dict[str, float]:
+def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int, batch: int = 24) -> dict[str, float]:
     """Train the decoder only, on encoded images. The codes keep their meaning."""
-    vq = model.model.vqmodel
+    vq, world = model.model.vqmodel, world_of(model)
     parameters = [*vq.post_quant_conv.parameters(), *vq.decoder.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -177,7 +207,7 @@ def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> di
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
-        pixels, weights, _ = _batch(np.random.default_rng([seed, 9, step]), BATCH)
+        pixels, weights, _ = _batch(np.random.default_rng([seed, 9, step]), batch, world)
         rebuilt = decode_with_gradient(model, encode(model, pixels))
         error = (weights * ((rebuilt - pixels).abs() + (rebuilt - pixels).square())).sum() / weights.sum() / 3
         optimizer.zero_grad(set_to_none=True)
@@ -191,8 +221,8 @@ def polish(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> di
 
 
 @torch.no_grad()
-def _vectors(vq: Any, rng: np.random.Generator) -> Tensor:
-    features = vq.quant_conv(vq.encoder(_batch(rng, BATCH)[0]))
+def _vectors(vq: Any, rng: np.random.Generator, batch: int, world: World) -> Tensor:
+    features = vq.quant_conv(vq.encoder(_batch(rng, batch, world)[0]))
     return F.normalize(features, dim=1).permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
@@ -217,14 +247,15 @@ def decode(model: JanusForConditionalGeneration, codes: Tensor) -> Tensor:
 
 def shows_scene(image: np.ndarray, scene: Scene) -> bool:
     """Return whether the checker detects the objects of `scene` in `image`, each in its cell."""
-    detected = {(o.color, o.shape, int(o.y) // CELL, int(o.x) // CELL) for o in detect(image).objects}
+    cell = scene.world.cell
+    detected = {(o.color, o.shape, int(o.y) // cell, int(o.x) // cell) for o in detect(image, scene.world).objects}
     return detected == {(o.color, o.shape, *o.cell) for o in scene.objects}
 
 
 def evaluate(model: JanusForConditionalGeneration, *, seed: int, count: int = 400) -> dict[str, float]:
     """Return the share of scenes whose objects are all detected after encoding and decoding, and the codes in use."""
-    rng = np.random.default_rng([seed, 2])
-    scenes = [random_scene(rng) for _ in range(count)]
+    rng, world = np.random.default_rng([seed, 2]), world_of(model)
+    scenes = [random_scene(rng, world) for _ in range(count)]
     codes = encode(model, to_tensor(render_array(scenes)))
     images = to_pixels(decode(model, codes))
     shown = np.mean([shows_scene(image, scene) for image, scene in zip(images, scenes, strict=True)])

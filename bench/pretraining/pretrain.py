@@ -1,6 +1,6 @@
-"""Pretrain the model of the Shapes world that ships with the package.
+"""Pretrain a model of a Shapes world that ships with the package.
 
-    python bench/pretraining/pretrain.py --out DIR
+    python bench/pretraining/pretrain.py --out DIR [--world shapes-large]
 
 Three parts, all from one seed:
 
@@ -19,7 +19,7 @@ import argparse
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,20 @@ import codebook
 import numpy as np
 import torch
 import vision_encoder
-from tasks import LocalizationHead, Recipe, TrainingData, answer_accuracy, image_loss, question_loss, text_loss
+from tasks import (
+    RECIPES,
+    LocalizationHead,
+    Recipe,
+    TrainingData,
+    answer_accuracy,
+    image_loss,
+    question_loss,
+    text_loss,
+)
 
 from ospo_fast.errors import OspoError
 from ospo_fast.shapes.model import build_model, build_processor
+from ospo_fast.shapes.scenes import WORLDS
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
@@ -53,7 +63,8 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    model, processor = build_model(recipe.seed), build_processor()
+    world = WORLDS[recipe.world]
+    model, processor = build_model(recipe.seed, world), build_processor(world)
     seconds = _train_codes(model, out / "codes.pt", recipe)
     state_path, clock = out / "state.pt", time.monotonic()
     if not state_path.exists():
@@ -62,14 +73,15 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
     data = TrainingData(model, processor, recipe)
     seconds += _train_tasks(model, data, state_path, recipe, checkpoint_every, clock)
     clock = time.monotonic()
-    quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed)
+    quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed, batch=recipe.codes_batch)
     seconds += time.monotonic() - clock
     folder = out / "checkpoint"
-    model.save_pretrained(folder)
+    model.to(getattr(torch, recipe.dtype)).save_pretrained(folder)
     processor.save_pretrained(folder)
+    model.float()  # measured is what loading gives
     summary = {
         "recipe": asdict(recipe),
-        "codes": quality,
+        "codes": codebook.evaluate(model, seed=recipe.seed + 1) if recipe.dtype != "float32" else quality,
         "answering": answer_accuracy(model, data, seed=recipe.seed + 1, batches=40),
         "minutes": round(seconds / 60, 1),
         "torch": torch.__version__,
@@ -104,6 +116,7 @@ def _train_codes(model: JanusForConditionalGeneration, path: Path, recipe: Recip
             model,
             steps=recipe.codes_steps,
             seed=recipe.seed,
+            batch=recipe.codes_batch,
             state=state,
             save=lambda kept: _save({**kept, "seconds": time.monotonic() - clock}, path),
         )
@@ -165,7 +178,7 @@ def _train_tasks(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        localization = LocalizationHead(model.config.text_config.hidden_size)
+        localization = LocalizationHead(model.config.text_config.hidden_size, data.world.board**2)
     optimizers = _build_optimizers(model, localization, recipe)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
@@ -221,14 +234,16 @@ def main() -> None:
     """Parse the command line; every field of `Recipe` is an option."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the state and the final checkpoint/")
+    parser.add_argument("--world", choices=RECIPES, default="shapes", help="its recipe is the default of the others")
     for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    arguments = vars(parser.parse_args())
+        if name != "world":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    arguments = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     out = arguments.pop("out")
     torch.set_flush_denormal(True)  # denormal moments of Adam are slow on CPUs
     try:
-        run(out, Recipe(**arguments))
+        run(out, replace(RECIPES[arguments["world"]], **arguments))
     except OspoError as error:
         parser.exit(1, f"{error}\n")
 

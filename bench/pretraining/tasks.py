@@ -20,13 +20,11 @@ from torch.nn import functional as F
 
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.shapes import grammar
-from ospo_fast.shapes.model import GRID
+from ospo_fast.shapes.model import PATCH
 from ospo_fast.shapes.render import render_array
 from ospo_fast.shapes.scenes import (
-    BOARD,
     COLORS,
     KINDS,
-    PLACES,
     RELATIONS,
     SHAPES,
     Description,
@@ -58,13 +56,15 @@ QUESTION_SHARES = {"existence": 0.18, "count": 0.24, "total": 0.10, "relation": 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the run. The defaults are those of the shipped checkpoint.
+    """Sizes of the run. The defaults are those of the checkpoint of the first world.
 
     Its pretraining.json has older names: tower_steps, draw and pictures.
     """
 
+    world: str = "shapes"
     seed: int = 0
     codes_steps: int = 5000
+    codes_batch: int = 24  # images per step of the VQ model
     polish_steps: int = 1500
     vision_encoder_steps: int = 1000
     steps: int = 7000
@@ -78,6 +78,23 @@ class Recipe:
     decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
     pool: int = 30_000  # images that are encoded in advance for generation
     decoded: int = 6_000  # images that are encoded and decoded for questions, as generated images are
+    dtype: str = "float32"  # of the saved weights
+
+
+RECIPES = {
+    "shapes": Recipe(),
+    "shapes-large": Recipe(
+        world="shapes-large",
+        codes_steps=3000,
+        codes_batch=16,
+        polish_steps=1000,
+        vision_encoder_steps=800,
+        steps=5000,
+        image_sequences=28,
+        question_images=14,
+        dtype="float16",
+    ),
+}
 
 
 def choose(rng: np.random.Generator, shares: dict[str, float]) -> str:
@@ -105,20 +122,16 @@ def location_question(scene: Scene, rng: np.random.Generator, *, pair: bool) -> 
     objects = [unique[int(i)] for i in rng.permutation(len(unique))[: 1 + pair]]
     names = [f"the {obj.color} {obj.shape}" for obj in objects]
     if not pair:
-        return f"where is {names[0]}?", _place(objects[0].cell)
+        return f"where is {names[0]}?", scene.world.place(objects[0].cell)
     first, second = ([obj.cell] for obj in objects)
     relations = [relation for relation in RELATIONS if grammar.positions_related(first, relation, second)]
     return f"where is {' and '.join(names)}?", " ".join(relations)
 
 
-def _place(cell: tuple[int, int]) -> str:
-    return next(place for place, position in PLACES.items() if position == cell)
-
-
 def caption(scene: Scene) -> str:
     """Describe every object: `a large red circle at the top left and … on a white background`."""
     objects = sorted(scene.objects, key=lambda obj: obj.cell)
-    words = [f"a {obj.size} {obj.color} {obj.shape} at the {_place(obj.cell)}" for obj in objects]
+    words = [f"a {obj.size} {obj.color} {obj.shape} at the {scene.world.place(obj.cell)}" for obj in objects]
     return f"{' and '.join(words)} on a {scene.background} background"
 
 
@@ -128,8 +141,10 @@ class TrainingData:
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor, recipe: Recipe) -> None:
         self.recipe = recipe
         self.tokenizer = processor.tokenizer
-        self.templates = load_templates("shapes")
-        self.train = {kind: prompts(kind, "train") for kind in KINDS}
+        self.world = codebook.world_of(model)
+        self.templates = load_templates(self.world.name)
+        self.train = {kind: prompts(kind, "train", self.world) for kind in KINDS}
+        self.patches = (self.world.image_size // PATCH) ** 2
         self.ids = lru_cache(maxsize=200_000)(self._ids)
         self.bos, self.eos, self.pad, self.boi, self.eoi, self.image, self.user, self.assistant = (
             self.tokenizer.convert_tokens_to_ids(token)
@@ -147,7 +162,7 @@ class TrainingData:
             scenes.append(scene)
         parts = [scenes[i : i + 500] for i in range(0, len(scenes), 500)]
         self.codes = torch.cat([codebook.encode(model, codebook.to_tensor(render_array(part))) for part in parts])
-        self.decoded_scenes = [random_scene(rng) for _ in range(recipe.decoded)]
+        self.decoded_scenes = [random_scene(rng, self.world) for _ in range(recipe.decoded)]
         self.decoded = np.concatenate(
             [self._reconstruct(model, self.decoded_scenes[i : i + 500]) for i in range(0, recipe.decoded, 500)]
         )
@@ -207,7 +222,7 @@ class TrainingData:
         """
         rng = np.random.default_rng([self.recipe.seed, 5, step])
         yes, no = self.ids("yes")[0], self.ids("no")[0]
-        prefix = [self.bos, self.user, self.boi, *[self.image] * (GRID * GRID), self.eoi]
+        prefix = [self.bos, self.user, self.boi, *[self.image] * self.patches, self.eoi]
         images: list[np.ndarray] = []
         rows: list[list[int]] = []
         positions: list[list[int]] = []
@@ -223,7 +238,7 @@ class TrainingData:
                     kind = choose(rng, PROMPT_SHARES)
                     scene = sample_scene(self.train[kind][rng.integers(len(self.train[kind]))], rng)
                 else:
-                    scene = random_scene(rng)
+                    scene = random_scene(rng, self.world)
                 image = render_array([scene])[0]
             row, position = list(prefix), list(range(len(prefix)))
             block, label, cell = [0] * len(prefix), [IGNORE_INDEX] * len(prefix), [IGNORE_INDEX] * len(prefix)
@@ -258,8 +273,9 @@ class TrainingData:
         for index, (color, shape) in enumerate(pairwise(tokens), 1):
             if color in self.colors and shape in self.shapes:
                 look = (self.colors[color], self.shapes[shape])
-                occupied = [o.cell[0] * BOARD + o.cell[1] for o in scene.objects if (o.color, o.shape) == look]
-                cells[index] = sum(1 << cell for cell in occupied)
+                occupied = [o.cell for o in scene.objects if (o.color, o.shape) == look]
+                mask = sum(1 << row * self.world.board + column for row, column in occupied)
+                cells[index] = mask - (mask >> 63 << 64)  # the last of 64 cells is the sign of an int64
         return cells
 
     def text_batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -349,15 +365,15 @@ class LocalizationHead(nn.Module):
     loss, relations are learned after thousands of steps or not at all.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, cells: int = 9) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width)
-        self.cells = nn.Linear(width, BOARD * BOARD)
+        self.cells = nn.Linear(width, cells)
 
     def loss(self, hidden: Tensor, cells: Tensor) -> Tensor:
         """Mean binary cross-entropy over names and cells; hidden (B, L, D), cells (B, L) of `question_batch`."""
         named = cells != IGNORE_INDEX
-        occupied = (cells[named][:, None] >> torch.arange(BOARD * BOARD)) & 1
+        occupied = (cells[named][:, None] >> torch.arange(self.cells.out_features)) & 1
         return F.binary_cross_entropy_with_logits(self.cells(self.norm(hidden[named])), occupied.to(hidden.dtype))
 
 
@@ -394,9 +410,9 @@ def answer_accuracy(
     yes, no = data.ids("yes")[0], data.ids("no")[0]
     for batch in range(batches):
         rng = np.random.default_rng([seed, 7, batch])
-        scenes = [random_scene(rng) for _ in range(24)]
+        scenes = [random_scene(rng, data.world) for _ in range(24)]
         questions = [[grammar.sample_question(scene, kind, rng) for kind in QUESTION_SHARES] for scene in scenes]
-        prefix = [data.bos, data.user, data.boi, *[data.image] * (GRID * GRID), data.eoi]
+        prefix = [data.bos, data.user, data.boi, *[data.image] * data.patches, data.eoi]
         for column in zip(*questions, strict=True):
             rows = [[*prefix, *data.ids(question.text), data.assistant] for question in column]
             ids = pad(rows, data.pad)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from codebook import to_tensor
+from codebook import to_tensor, world_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ospo_fast.shapes.model import GRID, PATCH
-from ospo_fast.shapes.render import CELL, render_array
-from ospo_fast.shapes.scenes import BACKGROUNDS, BOARD, COLORS, SHAPES, SIZES, Scene, random_scene
+from ospo_fast.shapes.model import PATCH
+from ospo_fast.shapes.render import render_array
+from ospo_fast.shapes.scenes import COLORS, SHAPES, Scene, World, random_scene
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
@@ -26,40 +26,46 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 BATCH = 64
 LEARNING_RATE = 1e-3
-_CLASSES = {
-    "color": len(COLORS) + 1,
-    "shape": len(SHAPES) + 1,
-    "size": len(SIZES) + 1,
-    "background": len(BACKGROUNDS),
-    "row": GRID,
-    "column": GRID,
-}
+
+
+def _classes(world: World) -> dict[str, int]:
+    """The number of classes of each classifier."""
+    grid = world.image_size // PATCH
+    return {
+        "color": len(COLORS) + 1,
+        "shape": len(SHAPES) + 1,
+        "size": len(world.sizes) + 1,
+        "background": len(world.backgrounds),
+        "row": grid,
+        "column": grid,
+    }
 
 
 def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
     """Return the class of each patch, (N, patches) int64, by name. Color, shape and size are 0 where no object is."""
-    span = CELL // PATCH
-    labels = {name: np.zeros((len(scenes), BOARD * span, BOARD * span), np.int64) for name in _CLASSES}
+    world = scenes[0].world
+    span, grid = world.cell // PATCH, world.image_size // PATCH
+    labels = {name: np.zeros((len(scenes), grid, grid), np.int64) for name in _classes(world)}
     for number, scene in enumerate(scenes):
         for obj in scene.objects:
             row, column = obj.cell
             patches = (number, slice(row * span, (row + 1) * span), slice(column * span, (column + 1) * span))
             labels["color"][patches] = 1 + list(COLORS).index(obj.color)
             labels["shape"][patches] = 1 + SHAPES.index(obj.shape)
-            labels["size"][patches] = 1 + list(SIZES).index(obj.size)
-        labels["background"][number] = list(BACKGROUNDS).index(scene.background)
-    labels["row"][:] = np.arange(GRID)[None, :, None]
-    labels["column"][:] = np.arange(GRID)[None, None, :]
+            labels["size"][patches] = 1 + list(world.sizes).index(obj.size)
+        labels["background"][number] = world.backgrounds.index(scene.background)
+    labels["row"][:] = np.arange(grid)[None, :, None]
+    labels["column"][:] = np.arange(grid)[None, None, :]
     return {name: torch.from_numpy(values).flatten(1) for name, values in labels.items()}
 
 
 def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dict[str, float]:
     """Train `vision_model` and `aligner` in place; return the accuracy of each classifier in the last step."""
-    inner = model.model
+    inner, world = model.model, world_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = nn.ModuleDict(
-            {name: nn.Linear(model.config.text_config.hidden_size, count) for name, count in _CLASSES.items()}
+            {name: nn.Linear(model.config.text_config.hidden_size, count) for name, count in _classes(world).items()}
         )
     parameters = [*inner.vision_model.parameters(), *inner.aligner.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.02)
@@ -68,7 +74,7 @@ def train(model: JanusForConditionalGeneration, *, steps: int, seed: int) -> dic
         rng = np.random.default_rng([seed, 8, step])
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 50, max((steps - step) / (0.5 * steps), 0.02))
-        scenes = [random_scene(rng) for _ in range(BATCH)]
+        scenes = [random_scene(rng, world) for _ in range(BATCH)]
         labels = patch_labels(scenes)
         features = inner.get_image_features(to_tensor(render_array(scenes))).pooler_output
         loss = features.new_zeros(())

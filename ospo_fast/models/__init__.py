@@ -42,7 +42,10 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin")  # what a 
 # transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
 _LOCK = threading.RLock()  # an adapter loads its base model
 _HUB_REMEDY = "check the name and the network, or give the folder of a downloaded copy"
-_EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
+_EMBEDDED = {
+    "shapes": Path(__file__).parent.parent / "shapes" / "checkpoint",
+    "shapes-large": Path(__file__).parent.parent / "shapes" / "checkpoint-large",
+}
 
 
 def load_model(
@@ -56,9 +59,10 @@ def load_model(
     """Load a unified model for inference. Threads that call it at once load one after the other.
 
     Args:
-        name_or_path: `"shapes"` (the embedded model), a folder written by `save_pretrained`, one in DeepSeek's layout,
-            a folder with a LoRA adapter (its base model is loaded and the adapter merged into it), a `.ckpt` file of
-            the official trainer, or a name on the Hugging Face hub; of one of the families in `models.families`.
+        name_or_path: `"shapes"` or `"shapes-large"` (the embedded models), a folder written by `save_pretrained`, one
+            in DeepSeek's layout, a folder with a LoRA adapter (its base model is loaded and the adapter merged into
+            it), a `.ckpt` file of the official trainer, or a name on the Hugging Face hub; of one of the families in
+            `models.families`.
         device: default: CUDA if available, else Apple MPS if available, else the CPU.
         dtype: a torch dtype or its name; default: bfloat16 on CUDA, else float32.
         image_size: height and width in pixels of the images that it generates; default: its own.
@@ -138,10 +142,10 @@ def find_model(name_or_path: str | Path) -> Path | None:
 
 def find_folder(name: str) -> Path | None:
     """Find the folder of a model, as `find_model` does, or of an adapter without looking for its base model."""
-    if name == "shapes":
-        if not (_EMBEDDED / "config.json").is_file():
-            raise OspoError(f"model: the embedded checkpoint is missing in {_EMBEDDED}; install the package again")
-        return _EMBEDDED
+    if (embedded := _EMBEDDED.get(name)) is not None:
+        if not (embedded / "config.json").is_file():
+            raise OspoError(f"model: the embedded checkpoint is missing in {embedded}; install the package again")
+        return embedded
     path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for long names)
         folder_checks.refuse_pipes(path)
@@ -164,7 +168,8 @@ def find_folder(name: str) -> Path | None:
         )
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or "\\" in name:
         raise OspoError(
-            f"model: there is no folder {name!r}; expected 'shapes', a folder or a hub name like 'org/model'"
+            f"model: there is no folder {name!r}; expected 'shapes', 'shapes-large', a folder or a hub name like "
+            "'org/model'"
         )
     return None
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from ospo_fast.config import MODEL_FILES
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, check_text, is_panic
 from ospo_fast.models.base import Message, Offset
 from ospo_fast.models.control_tokens import ENCODED, find_control_ids, refuse_control_tokens
@@ -229,7 +230,7 @@ class Adapter(ModuleAdapter):
         self._vocabulary = find_vocabulary(getattr(self._tokenizer, "backend_tokenizer", None))
         config = module.config
         # save_pretrained writes this entry, so a fine-tuned copy gets the templates of its base model.
-        self.templates: str = getattr(config, "template_set", None) or ("shapes" if name == "shapes" else "janus")
+        self.templates: str = getattr(config, "template_set", None) or (name if name in MODEL_FILES else "janus")
         config.template_set = self.templates
         # peft records this as the base model of an adapter; load_model must accept it.
         module.name_or_path = str(Path(name).resolve()) if Path(name).exists() else name

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ospo_fast.models.layout import ImageLayout
 
-TEMPLATE_SETS = ("janus", "shapes")  # that ship with the package; a model may name no other
+TEMPLATE_SETS = ("janus", "shapes", "shapes-large")  # that ship with the package; a model may name no other
 
 Message = dict[str, Any]
 """One chat turn: {"role": "user" | "assistant" | "system", "content": str}."""

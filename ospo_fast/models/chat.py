@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ospo_fast.config import MODEL_FILES
 from ospo_fast.errors import Failure, OspoError, UsageError, attempt, check_text
 from ospo_fast.files import reason
 from ospo_fast.models import find_model, folder_checks, hub_config, load_model, loading, resolve_placement
@@ -54,7 +55,7 @@ def is_unified(name: str, option: str = "model", *, images: bool = True) -> bool
     """
     with naming(option):
         folder = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
-        if name == "shapes" or (folder / "adapter_config.json").is_file() or is_trainer_file(folder):
+        if name in MODEL_FILES or (folder / "adapter_config.json").is_file() or is_trainer_file(folder):
             find_model(name)
             return True
         if os.path.isdir(folder):  # noqa: PTH112 (Path.is_dir raises for long names)

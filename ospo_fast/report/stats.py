@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ospo_fast.config import Config, load_config, model_family, saved_values
+from ospo_fast.config import MODEL_FILES, Config, load_config, model_family, saved_values
 from ospo_fast.errors import Failure, attempt
 from ospo_fast.ops.object_masks import spatial_entropy
 from ospo_fast.records import ROLES, SIDES, image_verdicts, iter_pairs
@@ -314,7 +314,7 @@ def mask_guide(run: Run) -> dict[str, Any]:
         "alpha": loss.mask_alpha,
         "gamma": loss.mask_gamma,
         "blur": loss.mask_blur,
-        "shapes": iou is not None or (recorded and model_family(config.model) == "shapes"),
+        "shapes": iou is not None or (recorded and model_family(config.model) in MODEL_FILES),
         "iou": iou,
         "full": number(mapping(first).get("mask_iou_all_ones")),
     }

@@ -1,4 +1,4 @@
-"""What the command line does for models of the Shapes world only."""
+"""What the command line does for models of the Shapes worlds only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ospo_fast.config import Config, dump_config, model_family
+from ospo_fast.config import MODEL_FILES, Config, dump_config, model_family
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import find_model
 from ospo_fast.records import check_writable, os_errors
@@ -25,9 +25,9 @@ HELD_OUT = "held_out.txt"  # of a run folder: the evaluation prompts
 
 
 def require_shapes(config: Config) -> None:
-    """Raise UsageError unless the model is one of the Shapes world."""
+    """Raise UsageError unless the model is one of a Shapes world."""
     find_model(config.model)
-    if model_family(config.model) != "shapes":
+    if model_family(config.model) not in MODEL_FILES:
         raise UsageError(
             f"Images can be checked in the Shapes world only, and {config.model!r} is not a model of it; use "
             "`ospo-fast evaluate` with --benchmark for the scorer of a benchmark, or with --questions."
@@ -42,7 +42,7 @@ def build_evaluation(config: Config) -> Evaluation | None:
     """
     if config.train.eval_every and not config.train.validation_pairs:
         require_shapes(config)
-    elif model_family(config.model) != "shapes":
+    elif model_family(config.model) not in MODEL_FILES:
         return None
 
     def validate(model: UnifiedModel, step: int) -> dict[str, float]:
@@ -57,7 +57,7 @@ def build_evaluation(config: Config) -> Evaluation | None:
 def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequence[int] = (1,)) -> None:
     """Keep a run on the Shapes world from using the evaluation prompts. A run that writes prompts saves their list."""
     config = pipeline.config
-    if model_family(config.model) != "shapes" or config.prompts.exclude is not None:
+    if model_family(config.model) not in MODEL_FILES or config.prompts.exclude is not None:
         return
     path = Path(config.out) / HELD_OUT
     with os_errors("read", path):
@@ -65,7 +65,7 @@ def exclude_held_out_prompts(pipeline: Pipeline, stages: Sequence[Stage], iterat
             _check_request(pipeline, stages, iterations)  # before anything is written
             with pipeline.using() as lock:
                 lock.begin()
-                with saved_held_out_prompts(path):
+                with saved_held_out_prompts(path, config.model):
                     config.prompts.exclude = str(path)
                     pipeline.check([stage.name for stage in stages], iterations)
         if path.exists():
@@ -86,19 +86,19 @@ def _check_request(pipeline: Pipeline, stages: Sequence[Stage], iterations: Sequ
 
 
 @contextlib.contextmanager
-def saved_held_out_prompts(path: Path) -> Iterator[None]:
-    """Write the list of evaluation prompts to a run folder, which the block checks a request with.
+def saved_held_out_prompts(path: Path, model: str) -> Iterator[None]:
+    """Write the list of evaluation prompts of a model's world to a run folder, which the block checks a request with.
 
     A new list goes if it is refused. Raises OspoError that names a folder it cannot write.
     """
-    from ospo_fast.shapes.scenes import write_held_out_prompts
+    from ospo_fast.shapes.scenes import WORLDS, write_held_out_prompts
 
     try:
         check_writable(path.parent)
     except OspoError as error:
         raise OspoError(f"{str(error).rstrip('.')}; choose another run folder with --out.") from error
     existed = path.exists()
-    write_held_out_prompts(path)
+    write_held_out_prompts(path, WORLDS[model_family(model) or "shapes"])
     try:
         yield
     except OspoError:

@@ -45,7 +45,7 @@ from ospo_fast.shapes import evaluate
 from ospo_fast.shapes.checker import detect, satisfies
 from ospo_fast.shapes.commands import saved_held_out_prompts
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult
-from ospo_fast.shapes.scenes import parse
+from ospo_fast.shapes.scenes import SHAPES_WORLD, World, parse
 from ospo_fast.stages import STAGE_NAMES
 from ospo_fast.stages.image_files import encode_png
 from ospo_fast.stages.masks import load_unions
@@ -120,7 +120,8 @@ def estimate(model: UnifiedModel, config: Config) -> str:
 
     The time is that of generating images, measured twice, times a constant of a recorded run.
     """
-    prompts = evaluate.select_prompts("validation", CALIBRATION)[:CALIBRATION]
+    world = evaluate.world_of(model)
+    prompts = evaluate.select_prompts("validation", CALIBRATION, world=world)[:CALIBRATION]
     ids = [model.image_prompt(description.text) for _, description in prompts]
     generator = ImageGenerator(model, batch_size=config.images.batch_size)
     seconds = []
@@ -140,7 +141,7 @@ def estimate(model: UnifiedModel, config: Config) -> str:
 
 def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, Any]:
     config, out = pipeline.config, pipeline.folder()
-    with saved_held_out_prompts(out / "held_out.txt"):
+    with saved_held_out_prompts(out / "held_out.txt", config.model):
         config.prompts.exclude = str(out / "held_out.txt")
         pipeline.prepare()
         over = pipeline.check_run(STAGE_NAMES)  # before an unfinished start is deleted
@@ -165,8 +166,9 @@ def _run(pipeline: Pipeline, base: UnifiedModel, started: float) -> dict[str, An
     own_scale, own_scales = results.guidance("tuned", tuned)
     after = results.alignment("tuned", tuned, sorted({1.0, scale, own_scale}))
     old, new, gain = before[scale].headline(), after[scale].headline(), after[scale].gain(before[scale])
+    world = evaluate.world_of(base)
     iterations = [
-        {"iteration": n, **stage_outcome(folder, masks=config.masks.enabled), "stages": stage_metrics(folder)}
+        {"iteration": n, **stage_outcome(folder, world, masks=config.masks.enabled), "stages": stage_metrics(folder)}
         for n, folder in enumerate(folders, 1)
     ]
     summary = {
@@ -312,7 +314,8 @@ class _Evaluations:
 
     def alignment(self, name: str, model: UnifiedModel, scales: Sequence[float]) -> dict[float, AlignmentResult]:
         """Return the results on test prompts at each guidance scale."""
-        selected = evaluate.select_prompts("test", self.options["per_kind"])
+        world = evaluate.world_of(model)
+        selected = evaluate.select_prompts("test", self.options["per_kind"], world=world)
         kinds, prompts = zip(*((kind, description.text) for kind, description in selected), strict=True)
         expected = "test", tuple(self.options["seeds"]), kinds, prompts
         found = {}
@@ -384,21 +387,21 @@ def _by_kind(before: AlignmentResult, after: AlignmentResult) -> dict[str, dict[
     }
 
 
-def stage_outcome(folder: Path, *, masks: bool) -> dict[str, Any]:
+def stage_outcome(folder: Path, world: World = SHAPES_WORLD, *, masks: bool) -> dict[str, Any]:
     """Return the metrics of the pairs and masks of an iteration's folder, and which weights training kept."""
-    pairs = pair_metrics(read_stage(folder, "select"), folder)
-    found = mask_metrics(read_stage(folder, "masks"), folder) if masks else {"mask_iou": None}
+    pairs = pair_metrics(read_stage(folder, "select"), folder, world)
+    found = mask_metrics(read_stage(folder, "masks"), folder, world) if masks else {"mask_iou": None}
     return {**pairs, **found, "kept": read_json(folder / "train" / "done.json", {}).get("kept")}
 
 
-def pair_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
+def pair_metrics(records: Sequence[Record], out: Path, world: World = SHAPES_WORLD) -> dict[str, Any]:
     """Return the number of pairs, and the shares of them that the checker finds right.
 
     `pair_purity`: chosen right and rejected wrong. A prompt that is not of the Shapes grammar counts as impure.
     """
     pairs = [(number, pair) for number, record in enumerate(records) for pair in iter_pairs([record])]
-    right = [_satisfied(locate(pair["chosen"], out), record["prompt"]) for _, (_, record, pair) in pairs]
-    wrong = [not _satisfied(locate(pair["rejected"], out), record["prompt"]) for _, (_, record, pair) in pairs]
+    right = [_satisfied(locate(pair["chosen"], out), record["prompt"], world) for _, (_, record, pair) in pairs]
+    wrong = [not _satisfied(locate(pair["rejected"], out), record["prompt"], world) for _, (_, record, pair) in pairs]
     pure, items = [r and w for r, w in zip(right, wrong, strict=True)], [number for number, _ in pairs]
     return {
         "pairs": len(pairs),
@@ -409,21 +412,21 @@ def pair_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
     }
 
 
-def _satisfied(path: Path, prompt: str) -> bool:
-    return parse(prompt) is not None and satisfies(open_image(path), prompt)
+def _satisfied(path: Path, prompt: str, world: World) -> bool:
+    return parse(prompt, world) is not None and satisfies(open_image(path), prompt, world)
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None:
+def object_cells(image: Image.Image, grid: tuple[int, int], world: World = SHAPES_WORLD) -> np.ndarray | None:
     """Return the cells (H, W) of `grid` (rows, columns) that detected objects cover to an eighth or more, or None.
 
     A small object in the middle of its board position is on the corner of four cells and covers a fifth of each. With a
     limit of a quarter it would have no cell.
     """
-    masks = [thing.mask for thing in detect(image).objects]
+    masks = [thing.mask for thing in detect(image, world).objects]
     if not masks:
         return None
     pixels = np.any(masks, axis=0)
@@ -437,7 +440,7 @@ def object_cells(image: Image.Image, grid: tuple[int, int]) -> np.ndarray | None
     return covered
 
 
-def mask_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
+def mask_metrics(records: Sequence[Record], out: Path, world: World = SHAPES_WORLD) -> dict[str, Any]:
     """Return the mean IoU of the chosen images' masks with the true objects, and that of masks of the whole image."""
     ious, ones, items = [], [], []
     for number, item in enumerate(records):
@@ -445,7 +448,8 @@ def mask_metrics(records: Sequence[Record], out: Path) -> dict[str, Any]:
             if not pair.get("mask_path"):
                 continue
             union = load_unions(pair, out, soft=False)[0]
-            cells = object_cells(open_image(locate(pair["chosen"], out)), (union.shape[0], union.shape[1]))
+            image = open_image(locate(pair["chosen"], out))
+            cells = object_cells(image, (union.shape[0], union.shape[1]), world)
             if cells is None:
                 continue
             ious.append(mask_iou(union, torch.from_numpy(cells)) or 0.0)

@@ -13,14 +13,12 @@ from typing import TypeVar
 import numpy as np
 
 from ospo_fast.shapes.scenes import (
-    BACKGROUNDS,
     COLORS,
-    COUNTS,
+    NUMBERS,
     OPPOSITE,
     PLACES,
     RELATIONS,
     SHAPES,
-    SIZES,
     Description,
     Group,
     Scene,
@@ -56,7 +54,7 @@ def _replacements(description: Description) -> list[Description]:
     for i, group in enumerate(description.groups):
         changed = [replace(group, color=c) for c in COLORS] + [replace(group, shape=s) for s in SHAPES]
         if max(g.count for g in description.groups) > 1:
-            changed += [replace(group, count=n) for n in range(1, len(COUNTS) + 1)]
+            changed += [replace(group, count=n) for n in range(1, len(description.world.counts) + 1)]
         for new in changed:
             groups = (*description.groups[:i], new, *description.groups[i + 1 :])
             out.append(replace(description, groups=groups))
@@ -82,7 +80,7 @@ def _swaps(description: Description) -> list[Description]:
 
 def _valid(description: Description) -> bool:
     kinds = [(group.color, group.shape) for group in description.groups]
-    return len(set(kinds)) == len(kinds) and description.total <= len(COUNTS)
+    return len(set(kinds)) == len(kinds) and description.total <= len(description.world.counts)
 
 
 def perturb(description: Description, method: str, sub_category: str, rng: np.random.Generator) -> Description:
@@ -106,7 +104,8 @@ def perturb(description: Description, method: str, sub_category: str, rng: np.ra
 def sample_scenery(description: Description, rng: np.random.Generator) -> dict[str, str | None]:
     """Sample the scenery of a dense prompt: size, background and, for a single object, place."""
     place = _choice(rng, list(PLACES)) if description.total == 1 and rng.random() < 0.5 else None
-    return {"size": _choice(rng, list(SIZES)), "background": _choice(rng, list(BACKGROUNDS)), "place": place}
+    world = description.world
+    return {"size": _choice(rng, list(world.sizes)), "background": _choice(rng, world.backgrounds), "place": place}
 
 
 def densify(first: Description, second: Description, rng: np.random.Generator) -> tuple[Description, Description]:
@@ -130,7 +129,7 @@ def count_question(group: Group) -> str:
     return f"{'is' if group.count == 1 else 'are'} there {group.text(article=False)}?"
 
 
-TOTALS = {"is there one object": 1, **{f"are there {word} objects": n for n, word in enumerate(COUNTS[1:], 2)}}
+TOTALS = {"is there one object": 1, **{f"are there {word} objects": n for n, word in enumerate(NUMBERS[1:], 2)}}
 
 
 def total_question(total: int) -> str:
@@ -186,6 +185,7 @@ def sample_question(scene: Scene, kind: str, rng: np.random.Generator) -> Questi
     """Sample a question about `scene`: with equal probability a true statement or a perturbed one."""
     looks = [(obj.color, obj.shape) for obj in scene.objects]
     counts = {look: looks.count(look) for look in looks}
+    most = len(scene.world.counts)
     look = looks[int(rng.integers(len(looks)))]
     wrong = rng.random() < 0.5
 
@@ -214,13 +214,13 @@ def sample_question(scene: Scene, kind: str, rng: np.random.Generator) -> Questi
             if rng.random() < 0.25:
                 asked, count = absent(), int(rng.integers(1, 3))
             else:
-                near = [n for n in (count - 1, count + 1) if 1 <= n <= len(COUNTS)]
-                count = near[int(rng.integers(len(near)))] if rng.random() < 0.7 else int(rng.integers(1, 5))
+                near = [n for n in (count - 1, count + 1) if 1 <= n <= most]
+                count = near[int(rng.integers(len(near)))] if rng.random() < 0.7 else int(rng.integers(1, most + 1))
         return Question(kind, count_question(Group(count, *asked)), counts.get(asked, 0) == count)
     if kind == "total":
         total = len(looks)
         if wrong:
-            near = [n for n in (total - 1, total + 1) if 1 <= n <= len(COUNTS)]
+            near = [n for n in (total - 1, total + 1) if 1 <= n <= most]
             total = near[int(rng.integers(len(near)))]
         return Question(kind, total_question(total), total == len(looks))
     if kind == "relation":

@@ -1,4 +1,4 @@
-"""The model of the Shapes world: a `JanusForConditionalGeneration` of small sizes, and its processor.
+"""The models of the Shapes worlds: a `JanusForConditionalGeneration` of small sizes, and its processor.
 
 It is saved by `save_pretrained` and loaded by the code that loads Janus-Pro.
 """
@@ -11,15 +11,23 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ospo_fast.shapes import grammar
-from ospo_fast.shapes.render import IMAGE_SIZE
-from ospo_fast.shapes.scenes import BACKGROUNDS, COLORS, COUNTS, KINDS, PLACES, RELATIONS, SHAPES, SIZES, descriptions
+from ospo_fast.shapes.scenes import (
+    COLORS,
+    KINDS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SHAPES_WORLD,
+    World,
+    descriptions,
+)
 
 if TYPE_CHECKING:
     from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<boi>", "<eoi>", "<|User|>", "<|Assistant|>")
 PATCH = 8
-GRID = IMAGE_SIZE // PATCH
+GRID = SHAPES_WORLD.image_size // PATCH
 CODES = 512
 _CHAT = (
     "{% for message in messages %}"
@@ -43,10 +51,11 @@ def _splitter() -> Any:
     )
 
 
-def vocabulary() -> list[str]:
+def vocabulary(world: World = SHAPES_WORLD) -> list[str]:
     """List all tokens: the special ones, then the words of all prompts, questions and templates."""
-    texts = [*COLORS, *SHAPES, *BACKGROUNDS, *SIZES, *COUNTS, *RELATIONS, *PLACES, *KINDS, "yes no Yes No none a"]
-    texts += [grammar.stage1_answer(d) for kind in KINDS for d in descriptions(kind)[-40:]]
+    texts = [*COLORS, *SHAPES, *world.backgrounds, *world.sizes, *world.counts, *RELATIONS, *PLACES, *KINDS]
+    texts += ["yes no Yes No none a"]
+    texts += [grammar.stage1_answer(d) for kind in KINDS for d in descriptions(kind, world)[-40:]]
     texts += ["prompt replace: swap: drop: dense: questions: / on a background at the in and is are there the where"]
     texts += ["one object? two objects? Contrastive Prompt: Step 2. Prompt 1 Dense: Step 4. Prompt 2 Dense: Questions:"]
     splitter = _splitter()
@@ -54,11 +63,11 @@ def vocabulary() -> list[str]:
     return [*SPECIAL, *sorted(pieces)]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: World = SHAPES_WORLD) -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    tokens = vocabulary()
+    tokens = vocabulary(world)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = _splitter()
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first", split=True)
@@ -77,24 +86,27 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> JanusProcessor:
+def build_processor(world: World = SHAPES_WORLD) -> JanusProcessor:
     """Build the processor: tokenizer, image processor and chat template."""
     from transformers import JanusImageProcessorPil, JanusProcessor
 
     image_processor = JanusImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        size={"height": world.image_size, "width": world.image_size},
         min_size=PATCH,
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return JanusProcessor(image_processor, build_tokenizer(), chat_template=_CHAT, num_image_tokens=GRID * GRID)
+    tokens = (world.image_size // PATCH) ** 2
+    return JanusProcessor(image_processor, build_tokenizer(world), chat_template=_CHAT, num_image_tokens=tokens)
 
 
-def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384, heads: int = 4) -> JanusConfig:
-    """Build a configuration; the defaults are those of the shipped model."""
+def build_config(
+    world: World = SHAPES_WORLD, *, hidden: int = 128, layers: int = 5, intermediate: int = 384, heads: int = 4
+) -> JanusConfig:
+    """Build a configuration; the defaults are those of the shipped models."""
     from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-    tokens = vocabulary()
+    tokens, grid = vocabulary(world), world.image_size // PATCH
     ids = {name: tokens.index(f"<{name}>") for name in ("bos", "eos", "pad", "image")}
     text = LlamaConfig(
         vocab_size=len(tokens),
@@ -114,20 +126,20 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
         hidden_size=96,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=IMAGE_SIZE,
+        image_size=world.image_size,
         patch_size=PATCH,
         mlp_ratio=3.0,
         projection_dim=hidden,
-        num_image_tokens=GRID * GRID,
+        num_image_tokens=grid * grid,
     )
     codes = JanusVQVAEConfig(
-        embed_dim=8,
+        embed_dim=16 if world.textured else 8,
         num_embeddings=CODES,
         latent_channels=64,
         base_channels=32,
         channel_multiplier=[1, 1, 1, 1],
         num_res_blocks=0,
-        num_patches=GRID,
+        num_patches=grid,
         projection_dim=hidden,
         num_hidden_layers=2,
         image_token_embed_dim=hidden,
@@ -141,18 +153,18 @@ def build_config(*, hidden: int = 128, layers: int = 5, intermediate: int = 384,
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
-        template_set="shapes",
+        template_set=world.name,
     )
 
 
-def build_model(seed: int = 0, **sizes: int) -> JanusForConditionalGeneration:
+def build_model(seed: int = 0, world: World = SHAPES_WORLD, **sizes: int) -> JanusForConditionalGeneration:
     """Build a model with random weights, in fp32 on the CPU."""
     from transformers import JanusForConditionalGeneration
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = JanusForConditionalGeneration(build_config(**sizes))
-    tokens = vocabulary()
+        model = JanusForConditionalGeneration(build_config(world, **sizes))
+    tokens = vocabulary(world)
     settings = model.generation_config
     settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = (
         tokens.index(token) for token in ("<bos>", "<eos>", "<pad>")

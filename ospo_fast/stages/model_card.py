@@ -218,7 +218,7 @@ def _base(base: str, adapter: bool, kind: str | None) -> str:
     if base in MODEL_FILES:
         return (
             f'{_code(base)} is the small model that is part of the package ospo-fast: `ospo_fast.load_model("{base}")` '
-            "loads it. It generates images of 48 x 48 pixels of simple shapes."
+            "loads it. It generates small images of simple shapes."
         )
     if "/" in base:
         return f"[{base}](https://huggingface.co/{base}) on the Hugging Face hub, in the format of transformers."

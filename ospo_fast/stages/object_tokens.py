@@ -25,7 +25,7 @@ PLACE_WORDS = frozenset(_PLACES.split())
 # The words that the official code leaves out (ospo/attention/extract_object_v2.py).
 _EXCEPTIONS = "left right bottom top side row rows column columns front behind range"
 _OFFICIAL_EXCEPTIONS = frozenset(_EXCEPTIONS.split())
-WITHOUT_VERBS = ("shapes",)  # template sets whose prompts have no verbs
+WITHOUT_VERBS = ("shapes", "shapes-large")  # template sets whose prompts have no verbs
 SPACY_MODEL = "en_core_web_sm"  # of the official code
 MAX_OBJECTS = 100  # per prompt; with MAX_NOUN it bounds the time that a record can take
 MAX_NOUN = 200  # characters

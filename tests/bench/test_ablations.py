@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ospo_fast.config import load_config
+from ospo_fast.shapes.scenes import LARGE_WORLD, SHAPES_WORLD
 
 PLOT = ablations.plot
 RESULTS = Path(ablations.__file__).parent / "results" / "amd-epyc"
@@ -24,8 +25,10 @@ class Fake(ablations.Bench):
     fail_at = -1
     base_alignment = 0.5
 
-    def __init__(self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = ()) -> None:
-        self.folder, self.split, self.per_kind, self.extra = folder, split, per_kind, extra
+    def __init__(
+        self, folder: Path, *, split: str, per_kind: int, extra: tuple[str, ...] = (), world=SHAPES_WORLD
+    ) -> None:
+        self.folder, self.split, self.per_kind, self.extra, self.world = folder, split, per_kind, extra, world
 
     def same_base(self, row: dict[str, Any]) -> bool:
         return bool(row["at 1.5"]["before"]["alignment"] == self.base_alignment)
@@ -143,7 +146,28 @@ def test_new_settings_had_their_default_and_removed_ones_are_ignored(
 
 def test_every_variant_has_a_valid_configuration(tmp_path: Path) -> None:
     for variant in ablations.TABLE:
-        load_config([*variant.settings, f"out={tmp_path}"], family="shapes")
+        for family in ("shapes", "shapes-large"):
+            load_config([*variant.settings, f"out={tmp_path}"], family=family)
+
+
+def test_rows_of_the_world_of_small_objects_are_separate(calls: list[tuple[str, int]], tmp_path: Path) -> None:
+    ablations._table(ablations.MASKS, (42,), tmp_path, world=LARGE_WORLD)
+    assert [name for name, _ in calls] == [variant.name for variant in ablations.MASKS]
+    (path,) = tmp_path.glob("*/*.jsonl")
+    assert path.name == "ablations-large.jsonl"
+    assert {variant.masks for variant in ablations.MASKS} == {None, "true", "ones", "random"}
+    assert ablations.NO_MASK in {variant.name for variant in ablations.MASKS}
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    def row(right: str) -> dict[str, Any]:
+        return {"sampling": [0, 1], "at 1": {"right": {"color2": right, "numeracy2": "1111"}}}
+
+    found = ablations.differences([row("2211"), row("2211")], [row("1100"), row("1122")], "at 1")
+    assert found["numeracy2"] == (0.0, 0.0)
+    change = np.array([1.0, 1.0, 0.0, 0.0]) / 2
+    assert found["color2"] == (0.25, pytest.approx(change.std(ddof=1) / 2))
+    assert found["all"] == (0.125, pytest.approx(found["color2"][1] / 2))
 
 
 def test_rows_with_old_names_are_read_as_their_variants(tmp_path: Path) -> None:

@@ -14,8 +14,19 @@ from hypothesis import strategies as st
 from tasks import Recipe, TrainingData
 
 from ospo_fast.errors import OspoError
+from ospo_fast.models import load_model
 from ospo_fast.shapes.model import build_model, build_processor, vocabulary
-from ospo_fast.shapes.scenes import PLACES, Object, Scene, held_out_prompts, parse, random_scene
+from ospo_fast.shapes.scenes import (
+    LARGE_WORLD,
+    PLACES,
+    WORLDS,
+    Object,
+    Scene,
+    World,
+    held_out_prompts,
+    parse,
+    random_scene,
+)
 
 TINY = Recipe(
     codes_steps=2,
@@ -41,25 +52,34 @@ def data(model) -> TrainingData:
     return TrainingData(model, build_processor(), TINY)
 
 
-def test_no_held_out_prompt_occurs(data: TrainingData) -> None:
+@pytest.fixture(scope="module")
+def large_data() -> TrainingData:
+    model = build_model(0, LARGE_WORLD, hidden=32, layers=2, intermediate=48, heads=2)
+    return TrainingData(model, build_processor(LARGE_WORLD), replace(TINY, world="shapes-large"))
+
+
+@pytest.mark.parametrize("name", ["data", "large_data"])
+def test_no_held_out_prompt_occurs(name: str, request: pytest.FixtureRequest) -> None:
+    data: TrainingData = request.getfixturevalue(name)
     for text in data.prompts:
-        description = parse(text)
+        description = parse(text, data.world)
         assert description is not None
         assert description.split == "train"
-    assert not set(held_out_prompts()) & set(data.prompts)
+    assert not set(held_out_prompts(data.world)) & set(data.prompts)
     for step in range(60):
         ids, labels = data.text_batch(step)
         for row in (*ids, *labels):
             text = data.tokenizer.decode(row[row >= 0], skip_special_tokens=True)
             for part in text.replace(";", "\n").replace("Dense:", "\n").replace("Prompt:", "\n").splitlines():
-                description = parse(part.split("/")[-1])
+                description = parse(part.split("/")[-1], data.world)
                 assert description is None or description.split == "train", text
 
 
-def test_vocabulary_has_no_duplicates_and_restores_text() -> None:
-    assert len(set(vocabulary())) == len(vocabulary())
-    tokenizer = build_processor().tokenizer
-    for text in held_out_prompts()[::97]:
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_vocabulary_has_no_duplicates_and_restores_text(world: World) -> None:
+    assert len(set(vocabulary(world))) == len(vocabulary(world))
+    tokenizer = build_processor(world).tokenizer
+    for text in held_out_prompts(world)[::97]:
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).strip() == text
 
 
@@ -110,15 +130,18 @@ def test_unused_codes_restart_at_a_vector() -> None:
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook, "WARM", 1)
     monkeypatch.setattr(
-        pretrain, "build_model", lambda seed: build_model(seed, hidden=32, layers=2, intermediate=48, heads=2)
+        pretrain, "build_model", lambda *given: build_model(*given, hidden=32, layers=2, intermediate=48, heads=2)
     )
     monkeypatch.setattr(codebook, "evaluate", lambda *_, **__: {"measured": 0.0})
     monkeypatch.setattr(pretrain, "answer_accuracy", lambda *_, **__: {"measured": 0.0})
 
 
 @pytest.mark.usefixtures("small_world")
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain.run(tmp_path / "whole", TINY, checkpoint_every=2)
+@pytest.mark.parametrize("recipe", [TINY, replace(TINY, world="shapes-large", dtype="float16")], ids=WORLDS)
+def test_a_resumed_run_ends_with_the_same_weights(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain.run(tmp_path / "whole", recipe, checkpoint_every=2)
 
     save = pretrain._save
     saved: list[Path] = []
@@ -131,20 +154,23 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(pretrain, "_save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(tmp_path / "interrupted", TINY, checkpoint_every=2)
-    pretrain.run(tmp_path / "interrupted", TINY, checkpoint_every=2)
+        pretrain.run(tmp_path / "interrupted", recipe, checkpoint_every=2)
+    pretrain.run(tmp_path / "interrupted", recipe, checkpoint_every=2)
 
     from safetensors.torch import load_file
 
     first = load_file(tmp_path / "whole" / "checkpoint" / "model.safetensors")
     second = load_file(tmp_path / "interrupted" / "checkpoint" / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {str(tensor.dtype) for tensor in first.values()} == {f"torch.{recipe.dtype}"}
+    loaded = load_model(tmp_path / "whole" / "checkpoint")
+    assert (loaded.templates, loaded.dtype) == (recipe.world, torch.float32)
 
     state = torch.load(tmp_path / "whole" / "state.pt", weights_only=False)
     del state["pointer"]
     torch.save(state, tmp_path / "whole" / "state.pt")
     with pytest.raises(OspoError, match=r"state\.pt was made by an earlier version.*another folder"):
-        pretrain.run(tmp_path / "whole", TINY)
+        pretrain.run(tmp_path / "whole", recipe)
 
 
 @pytest.mark.usefixtures("small_world")
@@ -173,6 +199,20 @@ def test_cells_of_the_names_in_a_question(data: TrainingData) -> None:
             for token, cells in zip(tokens, data._cells(tokens, scene), strict=True)
         }
         assert {word.strip(): cells for word, cells in found.items() if cells != tasks.IGNORE_INDEX} == expected
+
+
+def test_the_last_of_64_cells_is_located(large_data: TrainingData) -> None:
+    scene = Scene((Object("red", "circle", "small", (7, 7)), Object("red", "circle", "small", (0, 2))), "cloudy")
+    tokens = list(large_data.ids("are there two red circles?"))
+    (mask,) = (cells for cells in large_data._cells(tokens, scene) if cells != tasks.IGNORE_INDEX)
+    cells = torch.full((1, 2), tasks.IGNORE_INDEX)
+    cells[0, 1] = mask
+    head = tasks.LocalizationHead(16, 64)
+    hidden = torch.randn(1, 2, 16)
+    occupied = torch.zeros(1, 64)
+    occupied[0, [2, 63]] = 1
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(head.cells(head.norm(hidden[:, 1])), occupied)
+    torch.testing.assert_close(head.loss(hidden, cells), expected)
 
 
 def test_localization_is_the_cross_entropy_at_the_named_tokens() -> None:
