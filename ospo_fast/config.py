@@ -490,7 +490,11 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Alignment on held-out prompts of the Shapes world."""
 
-    split: str = setting("test", "Prompts of the command evaluate.", one_of("test", "validation"))
+    split: str = setting(
+        "test",
+        "Prompts of the command evaluate; dense: test prompts with scenery.",
+        one_of("test", "validation", "dense"),
+    )
     per_kind: int = setting(50, "Prompts of each kind.", AT_LEAST_1)
     watch_per_kind: int = setting(
         40, "Validation prompts of each headline kind that training evaluates on.", AT_LEAST_1

@@ -1,5 +1,6 @@
 """Evaluation: alignment, standard errors, paired gains and the choice of prompts."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from ospo_fast.errors import OspoError
 from ospo_fast.shapes.checker import detect
 from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult, select_prompts, true_answer
 from ospo_fast.shapes.render import render
-from ospo_fast.shapes.scenes import KINDS, parse, prompts, sample_scene
+from ospo_fast.shapes.scenes import KINDS, WORLDS, World, held_out_prompts, parse, prompts, sample_scene
 
 
 def result(correct: list[list[bool]], seeds: tuple[int, ...] = (0, 1)) -> AlignmentResult:
@@ -106,3 +107,34 @@ def test_files_that_are_no_result_are_refused(tmp_path: Path) -> None:
             OspoError, match=r"Cannot read the evaluation .*result\.npz: .*; delete it to evaluate again"
         ):
             AlignmentResult.load(path)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_dense_prompts_are_held_out_and_new(world: World) -> None:
+    selected = select_prompts("dense", 120, world=world)
+    assert selected == select_prompts("dense", 120, world=world)
+    counts = Counter(kind for kind, _ in selected)
+    few = {"shapes": (115, 115, 48), "shapes-large": (30, 30, 80)}[world.name]
+    assert counts == dict.fromkeys(KINDS, 120) | dict(zip(("color1", "shape1", "numeracy1"), few, strict=True))
+    texts, held_out = [description.text for _, description in selected], set(held_out_prompts(world))
+    assert len(set(texts)) == len(texts)
+    assert held_out >= set(texts)
+    plain = {d.text for kind in KINDS for split in ("train", "validation", "test") for d in prompts(kind, split, world)}
+    assert not plain & set(texts)
+    assert all(parse(text, world).split == "test" for text in texts)
+
+
+def test_dense_prompts_of_one_meaning_count_together() -> None:
+    """Four meanings, of each of which all prompts have the same outcome, say no more than four prompts."""
+    meanings = ["a red circle", "a blue square", "a cyan cross", "a red cross"]
+    texts = tuple(f"{text} on a {color} background" for color in ("white", "black", "gray") for text in meanings)
+    correct = np.array([[True], [False], [True], [True]] * 3)
+    images = (Image.new("RGB", (4, 4)),) * len(texts)
+    dense, plain = (
+        AlignmentResult(split, 1.5, (0,), ("color1",) * len(texts), texts, images, correct)
+        for split in ("dense", "test")
+    )
+    error = dense.by_kind()["color1"]["standard_error"]
+    assert error == pytest.approx(np.sqrt(3 * 0.25**2 + 0.75**2) / 4)
+    assert error > 1.5 * plain.by_kind()["color1"]["standard_error"]
+    assert dense.gain_by_kind(dense)["color1"] == {"alignment": 0, "standard_error": 0, "prompts": 12}
