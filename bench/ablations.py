@@ -5,6 +5,7 @@ Alignment is that of `ospo_fast.shapes.evaluate`, at the guidance scale that is 
 prompts. `run` measures all variants of `TABLE` on test prompts and plots their gains.
 
     python bench/ablations.py NAME --table [--seeds 42] [--folder RUNS]    measure one variant of the table, or all
+    python bench/ablations.py NAME --table methods                         the same with other methods (`METHODS`)
     python bench/ablations.py all --plot                                   print and plot the existing rows
     python bench/ablations.py NAME [KEY=VALUE ...] [--seeds 1 2 3]         try settings on validation prompts
 
@@ -37,15 +38,16 @@ from safetensors.numpy import load_file, save_file
 from ospo_fast.config import Config, load_config
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
-from ospo_fast.pipeline import Pipeline, read_stage
+from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics, store_paths
 from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.scenes import SHAPES_WORLD, WORLDS, World, write_held_out_prompts
-from ospo_fast.stages import STAGE_NAMES
+from ospo_fast.stages import STAGE_NAMES, STAGES
 from ospo_fast.stats import standard_error
 
 SEEDS = (42, 43, 44)
 SAMPLING = (0, 1)
+DENSE = 120  # test prompts with scenery of each kind
 PER_KIND = 150  # test prompts of each headline kind, or all if there are fewer
 SHARED = STAGE_NAMES[: STAGE_NAMES.index("select")]
 LATER = ("preset", *STAGE_NAMES[len(SHARED) :])  # sections of the configuration that do not affect the shared stages
@@ -80,6 +82,7 @@ PUBLISHED = (  # settings of pairs and loss; optimizer, LoRA and guidance of the
     "select.pairs=1",
     "train.guidance_scale=1",
 )
+GROUPS = ("train.batch_size=8", "train.group_size=8", "train.kl_weight=0", "train.steps=181")  # images of the demo
 TABLE = (
     Variant("demo"),
     Variant("no mask", ("masks.enabled=false",)),
@@ -112,7 +115,39 @@ TABLE = (
     Variant("three iterations", ("iterations=3",)),
 )
 MASKS = TABLE[:5]
+# Other methods with the images of the demo, its optimizer and its number of steps (docs/methods.md).
+METHODS = (
+    Variant("demo"),
+    Variant("OSPO v1", ("preset=v1",)),
+    Variant("OSPO v2", ("preset=v2",)),
+    Variant("OSPO v3", ("preset=v3",)),
+    Variant("OSPO full", ("preset=full",)),
+    Variant("DPO", ("preset=dpo",)),
+    Variant("SFT on best images", ("preset=sft",)),
+    Variant("SUDER", ("preset=suder", "score.reward=dual")),
+    Variant("GRPO", ("preset=grpo", *GROUPS)),
+)
 NO_MASK = "no mask"  # the variant that the others are compared with, prompt by prompt
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results: its file, its variants, and the one that the others are compared with prompt by prompt."""
+
+    name: str
+    variants: tuple[Variant, ...]
+    reference: str
+
+
+ABLATIONS = Table("ablations", TABLE, "demo")
+TABLES = {
+    "shapes": {"ablations": ABLATIONS, "methods": Table("methods", METHODS, "demo")},
+    "shapes-large": {
+        "ablations": Table("ablations-large", MASKS, NO_MASK),
+        "methods": Table("methods-large", METHODS, "demo"),
+    },
+}
+FLIPS = 10_000  # of signs, in a permutation test
 OLD_NAMES = {  # of variants in rows of earlier commits
     "true mask": "ground-truth masks",
     "mask of ones": "masks of ones",
@@ -154,6 +189,7 @@ class Bench:
         self.base = load_model(world.name)
         self.scale, self.scales = self._kept("guidance", lambda: self.choose_guidance(self.base))
         self.before = {scale: self.evaluate_headline(self.base, scale) for scale in sorted({1.0, self.scale})}
+        self._dense_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
         self.further_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
 
     def _kept(self, name: str, make: Any) -> Any:
@@ -178,6 +214,24 @@ class Bench:
             kinds=evaluate.HEADLINE,
             progress=False,
         )
+
+    def evaluate_dense(self, model: UnifiedModel) -> evaluate.AlignmentResult:
+        """Evaluate a model on test prompts of all kinds with scenery, see `evaluate.py`."""
+        return evaluate.evaluate_alignment(
+            model,
+            split="dense",
+            per_kind=DENSE if self.per_kind == PER_KIND else self.per_kind,
+            guidance_scale=self.scale,
+            seeds=self.sampling,
+            progress=False,
+        )
+
+    @property
+    def dense_before(self) -> evaluate.AlignmentResult:
+        """The results of the base model on these prompts."""
+        if self._dense_before is None:
+            self._dense_before = self.evaluate_dense(self.base)
+        return self._dense_before
 
     def evaluate_further(self, model: UnifiedModel) -> evaluate.AlignmentResult:
         """Evaluate a model on test prompts outside the table, or with new seeds for two attributes, which have none."""
@@ -244,7 +298,7 @@ class Bench:
         config = self.config(variant.settings, seed, folder)
         pipeline = Pipeline(config, progress=False, evaluation=evaluate.build_validation(config.evaluate, self.scale))
         for iteration in range(1, config.iterations + 1):
-            for stage in STAGE_NAMES:
+            for stage in [stage.name for stage in STAGES if stage.in_run(config)]:
                 pipeline.stage(stage, iteration)
                 if stage == "masks" and variant.masks:
                     _replace_masks(pipeline.folder(iteration), variant.masks, self.world)
@@ -294,11 +348,15 @@ class Bench:
             f"at {scale:g}": _compare(before, self.evaluate_headline(model, scale))
             for scale, before in self.before.items()
         }
+        if self.split == "test":
+            compared["dense prompts"] = _compare(self.dense_before, self.evaluate_dense(model))
         if variant == TABLE[0] and self.split == "test":
             compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)
-        last = Pipeline(config, progress=False).folder(config.iterations)
-        pairs = demo.pair_metrics(read_stage(last, "select"), last, self.world)
+        folders = [Pipeline(config, progress=False).folder(n) for n in range(1, config.iterations + 1)]
+        last = folders[-1]
+        selected = read_stage(last, "select") if store_paths(last, "select") else []
+        pairs = demo.pair_metrics(selected, last, self.world)
         masked = (last / "masks.jsonl").exists()
         masks = demo.mask_metrics(read_stage(last, "masks"), last, self.world) if masked else {}
         done = json.loads((last / "train" / "done.json").read_text())
@@ -320,6 +378,7 @@ class Bench:
             sampling=list(self.sampling),
             guidance_scale=self.scale,
             best_step=done["best_step"],
+            **_budget(config, folders),
             watched=watched,
             **compared,
             **pairs,
@@ -327,11 +386,23 @@ class Bench:
         )
 
 
+def _budget(config: Config, folders: Sequence[Path]) -> dict[str, float]:
+    """Return the images that were generated for training, and the operations of all stages that the method needs."""
+    needed = [stage.name for stage in STAGES if stage.in_run(config) and stage.enabled(config)]
+    metrics = stage_metrics(*folders)
+    images = int(metrics["images"].get("images") or 0) if "images" in needed else 0
+    if config.train.objective == "grpo":
+        train = config.train
+        images = metrics["train"]["items"] * train.batch_size * train.accumulation * train.group_size
+    return {"train_images": images, "tflop": round(sum(metrics[name].get("flops") or 0 for name in needed) / 1e12, 2)}
+
+
 def _compare(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) -> dict[str, Any]:
     return {
         "before": before.headline(),
         "after": after.headline(),
         "gain": after.gain(before),
+        "kinds_gain": after.gain_by_kind(before),
         "kinds_before": {kind: value["alignment"] for kind, value in before.by_kind().items()},
         "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
         "right": {
@@ -386,18 +457,31 @@ def differences(
 ) -> dict[str, tuple[float, float]]:
     """Return the mean difference in alignment to other rows, and its standard error over prompts.
 
-    The headline is `all`; the other keys are its kinds. Rows and reference have the same prompts and sampling seeds.
-    `right` of a row has, for each prompt, the number of its images that are right.
+    The headline is `all`; the other keys are the kinds. Rows and reference have the same prompts and sampling seeds.
     """
+    found = {kind: (float(c.mean()), standard_error(c)) for kind, c in _changes(rows, reference, scale).items()}
+    means, errors = zip(*(found[kind] for kind in evaluate.HEADLINE if kind in found), strict=True)
+    return {"all": (float(np.mean(means)), float(np.sqrt(np.square(errors).sum())) / len(errors)), **found}
+
+
+def paired_test(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> float:
+    """Return the two-sided p of the headline's difference, by flipping the signs of the prompts' differences."""
+    changes = _changes(rows, reference, scale)
+    kinds = [changes[kind] for kind in evaluate.HEADLINE if kind in changes]
+    observed = abs(np.mean([change.mean() for change in kinds]))
+    rng = np.random.default_rng(0)
+    flipped = np.mean([rng.choice((-1, 1), (FLIPS, len(change))) @ change / len(change) for change in kinds], axis=0)
+    return float((1 + (np.abs(flipped) >= observed - 1e-12).sum()) / (1 + FLIPS))
+
+
+def _changes(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> dict[str, np.ndarray]:
+    """Return the difference of each prompt, by kind; `right` of a row has the number of its images that are right."""
 
     def rates(many: list[dict[str, Any]], kind: str) -> np.ndarray:
         counts = [list(map(int, row[scale]["right"][kind])) for row in many]
         return np.mean(counts, axis=0) / len(many[0]["sampling"])
 
-    changes = {kind: rates(rows, kind) - rates(reference, kind) for kind in rows[0][scale]["right"]}
-    found = {kind: (float(change.mean()), standard_error(change)) for kind, change in changes.items()}
-    means, errors = zip(*found.values(), strict=True)
-    return {"all": (float(np.mean(means)), float(np.sqrt(np.square(errors).sum())) / len(errors)), **found}
+    return {kind: rates(rows, kind) - rates(reference, kind) for kind in rows[0][scale]["right"]}
 
 
 @contextmanager
@@ -421,26 +505,30 @@ def _table(
     quick: bool = False,
     kept: Path | None = None,
     world: World = SHAPES_WORLD,
+    of: Table = ABLATIONS,
 ) -> None:
-    """Measure the variants with every seed; their rows replace older ones in the results.
+    """Measure the variants of a table with every seed; their rows replace older ones in the results.
 
     Rows of other variants stay if they compare with the same results of the base model and have the current settings
     of their variant. `kept` is the folder of the runs; None: a temporary one.
     """
-    name = _file_name(world) + "-quick" * quick
+    name = of.name + "-quick" * quick
     path = measure.result_path(out, name)
     with _folder(kept) as folder:
         bench = Bench(
             folder, split="test", per_kind=2 if quick else PER_KIND, extra=QUICK if quick else (), world=world
         )
         rows = read_rows(path) if path.exists() else []
-        variants = {variant.name: variant for variant in TABLE}
+        variants = {variant.name: variant for variant in of.variants}
         rows = _in_order(
-            row
-            for row in rows
-            if row["variant"] in variants
-            and bench.same_base(row)
-            and bench.same_settings(variants[row["variant"]], row["seed"], row)
+            (
+                row
+                for row in rows
+                if row["variant"] in variants
+                and bench.same_base(row)
+                and bench.same_settings(variants[row["variant"]], row["seed"], row)
+            ),
+            of,
         )
         for variant in table:
             for seed in seeds:
@@ -448,14 +536,10 @@ def _table(
                 if any(bench.measured(variant, seed, row) for row in older):
                     continue
                 others = [row for row in rows if row not in older]
-                rows = _in_order([*others, bench.measure(variant, seed)])
+                rows = _in_order([*others, bench.measure(variant, seed)], of)
                 measure.write(rows, out, name)
-    _show(rows)
+    _show(rows, of.reference)
     plot(rows, path.with_suffix(".png"))
-
-
-def _file_name(world: World) -> str:
-    return world.name.replace("shapes", "ablations", 1)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -464,9 +548,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [{**row, "variant": OLD_NAMES.get(row["variant"], row["variant"])} for row in rows]
 
 
-def _in_order(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _in_order(rows: Iterable[dict[str, Any]], table: Table) -> list[dict[str, Any]]:
     """Rows of the table's variants, in its order; rows of other variants are dropped."""
-    names = [variant.name for variant in TABLE]
+    names = [variant.name for variant in table.variants]
     return sorted(
         (row for row in rows if row["variant"] in names), key=lambda r: (names.index(r["variant"]), r["seed"])
     )
@@ -504,7 +588,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]], against: str = NO_MASK) -> None:
+    """Print the mean gain of each variant, and its paired difference to the variant `against`, by kind."""
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         compared = [key for key, value in mine[0].items() if isinstance(value, dict) and "gain" in value]
@@ -512,14 +597,24 @@ def _show(rows: list[dict[str, Any]]) -> None:
             found = pooled(mine, key)
             errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
             print(f"{name:<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
-    reference = [row for row in rows if row["variant"] == NO_MASK]
-    for name in dict.fromkeys(row["variant"] for row in rows if reference):
-        mine = [row for row in rows if row["variant"] == name]
-        for key in [key for key, value in mine[0].items() if key.startswith("at ") and "right" in value]:
-            if name != NO_MASK and all("right" in row.get(key, ()) for row in (*mine, *reference)):
-                found = differences(mine, reference, key)
+    for name in dict.fromkeys(row["variant"] for row in rows if row["variant"] != against):
+        pairs = matched(rows, name, against)
+        for key in [key for key, value in (pairs[0][0] if pairs else {}).items() if "right" in _mapping(value)]:
+            if all("right" in row.get(key, ()) for pair in pairs for row in pair):
+                mine, reference = (list(side) for side in zip(*pairs, strict=True))
+                found, p = differences(mine, reference, key), paired_test(mine, reference, key)
                 shown = ", ".join(f"{kind} {mean:+.3f} ± {error:.3f}" for kind, (mean, error) in found.items())
-                print(f"{name:<40} {key:<19} minus {NO_MASK}: {shown}", flush=True)
+                print(f"{name:<40} {key:<19} minus {against}: {shown}; p = {p:.3f} ({len(pairs)} seeds)", flush=True)
+
+
+def matched(rows: list[dict[str, Any]], name: str, against: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the rows of a variant, each with that of another variant of the same training seed."""
+    other = {row["seed"]: row for row in rows if row["variant"] == against}
+    return [(row, other[row["seed"]]) for row in rows if row["variant"] == name and row["seed"] in other]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def main() -> None:
@@ -527,7 +622,11 @@ def main() -> None:
     parser.add_argument("name", help="name of a variant of the table (or all), or of a trial")
     parser.add_argument("settings", nargs="*", help="KEY=VALUE of the configuration")
     parser.add_argument(
-        "--table", action="store_true", help="measure variant NAME of the table, or all, on test prompts"
+        "--table",
+        nargs="?",
+        const="ablations",
+        choices=("ablations", "methods"),
+        help="measure variant NAME of a table, or all, on test prompts",
     )
     parser.add_argument("--plot", action="store_true", help="print and plot the existing rows; NAME is all")
     parser.add_argument("--masks", choices=("true", "ones", "random"), help="masks in place of the model's")
@@ -541,23 +640,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
     world = WORLDS[options.world]
+    table = TABLES[world.name][options.table or "ablations"]
     if options.plot:
-        path = measure.result_path(options.out, _file_name(world))
+        path = measure.result_path(options.out, table.name)
         if not path.exists():
             parser.error(f"--plot: {path} does not exist; measure with --table first")
-        rows = _in_order(read_rows(path))
-        _show(rows)
+        rows = _in_order(read_rows(path), table)
+        _show(rows, table.reference)
         plot(rows, path.with_suffix(".png"))
         return
     if options.table:
-        whole = TABLE if world is SHAPES_WORLD else MASKS
-        named = whole if options.name == "all" else [variant for variant in TABLE if variant.name == options.name]
+        named = [variant for variant in table.variants if options.name in (variant.name, "all")]
         if not named or options.settings or options.masks or options.sampling:
-            known = ", ".join(repr(variant.name) for variant in TABLE)
+            known = ", ".join(repr(variant.name) for variant in table.variants)
             parser.error(
                 f"--table: got {options.name!r}, expected all or one of {known}, and no settings, --masks or --sampling"
             )
-        _table(named, options.seeds or SEEDS, options.out, kept=options.folder, world=world)
+        _table(named, options.seeds or SEEDS, options.out, kept=options.folder, world=world, of=table)
         return
     if options.sampling is not None and options.sampling < 1:
         parser.error(f"--sampling: got {options.sampling}, expected 1 or more")

@@ -145,13 +145,14 @@ def test_new_settings_had_their_default_and_removed_ones_are_ignored(
 
 
 def test_every_variant_has_a_valid_configuration(tmp_path: Path) -> None:
-    for variant in ablations.TABLE:
+    for variant in (*ablations.TABLE, *ablations.METHODS):
         for family in ("shapes", "shapes-large"):
             load_config([*variant.settings, f"out={tmp_path}"], family=family)
 
 
 def test_rows_of_the_world_of_small_objects_are_separate(calls: list[tuple[str, int]], tmp_path: Path) -> None:
-    ablations._table(ablations.MASKS, (42,), tmp_path, world=LARGE_WORLD)
+    large = ablations.TABLES["shapes-large"]["ablations"]
+    ablations._table(ablations.MASKS, (42,), tmp_path, world=LARGE_WORLD, of=large)
     assert [name for name, _ in calls] == [variant.name for variant in ablations.MASKS]
     (path,) = tmp_path.glob("*/*.jsonl")
     assert path.name == "ablations-large.jsonl"
@@ -168,6 +169,41 @@ def test_differences_are_paired_by_prompt() -> None:
     change = np.array([1.0, 1.0, 0.0, 0.0]) / 2
     assert found["color2"] == (0.25, pytest.approx(change.std(ddof=1) / 2))
     assert found["all"] == (0.125, pytest.approx(found["color2"][1] / 2))
+
+
+def test_signs_of_differences_are_flipped_for_the_test() -> None:
+    def row(right: str, seed: int = 42, name: str = "demo") -> dict[str, Any]:
+        kinds = dict.fromkeys(("color2", "2D_spatial", "numeracy2"), right)
+        return {"variant": name, "seed": seed, "sampling": [0], "at 1": {"right": kinds}}
+
+    better, base = [row("1" * 20)], [row("0" * 20)]
+    assert ablations.paired_test(better, base, "at 1") == pytest.approx(1 / (1 + ablations.FLIPS))
+    assert ablations.paired_test(base, base, "at 1") == 1
+    mixed = ablations.paired_test([row("10" * 10)], [row("01" * 10)], "at 1")
+    assert mixed == 1  # the mean difference is 0
+    one_more = ablations.paired_test([row("1" + "0" * 19)], base, "at 1")
+    assert one_more == pytest.approx(0.25, abs=0.02)  # the same sign three times, or three times the other
+
+
+def test_variants_are_compared_for_the_seeds_that_both_have() -> None:
+    rows = [{"variant": name, "seed": seed} for name, seed in (("demo", 42), ("demo", 44), ("DPO", 43), ("DPO", 44))]
+    assert ablations.matched(rows, "DPO", "demo") == [(rows[3], rows[1])]
+
+
+def test_what_a_method_costs(tmp_path: Path) -> None:
+    stages = ("prompts", "perturb", "images", "questions", "score", "train")
+    rows = [
+        {"stage": name, "seconds": 1.0, "items": 5, "peak_mb": 1.0, "cost": {"device": "cpu", "device_seconds": 1.0,
+         "tokens": 1, "images": 40 * (name == "images"), "flops": 1e12, "peak_flops": None, "kept": 1, "dropped": 0}}
+        for name in stages
+    ]  # fmt: skip
+    (tmp_path / "stages.json").write_text(json.dumps(rows))
+    ospo, grpo = (load_config(list(v.settings), family="shapes") for v in (ablations.METHODS[0], ablations.METHODS[-1]))
+    (tmp_path / "stages.json").write_text(
+        json.dumps([*rows, rows[0] | {"stage": "select"}, rows[0] | {"stage": "masks"}])
+    )
+    assert ablations._budget(ospo, [tmp_path]) == {"train_images": 40, "tflop": 8.0}
+    assert ablations._budget(grpo, [tmp_path]) == {"train_images": 5 * 64, "tflop": 3.0}
 
 
 def test_rows_with_old_names_are_read_as_their_variants(tmp_path: Path) -> None:
