@@ -362,6 +362,7 @@ class Bench:
         done = json.loads((last / "train" / "done.json").read_text())
         log = [json.loads(line) for line in (last / "train" / "log.jsonl").read_text().splitlines()]
         watched = [[line["step"], round(line["alignment"], 4)] for line in log if "alignment" in line]
+        budget = _budget(config, folders)
         shutil.rmtree(folder)
         once = measure.timing_of([seconds * 1e3])
         return measure.row(
@@ -378,7 +379,7 @@ class Bench:
             sampling=list(self.sampling),
             guidance_scale=self.scale,
             best_step=done["best_step"],
-            **_budget(config, folders),
+            **budget,
             watched=watched,
             **compared,
             **pairs,
