@@ -57,7 +57,8 @@ class DecodeBatch:
         decoder, branches, self.rows = self._engine.decoder, self.sampling.branches, len(tokens)
         self._state, self.tokens = state, tokens
         # By step, as the tokens.
-        self.logps = torch.zeros(tokens.shape if self.sampling.return_logps else 0, device=decoder.device)
+        size = tokens.shape if self.sampling.return_logps else 0
+        self.logps = torch.zeros(size, device=decoder.device, dtype=torch.float32)
         self.cache_rows, self.lengths = state[:branches], state[branches : 2 * branches]
         # active: 1 while the request generates. codes: sampled last. error_steps: first step with bad logits, or −1.
         self.active, self.seeds, self.steps, self.limits, self.codes, self.error_steps = state[2 * branches :]

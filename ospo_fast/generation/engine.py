@@ -227,27 +227,29 @@ class Engine:
             raise
 
 
-def why_not_exact(model: UnifiedModel, decoder: Decoder) -> str | None:
-    """Return why another forward pass may round the log-probabilities of a model differently, None if it does not."""
-    if decoder.dtype != torch.float32 or decoder.device.type != "cpu":
-        return f"its decoder is {decoder.dtype} on {decoder.device}, expected float32 on a CPU"
-    if not decoder.plain:
-        return "its decoder has layers that are no linear layers, if with plain LoRA adapters, such as quantized ones"
-    if not decoder.packed:
-        return (
-            f"its decoder has no packed weights, expected the compiled module, a CPU with vector instructions and at "
-            f"most {COPIED_BYTES >> 30} GiB of weights"
-        )
-    if not decoder.exact:
-        return f"its heads have width {decoder.head_dim}, expected a multiple of 16 up to 256"
+def why_not_exact(model: UnifiedModel, decoder: Decoder | None = None) -> str | None:
+    """Return why another forward pass may round the log-probabilities of a model differently, None if it does not.
+
+    decoder: that of the model; without it only what needs none is checked.
+    """
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        return f"it is {model.dtype} on {model.device}, expected float32 on a CPU"
     try:
         head = Head.of(model.head)
     except (OpError, OspoError) as error:
         return str(error)
-    tensors = [tensor for tensor in head.tensors if tensor is not None]
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+    if head.weight.dtype != torch.float32 or head.weight.device.type != "cpu":
         return f"its head is {head.weight.dtype} on {head.weight.device}, expected float32 on a CPU"
-    return None
+    if decoder is None or decoder.exact:
+        return None
+    if not decoder.plain:
+        return "its decoder has layers that are no linear layers, if with plain LoRA adapters, such as quantized ones"
+    if decoder.packed:
+        return f"its heads have width {decoder.head_dim}, expected a multiple of 16 up to 256"
+    return (
+        "its decoder has no packed weights, expected the compiled module, a CPU with vector instructions and at most "
+        f"{COPIED_BYTES >> 30} GiB of weights"
+    )
 
 
 @contextmanager

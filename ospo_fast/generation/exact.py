@@ -52,9 +52,9 @@ def exact_logprobs(
     """Compute the log-probability of each code, with the bits of `ImageGenerator.generate(return_logps=True)`.
 
     ℓ = log softmax(z / temperature)[code], with the logits z of `Head.guided` behind the prompt and the codes before.
-    The result is exp(ℓ − ℓ_old) = 1 for the ℓ_old of the generation, as long as the weights are the same. Gradients
-    reach all parameters that require them: of the decoder, its LoRA adapters, embeddings and head. All sequences run in
-    one pass; split the calls where memory is short, which changes no bit.
+    exp(ℓ − ℓ_old) is exactly 1 for the ℓ_old of the generation, as long as the weights are the same. Gradients reach
+    all parameters that require them: of the decoder, its LoRA adapters, embeddings and head. All sequences run in one
+    pass; split the calls where memory is short, which changes no bit.
 
     Args:
         model: see `ImageGenerator`.
@@ -83,6 +83,7 @@ def exact_logprobs(
     hidden, head = states[: len(ids)], Head.of(model.head)
     if guided:
         hidden, head = head.guided(hidden, states[len(ids) :], guidance_scale, batch_invariant=True)
+    count(codes=codes.numel(), backward=torch.is_grad_enabled())
     with torch.autocast("cpu", enabled=False):
         return token_logprobs(hidden, head, codes, temperature=temperature, batch_invariant=True)
 
@@ -130,7 +131,13 @@ def _run(model: UnifiedModel, ids: list[Tensor], codes: Tensor) -> Tensor:
     """Return the hidden states (N, T, D) behind prompts (S_n,) and codes (N, T)."""
     decoder = _build_decoder(model)
     if not ids:
-        return torch.zeros(*codes.shape, model.hidden_size)
+        return torch.zeros(*codes.shape, model.hidden_size, dtype=model.dtype)
+    longest = max(map(len, ids)) + image_layout(model).tokens
+    if longest > model.max_positions:  # prompts are checked
+        raise UsageError(
+            f"guidance_scale: the unconditional prompt of {model.name} and an image take {longest} positions, expected "
+            f"at most {model.max_positions}; use 1, or smaller images"
+        )
     with eval_mode(model), torch.autocast("cpu", enabled=False):
         batch = _Sequences(model, ids, codes)
         return decoder.hidden_states(batch)[batch.predicting]
@@ -138,7 +145,7 @@ def _run(model: UnifiedModel, ids: list[Tensor], codes: Tensor) -> Tensor:
 
 def _build_decoder(model: UnifiedModel) -> _ExactDecoder:
     """Pack the weights as they are now. Raises OspoError for a model that cannot be exact."""
-    reason = find_override(model)
+    reason = why_not_exact(model) or find_override(model)
     if reason is None:
         decoder = _ExactDecoder(model)
         reason = why_not_exact(model, decoder)
@@ -183,7 +190,6 @@ class _Sequences:
         count(
             tokens=len(self.slots),
             attended=sum(map(causal, lengths.tolist())),
-            codes=codes.numel(),
             backward=torch.is_grad_enabled(),
             trained=any(p.requires_grad for p in model.decoder.parameters()),
         )
@@ -222,7 +228,7 @@ class _ExactDecoder(InferenceDecoder):
         slots, places, grouped = batch.slots, batch.places, self.heads != self.kv_heads
 
         def kernel(qkv: Tensor) -> Tensor:
-            keys, values = torch.empty(2, batch.count, self.kv_heads, batch.length, self.head_dim)
+            keys, values = qkv.new_empty(2, batch.count, self.kv_heads, batch.length, self.head_dim)
             return decode_attention(
                 qkv, cos, sin, keys, values, slots, places, heads=self.heads, scale=self._scale, shared_slots=True
             )

@@ -39,7 +39,7 @@ def find_override(model: UnifiedModel, *, text: bool = False) -> str | None:
     """Return what makes the decoder or its head compute something else than the fused decoder, or None.
 
     Checked are the decoder with its embeddings, the head, and the embeddings of image codes; with `text` the language
-    model's head in place of the last two. Adapters of linear layers are no override: `projections` calls them.
+    model's head in place of the last two. Adapters of linear layers are no override: `projections` runs them.
     """
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         return "torch has a global forward hook for all modules"

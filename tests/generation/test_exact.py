@@ -335,6 +335,7 @@ def test_heads_of_an_odd_width_and_adapted_heads_are_not_exact(loaded: Any, shap
     decoder = InferenceDecoder(loaded)
     assert why_not_exact(loaded, decoder) is None
     decoder.exact, decoder.head_dim = False, 20
+    assert why_not_exact(loaded) is None
     assert "width 20, expected a multiple of 16" in str(why_not_exact(loaded, decoder))
     decoder.packed = False
     assert "no packed weights" in str(why_not_exact(loaded, decoder))
@@ -360,5 +361,11 @@ def test_bad_input(loaded: Any) -> None:
         exact_logprobs(loaded, PROMPTS, codes, temperature=0)
     with pytest.raises(UsageError, match="guidance_scale"):
         exact_logprobs(loaded, PROMPTS, codes, guidance_scale=float("nan"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded, "unconditional", lambda ids: ids.repeat(200), raising=False)
+        with pytest.raises(
+            UsageError, match=r"guidance_scale: the unconditional prompt .* positions, expected at most"
+        ):
+            exact_logprobs(loaded, PROMPTS, codes)
     with pytest.raises(UsageError, match="return_logps: got True with jacobi_window 4"):
         ImageGenerator(loaded, jacobi_window=4).generate(PROMPTS, seeds=range(4), return_logps=True)
