@@ -102,8 +102,10 @@ class Engine:
         return sampling.guided(self.logits(hidden))
 
     def _embed_codes(self) -> None:
-        if len(self._table):
-            model, count = self.model, self.model.num_codes
+        if not len(self._table):
+            return
+        model, count = self.model, self.model.num_codes
+        with torch.autocast(model.device.type, enabled=False):
             self._table[:count].copy_(model.embed_codes(torch.arange(count, device=model.device)))
             if self._structure:
                 self._table[count:].copy_(model.embed_tokens(torch.tensor(self._structure, device=model.device)))

@@ -149,6 +149,9 @@ class ChunkedHead:
         needs_grad: bool,
     ) -> Tensor | None:  # fmt: skip
         z = self.logits(features, rows, kept)
+        if self.options.batch_invariant and results.entropies is not None:  # the step of entropies rounds differently
+            self.softmax_step(z, labels, RowResults(results.logps), RowScales(), out=None)
+            results = results._replace(logps=None)
         if kept is not None and self.backend == "torch":
             z = z.clone()  # the reference destroys them
         return self.softmax_step(z, labels, results, RowScales(), out=z if needs_grad else None)

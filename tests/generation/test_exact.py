@@ -306,6 +306,12 @@ def test_the_pieces_give_the_same(loaded: Any) -> None:
         hidden = exact_hidden_states(loaded, PROMPTS, codes)
         assert hidden.shape == (4, 36, loaded.hidden_size)
         assert torch.equal(exact_logprobs(loaded, PROMPTS, codes, guidance_scale=1.0), logps)
+        assert torch.equal(draw(loaded, PROMPTS, guidance_scale=1.0)[1], logps)
+    entropies = token_logprobs(hidden, loaded.head, codes, batch_invariant=True, return_entropy=True)
+    assert torch.equal(entropies[0].detach(), logps)
+    assert torch.equal(
+        exact_logprobs(loaded.module, PROMPTS, codes, processor=loaded.processor, guidance_scale=1.0), logps
+    )
     assert torch.equal(token_logprobs(hidden, loaded.head, codes, batch_invariant=True).detach(), logps)
 
 

@@ -46,6 +46,7 @@ def test_a_row_has_the_same_bits_in_any_batch(head: Head, temperature: float) ->
     kept = token_logprobs(x, head, ignored, **given)
     assert torch.equal(kept[1::3], whole[1::3])
     assert not bool(kept[::3].any())
+    assert torch.equal(token_logprobs(x, head, labels, return_entropy=True, **given)[0], whole)
     strided = x.t().contiguous().t()
     assert torch.equal(token_logprobs(strided, head, labels, **given), whole)
     assert torch.equal(token_logprobs(x.view(7, 100, WIDTH), head, labels.view(7, 100), **given).flatten(), whole)
