@@ -7,6 +7,7 @@ Bitwise independence. The bits of a row must not depend on the rest of its batch
 by row. Matrix products do not: BLAS libraries switch kernels with the number of rows. Therefore:
 
 * On a CPU with vector instructions, float32 products run on packed weights (`ops.linear`), which use one kernel.
+* Prompts attend by SDPA, in which a token rounds differently than in a step. `prefill(exact=True)` runs it by steps.
 * Other products on a CPU run a multiple of `ROW_TILE` rows. With as many rows or more, all rows were measured to agree
   bit for bit; tests/generation/test_decoder.py checks it on each machine.
 * On a GPU, and for models of which `ROW_TILE` rows do not fit, every batch is padded to the full batch size, and

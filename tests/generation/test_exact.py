@@ -214,6 +214,15 @@ def test_adapters_have_the_bits_of_generation_and_their_own_gradients(shapes: An
     assert torch.equal(recompute(model, PROMPTS, codes, 3), old)
     assert not torch.equal(recompute(shapes, PROMPTS, codes, 3), old)
     assert all(module.training for module in model.decoder.layers)
+    layers: list[Any] = [layer for layer in model.module.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert torch.equal(recompute(model, PROMPTS, codes, 3), recompute(shapes, PROMPTS, codes, 4))
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.merge()
+    codes, merged = draw(model, PROMPTS)
+    assert torch.equal(recompute(model, PROMPTS, codes, 3), merged)
 
 
 @pytest.mark.parametrize("lora", [True, False])
