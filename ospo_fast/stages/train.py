@@ -671,8 +671,12 @@ class Trainer:
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
             settings.pop(name)
         settings.pop("sample_every")
-        if not self.held_out:  # as an older version, which could not hold pairs out
+        # As older versions, which could not hold pairs out, and had one objective.
+        if not self.held_out:
             settings.pop("validation_pairs")
+        if self.settings.objective == "preference":
+            for name in ("objective", "group_size", "kl_weight"):
+                settings.pop(name)
         settings |= mask_settings(self.config)
         pairs = [example.pair_id for example in (*self.examples, *self.held_out)]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
