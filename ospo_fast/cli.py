@@ -94,7 +94,7 @@ _SHARED = (
     _option(
         "--model",
         type=_name,
-        help="embedded model 'shapes' (default), a folder, a LoRA folder, a .ckpt file or a hub name",
+        help="embedded model 'shapes' (default) or 'shapes-large', a folder, a LoRA folder, a .ckpt file or a hub name",
     ),
     _option("--config", type=_path, help="YAML file of settings"),
     _option("--out", type=_path, help=f"run folder (default: {DEFAULT_OUT})"),

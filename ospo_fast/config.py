@@ -118,7 +118,7 @@ PROBABILITY = expect("in (0, 1]", lambda value: 0 < value <= 1)
 BETAS = expect("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value))
 COUNTS = expect("numbers of 0 or more", lambda value: all(count >= 0 for count in value.values()))
 FILE = expect("a text file in UTF-8")
-MODEL = expect("shapes, a folder, a LoRA folder, a .ckpt file or a hub name")
+MODEL = expect("shapes, shapes-large, a folder, a LoRA folder, a .ckpt file or a hub name")
 FOLDERS = expect("a list of folders", all)
 SCALES = expect("a list of at least one number, each 0 or more", lambda value: value and min(value) >= 0)
 SEEDS = SCALES | up_to(None)
@@ -529,7 +529,9 @@ class Config(Section):
         one_of("int8", "int4"),
     )
     templates: str | None = setting(
-        None, "Template set of the text stages. null: the model's own.", expect("shapes, janus or a YAML file")
+        None,
+        "Template set of the text stages. null: the model's own.",
+        expect("shapes, shapes-large, janus or a YAML file"),
     )
     image_size: str | None = setting(
         None,

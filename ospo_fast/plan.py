@@ -70,7 +70,7 @@ class Ratios:
 
     def for_run(self, config: Config) -> Ratios:
         """Return the ratios to plan other models with: at most, where those of the Shapes model are low."""
-        if model_family(config.model) in MODEL_FILES and not any(stage.other_model(config) for stage in STAGES):
+        if model_family(config.model) == "shapes" and not any(stage.other_model(config) for stage in STAGES):
             return self
         source = f"images and pairs: at most; the other shares: {self.source}"
         return dataclasses.replace(self, variants=1.0, pairs=1.0, kept=1.0, source=source)

@@ -479,7 +479,9 @@ from ospo_fast.cli import main
 scripted.install()
 reply = scripted.reply
 # Without the answers that do not parse, of which a stage warns.
-scripted.reply = lambda message, seed: next(text for n in range(99) if (text := reply(message, seed + n)) != "um")
+scripted.reply = lambda text, seed, *world: next(
+    found for n in range(99) if (found := reply(text, seed + n, *world)) != "um"
+)
 for arguments in json.loads({commands!r}):
     assert main(arguments) == 0, arguments
 """

@@ -19,6 +19,7 @@ from ospo_fast.shapes.model import build_model, build_processor, vocabulary
 from ospo_fast.shapes.scenes import (
     LARGE_WORLD,
     PLACES,
+    SHAPES_WORLD,
     WORLDS,
     Object,
     Scene,
@@ -111,6 +112,24 @@ def test_image_loss_is_that_of_single_sequences(model, data: TrainingData) -> No
             logits = model.model.generation_head(hidden[0, length - 1 : -1])
             losses.append(torch.nn.functional.cross_entropy(logits, image))
         torch.testing.assert_close(tasks.image_loss(model, ids, lengths, codes), torch.stack(losses).mean())
+
+
+def test_patches_with_a_reserved_code_have_that_of_what_they_show() -> None:
+    codes = codebook.reserved_codes(LARGE_WORLD, 16)
+    assert codes.shape == (48, 16)
+    torch.testing.assert_close(codes.norm(dim=1), torch.ones(48))
+    similar = codes @ codes.T - torch.eye(48)
+    assert similar.max() < 0.67  # two of color, shape and size are the same
+    pixels, weights, fixed = codebook._batch(np.random.default_rng(0), 8, LARGE_WORLD)
+    objects = fixed >= 0
+    assert fixed.shape == (8, 8, 8)
+    assert fixed.max() < 48
+    assert (weights[:, 0, ::8, ::8] == torch.where(objects, 16.0, 1.0)).all()
+    chroma = (pixels - pixels.mean(dim=1, keepdim=True)).abs().sum(1)
+    colored = torch.nn.functional.max_pool2d(chroma, 8) > 0.1
+    assert (colored == objects).all()
+    plain = codebook._batch(np.random.default_rng(0), 8, SHAPES_WORLD)[2]
+    assert set(plain.unique().tolist()) == {-1, 0, 1, 2}
 
 
 def test_unused_codes_restart_at_a_vector() -> None:

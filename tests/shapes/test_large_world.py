@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ospo_fast import models
+from ospo_fast.cli import main
 from ospo_fast.config import load_config, model_family
 from ospo_fast.errors import UsageError
 from ospo_fast.models import load_model
@@ -175,6 +177,18 @@ def test_a_demo_runs_on_random_weights(omegaconf: Any, scripted: Any, tmp_path: 
     result = evaluate.evaluate_alignment(model, per_kind=2, kinds=HEADLINE, progress=False)
     assert all(parse(prompt, LARGE_WORLD) is not None for prompt in result.prompts)
     assert {image.size for image in result.images} == {(64, 64)}
+
+
+def test_commands_take_the_name_of_the_world(
+    omegaconf: Any, scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models._EMBEDDED, "shapes-large", scripted.save_tiny(tmp_path / "tiny", world=LARGE_WORLD))
+    named, out = ["--model", "shapes-large"], tmp_path / "images"
+    words = "five red circles on a striped background"
+    assert main(["generate", words, *named, "--num", "2", "--out", str(out)]) == 0
+    few = ["evaluate.per_kind=1", "evaluate.seeds=[0]", "evaluate.guidance_scales=[1]"]
+    assert main(["evaluate", *named, "--out", str(tmp_path / "scores"), *few, "--json"]) == 0
+    assert main(["generate", words, "--model", "shapes", "--out", str(out)]) == 2  # other words
 
 
 def test_a_model_of_no_world_is_refused(omegaconf: Any) -> None:
