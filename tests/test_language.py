@@ -16,7 +16,13 @@ BANNED = (
 # Between the words of a phrase: spaces, underscores, and the line ends of comments and strings.
 GAP = r"""(?:[\s_#*/"'>|\\]|\bf(?="))+"""
 PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(word.replace(' ', GAP) for word in BANNED)})(?![a-z])", re.IGNORECASE)
-DATA = ("bench/results/", "ospo_fast/shapes/checkpoint/", "tests/golden/pair_selection.json", "tests/test_language.py")
+DATA = (
+    "bench/results/",
+    "ospo_fast/shapes/checkpoint/",
+    "ospo_fast/shapes/checkpoint-large/",
+    "tests/golden/pair_selection.json",
+    "tests/test_language.py",
+)
 # Words that are data: few-shot prompts, and a list of prepositions.
 ALLOWED = {
     "ospo_fast/stages/templates/janus.yaml": {"beside", "mends"},
