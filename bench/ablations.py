@@ -128,11 +128,12 @@ METHODS = (
     Variant("SFT on best images", ("preset=sft",)),
     Variant("SUDER", ("preset=suder", "score.reward=dual")),
     Variant("GRPO", ("preset=grpo", *GROUPS)),
-    # As many operations as the demo, whose step has the conditional term and thus 1.34 times those of the others.
+    # As many operations as the demo, whose step has the conditional term and thus 1.34 times those of the others. A
+    # step of SFT runs the rejected images for their metrics alone: they do not count.
     Variant("OSPO v1, equal compute", ("preset=v1", LONGER)),
     Variant("OSPO v3, equal compute", ("preset=v3", LONGER)),
     Variant("DPO, equal compute", ("preset=dpo", LONGER)),
-    Variant("SFT on best images, equal compute", ("preset=sft", LONGER)),
+    Variant("SFT on best images, equal compute", ("preset=sft", "train.steps=940")),
     Variant("SUDER, equal compute", ("preset=suder", "score.reward=dual", LONGER)),
     Variant("GRPO, equal compute", ("preset=grpo", *GROUPS[:-1], "train.steps=203")),
 )
@@ -417,11 +418,14 @@ def _compare(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) 
         "unreadable": _unreadable(after),
         "kinds_before": {kind: value["alignment"] for kind, value in before.by_kind().items()},
         "kinds": {kind: value["alignment"] for kind, value in after.by_kind().items()},
-        "right": {
-            kind: "".join(str(n) for k, n in zip(after.kinds, after.correct.sum(1), strict=True) if k == kind)
-            for kind in dict.fromkeys(after.kinds)
-        },
+        "right": {kind: after.correct[rows].sum(1).tolist() for kind, rows in _rows(after).items()},
+        "meanings": {kind: after.clusters(kind) for kind in _rows(after)},
     }
+
+
+def _rows(result: evaluate.AlignmentResult) -> dict[str, list[int]]:
+    """Return the numbers of the prompts of each kind."""
+    return {kind: [n for n, k in enumerate(result.kinds) if k == kind] for kind in dict.fromkeys(result.kinds)}
 
 
 def _unreadable(result: evaluate.AlignmentResult) -> float:
@@ -478,27 +482,45 @@ def differences(
 
     The headline is `all`; the other keys are the kinds. Rows and reference have the same prompts and sampling seeds.
     """
-    found = {kind: (float(c.mean()), standard_error(c)) for kind, c in _changes(rows, reference, scale).items()}
+    changes, meanings = _changes(rows, reference, scale), rows[0][scale]["meanings"]
+    found = {kind: (float(c.mean()), standard_error(c, meanings[kind])) for kind, c in changes.items()}
     means, errors = zip(*(found[kind] for kind in evaluate.HEADLINE if kind in found), strict=True)
     return {"all": (float(np.mean(means)), float(np.sqrt(np.square(errors).sum())) / len(errors)), **found}
 
 
+def seed_error(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> float:
+    """Return the standard error of the headline's difference over training seeds."""
+    return standard_error([differences([a], [b], scale)["all"][0] for a, b in zip(rows, reference, strict=True)])
+
+
 def paired_test(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> float:
-    """Return the two-sided p of the headline's difference, by flipping the signs of the prompts' differences."""
-    changes = _changes(rows, reference, scale)
-    kinds = [changes[kind] for kind in evaluate.HEADLINE if kind in changes]
-    observed = abs(np.mean([change.mean() for change in kinds]))
+    """Return the two-sided p of the headline's difference for these trainings.
+
+    The differences of prompts of one meaning change their signs together.
+    """
+    changes, meanings = _changes(rows, reference, scale), rows[0][scale]["meanings"]
+    kinds = [kind for kind in evaluate.HEADLINE if kind in changes]
+    sums = [np.bincount(meanings[kind], changes[kind]) / len(changes[kind]) for kind in kinds]
+    observed = abs(np.mean([values.sum() for values in sums]))
     rng = np.random.default_rng(0)
-    flipped = np.mean([rng.choice((-1, 1), (FLIPS, len(change))) @ change / len(change) for change in kinds], axis=0)
+    flipped = np.mean([rng.choice((-1, 1), (FLIPS, len(values))) @ values for values in sums], axis=0)
     return float((1 + (np.abs(flipped) >= observed - 1e-12).sum()) / (1 + FLIPS))
+
+
+def holm(tests: dict[str, float]) -> dict[str, float]:
+    """Return p values corrected for their number by Holm's method."""
+    corrected, last = {}, 0.0
+    for number, name in enumerate(sorted(tests, key=tests.__getitem__)):
+        last = max(last, min(1.0, (len(tests) - number) * tests[name]))
+        corrected[name] = last
+    return corrected
 
 
 def _changes(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> dict[str, np.ndarray]:
     """Return the difference of each prompt, by kind; `right` of a row has the number of its images that are right."""
 
     def rates(many: list[dict[str, Any]], kind: str) -> np.ndarray:
-        counts = [list(map(int, row[scale]["right"][kind])) for row in many]
-        return np.mean(counts, axis=0) / len(many[0]["sampling"])
+        return np.mean([row[scale]["right"][kind] for row in many], axis=0) / len(many[0]["sampling"])
 
     return {kind: rates(rows, kind) - rates(reference, kind) for kind in rows[0][scale]["right"]}
 
@@ -616,14 +638,22 @@ def _show(rows: list[dict[str, Any]], against: str = NO_MASK) -> None:
             found = pooled(mine, key)
             errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
             print(f"{name:<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
-    for name in dict.fromkeys(row["variant"] for row in rows if row["variant"] != against):
-        pairs = matched(rows, name, against)
-        for key in [key for key, value in (pairs[0][0] if pairs else {}).items() if "right" in _mapping(value)]:
-            if all("right" in row.get(key, ()) for pair in pairs for row in pair):
-                mine, reference = (list(side) for side in zip(*pairs, strict=True))
-                found, p = differences(mine, reference, key), paired_test(mine, reference, key)
-                shown = ", ".join(f"{kind} {mean:+.3f} ± {error:.3f}" for kind, (mean, error) in found.items())
-                print(f"{name:<40} {key:<19} minus {against}: {shown}; p = {p:.3f} ({len(pairs)} seeds)", flush=True)
+    others = dict.fromkeys(row["variant"] for row in rows if row["variant"] != against)
+    pairs = {name: [list(side) for side in zip(*matched(rows, name, against), strict=True)] for name in others}
+    pairs = {name: sides for name, sides in pairs.items() if sides}
+    keys = dict.fromkeys(
+        key for sides in pairs.values() for key, value in sides[0][0].items() if "right" in _mapping(value)
+    )
+    for key in keys:
+        known = {n: s for n, s in pairs.items() if all("right" in row.get(key, ()) for side in s for row in side)}
+        corrected = holm({name: paired_test(*sides, key) for name, sides in known.items()})
+        for name, sides in known.items():
+            found = differences(*sides, key)
+            shown = ", ".join(f"{kind} {mean:+.3f} ± {error:.3f}" for kind, (mean, error) in found.items())
+            seeds = f"± {seed_error(*sides, key):.3f} over {len(sides[0])} seeds"
+            print(
+                f"{name:<40} {key:<19} minus {against}: {shown}; {seeds}; p = {corrected[name]:.3f} (Holm)", flush=True
+            )
 
 
 def matched(rows: list[dict[str, Any]], name: str, against: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -52,6 +52,7 @@ _OFFICIAL_TRAINING = {
 _OFFICIAL_RUN = _OFFICIAL_TRAINING | {"schedule": "official", "accumulation": 16, "autocast": "float16"}
 _V1_TRAINING = _OFFICIAL_TRAINING | {"warmup_ratio": 0.0}
 _V2_TRAINING = _V1_TRAINING | {"lora_rank": 32, "steps": 500, "schedule": "constant"}
+_WITHOUT_DROPOUT = _OFFICIAL_TRAINING | {"lora_dropout": 0.0}  # as TRL: both sides of a ratio are the same network
 _OUR_MASKS = {"match": "offsets", "nouns": "concepts", "skip_layers": 5}
 # What the official code does where it differs from the paper, or from good sense; docs/official.md lists it.
 _OFFICIAL_MASKS = {"match": "substring", "nouns": "spacy", "skip_layers": [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]}
@@ -74,10 +75,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "full": _preset("v3", "negative", _MASKED, _OFFICIAL_TRAINING),
     "official": _preset("v3", "negative", {"enabled": True, **_OFFICIAL_MASKS}, _OFFICIAL_RUN),
     # Other methods on the same engine; docs/methods.md has their sources, and where they differ from them.
-    "dpo": _preset("best", "lowest", _UNMASKED, _OFFICIAL_TRAINING),
+    "dpo": _preset("best", "lowest", _UNMASKED, _WITHOUT_DROPOUT),
     "sft": _preset("v3", "lowest", _UNMASKED, _OFFICIAL_TRAINING),
     "suder": _preset("best", "lowest", _UNMASKED, _OFFICIAL_TRAINING, reward="dual"),
-    "grpo": _preset("v3", "lowest", _UNMASKED, _OFFICIAL_TRAINING, objective="grpo"),
+    "grpo": _preset("v3", "lowest", _UNMASKED, _WITHOUT_DROPOUT, objective="grpo"),
 }
 # What the values of a model family do not change, where a preset is named: all of an official run, whose point is to
 # differ from what is best for a family, and what makes another method, apart from its optimizer.

@@ -321,9 +321,13 @@ class _Demands:
             amounts["validated pair"] = float(evaluations * held_out)
         if settings.sample_every and steps // settings.sample_every:
             amounts["sampled image"] = float(steps // settings.sample_every * SAMPLES)
-        flops = pairs * trained + amounts.get("validated pair", 0.0) * validated
+        if loss_config(self.config).reference and steps:  # each pair once, before the first step
+            amounts["reference pair"] = float(math.ceil(self.items * self.pairs_per_item))
+        passes = amounts.get("validated pair", 0.0) + amounts.get("reference pair", 0.0)
+        flops = pairs * trained + passes * validated
         derived = {
             "validated pair": ("train", "pair", validated / trained),
+            "reference pair": ("train", "pair", validated / trained),
             "sampled image": ("images", "image", 1.0),
         }
         if settings.eval_every and steps and model_family(self.config.model) in MODEL_FILES:  # images of no other world

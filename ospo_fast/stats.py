@@ -12,11 +12,13 @@ def standard_error(values: ArrayLike, clusters: Sequence[int] | None = None) -> 
     """Return the standard error of the mean of `values` (N,); NaN if there are too few.
 
     clusters: of each value the number of its cluster, such as its item. The values of a cluster are not independent, so
-    their deviations from the mean are added before they are squared.
+    their deviations from the mean are added before they are squared; the sum has the factor G / (G − 1) of G clusters.
     """
     samples: Any = np.asarray(values, float)
     if clusters is None:
         return float(samples.std(ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
-    if not len(samples):
+    count = len(set(clusters))
+    if count < 2:
         return math.nan
-    return float(np.sqrt((np.bincount(clusters, samples - samples.mean()) ** 2).sum()) / len(samples))
+    sums = np.bincount(clusters, samples - samples.mean())
+    return float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(samples))

@@ -17,7 +17,8 @@ def test_independent_values():
 def test_clusters():
     values = np.random.default_rng(0).normal(size=6)
     away = values - values.mean()
-    expected = math.sqrt((away[0] + away[1]) ** 2 + (away[2] + away[3]) ** 2 + (away[4] + away[5]) ** 2) / 6
-    assert standard_error(values, [0, 0, 3, 3, 1, 1]) == pytest.approx(expected)
-    assert standard_error(values, range(6)) == pytest.approx(values.std() / math.sqrt(6))
+    squares = (away[0] + away[1]) ** 2 + (away[2] + away[3]) ** 2 + (away[4] + away[5]) ** 2
+    assert standard_error(values, [0, 0, 3, 3, 1, 1]) == pytest.approx(math.sqrt(squares * 3 / 2) / 6)
+    assert standard_error(values, range(6)) == pytest.approx(standard_error(values))
     assert math.isnan(standard_error([], []))
+    assert math.isnan(standard_error(values, [5] * 6))  # one cluster says nothing about others

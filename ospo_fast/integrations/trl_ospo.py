@@ -62,6 +62,11 @@ class OSPOTrainer(CPOTrainer):
                 f"OSPOTrainer: loss_config has cond_weight {self.ospo_loss.config.cond_weight}, expected 0, because "
                 "rows hold no swapped sequences; set cond_weight=0 or call OSPOLoss in a training loop of your own"
             )
+        if self.ospo_loss.config.reference:
+            raise UsageError(
+                "OSPOTrainer: loss_config has reference=True, expected False, because rows hold no log-probabilities of a "
+                "reference model; use TRL's DPOTrainer or call OSPOLoss in a training loop of your own"
+            )
 
     def tokenize_row(self, feature: Any, model: Any = None) -> Any:
         """Return a tokenized row as it is; tokenize a row of text as `CPOTrainer` does."""

@@ -92,12 +92,17 @@ class AlignmentResult:
             for kind in kinds or dict.fromkeys(self.kinds)
         }
 
+    def clusters(self, kind: str) -> list[int]:
+        """Return a number for each prompt of a kind: those of one meaning have the same in the split `dense`."""
+        own = [prompt for prompt, other in zip(self.prompts, self.kinds, strict=True) if other == kind]
+        if self.split != "dense":
+            return list(range(len(own)))
+        meanings = [_meaning(prompt) for prompt in own]
+        known = list(dict.fromkeys(meanings))
+        return [known.index(meaning) for meaning in meanings]
+
     def _summary(self, kind: str, rates: np.ndarray) -> dict[str, float]:
-        clusters = None
-        if self.split == "dense":
-            meanings = [_meaning(prompt) for prompt, own in zip(self.prompts, self.kinds, strict=True) if own == kind]
-            clusters = [meanings.index(meaning) for meaning in meanings]
-        error = standard_error(rates, clusters)
+        error = standard_error(rates, self.clusters(kind) if self.split == "dense" else None)
         return {"alignment": float(rates.mean()), "standard_error": error, "prompts": len(rates)}
 
     def _rates(self, kind: str) -> np.ndarray:

@@ -269,19 +269,45 @@ _FULL = "train.full: got true with quantize={}, whose weights do not train, expe
 
 
 def _check_train(config: Config) -> None:
-    from ospo_fast.stages.train_settings import check_grpo, loss_config
+    from ospo_fast.stages.train_settings import check_grpo, check_preference, loss_config
 
     loss_config(config)
-    if config.train.objective == "grpo":
-        check_grpo(config)
+    (check_preference if _on_pairs(config) else check_grpo)(config)
+    if not _on_pairs(config):
+        _check_score(config)
     if config.train.full and config.quantize is not None:
         raise UsageError(_FULL.format(config.quantize))
+
+
+def _check_score(config: Config) -> None:
+    if config.score.reward == "dual":
+        from ospo_fast.stages.text_sampling import load_named_templates
+
+        load_named_templates(config.model, config).messages("caption")
+
+
+def _check_select(config: Config) -> None:
+    rule, rejected, reward = config.select.rule, config.select.rejected, config.score.reward
+    if rule == "random" and rejected == "lowest":
+        raise UsageError("select.rejected: got lowest with select.rule=random, expected negative; or use rule=best.")
+    if reward == "dual" and rule not in ("best", "random"):
+        raise UsageError(
+            f"select.rule: got {rule} with score.reward=dual, expected best: {rule} filters by answers, and there are "
+            "none; or use score.reward=vqa."
+        )
 
 
 def _check_held_out(config: Config, records: Sequence[Record]) -> None:
     from ospo_fast.stages.training_pairs import check_held_out
 
     check_held_out(config, records)
+
+
+def _check_trained(model: UnifiedModel, config: Config) -> None:
+    _check_lora(model, config)
+    if not _on_pairs(config):  # training generates and scores images
+        _check_images(model, config)
+        _check_chat(model, config)
 
 
 def _check_lora(model: UnifiedModel, config: Config) -> None:
@@ -342,6 +368,10 @@ def _on_pairs(config: Config) -> bool:
     return config.train.objective == "preference"
 
 
+def _questions_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {"questions.inputs": "images" if _on_pairs(config) else "prompts"}
+
+
 def _select_needs_model(config: Config) -> bool:
     return config.select.rule == "v2" or config.select.rejected_prompt == "asked"
 
@@ -364,9 +394,9 @@ def _train_inputs(config: Config) -> str:
 
 
 def _train_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    from ospo_fast.stages.train_settings import mask_settings
+    from ospo_fast.stages.train_settings import mask_settings, reward_settings
 
-    settings = {**settings, "preset": config.preset, **mask_settings(config)}
+    settings = {**settings, "preset": config.preset, **mask_settings(config), **reward_settings(config)}
     del settings["train.extend"]  # says how to get from other settings to these
     if config.train.eval_every:  # early stopping selects by the evaluation
         settings |= {f"evaluate.{key}": getattr(config.evaluate, key) for key in ("watch_per_kind", "seeds")}
@@ -417,6 +447,7 @@ STAGES: tuple[Stage, ...] = (
         "questions",
         "stage 4: questions about each prompt",
         inputs=lambda config: "images" if _on_pairs(config) else "prompts",
+        edit_settings=_questions_settings,
         other_model=lambda config: config.questions.model,
         check_model=_check_chat,
         adds=needs.has_question,
@@ -430,6 +461,7 @@ STAGES: tuple[Stage, ...] = (
         other_model=lambda config: config.score.model,
         asks_about_images=True,
         check_model=_check_chat,
+        check=_check_score,
         needs=needs.score,
         adds=needs.has_score,
         image_fields=frozenset({"local_score", "answer_metadata", "reason"}),
@@ -441,6 +473,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("score"),
         in_run=_on_pairs,
         needs_model=_select_needs_model,
+        check=_check_select,
         check_model=_check_asked,
         needs=needs.select,
         adds=needs.has_pair,
@@ -477,7 +510,7 @@ STAGES: tuple[Stage, ...] = (
         edit_settings=_train_settings,
         check=_check_train,
         check_inputs=_check_held_out,
-        check_model=_check_lora,
+        check_model=_check_trained,
         reads=_train_reads,
     ),
 )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure
+from ospo_fast.errors import Failure, attempt
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
@@ -57,6 +57,11 @@ class Group:
     codes: Tensor | None = None  # (G, T)
     rewards: Tensor | None = None  # (G,), NaN for an image that failed
 
+    @property
+    def identity(self) -> str:
+        """See `Example`: the reward depends on prompt and questions."""
+        return f"{self.pair_id} {stable_hash(self.prompt, *self.questions):x}"
+
 
 @dataclass(frozen=True, eq=False)
 class GRPOLoss:
@@ -64,7 +69,7 @@ class GRPOLoss:
 
     loss: Tensor  # policy + kl_weight · kl
     metrics: dict[str, Tensor]
-    rewards: Tensor  # (P,): the mean of each group
+    rewards: Tensor  # (P,): the mean of each group, 0 of one without a reward
 
 
 def load_groups(
@@ -73,8 +78,9 @@ def load_groups(
     """Load the prompts of items, and collect by id those that fail: without a question, or too long for the model."""
     groups: list[Group] = []
     failures: dict[str, Failure] = {}
+    scorer = Scorer(model, config)
     for item in items:
-        group = _load_group(item, model, config)
+        group = _load_group(item, model, scorer, config)
         if isinstance(group, Failure):
             failures[item.pair_id] = group
         else:
@@ -82,14 +88,14 @@ def load_groups(
     return groups, failures
 
 
-def _load_group(item: ItemPair, model: UnifiedModel, config: Config) -> Group | Failure:
+def _load_group(item: ItemPair, model: UnifiedModel, scorer: Scorer, config: Config) -> Group | Failure:
     record, columns = item.record, None
     ids = image_prompt_ids(model, record["prompt"])
     if isinstance(ids, Failure):
         return ids
-    questions = record.get("question") or []
-    if not questions and config.score.reward == "vqa":
-        return Failure(record.get("question_reason") or "the item has no question; run the stage questions")
+    questions = attempt(scorer.load, record["prompt"], record.get("question") or [])
+    if isinstance(questions, Failure):
+        return Failure(record["question_reason"]) if record.get("question_reason") else questions
     if uses_masks(config):
         objects = find_objects(record, model, config.masks.match, config.masks.nouns)
         if isinstance(objects, Failure):
@@ -136,7 +142,8 @@ def grpo_loss(
 
     Returns:
         The loss, and metrics: loss, policy, kl, reward, reward_std (the mean deviation in a group), and no_signal, the
-        share of groups whose rewards are all the same.
+        share of groups whose rewards are all the same. The loss is NaN where no image has a reward, so that the step
+        is skipped and counted.
 
     """
     advantages = group_advantages(rewards).to(logps).view(-1, 1)
@@ -148,14 +155,16 @@ def grpo_loss(
     if reference is not None:
         gap = torch.where(counted, reference.detach() - logps, 0)
         kl = (w * (torch.expm1(gap) - gap)).sum()
-    loss = policy + kl_weight * kl
-    means = torch.nanmean(rewards, 1)
-    deviations = torch.where(rewards.isfinite(), rewards - means[:, None], 0).square().mean(1).sqrt()
+    valid = rewards.isfinite()
+    loss = torch.where(valid.any(), policy + kl_weight * kl, torch.nan)
+    number = valid.sum(1).clamp(min=1)
+    means = torch.where(valid, rewards, 0).sum(1) / number
+    deviations = (torch.where(valid, rewards - means[:, None], 0).square().sum(1) / number).sqrt()
     metrics = {
         "loss": loss,
         "policy": policy,
         "kl": kl,
-        "reward": means.nanmean(),
+        "reward": means.mean(),
         "reward_std": deviations.mean(),
         "no_signal": (deviations == 0).float().mean(),
     }
@@ -173,6 +182,8 @@ class GroupTrainer(Trainer):
         super().__init__(*args, **options)
         self.generator = ImageGenerator(self.model, batch_size=self.config.images.batch_size)
         self.scorer = Scorer(self.model, self.config)
+        for group in self.examples:
+            self.scorer.load(group.prompt, group.questions)
 
     @property
     def rows_of_example(self) -> int:
@@ -182,12 +193,13 @@ class GroupTrainer(Trainer):
     def _find_packing(self) -> bool:
         return False
 
-    def prepare(self, examples: list[Any]) -> list[Any]:
+    def prepare(self, examples: list[Any], positions: Sequence[int]) -> list[Any]:
         """Return the prompts with images of the policy of now, and their rewards."""
         settings, size = self.settings, self.settings.group_size
+        # By the position in the step, because a step can have a prompt twice.
         seeds = [
-            stable_hash(self.config.seed, "rollout", self.step, group.pair_id, n)
-            for group in examples
+            stable_hash(self.config.seed, "rollout", self.step, position, n)
+            for position in positions
             for n in range(size)
         ]
         self.weights.publish()

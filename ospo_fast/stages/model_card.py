@@ -259,11 +259,21 @@ def _settings(config: Config, steps: int, extensions: Sequence[Extension]) -> st
         "learning rate": f"{train.learning_rate:g}, {train.schedule}{added}",
         **({"trained weights": "all of the language model but its text embeddings"} if train.full else _lora(train)),
         "guidance scale of training": f"{train.guidance_scale:g}",
+        **(_grpo(config) if train.objective == "grpo" else {}),
         "object masks": train.masks if config.masks.enabled else "none",
         **{f"loss: {name}": value for name, value in train.loss.items()},
     }
     rows = "\n".join(f"| {name} | {_one_line(str(value))} |" for name, value in values.items())
     return f"| Setting | Value |\n| --- | --- |\n{rows}"
+
+
+def _grpo(config: Config) -> dict[str, object]:
+    return {
+        "images of a prompt in a step": config.train.group_size,
+        "weight of the KL divergence": f"{config.train.kl_weight:g}",
+        "reward": "margin of its answers" if config.score.reward == "vqa" else "log-probability of the prompt",
+        "sampling temperature": f"{config.images.temperature:g}",
+    }
 
 
 def _lora(train: TrainConfig) -> dict[str, object]:

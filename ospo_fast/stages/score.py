@@ -152,26 +152,41 @@ class Scorer:
     """Scores of images as the stage gives them, for training on images that no record has."""
 
     def __init__(self, model: UnifiedModel, config: Config) -> None:
-        self.model, self.config, self.templates = model, config, load_model_templates(model, config)
-        self._chats: dict[str, Tensor | Failure] = {}
+        self.model, self.settings, self.templates = model, config.score, load_model_templates(model, config)
+        self._request = model.chat(self.templates.messages("caption"), image=True) if self._is_dual else None
+        self._chats: dict[str, Tensor] = {}
+
+    @property
+    def _is_dual(self) -> bool:
+        return self.settings.reward == "dual"
+
+    def load(self, prompt: str, questions: list[str]) -> list[str]:
+        """Return the questions of a prompt that the model takes. Raises OspoError if its images cannot be scored."""
+        if self._request is not None:
+            _caption_ids(self.model, prompt, len(self._request))
+            return questions
+        failed = Failure("the item has no question")
+        for text in questions:
+            found = chat_ids(self.model, self.templates, "vqa", {"question": text}, image=True)
+            if isinstance(found, Failure):
+                failed = found
+            else:
+                self._chats[text] = found
+        kept = [text for text in questions if text in self._chats]
+        if not kept:
+            raise OspoError(failed.reason)
+        return kept
 
     def score(self, images: list[Image], prompts: list[str], questions: list[list[str]]) -> list[float]:
-        """Return the local score of each image of a prompt with these questions; NaN if it cannot be scored."""
+        """Return the local score of each image of a prompt with what `load` has returned; NaN if it is not finite."""
         from ospo_fast.generation import answer_questions, caption_logprobs
 
-        batch_size = self.config.score.batch_size
-        if self.config.score.reward == "dual":
-            request = self.model.chat(self.templates.messages("caption"), image=True)
-            texts = [_caption_ids(self.model, prompt, len(request)) for prompt in prompts]
-            return caption_logprobs(self.model, images, texts, request=request, batch_size=batch_size, progress=False)
-        for text in {text for group in questions for text in group} - self._chats.keys():
-            self._chats[text] = chat_ids(self.model, self.templates, "vqa", {"question": text}, image=True)
-        asked = [[text for text in group if not isinstance(self._chats[text], Failure)] for group in questions]
-        chats = cast("dict[str, Tensor]", self._chats)
-        found = answer_questions(
-            self.model, images, asked, template=chats.__getitem__, batch_size=batch_size, progress=False
-        )
-        return [_margin(answers) if answers else math.nan for answers in found]
+        options: dict[str, Any] = {"batch_size": self.settings.batch_size, "progress": False}
+        if self._request is not None:
+            texts = [_caption_ids(self.model, prompt, len(self._request)) for prompt in prompts]
+            return caption_logprobs(self.model, images, texts, request=self._request, **options)
+        found = answer_questions(self.model, images, questions, template=self._chats.__getitem__, **options)
+        return [_margin(answers) for answers in found]
 
 
 def _ask(model: ChatModel, templates: TemplateSet, image: Image, questions: list[str]) -> list[Answer] | Failure:

@@ -196,13 +196,20 @@ def _own_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> P
 
 
 def _lowest_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> Pair | Failure:
-    """The best of the base images that the rule accepts, and the one of the lowest score of all others with a score."""
+    """The best of the base images that the rule accepts, and the one of the lowest score of all others with a score.
+
+    By rule best, whose images nothing else judges, the scores have to differ.
+    """
     scored = {name: image for name, image in _images(record, "base").items() if image.get("local_score") is not None}
     bases = _passing(scored, partial(base_verdict, rule=rule, settings=settings))
     if not bases:
         return Failure("no base image passed")
-    best, lowest = _best(bases), min(scored.values(), key=lambda image: float(image["local_score"]))
-    if not float(lowest["local_score"]) < float(best["local_score"]):
+    best = _best(bases)
+    others = [image for image in scored.values() if image is not best]
+    if not others:
+        return Failure("there is no other base image with a score")
+    lowest = min(others, key=lambda image: float(image["local_score"]))
+    if rule == "best" and not float(lowest["local_score"]) < float(best["local_score"]):
         return Failure("no other base image has a lower score")
     return _pair(best, lowest)
 

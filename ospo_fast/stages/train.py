@@ -66,7 +66,14 @@ from ospo_fast.stages.run_files import made_here
 from ospo_fast.stages.samples import sample
 from ospo_fast.stages.teacher_forcing import Batch, hidden_states, teacher_forced
 from ospo_fast.stages.train_memory import needs_checkpointing
-from ospo_fast.stages.train_settings import VALIDATION, input_stage, loss_config, mask_settings, uses_masks
+from ospo_fast.stages.train_settings import (
+    VALIDATION,
+    input_stage,
+    loss_config,
+    mask_settings,
+    reward_settings,
+    uses_masks,
+)
 from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
 from ospo_fast.stages.training_pairs import (
     category_of,
@@ -100,6 +107,11 @@ class Example:
     columns: list[list[int]] | None = None  # of each object its tokens, for masks of the policy itself
     category: str = ""  # of its prompt
     reference: Tensor | None = None  # (2,) log-probabilities of both images before training
+
+    @property
+    def identity(self) -> str:
+        """What must be the same where training is resumed."""
+        return self.pair_id
 
 
 def load_examples(
@@ -328,7 +340,7 @@ class Trainer:
             # A pass without pairs takes part in the collectives of the others, with a pair that counts 0.
             examples = [self.examples[indices[i]] for i in positions or range(1)]
             share = len(positions) / pairs
-            examples = self.prepare(examples)
+            examples = self.prepare(examples, positions or range(positions.start, positions.start + 1))
             torch.manual_seed(stable_hash(self.config.seed, "pass", self.step, positions.start))
             last = number == len(passes)
             with (
@@ -360,8 +372,8 @@ class Trainer:
         self._set_learning_rate()
         return {**row, "seconds": round(time.perf_counter() - started, 4)}
 
-    def prepare(self, examples: list[Any]) -> list[Any]:
-        """Return the examples of a pass as `_compute_loss` takes them."""
+    def prepare(self, examples: list[Any], positions: Sequence[int]) -> list[Any]:
+        """Return the examples of a pass, which have these positions in the step, as `_compute_loss` takes them."""
         return examples
 
     def _compute_loss(self, examples: list[Any]) -> Any:
@@ -677,8 +689,8 @@ class Trainer:
         if self.settings.objective == "preference":
             for name in ("objective", "group_size", "kl_weight"):
                 settings.pop(name)
-        settings |= mask_settings(self.config)
-        pairs = [example.pair_id for example in (*self.examples, *self.held_out)]
+        settings |= mask_settings(self.config) | reward_settings(self.config)
+        pairs = [example.identity for example in (*self.examples, *self.held_out)]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
 
     def resume(self) -> bool:

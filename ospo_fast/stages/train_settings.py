@@ -10,6 +10,7 @@ from ospo_fast.errors import UsageError
 from ospo_fast.loss_config import OSPOLossConfig
 
 VALIDATION = ("loss", "accuracy", "margin", "chosen_logps", "rejected_logps")  # metrics of the held-out pairs
+_OF_PAIRS = ("simpo_weight", "cond_weight", "sft_weight")  # of the loss
 _CHOOSING = ("validation/accuracy", "validation/margin", "validation/loss")  # those that early stopping can go by
 
 
@@ -56,18 +57,47 @@ def input_stage(config: Config) -> str:
     return "masks" if uses_stored_masks(config) else "select"
 
 
+def check_preference(config: Config) -> None:
+    """Raise UsageError for a loss of pairs that trains nothing, or whose two sides would have other token weights."""
+    loss = loss_config(config)
+    if not (loss.simpo_weight or loss.cond_weight or loss.sft_weight):
+        raise UsageError(
+            "train.loss: got simpo_weight, cond_weight and sft_weight of 0, expected one above 0 with "
+            f"train.objective=preference (preset {config.preset})."
+        )
+    if loss.reference and uses_masks(config) and config.train.masks == "online":
+        raise UsageError(
+            "train.masks: got online with train.loss.reference=true, expected stored: the reference has the token "
+            "weights from before training."
+        )
+
+
+def reward_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of other sections that GRPO depends on, and other training does not."""
+    if config.train.objective != "grpo":
+        return {}
+    return {"images.temperature": config.images.temperature, "score.reward": config.score.reward}
+
+
 def check_grpo(config: Config) -> None:
     """Raise UsageError for settings that GRPO cannot follow."""
-    train, images = config.train, config.images
+    train, images, loss = config.train, config.images, loss_config(config)
     found: list[tuple[str, Any, Any, str]] = [
         ("train.full", train.full, False, "the judge of the images is the model before training, which LoRA keeps"),
         ("train.validation_pairs", train.validation_pairs, 0, "there are no pairs"),
         ("score.model", config.score.model, None, "the model that trains is the judge"),
+        ("train.lora_dropout", train.lora_dropout, 0.0, "the policy that trains is the one that generates"),
+        *((f"train.loss.{name}", getattr(loss, name), 0.0, "it has no pairs") for name in _OF_PAIRS),
+        ("train.loss.reference", loss.reference, False, "train.kl_weight has its divergence from the reference"),
         ("images.top_k", images.top_k, 0, "all codes of the distribution train"),
         ("images.top_p", images.top_p, 1.0, "all codes of the distribution train"),
     ]
     if uses_masks(config):
         found.append(("train.masks", train.masks, "online", "the images that train have no stored masks"))
+        auto = "auto" in (config.masks.layers, config.masks.heads)
+        found.append(
+            ("masks.layers", "auto" if auto else None, None, "there are no pairs to choose by; name the layers")
+        )
     for key, value, expected, reason in found:
         if value != expected:
             expected = "null" if expected is None else str(expected).lower()

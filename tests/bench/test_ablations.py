@@ -162,7 +162,8 @@ def test_rows_of_the_world_of_small_objects_are_separate(calls: list[tuple[str, 
 
 def test_differences_are_paired_by_prompt() -> None:
     def row(right: str) -> dict[str, Any]:
-        return {"sampling": [0, 1], "at 1": {"right": {"color2": right, "numeracy2": "1111"}}}
+        counts = {"color2": list(map(int, right)), "numeracy2": [1] * 4}
+        return {"sampling": [0, 1], "at 1": {"right": counts, "meanings": dict.fromkeys(counts, range(4))}}
 
     found = ablations.differences([row("2211"), row("2211")], [row("1100"), row("1122")], "at 1")
     assert found["numeracy2"] == (0.0, 0.0)
@@ -172,9 +173,10 @@ def test_differences_are_paired_by_prompt() -> None:
 
 
 def test_signs_of_differences_are_flipped_for_the_test() -> None:
-    def row(right: str, seed: int = 42, name: str = "demo") -> dict[str, Any]:
-        kinds = dict.fromkeys(("color2", "2D_spatial", "numeracy2"), right)
-        return {"variant": name, "seed": seed, "sampling": [0], "at 1": {"right": kinds}}
+    def row(right: str, meanings: int = 20) -> dict[str, Any]:
+        counts = {kind: list(map(int, right)) for kind in ("color2", "2D_spatial", "numeracy2")}
+        clusters = {kind: [n % meanings for n in range(20)] for kind in counts}
+        return {"sampling": [0], "at 1": {"right": counts, "meanings": clusters}}
 
     better, base = [row("1" * 20)], [row("0" * 20)]
     assert ablations.paired_test(better, base, "at 1") == pytest.approx(1 / (1 + ablations.FLIPS))
@@ -183,6 +185,13 @@ def test_signs_of_differences_are_flipped_for_the_test() -> None:
     assert mixed == 1  # the mean difference is 0
     one_more = ablations.paired_test([row("1" + "0" * 19)], base, "at 1")
     assert one_more == pytest.approx(0.25, abs=0.02)  # the same sign three times, or three times the other
+    of_one_meaning = ablations.paired_test([row("1" * 20, meanings=1)], base, "at 1")
+    assert of_one_meaning == pytest.approx(0.25, abs=0.02)
+
+
+def test_p_values_are_corrected_for_their_number() -> None:
+    found = ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
+    assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
 
 
 def test_variants_are_compared_for_the_seeds_that_both_have() -> None:

@@ -135,6 +135,6 @@ def test_dense_prompts_of_one_meaning_count_together() -> None:
         for split in ("dense", "test")
     )
     error = dense.by_kind()["color1"]["standard_error"]
-    assert error == pytest.approx(np.sqrt(3 * 0.25**2 + 0.75**2) / 4)
+    assert error == pytest.approx(np.sqrt(3 * 0.25**2 + 0.75**2) / 4 * np.sqrt(4 / 3))
     assert error > 1.5 * plain.by_kind()["color1"]["standard_error"]
     assert dense.gain_by_kind(dense)["color1"] == {"alignment": 0, "standard_error": 0, "prompts": 12}

@@ -77,19 +77,34 @@ def test_loss_and_gradient_by_hand(kl_weight, weighted):
     assert not any(value.requires_grad for value in output.metrics.values())
 
 
-def test_without_any_reward_nothing_moves():
-    logps = torch.randn(3, 4, requires_grad=True)
-    output = grpo_loss(logps, torch.ones(3, 4).bool(), torch.full((1, 3), torch.nan), reference=torch.randn(3, 4))
-    output.loss.backward()
-    assert output.loss == 0
-    assert not logps.grad.any()
+def test_a_step_without_any_reward_is_skipped(tiny, records, tmp_path, monkeypatch, caplog):
+    output = grpo_loss(torch.randn(3, 4), torch.ones(3, 4).bool(), torch.full((1, 3), torch.nan))
+    assert output.loss.isnan()
+    made = trainer(tiny, records, tmp_path, "train.max_skipped=1")
+    before = [p.clone() for p in made.parameters]
+    monkeypatch.setattr(made.scorer, "score", lambda images, *_: [float("nan")] * len(images))
+    row = made.train_step()
+    assert row["skipped"]
+    assert all(torch.equal(p, old) for p, old in zip(made.parameters, before, strict=True))
+    made.check_skipped()
+    made.train_step()
+    with pytest.raises(OspoError, match="2 steps in a row"):
+        made.check_skipped()
+
+
+def test_a_prompt_twice_in_a_step_has_other_images(tiny, records, tmp_path):
+    made = trainer(tiny, records, tmp_path)
+    one, other = made.prepare(made.examples[:1] * 2, range(2))
+    assert not torch.equal(one.codes, other.codes)
+    again, _ = made.prepare(made.examples[:1] * 2, range(1, 3))
+    assert torch.equal(again.codes, other.codes)
 
 
 def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, tmp_path):
     """After a step both come from other weights than before it, and the answers from the same ones."""
     made = trainer(tiny, records, tmp_path, "train.learning_rate=3e-2", "train.guidance_scale=1.5")
     examples = made.examples[:2]
-    before, again = made.prepare(examples), made.prepare(examples)
+    before, again = made.prepare(examples, range(2)), made.prepare(examples, range(2))
     for one, other in zip(before, again, strict=True):
         assert torch.equal(one.codes, other.codes)
         assert torch.equal(one.rewards, other.rewards)
@@ -103,7 +118,7 @@ def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, t
     for _ in range(3):
         made.train_step()
     made.step = 0  # whose seeds are those of before
-    after = made.prepare(examples)
+    after = made.prepare(examples, range(2))
     assert not all(torch.equal(one.codes, other.codes) for one, other in zip(before, after, strict=True))
     for group in after:
         answers = answer_questions(
@@ -156,12 +171,14 @@ def test_token_weights_come_from_the_forward_pass(tiny, records, tmp_path):
 
 
 def test_prompts_that_cannot_train_are_reported(tiny, records, tmp_path):
-    broken = [{**records[0], "question": [], "question_reason": "no question could be read"}, *records[1:]]
+    long = {**records[1], "question": ["is there a red circle? " * 90]}
+    broken = [{**records[0], "question": [], "question_reason": "no question could be read"}, long, *records[2:]]
     report = StageContext()
     train_module.train(broken, load_model(tiny), config("train.steps=1"), out=tmp_path, context=report)
-    assert report.report.failed == 1
+    assert report.report.failed == 2
     done = json.loads((tmp_path / "train" / "done.json").read_text())
-    assert done["left_out"] == {records[0]["item_id"]: "no question could be read"}
+    assert done["left_out"][records[0]["item_id"]] == "no question could be read"
+    assert "leave no position" in done["left_out"][records[1]["item_id"]]
     silent = [{**record, "question": []} for record in records]
     with pytest.raises(OspoError, match="no pair to train on"):
         train_module.train(silent, load_model(tiny), config(), out=tmp_path / "none")
@@ -173,6 +190,9 @@ def test_prompts_that_cannot_train_are_reported(tiny, records, tmp_path):
         ("train.full=true", "train.full: got true with train.objective=grpo, expected false"),
         ("train.validation_pairs=3", "train.validation_pairs: got 3 with train.objective=grpo, expected 0"),
         ("score.model=llava", "score.model: got llava with train.objective=grpo, expected null"),
+        ("train.lora_dropout=0.1", "train.lora_dropout: got 0.1 with train.objective=grpo, expected 0.0"),
+        ("train.loss.sft_weight=2", "train.loss.sft_weight: got 2.0 with train.objective=grpo, expected 0.0"),
+        ("train.loss.reference=true", "train.loss.reference: got true with train.objective=grpo, expected false"),
         ("images.top_k=5", "images.top_k: got 5 with train.objective=grpo, expected 0"),
         ("images.top_p=0.9", "images.top_p: got 0.9 with train.objective=grpo, expected 1.0"),
     ],
@@ -181,6 +201,55 @@ def test_settings_that_grpo_cannot_follow(setting, message):
     with pytest.raises(UsageError, match=message):
         find_stage("train").check(config(setting))
     find_stage("train").check(load_config([setting]))
+
+
+def test_layers_are_not_chosen_by_pairs():
+    masked = ["masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1", "masks.layers=auto"]
+    with pytest.raises(UsageError, match=r"masks\.layers: got auto with train.objective=grpo"):
+        find_stage("train").check(config(*masked))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["method=grpo", "train.objective=preference"],
+            r"train\.loss: got simpo_weight, cond_weight and sft_weight of 0",
+        ),
+        (["method=dpo", "train.objective=grpo"], r"train\.loss\.simpo_weight: got 1\.0 with train\.objective=grpo"),
+        (
+            ["method=dpo", "masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1"],
+            r"train\.masks: got online with train\.loss\.reference=true, expected stored",
+        ),
+    ],
+)
+def test_objectives_that_do_not_fit_their_loss(settings, message):
+    with pytest.raises(UsageError, match=message):
+        find_stage("train").check(load_config(settings))
+
+
+def test_what_the_reward_depends_on_must_not_change(tiny, records, run_folder):
+    train_module.train(records, load_model(tiny), config("train.steps=2"), out=run_folder)
+    (run_folder / "train" / "done.json").unlink()
+    changed = [{**record, "question": record["question"][:1]} for record in records]
+    for given, overrides in (
+        (records, ["images.temperature=0.5"]),
+        (records, ["score.reward=dual"]),
+        (changed, []),
+    ):
+        with pytest.raises(OspoError, match="other settings or other pairs"):
+            train_module.train(given, load_model(tiny), config("train.steps=2", *overrides), out=run_folder)
+    settings = find_stage("train").result_settings(config())
+    assert {"images.temperature", "score.reward"} <= settings.keys()
+    assert not {"images.temperature", "score.reward"} & find_stage("train").result_settings(load_config()).keys()
+
+
+def test_a_model_that_cannot_judge_is_refused_before_anything(tiny):
+    model = load_model(tiny)
+    model.check_chat = lambda: (_ for _ in ()).throw(OspoError("cannot chat"))
+    find_stage("train").check_model(model, load_config(["train.lora_rank=4"]))
+    with pytest.raises(OspoError, match="cannot chat"):
+        find_stage("train").check_model(model, config())
 
 
 def test_wrong_group_size():

@@ -75,7 +75,9 @@ def test_the_best_and_the_lowest_of_the_own_images():
     wrong = item({0: [-0.2], 1: [-0.9], 2: [0.1]}, {})
     assert select_pair(wrong, "v3", settings=lowest) is None  # none passes
     assert select_pair(wrong, "best", settings=lowest)["chosen"] == "b2.png"
-    assert select_pair(item({0: [0.7], 1: [0.7]}, {}), "best", settings=lowest) is None  # none is lower
+    equal = item({0: [0.7], 1: [0.7]}, {})
+    assert select_pair(equal, "best", settings=lowest) is None  # none is lower
+    assert select_pair(equal, "v3", settings=lowest)["chosen"] == "b0.png"  # both are right, and SFT can take one
     assert select_pair(item({0: [0.7]}, {0: [-0.9]}), "best", settings=lowest) is None
 
 

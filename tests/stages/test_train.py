@@ -109,7 +109,7 @@ def test_trainings_of_older_versions_are_known_by_the_same_digest():
     found = {}
     for preset in ("full", "grpo"):
         settings = load_config([f"preset={preset}", "train.steps=7"])
-        examples = [SimpleNamespace(pair_id=name) for name in ("0000001", "0000001-1")]
+        examples = [SimpleNamespace(identity=name) for name in ("0000001", "0000001-1")]
         trainer = SimpleNamespace(settings=settings.train, config=settings, examples=examples, held_out=[])
         found[preset] = train_module.Trainer._digest_of(trainer, 7, [])
     assert found["full"] == "5649e64039a15b2c"
