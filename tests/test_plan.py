@@ -192,6 +192,20 @@ def test_held_out_pairs_and_samples_are_planned() -> None:
     assert 1 + 20 / 14 / 3 < floors[1] / floors[0] < 1 + 20 / 14 / 2
 
 
+def test_what_other_methods_take_is_planned() -> None:
+    def train(*settings: str) -> dict[str, Any]:
+        made = rows(plan.make_plan(config(*settings, "train.steps=7", "train.eval_every=0", model=PRO_7B), items=10))
+        assert set(made) >= {"prompts", "questions", "train"}
+        assert ("images" in made) == ("method=grpo" not in settings)
+        return made["train"]["amounts"]
+
+    few = ("train.batch_size=2", "train.accumulation=1")
+    pairs = math.ceil(10 * plan.Ratios().kept)
+    assert train("method=dpo", *few) == {"pair": 14, "reference pair": pairs}
+    images = {f"{kind} image": 7 * 2 * 5 for kind in ("trained", "generated", "scored")}
+    assert train("method=grpo", "train.group_size=5", *few) == images
+
+
 def test_the_table_names_floors_sources_and_what_exceeds_the_card() -> None:
     text = plan.render(plan.make_plan(config(model=PRO_7B), items=16000, gpus=8, card=find_card("l4")))
     assert "on 8 l4, 16,000 items" in text

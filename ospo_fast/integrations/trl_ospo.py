@@ -64,8 +64,8 @@ class OSPOTrainer(CPOTrainer):
             )
         if self.ospo_loss.config.reference:
             raise UsageError(
-                "OSPOTrainer: loss_config has reference=True, expected False, because rows hold no log-probabilities of a "
-                "reference model; use TRL's DPOTrainer or call OSPOLoss in a training loop of your own"
+                "OSPOTrainer: loss_config has reference=True, expected False, because rows hold no log-probabilities "
+                "of a reference model; use TRL's DPOTrainer or call OSPOLoss in a training loop of your own"
             )
 
     def tokenize_row(self, feature: Any, model: Any = None) -> Any:

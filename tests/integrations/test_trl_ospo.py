@@ -170,6 +170,8 @@ def test_what_is_refused(make: Any, build: Any) -> None:
         make(OSPOTrainer, text(), loss_type="sigmoid")
     with pytest.raises(UsageError, match=r"cond_weight 0\.5, expected 0"):
         make(OSPOTrainer, text(), loss_config=ospo_fast.OSPOLossConfig.preset("full"))
+    with pytest.raises(UsageError, match="reference=True, expected False"):
+        make(OSPOTrainer, text(), loss_config=ospo_fast.OSPOLossConfig.preset("dpo"))
     trainer = make(OSPOTrainer, text(), build("Gemma2", head_dim=8, final_logit_softcapping=3.0))
     with pytest.raises(OpError, match=r"caps them at 3\.0, expected neither"):
         trainer.get_batch_loss_metrics(trainer.model, first_batch(trainer))

@@ -238,4 +238,5 @@ def test_the_card_names_the_method(method, says, paper):
     assert f"# {name.upper()} adapter for shapes" in text
     assert name in ModelCard(text).data.tags
     assert ("\n1 different prompts." in text) == (method == "grpo")
+    assert ("| images of a prompt in a step | 8 |" in text) == (method == "grpo")
     assert ("1 pairs of images of 1 different prompts." in text) == (method != "grpo")
