@@ -1,6 +1,9 @@
 """Pretrain a model of a Shapes world that ships with the package.
 
     python bench/pretraining/pretrain.py --out DIR [--world shapes-large]
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 bench/pretraining/pretrain.py --out DIR …
+
+Two processes share the batches of the third part, which more threads do not make faster.
 
 Three parts, all from one seed:
 
@@ -18,8 +21,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +46,7 @@ from tasks import (
 from ospo_fast.errors import OspoError
 from ospo_fast.shapes.model import build_model, build_processor
 from ospo_fast.shapes.scenes import WORLDS
+from ospo_fast.stages.parallel import Ranks
 
 if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration
@@ -59,19 +65,25 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
 
     Raises OspoError if `out` holds a run with another recipe, or cannot be written.
     """
-    _check_recipe(out, recipe)
+    ranks = Ranks()
+    ranks.first(lambda: _check_recipe(out, recipe))
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     world = WORLDS[recipe.world]
     model, processor = build_model(recipe.seed, world), build_processor(world)
-    seconds = _train_codes(model, out / "codes.pt", recipe)
+    seconds = ranks.first_alone(lambda: _train_codes(model, out / "codes.pt", recipe))
     state_path, clock = out / "state.pt", time.monotonic()
-    if not state_path.exists():
-        accuracy = vision_encoder.train(model, steps=recipe.vision_encoder_steps, seed=recipe.seed)
+    if not ranks.first(state_path.exists):
+        accuracy = ranks.first(lambda: vision_encoder.train(model, steps=recipe.vision_encoder_steps, seed=recipe.seed))
         logger.info("vision encoder: %s", accuracy)
+        if ranks.size > 1:
+            for tensor in model.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
     data = TrainingData(model, processor, recipe)
-    seconds += _train_tasks(model, data, state_path, recipe, checkpoint_every, clock)
+    seconds += _train_tasks(model, data, state_path, recipe, checkpoint_every, clock, ranks)
+    if ranks.rank > 0:
+        return
     clock = time.monotonic()
     quality = codebook.polish(model, steps=recipe.polish_steps, seed=recipe.seed, batch=recipe.codes_batch)
     seconds += time.monotonic() - clock
@@ -86,6 +98,7 @@ def run(out: Path, recipe: Recipe, *, checkpoint_every: int = 250) -> None:
         "minutes": round(seconds / 60, 1),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": ranks.size,
     }
     (folder / "pretraining.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     logger.info("saved %s: %s", folder, summary)
@@ -171,8 +184,12 @@ def _train_tasks(
     recipe: Recipe,
     checkpoint_every: int,
     clock: float,
+    ranks: Ranks,
 ) -> float:
     """Train everything except the VQ model on all tasks, with the state in `path`.
+
+    Each process has a part of the rows of every batch. Gradients are means over the processes: those of losses whose
+    parts have other numbers of tokens differ a little from those of one process.
 
     Returns the seconds of all its runs; this one started at `clock`.
     """
@@ -201,12 +218,17 @@ def _train_tasks(
             group["lr"] = group["peak"] * scale
         for parameter in parameters:
             parameter.grad = None
-        images = image_loss(model, *data.image_batch(step))
+        image_batch, question_batch, text_batch = (
+            tuple(rows[ranks.rank :: ranks.size] for rows in batch)
+            for batch in (data.image_batch(step), data.question_batch(step), data.text_batch(step))
+        )
+        images = image_loss(model, *image_batch)
         images.backward()
-        questions, accuracy, located = question_loss(model, localization, data.question_batch(step))
+        questions, accuracy, located = question_loss(model, localization, question_batch)
         questions.backward()
-        texts = text_loss(model, *data.text_batch(step))
+        texts = text_loss(model, *text_batch)
         (0.5 * texts).backward()
+        _average_gradients(parameters, ranks)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -221,13 +243,24 @@ def _train_tasks(
             clock = time.monotonic()
             states = [optimizer.state_dict() for optimizer in optimizers]
             state = {"model": model.state_dict(), "pointer": localization.state_dict(), "optimizers": states}
-            _save({**state, "step": step + 1, "seconds": seconds}, path)
-        if (step + 1) % 1000 == 0:
+            ranks.first(partial(_save, {**state, "step": step + 1, "seconds": seconds}, path))
+        if (step + 1) % 1000 == 0 and ranks.rank == 0:
             model.eval()
             logger.info("answers after step %d: %s", step + 1, answer_accuracy(model, data, seed=recipe.seed))
             model.train()
     model.eval()
     return seconds
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter], ranks: Ranks) -> None:
+    """Let every process have the mean of the gradients of all."""
+    if ranks.size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.div_(ranks.size).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def main() -> None:
@@ -239,7 +272,10 @@ def main() -> None:
         if name != "world":
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
     arguments = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(asctime)s %(message)s")
     out = arguments.pop("out")
     torch.set_flush_denormal(True)  # denormal moments of Adam are slow on CPUs
     try:
