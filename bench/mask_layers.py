@@ -100,7 +100,11 @@ class Pairs:
         return self.compare([cells.reshape(self.model.grid) for cells in shuffled])
 
 
-def run(out: Path, quick: bool, world: str = "shapes") -> None:
+def run(out: Path, quick: bool) -> None:
+    _measure(out, quick, "shapes")
+
+
+def _measure(out: Path, quick: bool, world: str) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = load_config([f"model={world}", f"out={folder}", *([QUICK] if quick else [])], family=world)
@@ -136,4 +140,4 @@ if __name__ == "__main__":
     parser.add_argument("--world", choices=MODEL_FILES, default="shapes")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
-    run(options.out, False, options.world)
+    _measure(options.out, False, options.world)
