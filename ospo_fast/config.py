@@ -287,8 +287,8 @@ class SelectConfig(Section):
     )
     rejected: str = setting(
         "negative",
-        "Rejected image: of a hard negative; the worst own image with a wrong answer (own; a hard negative if there is "
-        "none, and by rule random); or the own image of the lowest score, right or wrong (lowest).",
+        "Rejected image: of a hard negative (by rule random always); the worst own image with a wrong answer (own; a "
+        "hard negative if there is none); or the own image of the lowest score, right or wrong (lowest).",
         one_of("negative", "own", "lowest"),
     )
     rejected_prompt: str = setting(

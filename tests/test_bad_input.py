@@ -65,7 +65,7 @@ def run_folder(scripted, tiny, tmp_path_factory):
 
 
 def test_settings_of_a_file(refused, tiny):
-    known = "one of v1, v2, v3, full, official, got 'v9'"
+    known = "one of v1, v2, v3, full, official, dpo, sft, suder, grpo, got 'v9'"
     refused(2, known, "run", "--config", "c.yaml", files={"c.yaml": "preset: v9"})
 
 

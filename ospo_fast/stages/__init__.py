@@ -287,10 +287,8 @@ def _check_score(config: Config) -> None:
 
 
 def _check_select(config: Config) -> None:
-    rule, rejected, reward = config.select.rule, config.select.rejected, config.score.reward
-    if rule == "random" and rejected == "lowest":
-        raise UsageError("select.rejected: got lowest with select.rule=random, expected negative; or use rule=best.")
-    if reward == "dual" and rule not in ("best", "random"):
+    rule = config.select.rule
+    if config.score.reward == "dual" and rule not in ("best", "random"):
         raise UsageError(
             f"select.rule: got {rule} with score.reward=dual, expected best: {rule} filters by answers, and there are "
             "none; or use score.reward=vqa."

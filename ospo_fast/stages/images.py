@@ -155,5 +155,5 @@ def failure(record: Record) -> Failure | None:
     prompts = record.get("long_prompt") or []
     if len(prompts) != len(record.get("negative_long_prompt") or []):
         return Failure(record["variant_reasons"][0] or "the variants lack prompts")
-    reasons = (reason for prompt, reason in zip(prompts, record["variant_reasons"], strict=True) if prompt)
+    reasons = (record["variant_reasons"][variant] for variant, prompt in enumerate(prompts) if prompt)
     return next((Failure(reason) for reason in reasons if reason), None)

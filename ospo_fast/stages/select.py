@@ -144,7 +144,7 @@ def _select(
     logprobs: LogProbs | None,
 ) -> Pair | Failure:
     variants = image_variants(record)
-    if settings.rejected == "lowest":
+    if settings.rejected == "lowest" and rule != "random":
         return _lowest_pair(record, rule, settings)
     if settings.rejected == "own" and rule != "random" and isinstance(pair := _own_pair(record, rule, settings), dict):
         return pair

@@ -79,6 +79,7 @@ def test_the_best_and_the_lowest_of_the_own_images():
     assert select_pair(equal, "best", settings=lowest) is None  # none is lower
     assert select_pair(equal, "v3", settings=lowest)["chosen"] == "b0.png"  # both are right, and SFT can take one
     assert select_pair(item({0: [0.7]}, {0: [-0.9]}), "best", settings=lowest) is None
+    assert select_pair(item({0: [0.7]}, {0: [-0.9]}), "random", 0, settings=lowest)["rejected"] == "n0.png"
 
 
 @pytest.mark.usefixtures("omegaconf")

@@ -170,5 +170,5 @@ def test_files_as_editors_save_them(load):
 
 @pytest.mark.parametrize("name", ["", "..", "none", "a\0b", "a" * 5000])
 def test_names_of_no_template_set(name):
-    with pytest.raises(UsageError, match="expected one of janus, shapes, or the path of a YAML file"):
+    with pytest.raises(UsageError, match="expected one of janus, shapes, shapes-large, or the path of a YAML file"):
         load_templates(name)
