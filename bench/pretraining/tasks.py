@@ -89,9 +89,9 @@ RECIPES = {
         codes_batch=16,
         polish_steps=1000,
         vision_encoder_steps=800,
-        steps=5000,
-        image_sequences=28,
-        question_images=14,
+        steps=8000,
+        image_sequences=18,
+        question_images=24,
         dtype="float16",
     ),
 }

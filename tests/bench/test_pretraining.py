@@ -1,6 +1,9 @@
 """Pretraining of the Shapes model: its data, its losses, and resuming."""
 
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import codebook
@@ -11,6 +14,7 @@ import tasks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tasks import Recipe, TrainingData
 
 from ospo_fast.errors import OspoError
@@ -29,6 +33,7 @@ from ospo_fast.shapes.scenes import (
     random_scene,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Recipe(
     codes_steps=2,
     vision_encoder_steps=2,
@@ -265,3 +270,22 @@ def test_answers_about_locations_are_true(seed: int, pair: bool) -> None:
         assert question[1] == f"{across} {along}".strip()
     else:
         assert question[1] == {place: word for word, place in PLACES.items()}[row, column]
+
+
+def test_two_processes_share_the_batches(tmp_path: Path) -> None:
+    """The means of losses over parts with other numbers of tokens differ a little from those of one process."""
+    options = [
+        f"--{name.replace('_', '-')}={getattr(TINY, name)}" for name in asdict(TINY) if name not in ("world", "dtype")
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    weights = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        out = tmp_path / str(len(weights))
+        command = [sys.executable, *launcher, ROOT / "bench/pretraining/pretrain.py", "--out", out, *options]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        weights.append(load_file(out / "checkpoint" / "model.safetensors"))
+    one, two = weights
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=0.05, msg=lambda m, n=name: f"{n}: {m}")
+    assert not all(torch.equal(two[name], tensor) for name, tensor in one.items())

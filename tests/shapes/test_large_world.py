@@ -10,7 +10,7 @@ import pytest
 from ospo_fast import models
 from ospo_fast.cli import main
 from ospo_fast.config import load_config, model_family
-from ospo_fast.errors import UsageError
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.shapes import demo, evaluate, grammar
 from ospo_fast.shapes.checker import UNKNOWN, detect, matches, satisfies
@@ -197,3 +197,9 @@ def test_a_model_of_no_world_is_refused(omegaconf: Any) -> None:
 
     with pytest.raises(UsageError, match=r"org/janus is of no Shapes world; use 'shapes', 'shapes-large'"):
         evaluate.world_of(Other())
+
+
+def test_the_checkpoint_is_to_be_made() -> None:
+    if not (models._EMBEDDED["shapes-large"] / "config.json").is_file():
+        with pytest.raises(OspoError, match=r"shapes-large is not part of this version; make one by `python bench/pre"):
+            models.find_model("shapes-large")
