@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MINORS = ("3.10", "3.11", "3.12", "3.13")
-LIMIT_MB = 13
+LIMIT_MB = 9
 
 
 def run(*command: str | Path, **env: str) -> None:

@@ -44,6 +44,7 @@ from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.checker import UNKNOWN, detect
 from ospo_fast.shapes.scenes import SHAPES_WORLD, WORLDS, World, write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES, STAGES
+from ospo_fast.stages.train_settings import loss_config
 from ospo_fast.stats import standard_error
 
 SEEDS = (42, 43, 44)
@@ -52,6 +53,9 @@ DENSE = 120  # test prompts with scenery of each kind
 PER_KIND = 150  # test prompts of each headline kind, or all if there are fewer
 SHARED = STAGE_NAMES[: STAGE_NAMES.index("select")]
 LATER = ("preset", *STAGE_NAMES[len(SHARED) :])  # sections of the configuration that do not affect the shared stages
+
+
+LIKELIEST = "select.rule=likeliest"  # which the stage score depends on, too
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Variant:
     @property
     def shared(self) -> tuple[str, ...]:
         """Return the settings that stages 1 to 4 depend on."""
-        return tuple(s for s in self.settings if s.split("=")[0].split(".")[0] not in LATER)
+        return tuple(s for s in self.settings if s == LIKELIEST or s.split("=")[0].split(".")[0] not in LATER)
 
 
 PUBLISHED = (  # settings of pairs and loss; optimizer, LoRA and guidance of the images stay those of the demo
@@ -83,7 +87,12 @@ PUBLISHED = (  # settings of pairs and loss; optimizer, LoRA and guidance of the
     "select.pairs=1",
     "train.guidance_scale=1",
 )
-GROUPS = ("train.batch_size=8", "train.group_size=8", "train.kl_weight=0", "train.steps=181")  # images of the demo
+GROUPS = (
+    "train.batch_size=8",
+    "train.loss.group_size=8",
+    "train.loss.kl_weight=0",
+    "train.steps=181",
+)  # images of the demo
 LONGER = "train.steps=470"
 TABLE = (
     Variant("demo"),
@@ -126,7 +135,7 @@ METHODS = (
     Variant("OSPO full", ("preset=full",)),
     Variant("DPO", ("preset=dpo",)),
     Variant("SFT on best images", ("preset=sft",)),
-    Variant("SUDER", ("preset=suder", "score.reward=dual")),
+    Variant("SUDER", ("preset=suder", LIKELIEST)),
     Variant("GRPO", ("preset=grpo", *GROUPS)),
     # As many operations as the demo, whose step has the conditional term and thus 1.34 times those of the others. A
     # step of SFT runs the rejected images for their metrics alone: they do not count.
@@ -134,7 +143,7 @@ METHODS = (
     Variant("OSPO v3, equal compute", ("preset=v3", LONGER)),
     Variant("DPO, equal compute", ("preset=dpo", LONGER)),
     Variant("SFT on best images, equal compute", ("preset=sft", "train.steps=940")),
-    Variant("SUDER, equal compute", ("preset=suder", "score.reward=dual", LONGER)),
+    Variant("SUDER, equal compute", ("preset=suder", LIKELIEST, LONGER)),
     Variant("GRPO, equal compute", ("preset=grpo", *GROUPS[:-1], "train.steps=203")),
 )
 NO_MASK = "no mask"  # the variant that the others are compared with, prompt by prompt
@@ -402,9 +411,8 @@ def _budget(config: Config, folders: Sequence[Path]) -> dict[str, float]:
     needed = [stage.name for stage in STAGES if stage.in_run(config) and stage.enabled(config)]
     metrics = stage_metrics(*folders)
     images = int(metrics["images"].get("images") or 0) if "images" in needed else 0
-    if config.train.objective == "grpo":
-        train = config.train
-        images = metrics["train"]["items"] * train.batch_size * train.accumulation * train.group_size
+    if group := loss_config(config).group_size:
+        images = metrics["train"]["items"] * config.train.batch_size * config.train.accumulation * group
     return {"train_images": images, "tflop": round(sum(metrics[name].get("flops") or 0 for name in needed) / 1e12, 2)}
 
 

@@ -58,13 +58,9 @@ _OUR_MASKS = {"match": "offsets", "nouns": "concepts", "skip_layers": 5}
 _OFFICIAL_MASKS = {"match": "substring", "nouns": "spacy", "skip_layers": [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]}
 
 
-def _preset(
-    rule: str, rejected: str, masks: dict[str, Any], train: dict[str, Any], **method: str
-) -> dict[str, dict[str, Any]]:
+def _preset(rule: str, rejected: str, masks: dict[str, Any], train: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what a preset sets apart from the loss. All set the same keys, so that one can replace another."""
-    pairs = {"select": {"rule": rule, "rejected": rejected}, "masks": masks}
-    training = {**train, "objective": method.get("objective", "preference")}
-    return {"score": {"reward": method.get("reward", "vqa")}, **pairs, "train": training}
+    return {"select": {"rule": rule, "rejected": rejected}, "masks": masks, "train": train}
 
 
 _MASKED, _UNMASKED = {"enabled": True, **_OUR_MASKS}, {"enabled": False, **_OUR_MASKS}
@@ -77,8 +73,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Other methods on the same engine; docs/methods.md has their sources, and where they differ from them.
     "dpo": _preset("best", "lowest", _UNMASKED, _WITHOUT_DROPOUT),
     "sft": _preset("v3", "lowest", _UNMASKED, _OFFICIAL_TRAINING),
-    "suder": _preset("best", "lowest", _UNMASKED, _OFFICIAL_TRAINING, reward="dual"),
-    "grpo": _preset("v3", "lowest", _UNMASKED, _WITHOUT_DROPOUT, objective="grpo"),
+    "suder": _preset("likeliest", "lowest", _UNMASKED, _OFFICIAL_TRAINING),
+    "grpo": _preset("v3", "lowest", _UNMASKED, _WITHOUT_DROPOUT),
 }
 # What the values of a model family do not change, where a preset is named: all of an official run, whose point is to
 # differ from what is best for a family, and what makes another method, apart from its optimizer.
@@ -90,6 +86,7 @@ OVER_FAMILY = {"official": PRESETS["official"]} | {
     for name in ("dpo", "sft", "suder", "grpo")
 }
 
+_INTEGERS = ("mask_blur", "group_size")  # of the loss
 # Fields that the config.yaml of an older run may hold: the value that equals today's behavior. None: any value does.
 _REMOVED = {
     "prompts.chunk": None,
@@ -267,12 +264,6 @@ class ScoreConfig(Section):
         "Model that answers, a unified one or any vision-language model of transformers. null: the run's own.",
         MODEL,
     )
-    reward: str = setting(
-        "vqa",
-        "Score of an image: the mean margin of the answers to the questions (vqa), or the mean log-probability of the "
-        "tokens of its prompt as a caption of it (dual).",
-        one_of("vqa", "dual"),
-    )
 
 
 @dataclass
@@ -281,9 +272,9 @@ class SelectConfig(Section):
 
     rule: str = setting(
         "v3",
-        "Filter of the pairs: that of the published version v3 or v2; none, and the highest score is chosen (best); or "
-        "none, and any pair (random).",
-        one_of("v3", "v2", "best", "random"),
+        "Filter of the pairs: that of the published version v3 or v2; none, and the highest score is chosen, that of "
+        "answers (best) or the log-probability of the prompt as a caption (likeliest); or none, and any pair (random).",
+        one_of("v3", "v2", "best", "likeliest", "random"),
     )
     rejected: str = setting(
         "negative",
@@ -377,17 +368,6 @@ class TrainConfig(Section):
         "Object masks of the masks stage, or of the current policy, from the training forward.",
         one_of("stored", "online"),
     )
-    objective: str = setting(
-        "preference",
-        "What trains: the loss of preference pairs, or GRPO on groups of images that are generated in each step.",
-        one_of("preference", "grpo"),
-    )
-    group_size: int = setting(
-        8, "Images of a prompt in a step of GRPO.", expect("2 or more", lambda value: value >= 2) | up_to(10**4)
-    )
-    kl_weight: float = setting(
-        0.01, "Weight of the KL divergence from the model before training, in GRPO; 0: none.", AT_LEAST_0
-    )
     full: bool = setting(
         False, "Train all weights of the language model but its text embeddings, instead of LoRA matrices."
     )
@@ -480,7 +460,7 @@ class TrainConfig(Section):
             if type(value) in (int, float, str) and name != "normalize":
                 with contextlib.suppress(ValueError):  # 5, 5.0 and "5" are the same setting
                     number = float(value)
-                    self.loss[name] = int(number) if name == "mask_blur" and number.is_integer() else number
+                    self.loss[name] = int(number) if name in _INTEGERS and number.is_integer() else number
         try:
             OSPOLossConfig(**self.loss)
         except UsageError as error:

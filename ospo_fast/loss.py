@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from ospo_fast.errors import OpError
+from ospo_fast.errors import OpError, UsageError
 from ospo_fast.loss_config import OSPOLossConfig
 from ospo_fast.ops import IGNORE_INDEX, Head, preference_loss, sequence_logprobs, token_logprobs, token_weights
 from ospo_fast.ops._dispatch import describe, result_dtype
@@ -67,6 +67,11 @@ class OSPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config or OSPOLossConfig()
+        if self.config.group_size:
+            raise UsageError(
+                f"OSPOLoss: the config has group_size {self.config.group_size}, expected 0, because this loss is of "
+                "pairs; train by GRPO with `ospo-fast run method=grpo`"
+            )
         self.chunk_rows, self.logits_dtype, self.check_finite = chunk_rows, logits_dtype, check_finite
         self._grouping_checked = False
 

@@ -76,6 +76,13 @@ class OSPOLossConfig:
         5, "Taps of the blur of the masks, in cells of the code grid: 5 in the official code, 1 in the paper.", _TAPS
     )
 
+    group_size: int = setting(
+        0,
+        "Images of a prompt in a step of GRPO, which generates and scores them; 0: pairs train.",
+        expect("0, or 2 to 10000", lambda value: type(value) is int and (value == 0 or 2 <= value <= 10**4)),
+    )
+    kl_weight: float = setting(0.0, "Weight of the KL divergence from the model before training, in GRPO.", _AT_LEAST_0)
+
     def __post_init__(self) -> None:
         for item in fields(self):
             if expected := _unmet(item, getattr(self, item.name)):
@@ -121,5 +128,5 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "sft": {"simpo_weight": 0.0, "sft_weight": 1.0, "mask_alpha": 0.0},
     "suder": {"mask_alpha": 0.0},
-    "grpo": {"simpo_weight": 0.0, "sft_weight": 0.0, "mask_alpha": 0.0},
+    "grpo": {"simpo_weight": 0.0, "sft_weight": 0.0, "mask_alpha": 0.0, "group_size": 8, "kl_weight": 0.01},
 }

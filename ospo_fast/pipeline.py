@@ -1523,13 +1523,17 @@ def changed_setting(saved: Any, settings: dict[str, Any], out: Path) -> tuple[st
     return None
 
 
+# What identifies results, is no setting of its own, and was not recorded by older versions: what they did.
+_UNKNOWN = {"score.reward": "vqa", "questions.inputs": "images"}
+
+
 def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
     """Return a setting of settings.json; for one that an older version did not know, its default."""
     section, _, name = field.partition(".")
     if field in saved:
         found = saved[field]
     else:
-        default = dataclasses.asdict(Config()).get(section, value)
+        default = _UNKNOWN.get(field, dataclasses.asdict(Config()).get(section, value))
         found = default.get(name, value) if isinstance(default, dict) else default
     # Older versions wrote null for every number of the loss that the preset decides.
     return {key: inner for key, inner in found.items() if inner is not None} if isinstance(found, dict) else found

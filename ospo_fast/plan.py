@@ -311,8 +311,8 @@ class _Demands:
             state = 16 * self.trained / (self.gpus if settings.full else 1)
             return self.weights + state + activations + head
 
-        if settings.objective == "grpo":
-            return self._train_groups(pairs * settings.group_size, trained, memory)
+        if group := loss_config(self.config).group_size:
+            return self._train_groups(pairs * group, trained, memory)
         amounts = {"pair": float(pairs)}
         # The first evaluation is before training; held-out pairs are always evaluated at both ends.
         evaluations = math.ceil(steps / settings.eval_every) + 1 if settings.eval_every else 2
@@ -341,18 +341,17 @@ class _Demands:
 
     def _train_groups(self, images: float, pair: float, memory: Callable[[int], float]) -> Demand:
         """Demand of GRPO, which generates, scores and trains on this many images; `pair`: FLOPs of a pair."""
-        settings, shapes = self.config.train, self.shapes
+        loss, shapes = loss_config(self.config), self.shapes
         length = math.ceil(self._image_prompt + shapes.tokens)
         one = partial(shapes.flops, tokens=length, attended=causal(length), codes=shapes.tokens)
-        trained = one(backward=True, trained=False) + (one() if settings.kl_weight > 0 else 0.0)
+        trained = one(backward=True, trained=False) + (one() if loss.kl_weight > 0 else 0.0)
         amounts = {"trained image": images, "generated image": images, "scored image": images}
         derived = {
             "trained image": ("train", "pair", trained / pair),
             "generated image": ("images", "image", 1.0),
             "scored image": ("score", "image", 1.0),
         }
-        groups = 3 if loss_config(self.config).cond_weight > 0 else 2  # sequences that `memory` counts for a pair
-        rows = math.ceil(settings.batch_size * settings.group_size / groups)
+        rows = math.ceil(self.config.train.batch_size * loss.group_size / 2)  # `memory` counts two for each pair
         disk = (2 * 12 + 8) * self.trained + shapes.parameters * self.itemsize
         return Demand(amounts, disk, memory(rows), memory(1), images * trained, derived=derived)
 

@@ -440,9 +440,9 @@ def test_make_wheels_refuses_a_wheel_that_is_too_large(tmp_path: Path, monkeypat
     monkeypatch.setattr(module.sys, "platform", "darwin")  # no auditwheel
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
-    for size, name in ((13_000_000, "small.whl"), (13_000_001, "large.whl")):
+    for size, name in ((9_000_000, "small.whl"), (9_000_001, "large.whl")):
         with (tmp_path / "in" / name).open("wb") as file:
             file.truncate(size)
     assert module.repaired(tmp_path / "in" / "small.whl", tmp_path / "out").name == "small.whl"
-    with pytest.raises(SystemExit, match=r"large\.whl has 13\.0 MB, expected at most 13 MB"):
+    with pytest.raises(SystemExit, match=r"large\.whl has 9\.0 MB, expected at most 9 MB"):
         module.repaired(tmp_path / "in" / "large.whl", tmp_path / "out")

@@ -204,7 +204,7 @@ def test_what_other_methods_take_is_planned() -> None:
     assert 0 < dpo.pop("reference pair") <= 10
     assert dpo == {"pair": 14}
     images = {f"{kind} image": 7 * 2 * 5 for kind in ("trained", "generated", "scored")}
-    assert train("method=grpo", "train.group_size=5", *few) == images
+    assert train("method=grpo", "train.loss.group_size=5", *few) == images
 
 
 def test_the_table_names_floors_sources_and_what_exceeds_the_card() -> None:

@@ -280,19 +280,18 @@ def _check_train(config: Config) -> None:
 
 
 def _check_score(config: Config) -> None:
-    if config.score.reward == "dual":
+    from ospo_fast.stages.train_settings import is_dual
+
+    if is_dual(config):
         from ospo_fast.stages.text_sampling import load_named_templates
 
         load_named_templates(config.model, config).messages("caption")
 
 
-def _check_select(config: Config) -> None:
-    rule = config.select.rule
-    if config.score.reward == "dual" and rule not in ("best", "random"):
-        raise UsageError(
-            f"select.rule: got {rule} with score.reward=dual, expected best: {rule} filters by answers, and there are "
-            "none; or use score.reward=vqa."
-        )
+def _score_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    from ospo_fast.stages.train_settings import reward_name
+
+    return settings | {"score.reward": reward_name(config)}
 
 
 def _check_held_out(config: Config, records: Sequence[Record]) -> None:
@@ -362,8 +361,9 @@ def _train_reads(config: Config, record: Record) -> list[object]:
 
 
 def _on_pairs(config: Config) -> bool:
-    """Return whether training is on pairs, and not on images that it generates itself."""
-    return config.train.objective == "preference"
+    from ospo_fast.stages.train_settings import trains_groups
+
+    return not trains_groups(config)
 
 
 def _questions_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
@@ -459,6 +459,7 @@ STAGES: tuple[Stage, ...] = (
         other_model=lambda config: config.score.model,
         asks_about_images=True,
         check_model=_check_chat,
+        edit_settings=_score_settings,
         check=_check_score,
         needs=needs.score,
         adds=needs.has_score,
@@ -471,7 +472,6 @@ STAGES: tuple[Stage, ...] = (
         inputs=_always("score"),
         in_run=_on_pairs,
         needs_model=_select_needs_model,
-        check=_check_select,
         check_model=_check_asked,
         needs=needs.select,
         adds=needs.has_pair,

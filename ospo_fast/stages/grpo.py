@@ -30,7 +30,7 @@ from ospo_fast.stages.prompt_files import image_prompt_ids
 from ospo_fast.stages.score import Scorer
 from ospo_fast.stages.teacher_forcing import hidden_states, teacher_forced
 from ospo_fast.stages.train import Trainer, autocast
-from ospo_fast.stages.train_settings import loss_config, uses_masks
+from ospo_fast.stages.train_settings import uses_masks
 from ospo_fast.stages.trained_weights import LoraWeights
 from ospo_fast.stages.training_pairs import category_of
 from ospo_fast.work import count
@@ -188,14 +188,14 @@ class GroupTrainer(Trainer):
     @property
     def rows_of_example(self) -> int:
         """See `Trainer`."""
-        return self.settings.group_size
+        return self.loss_config.group_size
 
     def _find_packing(self) -> bool:
         return False
 
     def prepare(self, examples: list[Any], positions: Sequence[int]) -> list[Any]:
         """Return the prompts with images of the policy of now, and their rewards."""
-        settings, size = self.settings, self.settings.group_size
+        settings, size = self.settings, self.loss_config.group_size
         # By the position in the step, because a step can have a prompt twice.
         seeds = [
             stable_hash(self.config.seed, "rollout", self.step, position, n)
@@ -229,7 +229,8 @@ class GroupTrainer(Trainer):
         ]
 
     def _compute_loss(self, examples: list[Any]) -> GRPOLoss:
-        settings, size, config = self.settings, self.settings.group_size, loss_config(self.config)
+        settings, config = self.settings, self.loss_config
+        size = config.group_size
         codes = torch.cat([group.codes for group in examples])
         with torch.no_grad():
             batch = teacher_forced(self.model, [group.ids for group in examples for _ in range(size)], codes)
@@ -245,7 +246,7 @@ class GroupTrainer(Trainer):
 
         with autocast(self.model, settings):
             reference = None
-            if settings.kl_weight > 0:
+            if config.kl_weight > 0:
                 with torch.no_grad(), self.weights.before_training():
                     reference = logps(hidden_states(self.model, batch.embeds, positions=batch.positions))
             hidden, masks = self._forward(batch, columns)
@@ -257,7 +258,7 @@ class GroupTrainer(Trainer):
             weights = spread_weights(torch.cat(grids, 1), present)
         count(codes=len(codes) * image_layout(self.model).codes, backward=torch.is_grad_enabled())
         rewards = torch.stack([group.rewards for group in examples]).to(own.device)
-        return grpo_loss(own, present, rewards, weights=weights, reference=reference, kl_weight=settings.kl_weight)
+        return grpo_loss(own, present, rewards, weights=weights, reference=reference, kl_weight=config.kl_weight)
 
     def _pair_metrics(self, examples: Sequence[Any], output: Any) -> Iterator[tuple[str, str, float]]:
         for group, reward in zip(examples, output.rewards.tolist(), strict=True):

@@ -14,6 +14,7 @@ from ospo_fast.errors import attempt
 from ospo_fast.models.families import FAMILIES
 from ospo_fast.records import ItemPair
 from ospo_fast.stages.extension import Extension
+from ospo_fast.stages.train_settings import is_dual, loss_config, trains_groups
 from ospo_fast.versions import run_versions
 
 # Whose images the pairs are of.
@@ -144,7 +145,7 @@ def model_card(
     change = "another language model" if full else "a LoRA adapter of its language model merged into it"
     kind = f"A LoRA adapter of the language model of {_code(base)}" if adapter else f"{_code(base)} with {change}"
     method, papers = _METHODS.get(config.preset, (_OSPO, None))
-    origin = "all of the base model" if config.train.objective == "grpo" else _origin_of(config, own)
+    origin = "all of the base model" if trains_groups(config) else _origin_of(config, own)
     name = "OSPO" if papers is None else config.preset.upper()
     sections = {
         f"{name} {'adapter for' if adapter else 'model from'} {base}": (
@@ -240,7 +241,7 @@ def _data(config: Config, pairs: Sequence[ItemPair], own: bool) -> str:
     examples = "\n".join(f"- {_code(prompt)}" for prompt in prompts[:EXAMPLES])
     source = " The prompts are those of a file, not of the model." if own and config.prompts.file is not None else ""
     number, unit = f"{len(pairs)} pairs of images of {len(prompts)}", "Pairs"
-    if config.train.objective == "grpo":
+    if trains_groups(config):
         number, unit = str(len(prompts)), "Prompts"
     return (
         f"{number} different prompts.{source}\n\n"
@@ -255,11 +256,11 @@ def _settings(config: Config, steps: int, extensions: Sequence[Extension]) -> st
         "preset": config.preset,
         "seed": config.seed,
         "steps": steps,
-        "prompts of a step" if train.objective == "grpo" else "pairs of a step": train.batch_size * train.accumulation,
+        "prompts of a step" if trains_groups(config) else "pairs of a step": train.batch_size * train.accumulation,
         "learning rate": f"{train.learning_rate:g}, {train.schedule}{added}",
         **({"trained weights": "all of the language model but its text embeddings"} if train.full else _lora(train)),
         "guidance scale of training": f"{train.guidance_scale:g}",
-        **(_grpo(config) if train.objective == "grpo" else {}),
+        **(_grpo(config) if trains_groups(config) else {}),
         "object masks": train.masks if config.masks.enabled else "none",
         **{f"loss: {name}": value for name, value in train.loss.items()},
     }
@@ -269,9 +270,9 @@ def _settings(config: Config, steps: int, extensions: Sequence[Extension]) -> st
 
 def _grpo(config: Config) -> dict[str, object]:
     return {
-        "images of a prompt in a step": config.train.group_size,
-        "weight of the KL divergence": f"{config.train.kl_weight:g}",
-        "reward": "margin of its answers" if config.score.reward == "vqa" else "log-probability of the prompt",
+        "images of a prompt in a step": loss_config(config).group_size,
+        "weight of the KL divergence": f"{loss_config(config).kl_weight:g}",
+        "reward": "log-probability of the prompt" if is_dual(config) else "margin of its answers",
         "sampling temperature": f"{config.images.temperature:g}",
     }
 

@@ -86,10 +86,10 @@ def images(config: Config, record: Record) -> Lack | None:
 
 
 def score(config: Config, record: Record) -> Lack | None:
-    """Needs an image and, but for the dual reward, a question."""
+    """Needs an image and, except by rule likeliest, a question."""
     if not has_image(record):
         return _no_image(record)
-    if has_question(record) or config.score.reward == "dual":
+    if has_question(record) or config.select.rule == "likeliest":
         return None
     if reason := record.get("question_reason"):
         return Lack(reason, _again("questions"), recorded=True)
@@ -108,11 +108,11 @@ def _no_image(record: Record) -> Lack:
 
 
 def select(config: Config, record: Record) -> Lack | None:
-    """Needs images and, except by rule random, answers about them or, by rule best, scores of them."""
+    """Needs images and, except by rule random, answers about them or, by rule likeliest, scores of them."""
     found = [verdict for *_, verdict in image_verdicts(record)]
     if not found:
         return _no_image(record)
-    field = "local_score" if config.select.rule == "best" else "answer_metadata"
+    field = "local_score" if config.select.rule == "likeliest" else "answer_metadata"
     if config.select.rule == "random" or any(verdict.get(field) not in (None, []) for verdict in found):
         return None
     reasons = list(dict.fromkeys(reason for verdict in found if (reason := verdict.get("reason"))))

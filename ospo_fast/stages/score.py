@@ -20,6 +20,7 @@ from ospo_fast.records import Answer, ImageVerdict, Record, chunked, image_verdi
 from ospo_fast.stages import StageContext
 from ospo_fast.stages.templates import TemplateSet
 from ospo_fast.stages.text_sampling import chat_ids, load_model_templates
+from ospo_fast.stages.train_settings import is_dual
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +42,7 @@ def run(
 ) -> Iterator[Record]:
     """Add answers and local score to each image of an item.
 
-    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. With `score.reward=dual` it is the mean over the
+    local_score = mean over the questions of p_yes − p_no, in [−1, 1]. By the rule likeliest it is the mean over the
     tokens of the item's prompt of log p(token | image, request for a caption, tokens before): SUDER's reward of
     generation (arXiv 2506.07963). Then there are no answers, and no questions are needed.
 
@@ -53,7 +54,7 @@ def run(
     from ospo_fast.generation import answer_questions
 
     templates = load_model_templates(model, config)
-    if config.score.reward == "dual":
+    if is_dual(config):
         yield from _score_captions(records, model, templates, config, out)
         return
     for part in chunked(records, CHUNK):
@@ -112,8 +113,8 @@ def _score_captions(
 
     if isinstance(model, ChatModel):
         raise UsageError(
-            f"score.model: got {config.score.model!r} with score.reward=dual, expected a unified model, whose "
-            "likelihoods the reward is of; use one, or score.reward=vqa."
+            f"score.model: got {config.score.model!r} with select.rule=likeliest, expected a unified model, whose "
+            "likelihoods the score is of; use one, or select.rule=best."
         )
     request = model.chat(templates.messages("caption"), image=True)
     for chunk in chunked(records, CHUNK):
@@ -153,12 +154,8 @@ class Scorer:
 
     def __init__(self, model: UnifiedModel, config: Config) -> None:
         self.model, self.settings, self.templates = model, config.score, load_model_templates(model, config)
-        self._request = model.chat(self.templates.messages("caption"), image=True) if self._is_dual else None
+        self._request = model.chat(self.templates.messages("caption"), image=True) if is_dual(config) else None
         self._chats: dict[str, Tensor] = {}
-
-    @property
-    def _is_dual(self) -> bool:
-        return self.settings.reward == "dual"
 
     def load(self, prompt: str, questions: list[str]) -> list[str]:
         """Return the questions of a prompt that the model takes. Raises OspoError if its images cannot be scored."""

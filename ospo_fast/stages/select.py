@@ -24,7 +24,8 @@ from ospo_fast.records import (
 from ospo_fast.stages import StageContext
 
 CHUNK = 64  # items between two writes to the store
-RULES = ("v3", "v2", "best", "random")
+RULES = ("v3", "v2", "best", "likeliest", "random")
+BY_SCORE = ("best", "likeliest")  # rules without a filter
 Image = Mapping[str, Any]  # an entry of base_metadata or negative_metadata
 LogProbs = Callable[[Sequence[str]], "Sequence[float] | Failure"]
 
@@ -40,13 +41,13 @@ def base_verdict(image: Image, rule: str = "v3", settings: SelectConfig | None =
     """Decide whether a base image may be chosen.
 
     v3: at least one answer is yes and local_score ≥ threshold. v2: no answer is no and every p_yes − p_no > margin.
-    best: every image with a score. random: always, except for an image that could not be read. By v3 and v2 one without
-    answers may not be chosen.
+    best: every image with answers. likeliest: every image with a score that is not of answers. random: always, except
+    for an image that could not be read. By v3 and v2 one without answers may not be chosen.
     """
     if rule == "random":
         return _unfiltered(image)
-    if rule == "best":
-        return _scored(image)
+    if rule in BY_SCORE:
+        return _scored(image, rule)
     settings, answers = settings or SelectConfig(), _answers(image)
     if not answers:
         return _unanswered(image)
@@ -72,8 +73,8 @@ def negative_verdict(image: Image, rule: str = "v3", settings: SelectConfig | No
     """
     if rule == "random":
         return _unfiltered(image)
-    if rule == "best":
-        return _scored(image)
+    if rule in BY_SCORE:
+        return _scored(image, rule)
     settings, answers = settings or SelectConfig(), _answers(image)
     if not answers:
         return _unanswered(image)
@@ -93,9 +94,13 @@ def _unfiltered(image: Image) -> Verdict:
     return Verdict(False, failed) if failed else Verdict(True, "no filter")
 
 
-def _scored(image: Image) -> Verdict:
-    score = image.get("local_score")
-    return Verdict(False, image.get("reason") or "no score") if score is None else Verdict(True, f"score {score:.2f}")
+def _scored(image: Image, rule: str) -> Verdict:
+    score, answered = image.get("local_score"), bool(_answers(image))
+    if score is None or (rule == "best" and not answered):
+        return _unanswered(image) if rule == "best" else Verdict(False, image.get("reason") or "no score")
+    if rule == "likeliest" and answered:
+        return Verdict(False, "its score is that of answers; run the stage score again")
+    return Verdict(True, f"score {score:.2f}")
 
 
 def _unanswered(image: Image) -> Verdict:
@@ -117,7 +122,7 @@ def select_pair(
         rule: "v3": images filtered by `base_verdict` and `negative_verdict`; pairs are of one variant (see
             `records.image_variants`); the pair of highest base score, the first of equals. "v2": the highest base score
             of all; rejected is the negative whose mean log-probability under the base prompt is nearest to the
-            chosen's. "best": as v3, of all images with a score. "random": any pair of one variant.
+            chosen's. "best", "likeliest": as v3, of all images with a score. "random": any pair of one variant.
         rng: the generator, or its seed, for "random".
         settings: thresholds, and where the rejected image comes from; the published ones by default.
         logprobs: paths → mean log-probability of each image under the base prompt; "v2" needs it where more than one
@@ -145,7 +150,7 @@ def _select(
 ) -> Pair | Failure:
     variants = image_variants(record)
     if settings.rejected == "lowest" and rule != "random":
-        return _lowest_pair(record, rule, settings)
+        return _own_pair(record, rule, settings)
     if settings.rejected == "own" and rule != "random" and isinstance(pair := _own_pair(record, rule, settings), dict):
         return pair
     bases = _passing(_images(record, "base"), partial(base_verdict, rule=rule, settings=settings))
@@ -183,35 +188,24 @@ def _best(images: Mapping[str, Image]) -> Image:
 
 
 def _own_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> Pair | Failure:
-    """The best of the base images, and the worst of the others that `negative_verdict` accepts."""
-    bases = _passing(_images(record, "base"), partial(base_verdict, rule=rule, settings=settings))
-    wrong = _passing(_images(record, "base"), partial(negative_verdict, rule=rule, settings=settings))
-    if not bases:
-        return Failure("no base image passed")
-    best = _best(bases)
-    others = [image for image in wrong.values() if image is not best]
-    if not others:
-        return Failure("no other base image is wrong")
-    return _pair(best, min(others, key=lambda image: float(image["local_score"])))
+    """The best of the base images, and the worst of the others: of the wrong ones, or of all with a score (lowest).
 
-
-def _lowest_pair(record: Mapping[str, Any], rule: str, settings: SelectConfig) -> Pair | Failure:
-    """The best of the base images that the rule accepts, and the one of the lowest score of all others with a score.
-
-    By rule best, whose images nothing else judges, the scores have to differ.
+    By a rule without a filter, where nothing else judges the images, the scores have to differ.
     """
-    scored = {name: image for name, image in _images(record, "base").items() if image.get("local_score") is not None}
-    bases = _passing(scored, partial(base_verdict, rule=rule, settings=settings))
+    images, lowest = _images(record, "base"), settings.rejected == "lowest"
+    bases = _passing(images, partial(base_verdict, rule=rule, settings=settings))
     if not bases:
         return Failure("no base image passed")
     best = _best(bases)
-    others = [image for image in scored.values() if image is not best]
+    wrong = _passing(images, partial(negative_verdict, rule=rule, settings=settings))
+    scored = {name: image for name, image in images.items() if image.get("local_score") is not None}
+    others = [image for image in (scored if lowest else wrong).values() if image is not best]
     if not others:
-        return Failure("there is no other base image with a score")
-    lowest = min(others, key=lambda image: float(image["local_score"]))
-    if rule == "best" and not float(lowest["local_score"]) < float(best["local_score"]):
+        return Failure("there is no other base image with a score" if lowest else "no other base image is wrong")
+    worst = min(others, key=lambda image: float(image["local_score"]))
+    if rule in BY_SCORE and not float(worst["local_score"]) < float(best["local_score"]):
         return Failure("no other base image has a lower score")
-    return _pair(best, lowest)
+    return _pair(best, worst)
 
 
 def _nearest_pair(chosen: Image, negatives: list[Image], logprobs: LogProbs | None) -> Pair | Failure:
@@ -269,7 +263,7 @@ def _select_item(record: Record, model: UnifiedModel | None, config: Config, out
     answered = record.get("question") is None and any(
         image.get("answer_metadata") for *_, image in image_verdicts(record)
     )
-    if not (record.get("question") or answered) and settings.rule not in ("best", "random"):
+    if not (record.get("question") or answered) and settings.rule not in ("likeliest", "random"):
         return {**record, "kept": False, "reason": record.get("question_reason") or "the item has no question"}
     logprobs = None if model is None else partial(_logprobs, record["prompt"], model, config, out)
     rng = random.Random(stable_hash(config.seed, "select", record["item_id"]))

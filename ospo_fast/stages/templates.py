@@ -23,7 +23,7 @@ from ospo_fast.errors import UsageError, check_text
 from ospo_fast.files import read_yaml, yaml_loader
 
 TEMPLATE_NAMES = ("prompts", "perturb", "densify", "questions", "vqa")
-OPTIONAL = ("caption",)  # for score.reward=dual
+OPTIONAL = ("caption",)  # for select.rule=likeliest
 MAX_CHARS = 1_000_000  # of a rendered message
 _FOLDER = Path(__file__).with_name("templates")
 _ROLES = ("system", "user", "assistant")
@@ -96,7 +96,9 @@ class TemplateSet:
         unknown variable or gives more than MAX_CHARS characters, or does what the sandbox forbids.
         """
         if stage not in self._stages:
-            raise UsageError(f"templates: {self._path} has no {stage}, which score.reward=dual needs; add its messages")
+            raise UsageError(
+                f"templates: {self._path} has no {stage}, which select.rule=likeliest needs; add its messages"
+            )
         rendered = []
         for number, message in enumerate(self._stages[stage]["messages"], 1):
             try:

@@ -72,6 +72,7 @@ from ospo_fast.stages.train_settings import (
     loss_config,
     mask_settings,
     reward_settings,
+    trains_groups,
     uses_masks,
 )
 from ospo_fast.stages.trained_weights import FullWeights, LoraWeights
@@ -307,7 +308,8 @@ class Trainer:
         self.parameters: list[Any] = list(self.weights.parameters.values())
         self.extensions = self.ranks.first(lambda: read_extensions(folder))
         self.optimizer, self.schedule = build_optimizer(self.parameters, self.settings, self.extensions)
-        self.loss = OSPOLoss(loss_config(config))
+        self.loss_config = loss_config(config)
+        self.loss: Any = None if self.loss_config.group_size else OSPOLoss(self.loss_config)
         self.forward = self.weights.distribute(self._compute_loss)
         self.packed = self._find_packing()
         self.step = 0
@@ -379,12 +381,12 @@ class Trainer:
     def _compute_loss(self, examples: list[Any]) -> Any:
         """Return the loss of some pairs, and its metrics."""
         settings = self.settings
-        swapped = self.loss.config.cond_weight > 0
+        swapped = self.loss_config.cond_weight > 0
         batch, masks = make_batch(self.model, examples, swapped=swapped, packed=self.packed)
         # Swapped rows take the masks of the chosen.
         columns = [] if self.extractor is None else [example.columns for example in examples] * 2
         reference = None
-        if self.loss.config.reference:
+        if self.loss_config.reference:
             reference = torch.stack([example.reference for example in examples], 1).flatten().to(self.model.device)
         with autocast(self.model, settings):
             hidden, online = self._forward(batch, columns)
@@ -419,7 +421,7 @@ class Trainer:
 
         Each rank computes a part of them.
         """
-        if not self.loss.config.reference:
+        if not self.loss_config.reference:
             return
         batches = list(chunked([*self.examples, *self.held_out], self.settings.batch_size))
 
@@ -523,7 +525,7 @@ class Trainer:
     @property
     def rows_of_example(self) -> int:
         """Sequences of a forward pass for each example."""
-        return 3 if self.loss.config.cond_weight > 0 else 2
+        return 3 if self.loss_config.cond_weight > 0 else 2
 
     def _find_packing(self) -> bool:
         """Return whether sequences are packed without padding, where guidance and online masks do not need it."""
@@ -683,12 +685,8 @@ class Trainer:
         for name in ("save_every", "eval_every", "patience", "early_stopping", "gradient_checkpointing", "max_skipped"):
             settings.pop(name)
         settings.pop("sample_every")
-        # As older versions, which could not hold pairs out, and had one objective.
-        if not self.held_out:
+        if not self.held_out:  # as an older version, which could not hold pairs out
             settings.pop("validation_pairs")
-        if self.settings.objective == "preference":
-            for name in ("objective", "group_size", "kl_weight"):
-                settings.pop(name)
         settings |= mask_settings(self.config) | reward_settings(self.config)
         pairs = [example.identity for example in (*self.examples, *self.held_out)]
         return f"{stable_hash(json.dumps(settings), self.config.preset, self.config.seed, *pairs):x}"
@@ -928,7 +926,7 @@ def train(
 
     """
     context, ranks = context or StageContext(), Ranks()
-    grpo = config.train.objective == "grpo"
+    grpo = trains_groups(config)
     pairs = (select_training_prompts if grpo else select_training_pairs)(records, config)
     extractor = None
     if uses_masks(config) and config.train.masks == "online":

@@ -19,6 +19,16 @@ def loss_config(config: Config) -> OSPOLossConfig:
     return dataclasses.replace(OSPOLossConfig.preset(config.preset), **config.train.loss)
 
 
+def trains_groups(config: Config) -> bool:
+    """Return whether training is by GRPO, on images that it generates itself, and not on pairs."""
+    return loss_config(config).group_size > 0
+
+
+def is_dual(config: Config) -> bool:
+    """Return whether the score of an image is the likelihood of its prompt, and not that of answers."""
+    return config.select.rule == "likeliest"
+
+
 def uses_masks(config: Config) -> bool:
     """Return whether the loss weights tokens by object masks."""
     return config.masks.enabled and loss_config(config).mask_alpha > 0
@@ -52,7 +62,7 @@ def check_early_stopping(train: TrainConfig, evaluation: Any) -> None:
 
 def input_stage(config: Config) -> str:
     """Return the stage whose records training reads."""
-    if config.train.objective == "grpo":
+    if trains_groups(config):
         return "questions"
     return "masks" if uses_stored_masks(config) else "select"
 
@@ -62,8 +72,13 @@ def check_preference(config: Config) -> None:
     loss = loss_config(config)
     if not (loss.simpo_weight or loss.cond_weight or loss.sft_weight):
         raise UsageError(
-            "train.loss: got simpo_weight, cond_weight and sft_weight of 0, expected one above 0 with "
-            f"train.objective=preference (preset {config.preset})."
+            "train.loss: got simpo_weight, cond_weight and sft_weight of 0, expected one above 0 with group_size=0 "
+            f"(preset {config.preset})."
+        )
+    if loss.kl_weight:
+        raise UsageError(
+            f"train.loss.kl_weight: got {loss.kl_weight:g} with group_size=0, expected 0: no group trains; pairs "
+            "have train.loss.reference."
         )
     if loss.reference and uses_masks(config) and config.train.masks == "online":
         raise UsageError(
@@ -74,9 +89,14 @@ def check_preference(config: Config) -> None:
 
 def reward_settings(config: Config) -> dict[str, Any]:
     """Return the settings of other sections that GRPO depends on, and other training does not."""
-    if config.train.objective != "grpo":
+    if not trains_groups(config):
         return {}
-    return {"images.temperature": config.images.temperature, "score.reward": config.score.reward}
+    return {"images.temperature": config.images.temperature, "score.reward": reward_name(config)}
+
+
+def reward_name(config: Config) -> str:
+    """Return how settings of results name the score of an image."""
+    return "dual" if is_dual(config) else "vqa"
 
 
 def check_grpo(config: Config) -> None:
@@ -88,7 +108,7 @@ def check_grpo(config: Config) -> None:
         ("score.model", config.score.model, None, "the model that trains is the judge"),
         ("train.lora_dropout", train.lora_dropout, 0.0, "the policy that trains is the one that generates"),
         *((f"train.loss.{name}", getattr(loss, name), 0.0, "it has no pairs") for name in _OF_PAIRS),
-        ("train.loss.reference", loss.reference, False, "train.kl_weight has its divergence from the reference"),
+        ("train.loss.reference", loss.reference, False, "kl_weight has the divergence from the reference"),
         ("images.top_k", images.top_k, 0, "all codes of the distribution train"),
         ("images.top_p", images.top_p, 1.0, "all codes of the distribution train"),
     ]
@@ -102,7 +122,7 @@ def check_grpo(config: Config) -> None:
         if value != expected:
             expected = "null" if expected is None else str(expected).lower()
             value = str(value).lower() if isinstance(value, bool) else value
-            raise UsageError(f"{key}: got {value} with train.objective=grpo, expected {expected}: {reason}.")
+            raise UsageError(f"{key}: got {value} with group_size={loss.group_size}, expected {expected}: {reason}.")
 
 
 def mask_settings(config: Config) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from ospo_fast.cli import main
 from ospo_fast.config import load_config
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import answer_questions
+from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.models import load_model
 from ospo_fast.pipeline import read_stage
 from ospo_fast.stages import StageContext, find_stage
 from ospo_fast.stages import train as train_module
 from ospo_fast.stages.grpo import EPSILON, GroupTrainer, group_advantages, grpo_loss, load_groups
-from ospo_fast.stages.train import hidden_states
+from ospo_fast.stages.train import hidden_states, loss_config
 from ospo_fast.stages.training_pairs import select_training_prompts
 
 pytestmark = pytest.mark.usefixtures("omegaconf")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("omegaconf")
 
 def config(*overrides):
     small = ["train.steps=4", "train.batch_size=2", "train.save_every=2", "train.lora_rank=4", "train.lora_alpha=8"]
-    small += ["train.accumulation=2", "train.learning_rate=1e-3", "train.group_size=3", "method=grpo"]
+    small += ["train.accumulation=2", "train.learning_rate=1e-3", "train.loss.group_size=3", "method=grpo"]
     return load_config([*small, *overrides])
 
 
@@ -129,7 +130,7 @@ def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, t
 
 
 def test_the_reference_is_the_model_before_training(tiny, records, tmp_path):
-    made = trainer(tiny, records, tmp_path, "train.kl_weight=0.5", "train.learning_rate=3e-2")
+    made = trainer(tiny, records, tmp_path, "train.loss.kl_weight=0.5", "train.learning_rate=3e-2")
     first = made.train_step()
     assert first["kl"] == pytest.approx(0, abs=1e-9)
     assert made.train_step()["kl"] > 1e-7
@@ -166,7 +167,7 @@ def test_token_weights_come_from_the_forward_pass(tiny, records, tmp_path):
     train_module.train(records, load_model(tiny), config("train.steps=2"), out=tmp_path / "plain")
     assert lines(tmp_path / "masked")[0]["reward"] == lines(tmp_path / "plain")[0]["reward"]
     assert lines(tmp_path / "masked")[0]["grad_norm"] != lines(tmp_path / "plain")[0]["grad_norm"]
-    with pytest.raises(UsageError, match=r"train\.masks: got stored with train.objective=grpo, expected online"):
+    with pytest.raises(UsageError, match=r"train\.masks: got stored with group_size=3, expected online"):
         find_stage("train").check(config("masks.enabled=true", "train.loss.mask_alpha=1"))
 
 
@@ -187,14 +188,14 @@ def test_prompts_that_cannot_train_are_reported(tiny, records, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.full=true", "train.full: got true with train.objective=grpo, expected false"),
-        ("train.validation_pairs=3", "train.validation_pairs: got 3 with train.objective=grpo, expected 0"),
-        ("score.model=llava", "score.model: got llava with train.objective=grpo, expected null"),
-        ("train.lora_dropout=0.1", "train.lora_dropout: got 0.1 with train.objective=grpo, expected 0.0"),
-        ("train.loss.sft_weight=2", "train.loss.sft_weight: got 2.0 with train.objective=grpo, expected 0.0"),
-        ("train.loss.reference=true", "train.loss.reference: got true with train.objective=grpo, expected false"),
-        ("images.top_k=5", "images.top_k: got 5 with train.objective=grpo, expected 0"),
-        ("images.top_p=0.9", "images.top_p: got 0.9 with train.objective=grpo, expected 1.0"),
+        ("train.full=true", "train.full: got true with group_size=3, expected false"),
+        ("train.validation_pairs=3", "train.validation_pairs: got 3 with group_size=3, expected 0"),
+        ("score.model=llava", "score.model: got llava with group_size=3, expected null"),
+        ("train.lora_dropout=0.1", "train.lora_dropout: got 0.1 with group_size=3, expected 0.0"),
+        ("train.loss.sft_weight=2", "train.loss.sft_weight: got 2.0 with group_size=3, expected 0.0"),
+        ("train.loss.reference=true", "train.loss.reference: got true with group_size=3, expected false"),
+        ("images.top_k=5", "images.top_k: got 5 with group_size=3, expected 0"),
+        ("images.top_p=0.9", "images.top_p: got 0.9 with group_size=3, expected 1.0"),
     ],
 )
 def test_settings_that_grpo_cannot_follow(setting, message):
@@ -205,7 +206,7 @@ def test_settings_that_grpo_cannot_follow(setting, message):
 
 def test_layers_are_not_chosen_by_pairs():
     masked = ["masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1", "masks.layers=auto"]
-    with pytest.raises(UsageError, match=r"masks\.layers: got auto with train.objective=grpo"):
+    with pytest.raises(UsageError, match=r"masks\.layers: got auto with group_size=3"):
         find_stage("train").check(config(*masked))
 
 
@@ -213,10 +214,10 @@ def test_layers_are_not_chosen_by_pairs():
     ("settings", "message"),
     [
         (
-            ["method=grpo", "train.objective=preference"],
+            ["method=grpo", "train.loss.group_size=0", "train.loss.kl_weight=0"],
             r"train\.loss: got simpo_weight, cond_weight and sft_weight of 0",
         ),
-        (["method=dpo", "train.objective=grpo"], r"train\.loss\.simpo_weight: got 1\.0 with train\.objective=grpo"),
+        (["method=dpo", "train.loss.group_size=3"], r"train\.loss\.simpo_weight: got 1\.0 with group_size=3"),
         (
             ["method=dpo", "masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1"],
             r"train\.masks: got online with train\.loss\.reference=true, expected stored",
@@ -234,7 +235,7 @@ def test_what_the_reward_depends_on_must_not_change(tiny, records, run_folder):
     changed = [{**record, "question": record["question"][:1]} for record in records]
     for given, overrides in (
         (records, ["images.temperature=0.5"]),
-        (records, ["score.reward=dual"]),
+        (records, ["select.rule=likeliest"]),
         (changed, []),
     ):
         with pytest.raises(OspoError, match="other settings or other pairs"):
@@ -252,15 +253,26 @@ def test_a_model_that_cannot_judge_is_refused_before_anything(tiny):
         find_stage("train").check_model(model, config())
 
 
-def test_wrong_group_size():
-    with pytest.raises(UsageError, match=r"train.group_size should be 2 or more, got 1"):
-        config("train.group_size=1")
+def test_wrong_groups():
+    with pytest.raises(UsageError, match=r"train\.loss\.group_size is 1, expected 0, or 2 to 10000"):
+        config("train.loss.group_size=1")
+    with pytest.raises(UsageError, match=r"kl_weight: got 0\.1 with group_size=0, expected 0"):
+        find_stage("train").check(load_config(["train.loss.kl_weight=0.1"]))
+    assert loss_config(config("train.loss.kl_weight=0.1")).kl_weight == 0.1
+    with pytest.raises(UsageError, match="OSPOLoss: the config has group_size 8, expected 0"):
+        OSPOLoss(OSPOLossConfig.preset("grpo"))
 
 
 def test_a_run_needs_prompts_and_questions_alone(tiny, made, tmp_path, scripted, monkeypatch, capsys):
     scripted.install(monkeypatch.setattr)
     counts = "prompts.counts={color1: 2, shape1: 0, color2: 2, 2D_spatial: 0, numeracy1: 0, numeracy2: 0}"
-    small = ["train.steps=2", "train.batch_size=2", "train.group_size=2", "train.accumulation=1", "train.lora_rank=4"]
+    small = [
+        "train.steps=2",
+        "train.batch_size=2",
+        "train.loss.group_size=2",
+        "train.accumulation=1",
+        "train.lora_rank=4",
+    ]
     arguments = ["--model", str(tiny), "--out", str(tmp_path / "run"), "method=grpo", counts, *small]
     assert main(["run", *arguments, "train.eval_every=0", "train.early_stopping=null"]) == 0
     stores = {path.stem for path in (tmp_path / "run").glob("*.jsonl")}

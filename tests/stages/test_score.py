@@ -177,7 +177,7 @@ def test_the_dual_reward_is_the_likelihood_of_the_prompt(tmp_path, model):
     long = {**image_item(tmp_path, "c", ["base_0"], []), "prompt": "a red circle and a " * 90}
     none = {**image_item(tmp_path, "d", [], []), "prompt": "a red circle"}
     items = [good, broken, long, none]
-    done = list(run(items, model, load_config(["score.reward=dual"]), out=tmp_path))
+    done = list(run(items, model, load_config(["select.rule=likeliest"]), out=tmp_path))
     request = model.chat([{"role": "user", "content": "Prompt:"}], image=True)
     ids, offsets = model.image_prompt_offsets("a red circle")
     caption = ids[[n for n, offset in enumerate(offsets) if offset is not None]]
@@ -196,10 +196,10 @@ def test_the_dual_reward_is_the_likelihood_of_the_prompt(tmp_path, model):
 def test_the_dual_reward_needs_a_unified_model_and_its_template(tmp_path, model):
     record = {**image_item(tmp_path, "a", ["base_0"], []), "prompt": "a red circle"}
     judge = ChatModel(str(tiny_chat.save("llava", tmp_path / "judge")))
-    with pytest.raises(UsageError, match=r"score\.model: got .* with score.reward=dual, expected a unified model"):
-        list(run([record], judge, load_config(["score.reward=dual"]), out=tmp_path))
+    with pytest.raises(UsageError, match=r"score\.model: got .* with select\.rule=likeliest, expected a unified model"):
+        list(run([record], judge, load_config(["select.rule=likeliest"]), out=tmp_path))
     path = tmp_path / "mine.yaml"
     text = (Path(templates.__file__).with_name("templates") / "shapes.yaml").read_text()
     path.write_text(text[: text.index("caption:")])
-    with pytest.raises(UsageError, match=r"has no caption, which score\.reward=dual needs; add its messages"):
-        list(run([record], model, load_config(["score.reward=dual", f"templates={path}"]), out=tmp_path))
+    with pytest.raises(UsageError, match=r"has no caption, which select\.rule=likeliest needs; add its messages"):
+        list(run([record], model, load_config(["select.rule=likeliest", f"templates={path}"]), out=tmp_path))

@@ -89,11 +89,20 @@ def test_images_with_a_score_and_no_answers_can_be_selected_by_score_alone():
         del verdict["answer_metadata"]
     record |= {"question": []}
     del record["base_metadata"]["base_2"]["local_score"]
-    (done,) = run([record], None, load_config(["select.rule=best", "select.rejected=lowest", "select.pairs=3"]))
+    (done,) = run([record], None, load_config(["select.rule=likeliest", "select.rejected=lowest", "select.pairs=3"]))
     assert [(pair["chosen"], pair["rejected"]) for pair in done["pairs"]] == [("b1.png", "b3.png")]
     assert [verdict["kept"] for verdict in done["base_metadata"].values()] == [True, True, False, True]
-    (done,) = run([record], None, load_config(["select.rejected=lowest"]))
+    for rule in ("v3", "best"):
+        (done,) = run([record], None, load_config([f"select.rule={rule}", "select.rejected=lowest"]))
+        assert not done["kept"]
+
+
+@pytest.mark.usefixtures("omegaconf")
+def test_scores_of_answers_are_no_likelihoods():
+    record = item({0: [0.2], 1: [0.9]}, {})
+    (done,) = run([record], None, load_config(["select.rule=likeliest", "select.rejected=lowest"]))
     assert not done["kept"]
+    assert "its score is that of answers" in done["base_metadata"]["base_0"]["reason"]
 
 
 @pytest.mark.usefixtures("omegaconf")
@@ -257,7 +266,7 @@ def test_random_is_unfiltered_and_seeded():
 
 
 def test_wrong_rule_and_wrong_names():
-    with pytest.raises(UsageError, match="one of v3, v2, best, random, got 'v4'"):
+    with pytest.raises(UsageError, match="one of v3, v2, best, likeliest, random, got 'v4'"):
         select_pair(GOLDEN[0]["input"], "v4")
     numbered = {"base_metadata": {"base": verdict("b1", 1)}, "negative_metadata": {"negative_0": verdict("n", -1)}}
     with pytest.raises(OspoError, match="base_0"):

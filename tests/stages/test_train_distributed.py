@@ -24,7 +24,7 @@ PLAIN = ["train.lora_dropout=0"]
 MORE = ["train.steps=9", "train.extend=cosine"]
 HELD_OUT = ["train.validation_pairs=5", "train.eval_every=3"]
 DPO = [*PLAIN, "preset=dpo", "train.guidance_scale=1.5"]
-GRPO = [*PLAIN, "preset=grpo", "train.group_size=3", "train.batch_size=1", "train.kl_weight=0.1"]
+GRPO = [*PLAIN, "preset=grpo", "train.loss.group_size=3", "train.batch_size=1", "train.loss.kl_weight=0.1"]
 FEW = [*PLAIN, "train.batch_size=3", "train.accumulation=1"]  # pairs of a step: fewer than processes
 
 
