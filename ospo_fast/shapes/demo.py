@@ -58,8 +58,8 @@ SEEDS_NOTE = (
 )
 GALLERY = 6  # prompts of each headline kind in the gallery
 MAX_LINE = 2**20  # bytes of the first line of a training log
-# bench/results/amd-epyc/demo.jsonl: 358.6 s on an idle machine, where 11588 images took 65.0 s of the images stage.
-DEMO_IMAGES = 358.6 / 65.0 * 11588  # images that could be generated in the time of the default demo
+# bench/results/amd-epyc/demo.jsonl: 316.6 s on an idle machine, where 11588 images took 61.8 s of the images stage.
+DEMO_IMAGES = 316.6 / 61.8 * 11588  # images that could be generated in the time of the default demo
 DEMO_MB = 120  # of its finished run folder, by du -sb
 CALIBRATION = 96  # images: about half a second on that machine
 
