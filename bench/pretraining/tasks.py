@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import JanusForConditionalGeneration, JanusProcessor
 
 CAPTION_WEIGHT = 0.3
-LOCALIZATION_WEIGHT = 1.0
+LOCALIZATION_WEIGHT = 1 / 9  # per cell: a mean over the cells would be too small where most are empty
 LOCALIZATION_LAYER = -3  # of the hidden states: two layers remain to compare and to count
 LOCATION_SHARE = 0.4  # of the questions ask for a location or a relation in words, from which relations are learned
 PROMPT_SHARES = {
@@ -89,9 +89,7 @@ RECIPES = {
         codes_batch=16,
         polish_steps=1000,
         vision_encoder_steps=800,
-        steps=8000,
-        image_sequences=18,
-        question_images=24,
+        steps=6000,
         dtype="float16",
     ),
 }
@@ -371,10 +369,11 @@ class LocalizationHead(nn.Module):
         self.cells = nn.Linear(width, cells)
 
     def loss(self, hidden: Tensor, cells: Tensor) -> Tensor:
-        """Mean binary cross-entropy over names and cells; hidden (B, L, D), cells (B, L) of `question_batch`."""
+        """Binary cross-entropy: sum over cells, mean over names; hidden (B, L, D), cells (B, L) of `question_batch`."""
         named = cells != IGNORE_INDEX
         occupied = (cells[named][:, None] >> torch.arange(self.cells.out_features)) & 1
-        return F.binary_cross_entropy_with_logits(self.cells(self.norm(hidden[named])), occupied.to(hidden.dtype))
+        logits = self.cells(self.norm(hidden[named]))
+        return F.binary_cross_entropy_with_logits(logits, occupied.to(hidden.dtype)) * self.cells.out_features
 
 
 def question_loss(

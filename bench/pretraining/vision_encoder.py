@@ -1,7 +1,7 @@
 """Part 2 of pretraining: the vision encoder and its aligner, by classification of each patch.
 
 Janus starts from a pretrained vision encoder (SigLIP), and so does this model. Without this part the yes-no answers of
-part 3 stay at chance for thousands of steps. The classifiers of color, shape, size, background, row and column are
+part 3 stay at chance for thousands of steps. The classifiers (color, shape, size, background, row, column, look) are
 discarded.
 """
 
@@ -31,7 +31,7 @@ LEARNING_RATE = 1e-3
 def _classes(world: World) -> dict[str, int]:
     """The number of classes of each classifier."""
     grid = world.image_size // PATCH
-    return {
+    classes = {
         "color": len(COLORS) + 1,
         "shape": len(SHAPES) + 1,
         "size": len(world.sizes) + 1,
@@ -39,10 +39,13 @@ def _classes(world: World) -> dict[str, int]:
         "row": grid,
         "column": grid,
     }
+    # A question looks for a color and a shape in one cell. Among 64 cells, features in which the two are separate keep
+    # existence answers at .76 for thousands of steps; with this class they are at .93 after 600.
+    return classes | {"look": len(COLORS) * len(SHAPES) + 1} if world.textured else classes
 
 
 def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Return the class of each patch, (N, patches) int64, by name. Color, shape and size are 0 where no object is."""
+    """Return the class of each patch, (N, patches) int64, by name. 0 of color, shape, size and look is no object."""
     world = scenes[0].world
     span, grid = world.cell // PATCH, world.image_size // PATCH
     labels = {name: np.zeros((len(scenes), grid, grid), np.int64) for name in _classes(world)}
@@ -54,6 +57,8 @@ def patch_labels(scenes: list[Scene]) -> dict[str, Tensor]:
             labels["shape"][patches] = 1 + SHAPES.index(obj.shape)
             labels["size"][patches] = 1 + list(world.sizes).index(obj.size)
         labels["background"][number] = world.backgrounds.index(scene.background)
+    if "look" in labels:
+        labels["look"][:] = np.where(labels["color"], (labels["color"] - 1) * len(SHAPES) + labels["shape"], 0)
     labels["row"][:] = np.arange(grid)[None, :, None]
     labels["column"][:] = np.arange(grid)[None, None, :]
     return {name: torch.from_numpy(values).flatten(1) for name, values in labels.items()}

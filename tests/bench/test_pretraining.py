@@ -12,6 +12,7 @@ import pretrain
 import pytest
 import tasks
 import torch
+import vision_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,8 +22,10 @@ from ospo_fast.errors import OspoError
 from ospo_fast.models import load_model
 from ospo_fast.shapes.model import build_model, build_processor, vocabulary
 from ospo_fast.shapes.scenes import (
+    COLORS,
     LARGE_WORLD,
     PLACES,
+    SHAPES,
     SHAPES_WORLD,
     WORLDS,
     Object,
@@ -235,8 +238,22 @@ def test_the_last_of_64_cells_is_located(large_data: TrainingData) -> None:
     hidden = torch.randn(1, 2, 16)
     occupied = torch.zeros(1, 64)
     occupied[0, [2, 63]] = 1
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(head.cells(head.norm(hidden[:, 1])), occupied)
+    logits = head.cells(head.norm(hidden[:, 1]))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, occupied, reduction="sum")
     torch.testing.assert_close(head.loss(hidden, cells), expected)
+
+
+def test_only_looks_join_color_and_shape() -> None:
+    objects = (Object("red", "circle", "small", (7, 7)), Object("blue", SHAPES[-1], "small", (0, 2)))
+    scene = Scene(objects, "cloudy", world=LARGE_WORLD)
+    labels = vision_encoder.patch_labels([scene])
+    color, shape, look = (labels[name].view(8, 8) for name in ("color", "shape", "look"))
+    assert torch.equal(look > 0, color > 0)
+    assert int((look > 0).sum()) == 2
+    joint = {(c, s): (c - 1) * len(SHAPES) + s for c in range(1, len(COLORS) + 1) for s in range(1, len(SHAPES) + 1)}
+    assert sorted(joint.values()) == list(range(1, vision_encoder._classes(LARGE_WORLD)["look"]))
+    for cell in ((7, 7), (0, 2)):
+        assert look[cell] == joint[int(color[cell]), int(shape[cell])]
 
 
 def test_localization_is_the_cross_entropy_at_the_named_tokens() -> None:
@@ -246,7 +263,7 @@ def test_localization_is_the_cross_entropy_at_the_named_tokens() -> None:
     occupied = torch.zeros(2, 9)
     occupied[0, [0, 2]] = 1
     logits = head.cells(head.norm(torch.stack([hidden[0, 1], hidden[1, 2]])))
-    expected = -(occupied * logits.sigmoid().log() + (1 - occupied) * (-logits).sigmoid().log()).mean()
+    expected = -(occupied * logits.sigmoid().log() + (1 - occupied) * (-logits).sigmoid().log()).sum(1).mean()
     torch.testing.assert_close(head.loss(hidden, cells), expected)
 
 
