@@ -263,8 +263,8 @@ class BuildExtension(build_ext):
 
 # Benchmarks that need a checkout: its history of results, its README, its tests, or hours.
 CHECKOUT_ONLY = {
-    "_forked", "_gpu_day", "ablations", "code_metrics", "demo", "families", "figures", "mask_layers", "packing", "plan",
-    "readme_pictures", "real_size", "stages", "workers",
+    "_forked", "_gpu_day", "ablations", "code_metrics", "demo", "families", "figures", "mask_gradients", "mask_layers",
+    "packing", "plan", "readme_pictures", "real_size", "stages", "workers",
 }  # fmt: skip
 
 

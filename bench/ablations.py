@@ -94,6 +94,7 @@ GROUPS = (
     "train.steps=181",
 )  # images of the demo
 LONGER = "train.steps=470"
+HEAVY = ("train.loss.mask_alpha=31", "train.loss.mask_blur=1")  # with alpha 1 masks hardly change a gradient
 TABLE = (
     Variant("demo"),
     Variant("no mask", ("masks.enabled=false",)),
@@ -125,7 +126,11 @@ TABLE = (
     Variant("two iterations", ("iterations=2",)),
     Variant("three iterations", ("iterations=3",)),
 )
-MASKS = TABLE[:5]
+MASKS = (
+    *TABLE[:5],
+    Variant("32 times the weight on masks", HEAVY),
+    Variant("32 times the weight on ground-truth masks", HEAVY, masks="true"),
+)
 # Other methods with the images of the demo, its optimizer and its number of steps (docs/methods.md).
 METHODS = (
     Variant("demo"),

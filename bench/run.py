@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 # Runs of the whole method on Shapes, up to hours on a CPU.
-METHOD = {"ablations", "demo", "mask_layers", "packing", "plan", "real_size", "stages", "workers"}
+METHOD = {"ablations", "demo", "mask_gradients", "mask_layers", "packing", "plan", "real_size", "stages", "workers"}
 NO_BENCHMARKS = {"code_metrics", "figures", "readme_pictures", "reference", "run"}
 SIZED = ("token_logprobs",)  # benchmarks that take --N, --D, --V and --model
 # Hidden size, codes, and tokens of an image.
