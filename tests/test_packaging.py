@@ -93,7 +93,7 @@ def test_the_wheel_has_only_the_package(site: Path) -> None:
         for path in (ROOT / "ospo_fast").rglob("*")
         if path.is_file() and path.suffix not in {".so", ".pyc"} and not (site / path.relative_to(ROOT)).is_file()
     ]
-    assert not missing
+    assert {path.parent.name for path in missing} == {"checkpoint-large"}, missing
 
 
 def test_the_compiled_operations_of_the_wheel_agree_with_the_references(site: Path, tmp_path: Path) -> None:
@@ -136,6 +136,13 @@ def run_installed(site: Path, script: Path, *arguments: str, cwd: Path) -> subpr
         "runpy.run_path(script, run_name='__main__')"
     )
     return run(sys.executable, "-I", "-c", code, str(site), str(script), *arguments, cwd=cwd)
+
+
+def test_wheels_leave_out_the_checkpoint_of_the_second_world(pure: Path, tmp_path: Path) -> None:
+    assert not (pure / "ospo_fast" / "shapes" / "checkpoint-large").exists()
+    (tmp_path / "find.py").write_text("from ospo_fast.models import find_model\nfind_model('shapes-large')\n")
+    done = run_installed(pure, tmp_path / "find.py", cwd=tmp_path)
+    assert "wheels leave out the checkpoint of shapes-large; install from a clone of the repository" in done.stderr
 
 
 def test_without_a_compiler_the_wheel_is_pure_python_and_runs_the_references(pure: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin")  # what a 
 # transformers patches torch and its own classes while it loads: two loads at once would leave the patches in place.
 _LOCK = threading.RLock()  # an adapter loads its base model
 _HUB_REMEDY = "check the name and the network, or give the folder of a downloaded copy"
-_UNSHIPPED = ("shapes-large",)  # whose checkpoint answers too few questions right so far
+_NOT_IN_WHEELS = ("shapes-large",)  # which would exceed their 9 MB with it
 _EMBEDDED = {
     "shapes": Path(__file__).parent.parent / "shapes" / "checkpoint",
     "shapes-large": Path(__file__).parent.parent / "shapes" / "checkpoint-large",
@@ -145,10 +145,10 @@ def find_folder(name: str) -> Path | None:
     """Find the folder of a model, as `find_model` does, or of an adapter without looking for its base model."""
     if (embedded := _EMBEDDED.get(name)) is not None:
         if not (embedded / "config.json").is_file():
-            if name in _UNSHIPPED:
+            if name in _NOT_IN_WHEELS:
                 raise OspoError(
-                    f"model: the checkpoint of {name} is not part of this version; make one by "
-                    f"`python bench/pretraining/pretrain.py --world {name} --out DIR`, and name DIR/checkpoint"
+                    f"model: wheels leave out the checkpoint of {name}; install from a clone of the repository "
+                    f"(pip install -e .), or name ospo_fast/shapes/{embedded.name} of a clone"
                 )
             raise OspoError(f"model: the embedded checkpoint is missing in {embedded}; install the package again")
         return embedded
