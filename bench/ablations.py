@@ -55,7 +55,8 @@ SHARED = STAGE_NAMES[: STAGE_NAMES.index("select")]
 LATER = ("preset", *STAGE_NAMES[len(SHARED) :])  # sections of the configuration that do not affect the shared stages
 
 
-LIKELIEST = "select.rule=likeliest"  # which the stage score depends on, too
+# Of the later settings those that the shared stages depend on, too: how images are scored, and whether there are any.
+EARLY = LIKELIEST, GRPO = "select.rule=likeliest", "preset=grpo"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Variant:
     @property
     def shared(self) -> tuple[str, ...]:
         """Return the settings that stages 1 to 4 depend on."""
-        return tuple(s for s in self.settings if s == LIKELIEST or s.split("=")[0].split(".")[0] not in LATER)
+        return tuple(s for s in self.settings if s in EARLY or s.split("=")[0].split(".")[0] not in LATER)
 
 
 PUBLISHED = (  # settings of pairs and loss; optimizer, LoRA and guidance of the images stay those of the demo
@@ -141,7 +142,7 @@ METHODS = (
     Variant("DPO", ("preset=dpo",)),
     Variant("SFT on best images", ("preset=sft",)),
     Variant("SUDER", ("preset=suder", LIKELIEST)),
-    Variant("GRPO", ("preset=grpo", *GROUPS)),
+    Variant("GRPO", (GRPO, *GROUPS)),
     # As many operations as the demo, whose step has the conditional term and thus 1.34 times those of the others. A
     # step of SFT runs the rejected images for their metrics alone: they do not count.
     Variant("OSPO v1, equal compute", ("preset=v1", LONGER)),
@@ -149,7 +150,7 @@ METHODS = (
     Variant("DPO, equal compute", ("preset=dpo", LONGER)),
     Variant("SFT on best images, equal compute", ("preset=sft", "train.steps=940")),
     Variant("SUDER, equal compute", ("preset=suder", LIKELIEST, LONGER)),
-    Variant("GRPO, equal compute", ("preset=grpo", *GROUPS[:-1], "train.steps=203")),
+    Variant("GRPO, equal compute", (GRPO, *GROUPS[:-1], "train.steps=203")),
 )
 NO_MASK = "no mask"  # the variant that the others are compared with, prompt by prompt
 
@@ -309,7 +310,9 @@ class Bench:
         """Run stages 1 to 4 of a variant, unless another one has; return the run folder."""
         settings = [s for s in variant.shared if not s.startswith("iterations=")]
         folder = self.folder / f"run-{seed}-{stable_hash(measure.commit(), *settings, *self.extra) % 16**6:06x}"
-        Pipeline(self.config(settings, seed, folder), progress=False).run(SHARED)
+        config = self.config(settings, seed, folder)
+        stages = [stage.name for stage in STAGES if stage.name in SHARED and stage.in_run(config)]
+        Pipeline(config, progress=False).run(stages)
         return folder
 
     def trained(self, variant: Variant, seed: int) -> tuple[Path, UnifiedModel, float]:

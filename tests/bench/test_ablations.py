@@ -220,3 +220,20 @@ def test_rows_with_old_names_are_read_as_their_variants(tmp_path: Path) -> None:
     assert {row["variant"] for row in rows} == names | {"that, and the guidance partner"}  # removed
     assert set(ablations.OLD_NAMES.values()) <= names
     assert not names & set(ablations.OLD_NAMES)
+
+
+def test_a_method_without_images_in_advance_is_measured(tmp_path: Path) -> None:
+    """Its shared stages are those of its own run: the questions of GRPO follow the prompts."""
+    bench = ablations.Bench(
+        tmp_path,
+        split="validation",
+        per_kind=1,
+        sampling=(0,),
+        extra=(*ablations.QUICK[1:], "prompts.counts={color1: 2, color2: 2}", "train.batch_size=2"),
+    )
+    (grpo,) = (variant for variant in ablations.METHODS if variant.name == "GRPO")
+    row = bench.measure(grpo, 42)
+    assert row["train_images"] == 2 * 2 * 8
+    assert row["shapes"]["pairs"] == 0
+    (shared,) = tmp_path.glob("run-42-*")
+    assert {path.name for path in shared.glob("*.jsonl")} == {"prompts.jsonl", "questions.jsonl"}
