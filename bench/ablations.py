@@ -244,10 +244,10 @@ class Bench:
         )
 
     def evaluate_dense(self, model: UnifiedModel) -> evaluate.AlignmentResult:
-        """Evaluate a model on test prompts of all kinds with scenery, see `evaluate.py`."""
+        """Evaluate a model on prompts of all kinds with scenery, see `evaluate.py`."""
         return evaluate.evaluate_alignment(
             model,
-            split="dense",
+            split="dense" if self.split == "test" else "dense-validation",
             per_kind=DENSE if self.per_kind == PER_KIND else self.per_kind,
             guidance_scale=self.scale,
             seeds=self.sampling,
@@ -378,8 +378,7 @@ class Bench:
             f"at {scale:g}": _compare(before, self.evaluate_headline(model, scale))
             for scale, before in self.before.items()
         }
-        if self.split == "test":
-            compared["dense prompts"] = _compare(self.dense_before, self.evaluate_dense(model))
+        compared["dense prompts"] = _compare(self.dense_before, self.evaluate_dense(model))
         if variant == TABLE[0] and self.split == "test":
             compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)

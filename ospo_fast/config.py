@@ -473,8 +473,8 @@ class EvaluateConfig(Section):
 
     split: str = setting(
         "test",
-        "Prompts of the command evaluate; dense: test prompts with scenery.",
-        one_of("test", "validation", "dense"),
+        "Prompts of the command evaluate; dense: test prompts with scenery; dense-validation: those of validation.",
+        one_of("test", "validation", "dense", "dense-validation"),
     )
     per_kind: int = setting(50, "Prompts of each kind.", AT_LEAST_1)
     watch_per_kind: int = setting(

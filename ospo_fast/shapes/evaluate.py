@@ -16,6 +16,7 @@ The rule, fixed before any result was known:
   No model generated images of them before a method was compared on them, and kinds with few test prompts have more: in
   the first world 115 of one color or shape and 48 of one count, where there are 4 and 8 without scenery. As for all
   prompts, scenery is not judged. Prompts of one meaning, without their scenery, count together in standard errors.
+  `dense-validation` has validation prompts with scenery, to choose settings by.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ from ospo_fast.stages.templates import load_templates
 from ospo_fast.stages.train import Evaluation
 from ospo_fast.stats import standard_error
 
-DENSE = 60  # forms of a test prompt with scenery
+DENSE = 60  # forms of a prompt with scenery
+DENSE_SPLITS = {"dense": "test", "dense-validation": "validation"}  # and the prompts that get scenery
 HEADLINE = ("color2", "2D_spatial", "numeracy2")
 QUESTION_KINDS = ("existence", "count", "total", "relation")
 
@@ -93,16 +95,16 @@ class AlignmentResult:
         }
 
     def clusters(self, kind: str) -> list[int]:
-        """Return a number for each prompt of a kind: those of one meaning have the same in the split `dense`."""
+        """Return a number for each prompt of a kind: those of one meaning have the same with scenery."""
         own = [prompt for prompt, other in zip(self.prompts, self.kinds, strict=True) if other == kind]
-        if self.split != "dense":
+        if self.split not in DENSE_SPLITS:
             return list(range(len(own)))
         meanings = [_meaning(prompt) for prompt in own]
         known = list(dict.fromkeys(meanings))
         return [known.index(meaning) for meaning in meanings]
 
     def _summary(self, kind: str, rates: np.ndarray) -> dict[str, float]:
-        error = standard_error(rates, self.clusters(kind) if self.split == "dense" else None)
+        error = standard_error(rates, self.clusters(kind) if self.split in DENSE_SPLITS else None)
         return {"alignment": float(rates.mean()), "standard_error": error, "prompts": len(rates)}
 
     def _rates(self, kind: str) -> np.ndarray:
@@ -170,16 +172,17 @@ def select_prompts(
     """Select up to `per_kind` prompts of each kind in `split`, after the first `skip` of a fixed random order."""
     selected = []
     for number, kind in enumerate(kinds):
-        available = _dense_prompts(kind, world) if split == "dense" else prompts(kind, split, world)
+        available = _dense_prompts(kind, split, world) if split in DENSE_SPLITS else prompts(kind, split, world)
         order = np.random.default_rng([number, 20260101]).permutation(len(available))
         selected += [(kind, available[i]) for i in order[skip : skip + per_kind]]
     return selected
 
 
-def _dense_prompts(kind: str, world: World) -> list[Description]:
-    """List test prompts with scenery, up to `DENSE` of each meaning, in a fixed order."""
+def _dense_prompts(kind: str, split: str, world: World) -> list[Description]:
+    """List prompts with scenery, up to `DENSE` of each meaning, in a fixed order."""
     rng = np.random.default_rng(20261129)
-    dense = [grammar.densify(description, description, rng)[0] for description in prompts(kind, "test", world) * DENSE]
+    plain = prompts(kind, DENSE_SPLITS[split], world)
+    dense = [grammar.densify(description, description, rng)[0] for description in plain * DENSE]
     return list({description.text: description for description in dense}.values())
 
 
@@ -201,7 +204,7 @@ def evaluate_alignment(
 
     Args:
         model: the model to evaluate.
-        split: "test", "validation" or "dense".
+        split: "test", "validation", "dense" or "dense-validation".
         per_kind: limit of prompts of each kind.
         guidance_scale: of the images.
         seeds: sampling seeds; one image of each prompt for each of them.

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ospo_fast.errors import OspoError
 from ospo_fast.shapes.checker import detect
-from ospo_fast.shapes.evaluate import HEADLINE, AlignmentResult, select_prompts, true_answer
+from ospo_fast.shapes.evaluate import DENSE_SPLITS, HEADLINE, AlignmentResult, select_prompts, true_answer
 from ospo_fast.shapes.render import render
 from ospo_fast.shapes.scenes import KINDS, WORLDS, World, held_out_prompts, parse, prompts, sample_scene
 
@@ -122,6 +122,15 @@ def test_dense_prompts_are_held_out_and_new(world: World) -> None:
     plain = {d.text for kind in KINDS for split in ("train", "validation", "test") for d in prompts(kind, split, world)}
     assert not plain & set(texts)
     assert all(parse(text, world).split == "test" for text in texts)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=lambda world: world.name)
+def test_settings_are_chosen_by_other_dense_prompts(world: World) -> None:
+    tested, chosen = ({d.text for _, d in select_prompts(s, 120, world=world)} for s in DENSE_SPLITS)
+    assert len(chosen) > 500
+    assert not tested & chosen
+    assert chosen <= set(held_out_prompts(world))
+    assert all(parse(text, world).split == "validation" for text in chosen)
 
 
 def test_dense_prompts_of_one_meaning_count_together() -> None:
