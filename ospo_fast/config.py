@@ -227,8 +227,9 @@ class ImagesConfig(Section):
 
     prompts: str = setting(
         "dense",
-        "Form of the prompts that have a dense one: generate from it, or from the plain one.",
-        one_of("dense", "plain"),
+        "Form of the prompts that have a dense one: generate from it, or from the plain one. both: in GRPO, which else "
+        "takes the plain one, either with the same probability.",
+        one_of("dense", "plain", "both"),
     )
     draws: int = setting(
         1,

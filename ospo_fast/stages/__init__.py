@@ -317,6 +317,14 @@ def _check_lora(model: UnifiedModel, config: Config) -> None:
         raise UsageError(_FULL.format(f"the quantized {model.name}"))
 
 
+def _check_form(config: Config) -> None:
+    if _on_pairs(config) and config.images.prompts == "both":
+        raise UsageError(
+            "images.prompts: got both with group_size=0, expected dense or plain: images of a pair have prompts of one "
+            "form; both is for GRPO."
+        )
+
+
 def _check_images(model: UnifiedModel, config: Config) -> None:
     from ospo_fast.models.base import run_check
 
@@ -366,8 +374,19 @@ def _on_pairs(config: Config) -> bool:
     return not trains_groups(config)
 
 
+def _perturbs(config: Config) -> bool:
+    return _on_pairs(config) or config.images.prompts == "both"
+
+
+def _asked_about(config: Config) -> str:
+    """Return the stage whose records get questions."""
+    if _on_pairs(config):
+        return "images"
+    return "perturb" if _perturbs(config) else "prompts"
+
+
 def _questions_settings(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    return settings | {"questions.inputs": "images" if _on_pairs(config) else "prompts"}
+    return settings | {"questions.inputs": _asked_about(config)}
 
 
 def _select_needs_model(config: Config) -> bool:
@@ -421,7 +440,7 @@ STAGES: tuple[Stage, ...] = (
         "perturb",
         "stage 2: hard negatives of the prompts, and dense prompts",
         inputs=_always("prompts"),
-        in_run=_on_pairs,
+        in_run=_perturbs,
         other_model=lambda config: config.perturb.model,
         check=_check_perturb,
         check_model=_check_chat,
@@ -435,6 +454,7 @@ STAGES: tuple[Stage, ...] = (
         folder="images",
         in_run=_on_pairs,
         speed_only=frozenset({"batch_size", "jacobi_window"}),
+        check=_check_form,
         check_model=_check_images,
         needs=needs.images,
         adds=needs.has_image,
@@ -444,7 +464,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "questions",
         "stage 4: questions about each prompt",
-        inputs=lambda config: "images" if _on_pairs(config) else "prompts",
+        inputs=_asked_about,
         edit_settings=_questions_settings,
         other_model=lambda config: config.questions.model,
         check_model=_check_chat,

@@ -53,14 +53,16 @@ class Group:
     questions: list[str]
     category: str
     columns: list[list[int]] | None = None  # of each object its tokens, for token weights
+    dense: tuple[str, ...] = ()  # its dense prompts, with images.prompts=both
+    dense_ids: tuple[Tensor, ...] = ()
     rejected_ids: None = None
     codes: Tensor | None = None  # (G, T)
     rewards: Tensor | None = None  # (G,), NaN for an image that failed
 
     @property
     def identity(self) -> str:
-        """See `Example`: the reward depends on prompt and questions."""
-        return f"{self.pair_id} {stable_hash(self.prompt, *self.questions):x}"
+        """See `Example`: images and rewards depend on prompts and questions."""
+        return f"{self.pair_id} {stable_hash(self.prompt, *self.questions, *self.dense):x}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,20 @@ def _load_group(item: ItemPair, model: UnifiedModel, scorer: Scorer, config: Con
         if isinstance(objects, Failure):
             return objects
         columns = objects.columns
-    return Group(item.pair_id, ids, record["prompt"], questions, category_of(record), columns)
+    dense: dict[str, Tensor] = {}
+    if config.images.prompts == "both":
+        found = {text: image_prompt_ids(model, text) for text in record.get("long_prompt") or [] if text}
+        dense = {text: own for text, own in found.items() if not isinstance(own, Failure)}
+    return Group(
+        item.pair_id,
+        ids,
+        record["prompt"],
+        questions,
+        category_of(record),
+        columns,
+        dense=tuple(dense),
+        dense_ids=tuple(dense.values()),
+    )
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -202,6 +217,7 @@ class GroupTrainer(Trainer):
             for position in positions
             for n in range(size)
         ]
+        examples = [self._in_form(group, position) for group, position in zip(examples, positions, strict=True)]
         self.weights.publish()
         codes = self.generator.generate(
             [group.ids for group in examples],
@@ -227,6 +243,13 @@ class GroupTrainer(Trainer):
             dataclasses.replace(group, codes=own.clamp(min=0), rewards=scores)
             for group, own, scores in zip(examples, codes.split(size), rewards.split(size), strict=True)
         ]
+
+    def _in_form(self, group: Group, position: int) -> Group:
+        """Return a prompt of the step in the form that its images have: with images.prompts=both half are dense."""
+        choice = stable_hash(self.config.seed, "form", self.step, position)
+        if not group.dense_ids or choice % 2 == 0:
+            return group
+        return dataclasses.replace(group, ids=group.dense_ids[choice // 2 % len(group.dense_ids)])
 
     def _compute_loss(self, examples: list[Any]) -> GRPOLoss:
         settings, config = self.settings, self.loss_config

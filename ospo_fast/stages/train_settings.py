@@ -91,7 +91,8 @@ def reward_settings(config: Config) -> dict[str, Any]:
     """Return the settings of other sections that GRPO depends on, and other training does not."""
     if not trains_groups(config):
         return {}
-    return {"images.temperature": config.images.temperature, "score.reward": reward_name(config)}
+    form = {"images.prompts": "both"} if config.images.prompts == "both" else {}
+    return {"images.temperature": config.images.temperature, "score.reward": reward_name(config), **form}
 
 
 def reward_name(config: Config) -> str:
@@ -114,6 +115,8 @@ def check_grpo(config: Config) -> None:
     ]
     if uses_masks(config):
         found.append(("train.masks", train.masks, "online", "the images that train have no stored masks"))
+        form = "both" if images.prompts == "both" else "plain"
+        found.append(("images.prompts", form, "plain", "masks are of the objects in the plain prompt"))
         auto = "auto" in (config.masks.layers, config.masks.heads)
         found.append(
             ("masks.layers", "auto" if auto else None, None, "there are no pairs to choose by; name the layers")

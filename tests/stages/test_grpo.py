@@ -101,6 +101,24 @@ def test_a_prompt_twice_in_a_step_has_other_images(tiny, records, tmp_path):
     assert torch.equal(again.codes, other.codes)
 
 
+def test_half_of_the_groups_have_a_dense_prompt(tiny, records, tmp_path):
+    made = trainer(tiny, records, tmp_path, "images.prompts=both")
+    dense = {text for record in records for text in record["long_prompt"]}
+    assert all(group.dense and set(group.dense) <= dense for group in made.examples)
+    group = made.examples[0]
+    forms = [made._in_form(group, position).ids for position in range(400)]
+    plain = sum(ids is group.ids for ids in forms)
+    assert 160 < plain < 240
+    assert {id(ids) for ids in forms} == {id(ids) for ids in (group.ids, *group.dense_ids)}
+    position = next(n for n, ids in enumerate(forms) if ids is not group.ids)
+    (prepared,) = made.prepare([group], range(position, position + 1))
+    assert torch.equal(prepared.ids, forms[position])
+    assert (prepared.prompt, prepared.questions) == (group.prompt, group.questions)  # the judge reads the plain one
+    assert group.identity != trainer(tiny, records, tmp_path).examples[0].identity
+    bare = trainer(tiny, [{**record, "long_prompt": [""]} for record in records], tmp_path, "images.prompts=both")
+    assert all(bare._in_form(group, n) is group for group in bare.examples for n in range(9))
+
+
 def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, tmp_path):
     """After a step both come from other weights than before it, and the answers from the same ones."""
     made = trainer(tiny, records, tmp_path, "train.learning_rate=3e-2", "train.guidance_scale=1.5")
@@ -204,6 +222,14 @@ def test_settings_that_grpo_cannot_follow(setting, message):
     find_stage("train").check(load_config([setting]))
 
 
+def test_both_forms_of_prompts_are_for_grpo_without_masks():
+    with pytest.raises(UsageError, match=r"images\.prompts: got both with group_size=0, expected dense or plain"):
+        find_stage("images").check(load_config(["images.prompts=both"]))
+    masked = ["masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1", "images.prompts=both"]
+    with pytest.raises(UsageError, match=r"images\.prompts: got both with group_size=3, expected plain"):
+        find_stage("train").check(config(*masked))
+
+
 def test_layers_are_not_chosen_by_pairs():
     masked = ["masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1", "masks.layers=auto"]
     with pytest.raises(UsageError, match=r"masks\.layers: got auto with group_size=3"):
@@ -263,7 +289,8 @@ def test_wrong_groups():
         OSPOLoss(OSPOLossConfig.preset("grpo"))
 
 
-def test_a_run_needs_prompts_and_questions_alone(tiny, made, tmp_path, scripted, monkeypatch, capsys):
+@pytest.mark.parametrize("form", ["plain", "both"])
+def test_a_run_needs_prompts_and_questions_alone(form, tiny, made, tmp_path, scripted, monkeypatch, capsys):
     scripted.install(monkeypatch.setattr)
     counts = "prompts.counts={color1: 2, shape1: 0, color2: 2, 2D_spatial: 0, numeracy1: 0, numeracy2: 0}"
     small = [
@@ -272,11 +299,12 @@ def test_a_run_needs_prompts_and_questions_alone(tiny, made, tmp_path, scripted,
         "train.loss.group_size=2",
         "train.accumulation=1",
         "train.lora_rank=4",
+        f"images.prompts={form}",
     ]
     arguments = ["--model", str(tiny), "--out", str(tmp_path / "run"), "method=grpo", counts, *small]
     assert main(["run", *arguments, "train.eval_every=0", "train.early_stopping=null"]) == 0
     stores = {path.stem for path in (tmp_path / "run").glob("*.jsonl")}
-    assert stores == {"prompts", "questions"}
+    assert stores == {"prompts", "questions"} | ({"perturb"} if form == "both" else set())
     assert not (tmp_path / "run" / "images").exists()
     assert (tmp_path / "run" / "train" / "model" / "model.safetensors").exists()
     assert main(["report", str(tmp_path / "run")]) == 0
