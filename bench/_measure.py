@@ -1,5 +1,6 @@
 """Shared by all benchmarks: interleaved timing, peak memory above the inputs, and rows with device and versions."""
 
+import argparse
 import contextlib
 import datetime as dt
 import functools
@@ -21,6 +22,7 @@ import _source
 import torch
 
 from ospo_fast import env
+from ospo_fast.config import MODEL_FILES
 from ospo_fast.packages import silence_imports
 from ospo_fast.records import write_atomic
 
@@ -311,3 +313,12 @@ def show(rows: list[dict[str, Any]]) -> None:
         spread = f"({line['p20_ms']:.3f} to {line['p80_ms']:.3f})"
         memory = f"{line['peak_mb']:9.2f} MB" if "peak_mb" in line else ""
         print(f"{line['op']:<18} {line['variant']:<14} {shapes:<32} {line['median_ms']:10.3f} ms {spread:<24} {memory}")
+
+
+def of_world(document: str, measured: Callable[[Path, bool, str], None]) -> None:
+    """Be the command line of a benchmark of a Shapes world: call `measured(out, quick, world)`."""
+    parser = argparse.ArgumentParser(description=document.partition("\n")[0])
+    parser.add_argument("--world", choices=MODEL_FILES, default="shapes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    options = parser.parse_args()
+    measured(options.out, False, options.world)

@@ -15,7 +15,6 @@ And without masks, for the codes of objects and for the other codes:
 * the mean difference of log p between the prompt and the hard negative, and the share of the objects in its sum.
 """
 
-import argparse
 import dataclasses
 import tempfile
 import time
@@ -26,17 +25,17 @@ from typing import Any
 import _measure as measure
 import numpy as np
 import torch
-from ablations import _replace_masks
+from ablations import QUICK, replace_masks
 from PIL import Image
 from torch import Tensor
 
-from ospo_fast.config import MODEL_FILES, Config, load_config
+from ospo_fast.config import Config, load_config
 from ospo_fast.loss import OSPOLoss
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.ops import IGNORE_INDEX, token_logprobs, token_weights
 from ospo_fast.pipeline import Pipeline, read_stage
-from ospo_fast.records import ItemPair, iter_pairs
+from ospo_fast.records import SIDES, ItemPair, iter_pairs
 from ospo_fast.shapes import demo
 from ospo_fast.shapes.scenes import WORLDS, World
 from ospo_fast.stages import STAGE_NAMES
@@ -52,7 +51,6 @@ HEIGHTS = {
     "alpha 31, no blur": {"mask_alpha": 31.0, "mask_blur": 1},
 }
 TERMS = ("simpo", "conditional", "loss")
-QUICK = "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}"
 
 
 class Gradients:
@@ -73,7 +71,7 @@ class Gradients:
     def _cells(self, item: ItemPair) -> Tensor:
         """The cells (2, H, W) of the objects of both images."""
         found = []
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             cells = demo.object_cells(Image.open(self.out / str(item.pair[side])), self.model.grid, self.world)
             found.append(torch.zeros(self.model.grid) if cells is None else torch.from_numpy(cells).float())
         return torch.stack(found)
@@ -150,7 +148,7 @@ def run(out: Path, quick: bool) -> None:
 
 def _measure(out: Path, quick: bool, world: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config([f"model={world}", f"out={folder}", *([QUICK] if quick else [])], family=world)
+        config = load_config([f"model={world}", f"out={folder}", *(QUICK[:1] if quick else [])], family=world)
         model = load_model(world)
         Pipeline(config, progress=False, model=model).run(STAGE_NAMES[: STAGE_NAMES.index("train")])
         started = time.perf_counter()
@@ -161,7 +159,7 @@ def _measure(out: Path, quick: bool, world: str) -> None:
         ]
         for kind in KINDS:
             if kind != "attention":
-                _replace_masks(found.out, kind, found.world)
+                replace_masks(found.out, kind, found.world)
             examples = found.examples()
             for name, changes in HEIGHTS.items():
                 share = {"weight_on_objects": found.object_share(examples, **changes)}
@@ -178,8 +176,4 @@ def _measure(out: Path, quick: bool, world: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--world", choices=MODEL_FILES, default="shapes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    options = parser.parse_args()
-    _measure(options.out, False, options.world)
+    measure.of_world(__doc__, _measure)

@@ -8,7 +8,6 @@ object without ground truth, and of the layer or head that `masks.layers=auto` (
 objects. Baselines are a mask of ones and random masks of the same size.
 """
 
-import argparse
 import dataclasses
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ospo_fast.config import MODEL_FILES, Config, load_config
+from ospo_fast.config import Config, load_config
 from ospo_fast.experimental.layer_selection import RULES
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
@@ -136,8 +135,4 @@ def _measure(out: Path, quick: bool, world: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--world", choices=MODEL_FILES, default="shapes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    options = parser.parse_args()
-    _measure(options.out, False, options.world)
+    measure.of_world(__doc__, _measure)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, attempt
+from ospo_fast.errors import Failure, OspoError, attempt
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
@@ -77,7 +77,10 @@ class GRPOLoss:
 def load_groups(
     items: Sequence[ItemPair], model: UnifiedModel, config: Config
 ) -> tuple[list[Group], dict[str, Failure]]:
-    """Load the prompts of items, and collect by id those that fail: without a question, or too long for the model."""
+    """Load the prompts of items, and collect by id those that fail: without a question, or too long for the model.
+
+    Raises OspoError if dense prompts are to train, and there is none.
+    """
     groups: list[Group] = []
     failures: dict[str, Failure] = {}
     scorer = Scorer(model, config)
@@ -87,6 +90,11 @@ def load_groups(
             failures[item.pair_id] = group
         else:
             groups.append(group)
+    if config.images.prompts == "both" and groups and not any(group.dense for group in groups):
+        raise OspoError(
+            "train: images.prompts is both, and no record has a dense prompt (long_prompt); use records of the stage "
+            "perturb, or images.prompts=plain."
+        )
     return groups, failures
 
 
@@ -103,20 +111,14 @@ def _load_group(item: ItemPair, model: UnifiedModel, scorer: Scorer, config: Con
         if isinstance(objects, Failure):
             return objects
         columns = objects.columns
-    dense: dict[str, Tensor] = {}
-    if config.images.prompts == "both":
-        found = {text: image_prompt_ids(model, text) for text in record.get("long_prompt") or [] if text}
-        dense = {text: own for text, own in found.items() if not isinstance(own, Failure)}
-    return Group(
-        item.pair_id,
-        ids,
-        record["prompt"],
-        questions,
-        category_of(record),
-        columns,
-        dense=tuple(dense),
-        dense_ids=tuple(dense.values()),
-    )
+    texts = tuple(filter(None, record.get("long_prompt") or [])) if config.images.prompts == "both" else ()
+    dense: list[Tensor] = []
+    for text in texts:
+        own = image_prompt_ids(model, text)
+        if isinstance(own, Failure):
+            return own
+        dense.append(own)
+    return Group(item.pair_id, ids, record["prompt"], questions, category_of(record), columns, texts, tuple(dense))
 
 
 def group_advantages(rewards: Tensor) -> Tensor:

@@ -274,6 +274,7 @@ def _grpo(config: Config) -> dict[str, object]:
         "weight of the KL divergence": f"{loss_config(config).kl_weight:g}",
         "reward": "log-probability of the prompt" if is_dual(config) else "margin of its answers",
         "sampling temperature": f"{config.images.temperature:g}",
+        "form of the prompts": "plain and dense" if config.images.prompts == "both" else "plain",
     }
 
 

@@ -28,7 +28,7 @@ def test_masks_of_ones_change_nothing_and_true_masks_the_more_the_higher_they_ar
     assert set(plain[0]) == set(bench.TERMS)
     changed = {}
     for kind in ("true", "ones"):  # the order of KINDS: files are replaced in place
-        bench._replace_masks(found.out, kind, found.world)
+        bench.replace_masks(found.out, kind, found.world)
         for alpha in (1.0, 31.0):
             masked = list(found.gradients(found.examples(), mask_alpha=alpha, mask_blur=1))
             share = found.object_share(found.examples(), mask_alpha=alpha, mask_blur=1)

@@ -115,8 +115,23 @@ def test_half_of_the_groups_have_a_dense_prompt(tiny, records, tmp_path):
     assert torch.equal(prepared.ids, forms[position])
     assert (prepared.prompt, prepared.questions) == (group.prompt, group.questions)  # the judge reads the plain one
     assert group.identity != trainer(tiny, records, tmp_path).examples[0].identity
-    bare = trainer(tiny, [{**record, "long_prompt": [""]} for record in records], tmp_path, "images.prompts=both")
-    assert all(bare._in_form(group, n) is group for group in bare.examples for n in range(9))
+    first, *others = records
+    some = trainer(
+        tiny, [first, *({**record, "long_prompt": [""]} for record in others)], tmp_path, "images.prompts=both"
+    )
+    assert all(some._in_form(group, n) is group for group in some.examples[1:] for n in range(9))
+
+
+def test_dense_prompts_that_cannot_train_are_told(tiny, records):
+    settings, model = config("images.prompts=both"), load_model(tiny)
+    first, *others = select_training_prompts(records, settings)
+    without = [item._replace(record={**item.record, "long_prompt": [""]}) for item in [first, *others]]
+    with pytest.raises(OspoError, match=r"images\.prompts is both, and no record has a dense prompt \(long_prompt\)"):
+        load_groups(without, model, settings)
+    long = first._replace(record={**first.record, "long_prompt": ["a red circle " * 500]})
+    groups, failures = load_groups([long, *others], model, settings)
+    assert list(failures) == [first.pair_id]
+    assert len(groups) == len(others)
 
 
 def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, tmp_path):
