@@ -37,15 +37,16 @@ QUICK = "prompts.counts={color1: 2, shape1: 2, color2: 6, 2D_spatial: 4, numerac
 
 
 def _variants(layers: int, heads: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield names and settings; all set both layers and heads, of which a world has its own."""
     for layer in range(layers):
-        yield f"layer {layer}", {"layers": [layer]}
+        yield f"layer {layer}", {"layers": [layer], "heads": None}
         for head in range(heads):
             yield f"layer {layer}, head {head}", {"layers": [layer], "heads": [head]}
     all_layers = list(range(layers))
-    yield "mean of all layers", {"layers": all_layers}
+    yield "mean of all layers", {"layers": all_layers, "heads": None}
     for rule in RULES:
-        yield f"a layer for each object, by {rule}", {"layers": all_layers, "choose": rule}
-        yield f"auto, by {rule}", {"layers": "auto", "choose": rule}
+        yield f"a layer for each object, by {rule}", {"layers": all_layers, "heads": None, "choose": rule}
+        yield f"auto, by {rule}", {"layers": "auto", "heads": None, "choose": rule}
         yield f"auto, heads too, by {rule}", {"layers": "auto", "heads": "auto", "choose": rule}
 
 

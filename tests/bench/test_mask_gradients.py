@@ -1,6 +1,7 @@
-"""What masks change in a gradient, on the pairs of a small run."""
+"""What masks change in a gradient, on the pairs of a small run, and the layers that masks are compared of."""
 
 import mask_gradients as bench
+import mask_layers
 import pytest
 import torch
 
@@ -56,3 +57,12 @@ def test_cosines_are_means_over_batches() -> None:
     one = [{"loss": torch.tensor([1.0, 0.0])}, {"loss": torch.tensor([0.0, 2.0])}]
     two = [{"loss": torch.tensor([3.0, 0.0])}, {"loss": torch.tensor([1.0, 0.0])}]
     assert bench.cosines(one, two, "next") == {"next_loss": 0.5, "next_loss_std": 0.5}
+
+
+def test_the_layers_that_are_compared_do_not_take_the_heads_of_the_world() -> None:
+    """The world of small objects has `masks.heads` of its own, which would be those of every layer."""
+    assert load_config(family="shapes-large").masks.heads == [0]
+    variants = dict(mask_layers._variants(5, 4))
+    assert len(variants) == 5 + 5 * 4 + 1 + 3 * len(mask_layers.RULES)
+    assert all({"layers", "heads"} <= set(changes) for changes in variants.values())
+    assert variants["layer 0"] == {"layers": [0], "heads": None}
