@@ -130,9 +130,9 @@ def test_finished_images_are_kept_when_the_caller_fails() -> None:
 def test_images_that_wait_when_the_interpreter_ends_are_saved() -> None:
     """Of a generator of images, for example, that a script left half-read."""
     code = (
-        "import time, torch; from types import SimpleNamespace\n"
+        "import os, time, torch; from types import SimpleNamespace\n"
         "from ospo_fast.generation.image_writer import ImageWriter\n"
-        "def save(index, *_): time.sleep(0.05); print(index, flush=True)\n"
+        "def save(index, *_): time.sleep(0.05); os.write(1, b'%d\\n' % index)\n"  # print may join two lines
         "model = SimpleNamespace(device=torch.device('cpu'), decode_codes=lambda codes: codes[:, 0].tolist())\n"
         "writer = ImageWriter(model, save)\n"
         "for first in range(0, 12, 4): writer.take(list(range(first, first + 4)), torch.zeros(4, 1, dtype=int))\n"
