@@ -153,7 +153,11 @@ METHODS = (
     Variant("SFT on best images, equal compute", ("preset=sft", "train.steps=940")),
     Variant("SUDER, equal compute", ("preset=suder", LIKELIEST, LONGER)),
     Variant("GRPO, equal compute", (GRPO, *GROUPS[:-1], "train.steps=203")),
+    # Five times the operations of the demo. Each iteration generates its images, by the newest model.
+    Variant("five iterations", ("iterations=5",)),
     Variant("GRPO, 1000 steps", (GRPO, *GROUPS[:-1], *STEPS_1000)),
+    # With plain prompts alone, prompts with scenery of one attribute get worse. Chosen on validation prompts, too.
+    Variant("GRPO, 1000 steps, plain and dense prompts", (GRPO, *GROUPS[:-1], *STEPS_1000, "images.prompts=both")),
 )
 NO_MASK = "no mask"  # the variant that the others are compared with, prompt by prompt
 

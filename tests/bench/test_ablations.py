@@ -207,12 +207,14 @@ def test_what_a_method_costs(tmp_path: Path) -> None:
         for name in stages
     ]  # fmt: skip
     (tmp_path / "stages.json").write_text(json.dumps(rows))
-    ospo, grpo = (load_config(list(v.settings), family="shapes") for v in (ablations.METHODS[0], ablations.METHODS[-1]))
+    of = {v.name: load_config(list(v.settings), family="shapes") for v in ablations.METHODS}
     (tmp_path / "stages.json").write_text(
         json.dumps([*rows, rows[0] | {"stage": "select"}, rows[0] | {"stage": "masks"}])
     )
-    assert ablations._budget(ospo, [tmp_path]) == {"train_images": 40, "tflop": 8.0}
-    assert ablations._budget(grpo, [tmp_path]) == {"train_images": 5 * 64, "tflop": 3.0}
+    assert ablations._budget(of["demo"], [tmp_path]) == {"train_images": 40, "tflop": 8.0}
+    assert ablations._budget(of["GRPO"], [tmp_path]) == {"train_images": 5 * 64, "tflop": 3.0}
+    both = ablations._budget(of["GRPO, 1000 steps, plain and dense prompts"], [tmp_path])
+    assert both == {"train_images": 5 * 64, "tflop": 4.0}  # and perturb
 
 
 def test_rows_with_old_names_are_read_as_their_variants(tmp_path: Path) -> None:
