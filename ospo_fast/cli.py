@@ -421,12 +421,12 @@ def _plan_run(pipeline: Pipeline, workers: Workers | None, taken: dict[str, Path
     from ospo_fast.restarts import later_iterations
 
     config = pipeline.config
-    pipeline.check_settings([stage.name for stage in STAGES])
+    pipeline.check_settings()
     done, given = dict[str, int](), 0
     first = STAGES[0].name
     if workers is None or workers.is_first:  # it alone says and keeps the plan
         with os_errors("use", Path(config.out)):
-            folders = pipeline.continued([stage.name for stage in STAGES if stage.in_run(config)])
+            folders = pipeline.continued(pipeline.stage_names())
             place = (taken or {}).get(first) or folders.get(first)
             if place is not None and place.is_dir() and not store_paths(place, first):
                 given = count_official(place, first)  # which no further prompts are added to
@@ -480,7 +480,7 @@ def _plan(args: argparse.Namespace) -> int:
     from ospo_fast.pipeline import Pipeline
     from ospo_fast.shapes.commands import build_evaluation
 
-    Pipeline(config, evaluation=build_evaluation(config)).check_settings([stage.name for stage in STAGES])
+    Pipeline(config, evaluation=build_evaluation(config)).check_settings()
     card, cuda = plan.find_device(args.gpu, config.device)
     rates = plan.calibrate(config, build_evaluation) if args.calibrate else None
     result = plan.make_plan(config, items=args.items, gpus=args.gpus, card=card, cuda=cuda, rates=rates)
@@ -500,7 +500,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     restarts.finish_killed(_creatable_out(args))
     config, workers = _settings(args), _workers()
     pipeline = Pipeline(config, resume=args.resume, evaluation=build_evaluation(config))
-    names = [stage.name for stage in STAGES if stage.in_run(config)]
+    names = pipeline.stage_names()
     result = _plan_run(pipeline, workers, _find_finished(args, pipeline, names))
     with os_errors("use", Path(config.out)):
         pipeline.check_against_folder(names)
@@ -543,7 +543,7 @@ def _demo(args: argparse.Namespace) -> int:
 
         commands.require_shapes(config)
         evaluation = commands.build_evaluation(config)
-        Pipeline(config, lock=lock, evaluation=evaluation).check_settings([stage.name for stage in STAGES])
+        Pipeline(config, lock=lock, evaluation=evaluation).check_settings()
         from ospo_fast.shapes import demo  # imports torch
 
         announce = None if args.json else functools.partial(print, flush=True)  # before minutes of work

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import logging
 import re
 import time
@@ -177,19 +176,22 @@ def _with_prompts(records: Sequence[Record], origin: Path, on_error: OnError) ->
 
 
 def _check_texts(
-    out: Path, stage: Stage, source: str, inputs: Sequence[Record], finished: Mapping[str, Record], made: Path
+    out: Path, config: Config, stage: Stage, inputs: Sequence[Record], finished: Mapping[str, Record], made: Path
 ) -> None:
     """Raise UsageError if a text that a stage has read was edited after that.
 
-    The inputs of `stage`, records of the store of `source`, are compared with the stores that they were made of, and
-    with the records that the stage has made of them already. Broken lines are the matter of who reads them as inputs.
+    The inputs of `stage` are compared with the stores that they were made of, and with the records that the stage has
+    made of them already. Broken lines are the matter of who reads them as inputs.
     """
+    source = str(stage.inputs(config))
     by_id, store = {record["item_id"]: record for record in inputs}, _origin(out, source)
-    for earlier, reader in itertools.pairwise(STAGES[: STAGES.index(find_stage(source)) + 1]):
-        for path in store_paths(out, earlier.name):
+    reader = find_stage(source)
+    while (earlier := reader.inputs(config)) is not None:
+        for path in store_paths(out, earlier):
             for record in read_records(no_link(path), lambda error: None):
                 if record["item_id"] in by_id:
                     _check_text(record, by_id[record["item_id"]], path, store, reader)
+        reader = find_stage(earlier)
     for item_id, later in finished.items():
         if item_id in by_id:
             _check_text(by_id[item_id], later, store, made, stage)
@@ -199,10 +201,15 @@ def _check_text(record: Record, later: Record, path: Path, later_path: Path, rea
     """Raise UsageError if `later`, which was made of `record`, has another text. `reader`: the stage that reads it."""
     if (edited := edited_text(record, later)) is not None:
         field, before, after = edited
+        again = f"run `ospo-fast {reader.name} --no-resume` to make everything of {path.name} again."
+        if after is None:
+            raise UsageError(
+                f"Item {record['item_id']!r}: `{field}` is {before!r:.200} in {path}, and {later_path} has none: it "
+                f"was made of other records, or edited. Put the text back, or {again}"
+            )
         raise UsageError(
             f"Item {record['item_id']!r}: `{field}` is {before!r:.200} in {path}, but {after!r:.200} in "
-            f"{later_path}, which was made of it: one of them was edited. Put the text back, or run "
-            f"`ospo-fast {reader.name} --no-resume` to make everything of {path.name} again."
+            f"{later_path}, which was made of it: one of them was edited. Put the text back, or {again}"
         )
 
 
@@ -476,9 +483,16 @@ class Pipeline:
                 "or name the layers, as in masks.layers=[0]."
             )
 
-    def check_settings(self, stages: Sequence[str]) -> None:
-        """Check the settings of stages as far as possible without torch, the model and the run folder."""
-        for name in stages:
+    def stage_names(self) -> list[str]:
+        """Return the names of the stages of a run."""
+        return [stage.name for stage in STAGES if stage.in_run(self.config)]
+
+    def check_settings(self, stages: Sequence[str] | None = None) -> None:
+        """Check the settings of stages as far as possible without torch, the model and the run folder.
+
+        stages: None: those of a run.
+        """
+        for name in self.stage_names() if stages is None else stages:
             self._check_request(find_stage(name), self.config)
 
     def prepare(self, iteration: int = 1, stages: Sequence[str] = ()) -> None:
@@ -509,7 +523,7 @@ class Pipeline:
             on_report: called after each stage.
 
         """
-        names = [stage.name for stage in STAGES if stage.in_run(self.config)] if stages is None else list(stages)
+        names = self.stage_names() if stages is None else list(stages)
         with self.using():
             self._find_begun()
             over = self._decide(lambda: self._checked_run(names))
@@ -766,7 +780,7 @@ class Pipeline:
             return False  # the shards that it would replace one of are merged
         work = restarts.folder(out, stage, self.shard)
         saved = read_json(work / "settings.json", {}).get(self._key(stage.name))
-        if saved is None or changed_setting(saved, settings, work) is not None:
+        if saved is None or changed_setting(saved, settings, work, stage) is not None:
             return False
         folder, extend = work / str(stage.folder), self.config.train.extend
         return not stage.counts_steps or extension.last_schedule(folder) == extend  # of an unfinished training
@@ -945,7 +959,7 @@ class Pipeline:
             origin = _origin(out, source)
             named = str(out) if origin == out else origin.name
             found = _with_prompts(read_stage(out, source, unusable.append), origin, unusable.append)
-            _check_texts(out, stage, source, found, present, store_path(work, name))
+            _check_texts(out, config, stage, found, present, store_path(work, name))
             if origin == out and config.model in MODEL_FILES and self.speaks:
                 official_files.tell_of_shapes(out)
             found = [stage.clear(record) for record in found]
@@ -1183,7 +1197,7 @@ class Pipeline:
         unusable: list[OspoError] = []
         found = [] if complete and not store_paths(out, source) else read_stage(out, source, unusable.append)
         records = _with_prompts(found, _origin(out, source), unusable.append)
-        _check_texts(out, stage, source, records, {}, folder)
+        _check_texts(out, config, stage, records, {}, folder)
         if complete:
             if type(done.get("step")) is not int:
                 raise OspoError(
@@ -1403,7 +1417,7 @@ class Pipeline:
             counts = own or (self.shard is not None and key != self._key(name))
             if not counts or key.split(".")[0] != name:
                 continue
-            if (changed := changed_setting(saved, settings, out)) is not None:
+            if (changed := changed_setting(saved, settings, out, find_stage(name))) is not None:
                 field, before, value = changed
                 more = f"{field}={value} with {name}.extend=constant or cosine gives a finished {name} more steps; "
                 added = (field, type(before)) == (f"{name}.steps", int) and value > before
@@ -1513,27 +1527,27 @@ def _warn(stage: str, failed: list[str], total: int) -> None:
         logger.warning("%s: %s", stage, some_failed("items", failed, total))
 
 
-def changed_setting(saved: Any, settings: dict[str, Any], out: Path) -> tuple[str, Any, Any] | None:
-    """Return (name, value before, value now) of a setting that is not as in an entry of settings.json, or None."""
+def changed_setting(saved: Any, settings: dict[str, Any], out: Path, stage: Stage) -> tuple[str, Any, Any] | None:
+    """Return (name, value before, value now) of a setting that is not as in an entry of settings.json, or None.
+
+    Compared are the settings of now. So a stage records one that only some of its runs have in all of those, and not
+    one value of it alone.
+    """
     if not isinstance(saved, dict) or not isinstance(saved.get("settings"), dict):
         raise OspoError(f"{out / 'settings.json'} holds no settings of a stage; delete the file.")
     for field, value in settings.items():
-        if (before := _saved_setting(saved["settings"], field, value)) != value:
+        if (before := _saved_setting(saved["settings"], stage, field, value)) != value:
             return field, before, value
     return None
 
 
-# What identifies results, is no setting of its own, and was not recorded by older versions: what they did.
-_UNKNOWN = {"score.reward": "vqa", "questions.inputs": "images"}
-
-
-def _saved_setting(saved: dict[str, Any], field: str, value: Any) -> Any:
+def _saved_setting(saved: dict[str, Any], stage: Stage, field: str, value: Any) -> Any:
     """Return a setting of settings.json; for one that an older version did not know, its default."""
     section, _, name = field.partition(".")
     if field in saved:
         found = saved[field]
     else:
-        default = _UNKNOWN.get(field, dataclasses.asdict(Config()).get(section, value))
+        default = stage.unrecorded.get(field, dataclasses.asdict(Config()).get(section, value))
         found = default.get(name, value) if isinstance(default, dict) else default
     # Older versions wrote null for every number of the loss that the preset decides.
     return {key: inner for key, inner in found.items() if inner is not None} if isinstance(found, dict) else found

@@ -132,7 +132,7 @@ def _why_not(view: Pipeline, stage: Stage, source: Path) -> str:
     if stage.counts_steps and view.config.train.extend is not None:
         check_extension(source / str(stage.folder), steps_before(source, name), view.config.train)
     settings = _settings(view, stage, source)
-    if (changed := changed_setting(saved, settings, source)) is not None:
+    if (changed := changed_setting(saved, settings, source, stage)) is not None:
         field, before, value = changed
         return f"{name} was made with {field}={before!s:.200}, now {field}={value!s:.200}"
     unfinished = f"{name} is not finished there"

@@ -229,7 +229,7 @@ def test_runs_of_older_versions_had_whole_weights(tmp_path):
         ({"quantize": "int4"}, None, ("quantize", "int4", None)),
         ({"quantize": "int4"}, "int4", None),
     ):
-        assert changed_setting({"settings": saved}, {"quantize": now}, tmp_path) == expected
+        assert changed_setting({"settings": saved}, {"quantize": now}, tmp_path, find_stage("images")) == expected
 
 
 def test_other_settings_are_refused_and_a_restart_deletes_later_stages(whole, tiny, script, tmp_path):
@@ -691,6 +691,17 @@ def test_texts_edited_behind_the_stages_are_refused(whole, tiny, tmp_path, edite
     with pytest.raises(UsageError, match=rf"Item '{item_id}': {words} is .*one of them was edited.*--no-resume"):
         pipeline(tiny, out).stage(run)
     assert contents(out) == before
+
+
+def test_texts_are_compared_along_the_inputs_of_the_run(tiny, script, tmp_path):
+    """Hard negatives that GRPO's questions were not made of are no edit; dense prompts that it needs are asked for."""
+    out = tmp_path / "out"
+    grpo = ("method=grpo", "train.steps=1", "train.batch_size=1", "train.loss.group_size=2", "train.lora_dropout=0")
+    pipeline(tiny, out, *grpo).run()
+    pipeline(tiny, out, *grpo).stage("perturb")
+    pipeline(tiny, out, *grpo, resume=False).stage("train")
+    with pytest.raises(UsageError, match=r"questions\.jsonl has none: it was made of other .*questions --no-resume"):
+        pipeline(tiny, out, *grpo, "images.prompts=both", resume=False).stage("train")
 
 
 def test_training_that_is_complete_needs_no_store(whole, tiny, tmp_path):

@@ -116,6 +116,8 @@ class Stage:
     parts: Callable[[TextModel, Config], int] = lambda model, config: 1  # of the first stage, for several workers
     # Change the settings that identify its results, see `result_settings`.
     edit_settings: Callable[[Config, dict[str, Any]], dict[str, Any]] = lambda config, settings: settings
+    # Of these settings, what older versions did and did not record, unless it is the default of the configuration.
+    unrecorded: Mapping[str, Any] = field(default_factory=dict, hash=False)
     # Raise UsageError for settings that the stage cannot run with, as far as they are known without model and records.
     check: Callable[[Config], None] = lambda config: None
     # The same for settings that depend on its inputs.
@@ -318,11 +320,9 @@ def _check_lora(model: UnifiedModel, config: Config) -> None:
 
 
 def _check_form(config: Config) -> None:
-    if _on_pairs(config) and config.images.prompts == "both":
-        raise UsageError(
-            "images.prompts: got both with group_size=0, expected dense or plain: images of a pair have prompts of one "
-            "form; both is for GRPO."
-        )
+    from ospo_fast.stages.train_settings import check_form
+
+    check_form(config)
 
 
 def _check_images(model: UnifiedModel, config: Config) -> None:
@@ -466,6 +466,7 @@ STAGES: tuple[Stage, ...] = (
         "stage 4: questions about each prompt",
         inputs=_asked_about,
         edit_settings=_questions_settings,
+        unrecorded={"questions.inputs": "images"},
         other_model=lambda config: config.questions.model,
         check_model=_check_chat,
         adds=needs.has_question,
@@ -480,6 +481,7 @@ STAGES: tuple[Stage, ...] = (
         asks_about_images=True,
         check_model=_check_chat,
         edit_settings=_score_settings,
+        unrecorded={"score.reward": "vqa"},
         check=_check_score,
         needs=needs.score,
         adds=needs.has_score,
@@ -526,6 +528,7 @@ STAGES: tuple[Stage, ...] = (
         sharded=False,
         counts_steps=True,
         edit_settings=_train_settings,
+        unrecorded={"score.reward": "vqa", "images.prompts": "plain"},
         check=_check_train,
         check_inputs=_check_held_out,
         check_model=_check_trained,

@@ -9,6 +9,7 @@ reference of the divergence, is the model before training, whose weights LoRA le
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, OspoError, attempt
+from ospo_fast.errors import Failure, OspoError, attempt, some_failed
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
     from ospo_fast.ops import Head
 
+logger = logging.getLogger(__name__)
+
 EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
 
 
@@ -55,6 +58,7 @@ class Group:
     columns: list[list[int]] | None = None  # of each object its tokens, for token weights
     dense: tuple[str, ...] = ()  # its dense prompts, with images.prompts=both
     dense_ids: tuple[Tensor, ...] = ()
+    unusable: tuple[str, ...] = ()  # why other dense prompts cannot train
     rejected_ids: None = None
     codes: Tensor | None = None  # (G, T)
     rewards: Tensor | None = None  # (G,), NaN for an image that failed
@@ -63,6 +67,11 @@ class Group:
     def identity(self) -> str:
         """See `Example`: images and rewards depend on prompts and questions."""
         return f"{self.pair_id} {stable_hash(self.prompt, *self.questions, *self.dense):x}"
+
+    @property
+    def forms(self) -> list[Tensor]:
+        """See `Example`."""
+        return [self.ids, *self.dense_ids]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +88,7 @@ def load_groups(
 ) -> tuple[list[Group], dict[str, Failure]]:
     """Load the prompts of items, and collect by id those that fail: without a question, or too long for the model.
 
-    Raises OspoError if dense prompts are to train, and there is none.
+    A dense prompt that fails is left out alone. Raises OspoError if dense prompts are to train, and none can.
     """
     groups: list[Group] = []
     failures: dict[str, Failure] = {}
@@ -91,9 +100,12 @@ def load_groups(
         else:
             groups.append(group)
     if config.images.prompts == "both" and groups and not any(group.dense for group in groups):
+        reasons = [reason for group in groups for reason in group.unusable]
+        none = "no record has a dense prompt (long_prompt)"
         raise OspoError(
-            "train: images.prompts is both, and no record has a dense prompt (long_prompt); use records of the stage "
-            "perturb, or images.prompts=plain."
+            f"train: images.prompts is both, and "
+            f"{some_failed('dense prompts', reasons, len(reasons)) if reasons else none}. Run the stage perturb, and "
+            "questions with --no-resume, to have others, or use images.prompts=plain."
         )
     return groups, failures
 
@@ -111,14 +123,20 @@ def _load_group(item: ItemPair, model: UnifiedModel, scorer: Scorer, config: Con
         if isinstance(objects, Failure):
             return objects
         columns = objects.columns
-    texts = tuple(filter(None, record.get("long_prompt") or [])) if config.images.prompts == "both" else ()
-    dense: list[Tensor] = []
-    for text in texts:
-        own = image_prompt_ids(model, text)
-        if isinstance(own, Failure):
-            return own
-        dense.append(own)
-    return Group(item.pair_id, ids, record["prompt"], questions, category_of(record), columns, texts, tuple(dense))
+    texts = list(filter(None, record.get("long_prompt") or [])) if config.images.prompts == "both" else []
+    loaded = [(text, image_prompt_ids(model, text)) for text in texts]
+    dense = [(text, own) for text, own in loaded if not isinstance(own, Failure)]
+    return Group(
+        item.pair_id,
+        ids,
+        record["prompt"],
+        questions,
+        category_of(record),
+        columns,
+        dense=tuple(text for text, _ in dense),
+        dense_ids=tuple(own for _, own in dense),
+        unusable=tuple(f"{item.pair_id}: {failed}" for _, failed in loaded if isinstance(failed, Failure)),
+    )
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
@@ -201,6 +219,16 @@ class GroupTrainer(Trainer):
         self.scorer = Scorer(self.model, self.config)
         for group in self.examples:
             self.scorer.load(group.prompt, group.questions)
+        if self.config.images.prompts == "both" and self.ranks.rank == 0:
+            self._tell_of_forms()
+
+    def _tell_of_forms(self) -> None:
+        """Log which dense prompts do not train, and how many prompts have none."""
+        if unusable := [reason for group in self.examples for reason in group.unusable]:
+            total = len(unusable) + sum(len(group.dense) for group in self.examples)
+            logger.warning("train: %s", some_failed("dense prompts", unusable, total))
+        if plain := sum(not group.dense for group in self.examples):
+            logger.info("train: %d of %d prompts have no dense one and train as they are", plain, len(self.examples))
 
     @property
     def rows_of_example(self) -> int:
@@ -247,7 +275,7 @@ class GroupTrainer(Trainer):
         ]
 
     def _in_form(self, group: Group, position: int) -> Group:
-        """Return a prompt of the step in the form that its images have: with images.prompts=both half are dense."""
+        """Return a prompt in the form of its images: with images.prompts=both, dense in half of the cases."""
         choice = stable_hash(self.config.seed, "form", self.step, position)
         if not group.dense_ids or choice % 2 == 0:
             return group

@@ -114,6 +114,11 @@ class Example:
         """What must be the same where training is resumed."""
         return self.pair_id
 
+    @property
+    def forms(self) -> list[Tensor]:
+        """The ids of each prompt that can be in a sequence."""
+        return [self.ids] if self.rejected_ids is None else [self.ids, self.rejected_ids]
+
 
 def load_examples(
     pairs: Sequence[ItemPair], model: UnifiedModel, config: Config, out: Path | None
@@ -507,7 +512,7 @@ class Trainer:
         """Return whether layers run again in the backward pass: as set, or as the free memory of a rank asks for."""
         if self.settings.gradient_checkpointing is not None:
             return self.settings.gradient_checkpointing
-        prompts = [ids for example in self.examples for ids in (example.ids, example.rejected_ids) if ids is not None]
+        prompts = [ids for example in self.examples for ids in example.forms]
         rows = min(
             self.settings.batch_size, -(-self.settings.batch_size * self.settings.accumulation // self.ranks.size)
         )

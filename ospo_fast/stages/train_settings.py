@@ -68,8 +68,12 @@ def input_stage(config: Config) -> str:
 
 
 def check_preference(config: Config) -> None:
-    """Raise UsageError for a loss of pairs that trains nothing, or whose two sides would have other token weights."""
+    """Raise UsageError for a loss of pairs that trains nothing, or whose two sides would have other token weights.
+
+    And for images of both forms of a prompt, which no pair has.
+    """
     loss = loss_config(config)
+    check_form(config)
     if not (loss.simpo_weight or loss.cond_weight or loss.sft_weight):
         raise UsageError(
             "train.loss: got simpo_weight, cond_weight and sft_weight of 0, expected one above 0 with group_size=0 "
@@ -87,12 +91,29 @@ def check_preference(config: Config) -> None:
         )
 
 
+def check_form(config: Config) -> None:
+    """Raise UsageError if images of pairs are to have prompts of both forms."""
+    if config.images.prompts == "both":
+        raise UsageError(
+            "images.prompts: got both, expected dense or plain: images of a pair have prompts of one form; both is for "
+            "training by GRPO, which generates its own images."
+        )
+
+
 def reward_settings(config: Config) -> dict[str, Any]:
     """Return the settings of other sections that GRPO depends on, and other training does not."""
     if not trains_groups(config):
         return {}
-    form = {"images.prompts": "both"} if config.images.prompts == "both" else {}
-    return {"images.temperature": config.images.temperature, "score.reward": reward_name(config), **form}
+    return {
+        "images.temperature": config.images.temperature,
+        "images.prompts": prompt_form(config),
+        "score.reward": reward_name(config),
+    }
+
+
+def prompt_form(config: Config) -> str:
+    """Return the form of the prompts that GRPO trains: plain, or both; dense is of the images of pairs."""
+    return "both" if config.images.prompts == "both" else "plain"
 
 
 def reward_name(config: Config) -> str:
@@ -115,8 +136,7 @@ def check_grpo(config: Config) -> None:
     ]
     if uses_masks(config):
         found.append(("train.masks", train.masks, "online", "the images that train have no stored masks"))
-        form = "both" if images.prompts == "both" else "plain"
-        found.append(("images.prompts", form, "plain", "masks are of the objects in the plain prompt"))
+        found.append(("images.prompts", prompt_form(config), "plain", "masks are of the objects in the plain prompt"))
         auto = "auto" in (config.masks.layers, config.masks.heads)
         found.append(
             ("masks.layers", "auto" if auto else None, None, "there are no pairs to choose by; name the layers")

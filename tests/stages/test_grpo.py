@@ -1,6 +1,7 @@
 """GRPO: advantages and loss by hand, images of the policy of now, exact resumption, and settings that it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import answer_questions
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.models import load_model
-from ospo_fast.pipeline import read_stage
+from ospo_fast.models.layout import image_layout
+from ospo_fast.pipeline import Pipeline, read_stage
 from ospo_fast.stages import StageContext, find_stage
 from ospo_fast.stages import train as train_module
 from ospo_fast.stages.grpo import EPSILON, GroupTrainer, group_advantages, grpo_loss, load_groups
@@ -122,16 +124,25 @@ def test_half_of_the_groups_have_a_dense_prompt(tiny, records, tmp_path):
     assert all(some._in_form(group, n) is group for group in some.examples[1:] for n in range(9))
 
 
-def test_dense_prompts_that_cannot_train_are_told(tiny, records):
+def test_dense_prompts_that_cannot_train_are_told(tiny, records, tmp_path, caplog):
     settings, model = config("images.prompts=both"), load_model(tiny)
     first, *others = select_training_prompts(records, settings)
     without = [item._replace(record={**item.record, "long_prompt": [""]}) for item in [first, *others]]
     with pytest.raises(OspoError, match=r"images\.prompts is both, and no record has a dense prompt \(long_prompt\)"):
         load_groups(without, model, settings)
-    long = first._replace(record={**first.record, "long_prompt": ["a red circle " * 500]})
+    too_long = "a red circle " * 500
+    long = first._replace(record={**first.record, "long_prompt": [too_long, *first.record["long_prompt"]]})
     groups, failures = load_groups([long, *others], model, settings)
-    assert list(failures) == [first.pair_id]
-    assert len(groups) == len(others)
+    assert not failures
+    assert groups[0].dense == tuple(first.record["long_prompt"])  # only the one that fails is left out
+    GroupTrainer(model, groups, settings, tmp_path)
+    total = 1 + sum(len(group.dense) for group in groups)
+    assert f"train: 1 of {total} dense prompts failed: {first.pair_id}: " in caplog.text
+    alone = [item._replace(record={**item.record, "long_prompt": [too_long]}) for item in [first, *others]]
+    with pytest.raises(
+        OspoError, match=rf"both, and {len(alone)} of {len(alone)} dense prompts failed: {first.pair_id}"
+    ):
+        load_groups(alone, model, settings)
 
 
 def test_the_images_are_those_of_the_policy_and_its_judge_stays(tiny, records, tmp_path):
@@ -237,9 +248,43 @@ def test_settings_that_grpo_cannot_follow(setting, message):
     find_stage("train").check(load_config([setting]))
 
 
+def test_memory_is_estimated_for_the_longest_form(tiny, records, tmp_path, monkeypatch):
+    made = trainer(tiny, records, tmp_path, "images.prompts=both")
+    found = []
+    monkeypatch.setattr(train_module, "needs_checkpointing", lambda *_, longest, **__: found.append(longest))
+    made.needs_checkpointing()
+    longest = max(len(ids) for group in made.examples for ids in group.dense_ids)
+    assert longest > max(len(group.ids) for group in made.examples)
+    assert found == [longest + image_layout(made.model).tokens]
+
+
+def test_the_form_of_prompts_is_a_setting_of_training(tiny, made, tmp_path):
+    """In both directions, and of folders that an older version made with plain prompts."""
+
+    def train(folder, *settings):
+        Pipeline(config(f"model={tiny}", f"out={folder}", "train.steps=1", *settings), progress=False).stage("train")
+
+    of_perturb, of_prompts = tmp_path / "both", tmp_path / "plain"
+    for folder in (of_perturb, of_prompts):
+        shutil.copytree(made, folder, ignore=shutil.ignore_patterns("train"))
+    train(of_perturb, "images.prompts=both")
+    with pytest.raises(UsageError, match=r"train was made with images\.prompts=both, now images\.prompts=plain"):
+        train(of_perturb)
+    train(of_prompts)
+    for old in (False, True):
+        if old:
+            saved = json.loads((of_prompts / "settings.json").read_text())
+            del saved["train"]["settings"]["images.prompts"]
+            (of_prompts / "settings.json").write_text(json.dumps(saved))
+        train(of_prompts)
+        with pytest.raises(UsageError, match=r"train was made with images\.prompts=plain, now images\.prompts=both"):
+            train(of_prompts, "images.prompts=both")
+
+
 def test_both_forms_of_prompts_are_for_grpo_without_masks():
-    with pytest.raises(UsageError, match=r"images\.prompts: got both with group_size=0, expected dense or plain"):
-        find_stage("images").check(load_config(["images.prompts=both"]))
+    for stage, settings in (("images", []), ("images", ["method=grpo"]), ("train", []), ("train", ["method=sft"])):
+        with pytest.raises(UsageError, match=r"images\.prompts: got both, expected dense or plain: .* of one form"):
+            find_stage(stage).check(load_config([*settings, "images.prompts=both"]))
     masked = ["masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1", "images.prompts=both"]
     with pytest.raises(UsageError, match=r"images\.prompts: got both with group_size=3, expected plain"):
         find_stage("train").check(config(*masked))
