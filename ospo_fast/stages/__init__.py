@@ -271,10 +271,12 @@ _FULL = "train.full: got true with quantize={}, whose weights do not train, expe
 
 
 def _check_train(config: Config) -> None:
-    from ospo_fast.stages.train_settings import check_grpo, check_preference, loss_config
+    from ospo_fast.stages.train_settings import check_grpo, check_preference, loss_config, uses_masks
 
     loss_config(config)
     (check_preference if _on_pairs(config) else check_grpo)(config)
+    if config.train.masks == "online" and uses_masks(config):  # training makes them, and no stage before it
+        _check_masks(config)
     if not _on_pairs(config):
         _check_score(config)
     if config.train.full and config.quantize is not None:

@@ -9,6 +9,7 @@ import torch
 
 from ospo_fast.config import load_config
 from ospo_fast.errors import UsageError
+from ospo_fast.pipeline import Pipeline
 from ospo_fast.stages import find_stage, object_tokens
 from ospo_fast.stages.object_tokens import (
     check_prompt,
@@ -258,6 +259,23 @@ def test_without_spacy_the_objects_of_a_plain_prompt_are_unknown(monkeypatch):
         find_stage("masks").check(load_config(["prompts.file=p.txt", "model=org/janus"]))
     find_stage("masks").check(load_config(["prompts.file=p.txt", "model=shapes"]))
     find_stage("masks").check(load_config(["masks.nouns=spacy", "masks.enabled=false"]))
+
+
+def test_a_run_without_the_stage_masks_checks_the_masks_that_training_makes(monkeypatch, tmp_path):
+    monkeypatch.setattr(object_tokens.importlib.util, "find_spec", lambda name: None)
+    grpo = ["method=grpo", "masks.enabled=true", "train.loss.mask_alpha=1", "masks.layers=[0]"]
+    for settings in ([], grpo):
+        online = [f"out={tmp_path}", "train.masks=online", *settings]
+        for wrong, message in (
+            ("masks.nouns=spacy", "got spacy, and the objects"),
+            ("masks.official=x", "got 'x'"),
+        ):
+            pipeline = Pipeline(load_config([*online, wrong], family="shapes"))
+            assert "masks" not in pipeline.stage_names()
+            with pytest.raises(UsageError, match=message):
+                pipeline.check_settings()
+    unused = ["masks.nouns=spacy", f"out={tmp_path}", "method=grpo"]
+    Pipeline(load_config(unused, family="shapes")).check_settings()
 
 
 def test_prompts_without_objects_fail():
