@@ -180,18 +180,6 @@ TABLES = {
     },
 }
 FLIPS = 10_000  # of signs, in a permutation test
-OLD_NAMES = {  # of variants in rows of earlier commits
-    "true mask": "ground-truth masks",
-    "mask of ones": "masks of ones",
-    "random mask": "random masks of the same size",
-    "masks of the head of most contrast": "masks of the head of highest contrast",
-    "dense prompts drawn": "images of dense prompts",
-    "one drawing of a variant": "one image per variant",
-    "one pair of a prompt": "one pair per prompt",
-    "near misses rejected": "hard negatives rejected",
-    "near misses, no filter": "hard negatives rejected, no filter",
-    "near misses, rule v2": "hard negatives rejected, rule v2",
-}
 QUICK = (
     "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
     "train.steps=2",
@@ -606,9 +594,7 @@ def _table(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a result file; variants of earlier commits get their current names."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{**row, "variant": OLD_NAMES.get(row["variant"], row["variant"])} for row in rows]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _in_order(rows: Iterable[dict[str, Any]], table: Table) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The table of ablations: rows are written one by one, and an interrupted table resumes."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,11 +218,45 @@ def test_what_a_method_costs(tmp_path: Path) -> None:
     assert both == {"train_images": 5 * 64, "tflop": 4.0}  # and perturb
 
 
-def test_rows_with_old_names_are_read_as_their_variants(tmp_path: Path) -> None:
-    rows, names = ablations.read_rows(RESULTS / "ablations.jsonl"), {variant.name for variant in ablations.TABLE}
-    assert {row["variant"] for row in rows} == names | {"that, and the guidance partner"}  # removed
-    assert set(ablations.OLD_NAMES.values()) <= names
-    assert not names & set(ablations.OLD_NAMES)
+@pytest.mark.parametrize(
+    ("world", "table"), [("shapes", "ablations"), ("shapes", "methods"), ("shapes-large", "ablations")]
+)
+def test_the_tables_of_the_docs_are_whole_and_those_of_the_results(world: str, table: str) -> None:
+    """Each variant has its three seeds, the images of each prompt, and its line with gain, paired difference and p."""
+    of, lines = ablations.TABLES[world][table], (RESULTS.parents[2] / "docs" / "ablations.md").read_text().splitlines()
+    rows = ablations.read_rows(RESULTS / f"{of.name}.jsonl")
+    best = f"at {rows[0]['guidance_scale']:g}"
+    others = [variant.name for variant in of.variants if variant.name != of.reference]
+    for key in (best, "dense prompts"):
+        sides = {n: list(zip(*ablations.matched(rows, n, of.reference), strict=True)) for n in others}
+        tests = ablations.holm({name: ablations.paired_test(*sides[name], key) for name in others})
+        for name in (of.reference, *others):
+            mine = [row for row in rows if row["variant"] == name]
+            assert [row["seed"] for row in mine] == list(ablations.SEEDS), name
+            found = ablations.pooled(mine, key)
+            cells = [_with_error(found["gain"], found["error_prompts"]).removesuffix(" ± 0")]
+            if key == best or world == "shapes-large":
+                cells.insert(0, ", ".join(_signed(row[key]["gain"]["alignment"]) for row in mine))
+            shown = [line for line in lines if f"| {' | '.join(cells)} |" in line]
+            if name in others:
+                assert all(a[key]["meanings"] == b[key]["meanings"] for a, b in zip(*sides[name], strict=True))
+                change = re.escape(_with_error(*ablations.differences(*sides[name], key)["all"]))
+                end = re.compile(rf"\| {change}( ± [.\d]+)? \| {re.escape(_probability(tests[name]))} \|")
+                shown = [line for line in shown if end.search(line)]
+            assert shown, (name, key, cells)
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{_signed(value)} ± {_signed(error).removeprefix('+')}"
+
+
+def _probability(p: float) -> str:
+    return "1" if p >= 0.995 else f"{p:.{3 if p < 0.1 else 2}f}".removeprefix("0")
+
+
+def _signed(value: float) -> str:
+    """Write a difference as the docs do: +.096, −.003, 0."""
+    return "0" if abs(value) < 5e-4 else f"{value:+.3f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
 
 
 def test_a_method_without_images_in_advance_is_measured(tmp_path: Path) -> None:
