@@ -42,7 +42,7 @@ from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics, store_paths
 from ospo_fast.records import iter_pairs, stable_hash
 from ospo_fast.shapes import demo, evaluate
 from ospo_fast.shapes.checker import UNKNOWN, detect
-from ospo_fast.shapes.scenes import SHAPES_WORLD, WORLDS, World, write_held_out_prompts
+from ospo_fast.shapes.scenes import KINDS, SHAPES_WORLD, WORLDS, World, write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES, STAGES
 from ospo_fast.stages.train_settings import loss_config
 from ospo_fast.stats import standard_error
@@ -179,6 +179,8 @@ TABLES = {
         "methods": Table("methods-large", METHODS, "demo"),
     },
 }
+DETAILED = ("demo", "GRPO, 1000 steps, plain and dense prompts")  # variants that are measured on further prompts, too
+ONE_ATTRIBUTE = "on one attribute"  # plain prompts of the kinds that are not in the headline
 FLIPS = 10_000  # of signs, in a permutation test
 QUICK = (
     "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
@@ -210,7 +212,7 @@ class Bench:
         self.scale, self.scales = self._kept("guidance", lambda: self.choose_guidance(self.base))
         self.before = {scale: self.evaluate_headline(self.base, scale) for scale in sorted({1.0, self.scale})}
         self._dense_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
-        self.further_before: evaluate.AlignmentResult | None = None  # of the base model, on first use
+        self.further_before: dict[str, evaluate.AlignmentResult] | None = None  # of the base model, on first use
 
     def _kept(self, name: str, make: Any) -> Any:
         path = self.folder / f"{name}-{self.per_kind}-{measure.commit()}.json"
@@ -253,29 +255,42 @@ class Bench:
             self._dense_before = self.evaluate_dense(self.base)
         return self._dense_before
 
-    def evaluate_further(self, model: UnifiedModel) -> evaluate.AlignmentResult:
-        """Evaluate a model on test prompts outside the table, or with new seeds for two attributes, which have none."""
-        seeds = tuple(seed + 2 for seed in self.sampling)
-        parts = [
-            evaluate.evaluate_alignment(
+    def evaluate_further(self, model: UnifiedModel) -> dict[str, evaluate.AlignmentResult]:
+        """Evaluate a model on test prompts outside the table, which no setting can have been chosen on.
+
+        Two attributes have none without scenery, so theirs have new seeds. Prompts of one attribute are few: each has
+        many images.
+        """
+        seeds, full = tuple(seed + len(self.sampling) for seed in self.sampling), self.per_kind == PER_KIND
+
+        def images(kinds: Sequence[str], *, number: int, skip: int = 0, split: str = self.split, seeds: Any = seeds):
+            return evaluate.evaluate_alignment(
                 model,
-                split=self.split,
-                per_kind=1000 if self.per_kind == PER_KIND else self.per_kind,
+                split=split,
+                per_kind=number if full else self.per_kind,
                 guidance_scale=self.scale,
                 seeds=seeds,
                 kinds=kinds,
                 skip=skip,
                 progress=False,
             )
-            for kinds, skip in ((evaluate.HEADLINE[:1], 0), (evaluate.HEADLINE[1:], PER_KIND))
-        ]
-        return replace(
+
+        two, others = evaluate.HEADLINE[:1], evaluate.HEADLINE[1:]
+        parts = images(two, number=1000), images(others, number=1000, skip=PER_KIND)
+        plain = replace(
             parts[0],
-            kinds=sum((part.kinds for part in parts), ()),
-            prompts=sum((part.prompts for part in parts), ()),
-            images=sum((part.images for part in parts), ()),
+            kinds=parts[0].kinds + parts[1].kinds,
+            prompts=parts[0].prompts + parts[1].prompts,
+            images=parts[0].images + parts[1].images,
             correct=np.concatenate([part.correct for part in parts]),
         )
+        dense = "dense" if self.split == "test" else "dense-validation"
+        many = tuple(range(seeds[0], seeds[0] + (24 if full else 2)))  # images of a prompt
+        return {
+            "on further prompts": plain,
+            "on further prompts with scenery": images(evaluate.HEADLINE, number=2 * DENSE, skip=DENSE, split=dense),
+            ONE_ATTRIBUTE: images([kind for kind in KINDS if kind not in evaluate.HEADLINE], number=1000, seeds=many),
+        }
 
     def further(self, model: UnifiedModel) -> dict[str, Any]:
         """Compare the models each at its own best guidance on validation prompts, and on further test prompts."""
@@ -288,7 +303,11 @@ class Bench:
             "validation_before": {str(scale): headline for scale, headline in self.scales.items()},
             "validation": {str(scale): headline for scale, headline in scales.items()},
             "at its own best": _compare(self.before[self.scale], best) | {"guidance_scale": own},
-            "on further prompts": _compare(self.further_before, further) | {"seeds": list(further.seeds)},
+            **{
+                name: (_compare_kinds if name == ONE_ATTRIBUTE else _compare)(self.further_before[name], result)
+                | {"seeds": list(result.seeds)}
+                for name, result in further.items()
+            },
         }
 
     def config(self, settings: Sequence[str], seed: int, out: Path) -> Config:
@@ -363,7 +382,7 @@ class Bench:
     def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
         """Train a variant with one seed; return a row with its gains and the metrics of its pairs and masks.
 
-        The row of the first variant of the table also has the comparisons of `further`.
+        The rows of `DETAILED` also have the comparisons of `further`.
         """
         folder, model, seconds = self.trained(variant, seed)
         compared: dict[str, Any] = {
@@ -371,7 +390,7 @@ class Bench:
             for scale, before in self.before.items()
         }
         compared["dense prompts"] = _compare(self.dense_before, self.evaluate_dense(model))
-        if variant == TABLE[0] and self.split == "test":
+        if variant.name in DETAILED and self.split == "test":
             compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)
         folders = [Pipeline(config, progress=False).folder(n) for n in range(1, config.iterations + 1)]
@@ -423,6 +442,12 @@ def _compare(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) 
         "before": before.headline(),
         "after": after.headline(),
         "gain": after.gain(before),
+        **_compare_kinds(before, after),
+    }
+
+
+def _compare_kinds(before: evaluate.AlignmentResult, after: evaluate.AlignmentResult) -> dict[str, Any]:
+    return {
         "kinds_gain": after.gain_by_kind(before),
         "unreadable_before": _unreadable(before),
         "unreadable": _unreadable(after),
@@ -650,7 +675,7 @@ def _show(rows: list[dict[str, Any]], against: str = NO_MASK) -> None:
     pairs = {name: [list(side) for side in zip(*matched(rows, name, against), strict=True)] for name in others}
     pairs = {name: sides for name, sides in pairs.items() if sides}
     keys = dict.fromkeys(
-        key for sides in pairs.values() for key, value in sides[0][0].items() if "right" in _mapping(value)
+        key for sides in pairs.values() for key, value in sides[0][0].items() if {"gain", "right"} <= {*_mapping(value)}
     )
     for key in keys:
         known = {n: s for n, s in pairs.items() if all("right" in row.get(key, ()) for side in s for row in side)}

@@ -259,6 +259,33 @@ def _signed(value: float) -> str:
     return "0" if abs(value) < 5e-4 else f"{value:+.3f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
 
 
+def test_further_prompts_are_not_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and with scenery, besides two attributes, whose images have other seeds; and one attribute by kind."""
+    bench = ablations.Bench(tmp_path, split="test", per_kind=2, sampling=(0, 1))
+    monkeypatch.setattr(ablations, "DENSE", 2)
+    monkeypatch.setattr(ablations, "PER_KIND", 2)
+    drawn = {1: bench.evaluate_headline(bench.base, 1.5), 2: bench.evaluate_dense(bench.base)}
+    asked: list[tuple[Any, ...]] = []
+    evaluate_alignment = ablations.evaluate.evaluate_alignment
+
+    def few(model: Any, *, seeds: tuple[int, ...], per_kind: int, **options: Any) -> Any:
+        asked.append(seeds)
+        return evaluate_alignment(model, seeds=seeds[:2], per_kind=min(per_kind, 2), **options)
+
+    monkeypatch.setattr(ablations.evaluate, "evaluate_alignment", few)
+    further = bench.evaluate_further(bench.base)
+    plain, dense, one = further.values()
+    assert not set(dense.prompts) & set(drawn[2].prompts)
+    others = [prompt for prompt, kind in zip(plain.prompts, plain.kinds, strict=True) if kind != "color2"]
+    assert len(others) == 4
+    assert not set(others) & set(drawn[1].prompts)
+    assert set(one.kinds) == {"color1", "shape1", "numeracy1"}
+    assert asked == [(2, 3), (2, 3), (2, 3), tuple(range(2, 26))]
+    compared = ablations._compare_kinds(one, one)
+    assert compared["kinds_gain"]["color1"]["alignment"] == 0
+    assert "gain" not in compared
+
+
 def test_a_method_without_images_in_advance_is_measured(tmp_path: Path) -> None:
     """Its shared stages are those of its own run: the questions of GRPO follow the prompts."""
     bench = ablations.Bench(
