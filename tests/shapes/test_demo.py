@@ -434,6 +434,29 @@ def test_pair_is_pure_when_chosen_is_right_and_rejected_wrong(tmp_path: Path) ->
     assert metrics["pair_purity"] == pytest.approx(1 / 3)
 
 
+def test_pairs_of_one_prompt_count_together_in_standard_errors(tmp_path: Path) -> None:
+    """Two prompts with two equal pairs each are two samples, 1 and 0, with a standard error of 1 / 2."""
+    from safetensors.numpy import save_file
+
+    for color in ("red", "blue"):
+        render(Scene((Object(color, "square", "large", (0, 0)),), "white")).save(tmp_path / f"{color}.png")
+    union = np.zeros((6, 6), np.uint8)
+    union[:2, :2] = 1
+    for name, mask in (("right", union), ("wrong", 1 - union)):
+        save_file({f"{side}_union": mask for side in SIDES}, tmp_path / f"{name}.safetensors")
+    records: list[Record] = [
+        {
+            "item_id": prompt,
+            "prompt": prompt,
+            "pairs": [Pair(chosen="red.png", rejected="blue.png", mask_path=mask)] * 2,
+        }
+        for prompt, mask in (("a red square", "right.safetensors"), ("a blue square", "wrong.safetensors"))
+    ]
+    pairs, masks = demo.pair_metrics(records, tmp_path), demo.mask_metrics(records, tmp_path)
+    assert (pairs["pair_purity"], pairs["pair_purity_std"]) == (0.5, pytest.approx(0.5))
+    assert (masks["mask_iou"], masks["mask_iou_std"]) == (0.5, pytest.approx(0.5))
+
+
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"step": 1}\n', '{"guidance_scale": 2.0}\n'])
 def test_training_without_an_evaluation_at_another_scale_is_accepted(tmp_path, line):
     (tmp_path / "train").mkdir()
