@@ -24,7 +24,7 @@ import torch
 from ospo_fast import env
 from ospo_fast.config import MODEL_FILES
 from ospo_fast.packages import silence_imports
-from ospo_fast.records import write_atomic
+from ospo_fast.records import finite, write_atomic
 
 L2_BYTES = 256 * 2**20  # larger than the L2 cache of the supported GPUs
 LEAD = 2_000_000  # clock cycles (about 1 ms) that a GPU sleeps while the host launches a run
@@ -301,7 +301,7 @@ def write(rows: list[dict[str, Any]], out: Path, name: str) -> Path:
         measured = [(line["op"], line["shapes"], line["dtype"]) for line in rows]
         kept = [line for line in kept if (line["op"], line["shapes"], line["dtype"]) not in measured]
         rows = [*(line for line in kept if line["commit"] == commit()), *rows]
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in rows).encode())
+    write_atomic(path, "".join(json.dumps(finite(line), allow_nan=False) + "\n" for line in rows).encode())
     _written[path] = None
     return path
 

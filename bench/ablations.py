@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,12 +31,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import _comparison
 import _measure as measure
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ospo_fast.config import Config, load_config
+from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.models import load_model
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.pipeline import Pipeline, read_stage, stage_metrics, store_paths
@@ -45,7 +48,6 @@ from ospo_fast.shapes.checker import UNKNOWN, detect
 from ospo_fast.shapes.scenes import KINDS, SHAPES_WORLD, WORLDS, World, write_held_out_prompts
 from ospo_fast.stages import STAGE_NAMES, STAGES
 from ospo_fast.stages.train_settings import loss_config
-from ospo_fast.stats import standard_error
 
 SEEDS = (42, 43, 44)
 SAMPLING = (0, 1)
@@ -181,7 +183,6 @@ TABLES = {
 }
 DETAILED = ("demo", "GRPO, 1000 steps, plain and dense prompts")  # variants that are measured on further prompts, too
 ONE_ATTRIBUTE = "on one attribute"  # plain prompts of the kinds that are not in the headline
-FLIPS = 10_000  # of signs, in a permutation test
 QUICK = (
     "prompts.counts={color1: 2, shape1: 2, color2: 4, 2D_spatial: 4, numeracy1: 2, numeracy2: 4}",
     "train.steps=2",
@@ -389,7 +390,7 @@ class Bench:
             f"at {scale:g}": _compare(before, self.evaluate_headline(model, scale))
             for scale, before in self.before.items()
         }
-        compared["dense prompts"] = _compare(self.dense_before, self.evaluate_dense(model))
+        compared[_comparison.SCENERY] = _compare(self.dense_before, self.evaluate_dense(model))
         if variant.name in DETAILED and self.split == "test":
             compared |= self.further(model)
         config = self.config(variant.settings, seed, folder)
@@ -503,63 +504,6 @@ def replace_masks(folder: Path, kind: str, world: World) -> None:
         save_file(tensors, path)
 
 
-def pooled(rows: list[dict[str, Any]], scale: str) -> dict[str, float]:
-    """Return the mean gain over training seeds, with its standard errors over prompts and over seeds."""
-    gains = np.array([row[scale]["gain"]["alignment"] for row in rows])
-    prompts = float(np.mean([row[scale]["gain"]["standard_error"] for row in rows]))
-    return {"gain": float(gains.mean()), "error_prompts": prompts, "error_seeds": standard_error(gains)}
-
-
-def differences(
-    rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str
-) -> dict[str, tuple[float, float]]:
-    """Return the mean difference in alignment to other rows, and its standard error over prompts.
-
-    The headline is `all`; the other keys are the kinds. Rows and reference have the same prompts and sampling seeds.
-    """
-    changes, meanings = _changes(rows, reference, scale), rows[0][scale]["meanings"]
-    found = {kind: (float(c.mean()), standard_error(c, meanings[kind])) for kind, c in changes.items()}
-    means, errors = zip(*(found[kind] for kind in evaluate.HEADLINE if kind in found), strict=True)
-    return {"all": (float(np.mean(means)), float(np.sqrt(np.square(errors).sum())) / len(errors)), **found}
-
-
-def seed_error(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> float:
-    """Return the standard error of the headline's difference over training seeds."""
-    return standard_error([differences([a], [b], scale)["all"][0] for a, b in zip(rows, reference, strict=True)])
-
-
-def paired_test(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> float:
-    """Return the two-sided p of the headline's difference for these trainings.
-
-    The differences of prompts of one meaning change their signs together.
-    """
-    changes, meanings = _changes(rows, reference, scale), rows[0][scale]["meanings"]
-    kinds = [kind for kind in evaluate.HEADLINE if kind in changes]
-    sums = [np.bincount(meanings[kind], changes[kind]) / len(changes[kind]) for kind in kinds]
-    observed = abs(np.mean([values.sum() for values in sums]))
-    rng = np.random.default_rng(0)
-    flipped = np.mean([rng.choice((-1, 1), (FLIPS, len(values))) @ values for values in sums], axis=0)
-    return float((1 + (np.abs(flipped) >= observed - 1e-12).sum()) / (1 + FLIPS))
-
-
-def holm(tests: dict[str, float]) -> dict[str, float]:
-    """Return p values corrected for their number by Holm's method."""
-    corrected, last = {}, 0.0
-    for number, name in enumerate(sorted(tests, key=tests.__getitem__)):
-        last = max(last, min(1.0, (len(tests) - number) * tests[name]))
-        corrected[name] = last
-    return corrected
-
-
-def _changes(rows: list[dict[str, Any]], reference: list[dict[str, Any]], scale: str) -> dict[str, np.ndarray]:
-    """Return the difference of each prompt, by kind; `right` of a row has the number of its images that are right."""
-
-    def rates(many: list[dict[str, Any]], kind: str) -> np.ndarray:
-        return np.mean([row[scale]["right"][kind] for row in many], axis=0) / len(many[0]["sampling"])
-
-    return {kind: rates(rows, kind) - rates(reference, kind) for kind in rows[0][scale]["right"]}
-
-
 @contextmanager
 def _folder(kept: Path | None) -> Iterator[Path]:
     if kept is not None:
@@ -594,7 +538,7 @@ def _table(
         bench = Bench(
             folder, split="test", per_kind=2 if quick else PER_KIND, extra=QUICK if quick else (), world=world
         )
-        rows = read_rows(path) if path.exists() else []
+        rows = _comparison.read_rows(path) if path.exists() else []
         variants = {variant.name: variant for variant in of.variants}
         rows = _in_order(
             (
@@ -614,12 +558,7 @@ def _table(
                 others = [row for row in rows if row not in older]
                 rows = _in_order([*others, bench.measure(variant, seed)], of)
                 measure.write(rows, out, name)
-    _show(rows, of.reference)
-    plot(rows, path.with_suffix(".png"))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    _show(rows, of, path)
 
 
 def _in_order(rows: Iterable[dict[str, Any]], table: Table) -> list[dict[str, Any]]:
@@ -630,73 +569,19 @@ def _in_order(rows: Iterable[dict[str, Any]], table: Table) -> list[dict[str, An
     )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the gain of each variant at the base model's best guidance and at 1: every seed and the mean."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
+def _show(rows: list[dict[str, Any]], table: Table, path: Path) -> None:
+    """Print and plot rows of a table."""
+    _comparison.check(rows, path)
     best = f"at {rows[0]['guidance_scale']:g}"
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.32 * len(names)), sharey=True, squeeze=False)
-    for axis, scale in zip(axes[0], (best, "at 1"), strict=True):
-        for y, name in enumerate(names):
-            mine = [row for row in rows if row["variant"] == name]
-            found = pooled(mine, scale)
-            color = "#c2410c" if name == TABLE[0].name else "#475569"
-            axis.errorbar(found["gain"], y, xerr=found["error_prompts"], fmt="o", color=color, capsize=3)
-            gains = [row[scale]["gain"]["alignment"] for row in mine]
-            axis.plot(gains, [y] * len(gains), "|", color=color, alpha=0.6, markersize=9)
-        axis.axvline(0, color="#94a3b8", linewidth=1)
-        axis.locator_params(axis="x", nbins=6)
-        before = rows[0][scale]["before"]["alignment"]
-        axis.set_xlabel(f"gain in alignment at guidance {scale[3:]} (before: {before:.3f})")
-    axes[0][0].set_yticks(range(len(names)), names)
-    first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    figure.suptitle(
-        f"{first['device']}, torch {first['versions']['torch']}, {commits}; bars: standard error over prompts"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _show(rows: list[dict[str, Any]], against: str = NO_MASK) -> None:
-    """Print the mean gain of each variant, and its paired difference to the variant `against`, by kind."""
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == name]
-        compared = [key for key, value in mine[0].items() if isinstance(value, dict) and "gain" in value]
-        for key in (key for key in compared if all(key in row for row in mine)):
-            found = pooled(mine, key)
-            errors = f"± {found['error_prompts']:.3f} (prompts) ± {found['error_seeds']:.3f} (seeds)"
-            print(f"{name:<40} {key:<19} gain {found['gain']:+.3f} {errors}", flush=True)
-    others = dict.fromkeys(row["variant"] for row in rows if row["variant"] != against)
-    pairs = {name: [list(side) for side in zip(*matched(rows, name, against), strict=True)] for name in others}
-    pairs = {name: sides for name, sides in pairs.items() if sides}
-    keys = dict.fromkeys(
-        key for sides in pairs.values() for key, value in sides[0][0].items() if {"gain", "right"} <= {*_mapping(value)}
-    )
-    for key in keys:
-        known = {n: s for n, s in pairs.items() if all("right" in row.get(key, ()) for side in s for row in side)}
-        corrected = holm({name: paired_test(*sides, key) for name, sides in known.items()})
-        for name, sides in known.items():
-            found = differences(*sides, key)
-            shown = ", ".join(f"{kind} {mean:+.3f} ± {error:.3f}" for kind, (mean, error) in found.items())
-            seeds = f"± {seed_error(*sides, key):.3f} over {len(sides[0])} seeds"
-            print(
-                f"{name:<40} {key:<19} minus {against}: {shown}; {seeds}; p = {corrected[name]:.3f} (Holm)", flush=True
-            )
-
-
-def matched(rows: list[dict[str, Any]], name: str, against: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the rows of a variant, each with that of another variant of the same training seed."""
-    other = {row["seed"]: row for row in rows if row["variant"] == against}
-    return [(row, other[row["seed"]]) for row in rows if row["variant"] == name and row["seed"] in other]
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    print(*_comparison.gains(rows), sep="\n")
+    print("", *_comparison.table(rows, table.reference, best), sep="\n")
+    for key in (best, _comparison.SCENERY):
+        print(
+            f"\n{key}, gain of each kind; minus {table.reference}",
+            *_comparison.kinds(rows, table.reference, key),
+            sep="\n",
+        )
+    _comparison.plot(rows, path.with_suffix(".png"), emphasis=TABLE[0].name)
 
 
 def main() -> None:
@@ -724,12 +609,15 @@ def main() -> None:
     world = WORLDS[options.world]
     table = TABLES[world.name][options.table or "ablations"]
     if options.plot:
+        if options.name != "all" or options.settings or options.masks or options.sampling or options.seeds:
+            parser.error("--plot: expected the name all, and no settings, --masks, --sampling or --seeds")
         path = measure.result_path(options.out, table.name)
         if not path.exists():
             parser.error(f"--plot: {path} does not exist; measure with --table first")
-        rows = _in_order(read_rows(path), table)
-        _show(rows, table.reference)
-        plot(rows, path.with_suffix(".png"))
+        rows = _in_order(_comparison.read_rows(path), table)
+        if not rows:
+            raise UsageError(f"{path} has no rows of this table; measure them with --table.")
+        _show(rows, table, path)
         return
     if options.table:
         named = [variant for variant in table.variants if options.name in (variant.name, "all")]
@@ -743,6 +631,7 @@ def main() -> None:
     if options.sampling is not None and options.sampling < 1:
         parser.error(f"--sampling: got {options.sampling}, expected 1 or more")
     variant = replace(Variant(options.name), settings=tuple(options.settings), masks=options.masks)
+    load_config(variant.settings, family=world.name)  # wrong ones are refused before anything is measured
     with _folder(options.folder) as folder:
         sampling = tuple(range(6 if options.sampling is None else options.sampling))
         bench = Bench(folder, split="validation", per_kind=options.per_kind, sampling=sampling, world=world)
@@ -753,8 +642,12 @@ def main() -> None:
             rows.append(bench.measure(variant, seed))
             with trials.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    _show(rows)
+    for line in _comparison.gains(rows):
+        print(line)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OspoError as error:
+        sys.exit(str(error))

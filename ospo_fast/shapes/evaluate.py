@@ -13,8 +13,9 @@ The rule, fixed before any result was known:
   model and, with the same prompts and seeds, its difference to no mask.
 * Standard errors are over prompts, after averaging the seeds of each prompt. Those of differences are paired.
 * The split `dense` has test prompts with scenery, such as `a small red circle at the top left on a white background`.
-  No model generated images of them before a method was compared on them, and kinds with few test prompts have more: in
-  the first world 115 of one color or shape and 48 of one count, where there are 4 and 8 without scenery. As for all
+  No model generated images of them before a method was compared on them; GRPO with `images.prompts=both` came later,
+  after a row of GRPO on them. Kinds with few test prompts have more: in the first world 115 of one color or shape and
+  48 of one count, where there are 4 and 8 without scenery, and thus 4 and 8 meanings. As for all
   prompts, scenery is not judged. Prompts of one meaning, without their scenery, count together in standard errors.
   `dense-validation` has validation prompts with scenery, to choose settings by.
 """

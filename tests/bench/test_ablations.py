@@ -1,10 +1,10 @@
 """The table of ablations: rows are written one by one, and an interrupted table resumes."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import _comparison
 import _measure
 import ablations
 import numpy as np
@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from ospo_fast.config import load_config
+from ospo_fast.errors import UsageError
 from ospo_fast.shapes.scenes import LARGE_WORLD, SHAPES_WORLD
 
-PLOT = ablations.plot
+PLOT = _comparison.plot
 RESULTS = Path(ablations.__file__).parent / "results" / "amd-epyc"
 pytestmark = pytest.mark.usefixtures("omegaconf")
 
@@ -62,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     Fake.calls, Fake.fail_at = [], -1
     monkeypatch.setattr(ablations, "Bench", Fake)
     monkeypatch.setattr(_measure, "commit", lambda: "0123456789ab")
-    monkeypatch.setattr(ablations, "plot", lambda *_: None)
+    monkeypatch.setattr(_comparison, "plot", lambda *_, **__: None)
     return Fake.calls
 
 
@@ -79,7 +80,7 @@ def test_an_interrupted_table_resumes(calls: list[tuple[str, int]], tmp_path: Pa
     assert calls == expected
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["variant"], row["seed"]) for row in rows] == expected
-    PLOT(rows, path.with_suffix(".png"))
+    PLOT(rows, path.with_suffix(".png"), emphasis="demo")
     with Image.open(path.with_suffix(".png")) as figure:
         assert len(np.unique(np.asarray(figure.convert("L")))) > 10
 
@@ -108,12 +109,75 @@ def test_wrong_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         (["demon", "--table"], "expected all or one of 'demo'"),
         (["demo", "--table", "--sampling", "3"], "no settings, --masks or --sampling"),
         (["trial", "--sampling", "0"], "--sampling: got 0, expected 1 or more"),
+        (["demo", "--plot"], "--plot: expected the name all"),
+        (["all", "train.steps=3", "--plot"], "and no settings"),
     ):
         monkeypatch.setattr("sys.argv", ["ablations.py", *arguments])
         with pytest.raises(SystemExit) as stop:
             ablations.main()
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_wrong_settings_of_a_trial_are_refused_before_anything_is_measured(
+    calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations.py", "trial", "train.steps=many"])
+    monkeypatch.setattr(ablations, "Bench", None)
+    with pytest.raises(UsageError, match=r"train\.steps"):
+        ablations.main()
+
+
+def test_rows_that_do_not_compare_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Never a wrong difference or error in silence: of a result file that was edited, merged or cut."""
+    lines = (RESULTS / "ablations.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["variant"] in ("demo", "no mask")]
+    path = _measure.result_path(tmp_path, "ablations")
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", ["ablations.py", "all", "--plot", "--out", str(tmp_path)])
+
+    def shown(changed: list[dict[str, Any]]) -> str:
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        ablations.main()
+        return capsys.readouterr().out
+
+    def edited(*keys: Any, value: Any) -> list[dict[str, Any]]:
+        changed = inner = json.loads(json.dumps(rows))
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        return changed
+
+    assert "minus demo" in shown(rows)
+    for changed, message in (
+        ([*rows, rows[-1]], "'no mask', seed 44, is there twice"),
+        (edited(5, "at 1.5", "before", "alignment", value=0.5), "has another at 1.5: results before training"),
+        (edited(5, "at 1.5", "meanings", "color2", value=[0]), "has another at 1.5: prompts"),
+        (edited(5, "sampling", value=[0]), "has another sampling"),
+        (edited(5, "guidance_scale", value=2.0), "has another guidance_scale"),
+        ([], "no rows of this table"),
+        ([{key: value for key, value in rows[0].items() if key != "seed"}], "has no seed"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            shown(changed)
+    path.write_text("\n".join([lines[0], lines[1][:100]]))
+    with pytest.raises(UsageError, match=r"jsonl:2 is not a JSON object"):
+        ablations.main()
+    assert "| no mask | 15 | +.098, +.097, +.100 | +.098 ± .024 | not compared | |" in shown(rows[3:])
+    changed = edited(5, "at 1.5", value={k: v for k, v in rows[5]["at 1.5"].items() if k not in ("right", "meanings")})
+    assert "| +.098 ± .024 | not compared | | +.004 ± .021 | \N{MINUS SIGN}.004 ± .006 ± .006 | " in shown(changed)
+    assert "| no mask | 15 | +.098, +.097 | " in shown(rows[:5])
+
+
+def test_results_are_strict_json() -> None:
+    def refuse(value: str) -> None:
+        raise AssertionError(value)
+
+    for path in RESULTS.parent.rglob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
 
 
 def test_quick_rows_and_rows_of_another_base_model_are_separate(
@@ -166,7 +230,7 @@ def test_differences_are_paired_by_prompt() -> None:
         counts = {"color2": list(map(int, right)), "numeracy2": [1] * 4}
         return {"sampling": [0, 1], "at 1": {"right": counts, "meanings": dict.fromkeys(counts, range(4))}}
 
-    found = ablations.differences([row("2211"), row("2211")], [row("1100"), row("1122")], "at 1")
+    found = _comparison.differences([row("2211"), row("2211")], [row("1100"), row("1122")], "at 1")
     assert found["numeracy2"] == (0.0, 0.0)
     change = np.array([1.0, 1.0, 0.0, 0.0]) / 2
     assert found["color2"] == (0.25, pytest.approx(change.std(ddof=1) / 2))
@@ -180,24 +244,24 @@ def test_signs_of_differences_are_flipped_for_the_test() -> None:
         return {"sampling": [0], "at 1": {"right": counts, "meanings": clusters}}
 
     better, base = [row("1" * 20)], [row("0" * 20)]
-    assert ablations.paired_test(better, base, "at 1") == pytest.approx(1 / (1 + ablations.FLIPS))
-    assert ablations.paired_test(base, base, "at 1") == 1
-    mixed = ablations.paired_test([row("10" * 10)], [row("01" * 10)], "at 1")
+    assert _comparison.paired_test(better, base, "at 1") == pytest.approx(1 / (1 + _comparison.FLIPS))
+    assert _comparison.paired_test(base, base, "at 1") == 1
+    mixed = _comparison.paired_test([row("10" * 10)], [row("01" * 10)], "at 1")
     assert mixed == 1  # the mean difference is 0
-    one_more = ablations.paired_test([row("1" + "0" * 19)], base, "at 1")
+    one_more = _comparison.paired_test([row("1" + "0" * 19)], base, "at 1")
     assert one_more == pytest.approx(0.25, abs=0.02)  # the same sign three times, or three times the other
-    of_one_meaning = ablations.paired_test([row("1" * 20, meanings=1)], base, "at 1")
+    of_one_meaning = _comparison.paired_test([row("1" * 20, meanings=1)], base, "at 1")
     assert of_one_meaning == pytest.approx(0.25, abs=0.02)
 
 
 def test_p_values_are_corrected_for_their_number() -> None:
-    found = ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
+    found = _comparison.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
     assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
 
 
 def test_variants_are_compared_for_the_seeds_that_both_have() -> None:
     rows = [{"variant": name, "seed": seed} for name, seed in (("demo", 42), ("demo", 44), ("DPO", 43), ("DPO", 44))]
-    assert ablations.matched(rows, "DPO", "demo") == [(rows[3], rows[1])]
+    assert _comparison.matched(rows, "DPO", "demo") == [(rows[3], rows[1])]
 
 
 def test_what_a_method_costs(tmp_path: Path) -> None:
@@ -222,41 +286,20 @@ def test_what_a_method_costs(tmp_path: Path) -> None:
     ("world", "table"), [("shapes", "ablations"), ("shapes", "methods"), ("shapes-large", "ablations")]
 )
 def test_the_tables_of_the_docs_are_whole_and_those_of_the_results(world: str, table: str) -> None:
-    """Each variant has its three seeds, the images of each prompt, and its line with gain, paired difference and p."""
-    of, lines = ablations.TABLES[world][table], (RESULTS.parents[2] / "docs" / "ablations.md").read_text().splitlines()
-    rows = ablations.read_rows(RESULTS / f"{of.name}.jsonl")
+    """Each variant has its three seeds and the images of each prompt; the docs have what `--plot` prints."""
+    of = ablations.TABLES[world][table]
+    path = RESULTS / f"{of.name}.jsonl"
+    rows = ablations._in_order(_comparison.read_rows(path), of)
+    _comparison.check(rows, path)
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        (v.name, s) for v in of.variants for s in ablations.SEEDS
+    ]
     best = f"at {rows[0]['guidance_scale']:g}"
-    others = [variant.name for variant in of.variants if variant.name != of.reference]
-    for key in (best, "dense prompts"):
-        sides = {n: list(zip(*ablations.matched(rows, n, of.reference), strict=True)) for n in others}
-        tests = ablations.holm({name: ablations.paired_test(*sides[name], key) for name in others})
-        for name in (of.reference, *others):
-            mine = [row for row in rows if row["variant"] == name]
-            assert [row["seed"] for row in mine] == list(ablations.SEEDS), name
-            found = ablations.pooled(mine, key)
-            cells = [_with_error(found["gain"], found["error_prompts"]).removesuffix(" ± 0")]
-            if key == best or world == "shapes-large":
-                cells.insert(0, ", ".join(_signed(row[key]["gain"]["alignment"]) for row in mine))
-            shown = [line for line in lines if f"| {' | '.join(cells)} |" in line]
-            if name in others:
-                assert all(a[key]["meanings"] == b[key]["meanings"] for a, b in zip(*sides[name], strict=True))
-                change = re.escape(_with_error(*ablations.differences(*sides[name], key)["all"]))
-                end = re.compile(rf"\| {change}( ± [.\d]+)? \| {re.escape(_probability(tests[name]))} \|")
-                shown = [line for line in shown if end.search(line)]
-            assert shown, (name, key, cells)
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{_signed(value)} ± {_signed(error).removeprefix('+')}"
-
-
-def _probability(p: float) -> str:
-    return "1" if p >= 0.995 else f"{p:.{3 if p < 0.1 else 2}f}".removeprefix("0")
-
-
-def _signed(value: float) -> str:
-    """Write a difference as the docs do: +.096, −.003, 0."""
-    return "0" if abs(value) < 5e-4 else f"{value:+.3f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
+    assert all("right" in row[key] for row in rows for key in ("at 1", best, _comparison.SCENERY))
+    docs = (RESULTS.parents[2] / "docs" / "ablations.md").read_text(encoding="utf-8")
+    assert "\n".join(_comparison.table(rows, of.reference, best)) in docs
+    if world == "shapes-large":
+        assert "\n".join(_comparison.kinds(rows, of.reference, best)) in docs
 
 
 def test_further_prompts_are_not_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
