@@ -143,14 +143,25 @@ def _run(model: UnifiedModel, ids: list[Tensor], codes: Tensor) -> Tensor:
         return decoder.hidden_states(batch)[batch.predicting]
 
 
+def why_no_exact_logprobs(model: UnifiedModel) -> str | None:
+    """Return why a model has no exact log-probabilities, None if it has: what `exact_logprobs` raises an error for."""
+    return _try_decoder(model)[1]
+
+
+def _try_decoder(model: UnifiedModel) -> tuple[_ExactDecoder | None, str | None]:
+    reason = why_not_exact(model) or find_override(model)
+    if reason is not None:
+        return None, reason
+    decoder = _ExactDecoder(model)
+    reason = why_not_exact(model, decoder)
+    return (decoder, None) if reason is None else (None, reason)
+
+
 def _build_decoder(model: UnifiedModel) -> _ExactDecoder:
     """Pack the weights as they are now. Raises OspoError for a model that cannot be exact."""
-    reason = why_not_exact(model) or find_override(model)
-    if reason is None:
-        decoder = _ExactDecoder(model)
-        reason = why_not_exact(model, decoder)
-        if reason is None:
-            return decoder
+    decoder, reason = _try_decoder(model)
+    if decoder is not None:
+        return decoder
     raise OspoError(
         f"model: {model.name} has no exact log-probabilities: {reason}; or use token_logprobs on the hidden states of "
         "its own modules, which round differently"

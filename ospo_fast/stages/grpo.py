@@ -1,9 +1,10 @@
 """GRPO (arXiv 2402.03300) with the model's own score of its images as the reward.
 
 A step generates a group of images of each of its prompts with the weights of now, scores them, and trains on all of
-them: those above the mean of their group are raised, the others lowered. Each image trains once. So the policy that
-generated it is the one that trains, the importance ratio is 1, and clipping it would change nothing. The judge, and the
-reference of the divergence, is the model before training, whose weights LoRA leaves as they are.
+them: those above the mean of their group are raised, the others lowered. Each image trains once, by the policy that
+generated it. Where `exact_logprobs` knows the model (float32 on a CPU), training has the bits of the generation and the
+importance ratio is exactly 1. Elsewhere both round differently, and the ratio of each token, at most 2, corrects it.
+The judge, and the reference of the divergence, is the model before training, whose weights LoRA leaves as they are.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ospo_fast.config import Config
-from ospo_fast.errors import Failure, OspoError, attempt, some_failed
+from ospo_fast.errors import Failure, OpError, OspoError, attempt, some_failed
 from ospo_fast.generation import ImageGenerator
+from ospo_fast.generation.exact import exact_logprobs, why_no_exact_logprobs
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
 from ospo_fast.ops import IGNORE_INDEX, token_logprobs, token_weights
+from ospo_fast.ops._dispatch import describe
 from ospo_fast.ops.token_weights import spread_weights
 from ospo_fast.records import ItemPair, stable_hash
 from ospo_fast.stages.object_tokens import find_objects
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EPSILON = 1e-4  # added to the standard deviation of a group, as in TRL
+MAX_RATIO = 2.0  # of an importance ratio, whose estimate of the gradient has the variance of its largest value
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Group:
     unusable: tuple[str, ...] = ()  # why other dense prompts cannot train
     rejected_ids: None = None
     codes: Tensor | None = None  # (G, T)
+    logps: Tensor | None = None  # (G, T) fp32, under the distribution that generated the codes
     rewards: Tensor | None = None  # (G,), NaN for an image that failed
 
     @property
@@ -80,7 +85,17 @@ class GRPOLoss:
 
     loss: Tensor  # policy + kl_weight · kl
     metrics: dict[str, Tensor]
-    rewards: Tensor  # (P,): the mean of each group, 0 of one without a reward
+    rewards: Tensor  # (P,): the mean of each group, NaN of one without a reward
+
+
+@dataclass(frozen=True, eq=False)
+class _Logps:
+    """Log-probabilities of a step, as `grpo_loss` takes them."""
+
+    logps: Tensor
+    present: Tensor
+    reference: Tensor | None
+    weights: Tensor | None = None
 
 
 def load_groups(
@@ -147,10 +162,24 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """
     valid = rewards.isfinite()
     number = valid.sum(1, keepdim=True)
-    values = torch.where(valid, rewards, 0).float()
-    centered = torch.where(valid, values - values.sum(1, keepdim=True) / number.clamp(min=1), 0)
-    deviation = (centered.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
-    return torch.where(number > 1, centered / (deviation + EPSILON), 0)
+    means, deviations = _moments(rewards)
+    centered = torch.where(valid, rewards.float() - means, 0)
+    scale = (number / (number - 1).clamp(min=1)).sqrt()
+    return torch.where(deviations > 0, centered / (deviations * scale + EPSILON), 0)
+
+
+def _moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and population deviation (P, 1) of each group (P, G), NaN of one without a reward.
+
+    Of equal rewards the deviation is 0: their mean may be rounded, and its distance to them is no signal.
+    """
+    valid = rewards.isfinite()
+    number, values = valid.sum(1, keepdim=True), torch.where(valid, rewards, 0).float()
+    means = values.sum(1, keepdim=True) / number
+    squares = torch.where(valid, values - means, 0).square().sum(1, keepdim=True) / number
+    first = values.gather(1, valid.long().argmax(1, keepdim=True))
+    equal = (~valid | (values == first)).all(1, keepdim=True) & (number > 0)
+    return torch.where(equal, first, means), torch.where(equal, 0, squares.sqrt())
 
 
 def grpo_loss(
@@ -158,52 +187,63 @@ def grpo_loss(
     present: Tensor,
     rewards: Tensor,
     *,
+    old: Tensor | None = None,
     weights: Tensor | None = None,
     reference: Tensor | None = None,
     kl_weight: float = 0.0,
 ) -> GRPOLoss:
     """Compute mean over images of Σ_t w_t·(−A·r_t + kl_weight·KL_t) / Σ_t w_t.
 
-    With r_t = exp(ℓ_t − ℓ_t detached), whose value is 1, A of `group_advantages`, and the estimate
-    KL_t = exp(ref_t − ℓ_t) − (ref_t − ℓ_t) − 1 of the divergence from the reference.
+    With A of `group_advantages`, and the estimate KL_t = exp(ref_t − ℓ_t) − (ref_t − ℓ_t) − 1 of the divergence from
+    the reference. The importance ratio r_t has the value min(exp(ℓ_t − old_t), 2), and the gradient r_t·∇ℓ_t.
 
     Args:
         logps: (P·G, S) float, ℓ of the tokens of G images of each of P prompts.
         present: (P·G, S) bool, the tokens that count.
         rewards: (P, G) float, NaN for images without one, which add 0.
+        old: (P·G, S), log-probabilities under the distribution that generated the tokens; None: `logps`.
         weights: (P·G, S) of the tokens; None: 1.
         reference: (P·G, S), log-probabilities under the reference model; None: no divergence.
         kl_weight: of the divergence.
 
     Returns:
-        The loss, and metrics: loss, policy, kl, reward, reward_std (the mean deviation in a group), and no_signal, the
-        share of groups whose rewards are all the same. The loss is NaN where no image has a reward, so that the step
-        is skipped and counted.
+        The loss, and metrics: loss, policy, kl, reward, reward_std (the mean deviation in a group), no_signal, the
+        share of groups whose rewards are all the same (these three of the groups that have a reward), and
+        off_policy, the mean of |ℓ_t − old_t|. Loss and metrics are NaN where no image has a reward, so that the step is
+        skipped and counted.
+
+    Raises:
+        OpError: rewards that are not (P, G) for P·G rows, or other tensors of another shape than logps.
 
     """
+    if rewards.dim() != 2 or rewards.numel() != len(logps):
+        raise OpError(f"grpo_loss: rewards is {describe(rewards)}, expected (P, G) with P·G = {len(logps)} images")
+    others = {"present": present, "old": old, "weights": weights, "reference": reference}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != logps.shape:
+            raise OpError(f"grpo_loss: {name} is {describe(tensor)}, expected the shape {tuple(logps.shape)} of logps")
     advantages = group_advantages(rewards).to(logps).view(-1, 1)
     counted = present & rewards.isfinite().view(-1, 1)
     w = counted.to(logps.dtype) if weights is None else torch.where(counted, weights.to(logps.dtype), 0)
     w = w / w.sum(1, keepdim=True).clamp(min=1) / len(logps)
-    policy = -(w * advantages * torch.exp(logps - logps.detach())).sum()
+    gap = torch.zeros_like(logps) if old is None else torch.where(counted, logps.detach() - old.to(logps), 0)
+    policy = -(w * advantages * gap.exp().clamp(max=MAX_RATIO) * torch.exp(logps - logps.detach())).sum()
     kl = logps.new_zeros(())
     if reference is not None:
-        gap = torch.where(counted, reference.detach() - logps, 0)
-        kl = (w * (torch.expm1(gap) - gap)).sum()
-    valid = rewards.isfinite()
-    loss = torch.where(valid.any(), policy + kl_weight * kl, torch.nan)
-    number = valid.sum(1).clamp(min=1)
-    means = torch.where(valid, rewards, 0).sum(1) / number
-    deviations = (torch.where(valid, rewards - means[:, None], 0).square().sum(1) / number).sqrt()
+        above = torch.where(counted, reference.detach() - logps, 0)
+        kl = (w * (torch.expm1(above) - above)).sum()
+    loss = torch.where(rewards.isfinite().any(), policy + kl_weight * kl, torch.nan)
+    means, deviations = _moments(rewards)
     metrics = {
         "loss": loss,
         "policy": policy,
         "kl": kl,
-        "reward": means.mean(),
-        "reward_std": deviations.mean(),
-        "no_signal": (deviations == 0).float().mean(),
+        "reward": means.nanmean(),
+        "reward_std": deviations.nanmean(),
+        "no_signal": torch.where(deviations.isnan(), torch.nan, (deviations == 0).float()).nanmean(),
+        "off_policy": gap.abs().sum() / counted.sum(),
     }
-    return GRPOLoss(loss, {name: value.detach() for name, value in metrics.items()}, means)
+    return GRPOLoss(loss, {name: value.detach() for name, value in metrics.items()}, means[:, 0])
 
 
 class GroupTrainer(Trainer):
@@ -219,8 +259,19 @@ class GroupTrainer(Trainer):
         self.scorer = Scorer(self.model, self.config)
         for group in self.examples:
             self.scorer.load(group.prompt, group.questions)
+        self.not_exact = self._why_not_exact()
+        if self.not_exact and self.ranks.rank == 0:
+            logger.info("train: log-probabilities are not exactly those of the generation: %s", self.not_exact)
         if self.config.images.prompts == "both" and self.ranks.rank == 0:
             self._tell_of_forms()
+
+    def _why_not_exact(self) -> str | None:
+        """Return why the log-probabilities of training are not those of `exact_logprobs`, None if they are."""
+        if self.extractor is not None:
+            return "token weights need the attention of the model's own modules"
+        if self.settings.autocast is not None:
+            return f"train.autocast is {self.settings.autocast}"
+        return why_no_exact_logprobs(self.model)
 
     def _tell_of_forms(self) -> None:
         """Log which dense prompts do not train, and how many prompts have none."""
@@ -249,7 +300,7 @@ class GroupTrainer(Trainer):
         ]
         examples = [self._in_form(group, position) for group, position in zip(examples, positions, strict=True)]
         self.weights.publish()
-        codes = self.generator.generate(
+        codes, logps = self.generator.generate(
             [group.ids for group in examples],
             seeds=seeds,
             num_images=size,
@@ -258,6 +309,7 @@ class GroupTrainer(Trainer):
             output="codes",
             on_error="skip",
             progress=False,
+            return_logps=True,
         )
         made = (codes >= 0).all(1).tolist()
         kept = [n for n, whole in enumerate(made) if whole]
@@ -270,8 +322,10 @@ class GroupTrainer(Trainer):
         rewards[kept] = torch.tensor(scores, dtype=torch.float32)
         self.weights.train()
         return [
-            dataclasses.replace(group, codes=own.clamp(min=0), rewards=scores)
-            for group, own, scores in zip(examples, codes.split(size), rewards.split(size), strict=True)
+            dataclasses.replace(group, codes=own.clamp(min=0), logps=old, rewards=scores)
+            for group, own, old, scores in zip(
+                examples, codes.split(size), logps.split(size), rewards.split(size), strict=True
+            )
         ]
 
     def _in_form(self, group: Group, position: int) -> Group:
@@ -282,6 +336,39 @@ class GroupTrainer(Trainer):
         return dataclasses.replace(group, ids=group.dense_ids[choice // 2 % len(group.dense_ids)])
 
     def _compute_loss(self, examples: list[Any]) -> GRPOLoss:
+        config = self.loss_config
+        # The exact pass keeps all activations.
+        exact = self.not_exact is None and not self.checkpointing
+        given = self._exact_logps(examples) if exact else self._own_logps(examples)
+        old = torch.cat([group.logps for group in examples]).to(given.logps)
+        rewards = torch.stack([group.rewards for group in examples]).to(given.logps.device)
+        return grpo_loss(
+            given.logps,
+            given.present,
+            rewards,
+            old=old if exact else spread_weights(old, given.present),
+            weights=given.weights,
+            reference=given.reference,
+            kl_weight=config.kl_weight,
+        )
+
+    def _exact_logps(self, examples: list[Any]) -> _Logps:
+        """Return the log-probabilities of the codes with the bits of the generation."""
+        prompts = [group.ids for group in examples for _ in range(self.loss_config.group_size)]
+        codes = torch.cat([group.codes for group in examples])
+
+        def logps() -> Tensor:
+            scale, temperature = self.settings.guidance_scale, self.config.images.temperature
+            return exact_logprobs(self.model, prompts, codes, guidance_scale=scale, temperature=temperature)
+
+        reference = None
+        if self.loss_config.kl_weight > 0:
+            with torch.no_grad(), self.weights.before_training():
+                reference = logps()
+        return _Logps(logps(), torch.ones_like(codes, dtype=torch.bool), reference)
+
+    def _own_logps(self, examples: list[Any]) -> _Logps:
+        """Return the log-probabilities of the tokens by the model's own modules."""
         settings, config = self.settings, self.loss_config
         size = config.group_size
         codes = torch.cat([group.codes for group in examples])
@@ -310,8 +397,7 @@ class GroupTrainer(Trainer):
             grids = [token_weights(grid, alpha=config.mask_alpha, **options) for grid in _grids(self.model, masks)]
             weights = spread_weights(torch.cat(grids, 1), present)
         count(codes=len(codes) * image_layout(self.model).codes, backward=torch.is_grad_enabled())
-        rewards = torch.stack([group.rewards for group in examples]).to(own.device)
-        return grpo_loss(own, present, rewards, weights=weights, reference=reference, kl_weight=config.kl_weight)
+        return _Logps(own, present, reference, weights)
 
     def _pair_metrics(self, examples: Sequence[Any], output: Any) -> Iterator[tuple[str, str, float]]:
         for group, reward in zip(examples, output.rewards.tolist(), strict=True):

@@ -317,6 +317,7 @@ class Trainer:
         self.loss: Any = None if self.loss_config.group_size else OSPOLoss(self.loss_config)
         self.forward = self.weights.distribute(self._compute_loss)
         self.packed = self._find_packing()
+        self.checkpointing = False  # whether layers run again in the backward pass
         self.step = 0
         # The best evaluation: its step, its value, and the SHA-256 of best.safetensors.
         self.best: dict[str, Any] = {}
@@ -968,6 +969,7 @@ def train(
     resumed = trainer.resume()
     logfile = folder / "log.jsonl"
     ranks.first(lambda: _begin_log(logfile, trainer.step if resumed else None, settings.steps))
+    trainer.checkpointing = checkpointed is not None
     if checkpointed is not None:
         checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     evaluation = context.evaluation if settings.eval_every else None

@@ -8,7 +8,7 @@ import torch
 
 from ospo_fast.cli import main
 from ospo_fast.config import load_config
-from ospo_fast.errors import OspoError, UsageError
+from ospo_fast.errors import OpError, OspoError, UsageError
 from ospo_fast.generation import answer_questions
 from ospo_fast.loss import OSPOLoss, OSPOLossConfig
 from ospo_fast.models import load_model
@@ -93,6 +93,83 @@ def test_a_step_without_any_reward_is_skipped(tiny, records, tmp_path, monkeypat
     made.train_step()
     with pytest.raises(OspoError, match="2 steps in a row"):
         made.check_skipped()
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 0.9999, -3.7, -300.3, 1 / 3])
+def test_equal_rewards_are_no_signal(value):
+    """Their mean is rounded in float32, and the distance to it must not become an advantage."""
+    rewards = torch.full((2, 8), value)
+    rewards[1, 3:] = torch.nan
+    assert group_advantages(rewards).tolist() == [[0] * 8] * 2
+    metrics = grpo_loss(torch.zeros(16, 2), torch.ones(16, 2).bool(), rewards).metrics
+    assert (float(metrics["no_signal"]), float(metrics["reward_std"])) == (1, 0)
+    assert float(metrics["reward"]) == pytest.approx(value)
+
+
+def test_a_group_without_a_reward_is_not_one_of_reward_0():
+    rewards = torch.tensor([[-4.0, -4.2], [torch.nan, torch.nan]])
+    output = grpo_loss(torch.zeros(4, 2), torch.ones(4, 2).bool(), rewards)
+    assert float(output.metrics["reward"]) == pytest.approx(-4.1)
+    assert float(output.metrics["reward_std"]) == pytest.approx(0.1)
+    assert float(output.metrics["no_signal"]) == 0
+    assert output.rewards.isnan().tolist() == [False, True]
+    nothing = grpo_loss(torch.zeros(4, 2), torch.ones(4, 2).bool(), torch.full((2, 2), torch.nan)).metrics
+    assert all(nothing[name].isnan() for name in ("reward", "reward_std", "no_signal"))
+
+
+def test_importance_ratios_have_a_limit_and_weigh_the_gradient():
+    logps = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]], requires_grad=True)
+    old = torch.tensor([[-1.5, -1.0], [-4.0, torch.nan]])
+    present = torch.tensor([[True, True], [True, False]])
+    output = grpo_loss(logps, present, torch.tensor([[1.0, 0.0]]), old=old)
+    (found,) = torch.autograd.grad(output.loss, logps)
+    high = float(group_advantages(torch.tensor([[1.0, 0.0]]))[0, 0])
+    ratios = torch.tensor([[0.5, -1.0]]).exp() / 2  # two tokens
+    torch.testing.assert_close(found[0], (-high * ratios / 2)[0])
+    torch.testing.assert_close(found[1], torch.tensor([high * 2.0 / 2, 0.0]))  # exp(3) is above the limit
+    assert float(output.metrics["off_policy"]) == pytest.approx((0.5 + 1 + 3) / 3)
+
+
+def test_the_importance_ratio_of_training_is_exactly_1(tiny, records, tmp_path, caplog):
+    """Of all weights that a run has: training has the bits of the generation."""
+    options = ["train.guidance_scale=1.5", "images.temperature=0.8", "train.learning_rate=3e-2"]
+    made = trainer(tiny, records, tmp_path, *options, "train.loss.kl_weight=0.1")
+    assert made.not_exact is None
+    steps = [made.train_step() for _ in range(3)]
+    assert [step["off_policy"] for step in steps] == [0.0] * 3
+    assert steps[0]["kl"] == 0.0  # and the reference before the first update
+    assert steps[2]["kl"] > 0
+    assert "log-probabilities" not in caplog.text
+    own = trainer(tiny, records, tmp_path, *options)
+    own.not_exact = "a test"
+    assert 0 < own.train_step()["off_policy"] < 1e-4
+    made.checkpointing = True  # the exact pass would keep all activations
+    assert made.train_step()["off_policy"] > 0
+
+
+def test_training_that_is_not_exact_says_why(tiny, records, tmp_path, caplog):
+    caplog.set_level("INFO")
+    half = trainer(tiny, records, tmp_path, "train.autocast=bfloat16")
+    assert "not exactly those of the generation: train.autocast is bfloat16" in caplog.text
+    assert half.train_step()["off_policy"] > 1e-4
+    settings, model = config("dtype=bfloat16"), load_model(tiny, dtype="bfloat16")
+    groups, _ = load_groups(select_training_prompts(records, settings), model, settings)
+    assert "torch.bfloat16 on cpu" in GroupTrainer(model, groups, settings, tmp_path).not_exact
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "message"),
+    [
+        (torch.zeros(4), {}, r"rewards is .*, expected \(P, G\) with P·G = 4"),
+        (torch.zeros(1, 3), {}, r"rewards is .*, expected \(P, G\) with P·G = 4"),
+        (torch.zeros(2, 2), {"old": torch.zeros(4)}, r"old is .*, expected the shape \(4, 2\)"),
+        (torch.zeros(2, 2), {"weights": torch.zeros(4, 3)}, r"weights is .*, expected the shape \(4, 2\)"),
+        (torch.zeros(2, 2), {"reference": torch.zeros(2, 2)}, r"reference is .*, expected the shape \(4, 2\)"),
+    ],
+)
+def test_wrong_shapes_are_named(rewards, options, message):
+    with pytest.raises(OpError, match=message):
+        grpo_loss(torch.zeros(4, 2), torch.ones(4, 2).bool(), rewards, **options)
 
 
 def test_a_prompt_twice_in_a_step_has_other_images(tiny, records, tmp_path):
