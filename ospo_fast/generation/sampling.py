@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ospo_fast.errors import UsageError
-from ospo_fast.generation.validation import check_number
+from ospo_fast.generation.validation import check_number, is_number, is_whole_number
 from ospo_fast.ops._chunked_head import logits_logprobs
 from ospo_fast.ops.sample_codes import sample_codes_into, truncated_logprobs
 
@@ -26,10 +26,10 @@ class Sampling:
         # A guided logit u + w·(c − u) of a larger scale may be no number of float32.
         check_number("guidance_scale", self.guidance_scale, "a number from 0 to 1e6; 1 turns guidance off", 1e6)
         check_number("temperature", self.temperature, "a number >= 0; 0 takes the most likely token")
-        if self.top_k < 0:
-            raise UsageError(f"top_k: got {self.top_k}, expected an integer >= 0; 0 keeps all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p: got {self.top_p}, expected a number in (0, 1]; 1 keeps all tokens")
+        if not is_whole_number(self.top_k) or self.top_k < 0:
+            raise UsageError(f"top_k: got {self.top_k!r}, expected an integer >= 0; 0 keeps all tokens")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p: got {self.top_p!r}, expected a number in (0, 1]; 1 keeps all tokens")
 
     @property
     def branches(self) -> int:

@@ -17,8 +17,8 @@ from ospo_fast.ops._dispatch import is_integer
 
 def check_positive(name: str, value: int, hint: str = "") -> None:
     """Require an integer of 1 or more."""
-    if value < 1:
-        raise UsageError(f"{name}: got {value}, expected a positive number{hint}")
+    if not is_whole_number(value) or value < 1:
+        raise UsageError(f"{name}: got {value!r}, expected a positive number{hint}")
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -35,8 +35,24 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_number(name: str, value: float, expected: str, limit: float = math.inf) -> None:
     """Require a finite number of 0 or more, and at most `limit`."""
-    if not math.isfinite(value) or not 0 <= value <= limit:
-        raise UsageError(f"{name}: got {value}, expected {expected}")
+    if not is_number(value) or not math.isfinite(value) or not 0 <= value <= limit:
+        raise UsageError(f"{name}: got {value!r}, expected {expected}")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a number, of any library, and no bool."""
+    if isinstance(value, (bool, str, bytes)):
+        return False
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def is_whole_number(value: object) -> bool:
+    """Return whether a value is an integer, of any library, and no bool."""
+    return hasattr(value, "__index__") and is_number(value)
 
 
 def check_window(jacobi_window: int) -> None:
