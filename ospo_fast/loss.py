@@ -52,8 +52,8 @@ class OSPOLoss(nn.Module):
         config: the coefficients; None = preset "v3".
         chunk_rows: see `token_logprobs`.
         logits_dtype: see `token_logprobs`.
-        check_finite: refuse log-probabilities and float masks that are not finite. Otherwise NaN or infinity in a mask,
-            or in a hidden state that predicts an image token, makes the loss NaN.
+        check_finite: refuse log-probabilities, also those of the reference, and float masks that are not finite.
+            Otherwise NaN or infinity in a mask, or in a hidden state that predicts an image token, makes the loss NaN.
 
     """
 
@@ -70,7 +70,12 @@ class OSPOLoss(nn.Module):
         if self.config.group_size:
             raise UsageError(
                 f"OSPOLoss: the config has group_size {self.config.group_size}, expected 0, because this loss is of "
-                "pairs; train by GRPO with `ospo-fast run method=grpo`"
+                "pairs; train by GRPO with `ospo-fast run method=grpo`, or use ospo_fast.stages.grpo.grpo_loss"
+            )
+        if self.config.kl_weight:
+            raise UsageError(
+                f"OSPOLoss: the config has kl_weight {self.config.kl_weight:g}, expected 0, because the divergence is "
+                "of groups; pairs have reference=True"
             )
         self.chunk_rows, self.logits_dtype, self.check_finite = chunk_rows, logits_dtype, check_finite
         self._grouping_checked = False
@@ -103,9 +108,9 @@ class OSPOLoss(nn.Module):
             accuracy, margin and rewards are of the log-probabilities minus those of the reference.
 
         Raises:
-            OpError: wrong shapes or devices, too few groups, masks of another grid or (`check_finite`) not finite, at
-                the first call swapped rows that would be read as pairs (cond_weight 0, no masks), and the errors of
-                `token_logprobs`.
+            OpError: wrong shapes or devices, too few groups, masks of another grid, masks or reference_logps that are
+                (`check_finite`) not finite, at the first call swapped rows that would be read as pairs (cond_weight 0,
+                no masks), and the errors of `token_logprobs`.
 
         """
         config = self.config
@@ -169,10 +174,16 @@ class OSPOLoss(nn.Module):
                 raise OpError("OSPOLoss: got reference_logps with reference=False in the config; set reference=True")
             return chosen.new_zeros(2, 1)
         expected = (2 * len(chosen),)
-        if given is None or given.shape != expected or not given.is_floating_point():
+        if not isinstance(given, Tensor) or given.shape != expected or not given.is_floating_point():
+            kind = describe(given) if isinstance(given, Tensor) else "None" if given is None else type(given).__name__
             raise OpError(
-                f"OSPOLoss: reference_logps is {'None' if given is None else describe(given)}, expected float "
+                f"OSPOLoss: reference_logps is {kind}, expected float "
                 f"{expected}: those of the chosen, then of the rejected images (reference=True in the config)"
+            )
+        if self.check_finite and not given.isfinite().all():
+            raise OpError(
+                "OSPOLoss: reference_logps holds NaN or infinity; expected finite values: leave out pairs whose images "
+                "the reference model cannot score"
             )
         return given.detach().to(chosen).view(2, -1)
 

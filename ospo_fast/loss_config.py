@@ -99,7 +99,7 @@ class OSPOLossConfig:
 
         "official" has those of "v3". "dpo", "sft", "suder" and "grpo" are other methods, see docs/methods.md.
         """
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             raise UsageError(f"OSPOLossConfig: preset {name!r} is unknown, expected one of {', '.join(_PRESETS)}")
         return cls(**_PRESETS[name])
 

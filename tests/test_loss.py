@@ -148,9 +148,14 @@ def test_wrong_references() -> None:
         (None, r"reference_logps is None, expected float \(6,\)"),
         (torch.zeros(2, 3), r"reference_logps is torch.float32 \(2, 3\), expected float \(6,\)"),
         (torch.zeros(6).long(), r"reference_logps is torch.int64 \(6,\), expected float \(6,\)"),
+        ([0.0] * 6, r"reference_logps is list, expected float \(6,\)"),
     ):
         with pytest.raises(OpError, match=message):
             loss(hidden, labels, head, reference_logps=given)
+    checked = OSPOLoss(loss.config, check_finite=True)
+    for value in (math.nan, -math.inf):
+        with pytest.raises(OpError, match="reference_logps holds NaN or infinity"):
+            checked(hidden, labels, head, reference_logps=torch.tensor([value, *[-90.0] * 5]))
     with pytest.raises(OpError, match="got reference_logps with reference=False"):
         plain(hidden, labels, head, reference_logps=torch.zeros(6))
 
