@@ -742,6 +742,8 @@ def _rename_method(layer: dict[str, Any], source: str) -> None:
     """Let `method` be another name of `preset`. Raises UsageError where a layer has both."""
     if "method" in layer:
         method = layer.pop("method")
+        if not isinstance(method, str):
+            raise UsageError(f"{source}: got method={method!r}, expected one of {', '.join(PRESETS)}.")
         if layer.setdefault("preset", method) != method:
             raise UsageError(
                 f"{source}: got method={method!r} and preset={layer['preset']!r}, which are two names of one setting; "

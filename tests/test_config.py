@@ -79,8 +79,9 @@ def test_method_and_preset_together(tmp_path):
     assert load_config(["preset=v1"], file=path).preset == "v1"  # the later layer
     with pytest.raises(UsageError, match="preset should be one of v1"):
         load_config(["method=ppo"])
-    with pytest.raises(UsageError, match="preset"):
-        load_config(["method=[1]"])
+    for value in ("[1]", "", "null"):
+        with pytest.raises(UsageError, match=r"command line: got method=.*, expected one of v1, v2, v3"):
+            load_config([f"method={value}"])
 
 
 def test_preset_v2_has_its_own_rule_and_schedule_and_no_masks():

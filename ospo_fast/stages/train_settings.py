@@ -16,7 +16,10 @@ _CHOOSING = ("validation/accuracy", "validation/margin", "validation/loss")  # t
 
 def loss_config(config: Config) -> OSPOLossConfig:
     """Return the loss of the preset with the values that `train.loss` sets."""
-    return dataclasses.replace(OSPOLossConfig.preset(config.preset), **config.train.loss)
+    try:
+        return dataclasses.replace(OSPOLossConfig.preset(config.preset), **config.train.loss)
+    except UsageError as error:
+        raise UsageError(str(error).replace("OSPOLossConfig: ", "train.loss.")) from None
 
 
 def trains_groups(config: Config) -> bool:
@@ -83,6 +86,11 @@ def check_preference(config: Config) -> None:
         raise UsageError(
             f"train.loss.kl_weight: got {loss.kl_weight:g} with group_size=0, expected 0: no group trains; pairs "
             "have train.loss.reference."
+        )
+    if loss.reference and config.train.lora_dropout and not config.train.full:
+        raise UsageError(
+            f"train.lora_dropout: got {config.train.lora_dropout:g} with train.loss.reference=true, expected 0: both "
+            "sides of a ratio are the same network."
         )
     if loss.reference and uses_masks(config) and config.train.masks == "online":
         raise UsageError(

@@ -322,7 +322,8 @@ def test_prompts_that_cannot_train_are_reported(tiny, records, tmp_path):
 def test_settings_that_grpo_cannot_follow(setting, message):
     with pytest.raises(UsageError, match=message):
         find_stage("train").check(config(setting))
-    find_stage("train").check(load_config([setting]))
+    of_pairs = load_config([setting] if "dropout" in setting else [setting, "train.lora_dropout=0"])
+    find_stage("train").check(of_pairs)
 
 
 def test_memory_is_estimated_for_the_longest_form(tiny, records, tmp_path, monkeypatch):
@@ -385,6 +386,8 @@ def test_layers_are_not_chosen_by_pairs():
             ["method=dpo", "masks.enabled=true", "train.masks=online", "train.loss.mask_alpha=1"],
             r"train\.masks: got online with train\.loss\.reference=true, expected stored",
         ),
+        (["method=dpo", "train.loss.cond_weight=0.5"], r"^train\.loss\.cond_weight is 0\.5 with reference=True"),
+        (["method=dpo", "train.lora_dropout=0.1"], r"train\.lora_dropout: got 0\.1 with train\.loss\.reference=true"),
     ],
 )
 def test_objectives_that_do_not_fit_their_loss(settings, message):
@@ -424,6 +427,10 @@ def test_wrong_groups():
     assert loss_config(config("train.loss.kl_weight=0.1")).kl_weight == 0.1
     with pytest.raises(UsageError, match="OSPOLoss: the config has group_size 8, expected 0"):
         OSPOLoss(OSPOLossConfig.preset("grpo"))
+    with pytest.raises(UsageError, match=r"OSPOLoss: the config has kl_weight 0\.1, expected 0"):
+        OSPOLoss(OSPOLossConfig(kl_weight=0.1))
+    with pytest.raises(UsageError, match=r"preset \['grpo'\] is unknown"):
+        OSPOLossConfig.preset(["grpo"])
 
 
 @pytest.mark.parametrize("form", ["plain", "both"])
