@@ -145,7 +145,6 @@ PYBIND11_MODULE(_C, m) {
     define(m, "count_labels", ospo::count_labels, "Number of labels that are not ignored; -1 for an invalid label.");
     define(m, "scale_rows", ospo::scale_rows, "out[i] = scales[i] · dhidden[packed_row[i]].");
     define(m, "sample_codes", ospo::sample_codes, "Sample one code per row of float32 logits.");
-    define(m, "truncated_logprobs", ospo::truncated_logprobs, "Log-probabilities of codes that sample_codes sampled.");
 #ifdef OSPO_CUDA
     define_cuda(m, "otsu_threshold_cuda", ospo::otsu_threshold_cuda, "otsu_threshold on a CUDA stream.");
     define_cuda(m, "object_masks_cuda", ospo::object_masks_cuda, "object_masks on a CUDA stream.");

@@ -140,16 +140,13 @@ void scale_rows(const void* dhidden, const int64_t* packed_row, const float* sca
 // Sample one code per row of (rows, codes) logits at steps[row], as ospo_fast.sample_codes does, into current[row] and
 // tokens[row · token_stride + steps[row]], where steps are below token_columns. uncond and tokens may be null.
 // temperature 0 takes the most likely code; top_k 0 and top_p 1 keep all codes. A row with NaN, +inf or only -inf gets
-// code 0, and its step in error_steps[row] if that was negative. Returns the number of these rows.
+// code 0, and its step in error_steps[row] if that was negative. Returns the number of these rows. logps (rows) may be
+// null, and is written with top_k or top_p and a temperature alone: the log-probability of each code among those that
+// they keep, NaN for these rows.
 int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps,
                      int64_t* tokens, int64_t token_stride, int64_t token_columns, int64_t* current,
                      int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
-                     int64_t top_k, double top_p, int threads);
-
-// logps (rows) = log p[label], p the distribution that sample_codes samples from (rows, codes) guided logits with top_k or
-// top_p; temperature > 0. -inf for a label that is not kept, NaN for a row with NaN, +inf or only -inf.
-void truncated_logprobs(const float* logits, const int64_t* labels, float* logps, int64_t rows, int64_t codes,
-                        float temperature, int64_t top_k, double top_p, int threads);
+                     int64_t top_k, double top_p, float* logps, int threads);
 
 #ifdef OSPO_CUDA
 int otsu_threshold_cuda(const float* maps, float* thresholds, int64_t count, int cells, int bins, int device,

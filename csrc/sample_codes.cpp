@@ -180,9 +180,11 @@ Kept truncate(const float* cond, const float* uncond, int64_t codes, float guida
     return {count, cut, ties, max};
 }
 
-// `sample` from the codes that top_k and top_p keep.
+// `sample` from the codes that top_k and top_p keep. Writes the log-probability of the code among them to logp, unless
+// that is null; NaN for an invalid row.
 int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, float guidance, float temperature,
-                         int64_t top_k, double top_p, uint64_t seed, uint64_t step, const Workspace& space) {
+                         int64_t top_k, double top_p, uint64_t seed, uint64_t step, float* logp,
+                         const Workspace& space) {
     const Kept kept = truncate(cond, uncond, codes, guidance, temperature, top_k, top_p, space);
     Best best;
     PhiloxWords random{};
@@ -194,21 +196,16 @@ int64_t sample_truncated(const float* cond, const float* uncond, int64_t codes, 
         }
         best.offer(code, logit_of(key), random.word[code % 4]);
     });
+    if (logp) {
+        double total = 0, own = NAN;
+        kept.each(space, [&](uint32_t code, uint32_t key) {
+            const double below = double{logit_of(key)} - logit_of(kept.max);
+            total += std::exp(below);
+            if (code == best.code) own = below;
+        });
+        *logp = static_cast<float>(own - std::log(total));
+    }
     return best.code;
-}
-
-// The log-probability of a code among those that are kept: -inf of others, NaN of invalid rows.
-float truncated_logprob(const float* logits, int64_t label, int64_t codes, float temperature, int64_t top_k,
-                        double top_p, const Workspace& space) {
-    const Kept kept = truncate(logits, nullptr, codes, 1.0f, temperature, top_k, top_p, space);
-    if (kept.count == 0) return NAN;
-    double total = 0, own = -kInfinity;
-    kept.each(space, [&](uint32_t code, uint32_t key) {
-        const double below = double{logit_of(key)} - logit_of(kept.max);
-        total += std::exp(below);
-        if (code == label) own = below;
-    });
-    return static_cast<float>(own - std::log(total));
 }
 
 }  // namespace
@@ -216,7 +213,7 @@ float truncated_logprob(const float* logits, int64_t label, int64_t codes, float
 int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seeds, const int64_t* steps,
                      int64_t* tokens, int64_t token_stride, int64_t token_columns, int64_t* current,
                      int64_t* error_steps, int64_t rows, int64_t codes, float guidance, float temperature,
-                     int64_t top_k, double top_p, int threads) {
+                     int64_t top_k, double top_p, float* logps, int threads) {
     checked_product("sample_codes: rows x codes", {rows, codes});
     check_range("sample_codes: codes", codes, 1, UINT32_MAX);  // candidates are numbers of 32 bits
     check_range("sample_codes: top_k", top_k, 0);
@@ -238,7 +235,8 @@ int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seed
             const float* const u = uncond ? uncond + row * codes : nullptr;
             const uint64_t seed = static_cast<uint64_t>(seeds[row]), step = static_cast<uint64_t>(steps[row]);
             const int64_t code =
-                truncated ? sample_truncated(c, u, codes, guidance, temperature, top_k, top_p, seed, step, space)
+                truncated ? sample_truncated(c, u, codes, guidance, temperature, top_k, top_p, seed, step,
+                                             logps ? logps + row : nullptr, space)
                           : sample(c, u, codes, guidance, temperature, seed, step);
             invalid += code < 0;
             if (code < 0 && error_steps[row] < 0) error_steps[row] = steps[row];
@@ -247,23 +245,6 @@ int64_t sample_codes(const float* cond, const float* uncond, const int64_t* seed
         }
     }
     return invalid;
-}
-
-void truncated_logprobs(const float* logits, const int64_t* labels, float* logps, int64_t rows, int64_t codes,
-                        float temperature, int64_t top_k, double top_p, int threads) {
-    checked_product("truncated_logprobs: rows x codes", {rows, codes});
-    check_range("truncated_logprobs: codes", codes, 1, UINT32_MAX);
-    check_range("truncated_logprobs: top_k", top_k, 0);
-    const int team = team_size(threads, rows);
-    const ThreadScratch<uint32_t> keys("truncated_logprobs: codes", team, 2 * codes);
-    const ThreadScratch<uint64_t> sums("truncated_logprobs: codes", team, kDigits + codes);
-#pragma omp parallel num_threads(team)
-    {
-        const Workspace space{keys.get(), keys.get() + codes, sums.get(), sums.get() + kDigits};
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row)
-            logps[row] = truncated_logprob(logits + row * codes, labels[row], codes, temperature, top_k, top_p, space);
-    }
 }
 
 }  // namespace ospo

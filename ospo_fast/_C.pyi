@@ -56,13 +56,9 @@ def scale_rows(
 ) -> None: ...
 def sample_codes(
     cond: int, uncond: int, seeds: int, steps: int, tokens: int, token_stride: int, token_columns: int, current: int,
-    error_steps: int, rows: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float,
+    error_steps: int, rows: int, codes: int, guidance: float, temperature: float, top_k: int, top_p: float, logps: int,
     threads: int, /
 ) -> int: ...
-def truncated_logprobs(
-    logits: int, labels: int, logps: int, rows: int, codes: int, temperature: float, top_k: int, top_p: float,
-    threads: int, /
-) -> None: ...
 def otsu_threshold_cuda(
     maps: int, thresholds: int, count: int, cells: int, bins: int, device: int, stream: int, /
 ) -> None: ...

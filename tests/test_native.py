@@ -33,13 +33,15 @@ def masks(maps: torch.Tensor, threads: int) -> list[torch.Tensor]:
 
 def sampled(
     cond: torch.Tensor, uncond: torch.Tensor, seeds: torch.Tensor, threads: int, top_k: int = 0, top_p: float = 1.0
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     steps, out, errors = (torch.full_like(seeds, value) for value in (5, -7, -1))
+    logps = torch.full((len(seeds),), 7.0)
     pointers = (tensor.data_ptr() for tensor in (cond, uncond, seeds, steps))
     native().sample_codes(
-        *pointers, 0, 0, 0, out.data_ptr(), errors.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, threads
-    )
-    return out
+        *pointers, 0, 0, 0, out.data_ptr(), errors.data_ptr(), *cond.shape, 5.0, 1.0, top_k, top_p, logps.data_ptr(),
+        threads,
+    )  # fmt: skip
+    return [out, logps]
 
 
 def softmax_step(logits: torch.Tensor, labels: torch.Tensor, threads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +68,10 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     maps = torch.rand(7, 3, 23, 29)
     assert all(torch.equal(one, three) for one, three in zip(masks(maps, 1), masks(maps, 3), strict=True))
     cond, uncond, seeds = torch.randn(37, 1021), torch.randn(37, 1021), torch.randint(2**62, (37,))
-    assert torch.equal(sampled(cond, uncond, seeds, 1), sampled(cond, uncond, seeds, 3))
-    assert torch.equal(sampled(cond, uncond, seeds, 1, 99, 0.9), sampled(cond, uncond, seeds, 3, 99, 0.9))
+    for truncation in ((), (99, 0.9)):
+        one, three = (sampled(cond, uncond, seeds, threads, *truncation) for threads in (1, 3))
+        assert all(map(torch.equal, one, three))
+        assert bool((one[1] == 7).all()) == (not truncation)  # written with truncation alone
     labels, scales = torch.randint(1021, (37,)), torch.randn(37)
     for one, three in zip(softmax_step(cond, labels, 1), softmax_step(cond, labels, 3), strict=True):
         assert torch.equal(one, three)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ospo_fast.errors import UsageError
 from ospo_fast.generation.validation import check_number, is_number, is_whole_number
 from ospo_fast.ops._chunked_head import logits_logprobs
-from ospo_fast.ops.sample_codes import sample_codes_into, truncated_logprobs
+from ospo_fast.ops.sample_codes import sample_codes_into
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,22 @@ class Sampling:
         They are those of the distribution that is sampled: with temperature, and renormalized after truncation. Rows of
         invalid logits get NaN.
         """
-        temperature = self.temperature
+        temperature, truncated = self.temperature, 0 < self.top_k < logits.shape[1] or self.top_p < 1
+        logps = logits.new_empty(len(logits)) if truncated and temperature else None
         sample_codes_into(
-            logits, guidance_scale=1.0, temperature=temperature, top_k=self.top_k, top_p=self.top_p, **vectors
+            logits,
+            guidance_scale=1.0,
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            logps=logps,
+            **vectors,
         )
+        if logps is not None:
+            return logps
         if not temperature:
             return (logits.amax(1) * 0).abs()  # NaN of NaN and of infinity
-        codes = vectors["codes"]
-        if 0 < self.top_k < logits.shape[1] or self.top_p < 1:
-            return truncated_logprobs(logits, codes, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
-        return logits_logprobs(logits, codes, temperature)
+        return logits_logprobs(logits, vectors["codes"], temperature)
 
     def sample(self, logits: Tensor, **vectors: Tensor) -> None:
         """Sample from logits (branches · rows, V), branch by branch, into `vectors`; see `sample_codes_into`."""

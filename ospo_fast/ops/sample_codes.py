@@ -100,11 +100,13 @@ def sample_codes_into(
     codes: Tensor,  # (B,) int64, written
     error_steps: Tensor,  # (B,) int64, written; negative: no invalid logits so far
     tokens: Tensor | None = None,  # (B, T) int64, written at steps
+    logps: Tensor | None = None,  # (B,) fp32, written with top_k or top_p and a temperature, which it needs
 ) -> int | None:
     """Run `sample_codes` without checks of the options and without host synchronization, as a CUDA graph needs it.
 
     Writes the codes to `codes`, and to column steps[b] of row b of `tokens`. A row with NaN, +inf or only -inf gets
-    code 0, and error_steps[b] = steps[b] if error_steps[b] was negative: read `error_steps` once, at the end.
+    code 0, and error_steps[b] = steps[b] if error_steps[b] was negative: read `error_steps` once, at the end. To
+    `logps` it writes the log-probability of each code among those that top_k and top_p keep; NaN for such a row.
 
     Returns the number of these rows, or None where only the device knows it.
 
@@ -130,6 +132,8 @@ def sample_codes_into(
         error_steps.copy_(torch.where(invalid & (error_steps < 0), steps, error_steps))
         if tokens is not None:
             tokens.scatter_(1, steps[:, None], codes[:, None])
+        if logps is not None:
+            logps.copy_(_truncated_logprobs(cond, uncond, codes, guidance_scale, temperature, top_k, top_p))
         return None
     # The CUDA kernel reads half precision too.
     dtype = cond.dtype if backend == "cuda" and cond.dtype in _dispatch.DTYPES else torch.float32
@@ -146,8 +150,11 @@ def sample_codes_into(
         stream = _dispatch.device_and_stream(cond.device)
         number = _dispatch.DTYPES[dtype]
         _dispatch.native().sample_codes_cuda(number, *logits, cond.stride(0), *arguments, *stream)
+        if logps is not None:
+            logps.copy_(_truncated_logprobs(cond, uncond, codes, guidance_scale, temperature, top_k, top_p))
         return None
-    failed: int = _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments, torch.get_num_threads())
+    arguments += (pointer(logps, torch.float32), torch.get_num_threads())
+    failed: int = _dispatch.run_checked(_dispatch.native().sample_codes, *logits, *arguments)
     return failed
 
 
@@ -169,9 +176,7 @@ def sample_codes_reference(
             temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds.cpu(), steps=steps.cpu(),
         )  # fmt: skip
         return codes.to(cond.device), invalid.to(cond.device)
-    z = cond.float()
-    if uncond is not None:
-        z = uncond.float() + guidance_scale * (z - uncond.float())
+    z = _guided(cond, uncond, guidance_scale)
     scores: Tensor = z
     if temperature > 0:
         z = z / z.new_full((), temperature)  # a tensor: CUDA would multiply by the rounded reciprocal of a number
@@ -182,26 +187,24 @@ def sample_codes_reference(
     return scores.argmax(1).masked_fill(invalid, 0), invalid
 
 
-def truncated_logprobs(
-    logits: Tensor,  # (B, V) fp32
+def _guided(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    z = cond.float()
+    return z if uncond is None else uncond.float() + guidance_scale * (z - uncond.float())
+
+
+def _truncated_logprobs(
+    cond: Tensor,  # (B, V)
+    uncond: Tensor | None,
     codes: Tensor,  # (B,) int64
-    *,
+    guidance_scale: float,
     temperature: float,
     top_k: int,
     top_p: float,
 ) -> Tensor:
-    """Compute the log-probability (B,) of each code in what `sample_codes` keeps of its row of guided logits.
-
-    The temperature is positive. NaN for rows of invalid logits, without host synchronization.
-    """
-    top_k = min(top_k, logits.shape[1])
-    if _dispatch.resolve("sample_codes", "auto", logits.device.type) != "cpp":
-        z = _truncate(logits / logits.new_full((), temperature), top_k, top_p)
-        return z.log_softmax(1).gather(1, codes[:, None])[:, 0]
-    logits, codes, logps = readable(logits), readable(codes), logits.new_empty(len(logits))
-    pointers = pointer(logits, torch.float32), pointer(codes, torch.int64), pointer(logps, torch.float32)
-    _dispatch.native().truncated_logprobs(*pointers, *logits.shape, temperature, top_k, top_p, torch.get_num_threads())
-    return logps
+    """Compute log p[code] (B,), p of what top_k and top_p keep. NaN for rows of invalid logits, without host sync."""
+    z = _guided(cond, uncond, guidance_scale)
+    z = _truncate(z / z.new_full((), temperature), top_k, top_p)
+    return z.log_softmax(1).gather(1, codes[:, None])[:, 0]
 
 
 @register_op(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ospo_fast import sample_codes
 from ospo_fast.errors import OpError
 from ospo_fast.ops import _dispatch
-from ospo_fast.ops.sample_codes import _truncate, _weights, philox4x32, sample_codes_into, truncated_logprobs
+from ospo_fast.ops.sample_codes import _truncate, _weights, philox4x32, sample_codes_into
 
 # Known answers of the Random123 distribution: counter, key → words.
 KNOWN = [
@@ -365,17 +365,27 @@ def test_log_probabilities_after_truncation(top_k: int, top_p: float, monkeypatc
     """Of codes that are kept and sampled, of others, and of invalid rows; in C++ and by the reference."""
     logits = (torch.randn(60, 531) * 3).round(decimals=1)  # with ties
     given: dict[str, Any] = {"temperature": 0.8, "top_k": top_k, "top_p": top_p}
-    codes = sample_codes(logits, **given, seeds=list(range(60)), step=3)
-    found = truncated_logprobs(logits, codes, **given)
+
+    def sample(logits: Tensor, *uncond: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        codes, errors, logps = torch.empty(60).long(), torch.full((60,), -1), torch.full((60,), 7.0)
+        vectors = {"seeds": torch.arange(60), "steps": torch.full((60,), 3), "codes": codes, "error_steps": errors}
+        sample_codes_into(logits, *uncond, **given, **options, **vectors, logps=logps)
+        return codes, logps
+
+    codes, found = sample(logits)
+    assert torch.equal(codes, sample_codes(logits, **given, seeds=list(range(60)), step=3))
     kept = _truncate(logits / torch.tensor(0.8), min(top_k, 531), top_p)
-    expected = kept.double().log_softmax(1)
-    torch.testing.assert_close(found.double(), expected.gather(1, codes[:, None])[:, 0], rtol=1e-6, atol=1e-6)
-    others = torch.randint(0, 531, (60,))
-    every = truncated_logprobs(logits, others, **given)
-    torch.testing.assert_close(every.double(), expected.gather(1, others[:, None])[:, 0], rtol=1e-6, atol=1e-6)
-    logits[0, 5], logits[1], logits[2, 530] = torch.nan, -torch.inf, torch.inf
-    invalid = truncated_logprobs(logits, codes, **given)
-    assert bool(invalid[:3].isnan().all())
-    assert torch.equal(invalid[3:], found[3:])
+    expected = kept.double().log_softmax(1).gather(1, codes[:, None])[:, 0]
+    if top_k < 531 or top_p < 1:
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    uncond = torch.randn(60, 531)
+    both = sample(logits, uncond, guidance_scale=1.5)
+    torch.testing.assert_close(both, sample(uncond + 1.5 * (logits - uncond)))
+    invalid = logits.clone()
+    invalid[0, 5], invalid[1], invalid[2, 530] = torch.nan, -torch.inf, torch.inf
+    spoiled = sample(invalid)
+    assert bool(spoiled[1][:3].isnan().all())
+    assert torch.equal(spoiled[1][3:], found[3:])
     monkeypatch.setattr(_dispatch, "resolve", lambda *_, **__: "torch")
-    torch.testing.assert_close(truncated_logprobs(logits, codes, **given), invalid, equal_nan=True)
+    for case, theirs in ((logits, (codes, found)), (invalid, spoiled)):
+        torch.testing.assert_close(sample(case), theirs, equal_nan=True)

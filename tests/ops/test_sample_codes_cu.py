@@ -51,7 +51,7 @@ def expected(logits: Tensor, **options: Any) -> list[Tensor]:
     seeds, steps, tokens, codes, errors = inputs(len(cond))
     given = OPTIONS | options
     pointers = [0 if t is None else t.data_ptr() for t in (cond, uncond, seeds, steps, tokens)]
-    _C.sample_codes(*pointers, 3, 3, codes.data_ptr(), errors.data_ptr(), *cond.shape, *given.values(), 1)
+    _C.sample_codes(*pointers, 3, 3, codes.data_ptr(), errors.data_ptr(), *cond.shape, *given.values(), 0, 1)
     return [tokens, codes, errors]
 
 
