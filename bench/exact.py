@@ -3,7 +3,8 @@
 "generate": images with `return_logps` and without. "policy gradient": the log-probabilities of given codes and the
 gradients of LoRA adapters, by `exact_logprobs` and by the model's own modules; `difference` is the largest one between
 the log-probabilities of the two, of which only `exact_logprobs` has the bits of the generation. Cases are called
-"generate, 16 images, guidance 1.5" and "policy gradient, 16 images, guidance 1.0".
+"generate, 16 images, guidance 1.5", "generate, 64 images, guidance 1.0, top_p 0.9" and "policy gradient, 16 images,
+guidance 1.0".
 """
 
 import functools
@@ -22,6 +23,8 @@ from ospo_fast.ops import Head, token_logprobs
 from ospo_fast.shapes.scenes import KINDS, descriptions
 from ospo_fast.stages.teacher_forcing import hidden_states, teacher_forced
 from ospo_fast.stages.trained_weights import add_lora
+
+TRUNCATIONS: list[dict[str, Any]] = [{}, {"top_k": 50}, {"top_p": 0.9}]
 
 
 def make_prompts(count: int) -> list[str]:
@@ -48,11 +51,13 @@ def own_logprobs(model: Any, prompts: list[str], codes: Tensor, guidance: float)
 def run(out: Path, quick: bool) -> None:
     model, rows = load_model("shapes"), []
     seconds = 0.1 if quick else 10.0
-    for count in (2,) if quick else (16, 64):
+    for count, truncation in [(2, {})] if quick else [(16, {}), *((64, kept) for kept in TRUNCATIONS)]:
         for guidance in (1.0, 1.5):
-            if not measure.chosen(f"generate, {count} images, guidance {guidance}"):
+            kept = "".join(f", {name} {value}" for name, value in truncation.items())
+            if not measure.chosen(f"generate, {count} images, guidance {guidance}{kept}"):
                 continue
-            prompts, given = make_prompts(count), {"guidance_scale": guidance, "output": "codes", "progress": False}
+            prompts = make_prompts(count)
+            given = {"guidance_scale": guidance, "output": "codes", "progress": False, **truncation}
             generators = {name: ImageGenerator(model) for name in ("codes", "codes, logps")}
 
             def generate(name: str, made: Any = generators, prompts: Any = prompts, given: Any = given) -> object:
@@ -60,7 +65,7 @@ def run(out: Path, quick: bool) -> None:
                 return made[name].generate(prompts, seeds=seeds, return_logps=name != "codes", **given)
 
             variants = {name: functools.partial(generate, name) for name in generators}
-            rows += time("generate", variants, sizes(count, guidance), seconds, guidance_scale=guidance)
+            rows += time(f"generate{kept}", variants, sizes(count, guidance), seconds, guidance_scale=guidance)
     add_lora(model, load_config([], family="shapes").train).train()
     parameters = [weight for weight in model.module.parameters() if weight.requires_grad]
     count = 2 if quick else 16
