@@ -101,7 +101,7 @@ def maps_and_codes() -> dict[str, Variants]:
     def sample() -> Tensor:
         codes, errors = torch.empty_like(seeds), torch.full_like(seeds, -1)
         native.sample_codes(
-            logits_at, 0, seeds_at, step_at, 0, 0, 0, codes.data_ptr(), errors.data_ptr(), 1, 9, 1.0, 1.0, 0, 1.0, 1
+            logits_at, 0, seeds_at, step_at, 0, 0, 0, codes.data_ptr(), errors.data_ptr(), 1, 9, 1.0, 1.0, 0, 1.0, 0, 1
         )
         return codes
 
