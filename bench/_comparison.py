@@ -54,7 +54,6 @@ def check(rows: Rows, path: Path) -> None:
                     found[f"{key}: prompts"] = value["meanings"]
         if wrong := [key for key, value in found.items() if of.setdefault(key, value) != value]:
             raise UsageError(f"{named} has another {wrong[0]} than the rows before it; measure them with one commit.")
-    return rows
 
 
 def pooled(rows: Rows, scale: str) -> dict[str, float]:

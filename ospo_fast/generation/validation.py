@@ -39,18 +39,18 @@ def check_number(name: str, value: float, expected: str, limit: float = math.inf
         raise UsageError(f"{name}: got {value!r}, expected {expected}")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Return whether a value is a number, of any library, and no bool."""
     if isinstance(value, (bool, str, bytes)):
         return False
     try:
-        float(value)  # type: ignore[arg-type]
+        float(value)
     except (TypeError, ValueError, RuntimeError):
         return False
     return True
 
 
-def is_whole_number(value: object) -> bool:
+def is_whole_number(value: Any) -> bool:
     """Return whether a value is an integer, of any library, and no bool."""
     return hasattr(value, "__index__") and is_number(value)
 

@@ -317,7 +317,7 @@ class Trainer:
         self.loss: Any = None if self.loss_config.group_size else OSPOLoss(self.loss_config)
         self.forward = self.weights.distribute(self._compute_loss)
         self.packed = self._find_packing()
-        self.checkpointing = False  # whether layers run again in the backward pass
+        self.checkpointing = False  # whether layers run again in the backward pass; `train` decides
         self.step = 0
         # The best evaluation: its step, its value, and the SHA-256 of best.safetensors.
         self.best: dict[str, Any] = {}
