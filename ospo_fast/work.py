@@ -97,6 +97,17 @@ def count(
             )
 
 
+def passes(model: Any) -> dict[str, bool]:
+    """Return what `count` is told of a forward pass of an adapter: whether a backward pass follows, and what it trains.
+
+    The weights of the decoder are trained if the first one is. With LoRA it is frozen.
+    """
+    import torch
+
+    weight = next(model.decoder.layers.parameters())
+    return {"backward": torch.is_grad_enabled(), "trained": weight.requires_grad}
+
+
 def work_of(model: Any) -> Work:
     """Return the work to count into for an adapter. FLOPs are not known without one, and for other models."""
     config: Any = getattr(getattr(model, "module", None), "config", None)

@@ -37,7 +37,7 @@ from ospo_fast.ops.linear import PackedLinear
 from ospo_fast.ops.rms_norm import add_rms_norm
 from ospo_fast.ops.silu_mul import silu_mul
 from ospo_fast.ops.token_logprobs import token_logprobs
-from ospo_fast.work import count
+from ospo_fast.work import count, passes
 
 
 def exact_logprobs(
@@ -201,8 +201,7 @@ class _Sequences:
         count(
             tokens=len(self.slots),
             attended=sum(map(causal, lengths.tolist())),
-            backward=torch.is_grad_enabled(),
-            trained=any(p.requires_grad for p in model.decoder.parameters()),
+            **passes(model),
         )
 
 

@@ -25,8 +25,8 @@ from ospo_fast.models.layout import embed_image, image_layout
 from ospo_fast.oom import out_of_memory
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
-from ospo_fast.stages.teacher_forcing import check_lengths, hidden_states, passes, teacher_forced
-from ospo_fast.work import count
+from ospo_fast.stages.teacher_forcing import check_lengths, hidden_states, teacher_forced
+from ospo_fast.work import count, passes
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ospo_fast.models.layout import embed_image, image_layout
 from ospo_fast.ops import IGNORE_INDEX
 from ospo_fast.ops._transfer import to_device_packed
 from ospo_fast.records import chunked
-from ospo_fast.work import count
+from ospo_fast.work import count, passes
 
 T = TypeVar("T")
 LENGTH_TILE = 16  # positions: prompts of similar lengths share a batch
@@ -105,13 +105,6 @@ def teacher_forced(
     for n, start in enumerate(lengths.tolist()):
         embeds[n, start : start + size] = image[n]
     return Batch(embeds, labels, lengths, size, positions)
-
-
-def passes(model: UnifiedModel) -> dict[str, bool]:
-    """Return what `count` is told of a forward pass: whether a backward pass follows, and the decoder is trained."""
-    decoder: Any = model.decoder
-    weight = next(decoder.layers.parameters())
-    return {"backward": torch.is_grad_enabled(), "trained": weight.requires_grad}
 
 
 def hidden_states(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ospo_fast as of
+from ospo_fast.cost import causal
 from ospo_fast.errors import OspoError, UsageError
 from ospo_fast.generation import GeneratedBatch, GenerationError, ImageGenerator, exact_hidden_states, exact_logprobs
 from ospo_fast.generation.decoder import InferenceDecoder
@@ -20,6 +21,7 @@ from ospo_fast.models.layout import image_layout
 from ospo_fast.models.resolve import resolve_model
 from ospo_fast.ops import Head, token_logprobs
 from ospo_fast.stages.teacher_forcing import hidden_states, teacher_forced
+from ospo_fast.work import counting, work_of
 from tests.models.tiny_families import VARIANTS, build
 
 if TYPE_CHECKING:
@@ -223,6 +225,28 @@ def test_adapters_have_the_bits_of_generation_and_their_own_gradients(shapes: An
         layer.merge()
     codes, merged = draw(model, PROMPTS)
     assert torch.equal(recompute(model, PROMPTS, codes, 3), merged)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_operations_are_those_of_a_pass_through_the_modules(shapes: Any, lora: bool) -> None:
+    """With LoRA the weights of the layers are frozen: their gradient is no work."""
+    model = with_lora(shapes) if lora else shapes
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_("lora" in name or not lora)
+    codes = torch.zeros(2, image_layout(model).codes, dtype=torch.long)
+    with counting(work_of(model)) as work:
+        exact_logprobs(model, PROMPTS[:2], codes, guidance_scale=1.0)
+    assert work.shapes is not None
+    lengths = [len(model.image_prompt(prompt)) + codes.shape[1] - 1 for prompt in PROMPTS[:2]]
+    options = {"tokens": sum(lengths), "attended": sum(map(causal, lengths)), "codes": codes.numel()}
+    assert work.tokens == sum(lengths)
+    assert work.flops == pytest.approx(work.shapes.flops(**options, backward=True, trained=not lora))
+    ids = [model.image_prompt(prompt) for prompt in PROMPTS[:2]]
+    with counting(work_of(model)) as work:
+        hidden_states(model, teacher_forced(model, ids, codes).embeds)
+    options = {"tokens": 2 * (max(lengths) + 1), "attended": 2 * causal(max(lengths) + 1)}
+    assert work.shapes is not None
+    assert work.flops == pytest.approx(work.shapes.flops(**options, backward=True, trained=not lora))
 
 
 @pytest.mark.parametrize("lora", [True, False])
