@@ -74,7 +74,7 @@ def exact_logprobs(
 
     """
     sampling = Sampling(guidance_scale, temperature)
-    if not temperature:
+    if not sampling.temperature:
         raise UsageError("temperature: got 0, which gives every code the log-probability 0; expected a positive number")
     model, ids, codes = _check(model, processor, prompts, codes)
     guided = sampling.branches == 2
@@ -82,10 +82,10 @@ def exact_logprobs(
     states = _run(model, ids + unconditional, torch.cat((codes, codes)) if guided else codes)
     hidden, head = states[: len(ids)], Head.of(model.head)
     if guided:
-        hidden, head = head.guided(hidden, states[len(ids) :], guidance_scale, batch_invariant=True)
+        hidden, head = head.guided(hidden, states[len(ids) :], sampling.guidance_scale, batch_invariant=True)
     count(codes=codes.numel(), backward=torch.is_grad_enabled())
     with torch.autocast("cpu", enabled=False):
-        return token_logprobs(hidden, head, codes, temperature=temperature, batch_invariant=True)
+        return token_logprobs(hidden, head, codes, temperature=sampling.temperature, batch_invariant=True)
 
 
 def exact_hidden_states(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ class ImageGenerator:
             seeds: one integer per image, len(prompts) · num_images of them.
             guidance_scale: w in u + w·(c − u), with logits c under the prompt and u without it. At 1 only c is
                 computed.
-            temperature: divides the logits; 0 takes the most likely code.
+            temperature: divides the logits, 1e-30 to 1e30; 0 takes the most likely code.
             top_k: keep this many of the most likely codes; 0 keeps all.
             top_p: keep the smallest set of most likely codes with at least this total probability; 1 keeps all.
             num_images: images per prompt.
@@ -191,8 +191,9 @@ class ImageGenerator:
         sampled = list(layout.code_positions)
         requests = make_requests(ids, seeds, [layout.tokens] * len(ids))
         total = len(requests)
-        if groups is not None and len(groups) != total:
-            raise UsageError(f"groups: got {len(groups)} of them, expected {total}, one for each image")
+        if groups is not None and (not isinstance(groups, Sized) or len(groups) != total):
+            got = f"{len(groups)} of them" if isinstance(groups, Sized) else repr(groups)
+            raise UsageError(f"groups: got {got}, expected {total}, one for each image")
         codes = torch.full((total, layout.codes), -1, dtype=torch.long)
         logps = torch.full((total, layout.codes), torch.nan, dtype=torch.float32) if return_logps else None
         images: dict[int, Any] = {}

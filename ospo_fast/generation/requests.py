@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -70,6 +70,8 @@ def tokenize_prompts(model: UnifiedModel, prompts: Sequence[str | Tensor]) -> li
     """Return the token ids (S,) int64 on the CPU of every prompt of an image; each text is tokenized once."""
     if isinstance(prompts, (str, Tensor)):
         raise UsageError("prompts: got a single prompt, expected a list of them")
+    if not isinstance(prompts, Iterable):
+        raise UsageError(f"prompts: got {prompts!r}, expected a list of texts or of int64 tensors of token ids (S,)")
     tokens = image_layout(model).tokens
     tokenize = functools.cache(model.image_prompt)
     result = []

@@ -25,11 +25,18 @@ class Sampling:
     def __post_init__(self) -> None:
         # A guided logit u + w·(c − u) of a larger scale may be no number of float32.
         check_number("guidance_scale", self.guidance_scale, "a number from 0 to 1e6; 1 turns guidance off", 1e6)
-        check_number("temperature", self.temperature, "a number >= 0; 0 takes the most likely token")
+        limits = "a number from 1e-30 to 1e30, or 0, which takes the most likely token"  # those of `sample_codes`
+        check_number("temperature", self.temperature, limits, 1e30)
+        if 0 < self.temperature < 1e-30:
+            raise UsageError(f"temperature: got {self.temperature!r}, expected {limits}")
         if not is_whole_number(self.top_k) or self.top_k < 0:
             raise UsageError(f"top_k: got {self.top_k!r}, expected an integer >= 0; 0 keeps all tokens")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise UsageError(f"top_p: got {self.top_p!r}, expected a number in (0, 1]; 1 keeps all tokens")
+        # Numbers of other libraries may compute in the precision of their own.
+        for name in ("guidance_scale", "temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
     def branches(self) -> int:

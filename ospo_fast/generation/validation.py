@@ -45,7 +45,7 @@ def is_number(value: Any) -> bool:
         return False
     try:
         float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
     return True
 
@@ -72,10 +72,10 @@ def check_ids(name: str, ids: Tensor, model: UnifiedModel, new_tokens: int) -> N
         raise UsageError(f"{name}: got no token, expected at least one")
     embeddings: Any = model.decoder.embed_tokens
     count = len(embeddings.weight)  # adapters of embeddings have no num_embeddings
-    if int(ids.min()) < 0 or int(ids.max()) >= count:
+    smallest, largest = _extremes(ids)
+    if smallest < 0 or largest >= count:
         raise UsageError(
-            f"{name}: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {count - 1}, the vocabulary of "
-            f"{model.name}"
+            f"{name}: got ids from {smallest} to {largest}, expected 0 to {count - 1}, the vocabulary of {model.name}"
         )
     if len(ids) + new_tokens > model.max_positions:
         raise UsageError(
@@ -111,8 +111,15 @@ def check_codes(codes: Tensor, images: int, model: UnifiedModel) -> None:
     if not isinstance(codes, Tensor) or not is_integer(codes) or codes.shape != (images, image_layout(model).codes):
         got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
         raise UsageError(f"codes: got {got}, expected integers {expected}")
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < model.num_codes:
+    smallest, largest = _extremes(codes)
+    if codes.numel() and not 0 <= smallest <= largest < model.num_codes:
         raise UsageError(
-            f"codes: got values from {int(codes.min())} to {int(codes.max())}, expected 0 to {model.num_codes - 1}, "
+            f"codes: got values from {smallest} to {largest}, expected 0 to {model.num_codes - 1}, "
             f"the codebook of {model.name}; leave out images that failed, which have -1"
         )
+
+
+def _extremes(tensor: Tensor) -> tuple[int, int]:
+    """Return the smallest and largest of integers of any dtype, unsigned ones too; (0, 0) of none."""
+    values = tensor.detach().cpu().numpy()  # torch compares no uint64
+    return (int(values.min()), int(values.max())) if values.size else (0, 0)

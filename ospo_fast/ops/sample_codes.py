@@ -316,6 +316,9 @@ def _per_row(name: str, value: Tensor | Sequence[int] | int, B: int, device: tor
 def _check(
     cond: Tensor, uncond: Tensor | None, guidance_scale: float, temperature: float, top_k: int, top_p: float
 ) -> int:
+    for name, tensor in (("cond", cond), ("uncond", uncond)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "cond"):
+            raise OpError(f"sample_codes: {name} is {type(tensor).__name__}, expected a tensor")
     if cond.dim() != 2 or cond.shape[1] == 0 or not cond.is_floating_point():
         raise OpError(f"sample_codes: cond is {describe(cond)}, expected float (B, V)")
     if uncond is not None and (uncond.shape != cond.shape or uncond.device != cond.device):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -392,8 +393,12 @@ def test_bad_input(loaded: Any) -> None:
         exact_logprobs(loaded, PROMPTS, codes.tolist())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="codes: got values from 0 to 512, expected 0 to 511"):
         exact_logprobs(loaded, PROMPTS, codes + 512 * torch.eye(4, 36, dtype=torch.long))
+    with pytest.raises(UsageError, match="codes: got values from 0 to 9223372036854775808"):
+        exact_logprobs(loaded, PROMPTS, torch.tensor([[2**63, *[0] * 35]] * 4, dtype=torch.uint64))
     with pytest.raises(UsageError, match="prompts: got a single prompt"):
         exact_logprobs(loaded, "a red circle", codes)
+    with pytest.raises(UsageError, match="prompts: got None, expected a list"):
+        exact_logprobs(loaded, None, codes)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="must end in begin-of-image"):
         exact_logprobs(loaded, [loaded.image_prompt(PROMPTS[0])[:-1]], codes[:1])
     with pytest.raises(UsageError, match="temperature: got 0"):
@@ -408,3 +413,27 @@ def test_bad_input(loaded: Any) -> None:
             exact_logprobs(loaded, PROMPTS, codes)
     with pytest.raises(UsageError, match="return_logps: got True with jacobi_window 4"):
         ImageGenerator(loaded, jacobi_window=4).generate(PROMPTS, seeds=range(4), return_logps=True)
+
+
+def test_numbers_of_other_libraries_give_the_same_bits(loaded: Any) -> None:
+    """A scale in bfloat16 would compute in bfloat16 in one of two places."""
+    scale, temperature = torch.tensor(1.7, dtype=torch.bfloat16), np.float32(0.9)
+    codes, logps = draw(loaded, PROMPTS, guidance_scale=scale, temperature=temperature)
+    same, expected = draw(loaded, PROMPTS, guidance_scale=float(scale), temperature=float(temperature))
+    assert torch.equal(codes, same)
+    assert torch.equal(logps, expected)
+    unsigned = codes.to(torch.uint16)
+    found = exact_logprobs(loaded, PROMPTS, unsigned, guidance_scale=scale, temperature=temperature)  # type: ignore[arg-type]
+    assert torch.equal(found.detach(), logps)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-20, 1e30])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_extreme_temperatures_have_log_probabilities(loaded: Any, temperature: float, truncation: dict) -> None:
+    _, logps = draw(loaded, PROMPTS[:1], temperature=temperature, guidance_scale=1.0, **truncation)
+    assert logps.isfinite().all()
+    assert (logps <= 0).all()
+    if temperature < 1:
+        assert logps.exp().min() > 0.1  # no more than a few codes tie
+    else:
+        torch.testing.assert_close(logps[0, :3].exp(), logps[0, :1].exp().expand(3))  # all that are kept, the same

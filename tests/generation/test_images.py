@@ -296,6 +296,8 @@ def test_bad_weights_fail_every_image(tiny: JanusUnifiedModel) -> None:
     [
         ({"prompts": ["a red circle", " "]}, r"prompts\[1\]: got an empty"),
         ({"prompts": "a red circle"}, "expected a list"),
+        ({"prompts": None}, "prompts: got None, expected a list"),
+        ({"prompts": [torch.tensor([1, 2**63], dtype=torch.uint64)]}, "ids from 1 to 9223372036854775808, expected 0"),
         ({"prompts": [torch.tensor([1, 2])]}, "begin-of-image"),
         ({"prompts": [torch.tensor([[5]])]}, "1-D"),
         ({"prompts": [torch.tensor([0.5, 5.0])]}, "1-D"),
@@ -309,6 +311,12 @@ def test_bad_weights_fail_every_image(tiny: JanusUnifiedModel) -> None:
         ({"guidance_scale": -0.5}, "guidance_scale"),
         ({"guidance_scale": 1e7}, "guidance_scale"),
         ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e-46}, "temperature: got 1e-46, expected a number from 1e-30 to 1e30, or 0"),
+        ({"temperature": 5e-324}, "temperature: got 5e-324"),
+        ({"temperature": 1e31}, r"temperature: got 1e\+31"),
+        ({"temperature": 10**400}, "temperature: got 10+, expected"),
+        ({"guidance_scale": 10**400}, "guidance_scale: got 10+, expected"),
+        ({"top_p": 10**400}, "top_p: got 10+, expected"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"temperature": "1"}, "temperature: got '1', expected a number"),
@@ -321,6 +329,7 @@ def test_bad_weights_fail_every_image(tiny: JanusUnifiedModel) -> None:
         ({"output": "png"}, "output"),
         ({"on_error": "ignore"}, "on_error"),
         ({"groups": [1, 2]}, "groups: got 2 of them, expected 1"),
+        ({"groups": 5}, "groups: got 5, expected 1"),
     ],
 )
 def test_bad_arguments_are_refused(tiny: JanusUnifiedModel, given: dict, match: str) -> None:
