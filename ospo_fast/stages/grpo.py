@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,7 @@ from ospo_fast.config import Config
 from ospo_fast.errors import Failure, OpError, OspoError, attempt, some_failed
 from ospo_fast.generation import ImageGenerator
 from ospo_fast.generation.exact import exact_logprobs, why_no_exact_logprobs
+from ospo_fast.generation.validation import is_number
 from ospo_fast.models.base import UnifiedModel
 from ospo_fast.models.layout import image_layout
 from ospo_fast.ops import IGNORE_INDEX, token_logprobs, token_weights
@@ -213,26 +215,38 @@ def grpo_loss(
         skipped and counted.
 
     Raises:
-        OpError: rewards that are not (P, G) for P·G rows, or other tensors of another shape than logps.
+        OpError: rewards that are not (P, G) for P·G rows, other tensors of another shape than logps, or a wrong dtype.
 
     """
+    others = {"present": present, "old": old, "weights": weights, "reference": reference}
+    for name, tensor in {"logps": logps, "rewards": rewards, **others}.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("logps", "present", "rewards")):
+            raise OpError(f"grpo_loss: {name} is {type(tensor).__name__}, expected a tensor")
+    if logps.dim() != 2 or not logps.is_floating_point():
+        raise OpError(f"grpo_loss: logps is {describe(logps)}, expected float (images, tokens)")
     if rewards.dim() != 2 or rewards.numel() != len(logps):
         raise OpError(f"grpo_loss: rewards is {describe(rewards)}, expected (P, G) with P·G = {len(logps)} images")
-    others = {"present": present, "old": old, "weights": weights, "reference": reference}
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != logps.shape:
             raise OpError(f"grpo_loss: {name} is {describe(tensor)}, expected the shape {tuple(logps.shape)} of logps")
+    if not is_number(kl_weight) or not 0 <= kl_weight < math.inf:
+        raise OpError(f"grpo_loss: kl_weight is {kl_weight!r}, expected a number >= 0")
+    if present.dtype != torch.bool:
+        raise OpError(f"grpo_loss: present is {describe(present)}, expected bool")
     advantages = group_advantages(rewards).to(logps).view(-1, 1)
     counted = present & rewards.isfinite().view(-1, 1)
+    logps = torch.where(counted, logps, 0)  # those of failed images are NaN
     w = counted.to(logps.dtype) if weights is None else torch.where(counted, weights.to(logps.dtype), 0)
-    w = w / w.sum(1, keepdim=True).clamp(min=1) / len(logps)
+    total = w.sum(1, keepdim=True)
+    w = w / torch.where(total > 0, total, 1) / len(logps)
     gap = torch.zeros_like(logps) if old is None else torch.where(counted, logps.detach() - old.to(logps), 0)
     policy = -(w * advantages * gap.exp().clamp(max=MAX_RATIO) * torch.exp(logps - logps.detach())).sum()
     kl = logps.new_zeros(())
     if reference is not None:
         above = torch.where(counted, reference.detach() - logps, 0)
         kl = (w * (torch.expm1(above) - above)).sum()
-    loss = torch.where(rewards.isfinite().any(), policy + kl_weight * kl, torch.nan)
+    whole = policy + kl_weight * kl if kl_weight else policy  # the divergence may be infinite
+    loss = torch.where(rewards.isfinite().any(), whole, torch.nan)
     means, deviations = _moments(rewards)
     metrics = {
         "loss": loss,

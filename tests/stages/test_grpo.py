@@ -117,6 +117,43 @@ def test_a_group_without_a_reward_is_not_one_of_reward_0():
     assert all(nothing[name].isnan() for name in ("reward", "reward_std", "no_signal"))
 
 
+def test_what_does_not_count_adds_nothing():
+    """Not a number that the generation returns for a failed image, nor infinity on padding."""
+    present = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+    rewards = torch.tensor([[1.0, 0.0], [torch.nan, 0.5]])
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -torch.inf], [torch.nan, torch.nan], [-1.0, -1.0]], requires_grad=True)
+    options = {"old": logps.detach() - 0.1, "reference": logps.detach() + 0.2, "kl_weight": 0.3}
+    output = grpo_loss(logps, present, rewards, **options)
+    (found,) = torch.autograd.grad(output.loss, logps)
+    clean = logps.detach().nan_to_num(0, 0, 0).requires_grad_()
+    others = {name: value.nan_to_num(0, 0, 0) if name != "kl_weight" else value for name, value in options.items()}
+    expected = grpo_loss(clean, present, rewards, **others)
+    assert output.loss.isfinite()
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(found, torch.autograd.grad(expected.loss, clean)[0])
+    assert (found[1, 1], *found[2]) == (0, 0, 0)
+
+
+def test_a_divergence_of_weight_0_adds_nothing():
+    logps, rewards = torch.zeros(2, 3, requires_grad=True), torch.tensor([[1.0, 0.0]])
+    far = grpo_loss(logps, torch.ones(2, 3).bool(), rewards, reference=torch.full((2, 3), 200.0))
+    assert torch.equal(far.loss, grpo_loss(logps, torch.ones(2, 3).bool(), rewards).loss)
+
+
+def test_the_scale_of_token_weights_has_no_effect():
+    logps, present, rewards = torch.zeros(2, 5, requires_grad=True), torch.ones(2, 5).bool(), torch.tensor([[1.0, 0.0]])
+    weights = torch.rand(2, 5) + 0.5
+    weights[:, 0] = 0
+
+    def gradient(scale):
+        return torch.autograd.grad(grpo_loss(logps, present, rewards, weights=scale * weights).loss, logps)[0]
+
+    torch.testing.assert_close(gradient(0.01), gradient(1.0))
+    torch.testing.assert_close(gradient(1e-20), gradient(1.0))
+    torch.testing.assert_close(gradient(100.0), gradient(1.0))
+    assert not gradient(0.0).any()
+
+
 def test_importance_ratios_have_a_limit_and_weigh_the_gradient():
     logps = torch.tensor([[-1.0, -2.0], [-1.0, -2.0]], requires_grad=True)
     old = torch.tensor([[-1.5, -1.0], [-4.0, torch.nan]])
@@ -165,9 +202,14 @@ def test_training_that_is_not_exact_says_why(tiny, records, tmp_path, caplog):
         (torch.zeros(2, 2), {"old": torch.zeros(4)}, r"old is .*, expected the shape \(4, 2\)"),
         (torch.zeros(2, 2), {"weights": torch.zeros(4, 3)}, r"weights is .*, expected the shape \(4, 2\)"),
         (torch.zeros(2, 2), {"reference": torch.zeros(2, 2)}, r"reference is .*, expected the shape \(4, 2\)"),
+        ([[0.0, 1.0], [0.0, 1.0]], {}, "rewards is list, expected a tensor"),
+        (torch.zeros(2, 2), {"old": [[0.0, 0.0]] * 4}, "old is list, expected a tensor"),
+        (torch.zeros(2, 2), {"kl_weight": -0.1}, "kl_weight is -0.1, expected a number >= 0"),
+        (torch.zeros(2, 2), {"kl_weight": float("nan")}, "kl_weight is nan, expected a number >= 0"),
+        (torch.zeros(2, 2), {"kl_weight": "1"}, "kl_weight is '1', expected a number >= 0"),
     ],
 )
-def test_wrong_shapes_are_named(rewards, options, message):
+def test_wrong_arguments_are_named(rewards, options, message):
     with pytest.raises(OpError, match=message):
         grpo_loss(torch.zeros(4, 2), torch.ones(4, 2).bool(), rewards, **options)
 
