@@ -289,15 +289,17 @@ class _Demands:
         groups = 3 if loss_config(self.config).cond_weight > 0 else 2
         pairs = steps * settings.batch_size * settings.accumulation
         length = math.ceil(self._image_prompt + shapes.tokens)
+        # Guidance adds those of both images without the prompt; swapped rows have the codes of the chosen.
+        sequences = groups + (2 if settings.guidance_scale != 1 else 0)
         of_pair = partial(
-            shapes.flops, tokens=groups * length, attended=groups * causal(length), codes=groups * shapes.tokens
+            shapes.flops, tokens=sequences * length, attended=sequences * causal(length), codes=groups * shapes.tokens
         )
         trained, validated = of_pair(backward=True, trained=settings.full), of_pair()
         size = 2 if self.cuda else 4  # of bf16 autocast
 
         def memory(batch: int) -> float:
             # Trained weights in fp32 with gradient and the two moments of AdamW; FSDP2 shards them over the devices.
-            tokens = batch * groups * length
+            tokens = batch * sequences * length
             activations = activation_bytes(
                 shapes,
                 tokens,
@@ -343,7 +345,8 @@ class _Demands:
         """Demand of GRPO, which generates, scores and trains on this many images; `pair`: FLOPs of a pair."""
         loss, shapes = loss_config(self.config), self.shapes
         length = math.ceil(self._image_prompt + shapes.tokens)
-        one = partial(shapes.flops, tokens=length, attended=causal(length), codes=shapes.tokens)
+        branches = 2 if self.config.train.guidance_scale != 1 else 1
+        one = partial(shapes.flops, tokens=branches * length, attended=branches * causal(length), codes=shapes.tokens)
         trained = one(backward=True, trained=False) + (one() if loss.kl_weight > 0 else 0.0)
         amounts = {"trained image": images, "generated image": images, "scored image": images}
         derived = {

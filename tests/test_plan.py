@@ -109,6 +109,9 @@ def test_settings_change_the_plan() -> None:
         return rows(plan.make_plan(config(*overrides, model=PRO_7B), items=1000, card=find_card("h100")))
 
     base = made()
+    guided = made("train.guidance_scale=1.5")["train"]  # two more sequences for the two or three of a pair
+    assert 1.5 < guided["device_seconds"] / base["train"]["device_seconds"] < 2.1
+    assert guided["memory_bytes"] > base["train"]["memory_bytes"]
     assert made("images.draws=3")["images"]["amounts"] == {"image": 12000}
     assert made("images.guidance_scale=1")["images"]["seconds"] < 0.7 * base["images"]["seconds"]
     assert made("train.gradient_checkpointing=false")["train"]["memory_bytes"] > 2 * base["train"]["memory_bytes"]

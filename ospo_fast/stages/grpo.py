@@ -296,9 +296,9 @@ class GroupTrainer(Trainer):
             logger.info("train: %d of %d prompts have no dense one and train as they are", plain, len(self.examples))
 
     @property
-    def rows_of_example(self) -> int:
+    def sequences_of_example(self) -> int:
         """See `Trainer`."""
-        return self.loss_config.group_size
+        return self.loss_config.group_size * (2 if self.settings.guidance_scale != 1 else 1)
 
     def _find_packing(self) -> bool:
         return False

@@ -518,7 +518,7 @@ class Trainer:
             self.settings.batch_size, -(-self.settings.batch_size * self.settings.accumulation // self.ranks.size)
         )
         longest = max(map(len, prompts)) + image_layout(self.model).tokens
-        sequences = self.rows_of_example * rows
+        sequences = self.sequences_of_example * rows
         needed = self.ranks.everywhere(
             lambda: needs_checkpointing(
                 self.model, self.settings, self.parameters, sequences=sequences, longest=longest
@@ -529,9 +529,10 @@ class Trainer:
         return any(needed)
 
     @property
-    def rows_of_example(self) -> int:
-        """Sequences of a forward pass for each example."""
-        return 3 if self.loss_config.cond_weight > 0 else 2
+    def sequences_of_example(self) -> int:
+        """Sequences that a step runs with gradients for each example, those of guidance included."""
+        # Swapped rows have the codes of the chosen, and share its sequence without the prompt.
+        return (3 if self.loss_config.cond_weight > 0 else 2) + (2 if self.settings.guidance_scale != 1 else 0)
 
     def _find_packing(self) -> bool:
         """Return whether sequences are packed without padding, where guidance and online masks do not need it."""

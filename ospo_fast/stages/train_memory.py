@@ -27,7 +27,7 @@ def needs_checkpointing(
         model: with its weights on the device.
         settings: of training.
         parameters: that train; of sharded ones, those of this process count.
-        sequences: chosen, rejected and swapped rows of a pass.
+        sequences: of a pass: chosen, rejected and swapped rows, and those of guidance.
         longest: tokens of the longest of all sequences.
 
     """

@@ -378,6 +378,15 @@ def test_memory_is_estimated_for_the_longest_form(tiny, records, tmp_path, monke
     assert found == [longest + image_layout(made.model).tokens]
 
 
+@pytest.mark.parametrize(("scale", "branches"), [(1.0, 1), (1.5, 2)])
+def test_memory_is_estimated_for_both_branches_of_guidance(tiny, records, tmp_path, monkeypatch, scale, branches):
+    made = trainer(tiny, records, tmp_path, f"train.guidance_scale={scale}")
+    found = []
+    monkeypatch.setattr(train_module, "needs_checkpointing", lambda *_, sequences, **__: found.append(sequences))
+    made.needs_checkpointing()
+    assert found == [2 * 3 * branches]
+
+
 def test_the_form_of_prompts_is_a_setting_of_training(tiny, made, tmp_path):
     """In both directions, and of folders that an older version made with plain prompts."""
 
