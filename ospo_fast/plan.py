@@ -289,7 +289,7 @@ class _Demands:
         groups = 3 if loss_config(self.config).cond_weight > 0 else 2
         pairs = steps * settings.batch_size * settings.accumulation
         length = math.ceil(self._image_prompt + shapes.tokens)
-        # Guidance adds those of both images without the prompt; swapped rows have the codes of the chosen.
+        # Guidance adds those of both images without the prompt. Swapped rows mostly share that of the chosen.
         sequences = groups + (2 if settings.guidance_scale != 1 else 0)
         of_pair = partial(
             shapes.flops, tokens=sequences * length, attended=sequences * causal(length), codes=groups * shapes.tokens

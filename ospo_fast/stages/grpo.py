@@ -204,7 +204,7 @@ def grpo_loss(
         present: (P·G, S) bool, the tokens that count.
         rewards: (P, G) float, NaN for images without one, which add 0.
         old: (P·G, S), log-probabilities under the distribution that generated the tokens; None: `logps`.
-        weights: (P·G, S) of the tokens; None: 1.
+        weights: (P·G, S) of the tokens, 0 or more; the loss is NaN with others. None: 1.
         reference: (P·G, S), log-probabilities under the reference model; None: no divergence.
         kl_weight: of the divergence.
 
@@ -236,7 +236,9 @@ def grpo_loss(
     advantages = group_advantages(rewards).to(logps).view(-1, 1)
     counted = present & rewards.isfinite().view(-1, 1)
     logps = torch.where(counted, logps, 0)  # those of failed images are NaN
-    w = counted.to(logps.dtype) if weights is None else torch.where(counted, weights.to(logps.dtype), 0)
+    w = counted.to(logps.dtype)
+    if weights is not None:
+        w = torch.where(counted, torch.where(weights >= 0, weights.to(logps.dtype), torch.nan), 0)
     total = w.sum(1, keepdim=True)
     w = w / torch.where(total > 0, total, 1) / len(logps)
     gap = torch.zeros_like(logps) if old is None else torch.where(counted, logps.detach() - old.to(logps), 0)

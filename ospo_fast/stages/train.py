@@ -531,8 +531,8 @@ class Trainer:
     @property
     def sequences_of_example(self) -> int:
         """Sequences that a step runs with gradients for each example, those of guidance included."""
-        # Swapped rows have the codes of the chosen, and share its sequence without the prompt.
-        return (3 if self.loss_config.cond_weight > 0 else 2) + (2 if self.settings.guidance_scale != 1 else 0)
+        # Swapped rows share the unconditional sequence of the chosen only where both prompts have the same length.
+        return (3 if self.loss_config.cond_weight > 0 else 2) * (2 if self.settings.guidance_scale != 1 else 1)
 
     def _find_packing(self) -> bool:
         """Return whether sequences are packed without padding, where guidance and online masks do not need it."""

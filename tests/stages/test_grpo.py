@@ -152,6 +152,10 @@ def test_the_scale_of_token_weights_has_no_effect():
     torch.testing.assert_close(gradient(1e-20), gradient(1.0))
     torch.testing.assert_close(gradient(100.0), gradient(1.0))
     assert not gradient(0.0).any()
+    weights[1, 2] = -0.5
+    assert grpo_loss(logps, present, rewards, weights=weights).loss.isnan()
+    present[1, 2] = False
+    assert grpo_loss(logps, present, rewards, weights=weights).loss.isfinite()
 
 
 def test_importance_ratios_have_a_limit_and_weigh_the_gradient():
